@@ -1,0 +1,42 @@
+"""clipsteer: fused, validated ops for CLIP, and steering, interpretation and training methods built on them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from clipsteer import ops
+
+__version__ = "0.1.0"
+
+# public name -> module that holds it; loaded at first use so that `import clipsteer` stays light
+_LAZY = {
+    "SAE": "sae",
+    "SAEOutput": "sae",
+    "FileFormatError": "_files",
+    "SAESteering": "steering",
+    "VectorSteering": "steering",
+    "steer": "steering",
+    "TrainConfig": "sae_train",
+    "train_sae": "sae_train",
+    "evaluate_sae": "sae_eval",
+}
+
+__all__ = ["__version__", "ops", *_LAZY]
+
+if TYPE_CHECKING:
+    from clipsteer._files import FileFormatError as FileFormatError
+    from clipsteer.sae import SAE as SAE
+    from clipsteer.sae import SAEOutput as SAEOutput
+    from clipsteer.sae_eval import evaluate_sae as evaluate_sae
+    from clipsteer.sae_train import TrainConfig as TrainConfig
+    from clipsteer.sae_train import train_sae as train_sae
+    from clipsteer.steering import SAESteering as SAESteering
+    from clipsteer.steering import VectorSteering as VectorSteering
+    from clipsteer.steering import steer as steer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"clipsteer.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'clipsteer' has no attribute {name!r}")

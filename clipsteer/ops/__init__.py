@@ -1,0 +1,19 @@
+"""The public ops. Each has a plain torch reference that defines it and fast paths that are held to it."""
+
+from clipsteer.ops._dispatch import BACKENDS, explain
+from clipsteer.ops.sparse_decode import SPEC as _SPARSE_DECODE
+from clipsteer.ops.sparse_decode import sparse_decode, sparse_decode_reference
+from clipsteer.ops.topk_encode import SPEC as _TOPK_ENCODE
+from clipsteer.ops.topk_encode import topk_encode, topk_encode_reference
+
+REGISTRY = {spec.name: spec for spec in (_TOPK_ENCODE, _SPARSE_DECODE)}
+
+__all__ = [
+    "BACKENDS",
+    "REGISTRY",
+    "explain",
+    "sparse_decode",
+    "sparse_decode_reference",
+    "topk_encode",
+    "topk_encode_reference",
+]

@@ -1,0 +1,63 @@
+"""Argument checks shared by the ops: what was expected, what came, and all shapes."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def shapes(named: dict[str, Any]) -> str:
+    return ", ".join(f"{n} {tuple(t.shape)}" for n, t in named.items() if isinstance(t, Tensor))
+
+
+def mistake(op: str, argument: str, expected: str, got: Any, named: dict[str, Any]) -> str:
+    return f"{op}: {argument} must be {expected}, got {got} ({shapes(named)})"
+
+
+def check_tensors(op: str, named: dict[str, Any], integer: tuple[str, ...] = ()) -> None:
+    """All tensors on one device, the floating ones of one dtype, ``integer`` ones int64."""
+    tensors = {n: t for n, t in named.items() if t is not None}
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(mistake(op, name, "a tensor", type(t).__name__, named))
+        if name in integer:
+            if t.dtype != torch.int64:
+                raise TypeError(mistake(op, name, "int64", t.dtype, named))
+        elif not t.is_floating_point():
+            raise TypeError(mistake(op, name, "floating point", t.dtype, named))
+    first = next(iter(tensors))
+    for name, t in tensors.items():
+        if t.device != tensors[first].device:
+            raise ValueError(mistake(op, name, f"on {first}'s device {tensors[first].device}", t.device, named))
+        if name not in integer and t.dtype != tensors[first].dtype:
+            raise TypeError(mistake(op, name, f"of {first}'s dtype {tensors[first].dtype}", t.dtype, named))
+
+
+def check_shape(op: str, named: dict[str, Any], name: str, shape: tuple[int, ...], symbols: str) -> None:
+    if named[name] is not None and tuple(named[name].shape) != shape:
+        raise ValueError(mistake(op, name, f"of shape {symbols} = {shape}", tuple(named[name].shape), named))
+
+
+def check_indices(op: str, indices: Tensor, n: int, named: dict[str, Any]) -> None:
+    """Raise on an index outside [0, n): always on the CPU; on a GPU, where it costs a synchronisation, only under
+    ``CLIPSTEER_CHECK_INDICES=1``. Compiled CPU code relies on the kernels' own check."""
+    if torch.compiler.is_compiling() or indices.numel() == 0:
+        return
+    if indices.device.type != "cpu" and os.environ.get("CLIPSTEER_CHECK_INDICES", "0") != "1":
+        return
+    low, high = (int(v) for v in indices.aminmax())
+    if low < 0 or high >= n:
+        raise ValueError(mistake(op, "indices", f"in [0, {n})", f"values from {low} to {high}", named))
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast as ``F.linear`` would inside an autocast region; float64 stays."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    cast = [t is not None and t.is_floating_point() and t.dtype != torch.float64 for t in tensors]
+    return tuple(t.to(dtype) if c else t for t, c in zip(tensors, cast))

@@ -1,0 +1,250 @@
+"""Which implementation runs: availability, the choice, the GPU self-check, ``explain``.
+
+Every backend registers the same five low-level ops under a namespace of its own; ``call`` reaches them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+DTYPES = {
+    "reference": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    "cpp": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+SCHEMAS = {
+    "topk_encode": "(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt k) -> (Tensor, Tensor)",
+    "sparse_decode": "(Tensor acts, Tensor indices, Tensor W, Tensor? b) -> Tensor",
+    "gather_dot": "(Tensor rows, Tensor indices, Tensor W) -> Tensor",
+    "sparse_outer": "(Tensor coeff, Tensor indices, Tensor rows, SymInt n) -> (Tensor, Tensor)",
+    "sparse_outer_out": "(Tensor coeff, Tensor indices, Tensor rows, Tensor(a!) dW, Tensor(b!) db) -> ()",
+}
+
+
+def _fake_topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
+
+
+def _fake_sparse_decode(acts: Tensor, indices: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    return W.new_empty(acts.shape[0], W.shape[1])
+
+
+def _fake_gather_dot(rows: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+    return rows.new_empty(indices.shape)
+
+
+def _fake_sparse_outer(coeff: Tensor, indices: Tensor, rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(n, rows.shape[1]), rows.new_empty(n)
+
+
+def _fake_sparse_outer_out(coeff: Tensor, indices: Tensor, rows: Tensor, dW: Tensor, db: Tensor) -> None:
+    return None
+
+
+_FAKES: dict[str, Callable[..., Any]] = {name: globals()[f"_fake_{name}"] for name in SCHEMAS}
+# Libraries that hold Python registrations live as long as the process.
+_LIBRARIES: list[torch.library.Library] = []
+
+
+def _load_binary(stem: str, namespace: str, how: str) -> str | None:
+    path = Path(__file__).resolve().parent.parent / f"{stem}.so"
+    if not path.exists():
+        return f"{path.name} was not built; {how}"
+    try:
+        torch.ops.load_library(str(path))
+        for name, fake in _FAKES.items():
+            torch.library.register_fake(f"{namespace}::{name}", fake)
+    except (OSError, RuntimeError) as error:
+        return f"{path.name} does not load with torch {torch.__version__} ({error}); {how}"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+def _load_triton() -> str | None:
+    try:
+        import triton  # noqa: F401
+
+        from clipsteer.kernels import sparse_decode as decode_kernels
+        from clipsteer.kernels import topk_encode as encode_kernels
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); install the triton that belongs to this torch build"
+    library = torch.library.Library("clipsteer_triton", "DEF")
+    _LIBRARIES.append(library)
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema)
+        launcher = getattr(encode_kernels if name == "topk_encode" else decode_kernels, name)
+        for key in ("CPU", "CUDA") if interpreted() else ("CUDA",):
+            library.impl(name, launcher, key)
+        torch.library.register_fake(f"clipsteer_triton::{name}", _FAKES[name], lib=library)
+    return None
+
+
+@functools.cache
+def missing(backend: str) -> str | None:
+    """Why ``backend`` cannot run at all in this process (and how to get it), or None when it can."""
+    if backend == "cpp":
+        return _load_binary("_C", "clipsteer_cpp", "reinstall clipsteer with a C++17 compiler on the PATH")
+    if backend in ("triton", "cuda") and not torch.cuda.is_available() and not (backend == "triton" and interpreted()):
+        return "no GPU is visible to torch" + ("; TRITON_INTERPRET=1 runs it on the CPU, slowly" * (backend == "triton"))
+    if backend == "triton":
+        return _load_triton()
+    if backend == "cuda":
+        return _load_binary("_C_cuda", "clipsteer_cuda", "reinstall clipsteer with nvcc on the PATH and a CUDA torch")
+    return None
+
+
+def unusable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``backend`` cannot serve tensors of this device and dtype, or None when it can."""
+    if (reason := missing(backend)) is not None:
+        return reason
+    if dtype not in DTYPES[backend]:
+        return f"it has no {str(dtype).removeprefix('torch.')} kernels"
+    if backend == "cpp" and device.type != "cpu":
+        return f"it serves CPU tensors, these are on {device}"
+    if backend in ("triton", "cuda") and device.type != "cuda" and not (backend == "triton" and interpreted()):
+        return f"it serves CUDA tensors, these are on {device}"
+    return None
+
+
+@functools.cache
+def self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Run a GPU kernel once against its bound on the device at hand; None when it passed, else what went wrong."""
+    from clipsteer.ops import REGISTRY
+
+    spec = REGISTRY[op]
+    try:
+        with torch.enable_grad():
+            for seed, shape in enumerate(spec.shapes[:3]):
+                worst = spec_errors(spec, shape, dtype, seed=seed, backend=backend, device=device)
+                if max(worst.values()) > 1:
+                    return f"self-check failed at {shape}: {worst}"
+    except Exception as error:  # a kernel that cannot launch must not take the caller's program down
+        return f"self-check raised {type(error).__name__}: {error}"
+    return None
+
+
+def spec_errors(
+    spec: Any, shape: dict[str, int], dtype: torch.dtype, *, seed: int, backend: str, device: Any = "cpu",
+    scale: float = 1.0, exact: bool = False, arrange: Callable[[Tensor], Tensor] = lambda t: t,
+) -> dict[str, float]:  # fmt: skip
+    """Worst error of every output and gradient of one drawn case, as a fraction of its bound.
+
+    ``arrange`` may lay an input out anew (strides, fences) but not change its values.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = spec.make(shape, dtype, generator, scale, exact)
+    moved = {name: arrange(v.detach().to(device)) if isinstance(v, Tensor) else v for name, v in drawn.items()}
+    for name in spec.differentiable:
+        moved[name].requires_grad_()
+    result = spec.function(**moved, backend=backend)
+    outputs = dict(zip(spec.outputs, result if isinstance(result, tuple) else (result,)))
+    host = {name: value.detach().cpu() for name, value in outputs.items()}
+    errors = spec.check(drawn, host)
+    smooth = [name for name, value in outputs.items() if value.requires_grad]
+    grad_out = {
+        name: torch.randn(host[name].shape, generator=generator, dtype=torch.float64).to(dtype) for name in smooth
+    }
+    if exact:
+        grad_out = {name: (2 * value).round() for name, value in grad_out.items()}
+    grads = torch.autograd.grad(
+        [outputs[name] for name in smooth],
+        [moved[name] for name in spec.differentiable],
+        [grad_out[name].to(device) for name in smooth],
+    )
+    host_grads = {name: g.detach().cpu() for name, g in zip(spec.differentiable, grads)}
+    return errors | {f"d {name}": e for name, e in spec.check_grads(drawn, host, grad_out, host_grads).items()}
+
+
+@torch.compiler.assume_constant_result
+def resolve(op: str, backend: str, device_type: str, device_index: int | None, dtype: torch.dtype) -> str:
+    """The backend that runs: the keyword, then ``CLIPSTEER_BACKEND``, then the fastest one that is trusted here."""
+    if backend == "auto":
+        backend = os.environ.get("CLIPSTEER_BACKEND", "auto").lower() or "auto"
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"{op}: backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
+    device = torch.device(device_type, device_index) if device_index is not None else torch.device(device_type)
+    if backend != "auto":
+        if (reason := unusable(backend, device, dtype)) is not None:
+            raise RuntimeError(f'{op}: backend "{backend}" cannot run: {reason}. backend="reference" always can.')
+        return backend
+    if device.type == "cpu":
+        return "cpp" if unusable("cpp", device, dtype) is None else "reference"
+    for candidate in ("triton", "cuda"):
+        if unusable(candidate, device, dtype) is None:
+            if (failure := self_check(op, candidate, device, dtype)) is None:
+                return candidate
+            _warn_once(f"clipsteer: {candidate} {op} is not trusted on {device} for {dtype}: {failure}")
+    return "reference"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def choose(op: str, backend: str, tensor: Tensor) -> str:
+    return resolve(op, backend, tensor.device.type, tensor.device.index, tensor.dtype)
+
+
+def call(backend: str, op: str, *args: Any) -> Any:
+    """Run low-level ``op`` of ``backend`` on contiguous tensors."""
+    return getattr(getattr(torch.ops, f"clipsteer_{backend}"), op)(*args)
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    backend: str
+    usable: bool
+    reason: str
+
+
+class Explanation(tuple[BackendStatus, ...]):
+    """The backends of one call, readable when printed."""
+
+    def __str__(self) -> str:
+        return "\n".join(f"{s.backend:<10}{'usable' if s.usable else 'not usable':<12}{s.reason}" for s in self)
+
+    __repr__ = __str__
+
+
+def explain(op: str, *tensors: Any, **named: Any) -> Explanation:
+    """List every backend of ``op``, usable or why not, for these arguments (CPU float32 when none are given).
+
+    ``explain("topk_encode", x, W_enc)`` prints as a table; the line of the backend that ``auto`` takes says so.
+    """
+    from clipsteer.ops import REGISTRY
+
+    if op not in REGISTRY:
+        raise ValueError(f"explain: op must be one of {sorted(REGISTRY)}, got {op!r}")
+    found = [t for t in (*tensors, *named.values()) if isinstance(t, Tensor) and t.is_floating_point()]
+    device, dtype = (found[0].device, found[0].dtype) if found else (torch.device("cpu"), torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chosen = resolve(op, "auto", device.type, device.index, dtype)
+    rows = []
+    for backend in BACKENDS:
+        reason = unusable(backend, device, dtype)
+        if reason is None and backend in ("triton", "cuda") and device.type == "cuda":
+            reason = self_check(op, backend, device, dtype)
+        rows.append(BackendStatus(backend, reason is None, reason or ("chosen by auto" if backend == chosen else "")))
+    return Explanation(rows)
+
+
+def status() -> list[BackendStatus]:
+    """Every backend of this installation: usable, or why not and how to get it."""
+    return [BackendStatus(b, (reason := missing(b)) is None, reason or "") for b in BACKENDS]

@@ -1,0 +1,71 @@
+"""What an op promises, as plain data: tests, ``clipsteer validate`` and the benchmarks are generated from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Unit roundoff of the output, and of the arithmetic that accumulates it (halves accumulate in float32).
+UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+ACCUMULATE = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-24}
+TF32_OPERAND = 2.0**-10
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One public op. Every callable takes and returns plain dictionaries keyed by argument or output name.
+
+    ``make(shape, dtype, generator, scale)`` draws keyword arguments; ``exact`` of them are small integers, for which
+    every backend must agree bit for bit. ``check`` and ``check_grads`` return, per output, the worst error as a
+    fraction of the a priori bound (at most 1 passes, ``inf`` breaks a rule that allows no error).
+    """
+
+    name: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    outputs: tuple[str, ...]
+    differentiable: tuple[str, ...]
+    make: Callable[..., dict[str, Any]]
+    check: Callable[[dict[str, Any], dict[str, Tensor]], dict[str, float]]
+    check_grads: Callable[[dict[str, Any], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]], dict[str, float]]
+    shapes: tuple[dict[str, int], ...]
+    bench_shapes: dict[str, dict[str, int]]
+    baselines: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    # (floating-point operations, bytes moved) that no implementation can avoid
+    floor: Callable[[dict[str, int]], tuple[float, float]] = lambda shape: (0.0, 0.0)
+
+
+def fraction_of_bound(value: Tensor, truth: Tensor, magnitude: Tensor, terms: Any, extra: float = 0.0) -> float:
+    """Worst |value - truth| over its bound g·m + u(|truth| + g·m) + tiny, where g = (terms + 1)·unit + ``extra``.
+
+    ``truth`` and ``magnitude`` (the same sum taken over absolute values) are float64; ``terms`` counts the products
+    of each sum. A NaN or an infinity has to stand exactly where the truth has one.
+    """
+    if value.numel() == 0:
+        return 0.0
+    u, unit = UNIT[value.dtype], ACCUMULATE[value.dtype]
+    value64, info = value.double(), torch.finfo(value.dtype)
+    g = (torch.as_tensor(terms, dtype=torch.float64) + 1) * unit + extra
+    gm = g * magnitude
+    # one product may underflow per term, and the result itself may be subnormal
+    tiny = torch.finfo(torch.float32 if value.dtype != torch.float64 else torch.float64).smallest_normal
+    bound = gm + u * (truth.abs() + gm) + tiny * (torch.as_tensor(terms, dtype=torch.float64) + 2)
+    bound = bound + (info.smallest_normal * info.eps if value.dtype == torch.float16 else 0.0)
+    error = (value64 - truth).abs() / bound
+    # past the largest finite number (of the sum or of a partial sum) an infinity is right, and the sign must agree
+    largest = min(info.max, torch.finfo(torch.float32).max) if value.dtype != torch.float64 else info.max
+    may_overflow = (magnitude * (1 + g) >= largest * (1 - u)) & ~torch.isfinite(value64)
+    same = (value64 == truth) | (torch.isnan(value64) & torch.isnan(truth)) | may_overflow
+    error = torch.where(same, torch.zeros_like(error), error)
+    return float(torch.nan_to_num(error, nan=float("inf"), posinf=float("inf")).max())
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, scale: float, exact: bool) -> Tensor:
+    """A Gaussian tensor times ``scale``, or small integers (many ties) when ``exact``."""
+    if exact:
+        return torch.randint(-2, 3, shape, generator=generator).to(dtype)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)

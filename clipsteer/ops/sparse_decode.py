@@ -1,0 +1,278 @@
+"""``sparse_decode``: x_hat = Σ_j acts_j · W_dec[indices_j] + b_dec, a gather that never builds the dense code.
+
+Fused: the gathered rows are summed as they are read, so the (B, k, d_in) intermediate does not exist. Its gradients,
+``gather_dot`` (for acts) and ``sparse_outer`` (for the dictionary), are sums of the same kind, and the three are closed
+under differentiation: every derivative of any order runs on the same kernels.
+Source: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipsteer.ops import _check
+from clipsteer.ops._dispatch import call, choose
+from clipsteer.ops._spec import OpSpec, draw, fraction_of_bound
+
+
+def sparse_decode_reference(acts: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+    """The definition in plain torch; any leading shape, any float dtype, twice differentiable."""
+    x_hat = (acts.unsqueeze(-1) * F.embedding(indices, W_dec)).sum(-2)
+    return x_hat if b_dec is None else x_hat + b_dec
+
+
+class _SparseDecode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, acts, indices, W, b, backend, sparse_grad, grad_buffer):
+        ctx.save_for_backward(acts, indices, W)
+        ctx.options = backend, sparse_grad, grad_buffer
+        return call(backend, "sparse_decode", acts, indices, W, b)
+
+    @staticmethod
+    def backward(ctx, grad):
+        acts, indices, W = ctx.saved_tensors
+        backend, sparse_grad, grad_buffer = ctx.options
+        grad = grad.contiguous()
+        d_acts = d_W = d_b = None
+        if ctx.needs_input_grad[0]:
+            d_acts = gather_dot(grad, indices, W, backend)
+        if ctx.needs_input_grad[2]:
+            d_W, _ = weight_gradient(acts, indices, grad, W.shape[0], backend, sparse_grad, grad_buffer)
+        if ctx.needs_input_grad[3]:
+            d_b = grad.sum(0)
+        return d_acts, None, d_W, d_b, None, None, None
+
+
+class _GatherDot(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, indices, W, backend):
+        ctx.save_for_backward(rows, indices, W)
+        ctx.backend = backend
+        return call(backend, "gather_dot", rows, indices, W)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, indices, W = ctx.saved_tensors
+        grad = grad.contiguous()
+        d_rows = d_W = None
+        if ctx.needs_input_grad[0]:
+            d_rows = decode(grad, indices, W, None, ctx.backend)
+        if ctx.needs_input_grad[2]:
+            d_W, _ = sparse_outer(grad, indices, rows, W.shape[0], ctx.backend)
+        return d_rows, None, d_W, None
+
+
+class _SparseOuter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, coeff, indices, rows, n, backend):
+        ctx.save_for_backward(coeff, indices, rows)
+        ctx.backend = backend
+        return call(backend, "sparse_outer", coeff, indices, rows, n)
+
+    @staticmethod
+    def backward(ctx, grad_W, grad_b):
+        coeff, indices, rows = ctx.saved_tensors
+        grad_W = grad_W.contiguous()
+        d_coeff = d_rows = None
+        if ctx.needs_input_grad[0]:
+            d_coeff = gather_dot(rows, indices, grad_W, ctx.backend) + grad_b[indices]
+        if ctx.needs_input_grad[2]:
+            d_rows = decode(coeff, indices, grad_W, None, ctx.backend)
+        return d_coeff, None, d_rows, None, None
+
+
+def _tracked(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def decode(acts: Tensor, indices: Tensor, W: Tensor, b: Tensor | None, backend: str) -> Tensor:
+    """(B, k), (B, k), (n, d), (d,) → (B, d); contiguous inputs, nothing checked."""
+    if _tracked(acts, W):
+        return _SparseDecode.apply(acts, indices, W, b, backend, False, None)
+    return call(backend, "sparse_decode", acts, indices, W, b)
+
+
+def gather_dot(rows: Tensor, indices: Tensor, W: Tensor, backend: str) -> Tensor:
+    """⟨rows_b, W[indices_bj]⟩: (B, d), (B, k), (n, d) → (B, k)."""
+    if _tracked(rows, W):
+        return _GatherDot.apply(rows, indices, W, backend)
+    return call(backend, "gather_dot", rows, indices, W)
+
+
+def sparse_outer(coeff: Tensor, indices: Tensor, rows: Tensor, n: int, backend: str) -> tuple[Tensor, Tensor]:
+    """Segment sums Σ coeff·rows and Σ coeff over the pairs of each feature: (n, d), (n,)."""
+    if _tracked(coeff, rows):
+        return _SparseOuter.apply(coeff, indices, rows, n, backend)
+    return call(backend, "sparse_outer", coeff, indices, rows, n)
+
+
+def weight_gradient(
+    coeff: Tensor, indices: Tensor, rows: Tensor, n: int, backend: str, sparse: bool, buffer: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``sparse_outer`` as the caller wants it: dense, row-sparse, or written into a kept buffer."""
+    if sparse:
+        features, compact = torch.unique(indices, return_inverse=True)
+        d_W, d_b = call(backend, "sparse_outer", coeff, compact.contiguous(), rows, features.numel())
+        d_W = torch.sparse_coo_tensor(features[None], d_W, (n, rows.shape[1]), is_coalesced=True, check_invariants=False)
+        return d_W, torch.zeros(n, dtype=d_b.dtype, device=d_b.device).index_copy(0, features, d_b)
+    if buffer is not None and not torch.compiler.is_compiling():
+        d_b = rows.new_empty(n)
+        call(backend, "sparse_outer_out", coeff, indices, rows, buffer.detach(), d_b)
+        return buffer.detach(), d_b
+    return sparse_outer(coeff, indices, rows, n, backend)
+
+
+def check_gradient_options(op: str, W: Tensor, sparse_grad: bool, grad_buffer: Tensor | None, backend: str) -> None:
+    if grad_buffer is not None:
+        if sparse_grad:
+            raise ValueError(f"{op}: sparse_grad and grad_buffer exclude each other")
+        like = tuple(grad_buffer.shape) == tuple(W.shape) and grad_buffer.dtype == W.dtype
+        if not (like and grad_buffer.device == W.device and grad_buffer.is_contiguous()):
+            raise ValueError(
+                f"{op}: grad_buffer must be contiguous and like the dictionary, {tuple(W.shape)} {W.dtype} on "
+                f"{W.device}, got {tuple(grad_buffer.shape)} {grad_buffer.dtype} on {grad_buffer.device}"
+            )
+        if grad_buffer.requires_grad:
+            raise ValueError(f"{op}: grad_buffer must not require a gradient")
+    if backend == "reference" and (sparse_grad or grad_buffer is not None):
+        raise RuntimeError(f'{op}: sparse_grad and grad_buffer need a compiled backend; this call runs on "reference"')
+
+
+def sparse_decode(
+    acts: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None = None,
+    *,
+    backend: str = "auto",
+    sparse_grad: bool = False,
+    grad_buffer: Tensor | None = None,
+) -> Tensor:
+    """Decode sparse codes: ``x_hat[b] = Σ_j acts[b, j] · W_dec[indices[b, j]] + b_dec`` (duplicate indices add up).
+
+    Args:
+        acts: (..., k) activations, float32, bfloat16, float16 or (reference, cpp) float64.
+        indices: (..., k) int64 feature numbers in [0, d_sae).
+        W_dec: (d_sae, d_in) dictionary, a feature a row, of ``acts``' dtype.
+        b_dec: (d_in,) or None.
+        backend: ``"auto" | "reference" | "cpp" | "triton" | "cuda"``; ``ops.explain`` says which can run.
+        sparse_grad: the gradient of ``W_dec`` is a sparse COO tensor of the rows in use, as in ``F.embedding``.
+        grad_buffer: a (d_sae, d_in) tensor that the gradient of ``W_dec`` is written into and returned as; keep it from
+            step to step to avoid the page faults of a fresh one. It is overwritten by every backward pass, so it must
+            not be shared by two uses of a dictionary in one step. Ignored under ``torch.compile``.
+
+    Returns:
+        (..., d_in), rounded once from float32 accumulation for half precisions. All gradients, of any order, are exact
+        derivatives and repeat bit for bit.
+
+    Raises:
+        ValueError: shapes, devices or indices that do not fit (on a GPU indices are checked only under
+            ``CLIPSTEER_CHECK_INDICES=1``, because the check synchronises).
+        TypeError: not tensors, or dtypes that differ outside autocast.
+        RuntimeError: the backend asked for cannot run here.
+
+    Source: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
+    """
+    op, named = "sparse_decode", {"acts": acts, "indices": indices, "W_dec": W_dec, "b_dec": b_dec}
+    if all(isinstance(t, Tensor) for t in (acts, W_dec)):
+        acts, W_dec, b_dec = _check.autocast(acts, W_dec, b_dec)
+        named.update(acts=acts, W_dec=W_dec, b_dec=b_dec)
+    _check.check_tensors(op, named, integer=("indices",))
+    if W_dec.dim() != 2:
+        raise ValueError(_check.mistake(op, "W_dec", "of shape (d_sae, d_in)", tuple(W_dec.shape), named))
+    if acts.dim() == 0 or acts.shape != indices.shape:
+        raise ValueError(_check.mistake(op, "acts", "of indices' shape (..., k)", tuple(acts.shape), named))
+    _check.check_shape(op, named, "b_dec", (W_dec.shape[1],), "(d_in,)")
+    _check.check_indices(op, indices, W_dec.shape[0], named)
+    backend = choose(op, backend, acts)
+    check_gradient_options(op, W_dec, sparse_grad, grad_buffer, backend)
+    if backend == "reference":
+        return sparse_decode_reference(acts, indices, W_dec, b_dec)
+    k = acts.shape[-1]
+    flat, flat_indices = acts.reshape(-1, k).contiguous(), indices.reshape(-1, k).contiguous()
+    W, b = W_dec.contiguous(), None if b_dec is None else b_dec.contiguous()
+    x_hat = _SparseDecode.apply(flat, flat_indices, W, b, backend, sparse_grad, grad_buffer)
+    return x_hat.reshape(*acts.shape[:-1], W_dec.shape[1])
+
+
+def decode_truth(acts: Tensor, indices: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum and its magnitude in float64, through a dense code: shares nothing with any fast path."""
+    code = torch.zeros(*acts.shape[:-1], W.shape[0], dtype=torch.float64)
+    sizes = torch.zeros_like(code).scatter_add_(-1, indices, acts.double().abs())
+    return code.scatter_add_(-1, indices, acts.double()) @ W.double(), sizes @ W.double().abs()
+
+
+def outer_truth(coeff: Tensor, indices: Tensor, rows: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """dW, its magnitude and the number of terms of each row, in float64."""
+    flat, c = indices.flatten(), coeff.double().flatten()
+    r = rows.double().repeat_interleave(indices.shape[-1], 0)
+    zeros = torch.zeros(n, rows.shape[-1], dtype=torch.float64)
+    truth = zeros.index_add(0, flat, c[:, None] * r)
+    magnitude = zeros.index_add(0, flat, (c[:, None] * r).abs())
+    return truth, magnitude, torch.bincount(flat, minlength=n).double()
+
+
+def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator, scale: float, exact: bool) -> dict:
+    B, d, n, k = (shape[s] for s in ("B", "d", "n", "k"))
+    indices = torch.randint(0, n, (B, k), generator=generator)
+    acts = draw((B, k), dtype, generator, scale, exact)
+    W_dec, b_dec = draw((n, d), dtype, generator, 1.0, exact), draw((d,), dtype, generator, scale, exact)
+    return {"acts": acts, "indices": indices, "W_dec": W_dec, "b_dec": b_dec}
+
+
+def _check_values(inputs: dict[str, Any], outputs: dict[str, Tensor]) -> dict[str, float]:
+    truth, magnitude = decode_truth(inputs["acts"], inputs["indices"], inputs["W_dec"])
+    b = inputs["b_dec"].double()
+    terms = inputs["acts"].shape[-1]
+    return {"x_hat": fraction_of_bound(outputs["x_hat"], truth + b, magnitude + b.abs(), terms)}
+
+
+def _check_grads(
+    inputs: dict[str, Any], outputs: dict[str, Tensor], grad_out: dict[str, Tensor], grads: dict[str, Tensor]
+) -> dict[str, float]:
+    acts, indices, W, g = inputs["acts"], inputs["indices"], inputs["W_dec"], grad_out["x_hat"].double()
+    d_W, size, terms = outer_truth(acts, indices, g, W.shape[0])
+    dots, dot_sizes = g @ W.double().T, g.abs() @ W.double().abs().T
+    return {
+        "acts": fraction_of_bound(grads["acts"], dots.gather(-1, indices), dot_sizes.gather(-1, indices), W.shape[1]),
+        "W_dec": fraction_of_bound(grads["W_dec"], d_W, size, terms[:, None]),
+        "b_dec": fraction_of_bound(grads["b_dec"], g.sum(0), g.abs().sum(0), g.shape[0]),
+    }
+
+
+def _dense_decode(acts: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    code = torch.zeros(acts.shape[0], W_dec.shape[0], dtype=acts.dtype, device=acts.device)
+    return torch.addmm(b_dec, code.scatter_add(-1, indices, acts), W_dec)
+
+
+def _embedding_bag(acts: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    return F.embedding_bag(indices, W_dec, per_sample_weights=acts, mode="sum") + b_dec
+
+
+SPEC = OpSpec(
+    name="sparse_decode",
+    function=sparse_decode,
+    reference=sparse_decode_reference,
+    outputs=("x_hat",),
+    differentiable=("acts", "W_dec", "b_dec"),
+    make=_make,
+    check=_check_values,
+    check_grads=_check_grads,
+    shapes=tuple(
+        {"B": B, "d": d, "n": n, "k": k}
+        for B, d, n, k in (
+            (7, 33, 65, 5), (33, 31, 127, 8), (4, 128, 129, 129), (1, 1, 1, 1), (0, 8, 16, 4), (3, 129, 31, 32),
+            (32, 127, 128, 1), (2, 32, 33, 31),
+        )
+    ),  # fmt: skip
+    bench_shapes={
+        "B256-k32": {"B": 256, "d": 768, "n": 49152, "k": 32},
+        "B256-k64": {"B": 256, "d": 768, "n": 49152, "k": 64},
+    },
+    baselines={"embedding_bag": _embedding_bag, "dense": _dense_decode},
+    floor=lambda s: (2.0 * s["B"] * s["k"] * s["d"], 4.0 * s["B"] * (s["k"] * s["d"] + s["d"] + 3 * s["k"])),
+)

@@ -1,0 +1,202 @@
+"""``topk_encode``: acts, indices = relu and positions of the k largest of x W_encᵀ + b_enc, per row.
+
+Fused: the matrix product is filtered panel by panel while it is in cache (or in the tile that made it), so the
+(B, d_sae) pre-activations are never stored. The filter is exact: a value is dropped only when k others are proved larger.
+Source: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipsteer.ops import _check
+from clipsteer.ops._dispatch import call, choose
+from clipsteer.ops._spec import ACCUMULATE, OpSpec, draw, fraction_of_bound
+from clipsteer.ops.sparse_decode import check_gradient_options, decode, decode_truth, outer_truth, weight_gradient
+
+
+def topk_encode_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None, *, k: int) -> tuple[Tensor, Tensor]:
+    """The definition in plain torch; ties go to the lower index, a NaN anywhere in a row makes its acts NaN."""
+    pre = F.linear(x, W_enc, b_enc)  # (..., d_sae)
+    # a stable sort orders equal values by index, and -0 + 0 is +0
+    values, order = torch.sort(pre + 0.0, dim=-1, descending=True, stable=True)
+    values, indices = values[..., :k], order[..., :k]
+    return torch.relu(values.masked_fill(pre.isnan().any(-1, keepdim=True), float("nan"))), indices
+
+
+class _TopkEncode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, W, b, k, backend, sparse_grad, grad_buffer):
+        acts, indices = call(backend, "topk_encode", x, W, b, k)
+        ctx.save_for_backward(x, W, acts, indices)
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        ctx.options = backend, sparse_grad, grad_buffer
+        return acts, indices
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 7
+        x, W, acts, indices = ctx.saved_tensors
+        backend, sparse_grad, grad_buffer = ctx.options
+        grad = torch.where(acts > 0, grad, 0)  # (B, k)
+        d_x = d_W = d_b = None
+        if ctx.needs_input_grad[0]:
+            d_x = decode(grad, indices, W, None, backend)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            d_W, d_b = weight_gradient(grad, indices, x, W.shape[0], backend, sparse_grad, grad_buffer)
+        needs = ctx.needs_input_grad
+        return d_x, d_W if needs[1] else None, d_b if needs[2] else None, None, None, None, None
+
+
+def topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None = None,
+    *,
+    k: int,
+    backend: str = "auto",
+    sparse_grad: bool = False,
+    grad_buffer: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Encode to the k largest pre-activations of each row: ``relu(topk(x W_encᵀ + b_enc))``.
+
+    Args:
+        x: (..., d_in) activations, float32, bfloat16, float16 or (reference, cpp) float64.
+        W_enc: (d_sae, d_in) dictionary, a feature a row, of ``x``'s dtype.
+        b_enc: (d_sae,) or None. A decoder bias that is subtracted from x is folded in by the caller.
+        k: how many, 1 ≤ k ≤ d_sae.
+        backend: ``"auto" | "reference" | "cpp" | "triton" | "cuda"``; ``ops.explain`` says which can run.
+        sparse_grad: the gradient of ``W_enc`` is a sparse COO tensor of the rows in use, as in ``F.embedding``.
+        grad_buffer: a kept (d_sae, d_in) buffer for the gradient of ``W_enc``; see ``sparse_decode``.
+
+    Returns:
+        acts (..., k) in descending order, not negative; indices (..., k) int64. Equal pre-activations go to the lower
+        index on every backend. A row with a NaN pre-activation has NaN acts; its indices stay in range and unique.
+        The gradient holds the index set fixed and is 0 where the pre-activation is not positive.
+
+    Raises:
+        ValueError: shapes, devices or k that do not fit.
+        TypeError: not tensors, dtypes that differ outside autocast, k not an int.
+        RuntimeError: the backend asked for cannot run here.
+
+    Source: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
+    """
+    op, named = "topk_encode", {"x": x, "W_enc": W_enc, "b_enc": b_enc}
+    if all(isinstance(t, Tensor) for t in (x, W_enc)):
+        x, W_enc, b_enc = _check.autocast(x, W_enc, b_enc)
+        named.update(x=x, W_enc=W_enc, b_enc=b_enc)
+    _check.check_tensors(op, named)
+    if W_enc.dim() != 2:
+        raise ValueError(_check.mistake(op, "W_enc", "of shape (d_sae, d_in)", tuple(W_enc.shape), named))
+    if x.dim() == 0 or x.shape[-1] != W_enc.shape[1]:
+        raise ValueError(_check.mistake(op, "x", f"of shape (..., d_in = {W_enc.shape[1]})", tuple(x.shape), named))
+    _check.check_shape(op, named, "b_enc", (W_enc.shape[0],), "(d_sae,)")
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
+        raise TypeError(_check.mistake(op, "k", "an int", type(k).__name__, named))
+    if not 1 <= k <= W_enc.shape[0]:
+        raise ValueError(_check.mistake(op, "k", f"in [1, d_sae = {W_enc.shape[0]}]", k, named))
+    backend = choose(op, backend, x)
+    check_gradient_options(op, W_enc, sparse_grad, grad_buffer, backend)
+    if backend == "reference":
+        return topk_encode_reference(x, W_enc, b_enc, k=k)
+    flat, W = x.reshape(-1, x.shape[-1]).contiguous(), W_enc.contiguous()
+    b = None if b_enc is None else b_enc.contiguous()
+    acts, indices = _TopkEncode.apply(flat, W, b, k, backend, sparse_grad, grad_buffer)
+    return acts.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)
+
+
+def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator, scale: float, exact: bool) -> dict:
+    B, d, n, k = (shape[s] for s in ("B", "d", "n", "k"))
+    x = draw((B, d), dtype, generator, scale, exact)
+    W_enc, b_enc = draw((n, d), dtype, generator, 1.0, exact), draw((n,), dtype, generator, scale, exact)
+    return {"x": x, "W_enc": W_enc, "b_enc": b_enc, "k": k}
+
+
+def _operand_error(dtype: torch.dtype) -> float:
+    """Relative error of a product when tensor cores may round float32 operands to TF32."""
+    allowed = torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest"
+    return 2 * 2.0**-10 + 2.0**-20 if dtype == torch.float32 and allowed else 0.0
+
+
+def _check_values(inputs: dict[str, Any], outputs: dict[str, Tensor]) -> dict[str, float]:
+    x, W, b, k = (inputs[name] for name in ("x", "W_enc", "b_enc", "k"))
+    acts, indices = outputs["acts"], outputs["indices"]
+    if acts.shape != (x.shape[0], k) or acts.dtype != x.dtype or indices.dtype != torch.int64:
+        return {"acts": float("inf")}
+    if x.shape[0] == 0:
+        return {"acts": 0.0, "indices": 0.0}
+    in_range = bool(((indices >= 0) & (indices < W.shape[0])).all())
+    unique = in_range and bool((indices.sort(-1).values.diff(dim=-1) > 0).all())
+    if not unique:
+        return {"acts": 0.0, "indices": float("inf")}
+    pre = x.double() @ W.double().T + b.double()
+    magnitude = x.double().abs() @ W.double().abs().T + b.double().abs()
+    extra = _operand_error(x.dtype)
+    nan = pre.isnan().any(-1)
+    if not bool(acts[nan].isnan().all()) or not bool((acts[~nan] >= 0).all()):
+        return {"acts": float("inf"), "indices": 0.0}
+    pre, magnitude, acts, indices = pre[~nan], magnitude[~nan], acts[~nan], indices[~nan]
+    gamma = (x.shape[1] + 1) * ACCUMULATE[x.dtype] + extra
+    floor = torch.finfo(x.dtype if x.dtype == torch.float64 else torch.float32).smallest_normal * (x.shape[1] + 2)
+    slack = torch.where(pre.isinf(), 0.0, gamma * magnitude + floor)
+    chosen = torch.zeros_like(pre, dtype=torch.bool).scatter_(-1, indices, True)
+    least = (pre + slack).masked_fill(~chosen, float("inf")).amin(-1)
+    most = (pre - slack).masked_fill(chosen, -float("inf")).amax(-1)
+    ordered = bool((acts[:, :-1] >= acts[:, 1:]).all())
+    truth, size = pre.gather(-1, indices).relu(), magnitude.gather(-1, indices)
+    return {
+        "acts": fraction_of_bound(acts, truth, size, x.shape[1], extra),
+        "indices": 0.0 if ordered and bool((least >= most).all()) else float("inf"),
+    }
+
+
+def _check_grads(
+    inputs: dict[str, Any], outputs: dict[str, Tensor], grad_out: dict[str, Tensor], grads: dict[str, Tensor]
+) -> dict[str, float]:
+    x, W, k = inputs["x"], inputs["W_enc"], inputs["k"]
+    indices = outputs["indices"]
+    g = torch.where(outputs["acts"] > 0, grad_out["acts"], 0)
+    d_x, d_x_size = decode_truth(g, indices, W)
+    d_W, d_W_size, terms = outer_truth(g, indices, x, W.shape[0])
+    ones = torch.ones(x.shape[0], 1)
+    d_b, d_b_size, _ = outer_truth(g, indices, ones, W.shape[0])
+    return {
+        "x": fraction_of_bound(grads["x"], d_x, d_x_size, k),
+        "W_enc": fraction_of_bound(grads["W_enc"], d_W, d_W_size, terms[:, None]),
+        "b_enc": fraction_of_bound(grads["b_enc"], d_b[:, 0], d_b_size[:, 0], terms),
+    }
+
+
+def _linear_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
+    return torch.topk(torch.relu(F.linear(x, W_enc, b_enc)), k, dim=-1)
+
+
+SPEC = OpSpec(
+    name="topk_encode",
+    function=topk_encode,
+    reference=topk_encode_reference,
+    outputs=("acts", "indices"),
+    differentiable=("x", "W_enc", "b_enc"),
+    make=_make,
+    check=_check_values,
+    check_grads=_check_grads,
+    shapes=tuple(
+        {"B": B, "d": d, "n": n, "k": k}
+        for B, d, n, k in (
+            (5, 33, 65, 4), (33, 31, 129, 8), (2, 128, 127, 127), (1, 1, 1, 1), (0, 8, 16, 4), (3, 127, 300, 32),
+            (31, 129, 33, 1), (2, 16, 32, 32),
+        )
+    ),  # fmt: skip
+    bench_shapes={
+        "B256-k32": {"B": 256, "d": 768, "n": 49152, "k": 32},
+        "B256-k64": {"B": 256, "d": 768, "n": 49152, "k": 64},
+    },
+    baselines={"linear+relu+topk": _linear_topk},
+    floor=lambda s: (2.0 * s["B"] * s["n"] * s["d"], 4.0 * (s["n"] * (s["d"] + 1) + s["B"] * (s["d"] + 3 * s["k"]))),
+)

@@ -1,0 +1,205 @@
+"""Steering: add SAE features or vectors to the residual stream at named hook points while a block of code runs.
+
+    x_out = x + sd · Σ_i (s_i - f_i(x)) · W_dec[i]
+
+over the steered features i, with s_i the wanted activation and f_i(x) the present one; sd undoes the SAE's input
+normalisation (Joseph et al. 2025, arXiv 2504.08729). It equals decode(f with f_i := s_i) + (x - SAE(x)): whatever the
+SAE does not explain stays in place. Everything runs in forward hooks; no weight of the model is touched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from clipsteer.sae import SAE
+
+Tokens = Literal["all", "cls", "patches"]
+_TOKENS = ("all", "cls", "patches")
+
+
+def _check_tokens(tokens: str) -> None:
+    if tokens not in _TOKENS:
+        raise ValueError(f"steer: tokens must be one of {_TOKENS}, got {tokens!r}")
+
+
+def _check_width(what: str, width: int, x: Tensor) -> None:
+    if x.shape[-1] != width:
+        raise ValueError(
+            f"steer: {what} has d_in = {width}, but the activations at this hook point are {tuple(x.shape)}; "
+            f"they must have {width} in the last dimension"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class SAESteering:
+    """Set features of a sparse autoencoder to given activations.
+
+    Args:
+        sae: an autoencoder trained at the hook point it is used at.
+        strengths: feature index in [0, d_sae) -> wanted activation, in the units of ``sae.encode``; 0 suppresses.
+            A feature's usual range is what ``sae.encode`` gives on images that show it.
+        tokens: "all" positions, the class token alone ("cls": position 0), or "patches" (positions 1 …).
+
+    Only the steered features are encoded, except that for ``architecture="topk"`` a feature's activation depends on
+    every other pre-activation: there f_i is the true top-k activation, which takes a full ``ops.topk_encode``.
+
+    Raises:
+        ValueError: no feature, a feature out of range, a strength that is not finite, unknown ``tokens``.
+    """
+
+    sae: SAE
+    strengths: Mapping[int, float]
+    tokens: Tokens = "all"
+
+    def __post_init__(self) -> None:
+        _check_tokens(self.tokens)
+        if not isinstance(self.strengths, Mapping) or not self.strengths:
+            raise ValueError(f"SAESteering: strengths must be a mapping {{feature: strength}}, got {self.strengths!r}")
+        n = self.sae.W_dec.shape[0]
+        clean = {}
+        for feature, strength in self.strengths.items():
+            index, value = operator.index(feature), float(strength)
+            if not 0 <= index < n:
+                raise ValueError(f"SAESteering: feature must be in [0, {n}) (d_sae = {n}), got {index}")
+            if not math.isfinite(value):
+                raise ValueError(f"SAESteering: strength of feature {index} must be finite, got {value}")
+            clean[index] = value
+        object.__setattr__(self, "strengths", clean)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """(…, d_in) -> (…, d_in), every position steered; ``tokens`` is applied by ``steer``."""
+        _check_width("the SAE", self.sae.W_dec.shape[1], x)
+        weight = self.sae.W_dec
+        features = torch.tensor(list(self.strengths), device=weight.device)  # (m,)
+        wanted = torch.tensor(list(self.strengths.values()), device=weight.device, dtype=weight.dtype)  # (m,)
+        rows = x.to(weight.dtype)
+        acts, scale = self.sae.feature_acts(rows, features)  # (…, m), (…, 1)
+        delta = (wanted - acts) @ weight[features] * scale  # (…, d)
+        return (rows + delta).to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class VectorSteering:
+    """Add ``strength · vector`` to the activations.
+
+    Args:
+        vector: (d,) direction in the space of the hook point, used as it is (not normalised).
+        strength: factor; negative steers away.
+        tokens: "all", "cls" or "patches", as in ``SAESteering``.
+    """
+
+    vector: Tensor
+    strength: float = 1.0
+    tokens: Tokens = "all"
+
+    def __post_init__(self) -> None:
+        _check_tokens(self.tokens)
+        if not isinstance(self.vector, Tensor) or self.vector.dim() != 1 or not self.vector.is_floating_point():
+            got = tuple(self.vector.shape) if isinstance(self.vector, Tensor) else type(self.vector).__name__
+            raise ValueError(f"VectorSteering: vector must be a floating tensor of shape (d,), got {got}")
+        if not math.isfinite(self.strength):
+            raise ValueError(f"VectorSteering: strength must be finite, got {self.strength}")
+
+    def apply(self, x: Tensor) -> Tensor:
+        """(…, d) -> (…, d), every position steered."""
+        _check_width("the vector", self.vector.shape[0], x)
+        return x + (self.strength * self.vector).to(device=x.device, dtype=x.dtype)
+
+
+Steering = SAESteering | VectorSteering
+
+
+def _positions(steering: Steering, x: Tensor) -> Tensor:
+    """Steer the positions that ``steering.tokens`` names; the others keep their bits. x: (B, T, d)."""
+    if steering.tokens == "all":
+        return steering.apply(x)
+    head, tail = x[:, :1], x[:, 1:]
+    if steering.tokens == "cls":
+        return torch.cat([steering.apply(head), tail], dim=1)
+    return torch.cat([head, steering.apply(tail)], dim=1)
+
+
+def _compose(steerings: Sequence[Steering]) -> Callable[[Tensor], Tensor]:
+    def apply(x: Tensor) -> Tensor:
+        for steering in steerings:
+            x = _positions(steering, x)
+        return x
+
+    return apply
+
+
+class SteeringHandle:
+    """What ``steer`` returns: already active; ``remove()`` or leaving a ``with`` block ends it. Removing twice is fine.
+
+    Attributes:
+        hook_points: the module names that are being steered.
+    """
+
+    def __init__(self, hook_points: list[str], stack: ExitStack) -> None:
+        self.hook_points = hook_points
+        self._stack = stack
+
+    def remove(self) -> None:
+        self._stack.close()
+
+    def __enter__(self) -> SteeringHandle:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.remove()
+
+
+def steer(model: nn.Module, steerings: Mapping[str, Steering | Sequence[Steering]]) -> SteeringHandle:
+    """Steer ``model`` at any number of hook points, from this call until the handle is removed.
+
+    Args:
+        model: an open_clip model, or any module tree whose named modules give (B, T, d) tensors.
+        steerings: hook point -> one steering or a list of them, applied in order. A hook point is a plain module name
+            or an fnmatch pattern ("visual.transformer.resblocks.*").
+
+    Returns:
+        a ``SteeringHandle``: use it in a ``with`` statement, or keep it and call ``remove()``.
+
+    Raises:
+        ValueError: a pattern that matches no module (near matches are named); at the next forward pass, an SAE or a
+            vector whose width is not that of the hook point.
+
+        >>> with clipsteer.steer(model, {"visual.transformer.resblocks.9": clipsteer.SAESteering(sae, {123: 50.0})}):
+        ...     image_features = model.encode_image(images)
+    """
+    from clipsteer.clip import apply_at, hook_points
+
+    if not isinstance(steerings, Mapping) or not steerings:
+        raise ValueError(f"steer: steerings must be a mapping {{hook point: steering}}, got {steerings!r}")
+    functions: dict[str, Callable[[Tensor], Tensor]] = {}
+    names: list[str] = []
+    for pattern, given in steerings.items():
+        listed = list(given) if isinstance(given, Sequence) else [given]
+        for steering in listed:
+            if not isinstance(steering, (SAESteering, VectorSteering)):
+                got = type(steering).__name__
+                raise TypeError(f"steer: {pattern!r} needs SAESteering or VectorSteering, got {got}")
+        matched = _matching(model, pattern, hook_points)
+        names += [name for name in matched if name not in names]
+        functions[pattern] = _compose(listed)
+    with ExitStack() as stack:
+        stack.enter_context(apply_at(model, functions))
+        return SteeringHandle(names, stack.pop_all())
+
+
+def _matching(model: nn.Module, pattern: str, hook_points: Callable[..., list[str]]) -> list[str]:
+    if matched := hook_points(model, pattern):
+        return matched
+    near = difflib.get_close_matches(pattern, hook_points(model), n=3, cutoff=0.5)
+    hint = f"; near matches: {', '.join(near)}" if near else ""
+    raise ValueError(f"steer: no module of the model matches hook point {pattern!r}{hint}")

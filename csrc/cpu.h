@@ -1,0 +1,208 @@
+// What the CPU sources share: the ops, the table of kernels per instruction set, ranked keys, and argument checks.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+namespace clipsteer {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k);
+std::tuple<Tensor, Tensor> topk(Tensor pre, int64_t k);
+Tensor sparse_decode(Tensor acts, Tensor indices, Tensor w, std::optional<Tensor> b);
+Tensor gather_dot(Tensor rows, Tensor indices, Tensor w);
+std::tuple<Tensor, Tensor> sparse_outer(Tensor coeff, Tensor indices, Tensor rows, int64_t n);
+void sparse_outer_out(Tensor coeff, Tensor indices, Tensor rows, Tensor dw, Tensor db);
+int64_t isa_level();
+
+// A (value, column) pair as one key: the greater key has the larger value or, at equal values, the lower column.
+// -0 is stored as +0, so that it ties with 0.
+struct Key32 {
+  uint64_t bits;
+  static Key32 make(float value, uint32_t column) {
+    value += 0.0f;
+    uint32_t u;
+    std::memcpy(&u, &value, 4);
+    u ^= (u >> 31) ? 0xffffffffu : 0x80000000u;
+    return {uint64_t(u) << 32 | uint32_t(~column)};
+  }
+  float value() const {
+    uint32_t u = uint32_t(bits >> 32);
+    u ^= (u >> 31) ? 0x80000000u : 0xffffffffu;
+    float value;
+    std::memcpy(&value, &u, 4);
+    return value;
+  }
+  int64_t column() const { return uint32_t(~bits); }
+  bool operator>(const Key32& other) const { return bits > other.bits; }
+};
+
+struct Key64 {
+  double number;
+  uint32_t index;
+  static Key64 make(double value, uint32_t column) { return {value + 0.0, column}; }
+  double value() const { return number; }
+  int64_t column() const { return index; }
+  bool operator>(const Key64& other) const {
+    return number > other.number || (number == other.number && index < other.index);
+  }
+};
+
+template <class V>
+using Key = std::conditional_t<std::is_same_v<V, double>, Key64, Key32>;
+
+// The columns of one row that may still be among its k largest. `bound` is a proven lower bound of the k-th value
+// (NaN until k columns are known, which admits everything); columns come in ascending order, so a value equal to
+// the bound has lost its tie already.
+template <class V>
+struct Candidates {
+  static constexpr int64_t kSlack = 64 + 16;  // one block of columns, and the overhang of a vector store
+  Key<V>* keys;
+  int64_t count, limit, k;
+  V bound;
+  bool nan;
+
+  // More room than k means fewer, cheaper tightenings; more than `columns` is never needed.
+  static int64_t limit_for(int64_t k, int64_t columns) { return std::min(columns, k + std::max<int64_t>(k, 64)); }
+  void reset(Key<V>* storage, int64_t row_limit, int64_t row_k) {
+    *this = {storage, 0, row_limit, row_k, std::numeric_limits<V>::quiet_NaN(), false};
+  }
+  void tighten() {
+    std::nth_element(keys, keys + (k - 1), keys + count, std::greater<>());
+    count = k;
+    bound = keys[k - 1].value();
+  }
+  // Takes a lower bound of the k-th value found by other means; columns that equal it must still be admitted. The
+  // step below zero is a normal number, lest the processor be set to read denormal numbers as zero.
+  void start_from(V lower) {
+    constexpr V kTiny = std::numeric_limits<V>::min(), kInfinity = std::numeric_limits<V>::infinity();
+    if (lower > -kInfinity) bound = lower > -kTiny && lower <= kTiny ? -kTiny : std::nextafter(lower, -kInfinity);
+  }
+};
+
+// One implementation of the inner loops per instruction set, all with the same selections.
+struct Kernels {
+  int64_t level;
+  // Adds to `row` every column of value + bias (bias may be null) that may be among the k largest.
+  void (*filter32)(const float* value, const float* bias, int64_t columns, uint32_t first, Candidates<float>& row);
+  void (*filter64)(const double* value, const double* bias, int64_t columns, uint32_t first, Candidates<double>& row);
+  // A lower bound of the k-th largest, or NaN; `rank` has room for every column.
+  float (*seed32)(const float* value, int64_t columns, int64_t k, int32_t* rank);
+  double (*seed64)(const double* value, int64_t columns, int64_t k, int64_t* rank);
+  // y += sum_m c[m] * w[m], in the order of m, for 1 to 4 terms; `next`, when given, is 4 rows to fetch meanwhile.
+  void (*axpy32)(float* y, const float* c, const float* const* w, const void* const* next, int terms, int64_t n);
+  void (*axpy64)(double* y, const double* c, const double* const* w, const void* const* next, int terms, int64_t n);
+  float (*dot32)(const float* a, const float* b, const void* next, int64_t n);
+  double (*dot64)(const double* a, const double* b, const void* next, int64_t n);
+  void (*widen_bf16)(const BFloat16* src, float* dst, int64_t n);
+  void (*widen_f16)(const Half* src, float* dst, int64_t n);
+  void (*narrow_bf16)(const float* src, BFloat16* dst, int64_t n);
+  void (*narrow_f16)(const float* src, Half* dst, int64_t n);
+
+  void filter(const float* v, const float* b, int64_t n, uint32_t first, Candidates<float>& row) const {
+    filter32(v, b, n, first, row);
+  }
+  void filter(const double* v, const double* b, int64_t n, uint32_t first, Candidates<double>& row) const {
+    filter64(v, b, n, first, row);
+  }
+  float seed(const float* v, int64_t n, int64_t k, int32_t* rank) const { return seed32(v, n, k, rank); }
+  double seed(const double* v, int64_t n, int64_t k, int64_t* rank) const { return seed64(v, n, k, rank); }
+  void axpy(float* y, const float* c, const float* const* w, const void* const* next, int terms, int64_t n) const { axpy32(y, c, w, next, terms, n); }
+  void axpy(double* y, const double* c, const double* const* w, const void* const* next, int terms, int64_t n) const {
+    axpy64(y, c, w, next, terms, n);
+  }
+  float dot(const float* a, const float* b, const void* next, int64_t n) const { return dot32(a, b, next, n); }
+  double dot(const double* a, const double* b, const void* next, int64_t n) const { return dot64(a, b, next, n); }
+  void widen(const BFloat16* s, float* d, int64_t n) const { widen_bf16(s, d, n); }
+  void widen(const Half* s, float* d, int64_t n) const { widen_f16(s, d, n); }
+  void narrow(const float* s, BFloat16* d, int64_t n) const { narrow_bf16(s, d, n); }
+  void narrow(const float* s, Half* d, int64_t n) const { narrow_f16(s, d, n); }
+};
+
+// The best table this processor runs, or the one named by CLIPSTEER_CPU_ISA=portable|avx2|avx512; chosen once.
+const Kernels& kernels();
+
+// fp16 and bf16 are computed in float; their rows pass through `buffer`, the others are used where they are.
+template <class T>
+using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+constexpr bool kNarrow = !std::is_same_v<T, Compute<T>>;
+
+template <class T>
+const Compute<T>* widened(const T* src, Compute<T>* buffer, int64_t n) {
+  if constexpr (kNarrow<T>) {
+    kernels().widen(src, buffer, n);
+    return buffer;
+  } else {
+    return src;
+  }
+}
+
+// Calls f with a zero of the element type of the tensors of an op.
+template <class F>
+auto dispatch(const char* op, ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(BFloat16{});
+    case ScalarType::Half: return f(Half{});
+    default: break;
+  }
+  STD_TORCH_CHECK(false, op, ": expected float32, float64, bfloat16 or float16, got ",
+                  torch::headeronly::toString(dtype));
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+inline void check(const char* op, const char* name, const Tensor& t, ScalarType dtype,
+                  std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": expected ", name, " to be ", torch::headeronly::toString(dtype),
+                  ", got ", torch::headeronly::toString(t.scalar_type()));
+  bool same = t.dim() == int64_t(shape.size()) && t.is_contiguous();
+  std::string expected, got;
+  for (int64_t size : shape) expected += (expected.empty() ? "" : ", ") + std::to_string(size);
+  for (int64_t i = 0; i < t.dim(); ++i) got += (i ? ", " : "") + std::to_string(t.size(i));
+  same = same && std::equal(shape.begin(), shape.end(), t.sizes().begin());
+  STD_TORCH_CHECK(same, op, ": expected ", name, " to be contiguous of shape (", expected, "), got (", got, ")");
+}
+
+inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {
+  STD_TORCH_CHECK(t.dim() == dim, op, ": expected ", name, " to have ", dim, " dimensions, got ", t.dim());
+}
+
+// std::out_of_range becomes Python's IndexError.
+inline void check_indices(const char* op, const int64_t* indices, int64_t count, int64_t n) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (indices[i] < 0 || indices[i] >= n) {
+      throw std::out_of_range(std::string(op) + ": index " + std::to_string(indices[i]) + " is out of range [0, " +
+                              std::to_string(n) + ")");
+    }
+  }
+}
+
+}  // namespace clipsteer

@@ -1,0 +1,26 @@
+// The schemas of the C++ backend, and what the CPU runs for them.
+#include "cpu.h"
+
+STABLE_TORCH_LIBRARY(clipsteer_cpp, m) {
+  m.def("topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, int k) -> (Tensor acts, Tensor indices)");
+  m.def("topk(Tensor pre, int k) -> (Tensor values, Tensor indices)");
+  m.def("sparse_decode(Tensor acts, Tensor indices, Tensor W, Tensor? b) -> Tensor");
+  m.def("gather_dot(Tensor rows, Tensor indices, Tensor W) -> Tensor");
+  m.def("sparse_outer(Tensor coeff, Tensor indices, Tensor rows, SymInt n) -> (Tensor dW, Tensor db)");
+  m.def("sparse_outer_out(Tensor coeff, Tensor indices, Tensor rows, Tensor(a!) dW, Tensor(b!) db) -> ()");
+  m.def("isa_level() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(clipsteer_cpp, CPU, m) {
+  m.impl("topk_encode", TORCH_BOX(&clipsteer::topk_encode));
+  m.impl("topk", TORCH_BOX(&clipsteer::topk));
+  m.impl("sparse_decode", TORCH_BOX(&clipsteer::sparse_decode));
+  m.impl("gather_dot", TORCH_BOX(&clipsteer::gather_dot));
+  m.impl("sparse_outer", TORCH_BOX(&clipsteer::sparse_outer));
+  m.impl("sparse_outer_out", TORCH_BOX(&clipsteer::sparse_outer_out));
+}
+
+// No tensor argument to choose a backend by.
+STABLE_TORCH_LIBRARY_IMPL(clipsteer_cpp, CompositeExplicitAutograd, m) {
+  m.impl("isa_level", TORCH_BOX(&clipsteer::isa_level));
+}

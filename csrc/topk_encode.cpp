@@ -1,0 +1,188 @@
+// topk_encode: panels of pre-activations by torch's GEMM, each filtered while it is in cache; no (B, n) buffer.
+#include "cpu.h"
+
+namespace clipsteer {
+namespace {
+
+using torch::stable::parallel_for;
+
+constexpr int64_t kPanelColumns = 512;
+constexpr int64_t kMaxBlockRows = 512;
+constexpr int64_t kScratchBytes = int64_t(40) << 20;
+
+template <class V>
+constexpr ScalarType kScalar = std::is_same_v<V, double> ? ScalarType::Double : ScalarType::Float;
+
+// A view without autograd history: worker threads carry none of the caller's dispatch state.
+template <class V>
+Tensor matrix(const V* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
+  return torch::stable::from_blob(const_cast<V*>(data), {sizes, 2}, {strides, 2},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), kScalar<V>);
+}
+
+// out (rows, columns) = x (rows, d) @ w (columns, d)^T
+template <class V>
+void multiply(const Tensor& x, const V* w, int64_t d, const Tensor& out) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  const Tensor wt = matrix(w, d, out.size(1), 1, d);
+  StableIValue stack[] = {from(x), from(wt), from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
+  to<Tensor>(stack[0]);
+}
+
+// Writes the k greatest of `count` keys in order; a row with a NaN has NaN values and the first k indices.
+template <class T, class V>
+void select(Key<V>* keys, int64_t count, int64_t k, bool nan, bool relu, V* buffer, T* values, int64_t* indices) {
+  if (nan) {
+    for (int64_t j = 0; j < k; ++j) {
+      values[j] = T(std::numeric_limits<V>::quiet_NaN());
+      indices[j] = j;
+    }
+    return;
+  }
+  if (count > k) std::nth_element(keys, keys + k, keys + count, std::greater<>());
+  std::sort(keys, keys + k, std::greater<>());
+  for (int64_t j = 0; j < k; ++j) {
+    const V value = keys[j].value();
+    buffer[j] = relu && !(value > 0) ? V(0) : value;
+    indices[j] = keys[j].column();
+  }
+  if constexpr (kNarrow<T>) {
+    kernels().narrow(buffer, values, k);
+  } else {
+    std::copy_n(buffer, k, values);
+  }
+}
+
+template <class T>
+void encode(const T* x, const T* w, const T* b, int64_t rows, int64_t n, int64_t d, int64_t k, T* acts,
+            int64_t* indices) {
+  using V = Compute<T>;
+  const Kernels& isa = kernels();
+  const int64_t panels = (n + kPanelColumns - 1) / kPanelColumns;
+  // Each slot takes a run of panels with its own bounds, so one thread makes each GEMM, whatever the thread count.
+  const int64_t slots = std::min<int64_t>(torch::stable::get_num_threads(), panels);
+  const int64_t slot_columns = std::min(n, (panels + slots - 1) / slots * kPanelColumns);
+  const int64_t limit = Candidates<V>::limit_for(k, slot_columns);
+  const int64_t capacity = limit + Candidates<V>::kSlack;
+  const int64_t row_bytes = slots * (kPanelColumns * sizeof(V) + capacity * sizeof(Key<V>));
+  const int64_t block = std::min({rows, kMaxBlockRows, std::max<int64_t>(kScratchBytes / row_bytes, 16)});
+
+  std::unique_ptr<V[]> panel(new V[slots * block * kPanelColumns]);
+  std::unique_ptr<Key<V>[]> keys(new Key<V>[slots * block * capacity]);
+  std::vector<Candidates<V>> state(slots * block);
+  std::unique_ptr<V[]> wide_w(kNarrow<T> ? new V[slots * kPanelColumns * d] : nullptr);
+  std::unique_ptr<V[]> wide_x(kNarrow<T> ? new V[block * d] : nullptr);
+  std::unique_ptr<V[]> wide_b(kNarrow<T> && b ? new V[n] : nullptr);
+  const V* bias = b ? widened(b, wide_b.get(), n) : nullptr;
+
+  for (int64_t r0 = 0; r0 < rows; r0 += block) {
+    const int64_t count = std::min(block, rows - r0);
+    const Tensor input = matrix(widened(x + r0 * d, wide_x.get(), count * d), count, d, d, 1);
+    parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s) {
+        V* out = panel.get() + s * block * kPanelColumns;
+        Candidates<V>* slot = state.data() + s * block;
+        for (int64_t r = 0; r < count; ++r) slot[r].reset(keys.get() + (s * block + r) * capacity, limit, k);
+        for (int64_t p = panels * s / slots; p < panels * (s + 1) / slots; ++p) {
+          const int64_t first = p * kPanelColumns, columns = std::min(kPanelColumns, n - first);
+          if (d > 0) {
+            const V* weights =
+                widened(w + first * d, wide_w.get() + (kNarrow<T> ? s * kPanelColumns * d : 0), columns * d);
+            multiply(input, weights, d, matrix(out, count, columns, columns, 1));
+          } else {
+            std::fill_n(out, count * columns, V(0));
+          }
+          for (int64_t r = 0; r < count; ++r) {
+            if (!slot[r].nan) isa.filter(out + r * columns, bias ? bias + first : nullptr, columns, first, slot[r]);
+          }
+        }
+      }
+    });
+    parallel_for(0, count, 32, [&](int64_t begin, int64_t end) {
+      std::vector<Key<V>> merged;
+      std::vector<V> buffer(k);
+      for (int64_t r = begin; r < end; ++r) {
+        merged.clear();
+        bool nan = false;
+        for (int64_t s = 0; s < slots; ++s) {
+          const Candidates<V>& found = state[s * block + r];
+          merged.insert(merged.end(), found.keys, found.keys + found.count);
+          nan |= found.nan;
+        }
+        select<T, V>(merged.data(), merged.size(), k, nan, true, buffer.data(), acts + (r0 + r) * k,
+                     indices + (r0 + r) * k);
+      }
+    });
+  }
+}
+
+template <class T>
+void select_rows(const T* pre, int64_t rows, int64_t n, int64_t k, T* values, int64_t* indices) {
+  using V = Compute<T>;
+  const int64_t limit = Candidates<V>::limit_for(k, n);
+  parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    std::unique_ptr<Key<V>[]> keys(new Key<V>[limit + Candidates<V>::kSlack]);
+    std::vector<std::conditional_t<sizeof(V) == 4, int32_t, int64_t>> rank(n);
+    std::vector<V> wide(kNarrow<T> ? n : 0), buffer(k);
+    for (int64_t r = begin; r < end; ++r) {
+      const V* row = widened(pre + r * n, wide.data(), n);
+      Candidates<V> found;
+      found.reset(keys.get(), limit, k);
+      found.start_from(kernels().seed(row, n, k, rank.data()));
+      kernels().filter(row, nullptr, n, 0, found);
+      select<T, V>(found.keys, found.count, k, found.nan, false, buffer.data(), values + r * k, indices + r * k);
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> outputs(const Tensor& like, int64_t rows, int64_t k) {
+  const int64_t sizes[] = {rows, k};
+  return {torch::stable::new_empty(like, {sizes, 2}), torch::stable::new_empty(like, {sizes, 2}, ScalarType::Long)};
+}
+
+void check_k(const char* op, int64_t k, int64_t n) {
+  STD_TORCH_CHECK(0 <= k && k <= n, op, ": expected 0 <= k <= ", n, ", got k = ", k);
+  STD_TORCH_CHECK(n <= std::numeric_limits<int32_t>::max(), op, ": expected fewer than 2**31 features, got ", n);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k) {
+  const char* op = "topk_encode";
+  check_dim(op, "x", x, 2);
+  check_dim(op, "W_enc", w_enc, 2);
+  const int64_t rows = x.size(0), d = x.size(1), n = w_enc.size(0);
+  const ScalarType dtype = x.scalar_type();
+  check(op, "x", x, dtype, {rows, d});
+  check(op, "W_enc", w_enc, dtype, {n, d});
+  if (b_enc) check(op, "b_enc", *b_enc, dtype, {n});
+  check_k(op, k, n);
+  auto [acts, indices] = outputs(x, rows, k);
+  if (rows == 0 || k == 0) return {acts, indices};
+  dispatch(op, dtype, [&](auto zero) {
+    using T = decltype(zero);
+    encode<T>(data<T>(x), data<T>(w_enc), b_enc ? data<T>(*b_enc) : nullptr, rows, n, d, k, data<T>(acts),
+              data<int64_t>(indices));
+  });
+  return {acts, indices};
+}
+
+std::tuple<Tensor, Tensor> topk(Tensor pre, int64_t k) {
+  const char* op = "topk";
+  check_dim(op, "pre", pre, 2);
+  const int64_t rows = pre.size(0), n = pre.size(1);
+  check(op, "pre", pre, pre.scalar_type(), {rows, n});
+  check_k(op, k, n);
+  auto [values, indices] = outputs(pre, rows, k);
+  if (rows == 0 || k == 0) return {values, indices};
+  dispatch(op, pre.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    select_rows<T>(data<T>(pre), rows, n, k, data<T>(values), data<int64_t>(indices));
+  });
+  return {values, indices};
+}
+
+}  // namespace clipsteer

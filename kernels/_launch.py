@@ -1,0 +1,40 @@
+"""What the launchers share: which machine a kernel runs on, and how to get there."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import nullcontext
+
+import torch
+import triton
+from triton.runtime.jit import JITFunction
+
+
+def interpreted(kernel: object) -> bool:
+    """Whether ``kernel`` was decorated under TRITON_INTERPRET=1 and so runs in NumPy on CPU tensors."""
+    return not isinstance(kernel, JITFunction)
+
+
+def on_device(t: torch.Tensor):
+    """Context in which a launch goes to ``t``'s device; nothing to do on the CPU (interpreter)."""
+    if t.device.type == "cpu":
+        return nullcontext()
+    return getattr(torch, t.device.type).device(t.device)
+
+
+@functools.lru_cache(None)
+def shared_memory_limit(device: torch.device) -> int:
+    """Bytes of shared memory (LDS) that one block may use on ``device``."""
+    if torch.version.hip is not None:
+        return 64 * 1024
+    if device.type != "cuda":
+        return 48 * 1024
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+def next_power_of_2(n: int) -> int:
+    return triton.next_power_of_2(max(n, 1))
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)

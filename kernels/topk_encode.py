@@ -1,0 +1,305 @@
+"""acts, indices = the k largest of x W_encᵀ + b_enc, row by row, exact, without a (B, n) buffer.
+
+Launch 1 multiplies BLOCK_B x BLOCK_N tiles and emits the J largest of each tile's row (a "bucket"). Launch 2 takes the k
+largest of a row's candidates: the k-th of them, T, is a lower bound of the true k-th. Only a bucket whose J-th value is
+above T can hide a winner; the row is certified when there is none, and the few other buckets are multiplied again, for
+that row, in the same launch. J follows from k and the number of buckets, so that this is rare on unordered features;
+where no small J does (k large beside n), keys of whole rows are written, a few rows at a time, and sorted by torch.
+
+Values are compared as integers: v >= 0 is its own bit pattern, v < 0 the negated magnitude (so -0 ties with 0), NaN the
+largest int32. A key is that integer above (2^31 - 1 - column): one 64-bit order, value descending, then index ascending.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import cdiv, interpreted, next_power_of_2, on_device, shared_memory_limit
+from ._sort import merged_top, sorted_top
+
+MAX_CANDIDATES_PER_BUCKET = 16
+MAX_K = 512  # a row's k best live in the registers of one program
+KEY_BUFFER_BYTES = 32 << 20
+
+
+@triton.jit
+def _pre_acts_tile(
+    x_ptr, w_ptr, b_ptr, rows, cols, B, n, d,
+    HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    offs = tl.arange(0, BLOCK_D)
+    # Rows past the end repeat the last one, so that only d needs a mask.
+    x_ptrs = x_ptr + tl.minimum(rows, B - 1).to(tl.int64)[:, None] * d + offs[None, :]
+    w_ptrs = w_ptr + tl.minimum(cols, n - 1).to(tl.int64)[:, None] * d + offs[None, :]
+    acc = tl.zeros((BLOCK_B, BLOCK_N), dtype=tl.float32)
+    for start in range(0, d, BLOCK_D):
+        if EVEN_D:
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=(start + offs < d)[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=(start + offs < d)[None, :], other=0.0)
+        acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+        x_ptrs += BLOCK_D
+        w_ptrs += BLOCK_D
+    if HAS_BIAS:
+        acc += tl.load(b_ptr + cols, mask=cols < n, other=0.0).to(tl.float32)[None, :]
+    return acc  # (BLOCK_B, BLOCK_N)
+
+
+@triton.jit
+def _ordered(v):
+    """float32 -> int32 in the same order; int32's minimum is left free to mean "no value"."""
+    bits = v.to(tl.int32, bitcast=True)
+    return tl.where(v != v, 0x7FFFFFFF, tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits))
+
+
+@triton.jit
+def _key(order, cols):
+    return (order.to(tl.int64) << 32) + (0x7FFFFFFF - cols).to(tl.int64)
+
+
+@triton.jit
+def _kth(best, k, K2: tl.constexpr):
+    return tl.min(tl.where(tl.arange(0, K2)[None, :] < k, best, 0x7FFFFFFFFFFFFFFF), axis=1)
+
+
+@triton.jit
+def _swizzle(B, n, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_B: tl.constexpr):
+    # Neighbouring programs share a tile of W, and a group's rows of x stay in L2.
+    tiles_b = tl.cdiv(B, BLOCK_B)
+    tiles_n = tl.cdiv(n, BLOCK_N)
+    pid = tl.program_id(0)
+    group = pid // (GROUP_B * tiles_n)
+    size = tl.minimum(tiles_b - group * GROUP_B, GROUP_B)
+    rest = pid % (GROUP_B * tiles_n)
+    return group * GROUP_B + rest % size, rest // size
+
+
+@triton.jit(do_not_specialize=["B"])
+def _topk_encode_fwd_kernel(
+    x_ptr, w_ptr, b_ptr, order_ptr, col_ptr, B, n, d,
+    J: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_B: tl.constexpr,
+):  # fmt: skip
+    tile_b, tile_n = _swizzle(B, n, BLOCK_B, BLOCK_N, GROUP_B)
+    rows = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
+    local = tl.arange(0, BLOCK_N)
+    cols = tile_n * BLOCK_N + local
+    acc = _pre_acts_tile(
+        x_ptr, w_ptr, b_ptr, rows, cols, B, n, d,
+        HAS_BIAS, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    order = tl.where((cols < n)[None, :], _ordered(acc), -0x80000000)
+    out = (rows.to(tl.int64) * tl.cdiv(n, BLOCK_N) + tile_n) * J
+    for j in range(J):
+        top = tl.max(order, axis=1)
+        at = tl.min(tl.where(order == top[:, None], local[None, :], BLOCK_N - 1), axis=1)
+        order = tl.where(local[None, :] == at[:, None], -0x80000000, order)
+        tl.store(order_ptr + out + j, top, mask=rows < B)
+        tl.store(col_ptr + out + j, at.to(tl.uint8), mask=rows < B)
+
+
+@triton.jit(do_not_specialize=["B"])
+def _topk_encode_select_kernel(
+    order_ptr, col_ptr, x_ptr, w_ptr, b_ptr, acts_ptr, indices_ptr, B, n, d, k,
+    J: tl.constexpr, K2: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    live = rows < B
+    buckets = tl.cdiv(n, BLOCK_N)
+    total = buckets * J
+    base = rows.to(tl.int64) * total
+    best = _key(tl.full((BLOCK_B, K2), -0x80000000, dtype=tl.int32), tl.zeros((BLOCK_B, K2), dtype=tl.int32))
+    for start in range(0, total, CHUNK):
+        c = start + tl.arange(0, CHUNK)
+        mask = live[:, None] & (c < total)[None, :]
+        order = tl.load(order_ptr + base[:, None] + c[None, :], mask=mask, other=-0x80000000)
+        col = tl.load(col_ptr + base[:, None] + c[None, :], mask=mask, other=0).to(tl.int32)
+        keys = _key(order, (c // J * BLOCK_N)[None, :] + col)
+        best = merged_top(best, sorted_top(keys, K2, 1))
+    kth = _kth(best, k, K2)
+
+    # The certificate: a bucket can hide a winner only when even its J-th value is above the k-th found.
+    open_buckets = tl.zeros((BLOCK_B,), dtype=tl.int32)
+    for start in range(0, buckets, CHUNK):
+        c = start + tl.arange(0, CHUNK)
+        last = base[:, None] + (c * J + J - 1)[None, :]
+        mask = live[:, None] & (c < buckets)[None, :]
+        order = tl.load(order_ptr + last, mask=mask, other=-0x80000000)
+        col = tl.load(col_ptr + last, mask=mask, other=0).to(tl.int32)
+        hides = (order != -0x80000000) & (_key(order, (c * BLOCK_N)[None, :] + col) > kth[:, None])
+        open_buckets += tl.sum(hides.to(tl.int32), axis=1)
+
+    if tl.max(open_buckets, axis=0) > 0:
+        for bucket in range(0, buckets):
+            last = base + bucket * J + J - 1
+            order = tl.load(order_ptr + last, mask=live, other=-0x80000000)
+            col = tl.load(col_ptr + last, mask=live, other=0).to(tl.int32)
+            redo = (order != -0x80000000) & (_key(order, bucket * BLOCK_N + col) > kth)
+            if tl.max(redo.to(tl.int32), axis=0) > 0:
+                local = tl.arange(0, WIDTH)
+                cols = bucket * BLOCK_N + local
+                inside = (local < BLOCK_N) & (cols < n)
+                acc = tl.zeros((BLOCK_B, WIDTH), dtype=tl.float32)
+                for start in range(0, d, BLOCK_D):
+                    offs = start + tl.arange(0, BLOCK_D)
+                    x = tl.load(
+                        x_ptr + rows.to(tl.int64)[:, None] * d + offs[None, :],
+                        mask=live[:, None] & (offs < d)[None, :],
+                        other=0.0,
+                    ).to(tl.float32)
+                    w = tl.load(
+                        w_ptr + cols.to(tl.int64)[:, None] * d + offs[None, :],
+                        mask=inside[:, None] & (offs < d)[None, :],
+                        other=0.0,
+                    ).to(tl.float32)
+                    acc += tl.sum(x[:, None, :] * w[None, :, :], axis=2)
+                if HAS_BIAS:
+                    acc += tl.load(b_ptr + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
+                fresh = inside[None, :] & redo[:, None]
+                for j in range(J):
+                    seen = tl.load(col_ptr + base + bucket * J + j, mask=live, other=0).to(tl.int32)
+                    fresh = fresh & (local[None, :] != seen[:, None])
+                keys = _key(tl.where(fresh, _ordered(acc), -0x80000000), cols[None, :])
+                best = merged_top(best, sorted_top(keys, K2, 1))
+                kth = _kth(best, k, K2)
+
+    order = (best >> 32).to(tl.int32)
+    col = 0x7FFFFFFF - (best & 0x7FFFFFFF)
+    # A row that holds a NaN has it in front. The relu is exact on the integers too.
+    bits = tl.where(tl.max(order, axis=1)[:, None] == 0x7FFFFFFF, 0x7FC00000, tl.maximum(order, 0))
+    j = tl.arange(0, K2)
+    out = rows.to(tl.int64)[:, None] * k + j[None, :]
+    mask = live[:, None] & (j < k)[None, :]
+    tl.store(acts_ptr + out, bits.to(tl.float32, bitcast=True).to(acts_ptr.dtype.element_ty), mask=mask)
+    tl.store(indices_ptr + out, col, mask=mask)
+
+
+@triton.jit(do_not_specialize=["B"])
+def _topk_encode_keys_kernel(
+    x_ptr, w_ptr, b_ptr, keys_ptr, B, n, d,
+    HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_B: tl.constexpr,
+):  # fmt: skip
+    tile_b, tile_n = _swizzle(B, n, BLOCK_B, BLOCK_N, GROUP_B)
+    rows = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = _pre_acts_tile(
+        x_ptr, w_ptr, b_ptr, rows, cols, B, n, d,
+        HAS_BIAS, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    out = keys_ptr + rows.to(tl.int64)[:, None] * n + cols[None, :]
+    tl.store(out, _key(_ordered(acc), cols[None, :]), mask=(rows < B)[:, None] & (cols < n)[None, :])
+
+
+@functools.lru_cache(256)
+def candidates_per_bucket(buckets: int, k: int) -> int:
+    """Smallest J for which less than 1 % of rows should need a bucket redone, were features in random order."""
+    if k <= 2:
+        return k
+    mean = k / buckets
+    term = math.exp(-mean)
+    below = 0.0  # P(Poisson(mean) < j)
+    for j in range(k):
+        if j and buckets * (1.0 - below) < 0.01:
+            return j
+        below += term
+        term *= mean / (j + 1)
+    return k
+
+
+def tile_config(dtype: torch.dtype, precision: str, shared_memory: int, whole_rows: bool = False) -> dict[str, int]:
+    """Tile of the matrix product: 8 warps of tensor-core work, or a smaller one where fp32 runs on plain FMAs."""
+    if dtype == torch.float32 and precision == "ieee":
+        return {"BLOCK_B": 64, "BLOCK_N": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
+    config = {"BLOCK_B": 128, "BLOCK_N": 256, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
+    if dtype == torch.float32:
+        config.update(BLOCK_D=32)
+    if shared_memory < 160 * 1024:
+        config.update(BLOCK_D=config["BLOCK_D"] // 2)
+    if torch.version.hip is not None:
+        config.update(num_stages=2)
+    if whole_rows:
+        # 64-bit keys of a wider tile do not fit into 64 KB on their way to memory.
+        config.update(BLOCK_N=128)
+    return config
+
+
+def topk_encode(
+    x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor | None, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (B, d), W_enc (n, d), b_enc (n,) or None -> acts (B, k) in x's dtype, descending, and indices (B, k) int64."""
+    on_cpu = interpreted(_topk_encode_fwd_kernel)
+    if on_cpu and x.dtype == torch.bfloat16:
+        # The interpreter's bf16 dot multiplies raw bits and its bf16 store truncates.
+        acts, indices = topk_encode(x.float(), W_enc.float(), None if b_enc is None else b_enc.float(), k)
+        return acts.bfloat16(), indices
+    B, d = x.shape
+    n = W_enc.shape[0]
+    acts = torch.empty((B, k), dtype=x.dtype, device=x.device)
+    indices = torch.empty((B, k), dtype=torch.int64, device=x.device)
+    if B == 0 or k == 0:
+        return acts, indices
+
+    precision = "ieee" if on_cpu or torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if on_cpu:
+        # Few programs, but several buckets: an interpreted program costs tens of milliseconds.
+        config = {"BLOCK_B": 64, "BLOCK_N": 64, "BLOCK_D": 64}
+    else:
+        config = tile_config(x.dtype, precision, shared_memory_limit(x.device))
+    buckets = cdiv(n, config["BLOCK_N"])
+    J = candidates_per_bucket(buckets, k)
+    whole_rows = k > MAX_K or J > MAX_CANDIDATES_PER_BUCKET
+    if whole_rows and not on_cpu:
+        config = tile_config(x.dtype, precision, shared_memory_limit(x.device), whole_rows=True)
+        buckets = cdiv(n, config["BLOCK_N"])
+    flags = {
+        "HAS_BIAS": b_enc is not None,
+        "EVEN_D": d % config["BLOCK_D"] == 0,
+        "PRECISION": precision,
+        "GROUP_B": 32,
+    }
+    bias = W_enc if b_enc is None else b_enc
+
+    with on_device(x):
+        if whole_rows:
+            step = max(1, KEY_BUFFER_BYTES // (8 * n))
+            for start in range(0, B, step):
+                rows = x[start : start + step]
+                keys = torch.empty((rows.shape[0], n), dtype=torch.int64, device=x.device)
+                grid = (cdiv(rows.shape[0], config["BLOCK_B"]) * buckets,)
+                _topk_encode_keys_kernel[grid](rows, W_enc, bias, keys, rows.shape[0], n, d, **flags, **config)
+                top = torch.topk(keys, k, dim=1, sorted=True).values
+                order = (top >> 32).to(torch.int32)
+                value = order.clamp(min=0).view(torch.float32)
+                acts[start : start + step] = value.masked_fill(order[:, :1] == 0x7FFFFFFF, math.nan)
+                indices[start : start + step] = 0x7FFFFFFF - (top & 0x7FFFFFFF)
+            return acts, indices
+
+        order = torch.empty((B, buckets, J), dtype=torch.int32, device=x.device)
+        col = torch.empty((B, buckets, J), dtype=torch.uint8, device=x.device)
+        grid = (cdiv(B, config["BLOCK_B"]) * buckets,)
+        _topk_encode_fwd_kernel[grid](x, W_enc, bias, order, col, B, n, d, J=J, **flags, **config)
+        K2 = max(2, next_power_of_2(k))
+        select = {
+            "K2": K2,
+            "CHUNK": max(K2, min(next_power_of_2(buckets * J), 2048)),
+            "WIDTH": max(K2, config["BLOCK_N"]),
+            "BLOCK_B": 32 if on_cpu else 1,
+            "BLOCK_N": config["BLOCK_N"],
+            "BLOCK_D": 32,
+        }
+        grid = (cdiv(B, select["BLOCK_B"]),)
+        _topk_encode_select_kernel[grid](
+            order, col, x, W_enc, bias, acts, indices, B, n, d, k,
+            J=J, HAS_BIAS=b_enc is not None, **select, num_warps=8 if K2 > 128 else 4,
+        )  # fmt: skip
+    return acts, indices
