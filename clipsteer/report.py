@@ -19,6 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipsteer._files import write_atomically
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -132,7 +134,7 @@ def image(picture: Image, alt: str, *, quality: int = 80) -> Html:
 
 
 def figures(items: Iterable[tuple[Image, str]] | Iterable[tuple[Image, str, str]], *, size: str = "5rem") -> Html:
-    """A grid of pictures: (picture, caption) or (picture, caption, alt); the caption serves as alt when none is given."""
+    """A grid of pictures: (picture, caption) or (picture, caption, alt); the caption is the default alt."""
     cells = []
     for picture, caption, *alt in items:
         under = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
@@ -290,10 +292,6 @@ class Page:
         """Write the page whole or not at all."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(self.html())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        data = self.html().encode("utf-8")
+        write_atomically(target, lambda file: file.write(data))
         return target

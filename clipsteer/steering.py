@@ -65,7 +65,7 @@ class SAESteering:
         _check_tokens(self.tokens)
         if not isinstance(self.strengths, Mapping) or not self.strengths:
             raise ValueError(f"SAESteering: strengths must be a mapping {{feature: strength}}, got {self.strengths!r}")
-        n = self.sae.W_dec.shape[0]
+        n = self.sae.d_sae
         clean = {}
         for feature, strength in self.strengths.items():
             index, value = operator.index(feature), float(strength)
@@ -78,14 +78,13 @@ class SAESteering:
 
     def apply(self, x: Tensor) -> Tensor:
         """(…, d_in) -> (…, d_in), every position steered; ``tokens`` is applied by ``steer``."""
-        _check_width("the SAE", self.sae.W_dec.shape[1], x)
+        _check_width("the SAE", self.sae.d_in, x)
         weight = self.sae.W_dec
         features = torch.tensor(list(self.strengths), device=weight.device)  # (m,)
         wanted = torch.tensor(list(self.strengths.values()), device=weight.device, dtype=weight.dtype)  # (m,)
-        rows = x.to(weight.dtype)
-        acts, scale = self.sae.feature_acts(rows, features)  # (…, m), (…, 1)
+        acts, scale = self.sae.feature_acts(x, features)  # (…, m), (…, 1)
         delta = (wanted - acts) @ weight[features] * scale  # (…, d)
-        return (rows + delta).to(x.dtype)
+        return (x + delta).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -101,6 +101,16 @@ struct Candidates {
   }
 };
 
+// Rows that will be read soon, of elements of `element` bytes.
+struct Ahead {
+  const char* row[4];
+  int element;
+  // Columns first to first + 63, which are as many cache lines as an element has bytes.
+  void fetch(int m, int64_t first) const {
+    for (int line = 0; line < element; ++line) __builtin_prefetch(row[m] + first * element + 64 * line);
+  }
+};
+
 // One implementation of the inner loops per instruction set, all with the same selections.
 struct Kernels {
   int64_t level;
@@ -110,11 +120,11 @@ struct Kernels {
   // A lower bound of the k-th largest, or NaN; `rank` has room for every column.
   float (*seed32)(const float* value, int64_t columns, int64_t k, int32_t* rank);
   double (*seed64)(const double* value, int64_t columns, int64_t k, int64_t* rank);
-  // y += sum_m c[m] * w[m], in the order of m, for 1 to 4 terms; `next`, when given, is 4 rows to fetch meanwhile.
-  void (*axpy32)(float* y, const float* c, const float* const* w, const void* const* next, int terms, int64_t n);
-  void (*axpy64)(double* y, const double* c, const double* const* w, const void* const* next, int terms, int64_t n);
-  float (*dot32)(const float* a, const float* b, const void* next, int64_t n);
-  double (*dot64)(const double* a, const double* b, const void* next, int64_t n);
+  // y += sum_m c[m] * w[m], in the order of m, for 1 to 4 terms; `next`, if any, are rows to fetch meanwhile.
+  void (*axpy32)(float* y, const float* c, const float* const* w, const Ahead* next, int terms, int64_t n);
+  void (*axpy64)(double* y, const double* c, const double* const* w, const Ahead* next, int terms, int64_t n);
+  float (*dot32)(const float* a, const float* b, const Ahead* next, int64_t n);
+  double (*dot64)(const double* a, const double* b, const Ahead* next, int64_t n);
   void (*widen_bf16)(const BFloat16* src, float* dst, int64_t n);
   void (*widen_f16)(const Half* src, float* dst, int64_t n);
   void (*narrow_bf16)(const float* src, BFloat16* dst, int64_t n);
@@ -128,12 +138,12 @@ struct Kernels {
   }
   float seed(const float* v, int64_t n, int64_t k, int32_t* rank) const { return seed32(v, n, k, rank); }
   double seed(const double* v, int64_t n, int64_t k, int64_t* rank) const { return seed64(v, n, k, rank); }
-  void axpy(float* y, const float* c, const float* const* w, const void* const* next, int terms, int64_t n) const { axpy32(y, c, w, next, terms, n); }
-  void axpy(double* y, const double* c, const double* const* w, const void* const* next, int terms, int64_t n) const {
+  void axpy(float* y, const float* c, const float* const* w, const Ahead* next, int terms, int64_t n) const { axpy32(y, c, w, next, terms, n); }
+  void axpy(double* y, const double* c, const double* const* w, const Ahead* next, int terms, int64_t n) const {
     axpy64(y, c, w, next, terms, n);
   }
-  float dot(const float* a, const float* b, const void* next, int64_t n) const { return dot32(a, b, next, n); }
-  double dot(const double* a, const double* b, const void* next, int64_t n) const { return dot64(a, b, next, n); }
+  float dot(const float* a, const float* b, const Ahead* next, int64_t n) const { return dot32(a, b, next, n); }
+  double dot(const double* a, const double* b, const Ahead* next, int64_t n) const { return dot64(a, b, next, n); }
   void widen(const BFloat16* s, float* d, int64_t n) const { widen_bf16(s, d, n); }
   void widen(const Half* s, float* d, int64_t n) const { widen_f16(s, d, n); }
   void narrow(const float* s, BFloat16* d, int64_t n) const { narrow_bf16(s, d, n); }
@@ -160,18 +170,22 @@ const Compute<T>* widened(const T* src, Compute<T>* buffer, int64_t n) {
   }
 }
 
+// The public functions check first and say more; this keeps direct calls of the ops from reading out of bounds.
+inline void require(bool condition, const char* op, const std::string& what) {
+  if (!condition) throw std::invalid_argument(std::string(op) + ": " + what);
+}
+
 // Calls f with a zero of the element type of the tensors of an op.
 template <class F>
-auto dispatch(const char* op, ScalarType dtype, F&& f) {
+void dispatch(const char* op, ScalarType dtype, F&& f) {
   switch (dtype) {
     case ScalarType::Float: return f(float{});
     case ScalarType::Double: return f(double{});
     case ScalarType::BFloat16: return f(BFloat16{});
     case ScalarType::Half: return f(Half{});
-    default: break;
+    default:
+      require(false, op, std::string("expected a floating dtype, got ") + torch::headeronly::toString(dtype));
   }
-  STD_TORCH_CHECK(false, op, ": expected float32, float64, bfloat16 or float16, got ",
-                  torch::headeronly::toString(dtype));
 }
 
 template <class T>
@@ -179,20 +193,23 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
+inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {
+  require(t.dim() == dim, op,
+          std::string("expected ") + name + " with " + std::to_string(dim) + " dimensions, got " +
+              std::to_string(t.dim()));
+}
+
 inline void check(const char* op, const char* name, const Tensor& t, ScalarType dtype,
                   std::initializer_list<int64_t> shape) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": expected ", name, " to be ", torch::headeronly::toString(dtype),
-                  ", got ", torch::headeronly::toString(t.scalar_type()));
-  bool same = t.dim() == int64_t(shape.size()) && t.is_contiguous();
   std::string expected, got;
   for (int64_t size : shape) expected += (expected.empty() ? "" : ", ") + std::to_string(size);
   for (int64_t i = 0; i < t.dim(); ++i) got += (i ? ", " : "") + std::to_string(t.size(i));
-  same = same && std::equal(shape.begin(), shape.end(), t.sizes().begin());
-  STD_TORCH_CHECK(same, op, ": expected ", name, " to be contiguous of shape (", expected, "), got (", got, ")");
-}
-
-inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {
-  STD_TORCH_CHECK(t.dim() == dim, op, ": expected ", name, " to have ", dim, " dimensions, got ", t.dim());
+  const std::string prefix = std::string("expected ") + name + " ";
+  require(expected == got, op, prefix + "of shape (" + expected + "), got (" + got + ")");
+  require(t.scalar_type() == dtype, op,
+          prefix + "of dtype " + torch::headeronly::toString(dtype) + ", got " +
+              torch::headeronly::toString(t.scalar_type()));
+  require(t.is_contiguous() && t.is_cpu(), op, prefix + "contiguous and on the CPU");
 }
 
 // std::out_of_range becomes Python's IndexError.

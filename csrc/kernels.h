@@ -152,7 +152,7 @@ TARGET double seed64(const double* value, int64_t columns, int64_t k, int64_t* r
 
 // Fetching the terms of the next call while this one is summed keeps several rows of W on their way at any time.
 template <class V>
-TARGET static inline void axpy(V* __restrict y, const V* c, const V* const* w, const void* const* next, int terms,
+TARGET static inline void axpy(V* __restrict y, const V* c, const V* const* w, const Ahead* next, int terms,
                                int64_t n) {
   if (terms < 4) {
     for (int m = 0; m < terms; ++m) {
@@ -171,38 +171,30 @@ TARGET static inline void axpy(V* __restrict y, const V* c, const V* const* w, c
   int64_t i = 0;
   for (; i + kBlock <= n; i += kBlock) {
     if (next) {
-      for (int m = 0; m < 4; ++m) {
-        for (int line = 0; line < int(kBlock * sizeof(V)); line += 64) {
-          __builtin_prefetch(static_cast<const char*>(next[m]) + i * sizeof(V) + line);
-        }
-      }
+      for (int m = 0; m < 4; ++m) next->fetch(m, i);
     }
     for (int64_t l = i; l < i + kBlock; ++l) y[l] = (((y[l] + c0 * w0[l]) + c1 * w1[l]) + c2 * w2[l]) + c3 * w3[l];
   }
   for (; i < n; ++i) y[i] = (((y[i] + c0 * w0[i]) + c1 * w1[i]) + c2 * w2[i]) + c3 * w3[i];
 }
 
-TARGET void axpy32(float* y, const float* c, const float* const* w, const void* const* next, int terms, int64_t n) {
+TARGET void axpy32(float* y, const float* c, const float* const* w, const Ahead* next, int terms, int64_t n) {
   axpy<float>(y, c, w, next, terms, n);
 }
 
-TARGET void axpy64(double* y, const double* c, const double* const* w, const void* const* next, int terms,
+TARGET void axpy64(double* y, const double* c, const double* const* w, const Ahead* next, int terms,
                    int64_t n) {
   axpy<double>(y, c, w, next, terms, n);
 }
 
 // 64 partial sums let the compiler use whole vectors without reordering what is written here.
 template <class V>
-TARGET static inline V dot(const V* __restrict a, const V* __restrict b, const void* next, int64_t n) {
+TARGET static inline V dot(const V* __restrict a, const V* __restrict b, const Ahead* next, int64_t n) {
   constexpr int kLanes = 64;
   V sum[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    if (next) {
-      for (int line = 0; line < int(kLanes * sizeof(V)); line += 64) {
-        __builtin_prefetch(static_cast<const char*>(next) + i * sizeof(V) + line);
-      }
-    }
+    if (next) next->fetch(0, i);
     for (int l = 0; l < kLanes; ++l) sum[l] += a[i + l] * b[i + l];
   }
   for (int l = 0; i + l < n; ++l) sum[l] += a[i + l] * b[i + l];
@@ -212,8 +204,8 @@ TARGET static inline V dot(const V* __restrict a, const V* __restrict b, const v
   return sum[0];
 }
 
-TARGET float dot32(const float* a, const float* b, const void* next, int64_t n) { return dot<float>(a, b, next, n); }
-TARGET double dot64(const double* a, const double* b, const void* next, int64_t n) {
+TARGET float dot32(const float* a, const float* b, const Ahead* next, int64_t n) { return dot<float>(a, b, next, n); }
+TARGET double dot64(const double* a, const double* b, const Ahead* next, int64_t n) {
   return dot<double>(a, b, next, n);
 }
 

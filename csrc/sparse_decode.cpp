@@ -97,14 +97,16 @@ void decode(const T* acts, const int64_t* indices, const T* w, const T* b, int64
         for (int64_t j = 0; j < k; j += 4) {
           const int terms = int(std::min<int64_t>(4, k - j));
           const V* source[4];
-          const void* next[4];
+          Ahead next{{}, sizeof(T)};
           // indices is one run over all rows of the batch: after the last of this row come the first of the next.
           const bool more = indices_end - (index + j) >= 8;
           for (int m = 0; m < terms; ++m) {
             source[m] = widened(w + index[j + m] * d + c0, wide + (kNarrow<T> ? m * kTile : 0), columns);
           }
-          for (int m = 0; m < 4 && more; ++m) next[m] = w + index[j + 4 + m] * d + c0;
-          isa.axpy(sum, c + j, source, more ? next : nullptr, terms, columns);
+          for (int m = 0; m < 4 && more; ++m) {
+            next.row[m] = reinterpret_cast<const char*>(w + index[j + 4 + m] * d + c0);
+          }
+          isa.axpy(sum, c + j, source, more ? &next : nullptr, terms, columns);
         }
         if (b) {
           const V* bias = widened(b + c0, wide, columns);
@@ -127,8 +129,9 @@ void dots(const T* rows, const int64_t* indices, const T* w, int64_t count, int6
       const V* row = widened(rows + r * d, wide_row.data(), d);
       for (int64_t j = 0; j < k; ++j) {
         const int64_t at = r * k + j;
-        const T* next = at + kAhead < count * k ? w + indices[at + kAhead] * d : nullptr;
-        buffer[j] = isa.dot(row, widened(w + indices[at] * d, wide_w.data(), d), next, d);
+        const bool more = at + kAhead < count * k;
+        const Ahead next{{more ? reinterpret_cast<const char*>(w + indices[at + kAhead] * d) : nullptr}, sizeof(T)};
+        buffer[j] = isa.dot(row, widened(w + indices[at] * d, wide_w.data(), d), more ? &next : nullptr, d);
       }
       store<T>(buffer.data(), out + r * k, k);
     }
@@ -264,7 +267,7 @@ void sparse_outer_out(Tensor coeff, Tensor indices, Tensor rows, Tensor dw, Tens
 
 std::tuple<Tensor, Tensor> sparse_outer(Tensor coeff, Tensor indices, Tensor rows, int64_t n) {
   check_dim("sparse_outer", "rows", rows, 2);
-  STD_TORCH_CHECK(n >= 0, "sparse_outer: expected n >= 0, got ", n);
+  require(n >= 0, "sparse_outer", "expected n >= 0, got " + std::to_string(n));
   const int64_t sizes[] = {n, rows.size(1)};
   Tensor dw = torch::stable::new_empty(coeff, {sizes, 2});
   Tensor db = torch::stable::new_empty(coeff, {sizes, 1});

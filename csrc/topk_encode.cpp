@@ -7,7 +7,7 @@ namespace {
 using torch::stable::parallel_for;
 
 constexpr int64_t kPanelColumns = 512;
-constexpr int64_t kMaxBlockRows = 512;
+constexpr int64_t kMaxBlockRows = 256;
 constexpr int64_t kScratchBytes = int64_t(40) << 20;
 
 template <class V>
@@ -144,8 +144,8 @@ std::tuple<Tensor, Tensor> outputs(const Tensor& like, int64_t rows, int64_t k) 
 }
 
 void check_k(const char* op, int64_t k, int64_t n) {
-  STD_TORCH_CHECK(0 <= k && k <= n, op, ": expected 0 <= k <= ", n, ", got k = ", k);
-  STD_TORCH_CHECK(n <= std::numeric_limits<int32_t>::max(), op, ": expected fewer than 2**31 features, got ", n);
+  require(0 <= k && k <= n, op, "expected 0 <= k <= " + std::to_string(n) + ", got " + std::to_string(k));
+  require(n <= std::numeric_limits<int32_t>::max(), op, "expected at most 2**31 - 1 features, got " + std::to_string(n));
 }
 
 }  // namespace

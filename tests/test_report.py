@@ -109,7 +109,7 @@ def test_line_chart_places_points_and_skips_nan():
     parse(report.line_chart({"flat": ([3, 3], [2, 2])}, title="t"))
 
 
-@pytest.mark.parametrize("low, high", [(0, 1), (-3, 7), (0, 1e-6), (12.1, 12.4), (-1e6, 1e7), (0.7, 0.9)])
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 7), (0, 1e-6), (12.1, 12.4), (-1e6, 1e7), (0.7, 0.9)])
 def test_ticks_are_inside_and_few(low, high):
     ticks = report._ticks(low, high)
     slack = (high - low) * 1e-6
@@ -125,7 +125,8 @@ def test_bars_keep_sign_and_proportion():
 
 
 def test_heat_overlay_keeps_colour_only_where_hot():
-    shown = np.asarray(report.heat_overlay(picture((255, 0, 0), (64, 64)), [[0.0, 1.0], [0.0, 0.0]], size=64)).astype(int)
+    overlay = report.heat_overlay(picture((255, 0, 0), (64, 64)), [[0.0, 1.0], [0.0, 0.0]], size=64)
+    shown = np.asarray(overlay).astype(int)
     hot, cold = shown[4, 60], shown[60, 4]
     assert hot[0] - hot[1] > 200
     assert abs(cold[0] - cold[1]) < 30

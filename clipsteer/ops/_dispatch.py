@@ -170,7 +170,6 @@ def spec_errors(
     return errors | {f"d {name}": e for name, e in spec.check_grads(drawn, host, grad_out, host_grads).items()}
 
 
-@torch.compiler.assume_constant_result
 def resolve(op: str, backend: str, device_type: str, device_index: int | None, dtype: torch.dtype) -> str:
     """The backend that runs: the keyword, then ``CLIPSTEER_BACKEND``, then the fastest one that is trusted here."""
     if backend == "auto":
@@ -190,6 +189,10 @@ def resolve(op: str, backend: str, device_type: str, device_index: int | None, d
                 return candidate
             _warn_once(f"clipsteer: {candidate} {op} is not trusted on {device} for {dtype}: {failure}")
     return "reference"
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo here.
+resolve._dynamo_marked_constant = True
 
 
 @functools.cache

@@ -1,0 +1,269 @@
+"""Micro-benchmarks from the op registry: each backend against its baselines, interleaved in one run.
+
+On the CPU the figure is processor time at one thread count, on a GPU device events over rotated inputs. A backend is
+timed only after its result has passed the bound.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from clipsteer.ops import BACKENDS, REGISTRY, _dispatch
+
+__all__ = ["machine", "run", "table"]
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What the figures belong to: chip, driver, versions, threads, date."""
+    chip = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        chip = names[0] if names else chip
+    facts = {"chip": chip, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}  # fmt: skip
+    if device == "cuda":
+        import triton
+
+        facts |= {"chip": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": triton.__version__}
+    return facts | {"device": device, "date": time.strftime("%Y-%m-%d")}
+
+
+def clock(device: str) -> Callable[[Callable[[], Any]], float]:
+    """A stopwatch: seconds of processor time on the CPU, of device time on a GPU."""
+    if device == "cpu":
+
+        def timed(call: Callable[[], Any]) -> float:
+            begin = time.process_time()
+            call()
+            return time.process_time() - begin
+    else:
+        flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
+
+        def timed(call: Callable[[], Any]) -> float:
+            flush.zero_()  # a cold L2
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end) / 1000
+
+    return timed
+
+
+def extra_memory(call: Callable[[], Any], device: str) -> int:
+    """Peak bytes that a call needs beyond what was there: allocator statistics on a GPU, resident pages on the CPU."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    status = Path("/proc/self/clear_refs")
+    try:
+        status.write_text("5")  # resets the high-water mark of resident memory
+        before = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
+        call()
+        after = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        return 1024 * max(0, after - before)
+    except OSError:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        call()
+        return 1024 * max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def contenders(spec: Any, inputs: dict[str, Any], backends: list[str], device: str) -> dict[str, Callable[[], Any]]:
+    """Everything that computes this op here: our backends, the baselines, and the compiled first baseline."""
+    found: dict[str, Callable[[], Any]] = {}
+    for backend in backends:
+        if _dispatch.unusable(backend, torch.device(device), torch.float32) is None and backend != "reference":
+            found[backend] = lambda b=backend: spec.function(**inputs, backend=b)
+    for name, baseline in spec.baselines.items():
+        found[name] = lambda f=baseline: f(**inputs)
+    compiled = torch.compile(next(iter(spec.baselines.values())))
+    found["torch.compile"] = lambda: compiled(**inputs)
+    return found
+
+
+def backward(forward: Callable[[], Any], grad: Tensor, leaves: list[Tensor]) -> Callable[[], None]:
+    def step() -> None:
+        result = forward()
+        (result[0] if isinstance(result, tuple) else result).backward(grad)
+        for leaf in leaves:
+            leaf.grad = None
+
+    return step
+
+
+def measure(calls: dict[str, Callable[[], Any]], device: str, repeats: int, label: str) -> dict[str, float]:
+    timed, samples = clock(device), {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in tqdm(range(repeats), desc=label, disable=None, leave=False):
+        for name, call in calls.items():
+            samples[name].append(timed(call))
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def topk_stage(pre: Tensor, k: int) -> dict[str, Callable[[], Any]]:
+    """The selection alone, on given pre-activations."""
+    calls: dict[str, Callable[[], Any]] = {"torch.topk": lambda: torch.topk(pre, k)}
+    if _dispatch.missing("cpp") is None:
+        calls = {"cpp": lambda: torch.ops.clipsteer_cpp.topk(pre, k), **calls}
+    return calls
+
+
+def dictionary_gradient(B: int, d: int, n: int, k: int) -> dict[str, Callable[[], Any]]:
+    """dW of a decoder in every way there is: (B, k) codes and (B, d) gradients into (n, d)."""
+    g = torch.Generator().manual_seed(0)
+    acts, rows = torch.rand(B, k, generator=g), torch.randn(B, d, generator=g)
+    indices = torch.randint(0, n, (B, k), generator=g)
+    buffer, bias = torch.empty(n, d), torch.empty(n)
+    code = torch.zeros(B, n).scatter_add_(1, indices, acts)
+
+    def row_sparse() -> Tensor:
+        features, compact = torch.unique(indices, return_inverse=True)
+        values, _ = torch.ops.clipsteer_cpp.sparse_outer(acts, compact, rows, features.numel())
+        return torch.sparse_coo_tensor(features[None], values, (n, d), is_coalesced=True, check_invariants=False)
+
+    products = (acts.unsqueeze(-1) * rows.unsqueeze(1)).flatten(0, 1)
+    calls: dict[str, Callable[[], Any]] = {
+        "dense torch": lambda: torch.zeros(n, d).index_add_(0, indices.flatten(), products),
+        "dense torch, kept": lambda: buffer.zero_().index_add_(0, indices.flatten(), products),
+        "dense matmul": lambda: code.T @ rows,
+    }
+    if _dispatch.missing("cpp") is None:
+        ours = {
+            "kept buffer": lambda: torch.ops.clipsteer_cpp.sparse_outer_out(acts, indices, rows, buffer, bias),
+            "row-sparse": row_sparse,
+            "fresh": lambda: torch.ops.clipsteer_cpp.sparse_outer(acts, indices, rows, n),
+        }
+        calls = ours | calls
+    return calls
+
+
+def stages(repeats: int) -> list[dict[str, Any]]:
+    """The parts of a CPU training step that have goals of their own, at the main shape."""
+    records: list[dict[str, Any]] = []
+    pre = torch.randn(256, 49152, generator=torch.Generator().manual_seed(0))
+    cases = [("topk stage", f"B256-k{k}", topk_stage(pre, k), "torch.topk") for k in (32, 64)]
+    cases.append(("dW", "B128-k32", dictionary_gradient(128, 768, 49152, 32), "dense torch"))
+    for op, label, calls, base in cases:
+        times = measure(calls, "cpu", repeats, op)
+        for name, seconds in times.items():
+            records.append({"op": op, "shape": label, "pass": "stage", "contender": name, "seconds": seconds, "speedup": times[base] / seconds, "baseline": base})  # fmt: skip
+    return records
+
+
+def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """The machine's measured rates, for the floors: operations/s of a large product, bytes/s of a large copy."""
+    timed = clock(device)
+    size = 1536 if device == "cpu" else 8192
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    source = torch.randn((64 if device == "cpu" else 1024) * 2**18, device=device)
+    target = torch.empty_like(source)
+    product = min(timed(lambda: a @ b) for _ in range(5))
+    copy = min(timed(lambda: target.copy_(source)) for _ in range(5))
+    return 2 * size**3 / product, 2 * source.numel() * 4 / copy
+
+
+def run(
+    ops: list[str] | None = None,
+    backends: list[str] | None = None,
+    *,
+    shape: dict[str, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | None = None,
+    repeats: int = 7,
+    out: str | Path | None = None,
+) -> list[dict[str, Any]]:
+    """Time every op at its benchmark shapes (or at ``shape``), forward and forward + backward.
+
+    Returns one record per op × shape × pass × contender: median seconds, ratio of the first baseline's time to it
+    (``speedup``), the share of the floor, and for forward passes the peak extra memory in bytes. ``out`` names a
+    .json or .csv file to write.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rates, records = ceilings(device, dtype), []
+    for name in ops or list(REGISTRY):
+        if name not in REGISTRY:
+            raise ValueError(f"bench: op must be one of {sorted(REGISTRY)}, got {name!r}")
+        spec = REGISTRY[name]
+        for label, sizes in ({"given": shape} if shape else spec.bench_shapes).items():
+            drawn = spec.make(sizes, dtype, torch.Generator().manual_seed(0), 1.0, False)
+            inputs = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in drawn.items()}
+            calls = contenders(spec, inputs, backends or list(BACKENDS), device)
+            gate(spec, inputs, drawn, calls, device)
+            flops, bytes_ = spec.floor(sizes)
+            floor = max(flops / rates[0], bytes_ / rates[1])
+            memory = {n: extra_memory(c, device) for n, c in calls.items()}
+            forward = measure(calls, device, repeats, f"{name} {label}")
+            leaves = [inputs[n].requires_grad_() for n in spec.differentiable]
+            result = next(iter(calls.values()))()
+            grad = torch.randn_like(result[0] if isinstance(result, tuple) else result)
+            both = measure(
+                {n: backward(c, grad, leaves) for n, c in calls.items() if n != "torch.compile"},
+                device, max(3, repeats // 2), f"{name} {label} backward",
+            )  # fmt: skip
+            base = next(iter(spec.baselines))
+            for kind, times in (("forward", forward), ("forward+backward", both)):
+                for contender, seconds in times.items():
+                    record = {"op": name, "shape": label, **sizes, "pass": kind, "contender": contender}
+                    record |= {"seconds": seconds, "speedup": times[base] / seconds, "baseline": base}
+                    if kind == "forward":
+                        record |= {"floor_share": floor / seconds, "extra_bytes": memory[contender]}
+                    records.append(record)
+    if device == "cpu" and ops is None and shape is None:
+        records += stages(repeats)
+    if out is not None:
+        write(Path(out), records, device)
+    return records
+
+
+def gate(spec: Any, inputs: dict[str, Any], drawn: dict[str, Any], calls: dict[str, Callable], device: str) -> None:
+    """No time is taken of a wrong result: a few rows of every backend of ours are held to the bound first."""
+    rows = {n for n, v in drawn.items() if isinstance(v, Tensor) and v.dim() == 2 and not n.startswith("W_")}
+    few = {n: v[:8] if n in rows else v for n, v in drawn.items()}
+    for backend in set(calls) & set(BACKENDS):
+        cut = {n: v[:8] if n in rows else v for n, v in inputs.items()}
+        result = spec.function(**cut, backend=backend)
+        host = dict(zip(spec.outputs, (t.cpu() for t in (result if isinstance(result, tuple) else (result,)))))
+        worst = spec.check(few, host)
+        if max(worst.values()) > 1:
+            raise RuntimeError(f"bench: {backend} {spec.name} is wrong here, and is not timed: {worst}")
+
+
+def write(path: Path, records: list[dict[str, Any]], device: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        with open(path, "w", newline="") as file:
+            fields = list(dict.fromkeys(k for r in records for k in r))
+            writer = csv.DictWriter(file, fields)
+            writer.writeheader()
+            writer.writerows(records)
+    else:
+        path.write_text(json.dumps({"machine": machine(device), "records": records}, indent=1) + "\n")
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """``run``'s records as text."""
+    head = f"{'op':<14}{'shape':<10}{'pass':<18}{'contender':<20}{'ms':>10}{'speedup':>9}{'of floor':>10}{'extra MB':>10}"
+    lines = [head, "-" * len(head)]
+    for r in records:
+        share = f"{r['floor_share']:>9.0%}" if "floor_share" in r else " " * 9
+        extra = f"{r['extra_bytes'] / 2**20:>10.1f}" if "extra_bytes" in r else ""
+        lines.append(
+            f"{r['op']:<14}{r['shape']:<10}{r['pass']:<18}{r['contender']:<20}"
+            f"{1000 * r['seconds']:>10.2f}{r['speedup']:>8.2f}× {share}{extra}"
+        )
+    return "\n".join(lines)

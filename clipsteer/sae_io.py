@@ -1,0 +1,196 @@
+"""SAE folders: clipsteer's own, and those of SAELens, sparsify and ViT-Prisma, told apart by what lies in them.
+
+    clipsteer   cfg.json ("format": "clipsteer-sae"), model.safetensors     W_enc, W_dec (d_sae, d_in)
+    saelens     cfg.json, sae_weights.safetensors                           W_enc (d_in, d_sae), W_dec (d_sae, d_in)
+    sparsify    cfg.json, sae.safetensors                                   encoder.weight, W_dec (d_sae, d_in)
+    prisma      config.json or a config inside the .pt, *.pt                W_enc (d_in, d_sae), W_dec (d_sae, d_in)
+
+Every reader ends in ``_build``, which checks the weights against the configuration before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import clipsteer
+from clipsteer._files import FileFormatError, read_json, read_safetensors, refuse_nan, write_json, write_safetensors
+from clipsteer._prisma import read_prisma
+from clipsteer._sae_formats import (
+    SAELENS_FILE,
+    SPARSIFY_FILE,
+    Described,
+    export_saelens,
+    export_sparsify,
+    json_object,
+    read_saelens,
+    read_sparsify,
+)
+from clipsteer._sae_formats import open_clip_name as open_clip_name
+from clipsteer.sae import SAE
+
+_FORMAT, _FORMAT_VERSION = "clipsteer-sae", 1
+_OWN_FILE = "model.safetensors"
+_HUB_FILES = ("cfg.json", "config.json", _OWN_FILE, SAELENS_FILE, SPARSIFY_FILE, "weights.pt", "n_images_*.pt")
+_HUB = "hf-hub:"
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _build(path: Path, found: Described, dtype: torch.dtype | None) -> SAE:
+    """An SAE of these tensors, or FileFormatError. Keys that the architecture has no use for are passed over."""
+    try:
+        # on "meta" nothing is allocated, whatever sizes the file claims
+        sae = SAE(**found.config, device="meta", metadata=found.metadata)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise FileFormatError(f"{path}: {error}") from None
+    chosen: dict[str, Tensor] = {}
+    for name, wanted in sae.state_dict().items():
+        tensor = found.weights.get(name)
+        if not isinstance(tensor, Tensor):
+            raise FileFormatError(f"{path}: no tensor {name!r}; there are {sorted(map(str, found.weights))}")
+        if tensor.shape != wanted.shape or tensor.dtype not in _FLOATS:
+            raise FileFormatError(
+                f"{path}: {name} must be a floating tensor of shape {tuple(wanted.shape)}, "
+                f"got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        chosen[name] = tensor.detach()
+    refuse_nan(path, chosen)
+    dtype = dtype or chosen["W_enc"].dtype
+    sae.load_state_dict({name: tensor.to(dtype).contiguous() for name, tensor in chosen.items()}, assign=True)
+    return sae.requires_grad_(True).eval()
+
+
+def _read_own(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> Described:
+    path = folder / "cfg.json"
+    if cfg.get("format_version") != _FORMAT_VERSION:
+        raise FileFormatError(f"{path}: format_version {cfg.get('format_version')!r:.40}, this reads {_FORMAT_VERSION}")
+    names = ("d_in", "d_sae", "architecture", "k", "normalize", "apply_b_dec_to_input")
+    if missing := [name for name in names if name not in cfg]:
+        raise FileFormatError(f"{path}: no {missing[0]!r}")
+    if not isinstance(cfg["apply_b_dec_to_input"], bool):
+        raise FileFormatError(f"{path}: apply_b_dec_to_input must be true or false")
+    return Described({name: cfg[name] for name in names}, weights, json_object(path, cfg.get("metadata", {})))
+
+
+_READERS = {
+    "clipsteer": (_OWN_FILE, _read_own),
+    "saelens": (SAELENS_FILE, read_saelens),
+    "sparsify": (SPARSIFY_FILE, read_sparsify),
+}
+_WRITERS = {"saelens": (SAELENS_FILE, export_saelens), "sparsify": (SPARSIFY_FILE, export_sparsify)}
+
+
+def detect(folder: str | Path) -> str:
+    """ "clipsteer", "saelens", "sparsify" or "prisma". Raises FileNotFoundError or FileFormatError."""
+    folder = Path(folder)
+    if folder.is_file() and folder.suffix == ".pt":
+        return "prisma"
+    if not folder.exists():
+        hint = f"; for the hub write {_HUB + str(folder)!r}" if str(folder).count("/") == 1 else ""
+        raise FileNotFoundError(f"no SAE at {folder}{hint}")
+    if (folder / "cfg.json").is_file():
+        cfg = json_object(folder / "cfg.json", read_json(folder / "cfg.json"))
+        if cfg.get("format") == _FORMAT:
+            return "clipsteer"
+        for name, found in ((SAELENS_FILE, "saelens"), (SPARSIFY_FILE, "sparsify")):
+            if (folder / name).is_file():
+                return found
+    elif folder.is_dir() and any(folder.glob("*.pt")):
+        return "prisma"
+    raise FileFormatError(
+        f"{folder}: no SAE in here; looked for cfg.json with {_OWN_FILE} (clipsteer), {SAELENS_FILE} (SAELens) or "
+        f"{SPARSIFY_FILE} (sparsify), and for *.pt (ViT-Prisma)"
+    )
+
+
+def parse_hub(path: str) -> tuple[str, str]:
+    """ "hf-hub:org/repo/sub/folder" -> ("org/repo", "sub/folder"). Raises ValueError."""
+    parts = path.removeprefix(_HUB).split("/")
+    if len(parts) < 2 or not all(parts) or any(part in (".", "..") for part in parts):
+        raise ValueError(
+            f"SAE.from_pretrained: expected 'hf-hub:org/repo' or 'hf-hub:org/repo/subfolder', got {path!r}"
+        )
+    return "/".join(parts[:2]), "/".join(parts[2:])
+
+
+def _download(path: str) -> Path:
+    repo, subfolder = parse_hub(path)
+    alternative = f"download the folder by hand and pass its path in place of {path!r}"
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise RuntimeError(f"reading {path!r} needs huggingface_hub; install it, or {alternative}") from error
+    patterns = [str(PurePosixPath(subfolder, name)) for name in _HUB_FILES]
+    try:
+        root = snapshot_download(repo, allow_patterns=patterns)
+    except Exception as error:
+        raise RuntimeError(f"the hub did not give {repo!r} ({type(error).__name__}: {error}); {alternative}") from error
+    folder = Path(root) / subfolder
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the hub repository {repo!r} has no SAE in {subfolder!r}")
+    return folder
+
+
+def load(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> SAE:
+    """See ``SAE.from_pretrained``."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"SAE.from_pretrained: dtype must be a floating type, got {dtype}")
+    folder = _download(path) if isinstance(path, str) and path.startswith(_HUB) else Path(path)
+    kind = detect(folder)
+    if kind == "prisma":
+        found = read_prisma(folder)
+    else:
+        name, reader = _READERS[kind]
+        cfg = json_object(folder / "cfg.json", read_json(folder / "cfg.json"))
+        found = reader(folder, cfg, read_safetensors(folder / name))
+    return _build(folder, found, dtype).to(device)
+
+
+def _own_metadata(sae: SAE) -> dict[str, Any]:
+    metadata = {**sae.metadata, "clipsteer_version": clipsteer.__version__}
+    # anything that is not JSON shows here, before a file is touched
+    return json.loads(json.dumps(metadata, allow_nan=False))
+
+
+def _checked_weights(sae: SAE) -> dict[str, Tensor]:
+    weights = {name: tensor.detach().cpu() for name, tensor in sae.state_dict().items()}
+    if broken := [name for name, tensor in weights.items() if bool(tensor.isnan().any())]:
+        raise ValueError(f"SAE: {', '.join(broken)} hold NaN; such a file could not be loaded again")
+    return weights
+
+
+def save(sae: SAE, directory: str | Path) -> Path:
+    """See ``SAE.save_pretrained``."""
+    directory, weights, metadata = Path(directory), _checked_weights(sae), _own_metadata(sae)
+    directory.mkdir(parents=True, exist_ok=True)
+    head = {"format": _FORMAT, "format_version": _FORMAT_VERSION}
+    dtype = str(sae.W_enc.dtype).removeprefix("torch.")
+    text = {key: value for key, value in metadata.items() if isinstance(value, str)}
+    write_safetensors(directory / _OWN_FILE, weights, text)
+    write_json(directory / "cfg.json", {**head, **sae.config, "dtype": dtype, "metadata": metadata})
+    return directory
+
+
+def export(sae: SAE, directory: str | Path, format: str) -> Path:
+    """Write the SAE for another library: ``format`` is "saelens" or "sparsify".
+
+    SAELens takes every architecture; batch_topk becomes the jumprelu it is at inference. sparsify takes topk without
+    normalisation; apply_b_dec_to_input=False is folded into the encoder's bias.
+
+    Raises:
+        ValueError: a format that cannot say what this SAE does, an unknown format, NaN among the weights.
+    """
+    if format not in _WRITERS:
+        raise ValueError(f"export: format must be one of {tuple(_WRITERS)}, got {format!r}")
+    name, writer = _WRITERS[format]
+    weights = _checked_weights(sae)
+    cfg = writer(sae, weights, _own_metadata(sae))
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_safetensors(directory / name, weights)
+    write_json(directory / "cfg.json", cfg)
+    return directory

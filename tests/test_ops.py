@@ -1,0 +1,445 @@
+"""What every op promises, generated from the registry. A new op is covered by its SPEC alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from clipsteer import ops, testing
+from clipsteer.ops import REGISTRY, _dispatch
+from clipsteer.ops._dispatch import spec_errors
+
+ON_CPU = [
+    (name, backend, dtype)
+    for name in REGISTRY
+    for backend in ("reference", "cpp")
+    for dtype in testing.supported(backend)
+]
+LIGHT = [(name, backend) for name in REGISTRY for backend in ("reference", "cpp") if testing.supported(backend)]
+
+
+def label(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def small(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, shape: int = 0) -> dict:
+    spec = REGISTRY[name]
+    return spec.make(spec.shapes[shape], dtype, torch.Generator().manual_seed(seed), 1.0, False)
+
+
+def outputs(name: str, inputs: dict, **options) -> tuple[Tensor, ...]:
+    result = REGISTRY[name].function(**inputs, **options)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def with_grad(name: str, inputs: dict) -> dict:
+    return {n: v.clone().requires_grad_(n in REGISTRY[name].differentiable) if isinstance(v, Tensor) else v for n, v in inputs.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("prop", testing.PROPERTIES)
+@pytest.mark.parametrize(("name", "backend", "dtype"), ON_CPU, ids=label)
+def test_property(name, backend, dtype, prop):
+    @given(testing.cases(backend, dtype, REGISTRY[name]))
+    def holds(case):
+        errors = testing.PROPERTIES[prop](case)
+        assert all(error <= 1 for error in errors.values()), errors
+
+    holds()
+
+
+@pytest.mark.parametrize(("name", "backend"), LIGHT)
+@pytest.mark.parametrize("shape", range(8))
+def test_every_edge_shape(name, backend, shape):
+    errors = spec_errors(REGISTRY[name], REGISTRY[name].shapes[shape], torch.float32, seed=shape, backend=backend)
+    assert all(error <= 1 for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_reference_has_first_and_second_derivatives(name):
+    spec = REGISTRY[name]
+    inputs = spec.make({"B": 3, "d": 4, "n": 9, "k": 3}, torch.float64, torch.Generator().manual_seed(1), 1.0, False)
+    fixed = {n: v for n, v in inputs.items() if n not in spec.differentiable}
+
+    def smooth(*tensors):
+        result = spec.reference(**fixed, **dict(zip(spec.differentiable, tensors)))
+        return result[0] if isinstance(result, tuple) else result
+
+    free = [inputs[n].requires_grad_() for n in spec.differentiable]
+    assert torch.autograd.gradcheck(smooth, free)
+    assert torch.autograd.gradgradcheck(smooth, free)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_fast_path_has_first_and_second_derivatives(name):
+    spec = REGISTRY[name]
+    if not testing.supported("cpp"):
+        pytest.skip("the C++ library is not built")
+    inputs = spec.make({"B": 3, "d": 4, "n": 9, "k": 3}, torch.float64, torch.Generator().manual_seed(1), 1.0, False)
+    fixed = {n: v for n, v in inputs.items() if n not in spec.differentiable}
+
+    def smooth(*tensors):
+        result = spec.function(**fixed, **dict(zip(spec.differentiable, tensors)), backend="cpp")
+        return result[0] if isinstance(result, tuple) else result
+
+    free = [inputs[n].requires_grad_() for n in spec.differentiable]
+    assert torch.autograd.gradcheck(smooth, free)
+    assert torch.autograd.gradgradcheck(smooth, free)
+
+
+@pytest.mark.parametrize(("name", "backend"), LIGHT)
+def test_each_subset_of_requires_grad(name, backend):
+    spec, inputs = REGISTRY[name], small(name)
+    full = with_grad(name, inputs)
+    result = outputs(name, full, backend=backend)[0]
+    expected = dict(zip(spec.differentiable, torch.autograd.grad(result.sum(), [full[n] for n in spec.differentiable])))
+    for bits in range(1, 2 ** len(spec.differentiable)):
+        chosen = [n for i, n in enumerate(spec.differentiable) if bits >> i & 1]
+        some = {n: v.clone().requires_grad_(n in chosen) if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in inputs.items()}  # fmt: skip
+        outputs(name, some, backend=backend)[0].sum().backward()
+        for n in spec.differentiable:
+            assert (some[n].grad is None) == (n not in chosen)
+            if n in chosen:
+                torch.testing.assert_close(some[n].grad, expected[n], rtol=0, atol=0)
+    plain = outputs(name, inputs, backend=backend)[0]
+    assert not plain.requires_grad
+
+
+@pytest.mark.parametrize(("name", "backend"), LIGHT)
+def test_leading_shapes_and_optional_bias(name, backend):
+    spec, inputs = REGISTRY[name], small(name, shape=1)
+    rows = [n for n, v in inputs.items() if isinstance(v, Tensor) and v.shape[0] == spec.shapes[1]["B"]]
+    flat = outputs(name, inputs, backend=backend)
+    lifted = outputs(name, {n: v.view(3, 11, -1) if n in rows else v for n, v in inputs.items()}, backend=backend)
+    for a, b in zip(flat, lifted):
+        assert b.shape == (3, 11, a.shape[-1])
+        assert torch.equal(b.flatten(0, 1), a)
+    one = outputs(name, {n: v[0] if n in rows else v for n, v in inputs.items()}, backend=backend)
+    assert all(b.shape == a.shape[1:] for a, b in zip(flat, one))
+    bias = next(n for n in inputs if n.startswith("b_"))
+    without = outputs(name, {**inputs, bias: None}, backend=backend)
+    zero = outputs(name, {**inputs, bias: torch.zeros_like(inputs[bias])}, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(without, zero))
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_determinism_and_thread_count(name):
+    """50 repeats with changing thread counts: our own sums (decode, dictionary gradients) do not move by a bit."""
+    if not testing.supported("cpp"):
+        pytest.skip("the C++ library is not built")
+    spec = REGISTRY[name]
+    inputs = spec.make({"B": 70, "d": 40, "n": 300, "k": 9}, torch.float32, torch.Generator().manual_seed(3), 1.0, False)  # fmt: skip
+    before, first = torch.get_num_threads(), None
+    try:
+        for repeat in range(50):
+            torch.set_num_threads(1 + repeat % 4)
+            live = with_grad(name, inputs)
+            result = outputs(name, live, backend="cpp")[0]
+            grads = torch.autograd.grad(result.square().sum(), [live[n] for n in spec.differentiable])
+            got = [result.detach(), *grads]
+            if name == "topk_encode":  # its forward contains torch's GEMM, which repeats at a fixed thread count only
+                fixed = torch.ones_like(result)
+                got = list(torch.autograd.grad(outputs(name, live, backend="cpp")[0], [live[n] for n in spec.differentiable], fixed))  # fmt: skip
+            first = first or got
+            assert all(torch.equal(a, b) for a, b in zip(first, got))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_power_of_two_scaling_is_exact(name):
+    inputs = small(name)
+    first = REGISTRY[name].differentiable[0]
+    bias = next(n for n in inputs if n.startswith("b_"))
+    scaled = {**inputs, first: inputs[first] * 8, bias: inputs[bias] * 8}
+    for a, b in zip(outputs(name, inputs), outputs(name, scaled)):
+        assert torch.equal(a * 8 if a.is_floating_point() else a, b)
+
+
+def test_permuting_rows_and_features():
+    inputs = small("topk_encode")
+    acts, indices = ops.topk_encode(**inputs)
+    order = torch.randperm(inputs["W_enc"].shape[0], generator=torch.Generator().manual_seed(0))
+    permuted = {**inputs, "W_enc": inputs["W_enc"][order], "b_enc": inputs["b_enc"][order]}
+    acts_p, indices_p = ops.topk_encode(**permuted)
+    live = acts > 0
+    bound = 2 * (inputs["x"].shape[1] + 2) * 2.0**-24 * (inputs["x"].abs() @ inputs["W_enc"].abs().T + inputs["b_enc"].abs()).max()  # fmt: skip
+    assert (acts - acts_p).abs().max() <= bound
+    assert torch.equal(torch.where(live, order[indices_p], -1), torch.where(live, indices, -1))
+
+
+def test_k_equal_d_sae_is_the_dense_autoencoder():
+    x, W, b, _ = small("topk_encode", torch.float64).values()
+    acts, indices = ops.topk_encode(x, W, b, k=W.shape[0])
+    dense = torch.relu(x @ W.T + b)
+    torch.testing.assert_close(torch.zeros_like(dense).scatter(-1, indices, acts), dense, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(ops.sparse_decode(acts, indices, W), dense @ W, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_duplicate_and_constant_inputs(name):
+    inputs = small(name)
+    if name == "sparse_decode":
+        same = {**inputs, "indices": torch.full_like(inputs["indices"], 3)}
+        expected = inputs["acts"].double().sum(-1, keepdim=True) * inputs["W_dec"][3].double() + inputs["b_dec"].double()
+        assert REGISTRY[name].check(same, {"x_hat": ops.sparse_decode(**same)})["x_hat"] <= 1
+        torch.testing.assert_close(ops.sparse_decode(**same).double(), expected, rtol=1e-5, atol=1e-5)
+    else:
+        acts, indices = ops.topk_encode(inputs["x"], torch.zeros_like(inputs["W_enc"]), k=5)
+        assert torch.equal(indices, torch.arange(5).expand_as(indices))
+        assert not acts.any()
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("sparse", [False, True], ids=["buffer", "row-sparse"])
+def test_kept_buffer_and_row_sparse_gradients_equal_the_fresh_one(name, sparse):
+    if not testing.supported("cpp"):
+        pytest.skip("the C++ library is not built")
+    weight = next(n for n in REGISTRY[name].differentiable if n.startswith("W_"))
+    inputs = small(name)
+    fresh, kept = with_grad(name, inputs), with_grad(name, inputs)
+    outputs(name, fresh)[0].square().sum().backward()
+    buffer = torch.full_like(inputs[weight], float("nan"))
+    options = {"sparse_grad": True} if sparse else {"grad_buffer": buffer}
+    outputs(name, kept, **options)[0].square().sum().backward()
+    if sparse:
+        assert kept[weight].grad.is_sparse
+        assert torch.equal(kept[weight].grad.to_dense(), fresh[weight].grad)
+    else:
+        assert kept[weight].grad.data_ptr() == buffer.data_ptr()
+        assert torch.equal(buffer, fresh[weight].grad)
+    for n in REGISTRY[name].differentiable:
+        if n != weight:
+            assert torch.equal(kept[n].grad, fresh[n].grad)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_autocast_casts_like_linear(name):
+    inputs = with_grad(name, small(name))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = outputs(name, inputs)[0]
+    assert result.dtype == torch.bfloat16
+    result.float().sum().backward()
+    assert all(inputs[n].grad.dtype == torch.float32 for n in REGISTRY[name].differentiable)
+    narrow = {n: v.bfloat16() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in small(name).items()}
+    assert torch.equal(result, outputs(name, narrow)[0])
+
+
+@pytest.mark.parametrize(("name", "backend"), LIGHT)
+def test_compiles_to_one_graph_with_dynamic_shapes(name, backend):
+    torch._dynamo.reset()
+
+    def step(**kwargs):
+        return REGISTRY[name].function(**kwargs, backend=backend)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in (0, 1):
+        inputs = with_grad(name, small(name, shape=shape))
+        again = with_grad(name, small(name, shape=shape))
+        eager = outputs(name, inputs, backend=backend)
+        graph = compiled(**again)
+        graph = graph if isinstance(graph, tuple) else (graph,)
+        assert all(torch.equal(a, b) for a, b in zip(eager, graph))
+        eager[0].square().sum().backward()
+        graph[0].square().sum().backward()
+        for n in REGISTRY[name].differentiable:
+            torch.testing.assert_close(inputs[n].grad, again[n].grad, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REGISTRY)
+def test_inductor_equals_eager(name):
+    torch._dynamo.reset()
+    inputs = small(name)
+    compiled = torch.compile(REGISTRY[name].function, fullgraph=True)
+    graph = compiled(**inputs)
+    graph = graph if isinstance(graph, tuple) else (graph,)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(name, inputs), graph))
+
+
+LOW_LEVEL = {
+    "topk_encode": lambda t: (t["x"], t["W"], t["b_n"], 4),
+    "sparse_decode": lambda t: (t["acts"], t["indices"], t["W"], t["b_d"]),
+    "gather_dot": lambda t: (t["x"], t["indices"], t["W"]),
+    "sparse_outer": lambda t: (t["acts"], t["indices"], t["x"], 17),
+    "sparse_outer_out": lambda t: (t["acts"], t["indices"], t["x"], t["W"], t["b_n"]),
+}
+
+
+@pytest.mark.parametrize("op", _dispatch.SCHEMAS)
+def test_opcheck(op):
+    if not testing.supported("cpp"):
+        pytest.skip("the C++ library is not built")
+    g = torch.Generator().manual_seed(0)
+    t = {"x": torch.randn(6, 10, generator=g), "W": torch.randn(17, 10, generator=g), "b_n": torch.randn(17, generator=g)}  # fmt: skip
+    t |= {"acts": torch.randn(6, 4, generator=g), "b_d": torch.randn(10, generator=g)}
+    t["indices"] = torch.randint(17, (6, 4), generator=g)
+    torch.library.opcheck(
+        getattr(torch.ops.clipsteer_cpp, op).default,
+        LOW_LEVEL[op](t),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
+def mistakes():
+    x, W, b = torch.zeros(4, 6), torch.zeros(9, 6), torch.zeros(9)
+    acts, indices = torch.zeros(4, 2), torch.zeros(4, 2, dtype=torch.int64)
+    yield ValueError, "x must be of shape", lambda: ops.topk_encode(x[:, :5], W, b, k=2)
+    yield ValueError, "b_enc must be of shape", lambda: ops.topk_encode(x, W, b[:5], k=2)
+    yield ValueError, "k must be in", lambda: ops.topk_encode(x, W, b, k=0)
+    yield ValueError, "k must be in", lambda: ops.topk_encode(x, W, b, k=10)
+    yield TypeError, "k must be an int", lambda: ops.topk_encode(x, W, b, k=2.0)
+    yield TypeError, "dtype", lambda: ops.topk_encode(x, W.double(), b, k=2)
+    yield TypeError, "tensor", lambda: ops.topk_encode([1.0], W, b, k=2)
+    yield TypeError, "floating", lambda: ops.topk_encode(x.long(), W, b, k=2)
+    yield ValueError, "device", lambda: ops.topk_encode(x, W.to("meta"), b, k=2)
+    yield ValueError, "backend must be one of", lambda: ops.topk_encode(x, W, b, k=2, backend="fast")
+    yield ValueError, "acts must be of indices' shape", lambda: ops.sparse_decode(acts[:, :1], indices, W)
+    yield TypeError, "indices must be int64", lambda: ops.sparse_decode(acts, indices.int(), W)
+    yield ValueError, r"indices must be in \[0, 9\)", lambda: ops.sparse_decode(acts, indices + 9, W)
+    yield ValueError, r"indices must be in \[0, 9\)", lambda: ops.sparse_decode(acts, indices - 1, W)
+    yield ValueError, "b_dec must be of shape", lambda: ops.sparse_decode(acts, indices, W, b)
+    yield ValueError, "grad_buffer", lambda: ops.sparse_decode(acts, indices, W, grad_buffer=W[:3])
+    yield RuntimeError, "cannot run", lambda: ops.sparse_decode(acts, indices, W, backend="cuda")
+
+
+@pytest.mark.parametrize("number", range(len(list(mistakes()))))
+def test_mistakes_are_named(number):
+    error, message, call = list(mistakes())[number]
+    if number == len(list(mistakes())) - 1 and torch.cuda.is_available():
+        pytest.skip("a GPU is there")
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_kernels_check_indices_themselves():
+    if not testing.supported("cpp"):
+        pytest.skip("the C++ library is not built")
+    acts, W = torch.zeros(4, 2), torch.zeros(9, 6)
+    for bad in (9, -1, 2**40):
+        indices = torch.full((4, 2), bad)
+        for op, args in (
+            ("sparse_decode", (acts, indices, W, None)),
+            ("gather_dot", (torch.zeros(4, 6), indices, W)),
+            ("sparse_outer", (acts, indices, torch.zeros(4, 6), 9)),
+        ):
+            with pytest.raises((RuntimeError, ValueError, IndexError), match=str(bad)):
+                _dispatch.call("cpp", op, *args)
+
+
+def test_explain_and_environment(monkeypatch):
+    x = torch.zeros(2, 3)
+    told = ops.explain("topk_encode", x, x)
+    assert [s.backend for s in told] == list(ops.BACKENDS)
+    assert all(s.usable or s.reason for s in told)
+    assert sum("chosen by auto" in s.reason for s in told) == 1
+    with pytest.raises(ValueError, match="op must be one of"):
+        ops.explain("nothing")
+    monkeypatch.setenv("CLIPSTEER_BACKEND", "reference")
+    assert _dispatch.choose("topk_encode", "auto", x) == "reference"
+    monkeypatch.setenv("CLIPSTEER_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        ops.topk_encode(x, x, k=1)
+
+
+def test_gpu_kernels_must_pass_their_self_check(monkeypatch):
+    """A backend whose self-check fails is warned about once and not chosen; one that passes is."""
+    monkeypatch.setattr(_dispatch, "unusable", lambda backend, device, dtype: None)
+    verdicts = {"triton": "self-check failed", "cuda": None}
+    monkeypatch.setattr(_dispatch, "self_check", lambda op, backend, device, dtype: verdicts[backend])
+    _dispatch._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="triton topk_encode is not trusted"):
+        assert _dispatch.resolve("topk_encode", "auto", "cuda", 0, torch.float32) == "cuda"
+    verdicts["cuda"] = "wrong"
+    with pytest.warns(RuntimeWarning, match="cuda topk_encode is not trusted"):
+        assert _dispatch.resolve("topk_encode", "auto", "cuda", 0, torch.float32) == "reference"
+    _dispatch._warn_once.cache_clear()
+
+
+def test_self_check_finds_a_wrong_kernel(monkeypatch):
+    spec, real = REGISTRY["sparse_decode"], _dispatch.spec_errors
+    _dispatch.self_check.cache_clear()
+    assert _dispatch.self_check("sparse_decode", "reference", torch.device("cpu"), torch.float32) is None
+    _dispatch.self_check.cache_clear()
+    import dataclasses
+
+    wrong = dataclasses.replace(spec, function=lambda **kw: spec.function(**kw) * (1 + 1e-4))
+    monkeypatch.setattr(_dispatch, "spec_errors", lambda s, *a, **kw: real(wrong, *a, **kw))
+    assert "failed" in _dispatch.self_check("sparse_decode", "reference", torch.device("cpu"), torch.float32)
+    _dispatch.self_check.cache_clear()
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_bounds_catch_planted_bugs(name):
+    """One wrong element, a dropped term and a swapped winner all exceed the bound."""
+    spec, inputs = REGISTRY[name], small(name)
+    good = dict(zip(spec.outputs, outputs(name, inputs)))
+    assert max(spec.check(inputs, good).values()) <= 1
+    first = spec.outputs[0]
+    bad = {**good, first: good[first].clone()}
+    bad[first].view(-1)[0] *= 1 + 1e-3
+    assert max(spec.check(inputs, bad).values()) > 1
+    if name == "sparse_decode":
+        dropped = {**inputs, "acts": inputs["acts"].clone()}
+        dropped["acts"][0, 0] = 0
+        assert max(spec.check(inputs, {"x_hat": ops.sparse_decode(**dropped)}).values()) > 1
+    else:
+        swapped = good["indices"].clone()
+        loser = next(i for i in range(inputs["W_enc"].shape[0]) if i not in swapped[0].tolist())
+        swapped[0, 0] = loser
+        assert max(spec.check(inputs, {**good, "indices": swapped}).values()) > 1
+
+
+INTERPRETED = """
+import sys, torch
+from clipsteer import testing
+rows = testing.validate(backends=["triton"], cases=60)
+print(testing.table(rows))
+sys.exit(any(r.verdict != "pass" for r in rows) or len(rows) < 4)
+"""
+
+
+@pytest.mark.slow
+def test_triton_in_the_interpreter():
+    """The same properties on interpreted kernels, in a process of its own: the switch is read at import."""
+    pytest.importorskip("triton")
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+GPU = [(name, backend, dtype) for name in REGISTRY for backend in ("triton", "cuda") for dtype in _dispatch.DTYPES[backend]]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prop", testing.PROPERTIES)
+@pytest.mark.parametrize(("name", "backend", "dtype"), GPU, ids=label)
+def test_property_on_gpu(name, backend, dtype, prop):
+    if (reason := _dispatch.missing(backend)) is not None:
+        pytest.skip(reason)
+
+    @given(testing.cases(backend, dtype, REGISTRY[name], "cuda"))
+    def holds(case):
+        errors = testing.PROPERTIES[prop](case)
+        assert all(error <= 1 for error in errors.values()), errors
+
+    holds()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", REGISTRY)
+def test_gpu_graph_capture_needs_no_synchronisation(name):
+    inputs = {n: v.cuda() if isinstance(v, Tensor) else v for n, v in small(name).items()}
+    for _ in range(3):
+        eager = outputs(name, inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = outputs(name, inputs)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(eager, captured))

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import clipsteer
+from clipsteer import SAE, SAESteering, VectorSteering, steer
+from clipsteer.sae import ARCHITECTURES, NORMALIZATIONS
+
+WIDTH, LAYERS, TOKENS = 32, 3, 5
+BLOCK = "visual.transformer.resblocks.1"
+
+
+def make_sae(architecture="topk", normalize="none", d_in=WIDTH, dtype=torch.float64, seed=0) -> SAE:
+    torch.manual_seed(seed)
+    sae = SAE(d_in, 48, architecture, k=6, normalize=normalize, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            if name.startswith("b_") or name == "r_mag":
+                parameter.normal_(0, 0.1)
+        if architecture in ("jumprelu", "batch_topk"):
+            sae.threshold.fill_(0.2)
+    return sae.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    import open_clip
+
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "layers": LAYERS, "width": WIDTH, "head_width": 16, "patch_size": 16}
+    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+    return open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text).eval()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def block_output(model, images, name=BLOCK):
+    seen = []
+    hook = model.get_submodule(name).register_forward_hook(lambda m, i, o: seen.append(o.clone()))
+    try:
+        with torch.no_grad():
+            model.encode_image(images)
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_equals_decoding_edited_activations_plus_error(architecture, normalize):
+    sae = make_sae(architecture, normalize)
+    x = 3 * torch.randn(4, 7, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) + 0.5
+    with torch.no_grad():
+        stats, acts = sae(x).stats, sae.encode(x)
+        busy = acts.flatten(0, -2).sum(0).argsort(descending=True).tolist()
+        strengths = {busy[0]: 5.0, busy[1]: 0.0, busy[2]: 1.5, busy[-1]: 2.0}
+        edited = acts.clone()
+        for feature, strength in strengths.items():
+            edited[..., feature] = strength
+        expected = sae.decode(edited, stats) + (x - sae(x).x_hat)
+        steered = SAESteering(sae, strengths).apply(x)
+    assert (acts[..., busy[1]] > 0).any()
+    torch.testing.assert_close(steered, expected, rtol=1e-12, atol=1e-12)
+    assert (steered - x).abs().amax() > 0.1
+
+
+def test_zero_suppresses_and_present_strength_changes_nothing():
+    sae = make_sae("relu")
+    x = torch.randn(1, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    acts = sae.encode(x).detach()
+    feature = int(acts.argmax())
+    with torch.no_grad():
+        torch.testing.assert_close(SAESteering(sae, {feature: float(acts[0, feature])}).apply(x), x)
+        off = SAESteering(sae, {feature: 0.0}).apply(x)
+        on = SAESteering(sae, {feature: 9.0}).apply(x)
+    direction = sae.W_dec[feature].detach()
+    torch.testing.assert_close(off, x - acts[0, feature] * direction)
+    torch.testing.assert_close(on, x + (9.0 - acts[0, feature]) * direction)
+
+
+@pytest.mark.parametrize("tokens", ["all", "cls", "patches"])
+def test_hook_steers_the_named_tokens_and_no_other(model, images, tokens):
+    sae = make_sae("topk", "layer_norm", dtype=torch.float32)
+    clean = block_output(model, images)
+    steering = SAESteering(sae, {3: 20.0}, tokens=tokens)
+    with steer(model, {BLOCK: steering}) as handle, torch.no_grad():
+        assert handle.hook_points == [BLOCK]
+        got = block_output(model, images)
+        expected = steering.apply(clean)
+    where = {"all": slice(None), "cls": slice(0, 1), "patches": slice(1, None)}[tokens]
+    untouched = torch.ones(clean.shape[1], dtype=torch.bool)
+    untouched[where] = False
+    assert clean.shape == (3, TOKENS, WIDTH)
+    torch.testing.assert_close(got[:, where], expected[:, where])
+    assert torch.equal(got[:, untouched], clean[:, untouched])
+
+
+def test_model_is_bit_identical_afterwards_also_after_errors(model, images):
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    with torch.no_grad():
+        before = model.encode_image(images)
+        with steer(model, {BLOCK: SAESteering(make_sae(dtype=torch.float32), {1: 30.0})}):
+            during = model.encode_image(images)
+        with pytest.raises(ZeroDivisionError), steer(model, {BLOCK: VectorSteering(torch.ones(WIDTH), 3.0)}):
+            1 / 0  # noqa: B018
+        wrong = VectorSteering(torch.ones(WIDTH + 1))
+        with pytest.raises(ValueError, match=f"d_in = {WIDTH + 1}.*{WIDTH}"), steer(model, {BLOCK: wrong}):
+            model.encode_image(images)
+        after = model.encode_image(images)
+    assert torch.equal(before, after)
+    assert (during - before).abs().amax() > 1e-3
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
+
+def test_handle_stays_until_removed(model, images):
+    with torch.no_grad():
+        clean = model.encode_image(images)
+        handle = steer(model, {BLOCK: VectorSteering(torch.ones(WIDTH), 4.0)})
+        try:
+            assert not torch.equal(model.encode_image(images), clean)
+            assert not torch.equal(model.encode_image(images), clean)
+        finally:
+            handle.remove()
+        handle.remove()
+        assert torch.equal(model.encode_image(images), clean)
+
+
+def test_lists_apply_in_order_and_patterns_reach_every_match(model, images):
+    sae, vector = make_sae("relu", dtype=torch.float32), torch.linspace(-2, 2, WIDTH)
+    clean = block_output(model, images)
+    both = [VectorSteering(vector, 2.0), SAESteering(sae, {0: 4.0})]
+    with torch.no_grad(), steer(model, {BLOCK: both}):
+        got = block_output(model, images)
+        expected = both[1].apply(both[0].apply(clean))
+    torch.testing.assert_close(got, expected)
+    with torch.no_grad(), steer(model, {"visual.transformer.resblocks.?": VectorSteering(vector)}) as handle:
+        every = model.encode_image(images)
+    assert handle.hook_points == [f"visual.transformer.resblocks.{i}" for i in range(LAYERS)]
+    with torch.no_grad(), steer(model, {name: VectorSteering(vector) for name in handle.hook_points}):
+        torch.testing.assert_close(model.encode_image(images), every, rtol=0, atol=0)
+    with torch.no_grad(), steer(model, {BLOCK: VectorSteering(vector)}):
+        assert not torch.allclose(model.encode_image(images), every)
+
+
+def test_steering_lets_gradients_through(model, images):
+    vector = torch.zeros(WIDTH, requires_grad=True)
+    with steer(model, {BLOCK: VectorSteering(vector)}):
+        model.encode_image(images).square().sum().backward()
+    assert vector.grad.abs().sum() > 0
+    model.zero_grad()
+
+
+def test_half_precision_activations_keep_their_dtype():
+    sae = make_sae("relu", dtype=torch.float32)
+    x = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(4)).bfloat16()
+    with torch.no_grad():
+        out = SAESteering(sae, {5: 3.0}).apply(x)
+        exact = SAESteering(sae, {5: 3.0}).apply(x.float())
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, exact.bfloat16())
+    assert VectorSteering(torch.ones(WIDTH)).apply(x).dtype == torch.bfloat16
+
+
+def test_mistakes_are_explained(model):
+    sae, vector = make_sae(), torch.ones(WIDTH)
+    with pytest.raises(ValueError, match=r"resblocks\.9'.*near matches: visual\.transformer\.resblocks\.\d"):
+        steer(model, {"visual.transformer.resblocks.9": VectorSteering(vector)})
+    with pytest.raises(ValueError, match=r"\[0, 48\).*got 48"):
+        SAESteering(sae, {48: 1.0})
+    with pytest.raises(ValueError, match="got -1"):
+        SAESteering(sae, {-1: 1.0})
+    with pytest.raises(ValueError, match="finite"):
+        SAESteering(sae, {0: float("nan")})
+    with pytest.raises(ValueError, match="mapping"):
+        SAESteering(sae, {})
+    with pytest.raises(ValueError, match="tokens"):
+        SAESteering(sae, {0: 1.0}, tokens="class")
+    with pytest.raises(ValueError, match="shape"):
+        VectorSteering(torch.ones(2, 3))
+    with pytest.raises(TypeError, match="got SAE"):
+        steer(model, {BLOCK: sae})
+    with pytest.raises(ValueError, match="mapping"):
+        clipsteer.steer(model, {})
+    with pytest.raises(TypeError):
+        SAESteering(sae, {1.5: 1.0})
