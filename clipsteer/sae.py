@@ -121,7 +121,9 @@ class SAE(nn.Module):
             self.register_buffer("threshold", torch.empty(d_sae, **like))
         elif architecture == "batch_topk":
             self.register_buffer("threshold", torch.empty((), **like))
-        self.reset_parameters()
+        # the loader builds on "meta", where there is nothing to fill
+        if not self.W_enc.is_meta:
+            self.reset_parameters()
 
     def _checked_k(self, k: int | float | None) -> int | float | None:
         if self.architecture not in ("topk", "batch_topk"):
@@ -170,7 +172,8 @@ class SAE(nn.Module):
         if self.normalize == "layer_norm":
             mean = x.mean(-1, keepdim=True)
             x = x - mean
-            scale = x.std(-1, keepdim=True)
+            # the unbiased standard deviation; as a norm its gradient at no spread is 0, not NaN
+            scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / (self.d_in - 1) ** 0.5
             return (x / (scale + _LAYER_NORM_EPS)).to(self.W_enc.dtype), InputStats(mean, scale)
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / self.d_in**0.5
         return (x / scale.clamp_min(torch.finfo(wide).tiny)).to(self.W_enc.dtype), InputStats(None, scale)

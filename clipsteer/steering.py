@@ -9,7 +9,6 @@ SAE does not explain stays in place. Everything runs in forward hooks; no weight
 
 from __future__ import annotations
 
-import difflib
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +47,7 @@ class SAESteering:
         sae: an autoencoder trained at the hook point it is used at.
         strengths: feature index in [0, d_sae) -> wanted activation, in the units of ``sae.encode``; 0 suppresses.
             A feature's usual range is what ``sae.encode`` gives on images that show it.
-        tokens: "all" positions, the class token alone ("cls": position 0), or "patches" (positions 1 …).
+        tokens: "all" positions, the class token alone ("cls"), or "patches" (what follows class and register tokens).
 
     Only the steered features are encoded, except that for ``architecture="topk"`` a feature's activation depends on
     every other pre-activation: there f_i is the true top-k activation, which takes a full ``ops.topk_encode``.
@@ -118,20 +117,19 @@ class VectorSteering:
 Steering = SAESteering | VectorSteering
 
 
-def _positions(steering: Steering, x: Tensor) -> Tensor:
+def _positions(steering: Steering, x: Tensor, prefix: int) -> Tensor:
     """Steer the positions that ``steering.tokens`` names; the others keep their bits. x: (B, T, d)."""
     if steering.tokens == "all":
         return steering.apply(x)
-    head, tail = x[:, :1], x[:, 1:]
     if steering.tokens == "cls":
-        return torch.cat([steering.apply(head), tail], dim=1)
-    return torch.cat([head, steering.apply(tail)], dim=1)
+        return torch.cat([steering.apply(x[:, :1]), x[:, 1:]], dim=1)
+    return torch.cat([x[:, :prefix], steering.apply(x[:, prefix:])], dim=1)
 
 
-def _compose(steerings: Sequence[Steering]) -> Callable[[Tensor], Tensor]:
+def _compose(steerings: Sequence[Steering], prefix: int) -> Callable[[Tensor], Tensor]:
     def apply(x: Tensor) -> Tensor:
         for steering in steerings:
-            x = _positions(steering, x)
+            x = _positions(steering, x, prefix)
         return x
 
     return apply
@@ -170,35 +168,31 @@ def steer(model: nn.Module, steerings: Mapping[str, Steering | Sequence[Steering
         a ``SteeringHandle``: use it in a ``with`` statement, or keep it and call ``remove()``.
 
     Raises:
-        ValueError: a pattern that matches no module (near matches are named); at the next forward pass, an SAE or a
-            vector whose width is not that of the hook point.
+        ValueError: a pattern that matches no module (near matches are named), "cls" or "patches" where there is no
+            class token; at the next forward pass, an SAE or a vector whose width is not that of the hook point.
 
         >>> with clipsteer.steer(model, {"visual.transformer.resblocks.9": clipsteer.SAESteering(sae, {123: 50.0})}):
         ...     image_features = model.encode_image(images)
     """
-    from clipsteer.clip import apply_at, hook_points
+    from clipsteer.clip import _match, apply_at, class_tokens
 
     if not isinstance(steerings, Mapping) or not steerings:
         raise ValueError(f"steer: steerings must be a mapping {{hook point: steering}}, got {steerings!r}")
-    functions: dict[str, Callable[[Tensor], Tensor]] = {}
-    names: list[str] = []
+    chosen: dict[str, list[Steering]] = {}
     for pattern, given in steerings.items():
         listed = list(given) if isinstance(given, Sequence) else [given]
         for steering in listed:
             if not isinstance(steering, (SAESteering, VectorSteering)):
                 got = type(steering).__name__
                 raise TypeError(f"steer: {pattern!r} needs SAESteering or VectorSteering, got {got}")
-        matched = _matching(model, pattern, hook_points)
-        names += [name for name in matched if name not in names]
-        functions[pattern] = _compose(listed)
+        for name in _match("steer", model, pattern):
+            chosen.setdefault(name, []).extend(listed)
+    functions = {}
+    for name, listed in chosen.items():
+        prefix = class_tokens(model, name)
+        if prefix == 0 and (wanted := [s.tokens for s in listed if s.tokens != "all"]):
+            raise ValueError(f"steer: there is no class token at {name!r}; tokens must be 'all', got {wanted[0]!r}")
+        functions[name] = _compose(listed, prefix)
     with ExitStack() as stack:
         stack.enter_context(apply_at(model, functions))
-        return SteeringHandle(names, stack.pop_all())
-
-
-def _matching(model: nn.Module, pattern: str, hook_points: Callable[..., list[str]]) -> list[str]:
-    if matched := hook_points(model, pattern):
-        return matched
-    near = difflib.get_close_matches(pattern, hook_points(model), n=3, cutoff=0.5)
-    hint = f"; near matches: {', '.join(near)}" if near else ""
-    raise ValueError(f"steer: no module of the model matches hook point {pattern!r}{hint}")
+        return SteeringHandle(list(functions), stack.pop_all())

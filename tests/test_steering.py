@@ -189,3 +189,5 @@ def test_mistakes_are_explained(model):
         clipsteer.steer(model, {})
     with pytest.raises(TypeError):
         SAESteering(sae, {1.5: 1.0})
+    with pytest.raises(ValueError, match=r"no class token at 'transformer\.resblocks\.0'"):
+        steer(model, {"transformer.resblocks.0": VectorSteering(vector, tokens="patches")})
