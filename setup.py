@@ -96,15 +96,17 @@ def build_cuda(torch: Path, sources: list[Path], target: Path, folder: Path) -> 
     nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
     if not nvcc:
         raise RuntimeError("nvcc was not found (install the CUDA toolkit, or set CUDA_HOME)")
-    flags = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-lineinfo", "-DUSE_CUDA"]
+    host = f"-fPIC,-fvisibility=hidden,-ffile-prefix-map={ROOT}/=,-ffile-prefix-map={torch / 'include'}/="
+    flags = ["-std=c++20", "-O3", "-Xcompiler", host, "-lineinfo", "-DUSE_CUDA"]
     flags += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]
-    # Later devices compile this one when they first load it.
-    flags += ["-gencode=arch=compute_90,code=compute_90"]
+    # Other devices compile this one when they first load it.
+    flags += ["-gencode=arch=compute_80,code=compute_80"]
     flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-isystem", str(torch / "include")]
     objects = compile_all(sources, [nvcc, *flags], folder)
-    # torch has the CUDA runtime open; ours is linked in, so that nothing of CUDA is needed to open the library.
-    run([nvcc, "-shared", "-cudart=static", *objects, "-o", str(target), f"-L{torch / 'lib'}", "-Xlinker",
-         "--as-needed", "-ltorch_cpu", "-ltorch_cuda"])  # fmt: skip
+    # The CUDA runtime is linked in and nothing else of CUDA; torch's libraries are open already, as for C++.
+    torch_libraries = [f"-l{name}" for name in ("torch_cpu", "torch_cuda") if (torch / f"lib/lib{name}.so").exists()]
+    as_needed = ["-Xlinker", "--as-needed", f"-L{torch / 'lib'}", *torch_libraries]
+    run([nvcc, "-shared", "-cudart=static", *objects, "-o", str(target), *as_needed])
 
 
 LIBRARIES = {"clipsteer._C": ("*.cpp", build_cpp, "CPP"), "clipsteer._C_cuda": ("*.cu", build_cuda, "CUDA")}
@@ -155,7 +157,7 @@ setup(
         Extension(
             name,
             sources=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob(pattern))],
-            depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.h"))],
+            depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.*h"))],
             optional=True,
         )
         for name, (pattern, _, _) in LIBRARIES.items()

@@ -34,7 +34,9 @@ def test_forward(benchmark, name, label, contender):
     benchmark.pedantic(calls[contender], rounds=5, warmup_rounds=1)
 
 
-@pytest.mark.parametrize("way", ["kept buffer", "row-sparse", "fresh", "dense torch", "dense torch, kept", "dense matmul"])
+@pytest.mark.parametrize(
+    "way", ["kept buffer", "row-sparse", "fresh", "dense torch", "dense torch, kept", "dense matmul"]
+)
 @pytest.mark.benchmark(timer=time.process_time, group="dW, B = 128")
 def test_dictionary_gradient(benchmark, way):
     call = bench.dictionary_gradient(128, 768, 49152, 32)[way]

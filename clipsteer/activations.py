@@ -1,17 +1,16 @@
-"""Where an SAE's training tokens come from: a tensor, a resumable store on disk, or a CLIP model harvested on the fly.
+"""Activations of a CLIP model as training data: a resumable store of shards on disk, or the model run on the fly.
 
-Every source is a list of *groups* of rows, each small enough for memory. An epoch visits the groups in a permuted
-order and the rows of a group in a permuted order; both permutations are functions of (seed, epoch, group) alone, so
-the pair (epoch, row) is the complete state of the shuffle and any position can be reached without replaying.
+Both are sources in the sense of ``clipsteer._sources``: shuffled batches whose whole state is (epoch, row). A store
+permutes its shards and shuffles a few of them together; a harvest permutes the images and shuffles the rows of a group.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,166 +18,24 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from clipsteer._files import FileFormatError, read_json, read_safetensors, write_json, write_safetensors
+from clipsteer._sources import ActivationSource, Batch, IterableSource, Position, TensorSource, as_source, generator
+
+__all__ = [
+    "ActivationSource",
+    "ActivationStore",
+    "Batch",
+    "HarvestSource",
+    "IterableSource",
+    "Position",
+    "TensorSource",
+    "as_source",
+    "harvest_to_store",
+]
 
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-class Position(NamedTuple):
-    """A place in the shuffled stream: the epoch, and the rows of it already served."""
-
-    epoch: int = 0
-    row: int = 0
-
-
-class Batch(NamedTuple):
-    rows: Tensor  # (batch_size / world, d)
-    next: Position  # where the batch after this one starts
-
-
-def _generator(*key: int) -> torch.Generator:
-    # splitmix-like mixing keeps (seed, epoch, group) streams apart without overflow
-    state = 0
-    for value in key:
-        state = (state * 6364136223846793005 + (value + 1) * 1442695040888963407) % (1 << 63)
-    return torch.Generator().manual_seed(state)
-
-
-class ActivationSource:
-    """Rows (N, d) served in shuffled batches. Subclasses say how rows fall into groups and how a group is read."""
-
-    d_in: int
-
-    def group_sizes(self, seed: int, epoch: int) -> list[int]:
-        """Rows of each group in the order in which this epoch visits them."""
-        raise NotImplementedError
-
-    def load_group(self, seed: int, epoch: int, group: int) -> Tensor:
-        """The rows (n, d) of the group visited as number `group`, in any fixed order."""
-        raise NotImplementedError
-
-    def rows_per_epoch(self) -> int | None:
-        """Rows of one pass, or None where only reading would tell."""
-        return sum(self.group_sizes(0, 0))
-
-    def batches(
-        self, batch_size: int, *, seed: int = 0, start: Position = Position(), rank: int = 0, world: int = 1
-    ) -> Iterator[Batch]:
-        """Endless shuffled batches from `start` on; with `world` processes each yields its equal slice of the batch.
-
-        The rows left over at the end of an epoch that do not fill a batch are dropped.
-        """
-        if batch_size < 1 or batch_size % world:
-            raise ValueError(f"batch_size must be a positive multiple of the {world} processes, got {batch_size}")
-        share = batch_size // world
-        epoch, row = start
-        while True:
-            total = sum(self.group_sizes(seed, epoch))
-            if total < batch_size:
-                raise ValueError(f"batch_size is {batch_size}, but an epoch has only {total} rows")
-            for rows in self._epoch(batch_size, seed, epoch, row):
-                row += batch_size
-                following = Position(epoch, row) if row + batch_size <= total else Position(epoch + 1, 0)
-                yield Batch(rows[rank * share : (rank + 1) * share], following)
-            epoch, row = epoch + 1, 0
-
-    def _epoch(self, batch_size: int, seed: int, epoch: int, row: int) -> Iterator[Tensor]:
-        """The batches of one epoch from its row `row` on; a batch may straddle groups."""
-        pieces: list[Tensor] = []
-        need = batch_size
-        first = 0  # the epoch's row at which the group begins
-        for group, size in enumerate(self.group_sizes(seed, epoch)):
-            at = max(row - first, 0)
-            first += size
-            if at >= size:
-                continue
-            rows = self.load_group(seed, epoch, group)
-            if len(rows) != size:
-                raise RuntimeError(f"group {group} of epoch {epoch} has {len(rows)} rows, {size} were promised")
-            order = torch.randperm(size, generator=_generator(seed, epoch, group))
-            while at < size:
-                chosen = order[at : at + need].to(rows.device)
-                pieces.append(rows[chosen])
-                at += len(chosen)
-                need -= len(chosen)
-                if need == 0:
-                    yield torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-                    pieces, need = [], batch_size
-            del rows  # before the next group comes
-
-
-class TensorSource(ActivationSource):
-    """A tensor (N, d) in memory: one group, so the permutation is a full one."""
-
-    def __init__(self, rows: Tensor) -> None:
-        if rows.ndim < 2 or not rows.is_floating_point():
-            raise ValueError(
-                f"activations: expected a floating-point tensor (..., d_in), got {rows.dtype} {tuple(rows.shape)}"
-            )
-        self.rows = rows.detach().reshape(-1, rows.shape[-1])
-        self.d_in = self.rows.shape[1]
-
-    def group_sizes(self, seed: int, epoch: int) -> list[int]:
-        return [len(self.rows)]
-
-    def load_group(self, seed: int, epoch: int, group: int) -> Tensor:
-        return self.rows
-
-
-class IterableSource(ActivationSource):
-    """Any iterable of tensors (..., d): rows in the order in which they come, no shuffling.
-
-    A position is reached by reading up to it, so resuming needs an iterable that repeats itself.
-    """
-
-    def __init__(self, parts: Iterable[Tensor]) -> None:
-        self._iterator = iter(parts)
-        self._again = parts if self._iterator is not parts else None
-        first = next(self._iterator, None)
-        if first is None:
-            raise ValueError("activations: the iterable is empty")
-        self.d_in = first.shape[-1]
-        self._first: Tensor | None = first
-
-    def rows_per_epoch(self) -> int | None:
-        return None
-
-    def _parts(self) -> Iterator[Tensor]:
-        while True:
-            if self._first is not None:
-                first, self._first = self._first, None
-                yield first
-            yield from self._iterator
-            if self._again is None:
-                raise ValueError("activations: the iterator ended before training did; pass more rows or fewer steps")
-            self._iterator = iter(self._again)
-
-    def batches(
-        self, batch_size: int, *, seed: int = 0, start: Position = Position(), rank: int = 0, world: int = 1
-    ) -> Iterator[Batch]:
-        if batch_size < 1 or batch_size % world:
-            raise ValueError(f"batch_size must be a positive multiple of the {world} processes, got {batch_size}")
-        share = batch_size // world
-        held: list[Tensor] = []
-        count, skip, row = 0, start.row, start.row
-        for part in self._parts():
-            part = part.detach().reshape(-1, self.d_in)
-            dropped = min(skip, len(part))
-            skip -= dropped
-            held.append(part[dropped:])
-            count += len(held[-1])
-            if count < batch_size:
-                continue
-            rows = torch.cat(held)
-            used = 0
-            while used + batch_size <= count:
-                row += batch_size
-                used += batch_size
-                mine = rows[used - batch_size + rank * share : used - batch_size + (rank + 1) * share]
-                yield Batch(mine, Position(0, row))
-            held = [rows[used:]]
-            count -= used
+_PROVENANCE = ("clip_model", "pretrained", "hook_point", "tokens")
 
 
 class HarvestSource(ActivationSource):
@@ -201,6 +58,7 @@ class HarvestSource(ActivationSource):
     ) -> None:
         self.clip, self.dataset, self.hook_point, self.tokens = clip, dataset, hook_point, tokens
         self.images_per_group, self.batch_size, self.num_workers = images_per_group, batch_size, num_workers
+        self.provenance = _provenance(clip, hook_point, tokens)
         probe = self._run([0])
         self.tokens_per_image, self.d_in = probe.shape
 
@@ -215,10 +73,10 @@ class HarvestSource(ActivationSource):
         return [min(step, total - at) * self.tokens_per_image for at in range(0, total, step)]
 
     def load_group(self, seed: int, epoch: int, group: int) -> Tensor:
-        order = torch.randperm(len(self.dataset), generator=_generator(seed, epoch))
+        order = torch.randperm(len(self.dataset), generator=generator(seed, epoch))
         images = order[group * self.images_per_group : (group + 1) * self.images_per_group].tolist()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_generator(seed, epoch, group).initial_seed())
+            torch.manual_seed(generator(seed, epoch, group).initial_seed())
             return self._run(images)
 
 
@@ -231,17 +89,24 @@ class ActivationStore(ActivationSource):
 
     def __init__(self, directory: str | Path, *, buffer_shards: int | None = 4) -> None:
         self.directory = Path(directory)
-        self.metadata: dict[str, Any] = read_json(self.directory / "store.json")
+        path = self.directory / "store.json"
+        self.metadata: dict[str, Any] = read_json(path)
+        sizes = [self.metadata.get(name) if isinstance(self.metadata, dict) else None for name in ("shards", "d_in")]
+        if not all(type(size) is int and size > 0 for size in sizes):
+            raise FileFormatError(f"{path}: not the description of an activation store")
+        total, self.d_in = sizes
         self.shards: list[Path] = []
         self._sizes: list[int] = []
-        for index in range(self.metadata.get("shards", 0)):
-            entry = _read_entry(self.directory, index)
-            if entry is not None:
-                self.shards.append(_shard_path(self.directory, index))
+        for path in sorted(self.directory.glob("shard-*.safetensors")):
+            entry = _read_entry(path)
+            if entry is not None and path.stem[6:].isdecimal() and int(path.stem[6:]) < total:
+                self.shards.append(path)
                 self._sizes.append(entry["rows"])
         if not self.shards:
             raise FileFormatError(f"{self.directory}: no complete shard; run harvest_to_store again to go on with it")
-        self.d_in = int(self.metadata["d_in"])
+        if not self.complete:
+            logger.warning("%s: %d of %d shards are there", self.directory, len(self.shards), total)
+        self.provenance = {name: self.metadata.get(name) for name in _PROVENANCE}
         self.buffer_shards = len(self.shards) if buffer_shards is None else buffer_shards
         if self.buffer_shards < 1:
             raise ValueError(f"buffer_shards must be at least 1 or None, got {buffer_shards}")
@@ -264,7 +129,7 @@ class ActivationStore(ActivationSource):
         return rows
 
     def _order(self, seed: int, epoch: int) -> list[list[int]]:
-        order = torch.randperm(len(self.shards), generator=_generator(seed, epoch)).tolist()
+        order = torch.randperm(len(self.shards), generator=generator(seed, epoch)).tolist()
         return [order[at : at + self.buffer_shards] for at in range(0, len(order), self.buffer_shards)]
 
     def group_sizes(self, seed: int, epoch: int) -> list[int]:
@@ -272,19 +137,6 @@ class ActivationStore(ActivationSource):
 
     def load_group(self, seed: int, epoch: int, group: int) -> Tensor:
         return torch.cat([self.read_shard(shard) for shard in self._order(seed, epoch)[group]])
-
-
-def as_source(activations: Tensor | ActivationSource | Iterable[Tensor]) -> ActivationSource:
-    """A tensor, a source or any iterable of tensors as an `ActivationSource`."""
-    if isinstance(activations, ActivationSource):
-        return activations
-    if isinstance(activations, Tensor):
-        return TensorSource(activations)
-    if isinstance(activations, Iterable) and not isinstance(activations, str | bytes | dict):
-        return IterableSource(activations)
-    raise TypeError(
-        f"activations: expected a tensor, an ActivationStore or an iterable of tensors, got {type(activations)}"
-    )
 
 
 def harvest_to_store(
@@ -319,10 +171,7 @@ def harvest_to_store(
     tokens_per_image, d_in = probe.shape
     images = max(1, shard_rows // tokens_per_image)
     settings = {
-        "model": clip.name,
-        "pretrained": clip.pretrained,
-        "hook_point": hook_point,
-        "tokens": tokens,
+        **_provenance(clip, hook_point, tokens),
         "dtype": dtype,
         "d_in": d_in,
         "tokens_per_image": tokens_per_image,
@@ -331,7 +180,7 @@ def harvest_to_store(
         "shards": math.ceil(len(dataset) / images),
     }
     _claim(directory, settings)
-    todo = [i for i in range(settings["shards"]) if _read_entry(directory, i) is None]
+    todo = [i for i in range(settings["shards"]) if _read_entry(_shard_path(directory, i)) is None]
     for index in tqdm(todo, desc=f"harvest {hook_point}", unit="shard", disable=None):
         span = range(index * images, min((index + 1) * images, len(dataset)))
         loader = _loader(clip, Subset(dataset, span), batch_size, num_workers)
@@ -360,15 +209,19 @@ def _claim(directory: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"{directory} holds another harvest ({'; '.join(differing)}); choose another directory")
 
 
+def _provenance(clip: Any, hook_point: str, tokens: str) -> dict[str, Any]:
+    return dict(zip(_PROVENANCE, (clip.name, clip.pretrained, hook_point, tokens)))
+
+
 def _shard_path(directory: Path, index: int) -> Path:
-    return directory / f"shard-{index:05d}.safetensors"
+    return directory / f"shard-{index:06d}.safetensors"
 
 
-def _read_entry(directory: Path, index: int) -> dict[str, Any] | None:
-    path = _shard_path(directory, index)
+def _read_entry(path: Path) -> dict[str, Any] | None:
     try:
         entry = read_json(path.with_suffix(".json"))
-        return entry if path.stat().st_size == entry["bytes"] and entry["rows"] > 0 else None
+        rows, size = entry["rows"], entry["bytes"]
+        return entry if type(rows) is int and rows > 0 and path.stat().st_size == size else None
     except (OSError, FileFormatError, KeyError, TypeError):
         return None
 

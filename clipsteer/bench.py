@@ -29,9 +29,15 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     """What the figures belong to: chip, driver, versions, threads, date."""
     chip = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
         chip = names[0] if names else chip
-    facts = {"chip": chip, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}  # fmt: skip
+    facts = {
+        "chip": chip,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
     if device == "cuda":
         import triton
 
@@ -62,6 +68,12 @@ def clock(device: str) -> Callable[[Callable[[], Any]], float]:
     return timed
 
 
+def resident(field: str) -> int:
+    """Bytes of resident memory: VmRSS now, VmHWM at its highest."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
 def extra_memory(call: Callable[[], Any], device: str) -> int:
     """Peak bytes that a call needs beyond what was there: allocator statistics on a GPU, resident pages on the CPU."""
     if device != "cpu":
@@ -72,10 +84,9 @@ def extra_memory(call: Callable[[], Any], device: str) -> int:
     status = Path("/proc/self/clear_refs")
     try:
         status.write_text("5")  # resets the high-water mark of resident memory
-        before = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
+        before = resident("VmRSS")
         call()
-        after = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-        return 1024 * max(0, after - before)
+        return max(0, resident("VmHWM") - before)
     except OSError:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         call()
@@ -161,7 +172,17 @@ def stages(repeats: int) -> list[dict[str, Any]]:
     for op, label, calls, base in cases:
         times = measure(calls, "cpu", repeats, op)
         for name, seconds in times.items():
-            records.append({"op": op, "shape": label, "pass": "stage", "contender": name, "seconds": seconds, "speedup": times[base] / seconds, "baseline": base})  # fmt: skip
+            records.append(
+                {
+                    "op": op,
+                    "shape": label,
+                    "pass": "stage",
+                    "contender": name,
+                    "seconds": seconds,
+                    "speedup": times[base] / seconds,
+                    "baseline": base,
+                }
+            )
     return records
 
 
@@ -257,7 +278,9 @@ def write(path: Path, records: list[dict[str, Any]], device: str) -> None:
 
 def table(records: list[dict[str, Any]]) -> str:
     """``run``'s records as text."""
-    head = f"{'op':<14}{'shape':<10}{'pass':<18}{'contender':<20}{'ms':>10}{'speedup':>9}{'of floor':>10}{'extra MB':>10}"
+    head = (
+        f"{'op':<14}{'shape':<10}{'pass':<18}{'contender':<20}{'ms':>10}{'speedup':>9}{'of floor':>10}{'extra MB':>10}"
+    )
     lines = [head, "-" * len(head)]
     for r in records:
         share = f"{r['floor_share']:>9.0%}" if "floor_share" in r else " " * 9

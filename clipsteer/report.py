@@ -35,20 +35,19 @@ main{max-width:1080px;margin:0 auto;padding:1.5rem clamp(.9rem,3vw,2rem) 4rem}
 h1{font-size:clamp(1.5rem,5vw,2.1rem);line-height:1.2;margin:.2em 0}
 h2{font-size:1.35rem;margin:2.2em 0 .5em;padding-top:.8em;border-top:1px solid var(--line)}
 h3{font-size:1.05rem;margin:1.4em 0 .4em}
-p{max-width:72ch;margin:.5em 0}.soft,figcaption,caption,.note{color:var(--soft)}
+p{max-width:72ch;margin:.5em 0}.soft,figcaption,.note{color:var(--soft)}
 .note{font-size:.9rem}
-.scroll{overflow-x:auto;margin:.8em 0}
+.scroll{overflow-x:auto;margin:.8em 0 .3em}.scroll+.note{margin:0 0 1em}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.93rem}
-caption{text-align:left;font-size:.9rem;padding-bottom:.4em}
 th,td{padding:.35em .9em .35em 0;border-bottom:1px solid var(--line);text-align:right;vertical-align:baseline}
-th:first-child,td:first-child{text-align:left}
+th:first-child,td:first-child{text-align:left}tbody th{min-width:7.5rem}
 thead th{color:var(--soft);font-weight:600;vertical-align:bottom}tbody th{font-weight:500}
 .stats{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.5rem,1fr));gap:.7rem;margin:1em 0}
 .stats div{background:var(--card);border-radius:.5rem;padding:.6rem .8rem}
 .stats dt{color:var(--soft);font-size:.85rem}.stats dd{margin:0;font-size:1.35rem;font-weight:600}
 .stats dd+dd{font-size:.8rem;font-weight:400;color:var(--soft)}
 .charts,.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));gap:1rem 1.4rem;
-margin:1em 0}
+margin:1em 0}.charts{grid-template-columns:repeat(auto-fill,minmax(min(100%,22rem),1fr))}
 .card{background:var(--card);border-radius:.6rem;padding:.8rem 1rem 1rem;min-width:0}
 .card h3{margin:.1em 0 .3em;overflow-wrap:anywhere}
 .grid{display:flex;flex-wrap:wrap;gap:.5rem;margin:.6em 0}
@@ -114,10 +113,11 @@ def table(headers: Sequence[Any], rows: Iterable[Sequence[Any]], caption: Any = 
         first, *rest = row
         cells = "".join(f"<td>{escape(c)}</td>" for c in rest)
         body.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
-    top = f"<caption>{escape(caption)}</caption>" if caption else ""
+    # below the scrolling box, so that a long caption is not cut where the table is
+    under = text(caption, css="note") if caption else ""
     return Html(
-        f'<div class="scroll" tabindex="0"><table>{top}<thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>{under}"
     )
 
 

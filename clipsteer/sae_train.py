@@ -270,22 +270,21 @@ def train_sae(
     if device is None and sae is not None:
         device = sae.W_enc.device
     world = World(device)
-    try:
-        total = config.total_steps(source.rows_per_epoch())
-        fresh = sae is None
-        if sae is None:
-            sae = _new_sae(source.d_in, config)
-        sae.to(world.device)
-        sae.metadata.update({**getattr(source, "provenance", {}), **(metadata or {}), "training": asdict(config)})
-        run = Run(SAETrainer(sae, config, total, world), source, Path(out) if out is not None else None, fresh)
-        run.start(resume)
-        run.loop(track, on_log)
-        sae.renormalize_decoder_()
-        sae.eval()
-        if out is not None and world.rank == 0:
-            sae.save_pretrained(out)
-    finally:
-        world.leave()
+    total = config.total_steps(source.rows_per_epoch())
+    fresh = sae is None
+    if sae is None:
+        sae = _new_sae(source.d_in, config)
+    sae.to(world.device)
+    sae.metadata.update({**getattr(source, "provenance", {}), **(metadata or {}), "training": asdict(config)})
+    run = Run(SAETrainer(sae, config, total, world), source, Path(out) if out is not None else None, fresh)
+    run.start(resume)
+    run.loop(track, on_log)
+    sae.renormalize_decoder_()
+    sae.eval()
+    if out is not None and world.rank == 0:
+        sae.save_pretrained(out)
+    # no process goes on before the files are there
+    world.any(False)
     return sae
 
 

@@ -138,7 +138,9 @@ struct Kernels {
   }
   float seed(const float* v, int64_t n, int64_t k, int32_t* rank) const { return seed32(v, n, k, rank); }
   double seed(const double* v, int64_t n, int64_t k, int64_t* rank) const { return seed64(v, n, k, rank); }
-  void axpy(float* y, const float* c, const float* const* w, const Ahead* next, int terms, int64_t n) const { axpy32(y, c, w, next, terms, n); }
+  void axpy(float* y, const float* c, const float* const* w, const Ahead* next, int terms, int64_t n) const {
+    axpy32(y, c, w, next, terms, n);
+  }
   void axpy(double* y, const double* c, const double* const* w, const Ahead* next, int terms, int64_t n) const {
     axpy64(y, c, w, next, terms, n);
   }

@@ -38,16 +38,14 @@
 namespace clipsteer {
 namespace {
 
-const Kernels kPortable = {
-    0, portable::filter32, portable::filter64, portable::seed32, portable::seed64, portable::axpy32, portable::axpy64, portable::dot32, portable::dot64, portable::widen_bf16, portable::widen_f16, portable::narrow_bf16, portable::narrow_f16};
+#define TABLE(level, isa)                                                                                   \
+  {level,       isa::filter32, isa::filter64,   isa::seed32,    isa::seed64,      isa::axpy32, isa::axpy64, \
+   isa::dot32, isa::dot64,    isa::widen_bf16, isa::widen_f16, isa::narrow_bf16, isa::narrow_f16}
 
+const Kernels kPortable = TABLE(0, portable);
 #ifdef CLIPSTEER_X86
-const Kernels kAvx2 = {
-    1, avx2::filter32, avx2::filter64, avx2::seed32, avx2::seed64, avx2::axpy32, avx2::axpy64, avx2::dot32, avx2::dot64, avx2::widen_bf16, avx2::widen_f16, avx2::narrow_bf16, avx2::narrow_f16};
-
-// A block of eight doubles is filtered as fast in AVX2: the matrix product takes the time there.
-const Kernels kAvx512 = {
-    2, avx512::filter32, avx2::filter64, avx512::seed32, avx512::seed64, avx512::axpy32, avx512::axpy64, avx512::dot32, avx512::dot64, avx512::widen_bf16, avx512::widen_f16, avx512::narrow_bf16, avx512::narrow_f16};
+const Kernels kAvx2 = TABLE(1, avx2);
+const Kernels kAvx512 = TABLE(2, avx512);
 #endif
 
 const Kernels& choose() {

@@ -4,49 +4,6 @@
 
 namespace clipsteer::ISA {
 
-#if CLIPSTEER_LEVEL == 2
-
-TARGET void filter32(const float* value, const float* bias, int64_t columns, uint32_t first, Candidates<float>& row) {
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-  __m512 bound = _mm512_set1_ps(row.bound);
-  for (int64_t c = 0; c < columns; c += 64) {
-    const int64_t left = columns - c;
-    const uint64_t inside = left >= 64 ? ~uint64_t(0) : (uint64_t(1) << left) - 1;
-    __m512 v[4];
-    __mmask16 pass[4];
-    for (int j = 0; j < 4; ++j) {
-      const __mmask16 lane = __mmask16(inside >> (16 * j));
-      v[j] = _mm512_maskz_loadu_ps(lane, value + c + 16 * j);
-      if (bias) v[j] = _mm512_add_ps(v[j], _mm512_maskz_loadu_ps(lane, bias + c + 16 * j));
-      pass[j] = _mm512_mask_cmp_ps_mask(lane, v[j], bound, _CMP_NLE_UQ);
-    }
-    if (!(pass[0] | pass[1] | pass[2] | pass[3])) continue;
-    for (int j = 0; j < 4; ++j) {
-      if (!pass[j]) continue;
-      if (_mm512_mask_cmp_ps_mask(pass[j], v[j], v[j], _CMP_UNORD_Q)) {
-        row.nan = true;
-        return;
-      }
-      __m512i u = _mm512_castps_si512(_mm512_add_ps(v[j], _mm512_setzero_ps()));
-      u = _mm512_xor_epi32(u, _mm512_or_epi32(_mm512_srai_epi32(u, 31), _mm512_set1_epi32(INT32_MIN)));
-      u = _mm512_maskz_compress_epi32(pass[j], u);
-      __m512i column = _mm512_add_epi32(lanes, _mm512_set1_epi32(int32_t(first + c + 16 * j)));
-      column = _mm512_maskz_compress_epi32(pass[j], _mm512_xor_epi32(column, _mm512_set1_epi32(-1)));
-      _mm512_storeu_si512(row.keys + row.count, _mm512_permutex2var_epi32(column, low, u));
-      _mm512_storeu_si512(row.keys + row.count + 8, _mm512_permutex2var_epi32(column, high, u));
-      row.count += __builtin_popcount(pass[j]);
-    }
-    if (row.count > row.limit) {
-      row.tighten();
-      bound = _mm512_set1_ps(row.bound);
-    }
-  }
-}
-
-#else
-
 // Does any of 32 columns pass? Written so that NaN in the value or the bound passes.
 #if CLIPSTEER_LEVEL == 1
 TARGET static inline bool any_passes(const float* value, const float* bias, float bound) {
@@ -90,13 +47,56 @@ TARGET static inline void filter(const V* value, const V* bias, int64_t columns,
   }
 }
 
-TARGET void filter32(const float* value, const float* bias, int64_t columns, uint32_t first, Candidates<float>& row) {
-  filter<float>(value, bias, columns, first, row);
-}
-
 TARGET void filter64(const double* value, const double* bias, int64_t columns, uint32_t first,
                      Candidates<double>& row) {
   filter<double>(value, bias, columns, first, row);
+}
+
+#if CLIPSTEER_LEVEL == 2
+
+TARGET void filter32(const float* value, const float* bias, int64_t columns, uint32_t first, Candidates<float>& row) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  __m512 bound = _mm512_set1_ps(row.bound);
+  for (int64_t c = 0; c < columns; c += 64) {
+    const int64_t left = columns - c;
+    const uint64_t inside = left >= 64 ? ~uint64_t(0) : (uint64_t(1) << left) - 1;
+    __m512 v[4];
+    __mmask16 pass[4];
+    for (int j = 0; j < 4; ++j) {
+      const __mmask16 lane = __mmask16(inside >> (16 * j));
+      v[j] = _mm512_maskz_loadu_ps(lane, value + c + 16 * j);
+      if (bias) v[j] = _mm512_add_ps(v[j], _mm512_maskz_loadu_ps(lane, bias + c + 16 * j));
+      pass[j] = _mm512_mask_cmp_ps_mask(lane, v[j], bound, _CMP_NLE_UQ);
+    }
+    if (!(pass[0] | pass[1] | pass[2] | pass[3])) continue;
+    for (int j = 0; j < 4; ++j) {
+      if (!pass[j]) continue;
+      if (_mm512_mask_cmp_ps_mask(pass[j], v[j], v[j], _CMP_UNORD_Q)) {
+        row.nan = true;
+        return;
+      }
+      __m512i u = _mm512_castps_si512(_mm512_add_ps(v[j], _mm512_setzero_ps()));
+      u = _mm512_xor_epi32(u, _mm512_or_epi32(_mm512_srai_epi32(u, 31), _mm512_set1_epi32(INT32_MIN)));
+      u = _mm512_maskz_compress_epi32(pass[j], u);
+      __m512i column = _mm512_add_epi32(lanes, _mm512_set1_epi32(int32_t(first + c + 16 * j)));
+      column = _mm512_maskz_compress_epi32(pass[j], _mm512_xor_epi32(column, _mm512_set1_epi32(-1)));
+      _mm512_storeu_si512(row.keys + row.count, _mm512_permutex2var_epi32(column, low, u));
+      _mm512_storeu_si512(row.keys + row.count + 8, _mm512_permutex2var_epi32(column, high, u));
+      row.count += __builtin_popcount(pass[j]);
+    }
+    if (row.count > row.limit) {
+      row.tighten();
+      bound = _mm512_set1_ps(row.bound);
+    }
+  }
+}
+
+#else
+
+TARGET void filter32(const float* value, const float* bias, int64_t columns, uint32_t first, Candidates<float>& row) {
+  filter<float>(value, bias, columns, first, row);
 }
 
 #endif

@@ -145,7 +145,8 @@ std::tuple<Tensor, Tensor> outputs(const Tensor& like, int64_t rows, int64_t k) 
 
 void check_k(const char* op, int64_t k, int64_t n) {
   require(0 <= k && k <= n, op, "expected 0 <= k <= " + std::to_string(n) + ", got " + std::to_string(k));
-  require(n <= std::numeric_limits<int32_t>::max(), op, "expected at most 2**31 - 1 features, got " + std::to_string(n));
+  require(n <= std::numeric_limits<int32_t>::max(), op,
+          "expected fewer than 2**31 features, got " + std::to_string(n));
 }
 
 }  // namespace

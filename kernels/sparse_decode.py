@@ -124,13 +124,11 @@ def gather_config(d: int, element_size: int) -> dict[str, int]:
 def outer_config(d: int, element_size: int) -> dict[str, int]:
     """One program a feature, wide enough to read the segment's list once, 16 bytes a lane."""
     block_d = max(16, min(next_power_of_2(d), 1024))
-    warps = max(1, min(8, block_d * element_size // (16 * _lanes())))
+    warps = max(1, min(4, block_d * element_size // (16 * _lanes())))
     return {"BLOCK_N": 1, "BLOCK_D": block_d, "UNROLL": 4, "num_warps": warps}
 
 
-def sparse_decode(
-    acts: torch.Tensor, indices: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None
-) -> torch.Tensor:
+def sparse_decode(acts: torch.Tensor, indices: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
     """acts (B, k), indices (B, k), W (n, d), b (d,) or None -> (B, d): sum_j acts_j W[indices_j] + b."""
     if _interpreted_bf16(_sparse_decode_fwd_kernel, W):
         return sparse_decode(acts.float(), indices, W.float(), None if b is None else b.float()).bfloat16()

@@ -1,13 +1,13 @@
 """acts, indices = the k largest of x W_encᵀ + b_enc, row by row, exact, without a (B, n) buffer.
 
-Launch 1 multiplies BLOCK_B x BLOCK_N tiles and emits the J largest of each tile's row (a "bucket"). Launch 2 takes the k
-largest of a row's candidates: the k-th of them, T, is a lower bound of the true k-th. Only a bucket whose J-th value is
+Launch 1 multiplies BLOCK_B x BLOCK_N tiles and emits the J largest of each tile's row (a "bucket"). Launch 2 takes
+the k largest of a row's candidates: the k-th, T, is a lower bound of the true k-th. Only a bucket whose J-th value is
 above T can hide a winner; the row is certified when there is none, and the few other buckets are multiplied again, for
 that row, in the same launch. J follows from k and the number of buckets, so that this is rare on unordered features;
 where no small J does (k large beside n), keys of whole rows are written, a few rows at a time, and sorted by torch.
 
 Values are compared as integers: v >= 0 is its own bit pattern, v < 0 the negated magnitude (so -0 ties with 0), NaN the
-largest int32. A key is that integer above (2^31 - 1 - column): one 64-bit order, value descending, then index ascending.
+largest int32. A key is that integer above 2^31 - 1 - column: one 64-bit order, value descending, then index ascending.
 """
 
 from __future__ import annotations
@@ -223,14 +223,33 @@ def tile_config(dtype: torch.dtype, precision: str, shared_memory: int, whole_ro
     config = {"BLOCK_B": 128, "BLOCK_N": 256, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
     if dtype == torch.float32:
         config.update(BLOCK_D=32)
-    if shared_memory < 160 * 1024:
-        config.update(BLOCK_D=config["BLOCK_D"] // 2)
     if torch.version.hip is not None:
         config.update(num_stages=2)
     if whole_rows:
         # 64-bit keys of a wider tile do not fit into 64 KB on their way to memory.
         config.update(BLOCK_N=128)
+    # On AMD one of the stages is in registers.
+    buffers = config["num_stages"] - (torch.version.hip is not None)
+    tile = (config["BLOCK_B"] + config["BLOCK_N"]) * config["BLOCK_D"] * dtype.itemsize
+    if buffers * tile > shared_memory:
+        config.update(BLOCK_D=config["BLOCK_D"] // 2)
     return config
+
+
+def select_config(k: int, candidates: int, block_n: int, element_size: int) -> dict[str, int]:
+    """A row a program; chunks short enough that a sort stays in registers; 16 bytes of W a lane in a redone bucket."""
+    # Below 32 the tiles are too thin for their layouts and registers spill.
+    k2 = max(32, next_power_of_2(k))
+    return {
+        "K2": k2,
+        "CHUNK": max(k2, min(next_power_of_2(candidates), 512 if k2 <= 128 else 1024)),
+        "WIDTH": max(k2, block_n),
+        "BLOCK_B": 1,
+        "BLOCK_N": block_n,
+        "BLOCK_D": 16 // element_size,
+        "num_warps": 4 if k2 <= 128 else 8,
+        "num_stages": 1,
+    }
 
 
 def topk_encode(
@@ -288,18 +307,12 @@ def topk_encode(
         col = torch.empty((B, buckets, J), dtype=torch.uint8, device=x.device)
         grid = (cdiv(B, config["BLOCK_B"]) * buckets,)
         _topk_encode_fwd_kernel[grid](x, W_enc, bias, order, col, B, n, d, J=J, **flags, **config)
-        K2 = max(2, next_power_of_2(k))
-        select = {
-            "K2": K2,
-            "CHUNK": max(K2, min(next_power_of_2(buckets * J), 2048)),
-            "WIDTH": max(K2, config["BLOCK_N"]),
-            "BLOCK_B": 32 if on_cpu else 1,
-            "BLOCK_N": config["BLOCK_N"],
-            "BLOCK_D": 32,
-        }
+        select = select_config(k, buckets * J, config["BLOCK_N"], x.element_size())
+        if on_cpu:
+            select = {**select, "BLOCK_B": 32, "BLOCK_D": 64}
+            del select["num_warps"], select["num_stages"]
         grid = (cdiv(B, select["BLOCK_B"]),)
         _topk_encode_select_kernel[grid](
-            order, col, x, W_enc, bias, acts, indices, B, n, d, k,
-            J=J, HAS_BIAS=b_enc is not None, **select, num_warps=8 if K2 > 128 else 4,
-        )  # fmt: skip
+            order, col, x, W_enc, bias, acts, indices, B, n, d, k, J=J, HAS_BIAS=b_enc is not None, **select
+        )
     return acts, indices

@@ -10,7 +10,9 @@ hypothesis.settings.register_profile(
     "ci", derandomize=True, deadline=None, max_examples=25, database=None,
     suppress_health_check=list(hypothesis.HealthCheck),
 )  # fmt: skip
-hypothesis.settings.register_profile("nightly", parent=hypothesis.settings.get_profile("ci"), derandomize=False, max_examples=500)  # fmt: skip
+hypothesis.settings.register_profile(
+    "nightly", parent=hypothesis.settings.get_profile("ci"), derandomize=False, max_examples=500
+)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

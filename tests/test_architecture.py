@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted([*ROOT.glob("clipsteer/**/*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "setup.py"])  # fmt: skip
+SOURCES = sorted(
+    [*ROOT.glob("clipsteer/**/*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "setup.py"]
+)
 HEAVY = {"triton", "open_clip", "matplotlib", "PIL", "hypothesis", "huggingface_hub", "torchvision", "scipy"}
 EDGE = {"clip", "data", "sae_io", "activations", "report", "cli", "demo"}
 
@@ -39,7 +41,9 @@ def test_nothing_unpickles(path):
     assert not {i for i in imports(path) if i.split(".")[0] in {"pickle", "dill", "cloudpickle", "joblib", "shelve"}}
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
-            assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), ast.unparse(node)  # fmt: skip
+            assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), ast.unparse(
+                node
+            )
         assert not (isinstance(node, ast.Call) and ast.unparse(node.func) in {"torch.save", "eval", "exec"})
 
 
@@ -67,7 +71,7 @@ def test_public_names():
     for name in clipsteer.__all__:
         assert getattr(clipsteer, name) is not None
     for name in ("topk_encode", "sparse_decode"):
-        assert getattr(clipsteer.ops, name).__doc__ and "Source:" in getattr(clipsteer.ops, name).__doc__
+        assert "Source:" in getattr(clipsteer.ops, name).__doc__
     with pytest.raises(AttributeError, match="no attribute"):
         clipsteer.nothing  # noqa: B018
 
@@ -83,7 +87,12 @@ heavy = {h for h in %r if h in sys.modules and h not in before}
 print(spent, sorted(heavy))
 """.replace("import sys, time, torch\n", "import sys, time, torch\nbefore = set(sys.modules)\n") % (HEAVY,)  # fmt: skip
     env = {**os.environ, "PYTHONSAFEPATH": "1"}
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout.split(" ", 1) for _ in range(3)]  # fmt: skip
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout.split(
+            " ", 1
+        )
+        for _ in range(3)
+    ]
     assert min(float(r[0]) for r in runs) < 0.3
     assert all(r[1].strip() == "[]" for r in runs), runs
 
@@ -92,4 +101,6 @@ def test_no_file_is_too_long_or_says_too_much():
     for path in SOURCES:
         text = path.read_text()
         assert len(text.splitlines()) <= 600, relative(path)
-        assert "print(" not in text or path.stem in {"cli", "setup", "__main__"} or "assets" in path.parts, relative(path)
+        assert "print(" not in text or path.stem in {"cli", "setup", "__main__"} or "assets" in path.parts, relative(
+            path
+        )

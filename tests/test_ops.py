@@ -39,7 +39,10 @@ def outputs(name: str, inputs: dict, **options) -> tuple[Tensor, ...]:
 
 
 def with_grad(name: str, inputs: dict) -> dict:
-    return {n: v.clone().requires_grad_(n in REGISTRY[name].differentiable) if isinstance(v, Tensor) else v for n, v in inputs.items()}  # fmt: skip
+    return {
+        n: v.clone().requires_grad_(n in REGISTRY[name].differentiable) if isinstance(v, Tensor) else v
+        for n, v in inputs.items()
+    }
 
 
 @pytest.mark.parametrize("prop", testing.PROPERTIES)
@@ -100,7 +103,10 @@ def test_each_subset_of_requires_grad(name, backend):
     expected = dict(zip(spec.differentiable, torch.autograd.grad(result.sum(), [full[n] for n in spec.differentiable])))
     for bits in range(1, 2 ** len(spec.differentiable)):
         chosen = [n for i, n in enumerate(spec.differentiable) if bits >> i & 1]
-        some = {n: v.clone().requires_grad_(n in chosen) if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in inputs.items()}  # fmt: skip
+        some = {
+            n: v.clone().requires_grad_(n in chosen) if isinstance(v, Tensor) and v.is_floating_point() else v
+            for n, v in inputs.items()
+        }
         outputs(name, some, backend=backend)[0].sum().backward()
         for n in spec.differentiable:
             assert (some[n].grad is None) == (n not in chosen)
@@ -133,7 +139,9 @@ def test_determinism_and_thread_count(name):
     if not testing.supported("cpp"):
         pytest.skip("the C++ library is not built")
     spec = REGISTRY[name]
-    inputs = spec.make({"B": 70, "d": 40, "n": 300, "k": 9}, torch.float32, torch.Generator().manual_seed(3), 1.0, False)  # fmt: skip
+    inputs = spec.make(
+        {"B": 70, "d": 40, "n": 300, "k": 9}, torch.float32, torch.Generator().manual_seed(3), 1.0, False
+    )
     before, first = torch.get_num_threads(), None
     try:
         for repeat in range(50):
@@ -144,7 +152,11 @@ def test_determinism_and_thread_count(name):
             got = [result.detach(), *grads]
             if name == "topk_encode":  # its forward contains torch's GEMM, which repeats at a fixed thread count only
                 fixed = torch.ones_like(result)
-                got = list(torch.autograd.grad(outputs(name, live, backend="cpp")[0], [live[n] for n in spec.differentiable], fixed))  # fmt: skip
+                got = list(
+                    torch.autograd.grad(
+                        outputs(name, live, backend="cpp")[0], [live[n] for n in spec.differentiable], fixed
+                    )
+                )
             first = first or got
             assert all(torch.equal(a, b) for a, b in zip(first, got))
     finally:
@@ -168,7 +180,12 @@ def test_permuting_rows_and_features():
     permuted = {**inputs, "W_enc": inputs["W_enc"][order], "b_enc": inputs["b_enc"][order]}
     acts_p, indices_p = ops.topk_encode(**permuted)
     live = acts > 0
-    bound = 2 * (inputs["x"].shape[1] + 2) * 2.0**-24 * (inputs["x"].abs() @ inputs["W_enc"].abs().T + inputs["b_enc"].abs()).max()  # fmt: skip
+    bound = (
+        2
+        * (inputs["x"].shape[1] + 2)
+        * 2.0**-24
+        * (inputs["x"].abs() @ inputs["W_enc"].abs().T + inputs["b_enc"].abs()).max()
+    )
     assert (acts - acts_p).abs().max() <= bound
     assert torch.equal(torch.where(live, order[indices_p], -1), torch.where(live, indices, -1))
 
@@ -186,7 +203,9 @@ def test_duplicate_and_constant_inputs(name):
     inputs = small(name)
     if name == "sparse_decode":
         same = {**inputs, "indices": torch.full_like(inputs["indices"], 3)}
-        expected = inputs["acts"].double().sum(-1, keepdim=True) * inputs["W_dec"][3].double() + inputs["b_dec"].double()
+        expected = (
+            inputs["acts"].double().sum(-1, keepdim=True) * inputs["W_dec"][3].double() + inputs["b_dec"].double()
+        )
         assert REGISTRY[name].check(same, {"x_hat": ops.sparse_decode(**same)})["x_hat"] <= 1
         torch.testing.assert_close(ops.sparse_decode(**same).double(), expected, rtol=1e-5, atol=1e-5)
     else:
@@ -276,7 +295,11 @@ def test_opcheck(op):
     if not testing.supported("cpp"):
         pytest.skip("the C++ library is not built")
     g = torch.Generator().manual_seed(0)
-    t = {"x": torch.randn(6, 10, generator=g), "W": torch.randn(17, 10, generator=g), "b_n": torch.randn(17, generator=g)}  # fmt: skip
+    t = {
+        "x": torch.randn(6, 10, generator=g),
+        "W": torch.randn(17, 10, generator=g),
+        "b_n": torch.randn(17, generator=g),
+    }
     t |= {"acts": torch.randn(6, 4, generator=g), "b_d": torch.randn(10, generator=g)}
     t["indices"] = torch.randint(17, (6, 4), generator=g)
     torch.library.opcheck(
@@ -413,7 +436,9 @@ def test_triton_in_the_interpreter():
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
-GPU = [(name, backend, dtype) for name in REGISTRY for backend in ("triton", "cuda") for dtype in _dispatch.DTYPES[backend]]  # fmt: skip
+GPU = [
+    (name, backend, dtype) for name in REGISTRY for backend in ("triton", "cuda") for dtype in _dispatch.DTYPES[backend]
+]
 
 
 @pytest.mark.gpu

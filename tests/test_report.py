@@ -121,7 +121,7 @@ def test_bars_keep_sign_and_proportion():
     markup = report.bars([("a", 1.0), ("b", -0.5)])
     spans = re.findall(r'class="(up|down)" style="left:([\d.]+)%;width:([\d.]+)%"', markup)
     assert spans == [("up", "50.0", "50.0"), ("down", "25.0", "25.0")]
-    assert 'left:0.0%;width:50.0%' in report.bars([("a", 2.0), ("b", 1.0)])
+    assert "left:0.0%;width:50.0%" in report.bars([("a", 2.0), ("b", 1.0)])
 
 
 def test_heat_overlay_keeps_colour_only_where_hot():

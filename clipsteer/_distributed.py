@@ -1,0 +1,68 @@
+"""The processes that train together. With one process every method does nothing, so callers need no second path."""
+
+from __future__ import annotations
+
+import atexit
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class World:
+    """A view of torch.distributed: sums, gathers and broadcasts over all processes, in rank order.
+
+    Under ``torchrun`` the process group is made here (nccl for CUDA devices, gloo otherwise) and closed when Python
+    ends, since a process cannot join its job a second time; a group that the caller made is used and left alone.
+    """
+
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        wanted = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        if self.device.type == "cuda" and self.device.index is None and wanted:
+            self.device = torch.device("cuda", local)
+        if wanted and dist.is_available() and not dist.is_initialized():
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            atexit.register(_leave)
+        together = dist.is_available() and dist.is_initialized()
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum in place over the processes."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def min_(self, tensor: Tensor) -> Tensor:
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The processes' tensors, of equal shape, joined along dimension 0."""
+        if self.size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Overwrite with the tensor of rank 0."""
+        if self.size > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process; waits for all of them."""
+        return flag if self.size == 1 else bool(self.sum_(torch.tensor(float(flag), device=self.device)))

@@ -1,0 +1,1 @@
+"""Bundled files (``emoji/``) and the scripts that made them; nothing here is imported by the library."""

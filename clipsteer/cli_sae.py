@@ -1,0 +1,270 @@
+"""``clipsteer sae``: train, eval, convert and steer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+TOKENS = ("all", "cls", "patches")
+
+
+def add_parser(commands: Any, add: Any) -> None:
+    """Add ``sae`` and its subcommands; ``add(parent, name, function, summary, examples)`` makes one."""
+    sae = commands.add_parser("sae", help="train, evaluate, convert and steer with sparse autoencoders")
+    actions = sae.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    p = add(actions, "train", _train, "train a sparse autoencoder on a CLIP model's tokens", """
+examples:
+  a small one on the bundled drawings, a minute or two:
+    clipsteer sae train --out runs/small --expansion 8 --k 32 --train-tokens 2e6 --batch-size 1024 --lr 1e-3
+  on your own images, at block 9 of a real CLIP; the activations are kept, and the run resumes if it is stopped:
+    clipsteer sae train --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/ \\
+        --hook-point visual.transformer.resblocks.9 --tokens patches --store acts/ --out runs/b32-9
+  on four GPUs:
+    torchrun --nproc-per-node 4 -m clipsteer sae train --store acts/ --out runs/big ...
+""")  # fmt: skip
+    _model(p)
+    _data(p, "images to train on (default: the bundled drawings that EmojiCLIP was trained on)")
+    p.add_argument("--hook-point", help="module whose output is encoded (default: the last but one block)")
+    p.add_argument("--tokens", choices=TOKENS, default="all", help="which tokens (default: all)")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="for checkpoints, log.jsonl and the SAE")
+    p.add_argument("--store", type=Path, metavar="DIR", help="keep the activations here and read them from here")
+    size = p.add_mutually_exclusive_group()
+    size.add_argument("--d-sae", type=int, metavar="N", help="number of features")
+    size.add_argument("--expansion", type=int, default=64, metavar="N", help="features a dimension (default: 64)")
+    p.add_argument("--architecture", choices=("topk", "batch_topk", "relu"), default="topk")
+    p.add_argument("--k", type=int, default=64, help="active features a token, for topk and batch_topk (default: 64)")
+    p.add_argument("--normalize", choices=("none", "layer_norm", "constant_norm"), default="none")
+    p.add_argument("--lr", type=float, help="peak learning rate (default: 4e-4 for relu, 2e-4 otherwise)")
+    p.add_argument("--l1", type=float, default=1e-4, help="L1 coefficient, for relu (default: 1e-4)")
+    p.add_argument("--batch-size", type=int, default=4096, metavar="N", help="tokens a step (default: 4096)")
+    length = p.add_mutually_exclusive_group()
+    length.add_argument("--train-tokens", type=_count, metavar="N", help="how long (default: one pass); 2e6 will do")
+    length.add_argument("--steps", type=_count, metavar="N", help="how long, in steps")
+    p.add_argument("--warmup-steps", type=int, default=200, metavar="N")
+    p.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS")
+    p.add_argument("--track", choices=("wandb", "tensorboard"), help="beside log.jsonl")
+    p.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    p.add_argument("--seed", type=int, default=0)
+
+    p = add(actions, "eval", _eval, "measure what an SAE preserves and, with --steer, what its features steer", """
+examples:
+  on the bundled held-out style:
+    clipsteer sae eval runs/small
+  a published SAE (clipsteer, SAELens, sparsify and Prisma folders are told apart) on your own images:
+    clipsteer sae eval hf-hub:org/repo/subfolder --model ViT-B-32 --pretrained openai \\
+        --hook-point visual.transformer.resblocks.11 --data photos/ --out metrics.json
+  how many of the first 200 features are steerable at strength 150:
+    clipsteer sae eval runs/small --steer 150 --features 200
+""")  # fmt: skip
+    _sae(p)
+    p.add_argument("--steer", type=float, metavar="STRENGTH", help="also measure steerability at this strength")
+    p.add_argument("--features", type=int, default=256, metavar="N", help="the first N features (default: 256)")
+    p.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+
+    p = add(actions, "convert", _convert, "write an SAE for another library", """
+examples:
+  what kind of SAE is this, and make it clipsteer's:
+    clipsteer sae convert path/to/saelens-folder mine/
+  for SAELens or sparsify:
+    clipsteer sae convert runs/small for-saelens/ --format saelens
+""")  # fmt: skip
+    p.add_argument("source", metavar="SAE", help="a folder, a Prisma .pt, or hf-hub:org/repo/subfolder")
+    p.add_argument("target", type=Path, metavar="DIR", help="folder to write")
+    p.add_argument("--format", choices=("clipsteer", "saelens", "sparsify"), default="clipsteer")
+
+    p = add(actions, "steer", _steer, "show predictions before and after steering features", """
+examples:
+  feature 12 set to 50 on every token, eight drawings of the held-out style:
+    clipsteer sae steer runs/small --feature 12=50
+  one feature up, another suppressed, on the patches of your own images, among your own words:
+    clipsteer sae steer runs/b32-9 --feature 12=50 --feature 7=0 --tokens patches --data photos/ --words words.txt
+""")  # fmt: skip
+    _sae(p)
+    p.add_argument("--feature", action="append", required=True, type=_strength, metavar="I=S",
+                   help="set feature I to S; repeatable")  # fmt: skip
+    p.add_argument("--words", type=Path, metavar="FILE",
+                   help="what to predict, one a line (default: the classes, or the bundled concepts)")  # fmt: skip
+    p.add_argument("--top", type=int, default=3, metavar="N", help="predictions an image (default: 3)")
+    p.add_argument("--count", type=int, default=8, metavar="N", help="images (default: 8)")
+
+
+def _count(text: str) -> int:
+    value = float(text)
+    if not math.isfinite(value) or value < 1 or value != int(value):
+        raise argparse.ArgumentTypeError(f"expected a whole number such as 200 or 2e6, got {text!r}")
+    return int(value)
+
+
+def _strength(text: str) -> tuple[int, float]:
+    feature, sign, strength = text.partition("=")
+    try:
+        return int(feature), float(strength)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected FEATURE=STRENGTH such as 12=50, got {text!r}") from None
+
+
+def _model(p: argparse.ArgumentParser, default: str | None = "emojiclip") -> None:
+    source = default or "what the SAE was trained on"
+    p.add_argument("--model", default=default, metavar="NAME",
+                   help=f"open_clip name, hf-hub:org/repo, or emojiclip (default: {source})")  # fmt: skip
+    p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or a local weights file")
+    p.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
+
+
+def _data(p: argparse.ArgumentParser, what: str) -> None:
+    p.add_argument("--data", metavar="PATH", help=f"folder, captions .csv/.jsonl, or .tar shards: {what}")
+
+
+def _sae(p: argparse.ArgumentParser) -> None:
+    p.add_argument("sae", metavar="SAE", help="a folder, a Prisma .pt, or hf-hub:org/repo/subfolder")
+    _model(p, None)
+    _data(p, "images to look at (default: the bundled held-out style)")
+    p.add_argument("--hook-point", help="default: what the SAE was trained on")
+    p.add_argument("--tokens", choices=TOKENS, help="default: what the SAE was trained on")
+
+
+def _images(path: str | None, cell: tuple[str, bool]) -> Any:
+    from clipsteer.data import EmojiStyles, open_dataset
+
+    if path is not None:
+        return open_dataset(path)
+    emoji = EmojiStyles()
+    return emoji.dataset(emoji.cells()[cell])
+
+
+def _train(args: argparse.Namespace) -> int:
+    import clipsteer
+    from clipsteer.activations import HarvestSource, harvest_to_store
+    from clipsteer.clip import load
+    from clipsteer.demo import default_hook_point
+
+    config = clipsteer.TrainConfig(
+        d_sae=args.d_sae, expansion=args.expansion, architecture=args.architecture, k=args.k, normalize=args.normalize,
+        lr=args.lr, batch_size=args.batch_size, tokens=args.train_tokens, steps=args.steps,
+        warmup_steps=args.warmup_steps, l1_coefficient=args.l1, seed=args.seed, checkpoint_every=args.checkpoint_every,
+    )  # fmt: skip
+    clip = load(args.model, args.pretrained, device=args.device)
+    dataset = _images(args.data, ("trained", True))
+    hook_point = args.hook_point or default_hook_point(clip)
+    common = {"tokens": args.tokens, "num_workers": args.workers}
+    if args.store is not None:
+        source = harvest_to_store(clip, dataset, hook_point, args.store, **common)
+    else:
+        source = HarvestSource(clip, dataset, hook_point, **common)
+    sae = clipsteer.train_sae(source, config, out=args.out, device=args.device, track=args.track)
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(f"{args.out}: {sae.d_sae} features at {hook_point}; next: clipsteer sae eval {args.out}\n")
+    return 0
+
+
+def _open(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The SAE, the model it belongs to, and the images."""
+    import clipsteer
+    from clipsteer.clip import load
+
+    sae = clipsteer.SAE.from_pretrained(args.sae, device=args.device)
+    name = args.model or sae.metadata.get("clip_model")
+    if name is None:
+        raise ValueError(f"{args.sae} does not say which model it belongs to; pass --model and --hook-point")
+    pretrained = args.pretrained or (sae.metadata.get("pretrained") if args.model is None else None)
+    return sae, load(name, pretrained, device=args.device), _images(args.data, ("held-out", True))
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from clipsteer._files import write_json
+    from clipsteer.data import EmojiStyles
+    from clipsteer.sae_eval import evaluate_sae, steerability
+
+    sae, clip, dataset = _open(args)
+    where = {"hook_point": args.hook_point, "tokens": args.tokens}
+    figures = evaluate_sae(sae, clip, dataset, **where)
+    if args.steer is not None:
+        from torch.utils.data import Subset
+
+        from clipsteer.explore import spread
+
+        words = dataset.classes or [c.label for c in EmojiStyles().concepts]
+        features = list(range(min(args.features, sae.d_sae)))
+        some = Subset(dataset, spread(range(len(dataset)), 32))
+        found = steerability(sae, clip, some, words, strength=args.steer, features=features, **where)
+        best = found.score.argsort(descending=True)[:10].tolist()
+        figures["steerability"] = {
+            "strength": args.steer, "features": len(features), "share": found.share,
+            "best": [{"feature": int(found.features[i]), "score": float(found.score[i]), "power": float(found.power[i]),
+                      "concept": words[int(found.concept[i])]} for i in best],
+        }  # fmt: skip
+    for name, value in figures.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            sys.stdout.write(f"{name:<16} {value:.6g}\n")
+        elif isinstance(value, str):
+            sys.stdout.write(f"{name:<16} {value}\n")
+    if args.steer is not None:
+        share = figures["steerability"]
+        sys.stdout.write(f"{'steerable':<16} {share['share']:.1%} of {share['features']} features at {args.steer:g}\n")
+        for row in share["best"]:
+            measured = f"S {row['score']:.3f}  power {row['power']:.3f}"
+            sys.stdout.write(f"  feature {row['feature']:<7} {measured}  {row['concept']}\n")
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.out, figures)
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from clipsteer import SAE, sae_io
+
+    sae = SAE.from_pretrained(args.source)
+    if args.format == "clipsteer":
+        sae.save_pretrained(args.target)
+    else:
+        sae_io.export(sae, args.target, args.format)
+    sys.stdout.write(f"{args.target}: {args.format}, {sae.extra_repr()}\n{json.dumps(sae.metadata)}\n")
+    return 0
+
+
+def _steer(args: argparse.Namespace) -> int:
+    import torch
+
+    from clipsteer.clip import EMOJICLIP, zero_shot_head
+    from clipsteer.data import EmojiStyles
+    from clipsteer.explore import spread
+    from clipsteer.steering import SAESteering, steer
+
+    if args.top < 1 or args.count < 1:
+        raise ValueError(f"--top and --count must be at least 1, got {args.top} and {args.count}")
+    sae, clip, dataset = _open(args)
+    hook_point = args.hook_point or sae.metadata.get("hook_point")
+    if hook_point is None:
+        raise ValueError(f"{args.sae} does not name its hook point; pass --hook-point")
+    steering = SAESteering(sae, dict(args.feature), tokens=args.tokens or sae.metadata.get("tokens") or "all")
+    if args.words is not None:
+        words = [w.strip() for w in args.words.read_text(encoding="utf-8").splitlines() if w.strip()]
+    else:
+        words = dataset.classes or [c.label for c in EmojiStyles().concepts]
+    head = zero_shot_head(clip, words, None if clip.name == EMOJICLIP else ("a photo of a {}.",))
+    rows = spread(range(len(dataset)), args.count)
+    images = [dataset[i][0] for i in rows]
+    before = (100 * clip.encode_images(images) @ head.T).softmax(-1)
+    with steer(clip.model, {hook_point: steering}):
+        after = (100 * clip.encode_images(images) @ head.T).softmax(-1)
+
+    def shown(p: torch.Tensor) -> str:
+        best = p.topk(min(args.top, len(words)))
+        return ", ".join(f"{words[i]} {v:.0%}" for v, i in zip(best.values.tolist(), best.indices.tolist()))
+
+    for i, p, q in zip(rows, before, after):
+        target = dataset.targets[i]
+        name = target if dataset.classes is None else dataset.classes[target]
+        sys.stdout.write(f"{str(name)[:60]}\n  before  {shown(p)}\n  after   {shown(q)}\n")
+    change = (after - before).mean(0)
+    order = change.abs().argsort(descending=True)[: 2 * args.top].tolist()
+    sys.stdout.write("mean change, in points\n")
+    for i in sorted(order, key=lambda i: -float(change[i])):
+        sys.stdout.write(f"  {100 * float(change[i]):+6.1f}  {words[i]}\n")
+    return 0

@@ -1,0 +1,200 @@
+"""The demo: what a CLIP model sees, a sparse autoencoder trained on its tokens, and what steering a feature does.
+
+``run`` leaves a page, the SAE and the figures in a folder. The same seed on the same machine gives the same figures.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import clipsteer
+from clipsteer import demo_page
+from clipsteer._files import write_json
+from clipsteer.clip import CLIP, EMOJI_TEMPLATES, EMOJICLIP, SIMPLE_TEMPLATES, hook_points, load, zero_shot_head
+from clipsteer.data import ImageDataset
+from clipsteer.explore import (
+    Feature,
+    Pictures,
+    Predictor,
+    augmented,
+    choose,
+    describe,
+    emoji_pictures,
+    feature_peaks,
+    folder_pictures,
+    largest,
+    look,
+    pixels,
+    probe,
+    response,
+    spread,
+    zero_shot,
+)
+from clipsteer.sae import SAE
+
+# multiply-adds of SAE training that two CPU cores do in a minute: what turns --minutes into a number of steps
+_WORK_PER_MINUTE = 1e12
+_BATCH, _EXPANSION, _K = 1024, 8, 16
+_TRAIN_TOKENS = 60_000
+_EVALUATED = 192  # images a group
+# strengths, as multiples of a feature's largest activation
+MULTIPLES = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 15.0)
+PROBE = 10.0
+STEERABLE = 0.10
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What a run left behind."""
+
+    page: Path
+    sae: Path
+    metrics: Path
+    figures: dict[str, Any]
+
+    def lines(self) -> list[str]:
+        """A summary in a few lines."""
+        out = []
+        for row in self.figures.get("zero_shot", []):
+            shown = ", ".join(f"{w}-way {v['accuracy']:.1%}" for w, v in row["ways"].items())
+            out.append(f"zero-shot, {row['group']} ({row['images']} images): {shown}")
+        for group, row in self.figures["sae"]["evaluation"].items():
+            out.append(f"SAE, {group}: explained variance {row['ev']:.3f}, L0 {row['l0']:.1f}")
+        share = self.figures["steering"]
+        out.append(f"steerable (S > {STEERABLE}): {share['steerable']} of {share['probed']} features probed")
+        return out
+
+
+def run(
+    out: str | Path = "clipsteer-demo",
+    *,
+    seed: int = 0,
+    model: str = EMOJICLIP,
+    pretrained: str | None = None,
+    data: str | Path | None = None,
+    hook_point: str | None = None,
+    minutes: float = 1.0,
+    max_images: int | None = None,
+    device: str = "cpu",
+) -> Demo:
+    """Run the demo into the folder ``out``: report.html, metrics.json and sae/.
+
+    Args:
+        seed: of the SAE, its batches and what is drawn.
+        model, pretrained: as in ``clipsteer.clip.load``; data: a folder, caption table or shards, else the bundled
+            drawings.
+        hook_point: a block's module name; by default the last but one of the image tower.
+        minutes: SAE training, in nominal minutes of two CPU cores. It sets the number of steps, so that the result
+            does not depend on how fast the machine is.
+        max_images: at most so many; by default all bundled drawings for EmojiCLIP and 1000 otherwise.
+    """
+    if not 0 < minutes < math.inf:
+        raise ValueError(f"demo: minutes must be positive, got {minutes}")
+    if max_images is not None and max_images < 16:
+        raise ValueError(f"demo: max_images must be at least 16, got {max_images}")
+    out = Path(out)
+    clip = load(model, pretrained, device=device)
+    limit = max_images if model == EMOJICLIP and data is None else max_images or 1000
+    pictures = emoji_pictures(limit) if data is None else folder_pictures(data, seed, limit or 1000)
+    hook_point = hook_point or default_hook_point(clip)
+    tokens, embeddings = look(clip, pictures, hook_point)
+    # the prompts of a large vocabulary cost a real text tower minutes, so one template does for it
+    head = zero_shot_head(clip, pictures.vocabulary, EMOJI_TEMPLATES if model == EMOJICLIP else SIMPLE_TEMPLATES).cpu()
+    figures: dict[str, Any] = {
+        "model": {"name": model, "pretrained": pretrained, "hook_point": hook_point},
+        "data": {"path": str(data) if data else "EmojiStyles", "images": len(pictures.dataset)},
+        "seed": seed, "vocabulary": len(pictures.vocabulary),
+    }  # fmt: skip
+    if pictures.truth is not None:
+        figures["zero_shot"] = zero_shot(pictures, embeddings, head[: len(pictures.classes)])
+    sae, history = train(clip, pictures, tokens, hook_point, seed, minutes, out)
+    figures["sae"] = {**sae.config, "evaluation": evaluate(clip, pictures, sae)}
+    peaks = feature_peaks(sae, tokens)
+    predictor = Predictor(clip, sae, hook_point, head)
+    held_out = list(pictures.groups.values())[-1 if data else 2]
+    probe_rows = spread(held_out, 24)
+    probed = pixels(clip, pictures, probe_rows)
+    features = describe(peaks, embeddings, head, pictures.vocabulary, limit=256 if tokens.shape[-1] <= 256 else 64)
+    if not features:
+        raise RuntimeError("demo: no SAE feature is active on enough images to show; train longer (--minutes)")
+    probe(predictor, pictures, probe_rows, features, PROBE)
+    chosen = choose(features, 6)
+    shown = [study(predictor, pictures, embeddings, feature, probed) for feature in chosen]
+    figures["steering"] = {
+        "probed": len(features), "probe_images": len(probed), "probe_rows": probe_rows,
+        "multiple_of_peak": PROBE, "threshold": STEERABLE,
+        "steerable": sum(f.steerability > STEERABLE for f in features),
+        "features": [{**asdict(f), "response": s} for f, s in zip(chosen, shown)],
+    }  # fmt: skip
+    write_json(out / "metrics.json", figures)
+    page = demo_page.build(predictor, pictures, figures, history, tokens, embeddings, chosen)
+    return Demo(page.write(out / "report.html"), out / "sae", out / "metrics.json", figures)
+
+
+def default_hook_point(clip: CLIP) -> str:
+    """The last but one block of the image tower."""
+    for pattern in ("visual.transformer.resblocks.*", "visual.trunk.blocks.*"):
+        depth = pattern.count(".")
+        blocks = [n for n in hook_points(clip.model, pattern) if n.count(".") == depth]
+        if blocks:
+            return blocks[max(len(blocks) - 2, 0)]
+    raise ValueError(f"demo: {clip.name} has no blocks that I know; pass hook_point, a module's name")
+
+
+def train(
+    clip: CLIP, pictures: Pictures, tokens: Tensor, hook_point: str, seed: int, minutes: float, out: Path
+) -> tuple[SAE, list[dict[str, float]]]:
+    """Train a top-k SAE on the tokens of the training rows and save it; few pictures are seen in several variants."""
+    rows = tokens[pictures.train]
+    parts = [rows.flatten(0, 1)]
+    views = min(3, _TRAIN_TOKENS // len(parts[0]))
+    generator = torch.Generator().manual_seed(seed)
+    if views:
+        moved = pictures.variant(pictures.train * views, lambda image: augmented(image, generator))
+        parts.append(look(clip, moved, hook_point, label="augmented")[0].flatten(0, 1))
+    activations = torch.cat(parts)
+    d_in = activations.shape[1]
+    batch = min(_BATCH, len(activations))
+    steps = max(50, round(minutes * _WORK_PER_MINUTE / (batch * d_in * d_in * _EXPANSION)))
+    config = clipsteer.TrainConfig(
+        expansion=_EXPANSION, k=min(_K, d_in), batch_size=batch, steps=steps, lr=1e-3, warmup_steps=steps // 20,
+        seed=seed, dead_after=4 * len(activations), log_every=max(1, steps // 60), normalize="layer_norm",
+    )  # fmt: skip
+    metadata = {"clip_model": clip.name, "pretrained": clip.pretrained, "hook_point": hook_point, "tokens": "all"}
+    history: list[dict[str, float]] = []
+    sae = clipsteer.train_sae(activations, config, metadata=metadata, on_log=history.append, device=clip.device)
+    sae.save_pretrained(out / "sae")
+    return sae, history
+
+
+def study(
+    predictor: Predictor, pictures: Pictures, embeddings: Tensor, feature: Feature, probed: Tensor
+) -> dict[str, Any]:
+    """What one feature does: its target's mean probability by strength, and its top images without it."""
+    target = pictures.vocabulary.index(feature.effect[0][0])
+    curve = response(predictor, feature, probed, target, MULTIPLES)
+    own = pixels(predictor.clip, pictures, feature.top)
+    clean = predictor.of(embeddings[feature.top])
+    feature.removed = largest((predictor.steered(own, feature.index, 0.0) - clean).mean(0), pictures.vocabulary, 6)
+    return {"target": feature.effect[0][0], "multiples": list(MULTIPLES), "probability": curve}
+
+
+def evaluate(clip: CLIP, pictures: Pictures, sae: SAE) -> dict[str, dict[str, Any]]:
+    """What the SAE preserves, on a part of every group; the classes are the group's own, with one prompt each."""
+    found = {}
+    for group, members in pictures.groups.items():
+        rows = spread(members, _EVALUATED)
+        truth = [int(pictures.truth[i]) for i in rows] if pictures.truth is not None else []
+        present = sorted(set(truth))
+        labels = [present.index(t) for t in truth] or ["" for _ in rows]
+        names = [pictures.classes[c] for c in present] if truth else None
+        dataset = ImageDataset(lambda i, rows=rows: pictures.dataset[rows[i]][0], labels, names)
+        template = EMOJI_TEMPLATES[:1] if clip.name == EMOJICLIP else SIMPLE_TEMPLATES
+        found[group] = clipsteer.evaluate_sae(sae, clip, dataset, templates=template)
+    return found

@@ -1,0 +1,274 @@
+"""The demo's page: the findings of ``clipsteer.demo`` in words, tables, pictures and curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from clipsteer.clip import EMOJICLIP, class_tokens
+from clipsteer.explore import Feature, Pictures, Predictor, feature_heat, pixels, spread
+from clipsteer.report import (
+    Html,
+    Page,
+    bars,
+    card,
+    cards,
+    charts,
+    code,
+    figures,
+    heat_overlay,
+    line_chart,
+    stats,
+    table,
+    text,
+)
+
+_SIZE = 128
+
+
+def build(
+    predictor: Predictor,
+    pictures: Pictures,
+    found: Mapping[str, Any],
+    history: Sequence[Mapping[str, float]],
+    tokens: Tensor,
+    embeddings: Tensor,
+    chosen: Sequence[Feature],
+) -> Page:
+    """The whole page; nothing in it depends on when or how fast the demo ran."""
+    clip, sae = predictor.clip, predictor.sae
+    weights = f" ({clip.pretrained})" if clip.pretrained else ""
+    page = Page(
+        "What a CLIP model sees, and how to steer it",
+        f"{clip.name}{weights}, sparse autoencoder at {predictor.hook_point}",
+        footer=f"Made by clipsteer demo, seed {found['seed']}. The figures are in metrics.json, the SAE in sae/.",
+    )
+    page.lead(_headline(found))
+    if clip.name == EMOJICLIP:
+        page.lead(
+            text(
+                "EmojiCLIP is a small model that comes with clipsteer, trained from scratch on drawings of emoji. It "
+                "is not OpenAI's CLIP; run the demo with --model, --pretrained and --data for a real one.",
+                css="note",
+            )
+        )
+    page.section("What the model sees", *_seeing(pictures, found, embeddings, predictor))
+    page.section("The sparse autoencoder", *_training(sae, found, history))
+    page.section("Features", *_features(predictor, pictures, tokens, chosen, found))
+    page.section("Steering one feature up and down", *_steering(predictor, pictures, embeddings, chosen, found))
+    page.section("Do it yourself", *_snippet(clip, predictor.hook_point, chosen[0]))
+    return page
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _headline(found: Mapping[str, Any]) -> Html:
+    evaluation = found["sae"]["evaluation"]
+    group, held_out = list(evaluation.items())[-1]
+    share = found["steering"]
+    items: list[tuple[Any, ...]] = []
+    if "zero_shot" in found:
+        row = found["zero_shot"][0]
+        ways, best = max(row["ways"].items())
+        items.append((f"zero-shot, {ways} candidates", _percent(best["accuracy"]), row["group"]))
+    items += [
+        ("explained variance", f"{held_out['ev']:.3f}", group),
+        ("active features a token", f"{held_out['l0']:.0f}", f"of {found['sae']['d_sae']}"),
+        ("steerable features", f"{share['steerable']} of {share['probed']}", f"S > {share['threshold']}"),
+    ]
+    return stats(items)
+
+
+def _seeing(pictures: Pictures, found: Mapping[str, Any], embeddings: Tensor, predictor: Predictor) -> list[Html]:
+    parts = []
+    if "zero_shot" in found:
+        rows = []
+        for row in found["zero_shot"]:
+            *few, (everything, best) = row["ways"].items()
+            cells = {w: f"{_percent(v['accuracy'])} ± {100 * v['sem']:.1f}" for w, v in few}
+            rows.append([
+                row["group"], row["images"], cells.get(10, "–"), cells.get(50, "–"),
+                f"{_percent(best['accuracy'])} ± {100 * best['sem']:.1f}", everything, _percent(best["chance"]),
+            ])  # fmt: skip
+        parts += [
+            text(
+                "Zero-shot classification: the model picks the name that fits the image best, among N names of which "
+                "one is right. 10 and 50 names: the mean over all draws of wrong names, so chance is 10 % and 2 %."
+            ),
+            table(
+                ["images", "count", "10 names", "50 names", "all names", "names", "chance"], rows,
+                caption="Accuracy ± standard error over the images.",
+            ),
+        ]  # fmt: skip
+    rows = spread(list(pictures.groups.values())[-1 if len(pictures.groups) == 2 else 2], 12)
+    best = predictor.of(embeddings[rows]).max(-1)
+    items = []
+    for i, p, index in zip(rows, best.values.tolist(), best.indices.tolist()):
+        guess = pictures.vocabulary[index]
+        items.append((_thumb(pictures, i), f"{guess}, {p:.0%}", f"{pictures.names[i]}, seen as {guess}"))
+    size = len(pictures.vocabulary)
+    parts += [text(f"Some images, and what the model takes them for among {size} names:"), figures(items)]
+    return parts
+
+
+def _training(sae: Any, found: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> list[Html]:
+    steps = [h["step"] for h in history]
+    curves = charts(
+        line_chart(
+            {"FVU": (steps, [h["fvu"] for h in history])}, title="Variance unexplained", x_label="step", y_from=0
+        ),
+        line_chart(
+            {"dead": (steps, [100 * h["dead"] for h in history])}, title="Dead features, %", x_label="step", y_from=0
+        ),
+    )
+    rows = []
+    for group, row in found["sae"]["evaluation"].items():
+        rows.append([
+            group, row["images"], f"{row['ev']:.3f}", f"{row['l0']:.1f}", _percent(row["dead"]),
+            *(_or_dash(row.get(key)) for key in ("ce_recovered", "top1_clean", "top1_sae", "top1_zero")),
+        ])  # fmt: skip
+    return [
+        text(
+            f"{sae.d_sae} features over tokens of width {sae.d_in}, of which each token may use {sae.k}: the top-k "
+            "autoencoder of Gao et al. 2024. It learns from the first group of images alone."
+        ),
+        curves,
+        table(
+            ["images", "count", "explained variance", "L0", "silent features", "CE recovered", "top-1", "with SAE",
+             "with zeros"], rows,
+            caption="Reconstruction, on a part of each group. The last columns replace every token by its "
+            "reconstruction, or by zero: CE recovered is the share of the zero-shot cross-entropy that survives, top-1 "
+            "the accuracy among the group's names, with one prompt each.",
+        ),
+    ]  # fmt: skip
+
+
+def _or_dash(value: float | None) -> str:
+    return "–" if value is None else _percent(value)
+
+
+def _thumb(pictures: Pictures, row: int, size: int = _SIZE) -> Any:
+    image = pictures.dataset[row][0].copy()
+    image.thumbnail((size, size))
+    return image
+
+
+def _heat(predictor: Predictor, pictures: Pictures, tokens: Tensor, feature: Feature, row: int) -> Any:
+    prefix = class_tokens(predictor.clip.model, predictor.hook_point)
+    grid = feature_heat(predictor.sae, tokens[row], feature.index, prefix)
+    if grid is None or float(grid.max()) < 0.1 * feature.peak:
+        return _thumb(pictures, row)
+    return heat_overlay(pictures.dataset[row][0], grid, size=_SIZE)
+
+
+def _features(
+    predictor: Predictor, pictures: Pictures, tokens: Tensor, chosen: Sequence[Feature], found: Mapping[str, Any]
+) -> list[Html]:
+    parts = []
+    for feature in chosen:
+        top = [
+            (_heat(predictor, pictures, tokens, feature, i), pictures.names[i], f"{pictures.names[i]}, with heat")
+            for i in feature.top
+        ]
+        near = ", ".join(name for name, _ in feature.looks_like)
+        parts.append(
+            card(
+                f"Feature {feature.index}: {feature.looks_like[0][0]}",
+                text(f"Active on {_percent(feature.density)} of the images; nearest texts: {near}.", css="note"),
+                figures(top, size="5.6rem"),
+            )
+        )
+    share = found["steering"]
+    return [
+        text(
+            f"{len(chosen)} of the {share['probed']} features probed: those that push the predictions towards what they "
+            "look like, the most steerable first, and then the most steerable of the others; no two towards the same "
+            "name. Each is shown with the images on which it is strongest: in colour where it is active, grey "
+            "elsewhere, or whole where only the class token has it. Its name is the text nearest to the mean embedding "
+            "of those images."
+        ),
+        cards(*parts),
+    ]
+
+
+def _steering(
+    predictor: Predictor, pictures: Pictures, embeddings: Tensor, chosen: Sequence[Feature], found: Mapping[str, Any]
+) -> list[Html]:
+    share = found["steering"]
+    studies = share["features"]
+    curve = line_chart(
+        {f"{s['index']} → {s['response']['target']}": (s["response"]["multiples"], s["response"]["probability"])
+         for s in studies[:4]},
+        title="Probability of the target", x_label="strength, in multiples of the feature's peak", y_from=0,
+    )  # fmt: skip
+    parts = []
+    for feature in chosen:
+        parts.append(
+            card(
+                f"Feature {feature.index}: {feature.looks_like[0][0]}",
+                text(f"Up, on other images (S = {feature.steerability:.3f}); change in points:", css="note"),
+                bars([(name, d, f"{100 * d:+.1f}") for name, d in feature.effect], limit=_limit(feature)),
+                text("Down to 0, on its own images:", css="note"),
+                bars([(name, d, f"{100 * d:+.1f}") for name, d in feature.removed], limit=_limit(feature)),
+            )
+        )
+    return [
+        text(
+            f"Each feature is set to {share['multiple_of_peak']:g} times its peak on every token of "
+            f"{share['probe_images']} held-out images, and to 0 on the images that show it. Nothing else in the model "
+            f"changes. The bars are the mean change in probability over {found['vocabulary']} names; S is the sum of "
+            "their squares (Joseph et al. 2025)."
+        ),
+        _before_and_after(predictor, pictures, embeddings, chosen[0], share),
+        charts(curve),
+        cards(*parts),
+    ]
+
+
+def _limit(feature: Feature) -> float:
+    return max(abs(d) for _, d in [*feature.effect, *feature.removed]) or 1.0
+
+
+def _before_and_after(
+    predictor: Predictor, pictures: Pictures, embeddings: Tensor, feature: Feature, share: Mapping[str, Any]
+) -> Html:
+    """The most steerable feature on single images: up on some that lack it, off on some that have it."""
+    vocabulary = pictures.vocabulary
+
+    def best(p: Tensor) -> str:
+        return f"{vocabulary[int(p.argmax())]}, {float(p.max()):.0%}"
+
+    def rows(images: Sequence[int], strength: float) -> list[list[Any]]:
+        clean = predictor.of(embeddings[images])
+        moved = predictor.steered(pixels(predictor.clip, pictures, images), feature.index, strength)
+        return [[figures([(_thumb(pictures, i), "", pictures.names[i])], size="3.2rem"), best(a), best(b)]
+                for i, a, b in zip(images, clean, moved)]  # fmt: skip
+
+    others = [i for i in share["probe_rows"] if i not in feature.top]
+    up = rows(spread(others, 4), share["multiple_of_peak"] * feature.peak)
+    down = rows(feature.top[:4], 0.0)
+    title = f"Feature {feature.index}: {feature.looks_like[0][0]}"
+    return cards(
+        card(f"{title}, up", table(["image", "seen as", "with the feature up"], up)),
+        card(f"{title}, off", table(["image", "seen as", "without the feature"], down)),
+    )
+
+
+def _snippet(clip: Any, hook_point: str, feature: Feature) -> list[Html]:
+    name = f'"{clip.name}"' + (f', "{clip.pretrained}"' if clip.pretrained else "")
+    strength = 2 * feature.peak
+    return [
+        text("The model, the autoencoder and the feature of this page, in Python:"),
+        code(
+            "import clipsteer\nfrom clipsteer.clip import load\n\n"
+            f"clip = load({name})\n"
+            'sae = clipsteer.SAE.from_pretrained("sae")\n'
+            f"steering = clipsteer.SAESteering(sae, {{{feature.index}: {strength:.1f}}})\n"
+            f'with clipsteer.steer(clip.model, {{"{hook_point}": steering}}):\n'
+            "    embeddings = clip.encode_images(images)   # a list of PIL images"
+        ),
+    ]

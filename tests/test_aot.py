@@ -1,0 +1,193 @@
+"""Triton kernels compiled ahead of time, without a GPU: the binaries keep their budgets.
+
+One configuration a kernel and target: what a launch at the main shape (bf16, d = 768, n = 49,152, k = 64) takes.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+]
+
+KERNELS = (
+    "topk_encode_fwd",
+    "topk_encode_fwd_fp32",
+    "topk_encode_keys",
+    "topk_encode_select",
+    "sparse_decode_fwd",
+    "gather_dot",
+    "sparse_outer_bwd",
+)
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # a block's limit, bytes
+
+
+@pytest.fixture(scope="module", params=SHARED_MEMORY)
+def binaries(request: pytest.FixtureRequest) -> tuple[str, dict[str, dict]]:
+    return request.param, compiled_for(request.param)
+
+
+@functools.lru_cache(None)
+def compiled_for(target: str) -> dict[str, dict]:
+    # A process of its own: under TRITON_INTERPRET=1 the decorated kernels cannot be compiled.
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, __file__, target], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_spills(binaries: tuple[str, dict[str, dict]], kernel: str) -> None:
+    assert binaries[1][kernel]["spilled_bytes"] == 0
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_shared_memory_fits(binaries: tuple[str, dict[str, dict]], kernel: str) -> None:
+    target, found = binaries
+    assert found[kernel]["shared_memory"] <= SHARED_MEMORY[target]
+
+
+@pytest.mark.parametrize("kernel", ["topk_encode_fwd", "topk_encode_keys"])
+def test_matrix_product_runs_on_tensor_cores(binaries: tuple[str, dict[str, dict]], kernel: str) -> None:
+    target, found = binaries
+    expected = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "gfx942": "v_mfma"}[target]
+    assert found[kernel]["instructions"][expected] > 0
+
+
+def test_fp32_keeps_ieee_products(binaries: tuple[str, dict[str, dict]]) -> None:
+    target, found = binaries
+    instructions = found["topk_encode_fwd_fp32"]["instructions"]
+    # CDNA's fp32 matrix instructions are IEEE; NVIDIA's tensor cores would round the operands to TF32.
+    if target == "gfx942":
+        assert instructions["v_mfma"] == instructions["v_mfma_f32_f32"] > 0
+    else:
+        assert instructions["mma.sync"] == instructions["wgmma.mma_async"] == 0
+
+
+@pytest.mark.parametrize("kernel", ["sparse_decode_fwd", "gather_dot", "sparse_outer_bwd"])
+def test_gathers_read_16_bytes_a_lane(binaries: tuple[str, dict[str, dict]], kernel: str) -> None:
+    assert binaries[1][kernel]["instructions"]["load_16_bytes"] > 0
+
+
+def test_matrix_tiles_are_copied_16_bytes_a_lane(binaries: tuple[str, dict[str, dict]]) -> None:
+    assert binaries[1]["topk_encode_fwd"]["instructions"]["load_16_bytes"] > 0
+
+
+# From here on: what the subprocess runs.
+
+INSTRUCTIONS = {
+    "mma.sync": r"\bmma\.sync",
+    "wgmma.mma_async": r"wgmma\.mma_async",
+    "v_mfma": r"\bv_mfma_",
+    "v_mfma_f32_f32": r"\bv_mfma_f32_\w+_?f32\b",
+    "load_16_bytes": (
+        r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64"
+        r"|cp\.async\.c[ag][^\n]*, 0x10\b|(?:global|buffer)_load_dwordx4"
+    ),
+}
+
+
+def compile_all(target_name: str) -> dict[str, dict]:
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    hip = target_name.startswith("gfx")
+    target = GPUTarget("hip", target_name, 64) if hip else GPUTarget("cuda", int(target_name[3:]), 32)
+    torch.version.hip = "ahead of time" if hip else None  # what the launchers ask to choose a configuration
+
+    from clipsteer.kernels import sparse_decode, topk_encode
+
+    def build(kernel, pointers: dict[str, str], scalars: str, config: dict) -> dict:
+        options = {name: config.pop(name) for name in ("num_warps", "num_stages") if name in config}
+        names = kernel.arg_names
+        signature = dict.fromkeys(names, "constexpr") | dict.fromkeys(scalars.split(), "i32") | pointers
+        aligned = [name for name in (*pointers, *scalars.split()) if name != "B"]
+        attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+        source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in config.items()}, attrs)
+        return budget(triton.compile(source, target=target, options=options))
+
+    def budget(binary) -> dict:
+        text = binary.asm["amdgcn" if hip else "ptx"]
+        if hip:
+            # SGPRs spill into lanes of a VGPR; only VGPRs spill to memory, which is the private segment.
+            sizes = re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)
+            assert len(sizes) == 2, sizes
+            registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+        else:
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(binary.asm["cubin"])
+                file.flush()
+                tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+                usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True)
+            # No kernel here has arrays of its own, so that its stack is its spills.
+            registers, *sizes = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage.stdout).groups())
+        return {
+            "registers": registers,
+            "spilled_bytes": sum(map(int, sizes)),
+            "shared_memory": binary.metadata.shared,
+            "instructions": {name: len(re.findall(pattern, text)) for name, pattern in INSTRUCTIONS.items()},
+        }
+
+    def matmul(kernel, dtype: torch.dtype, outputs: dict[str, str], whole_rows: bool = False, **more: int) -> dict:
+        kind = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
+        config = topk_encode.tile_config(dtype, "ieee", SHARED_MEMORY[target_name], whole_rows)
+        config |= {"HAS_BIAS": True, "EVEN_D": True, "PRECISION": "ieee", "GROUP_B": 32, **more}
+        return build(kernel, {"x_ptr": kind, "w_ptr": kind, "b_ptr": kind, **outputs}, "B n d", config)
+
+    d, n, k, kind = 768, 49152, 64, "*bf16"
+    candidates = {"order_ptr": "*i32", "col_ptr": "*u8"}
+    operands = {"x_ptr": kind, "w_ptr": kind, "b_ptr": kind}
+    per_bucket = topk_encode.candidates_per_bucket(n // 256, k)
+    gather = sparse_decode.gather_config(d, 2)
+    return {
+        "topk_encode_fwd": matmul(
+            topk_encode._topk_encode_fwd_kernel, torch.bfloat16, candidates, J=per_bucket
+        ),
+        "topk_encode_fwd_fp32": matmul(topk_encode._topk_encode_fwd_kernel, torch.float32, candidates, J=per_bucket),
+        "topk_encode_keys": matmul(
+            topk_encode._topk_encode_keys_kernel, torch.bfloat16, {"keys_ptr": "*i64"}, whole_rows=True
+        ),
+        "topk_encode_select": build(
+            topk_encode._topk_encode_select_kernel,
+            candidates | operands | {"acts_ptr": kind, "indices_ptr": "*i64"},
+            "B n d k",
+            topk_encode.select_config(k, n // 256 * per_bucket, 256, 2) | {"J": per_bucket, "HAS_BIAS": True},
+        ),
+        "sparse_decode_fwd": build(
+            sparse_decode._sparse_decode_fwd_kernel,
+            {"acts_ptr": kind, "indices_ptr": "*i64", "w_ptr": kind, "b_ptr": kind, "out_ptr": kind},
+            "B d k",
+            gather | {"HAS_BIAS": True},
+        ),
+        "gather_dot": build(
+            sparse_decode._gather_dot_kernel,
+            {"rows_ptr": kind, "indices_ptr": "*i64", "w_ptr": kind, "out_ptr": kind},
+            "B d k",
+            dict(gather),
+        ),
+        "sparse_outer_bwd": build(
+            sparse_decode._sparse_outer_bwd_kernel,
+            {"coeff_ptr": kind, "pairs_ptr": "*i64", "offsets_ptr": "*i64", "rows_ptr": kind, "dw_ptr": kind,
+             "db_ptr": kind},
+            "n d k",
+            sparse_decode.outer_config(d, 2),
+        ),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all(sys.argv[1])))

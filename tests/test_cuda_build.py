@@ -1,0 +1,223 @@
+"""CUDA C++ without a GPU: the selection and segment code runs on the CPU, and everything compiles and links."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+NVCC = shutil.which("nvcc")
+CXX = shutil.which("g++") or shutil.which("c++")
+
+# A block of CUDA threads, played by CPU threads.
+HOST = r"""
+#include <barrier>
+#include <thread>
+#include <vector>
+#include "segment.cuh"
+
+using namespace clipsteer;
+
+struct Team {
+  uint32_t id, count;
+  std::barrier<>* barrier;
+  uint32_t rank() const { return id; }
+  uint32_t size() const { return count; }
+  void sync() const { barrier->arrive_and_wait(); }
+  uint32_t add(uint32_t& counter, uint32_t amount) const {
+    return __atomic_fetch_add(&counter, amount, __ATOMIC_RELAXED);
+  }
+};
+
+extern "C" void select_rows(const float* values, int64_t rows, int64_t n, int64_t k, int64_t threads, float* acts,
+                            int64_t* indices) {
+  std::vector<SelectScratch> scratch(1);
+  SelectScratch& s = scratch[0];
+  for (int64_t r = 0; r < rows; ++r) {
+    memset(&s, 0xa5, sizeof(s));
+    std::barrier<> barrier(threads);
+    std::vector<std::thread> team;
+    const float* row = values + r * n;
+    for (int64_t t = 0; t < threads; ++t) {
+      team.emplace_back([&, t] {
+        select_row(Team{uint32_t(t), uint32_t(threads), &barrier}, [row](uint32_t i) { return row[i]; }, uint32_t(n),
+                   uint32_t(k), s);
+      });
+    }
+    for (auto& thread : team) thread.join();
+    for (int64_t j = 0; j < k; ++j) {
+      acts[r * k + j] = relu_of(order_of(s.keys[0]) == kNaN ? kNaN : order_of(s.keys[j]));
+      indices[r * k + j] = column_of(s.keys[j]);
+    }
+  }
+}
+
+extern "C" void outer(const float* coeff, const int32_t* sorted, const int64_t* pairs, int64_t count, const float* rows,
+                      int64_t k, int64_t d, int64_t n, float* dw, float* db) {
+  for (int64_t feature = 0; feature < n; ++feature) {
+    const int64_t first = segment_start(sorted, count, feature), last = segment_start(sorted, count, feature + 1);
+    for (int64_t c = 0; c < d; ++c) {
+      float sum[1] = {};
+      db[feature] = add_segment<1>(
+          pairs, first, last, k, [=](int64_t pair) { return coeff[pair]; },
+          [=](int64_t row, float(&x)[1]) { x[0] = rows[row * d + c]; }, sum);
+      dw[feature * d + c] = sum[0];
+    }
+  }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    if CXX is None:
+        pytest.skip("no C++ compiler on the PATH")
+    folder = tmp_path_factory.mktemp("host")
+    (folder / "host.cpp").write_text(HOST)
+    # -ffp-contract=off: the sums are compared with torch's bit for bit.
+    command = [CXX, "-std=c++20", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    command += [
+        "-fPIC",
+        "-shared",
+        "-pthread",
+        "-I",
+        str(CSRC),
+        str(folder / "host.cpp"),
+        "-o",
+        str(folder / "host.so"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(folder / "host.so"))
+
+
+def pointer(t: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(t.data_ptr())
+
+
+def select(host: ctypes.CDLL, values: torch.Tensor, k: int, threads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, n = values.shape
+    acts = torch.full((rows, k), -1.0)
+    indices = torch.full((rows, k), -1)
+    sizes = [ctypes.c_int64(v) for v in (rows, n, k, threads)]
+    host.select_rows(pointer(values), *sizes, pointer(acts), pointer(indices))
+    return acts, indices
+
+
+def rows_of_every_kind(n: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(n)
+    noise = torch.randn(n, generator=generator)
+    crowded = noise.clone()
+    crowded[::2048] += 100.0  # all in one group of columns
+    holes = torch.full((n,), -torch.inf)
+    holes[n // 2] = 1.0
+    infinite = noise.clone()
+    infinite[n // 3] = torch.inf
+    signs = torch.zeros(n)
+    signs[::2] = -0.0
+    rows = [noise, noise.round(), crowded, holes, infinite, signs, torch.ones(n), -torch.arange(n).float()]
+    rows += [torch.arange(n).float(), -noise.abs(), noise * 1e-42, noise * 1e38]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "threads"),
+    [(1, 1, 1), (31, 31, 3), (129, 7, 4), (4096, 64, 1), (4097, 1, 3), (9000, 64, 4), (9000, 2048, 2), (49152, 32, 1)],
+)
+def test_selection_is_exact(host: ctypes.CDLL, n: int, k: int, threads: int) -> None:
+    values = rows_of_every_kind(n)
+    acts, indices = select(host, values, k, threads)
+    expected = torch.sort(values + 0.0, dim=1, descending=True, stable=True)
+    assert torch.equal(indices, expected.indices[:, :k])
+    assert torch.equal(acts, expected.values[:, :k].relu())
+    assert not acts.signbit().any()
+
+
+def test_a_row_with_nan_is_all_nan_and_its_indices_are_valid(host: ctypes.CDLL) -> None:
+    values = rows_of_every_kind(5000)
+    values[:, 4321] = torch.nan
+    acts, indices = select(host, values, 40, 2)
+    assert acts.isnan().all()
+    assert indices.ge(0).all()
+    assert indices.lt(5000).all()
+    assert all(len(set(row)) == 40 for row in indices.tolist())
+
+
+@pytest.mark.parametrize(("rows", "k", "n", "d"), [(0, 3, 4, 2), (1, 1, 1, 1), (33, 5, 129, 3), (64, 31, 7, 5)])
+def test_segments_add_up_in_ascending_order(host: ctypes.CDLL, rows: int, k: int, n: int, d: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    coeff = torch.randn(rows, k, generator=generator)
+    x = torch.randn(rows, d, generator=generator)
+    indices = torch.randint(n, (rows, k), generator=generator)
+    ordered, pairs = torch.sort(indices.flatten().int(), stable=True)
+    dw, db = torch.full((n, d), torch.nan), torch.full((n,), torch.nan)
+    shape = [ctypes.c_int64(v) for v in (k, d, n)]
+    host.outer(
+        pointer(coeff), pointer(ordered), pointer(pairs), ctypes.c_int64(rows * k), pointer(x), *shape, pointer(dw),
+        pointer(db),
+    )  # fmt: skip
+    expected_dw, expected_db = torch.zeros(n, d), torch.zeros(n)
+    for pair, feature in enumerate(indices.flatten().tolist()):
+        expected_dw[feature] += coeff.flatten()[pair] * x[pair // k]
+        expected_db[feature] += coeff.flatten()[pair]
+    assert torch.equal(dw, expected_dw)
+    assert torch.equal(db, expected_db)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], str]:
+    include = Path(torch.__file__).parent / "include"
+    if NVCC is None:
+        pytest.skip("nvcc is not on the PATH")
+    if not (include / "torch/csrc/stable/library.h").exists():
+        pytest.skip("this torch has no stable-ABI headers")
+    folder = tmp_path_factory.mktemp("cuda")
+    command = [NVCC, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v", "-DUSE_CUDA"]
+    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(include), "-Werror", "all-warnings"]
+    command += ["-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90a,code=sm_90a", "-c"]
+
+    def build(source: Path) -> tuple[Path, str]:
+        target = folder / f"{source.stem}.o"
+        done = subprocess.run([*command, str(source), "-o", str(target)], capture_output=True, text=True)
+        assert done.returncode == 0, f"{source.name}: {done.stderr[-4000:]}"
+        return target, done.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(build, sorted(CSRC.glob("*.cu"))))
+    return [target for target, _ in results], "".join(log for _, log in results)
+
+
+def test_cuda_compiles_for_both_targets_without_spills(compiled: tuple[list[Path], str]) -> None:
+    objects, log = compiled
+    assert len(objects) == len(list(CSRC.glob("*.cu"))) > 0
+    for kernel in ("select_kernel", "decode_kernel", "dot_kernel", "outer_kernel"):
+        for target in ("sm_80", "sm_90a"):
+            assert re.search(rf"entry function '\w*{kernel}\w*' for '{target}'", log)
+    assert set(re.findall(r"(\d+) bytes spill", log)) == {"0"}
+
+
+def test_cuda_library_loads_and_defines_every_op(compiled: tuple[list[Path], str], tmp_path: Path) -> None:
+    lib = Path(torch.__file__).parent / "lib"
+    if not (lib / "libtorch_cuda.so").exists():
+        pytest.skip("this torch has no CUDA library to link with")
+    target = tmp_path / "_C_cuda.so"
+    command = [NVCC, "-shared", "-cudart=static", *map(str, compiled[0]), "-o", str(target), f"-L{lib}", "-ltorch_cpu"]
+    subprocess.run([*command, "-ltorch_cuda"], check=True, capture_output=True)
+    # The process may have clipsteer's own copy open already.
+    code = (
+        "import sys, torch; torch.ops.load_library(sys.argv[1])\n"
+        "for name in ('topk_encode', 'sparse_decode', 'gather_dot', 'sparse_outer', 'sparse_outer_out'):\n"
+        "    assert torch._C._dispatch_has_kernel_for_dispatch_key(f'clipsteer_cuda::{name}', 'CUDA'), name\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(target)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
