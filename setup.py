@@ -97,7 +97,7 @@ def build_cuda(torch: Path, sources: list[Path], target: Path, folder: Path) -> 
     if not nvcc:
         raise RuntimeError("nvcc was not found (install the CUDA toolkit, or set CUDA_HOME)")
     host = f"-fPIC,-fvisibility=hidden,-ffile-prefix-map={ROOT}/=,-ffile-prefix-map={torch / 'include'}/="
-    flags = ["-std=c++20", "-O3", "-Xcompiler", host, "-lineinfo", "-DUSE_CUDA"]
+    flags = ["-std=c++20", "-O3", "-Xcompiler", host, "-lineinfo", "-DUSE_CUDA", "--threads=0"]
     flags += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]
     # Other devices compile this one when they first load it.
     flags += ["-gencode=arch=compute_80,code=compute_80"]

@@ -8,6 +8,16 @@ import os
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+
+def _join(backend: str) -> None:
+    store, rank, size = next(rendezvous("env://"))
+    # torchrun keeps one store over restarts: without this, processes look for addresses of their dead predecessors
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"clipsteer/{attempt}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    atexit.register(_leave)
 
 
 def _leave() -> None:
@@ -33,8 +43,7 @@ class World:
         if wanted and dist.is_available() and not dist.is_initialized():
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-            atexit.register(_leave)
+            _join("nccl" if self.device.type == "cuda" else "gloo")
         together = dist.is_available() and dist.is_initialized()
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 

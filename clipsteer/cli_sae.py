@@ -142,7 +142,7 @@ def _train(args: argparse.Namespace) -> int:
     import clipsteer
     from clipsteer.activations import HarvestSource, harvest_to_store
     from clipsteer.clip import load
-    from clipsteer.demo import default_hook_point
+    from clipsteer.explore import default_hook_point
 
     config = clipsteer.TrainConfig(
         d_sae=args.d_sae, expansion=args.expansion, architecture=args.architecture, k=args.k, normalize=args.normalize,

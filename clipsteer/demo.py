@@ -16,7 +16,7 @@ from torch import Tensor
 import clipsteer
 from clipsteer import demo_page
 from clipsteer._files import write_json
-from clipsteer.clip import CLIP, EMOJI_TEMPLATES, EMOJICLIP, SIMPLE_TEMPLATES, hook_points, load, zero_shot_head
+from clipsteer.clip import CLIP, EMOJI_TEMPLATES, EMOJICLIP, SIMPLE_TEMPLATES, load, zero_shot_head
 from clipsteer.data import ImageDataset
 from clipsteer.explore import (
     Feature,
@@ -24,6 +24,7 @@ from clipsteer.explore import (
     Predictor,
     augmented,
     choose,
+    default_hook_point,
     describe,
     emoji_pictures,
     feature_peaks,
@@ -135,16 +136,6 @@ def run(
     write_json(out / "metrics.json", figures)
     page = demo_page.build(predictor, pictures, figures, history, tokens, embeddings, chosen)
     return Demo(page.write(out / "report.html"), out / "sae", out / "metrics.json", figures)
-
-
-def default_hook_point(clip: CLIP) -> str:
-    """The last but one block of the image tower."""
-    for pattern in ("visual.transformer.resblocks.*", "visual.trunk.blocks.*"):
-        depth = pattern.count(".")
-        blocks = [n for n in hook_points(clip.model, pattern) if n.count(".") == depth]
-        if blocks:
-            return blocks[max(len(blocks) - 2, 0)]
-    raise ValueError(f"demo: {clip.name} has no blocks that I know; pass hook_point, a module's name")
 
 
 def train(

@@ -185,8 +185,8 @@ def _features(
     share = found["steering"]
     return [
         text(
-            f"{len(chosen)} of the {share['probed']} features probed: those that push the predictions towards what they "
-            "look like, the most steerable first, and then the most steerable of the others; no two towards the same "
+            f"{len(chosen)} of the {share['probed']} features probed: those that push the predictions towards what "
+            "they look like, the most steerable first, and then the most steerable of the others; no two towards the same "
             "name. Each is shown with the images on which it is strongest: in colour where it is active, grey "
             "elsewhere, or whole where only the class token has it. Its name is the text nearest to the mean embedding "
             "of those images."

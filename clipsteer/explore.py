@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from clipsteer.clip import CLIP, capture
+from clipsteer.clip import CLIP, capture, hook_points
 from clipsteer.data import EmojiStyles, ImageDataset, open_dataset
 from clipsteer.sae import SAE
 from clipsteer.sae_eval import steerability
@@ -118,6 +118,16 @@ def batches(rows: Sequence[int], size: int, label: str) -> Iterator[Sequence[int
         for at in range(0, len(rows), size):
             yield rows[at : at + size]
             bar.update(len(rows[at : at + size]))
+
+
+def default_hook_point(clip: CLIP) -> str:
+    """The last but one block of the image tower."""
+    for pattern in ("visual.transformer.resblocks.*", "visual.trunk.blocks.*"):
+        depth = pattern.count(".")
+        blocks = [n for n in hook_points(clip.model, pattern) if n.count(".") == depth]
+        if blocks:
+            return blocks[max(len(blocks) - 2, 0)]
+    raise ValueError(f"{clip.name} has no blocks that I know; pass hook_point, a module's name")
 
 
 def pixels(clip: CLIP, pictures: Pictures, rows: Sequence[int]) -> Tensor:
@@ -235,7 +245,7 @@ def describe(
         rows = peaks[:, index].argsort(descending=True, stable=True)[:top].tolist()
         direction = F.normalize(F.normalize(embeddings[rows].mean(0), dim=0) - mean, dim=0)
         scores = head @ direction
-        near = scores.argsort(descending=True, stable=True)[:3].tolist()
+        near = scores.argsort(descending=True, stable=True)[:5].tolist()
         names = [(vocabulary[i], float(scores[i])) for i in near]
         found.append(Feature(index, float(peaks[:, index].max()), float(density[index]), rows, names))
     return found

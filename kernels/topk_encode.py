@@ -3,7 +3,7 @@
 Launch 1 multiplies BLOCK_B x BLOCK_N tiles and emits the J largest of each tile's row (a "bucket"). Launch 2 takes
 the k largest of a row's candidates: the k-th, T, is a lower bound of the true k-th. Only a bucket whose J-th value is
 above T can hide a winner; the row is certified when there is none, and the few other buckets are multiplied again, for
-that row, in the same launch. J follows from k and the number of buckets, so that this is rare on unordered features;
+that row, in the same launch. J follows from k and the number of buckets, so that this is rare on shuffled features;
 where no small J does (k large beside n), keys of whole rows are written, a few rows at a time, and sorted by torch.
 
 Values are compared as integers: v >= 0 is its own bit pattern, v < 0 the negated magnitude (so -0 ties with 0), NaN the

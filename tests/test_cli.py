@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from clipsteer import SAE, bench, cli, testing
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+HOOK = "visual.transformer.resblocks.0"
+
+
+def run(capsys, *args: object) -> tuple[int, str, str]:
+    try:
+        code = cli.main([str(a) for a in args])
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    import open_clip
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "ViT-cli-test.json").write_text(json.dumps(TINY))
+    open_clip.add_model_config(folder / "ViT-cli-test.json")
+    torch.manual_seed(0)
+    weights = {k: v.contiguous() for k, v in open_clip.create_model("ViT-cli-test").state_dict().items()}
+    save_file(weights, folder / "weights.safetensors")
+    return ["--model", "ViT-cli-test", "--pretrained", str(folder / "weights.safetensors")]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    for name, colour in (("red thing", (200, 0, 0)), ("blue thing", (0, 0, 200))):
+        (root / name).mkdir()
+        for i in range(6):
+            Image.new("RGB", (20, 20), tuple(max(0, c - 9 * i) for c in colour)).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def sae(tmp_path_factory, model, images):
+    out = tmp_path_factory.mktemp("sae") / "run"
+    args = ["sae", "train", *model, "--data", images, "--hook-point", HOOK, "--out", out, "--d-sae", 48, "--k", 4,
+            "--batch-size", 16, "--steps", 30, "--warmup-steps", 5, "--lr", 1e-3]  # fmt: skip
+    assert cli.main([str(a) for a in args]) == 0
+    return out
+
+
+def commands(parser, prefix=()):
+    """Every (words, parser) of the tree."""
+    yield prefix, parser
+    for action in parser._actions:
+        if hasattr(action, "choices") and isinstance(action.choices, dict):
+            for name, child in action.choices.items():
+                yield from commands(child, (*prefix, name))
+
+
+def test_every_command_has_help_with_an_example(capsys):
+    leaves = [(words, p) for words, p in commands(cli.build_parser()) if p.get_default("function")]
+    assert {" ".join(words) for words, _ in leaves} == {
+        "demo", "env", "validate", "bench", "sae train", "sae eval", "sae convert", "sae steer"
+    }  # fmt: skip
+    for words, parser in leaves:
+        code, out, _ = run(capsys, *words, "--help")
+        assert code == 0
+        assert f"clipsteer {' '.join(words)}" in parser.epilog, words
+        assert "examples:" in out
+
+
+def test_the_examples_in_the_help_parse():
+    """Every example line that the help shows is accepted by the parser."""
+    parser, seen = cli.build_parser(), 0
+    for _, p in commands(parser):
+        for line in (p.epilog or "").replace("\\\n", " ").splitlines():
+            words = line.split("   ")[0].strip() if p is parser else line.strip()
+            words = words.strip().split(" > ")[0].split()
+            if words[:1] not in (["clipsteer"], ["torchrun"]) or "..." in words:
+                continue
+            start = words.index("clipsteer") + 1
+            if "--help" not in words:
+                parser.parse_args(words[start:])
+                seen += 1
+    assert seen >= 10
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [], ["nonsense"], ["demo", "--minutes", "soon"], ["bench", "--shape", "B:3"],
+        ["sae", "steer", "x", "--feature", "3"], ["sae", "train"],
+        ["sae", "train", "--out", "x", "--steps", "0"], ["validate", "--backends", "fortran"],
+        ["demo", "--minutes", "0"],
+        ["validate", "--ops", "nonsense", "--backends", "reference"],
+        ["demo", "--model", "ViT-B-33"], ["sae", "eval", "--tokens", "some", "x"],
+    ],
+)  # fmt: skip
+def test_mistakes_in_the_call_are_exit_2_and_one_line(capsys, args):
+    code, out, err = run(capsys, *args)
+    assert code == 2
+    assert "Traceback" not in err
+    assert len([line for line in err.splitlines() if "error:" in line]) == 1
+
+
+def test_what_cannot_be_read_is_exit_1_and_one_line(capsys, tmp_path):
+    for path, text in ((tmp_path / "missing", None), (tmp_path / "broken", "{")):
+        if text is not None:
+            path.mkdir()
+            (path / "cfg.json").write_text(text)
+        code, _, err = run(capsys, "sae", "eval", path)
+        assert (code, len(err.splitlines())) == (1, 1)
+        assert str(path) in err
+    with pytest.raises(FileNotFoundError):
+        cli.main(["sae", "eval", str(tmp_path / "missing"), "--debug"])
+    with pytest.raises(FileNotFoundError):
+        cli.main(["--debug", "sae", "eval", str(tmp_path / "missing")])
+
+
+def test_interrupt_is_exit_130(capsys, monkeypatch):
+    def stop(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "environment", lambda: stop(None))
+    assert run(capsys, "env")[0] == 130
+
+
+def test_env_names_every_backend_and_why_not(capsys):
+    code, out, _ = run(capsys, "env")
+    assert code == 0
+    assert torch.__version__ in out
+    facts = json.loads(run(capsys, "env", "--json")[1])
+    assert [row["backend"] for row in facts["backends"]] == ["reference", "cpp", "triton", "cuda"]
+    assert facts["backends"][0]["usable"]
+    for row in facts["backends"]:
+        assert row["usable"] or row["reason"]
+        assert row["reason"] in out
+
+
+def test_validate_is_green_and_red(capsys, monkeypatch):
+    args = ["validate", "--ops", "sparse_decode", "--backends", "reference", "--dtypes", "float64", "--cases", 5]
+    code, out, _ = run(capsys, *args)
+    assert (code, out.count("pass")) == (0, 1)
+    red = testing.Row("sparse_decode", "cpp", "float32", 5, 2.0, "here", "FAIL")
+    monkeypatch.setattr(testing, "validate", lambda *a, **k: [red])
+    code, out, _ = run(capsys, *args)
+    assert code == 1
+    assert "FAIL" in out
+    monkeypatch.setattr(testing, "validate", lambda *a, **k: [testing.Row("x", "cuda", "-", verdict="skipped: no GPU")])
+    assert run(capsys, *args)[0] == 1
+
+
+def test_bench_passes_its_arguments_on(capsys, monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setattr(bench, "run", lambda *a, **k: seen.update(a=a, **k) or [])
+    code, _, _ = run(capsys, "bench", "--ops", "topk_encode", "--shape", "B=8,d=4,n=9,k=2", "--out", tmp_path / "b.csv")
+    assert code == 0
+    assert seen["a"] == (["topk_encode"], None)
+    assert seen["shape"] == {"B": 8, "d": 4, "n": 9, "k": 2}
+    assert (seen["dtype"], seen["out"]) == (torch.float32, tmp_path / "b.csv")
+
+
+def test_sae_train_eval_convert_steer(capsys, sae, model, images, tmp_path):
+    trained = SAE.from_pretrained(sae)
+    assert (trained.d_sae, trained.k, trained.metadata["hook_point"]) == (48, 4, HOOK)
+    assert len((sae / "log.jsonl").read_text().splitlines()) >= 1
+
+    args = ["sae", "eval", sae, "--data", images, "--steer", 40, "--features", 5, "--out", tmp_path / "m.json"]
+    code, out, _ = run(capsys, *args)
+    assert code == 0
+    figures = json.loads((tmp_path / "m.json").read_text())
+    assert figures["images"] == 12
+    assert f"{figures['ev']:.6g}" in out
+    assert len(figures["steerability"]["best"]) == 5
+
+    code, _, _ = run(capsys, "sae", "convert", sae, tmp_path / "lens", "--format", "saelens")
+    assert code == 0
+    assert run(capsys, "sae", "convert", tmp_path / "lens", tmp_path / "back")[0] == 0
+    back, x = SAE.from_pretrained(tmp_path / "back"), torch.randn(5, 32)
+    torch.testing.assert_close(back(x).x_hat, trained(x).x_hat)
+
+    args = ["sae", "steer", sae, "--data", images, "--count", 2, "--top", 1]
+    code, out, _ = run(capsys, *args, "--feature", "3=500", "--feature", "4=0")
+    assert code == 0
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("  ")][:4] == ["before", "after", "before", "after"]
+    code, _, err = run(capsys, *args, "--feature", "48=1")
+    assert code == 2
+    assert "[0, 48)" in err
+
+
+def test_sae_train_with_a_store_resumes(capsys, model, images, tmp_path):
+    args = ["sae", "train", *model, "--data", images, "--hook-point", HOOK, "--d-sae", 40, "--k", 4, "--batch-size", 16,
+            "--steps", 6, "--out", tmp_path / "run", "--store", tmp_path / "store"]  # fmt: skip
+    assert run(capsys, *args)[0] == 0
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert run(capsys, *args)[0] == 0
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+    code, _, err = run(capsys, *args, "--k", 5)
+    assert code == 2
+    assert "other settings" in err
+
+
+def test_module_runs_as_a_program():
+    def call(*args: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "PYTHONSAFEPATH": "1"}
+        return subprocess.run([sys.executable, "-m", "clipsteer", *args], capture_output=True, text=True, env=env)
+
+    done = call("--version")
+    assert done.returncode == 0
+    assert done.stdout.startswith("clipsteer 0.")
+    done = call("sae", "eval", "/no/such")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
