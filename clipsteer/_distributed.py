@@ -8,10 +8,12 @@ import os
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 
 def _join(backend: str) -> None:
+    # not at the top: absent from builds of torch without distributed
+    from torch.distributed.rendezvous import rendezvous
+
     store, rank, size = next(rendezvous("env://"))
     # torchrun keeps one store over restarts: without this, processes look for addresses of their dead predecessors
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -97,11 +97,11 @@ def evaluating(*modules: torch.nn.Module) -> Iterator[None]:
 
 
 def embed(clip: CLIP, pixels: Tensor, site: Site, edit: Callable[[Tensor], Tensor]) -> Tensor:
-    """Unit image embeddings (B, e) with the activations at the site replaced by edit(x)."""
+    """Unit image embeddings (B, e), at least float32, with the activations at the site replaced by edit(x)."""
     with apply_at(clip.model, {site.hook_point: edit}):
         features = clip.model.encode_image(pixels)
     features = features[0] if isinstance(features, tuple | list) else features
-    return F.normalize(features.float(), dim=-1)
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
 def clean_pass(clip: CLIP, pixels: Tensor, site: Site) -> tuple[Tensor, Tensor]:

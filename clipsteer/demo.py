@@ -45,8 +45,8 @@ _BATCH, _EXPANSION, _K = 1024, 8, 16
 _TRAIN_TOKENS = 60_000
 _EVALUATED = 192  # images a group
 # strengths, as multiples of a feature's largest activation
-MULTIPLES = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 15.0)
-PROBE = 10.0
+MULTIPLES = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
+PROBE = 5.0
 STEERABLE = 0.10
 
 
@@ -102,7 +102,7 @@ def run(
     out = Path(out)
     clip = load(model, pretrained, device=device)
     limit = max_images if model == EMOJICLIP and data is None else max_images or 1000
-    pictures = emoji_pictures(limit) if data is None else folder_pictures(data, seed, limit or 1000)
+    pictures = emoji_pictures(limit, model == EMOJICLIP) if data is None else folder_pictures(data, seed, limit or 1000)
     hook_point = hook_point or default_hook_point(clip)
     tokens, embeddings = look(clip, pictures, hook_point)
     # the prompts of a large vocabulary cost a real text tower minutes, so one template does for it
@@ -119,9 +119,11 @@ def run(
     peaks = feature_peaks(sae, tokens)
     predictor = Predictor(clip, sae, hook_point, head)
     held_out = list(pictures.groups.values())[-1 if data else 2]
-    probe_rows = spread(held_out, 24)
+    # a pass over the probe images for every feature: fewer of both where a pass is dear
+    limit, probes = (256, 24) if tokens.shape[-1] <= 256 else (32, 12)
+    probe_rows = spread(held_out, probes)
     probed = pixels(clip, pictures, probe_rows)
-    features = describe(peaks, embeddings, head, pictures.vocabulary, limit=256 if tokens.shape[-1] <= 256 else 64)
+    features = describe(peaks, embeddings, head, pictures.vocabulary, limit)
     if not features:
         raise RuntimeError("demo: no SAE feature is active on enough images to show; train longer (--minutes)")
     probe(predictor, pictures, probe_rows, features, PROBE)
@@ -131,6 +133,7 @@ def run(
         "probed": len(features), "probe_images": len(probed), "probe_rows": probe_rows,
         "multiple_of_peak": PROBE, "threshold": STEERABLE,
         "steerable": sum(f.steerability > STEERABLE for f in features),
+        "scores": sorted((f.steerability for f in features), reverse=True),
         "features": [{**asdict(f), "response": s} for f, s in zip(chosen, shown)],
     }  # fmt: skip
     write_json(out / "metrics.json", figures)

@@ -62,17 +62,30 @@ def build(
     return page
 
 
+def _title(feature: Feature) -> str:
+    return f"Feature {feature.index}: {feature.looks_like[0][0]}"
+
+
 def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+    return f"{100 * value:.1f}\u00a0%"
+
+
+def _plus_minus(found: Mapping[str, float]) -> str:
+    return f"{100 * found['accuracy']:.1f}\u00a0±\u00a0{100 * found['sem']:.1f}\u00a0%"
+
+
+def _held_out(rows: Sequence[Any]) -> int:
+    """Of the groups, the one to show: known classes, new pictures."""
+    return 2 if len(rows) == 4 else len(rows) - 1
 
 
 def _headline(found: Mapping[str, Any]) -> Html:
     evaluation = found["sae"]["evaluation"]
-    group, held_out = list(evaluation.items())[-1]
+    group, held_out = list(evaluation.items())[_held_out(evaluation)]
     share = found["steering"]
     items: list[tuple[Any, ...]] = []
     if "zero_shot" in found:
-        row = found["zero_shot"][0]
+        row = found["zero_shot"][_held_out(found["zero_shot"])]
         ways, best = max(row["ways"].items())
         items.append((f"zero-shot, {ways} candidates", _percent(best["accuracy"]), row["group"]))
     items += [
@@ -86,13 +99,15 @@ def _headline(found: Mapping[str, Any]) -> Html:
 def _seeing(pictures: Pictures, found: Mapping[str, Any], embeddings: Tensor, predictor: Predictor) -> list[Html]:
     parts = []
     if "zero_shot" in found:
+        own = predictor.clip.name == EMOJICLIP and len(pictures.groups) == 4
+        seen = " The first row is of images that the model was trained on." if own else ""
         rows = []
         for row in found["zero_shot"]:
             *few, (everything, best) = row["ways"].items()
-            cells = {w: f"{_percent(v['accuracy'])} ± {100 * v['sem']:.1f}" for w, v in few}
+            cells = {w: _plus_minus(v) for w, v in few}
             rows.append([
                 row["group"], row["images"], cells.get(10, "–"), cells.get(50, "–"),
-                f"{_percent(best['accuracy'])} ± {100 * best['sem']:.1f}", everything, _percent(best["chance"]),
+                _plus_minus(best), everything, _percent(best["chance"]),
             ])  # fmt: skip
         parts += [
             text(
@@ -101,18 +116,18 @@ def _seeing(pictures: Pictures, found: Mapping[str, Any], embeddings: Tensor, pr
             ),
             table(
                 ["images", "count", "10 names", "50 names", "all names", "names", "chance"], rows,
-                caption="Accuracy ± standard error over the images.",
+                caption="Accuracy ± standard error over the images." + seen,
             ),
         ]  # fmt: skip
-    rows = spread(list(pictures.groups.values())[-1 if len(pictures.groups) == 2 else 2], 12)
+    rows = spread(list(pictures.groups.values())[_held_out(pictures.groups)], 12)
     best = predictor.of(embeddings[rows]).max(-1)
     items = []
     for i, p, index in zip(rows, best.values.tolist(), best.indices.tolist()):
         guess = pictures.vocabulary[index]
         items.append((_thumb(pictures, i), f"{guess}, {p:.0%}", f"{pictures.names[i]}, seen as {guess}"))
     size = len(pictures.vocabulary)
-    parts += [text(f"Some images, and what the model takes them for among {size} names:"), figures(items)]
-    return parts
+    parts.append(text(f"Some images, and what the model takes them for among {size} names:"))
+    return [*parts, figures(items, size="4.6rem")]
 
 
 def _training(sae: Any, found: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> list[Html]:
@@ -177,7 +192,7 @@ def _features(
         near = ", ".join(name for name, _ in feature.looks_like)
         parts.append(
             card(
-                f"Feature {feature.index}: {feature.looks_like[0][0]}",
+                _title(feature),
                 text(f"Active on {_percent(feature.density)} of the images; nearest texts: {near}.", css="note"),
                 figures(top, size="5.6rem"),
             )
@@ -186,10 +201,9 @@ def _features(
     return [
         text(
             f"{len(chosen)} of the {share['probed']} features probed: those that push the predictions towards what "
-            "they look like, the most steerable first, and then the most steerable of the others; no two towards the same "
-            "name. Each is shown with the images on which it is strongest: in colour where it is active, grey "
-            "elsewhere, or whole where only the class token has it. Its name is the text nearest to the mean embedding "
-            "of those images."
+            "they look like, the most steerable first, then the most steerable of the others; no two towards the same "
+            "name. Each is shown with the images on which it is strongest, with a glow where it is active (none "
+            "where only the class token has it). Its name is the text nearest to the mean embedding of those images."
         ),
         cards(*parts),
     ]
@@ -205,11 +219,17 @@ def _steering(
          for s in studies[:4]},
         title="Probability of the target", x_label="strength, in multiples of the feature's peak", y_from=0,
     )  # fmt: skip
+    ranks = list(range(1, len(share["scores"]) + 1))
+    level = ([1, ranks[-1]], [share["threshold"]] * 2)
+    ranked = line_chart(
+        {"S": (ranks, share["scores"]), "threshold": level}, title="Steerability of every feature probed",
+        x_label="features, the most steerable first", y_from=0,
+    )  # fmt: skip
     parts = []
     for feature in chosen:
         parts.append(
             card(
-                f"Feature {feature.index}: {feature.looks_like[0][0]}",
+                _title(feature),
                 text(f"Up, on other images (S = {feature.steerability:.3f}); change in points:", css="note"),
                 bars([(name, d, f"{100 * d:+.1f}") for name, d in feature.effect], limit=_limit(feature)),
                 text("Down to 0, on its own images:", css="note"),
@@ -223,8 +243,8 @@ def _steering(
             f"changes. The bars are the mean change in probability over {found['vocabulary']} names; S is the sum of "
             "their squares (Joseph et al. 2025)."
         ),
-        _before_and_after(predictor, pictures, embeddings, chosen[0], share),
-        charts(curve),
+        _before_and_after(predictor, pictures, embeddings, chosen, share),
+        charts(curve, ranked),
         cards(*parts),
     ]
 
@@ -234,27 +254,27 @@ def _limit(feature: Feature) -> float:
 
 
 def _before_and_after(
-    predictor: Predictor, pictures: Pictures, embeddings: Tensor, feature: Feature, share: Mapping[str, Any]
+    predictor: Predictor, pictures: Pictures, embeddings: Tensor, chosen: Sequence[Feature], share: Mapping[str, Any]
 ) -> Html:
-    """The most steerable feature on single images: up on some that lack it, off on some that have it."""
+    """Single images: one feature up on some that lack it, and the one that is missed most off on some that have it."""
     vocabulary = pictures.vocabulary
 
     def best(p: Tensor) -> str:
         return f"{vocabulary[int(p.argmax())]}, {float(p.max()):.0%}"
 
-    def rows(images: Sequence[int], strength: float) -> list[list[Any]]:
+    def rows(images: Sequence[int], feature: Feature, strength: float) -> list[list[Any]]:
         clean = predictor.of(embeddings[images])
         moved = predictor.steered(pixels(predictor.clip, pictures, images), feature.index, strength)
         return [[figures([(_thumb(pictures, i), "", pictures.names[i])], size="3.2rem"), best(a), best(b)]
                 for i, a, b in zip(images, clean, moved)]  # fmt: skip
 
-    others = [i for i in share["probe_rows"] if i not in feature.top]
-    up = rows(spread(others, 4), share["multiple_of_peak"] * feature.peak)
-    down = rows(feature.top[:4], 0.0)
-    title = f"Feature {feature.index}: {feature.looks_like[0][0]}"
+    first, missed = chosen[0], max(chosen, key=lambda f: sum(d * d for _, d in f.removed))
+    others = [i for i in share["probe_rows"] if i not in first.top]
+    up = rows(spread(others, 4), first, share["multiple_of_peak"] * first.peak)
+    down = rows(missed.top[:4], missed, 0.0)
     return cards(
-        card(f"{title}, up", table(["image", "seen as", "with the feature up"], up)),
-        card(f"{title}, off", table(["image", "seen as", "without the feature"], down)),
+        card(f"{_title(first)}, up", table(["image", "seen as", "with the feature up"], up, words=True)),
+        card(f"{_title(missed)}, off", table(["image", "seen as", "without the feature"], down, words=True)),
     )
 
 

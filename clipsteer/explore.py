@@ -66,14 +66,20 @@ class Feature:
     removed: list[tuple[str, float]] = field(default_factory=list)  # (text, Δp) suppressed, on its top images
 
 
-def emoji_pictures(max_images: int | None = None) -> Pictures:
-    """The bundled drawings in four cells: trained or held-out style × concepts that EmojiCLIP has seen or not."""
+def emoji_pictures(max_images: int | None = None, emojiclip: bool = True) -> Pictures:
+    """The bundled drawings in four cells: trained or held-out style × concepts that EmojiCLIP has seen or not.
+
+    For another model (``emojiclip=False``) the cells are the same, and named by what they hold.
+    """
     emoji = EmojiStyles()
     rows: list[tuple[str, int]] = []
     groups = {}
     for (style, seen), pairs in emoji.cells().items():
         kept = spread(pairs, max_images and max(1, max_images // 4))
         group = f"{style} style, {'seen' if seen else 'unseen'} concepts"
+        if not emojiclip:
+            drawn = "Noto and Fluent" if style == "trained" else "Twemoji"
+            group = f"{drawn} drawings, {'first' if seen else 'other'} concepts"
         groups[group] = list(range(len(rows), len(rows) + len(kept)))
         rows += kept
     dataset = emoji.dataset(rows)

@@ -39,8 +39,8 @@ p{max-width:72ch;margin:.5em 0}.soft,figcaption,.note{color:var(--soft)}
 .note{font-size:.9rem}
 .scroll{overflow-x:auto;margin:.8em 0 .3em}.scroll+.note{margin:0 0 1em}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.93rem}
-th,td{padding:.35em .9em .35em 0;border-bottom:1px solid var(--line);text-align:right;vertical-align:baseline}
-th:first-child,td:first-child{text-align:left}tbody th{min-width:7.5rem}
+th,td{padding:.35em .9em .35em 0;border-bottom:1px solid var(--line);text-align:right;vertical-align:middle}
+th:first-child,td:first-child,.words th,.words td{text-align:left}tbody th{min-width:7.5rem}
 thead th{color:var(--soft);font-weight:600;vertical-align:bottom}tbody th{font-weight:500}
 .stats{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.5rem,1fr));gap:.7rem;margin:1em 0}
 .stats div{background:var(--card);border-radius:.5rem;padding:.6rem .8rem}
@@ -103,8 +103,11 @@ def stats(items: Sequence[tuple[str, Any] | tuple[str, Any, Any]]) -> Html:
     return Html(f'<dl class="stats">{"".join(cells)}</dl>')
 
 
-def table(headers: Sequence[Any], rows: Iterable[Sequence[Any]], caption: Any = "") -> Html:
-    """A table whose first column heads the rows; it scrolls by itself on a narrow screen."""
+def table(headers: Sequence[Any], rows: Iterable[Sequence[Any]], caption: Any = "", *, words: bool = False) -> Html:
+    """A table whose first column heads the rows; it scrolls by itself on a narrow screen.
+
+    Cells are set as figures, on the right, or with ``words`` as text, on the left.
+    """
     head = "".join(f'<th scope="col">{escape(h)}</th>' for h in headers)
     body = []
     for row in rows:
@@ -114,9 +117,10 @@ def table(headers: Sequence[Any], rows: Iterable[Sequence[Any]], caption: Any = 
         cells = "".join(f"<td>{escape(c)}</td>" for c in rest)
         body.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
     # below the scrolling box, so that a long caption is not cut where the table is
+    kind = ' class="words"' if words else ""
     under = text(caption, css="note") if caption else ""
     return Html(
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll" tabindex="0"><table{kind}><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>{under}"
     )
 
@@ -143,7 +147,7 @@ def figures(items: Iterable[tuple[Image, str]] | Iterable[tuple[Image, str, str]
 
 
 def heat_overlay(picture: Image, heat: Any, *, size: int = 128, peak: float | None = None) -> Image:
-    """``picture`` dimmed to grey where ``heat`` (h, w), at least 0, is low and in full colour where it is high.
+    """``picture``, paler, with an orange glow where ``heat`` (h, w), at least 0, is high.
 
     Args:
         picture: any size; resized to ``size`` × ``size`` pixels.
@@ -157,10 +161,10 @@ def heat_overlay(picture: Image, heat: Any, *, size: int = 128, peak: float | No
         raise ValueError(f"heat_overlay: heat must have shape (h, w), got {values.shape}")
     top = float(values.max()) if peak is None else float(peak)
     values = np.clip(values / top, 0, 1) if top > 0 else np.zeros_like(values)
-    mask = PILImage.fromarray((values * 255).astype(np.uint8)).resize((size, size), PILImage.Resampling.BICUBIC)
+    mask = PILImage.fromarray((values * 165).astype(np.uint8)).resize((size, size), PILImage.Resampling.BICUBIC)
     colour = picture.convert("RGB").resize((size, size), PILImage.Resampling.LANCZOS)
-    faded = PILImage.blend(colour.convert("L").convert("RGB"), PILImage.new("RGB", (size, size), (96, 100, 108)), 0.65)
-    return PILImage.composite(colour, faded, mask)
+    pale = PILImage.blend(colour, colour.convert("L").convert("RGB"), 0.6)
+    return PILImage.composite(PILImage.new("RGB", (size, size), (255, 110, 0)), pale, mask)
 
 
 def bars(items: Sequence[tuple[Any, float] | tuple[Any, float, str]], *, limit: float | None = None) -> Html:
@@ -185,7 +189,7 @@ def _ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round values inside [low, high], at least one."""
     raw = (high - low) / count
     step = 10 ** math.floor(math.log10(raw))
-    step *= next(m for m in (1, 2, 5, 10) if m * step >= raw * 0.999)
+    step *= next(m for m in (1, 2, 2.5, 5, 10) if m * step >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 

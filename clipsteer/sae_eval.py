@@ -75,7 +75,7 @@ def evaluate_sae(
     """
     site = find_site(sae, clip, hook_point, tokens)
     classnames = classnames if classnames is not None else getattr(dataset, "classes", None)
-    head = zero_shot_head(clip, classnames, templates).float() if classnames else None
+    head = zero_shot_head(clip, classnames, templates) if classnames else None
     totals = _Totals(sae)
     scores = {name: [0.0, 0] for name in ("clean", "sae", "zero")}
     labelled = 0
@@ -97,7 +97,7 @@ def evaluate_sae(
                 "zero": embed(clip, pixels, site, lambda _, new=zeroed: new),
             }
             for name, features in variants.items():
-                logits = LOGIT_SCALE * features[known] @ head.T  # (b, C)
+                logits = LOGIT_SCALE * features[known] @ head.to(features.dtype).T  # (b, C)
                 scores[name][0] += float(F.cross_entropy(logits.double(), labels[known], reduction="sum"))
                 scores[name][1] += int((logits.argmax(-1) == labels[known]).sum())
     result = totals.result(site)

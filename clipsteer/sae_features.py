@@ -169,7 +169,7 @@ def steerability(
     chosen = _checked(sae, features)
     strengths = torch.as_tensor(strength, dtype=sae.W_dec.dtype, device=sae.W_dec.device).expand(len(chosen))
     text = vocabulary if isinstance(vocabulary, Tensor) else zero_shot_head(clip, vocabulary, templates)
-    text = text.to(clip.device).float()
+    text = text.to(clip.device)
     change = torch.zeros(len(chosen), len(text), dtype=torch.float64, device=clip.device)
     images = 0
     with evaluating(sae, clip.model):
@@ -194,7 +194,7 @@ def steerability(
 
 
 def _probabilities(embedded: Tensor, text: Tensor) -> Tensor:
-    return (LOGIT_SCALE * embedded @ text.T).double().softmax(-1)
+    return (LOGIT_SCALE * embedded @ text.to(embedded.dtype).T).double().softmax(-1)
 
 
 def _constant(value: Tensor) -> Callable[[Tensor], Tensor]:

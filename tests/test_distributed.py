@@ -89,7 +89,7 @@ def assert_equal_to_one_process(folder, name, settings):
     return log
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="torchrun on gloo over loopback")
+@pytest.mark.slow
 def test_two_processes_equal_one_on_the_joint_batch(tmp_path):
     cases = {name: {**SHARED, **settings} for name, settings in CASES.items()}
     done = torchrun(tmp_path, cases)
@@ -100,7 +100,7 @@ def test_two_processes_equal_one_on_the_joint_batch(tmp_path):
         assert name == "relu" or log[-1]["dead"] > 0
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="torchrun on gloo over loopback")
+@pytest.mark.slow
 def test_a_killed_rank_is_restarted_and_resumes(tmp_path):
     cases = {"topk": {**SHARED, **CASES["topk"]}}
     done = torchrun(tmp_path, cases, kill=11, restarts=1)

@@ -124,12 +124,13 @@ def test_bars_keep_sign_and_proportion():
     assert "left:0.0%;width:50.0%" in report.bars([("a", 2.0), ("b", 1.0)])
 
 
-def test_heat_overlay_keeps_colour_only_where_hot():
-    overlay = report.heat_overlay(picture((255, 0, 0), (64, 64)), [[0.0, 1.0], [0.0, 0.0]], size=64)
+def test_heat_overlay_glows_only_where_hot():
+    overlay = report.heat_overlay(picture((0, 0, 255), (64, 64)), [[0.0, 1.0], [0.0, 0.0]], size=64)
     shown = np.asarray(overlay).astype(int)
     hot, cold = shown[4, 60], shown[60, 4]
-    assert hot[0] - hot[1] > 200
-    assert abs(cold[0] - cold[1]) < 30
+    assert hot[0] > 120
+    assert hot[0] > hot[2] + 50
+    assert cold[2] > cold[0] + 50
     report.heat_overlay(picture(), np.zeros((2, 2)))
     with pytest.raises(ValueError, match="heat must have shape"):
         report.heat_overlay(picture(), [1.0, 2.0])
