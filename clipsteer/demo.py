@@ -120,7 +120,7 @@ def run(
     predictor = Predictor(clip, sae, hook_point, head)
     held_out = list(pictures.groups.values())[-1 if data else 2]
     # a pass over the probe images for every feature: fewer of both where a pass is dear
-    limit, probes = (256, 24) if tokens.shape[-1] <= 256 else (32, 12)
+    limit, probes = (256, 24) if tokens.shape[-1] <= 256 else (32, 8)
     probe_rows = spread(held_out, probes)
     probed = pixels(clip, pictures, probe_rows)
     features = describe(peaks, embeddings, head, pictures.vocabulary, limit)

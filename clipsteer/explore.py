@@ -90,7 +90,7 @@ def emoji_pictures(max_images: int | None = None, emojiclip: bool = True) -> Pic
 
 
 def folder_pictures(path: str | Path, seed: int, max_images: int) -> Pictures:
-    """A user's images, four fifths for the SAE. Class names, if any, join the bundled concepts as the vocabulary."""
+    """A user's images, four fifths for the SAE. The vocabulary: class names, if any, and a third of the bundled ones."""
     dataset = open_dataset(path)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()[:max_images]
     if len(order) < 10:
@@ -99,7 +99,8 @@ def folder_pictures(path: str | Path, seed: int, max_images: int) -> Pictures:
     rows = sorted(order[:cut]) + sorted(order[cut:])
     chosen = ImageDataset(lambda i: dataset[rows[i]][0], [dataset.targets[i] for i in rows], dataset.classes)
     groups = {"images the SAE learns from": list(range(cut)), "held-out images": list(range(cut, len(rows)))}
-    concepts = [c.label for c in EmojiStyles().concepts]
+    # a full-size text tower takes a minute or two for all of them
+    concepts = spread([c.label for c in EmojiStyles().concepts], 300)
     if dataset.classes is None:
         names = [str(t)[:60] for t in chosen.targets]
         return Pictures(chosen, groups, groups["images the SAE learns from"], names, None, None, concepts)
