@@ -24,6 +24,7 @@ from clipsteer.explore import (
     Predictor,
     augmented,
     choose,
+    count_steerable,
     default_hook_point,
     describe,
     emoji_pictures,
@@ -47,6 +48,7 @@ _EVALUATED = 192  # images a group
 # strengths, as multiples of a feature's largest activation
 MULTIPLES = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
 PROBE = 5.0
+OTHER_PROBES = (1.0, 2.0, 10.0)
 STEERABLE = 0.10
 
 
@@ -129,10 +131,13 @@ def run(
     probe(predictor, pictures, probe_rows, features, PROBE)
     chosen = choose(features, 6)
     shown = [study(predictor, pictures, embeddings, feature, probed) for feature in chosen]
+    steerable = {PROBE: sum(f.steerability > STEERABLE for f in features)}
+    for multiple in OTHER_PROBES:
+        steerable[multiple] = count_steerable(predictor, pictures, probe_rows, features, multiple, STEERABLE)
     figures["steering"] = {
         "probed": len(features), "probe_images": len(probed), "probe_rows": probe_rows,
         "multiple_of_peak": PROBE, "threshold": STEERABLE,
-        "steerable": sum(f.steerability > STEERABLE for f in features),
+        "steerable": steerable[PROBE], "steerable_by_multiple": {f"{m:g}": steerable[m] for m in sorted(steerable)},
         "scores": sorted((f.steerability for f in features), reverse=True),
         "features": [{**asdict(f), "response": s} for f, s in zip(chosen, shown)],
     }  # fmt: skip

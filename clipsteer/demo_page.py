@@ -58,7 +58,8 @@ def build(
     page.section("The sparse autoencoder", *_training(sae, found, history))
     page.section("Features", *_features(predictor, pictures, tokens, chosen, found))
     page.section("Steering one feature up and down", *_steering(predictor, pictures, embeddings, chosen, found))
-    page.section("Do it yourself", *_snippet(clip, predictor.hook_point, chosen[0]))
+    multiple = found["steering"]["multiple_of_peak"]
+    page.section("Do it yourself", *_snippet(clip, predictor.hook_point, chosen[0], multiple))
     return page
 
 
@@ -83,6 +84,7 @@ def _headline(found: Mapping[str, Any]) -> Html:
     evaluation = found["sae"]["evaluation"]
     group, held_out = list(evaluation.items())[_held_out(evaluation)]
     share = found["steering"]
+    limit = f"S > {share['threshold']} at {share['multiple_of_peak']:g} × peak"
     items: list[tuple[Any, ...]] = []
     if "zero_shot" in found:
         row = found["zero_shot"][_held_out(found["zero_shot"])]
@@ -91,7 +93,7 @@ def _headline(found: Mapping[str, Any]) -> Html:
     items += [
         ("explained variance", f"{held_out['ev']:.3f}", group),
         ("active features a token", f"{held_out['l0']:.0f}", f"of {found['sae']['d_sae']}"),
-        ("steerable features", f"{share['steerable']} of {share['probed']}", f"S > {share['threshold']}"),
+        ("steerable features", f"{share['steerable']} of {share['probed']}", limit),
     ]
     return stats(items)
 
@@ -200,10 +202,12 @@ def _features(
     share = found["steering"]
     return [
         text(
-            f"{len(chosen)} of the {share['probed']} features probed: those that push the predictions towards what "
-            "they look like, the most steerable first, then the most steerable of the others; no two towards the same "
-            "name. Each is shown with the images on which it is strongest, with a glow where it is active (none "
-            "where only the class token has it). Its name is the text nearest to the mean embedding of those images."
+            f"Of {found['sae']['d_sae']} features the {share['probed']} strongest that are active on at most 15 % of "
+            f"the images, and on six at least, were probed. Shown are {len(chosen)}, picked by what they do: those that "
+            "push the predictions towards what they look like, the most steerable first, then the most steerable of "
+            "the others; no two towards the same name. Each is shown with the images on which it is strongest, with a "
+            "glow where it is active (none where only the class token has it). Its name is the text nearest to the "
+            "mean embedding of those images."
         ),
         cards(*parts),
     ]
@@ -225,6 +229,7 @@ def _steering(
         {"S": (ranks, share["scores"]), "threshold": level}, title="Steerability of every feature probed",
         x_label="features, the most steerable first", y_from=0,
     )  # fmt: skip
+    by_multiple = ", ".join(f"{n} at {m} × peak" for m, n in share["steerable_by_multiple"].items())
     parts = []
     for feature in chosen:
         parts.append(
@@ -241,7 +246,8 @@ def _steering(
             f"Each feature is set to {share['multiple_of_peak']:g} times its peak on every token of "
             f"{share['probe_images']} held-out images, and to 0 on the images that show it. Nothing else in the model "
             f"changes. The bars are the mean change in probability over {found['vocabulary']} names; S is the sum of "
-            "their squares (Joseph et al. 2025)."
+            f"their squares (Joseph et al. 2025). How many of the {share['probed']} pass S > {share['threshold']} "
+            f"depends on the strength: {by_multiple}."
         ),
         _before_and_after(predictor, pictures, embeddings, chosen, share),
         charts(curve, ranked),
@@ -278,9 +284,9 @@ def _before_and_after(
     )
 
 
-def _snippet(clip: Any, hook_point: str, feature: Feature) -> list[Html]:
+def _snippet(clip: Any, hook_point: str, feature: Feature, multiple: float) -> list[Html]:
     name = f'"{clip.name}"' + (f', "{clip.pretrained}"' if clip.pretrained else "")
-    strength = 2 * feature.peak
+    strength = multiple * feature.peak
     return [
         text("The model, the autoencoder and the feature of this page, in Python:"),
         code(

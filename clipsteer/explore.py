@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def emoji_pictures(max_images: int | None = None, emojiclip: bool = True) -> Pic
 
 
 def folder_pictures(path: str | Path, seed: int, max_images: int) -> Pictures:
-    """A user's images, four fifths for the SAE. The vocabulary: class names, if any, and a third of the bundled ones."""
+    """A user's images, four fifths for the SAE. Vocabulary: class names, if any, and bundled ones."""
     dataset = open_dataset(path)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()[:max_images]
     if len(order) < 10:
@@ -269,6 +269,16 @@ def probe(
     )  # fmt: skip
     for feature, score, change in zip(features, found.score.tolist(), found.change.float().cpu()):
         feature.steerability, feature.effect = score, largest(change, pictures.vocabulary, 6)
+
+
+def count_steerable(
+    predictor: Predictor, pictures: Pictures, rows: Sequence[int], features: Sequence[Feature], multiple: float,
+    threshold: float,
+) -> int:  # fmt: skip
+    """How many of the features have S above the threshold at another multiple of their peak."""
+    copies = [replace(f) for f in features]
+    probe(predictor, pictures, rows, copies, multiple)
+    return sum(f.steerability > threshold for f in copies)
 
 
 def choose(features: list[Feature], count: int) -> list[Feature]:
