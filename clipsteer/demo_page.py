@@ -203,9 +203,9 @@ def _features(
     return [
         text(
             f"Of {found['sae']['d_sae']} features the {share['probed']} strongest that are active on at most 15 % of "
-            f"the images, and on six at least, were probed. Shown are {len(chosen)}, picked by what they do: those that "
-            "push the predictions towards what they look like, the most steerable first, then the most steerable of "
-            "the others; no two towards the same name. Each is shown with the images on which it is strongest, with a "
+            f"the images, and on six at least, were probed. Shown are {len(chosen)}, picked by what they do: those "
+            "that push the predictions towards what they look like, the most steerable first, then the most steerable "
+            "of the others; no two towards the same name. Each comes with the images on which it is strongest, and a "
             "glow where it is active (none where only the class token has it). Its name is the text nearest to the "
             "mean embedding of those images."
         ),
