@@ -1,9 +1,8 @@
 // What the CPU sources share: the ops, the table of kernels per instruction set, ranked keys, and argument checks.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "stable.h"
+
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 

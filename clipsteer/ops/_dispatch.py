@@ -77,8 +77,9 @@ def interpreted() -> bool:
 
 def _load_triton() -> str | None:
     try:
-        import triton  # noqa: F401
+        import triton
 
+        from clipsteer.kernels import _launch as launch
         from clipsteer.kernels import sparse_decode as decode_kernels
         from clipsteer.kernels import topk_encode as encode_kernels
     except ImportError as error:
@@ -91,6 +92,8 @@ def _load_triton() -> str | None:
         for key in ("CPU", "CUDA") if interpreted() else ("CUDA",):
             library.impl(name, launcher, key)
         torch.library.register_fake(f"clipsteer_triton::{name}", _FAKES[name], lib=library)
+    if interpreted() and (failure := launch.interpreter_failure()) is not None:
+        return f"the interpreter of triton {triton.__version__} fails here ({failure}); try another triton or numpy"
     return None
 
 
