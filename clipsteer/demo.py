@@ -41,7 +41,7 @@ from clipsteer.explore import (
 from clipsteer.sae import SAE
 
 # multiply-adds of SAE training that two CPU cores do in a minute: what turns --minutes into a number of steps
-_WORK_PER_MINUTE = 0.4e12
+_WORK_PER_MINUTE = 1e12
 _BATCH, _EXPANSION, _K = 1024, 8, 16
 _TRAIN_TOKENS = 60_000
 _EVALUATED = 192  # images a group
