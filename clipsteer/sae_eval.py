@@ -20,13 +20,12 @@ from clipsteer._sae_site import (
     Site,
     chunks,
     clean_pass,
-    embed,
-    evaluating,
     find_site,
+    from_site,
     grid_side,
     image_batches,
 )
-from clipsteer.clip import CLIP, zero_shot_head
+from clipsteer.clip import CLIP, evaluating, zero_shot_head
 from clipsteer.sae import SAE
 from clipsteer.sae_features import (
     FeatureStatistics,
@@ -71,7 +70,8 @@ def evaluate_sae(
         ev, fvu, l0, dead (share of features never active), images, tokens;
         l0_per_token: one value a token position; l0_map: the same over the patch grid, row by row, if square;
         ce_clean, ce_sae, ce_zero (nats), ce_recovered, and top1_clean, top1_sae, top1_zero, top1_recovered.
-        A ratio whose denominator is 0 is None, and so is ev where a batch has no variance.
+        A ratio whose denominator is not positive is None (zeros did no harm), and so is ev where a batch has no
+        variance.
     """
     site = find_site(sae, clip, hook_point, tokens)
     classnames = classnames if classnames is not None else getattr(dataset, "classes", None)
@@ -91,11 +91,8 @@ def evaluate_sae(
                 raise ValueError(f"dataset: label {int(labels.max())} is not below the {len(head)} classes")
             labelled += int(known.sum())
             replaced, zeroed = site.put(x, x_hat.to(x.dtype)), site.put(x, torch.zeros_like(chosen))
-            variants = {
-                "clean": embedded,
-                "sae": embed(clip, pixels, site, lambda _, new=replaced: new),
-                "zero": embed(clip, pixels, site, lambda _, new=zeroed: new),
-            }
+            go_on = from_site(clip, pixels, site, x, embedded)
+            variants = {"clean": embedded, "sae": go_on(replaced), "zero": go_on(zeroed)}
             for name, features in variants.items():
                 logits = LOGIT_SCALE * features[known] @ head.to(features.dtype).T  # (b, C)
                 scores[name][0] += float(F.cross_entropy(logits.double(), labels[known], reduction="sum"))
@@ -112,7 +109,7 @@ def evaluate_sae(
 
 
 def _ratio(above: float, below: float) -> float | None:
-    return above / below if below else None
+    return above / below if below > 0 else None
 
 
 class _Totals:
@@ -180,8 +177,8 @@ class _Totals:
             "dead": 1 - int(self.active.sum()) / self.sae.d_sae,
             "l0_per_token": per_token,
         }
-        patches = per_token if site.tokens == "patches" else per_token[site.prefix :]
-        side = 0 if site.tokens == "cls" else grid_side(len(patches))
+        patches = site.patches(self.l0 / self.images).tolist()
+        side = grid_side(len(patches))
         if side:
             result["l0_map"] = [patches[row * side : (row + 1) * side] for row in range(side)]
         return result

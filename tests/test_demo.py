@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from clipsteer import SAE, SAESteering, demo, explore, steer
 from clipsteer.clip import load
+from clipsteer.sae_features import feature_peaks
 
 TINY = {
     "embed_dim": 16,
@@ -127,7 +128,7 @@ def test_feature_peaks_are_the_largest_dense_activations(architecture):
     sae = SAE(8, 20, architecture, k=3).eval()
     tokens = torch.randn(5, 4, 8)
     with torch.no_grad():
-        torch.testing.assert_close(explore.feature_peaks(sae, tokens, batch=2), sae.encode(tokens).amax(1))
+        torch.testing.assert_close(feature_peaks(sae, tokens), sae.encode(tokens).amax(1))
         heat = explore.feature_heat(sae, torch.cat([torch.zeros(1, 8), tokens[0]]), 3, prefix=1)
         torch.testing.assert_close(heat, sae.encode(tokens[0])[:, 3].reshape(2, 2))
     assert explore.feature_heat(sae, tokens[0, :3], 3, prefix=0) is None
