@@ -70,8 +70,7 @@ def evaluate_sae(
         ev, fvu, l0, dead (share of features never active), images, tokens;
         l0_per_token: one value a token position; l0_map: the same over the patch grid, row by row, if square;
         ce_clean, ce_sae, ce_zero (nats), ce_recovered, and top1_clean, top1_sae, top1_zero, top1_recovered.
-        A ratio whose denominator is not positive is None (zeros did no harm), and so is ev where a batch has no
-        variance.
+        A ratio whose denominator is 0 is None, and so is ev where a batch has no variance.
     """
     site = find_site(sae, clip, hook_point, tokens)
     classnames = classnames if classnames is not None else getattr(dataset, "classes", None)
@@ -109,7 +108,7 @@ def evaluate_sae(
 
 
 def _ratio(above: float, below: float) -> float | None:
-    return above / below if below > 0 else None
+    return above / below if below else None
 
 
 class _Totals:
