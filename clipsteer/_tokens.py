@@ -65,9 +65,10 @@ def layout_at(model: nn.Module, hook_point: str) -> Layout:
         visual = inner
     if hasattr(visual, "trunk"):  # a timm model
         trunk = visual.trunk
-        fixed = getattr(trunk, "patch_embed", None) if not getattr(trunk, "dynamic_img_size", False) else None
-        grid = getattr(fixed, "num_patches", None)
-        return Layout(hook_point, int(getattr(trunk, "num_prefix_tokens", 0)), grid)
+        any_size = getattr(trunk, "dynamic_img_size", False)
+        grid = None if any_size else getattr(getattr(trunk, "patch_embed", None), "num_patches", None)
+        prefix = 0 if any_size and "patch_embed" in parts else int(getattr(trunk, "num_prefix_tokens", 0))
+        return Layout(hook_point, prefix, grid)
     grid = getattr(visual, "grid_size", None)
     return Layout(hook_point, int(hasattr(visual, "class_embedding")), math.prod(grid) if grid else None)
 

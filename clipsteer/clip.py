@@ -240,7 +240,12 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple | list) else output
 
 
-def _as_tokens(name: str, output: Any, batch_first: bool) -> Tensor:
+def _channels_last(module: nn.Module) -> bool:
+    # timm's patch embeddings for images of any size give (B, H, W, C)
+    return "NHWC" in str(getattr(module, "output_fmt", ""))
+
+
+def _as_tokens(name: str, output: Any, batch_first: bool, channels_last: bool) -> Tensor:
     """A module's output as (B, T, d); of several outputs the first counts. A view where the layout allows it."""
     x = _first(output)
     if not isinstance(x, Tensor) or x.ndim not in (2, 3, 4):
@@ -249,17 +254,17 @@ def _as_tokens(name: str, output: Any, batch_first: bool) -> Tensor:
     if x.ndim == 2:
         return x[:, None]
     if x.ndim == 4:
-        return x.flatten(2).transpose(1, 2)
+        return x.flatten(1, 2) if channels_last else x.flatten(2).transpose(1, 2)
     return x if batch_first else x.transpose(0, 1)
 
 
-def _from_tokens(x: Tensor, output: Any, batch_first: bool) -> Any:
+def _from_tokens(x: Tensor, output: Any, batch_first: bool, channels_last: bool) -> Any:
     """Undo `_as_tokens`."""
     old = _first(output)
     if old.ndim == 2:
         x = x[:, 0]
     elif old.ndim == 4:
-        x = x.transpose(1, 2).reshape(old.shape)
+        x = (x if channels_last else x.transpose(1, 2)).reshape(old.shape)
     elif not batch_first:
         x = x.transpose(0, 1)
     if not isinstance(output, tuple | list):
@@ -296,14 +301,14 @@ def apply_at(model: nn.Module, functions: Mapping[str, Callable[[Tensor], Tensor
 
 def _edit_hook(name: str, batch_first: bool, fn: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        x = _as_tokens(name, output, batch_first)
+        x = _as_tokens(name, output, batch_first, _channels_last(module))
         y = fn(x)
         if y is x:
             return None
         if not isinstance(y, Tensor) or y.shape != x.shape:
             got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise ValueError(f"apply_at: at {name!r} the function must return shape {tuple(x.shape)}, got {got}")
-        return _from_tokens(y, output, batch_first)
+        return _from_tokens(y, output, batch_first, _channels_last(module))
 
     return hook
 
@@ -323,7 +328,7 @@ def capture(model: nn.Module, patterns: str | Iterable[str], *, detach: bool = F
 
     def record(name: str, batch_first: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            x = _as_tokens(name, output, batch_first)
+            x = _as_tokens(name, output, batch_first, _channels_last(module))
             found[name] = x.detach() if detach else x
 
         return hook

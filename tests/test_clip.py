@@ -352,8 +352,18 @@ def test_which_tokens_are_meant_is_read_from_the_output():
     assert not torch.allclose(steered["all"], clean)
     timm = tiny("timm").model
     x, name = pixels(timm), "visual.trunk.patch_embed"
-    whole = next(clip.harvest(timm, [x], name))
-    assert torch.equal(next(clip.harvest(timm, [x], name, tokens="patches")), whole)
+    grid = timm.visual.trunk.patch_embed.grid_size
+    whole = next(clip.harvest(timm, [x], name)).unflatten(0, (3, *grid))
+    assert torch.equal(whole, timm.visual.trunk.patch_embed.proj(x).permute(0, 2, 3, 1))
+    with clip.apply_at(timm, {name: lambda tokens: 2 * tokens}), clip.capture(timm, name) as found:
+        timm.encode_image(x)
+    assert torch.equal(found[name].unflatten(1, grid), 2 * whole)
+    with pytest.raises(ValueError, match="no class token"):
+        next(clip.harvest(timm, [x], name, tokens="cls"))
+    timm.visual.trunk.dynamic_img_size = False
+    assert layout_at(timm, name).before_patches(grid[0] * grid[1]) == 0
+    assert layout_at(timm, name).before_patches(grid[0] * grid[1] + 1) == 1
+    assert layout_at(timm, name).before_patches(1) is None
 
 
 class Wrapped(nn.Module):
