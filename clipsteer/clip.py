@@ -193,16 +193,18 @@ def _match(where: str, model: nn.Module, pattern: str) -> list[str]:
     return names
 
 
+_REMEDY = (
+    "steer the model that is not compiled, or set torch._dynamo.config.skip_nnmodule_hook_guards = False before it is "
+    "compiled"
+)
+
+
 def _hook_points(where: str, model: nn.Module, patterns: Iterable[str]) -> list[str]:
     """The modules that patterns match, each once. Raises where a compiled module would run without their hooks."""
     names = list(dict.fromkeys(name for pattern in patterns for name in _match(where, model, pattern)))
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None or not dynamo.config.skip_nnmodule_hook_guards:
         return names
-    remedy = (
-        "steer the model that is not compiled, or set torch._dynamo.config.skip_nnmodule_hook_guards = False before "
-        "it is compiled"
-    )
     for name in names:
         parts = name.split(".")
         for end in range(len(parts) + 1):
@@ -213,17 +215,17 @@ def _hook_points(where: str, model: nn.Module, patterns: Iterable[str]) -> list[
                 compiled = f"{'.'.join(parts[:end])!r}" if end else "the model"
                 raise RuntimeError(
                     f"{where}: {compiled} is compiled, and torch.compile takes no notice of hooks such as the one at "
-                    f"{name!r}; {remedy}"
+                    f"{name!r}; {_REMEDY}"
                 )
     if dynamo.utils.counters["frames"]["ok"]:
-        _warn_of_compilation(where, remedy)
+        _warn_of_compilation(where)
     return names
 
 
 @functools.cache
-def _warn_of_compilation(where: str, remedy: str) -> None:
+def _warn_of_compilation(where: str) -> None:
     # a module does not know what was compiled around it, so this cannot be an error
-    logger.warning("%s: if torch.compile was called on something that calls this model: %s", where, remedy)
+    logger.warning("%s: code that was compiled and calls this model leaves hooks out: %s", where, _REMEDY)
 
 
 def _batch_first(model: nn.Module, name: str) -> bool:

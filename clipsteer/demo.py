@@ -97,7 +97,7 @@ def run(
             drawings.
         hook_point: a block's module name; by default the last but one of the image tower.
         minutes: SAE training, in nominal minutes of two CPU cores. It sets the number of steps, so that the result
-            does not depend on how fast the machine is.
+            does not depend on how fast the machine is; wide models get at least 800 a minute, which takes longer.
         max_images: at most so many; by default all bundled drawings for EmojiCLIP and 1000 otherwise.
     """
     if not 0 < minutes < math.inf:

@@ -447,6 +447,18 @@ def test_hooks_are_refused_where_compiled_code_would_leave_them_out(dynamo, capl
 
 
 @torch.no_grad()
+def test_what_is_compiled_inside_of_the_block_is_clean_afterwards(dynamo):
+    model, push = tiny().model, clipsteer.VectorSteering(torch.linspace(-9, 9, VISION["width"]))
+    x = pixels(model)
+    clean, compiled = model.encode_image(x), torch.compile(model.encode_image, backend="eager")
+    with clipsteer.steer(model, {BLOCK: push}):
+        steered = model.encode_image(x)
+        torch.testing.assert_close(compiled(x), steered)
+    torch.testing.assert_close(compiled(x), clean)
+    assert not torch.allclose(steered, clean)
+
+
+@torch.no_grad()
 def test_compiled_models_are_steered_once_dynamo_guards_hooks(dynamo):
     model = tiny().model
     x, push = pixels(model), clipsteer.VectorSteering(torch.linspace(-9, 9, VISION["width"]))
