@@ -1,0 +1,129 @@
+"""``conceptor_project``: h' = β·C(h − μ) + μ, each row through the conceptor its index names.
+
+Fused: rows are grouped by conceptor, so that each one is read once and applied as a matrix product, without a copy of
+it per row; in low rank C = U diag(s) Uᵀ the r numbers between the two products never leave the cache.
+Source: Jaeger 2014 (arXiv 1403.3369); Postmus & Abreu 2024 (arXiv 2410.16314), steering and mean-centring.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from clipsteer.ops import _check
+
+
+class LowRank(NamedTuple):
+    """C = U diag(s) Uᵀ: ``U`` (K, d, r) with ``s`` (K, r), or (d, r) with (r,) for a single conceptor."""
+
+    U: Tensor
+    s: Tensor
+
+
+def conceptor_project_reference(
+    h: Tensor,
+    C: Tensor | LowRank,
+    index: Tensor | None = None,
+    *,
+    beta: float | Tensor = 1.0,
+    mean: Tensor | None = None,
+) -> Tensor:
+    """The definition in plain torch, row by row; twice differentiable. With an index it gathers a C for each row."""
+    single = C[0].dim() == 2 if isinstance(C, LowRank) else C.dim() == 2
+    pick = (lambda t, dims: t[(0,) * (t.dim() - dims)]) if index is None else (lambda t, dims: t[index])
+    factors = [t.unsqueeze(0) if single else t for t in (C if isinstance(C, LowRank) else (C,))]
+    mu = 0.0 if mean is None else pick(mean, 1) if mean.dim() == 2 else mean
+    x = (h - mu).unsqueeze(-1)  # (..., d, 1)
+    if isinstance(C, LowRank):
+        U, s = pick(factors[0], 2), pick(factors[1], 1)
+        y = U @ (s.unsqueeze(-1) * (U.mT @ x))
+    else:
+        y = pick(factors[0], 2) @ x
+    if isinstance(beta, Tensor):
+        beta = (pick(beta, 0) if beta.dim() else beta).unsqueeze(-1)
+    return beta * y.squeeze(-1) + mu
+
+
+def _checked(h, C, index, beta, mean):
+    """Every argument in its full form: factors (K, …), index or None, β a number or (K,), μ (K, d) or None."""
+    op = "conceptor_project"
+    low_rank = isinstance(C, LowRank)
+    names = ("U", "s") if low_rank else ("C",)
+    named = {"h": h, **dict(zip(names, C if low_rank else (C,))), "beta": beta, "mean": mean}
+    learnt = isinstance(beta, Tensor)
+    if not learnt:
+        if isinstance(beta, bool) or not isinstance(beta, (int, float, torch.SymFloat)):
+            raise TypeError(_check.mistake(op, "beta", "a number or a (K,) tensor", type(beta).__name__, named))
+        named["beta"] = None
+    if all(isinstance(t, Tensor) for t in named.values() if t is not None):
+        named = dict(zip(named, _check.autocast(*named.values())))
+    named["index"] = index
+    _check.check_tensors(op, named, integer=("index",))
+    first = named[names[0]]
+    if first.dim() == 2:  # a single conceptor
+        named.update({n: named[n].unsqueeze(0) for n in names})
+        first = named[names[0]]
+    if first.dim() != 3 or not (low_rank or first.shape[1] == first.shape[2]):
+        expected = "of shape (K, d, r) or (d, r)" if low_rank else "of shape (K, d, d) or (d, d)"
+        raise ValueError(_check.mistake(op, names[0], expected, tuple(first.shape), named))
+    K, d = first.shape[:2]
+    if low_rank:
+        _check.check_shape(op, named, "s", (K, first.shape[2]), "(K, r)")
+    if h.dim() == 0 or h.shape[-1] != d:
+        raise ValueError(_check.mistake(op, "h", f"of shape (..., d = {d})", tuple(h.shape), named))
+    if index is None:
+        if K != 1:
+            raise ValueError(_check.mistake(op, "index", f"given, as there are K = {K} conceptors", None, named))
+    else:
+        _check.check_shape(op, named, "index", tuple(h.shape[:-1]), "h's leading shape")
+        _check.check_indices(op, index, K, named, "index")
+    if learnt:
+        if named["beta"].dim() == 0:
+            named["beta"] = named["beta"].expand(K)
+        _check.check_shape(op, named, "beta", (K,), "(K,)")
+    if mean is not None:
+        if mean.dim() == 1 and mean.shape[0] == d:
+            named["mean"] = named["mean"].expand(K, d)
+        _check.check_shape(op, named, "mean", (K, d), "(K, d) or (d,)")
+    factors = LowRank(named["U"], named["s"]) if low_rank else named["C"]
+    return named["h"], factors, index, named["beta"] if learnt else beta, named["mean"]
+
+
+def conceptor_project(
+    h: Tensor,
+    C: Tensor | LowRank,
+    index: Tensor | None = None,
+    *,
+    beta: float | Tensor = 1.0,
+    mean: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Steer rows through conceptors: ``β·C h``, or ``β·C(h − μ) + μ`` around a given mean.
+
+    Args:
+        h: (..., d) activations, float32, bfloat16, float16 or (reference, cpp) float64.
+        C: (K, d, d) conceptors, or (d, d) for one; they need not be symmetric. In low rank ``LowRank(U, s)`` with U
+            (K, d, r) and s (K, r), or (d, r) and (r,), which stands for U diag(s) Uᵀ.
+        index: (...) int64, h's leading shape: which conceptor each row takes, in [0, K). None when there is only one.
+        beta: strength, a number or a tensor (K,) or ().
+        mean: (K, d) or (d,) background mean μ, or None for 0.
+        backend: ``"auto" | "reference" | "cpp" | "triton"``; ``ops.explain`` says which can run.
+
+    Returns:
+        (..., d), of h's dtype. Gradients reach h, C (or U and s), beta and mean, to any order. Extra memory is
+        O(rows · d); the reference alone gathers a conceptor for each row.
+
+    Raises:
+        ValueError: shapes or devices that do not fit; an index outside [0, K) (on a GPU, where the check would
+            synchronise, only under ``CLIPSTEER_CHECK_INDICES=1``; such rows are undefined there).
+        TypeError: not tensors, dtypes that differ outside autocast, an index that is not int64.
+        RuntimeError: the backend asked for cannot run here.
+
+    Source: Jaeger 2014 (arXiv 1403.3369); Postmus & Abreu 2024 (arXiv 2410.16314).
+    """
+    if backend not in ("auto", "reference"):
+        raise RuntimeError(f'conceptor_project: backend "{backend}" cannot run yet. backend="reference" always can.')
+    h, C, index, beta, mean = _checked(h, C, index, beta, mean)
+    return conceptor_project_reference(h, C, index, beta=beta, mean=mean)
