@@ -104,7 +104,7 @@ def contenders(spec: Any, inputs: dict[str, Any], backends: list[str], device: s
     """Everything that computes this op here: our backends, the baselines, and the compiled first baseline."""
     found: dict[str, Callable[[], Any]] = {}
     for backend in backends:
-        if _dispatch.unusable(backend, torch.device(device), torch.float32) is None and backend != "reference":
+        if backend != "reference" and not _dispatch.unusable(backend, torch.device(device), torch.float32, spec.name):
             found[backend] = lambda b=backend: spec.function(**inputs, backend=b)
     for name, baseline in spec.baselines.items():
         found[name] = lambda f=baseline: f(**inputs)
@@ -236,7 +236,7 @@ def run(
             floor = max(flops / rates[0], bytes_ / rates[1])
             memory = {n: extra_memory(c, device) for n, c in calls.items()}
             forward = measure(calls, device, repeats, f"{name} {label}")
-            leaves = [inputs[n].requires_grad_() for n in spec.differentiable]
+            leaves = [inputs[n].requires_grad_() for n in spec.leaves(inputs)]
             result = next(iter(calls.values()))()
             grad = torch.randn_like(result[0] if isinstance(result, tuple) else result)
             both = measure(
@@ -260,7 +260,7 @@ def run(
 
 def gate(spec: Any, inputs: dict[str, Any], drawn: dict[str, Any], calls: dict[str, Callable], device: str) -> None:
     """No time is taken of a wrong result: a few rows of every backend of ours are held to the bound first."""
-    rows = {n for n, v in drawn.items() if isinstance(v, Tensor) and v.dim() == 2 and not n.startswith("W_")}
+    rows = {n for n in spec.rows if isinstance(drawn[n], Tensor)}
     few = {n: v[:8] if n in rows else v for n, v in drawn.items()}
     for backend in set(calls) & set(BACKENDS):
         cut = {n: v[:8] if n in rows else v for n, v in inputs.items()}
@@ -285,15 +285,15 @@ def write(path: Path, records: list[dict[str, Any]], device: str) -> None:
 
 def table(records: list[dict[str, Any]]) -> str:
     """``run``'s records as text."""
-    head = (
-        f"{'op':<14}{'shape':<10}{'pass':<18}{'contender':<20}{'ms':>10}{'speedup':>9}{'of floor':>10}{'extra MB':>10}"
-    )
+    op, shape = (max([len(name), *(len(r[name]) for r in records)]) + 2 for name in ("op", "shape"))
+    head = f"{'op':<{op}}{'shape':<{shape}}{'pass':<18}{'contender':<20}"
+    head += f"{'ms':>10}{'speedup':>9}{'of floor':>10}{'extra MB':>10}"
     lines = [head, "-" * len(head)]
     for r in records:
         share = f"{r['floor_share']:>9.0%}" if "floor_share" in r else " " * 9
         extra = f"{r['extra_bytes'] / 2**20:>10.1f}" if "extra_bytes" in r else ""
         lines.append(
-            f"{r['op']:<14}{r['shape']:<10}{r['pass']:<18}{r['contender']:<20}"
+            f"{r['op']:<{op}}{r['shape']:<{shape}}{r['pass']:<18}{r['contender']:<20}"
             f"{1000 * r['seconds']:>10.2f}{r['speedup']:>8.2f}× {share}{extra}"
         )
     return "\n".join(lines)

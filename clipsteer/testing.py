@@ -119,12 +119,13 @@ def repeats_bitwise(case: Case, repeats: int = 3) -> dict[str, float]:
 
     def once() -> list[Tensor]:
         inputs = {n: v.to(case.device, copy=True) if isinstance(v, Tensor) else v for n, v in drawn.items()}
-        for name in spec.differentiable:
+        leaves = spec.leaves(inputs)
+        for name in leaves:
             inputs[name].requires_grad_()
         result = spec.function(**inputs, backend=case.backend)
         smooth = [t for t in (result if isinstance(result, tuple) else (result,)) if t.requires_grad]
         fixed = [torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=t.device).view(t.shape) for t in smooth]
-        grads = torch.autograd.grad(smooth, [inputs[n] for n in spec.differentiable], fixed)
+        grads = torch.autograd.grad(smooth, [inputs[n] for n in leaves], fixed)
         return [t.detach().cpu() for t in (*smooth, *grads)]
 
     first = once()
@@ -229,7 +230,7 @@ def validate(
             if backend not in BACKENDS:
                 raise ValueError(f"validate: backend must be one of {BACKENDS}, got {backend!r}")
             place = device or ("cuda" if gpu and backend in ("triton", "cuda") else "cpu")
-            reason = _dispatch.unusable(backend, torch.device(place), torch.float32)
+            reason = _dispatch.unusable(backend, torch.device(place), torch.float32, name)
             if reason is not None:
                 rows.append(Row(name, backend, "-", verdict=f"skipped: {reason}"))
                 continue
@@ -265,10 +266,11 @@ def validate(
 
 def table(rows: list[Row]) -> str:
     """``validate``'s rows as text."""
-    head = f"{'op':<16}{'backend':<11}{'dtype':<10}{'cases':>6}  {'worst/bound':>11}  verdict"
+    width = max([14, *(len(r.op) for r in rows)]) + 2
+    head = f"{'op':<{width}}{'backend':<11}{'dtype':<10}{'cases':>6}  {'worst/bound':>11}  verdict"
     lines = [head, "-" * len(head)]
     for r in rows:
-        lines.append(f"{r.op:<16}{r.backend:<11}{r.dtype:<10}{r.cases:>6}  {r.worst:>11.3f}  {r.verdict}")
+        lines.append(f"{r.op:<{width}}{r.backend:<11}{r.dtype:<10}{r.cases:>6}  {r.worst:>11.3f}  {r.verdict}")
         if r.verdict == "FAIL":
             lines.append(f"    {r.where}")
     return "\n".join(lines)

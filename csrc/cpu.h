@@ -33,6 +33,10 @@ Tensor sparse_decode(Tensor acts, Tensor indices, Tensor w, std::optional<Tensor
 Tensor gather_dot(Tensor rows, Tensor indices, Tensor w);
 std::tuple<Tensor, Tensor> sparse_outer(Tensor coeff, Tensor indices, Tensor rows, int64_t n);
 void sparse_outer_out(Tensor coeff, Tensor indices, Tensor rows, Tensor dw, Tensor db);
+Tensor grouped_matmul(Tensor x, Tensor w, std::optional<Tensor> index, std::optional<Tensor> beta,
+                      std::optional<Tensor> mean, bool transpose);
+Tensor grouped_outer(Tensor a, Tensor b, std::optional<Tensor> index, int64_t k);
+Tensor low_rank_project(Tensor x, Tensor u, Tensor s, std::optional<Tensor> index, std::optional<Tensor> mean);
 int64_t isa_level();
 
 // A (value, column) pair as one key: the greater key has the larger value or, at equal values, the lower column.

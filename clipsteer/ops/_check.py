@@ -41,7 +41,7 @@ def check_shape(op: str, named: dict[str, Any], name: str, shape: tuple[int, ...
         raise ValueError(mistake(op, name, f"of shape {symbols} = {shape}", tuple(named[name].shape), named))
 
 
-def check_indices(op: str, indices: Tensor, n: int, named: dict[str, Any]) -> None:
+def check_indices(op: str, indices: Tensor, n: int, named: dict[str, Any], name: str = "indices") -> None:
     """Raise on an index outside [0, n): always on the CPU; on a GPU, where it costs a synchronisation, only under
     ``CLIPSTEER_CHECK_INDICES=1``. Compiled CPU code relies on the kernels' own check."""
     if torch.compiler.is_compiling() or indices.numel() == 0:
@@ -50,7 +50,7 @@ def check_indices(op: str, indices: Tensor, n: int, named: dict[str, Any]) -> No
         return
     low, high = (int(v) for v in indices.aminmax())
     if low < 0 or high >= n:
-        raise ValueError(mistake(op, "indices", f"in [0, {n})", f"values from {low} to {high}", named))
+        raise ValueError(mistake(op, name, f"in [0, {n})", f"values from {low} to {high}", named))
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -277,6 +277,12 @@ SPEC = OpSpec(
             (2, 32, 33, 31),
         )
     ),
+    small_shape={"B": 3, "d": 4, "n": 9, "k": 3},
+    repeat_shape={"B": 70, "d": 40, "n": 300, "k": 9},
+    rows=("acts", "indices"),
+    optional=("b_dec",),
+    scalable=("acts", "b_dec"),
+    grad_buffer="W_dec",
     bench_shapes={
         "B256-k32": {"B": 256, "d": 768, "n": 49152, "k": 32},
         "B256-k64": {"B": 256, "d": 768, "n": 49152, "k": 64},

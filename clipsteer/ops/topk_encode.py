@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._dispatch import call, choose
-from clipsteer.ops._spec import ACCUMULATE, OpSpec, draw, fraction_of_bound
+from clipsteer.ops._spec import ACCUMULATE, OpSpec, draw, fraction_of_bound, operand_error
 from clipsteer.ops.sparse_decode import check_gradient_options, decode, decode_truth, outer_truth, weight_gradient
 
 
@@ -118,12 +118,6 @@ def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator,
     return {"x": x, "W_enc": W_enc, "b_enc": b_enc, "k": k}
 
 
-def _operand_error(dtype: torch.dtype) -> float:
-    """Relative error of a product when tensor cores may round float32 operands to TF32."""
-    allowed = torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest"
-    return 2 * 2.0**-10 + 2.0**-20 if dtype == torch.float32 and allowed else 0.0
-
-
 def _check_values(inputs: dict[str, Any], outputs: dict[str, Tensor]) -> dict[str, float]:
     x, W, b, k = (inputs[name] for name in ("x", "W_enc", "b_enc", "k"))
     acts, indices = outputs["acts"], outputs["indices"]
@@ -137,7 +131,7 @@ def _check_values(inputs: dict[str, Any], outputs: dict[str, Tensor]) -> dict[st
         return {"acts": 0.0, "indices": float("inf")}
     pre = x.double() @ W.double().T + b.double()
     magnitude = x.double().abs() @ W.double().abs().T + b.double().abs()
-    extra = _operand_error(x.dtype)
+    extra = operand_error(x.dtype)
     nan = pre.isnan().any(-1)
     if not bool(acts[nan].isnan().all()) or not bool((acts[~nan] >= 0).all()):
         return {"acts": float("inf"), "indices": 0.0}
@@ -199,6 +193,13 @@ SPEC = OpSpec(
             (2, 16, 32, 32),
         )
     ),
+    small_shape={"B": 3, "d": 4, "n": 9, "k": 3},
+    repeat_shape={"B": 70, "d": 40, "n": 300, "k": 9},
+    rows=("x",),
+    optional=("b_enc",),
+    scalable=("x", "b_enc"),
+    grad_buffer="W_enc",
+    torch_sums=("acts",),
     bench_shapes={
         "B256-k32": {"B": 256, "d": 768, "n": 49152, "k": 32},
         "B256-k64": {"B": 256, "d": 768, "n": 49152, "k": 64},
