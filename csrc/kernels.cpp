@@ -52,6 +52,9 @@ const Kernels& choose() {
 #ifdef CLIPSTEER_X86
   const char* wanted = std::getenv("CLIPSTEER_CPU_ISA");
   const std::string name = wanted ? wanted : "";
+  if (!name.empty() && name != "portable" && name != "avx2" && name != "avx512") {
+    throw std::runtime_error("CLIPSTEER_CPU_ISA must be portable, avx2 or avx512, got " + name);
+  }
   const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ._launch import cdiv, interpreted, next_power_of_2, on_device
+from ._precision import tf32_allowed
 
 MAX_RANK = 256  # a block's r-vectors live in registers; beyond, they take a (B, r) buffer and two launches
 
@@ -177,7 +178,7 @@ def _interpreted_bf16(t: torch.Tensor) -> bool:
 
 
 def _precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if tf32_allowed() else "ieee"
 
 
 def _sorted(index: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
