@@ -38,14 +38,16 @@
 namespace clipsteer {
 namespace {
 
-#define TABLE(level, isa)                                                                                   \
+#define TABLE(level, isa, ...)                                                                              \
   {level,       isa::filter32, isa::filter64,   isa::seed32,    isa::seed64,      isa::axpy32, isa::axpy64, \
-   isa::dot32, isa::dot64,    isa::widen_bf16, isa::widen_f16, isa::narrow_bf16, isa::narrow_f16}
+   isa::dot32, isa::dot64,    isa::widen_bf16, isa::widen_f16, isa::narrow_bf16, isa::narrow_f16, __VA_ARGS__}
+#define BLOCKS(level, isa) kBlockBytes<level>, isa::block32, isa::block64, isa::pack32, isa::pack64
 
-const Kernels kPortable = TABLE(0, portable);
+// Elsewhere torch's GEMM has the better inner loop.
+const Kernels kPortable = TABLE(0, portable, 0, nullptr, nullptr, nullptr, nullptr);
 #ifdef CLIPSTEER_X86
-const Kernels kAvx2 = TABLE(1, avx2);
-const Kernels kAvx512 = TABLE(2, avx512);
+const Kernels kAvx2 = TABLE(1, avx2, BLOCKS(1, avx2));
+const Kernels kAvx512 = TABLE(2, avx512, BLOCKS(2, avx512));
 #endif
 
 const Kernels& choose() {
