@@ -67,9 +67,9 @@ def _grouped_matmul_kernel(
 ):  # fmt: skip
     group, rows, live = _block(tl.program_id(0), order_ptr, offsets_ptr, B, K, HAS_INDEX, BLOCK_B, BLOCK_K)
     if tl.max(live.to(tl.int32), axis=0) > 0:
-        group = group.to(tl.int64)
+        g = group.to(tl.int64)
         cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        w_ptrs = w_ptr + group * m * n + cols[None, :] * w_col
+        w_ptrs = w_ptr + g * m * n + cols[None, :] * w_col
         acc = tl.zeros((BLOCK_B, BLOCK_N), dtype=tl.float32)
         for start in range(0, m, BLOCK_M):
             j = start + tl.arange(0, BLOCK_M)
@@ -77,15 +77,15 @@ def _grouped_matmul_kernel(
             x = tl.load(x_ptr + rows[:, None] * m + j[None, :], mask=live[:, None] & inside[None, :], other=0.0)
             w = tl.load(w_ptrs + j[:, None] * w_row, mask=inside[:, None] & (cols < n)[None, :], other=0.0)
             if MEAN_IN:
-                mean = tl.load(mean_ptr + group * m + j, mask=inside, other=0.0).to(tl.float32)
+                mean = tl.load(mean_ptr + g * m + j, mask=inside, other=0.0).to(tl.float32)
                 x = x.to(tl.float32) - mean[None, :]
             acc = _dot(x, w, acc, SPLIT, PRECISION)
         if HAS_SCALE:
-            acc *= tl.load(scale_ptr + group * n + cols, mask=cols < n, other=0.0)[None, :]
+            acc *= tl.load(scale_ptr + g * n + cols, mask=cols < n, other=0.0)[None, :]
         if HAS_BETA:
-            acc *= tl.load(beta_ptr + group)
+            acc *= tl.load(beta_ptr + g)
         if MEAN_OUT:
-            acc += tl.load(mean_ptr + group * n + cols, mask=cols < n, other=0.0).to(tl.float32)[None, :]
+            acc += tl.load(mean_ptr + g * n + cols, mask=cols < n, other=0.0).to(tl.float32)[None, :]
         tl.store(
             out_ptr + rows[:, None] * n + cols[None, :],
             acc.to(out_ptr.dtype.element_ty),
@@ -102,31 +102,31 @@ def _low_rank_project_kernel(
 ):  # fmt: skip
     group, rows, live = _block(tl.program_id(0), order_ptr, offsets_ptr, B, K, HAS_INDEX, BLOCK_B, BLOCK_K)
     if tl.max(live.to(tl.int32), axis=0) > 0:
-        group = group.to(tl.int64)
+        g = group.to(tl.int64)
         i = tl.arange(0, BLOCK_R)
         inner = tl.zeros((BLOCK_B, BLOCK_R), dtype=tl.float32)
         for start in range(0, d, BLOCK_D):
             j = start + tl.arange(0, BLOCK_D)
             x = tl.load(x_ptr + rows[:, None] * d + j[None, :], mask=live[:, None] & (j < d)[None, :], other=0.0)
             u = tl.load(
-                u_ptr + group * d * r + j[:, None] * r + i[None, :],
+                u_ptr + g * d * r + j[:, None] * r + i[None, :],
                 mask=(j < d)[:, None] & (i < r)[None, :],
                 other=0.0,
             )
             if HAS_MEAN:
-                x = x.to(tl.float32) - tl.load(mean_ptr + group * d + j, mask=j < d, other=0.0).to(tl.float32)[None, :]
+                x = x.to(tl.float32) - tl.load(mean_ptr + g * d + j, mask=j < d, other=0.0).to(tl.float32)[None, :]
             inner = _dot(x, u, inner, SPLIT_X, PRECISION)
-        inner *= tl.load(s_ptr + group * r + i, mask=i < r, other=0.0)[None, :]
+        inner *= tl.load(s_ptr + g * r + i, mask=i < r, other=0.0)[None, :]
         for start in range(0, d, BLOCK_D):
             j = start + tl.arange(0, BLOCK_D)
             u = tl.load(
-                u_ptr + group * d * r + j[None, :] * r + i[:, None],
+                u_ptr + g * d * r + j[None, :] * r + i[:, None],
                 mask=(j < d)[None, :] & (i < r)[:, None],
                 other=0.0,
             )
             y = _dot(inner, u, tl.zeros((BLOCK_B, BLOCK_D), dtype=tl.float32), SPLIT_R, PRECISION)
             if HAS_MEAN:
-                y += tl.load(mean_ptr + group * d + j, mask=j < d, other=0.0).to(tl.float32)[None, :]
+                y += tl.load(mean_ptr + g * d + j, mask=j < d, other=0.0).to(tl.float32)[None, :]
             tl.store(
                 out_ptr + rows[:, None] * d + j[None, :],
                 y.to(out_ptr.dtype.element_ty),
