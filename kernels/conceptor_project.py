@@ -187,29 +187,31 @@ def _sorted(index: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tenso
     return order, torch.searchsorted(ordered, bounds, out_int32=True)
 
 
-def matmul_config(dtype: torch.dtype, n: int) -> dict[str, int]:
+def matmul_config(dtype: torch.dtype, n: int, split: bool = False) -> dict[str, int]:
     """A block of rows by a tile of columns; fp32 runs on plain FMAs, in smaller steps."""
     if interpreted(_grouped_matmul_kernel):
         return {"BLOCK_B": 32, "BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 16}
     block_n = min(128, max(16, next_power_of_2(n)))
     if dtype == torch.float32:
         return {"BLOCK_B": 32, "BLOCK_M": 32, "BLOCK_N": block_n, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_B": 64, "BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+    block_b = 32 if split else 64  # both halves of a split tile are in registers
+    return {"BLOCK_B": block_b, "BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
 
 
-def low_rank_config(dtype: torch.dtype, r: int) -> dict[str, int]:
+def low_rank_config(dtype: torch.dtype, r: int, mean: bool = False) -> dict[str, int]:
     """Blocks of few rows, so that 4,096 of them over 16 groups fill the chip once."""
     block_r = max(16, next_power_of_2(r))
     if interpreted(_low_rank_project_kernel):
         return {"BLOCK_B": 32, "BLOCK_D": 128, "BLOCK_R": block_r, "BLOCK_K": 16}
+    hip, wide = torch.version.hip is not None, block_r > 64
     if dtype == torch.float32:
-        block_b, block_d, warps = (32, 32, 4) if block_r <= 64 else (16, 32, 8)
+        block_b, block_d = 16 if wide else 32, 32
     else:
-        block_b, block_d, warps = (32, 128, 4) if block_r <= 64 else (32, 64, 8)
-    stages = 2 if torch.version.hip is not None else 3
+        # centred rows are split in registers, and a wide r-vector fills them
+        block_b, block_d = 16 if wide and hip else 32, (32 if hip else 64) if wide else 64 if mean else 128
     return {
-        "BLOCK_B": block_b, "BLOCK_D": block_d, "BLOCK_R": block_r, "BLOCK_K": 128, "num_warps": warps,
-        "num_stages": stages,
+        "BLOCK_B": block_b, "BLOCK_D": block_d, "BLOCK_R": block_r, "BLOCK_K": 128,
+        "num_warps": 8 if wide and not hip else 4, "num_stages": 2 if hip else 3,
     }  # fmt: skip
 
 
@@ -235,7 +237,8 @@ def _matmul(x, W, index, scale, beta, mean, transpose, *, mean_in, mean_out, dty
     if out.numel() == 0:
         return out
     order, offsets = (x, x) if index is None else _sorted(index, K)
-    config = matmul_config(W.dtype, n)
+    split = W.dtype != torch.float32 and (mean_in or x.dtype == torch.float32)
+    config = matmul_config(W.dtype, n, split)
     grid = (cdiv(B, config["BLOCK_B"]) + (0 if index is None else K), cdiv(n, config["BLOCK_N"]))
     with on_device(x):
         _grouped_matmul_kernel[grid](
@@ -243,8 +246,7 @@ def _matmul(x, W, index, scale, beta, mean, transpose, *, mean_in, mean_out, dty
             x if mean is None else mean, out, B, K, m, n, 1 if transpose else n, m if transpose else 1,
             HAS_INDEX=index is not None, HAS_SCALE=scale is not None, HAS_BETA=beta is not None,
             MEAN_IN=mean_in, MEAN_OUT=mean_out,
-            SPLIT=W.dtype != torch.float32 and (mean_in or x.dtype == torch.float32),
-            PRECISION=_precision(), **config,
+            SPLIT=split, PRECISION=_precision(), **config,
         )  # fmt: skip
     return out
 
@@ -276,7 +278,7 @@ def low_rank_project(
     if out.numel() == 0:
         return out
     order, offsets = (x, x) if index is None else _sorted(index, K)
-    config = low_rank_config(x.dtype, r)
+    config = low_rank_config(x.dtype, r, given)
     half = x.dtype != torch.float32
     with on_device(x):
         _low_rank_project_kernel[(cdiv(B, config["BLOCK_B"]) + (0 if index is None else K),)](
