@@ -1,4 +1,4 @@
-// Builds kernels.h for each instruction set and picks one when the library is first used.
+// Builds kernels.h and blocks.h for each instruction set and picks one when the library is first used.
 #include "cpu.h"
 
 #include <cstdlib>
@@ -22,6 +22,7 @@
 #define ISA avx2
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #include "kernels.h"
+#include "blocks.h"
 #undef CLIPSTEER_LEVEL
 #undef ISA
 #undef TARGET
@@ -30,6 +31,7 @@
 #define ISA avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #include "kernels.h"
+#include "blocks.h"
 #undef CLIPSTEER_LEVEL
 #undef ISA
 #undef TARGET
