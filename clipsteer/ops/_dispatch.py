@@ -36,11 +36,10 @@ SCHEMAS = {
     "grouped_outer": "(Tensor a, Tensor b, Tensor? index, SymInt groups) -> Tensor",
     "low_rank_project": "(Tensor x, Tensor U, Tensor s, Tensor? index, Tensor? mean) -> Tensor",
 }
-# The file in kernels/ of each; the public ops in ``OpSpec.backends`` say where CUDA C++ has none.
-KERNEL_FILES = {
-    **dict.fromkeys(SCHEMAS, "conceptor_project"),
-    "topk_encode": "topk_encode",
-    **dict.fromkeys(("sparse_decode", "gather_dot", "sparse_outer", "sparse_outer_out"), "sparse_decode"),
+_FILES = {  # in kernels/, and the ops in each
+    "topk_encode": ("topk_encode",),
+    "sparse_decode": ("sparse_decode", "gather_dot", "sparse_outer", "sparse_outer_out"),
+    "conceptor_project": ("grouped_matmul", "grouped_outer", "low_rank_project"),
 }
 
 
@@ -108,7 +107,9 @@ def _load_triton() -> str | None:
 
         from clipsteer.kernels import _launch as launch
 
-        kernels = {name: importlib.import_module(f"clipsteer.kernels.{f}") for name, f in KERNEL_FILES.items()}
+        modules = {
+            name: importlib.import_module(f"clipsteer.kernels.{f}") for f, names in _FILES.items() for name in names
+        }
     except Exception as error:  # another triton than the kernels were written for may lack any name they use
         return f"triton cannot be imported ({error}); install the triton that belongs to this torch build"
     library = torch.library.Library("clipsteer_triton", "DEF")
@@ -116,7 +117,7 @@ def _load_triton() -> str | None:
     for name, schema in SCHEMAS.items():
         library.define(name + schema)
         for key in ("CPU", "CUDA") if interpreted() else ("CUDA",):
-            library.impl(name, getattr(kernels[name], name), key)
+            library.impl(name, getattr(modules[name], name), key)
         torch.library.register_fake(f"clipsteer_triton::{name}", _FAKES[name], lib=library)
     if interpreted() and (failure := launch.interpreter_failure()) is not None:
         return f"the interpreter of triton {triton.__version__} fails here ({failure}); try another triton or numpy"
