@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from clipsteer._sae_site import LOGIT_SCALE, chunks, clean_pass, embed, evaluating, find_site, grid_side, image_batches
 from clipsteer.clip import CLIP, zero_shot_head
 from clipsteer.sae import SAE
+
+if TYPE_CHECKING:
+    from clipsteer.splice import ConceptDictionary
 
 # features whose activations are held at once while steering
 _FEATURES = 256
@@ -139,6 +143,35 @@ def top_images(
     side = 0 if site.tokens == "cls" else grid_side(maps.shape[-1])
     maps = maps.unflatten(-1, (side, side) if side else (1, -1))
     return TopImages(chosen, images, best, maps)
+
+
+def name_features(
+    sae: SAE,
+    clip: CLIP,
+    dataset: Any,
+    dictionary: ConceptDictionary,
+    features: Sequence[int] | Tensor,
+    *,
+    images: int = 6,
+    count: int = 5,
+    hook_point: str | None = None,
+    tokens: str | None = None,
+    batch_size: int = 64,
+) -> list[list[tuple[str, float]]]:
+    """Each of m features as a sparse sum of text concepts: `ConceptDictionary.name` of the mean embedding of the
+    `images` images that activate it most. A feature that is never active has no names.
+    """
+    top = top_images(
+        sae, clip, dataset, features, count=images, hook_point=hook_point, tokens=tokens, batch_size=batch_size
+    )
+    used, place = top.images.unique(return_inverse=True)  # -1, where a feature has fewer images, comes first
+    shown = Subset(dataset, [max(i, 0) for i in used.tolist()])
+    with evaluating(clip.model):
+        parts = [clip._embed(pixels) for pixels, _ in image_batches(clip, shown, batch_size, "embed top images")]
+    present = (top.images >= 0)[..., None]  # (m, images, 1)
+    embedded = torch.cat(parts).float()[place] * present
+    named = dictionary.name(embedded.sum(1) / present.sum(1).clamp_min(1), count)
+    return [names if some else [] for names, some in zip(named, present.any(1)[:, 0].tolist())]
 
 
 def steerability(

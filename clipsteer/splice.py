@@ -1,0 +1,203 @@
+"""Names for embeddings: sparse, non-negative sums of text concepts (SpLiCE, Bhalla et al. 2024, arXiv 2402.10376).
+
+    z = norm(norm(image) - μ),   rows of C = norm(norm(text) - mean of the texts)
+    w* = argmin over w >= 0 of ‖wC - z‖² + λ Σ w
+
+Images and texts are each centred on their own mean, which closes the gap between the two. ``clipsteer._admm`` solves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipsteer._admm import Decomposition, nonnegative_lasso
+from clipsteer._files import FileFormatError, read_json, read_safetensors, write_json, write_safetensors
+from clipsteer._sae_site import evaluating, image_batches
+from clipsteer.clip import CLIP, zero_shot_head
+from clipsteer.data import EmojiStyles
+
+__all__ = ["ConceptDictionary", "Decomposition", "mean_embedding", "nonnegative_lasso"]
+
+_FORMAT, _FORMAT_VERSION = "clipsteer-concepts", 1
+_TENSORS, _INDEX = "concepts.safetensors", "concepts.json"
+
+
+def mean_embedding(clip: CLIP, dataset: Any, batch_size: int = 64) -> Tensor:
+    """μ: the mean (e,) of the unit embeddings of a map-style data set of images or (image, target) pairs, on the CPU.
+
+    Summed in float64, one batch at a time. Raises ValueError for an empty data set.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    with evaluating(clip.model):
+        for pixels, _ in image_batches(clip, dataset, batch_size, "mean embedding"):
+            total = total + F.normalize(clip.model.encode_image(pixels).double(), dim=-1).sum(0).cpu()
+    return (total / len(dataset)).float()
+
+
+class ConceptDictionary:
+    """n concepts in the embedding space of a CLIP model, into which its image embeddings are decomposed.
+
+    Args:
+        concepts: n >= 2 texts. text_embeddings: (n, e), one a concept, of any length; they are normalised here.
+        image_mean: μ (e,), the mean of the unit embeddings of images of the kind that will be decomposed.
+        metadata: JSON-able facts to keep with it.
+
+    Attributes:
+        concepts: list of n texts. matrix: C (n, e), unit rows, float32 or float64. image_mean: μ (e,).
+
+    Raises:
+        ValueError: shapes, values that are not finite, fewer than two concepts, texts that all embed alike.
+
+        >>> dictionary = ConceptDictionary.from_clip(clip, image_mean=photos)
+        >>> weights = dictionary.decompose(clip.encode_images(images)).weights       # (B, n), a few above 0 in each row
+        >>> dictionary.name(clip.encode_images(images), count=3)                      # [[("cat", 0.31), …], …]
+    """
+
+    def __init__(
+        self, concepts: Sequence[str], text_embeddings: Tensor, image_mean: Tensor,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        concepts = list(concepts)
+        texts, mean = torch.as_tensor(text_embeddings).detach(), torch.as_tensor(image_mean).detach()
+        shapes = f"{len(concepts)} concepts, text_embeddings {tuple(texts.shape)}, image_mean {tuple(mean.shape)}"
+        if texts.ndim != 2 or len(concepts) != len(texts) or len(texts) < 2 or mean.shape != texts.shape[1:]:
+            raise ValueError(f"ConceptDictionary: expected n >= 2 concepts, (n, e) and (e,); got {shapes}")
+        if not bool(texts.isfinite().all() & mean.isfinite().all()):
+            raise ValueError(f"ConceptDictionary: text_embeddings and image_mean must be finite; {shapes}")
+        unit = F.normalize(texts.double(), dim=1)
+        centred = unit - unit.mean(0)
+        if float(centred.norm(dim=1).max()) < 1e-6:
+            raise ValueError("ConceptDictionary: the texts all embed alike, so that nothing tells them apart")
+        dtype = torch.promote_types(texts.dtype, torch.float32)
+        self._set(concepts, F.normalize(centred, dim=1).to(dtype), mean.to(texts.device, dtype), dict(metadata or {}))
+
+    def _set(self, concepts: list[str], matrix: Tensor, image_mean: Tensor, metadata: dict[str, Any]) -> None:
+        self.concepts, self.matrix, self.image_mean, self.metadata = concepts, matrix, image_mean, metadata
+
+    @classmethod
+    def from_clip(
+        cls, clip: CLIP, concepts: Sequence[str] | None = None, *, image_mean: Any, templates: Sequence[str] = ("{}",)
+    ) -> ConceptDictionary:
+        """A dictionary of the model's own text embeddings.
+
+        Args:
+            concepts: texts; by default the names of the 857 bundled drawings.
+            image_mean: μ (e,), or a data set of images to take it from (see `mean_embedding`).
+            templates: prompts with one "{}" that each concept's embedding is averaged over; by default it stands alone.
+        """
+        concepts = [c.label for c in EmojiStyles().concepts] if concepts is None else list(concepts)
+        texts = zero_shot_head(clip, concepts, templates)
+        mean = image_mean if isinstance(image_mean, Tensor) else mean_embedding(clip, image_mean)
+        return cls(concepts, texts.to(torch.promote_types(texts.dtype, torch.float32)), mean,
+                   {"clip_model": clip.name, "pretrained": clip.pretrained, "templates": list(templates)})  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.concepts)
+
+    def __repr__(self) -> str:
+        return f"ConceptDictionary({len(self)} concepts, e = {self.matrix.shape[1]}, {self.matrix.dtype})"
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ConceptDictionary:
+        """A copy elsewhere, or in float32 or float64."""
+        if dtype not in (None, torch.float32, torch.float64):
+            raise TypeError(f"ConceptDictionary.to: dtype must be float32 or float64, got {dtype}")
+        moved = object.__new__(type(self))
+        tensors = (t.to(device=device, dtype=dtype) for t in (self.matrix, self.image_mean))
+        moved._set(list(self.concepts), *tensors, dict(self.metadata))
+        return moved
+
+    def _rows(self, x: Tensor, width: int, what: str) -> Tensor:
+        if x.ndim not in (1, 2) or x.shape[-1] != width:
+            raise ValueError(f"ConceptDictionary: {what} must be ({width},) or (B, {width}), got {tuple(x.shape)}")
+        return torch.atleast_2d(x.detach()).to(self.matrix)
+
+    def align(self, embeddings: Tensor) -> Tensor:
+        """z (B, e) of image embeddings (B, e) of any length: norm(norm(embedding) - μ). A row equal to μ becomes 0."""
+        rows = self._rows(embeddings, self.matrix.shape[1], "embeddings")
+        return F.normalize(F.normalize(rows, dim=1) - self.image_mean, dim=1)
+
+    def decompose(
+        self, embeddings: Tensor, l1: float | Tensor = 0.25, *, tol: float = 1e-6, max_iterations: int = 2000
+    ) -> Decomposition:
+        """Image embeddings (B, e), or one (e,), as non-negative sums of concepts.
+
+        Args:
+            l1: λ, one for all or one a row. From 2·max_i ⟨C_i, z⟩ on, a row has no concept left.
+            tol, max_iterations: as in `nonnegative_lasso`; see `Decomposition.converged`.
+        """
+        return nonnegative_lasso(self.align(embeddings), self.matrix, l1, tol=tol, max_iterations=max_iterations)
+
+    def reconstruct(self, weights: Tensor) -> Tensor:
+        """Unit embeddings (B, e) of weights (B, n): the point of the unit sphere that lies from μ in the direction of wC.
+
+        It undoes `align`: where wC = z, the embedding itself comes back. (The paper's code adds norm(wC) to μ and
+        normalises; that overstates how far an image is from the mean.)
+        """
+        ray = F.normalize(self._rows(weights, len(self), "weights") @ self.matrix, dim=1)
+        along = ray @ self.image_mean
+        inside = (along.square() + 1 - self.image_mean.square().sum()).clamp_min(0)
+        return F.normalize(self.image_mean + (inside.sqrt() - along)[:, None] * ray, dim=1)
+
+    def name(
+        self, embeddings: Tensor, count: int = 5, *, sparsity: float = 0.5, direction: bool = False
+    ) -> list[list[tuple[str, float]]]:
+        """The heaviest concepts of each row, at most `count`, as (text, weight) pairs, heaviest first.
+
+        Args:
+            embeddings: (B, e) image embeddings, or means of some (the top images of a feature).
+            sparsity: λ as a share of the smallest λ that leaves a row no concept, so that every row has at least one.
+            direction: the rows are differences of embeddings (an axis, a steering effect): μ is not taken off.
+        """
+        if count < 1 or not 0 < sparsity < 1:
+            raise ValueError(f"ConceptDictionary.name: count >= 1 and 0 < sparsity < 1, got {count} and {sparsity}")
+        if direction:
+            z = F.normalize(self._rows(embeddings, self.matrix.shape[1], "embeddings"), dim=1)
+        else:
+            z = self.align(embeddings)
+        names = []
+        for part in z.split(1024):
+            largest = 2 * (part @ self.matrix.T).amax(1).clamp_min(0)
+            weights = nonnegative_lasso(part, self.matrix, sparsity * largest).weights
+            heaviest, index = weights.sort(dim=1, descending=True, stable=True)
+            for values, places in zip(heaviest[:, :count].tolist(), index[:, :count].tolist()):
+                names.append([(self.concepts[i], v) for v, i in zip(values, places) if v > 0])
+        return names
+
+    def save(self, folder: str | Path) -> Path:
+        """Write concepts.safetensors and concepts.json into a folder (made if missing), each in one atomic step."""
+        folder = Path(folder)
+        head = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "metadata": self.metadata}
+        json.dumps(head, allow_nan=False)  # what is not JSON shows before a file is touched
+        folder.mkdir(parents=True, exist_ok=True)
+        write_safetensors(folder / _TENSORS, {"matrix": self.matrix, "image_mean": self.image_mean})
+        write_json(folder / _INDEX, {**head, "concepts": self.concepts})
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> ConceptDictionary:
+        """Read what `save` wrote. Raises FileNotFoundError, or FileFormatError for files that do not belong together."""
+        folder = Path(folder)
+        index, tensors = read_json(folder / _INDEX), read_safetensors(folder / _TENSORS, allow_nan=False)
+        if not isinstance(index, dict) or (index.get("format"), index.get("format_version")) != (
+            _FORMAT, _FORMAT_VERSION,
+        ):  # fmt: skip
+            raise FileFormatError(f"{folder / _INDEX}: not a {_FORMAT} file of version {_FORMAT_VERSION}")
+        concepts, metadata = index.get("concepts"), index.get("metadata")
+        texts = isinstance(concepts, list) and all(isinstance(c, str) for c in concepts)
+        if not texts or not isinstance(metadata, dict):
+            raise FileFormatError(f"{folder / _INDEX}: concepts must be a list of texts and metadata an object")
+        matrix, mean = tensors.get("matrix"), tensors.get("image_mean")
+        if matrix is None or mean is None or matrix.ndim != 2 or mean.shape != matrix.shape[1:] or 0 in matrix.shape:
+            raise FileFormatError(f"{folder / _TENSORS}: expected matrix (n, e) and image_mean (e,)")
+        if len(matrix) != len(concepts) or matrix.dtype not in (torch.float32, torch.float64):
+            raise FileFormatError(f"{folder}: {len(concepts)} concepts, matrix {tuple(matrix.shape)} {matrix.dtype}")
+        self = object.__new__(cls)
+        self._set(concepts, matrix.to(device), mean.to(device, matrix.dtype), metadata)
+        return self
