@@ -1,4 +1,4 @@
-"""The non-negative lasso over 10,000 concepts: ``pytest benchmarks/bench_splice.py`` (processor time; about two minutes).
+"""The non-negative lasso over 10,000 concepts: ``pytest benchmarks/bench_splice.py`` (processor time).
 
 Every contender is held to the optimality conditions that it claims before its time counts.
 """

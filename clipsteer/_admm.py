@@ -30,6 +30,7 @@ _BLOCK_BYTES = 256 << 20
 _GROUP = 32
 _CHECK_EVERY = 20
 _RELAXATION = 1.7
+_JITTER = 1e-10
 
 
 class Decomposition(NamedTuple):
@@ -139,24 +140,23 @@ def _solve(
 
 
 def _on_support(v: Tensor, z: Tensor, C: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
-    """The minimiser on the support of every row of v (v itself where that has more than e), and its violation."""
+    """The minimiser on the support of every row of v (v itself where that has more than 2e), and its violation."""
     w, residual = v.clone(), torch.empty_like(z)
     count = (v > 0).sum(1)
     order = count.argsort(stable=True)
-    solvable = order[: int((count <= C.shape[1]).sum())]
-    for rows in solvable.split(_GROUP):  # alike in size, so that padding costs little
+    solvable = order[: int((count <= 2 * C.shape[1]).sum())]
+    for first in range(0, len(solvable), _GROUP):
+        rows = solvable[first : first + _GROUP]  # alike in size, so that padding costs little
         most = int(count[rows[-1]])
         values, index = v[rows].topk(most)
         on = (values > 0).double()  # (b, most)
         D = C[index].double() * on[..., None]  # (b, most, e)
-        target = z[rows].double()
-        # the last term keeps padding, and concepts that are the same, from being singular
-        gram = D @ D.mT + torch.diag_embed(1 - on + 1e-13)
-        wanted = (D @ target[..., None])[..., 0] - on * penalty[rows, None].double() / 2
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        solved = torch.cholesky_solve(wanted[..., None], factor)[..., 0].clamp_min(0) * on
-        # concepts that depend on each other have no factor: such a row goes on from where it is
-        solved = torch.where(failed[:, None] == 0, solved, values.double())
+        target, start = z[rows].double(), values.double()
+        # Newton's step from v: where concepts depend on each other, the tiny term keeps it next to v, and positive
+        short = (D @ (target - (start[:, None] @ D)[:, 0])[..., None])[..., 0] - on * penalty[rows, None].double() / 2
+        factor, failed = torch.linalg.cholesky_ex(D @ D.mT + torch.diag_embed(1 - on + _JITTER))
+        solved = start + torch.cholesky_solve(short[..., None], factor)[..., 0]
+        solved = torch.where(failed[:, None] == 0, solved, start).clamp_min(0) * on
         residual[rows] = (target - (solved[:, None] @ D)[:, 0]).to(z.dtype)
         w[rows] = torch.zeros_like(v[rows]).scatter_(1, index, solved.to(v.dtype))
     rest = order[len(solvable) :]

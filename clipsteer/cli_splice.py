@@ -55,7 +55,9 @@ def _splice(args: argparse.Namespace) -> int:
         dictionary = ConceptDictionary.load(args.dictionary, device=args.device)
         model = (dictionary.metadata.get("clip_model"), dictionary.metadata.get("pretrained"))
         if model != (clip.name, clip.pretrained):
-            raise ValueError(f"--dictionary {args.dictionary} belongs to {model}, not to {(clip.name, clip.pretrained)}")
+            raise ValueError(
+                f"--dictionary {args.dictionary} belongs to {model}, not to {(clip.name, clip.pretrained)}"
+            )
         if args.words is not None and dictionary.concepts != read_words(args.words):
             raise ValueError(f"--dictionary {args.dictionary} holds other concepts than --words {args.words}")
     else:

@@ -10,7 +10,17 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from clipsteer._sae_site import LOGIT_SCALE, chunks, clean_pass, embed, evaluating, find_site, grid_side, image_batches
+from clipsteer._sae_site import (
+    LOGIT_SCALE,
+    chunks,
+    clean_pass,
+    embed,
+    evaluating,
+    find_site,
+    grid_side,
+    image_batches,
+    image_embeddings,
+)
 from clipsteer.clip import CLIP, zero_shot_head
 from clipsteer.sae import SAE
 
@@ -166,11 +176,9 @@ def name_features(
     )
     used, place = top.images.unique(return_inverse=True)  # -1, where a feature has fewer images, comes first
     shown = Subset(dataset, [max(i, 0) for i in used.tolist()])
-    with evaluating(clip.model):
-        parts = [clip._embed(pixels) for pixels, _ in image_batches(clip, shown, batch_size, "embed top images")]
+    embedded = torch.cat(list(image_embeddings(clip, shown, batch_size, "embed top images")))[place]
     present = (top.images >= 0)[..., None]  # (m, images, 1)
-    embedded = torch.cat(parts).float()[place] * present
-    named = dictionary.name(embedded.sum(1) / present.sum(1).clamp_min(1), count)
+    named = dictionary.name((embedded * present).sum(1) / present.sum(1).clamp_min(1), count)
     return [names if some else [] for names, some in zip(named, present.any(1)[:, 0].tolist())]
 
 

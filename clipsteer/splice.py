@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clipsteer._admm import Decomposition, nonnegative_lasso
 from clipsteer._files import FileFormatError, read_json, read_safetensors, write_json, write_safetensors
-from clipsteer._sae_site import evaluating, image_batches
+from clipsteer._sae_site import image_embeddings
 from clipsteer.clip import CLIP, zero_shot_head
 from clipsteer.data import EmojiStyles
 
@@ -35,9 +35,8 @@ def mean_embedding(clip: CLIP, dataset: Any, batch_size: int = 64) -> Tensor:
     Summed in float64, one batch at a time. Raises ValueError for an empty data set.
     """
     total = torch.zeros((), dtype=torch.float64)
-    with evaluating(clip.model):
-        for pixels, _ in image_batches(clip, dataset, batch_size, "mean embedding"):
-            total = total + F.normalize(clip.model.encode_image(pixels).double(), dim=-1).sum(0).cpu()
+    for part in image_embeddings(clip, dataset, batch_size, "mean embedding"):
+        total = total + part.sum(0, dtype=torch.float64).cpu()
     return (total / len(dataset)).float()
 
 
@@ -135,7 +134,7 @@ class ConceptDictionary:
         return nonnegative_lasso(self.align(embeddings), self.matrix, l1, tol=tol, max_iterations=max_iterations)
 
     def reconstruct(self, weights: Tensor) -> Tensor:
-        """Unit embeddings (B, e) of weights (B, n): the point of the unit sphere that lies from μ in the direction of wC.
+        """Unit embeddings (B, e) of weights (B, n): where the unit sphere is met from μ in the direction of wC.
 
         It undoes `align`: where wC = z, the embedding itself comes back. (The paper's code adds norm(wC) to μ and
         normalises; that overstates how far an image is from the mean.)
@@ -182,7 +181,7 @@ class ConceptDictionary:
 
     @classmethod
     def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> ConceptDictionary:
-        """Read what `save` wrote. Raises FileNotFoundError, or FileFormatError for files that do not belong together."""
+        """Read what `save` wrote. Raises FileNotFoundError, or FileFormatError where the files do not fit together."""
         folder = Path(folder)
         index, tensors = read_json(folder / _INDEX), read_safetensors(folder / _TENSORS, allow_nan=False)
         if not isinstance(index, dict) or (index.get("format"), index.get("format_version")) != (

@@ -86,12 +86,14 @@ def test_scikit_learn_agrees(n, e, dtype):
             [torch.from_numpy(lasso.fit(C.double().T.numpy(), row.double().numpy()).coef_.copy()) for row in z]
         )
         # convexity: f(w) - f* <= violation · (Σ w + Σ w*), for theirs as for ours
-        ours, other = (missed(w, z, C, l1) * (found.weights.double().sum(1) + theirs.sum(1)) for w in (found.weights, theirs))
+        ours, other = (
+            missed(w, z, C, l1) * (found.weights.double().sum(1) + theirs.sum(1)) for w in (found.weights, theirs)
+        )
         gap = objective(found.weights, z, C, l1) - objective(theirs, z, C, l1)
         assert bool((gap <= ours + 1e-15).all())
         assert bool((-gap <= other + 1e-15).all())
         # and where the minimiser is well determined, the weights are the same
-        for row, (mine, other) in enumerate(zip(found.weights.double(), theirs)):
+        for mine, other in zip(found.weights.double(), theirs):
             on = mine > 0
             least = float(torch.linalg.eigvalsh(C.double()[on] @ C.double()[on].T).min()) if on.any() else 1.0
             if least > 0.05:
@@ -120,16 +122,16 @@ def test_from_the_largest_penalty_on_nothing_is_left(dtype):
     assert bool(single.any())
     assert found.weights.argmax(1)[single].tolist() == scores.argmax(1)[single].tolist()
     # one concept: w = ⟨C_i, z⟩ - λ/2
-    torch.testing.assert_close(
-        found.weights.amax(1)[single], (scores.amax(1) * 0.01)[single], rtol=0, atol=TOL
-    )
+    torch.testing.assert_close(found.weights.amax(1)[single], (scores.amax(1) * 0.01)[single], rtol=0, atol=TOL)
 
 
 def test_planted_codes_are_recovered():
     C = unit(400, 64, 0)
     w = torch.zeros(30, 400, dtype=torch.float64)
     for row in range(30):
-        w[row, torch.randperm(400, generator=torch.Generator().manual_seed(row))[:4]] = torch.tensor([0.4, 0.5, 0.6, 0.7]).double()
+        w[row, torch.randperm(400, generator=torch.Generator().manual_seed(row))[:4]] = torch.tensor(
+            [0.4, 0.5, 0.6, 0.7]
+        ).double()
     found = nonnegative_lasso(w @ C, C, 1e-3)
     assert bool(((found.weights > 1e-2) == (w > 0)).all())
     torch.testing.assert_close(found.weights, w, rtol=0, atol=5e-3)
@@ -149,7 +151,9 @@ def test_rows_do_not_depend_on_their_company(dtype, monkeypatch):
     for other in (moved.weights[order.argsort()], alone.weights):
         torch.testing.assert_close(other, whole.weights, rtol=0, atol=2 * TOL)
     concepts = torch.randperm(200, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(nonnegative_lasso(z, C[concepts], l1).weights, whole.weights[:, concepts], rtol=0, atol=2 * TOL)
+    torch.testing.assert_close(
+        nonnegative_lasso(z, C[concepts], l1).weights, whole.weights[:, concepts], rtol=0, atol=2 * TOL
+    )
 
 
 def test_empty_batches_and_single_rows():
@@ -356,7 +360,9 @@ def test_a_dictionary_from_a_model(emojiclip, drawings, dictionary):
     assert dictionary.concepts == labels
     texts = zero_shot_head(emojiclip, labels, ["{}"]).numpy()
     texts = texts - texts.mean(0)
-    np.testing.assert_allclose(dictionary.matrix.numpy(), texts / np.linalg.norm(texts, axis=1, keepdims=True), atol=1e-5)
+    np.testing.assert_allclose(
+        dictionary.matrix.numpy(), texts / np.linalg.norm(texts, axis=1, keepdims=True), atol=1e-5
+    )
     embeddings = emojiclip.encode_images(image for image, _ in drawings)
     torch.testing.assert_close(dictionary.image_mean, embeddings.mean(0), rtol=0, atol=1e-5)
     torch.testing.assert_close(mean_embedding(emojiclip, drawings, 5), dictionary.image_mean, rtol=0, atol=1e-5)
@@ -402,8 +408,8 @@ def test_splice_on_the_command_line(capsys, tmp_path, drawings):
         (tmp_path / "photos").mkdir(exist_ok=True)
         drawings[i + 2][0].save(tmp_path / "photos" / f"{i}.png")
     (tmp_path / "words.txt").write_text("\n".join(["dog", "cat", "", "cat", "car", "tree", "apple"]))
-    args = ["splice", *files, "--data", tmp_path / "photos", "--words", tmp_path / "words.txt", "--dictionary", tmp_path / "d",
-            "--l1", 0.1, "--out", tmp_path / "x.json"]  # fmt: skip
+    args = ["splice", *files, "--data", tmp_path / "photos", "--words", tmp_path / "words.txt",
+            "--dictionary", tmp_path / "d", "--l1", 0.1, "--out", tmp_path / "x.json"]  # fmt: skip
     assert cli.main([str(a) for a in args]) == 0
     first = capsys.readouterr().out
     found = json.loads((tmp_path / "x.json").read_text())
