@@ -139,6 +139,27 @@ def _solve(
             rows, p, d = rows[~done], p[~done], d[~done]
 
 
+def _minimise(w: Tensor, D: Tensor, z: Tensor, penalty: Tensor) -> Tensor:
+    """Minimiser over the concepts D (b, k, e) in use, from w (b, k) >= 0, in float64; zeros of w stay zero.
+
+    Newton steps, each as far as the first weight that would turn negative; that one leaves for good.
+    """
+    for _ in range(w.shape[1]):
+        on = (w > 0).double()
+        used = D * on[..., None]
+        short = (used @ (z - (w[:, None] @ used)[:, 0])[..., None])[..., 0] - on * penalty / 2
+        # where concepts depend on each other, the tiny term keeps the step small
+        factor, failed = torch.linalg.cholesky_ex(used @ used.mT + torch.diag_embed(1 - on + _JITTER))
+        step = torch.cholesky_solve(short[..., None], factor)[..., 0] * on
+        step = torch.where(failed[:, None] == 0, step, 0)
+        share = torch.where(w + step < 0, w / -step, 1.0)  # (b, k), below 1 where a weight would turn negative
+        first = share.amin(1, keepdim=True)
+        w = torch.where((share == first) & (first < 1), 0, w + first * step).clamp_min(0)
+        if bool((first == 1).all()):
+            break
+    return w
+
+
 def _on_support(v: Tensor, z: Tensor, C: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
     """The minimiser on the support of every row of v (v itself where that has more than 2e), and its violation."""
     w, residual = v.clone(), torch.empty_like(z)
@@ -149,14 +170,9 @@ def _on_support(v: Tensor, z: Tensor, C: Tensor, penalty: Tensor) -> tuple[Tenso
         rows = solvable[first : first + _GROUP]  # alike in size, so that padding costs little
         most = int(count[rows[-1]])
         values, index = v[rows].topk(most)
-        on = (values > 0).double()  # (b, most)
-        D = C[index].double() * on[..., None]  # (b, most, e)
-        target, start = z[rows].double(), values.double()
-        # Newton's step from v: where concepts depend on each other, the tiny term keeps it next to v, and positive
-        short = (D @ (target - (start[:, None] @ D)[:, 0])[..., None])[..., 0] - on * penalty[rows, None].double() / 2
-        factor, failed = torch.linalg.cholesky_ex(D @ D.mT + torch.diag_embed(1 - on + _JITTER))
-        solved = start + torch.cholesky_solve(short[..., None], factor)[..., 0]
-        solved = torch.where(failed[:, None] == 0, solved, start).clamp_min(0) * on
+        target = z[rows].double()
+        D = C[index].double()  # (b, most, e)
+        solved = _minimise(values.double(), D, target, penalty[rows, None].double())
         residual[rows] = (target - (solved[:, None] @ D)[:, 0]).to(z.dtype)
         w[rows] = torch.zeros_like(v[rows]).scatter_(1, index, solved.to(v.dtype))
     rest = order[len(solvable) :]
