@@ -168,18 +168,20 @@ def name_features(
     tokens: str | None = None,
     batch_size: int = 64,
 ) -> list[list[tuple[str, float]]]:
-    """Each of m features as a sparse sum of text concepts: `ConceptDictionary.name` of the mean embedding of the
-    `images` images that activate it most. A feature that is never active has no names.
+    """What each of m features stands for, in text concepts: at most `count` (concept, weight) pairs, heaviest first.
+
+    The `images` images that activate a feature most are decomposed one by one (`ConceptDictionary.decompose`, λ half of
+    what would leave nothing), and their weights averaged. A feature that is never active has no names.
     """
     top = top_images(
         sae, clip, dataset, features, count=images, hook_point=hook_point, tokens=tokens, batch_size=batch_size
     )
     used, place = top.images.unique(return_inverse=True)  # -1, where a feature has fewer images, comes first
     shown = Subset(dataset, [max(i, 0) for i in used.tolist()])
-    embedded = torch.cat(list(image_embeddings(clip, shown, batch_size, "embed top images")))[place]
-    present = (top.images >= 0)[..., None]  # (m, images, 1)
-    named = dictionary.name((embedded * present).sum(1) / present.sum(1).clamp_min(1), count)
-    return [names if some else [] for names, some in zip(named, present.any(1)[:, 0].tolist())]
+    embedded = torch.cat(list(image_embeddings(clip, shown, batch_size, "embed top images")))
+    weights = dictionary.decompose(embedded, 0.5, relative=True).weights * (used >= 0)[:, None].to(dictionary.matrix)
+    means = [weights[row].sum(0) / max(1, int((at >= 0).sum())) for row, at in zip(place, top.images)]
+    return dictionary.heaviest(torch.stack(means), count)
 
 
 def steerability(

@@ -3,7 +3,7 @@
     z = norm(norm(image) - μ),   rows of C = norm(norm(text) - mean of the texts)
     w* = argmin over w >= 0 of ‖wC - z‖² + λ Σ w
 
-Images and texts are each centred on their own mean, which closes the gap between the two. ``clipsteer._admm`` solves.
+Images and texts are each centred on their own mean, which closes the gap between the two. ``clipsteer._lasso`` solves.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsteer._admm import Decomposition, nonnegative_lasso
 from clipsteer._files import FileFormatError, read_json, read_safetensors, write_json, write_safetensors
+from clipsteer._lasso import Decomposition, nonnegative_lasso
 from clipsteer._sae_site import image_embeddings
 from clipsteer.clip import CLIP, zero_shot_head
 from clipsteer.data import EmojiStyles
@@ -123,15 +123,28 @@ class ConceptDictionary:
         return F.normalize(F.normalize(rows, dim=1) - self.image_mean, dim=1)
 
     def decompose(
-        self, embeddings: Tensor, l1: float | Tensor = 0.25, *, tol: float = 1e-6, max_iterations: int = 2000
-    ) -> Decomposition:
+        self, embeddings: Tensor, l1: float | Tensor = 0.25, *, relative: bool = False, direction: bool = False,
+        tol: float = 1e-6, max_iterations: int = 500,
+    ) -> Decomposition:  # fmt: skip
         """Image embeddings (B, e), or one (e,), as non-negative sums of concepts.
 
         Args:
-            l1: λ, one for all or one a row. From 2·max_i ⟨C_i, z⟩ on, a row has no concept left.
+            l1: λ, one for all or one a row.
+            relative: l1 is a share in (0, 1) of 2·max_i ⟨C_i, z⟩, the λ from which on a row has no concept left: then
+                every row has one at least, whatever its size. (A row that is 0, or orthogonal to all, has none.)
+            direction: the rows are directions in embedding space (a difference of embeddings, an axis of a conceptor,
+                the effect of steering), from which no mean is taken off.
             tol, max_iterations: as in `nonnegative_lasso`; see `Decomposition.converged`.
         """
-        return nonnegative_lasso(self.align(embeddings), self.matrix, l1, tol=tol, max_iterations=max_iterations)
+        z = self.align(embeddings)
+        if direction:
+            z = F.normalize(self._rows(embeddings, self.matrix.shape[1], "embeddings"), dim=1)
+        if relative:
+            share = torch.as_tensor(l1, dtype=z.dtype, device=z.device)
+            if not bool(((share > 0) & (share < 1)).all()):
+                raise ValueError(f"ConceptDictionary: a relative l1 must lie in (0, 1), got {l1!r}")
+            l1 = share * torch.cat([2 * (part @ self.matrix.T).amax(1).clamp_min(0) for part in z.split(1024)])
+        return nonnegative_lasso(z, self.matrix, l1, tol=tol, max_iterations=max_iterations)
 
     def reconstruct(self, weights: Tensor) -> Tensor:
         """Unit embeddings (B, e) of weights (B, n): where the unit sphere is met from μ in the direction of wC.
@@ -145,29 +158,25 @@ class ConceptDictionary:
         return F.normalize(self.image_mean + (inside.sqrt() - along)[:, None] * ray, dim=1)
 
     def name(
-        self, embeddings: Tensor, count: int = 5, *, sparsity: float = 0.5, direction: bool = False
+        self, embeddings: Tensor, count: int = 5, *, l1: float = 0.5, relative: bool = True, direction: bool = False
     ) -> list[list[tuple[str, float]]]:
-        """The heaviest concepts of each row, at most `count`, as (text, weight) pairs, heaviest first.
+        """The heaviest concepts of each row's decomposition, as in `heaviest`; the arguments are `decompose`'s."""
+        rows = torch.atleast_2d(embeddings).split(1024)
+        parts = [self.decompose(part, l1, relative=relative, direction=direction).weights for part in rows]
+        return [names for weights in parts for names in self.heaviest(weights, count)]
 
-        Args:
-            embeddings: (B, e) image embeddings, or means of some (the top images of a feature).
-            sparsity: λ as a share of the smallest λ that leaves a row no concept, so that every row has at least one.
-            direction: the rows are differences of embeddings (an axis, a steering effect): μ is not taken off.
+    def heaviest(self, weights: Tensor, count: int = 5) -> list[list[tuple[str, float]]]:
+        """The at most `count` heaviest concepts of each row of weights (B, n), as (text, weight), heaviest first.
+
+        Weights may be means over several images: what these have in common adds up.
         """
-        if count < 1 or not 0 < sparsity < 1:
-            raise ValueError(f"ConceptDictionary.name: count >= 1 and 0 < sparsity < 1, got {count} and {sparsity}")
-        if direction:
-            z = F.normalize(self._rows(embeddings, self.matrix.shape[1], "embeddings"), dim=1)
-        else:
-            z = self.align(embeddings)
-        names = []
-        for part in z.split(1024):
-            largest = 2 * (part @ self.matrix.T).amax(1).clamp_min(0)
-            weights = nonnegative_lasso(part, self.matrix, sparsity * largest).weights
-            heaviest, index = weights.sort(dim=1, descending=True, stable=True)
-            for values, places in zip(heaviest[:, :count].tolist(), index[:, :count].tolist()):
-                names.append([(self.concepts[i], v) for v, i in zip(values, places) if v > 0])
-        return names
+        if count < 1:
+            raise ValueError(f"ConceptDictionary: count must be at least 1, got {count}")
+        values, places = self._rows(weights, len(self), "weights").sort(dim=1, descending=True, stable=True)
+        return [
+            [(self.concepts[i], v) for v, i in zip(row, at) if v > 0]
+            for row, at in zip(values[:, :count].tolist(), places[:, :count].tolist())
+        ]
 
     def save(self, folder: str | Path) -> Path:
         """Write concepts.safetensors and concepts.json into a folder (made if missing), each in one atomic step."""

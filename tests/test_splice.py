@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipsteer import SAE, ConceptDictionary, FileFormatError, _admm, cli
+from clipsteer import SAE, ConceptDictionary, FileFormatError, _lasso, cli
 from clipsteer.clip import load, zero_shot_head
 from clipsteer.data import EmojiStyles
 from clipsteer.sae_eval import name_features, top_images
@@ -146,7 +146,8 @@ def test_rows_do_not_depend_on_their_company(dtype, monkeypatch):
     assert torch.equal(whole.weights, again.weights)
     order = torch.randperm(70, generator=torch.Generator().manual_seed(2))
     moved = nonnegative_lasso(z[order], C, l1[order])
-    monkeypatch.setattr(_admm, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(_lasso, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(_lasso, "_GROUP_BYTES", 1)
     alone = nonnegative_lasso(z, C, l1)
     for other in (moved.weights[order.argsort()], alone.weights):
         torch.testing.assert_close(other, whole.weights, rtol=0, atol=2 * TOL)
@@ -212,8 +213,8 @@ def test_autocast_and_gradients_are_kept_out():
         (torch.ones(2, 3), torch.ones(4, 3), {"l1": float("inf")}, ValueError, "l1 must be"),
         (torch.ones(2, 3), torch.ones(4, 3), {"l1": torch.ones(3)}, ValueError, "one a row"),
         (torch.full((2, 3), torch.nan), torch.ones(4, 3), {}, ValueError, "finite"),
-        (torch.ones(2, 3), torch.ones(4, 3), {"rho": 0.0}, ValueError, "rho"),
-        (torch.ones(2, 3), torch.ones(4, 3), {"max_iterations": 0}, ValueError, "max_iterations = 0"),
+        (torch.ones(2, 3), torch.ones(4, 3), {"tol": 0.0}, ValueError, "tol > 0"),
+        (torch.ones(2, 3), torch.ones(4, 3), {"max_iterations": 0}, ValueError, "max_iterations >= 1"),
     ],
 )
 def test_mistakes_are_named(z, C, options, error, match):
@@ -257,7 +258,7 @@ def test_reconstruct_undoes_align():
 def test_names_are_the_heaviest_concepts():
     dictionary, _, mean = small()
     x = unit(9, 16, 11)
-    names = dictionary.name(x, 3, sparsity=0.3)
+    names = dictionary.name(x, 3, l1=0.3)
     z = dictionary.align(x)
     weights = dictionary.decompose(x, 0.3 * 2 * (z @ dictionary.matrix.T).amax(1)).weights
     for row, named in zip(weights, names):
@@ -265,12 +266,24 @@ def test_names_are_the_heaviest_concepts():
         assert [n for n, _ in named] == [f"word {i}" for i in heavy]
         assert [w for _, w in named] == pytest.approx(row[heavy].tolist(), abs=2 * TOL)
         assert named
+    assert dictionary.name(x, 3, l1=0.3)[2:4] == [dictionary.name(x[i], 3, l1=0.3)[0] for i in (2, 3)]
     # a concept's own row is named after it, as a direction and as the image that lies that way
     assert [n[0][0] for n in dictionary.name(dictionary.matrix, 1, direction=True)] == dictionary.concepts
-    assert [n[0][0] for n in dictionary.name(mean + 0.1 * dictionary.matrix[3], 1)] != []
-    for wrong in ({"count": 0}, {"sparsity": 1.0}, {"sparsity": 0.0}):
-        with pytest.raises(ValueError, match="sparsity < 1"):
-            dictionary.name(x, **{"count": 3, **wrong})
+    there = dictionary.reconstruct(torch.eye(40, dtype=torch.float64))
+    assert [n[0][0] for n in dictionary.name(there, 1)] == dictionary.concepts
+    with pytest.raises(ValueError, match="count"):
+        dictionary.name(x, 0)
+    for share in (0.0, 1.0, -0.5):
+        with pytest.raises(ValueError, match=r"in \(0, 1\)"):
+            dictionary.decompose(x, share, relative=True)
+
+
+def test_common_concepts_add_up():
+    dictionary, _, _ = small()
+    weights = torch.zeros(2, 40)
+    weights[0, 3], weights[0, 5], weights[1, 5], weights[1, 7] = 0.4, 0.3, 0.3, 0.1
+    assert [n for n, _ in dictionary.heaviest(weights.mean(0), 2)[0]] == ["word 5", "word 3"]
+    assert dictionary.heaviest(torch.zeros(2, 40)) == [[], []]
 
 
 def test_half_precision_embeddings_and_moves():
@@ -392,7 +405,8 @@ def test_features_are_named_by_their_top_images(emojiclip, drawings, dictionary)
     embeddings = emojiclip.encode_images(image for image, _ in drawings)
     for row, images in zip(named, top.images.tolist()):
         chosen = [i for i in images if i >= 0]
-        expected = dictionary.name(embeddings[chosen].mean(0), 2)[0] if chosen else []
+        weights = [dictionary.decompose(embeddings[i], 0.5, relative=True).weights[0] for i in chosen]
+        expected = dictionary.heaviest(sum(weights) / len(chosen), 2)[0] if chosen else []
         assert [n for n, _ in row] == [n for n, _ in expected]
         assert [w for _, w in row] == pytest.approx([w for _, w in expected], abs=1e-4)
     with torch.no_grad():
