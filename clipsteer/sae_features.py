@@ -176,12 +176,12 @@ def name_features(
     top = top_images(
         sae, clip, dataset, features, count=images, hook_point=hook_point, tokens=tokens, batch_size=batch_size
     )
-    used, place = top.images.unique(return_inverse=True)  # -1, where a feature has fewer images, comes first
-    shown = Subset(dataset, [max(i, 0) for i in used.tolist()])
-    embedded = torch.cat(list(image_embeddings(clip, shown, batch_size, "embed top images")))
-    weights = dictionary.decompose(embedded, 0.5, relative=True).weights * (used >= 0)[:, None].to(dictionary.matrix)
-    means = [weights[row].sum(0) / max(1, int((at >= 0).sum())) for row, at in zip(place, top.images)]
-    return dictionary.heaviest(torch.stack(means), count)
+    used = sorted({image for row in top.images.tolist() for image in row if image >= 0})
+    if not used:
+        return [[] for _ in top.images]
+    shown = image_embeddings(clip, Subset(dataset, used), batch_size, "embed top images")
+    groups = [[used.index(image) for image in row if image >= 0] for row in top.images.tolist()]
+    return dictionary.name_groups(torch.cat(list(shown)), groups, count)
 
 
 def steerability(

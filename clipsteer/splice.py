@@ -178,6 +178,22 @@ class ConceptDictionary:
             for row, at in zip(values[:, :count].tolist(), places[:, :count].tolist())
         ]
 
+    def name_groups(
+        self, embeddings: Tensor, groups: Sequence[Sequence[int]], count: int = 5, *, l1: float = 0.5
+    ) -> list[list[tuple[str, float]]]:
+        """What groups of images have in common: `heaviest` of the mean weights of each, [] for an empty group.
+
+        Args:
+            embeddings: (N, e) image embeddings. groups: rows of them, such as the top images of each SAE feature.
+            l1: relative, as in `decompose`. Every row that occurs is decomposed once.
+        """
+        used = sorted({row for group in groups for row in group})
+        place = {row: i for i, row in enumerate(used)}
+        weights = self.decompose(embeddings[used], l1, relative=True).weights
+        means = [weights[[place[row] for row in group]].mean(0) for group in groups]
+        # the mean of nothing is NaN, and no NaN is above 0
+        return [names for mean in means for names in self.heaviest(mean, count)]
+
     def save(self, folder: str | Path) -> Path:
         """Write concepts.safetensors and concepts.json into a folder (made if missing), each in one atomic step."""
         folder = Path(folder)

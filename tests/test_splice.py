@@ -266,7 +266,6 @@ def test_names_are_the_heaviest_concepts():
         assert [n for n, _ in named] == [f"word {i}" for i in heavy]
         assert [w for _, w in named] == pytest.approx(row[heavy].tolist(), abs=2 * TOL)
         assert named
-    assert dictionary.name(x, 3, l1=0.3)[2:4] == [dictionary.name(x[i], 3, l1=0.3)[0] for i in (2, 3)]
     # a concept's own row is named after it, as a direction and as the image that lies that way
     assert [n[0][0] for n in dictionary.name(dictionary.matrix, 1, direction=True)] == dictionary.concepts
     there = dictionary.reconstruct(torch.eye(40, dtype=torch.float64))
@@ -284,6 +283,14 @@ def test_common_concepts_add_up():
     weights[0, 3], weights[0, 5], weights[1, 5], weights[1, 7] = 0.4, 0.3, 0.3, 0.1
     assert [n for n, _ in dictionary.heaviest(weights.mean(0), 2)[0]] == ["word 5", "word 3"]
     assert dictionary.heaviest(torch.zeros(2, 40)) == [[], []]
+    x = unit(9, 16, 11)
+    weights = dictionary.decompose(x, 0.5, relative=True).weights
+    named = dictionary.name_groups(x, [[2, 7, 4], [], [7]], 3)
+    for names, mean in zip(named, (weights[[2, 7, 4]].mean(0), torch.zeros(40), weights[7])):
+        expected = dictionary.heaviest(mean, 3)[0]
+        assert [n for n, _ in names] == [n for n, _ in expected]
+        assert [w for _, w in names] == pytest.approx([w for _, w in expected], abs=2 * TOL)
+    assert dictionary.name_groups(x, [], 3) == []
 
 
 def test_half_precision_embeddings_and_moves():
