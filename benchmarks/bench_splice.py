@@ -1,6 +1,6 @@
 """The non-negative lasso over 10,000 concepts: ``pytest benchmarks/bench_splice.py`` (processor time).
 
-How far each contender ends from the optimality conditions is kept with its time, as ``extra_info`` (``--benchmark-json``).
+How far each contender ends from the optimality conditions is kept beside its time (``--benchmark-json``, extra_info).
 """
 
 from __future__ import annotations

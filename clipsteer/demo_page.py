@@ -207,8 +207,8 @@ def _features(
             "that push the predictions towards what they look like, the most steerable first, then the most steerable "
             "of the others; no two towards the same name. Each comes with the images on which it is strongest, and a "
             "glow where it is active (none where only the class token has it). Its name is what those images are made "
-            f"of: each is decomposed into a sparse, non-negative sum of the {found['vocabulary']} names (SpLiCE, Bhalla "
-            "et al. 2024), and the weights are averaged."
+            f"of: each is decomposed into a sparse, non-negative sum of the {found['vocabulary']} names (SpLiCE, "
+            "Bhalla et al. 2024), and the weights are averaged."
         ),
         cards(*parts),
     ]

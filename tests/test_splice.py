@@ -57,7 +57,7 @@ def rounding(w, z, C):
     shape=st.sampled_from(SHAPES),
     rows=st.sampled_from((1, 2, 7)),
     l1=st.sampled_from((0.02, 0.1, 0.25, 0.8, 2.5)),
-    spread=st.sampled_from((1.0, 0.5)),
+    spread=st.sampled_from((1.0, 0.5, 0.05, 1e-3)),
     dtype=st.sampled_from(DTYPES),
 )
 def test_the_optimality_conditions_hold(seed, shape, rows, l1, spread, dtype):
@@ -172,6 +172,32 @@ def test_concepts_that_are_the_same_share_the_weight(dtype):
     twice = nonnegative_lasso(z, torch.cat([C, C]), 0.1)
     assert bool(twice.converged.all())
     torch.testing.assert_close(twice.weights[:, :30] + twice.weights[:, 30:], once.weights, rtol=0, atol=1e-5)
+
+
+def test_float64_can_be_held_to_more():
+    C, z = unit(500, 48, 0), unit(20, 48, 1)
+    found = nonnegative_lasso(z, C, 0.05, tol=1e-11)
+    assert bool(found.converged.all())
+    assert float(missed(found.weights, z, C, 0.05).max()) <= 1e-11 + 1e-13
+    assert float(found.l0.double().mean()) > 5
+
+
+def test_rounds_are_few():
+    """A sparse row takes few products with the dictionary: what makes the method fast."""
+    C, z = unit(3000, 64, 0, torch.float32), unit(40, 64, 1, torch.float32)
+    found = nonnegative_lasso(z, C, 0.25, max_iterations=15)
+    assert bool(found.converged.all())
+    assert float(found.l0.double().mean()) > 8
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gpu_gives_what_the_cpu_gives(dtype):
+    C, z = unit(2000, 64, 0, dtype), unit(50, 64, 1, dtype)
+    found = nonnegative_lasso(z.cuda(), C.cuda(), 0.2)
+    assert bool(found.converged.all())
+    assert bool((missed(found.weights.cpu(), z, C, 0.2) <= TOL + rounding(found.weights.cpu(), z, C)).all())
+    torch.testing.assert_close(found.weights.cpu(), nonnegative_lasso(z, C, 0.2).weights, rtol=0, atol=1e-5)
 
 
 def test_without_a_penalty_it_is_non_negative_least_squares():
