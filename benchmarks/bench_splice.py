@@ -15,6 +15,8 @@ from torch import Tensor
 from clipsteer.splice import nonnegative_lasso
 
 E, N, B, L1 = 512, 10_000, 256, 0.25
+# of the iterative methods, at most
+STEPS = 1000
 
 
 def problem() -> tuple[Tensor, Tensor]:
@@ -42,7 +44,7 @@ def missed(w: Tensor, slack: Tensor) -> float:
 def ista(z: Tensor, C: Tensor, tol: float) -> Tensor:
     """Proximal gradient, step 1/L, no momentum."""
     w, step = z.new_zeros(len(z), len(C)), 1 / (2 * torch.linalg.matrix_norm(C, 2).square())
-    for i in range(5000):
+    for i in range(STEPS):
         slack = L1 - 2 * (z - w @ C) @ C.T
         if i % 50 == 0 and missed(w, slack) <= tol:
             break
@@ -55,7 +57,7 @@ def admm(z: Tensor, C: Tensor, tol: float, rho: float = 5.0) -> Tensor:
     factor = torch.linalg.cholesky(C.T @ C + rho / 2 * torch.eye(E))
     v = u = z.new_zeros(len(z), len(C))
     linear = 2 * z @ C.T
-    for i in range(1, 5001):
+    for i in range(1, STEPS + 1):
         b = linear + rho * (v - u)
         x = (b - torch.cholesky_solve((b @ C).T, factor).T @ C.T) / rho
         v = (x + u - L1 / rho).relu()
@@ -74,12 +76,11 @@ def test_clipsteer(benchmark):
     assert bool(found.converged.all())
 
 
-@pytest.mark.parametrize("tol", [1e-2, 1e-3])
 @pytest.mark.parametrize("solver", [ista, admm])
 @pytest.mark.benchmark(timer=time.process_time, group=f"non-negative lasso, B = {B}, n = {N}, e = {E}")
-def test_torch(benchmark, solver, tol):
+def test_torch(benchmark, solver):
     z, C = problem()
-    w = benchmark.pedantic(solver, (z, C, tol), rounds=1)
+    w = benchmark.pedantic(solver, (z, C, 1e-2), rounds=1)
     benchmark.extra_info["violation"] = violation(w, z, C)
     benchmark.extra_info["l0"] = float((w > 0).sum(1).double().mean())
 

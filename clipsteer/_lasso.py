@@ -63,7 +63,7 @@ def _checked(z: Tensor, C: Tensor, l1: float | Tensor, tol: float, max_iteration
 
 @torch.no_grad()
 def nonnegative_lasso(
-    z: Tensor, C: Tensor, l1: float | Tensor, *, tol: float = 1e-6, max_iterations: int = 500
+    z: Tensor, C: Tensor, l1: float | Tensor, *, tol: float = 1e-6, max_iterations: int = 200
 ) -> Decomposition:
     """w* = argmin over w >= 0 of ‖wC - z‖² + λ Σ w, for every row of z.
 

@@ -195,7 +195,10 @@ def _features(
         parts.append(
             card(
                 _title(feature),
-                text(f"Active on {_percent(feature.density)} of the images; made of: {made_of}.", css="note"),
+                text(
+                    f"Active on {_percent(feature.density)} of the images. Those below are made of: {made_of}.",
+                    css="note",
+                ),
                 figures(top, size="5.6rem"),
             )
         )

@@ -124,7 +124,7 @@ class ConceptDictionary:
 
     def decompose(
         self, embeddings: Tensor, l1: float | Tensor = 0.25, *, relative: bool = False, direction: bool = False,
-        tol: float = 1e-6, max_iterations: int = 500,
+        tol: float = 1e-6, max_iterations: int = 200,
     ) -> Decomposition:  # fmt: skip
         """Image embeddings (B, e), or one (e,), as non-negative sums of concepts.
 
@@ -136,9 +136,8 @@ class ConceptDictionary:
                 the effect of steering), from which no mean is taken off.
             tol, max_iterations: as in `nonnegative_lasso`; see `Decomposition.converged`.
         """
-        z = self.align(embeddings)
-        if direction:
-            z = F.normalize(self._rows(embeddings, self.matrix.shape[1], "embeddings"), dim=1)
+        rows = self._rows(embeddings, self.matrix.shape[1], "embeddings")
+        z = F.normalize(rows, dim=1) if direction else self.align(rows)
         if relative:
             share = torch.as_tensor(l1, dtype=z.dtype, device=z.device)
             if not bool(((share > 0) & (share < 1)).all()):
@@ -222,6 +221,8 @@ class ConceptDictionary:
             raise FileFormatError(f"{folder / _TENSORS}: expected matrix (n, e) and image_mean (e,)")
         if len(matrix) != len(concepts) or matrix.dtype not in (torch.float32, torch.float64):
             raise FileFormatError(f"{folder}: {len(concepts)} concepts, matrix {tuple(matrix.shape)} {matrix.dtype}")
+        if not bool(matrix.isfinite().all() & mean.isfinite().all()):
+            raise FileFormatError(f"{folder / _TENSORS}: holds infinities")
         self = object.__new__(cls)
         self._set(concepts, matrix.to(device), mean.to(device, matrix.dtype), metadata)
         return self
