@@ -73,7 +73,8 @@ def nonnegative_lasso(
         tol: by how much the optimality conditions may be missed, on the scale of unit rows; float32 cannot do much
             better than the default, float64 can.
         max_iterations: rounds, each of one product (B, e) × (e, n) over the rows not yet done. A sparse row takes about
-            a quarter as many rounds as it has concepts.
+            a quarter as many rounds as it has concepts. Made for sparse rows: with hundreds of concepts in use, a row
+            takes a second.
 
     Deterministic. About 300 MB are held beyond the result, whatever B. Where several w are optimal, one is returned.
 
@@ -143,14 +144,16 @@ def _newton(w: Tensor, on: Tensor, gram: Tensor, linear: Tensor) -> Tensor:
     As in Lawson & Hanson, a weight that leaves does not come back in the same round; at least one that has just entered
     stays, since the step descends.
     """
-    ridge = _JITTER * gram.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)  # (b, 1)
-    for _ in range(w.shape[1] + 1):
+    k = w.shape[1]
+    # above the rounding of a k × k factorisation, so that it exists
+    ridge = (_JITTER + k * k * 2.0**-52) * gram.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)  # (b, 1)
+    for _ in range(k + 1):
         free = on.double()
         short = free * (linear - (gram @ w[..., None])[..., 0])
-        factor, _ = torch.linalg.cholesky_ex(
+        factor, failed = torch.linalg.cholesky_ex(
             gram * free[:, :, None] * free[:, None] + torch.diag_embed(torch.where(on, ridge, 1.0))
         )
-        step = torch.cholesky_solve(short[..., None], factor)[..., 0] * free
+        step = torch.where(failed[:, None] == 0, torch.cholesky_solve(short[..., None], factor)[..., 0] * free, 0.0)
         share = torch.where(w + step < 0, w / -step, 1.0)  # below 1 where a weight would turn negative
         first = share.amin(1, keepdim=True)
         leaving = (share == first) & (first < 1)
