@@ -170,8 +170,8 @@ def name_features(
 ) -> list[list[tuple[str, float]]]:
     """What each of m features stands for, in text concepts: at most `count` (concept, weight) pairs, heaviest first.
 
-    The `images` images that activate a feature most are decomposed one by one (`ConceptDictionary.decompose`, λ half of
-    what would leave nothing), and their weights averaged. A feature that is never active has no names.
+    The `images` images that activate a feature most are decomposed one by one, and their weights averaged
+    (`ConceptDictionary.name_groups`). A feature that is never active has no names.
     """
     top = top_images(
         sae, clip, dataset, features, count=images, hook_point=hook_point, tokens=tokens, batch_size=batch_size

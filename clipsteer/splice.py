@@ -178,7 +178,7 @@ class ConceptDictionary:
         ]
 
     def name_groups(
-        self, embeddings: Tensor, groups: Sequence[Sequence[int]], count: int = 5, *, l1: float = 0.5
+        self, embeddings: Tensor, groups: Sequence[Sequence[int]], count: int = 5, *, l1: float = 0.3
     ) -> list[list[tuple[str, float]]]:
         """What groups of images have in common: `heaviest` of the mean weights of each, [] for an empty group.
 

@@ -310,7 +310,7 @@ def test_common_concepts_add_up():
     assert [n for n, _ in dictionary.heaviest(weights.mean(0), 2)[0]] == ["word 5", "word 3"]
     assert dictionary.heaviest(torch.zeros(2, 40)) == [[], []]
     x = unit(9, 16, 11)
-    weights = dictionary.decompose(x, 0.5, relative=True).weights
+    weights = dictionary.decompose(x, 0.3, relative=True).weights
     named = dictionary.name_groups(x, [[2, 7, 4], [], [7]], 3)
     for names, mean in zip(named, (weights[[2, 7, 4]].mean(0), torch.zeros(40), weights[7])):
         expected = dictionary.heaviest(mean, 3)[0]
@@ -438,7 +438,7 @@ def test_features_are_named_by_their_top_images(emojiclip, drawings, dictionary)
     embeddings = emojiclip.encode_images(image for image, _ in drawings)
     for row, images in zip(named, top.images.tolist()):
         chosen = [i for i in images if i >= 0]
-        weights = [dictionary.decompose(embeddings[i], 0.5, relative=True).weights[0] for i in chosen]
+        weights = [dictionary.decompose(embeddings[i], 0.3, relative=True).weights[0] for i in chosen]
         expected = dictionary.heaviest(sum(weights) / len(chosen), 2)[0] if chosen else []
         assert [n for n, _ in row] == [n for n, _ in expected]
         assert [w for _, w in row] == pytest.approx([w for _, w in expected], abs=1e-4)
