@@ -20,6 +20,7 @@ _LAZY = {
     "TrainConfig": "sae_train",
     "train_sae": "sae_train",
     "evaluate_sae": "sae_eval",
+    "ConceptDictionary": "splice",
 }
 
 __all__ = ["__version__", "ops", *_LAZY]
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from clipsteer.sae_eval import evaluate_sae as evaluate_sae
     from clipsteer.sae_train import TrainConfig as TrainConfig
     from clipsteer.sae_train import train_sae as train_sae
+    from clipsteer.splice import ConceptDictionary as ConceptDictionary
     from clipsteer.steering import SAESteering as SAESteering
     from clipsteer.steering import VectorSteering as VectorSteering
     from clipsteer.steering import steer as steer

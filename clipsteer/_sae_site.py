@@ -82,6 +82,13 @@ def image_batches(clip: CLIP, dataset: Any, batch_size: int, what: str) -> Itera
         yield pixels.to(clip.device, clip.dtype), labels.to(clip.device)
 
 
+def image_embeddings(clip: CLIP, dataset: Any, batch_size: int, what: str) -> Iterator[Tensor]:
+    """Unit embeddings (B, e), at least float32, of a data set, batch by batch."""
+    for pixels, _ in image_batches(clip, dataset, batch_size, what):
+        with evaluating(clip.model):
+            yield _unit(clip.model.encode_image(pixels))
+
+
 @contextmanager
 def evaluating(*modules: torch.nn.Module) -> Iterator[None]:
     """No gradients and evaluation mode; the modes come back afterwards, also on error."""
@@ -99,7 +106,10 @@ def evaluating(*modules: torch.nn.Module) -> Iterator[None]:
 def embed(clip: CLIP, pixels: Tensor, site: Site, edit: Callable[[Tensor], Tensor]) -> Tensor:
     """Unit image embeddings (B, e), at least float32, with the activations at the site replaced by edit(x)."""
     with apply_at(clip.model, {site.hook_point: edit}):
-        features = clip.model.encode_image(pixels)
+        return _unit(clip.model.encode_image(pixels))
+
+
+def _unit(features: Any) -> Tensor:
     features = features[0] if isinstance(features, tuple | list) else features
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 

@@ -61,8 +61,13 @@ examples:
         --hook-point visual.transformer.resblocks.11 --data photos/ --out metrics.json
   how many of the first 200 features are steerable at strength 150:
     clipsteer sae eval runs/small --steer 150 --features 200
+  names for the 20 strongest features, out of your own words:
+    clipsteer sae eval runs/small --name-features 20 --words words.txt
 """)  # fmt: skip
     _sae(p)
+    p.add_argument("--name-features", type=_count, metavar="N", help="also name the N strongest features in words")
+    p.add_argument("--words", type=Path, metavar="FILE",
+                   help="words for names, one a line (default: the bundled concepts, and the classes)")  # fmt: skip
     p.add_argument("--steer", type=float, metavar="STRENGTH", help="also measure steerability at this strength")
     p.add_argument("--features", type=int, default=256, metavar="N", help="the first N features (default: 256)")
     p.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
@@ -199,6 +204,8 @@ def _eval(args: argparse.Namespace) -> int:
             "best": [{"feature": int(found.features[i]), "score": float(found.score[i]), "power": float(found.power[i]),
                       "concept": words[int(found.concept[i])]} for i in best],
         }  # fmt: skip
+    if args.name_features is not None:
+        figures["names"] = _names(args, sae, clip, dataset, where)
     for name, value in figures.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             sys.stdout.write(f"{name:<16} {value:.6g}\n")
@@ -210,10 +217,32 @@ def _eval(args: argparse.Namespace) -> int:
         for row in share["best"]:
             measured = f"S {row['score']:.3f}  power {row['power']:.3f}"
             sys.stdout.write(f"  feature {row['feature']:<7} {measured}  {row['concept']}\n")
+    for row in figures.get("names", []):
+        named = ", ".join(f"{concept} {weight:.2f}" for concept, weight in row["names"])
+        sys.stdout.write(f"  feature {row['feature']:<7} peak {row['peak']:<8.4g} {named}\n")
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, figures)
     return 0
+
+
+def _names(args: argparse.Namespace, sae: Any, clip: Any, dataset: Any, where: dict[str, Any]) -> list[dict[str, Any]]:
+    """Names of the features with the highest peaks among those active on at most 15 % of the tokens."""
+    from clipsteer.cli_splice import read_words
+    from clipsteer.sae_eval import feature_statistics, name_features
+    from clipsteer.splice import ConceptDictionary
+
+    found = feature_statistics(sae, clip, dataset, **where)
+    usable = (found.frequency > 0) & (found.frequency <= 0.15)
+    order = found.maximum.where(usable, -1).argsort(descending=True, stable=True)
+    chosen = order[: min(args.name_features, int(usable.sum()))]
+    if not len(chosen):
+        return []
+    words = read_words(args.words, dataset.classes)
+    dictionary = ConceptDictionary.from_clip(clip, words, image_mean=dataset)
+    named = name_features(sae, clip, dataset, dictionary, chosen, **where)
+    return [{"feature": int(i), "peak": float(found.maximum[i]), "frequency": float(found.frequency[i]), "names": names}
+            for i, names in zip(chosen.tolist(), named)]  # fmt: skip
 
 
 def _convert(args: argparse.Namespace) -> int:

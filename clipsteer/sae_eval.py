@@ -33,6 +33,7 @@ from clipsteer.sae_features import (
     Steerability,
     TopImages,
     feature_statistics,
+    name_features,
     steerability,
     top_images,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "TopImages",
     "evaluate_sae",
     "feature_statistics",
+    "name_features",
     "steerability",
     "top_images",
 ]

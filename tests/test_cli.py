@@ -73,7 +73,7 @@ def commands(parser, prefix=()):
 def test_every_command_has_help_with_an_example(capsys):
     leaves = [(words, p) for words, p in commands(cli.build_parser()) if p.get_default("function")]
     assert {" ".join(words) for words, _ in leaves} == {
-        "demo", "env", "validate", "bench", "sae train", "sae eval", "sae convert", "sae steer"
+        "demo", "env", "validate", "bench", "sae train", "sae eval", "sae convert", "sae steer", "splice"
     }  # fmt: skip
     for words, parser in leaves:
         code, out, _ = run(capsys, *words, "--help")
@@ -178,13 +178,20 @@ def test_sae_train_eval_convert_steer(capsys, sae, model, images, tmp_path):
     assert (trained.d_sae, trained.k, trained.metadata["hook_point"]) == (48, 4, HOOK)
     assert len((sae / "log.jsonl").read_text().splitlines()) >= 1
 
-    args = ["sae", "eval", sae, "--data", images, "--steer", 40, "--features", 5, "--out", tmp_path / "m.json"]
+    (tmp_path / "words.txt").write_text("red\nblue\ngrey\n")
+    args = ["sae", "eval", sae, "--data", images, "--steer", 40, "--features", 5, "--out", tmp_path / "m.json",
+            "--name-features", 3, "--words", tmp_path / "words.txt"]  # fmt: skip
     code, out, _ = run(capsys, *args)
     assert code == 0
     figures = json.loads((tmp_path / "m.json").read_text())
     assert figures["images"] == 12
     assert f"{figures['ev']:.6g}" in out
     assert len(figures["steerability"]["best"]) == 5
+    assert 1 <= len(figures["names"]) <= 3
+    for row in figures["names"]:
+        assert 0 < row["frequency"] <= 0.15
+        assert {name for name, _ in row["names"]} <= {"red", "blue", "grey"}
+        assert f"feature {row['feature']}" in out
 
     code, _, _ = run(capsys, "sae", "convert", sae, tmp_path / "lens", "--format", "saelens")
     assert code == 0
