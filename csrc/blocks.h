@@ -44,36 +44,53 @@ TARGET void block64(const double* const* a, const double* b, int64_t stride, int
   block<double>(a, b, stride, k, rows, c);
 }
 
+#if CLIPSTEER_LEVEL == 2
+using Floats = __m512;
+TARGET static inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
+TARGET static inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+// a0 b0 a1 b1 ... of the lower halves, and of the upper ones.
+TARGET static inline void interleave(Floats a, Floats b, Floats& low, Floats& high) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  low = _mm512_permutex2var_ps(a, first, b);
+  high = _mm512_permutex2var_ps(a, _mm512_add_epi32(first, _mm512_set1_epi32(8)), b);
+}
+#else
+using Floats = __m256;
+TARGET static inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
+TARGET static inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+TARGET static inline void interleave(Floats a, Floats b, Floats& low, Floats& high) {
+  const __m256 even = _mm256_unpacklo_ps(a, b), odd = _mm256_unpackhi_ps(a, b);
+  low = _mm256_permute2f128_ps(even, odd, 0x20);
+  high = _mm256_permute2f128_ps(even, odd, 0x31);
+}
+#endif
+
+// A square of floats, transposed by as many rounds of interleaving rows half a square apart as its side has bits.
+TARGET static inline void transpose(const float* u, int64_t stride, float* out, int64_t width) {
+  constexpr int kSide = sizeof(Floats) / sizeof(float);
+  Floats row[kSide], next[kSide];
+  for (int i = 0; i < kSide; ++i) row[i] = load(u + i * stride);
+  for (int bits = kSide; bits > 1; bits /= 2) {
+    for (int i = 0; i < kSide / 2; ++i) interleave(row[i], row[i + kSide / 2], next[2 * i], next[2 * i + 1]);
+    for (int i = 0; i < kSide; ++i) row[i] = next[i];
+  }
+  for (int i = 0; i < kSide; ++i) store(out + i * width, row[i]);
+}
+
 // out[q * width + l] = u[l * stride + q] for `columns` values of l (the rest of width: 0) and k of q.
 template <class V>
 TARGET static inline void pack(const V* u, int64_t stride, int64_t columns, int64_t k, V* __restrict out) {
-  constexpr int64_t width = kBlockBytes<CLIPSTEER_LEVEL> / sizeof(V);
+  constexpr int64_t width = kBlockBytes<CLIPSTEER_LEVEL> / sizeof(V), kSide = sizeof(Floats) / sizeof(float);
   int64_t l = 0;
-#if CLIPSTEER_LEVEL == 2
   if constexpr (sizeof(V) == 4) {
-    for (; l + 16 <= columns; l += 16) {
+    for (; l + kSide <= columns; l += kSide) {
       int64_t q = 0;
-      for (; q + 16 <= k; q += 16) {
-        __m512 row[16], half[16];
-        for (int i = 0; i < 16; ++i) row[i] = _mm512_loadu_ps(u + (l + i) * stride + q);
-        // Four rounds, each of which interleaves rows that are 8 apart: the 16 x 16 block is transposed.
-        const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-        const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-        for (int round = 0; round < 4; ++round) {
-          for (int i = 0; i < 8; ++i) {
-            half[2 * i] = _mm512_permutex2var_ps(row[i], low, row[i + 8]);
-            half[2 * i + 1] = _mm512_permutex2var_ps(row[i], high, row[i + 8]);
-          }
-          for (int i = 0; i < 16; ++i) row[i] = half[i];
-        }
-        for (int i = 0; i < 16; ++i) _mm512_storeu_ps(out + (q + i) * width + l, row[i]);
-      }
+      for (; q + kSide <= k; q += kSide) transpose(u + l * stride + q, stride, out + q * width + l, width);
       for (; q < k; ++q) {
-        for (int i = 0; i < 16; ++i) out[q * width + l + i] = u[(l + i) * stride + q];
+        for (int64_t i = l; i < l + kSide; ++i) out[q * width + i] = u[i * stride + q];
       }
     }
   }
-#endif
   for (; l < columns; ++l) {
     for (int64_t q = 0; q < k; ++q) out[q * width + l] = u[l * stride + q];
   }

@@ -207,6 +207,26 @@ def test_compiles_with_the_factors_as_an_argument():
     assert torch.equal(one, ops.conceptor_project(h, LowRank(U[0], s[0]), beta=0.5))
 
 
+MEMORY = """
+import sys, torch
+from clipsteer import bench, ops
+B, K, d = 256, 48, 768
+h, C = torch.randn(B, d), torch.randn(K, d, d)  # 0.8 MB beside 113 MB
+index = torch.arange(B) % K
+mean, beta = torch.randn(K, d), torch.rand(K)
+call = lambda: ops.conceptor_project(h, C, index, beta=beta, mean=mean, backend="cpp")
+call()
+print(bench.extra_memory(call, "cpu"))
+"""
+
+
+@pytest.mark.skipif("cpp" not in FAST or not os.path.exists("/proc/self/clear_refs"), reason="needs C++ on Linux")
+def test_no_matrix_is_copied():
+    """Extra memory is a few (rows, d) and a tile: a gathered or permuted C would take 113 MB or more."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 8 * 2**20
+
+
 def test_low_rank_is_a_pytree():
     pair = LowRank(torch.ones(2, 3, 1), torch.ones(2, 1))
     doubled = torch.utils._pytree.tree_map(lambda t: t * 2, pair)

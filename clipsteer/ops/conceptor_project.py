@@ -246,7 +246,7 @@ LOW_RANK_SPEC = OpSpec(
     repeat_shape={"B": 300, "K": 5, "d": 40, "r": 17},
     bench_shapes={
         "B1024-K16-r64": {"B": 1024, "K": 16, "d": 768, "r": 64, "plain": 1},
-        "with β and μ": {"B": 1024, "K": 16, "d": 768, "r": 64},
+        "B1024-K16-r64-mean": {"B": 1024, "K": 16, "d": 768, "r": 64},
     },
     baselines={"loop": _low_rank_loop, "gather + bmm": _low_rank_reference},
     floor=_low_rank_floor,
