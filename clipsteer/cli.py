@@ -1,6 +1,7 @@
 """The command line. Every subcommand imports what it needs when it runs, so that ``--help`` is quick.
 
-Exit codes: 0 done, 1 the work failed or a validation is red, 2 a mistake in the call, 130 interrupted.
+Exit codes: 0 done, 1 the work failed or a validation is red, 2 a mistake in the call (also a path that is not there),
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -137,20 +138,11 @@ def _shape(text: str) -> dict[str, int]:
         raise argparse.ArgumentTypeError(f"expected NAME=SIZE,… such as {example}, got {text!r}") from None
 
 
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("clipsteer")
-    except PackageNotFoundError:
-        import clipsteer
-
-        return clipsteer.__version__
-
-
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        _text(f"clipsteer {_version()}")
+        import clipsteer
+
+        _text(f"clipsteer {clipsteer.__version__}")
         parser.exit()
 
 
@@ -160,7 +152,8 @@ def _add(parent: Any, name: str, function: Any, summary: str, examples: str = ""
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
-    parser.set_defaults(function=function)
+    if function is not None:
+        parser.set_defaults(function=function)
     return parser
 
 
@@ -192,7 +185,12 @@ examples:
     p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or a local weights file")
     p.add_argument("--data", metavar="PATH", help="images: folder, captions .csv/.jsonl, .tar shards")
     p.add_argument("--hook-point", metavar="NAME", help="module to look at (default: the last but one block)")
-    p.add_argument("--minutes", type=float, default=1.0, help="of SAE training on two cores (default: 1)")
+    p.add_argument(
+        "--minutes",
+        type=float,
+        default=1.0,
+        help="of SAE training on two cores (default: 1; some two for a model as wide as ViT-B-32)",
+    )
     p.add_argument("--max-images", type=int, metavar="N", help="(default: all bundled drawings, or 1000 images)")
     p.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
 
@@ -261,4 +259,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         sys.stderr.write(f"clipsteer: error: {message} (--debug shows where)\n")
-        return 2 if isinstance(error, (ValueError, TypeError)) else 1
+        return 2 if isinstance(error, (ValueError, TypeError, FileNotFoundError)) else 1

@@ -5,28 +5,39 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-TOKENS = ("all", "cls", "patches")
+from clipsteer._tokens import TOKENS
+
+# of training, where nothing else is asked for: a pass over few images is over before the warm-up is
+_LEAST_TOKENS = 2_000_000
 
 
 def add_parser(commands: Any, add: Any) -> None:
     """Add ``sae`` and its subcommands; ``add(parent, name, function, summary, examples)`` makes one."""
-    sae = commands.add_parser("sae", help="train, evaluate, convert and steer with sparse autoencoders")
+    sae = add(commands, "sae", None, "train, evaluate, convert and steer with sparse autoencoders", """
+examples:
+  train one on the bundled drawings, measure it, and see what feature 12 does:
+    clipsteer sae train --out runs/small --expansion 8 --k 32 --batch-size 1024 --lr 1e-3
+    clipsteer sae eval runs/small
+    clipsteer sae steer runs/small --feature 12=50
+
+each ACTION has --help with more
+""")  # fmt: skip
     actions = sae.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     p = add(actions, "train", _train, "train a sparse autoencoder on a CLIP model's tokens", """
 examples:
-  a small one on the bundled drawings, a minute or two:
+  a small one on the bundled drawings, some minutes:
     clipsteer sae train --out runs/small --expansion 8 --k 32 --train-tokens 2e6 --batch-size 1024 --lr 1e-3
   on your own images, at block 9 of a real CLIP; the activations are kept, and the run resumes if it is stopped:
     clipsteer sae train --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/ \\
         --hook-point visual.transformer.resblocks.9 --tokens patches --store acts/ --out runs/b32-9
   on four GPUs:
-    torchrun --nproc-per-node 4 -m clipsteer sae train --store acts/ --out runs/big ...
+    torchrun --nproc-per-node 4 -m clipsteer sae train --device cuda --store acts/ --out runs/big ...
 """)  # fmt: skip
     _model(p)
     _data(p, "images to train on (default: the bundled drawings that EmojiCLIP was trained on)")
@@ -44,7 +55,9 @@ examples:
     p.add_argument("--l1", type=float, default=1e-4, help="L1 coefficient, for relu (default: 1e-4)")
     p.add_argument("--batch-size", type=int, default=4096, metavar="N", help="tokens a step (default: 4096)")
     length = p.add_mutually_exclusive_group()
-    length.add_argument("--train-tokens", type=_count, metavar="N", help="how long (default: one pass); 2e6 will do")
+    length.add_argument(
+        "--train-tokens", type=_count, metavar="N", help="how long (default: one pass, but at least 2e6)"
+    )
     length.add_argument("--steps", type=_count, metavar="N", help="how long, in steps")
     p.add_argument("--warmup-steps", type=int, default=200, metavar="N")
     p.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS")
@@ -119,7 +132,7 @@ def _model(p: argparse.ArgumentParser, default: str | None = "emojiclip") -> Non
     p.add_argument("--model", default=default, metavar="NAME",
                    help=f"open_clip name, hf-hub:org/repo, or emojiclip (default: {source})")  # fmt: skip
     p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or a local weights file")
-    p.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
+    p.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
 
 
 def _data(p: argparse.ArgumentParser, what: str) -> None:
@@ -145,6 +158,7 @@ def _images(path: str | None, cell: tuple[str, bool]) -> Any:
 
 def _train(args: argparse.Namespace) -> int:
     import clipsteer
+    from clipsteer._distributed import World
     from clipsteer.activations import HarvestSource, harvest_to_store
     from clipsteer.clip import load
     from clipsteer.explore import default_hook_point
@@ -154,7 +168,9 @@ def _train(args: argparse.Namespace) -> int:
         lr=args.lr, batch_size=args.batch_size, tokens=args.train_tokens, steps=args.steps,
         warmup_steps=args.warmup_steps, l1_coefficient=args.l1, seed=args.seed, checkpoint_every=args.checkpoint_every,
     )  # fmt: skip
-    clip = load(args.model, args.pretrained, device=args.device)
+    # before anything is loaded: under torchrun each process has its own GPU
+    world = World(args.device)
+    clip = load(args.model, args.pretrained, device=world.device)
     dataset = _images(args.data, ("trained", True))
     hook_point = args.hook_point or default_hook_point(clip)
     common = {"tokens": args.tokens, "num_workers": args.workers}
@@ -162,23 +178,29 @@ def _train(args: argparse.Namespace) -> int:
         source = harvest_to_store(clip, dataset, hook_point, args.store, **common)
     else:
         source = HarvestSource(clip, dataset, hook_point, **common)
-    sae = clipsteer.train_sae(source, config, out=args.out, device=args.device, track=args.track)
-    if os.environ.get("RANK", "0") == "0":
+    if config.tokens is None and config.steps is None:
+        config = replace(config, tokens=max(source.rows_per_epoch(), _LEAST_TOKENS))
+    metadata = {"data": args.data or "EmojiStyles"}
+    sae = clipsteer.train_sae(source, config, out=args.out, device=world.device, track=args.track, metadata=metadata)
+    if world.rank == 0:
         sys.stdout.write(f"{args.out}: {sae.d_sae} features at {hook_point}; next: clipsteer sae eval {args.out}\n")
     return 0
 
 
 def _open(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The SAE, the model it belongs to, and the images."""
+    import torch
+
     import clipsteer
     from clipsteer.clip import load
 
-    sae = clipsteer.SAE.from_pretrained(args.sae, device=args.device)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    sae = clipsteer.SAE.from_pretrained(args.sae, device=device)
     name = args.model or sae.metadata.get("clip_model")
     if name is None:
         raise ValueError(f"{args.sae} does not say which model it belongs to; pass --model and --hook-point")
     pretrained = args.pretrained or (sae.metadata.get("pretrained") if args.model is None else None)
-    return sae, load(name, pretrained, device=args.device), _images(args.data, ("held-out", True))
+    return sae, load(name, pretrained, device=device), _images(args.data, ("held-out", True))
 
 
 def _eval(args: argparse.Namespace) -> int:
