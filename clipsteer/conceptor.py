@@ -8,7 +8,8 @@ with c = 1. Operations work in the joint span of their operands, so low rank sta
 
 ∧ is computed as B (B + C - CB)⁻¹ C, which equals (C⁻¹ + B⁻¹ - I)⁻¹ where that exists and its limit where it does not
 (Jaeger 2014, def. 4): the middle matrix is singular on ker B ∩ ker C alone, so no eigenvalue is ever inverted by itself
-and its error is what rounding C and B would cause. Eigenvalues within d·eps of 0 or 1 are taken as 0 or 1.
+and its error is what rounding C and B would cause. Eigenvalues within d·eps of 0 or 1, or within that error after ∧
+and ∨, are taken as 0 or 1, so that ranges which do not meet give exactly 0.
 
 Some laws of sets fail. In one dimension, with c = b = ½: c ∧ c = ⅓, so ∧ is not idempotent; c ∨ ¬c = ⅔, so there is no
 excluded middle; c ∧ (c ∨ b) = ½ ∧ ⅔ = ⅖, not ½ (absorption); with a = ½, a ∧ (b ∨ c) = ⅖ but
@@ -37,19 +38,26 @@ from clipsteer.conceptor_fit import EPS, check_aperture, choose_aperture, correl
 _FORMAT, _FORMAT_VERSION = "clipsteer-conceptor", "1"
 
 
-def _snap(s: Tensor, d: int) -> Tensor:
-    s = torch.where(s <= d * EPS, 0.0, s)
-    return torch.where(s >= 1 - d * EPS, 1.0, s)
+def _snap(s: Tensor, tol: Tensor | float) -> Tensor:
+    s = torch.where(s <= tol, 0.0, s)
+    return torch.where(s >= 1 - tol, 1.0, s)
 
 
-def _meet(C: Tensor, B: Tensor, d: int) -> Tensor:
-    """C ∧ B for dense matrices (…, m, m) with eigenvalues in [0, 1]."""
+def _meet(C: Tensor, B: Tensor, d: int) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of C ∧ B for dense matrices (…, m, m) with eigenvalues in [0, 1]."""
+    C, B = torch.broadcast_tensors(C, B)
     total = C + B
     values, vectors = torch.linalg.eigh(total)
     # the identity on ker C ∩ ker B makes the middle matrix regular and changes nothing: C and B vanish there
     null = vectors * (values <= 2 * d * EPS).unsqueeze(-2) @ vectors.mT
-    A = B @ torch.linalg.solve(total - C @ B + null, C)
-    return (A + A.mT) / 2
+    middle = total - C @ B + null
+    right = torch.linalg.solve(middle, C)
+    left = torch.linalg.solve(middle, B, left=False)
+    A = B @ right
+    s, V = torch.linalg.eigh((A + A.mT) / 2)
+    # rounding C and B by eps moves A by this much, so that what is nearer to 0 or 1 cannot be told from it
+    spread = torch.linalg.matrix_norm(left, 2) * torch.linalg.matrix_norm(right, 2) if A.numel() else s.new_ones(())
+    return _snap(s, d * EPS * spread.clamp(1, 0.1 / (d * EPS)).unsqueeze(-1)), V
 
 
 class Truncated(NamedTuple):
@@ -98,7 +106,7 @@ class Conceptor:
 
     def _set(self, U: Tensor, s: Tensor, rest: int, aperture: Any, mean: Any, metadata: Any) -> None:
         d = U.shape[-2]
-        s = _snap(s, d)
+        s = _snap(s, d * EPS)
         # columns whose eigenvalue is that of the rest say nothing
         order = (s - rest).abs().argsort(dim=-1, descending=True, stable=True)
         s = s.gather(-1, order)
@@ -179,9 +187,8 @@ class Conceptor:
         Raises ValueError: shapes that do not fit, columns that are not orthonormal, eigenvalues out of range.
         """
         if U.dim() not in (2, 3) or s.shape != U.shape[:-2] + U.shape[-1:] or rest not in (0, 1):
-            raise ValueError(
-                f"Conceptor: expected U (…, d, r), s (…, r) and rest 0 or 1, got {tuple(U.shape)}, {tuple(s.shape)}, {rest}"
-            )
+            got = f"{tuple(U.shape)}, {tuple(s.shape)}, {rest}"
+            raise ValueError(f"Conceptor: expected U (…, d, r), s (…, r) and rest 0 or 1, got {got}")
         slack = 20 * U.shape[-2] * max(torch.finfo(U.dtype).eps, torch.finfo(s.dtype).eps)
         U, s = U.detach().double(), s.detach().double()
         eye = torch.eye(U.shape[-1], dtype=U.dtype, device=U.device)
@@ -233,7 +240,8 @@ class Conceptor:
     def __repr__(self) -> str:
         batch = f"{len(self)} × " if self.is_batch else ""
         quota = ", ".join(f"{q:.4g}" for q in self.quota.flatten().tolist()[:8])
-        return f"Conceptor({batch}d={self.d}, rank={self.rank}, rest={self._rest}, quota={quota}, aperture={self.aperture})"
+        form = f"rank={self.rank}, rest={self._rest}, quota={quota}, aperture={self.aperture}"
+        return f"Conceptor({batch}d={self.d}, {form})"
 
     @property
     def matrix(self) -> Tensor:
@@ -284,12 +292,12 @@ class Conceptor:
             return NotImplemented
         shared, rest = self._shared(other), self._rest & other._rest
         if self.rank + other.rank >= self.d:
-            s, U = torch.linalg.eigh(_meet(self.matrix, other.matrix, self.d))
+            s, U = _meet(self.matrix, other.matrix, self.d)
             return self._make(U, s, rest, *shared)
         batch = torch.broadcast_shapes(self._U.shape[:-2], other._U.shape[:-2])
         columns = torch.cat([c._U.expand(*batch, *c._U.shape[-2:]) for c in (self, other)], -1)
         Q = torch.linalg.qr(columns).Q  # (…, d, m)
-        s, V = torch.linalg.eigh(_meet(self._within(Q), other._within(Q), self.d))
+        s, V = _meet(self._within(Q), other._within(Q), self.d)
         return self._make(Q @ V, s, rest, *shared)
 
     def _within(self, Q: Tensor) -> Tensor:
@@ -388,9 +396,8 @@ class Conceptor:
             raise FileFormatError(f"{path}: not a conceptor of format_version {_FORMAT_VERSION}")
         tensors = read_safetensors(path)
         refuse_nan(path, tensors)
-        if not {"U", "s"} <= tensors.keys() <= {"U", "s", "mean"} or any(
-            t.dtype != torch.float64 for t in tensors.values()
-        ):
+        named = {"U", "s"} <= tensors.keys() <= {"U", "s", "mean"}
+        if not named or any(t.dtype != torch.float64 for t in tensors.values()):
             raise FileFormatError(f"{path}: expected U, s and maybe mean, all float64; got {sorted(tensors)}")
         try:
             aperture = float(head["aperture"]) if "aperture" in head else None

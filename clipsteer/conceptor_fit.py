@@ -102,10 +102,8 @@ def correlation(
     world.sum_(total)
     world.sum_(counts)
     if bool((counts == 0).any()):
-        empty = (counts == 0).nonzero().flatten().tolist()
-        raise ValueError(
-            "correlation: there is no row" if classes is None else f"correlation: no row of classes {empty}"
-        )
+        which = "" if classes is None else f" of classes {(counts == 0).nonzero().flatten().tolist()}"
+        raise ValueError(f"correlation: there is no row{which}")
     R = total / counts[:, None, None]
     if not bool(R.isfinite().all()):
         raise ValueError("correlation: x or mean holds values that are not finite")

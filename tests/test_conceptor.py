@@ -7,6 +7,7 @@ results, each is held to 20·n·eps times the condition of the operations that m
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -37,7 +38,7 @@ def norm(a):
 
 
 def kappa(C: Conceptor, B: Conceptor):
-    """Condition of C ∧ B: with M = B + C - CB, A C⁻¹ = B M⁻¹ and B⁻¹ A = M⁻¹ C, both finite where C and B are singular."""
+    """Condition of C ∧ B. M = B + C - CB gives A C⁻¹ = B M⁻¹ and B⁻¹ A = M⁻¹ C, finite for singular C, B too."""
     c, b = C.matrix, B.matrix
     w, V = torch.linalg.eigh(c + b)
     M = b + c - c @ b + V * (w < 1e-12).unsqueeze(-2) @ V.mT
@@ -149,7 +150,8 @@ class ConceptorLaws:
         slack = 20 * d * EPS
         assert bool((torch.linalg.eigvalsh(A.matrix - (A & B).matrix).amin(-1) >= -slack * kappa(A, B)).all())
         assert bool((torch.linalg.eigvalsh((A | B).matrix - A.matrix).amin(-1) >= -slack * kappa_or(A, B)).all())
-        assert (A <= A).all() and (zero <= A).all() and (A <= one).all() and (A <= A.scale_aperture(2.0)).all()
+        for low, high in ((A, A), (zero, A), (A, one), (A, A.scale_aperture(2.0))):
+            assert (low <= high).all()
         assert not ((A.scale_aperture(2.0) <= A) & (A.scale_aperture(2.0).quota > A.quota + 1e-6)).any()
 
     @given(seeds, dims, logs)
@@ -210,9 +212,15 @@ def shared_subspaces(seed, d, shared, own):
     return [torch.cat([common, rand(seed + 1 + i, own, d)]) for i in range(3)]
 
 
+def skewed(seed, n, d):
+    """Rows whose directions differ in size by up to a hundred, in axes of their own."""
+    sizes = torch.logspace(0, -2, d, dtype=torch.float64)
+    return rand(seed, n, d) * sizes @ torch.linalg.qr(rand(seed + 1000, d, d)).Q
+
+
 class TestDense(ConceptorLaws):
     def three(self, seed, d, aperture):
-        return tuple(Conceptor.fit(rand(seed + i, 4 * d, d) * (0.5 + i), aperture) for i in range(3))
+        return tuple(Conceptor.fit(skewed(seed + i, 4 * d, d) * (0.5 + i), aperture) for i in range(3))
 
 
 class TestLowRank(ConceptorLaws):
@@ -298,12 +306,24 @@ def test_and_of_singular_matrices_equals_the_formula_on_the_common_range(seed, s
     assert (C & B).rank == shared
 
 
+@given(seeds, st.floats(-11.0, -6.0))
+def test_tiny_eigenvalues_do_not_spoil_large_ones(seed, log_least):
+    """Inverting C and B first would lose eps/least: up to 1e-5 here."""
+    d = 8
+    s = torch.logspace(-0.01, log_least, d, dtype=torch.float64)
+    C = Conceptor.from_factors(torch.linalg.qr(rand(seed, d, d)).Q, s)
+    # the inputs' own rounding of the least eigenvalues leaves ∧ with itself well-conditioned
+    assert_same(C & C, C.scale_aperture(math.sqrt(0.5)), 4)
+    assert_same(~C | ~C, (~C).scale_aperture(math.sqrt(2)), 4)
+
+
 def test_ranges_that_do_not_meet_give_zero():
     C = Conceptor.fit(rand(0, 2, 9), 3.0)
     B = Conceptor.fit(rand(1, 3, 9), 3.0)
     assert norm((C & B).matrix) <= 20 * 9 * EPS * kappa(C, B)
     a, b = torch.eye(4, dtype=torch.float64)[:2], torch.eye(4, dtype=torch.float64)[2:]
     assert (Conceptor.fit(a, 1.0) & Conceptor.fit(b, 1.0)).rank == 0
+    assert (C & B).rank == 0
 
 
 @given(seeds, dims, st.floats(-1.0, 1.0), st.booleans())
@@ -315,10 +335,7 @@ def test_or_is_the_conceptor_of_the_summed_correlations(seed, d, log_a, wide):
     C, B = Conceptor.from_correlation(R1, alpha), Conceptor.from_correlation(R2, alpha)
     O = (C | B).matrix
     A = R1 + R2 + alpha**-2 * torch.eye(d, dtype=torch.float64)
-    # what one rounding of C and B costs here: δO·A = A⁻¹(R_i + α⁻²I) δC_i (R_i + α⁻²I)/α⁻²
-    eye = alpha**-2 * torch.eye(d, dtype=torch.float64)
-    given_ = sum(norm(torch.linalg.solve(A, R + eye)) * norm(R + eye) * alpha**2 for R in (R1, R2))
-    assert norm(O @ A - R1 - R2) <= 20 * d * EPS * max(norm(A), given_)
+    assert norm(O @ A - R1 - R2) <= 20 * d * EPS * norm(A)
 
 
 @given(seeds, dims, logs)
@@ -385,7 +402,7 @@ def test_sweep_is_monotone_and_its_error_is_the_data_s():
     x = rand(0, 50, 5) * torch.tensor([3.0, 2, 1, 0.5, 0.1], dtype=torch.float64)
     rows = aperture_sweep(correlation(x))
     assert len(rows) >= 4
-    assert all(a.quota < b.quota and a.error > b.error for a, b in zip(rows, rows[1:]))
+    assert all(a.quota < b.quota and a.error > b.error for a, b in itertools.pairwise(rows))
     assert rows[0].quota < 0.1 < 0.9 < rows[-1].quota
     row = aperture_sweep(correlation(x), [0.5])[0]
     C = Conceptor.fit(x, 0.5)
