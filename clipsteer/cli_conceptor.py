@@ -220,13 +220,16 @@ def _eval(args: argparse.Namespace) -> int:
     import time
 
     from clipsteer._files import write_json
+    from clipsteer.bench import machine
     from clipsteer.clip import load
     from clipsteer.conceptor_eval import evaluate
     from clipsteer.conceptor_report import lines, page
 
-    begin = time.monotonic()
+    begin = time.monotonic(), time.process_time()
     result = evaluate(load(args.model, args.pretrained, device=args.device), args.seeds)
-    result["model"], result["seconds"] = args.model, round(time.monotonic() - begin, 1)
+    spent = time.monotonic() - begin[0], time.process_time() - begin[1]
+    result |= {"model": args.model, "seconds": round(spent[0]), "processor_seconds": round(spent[1]),
+               "machine": machine(args.device)}  # fmt: skip
     sys.stdout.write("\n".join(lines(result)) + "\n")
     for path, write in ((args.out, lambda p: write_json(p, result)), (args.page, lambda p: page(result).write(p))):
         if path is not None:
