@@ -39,8 +39,8 @@ examples:
   on four GPUs:
     torchrun --nproc-per-node 4 -m clipsteer sae train --device cuda --store acts/ --out runs/big ...
 """)  # fmt: skip
-    _model(p)
-    _data(p, "images to train on (default: the bundled drawings that EmojiCLIP was trained on)")
+    add_model(p)
+    add_data(p, "images to train on (default: the bundled drawings that EmojiCLIP was trained on)")
     p.add_argument("--hook-point", help="module whose output is encoded (default: the last but one block)")
     p.add_argument("--tokens", choices=TOKENS, default="all", help="which tokens (default: all)")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="for checkpoints, log.jsonl and the SAE")
@@ -106,10 +106,7 @@ examples:
     _sae(p)
     p.add_argument("--feature", action="append", required=True, type=_strength, metavar="I=S",
                    help="set feature I to S; repeatable")  # fmt: skip
-    p.add_argument("--words", type=Path, metavar="FILE",
-                   help="what to predict, one a line (default: the classes, or the bundled concepts)")  # fmt: skip
-    p.add_argument("--top", type=int, default=3, metavar="N", help="predictions an image (default: 3)")
-    p.add_argument("--count", type=int, default=8, metavar="N", help="images (default: 8)")
+    add_shown(p)
 
 
 def _count(text: str) -> int:
@@ -127,27 +124,35 @@ def _strength(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"expected FEATURE=STRENGTH such as 12=50, got {text!r}") from None
 
 
-def _model(p: argparse.ArgumentParser, default: str | None = "emojiclip") -> None:
-    source = default or "what the SAE was trained on"
+def add_model(
+    p: argparse.ArgumentParser, default: str | None = "emojiclip", otherwise: str = "what the SAE was trained on"
+) -> None:
+    source = default or otherwise
     p.add_argument("--model", default=default, metavar="NAME",
                    help=f"open_clip name, hf-hub:org/repo, or emojiclip (default: {source})")  # fmt: skip
     p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or a local weights file")
     p.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
 
 
-def _data(p: argparse.ArgumentParser, what: str) -> None:
+def add_data(p: argparse.ArgumentParser, what: str) -> None:
     p.add_argument("--data", metavar="PATH", help=f"folder, captions .csv/.jsonl, or .tar shards: {what}")
 
 
 def _sae(p: argparse.ArgumentParser) -> None:
     p.add_argument("sae", metavar="SAE", help="a folder, a Prisma .pt, or hf-hub:org/repo/subfolder")
-    _model(p, None)
-    _data(p, "images to look at (default: the bundled held-out style)")
+    add_model(p, None)
+    add_data(p, "images to look at (default: the bundled held-out style)")
     p.add_argument("--hook-point", help="default: what the SAE was trained on")
     p.add_argument("--tokens", choices=TOKENS, help="default: what the SAE was trained on")
 
 
-def _images(path: str | None, cell: tuple[str, bool]) -> Any:
+def device_of(args: argparse.Namespace) -> str:
+    import torch
+
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def open_images(path: str | None, cell: tuple[str, bool]) -> Any:
     from clipsteer.data import EmojiStyles, open_dataset
 
     if path is not None:
@@ -171,7 +176,7 @@ def _train(args: argparse.Namespace) -> int:
     # before anything is loaded: under torchrun each process has its own GPU
     world = World(args.device)
     clip = load(args.model, args.pretrained, device=world.device)
-    dataset = _images(args.data, ("trained", True))
+    dataset = open_images(args.data, ("trained", True))
     hook_point = args.hook_point or default_hook_point(clip)
     common = {"tokens": args.tokens, "num_workers": args.workers}
     if args.store is not None:
@@ -189,18 +194,16 @@ def _train(args: argparse.Namespace) -> int:
 
 def _open(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The SAE, the model it belongs to, and the images."""
-    import torch
-
     import clipsteer
     from clipsteer.clip import load
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(args)
     sae = clipsteer.SAE.from_pretrained(args.sae, device=device)
     name = args.model or sae.metadata.get("clip_model")
     if name is None:
         raise ValueError(f"{args.sae} does not say which model it belongs to; pass --model and --hook-point")
     pretrained = args.pretrained or (sae.metadata.get("pretrained") if args.model is None else None)
-    return sae, load(name, pretrained, device=device), _images(args.data, ("held-out", True))
+    return sae, load(name, pretrained, device=device), open_images(args.data, ("held-out", True))
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -280,20 +283,35 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _steer(args: argparse.Namespace) -> int:
-    import torch
+    from clipsteer.steering import SAESteering
 
-    from clipsteer.clip import EMOJICLIP, zero_shot_head
-    from clipsteer.data import EmojiStyles
-    from clipsteer.explore import spread
-    from clipsteer.steering import SAESteering, steer
-
-    if args.top < 1 or args.count < 1:
-        raise ValueError(f"--top and --count must be at least 1, got {args.top} and {args.count}")
     sae, clip, dataset = _open(args)
     hook_point = args.hook_point or sae.metadata.get("hook_point")
     if hook_point is None:
         raise ValueError(f"{args.sae} does not name its hook point; pass --hook-point")
     steering = SAESteering(sae, dict(args.feature), tokens=args.tokens or sae.metadata.get("tokens") or "all")
+    return show_steering(args, clip, dataset, hook_point, steering)
+
+
+def add_shown(p: argparse.ArgumentParser) -> None:
+    """The arguments that ``show_steering`` reads."""
+    p.add_argument("--words", type=Path, metavar="FILE",
+                   help="what to predict, one a line (default: the classes, or the bundled concepts)")  # fmt: skip
+    p.add_argument("--top", type=int, default=3, metavar="N", help="predictions an image (default: 3)")
+    p.add_argument("--count", type=int, default=8, metavar="N", help="images (default: 8)")
+
+
+def show_steering(args: argparse.Namespace, clip: Any, dataset: Any, hook_point: str, steering: Any) -> int:
+    """Write predictions on a few images before and after steering, and which moved most."""
+    import torch
+
+    from clipsteer.clip import EMOJICLIP, zero_shot_head
+    from clipsteer.data import EmojiStyles
+    from clipsteer.explore import spread
+    from clipsteer.steering import steer
+
+    if args.top < 1 or args.count < 1:
+        raise ValueError(f"--top and --count must be at least 1, got {args.top} and {args.count}")
     if args.words is not None:
         words = [w.strip() for w in args.words.read_text(encoding="utf-8").splitlines() if w.strip()]
     else:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clipsteer.cli_sae import _data, _images, _model
+from clipsteer.cli_sae import add_data, add_model, device_of, open_images
 
 
 def add_parser(commands: Any, add: Any) -> None:
@@ -21,8 +21,8 @@ examples:
         --words words.txt --dictionary words-b32/
 """)  # fmt: skip
     p.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
-    _model(p)
-    _data(p, "images whose mean is the centre (default: the bundled drawings)")
+    add_model(p)
+    add_data(p, "images whose mean is the centre (default: the bundled drawings)")
     p.add_argument("--words", type=Path, metavar="FILE", help="concepts, one a line (default: the bundled ones)")
     p.add_argument("--dictionary", type=Path, metavar="DIR", help="read the concepts from here; made if missing")
     p.add_argument("--l1", type=float, default=0.25, help="the larger, the fewer concepts (default: 0.25)")
@@ -50,9 +50,9 @@ def _splice(args: argparse.Namespace) -> int:
     from clipsteer.splice import ConceptDictionary
 
     images = [read_image(path) for path in args.images]
-    clip = load(args.model, args.pretrained, device=args.device)
+    clip = load(args.model, args.pretrained, device=device_of(args))
     if args.dictionary is not None and args.dictionary.exists():
-        dictionary = ConceptDictionary.load(args.dictionary, device=args.device)
+        dictionary = ConceptDictionary.load(args.dictionary, device=device_of(args))
         model = (dictionary.metadata.get("clip_model"), dictionary.metadata.get("pretrained"))
         if model != (clip.name, clip.pretrained):
             raise ValueError(
@@ -61,7 +61,7 @@ def _splice(args: argparse.Namespace) -> int:
         if args.words is not None and dictionary.concepts != read_words(args.words):
             raise ValueError(f"--dictionary {args.dictionary} holds other concepts than --words {args.words}")
     else:
-        mean_of = _images(args.data, ("trained", True))
+        mean_of = open_images(args.data, ("trained", True))
         dictionary = ConceptDictionary.from_clip(clip, read_words(args.words), image_mean=mean_of)
         if args.dictionary is not None:
             dictionary.save(args.dictionary)
