@@ -234,9 +234,10 @@ examples:
     p.add_argument("--repeats", type=int, default=7, metavar="N", help="timings of each (default: 7)")
     p.add_argument("--out", type=Path, metavar="FILE", help="write .json or .csv as well")
 
-    from clipsteer import cli_sae
+    from clipsteer import cli_merge, cli_sae
 
     cli_sae.add_parser(commands, _add)
+    cli_merge.add_parser(commands, _add)
     return parser
 
 

@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 Weights = str | Path | nn.Module | Mapping[str, Tensor]
 Alpha = float | Mapping[str, float]
 
-# elements a piece: three pieces of float32 stay in a core's second-level cache
-_PIECE = 1 << 17
+# elements a piece: few calls, and what is made of it still stays in cache
+_PIECE = 1 << 18
 _FOLDER = (
     "model.safetensors.index.json", "open_clip_model.safetensors.index.json", "model.safetensors",
     "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin",
@@ -235,16 +235,20 @@ def _paths(out: str | Path | Sequence[str | Path], alphas: list[Alpha], several:
 
 def _blend(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     """Average 0 < alpha < 1 of float tensors of one dtype and shape."""
-    b = b.to(a.device)
     wide = torch.promote_types(a.dtype, torch.float32)
-    x, y = a.to(wide), b.to(wide)
+    x, y = a.to(wide), b.to(a.device, wide)
+    near, far, share = (x, y, alpha) if alpha < 0.5 else (y, x, 1 - alpha)
     # torch.lerp's form in single operations: torch.lerp fuses a multiply-add in its vector loop but not at the loop's
-    # ends, so that its last bits depend on how the tensor is cut up
-    mixed = (y - x).mul_(alpha).add_(x) if alpha < 0.5 else (x - y).mul_(1 - alpha).add_(y)
-    # equal ends stay as they are, -0, infinities and NaN payloads too
+    # ends, so that its last bits depend on how the tensor is cut up. Subtracting last keeps -0 where both ends have it.
+    mixed = torch.sub(near, far).mul_(share)
+    torch.sub(near, mixed, out=mixed)
+    out = mixed.to(a.dtype)
+    if math.isfinite(mixed.sum()):
+        return out
+    # infinities and NaN payloads that both ends share
     bits = _BITS[a.dtype.itemsize]
     a_bits = a.view(bits)
-    return torch.where(a_bits == b.view(bits), a_bits, mixed.to(a.dtype).view(bits)).view(a.dtype)
+    return torch.where(a_bits == b.to(a.device).view(bits), a_bits, out.view(bits)).view(a.dtype)
 
 
 def _piece(first: _Entry, second: _Entry, start: int, stop: int, alphas: Sequence[float]) -> Iterator[Tensor]:
