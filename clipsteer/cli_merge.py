@@ -136,8 +136,9 @@ def _dataset(spec: str) -> Any:
 
 def _finetune(args: argparse.Namespace) -> int:
     from clipsteer._files import read_json
+    from clipsteer.classifier import renamed
     from clipsteer.clip import load, zero_shot_head
-    from clipsteer.finetuning import FinetuneConfig, finetune, renamed
+    from clipsteer.finetuning import FinetuneConfig, finetune
 
     config = FinetuneConfig(
         mode=args.mode, lr=args.lr, weight_decay=args.weight_decay, batch_size=args.batch_size, epochs=args.epochs,
@@ -214,7 +215,7 @@ def _curve(args: argparse.Namespace) -> int:
     import torch
 
     from clipsteer import robustness, robustness_page
-    from clipsteer.finetuning import load_classifier, renamed
+    from clipsteer.classifier import load_classifier, renamed
 
     models = _models(args.baseline) if args.baseline is not None else []
     baseline = robustness.fit_baseline(models) if models else None
@@ -241,7 +242,7 @@ def _curve(args: argparse.Namespace) -> int:
 
 def _kept(clip: Any, images: Any, workers: int) -> Any:
     """Batches of a set for every alpha: read once while they fit into 1 GiB, read anew otherwise."""
-    from clipsteer.finetuning import pixel_batches
+    from clipsteer.classifier import pixel_batches
 
     first = next(iter(pixel_batches(clip, images, 1)))
     if first.nbytes * len(images) > 1 << 30:

@@ -10,36 +10,25 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
-from clipsteer._files import (
-    FileFormatError,
-    read_json,
-    read_safetensors_header,
-    read_torch_weights_only,
-    safetensors_layout,
-    tensor_bytes,
-    write_atomically,
-)
+from clipsteer._files import safetensors_layout, tensor_bytes, write_atomically
+from clipsteer._weights import Entry, Source, Weights, open_weights, some
 
 logger = logging.getLogger(__name__)
 
-Weights = str | Path | nn.Module | Mapping[str, Tensor]
 Alpha = float | Mapping[str, float]
 
 # elements a piece: few calls, and what is made of it still stays in cache
 _PIECE = 1 << 18
-_FOLDER = (
-    "model.safetensors.index.json", "open_clip_model.safetensors.index.json", "model.safetensors",
-    "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin",
-)  # fmt: skip
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -67,7 +56,8 @@ def wise_ft(
     float16, bfloat16 and float32 are averaged in float32, float64 in float64, and the dtype is kept. Every value lies
     between its two ends; where these agree in every bit, so does the result. alpha = 0 and 1 copy their model bit for
     bit, integers and booleans too; at other alphas those are taken from `zeroshot` and a warning names the ones that
-    differ. Writing needs a few MiB of memory, and `out` appears only once it is whole.
+    differ. Writing needs a few MiB of memory for each output, and `out` appears only
+    once it is whole.
 
     Raises:
         ValueError: models that do not match, with a list of what differs; alpha outside [0, 1]; a name in `out`.
@@ -79,7 +69,7 @@ def wise_ft(
     alphas = list(alpha) if several else [alpha]
     paths = None if out is None else _paths(out, alphas, several)
     with ExitStack() as stack, torch.no_grad():
-        sources = [_open(name, w, stack) for name, w in (("zeroshot", zeroshot), ("finetuned", finetuned))]
+        sources = [open_weights(name, w, stack) for name, w in (("zeroshot", zeroshot), ("finetuned", finetuned))]
         _check_same(*sources)
         by_tensor = [_resolve(a, sources[0].entries) for a in alphas]
         if paths is None:
@@ -92,99 +82,7 @@ def wise_ft(
     return results if several else results[0]
 
 
-class _Entry(NamedTuple):
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    read: Callable[[int, int], Tensor]  # elements [start, stop) as a flat tensor
-
-
-class _Source(NamedTuple):
-    where: str
-    entries: dict[str, _Entry]
-
-
-def _open(argument: str, weights: Weights, stack: ExitStack) -> _Source:
-    if isinstance(weights, nn.Module):
-        return _Source(argument, _tensors(argument, weights.state_dict()))
-    if isinstance(weights, Mapping):
-        return _Source(argument, _tensors(argument, weights))
-    if not isinstance(weights, (str, Path)):
-        raise TypeError(f"wise_ft: {argument} must be a path, a state dict or a module, got {type(weights).__name__}")
-    path = Path(weights)
-    if path.is_dir():
-        found = next((path / name for name in _FOLDER if (path / name).is_file()), None)
-        if found is None:
-            raise FileNotFoundError(f"{path}: no weights in it; looked for {', '.join(_FOLDER)}")
-        path = found
-    if path.name.endswith(".index.json"):
-        return _Source(str(path), _shards(path, stack))
-    if path.suffix == ".safetensors":
-        return _Source(str(path), _file(path, stack))
-    if path.suffix not in (".pt", ".pth", ".bin"):
-        raise ValueError(f"wise_ft: {argument} must be .safetensors, .index.json, .pt, .pth or .bin, got {path}")
-    value = read_torch_weights_only(path)
-    if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
-        value = value["state_dict"]
-    if not isinstance(value, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()):
-        raise FileFormatError(f"{path}: not a state dict, nor a checkpoint with one under 'state_dict'")
-    if value and all(name.startswith("module.") for name in value):  # as DistributedDataParallel saves it
-        value = {name[7:]: tensor for name, tensor in value.items()}
-    return _Source(str(path), _tensors(str(path), value))
-
-
-def _tensors(where: str, weights: Mapping[str, Tensor]) -> dict[str, _Entry]:
-    def entry(name: str, tensor: Any) -> _Entry:
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_complex():
-            got = f"{tensor.layout} {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"wise_ft: {where}: {name!r} must be a dense real tensor, got {got}")
-        flat = tensor.detach().reshape(-1)
-        return _Entry(tensor.dtype, tuple(tensor.shape), lambda start, stop: flat[start:stop])
-
-    return {name: entry(name, tensor) for name, tensor in weights.items()}
-
-
-def _file(path: Path, stack: ExitStack) -> dict[str, _Entry]:
-    header = read_safetensors_header(path)
-    file = stack.enter_context(path.open("rb", buffering=0))
-
-    def reader(name: str, dtype: torch.dtype, begin: int) -> Callable[[int, int], Tensor]:
-        def read(start: int, stop: int) -> Tensor:
-            piece = torch.empty(stop - start, dtype=dtype)
-            file.seek(begin + start * dtype.itemsize)
-            rest = memoryview(piece.view(torch.uint8).numpy()) if len(piece) else memoryview(b"")
-            while rest:
-                count = file.readinto(rest)
-                if not count:
-                    raise FileFormatError(f"{path}: ends inside the data of {name!r}")
-                rest = rest[count:]
-            return piece
-
-        return read
-
-    return {e.name: _Entry(e.dtype, e.shape, reader(e.name, e.dtype, header.start + e.begin)) for e in header.entries}
-
-
-def _shards(index: Path, stack: ExitStack) -> dict[str, _Entry]:
-    value = read_json(index)
-    places = value.get("weight_map") if isinstance(value, dict) else None
-    if not isinstance(places, dict) or not places or not all(isinstance(f, str) for f in places.values()):
-        raise FileFormatError(f"{index}: expected a weight_map from tensor names to file names")
-    files = {}
-    for name in sorted(set(places.values())):
-        if Path(name).name != name:
-            raise FileFormatError(f"{index}: shard {name!r} is not a file name beside the index")
-        files[name] = _file(index.parent / name, stack)
-    if lost := [name for name, file in places.items() if name not in files[file]]:
-        raise FileFormatError(f"{index}: its shards lack {_some(lost)}")
-    return {name: files[file][name] for name, file in places.items()}
-
-
-def _some(items: Sequence[str], limit: int = 8) -> str:
-    rest = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + rest
-
-
-def _check_same(zeroshot: _Source, finetuned: _Source) -> None:
+def _check_same(zeroshot: Source, finetuned: Source) -> None:
     a, b = zeroshot.entries, finetuned.entries
     both = [name for name in a if name in b]
     shape = [f"{n} {a[n].shape} and {b[n].shape}" for n in both if a[n].shape != b[n].shape]
@@ -195,7 +93,7 @@ def _check_same(zeroshot: _Source, finetuned: _Source) -> None:
         "shapes differ": shape,
         "dtypes differ": dtype,
     }
-    lines = [f"  {what} ({len(items)}): {_some(items)}" for what, items in found.items() if items]
+    lines = [f"  {what} ({len(items)}): {some(items)}" for what, items in found.items() if items]
     if lines:
         where = f"wise_ft: the two models do not match, {zeroshot.where} and {finetuned.where}:"
         raise ValueError("\n".join([where, *lines]))
@@ -210,9 +108,9 @@ def _resolve(alpha: Alpha, names: Iterable[str]) -> dict[str, float]:
             raise ValueError(f"wise_ft: alpha must be a number in [0, 1], got {value!r}{where}")
     chosen = {name: next((p for p in table if fnmatchcase(name, p)), None) for name in names}
     if missed := [name for name, pattern in chosen.items() if pattern is None]:
-        raise ValueError(f"wise_ft: no pattern in alpha matches {_some(missed)}; add '*' for all others")
+        raise ValueError(f"wise_ft: no pattern in alpha matches {some(missed)}; add '*' for all others")
     if isinstance(alpha, Mapping) and (unused := [p for p in table if p not in chosen.values()]):
-        raise ValueError(f"wise_ft: patterns in alpha that decide no tensor: {_some(unused)}; the first match counts")
+        raise ValueError(f"wise_ft: patterns in alpha that decide no tensor: {some(unused)}; the first match counts")
     return {name: float(table[pattern]) for name, pattern in chosen.items()}
 
 
@@ -229,7 +127,7 @@ def _paths(out: str | Path | Sequence[str | Path], alphas: list[Alpha], several:
     if len(set(paths)) != len(alphas) or len(paths) != len(alphas):
         raise ValueError(f"wise_ft: out must be {len(alphas)} different file(s), got {[str(p) for p in paths]}")
     if wrong := [str(p) for p in paths if p.suffix != ".safetensors"]:
-        raise ValueError(f"wise_ft: out must end in .safetensors, got {_some(wrong)}")
+        raise ValueError(f"wise_ft: out must end in .safetensors, got {some(wrong)}")
     return paths
 
 
@@ -251,7 +149,7 @@ def _blend(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     return torch.where(a_bits == b.to(a.device).view(bits), a_bits, out.view(bits)).view(a.dtype)
 
 
-def _piece(first: _Entry, second: _Entry, start: int, stop: int, alphas: Sequence[float]) -> Iterator[Tensor]:
+def _piece(first: Entry, second: Entry, start: int, stop: int, alphas: Sequence[float]) -> Iterator[Tensor]:
     """Elements [start, stop) of the average, for each alpha; an end that no alpha needs is not read."""
     a = first.read(start, stop) if min(alphas) < 1 else None
     b = second.read(start, stop) if max(alphas) > 0 else None
@@ -262,7 +160,7 @@ def _piece(first: _Entry, second: _Entry, start: int, stop: int, alphas: Sequenc
             yield _blend(a, b, alpha)
 
 
-def _warn_of_integers(zeroshot: _Source, finetuned: _Source, alphas: Sequence[Mapping[str, float]]) -> None:
+def _warn_of_integers(zeroshot: Source, finetuned: Source, alphas: Sequence[Mapping[str, float]]) -> None:
     differ = []
     for name, entry in zeroshot.entries.items():
         if entry.dtype.is_floating_point or all(chosen[name] in (0, 1) for chosen in alphas):
@@ -274,10 +172,10 @@ def _warn_of_integers(zeroshot: _Source, finetuned: _Source, alphas: Sequence[Ma
                 differ.append(name)
                 break
     if differ:
-        logger.warning("wise_ft: integers are not averaged; these differ and are the zero-shot's: %s", _some(differ))
+        logger.warning("wise_ft: integers are not averaged; these differ and are the zero-shot's: %s", some(differ))
 
 
-def _in_memory(zeroshot: _Source, finetuned: _Source, alphas: Mapping[str, float]) -> dict[str, Tensor]:
+def _in_memory(zeroshot: Source, finetuned: Source, alphas: Mapping[str, float]) -> dict[str, Tensor]:
     _warn_of_integers(zeroshot, finetuned, [alphas])
     out = {}
     for name, entry in zeroshot.entries.items():
@@ -293,7 +191,7 @@ def _with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module
 
 
 def _stream(
-    zeroshot: _Source, finetuned: _Source, by_tensor: list[dict[str, float]], paths: list[Path], alphas: list[Alpha]
+    zeroshot: Source, finetuned: Source, by_tensor: list[dict[str, float]], paths: list[Path], alphas: list[Alpha]
 ) -> None:
     _warn_of_integers(zeroshot, finetuned, by_tensor)
     entries = zeroshot.entries
@@ -305,12 +203,24 @@ def _stream(
     def fill(files: list[BinaryIO]) -> None:
         for file, (head, _) in zip(files, heads):
             file.write(head)
+        with ThreadPoolExecutor(1) as writer:  # writes one step while the next is read and computed
+            pending: Future[None] | None = None
+            for pieces in computed():
+                if pending is not None:
+                    pending.result()
+                pending = writer.submit(put, files, pieces)
+            if pending is not None:
+                pending.result()
+
+    def computed() -> Iterator[list[Tensor]]:
         for name in order:
             n, weights = math.prod(entries[name].shape), [chosen[name] for chosen in by_tensor]
             for start in range(0, n, _PIECE):
-                pieces = _piece(entries[name], finetuned.entries[name], start, min(n, start + _PIECE), weights)
-                for file, piece in zip(files, pieces):
-                    file.write(tensor_bytes(piece))
+                yield list(_piece(entries[name], finetuned.entries[name], start, min(n, start + _PIECE), weights))
+
+    def put(files: list[BinaryIO], pieces: list[Tensor]) -> None:
+        for file, piece in zip(files, pieces):
+            file.write(tensor_bytes(piece))
 
     def opened(files: list[BinaryIO]) -> None:
         if len(files) == len(paths):

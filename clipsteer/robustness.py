@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from clipsteer.finetuning import ImageClassifier, predict
+from clipsteer.classifier import ImageClassifier, predict
 from clipsteer.merging import wise_ft
 
 ALPHAS = tuple(i / 20 for i in range(21))

@@ -21,16 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipsteer._files import write_json
 from clipsteer.bench import machine
+from clipsteer.classifier import ImageClassifier, pixel_batches, predict, zero_shot_classifier
 from clipsteer.clip import CLIP, EMOJICLIP, load, zero_shot_head
 from clipsteer.data import EmojiStyles, ImageDataset
-from clipsteer.finetuning import (
-    FinetuneConfig,
-    ImageClassifier,
-    finetune,
-    pixel_batches,
-    predict,
-    zero_shot_classifier,
-)
+from clipsteer.finetuning import FinetuneConfig, finetune
 from clipsteer.robustness import ALPHAS, Baseline, EvalSet, averages, curve, fit_baseline, summary
 
 logger = logging.getLogger(__name__)

@@ -17,10 +17,7 @@ from PIL import Image
 from clipsteer import clip as clip_module
 from clipsteer import wise_ft
 from clipsteer._files import FileFormatError, read_safetensors
-from clipsteer.data import image_folder
-from clipsteer.finetuning import (
-    FinetuneConfig,
-    finetune,
+from clipsteer.classifier import (
     load_classifier,
     pixel_batches,
     predict,
@@ -28,6 +25,8 @@ from clipsteer.finetuning import (
     save_classifier,
     zero_shot_classifier,
 )
+from clipsteer.data import image_folder
+from clipsteer.finetuning import FinetuneConfig, finetune
 from clipsteer.merging import RunningEnsemble
 
 COLOURS = {"red thing": (210, 30, 20), "blue thing": (20, 40, 200), "green thing": (30, 180, 40)}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clipsteer import robustness, robustness_page
-from clipsteer.finetuning import ImageClassifier
+from clipsteer.classifier import ImageClassifier
 from clipsteer.robustness import Baseline, EvalSet, averages, clopper_pearson, curve, fit_baseline, logit, summary
 
 
