@@ -52,7 +52,9 @@ def logit_chart(
     px = lambda x: left + (x - x0) / (x1 - x0) * (w - left - right)
     py = lambda y: h - bottom - (y - y0) / (y1 - y0) * (h - top - bottom)
     out = []
-    for tick in _TICKS:
+    # between the round ones only where there is room
+    ticks = (*_TICKS, 0.15, 0.25) if max(x1 - x0, y1 - y0) < 3 else _TICKS
+    for tick in ticks:
         value, shown = math.log(tick / (1 - tick)), f"{100 * tick:g}"
         if y0 <= value <= y1:
             out.append(f'<line class="rule" x1="{left}" x2="{w - right}" y1="{py(value):.1f}" y2="{py(value):.1f}"/>')
@@ -230,10 +232,10 @@ _HEADERS = [
 ]  # fmt: skip
 
 
-def write_experiment(stem: Path, found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """The page, the Markdown summary and a chart for each style of `style_shift.run`."""
-    from clipsteer.style_shift import mean_rows
-
+def write_experiment(
+    stem: Path, found: Mapping[str, Any], curves: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> list[Path]:
+    """The page, the Markdown summary and a chart for each style: what `style_shift.run` found, and its mean curves."""
     m, settings = found["machine"], found["concepts"]
     where = f"{m['chip']}, {m['threads']} thread(s), torch {m['torch']}, Python {m['python']}, {m['date']}"
     what = (
@@ -246,8 +248,7 @@ def write_experiment(stem: Path, found: Mapping[str, Any], rows: Sequence[Mappin
     written = []
     page.section("Result", table(_HEADERS, _experiment_cells(found)))
     for style, result in found["styles"].items():
-        own = mean_rows([row for row in rows if row["style"] == style])
-        baseline = Baseline(**result["baseline"])
+        own, baseline = curves[style], Baseline(**result["baseline"])
         drawn = curve_charts(own, baseline, result["models"], label=f", tuned on {style}")
         tried = [
             [f"{t['head']}, lr {t['lr']:g}, {t['epochs']} epochs", percent(t["accuracy"]), f"{t['cross_entropy']:.3f}"]

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipsteer._files import write_json
 from clipsteer.bench import machine
-from clipsteer.classifier import ImageClassifier, pixel_batches, predict, zero_shot_classifier
+from clipsteer.classifier import ImageClassifier, pixel_batches, predict, renamed, zero_shot_classifier
 from clipsteer.clip import CLIP, EMOJICLIP, load, zero_shot_head
 from clipsteer.data import EmojiStyles, ImageDataset
 from clipsteer.finetuning import FinetuneConfig, finetune
@@ -62,7 +62,8 @@ def classify30(style: str, concepts: Sequence[int]) -> ImageDataset:
     """Drawings of the concepts that the style has, with Classify-30's subcategories as classes."""
     emoji = EmojiStyles()
     drawn = emoji.drawn(style)
-    return emoji.dataset([(style, i) for i in concepts if drawn[i]], "subcategory")
+    classes = sorted({concept.subcategory for concept in emoji.concepts if concept.classify30})
+    return renamed(emoji.dataset([(style, i) for i in concepts if drawn[i]], "subcategory"), classes)
 
 
 def heads(clip: CLIP, concepts: Sequence[int]) -> dict[str, Tensor]:
@@ -235,4 +236,5 @@ def write(folder: str | Path, found: dict[str, Any], rows: Sequence[dict[str, An
     write_json(stem.with_suffix(".json"), found)
     page.write_csv(stem.with_suffix(".csv"), rows)
     written = [stem.with_suffix(".json"), stem.with_suffix(".csv")]
-    return written + page.write_experiment(stem, found, rows)
+    curves = {style: mean_rows([row for row in rows if row["style"] == style]) for style in found["styles"]}
+    return written + page.write_experiment(stem, found, curves)
