@@ -158,7 +158,7 @@ class _Run:
         self.settings = json.loads(json.dumps({**asdict(config), "model": clip.name, "images": len(dataset)}))
 
     def run(self, on_step: Callable[[ImageClassifier, int], None] | None, resume: bool) -> ImageClassifier:
-        ensemble = RunningEnsemble(self.trained, self.config.alpha)
+        ensemble = RunningEnsemble(self.trained, self.config.alpha) if self.validation is not None else None
         if self.out is not None:
             if not (self.out / "zeroshot" / "config.json").exists():
                 save_classifier(self.out / "zeroshot", self.clip, self.classifier, self.classes)
@@ -241,7 +241,7 @@ class _Run:
         self.step += 1
         return loss.detach(), norm
 
-    def _loop(self, ensemble: RunningEnsemble, on_step: Callable[[ImageClassifier, int], None] | None) -> None:
+    def _loop(self, ensemble: RunningEnsemble | None, on_step: Callable[[ImageClassifier, int], None] | None) -> None:
         config, began, first = self.config, time.monotonic(), self.step
         bar = tqdm(total=self.total, initial=first, desc="fine-tune", unit="step", disable=None)
         with bar, StopSignal(self.out is not None) as stop:
@@ -251,24 +251,25 @@ class _Run:
                 if on_step is not None:
                     on_step(self.classifier, self.step)
                 bar.update()
+                last = self.step == self.total
+                save = stop.asked or last or self.step % config.checkpoint_every == 0
                 record: dict[str, Any] = {}
-                if self.step % config.log_every == 0 or self.step == self.total:
+                if save or self.step % config.log_every == 0:
                     value = float(loss)
                     if not math.isfinite(value):
                         raise RuntimeError(f"finetune: the loss is {value} at step {self.step}; lower lr")
+                    speed = (self.step - first) * config.batch_size / max(time.monotonic() - began, 1e-9)
                     record = {"loss": value, "grad_norm": float(norm), "lr": config.lr_at(self.step - 1, self.total)}
-                    record["images_per_second"] = round(
-                        (self.step - first) * config.batch_size / max(time.monotonic() - began, 1e-9), 1
-                    )
+                    record["images_per_second"] = round(speed, 1)
                     bar.set_postfix(loss=f"{value:.4g}", refresh=False)
-                if self.validation is not None and self.step % self.per_epoch == 0:
+                if ensemble is not None and self.step % self.per_epoch == 0:
                     record |= self._validate(ensemble)
                 if record and self.out is not None:
                     with (self.out / "log.jsonl").open("a") as log:
                         log.write(json.dumps({"step": self.step, **record}) + "\n")
-                if stop.asked or self.step % config.checkpoint_every == 0 or self.step == self.total:
+                if save:
                     self._save()
-                if stop.asked and self.step < self.total:
+                if stop.asked and not last:
                     logger.warning("SIGTERM: step %d of %d is saved in %s", self.step, self.total, self.out)
                     raise SystemExit(EXIT_TERMINATED)
 
