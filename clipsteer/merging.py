@@ -29,6 +29,8 @@ Alpha = float | Mapping[str, float]
 
 # elements a piece: few calls, and what is made of it still stays in cache
 _PIECE = 1 << 18
+# elements of half precision that are widened at a time
+_BLOCK = 1 << 17
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -133,20 +135,35 @@ def _paths(out: str | Path | Sequence[str | Path], alphas: list[Alpha], several:
 
 def _blend(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     """Average 0 < alpha < 1 of float tensors of one dtype and shape."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    x, y = a.to(wide), b.to(a.device, wide)
-    near, far, share = (x, y, alpha) if alpha < 0.5 else (y, x, 1 - alpha)
+    b = b.to(a.device)
     # torch.lerp's form in single operations: torch.lerp fuses a multiply-add in its vector loop but not at the loop's
     # ends, so that its last bits depend on how the tensor is cut up. Subtracting last keeps -0 where both ends have it.
-    mixed = torch.sub(near, far).mul_(share)
-    torch.sub(near, mixed, out=mixed)
-    out = mixed.to(a.dtype)
-    if math.isfinite(mixed.sum()):
-        return out
-    # infinities and NaN payloads that both ends share
+    near, far, share = (a, b, alpha) if alpha < 0.5 else (b, a, 1 - alpha)
+    wide = torch.promote_types(a.dtype, torch.float32)
+    out = torch.empty_like(a)
+    if wide == a.dtype:
+        torch.sub(near, far, out=out)
+        torch.sub(near, out.mul_(share), out=out)
+        return out if math.isfinite(out.sum()) else _keep_equal(a, b, out)
+    # block by block through the same two buffers: fresh ones of this size cost more in page faults than the arithmetic
+    size = min(len(a), _BLOCK) if a.device.type == "cpu" else len(a)
+    buffers = [torch.empty(size, dtype=wide, device=a.device) for _ in range(2)]
+    for n, f, result in zip(*(t.split(max(size, 1)) for t in (near, far, out))):
+        x, y = (buffer[: len(n)] for buffer in buffers)
+        x.copy_(n)
+        torch.sub(x, y.copy_(f), out=y)
+        torch.sub(x, y.mul_(share), out=y)
+        result.copy_(y)
+        if not math.isfinite(y.sum()):
+            result.copy_(_keep_equal(n, f, result))
+    return out
+
+
+def _keep_equal(a: Tensor, b: Tensor, mixed: Tensor) -> Tensor:
+    """`mixed`, but where both ends have the same bits, these: infinities and NaN payloads too."""
     bits = _BITS[a.dtype.itemsize]
     a_bits = a.view(bits)
-    return torch.where(a_bits == b.to(a.device).view(bits), a_bits, out.view(bits)).view(a.dtype)
+    return torch.where(a_bits == b.view(bits), a_bits, mixed.view(bits)).view(a.dtype)
 
 
 def _piece(first: Entry, second: Entry, start: int, stop: int, alphas: Sequence[float]) -> Iterator[Tensor]:
