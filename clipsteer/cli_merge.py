@@ -59,10 +59,10 @@ examples:
     clipsteer wise-ft merge zeroshot.safetensors finetuned.safetensors --alpha 0.5 --out merged.safetensors
   the two ends of a clipsteer finetune run, head included, at three alphas in one pass:
     clipsteer wise-ft merge runs/b32/zeroshot runs/b32/finetuned --alpha 0.3 0.5 0.7 --out runs/b32/alpha-{alpha}
-  by layer: the text tower and early blocks stay zero-shot
-    clipsteer wise-ft merge zs/ ft/ --layer visual.*=0.7 --layer *=0 --out merged.safetensors
+  by layer: all but the image tower's blocks stays zero-shot
+    clipsteer wise-ft merge zs/ ft/ --layer 'visual.transformer.*=0.7' --layer '*=0' --out merged.safetensors
 """)  # fmt: skip
-    _ends(p)
+    _ends(p, "a weights file, an index of shards, or a folder")
     how = p.add_mutually_exclusive_group()
     how.add_argument(
         "--alpha", type=float, nargs="+", default=[0.5], metavar="A", help="0 zero-shot, 1 fine-tuned (default: 0.5)"
@@ -79,12 +79,13 @@ examples:
     clipsteer wise-ft curve runs/b32/zeroshot runs/b32/finetuned --reference photos/val --shifted sketches/ \\
         --alphas 0 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 1 --baseline models.csv --out curve/
 """)  # fmt: skip
-    _ends(p)
+    _ends(p, "the folder zeroshot/ of a clipsteer finetune run, or one like it")
     p.add_argument("--reference", action="append", required=True, metavar="PATH", help=DATA)
     p.add_argument("--shifted", action="append", required=True, metavar="PATH", help="repeatable; the same kinds")
     p.add_argument("--alphas", type=float, nargs="+", metavar="A", help="(default: 0, 0.05 … 1)")
     p.add_argument("--baseline", type=Path, metavar="CSV",
-                   help="models tuned on the reference only: reference, reference_n, shifted, shifted_n")  # fmt: skip
+                   help="of models trained on the reference alone: the columns reference, reference_n, "
+                        "shifted, shifted_n")  # fmt: skip
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="for curve.csv, curve.svg and curve.html")
     p.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
     p.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
@@ -105,11 +106,9 @@ examples:
     p.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
 
 
-def _ends(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "zeroshot", metavar="ZEROSHOT", help="weights before fine-tuning: a file, an index of shards, a folder"
-    )
-    p.add_argument("finetuned", metavar="FINETUNED", help="weights after fine-tuning")
+def _ends(p: argparse.ArgumentParser, kind: str) -> None:
+    p.add_argument("zeroshot", metavar="ZEROSHOT", help=f"before fine-tuning: {kind}")
+    p.add_argument("finetuned", metavar="FINETUNED", help="after fine-tuning")
 
 
 def _layer(text: str) -> tuple[str, float]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -89,7 +90,7 @@ def test_the_examples_in_the_help_parse():
     for _, p in commands(parser):
         for line in (p.epilog or "").replace("\\\n", " ").splitlines():
             words = line.split("   ")[0].strip() if p is parser else line.strip()
-            words = words.strip().split(" > ")[0].split()
+            words = shlex.split(words.strip().split(" > ")[0])
             if words[:1] not in (["clipsteer"], ["torchrun"]) or "..." in words:
                 continue
             start = words.index("clipsteer") + 1
