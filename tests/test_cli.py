@@ -90,8 +90,9 @@ def test_the_examples_in_the_help_parse():
     for _, p in commands(parser):
         for line in (p.epilog or "").replace("\\\n", " ").splitlines():
             words = line.split("   ")[0].strip() if p is parser else line.strip()
-            words = shlex.split(words.strip().split(" > ")[0])
-            if words[:1] not in (["clipsteer"], ["torchrun"]) or "..." in words:
+            text = words.strip().split(" > ")[0]
+            words = shlex.split(text) if text.startswith(("clipsteer ", "torchrun ")) else []
+            if not words or "..." in words:
                 continue
             start = words.index("clipsteer") + 1
             if "--help" not in words:
