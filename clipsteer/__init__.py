@@ -24,6 +24,8 @@ _LAZY = {
     "train_sae": "sae_train",
     "evaluate_sae": "sae_eval",
     "ConceptDictionary": "splice",
+    "RunningEnsemble": "merging",
+    "wise_ft": "merging",
 }
 
 __all__ = ["__version__", "ops", *_LAZY]
@@ -31,6 +33,8 @@ __all__ = ["__version__", "ops", *_LAZY]
 if TYPE_CHECKING:
     from clipsteer._files import FileFormatError as FileFormatError
     from clipsteer.conceptor import Conceptor as Conceptor
+    from clipsteer.merging import RunningEnsemble as RunningEnsemble
+    from clipsteer.merging import wise_ft as wise_ft
     from clipsteer.sae import SAE as SAE
     from clipsteer.sae import SAEOutput as SAEOutput
     from clipsteer.sae_eval import evaluate_sae as evaluate_sae

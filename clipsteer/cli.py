@@ -232,11 +232,10 @@ examples:
     p.add_argument("--repeats", type=int, default=7, metavar="N", help="timings of each (default: 7)")
     p.add_argument("--out", type=Path, metavar="FILE", help="write .json or .csv as well")
 
-    from clipsteer import cli_conceptor, cli_sae, cli_splice
+    from clipsteer import cli_conceptor, cli_merge, cli_sae, cli_splice
 
-    cli_sae.add_parser(commands, _add)
-    cli_conceptor.add_parser(commands, _add)
-    cli_splice.add_parser(commands, _add)
+    for part in (cli_sae, cli_conceptor, cli_merge, cli_splice):
+        part.add_parser(commands, _add)
     return parser
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -74,10 +75,11 @@ def test_every_command_has_help_with_an_example(capsys):
     leaves = [(words, p) for words, p in commands(cli.build_parser()) if p.get_default("function")]
     assert {" ".join(words) for words, _ in leaves} == {
         "demo", "env", "validate", "bench", "sae train", "sae eval", "sae convert", "sae steer", "splice",
-        "conceptor fit", "conceptor steer", "conceptor eval",
+        "conceptor fit", "conceptor steer", "conceptor eval", "finetune", "wise-ft merge", "wise-ft curve",
+        "wise-ft emoji",
     }  # fmt: skip
     groups = [(words, p) for words, p in commands(cli.build_parser()) if words and not p.get_default("function")]
-    assert [words for words, _ in groups] == [("sae",), ("conceptor",)]
+    assert [words for words, _ in groups] == [("sae",), ("conceptor",), ("wise-ft",)]
     for words, parser in leaves + groups:
         assert parser.description
         code, out, _ = run(capsys, *words, "--help")
@@ -92,8 +94,9 @@ def test_the_examples_in_the_help_parse():
     for _, p in commands(parser):
         for line in (p.epilog or "").replace("\\\n", " ").splitlines():
             words = line.split("   ")[0].strip() if p is parser else line.strip()
-            words = words.strip().split(" > ")[0].split()
-            if words[:1] not in (["clipsteer"], ["torchrun"]) or "..." in words:
+            text = words.strip().split(" > ")[0]
+            words = shlex.split(text) if text.startswith(("clipsteer ", "torchrun ")) else []
+            if not words or "..." in words:
                 continue
             start = words.index("clipsteer") + 1
             if "--help" not in words:
