@@ -14,7 +14,14 @@ from clipsteer.cli_sae import TOKENS, add_data, add_model, add_shown, device_of,
 
 def add_parser(commands: Any, add: Any) -> None:
     """Add ``conceptor`` and its subcommands; ``add(parent, name, function, summary, examples)`` makes one."""
-    conceptor = commands.add_parser("conceptor", help="fit, compose, evaluate and steer with conceptors")
+    conceptor = add(commands, "conceptor", None, "fit, compose, evaluate and steer with conceptors", """
+examples:
+  what food looks like, whoever drew it, and what is left of images when all else is taken away:
+    clipsteer conceptor fit --category food-drink --centre --out food.safetensors
+    clipsteer conceptor steer food.safetensors --beta 2
+
+each ACTION has --help with more
+""")  # fmt: skip
     actions = conceptor.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     p = add(actions, "fit", _fit, "fit a conceptor to a CLIP model's activations; shows aperture against quota", """
@@ -111,10 +118,10 @@ def _activations(clip: Any, dataset: Any, hook_point: str, args: argparse.Namesp
     import torch
     from tqdm import tqdm
 
-    from clipsteer.activations import _loader
+    from clipsteer.activations import image_loader
     from clipsteer.clip import harvest
 
-    loader = tqdm(_loader(clip, dataset, args.batch_size, 0), desc=title, unit="batch", disable=None)
+    loader = tqdm(image_loader(clip, dataset, args.batch_size), desc=title, unit="batch", disable=None)
     at = 0
     for rows in harvest(clip.model, loader, hook_point, tokens=args.tokens):
         images = min(args.batch_size, len(dataset) - at)

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from clipsteer.cli_sae import add_device, device_of
+
 DATA = "folder of class folders, captions .csv/.jsonl or .tar shards (captions are classes), or classify30:STYLE:PART"
 
 
@@ -27,7 +29,7 @@ examples:
     p.add_argument("--model", default="emojiclip", metavar="NAME",
                    help="open_clip name, hf-hub:org/repo, or emojiclip (the default)")  # fmt: skip
     p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or a local weights file")
-    p.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
+    add_device(p)
     p.add_argument("--data", required=True, metavar="PATH", help=DATA)
     p.add_argument("--val", metavar="PATH", help="measured after every epoch, with the running ensemble beside it")
     p.add_argument("--names", type=Path, metavar="FILE", help="JSON object: class -> name for the prompts")
@@ -51,7 +53,16 @@ examples:
     p.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
     p.add_argument("--seed", type=int, default=0)
 
-    wise = commands.add_parser("wise-ft", help="average zero-shot and fine-tuned weights, and see what it does")
+    wise = add(commands, "wise-ft", None, "average zero-shot and fine-tuned weights, and see what it does", """
+examples:
+  tune, average, and look at the whole curve on the same set and on a shifted one:
+    clipsteer finetune --data classify30:noto:train --out runs/noto
+    clipsteer wise-ft merge runs/noto/zeroshot runs/noto/finetuned --out runs/noto/half
+    clipsteer wise-ft curve runs/noto/zeroshot runs/noto/finetuned --reference classify30:noto:test \\
+        --shifted classify30:twemoji:test --out runs/noto/curve
+
+each ACTION has --help with more
+""")  # fmt: skip
     actions = wise.add_subparsers(dest="action", metavar="ACTION", required=True)
     p = add(actions, "merge", _merge, "average two checkpoints in weight space", """
 examples:
@@ -87,7 +98,7 @@ examples:
                    help="of models trained on the reference alone: the columns reference, reference_n, "
                         "shifted, shifted_n")  # fmt: skip
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="for curve.csv, curve.svg and curve.html")
-    p.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
+    add_device(p)
     p.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
 
     p = add(actions, "emoji", _emoji, "the whole experiment on the bundled drawings, from tuning to the page", """
@@ -103,7 +114,7 @@ examples:
     p.add_argument("--epochs", type=int, nargs="+", metavar="N", help="to choose from on validation concepts")
     p.add_argument("--alphas", type=float, nargs="+", metavar="A", help="(default: 0, 0.05 … 1)")
     p.add_argument("--mode", choices=("e2e", "lc"), default="e2e")
-    p.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
+    add_device(p)
 
 
 def _ends(p: argparse.ArgumentParser, kind: str) -> None:
@@ -152,7 +163,7 @@ def _finetune(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.names}: expected a JSON object from class to name")
     words = [spoken.get(name, name.replace("_", " ").replace("-", " ")) for name in classes]
     validation = renamed(_dataset(args.val), classes) if args.val is not None else None
-    clip = load(args.model, args.pretrained, device=args.device)
+    clip = load(args.model, args.pretrained, device=device_of(args))
     head = zero_shot_head(clip, words, args.template)
     finetune(clip, images, head, config, out=args.out, validation=validation, workers=args.workers)
     ends = f"{args.out / 'zeroshot'} {args.out / 'finetuned'}"
@@ -218,8 +229,8 @@ def _curve(args: argparse.Namespace) -> int:
 
     models = _models(args.baseline) if args.baseline is not None else []
     baseline = robustness.fit_baseline(models) if models else None
-    clip, classifier, classes = load_classifier(args.finetuned, device=args.device)
-    _, start, same = load_classifier(args.zeroshot, device=args.device)
+    clip, classifier, classes = load_classifier(args.finetuned, device=device_of(args))
+    _, start, same = load_classifier(args.zeroshot, device=device_of(args))
     if same != classes:
         raise ValueError(f"{args.zeroshot} and {args.finetuned} are classifiers of different classes")
     sets = []
@@ -285,7 +296,7 @@ def _emoji(args: argparse.Namespace) -> int:
     from clipsteer import style_shift
 
     given = {name: getattr(args, name) for name in ("styles", "lrs", "epochs", "alphas") if getattr(args, name)}
-    found, rows = style_shift.run(seeds=args.seeds, mode=args.mode, device=args.device, **given)
+    found, rows = style_shift.run(seeds=args.seeds, mode=args.mode, device=device_of(args), **given)
     written = style_shift.write(args.out, found, rows)
     for style, result in found["styles"].items():
         sys.stdout.write(f"tuned on {style}: {result['chosen']}, head from {result['head']}\n")

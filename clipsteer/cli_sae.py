@@ -131,6 +131,10 @@ def add_model(
     p.add_argument("--model", default=default, metavar="NAME",
                    help=f"open_clip name, hf-hub:org/repo, or emojiclip (default: {source})")  # fmt: skip
     p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or a local weights file")
+    add_device(p)
+
+
+def add_device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
 
 
