@@ -33,6 +33,20 @@ METRICS = ("loss", "fvu", "l0", "dead", "auxk")
 _COSMETIC = ("log_every", "checkpoint_every")
 
 
+def trim_log(path: Path, step: int) -> None:
+    """Drop the log's lines from after `step`, which a resumed run writes again, and a torn last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_atomically(path, lambda file: file.write(b"".join(kept)))
+
+
 class Run:
     """A training run with its place on disk: data position, checkpoints, log, SIGTERM."""
 
@@ -50,7 +64,7 @@ class Run:
             found = checkpoint.load_latest(self.out / "checkpoints")
             if found is not None:
                 self._check(found.meta, resume)
-            self._trim_log(found.step if found is not None else 0)
+            trim_log(self.out / "log.jsonl", found.step if found is not None else 0)
         place = torch.tensor([-1, 0, 0], device=world.device)
         if found is not None:
             place = torch.tensor([found.step, *found.meta["position"]], device=world.device)
@@ -87,20 +101,6 @@ class Run:
             which = ", ".join(f"{k}: {there.get(k)!r} there, {wanted.get(k)!r} asked for" for k in changed)
             raise ValueError(f"train_sae: {self.out} holds a run with other settings ({which}); use another directory")
 
-    def _trim_log(self, step: int) -> None:
-        """Drop the log's lines from after `step`, which the resumed run writes again, and a torn last line."""
-        path = self.out / "log.jsonl"
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_bytes().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + b"\n")
-            except (ValueError, KeyError, TypeError):
-                continue
-        write_atomically(path, lambda file: file.write(b"".join(kept)))
-
     def save(self) -> None:
         step = self.trainer.step_count
         if self.out is None or self.saved_at == step:
@@ -124,7 +124,7 @@ class Run:
             return
         with ExitStack() as stack:
             reporter = stack.enter_context(_Reporter(self.out, track, config)) if lead else None
-            stop = stack.enter_context(_StopSignal(self.out is not None))
+            stop = stack.enter_context(StopSignal(self.out is not None))
             bar = stack.enter_context(
                 tqdm(total=total, initial=first, desc="train SAE", unit="step", disable=None if lead else True)
             )
@@ -174,14 +174,14 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in settings.items() if name != "metadata"}, **inner}
 
 
-class _StopSignal:
+class StopSignal:
     """Turns SIGTERM into a flag while active; only the main thread may, elsewhere the flag stays down."""
 
     def __init__(self, wanted: bool) -> None:
         self.asked = False
         self._wanted = wanted and threading.current_thread() is threading.main_thread()
 
-    def __enter__(self) -> _StopSignal:
+    def __enter__(self) -> StopSignal:
         if self._wanted:
             self._before = signal.signal(signal.SIGTERM, self._ask)
         return self

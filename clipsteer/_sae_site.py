@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from clipsteer._tokens import Layout, layout_at
 from clipsteer.activations import image_loader
-from clipsteer.clip import CLIP, apply_at, hook_points
+from clipsteer.clip import CLIP, apply_at, evaluating, hook_points
 from clipsteer.sae import SAE
 
 LOGIT_SCALE = 100.0
@@ -66,6 +66,13 @@ def image_batches(clip: CLIP, dataset: Any, batch_size: int, what: str) -> Itera
         raise ValueError("dataset: it is empty")
     for pixels, labels in tqdm(image_loader(clip, dataset, batch_size), desc=what, unit="batch", disable=None):
         yield pixels.to(clip.device, clip.dtype), labels.to(clip.device)
+
+
+def image_embeddings(clip: CLIP, dataset: Any, batch_size: int, what: str) -> Iterator[Tensor]:
+    """Unit embeddings (B, e), at least float32, of a data set, batch by batch."""
+    for pixels, _ in image_batches(clip, dataset, batch_size, what):
+        with evaluating(clip.model):
+            yield clip.embed(pixels)
 
 
 def embed(clip: CLIP, pixels: Tensor, site: Site, edit: Callable[[Tensor], Tensor]) -> Tensor:

@@ -33,11 +33,12 @@ def _dtype(name: str) -> Any:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    from clipsteer.cli_sae import device_of
     from clipsteer.demo import run
 
     result = run(
         args.out, seed=args.seed, model=args.model, pretrained=args.pretrained, data=args.data,
-        hook_point=args.hook_point, minutes=args.minutes, max_images=args.max_images, device=args.device,
+        hook_point=args.hook_point, minutes=args.minutes, max_images=args.max_images, device=device_of(args),
     )  # fmt: skip
     _text(*result.lines(), "", f"page     {result.page}", f"SAE      {result.sae}", f"figures  {result.metrics}")
     return 0
@@ -170,6 +171,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", nargs=0, action=_Version, help="print the version")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    from clipsteer import cli_conceptor, cli_merge, cli_sae, cli_splice
+
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     p = _add(commands, "demo", _demo, "see a CLIP model's features and steer them, in one page", """
@@ -192,7 +195,7 @@ examples:
         help="of SAE training on two cores (default: 1; some two for a model as wide as ViT-B-32)",
     )
     p.add_argument("--max-images", type=int, metavar="N", help="(default: all bundled drawings, or 1000 images)")
-    p.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
+    cli_sae.add_device(p)
 
     p = _add(commands, "env", _env, "show versions and which backends run here, and why others do not", """
 examples:
@@ -232,9 +235,8 @@ examples:
     p.add_argument("--repeats", type=int, default=7, metavar="N", help="timings of each (default: 7)")
     p.add_argument("--out", type=Path, metavar="FILE", help="write .json or .csv as well")
 
-    from clipsteer import cli_sae
-
-    cli_sae.add_parser(commands, _add)
+    for part in (cli_sae, cli_conceptor, cli_merge, cli_splice):
+        part.add_parser(commands, _add)
     return parser
 
 

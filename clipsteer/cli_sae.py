@@ -39,8 +39,8 @@ examples:
   on four GPUs:
     torchrun --nproc-per-node 4 -m clipsteer sae train --device cuda --store acts/ --out runs/big ...
 """)  # fmt: skip
-    _model(p)
-    _data(p, "images to train on (default: the bundled drawings that EmojiCLIP was trained on)")
+    add_model(p)
+    add_data(p, "images to train on (default: the bundled drawings that EmojiCLIP was trained on)")
     p.add_argument("--hook-point", help="module whose output is encoded (default: the last but one block)")
     p.add_argument("--tokens", choices=TOKENS, default="all", help="which tokens (default: all)")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="for checkpoints, log.jsonl and the SAE")
@@ -74,8 +74,13 @@ examples:
         --hook-point visual.transformer.resblocks.11 --data photos/ --out metrics.json
   how many of the first 200 features are steerable at strength 150:
     clipsteer sae eval runs/small --steer 150 --features 200
+  names for the 20 strongest features, out of your own words:
+    clipsteer sae eval runs/small --name-features 20 --words words.txt
 """)  # fmt: skip
     _sae(p)
+    p.add_argument("--name-features", type=_count, metavar="N", help="also name the N strongest features in words")
+    p.add_argument("--words", type=Path, metavar="FILE",
+                   help="words for names, one a line (default: the bundled concepts, and the classes)")  # fmt: skip
     p.add_argument("--steer", type=float, metavar="STRENGTH", help="also measure steerability at this strength")
     p.add_argument("--features", type=int, default=256, metavar="N", help="the first N features (default: 256)")
     p.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
@@ -101,10 +106,7 @@ examples:
     _sae(p)
     p.add_argument("--feature", action="append", required=True, type=_strength, metavar="I=S",
                    help="set feature I to S; repeatable")  # fmt: skip
-    p.add_argument("--words", type=Path, metavar="FILE",
-                   help="what to predict, one a line (default: the classes, or the bundled concepts)")  # fmt: skip
-    p.add_argument("--top", type=int, default=3, metavar="N", help="predictions an image (default: 3)")
-    p.add_argument("--count", type=int, default=8, metavar="N", help="images (default: 8)")
+    add_shown(p)
 
 
 def _count(text: str) -> int:
@@ -122,27 +124,39 @@ def _strength(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"expected FEATURE=STRENGTH such as 12=50, got {text!r}") from None
 
 
-def _model(p: argparse.ArgumentParser, default: str | None = "emojiclip") -> None:
-    source = default or "what the SAE was trained on"
+def add_model(
+    p: argparse.ArgumentParser, default: str | None = "emojiclip", otherwise: str = "what the SAE was trained on"
+) -> None:
+    source = default or otherwise
     p.add_argument("--model", default=default, metavar="NAME",
                    help=f"open_clip name, hf-hub:org/repo, or emojiclip (default: {source})")  # fmt: skip
     p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or a local weights file")
+    add_device(p)
+
+
+def add_device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
 
 
-def _data(p: argparse.ArgumentParser, what: str) -> None:
+def add_data(p: argparse.ArgumentParser, what: str) -> None:
     p.add_argument("--data", metavar="PATH", help=f"folder, captions .csv/.jsonl, or .tar shards: {what}")
 
 
 def _sae(p: argparse.ArgumentParser) -> None:
     p.add_argument("sae", metavar="SAE", help="a folder, a Prisma .pt, or hf-hub:org/repo/subfolder")
-    _model(p, None)
-    _data(p, "images to look at (default: the bundled held-out style)")
+    add_model(p, None)
+    add_data(p, "images to look at (default: the bundled held-out style)")
     p.add_argument("--hook-point", help="default: what the SAE was trained on")
     p.add_argument("--tokens", choices=TOKENS, help="default: what the SAE was trained on")
 
 
-def _images(path: str | None, cell: tuple[str, bool]) -> Any:
+def device_of(args: argparse.Namespace) -> str:
+    import torch
+
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def open_images(path: str | None, cell: tuple[str, bool]) -> Any:
     from clipsteer.data import EmojiStyles, open_dataset
 
     if path is not None:
@@ -166,7 +180,7 @@ def _train(args: argparse.Namespace) -> int:
     # before anything is loaded: under torchrun each process has its own GPU
     world = World(args.device)
     clip = load(args.model, args.pretrained, device=world.device)
-    dataset = _images(args.data, ("trained", True))
+    dataset = open_images(args.data, ("trained", True))
     hook_point = args.hook_point or default_hook_point(clip)
     common = {"tokens": args.tokens, "num_workers": args.workers}
     if args.store is not None:
@@ -184,18 +198,16 @@ def _train(args: argparse.Namespace) -> int:
 
 def _open(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The SAE, the model it belongs to, and the images."""
-    import torch
-
     import clipsteer
     from clipsteer.clip import load
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(args)
     sae = clipsteer.SAE.from_pretrained(args.sae, device=device)
     name = args.model or sae.metadata.get("clip_model")
     if name is None:
         raise ValueError(f"{args.sae} does not say which model it belongs to; pass --model and --hook-point")
     pretrained = args.pretrained or (sae.metadata.get("pretrained") if args.model is None else None)
-    return sae, load(name, pretrained, device=device), _images(args.data, ("held-out", True))
+    return sae, load(name, pretrained, device=device), open_images(args.data, ("held-out", True))
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -221,6 +233,8 @@ def _eval(args: argparse.Namespace) -> int:
             "best": [{"feature": int(found.features[i]), "score": float(found.score[i]), "power": float(found.power[i]),
                       "concept": words[int(found.concept[i])]} for i in best],
         }  # fmt: skip
+    if args.name_features is not None:
+        figures["names"] = _names(args, sae, clip, dataset, where)
     for name, value in figures.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             sys.stdout.write(f"{name:<16} {value:.6g}\n")
@@ -232,10 +246,32 @@ def _eval(args: argparse.Namespace) -> int:
         for row in share["best"]:
             measured = f"S {row['score']:.3f}  power {row['power']:.3f}"
             sys.stdout.write(f"  feature {row['feature']:<7} {measured}  {row['concept']}\n")
+    for row in figures.get("names", []):
+        named = ", ".join(f"{concept} {weight:.2f}" for concept, weight in row["names"])
+        sys.stdout.write(f"  feature {row['feature']:<7} peak {row['peak']:<8.4g} {named}\n")
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, figures)
     return 0
+
+
+def _names(args: argparse.Namespace, sae: Any, clip: Any, dataset: Any, where: dict[str, Any]) -> list[dict[str, Any]]:
+    """Names of the features with the highest peaks among those active on at most 15 % of the tokens."""
+    from clipsteer.cli_splice import read_words
+    from clipsteer.sae_eval import feature_statistics, name_features
+    from clipsteer.splice import ConceptDictionary
+
+    found = feature_statistics(sae, clip, dataset, **where)
+    usable = (found.frequency > 0) & (found.frequency <= 0.15)
+    order = found.maximum.where(usable, -1).argsort(descending=True, stable=True)
+    chosen = order[: min(args.name_features, int(usable.sum()))]
+    if not len(chosen):
+        return []
+    words = read_words(args.words, dataset.classes)
+    dictionary = ConceptDictionary.from_clip(clip, words, image_mean=dataset)
+    named = name_features(sae, clip, dataset, dictionary, chosen, **where)
+    return [{"feature": int(i), "peak": float(found.maximum[i]), "frequency": float(found.frequency[i]), "names": names}
+            for i, names in zip(chosen.tolist(), named)]  # fmt: skip
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -251,20 +287,35 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _steer(args: argparse.Namespace) -> int:
-    import torch
+    from clipsteer.steering import SAESteering
 
-    from clipsteer.clip import EMOJICLIP, zero_shot_head
-    from clipsteer.data import EmojiStyles
-    from clipsteer.explore import spread
-    from clipsteer.steering import SAESteering, steer
-
-    if args.top < 1 or args.count < 1:
-        raise ValueError(f"--top and --count must be at least 1, got {args.top} and {args.count}")
     sae, clip, dataset = _open(args)
     hook_point = args.hook_point or sae.metadata.get("hook_point")
     if hook_point is None:
         raise ValueError(f"{args.sae} does not name its hook point; pass --hook-point")
     steering = SAESteering(sae, dict(args.feature), tokens=args.tokens or sae.metadata.get("tokens") or "all")
+    return show_steering(args, clip, dataset, hook_point, steering)
+
+
+def add_shown(p: argparse.ArgumentParser) -> None:
+    """The arguments that ``show_steering`` reads."""
+    p.add_argument("--words", type=Path, metavar="FILE",
+                   help="what to predict, one a line (default: the classes, or the bundled concepts)")  # fmt: skip
+    p.add_argument("--top", type=int, default=3, metavar="N", help="predictions an image (default: 3)")
+    p.add_argument("--count", type=int, default=8, metavar="N", help="images (default: 8)")
+
+
+def show_steering(args: argparse.Namespace, clip: Any, dataset: Any, hook_point: str, steering: Any) -> int:
+    """Write predictions on a few images before and after steering, and which moved most."""
+    import torch
+
+    from clipsteer.clip import EMOJICLIP, zero_shot_head
+    from clipsteer.data import EmojiStyles
+    from clipsteer.explore import spread
+    from clipsteer.steering import steer
+
+    if args.top < 1 or args.count < 1:
+        raise ValueError(f"--top and --count must be at least 1, got {args.top} and {args.count}")
     if args.words is not None:
         words = [w.strip() for w in args.words.read_text(encoding="utf-8").splitlines() if w.strip()]
     else:

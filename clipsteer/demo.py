@@ -128,7 +128,8 @@ def run(
     limit, probes = (256, 24) if tokens.shape[-1] <= 256 else (32, 8)
     probe_rows = spread(held_out, probes)
     probed = pixels(clip, pictures, probe_rows)
-    features = describe(peaks, embeddings, head, pictures.vocabulary, limit)
+    dictionary = clipsteer.ConceptDictionary(pictures.vocabulary, head, embeddings.mean(0))
+    features = describe(peaks, embeddings, dictionary, limit)
     if not features:
         least, most = few(len(tokens))
         raise RuntimeError(

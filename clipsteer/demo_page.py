@@ -202,11 +202,14 @@ def _features(
             (_heat(predictor, pictures, tokens, feature, i), pictures.names[i], f"{pictures.names[i]}, with heat")
             for i in feature.top
         ]
-        near = ", ".join(name for name, _ in feature.looks_like)
+        made_of = ", ".join(f"{name} {weight:.2f}" for name, weight in feature.looks_like)
         parts.append(
             card(
                 _title(feature),
-                text(f"Active on {_percent(feature.density)} of the images; nearest texts: {near}.", css="note"),
+                text(
+                    f"Active on {_percent(feature.density)} of the images. Those below are made of: {made_of}.",
+                    css="note",
+                ),
                 figures(top, size="5.6rem"),
             )
         )
@@ -218,8 +221,9 @@ def _features(
             "picked by what they do: those that push the predictions towards what they look like, the most steerable "
             "first, then the most steerable of the others; no two towards the same name. Each comes with the images on "
             "which it is strongest, and a glow where it is active (none where only the class token has it). Its name "
-            "is the text nearest to the "
-            "mean embedding of those images."
+            "is what those images are made "
+            f"of: each is decomposed into a sparse, non-negative sum of the {found['vocabulary']} names (SpLiCE, "
+            "Bhalla et al. 2024), and the weights are averaged."
         ),
         cards(*parts),
     ]

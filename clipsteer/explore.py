@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,6 +21,7 @@ from clipsteer.clip import CLIP, capture, hook_points
 from clipsteer.data import EmojiStyles, ImageDataset, open_dataset
 from clipsteer.sae import SAE
 from clipsteer.sae_eval import steerability
+from clipsteer.splice import ConceptDictionary
 from clipsteer.steering import SAESteering, steer
 
 _MAX_TOKEN_BYTES = 512 << 20
@@ -61,7 +61,7 @@ class Feature:
     peak: float  # largest activation over all images
     density: float  # share of images on which it is active
     top: list[int]  # rows of the images that activate it most
-    looks_like: list[tuple[str, float]]  # texts nearest to the mean embedding of those images, less the overall mean
+    looks_like: list[tuple[str, float]]  # the texts that those images are made of, and their mean weights
     steerability: float = 0.0
     effect: list[tuple[str, float]] = field(default_factory=list)  # (text, Δp) steered up, on the probe images
     removed: list[tuple[str, float]] = field(default_factory=list)  # (text, Δp) suppressed, on its top images
@@ -224,7 +224,7 @@ def few(images: int) -> tuple[int, int]:
     return least, max(least, images * 3 // 20)
 
 
-def describe(peaks: Tensor, embeddings: Tensor, head: Tensor, vocabulary: Sequence[str], limit: int) -> list[Feature]:
+def describe(peaks: Tensor, embeddings: Tensor, dictionary: ConceptDictionary, limit: int) -> list[Feature]:
     """Features active on a few images, the strongest first, named by the images that activate them most."""
     density = (peaks > 0).float().mean(0)
     count = (peaks > 0).sum(0)
@@ -232,16 +232,12 @@ def describe(peaks: Tensor, embeddings: Tensor, head: Tensor, vocabulary: Sequen
     usable = (count >= top) & (count <= most)
     strength = torch.where(usable, peaks.topk(min(top, len(peaks)), dim=0).values.mean(0), 0.0)
     order = strength.argsort(descending=True, stable=True)[: min(limit, int(usable.sum()))].tolist()
-    mean = embeddings.mean(0)
-    found = []
-    for index in order:
-        rows = peaks[:, index].argsort(descending=True, stable=True)[:top].tolist()
-        direction = F.normalize(F.normalize(embeddings[rows].mean(0), dim=0) - mean, dim=0)
-        scores = head @ direction
-        near = scores.argsort(descending=True, stable=True)[:5].tolist()
-        names = [(vocabulary[i], float(scores[i])) for i in near]
-        found.append(Feature(index, float(peaks[:, index].max()), float(density[index]), rows, names))
-    return found
+    groups = [peaks[:, index].argsort(descending=True, stable=True)[:top].tolist() for index in order]
+    return [
+        Feature(index, float(peaks[:, index].max()), float(density[index]), rows, names)
+        for index, rows, names in zip(order, groups, dictionary.name_groups(embeddings, groups))
+        if names
+    ]
 
 
 def probe(
@@ -270,7 +266,7 @@ def count_steerable(
 def choose(features: list[Feature], count: int) -> list[Feature]:
     """The most steerable features, no two of which push the predictions to the same text.
 
-    Those that push towards what they look like (one of their nearest texts) come first.
+    Those that push towards what they look like (one of their texts) come first.
     """
     chosen: dict[str, Feature] = {}
     for feature in sorted(features, key=lambda f: (f.effect[0][0] not in dict(f.looks_like), -f.steerability)):

@@ -32,6 +32,7 @@ from clipsteer.sae_features import (
     Steerability,
     TopImages,
     feature_statistics,
+    name_features,
     steerability,
     top_images,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "TopImages",
     "evaluate_sae",
     "feature_statistics",
+    "name_features",
     "steerability",
     "top_images",
 ]

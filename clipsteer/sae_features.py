@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 from tqdm import tqdm
 
-from clipsteer._sae_site import BLOCK, LOGIT_SCALE, chunks, clean_pass, find_site, from_site, grid_side, image_batches
+from clipsteer._sae_site import (
+    BLOCK,
+    LOGIT_SCALE,
+    chunks,
+    clean_pass,
+    find_site,
+    from_site,
+    grid_side,
+    image_batches,
+    image_embeddings,
+)
 from clipsteer.clip import CLIP, evaluating, zero_shot_head
 from clipsteer.sae import SAE
 from clipsteer.steering import set_features
+
+if TYPE_CHECKING:
+    from clipsteer.splice import ConceptDictionary
 
 # features whose activations are held at once while steering
 _FEATURES = 256
@@ -150,6 +164,35 @@ def top_images(
         patches.unflatten(-1, (side, side)) if side else (patches if patches.shape[-1] else maps).unflatten(-1, (1, -1))
     )
     return TopImages(chosen, images, best, maps)
+
+
+def name_features(
+    sae: SAE,
+    clip: CLIP,
+    dataset: Any,
+    dictionary: ConceptDictionary,
+    features: Sequence[int] | Tensor,
+    *,
+    images: int = 6,
+    count: int = 5,
+    hook_point: str | None = None,
+    tokens: str | None = None,
+    batch_size: int = 64,
+) -> list[list[tuple[str, float]]]:
+    """What each of m features stands for, in text concepts: at most `count` (concept, weight) pairs, heaviest first.
+
+    The `images` images that activate a feature most are decomposed one by one, and their weights averaged
+    (`ConceptDictionary.name_groups`). A feature that is never active has no names.
+    """
+    top = top_images(
+        sae, clip, dataset, features, count=images, hook_point=hook_point, tokens=tokens, batch_size=batch_size
+    )
+    used = sorted({image for row in top.images.tolist() for image in row if image >= 0})
+    if not used:
+        return [[] for _ in top.images]
+    shown = image_embeddings(clip, Subset(dataset, used), batch_size, "embed top images")
+    groups = [[used.index(image) for image in row if image >= 0] for row in top.images.tolist()]
+    return dictionary.name_groups(torch.cat(list(shown)), groups, count)
 
 
 def steerability(

@@ -1,17 +1,18 @@
-"""Steering: add SAE features or vectors to the residual stream at named hook points while a block of code runs.
+"""Steering: change the residual stream at named hook points, by SAE features, vectors or conceptors, while code runs.
 
     x_out = x + sd · Σ_i (s_i - f_i(x)) · W_dec[i]
 
 over the steered features i, with s_i the wanted activation and f_i(x) the present one; sd undoes the SAE's input
 normalisation (Joseph et al. 2025, arXiv 2504.08729). It equals decode(f with f_i := s_i) + (x - SAE(x)): whatever the
 SAE does not explain stays in place. Everything runs in forward hooks; no weight of the model is touched.
+A conceptor C takes h to β·C(h - μ) + μ, addition to h + β·(m - μ) (Postmus & Abreu 2024, arXiv 2410.16314).
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -23,6 +24,7 @@ from clipsteer._tokens import TOKENS as _TOKENS
 from clipsteer._tokens import Layout, layout_at
 
 if TYPE_CHECKING:
+    from clipsteer.conceptor import Conceptor
     from clipsteer.sae import SAE
 
 Tokens = Literal["all", "cls", "patches"]
@@ -131,7 +133,117 @@ class VectorSteering:
         return x + (self.strength * self.vector).to(device=x.device, dtype=x.dtype)
 
 
-Steering = SAESteering | VectorSteering
+def _check_vector(owner: str, name: str, value: object, d: int | None = None) -> None:
+    if (
+        not isinstance(value, Tensor)
+        or value.dim() != 1
+        or not value.is_floating_point()
+        or d not in (None, len(value))
+    ):
+        got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{owner}: {name} must be a floating tensor of shape ({d or 'd'},), got {got}")
+
+
+@dataclass(frozen=True, eq=False)
+class AdditiveSteering:
+    """Add ``beta · (mean - background)``: the mean activation of what is wanted, less that of a background.
+
+    Args:
+        mean: (d,) mean activation of the examples of what to steer towards; see ``fit``.
+        background: (d,) mean activation of a generic corpus (mean-centred addition), or None for 0 (plain addition).
+        beta: factor; negative steers away.
+        tokens: "all", "cls" or "patches", as in ``SAESteering``.
+
+    Raises:
+        ValueError: shapes that do not fit, a beta that is not finite, unknown ``tokens``.
+    """
+
+    mean: Tensor
+    background: Tensor | None = None
+    beta: float = 1.0
+    tokens: Tokens = "all"
+
+    def __post_init__(self) -> None:
+        _check_tokens(self.tokens)
+        _check_vector("AdditiveSteering", "mean", self.mean)
+        if self.background is not None:
+            _check_vector("AdditiveSteering", "background", self.background, len(self.mean))
+        if not math.isfinite(self.beta):
+            raise ValueError(f"AdditiveSteering: beta must be finite, got {self.beta}")
+
+    @classmethod
+    def fit(
+        cls,
+        x: Tensor | Iterable[Tensor],
+        background: Tensor | None = None,
+        *,
+        beta: float = 1.0,
+        tokens: Tokens = "all",
+    ) -> AdditiveSteering:
+        """From activations (…, d), or an iterable of such batches, of what to steer towards."""
+        total, count = None, 0
+        for batch in [x] if isinstance(x, Tensor) else x:
+            rows = batch.detach().flatten(0, -2).double()
+            total = rows.sum(0) if total is None else total + rows.sum(0)
+            count += len(rows)
+        if not count:
+            raise ValueError("AdditiveSteering: there is no row to take the mean of")
+        return cls(total / count, background, beta, tokens)
+
+    @property
+    def vector(self) -> Tensor:
+        """(d,): what beta multiplies."""
+        return self.mean if self.background is None else self.mean - self.background.to(self.mean)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """(…, d) -> (…, d), every position steered."""
+        _check_width("the mean", len(self.mean), x)
+        return x + (self.beta * self.vector).to(device=x.device, dtype=x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptorSteering:
+    """Take activations h to ``beta · C (h - μ) + μ``: keep what the conceptor keeps, soften the rest.
+
+    Args:
+        conceptor: a single one of the hook point's width. Compose with its algebra: ``animals & ~sketch``.
+        beta: strength.
+        mean: (d,) the μ above; None takes the conceptor's own, which is 0 for an uncentred one. It should be the mean
+            that the conceptor was fitted about.
+        tokens: "all", "cls" or "patches", as in ``SAESteering``.
+
+    Raises:
+        ValueError: a batch of conceptors, shapes that do not fit, a beta that is not finite, unknown ``tokens``.
+    """
+
+    conceptor: Conceptor
+    beta: float = 1.0
+    mean: Tensor | None = None
+    tokens: Tokens = "all"
+
+    def __post_init__(self) -> None:
+        from clipsteer.conceptor import Conceptor
+
+        _check_tokens(self.tokens)
+        if not isinstance(self.conceptor, Conceptor):
+            raise TypeError(f"ConceptorSteering: expected a Conceptor, got {type(self.conceptor).__name__}")
+        if self.conceptor.is_batch:
+            raise ValueError(
+                f"ConceptorSteering: expected one conceptor, got a batch of {len(self.conceptor)}; take C[k]"
+            )
+        if self.mean is not None:
+            _check_vector("ConceptorSteering", "mean", self.mean, self.conceptor.d)
+        if not math.isfinite(self.beta):
+            raise ValueError(f"ConceptorSteering: beta must be finite, got {self.beta}")
+
+    def apply(self, x: Tensor) -> Tensor:
+        """(…, d) -> (…, d), every position steered, in x's dtype."""
+        _check_width("the conceptor", self.conceptor.d, x)
+        return self.conceptor.project(x, beta=self.beta, mean=self.mean)
+
+
+Steering = SAESteering | VectorSteering | AdditiveSteering | ConceptorSteering
+_KINDS = (SAESteering, VectorSteering, AdditiveSteering, ConceptorSteering)
 
 
 def _positions(steering: Steering, x: Tensor, layout: Layout) -> Tensor:
@@ -186,8 +298,8 @@ def steer(model: nn.Module, steerings: Mapping[str, Steering | Sequence[Steering
 
     Raises:
         ValueError: a pattern that matches no module (near matches are named), "cls" or "patches" where the tower has
-            no class token; at the next forward pass, "cls" or "patches" at a module without such tokens, and an SAE or
-            a vector whose width is not that of the hook point.
+            no class token; at the next forward pass, "cls" or "patches" at a module without such tokens, and a
+            steering whose width is not that of the hook point.
         RuntimeError: the module, or one that it is part of, is compiled: torch.compile leaves hooks out.
 
         >>> with clipsteer.steer(model, {"visual.transformer.resblocks.9": clipsteer.SAESteering(sae, {123: 50.0})}):
@@ -201,9 +313,9 @@ def steer(model: nn.Module, steerings: Mapping[str, Steering | Sequence[Steering
     for pattern, given in steerings.items():
         listed = list(given) if isinstance(given, Sequence) else [given]
         for steering in listed:
-            if not isinstance(steering, (SAESteering, VectorSteering)):
-                got = type(steering).__name__
-                raise TypeError(f"steer: {pattern!r} needs SAESteering or VectorSteering, got {got}")
+            if not isinstance(steering, _KINDS):
+                names, got = ", ".join(k.__name__ for k in _KINDS), type(steering).__name__
+                raise TypeError(f"steer: {pattern!r} needs one of {names}, got {got}")
         for name in _match("steer", model, pattern):
             chosen.setdefault(name, []).extend(listed)
     functions = {}

@@ -8,6 +8,9 @@ STABLE_TORCH_LIBRARY(clipsteer_cpp, m) {
   m.def("gather_dot(Tensor rows, Tensor indices, Tensor W) -> Tensor");
   m.def("sparse_outer(Tensor coeff, Tensor indices, Tensor rows, SymInt n) -> (Tensor dW, Tensor db)");
   m.def("sparse_outer_out(Tensor coeff, Tensor indices, Tensor rows, Tensor(a!) dW, Tensor(b!) db) -> ()");
+  m.def("grouped_matmul(Tensor x, Tensor W, Tensor? index, Tensor? beta, Tensor? mean, bool transpose) -> Tensor");
+  m.def("grouped_outer(Tensor a, Tensor b, Tensor? index, SymInt groups) -> Tensor");
+  m.def("low_rank_project(Tensor x, Tensor U, Tensor s, Tensor? index, Tensor? mean) -> Tensor");
   m.def("isa_level() -> int");
 }
 
@@ -18,6 +21,9 @@ STABLE_TORCH_LIBRARY_IMPL(clipsteer_cpp, CPU, m) {
   m.impl("gather_dot", TORCH_BOX(&clipsteer::gather_dot));
   m.impl("sparse_outer", TORCH_BOX(&clipsteer::sparse_outer));
   m.impl("sparse_outer_out", TORCH_BOX(&clipsteer::sparse_outer_out));
+  m.impl("grouped_matmul", TORCH_BOX(&clipsteer::grouped_matmul));
+  m.impl("grouped_outer", TORCH_BOX(&clipsteer::grouped_outer));
+  m.impl("low_rank_project", TORCH_BOX(&clipsteer::low_rank_project));
 }
 
 // No tensor argument to choose a backend by.

@@ -1,6 +1,7 @@
 """Triton kernels compiled ahead of time, without a GPU: the binaries keep their budgets.
 
-One configuration a kernel and target: what a launch at the main shape (bf16, d = 768, n = 49,152, k = 64) takes.
+One configuration a kernel and target: what a launch at the main shape (bf16, d = 768, n = 49,152, k = 64; conceptors of
+rank 64) takes.
 """
 
 from __future__ import annotations
@@ -30,6 +31,14 @@ KERNELS = (
     "sparse_decode_fwd",
     "gather_dot",
     "sparse_outer_bwd",
+    "grouped_matmul",
+    "grouped_matmul_transposed",
+    "grouped_matmul_mean",
+    "grouped_outer",
+    "low_rank_project",
+    "low_rank_project_mean",
+    "low_rank_project_fp32",
+    "low_rank_project_r256",
 )
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # a block's limit, bytes
 
@@ -59,21 +68,29 @@ def test_shared_memory_fits(binaries: tuple[str, dict[str, dict]], kernel: str) 
     assert found[kernel]["shared_memory"] <= SHARED_MEMORY[target]
 
 
-@pytest.mark.parametrize("kernel", ["topk_encode_fwd", "topk_encode_keys"])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "topk_encode_fwd", "topk_encode_keys", "grouped_matmul", "grouped_matmul_transposed", "grouped_matmul_mean",
+        "grouped_outer", "low_rank_project", "low_rank_project_mean", "low_rank_project_r256",
+    ],
+)  # fmt: skip
 def test_matrix_product_runs_on_tensor_cores(binaries: tuple[str, dict[str, dict]], kernel: str) -> None:
     target, found = binaries
-    expected = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "gfx942": "v_mfma"}[target]
+    wide = kernel.startswith("topk")  # blocks of few rows take the warps' instructions on sm_90 too
+    expected = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async" if wide else "mma", "gfx942": "v_mfma"}[target]
     assert found[kernel]["instructions"][expected] > 0
 
 
 def test_fp32_keeps_ieee_products(binaries: tuple[str, dict[str, dict]]) -> None:
     target, found = binaries
-    instructions = found["topk_encode_fwd_fp32"]["instructions"]
-    # CDNA's fp32 matrix instructions are IEEE; NVIDIA's tensor cores would round the operands to TF32.
-    if target == "gfx942":
-        assert instructions["v_mfma"] == instructions["v_mfma_f32_f32"] > 0
-    else:
-        assert instructions["mma.sync"] == instructions["wgmma.mma_async"] == 0
+    for kernel in ("topk_encode_fwd_fp32", "low_rank_project_fp32"):
+        instructions = found[kernel]["instructions"]
+        # CDNA's fp32 matrix instructions are IEEE; NVIDIA's tensor cores would round the operands to TF32.
+        if target == "gfx942":
+            assert instructions["v_mfma"] == instructions["v_mfma_f32_f32"] > 0
+        else:
+            assert instructions["mma.sync"] == instructions["wgmma.mma_async"] == 0
 
 
 @pytest.mark.parametrize("kernel", ["sparse_decode_fwd", "gather_dot", "sparse_outer_bwd"])
@@ -82,13 +99,15 @@ def test_gathers_read_16_bytes_a_lane(binaries: tuple[str, dict[str, dict]], ker
 
 
 def test_matrix_tiles_are_copied_16_bytes_a_lane(binaries: tuple[str, dict[str, dict]]) -> None:
-    assert binaries[1]["topk_encode_fwd"]["instructions"]["load_16_bytes"] > 0
+    for kernel in ("topk_encode_fwd", "grouped_matmul", "low_rank_project"):
+        assert binaries[1][kernel]["instructions"]["load_16_bytes"] > 0
 
 
 # From here on: what the subprocess runs.
 
 INSTRUCTIONS = {
     "mma.sync": r"\bmma\.sync",
+    "mma": r"mma\.(?:sync|mma_async)",
     "wgmma.mma_async": r"wgmma\.mma_async",
     "v_mfma": r"\bv_mfma_",
     "v_mfma_f32_f32": r"\bv_mfma_f32_\w+_?f32\b",
@@ -109,13 +128,13 @@ def compile_all(target_name: str) -> dict[str, dict]:
     target = GPUTarget("hip", target_name, 64) if hip else GPUTarget("cuda", int(target_name[3:]), 32)
     torch.version.hip = "ahead of time" if hip else None  # what the launchers ask to choose a configuration
 
-    from clipsteer.kernels import sparse_decode, topk_encode
+    from clipsteer.kernels import conceptor_project, sparse_decode, topk_encode
 
     def build(kernel, pointers: dict[str, str], scalars: str, config: dict) -> dict:
         options = {name: config.pop(name) for name in ("num_warps", "num_stages") if name in config}
         names = kernel.arg_names
         signature = dict.fromkeys(names, "constexpr") | dict.fromkeys(scalars.split(), "i32") | pointers
-        aligned = [name for name in (*pointers, *scalars.split()) if name != "B"]
+        aligned = [name for name in (*pointers, *scalars.split()) if name not in ("B", "K")]
         attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
         source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in config.items()}, attrs)
         return budget(triton.compile(source, target=target, options=options))
@@ -148,6 +167,23 @@ def compile_all(target_name: str) -> dict[str, dict]:
         config |= {"HAS_BIAS": True, "EVEN_D": True, "PRECISION": "ieee", "GROUP_B": 32, **more}
         return build(kernel, {"x_ptr": kind, "w_ptr": kind, "b_ptr": kind, **outputs}, "B n d", config)
 
+    def low_rank(dtype: torch.dtype, r: int, mean: bool = False) -> dict:
+        kind, half = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype], dtype != torch.float32
+        flags = {"HAS_MEAN": mean, "SPLIT_X": mean and half, "SPLIT_R": half, "HAS_INDEX": True, "PRECISION": "ieee"}
+        pointers = {"x_ptr": kind, "u_ptr": kind, "s_ptr": "*fp32", **sorted_rows, "mean_ptr": kind, "out_ptr": kind}
+        config = conceptor_project.low_rank_config(dtype, r, mean)
+        return build(conceptor_project._low_rank_project_kernel, pointers, "B K d r", flags | config)
+
+    def grouped_matmul(transpose: bool, mean: bool = False) -> dict:
+        flags = {"HAS_SCALE": False, **dict.fromkeys(("HAS_BETA", "MEAN_IN", "MEAN_OUT", "SPLIT"), mean)}
+        flags |= {"HAS_INDEX": True, "PRECISION": "ieee", "w_row" if transpose else "w_col": 1}
+        pointers = {"x_ptr": kind, "w_ptr": kind, **sorted_rows, "scale_ptr": kind, "beta_ptr": "*fp32",
+                    "mean_ptr": kind, "out_ptr": kind}  # fmt: skip
+        scalars = "B K m n w_col" if transpose else "B K m n w_row"
+        config = conceptor_project.matmul_config(torch.bfloat16, d, mean)
+        return build(conceptor_project._grouped_matmul_kernel, pointers, scalars, flags | config)
+
+    sorted_rows = {"order_ptr": "*i64", "offsets_ptr": "*i32"}
     d, n, k, kind = 768, 49152, 64, "*bf16"
     candidates = {"order_ptr": "*i32", "col_ptr": "*u8"}
     operands = {"x_ptr": kind, "w_ptr": kind, "b_ptr": kind}
@@ -186,6 +222,19 @@ def compile_all(target_name: str) -> dict[str, dict]:
             "n d k",
             sparse_decode.outer_config(d, 2),
         ),
+        "grouped_matmul": grouped_matmul(False),
+        "grouped_matmul_transposed": grouped_matmul(True),
+        "grouped_matmul_mean": grouped_matmul(True, mean=True),
+        "grouped_outer": build(
+            conceptor_project._grouped_outer_kernel,
+            {"a_ptr": kind, "b_ptr": kind, **sorted_rows, "out_ptr": kind},
+            "B m n",
+            conceptor_project.outer_config(torch.bfloat16, d, d) | {"HAS_INDEX": True, "PRECISION": "ieee"},
+        ),
+        "low_rank_project": low_rank(torch.bfloat16, 64),
+        "low_rank_project_mean": low_rank(torch.bfloat16, 64, mean=True),
+        "low_rank_project_fp32": low_rank(torch.float32, 64),
+        "low_rank_project_r256": low_rank(torch.bfloat16, 256, mean=True),
     }  # fmt: skip
 
 

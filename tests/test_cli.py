@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -73,10 +74,12 @@ def commands(parser, prefix=()):
 def test_every_command_has_help_with_an_example(capsys):
     leaves = [(words, p) for words, p in commands(cli.build_parser()) if p.get_default("function")]
     assert {" ".join(words) for words, _ in leaves} == {
-        "demo", "env", "validate", "bench", "sae train", "sae eval", "sae convert", "sae steer"
+        "demo", "env", "validate", "bench", "sae train", "sae eval", "sae convert", "sae steer", "splice",
+        "conceptor fit", "conceptor steer", "conceptor eval", "finetune", "wise-ft merge", "wise-ft curve",
+        "wise-ft emoji",
     }  # fmt: skip
     groups = [(words, p) for words, p in commands(cli.build_parser()) if words and not p.get_default("function")]
-    assert [words for words, _ in groups] == [("sae",)]
+    assert [words for words, _ in groups] == [("sae",), ("conceptor",), ("wise-ft",)]
     for words, parser in leaves + groups:
         assert parser.description
         code, out, _ = run(capsys, *words, "--help")
@@ -91,8 +94,9 @@ def test_the_examples_in_the_help_parse():
     for _, p in commands(parser):
         for line in (p.epilog or "").replace("\\\n", " ").splitlines():
             words = line.split("   ")[0].strip() if p is parser else line.strip()
-            words = words.strip().split(" > ")[0].split()
-            if words[:1] not in (["clipsteer"], ["torchrun"]) or "..." in words:
+            text = words.strip().split(" > ")[0]
+            words = shlex.split(text) if text.startswith(("clipsteer ", "torchrun ")) else []
+            if not words or "..." in words:
                 continue
             start = words.index("clipsteer") + 1
             if "--help" not in words:
@@ -107,7 +111,9 @@ def test_the_examples_in_the_help_parse():
         [], ["nonsense"], ["demo", "--minutes", "soon"], ["bench", "--shape", "B:3"],
         ["sae", "steer", "x", "--feature", "3"], ["sae", "train"],
         ["sae", "train", "--out", "x", "--steps", "0"], ["validate", "--backends", "fortran"],
-        ["demo", "--minutes", "0"],
+        ["demo", "--minutes", "0"], ["conceptor", "fit"], ["conceptor", "fit", "--out", "x", "--aperture", "-1"],
+        ["conceptor", "fit", "--out", "x", "--category", "nonsense"], ["conceptor", "eval", "--seeds", "0"],
+        ["conceptor", "fit", "--out", "x", "--style", "noto", "--data", "x"],
         ["validate", "--ops", "nonsense", "--backends", "reference"],
         ["demo", "--model", "ViT-B-33"], ["sae", "eval", "--tokens", "some", "x"],
     ],
@@ -181,13 +187,20 @@ def test_sae_train_eval_convert_steer(capsys, sae, model, images, tmp_path):
     assert (trained.d_sae, trained.k, trained.metadata["hook_point"]) == (48, 4, HOOK)
     assert len((sae / "log.jsonl").read_text().splitlines()) >= 1
 
-    args = ["sae", "eval", sae, "--data", images, "--steer", 40, "--features", 5, "--out", tmp_path / "m.json"]
+    (tmp_path / "words.txt").write_text("red\nblue\ngrey\n")
+    args = ["sae", "eval", sae, "--data", images, "--steer", 40, "--features", 5, "--out", tmp_path / "m.json",
+            "--name-features", 3, "--words", tmp_path / "words.txt"]  # fmt: skip
     code, out, _ = run(capsys, *args)
     assert code == 0
     figures = json.loads((tmp_path / "m.json").read_text())
     assert figures["images"] == 12
     assert f"{figures['ev']:.6g}" in out
     assert len(figures["steerability"]["best"]) == 5
+    assert 1 <= len(figures["names"]) <= 3
+    for row in figures["names"]:
+        assert 0 < row["frequency"] <= 0.15
+        assert {name for name, _ in row["names"]} <= {"red", "blue", "grey"}
+        assert f"feature {row['feature']}" in out
 
     code, _, _ = run(capsys, "sae", "convert", sae, tmp_path / "lens", "--format", "saelens")
     assert code == 0
@@ -279,3 +292,67 @@ def test_module_runs_as_a_program():
     done = call("sae", "eval", "/no/such")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+def test_conceptor_fit_and_steer(capsys, model, images, tmp_path):
+    from clipsteer import Conceptor
+    from clipsteer.activations import harvest_to_store
+    from clipsteer.clip import capture, load
+    from clipsteer.data import open_dataset
+
+    fit = ["conceptor", "fit", *model, "--hook-point", HOOK, "--batch-size", 5]
+    code, out, _ = run(capsys, *fit, "--data", images, "--aperture", 0.5, "--out", tmp_path / "all.safetensors")
+    assert code == 0
+    assert out.count("<- this one") == 1
+    fitted = Conceptor.load(tmp_path / "all.safetensors")
+    clip, dataset = load(model[1], model[3]), open_dataset(images)
+    with capture(clip.model, HOOK, detach=True) as found:
+        clip.encode_images(dataset[i][0] for i in range(12))
+    wanted = Conceptor.fit(found[HOOK], 0.5)
+    assert float((fitted.matrix - wanted.matrix).norm()) < 1e-4
+    assert (fitted.aperture, fitted.metadata["hook_point"], fitted.metadata["tokens"]) == (0.5, HOOK, "all")
+
+    args = [*fit, "--data", images, "--per-class", "--centre", images, "--tokens", "cls", "--quota", 0.05]
+    assert run(capsys, *args, "--out", tmp_path / "classes.safetensors")[0] == 0
+    classes = Conceptor.load(tmp_path / "classes.safetensors")
+    assert json.loads(classes.metadata["classes"]) == ["blue thing", "red thing"]
+    cls = found[HOOK][:, :1]
+    mean = cls.double().mean((0, 1))
+    torch.testing.assert_close(classes.mean, mean, rtol=1e-4, atol=1e-5)
+    wanted = Conceptor.fit(cls[:6], classes.aperture, mean=mean)  # the blue ones come first
+    assert float((classes[0].matrix - wanted.matrix).norm()) < 1e-2
+    assert abs(float(classes.quota.mean()) - 0.05) < 1e-4
+
+    harvest_to_store(clip, dataset, HOOK, tmp_path / "store", dtype="float32")
+    args = ["conceptor", "fit", "--store", tmp_path / "store", "--aperture", 0.5, "--low-rank", 0.1]
+    code, out, _ = run(capsys, *args, "--out", tmp_path / "low.safetensors")
+    assert code == 0
+    assert "off by at most" in out
+    low = Conceptor.load(tmp_path / "low.safetensors")
+    assert low.rank < fitted.rank
+    assert float(torch.linalg.matrix_norm(low.matrix - fitted.matrix, 2)) < 0.1 + 1e-4
+
+    steer = ["conceptor", "steer", tmp_path / "all.safetensors", "--data", images, "--count", 2, "--top", 1]
+    code, out, _ = run(capsys, *steer, "--not", "--or", tmp_path / "low.safetensors", "--beta", 2)
+    assert code == 0
+    expected = (~fitted | low).quota
+    assert f"quota={float(expected):.4g}" in out.splitlines()[0]
+    assert [line.split()[0] for line in out.splitlines() if line.startswith("  ")][:2] == ["before", "after"]
+    # terms apply from left to right
+    code, out, _ = run(capsys, *steer, "--or", tmp_path / "low.safetensors", "--and-not", tmp_path / "all.safetensors")
+    assert f"quota={float(((fitted | low) & ~fitted).quota):.4g}" in out.splitlines()[0]
+
+    code, _, err = run(capsys, "conceptor", "steer", tmp_path / "classes.safetensors", "--data", images)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "red thing" in err
+    code, out, _ = run(capsys, "conceptor", "steer", tmp_path / "classes.safetensors", "--class", "red thing",
+                       "--data", images, "--count", 1)  # fmt: skip
+    assert code == 0
+    code, _, err = run(capsys, *steer, "--and", tmp_path / "classes.safetensors", "--class", "red thing")
+    assert code == 2
+    assert "centred" in err
+    (tmp_path / "broken").write_text("{")
+    for path, expected in ((tmp_path / "none", 2), (tmp_path / "broken", 1)):
+        code, _, err = run(capsys, "conceptor", "steer", path)
+        assert (code, len(err.splitlines())) == (expected, 1)
+        assert str(path) in err

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import clipsteer
-from clipsteer import SAE, SAESteering, VectorSteering, steer
+from clipsteer import SAE, AdditiveSteering, Conceptor, ConceptorSteering, SAESteering, VectorSteering, steer
 from clipsteer.sae import ARCHITECTURES, NORMALIZATIONS
 
 WIDTH, LAYERS, TOKENS = 32, 3, 5
@@ -218,3 +218,81 @@ def test_mistakes_are_explained(model):
         SAESteering(sae, {1.5: 1.0})
     with pytest.raises(ValueError, match=r"no class token at 'transformer\.resblocks\.0'"):
         steer(model, {"transformer.resblocks.0": VectorSteering(vector, tokens="patches")})
+
+
+def draw(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("rows", [4, 90])  # low rank and dense
+@pytest.mark.parametrize("centred", [False, True])
+def test_conceptor_steering_is_its_formula(rows, centred):
+    mean = draw(5, WIDTH) if centred else None
+    C = Conceptor.fit(draw(6, rows, WIDTH), 0.7, mean=mean)
+    x = 3 * draw(7, 2, TOKENS, WIDTH)
+    mu = mean if centred else torch.zeros(WIDTH, dtype=torch.float64)
+    wanted = 1.5 * (x - mu) @ C.matrix + mu
+    torch.testing.assert_close(ConceptorSteering(C, 1.5).apply(x), wanted, rtol=1e-12, atol=1e-12)
+    other = draw(8, WIDTH)
+    wanted = 1.5 * (x - other) @ C.matrix + other
+    torch.testing.assert_close(ConceptorSteering(C, 1.5, other).apply(x), wanted, rtol=1e-12, atol=1e-12)
+    assert ConceptorSteering(C).apply(x.bfloat16()).dtype == torch.bfloat16
+    everything = ConceptorSteering(Conceptor.identity(WIDTH))
+    torch.testing.assert_close(everything.apply(x), x)
+
+
+def test_additive_steering_adds_the_difference_of_means():
+    rows, background = draw(1, 6, 5, WIDTH), draw(2, WIDTH)
+    x = draw(3, 2, WIDTH)
+    plain, centred = AdditiveSteering.fit(rows, beta=2.0), AdditiveSteering.fit(rows.split(2), background, beta=-0.5)
+    torch.testing.assert_close(plain.apply(x), x + 2 * rows.mean((0, 1)))
+    torch.testing.assert_close(centred.apply(x), x - 0.5 * (rows.mean((0, 1)) - background))
+    assert AdditiveSteering(torch.ones(WIDTH)).apply(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("tokens", ["all", "cls", "patches"])
+def test_conceptors_and_additions_steer_through_hooks(model, images, tokens):
+    clean = block_output(model, images)
+    C = Conceptor.fit(clean, 0.3) & ~Conceptor.fit(draw(4, 3, WIDTH), 2.0)
+    both = [AdditiveSteering.fit(clean, beta=0.5, tokens=tokens), ConceptorSteering(C, 0.8, tokens=tokens)]
+    with torch.no_grad(), steer(model, {BLOCK: both}):
+        got = block_output(model, images)
+        expected = both[1].apply(both[0].apply(clean))
+    where = {"all": slice(None), "cls": slice(0, 1), "patches": slice(1, None)}[tokens]
+    untouched = torch.ones(TOKENS, dtype=torch.bool)
+    untouched[where] = False
+    torch.testing.assert_close(got[:, where], expected[:, where])
+    assert (got[:, where] - clean[:, where]).abs().amax() > 0.05
+    assert torch.equal(got[:, untouched], clean[:, untouched])
+    assert torch.equal(block_output(model, images), clean)
+
+
+def test_conceptor_steering_lets_gradients_through(model, images):
+    C = Conceptor.fit(block_output(model, images), 0.3)
+    pixels = images.clone().requires_grad_()
+    with steer(model, {BLOCK: ConceptorSteering(C)}):
+        model.encode_image(pixels).square().sum().backward()
+    assert pixels.grad.abs().sum() > 0
+    model.zero_grad()
+
+
+def test_mistakes_with_conceptors_are_explained(model, images):
+    C = Conceptor.fit(draw(0, 9, WIDTH), 1.0)
+    batch = Conceptor.stack([C, C])
+    for call, message in (
+        (lambda: ConceptorSteering(batch), "batch of 2"),
+        (lambda: ConceptorSteering(C, mean=torch.ones(3)), rf"\({WIDTH},\)"),
+        (lambda: ConceptorSteering(C, float("inf")), "finite"),
+        (lambda: ConceptorSteering(C, tokens="some"), "tokens"),
+        (lambda: AdditiveSteering(torch.ones(2, 2)), "shape"),
+        (lambda: AdditiveSteering(torch.ones(3), torch.ones(4)), r"\(3,\)"),
+        (lambda: AdditiveSteering(torch.ones(3), beta=float("nan")), "finite"),
+        (lambda: AdditiveSteering.fit([]), "no row"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match="got Tensor"):
+        ConceptorSteering(C.matrix)
+    narrow = Conceptor.identity(WIDTH - 1)
+    with pytest.raises(ValueError, match=f"{WIDTH - 1}"), steer(model, {BLOCK: ConceptorSteering(narrow)}):
+        model.encode_image(images)

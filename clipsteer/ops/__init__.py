@@ -1,16 +1,22 @@
 """The public ops. Each has a plain torch reference that defines it and fast paths that are held to it."""
 
 from clipsteer.ops._dispatch import BACKENDS, explain
+from clipsteer.ops.conceptor_project import LOW_RANK_SPEC as _LOW_RANK
+from clipsteer.ops.conceptor_project import SPEC as _CONCEPTOR
+from clipsteer.ops.conceptor_project import LowRank, conceptor_project, conceptor_project_reference
 from clipsteer.ops.sparse_decode import SPEC as _SPARSE_DECODE
 from clipsteer.ops.sparse_decode import sparse_decode, sparse_decode_reference
 from clipsteer.ops.topk_encode import SPEC as _TOPK_ENCODE
 from clipsteer.ops.topk_encode import topk_encode, topk_encode_reference
 
-REGISTRY = {spec.name: spec for spec in (_TOPK_ENCODE, _SPARSE_DECODE)}
+REGISTRY = {spec.name: spec for spec in (_TOPK_ENCODE, _SPARSE_DECODE, _CONCEPTOR, _LOW_RANK)}
 
 __all__ = [
     "BACKENDS",
     "REGISTRY",
+    "LowRank",
+    "conceptor_project",
+    "conceptor_project_reference",
     "explain",
     "sparse_decode",
     "sparse_decode_reference",

@@ -1,11 +1,13 @@
 """Which implementation runs: availability, the choice, the GPU self-check, ``explain``.
 
-Every backend registers the same five low-level ops under a namespace of its own; ``call`` reaches them.
+Every backend registers the same low-level ops (CUDA C++ some of them) under a namespace of its own; ``call`` reaches
+them.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import warnings
 from collections.abc import Callable
@@ -16,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("reference", "cpp", "triton", "cuda")
+from clipsteer.ops._spec import BACKENDS, measured_on
+
 DTYPES = {
     "reference": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
     "cpp": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
@@ -29,6 +32,14 @@ SCHEMAS = {
     "gather_dot": "(Tensor rows, Tensor indices, Tensor W) -> Tensor",
     "sparse_outer": "(Tensor coeff, Tensor indices, Tensor rows, SymInt n) -> (Tensor, Tensor)",
     "sparse_outer_out": "(Tensor coeff, Tensor indices, Tensor rows, Tensor(a!) dW, Tensor(b!) db) -> ()",
+    "grouped_matmul": "(Tensor x, Tensor W, Tensor? index, Tensor? beta, Tensor? mean, bool transpose) -> Tensor",
+    "grouped_outer": "(Tensor a, Tensor b, Tensor? index, SymInt groups) -> Tensor",
+    "low_rank_project": "(Tensor x, Tensor U, Tensor s, Tensor? index, Tensor? mean) -> Tensor",
+}
+_FILES = {  # in kernels/, and the ops in each
+    "topk_encode": ("topk_encode",),
+    "sparse_decode": ("sparse_decode", "gather_dot", "sparse_outer", "sparse_outer_out"),
+    "conceptor_project": ("grouped_matmul", "grouped_outer", "low_rank_project"),
 }
 
 
@@ -52,6 +63,20 @@ def _fake_sparse_outer_out(coeff: Tensor, indices: Tensor, rows: Tensor, dW: Ten
     return None
 
 
+def _fake_grouped_matmul(
+    x: Tensor, W: Tensor, index: Tensor | None, beta: Tensor | None, mean: Tensor | None, transpose: bool
+) -> Tensor:
+    return x.new_empty(x.shape[0], W.shape[1] if transpose else W.shape[2])
+
+
+def _fake_grouped_outer(a: Tensor, b: Tensor, index: Tensor | None, groups: int) -> Tensor:
+    return a.new_empty(groups, a.shape[1], b.shape[1])
+
+
+def _fake_low_rank_project(x: Tensor, U: Tensor, s: Tensor, index: Tensor | None, mean: Tensor | None) -> Tensor:
+    return torch.empty_like(x)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {name: globals()[f"_fake_{name}"] for name in SCHEMAS}
 # Libraries that hold Python registrations live as long as the process.
 _LIBRARIES: list[torch.library.Library] = []
@@ -64,7 +89,8 @@ def _load_binary(stem: str, namespace: str, how: str) -> str | None:
     try:
         torch.ops.load_library(str(path))
         for name, fake in _FAKES.items():
-            torch.library.register_fake(f"{namespace}::{name}", fake)
+            if stem == "_C" or hasattr(getattr(torch.ops, namespace), name):
+                torch.library.register_fake(f"{namespace}::{name}", fake)
     except (OSError, RuntimeError) as error:
         return f"{path.name} does not load with torch {torch.__version__} ({error}); {how}"
     return None
@@ -80,17 +106,18 @@ def _load_triton() -> str | None:
         import triton
 
         from clipsteer.kernels import _launch as launch
-        from clipsteer.kernels import sparse_decode as decode_kernels
-        from clipsteer.kernels import topk_encode as encode_kernels
-    except ImportError as error:
+
+        modules = {
+            name: importlib.import_module(f"clipsteer.kernels.{f}") for f, names in _FILES.items() for name in names
+        }
+    except Exception as error:  # another triton than the kernels were written for may lack any name they use
         return f"triton cannot be imported ({error}); install the triton that belongs to this torch build"
     library = torch.library.Library("clipsteer_triton", "DEF")
     _LIBRARIES.append(library)
     for name, schema in SCHEMAS.items():
         library.define(name + schema)
-        launcher = getattr(encode_kernels if name == "topk_encode" else decode_kernels, name)
         for key in ("CPU", "CUDA") if interpreted() else ("CUDA",):
-            library.impl(name, launcher, key)
+            library.impl(name, getattr(modules[name], name), key)
         torch.library.register_fake(f"clipsteer_triton::{name}", _FAKES[name], lib=library)
     if interpreted() and (failure := launch.interpreter_failure()) is not None:
         return f"the interpreter of triton {triton.__version__} fails here ({failure}); try another triton or numpy"
@@ -101,7 +128,7 @@ def _load_triton() -> str | None:
 def missing(backend: str) -> str | None:
     """Why ``backend`` cannot run at all in this process (and how to get it), or None when it can."""
     if backend == "cpp":
-        return _load_binary("_C", "clipsteer_cpp", "reinstall clipsteer with a C++17 compiler on the PATH")
+        return _load_binary("_C", "clipsteer_cpp", "reinstall clipsteer with a C++20 compiler on the PATH")
     if backend in ("triton", "cuda") and not torch.cuda.is_available() and not (backend == "triton" and interpreted()):
         return "no GPU is visible to torch" + (
             "; TRITON_INTERPRET=1 runs it on the CPU, slowly" * (backend == "triton")
@@ -113,8 +140,12 @@ def missing(backend: str) -> str | None:
     return None
 
 
-def unusable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why ``backend`` cannot serve tensors of this device and dtype, or None when it can."""
+def unusable(backend: str, device: torch.device, dtype: torch.dtype, op: str | None = None) -> str | None:
+    """Why ``backend`` cannot serve (public op ``op`` on) tensors of this device and dtype, or None when it can."""
+    from clipsteer.ops import REGISTRY
+
+    if op is not None and backend not in REGISTRY[op].backends:
+        return f"it has no kernel for {op}, which {', '.join(REGISTRY[op].backends)} serve"
     if (reason := missing(backend)) is not None:
         return reason
     if dtype not in DTYPES[backend]:
@@ -126,20 +157,41 @@ def unusable(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     return None
 
 
-@functools.cache
+_VERDICTS: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}
+
+
 def self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Run a GPU kernel once against its bound on the device at hand; None when it passed, else what went wrong."""
+    """Run a GPU kernel against its bound on the device at hand; None when it passed, else what went wrong.
+
+    The verdict is kept, unless it says nothing about the kernel: no memory was left, or a CUDA graph is being captured.
+    The caller's modes (inference, autocast, a default device) do not reach it.
+    """
+    key = (op, backend, device, dtype)
+    if key in _VERDICTS:
+        return _VERDICTS[key]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "it cannot be checked while a CUDA graph is captured; run the op once before"
+    try:
+        with (
+            torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False),
+            torch.device("cpu"),
+        ):  # fmt: skip
+            _VERDICTS[key] = _verdict(op, backend, device, dtype)
+    except torch.OutOfMemoryError as error:
+        return f"its self-check ran out of memory: {error}"
+    except Exception as error:  # a kernel that cannot launch must not take the caller's program down
+        _VERDICTS[key] = f"self-check raised {type(error).__name__}: {error}"
+    return _VERDICTS[key]
+
+
+def _verdict(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     from clipsteer.ops import REGISTRY
 
     spec = REGISTRY[op]
-    try:
-        with torch.enable_grad():
-            for seed, shape in enumerate(spec.shapes[:3]):
-                worst = spec_errors(spec, shape, dtype, seed=seed, backend=backend, device=device)
-                if max(worst.values()) > 1:
-                    return f"self-check failed at {shape}: {worst}"
-    except Exception as error:  # a kernel that cannot launch must not take the caller's program down
-        return f"self-check raised {type(error).__name__}: {error}"
+    for seed, shape in enumerate((*spec.shapes[:3], *spec.device_shapes)):
+        worst = spec_errors(spec, shape, dtype, seed=seed, backend=backend, device=device)
+        if max(worst.values()) > 1:
+            return f"self-check failed at {shape}: {worst}"
     return None
 
 
@@ -154,12 +206,14 @@ def spec_errors(
     generator = torch.Generator().manual_seed(seed)
     drawn = spec.make(shape, dtype, generator, scale, exact)
     moved = {name: arrange(v.detach().to(device)) if isinstance(v, Tensor) else v for name, v in drawn.items()}
-    for name in spec.differentiable:
+    leaves = spec.leaves(moved)
+    for name in leaves:
         moved[name].requires_grad_()
     result = spec.function(**moved, backend=backend)
     outputs = dict(zip(spec.outputs, result if isinstance(result, tuple) else (result,)))
     host = {name: value.detach().cpu() for name, value in outputs.items()}
-    errors = spec.check(drawn, host)
+    with measured_on(device):
+        errors = spec.check(drawn, host)
     smooth = [name for name, value in outputs.items() if value.requires_grad]
     grad_out = {
         name: torch.randn(host[name].shape, generator=generator, dtype=torch.float64).to(dtype) for name in smooth
@@ -168,11 +222,13 @@ def spec_errors(
         grad_out = {name: (2 * value).round() for name, value in grad_out.items()}
     grads = torch.autograd.grad(
         [outputs[name] for name in smooth],
-        [moved[name] for name in spec.differentiable],
+        [moved[name] for name in leaves],
         [grad_out[name].to(device) for name in smooth],
     )
-    host_grads = {name: g.detach().cpu() for name, g in zip(spec.differentiable, grads)}
-    return errors | {f"d {name}": e for name, e in spec.check_grads(drawn, host, grad_out, host_grads).items()}
+    host_grads = {name: g.detach().cpu() for name, g in zip(leaves, grads)}
+    with measured_on(device):
+        found = spec.check_grads(drawn, host, grad_out, host_grads)
+    return errors | {f"d {name}": e for name, e in found.items()}
 
 
 def resolve(op: str, backend: str, device_type: str, device_index: int | None, dtype: torch.dtype) -> str:
@@ -183,13 +239,13 @@ def resolve(op: str, backend: str, device_type: str, device_index: int | None, d
         raise ValueError(f"{op}: backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
     device = torch.device(device_type, device_index) if device_index is not None else torch.device(device_type)
     if backend != "auto":
-        if (reason := unusable(backend, device, dtype)) is not None:
+        if (reason := unusable(backend, device, dtype, op)) is not None:
             raise RuntimeError(f'{op}: backend "{backend}" cannot run: {reason}. backend="reference" always can.')
         return backend
     if device.type == "cpu":
-        return "cpp" if unusable("cpp", device, dtype) is None else "reference"
+        return "cpp" if unusable("cpp", device, dtype, op) is None else "reference"
     for candidate in ("triton", "cuda"):
-        if unusable(candidate, device, dtype) is None:
+        if unusable(candidate, device, dtype, op) is None:
             if (failure := self_check(op, candidate, device, dtype)) is None:
                 return candidate
             _warn_once(f"clipsteer: {candidate} {op} is not trusted on {device} for {dtype}: {failure}")
@@ -246,7 +302,7 @@ def explain(op: str, *tensors: Any, **named: Any) -> Explanation:
         chosen = resolve(op, "auto", device.type, device.index, dtype)
     rows = []
     for backend in BACKENDS:
-        reason = unusable(backend, device, dtype)
+        reason = unusable(backend, device, dtype, op)
         if reason is None and backend in ("triton", "cuda") and device.type == "cuda":
             reason = self_check(op, backend, device, dtype)
         rows.append(BackendStatus(backend, reason is None, reason or ("chosen by auto" if backend == chosen else "")))

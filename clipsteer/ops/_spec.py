@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from clipsteer.kernels._precision import tf32_allowed
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
 # Unit roundoff of the output, and of the arithmetic that accumulates it (halves accumulate in float32).
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 ACCUMULATE = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-24}
@@ -28,22 +33,58 @@ class OpSpec:
     function: Callable[..., Any]
     reference: Callable[..., Any]
     outputs: tuple[str, ...]
-    differentiable: tuple[str, ...]
+    differentiable: tuple[str, ...]  # in the order of the call; an input that is no tensor in a drawn case is left out
     make: Callable[..., dict[str, Any]]
     check: Callable[[dict[str, Any], dict[str, Tensor]], dict[str, float]]
     check_grads: Callable[[dict[str, Any], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]], dict[str, float]]
-    shapes: tuple[dict[str, int], ...]
+    shapes: tuple[dict[str, int], ...]  # 8 edge shapes; the second has 33 rows
+    small_shape: dict[str, int]  # small enough to differentiate numerically
+    repeat_shape: dict[str, int]  # large enough that every thread has work
     bench_shapes: dict[str, dict[str, int]]
+    device_shapes: tuple[dict[str, int], ...] = ()  # these take a GPU kernel through the branches of its main shapes
+    backends: tuple[str, ...] = BACKENDS
+    rows: tuple[str, ...] = ()  # inputs (and so outputs) that lead with the batch, which may have any shape
+    optional: tuple[str, ...] = ()  # inputs that may be None, which means zeros
+    scalable: tuple[str, ...] = ()  # inputs that, multiplied by a power of two, multiply every output exactly
+    grad_buffer: str | None = None  # the input whose gradient ``grad_buffer=`` and ``sparse_grad=`` are about
+    # Outputs, and gradients as "d name", that hold torch's own GEMM: they repeat at a fixed thread count only.
+    torch_sums: tuple[str, ...] = ()
     baselines: dict[str, Callable[..., Any]] = field(default_factory=dict)
     # (floating-point operations, bytes moved) that no implementation can avoid
     floor: Callable[[dict[str, int]], tuple[float, float]] = lambda shape: (0.0, 0.0)
 
+    def leaves(self, inputs: dict[str, Any]) -> list[str]:
+        """The names of the inputs of this case that can have a gradient."""
+        return [name for name in self.differentiable if isinstance(inputs[name], Tensor)]
 
-def fraction_of_bound(value: Tensor, truth: Tensor, magnitude: Tensor, terms: Any, extra: float = 0.0) -> float:
+
+_ON_GPU = ContextVar("results were computed on a GPU", default=False)
+
+
+@contextlib.contextmanager
+def measured_on(device: Any) -> Iterator[None]:
+    """What is checked inside was computed on ``device``: only a GPU's float32 products may have rounded operands."""
+    token = _ON_GPU.set(torch.device(device).type != "cpu")
+    try:
+        yield
+    finally:
+        _ON_GPU.reset(token)
+
+
+def operand_error(dtype: torch.dtype) -> float:
+    """Relative error of a product when tensor cores may round float32 operands to TF32."""
+    allowed = _ON_GPU.get() and tf32_allowed()
+    return 2 * TF32_OPERAND + TF32_OPERAND**2 if dtype == torch.float32 and allowed else 0.0
+
+
+def fraction_of_bound(
+    value: Tensor, truth: Tensor, magnitude: Tensor, terms: Any, extra: float = 0.0, absolute: Any = 0.0
+) -> float:
     """Worst |value - truth| over its bound g·m + u(|truth| + g·m) + tiny, where g = (terms + 1)·unit + ``extra``.
 
     ``truth`` and ``magnitude`` (the same sum taken over absolute values) are float64; ``terms`` counts the products
-    of each sum. A NaN or an infinity has to stand exactly where the truth has one.
+    of each sum, ``absolute`` is what underflow may add beyond one smallest number a term. A NaN or an infinity has to
+    stand exactly where the truth has one.
     """
     if value.numel() == 0:
         return 0.0
@@ -54,12 +95,15 @@ def fraction_of_bound(value: Tensor, truth: Tensor, magnitude: Tensor, terms: An
     # one product may underflow per term, and the result itself may be subnormal
     tiny = torch.finfo(torch.float32 if value.dtype != torch.float64 else torch.float64).smallest_normal
     bound = gm + u * (truth.abs() + gm) + tiny * (torch.as_tensor(terms, dtype=torch.float64) + 2)
-    bound = bound + (info.smallest_normal * info.eps if value.dtype == torch.float16 else 0.0)
+    bound = bound + absolute + (info.smallest_normal * info.eps if value.dtype == torch.float16 else 0.0)
     error = (value64 - truth).abs() / bound
-    # past the largest finite number (of the sum or of a partial sum) an infinity is right, and the sign must agree
-    largest = min(info.max, torch.finfo(torch.float32).max) if value.dtype != torch.float64 else info.max
-    may_overflow = (magnitude * (1 + g) >= largest * (1 - u)) & ~torch.isfinite(value64)
-    same = (value64 == truth) | (torch.isnan(value64) & torch.isnan(truth)) | may_overflow
+    # Past the largest finite number (of the sum or of a partial sum) an infinity is right, of the sum's sign; of the
+    # other sign, or a NaN, only where parts of both signs can pass it.
+    largest = (min(info.max, torch.finfo(torch.float32).max) if value.dtype != torch.float64 else info.max) * (1 - u)
+    reach = torch.where(magnitude.isfinite(), magnitude * (1 + g), 0.0)
+    agrees = value64.isinf() & (value64.sign() == truth.sign())
+    overflowed = (agrees & (reach >= largest)) | (~value64.isfinite() & (reach >= 2 * largest))
+    same = (value64 == truth) | (torch.isnan(value64) & torch.isnan(truth)) | overflowed
     error = torch.where(same, torch.zeros_like(error), error)
     return float(torch.nan_to_num(error, nan=float("inf"), posinf=float("inf")).max())
 

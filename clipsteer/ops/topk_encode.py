@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._dispatch import call, choose
-from clipsteer.ops._spec import ACCUMULATE, OpSpec, draw, fraction_of_bound
+from clipsteer.ops._spec import ACCUMULATE, OpSpec, draw, fraction_of_bound, operand_error
 from clipsteer.ops.sparse_decode import check_gradient_options, decode, decode_truth, outer_truth, weight_gradient
 
 
@@ -49,7 +49,7 @@ class _TopkEncode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_x = decode(grad, indices, W, None, backend)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            d_W, d_b = weight_gradient(grad, indices, x, W.shape[0], backend, sparse_grad, grad_buffer)
+            d_W, d_b = weight_gradient(grad, indices, x, W, backend, sparse_grad, grad_buffer)
         needs = ctx.needs_input_grad
         return d_x, d_W if needs[1] else None, d_b if needs[2] else None, None, None, None, None
 
@@ -105,7 +105,7 @@ def topk_encode(
     check_gradient_options(op, W_enc, sparse_grad, grad_buffer, backend)
     if backend == "reference":
         return topk_encode_reference(x, W_enc, b_enc, k=k)
-    flat, W = x.reshape(-1, x.shape[-1]).contiguous(), W_enc.contiguous()
+    flat, W = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous(), W_enc.contiguous()
     b = None if b_enc is None else b_enc.contiguous()
     acts, indices = _TopkEncode.apply(flat, W, b, k, backend, sparse_grad, grad_buffer)
     return acts.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)
@@ -115,13 +115,10 @@ def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator,
     B, d, n, k = (shape[s] for s in ("B", "d", "n", "k"))
     x = draw((B, d), dtype, generator, scale, exact)
     W_enc, b_enc = draw((n, d), dtype, generator, 1.0, exact), draw((n,), dtype, generator, scale, exact)
+    if shape.get("crowded"):  # every row's winners are neighbours: more than one bucket's share of them
+        first, x[:, 0] = n // 2 - k // 2, 4 if exact else 4 * scale
+        W_enc[first : first + k, 0] += 64
     return {"x": x, "W_enc": W_enc, "b_enc": b_enc, "k": k}
-
-
-def _operand_error(dtype: torch.dtype) -> float:
-    """Relative error of a product when tensor cores may round float32 operands to TF32."""
-    allowed = torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest"
-    return 2 * 2.0**-10 + 2.0**-20 if dtype == torch.float32 and allowed else 0.0
 
 
 def _check_values(inputs: dict[str, Any], outputs: dict[str, Tensor]) -> dict[str, float]:
@@ -137,7 +134,7 @@ def _check_values(inputs: dict[str, Any], outputs: dict[str, Tensor]) -> dict[st
         return {"acts": 0.0, "indices": float("inf")}
     pre = x.double() @ W.double().T + b.double()
     magnitude = x.double().abs() @ W.double().abs().T + b.double().abs()
-    extra = _operand_error(x.dtype)
+    extra = operand_error(x.dtype)
     nan = pre.isnan().any(-1)
     if not bool(acts[nan].isnan().all()) or not bool((acts[~nan] >= 0).all()):
         return {"acts": float("inf"), "indices": 0.0}
@@ -198,6 +195,19 @@ SPEC = OpSpec(
             (31, 129, 33, 1),
             (2, 16, 32, 32),
         )
+    ),
+    small_shape={"B": 3, "d": 4, "n": 9, "k": 3},
+    repeat_shape={"B": 70, "d": 40, "n": 300, "k": 9},
+    rows=("x",),
+    optional=("b_enc",),
+    scalable=("x", "b_enc"),
+    grad_buffer="W_enc",
+    torch_sums=("acts",),
+    # many buckets, the last one partial; whole tiles along d and not; buckets that hide winners; whole rows sorted
+    device_shapes=(
+        {"B": 130, "d": 128, "n": 6000, "k": 32},
+        {"B": 33, "d": 200, "n": 6000, "k": 48, "crowded": 1},
+        {"B": 33, "d": 128, "n": 6000, "k": 600},
     ),
     bench_shapes={
         "B256-k32": {"B": 256, "d": 768, "n": 49152, "k": 32},

@@ -1,0 +1,149 @@
+"""Differentiable products of rows with the matrix of their group; the low-level ops of ``csrc/conceptor_project.cpp``.
+
+Row b belongs to group ``index[b]`` (None: all to the only one). ``matmul``, ``outer`` and ``low_rank`` are closed under
+differentiation, so derivatives of any order run on the same kernels. Halves keep β and s, and every sum over rows of a
+product of two stored vectors, in float32. Nothing is checked here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clipsteer.ops._dispatch import call
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _tracked(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _of_rows(t: Tensor, index: Tensor | None) -> Tensor:
+    """A group's row of ``t`` for each row of the batch, or one that broadcasts."""
+    return t if index is None else t[index]
+
+
+def _centred(x: Tensor, index: Tensor | None, mean: Tensor | None) -> Tensor:
+    return x if mean is None else x - _of_rows(mean, index)
+
+
+class _Matmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, W, index, beta, mean, transpose, backend):
+        ctx.save_for_backward(x, W, index, beta, mean)
+        ctx.options = transpose, backend
+        return call(backend, "grouped_matmul", x, W, index, beta, mean, transpose)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, W, index, beta, mean = ctx.saved_tensors
+        transpose, backend = ctx.options
+        need_x, need_W, _, need_beta, need_mean, *_ = ctx.needs_input_grad
+        d_x = d_W = d_beta = d_mean = None
+        centred = _centred(x, index, mean) if need_W or need_beta else x
+        if need_beta:
+            plain = matmul(grad, W, index, None, None, not transpose, backend)
+            dots = (plain.to(beta.dtype) * centred.to(beta.dtype)).sum(-1, keepdim=True)
+            d_beta = group_sum(dots, index, W.shape[0], backend).squeeze(-1)
+            d_x = (plain.to(beta.dtype) * _of_rows(beta.unsqueeze(-1), index)).to(x.dtype)
+        elif need_x or need_mean:
+            d_x = matmul(grad, W, index, beta, None, not transpose, backend)
+        if need_mean:
+            d_mean = _mean_gradient(grad, d_x, index, mean, backend)
+        if need_W:
+            scaled = grad if beta is None else (grad * _of_rows(beta.unsqueeze(-1), index)).to(x.dtype)
+            pair = (scaled, centred) if transpose else (centred, scaled)
+            d_W = outer(*pair, index, W.shape[0], backend)
+        return d_x if need_x else None, d_W, None, d_beta, d_mean, None, None
+
+
+class _Outer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b, index, groups, backend):
+        ctx.save_for_backward(a, b, index)
+        ctx.backend = backend
+        return call(backend, "grouped_outer", a, b, index, groups)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b, index = ctx.saved_tensors
+        d_a = d_b = None
+        if ctx.needs_input_grad[0]:
+            d_a = matmul(b, grad, index, None, None, True, ctx.backend)
+        if ctx.needs_input_grad[1]:
+            d_b = matmul(a, grad, index, None, None, False, ctx.backend)
+        return d_a, d_b, None, None, None
+
+
+class _LowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, U, s, index, mean, backend):
+        ctx.save_for_backward(x, U, s, index, mean)
+        ctx.backend = backend
+        return call(backend, "low_rank_project", x, U, s, index, mean)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, U, s, index, mean = ctx.saved_tensors
+        need_x, need_U, need_s, _, need_mean, _ = ctx.needs_input_grad
+        d_x = d_U = d_s = d_mean = None
+        if need_x or need_mean:
+            d_x = low_rank(grad, U, s, index, None, ctx.backend)
+        if need_mean:
+            d_mean = _mean_gradient(grad, d_x, index, mean, ctx.backend)
+        if need_U or need_s:
+            rows, K = x.shape[0], U.shape[0]
+            # x and the gradient take the same way through U: one product for both
+            both = torch.cat([_centred(x, index, mean), grad])
+            twice = None if index is None else torch.cat([index, index])
+            in_U = matmul(both, U, twice, None, None, False, ctx.backend).to(s.dtype)  # (2 B, r)
+            p, q = in_U[:rows], in_U[rows:]
+            if need_s:
+                d_s = group_sum(p * q, index, K, ctx.backend)
+            if need_U:
+                partners = torch.cat([q, p]) * _of_rows(s, twice)
+                d_U = outer(both, partners.to(x.dtype), twice, K, ctx.backend)
+        return d_x if need_x else None, d_U, d_s, None, d_mean, None
+
+
+def _mean_gradient(grad: Tensor, d_x: Tensor, index: Tensor | None, mean: Tensor, backend: str) -> Tensor:
+    wide = compute_dtype(grad.dtype)
+    return group_sum(grad.to(wide) - d_x.to(wide), index, mean.shape[0], backend).to(mean.dtype)
+
+
+def matmul(
+    x: Tensor, W: Tensor, index: Tensor | None, beta: Tensor | None, mean: Tensor | None, transpose: bool, backend: str
+) -> Tensor:
+    """β_k (x_b − μ_k) W_k + μ_k, W_kᵀ if ``transpose``: (B, m), (K, m, n), (B,), (K,), (K, m) → (B, n)."""
+    args = (*map(_contiguous, (x, W, index, beta, mean)), transpose)
+    if _tracked(x, W, beta, mean):
+        return _Matmul.apply(*args, backend)
+    return call(backend, "grouped_matmul", *args)
+
+
+def outer(a: Tensor, b: Tensor, index: Tensor | None, groups: int, backend: str) -> Tensor:
+    """Σ over the rows of each group of a_b ⊗ b_b, in ascending order: (B, m), (B, n), (B,) → (K, m, n)."""
+    args = (*map(_contiguous, (a, b, index)), groups)
+    if _tracked(a, b):
+        return _Outer.apply(*args, backend)
+    return call(backend, "grouped_outer", *args)
+
+
+def group_sum(v: Tensor, index: Tensor | None, groups: int, backend: str) -> Tensor:
+    """Σ of each group's rows: (B, n) → (K, n)."""
+    return outer(v.new_ones(v.shape[0], 1), v, index, groups, backend).squeeze(1)
+
+
+def low_rank(x: Tensor, U: Tensor, s: Tensor, index: Tensor | None, mean: Tensor | None, backend: str) -> Tensor:
+    """U_k (s_k ∘ U_kᵀ(x_b − μ_k)) + μ_k: (B, d), (K, d, r), (K, r) of the compute dtype, (B,), (K, d) → (B, d)."""
+    args = tuple(map(_contiguous, (x, U, s, index, mean)))
+    if _tracked(x, U, s, mean):
+        return _LowRank.apply(*args, backend)
+    return call(backend, "low_rank_project", *args)

@@ -1,0 +1,309 @@
+"""Rows times the matrix of their group, in one launch over blocks of rows that share a group.
+
+torch sorts the group numbers stably, on the device and without a synchronisation: the grid has its static bound, a
+block for every BLOCK_B rows and one more a group, and each program finds its group in the offsets; those past the last
+block return. A tile of h and, in low rank, the r-vector stay on chip. A half times a vector that was computed here
+takes the vector as the sum of two halves, so that the tensor cores lose nothing of it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import cdiv, interpreted, next_power_of_2, on_device
+from ._precision import tf32_allowed
+
+MAX_RANK = 256  # a block's r-vectors live in registers; beyond, they take a (B, r) buffer and two launches
+
+
+@triton.jit
+def _block(pid, order_ptr, offsets_ptr, B, K, HAS_INDEX: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The group of block ``pid``, its rows, and which of them exist."""
+    lane = tl.arange(0, BLOCK_B)
+    if HAS_INDEX:
+        group = tl.zeros((), dtype=tl.int32)
+        first = tl.zeros((), dtype=tl.int32)
+        stop = tl.zeros((), dtype=tl.int32)
+        total = tl.zeros((), dtype=tl.int32)
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            low = tl.load(offsets_ptr + k, mask=k < K, other=0)
+            high = tl.load(offsets_ptr + k + 1, mask=k < K, other=0)
+            blocks = (high - low + BLOCK_B - 1) // BLOCK_B
+            begin = total + tl.cumsum(blocks, axis=0) - blocks
+            here = (pid >= begin) & (pid < begin + blocks)
+            group += tl.sum(tl.where(here, k, 0), axis=0)
+            first += tl.sum(tl.where(here, low + (pid - begin) * BLOCK_B, 0), axis=0)
+            stop += tl.sum(tl.where(here, high, 0), axis=0)
+            total += tl.sum(blocks, axis=0)
+        live = first + lane < stop
+        rows = tl.load(order_ptr + first + lane, mask=live, other=0)
+    else:
+        group = tl.zeros((), dtype=tl.int32)
+        live = pid * BLOCK_B + lane < B
+        rows = (pid * BLOCK_B + lane).to(tl.int64)
+    return group, rows, live
+
+
+@triton.jit
+def _dot(x, w, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    if SPLIT:
+        high = x.to(w.dtype)
+        rest = x - high.to(tl.float32)
+        # an infinity is all in its first half
+        low = tl.where(tl.abs(high.to(tl.float32)) < float("inf"), rest, 0.0).to(w.dtype)
+        return tl.dot(low, w, tl.dot(high, w, acc))
+    else:
+        return tl.dot(x, w, acc, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["B", "K"])
+def _grouped_matmul_kernel(
+    x_ptr, w_ptr, order_ptr, offsets_ptr, scale_ptr, beta_ptr, mean_ptr, out_ptr, B, K, m, n, w_row, w_col,
+    HAS_INDEX: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BETA: tl.constexpr, MEAN_IN: tl.constexpr,
+    MEAN_OUT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    group, rows, live = _block(tl.program_id(0), order_ptr, offsets_ptr, B, K, HAS_INDEX, BLOCK_B, BLOCK_K)
+    if tl.max(live.to(tl.int32), axis=0) > 0:
+        g = group.to(tl.int64)
+        cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        w_ptrs = w_ptr + g * m * n + cols[None, :] * w_col
+        acc = tl.zeros((BLOCK_B, BLOCK_N), dtype=tl.float32)
+        for start in range(0, m, BLOCK_M):
+            j = start + tl.arange(0, BLOCK_M)
+            inside = j < m
+            x = tl.load(x_ptr + rows[:, None] * m + j[None, :], mask=live[:, None] & inside[None, :], other=0.0)
+            w = tl.load(w_ptrs + j[:, None] * w_row, mask=inside[:, None] & (cols < n)[None, :], other=0.0)
+            if MEAN_IN:
+                mean = tl.load(mean_ptr + g * m + j, mask=inside, other=0.0).to(tl.float32)
+                x = x.to(tl.float32) - mean[None, :]
+            acc = _dot(x, w, acc, SPLIT, PRECISION)
+        if HAS_SCALE:
+            acc *= tl.load(scale_ptr + g * n + cols, mask=cols < n, other=0.0)[None, :]
+        if HAS_BETA:
+            acc *= tl.load(beta_ptr + g)
+        if MEAN_OUT:
+            acc += tl.load(mean_ptr + g * n + cols, mask=cols < n, other=0.0).to(tl.float32)[None, :]
+        tl.store(
+            out_ptr + rows[:, None] * n + cols[None, :],
+            acc.to(out_ptr.dtype.element_ty),
+            mask=live[:, None] & (cols < n)[None, :],
+        )
+
+
+@triton.jit(do_not_specialize=["B", "K"])
+def _low_rank_project_kernel(
+    x_ptr, u_ptr, s_ptr, order_ptr, offsets_ptr, mean_ptr, out_ptr, B, K, d, r,
+    HAS_INDEX: tl.constexpr, HAS_MEAN: tl.constexpr, SPLIT_X: tl.constexpr, SPLIT_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    group, rows, live = _block(tl.program_id(0), order_ptr, offsets_ptr, B, K, HAS_INDEX, BLOCK_B, BLOCK_K)
+    if tl.max(live.to(tl.int32), axis=0) > 0:
+        g = group.to(tl.int64)
+        i = tl.arange(0, BLOCK_R)
+        inner = tl.zeros((BLOCK_B, BLOCK_R), dtype=tl.float32)
+        for start in range(0, d, BLOCK_D):
+            j = start + tl.arange(0, BLOCK_D)
+            x = tl.load(x_ptr + rows[:, None] * d + j[None, :], mask=live[:, None] & (j < d)[None, :], other=0.0)
+            u = tl.load(
+                u_ptr + g * d * r + j[:, None] * r + i[None, :],
+                mask=(j < d)[:, None] & (i < r)[None, :],
+                other=0.0,
+            )
+            if HAS_MEAN:
+                x = x.to(tl.float32) - tl.load(mean_ptr + g * d + j, mask=j < d, other=0.0).to(tl.float32)[None, :]
+            inner = _dot(x, u, inner, SPLIT_X, PRECISION)
+        inner *= tl.load(s_ptr + g * r + i, mask=i < r, other=0.0)[None, :]
+        for start in range(0, d, BLOCK_D):
+            j = start + tl.arange(0, BLOCK_D)
+            u = tl.load(
+                u_ptr + g * d * r + j[None, :] * r + i[:, None],
+                mask=(j < d)[None, :] & (i < r)[:, None],
+                other=0.0,
+            )
+            y = _dot(inner, u, tl.zeros((BLOCK_B, BLOCK_D), dtype=tl.float32), SPLIT_R, PRECISION)
+            if HAS_MEAN:
+                y += tl.load(mean_ptr + g * d + j, mask=j < d, other=0.0).to(tl.float32)[None, :]
+            tl.store(
+                out_ptr + rows[:, None] * d + j[None, :],
+                y.to(out_ptr.dtype.element_ty),
+                mask=live[:, None] & (j < d)[None, :],
+            )
+
+
+@triton.jit(do_not_specialize=["B"])
+def _grouped_outer_kernel(
+    a_ptr, b_ptr, order_ptr, offsets_ptr, out_ptr, B, m, n,
+    HAS_INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if HAS_INDEX:
+        first = tl.load(offsets_ptr + group)
+        stop = tl.load(offsets_ptr + group + 1)
+    else:
+        first = 0
+        stop = B
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(first, stop, BLOCK_B):
+        at = start + tl.arange(0, BLOCK_B)
+        live = at < stop
+        if HAS_INDEX:
+            rows = tl.load(order_ptr + at, mask=live, other=0)
+        else:
+            rows = at.to(tl.int64)
+        a = tl.load(a_ptr + rows[None, :] * m + i[:, None], mask=live[None, :] & (i < m)[:, None], other=0.0)
+        b = tl.load(b_ptr + rows[:, None] * n + j[None, :], mask=live[:, None] & (j < n)[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    tl.store(
+        out_ptr + group * m * n + i.to(tl.int64)[:, None] * n + j[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=(i < m)[:, None] & (j < n)[None, :],
+    )
+
+
+def _upcast(t: torch.Tensor | None) -> torch.Tensor | None:
+    return t.float() if t is not None and t.dtype == torch.bfloat16 else t
+
+
+def _interpreted_bf16(t: torch.Tensor) -> bool:
+    # The interpreter multiplies bf16 as raw bits and truncates its stores: there kernels run in fp32, torch rounds.
+    return t.dtype == torch.bfloat16 and interpreted(_grouped_matmul_kernel)
+
+
+def _precision() -> str:
+    return "tf32" if tf32_allowed() else "ieee"
+
+
+def _sorted(index: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows in the order of their groups, and where each group begins and the last one ends."""
+    ordered, order = torch.sort(index.to(torch.int32), stable=True)
+    bounds = torch.arange(groups + 1, dtype=torch.int32, device=index.device)
+    return order, torch.searchsorted(ordered, bounds, out_int32=True)
+
+
+def matmul_config(dtype: torch.dtype, n: int, split: bool = False) -> dict[str, int]:
+    """A block of rows by a tile of columns; fp32 runs on plain FMAs, in smaller steps."""
+    if interpreted(_grouped_matmul_kernel):
+        return {"BLOCK_B": 32, "BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 16}
+    block_n = min(128, max(16, next_power_of_2(n)))
+    if dtype == torch.float32:
+        return {"BLOCK_B": 32, "BLOCK_M": 32, "BLOCK_N": block_n, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2}
+    block_b = 32 if split else 64  # both halves of a split tile are in registers
+    return {"BLOCK_B": block_b, "BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+
+
+def low_rank_config(dtype: torch.dtype, r: int, mean: bool = False) -> dict[str, int]:
+    """Blocks of few rows, so that 4,096 of them over 16 groups fill the chip once."""
+    block_r = max(16, next_power_of_2(r))
+    if interpreted(_low_rank_project_kernel):
+        return {"BLOCK_B": 32, "BLOCK_D": 128, "BLOCK_R": block_r, "BLOCK_K": 16}
+    hip, wide = torch.version.hip is not None, block_r > 64
+    if dtype == torch.float32:
+        block_b, block_d = 16 if wide else 32, 32
+    else:
+        # centred rows are split in registers, and a wide r-vector fills them
+        block_b, block_d = 16 if wide and hip else 32, (32 if hip else 64) if wide else 64 if mean else 128
+    return {
+        "BLOCK_B": block_b, "BLOCK_D": block_d, "BLOCK_R": block_r, "BLOCK_K": 128,
+        "num_warps": 8 if wide and not hip else 4, "num_stages": 2 if hip else 3,
+    }  # fmt: skip
+
+
+def outer_config(dtype: torch.dtype, m: int, n: int) -> dict[str, int]:
+    """A tile of a group's gradient; few, wide programs, as every one reads the rows of its group."""
+    if interpreted(_grouped_outer_kernel):
+        side = {"BLOCK_M": min(256, max(16, next_power_of_2(m))), "BLOCK_N": min(256, max(16, next_power_of_2(n)))}
+        return {"BLOCK_B": 64, **side}
+    largest = 64 if dtype == torch.float32 else 128
+    return {
+        "BLOCK_B": 32,
+        "BLOCK_M": min(largest, max(16, next_power_of_2(m))),
+        "BLOCK_N": min(largest, max(16, next_power_of_2(n))),
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+
+
+def _matmul(x, W, index, scale, beta, mean, transpose, *, mean_in, mean_out, dtype):
+    B, m = x.shape
+    K, n = W.shape[0], W.shape[1] if transpose else W.shape[2]
+    out = torch.empty((B, n), dtype=dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    order, offsets = (x, x) if index is None else _sorted(index, K)
+    split = W.dtype != torch.float32 and (mean_in or x.dtype == torch.float32)
+    config = matmul_config(W.dtype, n, split)
+    grid = (cdiv(B, config["BLOCK_B"]) + (0 if index is None else K), cdiv(n, config["BLOCK_N"]))
+    with on_device(x):
+        _grouped_matmul_kernel[grid](
+            x, W, order, offsets, x if scale is None else scale, x if beta is None else beta,
+            x if mean is None else mean, out, B, K, m, n, 1 if transpose else n, m if transpose else 1,
+            HAS_INDEX=index is not None, HAS_SCALE=scale is not None, HAS_BETA=beta is not None,
+            MEAN_IN=mean_in, MEAN_OUT=mean_out,
+            SPLIT=split, PRECISION=_precision(), **config,
+        )  # fmt: skip
+    return out
+
+
+def grouped_matmul(
+    x: torch.Tensor, W: torch.Tensor, index: torch.Tensor | None, beta: torch.Tensor | None,
+    mean: torch.Tensor | None, transpose: bool,
+) -> torch.Tensor:  # fmt: skip
+    """x (B, m), W (K, m, n) or, if ``transpose``, (K, n, m) -> (B, n): beta (x - mean) W + mean of the group."""
+    if _interpreted_bf16(x):
+        return grouped_matmul(x.float(), W.float(), index, beta, _upcast(mean), transpose).bfloat16()
+    given = mean is not None
+    return _matmul(x, W, index, None, beta, mean, transpose, mean_in=given, mean_out=given, dtype=x.dtype)
+
+
+def low_rank_project(
+    x: torch.Tensor, U: torch.Tensor, s: torch.Tensor, index: torch.Tensor | None, mean: torch.Tensor | None
+) -> torch.Tensor:
+    """x (B, d), U (K, d, r), s (K, r) float32, mean (K, d) or None -> (B, d): U (s * U^T (x - mean)) + mean."""
+    if _interpreted_bf16(x):
+        return low_rank_project(x.float(), U.float(), s, index, _upcast(mean)).bfloat16()
+    B, d = x.shape
+    K, _, r = U.shape
+    given = mean is not None
+    if r > MAX_RANK:
+        inner = _matmul(x, U, index, s, None, mean, False, mean_in=given, mean_out=False, dtype=torch.float32)
+        return _matmul(inner, U, index, None, None, mean, True, mean_in=False, mean_out=given, dtype=x.dtype)
+    out = torch.empty((B, d), dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    order, offsets = (x, x) if index is None else _sorted(index, K)
+    config = low_rank_config(x.dtype, r, given)
+    half = x.dtype != torch.float32
+    with on_device(x):
+        _low_rank_project_kernel[(cdiv(B, config["BLOCK_B"]) + (0 if index is None else K),)](
+            x, U, s, order, offsets, mean if given else x, out, B, K, d, r,
+            HAS_INDEX=index is not None, HAS_MEAN=given, SPLIT_X=half and given, SPLIT_R=half,
+            PRECISION=_precision(), **config,
+        )  # fmt: skip
+    return out
+
+
+def grouped_outer(a: torch.Tensor, b: torch.Tensor, index: torch.Tensor | None, groups: int) -> torch.Tensor:
+    """a (B, m), b (B, n) -> (K, m, n): the sum of a_b b_b^T over the rows of each group, in ascending order."""
+    if _interpreted_bf16(a):
+        return grouped_outer(a.float(), b.float(), index, groups).bfloat16()
+    B, m = a.shape
+    n = b.shape[1]
+    out = torch.empty((groups, m, n), dtype=a.dtype, device=a.device)
+    if out.numel() == 0:
+        return out
+    order, offsets = (a, a) if index is None else _sorted(index, groups)
+    config = outer_config(a.dtype, m, n)
+    grid = (groups, cdiv(m, config["BLOCK_M"]), cdiv(n, config["BLOCK_N"]))
+    with on_device(a):
+        _grouped_outer_kernel[grid](
+            a, b, order, offsets, out, B, m, n, HAS_INDEX=index is not None, PRECISION=_precision(), **config
+        )
+    return out
