@@ -11,7 +11,7 @@ from typing import Any
 
 from clipsteer._files import write_atomically
 from clipsteer.report import Html, Page, charts, escape, line_chart, stats, table
-from clipsteer.robustness import Baseline, averages, logit, summary
+from clipsteer.robustness import ALPHAS, Baseline, averages, logit, summary
 
 NAMES = {"weight": "weight-space ensemble (WiSE-FT)", "output": "output-space ensemble"}
 ENDS = {"zeroshot": "zero-shot", "finetuned": "fine-tuned", "default": "α = 0.5", "oracle": "oracle α"}
@@ -282,7 +282,11 @@ def write_experiment(
     for heading, headers, cells, caption in parts:
         lines += ["", f"## {heading}", "", *([caption, ""] if caption else [])]
         lines += ["| " + " | ".join(row) + " |" for row in (headers, ["---"] * len(headers), *cells)]
-    lines += ["", f"Repeat: `clipsteer wise-ft emoji --mode {found['mode']} --out DIR`. {where}.", ""]
+    given = {"styles": found["styles"], **{name: found[name] for name in ("seeds", "lrs", "epochs")}}
+    if found["alphas"] != list(ALPHAS):
+        given["alphas"] = found["alphas"]
+    options = " ".join(f"--{name} {' '.join(map(str, values))}" for name, values in given.items())
+    lines += ["", f"Repeat: `clipsteer wise-ft emoji --mode {found['mode']} {options} --out DIR`.", "", f"{where}.", ""]
     path = stem.with_suffix(".md")
     write_atomically(path, lambda file: file.write("\n".join(lines).encode()))
     return [*written, path]

@@ -176,6 +176,7 @@ def run(
     rows: list[dict[str, Any]] = []
     found: dict[str, Any] = {
         "model": EMOJICLIP, "mode": mode, "batch_size": BATCH, "seeds": list(seeds), "machine": machine(),
+        "lrs": list(lrs), "epochs": list(epochs), "alphas": alphas,
         "concepts": {"fit": len(parts.fit), "validation": len(parts.validation), "test": len(parts.test)},
         "styles": {},
     }  # fmt: skip
