@@ -1,7 +1,7 @@
 """WiSE-FT on the bundled drawings: tune EmojiCLIP on Classify-30 in one vendor's style, test on the others.
 
-Learning rate, epochs and zero-shot head are chosen on a part of the training concepts, drawn in the training style; the
-test concepts, which EmojiCLIP never saw in any style, are looked at once, at the end.
+Zero-shot head, learning rate, epochs and an alpha are chosen on a part of the training concepts, drawn in the training
+style. EmojiCLIP has seen all training concepts (not these drawings of Twemoji) and none of the test concepts.
 """
 
 from __future__ import annotations
