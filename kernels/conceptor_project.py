@@ -15,7 +15,8 @@ import triton.language as tl
 from ._launch import cdiv, interpreted, next_power_of_2, on_device
 from ._precision import tf32_allowed
 
-MAX_RANK = 256  # a block's r-vectors live in registers; beyond, they take a (B, r) buffer and two launches
+# A block's r-vectors live in registers, as far as they fit; beyond, they take a (B, r) buffer and two launches.
+MAX_RANK = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 
 
 @triton.jit
@@ -192,7 +193,7 @@ def matmul_config(dtype: torch.dtype, n: int, split: bool = False) -> dict[str, 
     """A block of rows by a tile of columns; fp32 runs on plain FMAs, in smaller steps."""
     if interpreted(_grouped_matmul_kernel):
         return {"BLOCK_B": 32, "BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 16}
-    block_n = min(128, max(16, next_power_of_2(n)))
+    block_n = min(64 if dtype == torch.float32 else 128, max(16, next_power_of_2(n)))
     if dtype == torch.float32:
         return {"BLOCK_B": 32, "BLOCK_M": 32, "BLOCK_N": block_n, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2}
     block_b = 32 if split else 64  # both halves of a split tile are in registers
@@ -209,7 +210,8 @@ def low_rank_config(dtype: torch.dtype, r: int, mean: bool = False) -> dict[str,
         block_b, block_d = 16 if wide else 32, 32
     else:
         # centred rows are split in registers, and a wide r-vector fills them
-        block_b, block_d = 16 if wide and hip else 32, (32 if hip else 64) if wide else 64 if mean else 128
+        block_b = 16 if wide and hip else 32
+        block_d = 32 if wide and hip else min(64 if mean else 128, 8192 // block_r)
     return {
         "BLOCK_B": block_b, "BLOCK_D": block_d, "BLOCK_R": block_r, "BLOCK_K": 128,
         "num_warps": 8 if wide and not hip else 4, "num_stages": 2 if hip else 3,
@@ -272,7 +274,7 @@ def low_rank_project(
     B, d = x.shape
     K, _, r = U.shape
     given = mean is not None
-    if r > MAX_RANK:
+    if r > MAX_RANK[x.dtype]:
         inner = _matmul(x, U, index, s, None, mean, False, mean_in=given, mean_out=False, dtype=torch.float32)
         return _matmul(inner, U, index, None, None, mean, True, mean_in=False, mean_out=given, dtype=x.dtype)
     out = torch.empty((B, d), dtype=x.dtype, device=x.device)

@@ -238,6 +238,17 @@ def test_low_rank_is_a_pytree():
     assert torch.equal(doubled.s, pair.s * 2)
 
 
+@pytest.mark.skipif("cpp" not in FAST, reason="the C++ library is not built")
+@pytest.mark.parametrize("spec", [SPEC, LOW_RANK], ids=lambda s: s.name)
+def test_derivatives_without_an_index(spec):
+    inputs = spec.make({**spec.small_shape, "K": 1}, torch.float64, torch.Generator().manual_seed(1), 1.0, False)
+    assert inputs["index"] is None
+    free = [inputs[n].requires_grad_() for n in spec.differentiable]
+    smooth = lambda *tensors: spec.function(**{**inputs, **dict(zip(spec.differentiable, tensors))}, backend="cpp")
+    assert torch.autograd.gradcheck(smooth, free)
+    assert torch.autograd.gradgradcheck(smooth, free)
+
+
 def test_derivatives_of_third_order_run_on_the_kernels():
     if "cpp" not in FAST:
         pytest.skip("the C++ library is not built")

@@ -169,22 +169,25 @@ def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator,
     return inputs | {"beta": beta, "mean": mean}
 
 
-def _grouped_loop(h: Tensor, K: int, product: Any, index: Tensor | None, beta: Any, mean: Tensor | None) -> Tensor:
+def _grouped_loop(
+    h: Tensor, factors: Any, product: Any, index: Tensor | None, beta: Any, mean: Tensor | None
+) -> Tensor:
     out = torch.empty_like(h)
-    for k in range(K):
+    # C[k] would make a gradient of C's full size for every k
+    for k, part in enumerate(zip(*(f.unbind(0) for f in factors))):
         rows = slice(None) if index is None else (index == k).nonzero().squeeze(1)
-        y = product(h[rows] if mean is None else h[rows] - mean[k], k)
+        y = product(h[rows] if mean is None else h[rows] - mean[k], *part)
         y = y * beta[k] if isinstance(beta, Tensor) else y if beta == 1 else y * beta
         out[rows] = y if mean is None else y + mean[k]
     return out
 
 
 def _loop(h: Tensor, C: Tensor, index: Tensor | None, **options: Any) -> Tensor:
-    return _grouped_loop(h, C.shape[0], lambda x, k: x @ C[k].T, index, **options)
+    return _grouped_loop(h, (C,), lambda x, C: x @ C.T, index, **options)
 
 
 def _low_rank_loop(h: Tensor, U: Tensor, s: Tensor, index: Tensor | None, **options: Any) -> Tensor:
-    return _grouped_loop(h, U.shape[0], lambda x, k: (x @ U[k] * s[k]) @ U[k].T, index, **options)
+    return _grouped_loop(h, (U, s), lambda x, U, s: (x @ U * s) @ U.T, index, **options)
 
 
 def _one_product(h: Tensor, C: Tensor, index: Tensor | None, *, beta: Any, mean: Tensor | None) -> Tensor:
