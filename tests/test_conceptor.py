@@ -479,6 +479,16 @@ def test_mistakes_are_explained(call, message):
         call()
 
 
+def test_the_constants_among_themselves():
+    one, zero = Conceptor.identity(5), ~Conceptor.identity(5)
+    assert [float(c.quota) for c in (one & zero, one | zero, zero & zero, zero | zero, one & one)] == [0, 1, 0, 0, 1]
+    assert zero <= one
+    assert not one <= zero
+    assert torch.equal(zero.project(torch.ones(2, 5), mean=torch.full((5,), 3.0)), torch.full((2, 5), 3.0))
+    moved = Conceptor.fit(rand(0, 3, 5), 1.0, mean=rand(1, 5)).to("cpu")
+    assert torch.equal(moved.mean, rand(1, 5))
+
+
 def test_other_mistakes():
     C = Conceptor.fit(rand(0, 3, 2), 1.0)
     for call in (lambda: C & 3, lambda: C | None, lambda: C <= 1, lambda: len(C), lambda: C[0]):
@@ -515,6 +525,7 @@ def test_files_that_are_not_conceptors_are_refused(tmp_path):
         "shape": {"U": torch.eye(4).double(), "s": torch.ones(3).double()},
         "nan": {"U": torch.full((4, 4), math.nan).double(), "s": torch.ones(4).double()},
         "single": {"U": torch.eye(4), "s": torch.ones(4)},
+        "wide": {"U": torch.zeros(1, 300_000).double(), "s": torch.ones(300_000).double()},
         "extra": {"U": torch.eye(4).double(), "s": torch.ones(4).double(), "W": torch.ones(1).double()},
     }
     for name, content in bad.items():
