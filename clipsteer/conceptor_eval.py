@@ -32,6 +32,10 @@ from clipsteer.data import HELD_OUT_STYLE, TRAINED_STYLES
 APERTURES = (0.1, 0.3, 1.0, 3.0, 10.0)
 BETAS = (0.5, 0.75, 1.5, 2.0)  # beside 1
 ADDED = (-1.0, -0.5, 0.5, 1.0, 2.0)
+# towards something that the drawings are not, other strengths count
+TOWARDS_APERTURES = (0.03, 0.1, 0.3, 1.0, 3.0)
+TOWARDS_BETAS = (0.5, 2.0, 4.0, 8.0, 16.0)
+TOWARDS_ADDED = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 # what is kept of a drawing; "style" is what differs between the trained styles' drawings of one concept
 EXPRESSIONS: dict[str, Callable[[dict[str, Conceptor]], Conceptor]] = {
@@ -111,12 +115,12 @@ class _Maker:
         return lambda x: C.project(x, index[:, None].expand(x.shape[:2]).contiguous(), beta=setting.beta)
 
 
-def _grid(names: list[str], added: list[str], blocks: range | list[int]) -> list[Setting]:
+def _grid(names: list[str], added: list[str], blocks: Any, apertures: Any, betas: Any) -> list[Setting]:
     """Blocks × apertures at β = 1, and for additions blocks × β."""
     grid = []
     for block, centred in itertools.product(blocks, (False, True)):
-        grid += [Setting(n, centred, block, beta) for n in added for beta in ADDED]
-        grid += [Setting(n, centred, block, 1.0, a) for a in APERTURES for n in names]
+        grid += [Setting(n, centred, block, beta) for n in added for beta in betas]
+        grid += [Setting(n, centred, block, 1.0, a) for a in apertures for n in names]
     return grid
 
 
@@ -163,7 +167,7 @@ def held_out_style(clip: CLIP, data: Drawings, seed: int, *, within: bool = Fals
 
     names, added = (list(WITHIN), ["category"]) if within else (list(EXPRESSIONS), ["trained", HELD_OUT_STYLE])
     score = lambda setting: float(hits("validation", setting).double().mean())
-    best, seen = _search(_grid(names, added, blocks), score, BETAS, f"held-out style, seed {seed}")
+    best, seen = _search(_grid(names, added, blocks, APERTURES, ADDED), score, BETAS, f"held-out style, seed {seed}")
     clean = {name: hits(name, None) for name in rows}
     methods = {}
     for method, (value, setting) in best.items():
@@ -253,14 +257,13 @@ def composition(clip: CLIP, data: Drawings, seed: int, block: int | None = None,
                            mean(p[1] == style for p in pairs)])  # fmt: skip
         return tuple(mean(column) for column in zip(*totals))
 
-    grid = [s for s in _grid(list(COMPOSED), ["mean of vectors", "fitted to both"], [block])
-            if s.aperture is not None or s.beta > 0]  # fmt: skip
-    grid += [Setting(n, c, block, 4.0) for n in ("mean of vectors", "fitted to both") for c in (False, True)]
+    vectors = ["mean of vectors", "fitted to both"]
+    grid = _grid(list(COMPOSED), vectors, [block], TOWARDS_APERTURES, TOWARDS_ADDED)
     score = lambda setting: outcome("validation", setting, images)[0]
-    best, _ = _search(grid, score, (2.0, 4.0), f"composition, seed {seed}")
+    best, _ = _search(grid, score, TOWARDS_BETAS, f"composition, seed {seed}")
     shares = lambda setting: dict(zip(("target", "category", "style"), outcome("test", setting, None)))
     closeness = []
-    for a in APERTURES:
+    for a in TOWARDS_APERTURES:
         setting = Setting("", True, block, 1.0, a)
         parts = maker.parts(setting)
         triples = [tuple(f(parts, c, s) for f in COMPOSED.values()) for c, s in targets]
@@ -293,7 +296,9 @@ def evaluate(clip: CLIP, seeds: int = 3, data: Drawings | None = None) -> dict[s
     if seeds < 1:
         raise ValueError(f"evaluate: seeds must be at least 1, got {seeds}")
     data = harvest_drawings(clip) if data is None else data
-    result: dict[str, Any] = {"seeds": seeds, "apertures": APERTURES, "betas": sorted((1.0, *BETAS)), "added": ADDED}
+    result: dict[str, Any] = {"seeds": seeds, "apertures": APERTURES, "betas": sorted((1.0, *BETAS)), "added": ADDED,
+                              "towards": {"apertures": TOWARDS_APERTURES, "betas": sorted((1.0, *TOWARDS_BETAS)),
+                                          "added": TOWARDS_ADDED}}  # fmt: skip
     for name, within in (("held_out", False), ("within_category", True)):
         runs = [held_out_style(clip, data, s, within=within) for s in range(seeds)]
         points: dict[Any, list[float]] = {}

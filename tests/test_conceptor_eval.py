@@ -21,9 +21,12 @@ CONCEPTS, LAYERS, PLACE = 48, 3, "visual.transformer.resblocks.{}"
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
     """Fewer points: what is tested does not depend on how fine the grid is."""
-    monkeypatch.setattr(conceptor_eval, "APERTURES", (0.3, 3.0))
-    monkeypatch.setattr(conceptor_eval, "BETAS", (0.5,))
+    for name in ("APERTURES", "TOWARDS_APERTURES"):
+        monkeypatch.setattr(conceptor_eval, name, (0.3, 3.0))
+    for name in ("BETAS", "TOWARDS_BETAS"):
+        monkeypatch.setattr(conceptor_eval, name, (0.5,))
     monkeypatch.setattr(conceptor_eval, "ADDED", (-0.5, 1.0))
+    monkeypatch.setattr(conceptor_eval, "TOWARDS_ADDED", (1.0, 4.0))
 
 
 def pixels(rows):
