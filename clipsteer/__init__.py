@@ -23,6 +23,9 @@ _LAZY = {
     "TrainConfig": "sae_train",
     "train_sae": "sae_train",
     "evaluate_sae": "sae_eval",
+    "ConceptDictionary": "splice",
+    "RunningEnsemble": "merging",
+    "wise_ft": "merging",
 }
 
 __all__ = ["__version__", "ops", *_LAZY]
@@ -30,11 +33,14 @@ __all__ = ["__version__", "ops", *_LAZY]
 if TYPE_CHECKING:
     from clipsteer._files import FileFormatError as FileFormatError
     from clipsteer.conceptor import Conceptor as Conceptor
+    from clipsteer.merging import RunningEnsemble as RunningEnsemble
+    from clipsteer.merging import wise_ft as wise_ft
     from clipsteer.sae import SAE as SAE
     from clipsteer.sae import SAEOutput as SAEOutput
     from clipsteer.sae_eval import evaluate_sae as evaluate_sae
     from clipsteer.sae_train import TrainConfig as TrainConfig
     from clipsteer.sae_train import train_sae as train_sae
+    from clipsteer.splice import ConceptDictionary as ConceptDictionary
     from clipsteer.steering import AdditiveSteering as AdditiveSteering
     from clipsteer.steering import ConceptorSteering as ConceptorSteering
     from clipsteer.steering import SAESteering as SAESteering

@@ -70,33 +70,48 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomically(path, lambda file: file.write(data))
 
 
-def write_safetensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write dense tensors of any device and layout; they are streamed, one on the CPU at a time."""
+def safetensors_layout(
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[str]]:
+    """The opening bytes of a file that holds tensors of these dtypes and shapes, and the order of their data."""
     header: dict[str, Any] = {}
     if metadata:
         header["__metadata__"] = {str(key): str(value) for key, value in metadata.items()}
     # widest elements first, then by name: every tensor is aligned and the bytes do not depend on the order given
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
     end = 0
     for name in order:
-        tensor = tensors[name]
-        if tensor.dtype not in _NAMES or tensor.layout != torch.strided or name == "__metadata__":
-            raise TypeError(f"write_safetensors: {name!r} is {tensor.layout} {tensor.dtype}, which the format lacks")
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        dtype, shape = tensors[name]
+        if dtype not in _NAMES or name == "__metadata__":
+            raise TypeError(f"write_safetensors: {name!r} is {dtype}, which the format lacks")
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_JSON_BYTES:
         raise ValueError(f"write_safetensors: a header of {len(text)} bytes, at most {MAX_JSON_BYTES} can be read back")
+    return len(text).to_bytes(8, "little") + text, order
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The elements of a tensor of any device and layout, as they stand in a file."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write dense tensors of any device and layout; they are streamed, one on the CPU at a time."""
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            raise TypeError(f"write_safetensors: {name!r} is {tensor.layout} {tensor.dtype}, which the format lacks")
+    head, order = safetensors_layout({name: (t.dtype, t.shape) for name, t in tensors.items()}, metadata)
 
     def write(file: BinaryIO) -> None:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(head)
         for name in order:
-            tensor = tensors[name].detach().cpu().contiguous()
-            if tensor.numel():
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            file.write(tensor_bytes(tensors[name]))
 
     write_atomically(path, write)
 

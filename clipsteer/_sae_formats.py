@@ -66,7 +66,12 @@ def open_clip_name(hook_name: str) -> str | None:
 
 def metadata_of(source: str, model: Any, hook_name: Any, **more: Any) -> dict[str, Any]:
     """Where an SAE of another library belongs; keys without a value are left out."""
-    found: dict[str, Any] = {"source": source, "clip_model": model if isinstance(model, str) else None, **more}
+    model = model if isinstance(model, str) else None
+    if model is not None and model.startswith("open-clip:"):
+        # ViT-Prisma's names: a repository on the hub, or an architecture
+        name = model.removeprefix("open-clip:")
+        model = f"hf-hub:{name}" if "/" in name else name
+    found: dict[str, Any] = {"source": source, "clip_model": model, **more}
     if isinstance(hook_name, str):
         found |= {"hook_point": open_clip_name(hook_name), "source_hook": hook_name}
     return {key: value for key, value in found.items() if value is not None}
@@ -117,6 +122,7 @@ def read_saelens(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) 
     if normalize in ("expected_average_only_in", True):
         logger.warning("%s: %s is taken as folded into the weights, as SAELens does at inference", folder, normalize)
         normalize = "none"
+    lookup(folder, "reshape_activations", cfg.get("reshape_activations"), {None: "none", "none": "none"})
     scaling = weights.pop("scaling_factor", None)
     if scaling is not None and not bool((scaling == 1).all()):
         raise FileFormatError(f"{folder}: a fine-tuning scaling_factor is not supported")

@@ -33,6 +33,20 @@ METRICS = ("loss", "fvu", "l0", "dead", "auxk")
 _COSMETIC = ("log_every", "checkpoint_every")
 
 
+def trim_log(path: Path, step: int) -> None:
+    """Drop the log's lines from after `step`, which a resumed run writes again, and a torn last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_atomically(path, lambda file: file.write(b"".join(kept)))
+
+
 class Run:
     """A training run with its place on disk: data position, checkpoints, log, SIGTERM."""
 
@@ -50,7 +64,7 @@ class Run:
             found = checkpoint.load_latest(self.out / "checkpoints")
             if found is not None:
                 self._check(found.meta, resume)
-            self._trim_log(found.step if found is not None else 0)
+            trim_log(self.out / "log.jsonl", found.step if found is not None else 0)
         place = torch.tensor([-1, 0, 0], device=world.device)
         if found is not None:
             place = torch.tensor([found.step, *found.meta["position"]], device=world.device)
@@ -59,8 +73,9 @@ class Run:
             return
         tensors = trainer.state_tensors() if found is None else found.tensors
         if world.size > 1:
-            names = sorted(trainer.state_tensors())
-            tensors = {name: world.broadcast_(tensors[name].to(world.device).clone()) for name in names}
+            own = trainer.state_tensors()
+            # a checkpoint from a CPU lacks the GPU's generator
+            tensors = {n: world.broadcast_(tensors.get(n, own[n]).to(world.device).clone()) for n in sorted(own)}
         if step < 0:
             trainer.sae.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("sae.")})
             return
@@ -69,29 +84,22 @@ class Run:
         if world.rank == 0:
             logger.info("resumed %s at step %d of %d", self.out, step, trainer.total_steps)
 
+    def _settings(self) -> dict[str, Any]:
+        """What makes this run another one: settings, model and data as far as they are known, length."""
+        config = {name: value for name, value in asdict(self.config).items() if name not in _COSMETIC}
+        metadata = self.trainer.sae.metadata
+        known = {name: metadata[name] for name in metadata if name not in ("training", "clipsteer_version")}
+        about = {"d_in": self.source.d_in, "rows of a pass": self.source.rows_per_epoch(), "metadata": known}
+        return json.loads(json.dumps({**config, **about, "total steps": self.trainer.total_steps}))
+
     def _check(self, meta: dict[str, Any], resume: bool) -> None:
         if not resume:
             raise ValueError(f"train_sae: {self.out} holds a run; resume it or choose another directory")
-        wanted = json.loads(json.dumps({**asdict(self.config), "d_in": self.source.d_in}))
-        there = meta.get("config", {})
-        changed = [k for k in wanted if k not in _COSMETIC and there.get(k) != wanted[k]]
+        wanted, there = _flat(self._settings()), _flat(meta.get("settings", {}))
+        changed = [name for name in {**there, **wanted} if there.get(name) != wanted.get(name)]
         if changed:
-            which = ", ".join(f"{k}: {there.get(k)!r} there, {wanted[k]!r} asked for" for k in changed)
+            which = ", ".join(f"{k}: {there.get(k)!r} there, {wanted.get(k)!r} asked for" for k in changed)
             raise ValueError(f"train_sae: {self.out} holds a run with other settings ({which}); use another directory")
-
-    def _trim_log(self, step: int) -> None:
-        """Drop the log's lines from after `step`, which the resumed run writes again, and a torn last line."""
-        path = self.out / "log.jsonl"
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_bytes().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + b"\n")
-            except (ValueError, KeyError, TypeError):
-                continue
-        write_atomically(path, lambda file: file.write(b"".join(kept)))
 
     def save(self) -> None:
         step = self.trainer.step_count
@@ -101,7 +109,7 @@ class Run:
             tensors = self.trainer.state_tensors()
             if not all(bool(t.isfinite().all()) for name, t in tensors.items() if name.startswith("sae.")):
                 raise RuntimeError(f"train_sae: the weights are not finite at step {step}{self._last_good()}")
-            meta = {"config": {**asdict(self.config), "d_in": self.source.d_in}, "position": list(self.position)}
+            meta = {"settings": self._settings(), "position": list(self.position)}
             checkpoint.save_state(self.out / "checkpoints", step, tensors, meta)
         self.saved_at = step
 
@@ -116,7 +124,7 @@ class Run:
             return
         with ExitStack() as stack:
             reporter = stack.enter_context(_Reporter(self.out, track, config)) if lead else None
-            stop = stack.enter_context(_StopSignal(self.out is not None))
+            stop = stack.enter_context(StopSignal(self.out is not None))
             bar = stack.enter_context(
                 tqdm(total=total, initial=first, desc="train SAE", unit="step", disable=None if lead else True)
             )
@@ -161,14 +169,19 @@ class Run:
         return values
 
 
-class _StopSignal:
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    inner = {f"metadata.{name}": value for name, value in settings.get("metadata", {}).items()}
+    return {**{name: value for name, value in settings.items() if name != "metadata"}, **inner}
+
+
+class StopSignal:
     """Turns SIGTERM into a flag while active; only the main thread may, elsewhere the flag stays down."""
 
     def __init__(self, wanted: bool) -> None:
         self.asked = False
         self._wanted = wanted and threading.current_thread() is threading.main_thread()
 
-    def __enter__(self) -> _StopSignal:
+    def __enter__(self) -> StopSignal:
         if self._wanted:
             self._before = signal.signal(signal.SIGTERM, self._ask)
         return self

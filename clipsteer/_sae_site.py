@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from clipsteer.clip import CLIP, apply_at, class_tokens, hook_points
+from clipsteer._tokens import Layout, layout_at
+from clipsteer.activations import image_loader
+from clipsteer.clip import CLIP, apply_at, evaluating, hook_points
 from clipsteer.sae import SAE
 
-TOKENS = ("all", "cls", "patches")
 LOGIT_SCALE = 100.0
 # elements of a dense (rows, d_sae) block that are held at once: 128 MB in float32
-_BLOCK = 1 << 25
+BLOCK = 1 << 25
 
 
 class Site(NamedTuple):
@@ -27,19 +28,24 @@ class Site(NamedTuple):
 
     hook_point: str
     tokens: str
-    prefix: int  # class and register tokens before the patches
+    layout: Layout
 
     def select(self, x: Tensor) -> Tensor:
-        """(B, T, d) -> (B, T', d), a view of the tokens that the SAE is for."""
-        if self.tokens == "all":
-            return x
-        return x[:, :1] if self.tokens == "cls" else x[:, self.prefix :]
+        """(B, T, d) -> (B, T', d), a view of the tokens that the SAE is for. Raises ValueError where there are none."""
+        return x[:, self.layout.where("tokens", self.tokens, x.shape[1])]
 
     def put(self, x: Tensor, new: Tensor) -> Tensor:
         """x with the selected tokens replaced."""
         if self.tokens == "all":
             return new
-        return torch.cat([new, x[:, 1:]] if self.tokens == "cls" else [x[:, : self.prefix], new], dim=1)
+        where = self.layout.where("tokens", self.tokens, x.shape[1])
+        return torch.cat([x[:, : where.start], new, *([] if where.stop is None else [x[:, where.stop :]])], dim=1)
+
+    def patches(self, per_token: Tensor) -> Tensor:
+        """Of values (..., T') at the selected tokens those of patches; empty where none is."""
+        count = per_token.shape[-1]
+        before = {"cls": count, "patches": 0, "all": self.layout.before_patches(count)}[self.tokens]
+        return per_token[..., count if before is None else before :]
 
 
 def find_site(sae: SAE, clip: CLIP, hook_point: str | None, tokens: str | None) -> Site:
@@ -47,61 +53,32 @@ def find_site(sae: SAE, clip: CLIP, hook_point: str | None, tokens: str | None) 
     tokens = tokens if tokens is not None else sae.metadata.get("tokens") or "all"
     if hook_point is None:
         raise ValueError("hook_point: the SAE's metadata do not name one; pass it")
-    if tokens not in TOKENS:
-        raise ValueError(f"tokens: expected one of {TOKENS}, got {tokens!r}")
     names = hook_points(clip.model, hook_point)
     if len(names) != 1:
         raise ValueError(f"hook_point: {hook_point!r} must name one module of {clip.name}, it matches {len(names)}")
-    prefix = class_tokens(clip.model, names[0])
-    if tokens != "all" and prefix == 0:
-        raise ValueError(f"tokens: there is no class token at {names[0]!r}; only 'all' works, got {tokens!r}")
-    return Site(names[0], tokens, prefix)
-
-
-class Pairs(torch.utils.data.Dataset):
-    """(preprocessed image, integer label or -1) of a map-style data set."""
-
-    def __init__(self, dataset: Any, preprocess: Callable[[Any], Tensor]) -> None:
-        self.dataset, self.preprocess = dataset, preprocess
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        item = self.dataset[index]
-        image, label = (item[0], item[1]) if isinstance(item, tuple | list) else (item, -1)
-        label = -1 if isinstance(label, str) else int(label)
-        return image if isinstance(image, Tensor) else self.preprocess(image), label
+    layout = layout_at(clip.model, names[0])
+    layout.check("tokens", [tokens])
+    return Site(names[0], tokens, layout)
 
 
 def image_batches(clip: CLIP, dataset: Any, batch_size: int, what: str) -> Iterator[tuple[Tensor, Tensor]]:
     if len(dataset) == 0:
         raise ValueError("dataset: it is empty")
-    loader = DataLoader(Pairs(dataset, clip.preprocess), batch_size=batch_size)
-    for pixels, labels in tqdm(loader, desc=what, unit="batch", disable=None):
+    for pixels, labels in tqdm(image_loader(clip, dataset, batch_size), desc=what, unit="batch", disable=None):
         yield pixels.to(clip.device, clip.dtype), labels.to(clip.device)
 
 
-@contextmanager
-def evaluating(*modules: torch.nn.Module) -> Iterator[None]:
-    """No gradients and evaluation mode; the modes come back afterwards, also on error."""
-    modes = [(module, module.training) for root in modules for module in root.modules()]
-    for root in modules:
-        root.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+def image_embeddings(clip: CLIP, dataset: Any, batch_size: int, what: str) -> Iterator[Tensor]:
+    """Unit embeddings (B, e), at least float32, of a data set, batch by batch."""
+    for pixels, _ in image_batches(clip, dataset, batch_size, what):
+        with evaluating(clip.model):
+            yield clip.embed(pixels)
 
 
 def embed(clip: CLIP, pixels: Tensor, site: Site, edit: Callable[[Tensor], Tensor]) -> Tensor:
     """Unit image embeddings (B, e), at least float32, with the activations at the site replaced by edit(x)."""
     with apply_at(clip.model, {site.hook_point: edit}):
-        features = clip.model.encode_image(pixels)
-    features = features[0] if isinstance(features, tuple | list) else features
-    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+        return clip.embed(pixels)
 
 
 def clean_pass(clip: CLIP, pixels: Tensor, site: Site) -> tuple[Tensor, Tensor]:
@@ -118,8 +95,49 @@ def clean_pass(clip: CLIP, pixels: Tensor, site: Site) -> tuple[Tensor, Tensor]:
     return kept[-1], embedded
 
 
+def from_site(clip: CLIP, pixels: Tensor, site: Site, x: Tensor, embedded: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function from activations (B, T, d) at the site to unit embeddings (B, e) of the same images.
+
+    Where the site is one of a chain of blocks, it runs what follows and nothing before: a copy of the module tree
+    (the weights are shared, the model is not touched) hands the activations past the blocks up to the site. That the
+    blocks are such a chain is found out by trying: x must give `embedded` again, or the whole tower runs every time.
+    """
+
+    def whole(new: Tensor) -> Tensor:
+        return embed(clip, pixels, site, lambda _: new)
+
+    short = _without_blocks_up_to(clip.model, site.hook_point)
+    if short is None:
+        return whole
+    tail = dataclasses.replace(clip, model=short)
+
+    def rest(new: Tensor) -> Tensor:
+        return embed(tail, pixels, site, lambda _: new)
+
+    return rest if torch.allclose(rest(x), embedded, rtol=0, atol=1e-6) else whole
+
+
+def _without_blocks_up_to(model: nn.Module, hook_point: str) -> nn.Module | None:
+    """A copy of the module tree where the block at the hook point and its elder siblings return their input."""
+    *path, last = hook_point.split(".")
+    if not last.isdecimal():
+        return None
+    root = here = copy.copy(model)
+    for name in path:
+        here._modules = {**here._modules, name: copy.copy(here._modules[name])}
+        here = here._modules[name]
+    here._modules = dict(here._modules)
+    for index in range(int(last) + 1):
+        block = copy.copy(here._modules[str(index)])
+        # the blocks' hooks have had their say in the activations that are handed on
+        block._forward_hooks, block._forward_pre_hooks = OrderedDict(), OrderedDict()
+        block.forward = lambda x, *args, **kwargs: x
+        here._modules[str(index)] = block
+    return root
+
+
 def chunks(sae: SAE, rows: Tensor) -> Iterator[Tensor]:
-    return iter(rows.split(max(1, _BLOCK // sae.d_sae)))
+    return iter(rows.split(max(1, BLOCK // sae.d_sae)))
 
 
 def grid_side(patches: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from clipsteer._distributed import World
 from clipsteer._files import FileFormatError, read_json, read_safetensors, write_json, write_safetensors
 from clipsteer._sources import ActivationSource, Batch, IterableSource, Position, TensorSource, as_source, generator
 
@@ -65,7 +67,7 @@ class HarvestSource(ActivationSource):
     def _run(self, images: Sequence[int]) -> Tensor:
         from clipsteer.clip import harvest
 
-        loader = _loader(self.clip, Subset(self.dataset, images), self.batch_size, self.num_workers)
+        loader = image_loader(self.clip, Subset(self.dataset, images), self.batch_size, self.num_workers)
         return torch.cat(list(harvest(self.clip.model, loader, self.hook_point, tokens=self.tokens)))
 
     def group_sizes(self, seed: int, epoch: int) -> list[int]:
@@ -76,7 +78,8 @@ class HarvestSource(ActivationSource):
         order = torch.randperm(len(self.dataset), generator=generator(seed, epoch))
         images = order[group * self.images_per_group : (group + 1) * self.images_per_group].tolist()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator(seed, epoch, group).initial_seed())
+            # not torch.manual_seed, which would seed the GPUs' generators as well
+            torch.default_generator.manual_seed(generator(seed, epoch, group).initial_seed())
             return self._run(images)
 
 
@@ -157,6 +160,8 @@ def harvest_to_store(
     after it, is there; a second call with the same settings does only what is missing.
     `tokens` is "all", "cls" or "patches"; `dtype` "float16", "bfloat16" or "float32" (float16 overflows at 65504 and
     raises then). Another model, data set length or setting in the same directory raises ValueError.
+    Under ``torchrun`` every process must call it: each writes its share of the shards, and none returns before all are
+    there; the directory must be one that they all see.
     """
     from clipsteer.clip import harvest
 
@@ -166,7 +171,7 @@ def harvest_to_store(
         raise ValueError("dataset: it is empty")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    probe_loader = _loader(clip, Subset(dataset, [0]), 1, 0)
+    probe_loader = image_loader(clip, Subset(dataset, [0]), 1, 0)
     probe = torch.cat(list(harvest(clip.model, probe_loader, hook_point, tokens=tokens)))
     tokens_per_image, d_in = probe.shape
     images = max(1, shard_rows // tokens_per_image)
@@ -179,11 +184,13 @@ def harvest_to_store(
         "images_per_shard": images,
         "shards": math.ceil(len(dataset) / images),
     }
+    world = World(clip.device)
     _claim(directory, settings)
-    todo = [i for i in range(settings["shards"]) if _read_entry(_shard_path(directory, i)) is None]
+    mine = range(world.rank, settings["shards"], world.size)
+    todo = [i for i in mine if _read_entry(_shard_path(directory, i)) is None]
     for index in tqdm(todo, desc=f"harvest {hook_point}", unit="shard", disable=None):
         span = range(index * images, min((index + 1) * images, len(dataset)))
-        loader = _loader(clip, Subset(dataset, span), batch_size, num_workers)
+        loader = image_loader(clip, Subset(dataset, span), batch_size, num_workers)
         parts = [part.to("cpu", _DTYPES[dtype]) for part in harvest(clip.model, loader, hook_point, tokens=tokens)]
         rows = torch.cat(parts).contiguous()
         if not torch.isfinite(rows).all():
@@ -192,7 +199,11 @@ def harvest_to_store(
         write_safetensors(path, {"activations": rows})
         entry = {"rows": len(rows), "images": [span.start, span.stop], "bytes": path.stat().st_size}
         write_json(path.with_suffix(".json"), entry)
-    return ActivationStore(directory)
+    world.any(False)  # wait for the others
+    store = ActivationStore(directory)
+    if not store.complete:
+        raise RuntimeError(f"{directory}: shards that other processes wrote are not seen here; use a shared directory")
+    return store
 
 
 def _claim(directory: Path, settings: dict[str, Any]) -> None:
@@ -226,12 +237,13 @@ def _read_entry(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _loader(clip: Any, dataset: Any, batch_size: int, num_workers: int) -> DataLoader:
+def image_loader(clip: Any, dataset: Any, batch_size: int, num_workers: int = 0) -> DataLoader:
+    """Batches of preprocessed images (B, 3, H, W) and labels (B,), -1 where there is no integer label."""
     return DataLoader(_Images(dataset, clip.preprocess), batch_size=batch_size, num_workers=num_workers)
 
 
 class _Images(torch.utils.data.Dataset):
-    """The preprocessed images of a map-style data set whose items are images or (image, label) pairs."""
+    """A map-style data set whose items are images or (image, label) pairs."""
 
     def __init__(self, dataset: Any, preprocess: Any) -> None:
         self.dataset, self.preprocess = dataset, preprocess
@@ -239,7 +251,11 @@ class _Images(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         item = self.dataset[index]
-        image = item[0] if isinstance(item, tuple | list) else item
-        return image if isinstance(image, Tensor) else self.preprocess(image)
+        image, *rest = item if isinstance(item, tuple | list) else (item,)
+        try:
+            label = operator.index(rest[0])
+        except (IndexError, TypeError):
+            label = -1
+        return image if isinstance(image, Tensor) else self.preprocess(image), label

@@ -1,16 +1,20 @@
 """Micro-benchmarks from the op registry: each backend against its baselines, interleaved in one run.
 
-On the CPU the figure is processor time at one thread count, on a GPU device events over rotated inputs. A backend is
+On the CPU the figure is processor time at one thread count, on a GPU device events with a flushed cache. A backend is
 timed only after its result has passed the bound.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import ctypes
 import json
 import platform
 import resource
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clipsteer.ops import BACKENDS, REGISTRY, _dispatch
+from clipsteer.ops._spec import measured_on
 
 __all__ = ["machine", "run", "table"]
 
@@ -41,7 +46,10 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     if device == "cuda":
         import triton
 
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.split() if shutil.which(query[0]) else []
         facts |= {"chip": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": triton.__version__}
+        facts["driver"] = driver[0] if driver else "unknown"
     return facts | {"device": device, "date": time.strftime("%Y-%m-%d")}
 
 
@@ -50,9 +58,12 @@ def clock(device: str) -> Callable[[Callable[[], Any]], float]:
     if device == "cpu":
 
         def timed(call: Callable[[], Any]) -> float:
-            begin = time.process_time()
-            call()
-            return time.process_time() - begin
+            # the time of other threads is counted in steps of milliseconds, so short calls are timed in groups
+            calls, begin = 0, time.process_time()
+            while (spent := time.process_time() - begin) < 0.02 or not calls:
+                call()
+                calls += 1
+            return spent / calls
     else:
         flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
 
@@ -82,6 +93,8 @@ def extra_memory(call: Callable[[], Any], device: str) -> int:
         call()
         return torch.cuda.max_memory_allocated() - before
     status = Path("/proc/self/clear_refs")
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left in glibc's heap would hide what this one needs
     try:
         status.write_text("5")  # resets the high-water mark of resident memory
         before = resident("VmRSS")
@@ -93,11 +106,13 @@ def extra_memory(call: Callable[[], Any], device: str) -> int:
         return 1024 * max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
-def contenders(spec: Any, inputs: dict[str, Any], backends: list[str], device: str) -> dict[str, Callable[[], Any]]:
+def contenders(
+    spec: Any, inputs: dict[str, Any], backends: list[str], device: str, dtype: torch.dtype = torch.float32
+) -> dict[str, Callable[[], Any]]:
     """Everything that computes this op here: our backends, the baselines, and the compiled first baseline."""
     found: dict[str, Callable[[], Any]] = {}
     for backend in backends:
-        if backend != "reference" and not _dispatch.unusable(backend, torch.device(device), torch.float32, spec.name):
+        if backend != "reference" and not _dispatch.unusable(backend, torch.device(device), dtype, spec.name):
             found[backend] = lambda b=backend: spec.function(**inputs, backend=b)
     for name, baseline in spec.baselines.items():
         found[name] = lambda f=baseline: f(**inputs)
@@ -210,9 +225,9 @@ def run(
 ) -> list[dict[str, Any]]:
     """Time every op at its benchmark shapes (or at ``shape``), forward and forward + backward.
 
-    Returns one record per op × shape × pass × contender: median seconds, ratio of the first baseline's time to it
-    (``speedup``), the share of the floor, and for forward passes the peak extra memory in bytes. ``out`` names a
-    .json or .csv file to write.
+    Returns one record per op × shape × pass × contender: median seconds; the first baseline's time over it, eager
+    (``speedup``) and under torch.compile (``speedup_compiled``); for forward passes also the share of the floor and the
+    peak extra memory in bytes. ``out`` names a .json or .csv file to write.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rates, records = ceilings(device, dtype), []
@@ -223,7 +238,7 @@ def run(
         for label, sizes in ({"given": shape} if shape else spec.bench_shapes).items():
             drawn = spec.make(sizes, dtype, torch.Generator().manual_seed(0), 1.0, False)
             inputs = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in drawn.items()}
-            calls = contenders(spec, inputs, backends or list(BACKENDS), device)
+            calls = contenders(spec, inputs, backends or list(BACKENDS), device, dtype)
             gate(spec, inputs, drawn, calls, device)
             flops, bytes_ = spec.floor(sizes)
             floor = max(flops / rates[0], bytes_ / rates[1])
@@ -233,14 +248,14 @@ def run(
             result = next(iter(calls.values()))()
             grad = torch.randn_like(result[0] if isinstance(result, tuple) else result)
             both = measure(
-                {n: backward(c, grad, leaves) for n, c in calls.items() if n != "torch.compile"},
-                device, max(3, repeats // 2), f"{name} {label} backward",
-            )  # fmt: skip
+                {n: backward(c, grad, leaves) for n, c in calls.items()}, device, repeats, f"{name} {label} backward"
+            )
             base = next(iter(spec.baselines))
             for kind, times in (("forward", forward), ("forward+backward", both)):
                 for contender, seconds in times.items():
                     record = {"op": name, "shape": label, **sizes, "pass": kind, "contender": contender}
                     record |= {"seconds": seconds, "speedup": times[base] / seconds, "baseline": base}
+                    record["speedup_compiled"] = times["torch.compile"] / seconds
                     if kind == "forward":
                         record |= {"floor_share": floor / seconds, "extra_bytes": memory[contender]}
                     records.append(record)
@@ -259,7 +274,8 @@ def gate(spec: Any, inputs: dict[str, Any], drawn: dict[str, Any], calls: dict[s
         cut = {n: v[:8] if n in rows else v for n, v in inputs.items()}
         result = spec.function(**cut, backend=backend)
         host = dict(zip(spec.outputs, (t.cpu() for t in (result if isinstance(result, tuple) else (result,)))))
-        worst = spec.check(few, host)
+        with measured_on(device):
+            worst = spec.check(few, host)
         if max(worst.values()) > 1:
             raise RuntimeError(f"bench: {backend} {spec.name} is wrong here, and is not timed: {worst}")
 
@@ -280,13 +296,14 @@ def table(records: list[dict[str, Any]]) -> str:
     """``run``'s records as text."""
     op, shape = (max([len(name), *(len(r[name]) for r in records)]) + 2 for name in ("op", "shape"))
     head = f"{'op':<{op}}{'shape':<{shape}}{'pass':<18}{'contender':<20}"
-    head += f"{'ms':>10}{'speedup':>9}{'of floor':>10}{'extra MB':>10}"
+    head += f"{'ms':>10}{'vs eager':>10}{'vs compiled':>13}{'of floor':>10}{'extra MB':>10}"
     lines = [head, "-" * len(head)]
     for r in records:
+        compiled = f"{r['speedup_compiled']:>11.2f}×" if "speedup_compiled" in r else " " * 12
         share = f"{r['floor_share']:>9.0%}" if "floor_share" in r else " " * 9
         extra = f"{r['extra_bytes'] / 2**20:>10.1f}" if "extra_bytes" in r else ""
         lines.append(
             f"{r['op']:<{op}}{r['shape']:<{shape}}{r['pass']:<18}{r['contender']:<20}"
-            f"{1000 * r['seconds']:>10.2f}{r['speedup']:>8.2f}× {share}{extra}"
+            f"{1000 * r['seconds']:>10.2f}{r['speedup']:>9.2f}×{compiled}  {share}{extra}"
         )
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """The command line. Every subcommand imports what it needs when it runs, so that ``--help`` is quick.
 
-Exit codes: 0 done, 1 the work failed or a validation is red, 2 a mistake in the call, 130 interrupted.
+Exit codes: 0 done, 1 the work failed or a validation is red, 2 a mistake in the call (also a path that is not there),
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ def _dtype(name: str) -> Any:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    from clipsteer.cli_sae import device_of
     from clipsteer.demo import run
 
     result = run(
         args.out, seed=args.seed, model=args.model, pretrained=args.pretrained, data=args.data,
-        hook_point=args.hook_point, minutes=args.minutes, max_images=args.max_images, device=args.device,
+        hook_point=args.hook_point, minutes=args.minutes, max_images=args.max_images, device=device_of(args),
     )  # fmt: skip
     _text(*result.lines(), "", f"page     {result.page}", f"SAE      {result.sae}", f"figures  {result.metrics}")
     return 0
@@ -137,20 +139,11 @@ def _shape(text: str) -> dict[str, int]:
         raise argparse.ArgumentTypeError(f"expected NAME=SIZE,… such as {example}, got {text!r}") from None
 
 
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("clipsteer")
-    except PackageNotFoundError:
-        import clipsteer
-
-        return clipsteer.__version__
-
-
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        _text(f"clipsteer {_version()}")
+        import clipsteer
+
+        _text(f"clipsteer {clipsteer.__version__}")
         parser.exit()
 
 
@@ -160,7 +153,8 @@ def _add(parent: Any, name: str, function: Any, summary: str, examples: str = ""
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
-    parser.set_defaults(function=function)
+    if function is not None:
+        parser.set_defaults(function=function)
     return parser
 
 
@@ -177,6 +171,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", nargs=0, action=_Version, help="print the version")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    from clipsteer import cli_conceptor, cli_merge, cli_sae, cli_splice
+
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     p = _add(commands, "demo", _demo, "see a CLIP model's features and steer them, in one page", """
@@ -192,9 +188,14 @@ examples:
     p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or a local weights file")
     p.add_argument("--data", metavar="PATH", help="images: folder, captions .csv/.jsonl, .tar shards")
     p.add_argument("--hook-point", metavar="NAME", help="module to look at (default: the last but one block)")
-    p.add_argument("--minutes", type=float, default=1.0, help="of SAE training on two cores (default: 1)")
+    p.add_argument(
+        "--minutes",
+        type=float,
+        default=1.0,
+        help="of SAE training on two cores (default: 1; some two for a model as wide as ViT-B-32)",
+    )
     p.add_argument("--max-images", type=int, metavar="N", help="(default: all bundled drawings, or 1000 images)")
-    p.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
+    cli_sae.add_device(p)
 
     p = _add(commands, "env", _env, "show versions and which backends run here, and why others do not", """
 examples:
@@ -234,10 +235,8 @@ examples:
     p.add_argument("--repeats", type=int, default=7, metavar="N", help="timings of each (default: 7)")
     p.add_argument("--out", type=Path, metavar="FILE", help="write .json or .csv as well")
 
-    from clipsteer import cli_conceptor, cli_sae
-
-    cli_sae.add_parser(commands, _add)
-    cli_conceptor.add_parser(commands, _add)
+    for part in (cli_sae, cli_conceptor, cli_merge, cli_splice):
+        part.add_parser(commands, _add)
     return parser
 
 
@@ -261,4 +260,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         sys.stderr.write(f"clipsteer: error: {message} (--debug shows where)\n")
-        return 2 if isinstance(error, (ValueError, TypeError)) else 1
+        return 2 if isinstance(error, (ValueError, TypeError, FileNotFoundError)) else 1

@@ -9,12 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clipsteer.cli_sae import TOKENS, add_data, add_model, add_shown, open_images, show_steering
+from clipsteer.cli_sae import TOKENS, add_data, add_model, add_shown, device_of, open_images, show_steering
 
 
 def add_parser(commands: Any, add: Any) -> None:
     """Add ``conceptor`` and its subcommands; ``add(parent, name, function, summary, examples)`` makes one."""
-    conceptor = commands.add_parser("conceptor", help="fit, compose, evaluate and steer with conceptors")
+    conceptor = add(commands, "conceptor", None, "fit, compose, evaluate and steer with conceptors", """
+examples:
+  what food looks like, whoever drew it, and what is left of images when all else is taken away:
+    clipsteer conceptor fit --category food-drink --centre --out food.safetensors
+    clipsteer conceptor steer food.safetensors --beta 2
+
+each ACTION has --help with more
+""")  # fmt: skip
     actions = conceptor.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     p = add(actions, "fit", _fit, "fit a conceptor to a CLIP model's activations; shows aperture against quota", """
@@ -111,10 +118,10 @@ def _activations(clip: Any, dataset: Any, hook_point: str, args: argparse.Namesp
     import torch
     from tqdm import tqdm
 
-    from clipsteer.activations import _loader
+    from clipsteer.activations import image_loader
     from clipsteer.clip import harvest
 
-    loader = tqdm(_loader(clip, dataset, args.batch_size, 0), desc=title, unit="batch", disable=None)
+    loader = tqdm(image_loader(clip, dataset, args.batch_size), desc=title, unit="batch", disable=None)
     at = 0
     for rows in harvest(clip.model, loader, hook_point, tokens=args.tokens):
         images = min(args.batch_size, len(dataset) - at)
@@ -142,7 +149,7 @@ def _fit(args: argparse.Namespace) -> int:
         provenance = store.provenance
         batches: Any = (store.read_shard(i) for i in range(len(store.shards)))
     else:
-        clip = load(args.model, args.pretrained, device=args.device)
+        clip = load(args.model, args.pretrained, device=device_of(args))
         dataset = open_images(args.data, None) if args.data else _drawings(args.style, args.category)
         hook_point = args.hook_point or default_hook_point(clip)
         values = (clip.name, clip.pretrained, hook_point, args.tokens)
@@ -212,7 +219,7 @@ def _steer(args: argparse.Namespace) -> int:
     pretrained = args.pretrained or (provenance.get("pretrained") if args.model is None else None)
     steering = ConceptorSteering(C, args.beta, tokens=args.tokens or provenance.get("tokens") or "all")
     sys.stdout.write(f"{C}\n")
-    clip = load(name, pretrained, device=args.device)
+    clip = load(name, pretrained, device=device_of(args))
     return show_steering(args, clip, open_images(args.data, ("held-out", True)), hook_point, steering)
 
 
@@ -226,10 +233,10 @@ def _eval(args: argparse.Namespace) -> int:
     from clipsteer.conceptor_report import lines, page
 
     begin = time.monotonic(), time.process_time()
-    result = evaluate(load(args.model, args.pretrained, device=args.device), args.seeds)
+    result = evaluate(load(args.model, args.pretrained, device=device_of(args)), args.seeds)
     spent = time.monotonic() - begin[0], time.process_time() - begin[1]
     result |= {"model": args.model, "seconds": round(spent[0]), "processor_seconds": round(spent[1]),
-               "machine": machine(args.device)}  # fmt: skip
+               "machine": machine(device_of(args))}  # fmt: skip
     sys.stdout.write("\n".join(lines(result)) + "\n")
     for path, write in ((args.out, lambda p: write_json(p, result)), (args.page, lambda p: page(result).write(p))):
         if path is not None:

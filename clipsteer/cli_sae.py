@@ -5,28 +5,39 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-TOKENS = ("all", "cls", "patches")
+from clipsteer._tokens import TOKENS
+
+# of training, where nothing else is asked for: a pass over few images is over before the warm-up is
+_LEAST_TOKENS = 2_000_000
 
 
 def add_parser(commands: Any, add: Any) -> None:
     """Add ``sae`` and its subcommands; ``add(parent, name, function, summary, examples)`` makes one."""
-    sae = commands.add_parser("sae", help="train, evaluate, convert and steer with sparse autoencoders")
+    sae = add(commands, "sae", None, "train, evaluate, convert and steer with sparse autoencoders", """
+examples:
+  train one on the bundled drawings, measure it, and see what feature 12 does:
+    clipsteer sae train --out runs/small --expansion 8 --k 32 --batch-size 1024 --lr 1e-3
+    clipsteer sae eval runs/small
+    clipsteer sae steer runs/small --feature 12=50
+
+each ACTION has --help with more
+""")  # fmt: skip
     actions = sae.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     p = add(actions, "train", _train, "train a sparse autoencoder on a CLIP model's tokens", """
 examples:
-  a small one on the bundled drawings, a minute or two:
+  a small one on the bundled drawings, some minutes:
     clipsteer sae train --out runs/small --expansion 8 --k 32 --train-tokens 2e6 --batch-size 1024 --lr 1e-3
   on your own images, at block 9 of a real CLIP; the activations are kept, and the run resumes if it is stopped:
     clipsteer sae train --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/ \\
         --hook-point visual.transformer.resblocks.9 --tokens patches --store acts/ --out runs/b32-9
   on four GPUs:
-    torchrun --nproc-per-node 4 -m clipsteer sae train --store acts/ --out runs/big ...
+    torchrun --nproc-per-node 4 -m clipsteer sae train --device cuda --store acts/ --out runs/big ...
 """)  # fmt: skip
     add_model(p)
     add_data(p, "images to train on (default: the bundled drawings that EmojiCLIP was trained on)")
@@ -44,7 +55,9 @@ examples:
     p.add_argument("--l1", type=float, default=1e-4, help="L1 coefficient, for relu (default: 1e-4)")
     p.add_argument("--batch-size", type=int, default=4096, metavar="N", help="tokens a step (default: 4096)")
     length = p.add_mutually_exclusive_group()
-    length.add_argument("--train-tokens", type=_count, metavar="N", help="how long (default: one pass); 2e6 will do")
+    length.add_argument(
+        "--train-tokens", type=_count, metavar="N", help="how long (default: one pass, but at least 2e6)"
+    )
     length.add_argument("--steps", type=_count, metavar="N", help="how long, in steps")
     p.add_argument("--warmup-steps", type=int, default=200, metavar="N")
     p.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS")
@@ -61,8 +74,13 @@ examples:
         --hook-point visual.transformer.resblocks.11 --data photos/ --out metrics.json
   how many of the first 200 features are steerable at strength 150:
     clipsteer sae eval runs/small --steer 150 --features 200
+  names for the 20 strongest features, out of your own words:
+    clipsteer sae eval runs/small --name-features 20 --words words.txt
 """)  # fmt: skip
     _sae(p)
+    p.add_argument("--name-features", type=_count, metavar="N", help="also name the N strongest features in words")
+    p.add_argument("--words", type=Path, metavar="FILE",
+                   help="words for names, one a line (default: the bundled concepts, and the classes)")  # fmt: skip
     p.add_argument("--steer", type=float, metavar="STRENGTH", help="also measure steerability at this strength")
     p.add_argument("--features", type=int, default=256, metavar="N", help="the first N features (default: 256)")
     p.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
@@ -113,7 +131,11 @@ def add_model(
     p.add_argument("--model", default=default, metavar="NAME",
                    help=f"open_clip name, hf-hub:org/repo, or emojiclip (default: {source})")  # fmt: skip
     p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or a local weights file")
-    p.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
+    add_device(p)
+
+
+def add_device(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
 
 
 def add_data(p: argparse.ArgumentParser, what: str) -> None:
@@ -128,6 +150,12 @@ def _sae(p: argparse.ArgumentParser) -> None:
     p.add_argument("--tokens", choices=TOKENS, help="default: what the SAE was trained on")
 
 
+def device_of(args: argparse.Namespace) -> str:
+    import torch
+
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def open_images(path: str | None, cell: tuple[str, bool]) -> Any:
     from clipsteer.data import EmojiStyles, open_dataset
 
@@ -139,6 +167,7 @@ def open_images(path: str | None, cell: tuple[str, bool]) -> Any:
 
 def _train(args: argparse.Namespace) -> int:
     import clipsteer
+    from clipsteer._distributed import World
     from clipsteer.activations import HarvestSource, harvest_to_store
     from clipsteer.clip import load
     from clipsteer.explore import default_hook_point
@@ -148,7 +177,9 @@ def _train(args: argparse.Namespace) -> int:
         lr=args.lr, batch_size=args.batch_size, tokens=args.train_tokens, steps=args.steps,
         warmup_steps=args.warmup_steps, l1_coefficient=args.l1, seed=args.seed, checkpoint_every=args.checkpoint_every,
     )  # fmt: skip
-    clip = load(args.model, args.pretrained, device=args.device)
+    # before anything is loaded: under torchrun each process has its own GPU
+    world = World(args.device)
+    clip = load(args.model, args.pretrained, device=world.device)
     dataset = open_images(args.data, ("trained", True))
     hook_point = args.hook_point or default_hook_point(clip)
     common = {"tokens": args.tokens, "num_workers": args.workers}
@@ -156,8 +187,11 @@ def _train(args: argparse.Namespace) -> int:
         source = harvest_to_store(clip, dataset, hook_point, args.store, **common)
     else:
         source = HarvestSource(clip, dataset, hook_point, **common)
-    sae = clipsteer.train_sae(source, config, out=args.out, device=args.device, track=args.track)
-    if os.environ.get("RANK", "0") == "0":
+    if config.tokens is None and config.steps is None:
+        config = replace(config, tokens=max(source.rows_per_epoch(), _LEAST_TOKENS))
+    metadata = {"data": args.data or "EmojiStyles"}
+    sae = clipsteer.train_sae(source, config, out=args.out, device=world.device, track=args.track, metadata=metadata)
+    if world.rank == 0:
         sys.stdout.write(f"{args.out}: {sae.d_sae} features at {hook_point}; next: clipsteer sae eval {args.out}\n")
     return 0
 
@@ -167,12 +201,13 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     import clipsteer
     from clipsteer.clip import load
 
-    sae = clipsteer.SAE.from_pretrained(args.sae, device=args.device)
+    device = device_of(args)
+    sae = clipsteer.SAE.from_pretrained(args.sae, device=device)
     name = args.model or sae.metadata.get("clip_model")
     if name is None:
         raise ValueError(f"{args.sae} does not say which model it belongs to; pass --model and --hook-point")
     pretrained = args.pretrained or (sae.metadata.get("pretrained") if args.model is None else None)
-    return sae, load(name, pretrained, device=args.device), open_images(args.data, ("held-out", True))
+    return sae, load(name, pretrained, device=device), open_images(args.data, ("held-out", True))
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -198,6 +233,8 @@ def _eval(args: argparse.Namespace) -> int:
             "best": [{"feature": int(found.features[i]), "score": float(found.score[i]), "power": float(found.power[i]),
                       "concept": words[int(found.concept[i])]} for i in best],
         }  # fmt: skip
+    if args.name_features is not None:
+        figures["names"] = _names(args, sae, clip, dataset, where)
     for name, value in figures.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             sys.stdout.write(f"{name:<16} {value:.6g}\n")
@@ -209,10 +246,32 @@ def _eval(args: argparse.Namespace) -> int:
         for row in share["best"]:
             measured = f"S {row['score']:.3f}  power {row['power']:.3f}"
             sys.stdout.write(f"  feature {row['feature']:<7} {measured}  {row['concept']}\n")
+    for row in figures.get("names", []):
+        named = ", ".join(f"{concept} {weight:.2f}" for concept, weight in row["names"])
+        sys.stdout.write(f"  feature {row['feature']:<7} peak {row['peak']:<8.4g} {named}\n")
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, figures)
     return 0
+
+
+def _names(args: argparse.Namespace, sae: Any, clip: Any, dataset: Any, where: dict[str, Any]) -> list[dict[str, Any]]:
+    """Names of the features with the highest peaks among those active on at most 15 % of the tokens."""
+    from clipsteer.cli_splice import read_words
+    from clipsteer.sae_eval import feature_statistics, name_features
+    from clipsteer.splice import ConceptDictionary
+
+    found = feature_statistics(sae, clip, dataset, **where)
+    usable = (found.frequency > 0) & (found.frequency <= 0.15)
+    order = found.maximum.where(usable, -1).argsort(descending=True, stable=True)
+    chosen = order[: min(args.name_features, int(usable.sum()))]
+    if not len(chosen):
+        return []
+    words = read_words(args.words, dataset.classes)
+    dictionary = ConceptDictionary.from_clip(clip, words, image_mean=dataset)
+    named = name_features(sae, clip, dataset, dictionary, chosen, **where)
+    return [{"feature": int(i), "peak": float(found.maximum[i]), "frequency": float(found.frequency[i]), "names": names}
+            for i, names in zip(chosen.tolist(), named)]  # fmt: skip
 
 
 def _convert(args: argparse.Namespace) -> int:

@@ -7,7 +7,9 @@ feature maps (B, C, H, W) flattened to (B, H*W, C), pooled outputs (B, d) given 
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipsteer._files import FileFormatError
+from clipsteer._tokens import class_tokens as class_tokens
+from clipsteer._tokens import layout_at
 
 logger = logging.getLogger(__name__)
 
@@ -79,21 +83,22 @@ class CLIP:
     def encode_images(self, images: Iterable[Any], batch_size: int = 128) -> Tensor:
         """PIL images -> (N, e) image embeddings with unit rows, without gradients."""
         pending, out = [], []
-        with _evaluating(self.model), torch.no_grad():
+        with evaluating(self.model):
             for image in images:
                 pending.append(self.preprocess(image))
                 if len(pending) == batch_size:
-                    out.append(self._embed(pending))
+                    out.append(self.embed(torch.stack(pending)))
                     pending = []
             if pending:
-                out.append(self._embed(pending))
+                out.append(self.embed(torch.stack(pending)))
         if not out:
             raise ValueError("encode_images: images is empty")
-        return torch.cat(out)
+        return torch.cat(out).to(self.dtype)
 
-    def _embed(self, pixels: list[Tensor]) -> Tensor:
-        features = self.model.encode_image(torch.stack(pixels).to(self.device, self.dtype))
-        return F.normalize(_first(features), dim=-1)
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Preprocessed images (B, 3, H, W) -> unit image embeddings (B, e), at least float32; with gradients."""
+        features = _first(self.model.encode_image(pixels.to(self.device, self.dtype)))
+        return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
 def _open_clip() -> Any:
@@ -188,6 +193,39 @@ def _match(where: str, model: nn.Module, pattern: str) -> list[str]:
     return names
 
 
+def _hook_points(where: str, model: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """The modules that patterns match, each once. Raises where a compiled module would run without their hooks."""
+    names = list(dict.fromkeys(name for pattern in patterns for name in _match(where, model, pattern)))
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None or not dynamo.config.skip_nnmodule_hook_guards:
+        return names
+    remedy = (
+        "steer the model that is not compiled, or set torch._dynamo.config.skip_nnmodule_hook_guards = False before "
+        "it is compiled"
+    )
+    for name in names:
+        parts = name.split(".")
+        for end in range(len(parts) + 1):
+            module = model.get_submodule(".".join(parts[:end]))
+            # hooks on the wrapper itself run outside of the compiled code
+            wrapper = isinstance(module, dynamo.eval_frame.OptimizedModule) and end < len(parts)
+            if wrapper or getattr(module, "_compiled_call_impl", None) is not None:
+                compiled = f"{'.'.join(parts[:end])!r}" if end else "the model"
+                raise RuntimeError(
+                    f"{where}: {compiled} is compiled, and torch.compile takes no notice of hooks such as the one at "
+                    f"{name!r}; {remedy}"
+                )
+    if dynamo.utils.counters["frames"]["ok"]:
+        _warn_of_compilation(where, remedy)
+    return names
+
+
+@functools.cache
+def _warn_of_compilation(where: str, remedy: str) -> None:
+    # a module does not know what was compiled around it, so this cannot be an error
+    logger.warning("%s: if torch.compile was called on something that calls this model: %s", where, remedy)
+
+
 def _batch_first(model: nn.Module, name: str) -> bool:
     """Layout of a module's output: the innermost enclosing module that has a `batch_first` says it."""
     module, innermost = model, True
@@ -202,7 +240,12 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple | list) else output
 
 
-def _as_tokens(name: str, output: Any, batch_first: bool) -> Tensor:
+def _channels_last(module: nn.Module) -> bool:
+    # timm's patch embeddings for images of any size give (B, H, W, C)
+    return "NHWC" in str(getattr(module, "output_fmt", ""))
+
+
+def _as_tokens(name: str, output: Any, batch_first: bool, channels_last: bool) -> Tensor:
     """A module's output as (B, T, d); of several outputs the first counts. A view where the layout allows it."""
     x = _first(output)
     if not isinstance(x, Tensor) or x.ndim not in (2, 3, 4):
@@ -211,17 +254,17 @@ def _as_tokens(name: str, output: Any, batch_first: bool) -> Tensor:
     if x.ndim == 2:
         return x[:, None]
     if x.ndim == 4:
-        return x.flatten(2).transpose(1, 2)
+        return x.flatten(1, 2) if channels_last else x.flatten(2).transpose(1, 2)
     return x if batch_first else x.transpose(0, 1)
 
 
-def _from_tokens(x: Tensor, output: Any, batch_first: bool) -> Any:
+def _from_tokens(x: Tensor, output: Any, batch_first: bool, channels_last: bool) -> Any:
     """Undo `_as_tokens`."""
     old = _first(output)
     if old.ndim == 2:
         x = x[:, 0]
     elif old.ndim == 4:
-        x = x.transpose(1, 2).reshape(old.shape)
+        x = (x if channels_last else x.transpose(1, 2)).reshape(old.shape)
     elif not batch_first:
         x = x.transpose(0, 1)
     if not isinstance(output, tuple | list):
@@ -244,10 +287,11 @@ def apply_at(model: nn.Module, functions: Mapping[str, Callable[[Tensor], Tensor
 
     Raises:
         ValueError: a pattern without a match; in the forward pass, an fn that changes the shape.
+        RuntimeError: the module, or one that it is part of, is compiled: torch.compile leaves hooks out.
     """
     with ExitStack() as stack:
         for pattern, fn in functions.items():
-            for name in _match("apply_at", model, pattern):
+            for name in _hook_points("apply_at", model, [pattern]):
                 handle = model.get_submodule(name).register_forward_hook(
                     _edit_hook(name, _batch_first(model, name), fn)
                 )
@@ -257,14 +301,14 @@ def apply_at(model: nn.Module, functions: Mapping[str, Callable[[Tensor], Tensor
 
 def _edit_hook(name: str, batch_first: bool, fn: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        x = _as_tokens(name, output, batch_first)
+        x = _as_tokens(name, output, batch_first, _channels_last(module))
         y = fn(x)
         if y is x:
             return None
         if not isinstance(y, Tensor) or y.shape != x.shape:
             got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise ValueError(f"apply_at: at {name!r} the function must return shape {tuple(x.shape)}, got {got}")
-        return _from_tokens(y, output, batch_first)
+        return _from_tokens(y, output, batch_first, _channels_last(module))
 
     return hook
 
@@ -277,19 +321,19 @@ def capture(model: nn.Module, patterns: str | Iterable[str], *, detach: bool = F
         patterns: one fnmatch pattern of module names or several.
         detach: cut the tensors from the graph; without it gradients flow through them.
 
-    A module that the forward pass does not call stays absent. Raises ValueError for a pattern without a match.
+    A module that the forward pass does not call stays absent. Raises ValueError for a pattern without a match, and
+    RuntimeError for a module that is compiled or part of one.
     """
     found: dict[str, Tensor] = {}
 
     def record(name: str, batch_first: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            x = _as_tokens(name, output, batch_first)
+            x = _as_tokens(name, output, batch_first, _channels_last(module))
             found[name] = x.detach() if detach else x
 
         return hook
 
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    names = dict.fromkeys(name for pattern in patterns for name in _match("capture", model, pattern))
+    names = _hook_points("capture", model, [patterns] if isinstance(patterns, str) else patterns)
     with ExitStack() as stack:
         for name in names:
             handle = model.get_submodule(name).register_forward_hook(record(name, _batch_first(model, name)))
@@ -298,11 +342,14 @@ def capture(model: nn.Module, patterns: str | Iterable[str], *, detach: bool = F
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """No gradients and evaluation mode; the modes come back afterwards, also on error."""
+    modes = [(module, module.training) for root in modules for module in root.modules()]
+    for root in modules:
+        root.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         for module, mode in modes:
             module.training = mode
@@ -311,16 +358,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _float_dtype(model: nn.Module) -> torch.dtype:
     tower = getattr(model, "visual", model)
     return next((p.dtype for p in tower.parameters() if p.is_floating_point() and p.ndim > 1), torch.float32)
-
-
-def class_tokens(model: nn.Module, hook_point: str) -> int:
-    """How many class (and register) tokens precede the patches at a hook point; 0 in text towers and in ResNets."""
-    if hook_point.split(".")[0] != "visual":
-        return 0
-    visual = model.visual
-    if hasattr(visual, "trunk"):  # a timm model
-        return int(getattr(visual.trunk, "num_prefix_tokens", 0))
-    return int(hasattr(visual, "class_embedding"))
 
 
 def harvest(model: nn.Module, loader: Iterable[Any], hook_point: str, tokens: str = "all") -> Iterator[Tensor]:
@@ -338,19 +375,16 @@ def harvest(model: nn.Module, loader: Iterable[Any], hook_point: str, tokens: st
         ValueError: unknown `tokens`, a hook point that is not one module, that the forward pass does not reach, or
             that has no such tokens.
     """
-    if tokens not in ("all", "cls", "patches"):
-        raise ValueError(f"harvest: tokens must be 'all', 'cls' or 'patches', got {tokens!r}")
     names = _match("harvest", model, hook_point)
     if len(names) != 1:
         raise ValueError(f"harvest: hook_point must name one module, got {hook_point!r}, which matches {len(names)}")
-    name, prefix = names[0], class_tokens(model, names[0])
-    if tokens != "all" and prefix == 0:
-        raise ValueError(f"harvest: there is no class token at {name!r}; tokens must be 'all', got {tokens!r}")
+    name, layout = names[0], layout_at(model, names[0])
+    layout.check("harvest", [tokens])
     device, dtype = next(model.parameters()).device, _float_dtype(model)
     for batch in loader:
         x = _first(batch).to(device)
         # the guards are opened per batch: a consumer may stop, or train, between two of them
-        with _evaluating(model), torch.no_grad(), capture(model, name, detach=True) as found:
+        with evaluating(model), capture(model, name, detach=True) as found:
             if x.is_floating_point():
                 model.encode_image(x.to(dtype))
             else:
@@ -358,9 +392,7 @@ def harvest(model: nn.Module, loader: Iterable[Any], hook_point: str, tokens: st
         if name not in found:
             raise ValueError(f"harvest: the forward pass never calls {name!r} as a module; choose another hook point")
         acts = found[name]  # (B, T, d)
-        if tokens == "patches" and acts.shape[1] <= prefix:
-            raise ValueError(f"harvest: {name!r} has no patch tokens: its output is {tuple(acts.shape)}")
-        kept = {"all": acts, "cls": acts[:, :1], "patches": acts[:, prefix:]}[tokens]
+        kept = acts[:, layout.where("harvest", tokens, acts.shape[1])]
         yield kept.reshape(-1, kept.shape[-1])
 
 
@@ -386,7 +418,7 @@ def zero_shot_head(
     if isinstance(templates, str) or not templates or any("{}" not in t for t in templates):
         raise ValueError(f"zero_shot_head: templates must be a list of strings with '{{}}', got {templates!r}")
     texts = [template.format(name) for name in classnames for template in templates]
-    with _evaluating(clip.model), torch.no_grad():
+    with evaluating(clip.model):
         parts = [
             clip.model.encode_text(clip.tokenizer(texts[at : at + batch_size]).to(clip.device))
             for at in range(0, len(texts), batch_size)

@@ -15,7 +15,8 @@ _COMPOSED = "Steering Twemoji drawings towards a category in a trained style"
 
 
 def _share(value: dict[str, float]) -> str:
-    return f"{100 * value['mean']:.1f} ± {100 * value['sd']:.1f}"
+    # no-break spaces keep a figure in one piece
+    return f"{100 * value['mean']:.1f}\u00a0±\u00a0{100 * value['sd']:.1f}"
 
 
 def _chosen(chosen: list[dict[str, Any]]) -> str:
@@ -32,7 +33,7 @@ def _steered(result: dict[str, Any], name: str) -> tuple[list[str], list[list[st
     order = sorted(found["methods"].items(), key=lambda item: -item[1]["validation"]["mean"])
     for method, m in order:
         moved = f"{sum(c['gained'] for c in m['chosen'])} / {sum(c['lost'] for c in m['chosen'])}"
-        gain = f"{100 * m['gain']['mean']:+.1f} ± {100 * m['gain']['sd']:.1f}"
+        gain = ("+" if m["gain"]["mean"] >= 0 else "") + _share(m["gain"])
         shares = [_share(m["validation"]), _share(m["test"]), gain, moved, _share(m["unseen"])]
         rows.append([method, *shares, _chosen(m["chosen"])])
     headers = ["method", "validation", "test", "gain on test", "gained / lost", "unseen concepts", "block, aperture, β"]

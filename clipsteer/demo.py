@@ -28,7 +28,7 @@ from clipsteer.explore import (
     default_hook_point,
     describe,
     emoji_pictures,
-    feature_peaks,
+    few,
     folder_pictures,
     largest,
     look,
@@ -39,9 +39,12 @@ from clipsteer.explore import (
     zero_shot,
 )
 from clipsteer.sae import SAE
+from clipsteer.sae_features import feature_peaks
 
 # multiply-adds of SAE training that two CPU cores do in a minute: what turns --minutes into a number of steps
-_WORK_PER_MINUTE = 0.4e12
+_WORK_PER_MINUTE = 1e12
+# wide models get more time than that: with fewer steps a minute there would be little to see
+_LEAST_STEPS_PER_MINUTE = 800
 _BATCH, _EXPANSION, _K = 1024, 8, 16
 _TRAIN_TOKENS = 60_000
 _EVALUATED = 192  # images a group
@@ -125,9 +128,14 @@ def run(
     limit, probes = (256, 24) if tokens.shape[-1] <= 256 else (32, 8)
     probe_rows = spread(held_out, probes)
     probed = pixels(clip, pictures, probe_rows)
-    features = describe(peaks, embeddings, head, pictures.vocabulary, limit)
+    dictionary = clipsteer.ConceptDictionary(pictures.vocabulary, head, embeddings.mean(0))
+    features = describe(peaks, embeddings, dictionary, limit)
     if not features:
-        raise RuntimeError("demo: no SAE feature is active on enough images to show; train longer (--minutes)")
+        least, most = few(len(tokens))
+        raise RuntimeError(
+            f"demo: no SAE feature is active on {least} to {most} of the {len(tokens)} images; take more images "
+            "(--max-images, --data), or train longer (--minutes)"
+        )
     probe(predictor, pictures, probe_rows, features, PROBE)
     chosen = choose(features, 6)
     shown = [study(predictor, pictures, embeddings, feature, probed) for feature in chosen]
@@ -136,14 +144,20 @@ def run(
         steerable[multiple] = count_steerable(predictor, pictures, probe_rows, features, multiple, STEERABLE)
     figures["steering"] = {
         "probed": len(features), "probe_images": len(probed), "probe_rows": probe_rows,
-        "multiple_of_peak": PROBE, "threshold": STEERABLE,
+        "multiple_of_peak": PROBE, "threshold": STEERABLE, "active_on": few(len(tokens)),
         "steerable": steerable[PROBE], "steerable_by_multiple": {f"{m:g}": steerable[m] for m in sorted(steerable)},
         "scores": sorted((f.steerability for f in features), reverse=True),
         "features": [{**asdict(f), "response": s} for f, s in zip(chosen, shown)],
     }  # fmt: skip
     write_json(out / "metrics.json", figures)
-    page = demo_page.build(predictor, pictures, figures, history, tokens, embeddings, chosen)
+    page = demo_page.build(predictor, pictures, figures, history, tokens, embeddings, chosen, out / "sae")
     return Demo(page.write(out / "report.html"), out / "sae", out / "metrics.json", figures)
+
+
+def steps_in(minutes: float, batch: int, d_in: int) -> int:
+    """Steps of SAE training in nominal minutes of two CPU cores."""
+    per_minute = _WORK_PER_MINUTE / (batch * d_in * d_in * _EXPANSION)
+    return max(50, round(minutes * max(per_minute, _LEAST_STEPS_PER_MINUTE)))
 
 
 def train(
@@ -160,7 +174,7 @@ def train(
     activations = torch.cat(parts)
     d_in = activations.shape[1]
     batch = min(_BATCH, len(activations))
-    steps = max(50, round(minutes * _WORK_PER_MINUTE / (batch * d_in * d_in * _EXPANSION)))
+    steps = steps_in(minutes, batch, d_in)
     config = clipsteer.TrainConfig(
         expansion=_EXPANSION, k=min(_K, d_in), batch_size=batch, steps=steps, lr=1e-3, warmup_steps=steps // 20,
         seed=seed, dead_after=4 * len(activations), log_every=max(1, steps // 60), normalize="layer_norm",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from clipsteer.clip import EMOJICLIP, class_tokens
+from clipsteer._tokens import layout_at
+from clipsteer.clip import EMOJICLIP
 from clipsteer.explore import Feature, Pictures, Predictor, feature_heat, pixels, spread
 from clipsteer.report import (
     Html,
@@ -26,6 +28,7 @@ from clipsteer.report import (
 )
 
 _SIZE = 128
+_CE_GAP = 0.1
 
 
 def build(
@@ -36,8 +39,9 @@ def build(
     tokens: Tensor,
     embeddings: Tensor,
     chosen: Sequence[Feature],
+    saved: Path,
 ) -> Page:
-    """The whole page; nothing in it depends on when or how fast the demo ran."""
+    """The whole page; ``saved`` is the SAE's folder. Nothing in it depends on when or how fast the demo ran."""
     clip, sae = predictor.clip, predictor.sae
     weights = f" ({clip.pretrained})" if clip.pretrained else ""
     page = Page(
@@ -59,7 +63,7 @@ def build(
     page.section("Features", *_features(predictor, pictures, tokens, chosen, found))
     page.section("Steering one feature up and down", *_steering(predictor, pictures, embeddings, chosen, found))
     multiple = found["steering"]["multiple_of_peak"]
-    page.section("Do it yourself", *_snippet(clip, predictor.hook_point, chosen[0], multiple))
+    page.section("Do it yourself", *_snippet(clip, predictor.hook_point, chosen[0], multiple, saved, found))
     return page
 
 
@@ -146,7 +150,8 @@ def _training(sae: Any, found: Mapping[str, Any], history: Sequence[Mapping[str,
     for group, row in found["sae"]["evaluation"].items():
         rows.append([
             group, row["images"], f"{row['ev']:.3f}", f"{row['l0']:.1f}", _percent(row["dead"]),
-            *(_or_dash(row.get(key)) for key in ("ce_recovered", "top1_clean", "top1_sae", "top1_zero")),
+            _or_dash(row.get("ce_recovered") if _hurts(row) else None),
+            *(_or_dash(row.get(key)) for key in ("top1_clean", "top1_sae", "top1_zero")),
         ])  # fmt: skip
     return [
         text(
@@ -158,10 +163,16 @@ def _training(sae: Any, found: Mapping[str, Any], history: Sequence[Mapping[str,
             ["images", "count", "explained variance", "L0", "silent features", "CE recovered", "top-1", "with SAE",
              "with zeros"], rows,
             caption="Reconstruction, on a part of each group. The last columns replace every token by its "
-            "reconstruction, or by zero: CE recovered is the share of the zero-shot cross-entropy that survives, top-1 "
-            "the accuracy among the group's names, with one prompt each.",
+            "reconstruction, or by zero: CE recovered is the share of the zero-shot cross-entropy that survives "
+            f"(– where it is hardly lower than with zeros, by less than {_CE_GAP:.0%}), top-1 the "
+            "accuracy among the group's names, with one prompt each.",
         ),
     ]  # fmt: skip
+
+
+def _hurts(row: Mapping[str, Any]) -> bool:
+    """Whether the model knows clearly more than it does without the tokens; else CE recovered divides by noise."""
+    return "ce_zero" in row and row["ce_clean"] <= (1 - _CE_GAP) * row["ce_zero"]
 
 
 def _or_dash(value: float | None) -> str:
@@ -175,7 +186,7 @@ def _thumb(pictures: Pictures, row: int, size: int = _SIZE) -> Any:
 
 
 def _heat(predictor: Predictor, pictures: Pictures, tokens: Tensor, feature: Feature, row: int) -> Any:
-    prefix = class_tokens(predictor.clip.model, predictor.hook_point)
+    prefix = layout_at(predictor.clip.model, predictor.hook_point).before_patches(tokens.shape[1]) or 0
     grid = feature_heat(predictor.sae, tokens[row], feature.index, prefix)
     if grid is None or float(grid.max()) < 0.1 * feature.peak:
         return _thumb(pictures, row)
@@ -191,23 +202,28 @@ def _features(
             (_heat(predictor, pictures, tokens, feature, i), pictures.names[i], f"{pictures.names[i]}, with heat")
             for i in feature.top
         ]
-        near = ", ".join(name for name, _ in feature.looks_like)
+        made_of = ", ".join(f"{name} {weight:.2f}" for name, weight in feature.looks_like)
         parts.append(
             card(
                 _title(feature),
-                text(f"Active on {_percent(feature.density)} of the images; nearest texts: {near}.", css="note"),
+                text(
+                    f"Active on {_percent(feature.density)} of the images. Those below are made of: {made_of}.",
+                    css="note",
+                ),
                 figures(top, size="5.6rem"),
             )
         )
     share = found["steering"]
     return [
         text(
-            f"Of {found['sae']['d_sae']} features the {share['probed']} strongest that are active on at most 15 % of "
-            f"the images, and on six at least, were probed. Shown are {len(chosen)}, picked by what they do: those "
-            "that push the predictions towards what they look like, the most steerable first, then the most steerable "
-            "of the others; no two towards the same name. Each comes with the images on which it is strongest, and a "
-            "glow where it is active (none where only the class token has it). Its name is the text nearest to the "
-            "mean embedding of those images."
+            f"Of {found['sae']['d_sae']} features the {share['probed']} strongest that are active on "
+            f"{share['active_on'][0]} to {share['active_on'][1]} of the images were probed. Shown are {len(chosen)}, "
+            "picked by what they do: those that push the predictions towards what they look like, the most steerable "
+            "first, then the most steerable of the others; no two towards the same name. Each comes with the images on "
+            "which it is strongest, and a glow where it is active (none where only the class token has it). Its name "
+            "is what those images are made "
+            f"of: each is decomposed into a sparse, non-negative sum of the {found['vocabulary']} names (SpLiCE, "
+            "Bhalla et al. 2024), and the weights are averaged."
         ),
         cards(*parts),
     ]
@@ -284,17 +300,31 @@ def _before_and_after(
     )
 
 
-def _snippet(clip: Any, hook_point: str, feature: Feature, multiple: float) -> list[Html]:
-    name = f'"{clip.name}"' + (f', "{clip.pretrained}"' if clip.pretrained else "")
+def _snippet(
+    clip: Any, hook_point: str, feature: Feature, multiple: float, saved: Path, found: Mapping[str, Any]
+) -> list[Html]:
+    name = repr(clip.name) + (f", {clip.pretrained!r}" if clip.pretrained else "")
     strength = multiple * feature.peak
+    path = found["data"]["path"]
+    if path == "EmojiStyles":
+        source, maker = "EmojiStyles", "EmojiStyles()"
+        images = '[dataset.image("twemoji", i) for i in dataset.indices("twemoji")[:8]]'
+    else:
+        source, maker = "open_dataset", f"open_dataset({path!r})"
+        images = "[dataset[i][0] for i in range(8)]"
     return [
-        text("The model, the autoencoder and the feature of this page, in Python:"),
+        text(
+            "The model, the autoencoder and the feature of this page in Python, run from the folder where the demo ran:"
+        ),
         code(
-            "import clipsteer\nfrom clipsteer.clip import load\n\n"
+            "import clipsteer\nfrom clipsteer.clip import load\n"
+            f"from clipsteer.data import {source}\n\n"
             f"clip = load({name})\n"
-            'sae = clipsteer.SAE.from_pretrained("sae")\n'
+            f"sae = clipsteer.SAE.from_pretrained({str(saved)!r})\n"
+            f"dataset = {maker}\n"
+            f"images = {images}\n"
             f"steering = clipsteer.SAESteering(sae, {{{feature.index}: {strength:.1f}}})\n"
-            f'with clipsteer.steer(clip.model, {{"{hook_point}": steering}}):\n'
-            "    embeddings = clip.encode_images(images)   # a list of PIL images"
+            f"with clipsteer.steer(clip.model, {{{hook_point!r}: steering}}):\n"
+            "    embeddings = clip.encode_images(images)"
         ),
     ]

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from clipsteer._sae_site import grid_side
 from clipsteer.clip import CLIP, capture, hook_points
 from clipsteer.data import EmojiStyles, ImageDataset, open_dataset
 from clipsteer.sae import SAE
 from clipsteer.sae_eval import steerability
+from clipsteer.splice import ConceptDictionary
 from clipsteer.steering import SAESteering, steer
 
 _MAX_TOKEN_BYTES = 512 << 20
@@ -60,7 +61,7 @@ class Feature:
     peak: float  # largest activation over all images
     density: float  # share of images on which it is active
     top: list[int]  # rows of the images that activate it most
-    looks_like: list[tuple[str, float]]  # texts nearest to the mean embedding of those images, less the overall mean
+    looks_like: list[tuple[str, float]]  # the texts that those images are made of, and their mean weights
     steerability: float = 0.0
     effect: list[tuple[str, float]] = field(default_factory=list)  # (text, Δp) steered up, on the probe images
     removed: list[tuple[str, float]] = field(default_factory=list)  # (text, Δp) suppressed, on its top images
@@ -150,18 +151,11 @@ def look(
     tokens, embeddings = [], []
     for rows in batches(range(len(pictures.dataset)), batch, label):
         with capture(clip.model, hook_point, detach=True) as found:
-            embeddings.append(embed(clip, pixels(clip, pictures, rows)))
+            embeddings.append(clip.embed(pixels(clip, pictures, rows)).float().cpu())
         tokens.append(found[hook_point].float().cpu())
         if len(tokens) * tokens[0].nbytes > 4 * _MAX_TOKEN_BYTES:
             raise ValueError(f"tokens of {len(pictures.dataset)} images take too much memory; pass --max-images")
     return torch.cat(tokens), torch.cat(embeddings)
-
-
-@torch.no_grad()
-def embed(clip: CLIP, images: Tensor) -> Tensor:
-    """(B, 3, H, W) -> unit embeddings (B, e), on the CPU in float32."""
-    features = clip.model.encode_image(images)
-    return F.normalize(features.float(), dim=-1).cpu()
 
 
 def n_way(scores: Tensor, truth: Tensor, ways: int) -> Tensor:
@@ -197,25 +191,11 @@ def zero_shot(pictures: Pictures, embeddings: Tensor, head: Tensor) -> list[dict
 
 
 @torch.no_grad()
-def feature_peaks(sae: SAE, tokens: Tensor, batch: int = 64) -> Tensor:
-    """Largest activation of every feature on every image: tokens (N, T, d) -> (N, d_sae)."""
-    out = []
-    for part in tqdm(tokens.split(batch), desc="encode tokens", disable=None):
-        if sae.architecture == "topk":
-            acts, indices = sae.encode_topk(part.to(sae.W_enc.device))  # (B, T, k)
-            flat = acts.new_zeros(len(part), sae.d_sae)
-            out.append(flat.scatter_reduce(1, indices.flatten(1), acts.flatten(1), "amax").cpu())
-        else:
-            out.append(sae.encode(part.to(sae.W_enc.device)).amax(1).cpu())
-    return torch.cat(out).float()
-
-
-@torch.no_grad()
 def feature_heat(sae: SAE, tokens: Tensor, feature: int, prefix: int) -> Tensor | None:
     """A feature's activation over the patch grid of one image, tokens (T, d) -> (g, g), or None without a square."""
     acts = sae.feature_acts(tokens[prefix:].to(sae.W_enc.device), torch.tensor([feature], device=sae.W_enc.device))[0]
-    side = math.isqrt(len(acts))
-    return acts.reshape(side, side).float().cpu() if side > 1 and side * side == len(acts) else None
+    side = grid_side(len(acts))
+    return acts.reshape(side, side).float().cpu() if side else None
 
 
 class Predictor:
@@ -227,9 +207,10 @@ class Predictor:
     def of(self, embeddings: Tensor) -> Tensor:
         return (100 * embeddings @ self.head.T).softmax(-1)
 
+    @torch.no_grad()
     def steered(self, images: Tensor, feature: int, strength: float) -> Tensor:
         with steer(self.clip.model, {self.hook_point: SAESteering(self.sae, {feature: strength})}):
-            return self.of(embed(self.clip, images))
+            return self.of(self.clip.embed(images).float().cpu())
 
 
 def largest(delta: Tensor, texts: Sequence[str], count: int) -> list[tuple[str, float]]:
@@ -237,25 +218,26 @@ def largest(delta: Tensor, texts: Sequence[str], count: int) -> list[tuple[str, 
     return sorted(((texts[i], float(delta[i])) for i in order), key=lambda pair: -pair[1])
 
 
-def describe(
-    peaks: Tensor, embeddings: Tensor, head: Tensor, vocabulary: Sequence[str], limit: int, top: int = 6
-) -> list[Feature]:
-    """Features active on some but not most images, the strongest first, named by the images that activate them most."""
+def few(images: int) -> tuple[int, int]:
+    """On how many of the images a feature is active that is worth a look: at least, and at most."""
+    least = min(6, max(2, images // 20))
+    return least, max(least, images * 3 // 20)
+
+
+def describe(peaks: Tensor, embeddings: Tensor, dictionary: ConceptDictionary, limit: int) -> list[Feature]:
+    """Features active on a few images, the strongest first, named by the images that activate them most."""
     density = (peaks > 0).float().mean(0)
     count = (peaks > 0).sum(0)
-    usable = (count >= top) & (density <= 0.15)
+    top, most = few(len(peaks))
+    usable = (count >= top) & (count <= most)
     strength = torch.where(usable, peaks.topk(min(top, len(peaks)), dim=0).values.mean(0), 0.0)
     order = strength.argsort(descending=True, stable=True)[: min(limit, int(usable.sum()))].tolist()
-    mean = embeddings.mean(0)
-    found = []
-    for index in order:
-        rows = peaks[:, index].argsort(descending=True, stable=True)[:top].tolist()
-        direction = F.normalize(F.normalize(embeddings[rows].mean(0), dim=0) - mean, dim=0)
-        scores = head @ direction
-        near = scores.argsort(descending=True, stable=True)[:5].tolist()
-        names = [(vocabulary[i], float(scores[i])) for i in near]
-        found.append(Feature(index, float(peaks[:, index].max()), float(density[index]), rows, names))
-    return found
+    groups = [peaks[:, index].argsort(descending=True, stable=True)[:top].tolist() for index in order]
+    return [
+        Feature(index, float(peaks[:, index].max()), float(density[index]), rows, names)
+        for index, rows, names in zip(order, groups, dictionary.name_groups(embeddings, groups))
+        if names
+    ]
 
 
 def probe(
@@ -284,7 +266,7 @@ def count_steerable(
 def choose(features: list[Feature], count: int) -> list[Feature]:
     """The most steerable features, no two of which push the predictions to the same text.
 
-    Those that push towards what they look like (one of their nearest texts) come first.
+    Those that push towards what they look like (one of their texts) come first.
     """
     chosen: dict[str, Feature] = {}
     for feature in sorted(features, key=lambda f: (f.effect[0][0] not in dict(f.looks_like), -f.steerability)):

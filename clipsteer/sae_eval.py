@@ -20,19 +20,19 @@ from clipsteer._sae_site import (
     Site,
     chunks,
     clean_pass,
-    embed,
-    evaluating,
     find_site,
+    from_site,
     grid_side,
     image_batches,
 )
-from clipsteer.clip import CLIP, zero_shot_head
+from clipsteer.clip import CLIP, evaluating, zero_shot_head
 from clipsteer.sae import SAE
 from clipsteer.sae_features import (
     FeatureStatistics,
     Steerability,
     TopImages,
     feature_statistics,
+    name_features,
     steerability,
     top_images,
 )
@@ -43,6 +43,7 @@ __all__ = [
     "TopImages",
     "evaluate_sae",
     "feature_statistics",
+    "name_features",
     "steerability",
     "top_images",
 ]
@@ -91,11 +92,8 @@ def evaluate_sae(
                 raise ValueError(f"dataset: label {int(labels.max())} is not below the {len(head)} classes")
             labelled += int(known.sum())
             replaced, zeroed = site.put(x, x_hat.to(x.dtype)), site.put(x, torch.zeros_like(chosen))
-            variants = {
-                "clean": embedded,
-                "sae": embed(clip, pixels, site, lambda _, new=replaced: new),
-                "zero": embed(clip, pixels, site, lambda _, new=zeroed: new),
-            }
+            go_on = from_site(clip, pixels, site, x, embedded)
+            variants = {"clean": embedded, "sae": go_on(replaced), "zero": go_on(zeroed)}
             for name, features in variants.items():
                 logits = LOGIT_SCALE * features[known] @ head.to(features.dtype).T  # (b, C)
                 scores[name][0] += float(F.cross_entropy(logits.double(), labels[known], reduction="sum"))
@@ -180,8 +178,8 @@ class _Totals:
             "dead": 1 - int(self.active.sum()) / self.sae.d_sae,
             "l0_per_token": per_token,
         }
-        patches = per_token if site.tokens == "patches" else per_token[site.prefix :]
-        side = 0 if site.tokens == "cls" else grid_side(len(patches))
+        patches = site.patches(self.l0 / self.images).tolist()
+        side = grid_side(len(patches))
         if side:
             result["l0_map"] = [patches[row * side : (row + 1) * side] for row in range(side)]
         return result

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 from tqdm import tqdm
 
-from clipsteer._sae_site import LOGIT_SCALE, chunks, clean_pass, embed, evaluating, find_site, grid_side, image_batches
-from clipsteer.clip import CLIP, zero_shot_head
+from clipsteer._sae_site import (
+    BLOCK,
+    LOGIT_SCALE,
+    chunks,
+    clean_pass,
+    find_site,
+    from_site,
+    grid_side,
+    image_batches,
+    image_embeddings,
+)
+from clipsteer.clip import CLIP, evaluating, zero_shot_head
 from clipsteer.sae import SAE
+from clipsteer.steering import set_features
+
+if TYPE_CHECKING:
+    from clipsteer.splice import ConceptDictionary
 
 # features whose activations are held at once while steering
 _FEATURES = 256
@@ -68,6 +83,15 @@ def _selected_acts(sae: SAE, x: Tensor, features: Tensor) -> Tensor:
     slot[features] = torch.arange(m, device=x.device)
     # what is not selected lands in a spare last column
     return acts.new_zeros(*acts.shape[:-1], m + 1).scatter_add(-1, slot[indices], acts)[..., :m]
+
+
+@torch.no_grad()
+def feature_peaks(sae: SAE, tokens: Tensor) -> Tensor:
+    """Largest activation of every feature on every image: tokens (N, T, d) -> (N, d_sae), on the CPU in float32."""
+    every = torch.arange(sae.d_sae, device=sae.W_enc.device)
+    parts = tokens.split(max(1, BLOCK // (tokens.shape[1] * sae.d_sae)))
+    bar = tqdm(parts, desc="encode tokens", disable=None)
+    return torch.cat([_selected_acts(sae, part.to(every.device), every).amax(1).float().cpu() for part in bar])
 
 
 def feature_statistics(
@@ -134,11 +158,41 @@ def top_images(
             maps = torch.cat([maps, acts], 1).gather(1, order[..., None].expand(-1, -1, acts.shape[-1]))
             seen += len(pixels)
     assert maps is not None
-    if site.tokens == "all":
-        maps = maps[..., site.prefix :]
-    side = 0 if site.tokens == "cls" else grid_side(maps.shape[-1])
-    maps = maps.unflatten(-1, (side, side) if side else (1, -1))
+    patches = site.patches(maps)
+    side = grid_side(patches.shape[-1])
+    maps = (
+        patches.unflatten(-1, (side, side)) if side else (patches if patches.shape[-1] else maps).unflatten(-1, (1, -1))
+    )
     return TopImages(chosen, images, best, maps)
+
+
+def name_features(
+    sae: SAE,
+    clip: CLIP,
+    dataset: Any,
+    dictionary: ConceptDictionary,
+    features: Sequence[int] | Tensor,
+    *,
+    images: int = 6,
+    count: int = 5,
+    hook_point: str | None = None,
+    tokens: str | None = None,
+    batch_size: int = 64,
+) -> list[list[tuple[str, float]]]:
+    """What each of m features stands for, in text concepts: at most `count` (concept, weight) pairs, heaviest first.
+
+    The `images` images that activate a feature most are decomposed one by one, and their weights averaged
+    (`ConceptDictionary.name_groups`). A feature that is never active has no names.
+    """
+    top = top_images(
+        sae, clip, dataset, features, count=images, hook_point=hook_point, tokens=tokens, batch_size=batch_size
+    )
+    used = sorted({image for row in top.images.tolist() for image in row if image >= 0})
+    if not used:
+        return [[] for _ in top.images]
+    shown = image_embeddings(clip, Subset(dataset, used), batch_size, "embed top images")
+    groups = [[used.index(image) for image in row if image >= 0] for row in top.images.tolist()]
+    return dictionary.name_groups(torch.cat(list(shown)), groups, count)
 
 
 def steerability(
@@ -163,7 +217,8 @@ def steerability(
     Args:
         vocabulary: C concepts as texts, or their unit embeddings (C, e).
         strength: one activation for all features, or one a feature, (m,).
-        features: m indices; None means all of them. A feature costs one pass over the data set.
+        features: m indices; None means all of them. A feature costs a pass over the data set through what follows
+            the hook point.
     """
     site = find_site(sae, clip, hook_point, tokens)
     chosen = _checked(sae, features)
@@ -178,15 +233,16 @@ def steerability(
             clean = _probabilities(embedded, text)
             rows = site.select(x)
             scale = sae.normalize_input(rows)[1].scale
+            scale = torch.ones_like(rows[..., :1]) if scale is None else scale
+            go_on = from_site(clip, pixels, site, x, embedded)
             images += len(pixels)
             for first in tqdm(range(0, len(chosen), _FEATURES), desc="features", leave=False, disable=None):
                 group = chosen[first : first + _FEATURES]
                 acts = _selected_acts(sae, rows, group)  # (B, T, m)
-                for offset, feature in enumerate(group.tolist()):
-                    missing = (strengths[first + offset] - acts[..., offset : offset + 1]) * sae.W_dec[feature]
-                    new = site.put(x, (rows + (missing if scale is None else missing * scale)).to(x.dtype))
-                    steered = _probabilities(embed(clip, pixels, site, _constant(new)), text)
-                    change[first + offset] += (steered - clean).sum(0)
+                for i in range(len(group)):
+                    one = slice(first + i, first + i + 1)
+                    new = set_features(rows, acts[..., i : i + 1], strengths[one], sae.W_dec[chosen[one]], scale)
+                    change[first + i] += (_probabilities(go_on(site.put(x, new)), text) - clean).sum(0)
     change /= images
     score = change.square().sum(1)
     power, concept = change.max(1)
@@ -195,7 +251,3 @@ def steerability(
 
 def _probabilities(embedded: Tensor, text: Tensor) -> Tensor:
     return (LOGIT_SCALE * embedded @ text.to(embedded.dtype).T).double().softmax(-1)
-
-
-def _constant(value: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda _: value

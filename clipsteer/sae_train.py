@@ -8,6 +8,7 @@ processes and the result is that of one process. Runs resume from checkpoints, o
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -23,6 +24,8 @@ from clipsteer._distributed import World
 from clipsteer._sae_run import Run
 from clipsteer._sources import ActivationSource, as_source
 from clipsteer.sae import SAE
+
+logger = logging.getLogger(__name__)
 
 TRAINABLE = ("relu", "topk", "batch_topk")
 
@@ -259,7 +262,8 @@ def train_sae(
         the SAE in evaluation mode, decoder rows of norm 1.
 
     Raises:
-        ValueError: settings out of range, or other ones than those of the run in ``out``.
+        ValueError: settings out of range, or another run in ``out``: other settings, metadata, length or number of
+            rows. The rows themselves are not compared.
         RuntimeError: the loss is not finite (the last checkpoint is from before).
         SystemExit: code 143, after SIGTERM, once a checkpoint is written (only with ``out``).
     """
@@ -271,6 +275,12 @@ def train_sae(
         device = sae.W_enc.device
     world = World(device)
     total = config.total_steps(source.rows_per_epoch())
+    if total <= config.warmup_steps and world.rank == 0:
+        logger.warning(
+            "train_sae: %d steps end within the warm-up of %d, at %.2g of a peak learning rate of %.2g; train longer "
+            "(tokens, steps) or set warmup_steps", total, config.warmup_steps, config.lr_at(total - 1, total),
+            config.peak_lr,
+        )  # fmt: skip
     fresh = sae is None
     if sae is None:
         sae = _new_sae(source.d_in, config)
@@ -308,7 +318,8 @@ def _sae_and_config(
 def _new_sae(d_in: int, config: TrainConfig) -> SAE:
     # the caller's generator is left as it was
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        # not torch.manual_seed, which would seed the GPUs' generators as well
+        torch.default_generator.manual_seed(config.seed)
         return SAE(
             d_in,
             config.d_sae if config.d_sae is not None else config.expansion * d_in,

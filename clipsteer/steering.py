@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from clipsteer._tokens import TOKENS as _TOKENS
+from clipsteer._tokens import Layout, layout_at
+
 if TYPE_CHECKING:
     from clipsteer.conceptor import Conceptor
     from clipsteer.sae import SAE
 
 Tokens = Literal["all", "cls", "patches"]
-_TOKENS = ("all", "cls", "patches")
 
 
 def _check_tokens(tokens: str) -> None:
@@ -39,6 +41,11 @@ def _check_width(what: str, width: int, x: Tensor) -> None:
             f"steer: {what} has d_in = {width}, but the activations at this hook point are {tuple(x.shape)}; "
             f"they must have {width} in the last dimension"
         )
+
+
+def set_features(x: Tensor, acts: Tensor, wanted: Tensor, directions: Tensor, scale: Tensor) -> Tensor:
+    """The formula above: x (…, d), acts (…, m), wanted (m,), directions (m, d), scale (…, 1) -> (…, d)."""
+    return (x + (wanted - acts) @ directions * scale).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,16 +83,26 @@ class SAESteering:
                 raise ValueError(f"SAESteering: strength of feature {index} must be finite, got {value}")
             clean[index] = value
         object.__setattr__(self, "strengths", clean)
+        self._tables(self.sae.W_dec)
+
+    def _tables(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (m,) and strengths (m,) beside the SAE, made once: a copy to a GPU would stop every forward pass."""
+        found = self.__dict__.get("_cache")
+        if found is None or (found[1].device, found[1].dtype) != (weight.device, weight.dtype):
+            with torch.inference_mode(False):
+                features = torch.tensor(list(self.strengths), device=weight.device)
+                wanted = torch.tensor(list(self.strengths.values()), device=weight.device, dtype=weight.dtype)
+            found = (features, wanted)
+            object.__setattr__(self, "_cache", found)
+        return found
 
     def apply(self, x: Tensor) -> Tensor:
         """(…, d_in) -> (…, d_in), every position steered; ``tokens`` is applied by ``steer``."""
         _check_width("the SAE", self.sae.d_in, x)
         weight = self.sae.W_dec
-        features = torch.tensor(list(self.strengths), device=weight.device)  # (m,)
-        wanted = torch.tensor(list(self.strengths.values()), device=weight.device, dtype=weight.dtype)  # (m,)
+        features, wanted = self._tables(weight)
         acts, scale = self.sae.feature_acts(x, features)  # (…, m), (…, 1)
-        delta = (wanted - acts) @ weight[features] * scale  # (…, d)
-        return (x + delta).to(x.dtype)
+        return set_features(x, acts, wanted, weight[features], scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,19 +246,19 @@ Steering = SAESteering | VectorSteering | AdditiveSteering | ConceptorSteering
 _KINDS = (SAESteering, VectorSteering, AdditiveSteering, ConceptorSteering)
 
 
-def _positions(steering: Steering, x: Tensor, prefix: int) -> Tensor:
+def _positions(steering: Steering, x: Tensor, layout: Layout) -> Tensor:
     """Steer the positions that ``steering.tokens`` names; the others keep their bits. x: (B, T, d)."""
     if steering.tokens == "all":
         return steering.apply(x)
-    if steering.tokens == "cls":
-        return torch.cat([steering.apply(x[:, :1]), x[:, 1:]], dim=1)
-    return torch.cat([x[:, :prefix], steering.apply(x[:, prefix:])], dim=1)
+    where = layout.where("steer", steering.tokens, x.shape[1])
+    parts = [x[:, : where.start], steering.apply(x[:, where])]
+    return torch.cat(parts if where.stop is None else [*parts, x[:, where.stop :]], dim=1)
 
 
-def _compose(steerings: Sequence[Steering], prefix: int) -> Callable[[Tensor], Tensor]:
+def _compose(steerings: Sequence[Steering], layout: Layout) -> Callable[[Tensor], Tensor]:
     def apply(x: Tensor) -> Tensor:
         for steering in steerings:
-            x = _positions(steering, x, prefix)
+            x = _positions(steering, x, layout)
         return x
 
     return apply
@@ -280,13 +297,15 @@ def steer(model: nn.Module, steerings: Mapping[str, Steering | Sequence[Steering
         a ``SteeringHandle``: use it in a ``with`` statement, or keep it and call ``remove()``.
 
     Raises:
-        ValueError: a pattern that matches no module (near matches are named), "cls" or "patches" where there is no
-            class token; at the next forward pass, a steering whose width is not that of the hook point.
+        ValueError: a pattern that matches no module (near matches are named), "cls" or "patches" where the tower has
+            no class token; at the next forward pass, "cls" or "patches" at a module without such tokens, and a
+            steering whose width is not that of the hook point.
+        RuntimeError: the module, or one that it is part of, is compiled: torch.compile leaves hooks out.
 
         >>> with clipsteer.steer(model, {"visual.transformer.resblocks.9": clipsteer.SAESteering(sae, {123: 50.0})}):
         ...     image_features = model.encode_image(images)
     """
-    from clipsteer.clip import _match, apply_at, class_tokens
+    from clipsteer.clip import _match, apply_at
 
     if not isinstance(steerings, Mapping) or not steerings:
         raise ValueError(f"steer: steerings must be a mapping {{hook point: steering}}, got {steerings!r}")
@@ -301,10 +320,9 @@ def steer(model: nn.Module, steerings: Mapping[str, Steering | Sequence[Steering
             chosen.setdefault(name, []).extend(listed)
     functions = {}
     for name, listed in chosen.items():
-        prefix = class_tokens(model, name)
-        if prefix == 0 and (wanted := [s.tokens for s in listed if s.tokens != "all"]):
-            raise ValueError(f"steer: there is no class token at {name!r}; tokens must be 'all', got {wanted[0]!r}")
-        functions[name] = _compose(listed, prefix)
+        layout = layout_at(model, name)
+        layout.check("steer", [s.tokens for s in listed])
+        functions[name] = _compose(listed, layout)
     with ExitStack() as stack:
         stack.enter_context(apply_at(model, functions))
         return SteeringHandle(list(functions), stack.pop_all())

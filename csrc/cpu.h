@@ -1,9 +1,8 @@
 // What the CPU sources share: the ops, the table of kernels per instruction set, ranked keys, and argument checks.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "stable.h"
+
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -115,6 +114,13 @@ struct Ahead {
   }
 };
 
+// A block of a product: kBlockRows rows, whose sums fill the registers with the bytes of kBlockBytes of each.
+constexpr int kBlockRows = 6;
+template <int level>
+constexpr int kVectorBytes = level == 2 ? 64 : 32;
+template <int level>
+constexpr int kBlockBytes = level == 2 ? 256 : 64;
+
 // One implementation of the inner loops per instruction set, all with the same selections.
 struct Kernels {
   int64_t level;
@@ -133,6 +139,13 @@ struct Kernels {
   void (*widen_f16)(const Half* src, float* dst, int64_t n);
   void (*narrow_bf16)(const float* src, BFloat16* dst, int64_t n);
   void (*narrow_f16)(const float* src, Half* dst, int64_t n);
+  // c[i] = a[i] (k numbers) @ b (k rows of block_bytes, `stride` numbers apart), for 1 to kBlockRows rows.
+  int64_t block_bytes;
+  void (*block32)(const float* const* a, const float* b, int64_t stride, int64_t k, int rows, float* const* c);
+  void (*block64)(const double* const* a, const double* b, int64_t stride, int64_t k, int rows, double* const* c);
+  // The transpose of `columns` rows of k numbers, as such a b; what is missing of block_bytes is 0.
+  void (*pack32)(const float* u, int64_t stride, int64_t columns, int64_t k, float* out);
+  void (*pack64)(const double* u, int64_t stride, int64_t columns, int64_t k, double* out);
 
   void filter(const float* v, const float* b, int64_t n, uint32_t first, Candidates<float>& row) const {
     filter32(v, b, n, first, row);
@@ -150,6 +163,18 @@ struct Kernels {
   }
   float dot(const float* a, const float* b, const Ahead* next, int64_t n) const { return dot32(a, b, next, n); }
   double dot(const double* a, const double* b, const Ahead* next, int64_t n) const { return dot64(a, b, next, n); }
+  void block(const float* const* a, const float* b, int64_t stride, int64_t k, int rows, float* const* c) const {
+    block32(a, b, stride, k, rows, c);
+  }
+  void block(const double* const* a, const double* b, int64_t stride, int64_t k, int rows, double* const* c) const {
+    block64(a, b, stride, k, rows, c);
+  }
+  void pack(const float* u, int64_t stride, int64_t columns, int64_t k, float* out) const {
+    pack32(u, stride, columns, k, out);
+  }
+  void pack(const double* u, int64_t stride, int64_t columns, int64_t k, double* out) const {
+    pack64(u, stride, columns, k, out);
+  }
   void widen(const BFloat16* s, float* d, int64_t n) const { widen_bf16(s, d, n); }
   void widen(const Half* s, float* d, int64_t n) const { widen_f16(s, d, n); }
   void narrow(const float* s, BFloat16* d, int64_t n) const { narrow_bf16(s, d, n); }

@@ -1,14 +1,13 @@
 // What the CUDA sources share: the ops, the stream, typed access, and calls back into torch. LibTorch stable ABI only.
 #pragma once
 
+#include "stable.h"
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include <torch/csrc/stable/macros.h>
 
 #include <algorithm>
 #include <array>

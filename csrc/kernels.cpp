@@ -1,4 +1,4 @@
-// Builds kernels.h for each instruction set and picks one when the library is first used.
+// Builds kernels.h and blocks.h for each instruction set and picks one when the library is first used.
 #include "cpu.h"
 
 #include <cstdlib>
@@ -22,6 +22,7 @@
 #define ISA avx2
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #include "kernels.h"
+#include "blocks.h"
 #undef CLIPSTEER_LEVEL
 #undef ISA
 #undef TARGET
@@ -30,6 +31,7 @@
 #define ISA avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #include "kernels.h"
+#include "blocks.h"
 #undef CLIPSTEER_LEVEL
 #undef ISA
 #undef TARGET
@@ -38,20 +40,25 @@
 namespace clipsteer {
 namespace {
 
-#define TABLE(level, isa)                                                                                   \
+#define TABLE(level, isa, ...)                                                                              \
   {level,       isa::filter32, isa::filter64,   isa::seed32,    isa::seed64,      isa::axpy32, isa::axpy64, \
-   isa::dot32, isa::dot64,    isa::widen_bf16, isa::widen_f16, isa::narrow_bf16, isa::narrow_f16}
+   isa::dot32, isa::dot64,    isa::widen_bf16, isa::widen_f16, isa::narrow_bf16, isa::narrow_f16, __VA_ARGS__}
+#define BLOCKS(level, isa) kBlockBytes<level>, isa::block32, isa::block64, isa::pack32, isa::pack64
 
-const Kernels kPortable = TABLE(0, portable);
+// Elsewhere torch's GEMM has the better inner loop.
+const Kernels kPortable = TABLE(0, portable, 0, nullptr, nullptr, nullptr, nullptr);
 #ifdef CLIPSTEER_X86
-const Kernels kAvx2 = TABLE(1, avx2);
-const Kernels kAvx512 = TABLE(2, avx512);
+const Kernels kAvx2 = TABLE(1, avx2, BLOCKS(1, avx2));
+const Kernels kAvx512 = TABLE(2, avx512, BLOCKS(2, avx512));
 #endif
 
 const Kernels& choose() {
 #ifdef CLIPSTEER_X86
   const char* wanted = std::getenv("CLIPSTEER_CPU_ISA");
   const std::string name = wanted ? wanted : "";
+  if (!name.empty() && name != "portable" && name != "avx2" && name != "avx512") {
+    throw std::runtime_error("CLIPSTEER_CPU_ISA must be portable, avx2 or avx512, got " + name);
+  }
   const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -1,5 +1,5 @@
 // topk_encode: panels of pre-activations by torch's GEMM, each filtered while it is in cache; no (B, n) buffer.
-#include "cpu.h"
+#include "gemm.h"
 
 namespace clipsteer {
 namespace {
@@ -9,28 +9,6 @@ using torch::stable::parallel_for;
 constexpr int64_t kPanelColumns = 512;
 constexpr int64_t kMaxBlockRows = 256;
 constexpr int64_t kScratchBytes = int64_t(40) << 20;
-
-template <class V>
-constexpr ScalarType kScalar = std::is_same_v<V, double> ? ScalarType::Double : ScalarType::Float;
-
-// A view without autograd history: worker threads carry none of the caller's dispatch state.
-template <class V>
-Tensor matrix(const V* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
-  const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
-  return torch::stable::from_blob(const_cast<V*>(data), {sizes, 2}, {strides, 2},
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), kScalar<V>);
-}
-
-// out (rows, columns) = x (rows, d) @ w (columns, d)^T
-template <class V>
-void multiply(const Tensor& x, const V* w, int64_t d, const Tensor& out) {
-  using torch::stable::detail::from;
-  using torch::stable::detail::to;
-  const Tensor wt = matrix(w, d, out.size(1), 1, d);
-  StableIValue stack[] = {from(x), from(wt), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
-  to<Tensor>(stack[0]);
-}
 
 // Writes the k greatest of `count` keys in order; a row with a NaN has NaN values and the first k indices.
 template <class T, class V>
@@ -91,7 +69,7 @@ void encode(const T* x, const T* w, const T* b, int64_t rows, int64_t n, int64_t
           if (d > 0) {
             const V* weights =
                 widened(w + first * d, wide_w.get() + (kNarrow<T> ? s * kPanelColumns * d : 0), columns * d);
-            multiply(input, weights, d, matrix(out, count, columns, columns, 1));
+            multiply(input, matrix(weights, d, columns, 1, d), matrix(out, count, columns, columns, 1));
           } else {
             std::fill_n(out, count * columns, V(0));
           }

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import torch
 import triton
+import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 
@@ -38,3 +39,19 @@ def next_power_of_2(n: int) -> int:
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+@triton.jit
+def _count_kernel(out_ptr, n):
+    for i in range(0, n):
+        tl.store(out_ptr + i, i)
+
+
+def interpreter_failure() -> str | None:
+    """Why no interpreted kernel runs here: some releases of triton's interpreter and of NumPy do not agree."""
+    out = torch.zeros(3, dtype=torch.int32)
+    try:
+        _count_kernel[(1,)](out, 3)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None if out.tolist() == [0, 1, 2] else f"it counted to {out.tolist()}"

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ._launch import cdiv, interpreted, next_power_of_2, on_device
+from ._precision import tf32_allowed
 
 MAX_RANK = 256  # a block's r-vectors live in registers; beyond, they take a (B, r) buffer and two launches
 
@@ -67,9 +68,9 @@ def _grouped_matmul_kernel(
 ):  # fmt: skip
     group, rows, live = _block(tl.program_id(0), order_ptr, offsets_ptr, B, K, HAS_INDEX, BLOCK_B, BLOCK_K)
     if tl.max(live.to(tl.int32), axis=0) > 0:
-        group = group.to(tl.int64)
+        g = group.to(tl.int64)
         cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        w_ptrs = w_ptr + group * m * n + cols[None, :] * w_col
+        w_ptrs = w_ptr + g * m * n + cols[None, :] * w_col
         acc = tl.zeros((BLOCK_B, BLOCK_N), dtype=tl.float32)
         for start in range(0, m, BLOCK_M):
             j = start + tl.arange(0, BLOCK_M)
@@ -77,15 +78,15 @@ def _grouped_matmul_kernel(
             x = tl.load(x_ptr + rows[:, None] * m + j[None, :], mask=live[:, None] & inside[None, :], other=0.0)
             w = tl.load(w_ptrs + j[:, None] * w_row, mask=inside[:, None] & (cols < n)[None, :], other=0.0)
             if MEAN_IN:
-                mean = tl.load(mean_ptr + group * m + j, mask=inside, other=0.0).to(tl.float32)
+                mean = tl.load(mean_ptr + g * m + j, mask=inside, other=0.0).to(tl.float32)
                 x = x.to(tl.float32) - mean[None, :]
             acc = _dot(x, w, acc, SPLIT, PRECISION)
         if HAS_SCALE:
-            acc *= tl.load(scale_ptr + group * n + cols, mask=cols < n, other=0.0)[None, :]
+            acc *= tl.load(scale_ptr + g * n + cols, mask=cols < n, other=0.0)[None, :]
         if HAS_BETA:
-            acc *= tl.load(beta_ptr + group)
+            acc *= tl.load(beta_ptr + g)
         if MEAN_OUT:
-            acc += tl.load(mean_ptr + group * n + cols, mask=cols < n, other=0.0).to(tl.float32)[None, :]
+            acc += tl.load(mean_ptr + g * n + cols, mask=cols < n, other=0.0).to(tl.float32)[None, :]
         tl.store(
             out_ptr + rows[:, None] * n + cols[None, :],
             acc.to(out_ptr.dtype.element_ty),
@@ -102,31 +103,31 @@ def _low_rank_project_kernel(
 ):  # fmt: skip
     group, rows, live = _block(tl.program_id(0), order_ptr, offsets_ptr, B, K, HAS_INDEX, BLOCK_B, BLOCK_K)
     if tl.max(live.to(tl.int32), axis=0) > 0:
-        group = group.to(tl.int64)
+        g = group.to(tl.int64)
         i = tl.arange(0, BLOCK_R)
         inner = tl.zeros((BLOCK_B, BLOCK_R), dtype=tl.float32)
         for start in range(0, d, BLOCK_D):
             j = start + tl.arange(0, BLOCK_D)
             x = tl.load(x_ptr + rows[:, None] * d + j[None, :], mask=live[:, None] & (j < d)[None, :], other=0.0)
             u = tl.load(
-                u_ptr + group * d * r + j[:, None] * r + i[None, :],
+                u_ptr + g * d * r + j[:, None] * r + i[None, :],
                 mask=(j < d)[:, None] & (i < r)[None, :],
                 other=0.0,
             )
             if HAS_MEAN:
-                x = x.to(tl.float32) - tl.load(mean_ptr + group * d + j, mask=j < d, other=0.0).to(tl.float32)[None, :]
+                x = x.to(tl.float32) - tl.load(mean_ptr + g * d + j, mask=j < d, other=0.0).to(tl.float32)[None, :]
             inner = _dot(x, u, inner, SPLIT_X, PRECISION)
-        inner *= tl.load(s_ptr + group * r + i, mask=i < r, other=0.0)[None, :]
+        inner *= tl.load(s_ptr + g * r + i, mask=i < r, other=0.0)[None, :]
         for start in range(0, d, BLOCK_D):
             j = start + tl.arange(0, BLOCK_D)
             u = tl.load(
-                u_ptr + group * d * r + j[None, :] * r + i[:, None],
+                u_ptr + g * d * r + j[None, :] * r + i[:, None],
                 mask=(j < d)[None, :] & (i < r)[:, None],
                 other=0.0,
             )
             y = _dot(inner, u, tl.zeros((BLOCK_B, BLOCK_D), dtype=tl.float32), SPLIT_R, PRECISION)
             if HAS_MEAN:
-                y += tl.load(mean_ptr + group * d + j, mask=j < d, other=0.0).to(tl.float32)[None, :]
+                y += tl.load(mean_ptr + g * d + j, mask=j < d, other=0.0).to(tl.float32)[None, :]
             tl.store(
                 out_ptr + rows[:, None] * d + j[None, :],
                 y.to(out_ptr.dtype.element_ty),
@@ -177,7 +178,7 @@ def _interpreted_bf16(t: torch.Tensor) -> bool:
 
 
 def _precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if tf32_allowed() else "ieee"
 
 
 def _sorted(index: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,29 +188,31 @@ def _sorted(index: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tenso
     return order, torch.searchsorted(ordered, bounds, out_int32=True)
 
 
-def matmul_config(dtype: torch.dtype, n: int) -> dict[str, int]:
+def matmul_config(dtype: torch.dtype, n: int, split: bool = False) -> dict[str, int]:
     """A block of rows by a tile of columns; fp32 runs on plain FMAs, in smaller steps."""
     if interpreted(_grouped_matmul_kernel):
         return {"BLOCK_B": 32, "BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 16}
     block_n = min(128, max(16, next_power_of_2(n)))
     if dtype == torch.float32:
         return {"BLOCK_B": 32, "BLOCK_M": 32, "BLOCK_N": block_n, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_B": 64, "BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+    block_b = 32 if split else 64  # both halves of a split tile are in registers
+    return {"BLOCK_B": block_b, "BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
 
 
-def low_rank_config(dtype: torch.dtype, r: int) -> dict[str, int]:
+def low_rank_config(dtype: torch.dtype, r: int, mean: bool = False) -> dict[str, int]:
     """Blocks of few rows, so that 4,096 of them over 16 groups fill the chip once."""
     block_r = max(16, next_power_of_2(r))
     if interpreted(_low_rank_project_kernel):
         return {"BLOCK_B": 32, "BLOCK_D": 128, "BLOCK_R": block_r, "BLOCK_K": 16}
+    hip, wide = torch.version.hip is not None, block_r > 64
     if dtype == torch.float32:
-        block_b, block_d, warps = (32, 32, 4) if block_r <= 64 else (16, 32, 8)
+        block_b, block_d = 16 if wide else 32, 32
     else:
-        block_b, block_d, warps = (32, 128, 4) if block_r <= 64 else (32, 64, 8)
-    stages = 2 if torch.version.hip is not None else 3
+        # centred rows are split in registers, and a wide r-vector fills them
+        block_b, block_d = 16 if wide and hip else 32, (32 if hip else 64) if wide else 64 if mean else 128
     return {
-        "BLOCK_B": block_b, "BLOCK_D": block_d, "BLOCK_R": block_r, "BLOCK_K": 128, "num_warps": warps,
-        "num_stages": stages,
+        "BLOCK_B": block_b, "BLOCK_D": block_d, "BLOCK_R": block_r, "BLOCK_K": 128,
+        "num_warps": 8 if wide and not hip else 4, "num_stages": 2 if hip else 3,
     }  # fmt: skip
 
 
@@ -235,7 +238,8 @@ def _matmul(x, W, index, scale, beta, mean, transpose, *, mean_in, mean_out, dty
     if out.numel() == 0:
         return out
     order, offsets = (x, x) if index is None else _sorted(index, K)
-    config = matmul_config(W.dtype, n)
+    split = W.dtype != torch.float32 and (mean_in or x.dtype == torch.float32)
+    config = matmul_config(W.dtype, n, split)
     grid = (cdiv(B, config["BLOCK_B"]) + (0 if index is None else K), cdiv(n, config["BLOCK_N"]))
     with on_device(x):
         _grouped_matmul_kernel[grid](
@@ -243,8 +247,7 @@ def _matmul(x, W, index, scale, beta, mean, transpose, *, mean_in, mean_out, dty
             x if mean is None else mean, out, B, K, m, n, 1 if transpose else n, m if transpose else 1,
             HAS_INDEX=index is not None, HAS_SCALE=scale is not None, HAS_BETA=beta is not None,
             MEAN_IN=mean_in, MEAN_OUT=mean_out,
-            SPLIT=W.dtype != torch.float32 and (mean_in or x.dtype == torch.float32),
-            PRECISION=_precision(), **config,
+            SPLIT=split, PRECISION=_precision(), **config,
         )  # fmt: skip
     return out
 
@@ -276,7 +279,7 @@ def low_rank_project(
     if out.numel() == 0:
         return out
     order, offsets = (x, x) if index is None else _sorted(index, K)
-    config = low_rank_config(x.dtype, r)
+    config = low_rank_config(x.dtype, r, given)
     half = x.dtype != torch.float32
     with on_device(x):
         _low_rank_project_kernel[(cdiv(B, config["BLOCK_B"]) + (0 if index is None else K),)](

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from ._launch import cdiv, interpreted, next_power_of_2, on_device, shared_memory_limit
+from ._precision import tf32_allowed
 from ._sort import merged_top, sorted_top
 
 MAX_CANDIDATES_PER_BUCKET = 16
@@ -268,7 +269,7 @@ def topk_encode(
     if B == 0 or k == 0:
         return acts, indices
 
-    precision = "ieee" if on_cpu or torch.get_float32_matmul_precision() == "highest" else "tf32"
+    precision = "tf32" if tf32_allowed() and not on_cpu else "ieee"
     if on_cpu:
         # Few programs, but several buckets: an interpreted program costs tens of milliseconds.
         config = {"BLOCK_B": 64, "BLOCK_N": 64, "BLOCK_D": 64}

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipsteer import FileFormatError, clip
+from clipsteer._distributed import World
 from clipsteer.activations import (
     ActivationSource,
     ActivationStore,
@@ -18,6 +19,7 @@ from clipsteer.activations import (
     TensorSource,
     as_source,
     harvest_to_store,
+    image_loader,
 )
 
 BLOCK = "visual.transformer.resblocks.0"
@@ -191,6 +193,43 @@ def test_a_harvest_is_resumed_shard_by_shard(model, tmp_path):
     assert torch.equal(mended.read_shard(1), alone.read_shard(1))
 
 
+def test_a_store_that_other_processes_write_elsewhere_is_refused(model, tmp_path, monkeypatch):
+    class Second(World):
+        def __init__(self, device):
+            super().__init__(device)
+            self.rank, self.size = 1, 2
+
+        def any(self, flag):
+            return flag
+
+    settings = {"dtype": "float32", "shard_rows": 15}
+    monkeypatch.setattr("clipsteer.activations.World", Second)
+    with pytest.raises(RuntimeError, match="shared directory"):
+        harvest_to_store(model, Pictures(), BLOCK, tmp_path, **settings)
+    assert [path.stem for path in ActivationStore(tmp_path).shards] == ["shard-000001", "shard-000003"]
+    monkeypatch.undo()
+    assert harvest_to_store(model, Pictures(), BLOCK, tmp_path, **settings).complete
+
+
+@pytest.mark.parametrize(
+    ("item", "label"),
+    [
+        ((3,), 3),
+        ((torch.tensor(4),), 4),
+        (("a cat",), -1),
+        ((None,), -1),
+        ((torch.zeros(4),), -1),
+        ((), -1),
+        (None, -1),
+    ],
+)
+def test_only_whole_numbers_are_labels(model, item, label):
+    image = torch.randn(3, 32, 32)
+    (pixels, labels), *_ = image_loader(model, [image if item is None else (image, *item)], 1)
+    assert torch.equal(pixels[0], image)
+    assert labels.tolist() == [label]
+
+
 def test_another_harvest_is_not_mixed_in(model, tmp_path):
     harvest_to_store(model, Pictures(), BLOCK, tmp_path, shard_rows=30)
     with pytest.raises(ValueError, match="tokens: 'all' there, 'cls' asked for"):
@@ -233,16 +272,18 @@ def test_half_precision_that_overflows_is_refused(model, tmp_path):
             weight.copy_(before)
 
 
-def test_a_harvest_on_the_fly_covers_the_images_and_repeats_its_noise(model):
+def test_a_harvest_on_the_fly_covers_the_images_and_repeats_its_noise(model, monkeypatch):
     plain = HarvestSource(model, Pictures(), BLOCK, images_per_group=4, batch_size=3)
     assert plain.rows_per_epoch() == 55
     rows = take(plain, 1, 55, seed=2)[0].rows
     truth = expected(model, Pictures(), "all")
     torch.testing.assert_close(rows[rows[:, 0].argsort()], truth[truth[:, 0].argsort()], rtol=1e-5, atol=1e-5)
     noisy = HarvestSource(model, Pictures(noise=True), BLOCK, images_per_group=4, batch_size=4)
-    generator = torch.get_rng_state()
+    generator, seeded = torch.get_rng_state(), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     served = take(noisy, 8, 8, seed=2)
     assert torch.equal(torch.get_rng_state(), generator)
+    assert seeded == []
     again = take(noisy, 3, 8, seed=2, start=served[4].next)
     for a, b in zip(served[5:], again):
         assert torch.equal(a.rows, b.rows)

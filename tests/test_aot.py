@@ -33,6 +33,7 @@ KERNELS = (
     "sparse_outer_bwd",
     "grouped_matmul",
     "grouped_matmul_transposed",
+    "grouped_matmul_mean",
     "grouped_outer",
     "low_rank_project",
     "low_rank_project_mean",
@@ -70,8 +71,8 @@ def test_shared_memory_fits(binaries: tuple[str, dict[str, dict]], kernel: str) 
 @pytest.mark.parametrize(
     "kernel",
     [
-        "topk_encode_fwd", "topk_encode_keys", "grouped_matmul", "grouped_matmul_transposed", "grouped_outer",
-        "low_rank_project", "low_rank_project_mean", "low_rank_project_r256",
+        "topk_encode_fwd", "topk_encode_keys", "grouped_matmul", "grouped_matmul_transposed", "grouped_matmul_mean",
+        "grouped_outer", "low_rank_project", "low_rank_project_mean", "low_rank_project_r256",
     ],
 )  # fmt: skip
 def test_matrix_product_runs_on_tensor_cores(binaries: tuple[str, dict[str, dict]], kernel: str) -> None:
@@ -170,16 +171,16 @@ def compile_all(target_name: str) -> dict[str, dict]:
         kind, half = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype], dtype != torch.float32
         flags = {"HAS_MEAN": mean, "SPLIT_X": mean and half, "SPLIT_R": half, "HAS_INDEX": True, "PRECISION": "ieee"}
         pointers = {"x_ptr": kind, "u_ptr": kind, "s_ptr": "*fp32", **sorted_rows, "mean_ptr": kind, "out_ptr": kind}
-        config = conceptor_project.low_rank_config(dtype, r)
+        config = conceptor_project.low_rank_config(dtype, r, mean)
         return build(conceptor_project._low_rank_project_kernel, pointers, "B K d r", flags | config)
 
-    def grouped_matmul(transpose: bool) -> dict:
-        flags = dict.fromkeys(("HAS_SCALE", "HAS_BETA", "MEAN_IN", "MEAN_OUT", "SPLIT"), False)
+    def grouped_matmul(transpose: bool, mean: bool = False) -> dict:
+        flags = {"HAS_SCALE": False, **dict.fromkeys(("HAS_BETA", "MEAN_IN", "MEAN_OUT", "SPLIT"), mean)}
         flags |= {"HAS_INDEX": True, "PRECISION": "ieee", "w_row" if transpose else "w_col": 1}
         pointers = {"x_ptr": kind, "w_ptr": kind, **sorted_rows, "scale_ptr": kind, "beta_ptr": "*fp32",
                     "mean_ptr": kind, "out_ptr": kind}  # fmt: skip
         scalars = "B K m n w_col" if transpose else "B K m n w_row"
-        config = conceptor_project.matmul_config(torch.bfloat16, d)
+        config = conceptor_project.matmul_config(torch.bfloat16, d, mean)
         return build(conceptor_project._grouped_matmul_kernel, pointers, scalars, flags | config)
 
     sorted_rows = {"order_ptr": "*i64", "offsets_ptr": "*i32"}
@@ -223,6 +224,7 @@ def compile_all(target_name: str) -> dict[str, dict]:
         ),
         "grouped_matmul": grouped_matmul(False),
         "grouped_matmul_transposed": grouped_matmul(True),
+        "grouped_matmul_mean": grouped_matmul(True, mean=True),
         "grouped_outer": build(
             conceptor_project._grouped_outer_kernel,
             {"a_ptr": kind, "b_ptr": kind, **sorted_rows, "out_ptr": kind},
@@ -232,7 +234,7 @@ def compile_all(target_name: str) -> dict[str, dict]:
         "low_rank_project": low_rank(torch.bfloat16, 64),
         "low_rank_project_mean": low_rank(torch.bfloat16, 64, mean=True),
         "low_rank_project_fp32": low_rank(torch.float32, 64),
-        "low_rank_project_r256": low_rank(torch.bfloat16, 256),
+        "low_rank_project_r256": low_rank(torch.bfloat16, 256, mean=True),
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -73,10 +74,14 @@ def commands(parser, prefix=()):
 def test_every_command_has_help_with_an_example(capsys):
     leaves = [(words, p) for words, p in commands(cli.build_parser()) if p.get_default("function")]
     assert {" ".join(words) for words, _ in leaves} == {
-        "demo", "env", "validate", "bench", "sae train", "sae eval", "sae convert", "sae steer",
-        "conceptor fit", "conceptor steer", "conceptor eval",
+        "demo", "env", "validate", "bench", "sae train", "sae eval", "sae convert", "sae steer", "splice",
+        "conceptor fit", "conceptor steer", "conceptor eval", "finetune", "wise-ft merge", "wise-ft curve",
+        "wise-ft emoji",
     }  # fmt: skip
-    for words, parser in leaves:
+    groups = [(words, p) for words, p in commands(cli.build_parser()) if words and not p.get_default("function")]
+    assert [words for words, _ in groups] == [("sae",), ("conceptor",), ("wise-ft",)]
+    for words, parser in leaves + groups:
+        assert parser.description
         code, out, _ = run(capsys, *words, "--help")
         assert code == 0
         assert f"clipsteer {' '.join(words)}" in parser.epilog, words
@@ -89,8 +94,9 @@ def test_the_examples_in_the_help_parse():
     for _, p in commands(parser):
         for line in (p.epilog or "").replace("\\\n", " ").splitlines():
             words = line.split("   ")[0].strip() if p is parser else line.strip()
-            words = words.strip().split(" > ")[0].split()
-            if words[:1] not in (["clipsteer"], ["torchrun"]) or "..." in words:
+            text = words.strip().split(" > ")[0]
+            words = shlex.split(text) if text.startswith(("clipsteer ", "torchrun ")) else []
+            if not words or "..." in words:
                 continue
             start = words.index("clipsteer") + 1
             if "--help" not in words:
@@ -119,13 +125,13 @@ def test_mistakes_in_the_call_are_exit_2_and_one_line(capsys, args):
     assert len([line for line in err.splitlines() if "error:" in line]) == 1
 
 
-def test_what_cannot_be_read_is_exit_1_and_one_line(capsys, tmp_path):
-    for path, text in ((tmp_path / "missing", None), (tmp_path / "broken", "{")):
+def test_what_is_not_there_is_exit_2_and_what_cannot_be_read_exit_1(capsys, tmp_path):
+    for path, text, wanted in ((tmp_path / "missing", None, 2), (tmp_path / "broken", "{", 1)):
         if text is not None:
             path.mkdir()
             (path / "cfg.json").write_text(text)
         code, _, err = run(capsys, "sae", "eval", path)
-        assert (code, len(err.splitlines())) == (1, 1)
+        assert (code, len(err.splitlines())) == (wanted, 1)
         assert str(path) in err
     with pytest.raises(FileNotFoundError):
         cli.main(["sae", "eval", str(tmp_path / "missing"), "--debug"])
@@ -181,13 +187,20 @@ def test_sae_train_eval_convert_steer(capsys, sae, model, images, tmp_path):
     assert (trained.d_sae, trained.k, trained.metadata["hook_point"]) == (48, 4, HOOK)
     assert len((sae / "log.jsonl").read_text().splitlines()) >= 1
 
-    args = ["sae", "eval", sae, "--data", images, "--steer", 40, "--features", 5, "--out", tmp_path / "m.json"]
+    (tmp_path / "words.txt").write_text("red\nblue\ngrey\n")
+    args = ["sae", "eval", sae, "--data", images, "--steer", 40, "--features", 5, "--out", tmp_path / "m.json",
+            "--name-features", 3, "--words", tmp_path / "words.txt"]  # fmt: skip
     code, out, _ = run(capsys, *args)
     assert code == 0
     figures = json.loads((tmp_path / "m.json").read_text())
     assert figures["images"] == 12
     assert f"{figures['ev']:.6g}" in out
     assert len(figures["steerability"]["best"]) == 5
+    assert 1 <= len(figures["names"]) <= 3
+    for row in figures["names"]:
+        assert 0 < row["frequency"] <= 0.15
+        assert {name for name, _ in row["names"]} <= {"red", "blue", "grey"}
+        assert f"feature {row['feature']}" in out
 
     code, _, _ = run(capsys, "sae", "convert", sae, tmp_path / "lens", "--format", "saelens")
     assert code == 0
@@ -205,6 +218,47 @@ def test_sae_train_eval_convert_steer(capsys, sae, model, images, tmp_path):
     assert "[0, 48)" in err
 
 
+class Stop(Exception):
+    pass
+
+
+def test_sae_train_puts_each_process_on_its_own_gpu(capsys, monkeypatch, tmp_path):
+    seen = []
+
+    def load(*args, device):
+        seen.append(device)
+        raise Stop
+
+    monkeypatch.setattr("clipsteer.clip.load", load)
+    with pytest.raises(Stop):
+        cli.main(["sae", "train", "--out", str(tmp_path)])
+    assert seen == [torch.device("cuda" if torch.cuda.is_available() else "cpu")]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    monkeypatch.setattr("clipsteer._distributed._join", lambda backend: seen.append(backend))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for device in ([], ["--device", "cuda"]):
+        with pytest.raises(Stop):
+            cli.main(["sae", "train", "--out", str(tmp_path), *device])
+    own = torch.device("cuda:3")
+    assert seen[1:] == [own, "nccl", own] * 2
+
+
+def test_sae_train_without_a_length_goes_past_the_warm_up(capsys, monkeypatch, model, images, tmp_path):
+    seen = []
+    monkeypatch.setattr("clipsteer.train_sae", lambda source, config, **k: seen.append((config, k)) or SAE(8, 16, k=2))
+    args = ["sae", "train", *model, "--data", images, "--hook-point", HOOK, "--out", tmp_path / "run"]
+    assert run(capsys, *args)[0] == 0
+    assert run(capsys, *args, "--steps", 3)[0] == 0
+    assert run(capsys, *args, "--train-tokens", 50_000)[0] == 0
+    (default, options), (short, _), (asked, _) = seen
+    assert (default.tokens, default.steps) == (2_000_000, None)
+    assert default.total_steps(None) > default.warmup_steps
+    assert (short.tokens, short.steps, asked.tokens) == (None, 3, 50_000)
+    assert options["metadata"] == {"data": str(images)}
+
+
 def test_sae_train_with_a_store_resumes(capsys, model, images, tmp_path):
     args = ["sae", "train", *model, "--data", images, "--hook-point", HOOK, "--d-sae", 40, "--k", 4, "--batch-size", 16,
             "--steps", 6, "--out", tmp_path / "run", "--store", tmp_path / "store"]  # fmt: skip
@@ -212,9 +266,19 @@ def test_sae_train_with_a_store_resumes(capsys, model, images, tmp_path):
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
     assert run(capsys, *args)[0] == 0
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
-    code, _, err = run(capsys, *args, "--k", 5)
-    assert code == 2
-    assert "other settings" in err
+    hook = HOOK.replace("0", "1")
+    other = tmp_path / "other"
+    for change, word in (
+        (["--k", 5], "k: 4 there, 5"),
+        (["--hook-point", hook, "--store", other], f"metadata.hook_point: '{HOOK}' there, '{hook}'"),
+        (["--tokens", "cls", "--store", tmp_path / "cls"], "metadata.tokens: 'all' there, 'cls'"),
+        (["--data", f"{images}/"], "metadata.data"),
+    ):
+        code, _, err = run(capsys, *args, *change)
+        assert code == 2
+        assert "other settings" in err
+        assert word in err
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
 
 
 def test_module_runs_as_a_program():
@@ -226,7 +290,7 @@ def test_module_runs_as_a_program():
     assert done.returncode == 0
     assert done.stdout.startswith("clipsteer 0.")
     done = call("sae", "eval", "/no/such")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "Traceback" not in done.stderr
 
 
@@ -288,7 +352,7 @@ def test_conceptor_fit_and_steer(capsys, model, images, tmp_path):
     assert code == 2
     assert "centred" in err
     (tmp_path / "broken").write_text("{")
-    for path in (tmp_path / "none", tmp_path / "broken"):
+    for path, expected in ((tmp_path / "none", 2), (tmp_path / "broken", 1)):
         code, _, err = run(capsys, "conceptor", "steer", path)
-        assert (code, len(err.splitlines())) == (1, 1)
+        assert (code, len(err.splitlines())) == (expected, 1)
         assert str(path) in err

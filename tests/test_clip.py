@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clipsteer import FileFormatError, clip
+import clipsteer
+from clipsteer import FileFormatError, _sae_site, clip
+from clipsteer._tokens import layout_at
 from clipsteer.data import EmojiStyles
 
 open_clip = pytest.importorskip("open_clip")
@@ -319,6 +321,196 @@ def test_hook_point_names_and_errors():
     pooled = tiny("norm-after-pool").model
     with pytest.raises(ValueError, match="no patch tokens"):
         next(clip.harvest(pooled, [pixels(pooled)], "visual.ln_post", tokens="patches"))
+
+
+@torch.no_grad()
+def test_which_tokens_are_meant_is_read_from_the_output():
+    model = tiny().model
+    x, grid = pixels(model), (VISION["image_size"] // VISION["patch_size"]) ** 2
+    raw = next(clip.harvest(model, [x], "visual.conv1"))
+    assert torch.equal(next(clip.harvest(model, [x], "visual.conv1", tokens="patches")), raw)
+    assert raw.shape == (3 * grid, VISION["width"])
+    with pytest.raises(ValueError, match=f"'visual.conv1' has no class token among its {grid}"):
+        next(clip.harvest(model, [x], "visual.conv1", tokens="cls"))
+    pooled, queries = tiny("norm-after-pool").model, tiny("attention-pool").model
+    for other, name in ((pooled, "visual.ln_post"), (queries, "visual.attn_pool")):
+        for tokens, missing in (("cls", "class token"), ("patches", "patch tokens")):
+            steering = clipsteer.VectorSteering(torch.ones(VISION["width"]), tokens=tokens)
+            with pytest.raises(ValueError, match=f"no {missing} among"):
+                next(clip.harvest(other, [x], name, tokens=tokens))
+            with pytest.raises(ValueError, match=f"no {missing} among"), clipsteer.steer(other, {name: steering}):
+                other.encode_image(x)
+        assert len(next(clip.harvest(other, [x], name))) in (3, 15)
+    # a patch embedding has the patches alone, also with steering
+    clean = image_features(model, x)
+    steered = {}
+    for tokens in ("patches", "all"):
+        vector = clipsteer.VectorSteering(torch.linspace(-9, 9, VISION["width"]), tokens=tokens)
+        with clipsteer.steer(model, {"visual.conv1": vector}):
+            steered[tokens] = image_features(model, x)
+    assert torch.equal(steered["patches"], steered["all"])
+    assert not torch.allclose(steered["all"], clean)
+    timm = tiny("timm").model
+    x, name = pixels(timm), "visual.trunk.patch_embed"
+    grid = timm.visual.trunk.patch_embed.grid_size
+    whole = next(clip.harvest(timm, [x], name)).unflatten(0, (3, *grid))
+    assert torch.equal(whole, timm.visual.trunk.patch_embed.proj(x).permute(0, 2, 3, 1))
+    with clip.apply_at(timm, {name: lambda tokens: 2 * tokens}), clip.capture(timm, name) as found:
+        timm.encode_image(x)
+    assert torch.equal(found[name].unflatten(1, grid), 2 * whole)
+    with pytest.raises(ValueError, match="no class token"):
+        next(clip.harvest(timm, [x], name, tokens="cls"))
+    timm.visual.trunk.dynamic_img_size = False
+    assert layout_at(timm, name).before_patches(grid[0] * grid[1]) == 0
+    assert layout_at(timm, name).before_patches(grid[0] * grid[1] + 1) == 1
+    assert layout_at(timm, name).before_patches(1) is None
+
+
+class Wrapped(nn.Module):
+    """As DistributedDataParallel names things."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args):
+        return self.module(*args)
+
+    def encode_image(self, x):
+        return self.module.encode_image(x)
+
+
+@torch.no_grad()
+def test_class_tokens_are_known_under_wrappers():
+    model = tiny().model
+    x, wrapped = pixels(model), Wrapped(tiny().model)
+    assert clip.class_tokens(wrapped, f"module.{BLOCK}") == 1
+    assert clip.class_tokens(Wrapped(tiny("timm").model), "module.visual.trunk.blocks.0") == 1
+    steering = clipsteer.VectorSteering(torch.linspace(-9, 9, VISION["width"]), tokens="patches")
+    with clipsteer.steer(model, {BLOCK: steering}), clipsteer.steer(wrapped, {f"module.{BLOCK}": steering}):
+        assert torch.equal(model.encode_image(x), wrapped.encode_image(x))
+    model.visual = Wrapped(model.visual)
+    assert clip.class_tokens(model, BLOCK.replace("visual", "visual.module")) == 1
+    compiled = torch.compile(tiny().model, backend="eager")
+    assert clip.class_tokens(compiled, f"_orig_mod.{BLOCK}") == 1
+
+
+@pytest.fixture
+def dynamo():
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    clip._warn_of_compilation.cache_clear()
+    yield torch._dynamo
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+@torch.no_grad()
+def test_hooks_are_refused_where_compiled_code_would_leave_them_out(dynamo, caplog):
+    push = clipsteer.VectorSteering(torch.linspace(-9, 9, VISION["width"]))
+    model = tiny().model
+    x = pixels(model)
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    with pytest.raises(RuntimeError, match=r"steer the model that is not compiled, or set torch\._dynamo\.config"):
+        clipsteer.steer(compiled, {f"_orig_mod.{BLOCK}": push})
+    # from inside, what was compiled around the model cannot be seen
+    warned = lambda: [r.message for r in caplog.records if "skip_nnmodule_hook_guards" in r.message]
+    assert not warned()
+    with clipsteer.steer(model, {BLOCK: push}):
+        pass
+    with clipsteer.steer(model, {BLOCK: push}):
+        pass
+    assert len(warned()) == 1
+
+    part = tiny().model
+    part.visual.compile(backend="eager")
+    with pytest.raises(RuntimeError, match="'visual' is compiled"):
+        clipsteer.steer(part, {BLOCK: push})
+    with pytest.raises(RuntimeError, match="'visual' is compiled"), clip.capture(part, BLOCK):
+        pass
+    with pytest.raises(RuntimeError, match="'visual' is compiled"):
+        next(clip.harvest(part, [x], BLOCK))
+    with clipsteer.steer(part, {"transformer.resblocks.0": clipsteer.VectorSteering(torch.ones(TEXT["width"]))}):
+        pass
+    assert hooks(part) == 0
+
+    # a hook on the wrapper itself runs outside of the compiled code
+    inside = tiny().model
+    inside.visual = torch.compile(inside.visual, backend="eager")
+    before = inside.encode_image(x)
+    with clipsteer.steer(inside, {"visual": clipsteer.VectorSteering(5 * torch.ones(before.shape[1]))}):
+        torch.testing.assert_close(inside.encode_image(x), before + 5)
+    with pytest.raises(RuntimeError, match="'visual' is compiled"):
+        clipsteer.steer(inside, {BLOCK.replace("visual", "visual._orig_mod"): push})
+
+
+@torch.no_grad()
+def test_compiled_models_are_steered_once_dynamo_guards_hooks(dynamo):
+    model = tiny().model
+    x, push = pixels(model), clipsteer.VectorSteering(torch.linspace(-9, 9, VISION["width"]))
+    with clipsteer.steer(model, {BLOCK: push}):
+        expected = model.encode_image(x)
+    with dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        model.visual.compile(backend="eager")
+        before = model.encode_image(x)
+        with clipsteer.steer(model, {BLOCK: push}):
+            torch.testing.assert_close(model.encode_image(x), expected)
+        assert torch.equal(model.encode_image(x), before)
+    assert not torch.allclose(before, expected)
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "sequence-first", "timm"])
+@torch.no_grad()
+def test_what_follows_a_block_runs_alone(name):
+    loaded = tiny("plain" if name == "sequence-first" else name)
+    if name == "sequence-first":
+        sequence_first(loaded.model)
+    point = "visual.trunk.blocks.1" if name == "timm" else BLOCK
+    blocks, x = loaded.model.get_submodule(point.rpartition(".")[0]), pixels(loaded.model)
+    site = _sae_site.Site(point, "all", layout_at(loaded.model, point))
+    acts, clean = _sae_site.clean_pass(loaded, x, site)
+    go_on = _sae_site.from_site(loaded, x, site, acts, clean)
+    new = acts + torch.randn(acts.shape, generator=torch.Generator().manual_seed(3))
+    calls = []
+    handles = [b.mlp.register_forward_hook(lambda *_, i=i: calls.append(i)) for i, b in enumerate(blocks)]
+    short = go_on(new)
+    assert calls == list(range(2, len(blocks)))
+    for handle in handles:
+        handle.remove()
+    whole = _sae_site.embed(loaded, x, site, lambda _: new)
+    torch.testing.assert_close(short, whole, rtol=0, atol=1e-6)
+    assert not torch.allclose(short, clean, atol=1e-3)
+    assert torch.equal(go_on(acts), clean)
+    assert torch.equal(_sae_site.clean_pass(loaded, x, site)[1], clean)
+    assert hooks(loaded.model) == 0
+
+
+class Branched(nn.Module):
+    """Its blocks are a list, but not a chain: the first one's output is used again at the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.visual = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+    def encode_image(self, x):
+        x = first = self.visual[0](x.flatten(2).transpose(1, 2))
+        for layer in self.visual[1:]:
+            x = layer(x).relu()
+        return (x * first).sum(1)
+
+
+@torch.no_grad()
+def test_where_blocks_are_no_chain_the_whole_tower_runs():
+    torch.manual_seed(0)
+    loaded = clip.CLIP(Branched(), lambda i: i, lambda t: t, "branched", None)
+    x, site = torch.randn(2, 6, 4, 4), _sae_site.Site("visual.1", "all", layout_at(loaded.model, "visual.1"))
+    acts, clean = _sae_site.clean_pass(loaded, x, site)
+    new = acts + 1
+    got = _sae_site.from_site(loaded, x, site, acts, clean)(new)
+    assert torch.equal(got, _sae_site.embed(loaded, x, site, lambda _: new))
+    assert not torch.allclose(got, clean)
 
 
 @pytest.mark.parametrize("name", ["plain", "custom-text"])

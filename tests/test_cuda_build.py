@@ -221,3 +221,36 @@ def test_cuda_library_loads_and_defines_every_op(compiled: tuple[list[Path], str
     )
     done = subprocess.run([sys.executable, "-c", code, str(target)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+STUB = """#!/bin/sh
+# stands for python3, pip and every other program of the script: makes what an install would make, and does nothing
+case "$*" in
+  *"-m venv"*) for last; do :; done
+    mkdir -p "$last/bin"
+    for name in pip python clipsteer ruff; do cp "$0" "$last/bin/$name"; done ;;
+  *"install --quiet -e"*) if [ "$CLIPSTEER_BUILD_CUDA" = 1 ]; then : > clipsteer/_C_cuda.so; fi ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("builds", [True, False])
+def test_ci_asks_for_cuda_where_nvcc_is(tmp_path: Path, builds: bool) -> None:
+    """A torch without CUDA makes setup.py leave the CUDA sources out, unless it is told to compile them."""
+    (tmp_path / ".ci").mkdir()
+    (tmp_path / "clipsteer").mkdir()
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / ".ci/run"
+    shutil.copy(CSRC.parent / ".ci/run", script)
+    for name in ("python3", "nvcc") if builds else ("python3",):
+        (tmp_path / "bin" / name).write_text(STUB)
+        (tmp_path / "bin" / name).chmod(0o755)
+    # of the machine's programs only those of the base system: its nvcc, if it has one, is not to be seen
+    tools = {name: shutil.which(name) for name in ("bash", "sh", "mktemp", "rm", "mkdir", "cp", "dirname")}
+    for name, path in tools.items():
+        (tmp_path / "bin" / name).symlink_to(path)
+    environment = {"PATH": str(tmp_path / "bin"), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([tools["bash"], str(script)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "done" in done.stdout
+    assert (tmp_path / "clipsteer/_C_cuda.so").exists() == builds

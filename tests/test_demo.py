@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import html
 import itertools
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from clipsteer import SAE, SAESteering, demo, explore, steer
+from clipsteer import SAE, SAESteering, demo, demo_page, explore, steer
 from clipsteer.clip import load
+from clipsteer.sae_features import feature_peaks
 
 TINY = {
     "embed_dim": 16,
@@ -74,7 +78,9 @@ def test_demo_runs_on_a_users_model_and_images(finished):
 def test_the_same_seed_gives_the_same_bytes(finished):
     (first, second), _ = finished
     assert first.metrics.read_bytes() == second.metrics.read_bytes()
-    assert first.page.read_bytes() == second.page.read_bytes()
+    pages = [result.page.read_text(encoding="utf-8") for result in (first, second)]
+    # the page names the folder that its snippet loads the SAE from
+    assert pages[0] == pages[1].replace(str(second.sae), str(first.sae))
     name = "model.safetensors"
     assert (first.sae / name).read_bytes() == (second.sae / name).read_bytes()
 
@@ -108,6 +114,75 @@ def test_the_saved_sae_steers_as_the_metrics_say(finished):
     assert float(p[:, target].mean()) == pytest.approx(feature["response"]["probability"][-2], rel=1e-3)
 
 
+def test_the_pages_snippet_runs(finished):
+    (result, _), _ = finished
+    (source,) = re.findall("<pre><code>(.*?)</code></pre>", result.page.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict = {}
+    exec(html.unescape(source), names)
+    feature = json.loads(result.metrics.read_text())["steering"]["features"][0]
+    assert names["steering"].strengths == {feature["index"]: pytest.approx(5 * feature["peak"], abs=0.06)}
+    assert names["embeddings"].shape == (8, TINY["embed_dim"])
+    assert not torch.allclose(names["embeddings"], names["clip"].encode_images(names["images"]))
+
+
+def test_the_readmes_steering_example_runs(finished):
+    """Its own lines, with a model, an SAE and images that are here."""
+    (result, _), options = finished
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"## Steer a CLIP\n```python\n(.*?)```", readme, re.DOTALL)
+    hook = SAE.from_pretrained(result.sae).metadata["hook_point"]
+    for there, here in (
+        ('"ViT-B-32", "laion2b_s34b_b79k"', f"{options['model']!r}, {options['pretrained']!r}"),
+        ('"visual.transformer.resblocks.9"', repr(hook)),
+        ('"path/to/sae"', repr(str(result.sae))),
+        ('"path/to/photos"', repr(str(options["data"]))),
+    ):
+        assert source.count(there) == 1
+        source = source.replace(there, here)
+    names: dict = {}
+    exec(source.replace("print(", "shown = ("), names)
+    assert names["shown"].shape == (42, 3)
+    assert not torch.allclose(names["features"], names["model"].encode_images(names["images"]))
+
+
+@pytest.mark.parametrize("count", [10, 16, 39])
+def test_a_handful_of_images_is_enough(tiny_model, image_folder, tmp_path, count):
+    for i, path in enumerate(sorted(image_folder.rglob("*.png"))[::-1][:count]):
+        (tmp_path / "few" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "few" / path.parent.name / f"{i}.png")
+    name, weights = tiny_model
+    result = demo.run(tmp_path / "out", model=name, pretrained=weights, data=tmp_path / "few", minutes=0.002)
+    figures = json.loads(result.metrics.read_text())
+    assert figures["data"]["images"] == count
+    least, most = figures["steering"]["active_on"]
+    assert 2 <= least <= most < count / 4
+    for feature in figures["steering"]["features"]:
+        assert least <= round(feature["density"] * count) <= most
+        assert len(feature["top"]) == least
+    assert f"active on {least} to {most} of the images" in result.page.read_text(encoding="utf-8")
+
+
+def test_many_images_ask_for_six():
+    assert [explore.few(n) for n in (120, 1000)] == [(6, 18), (6, 150)]
+
+
+def test_steps_follow_the_minutes_and_wide_models_get_enough():
+    narrow, wide = demo.steps_in(1.0, 1024, 192), demo.steps_in(1.0, 1024, 768)
+    assert narrow > wide == 800
+    assert demo.steps_in(2.0, 1024, 768) == 1600
+    assert demo.steps_in(0.001, 1024, 192) == 50
+
+
+def test_ce_recovered_is_shown_only_where_there_is_something_to_recover():
+    row = {"ce_clean": 3.0, "ce_sae": 2.5, "ce_zero": 3.2, "ce_recovered": 3.5, "top1_clean": 0.1, "top1_sae": 0.1,
+           "top1_zero": 0.1, "images": 7, "ev": 0.5, "l0": 3.0, "dead": 0.0}  # fmt: skip
+    found = {"sae": {"evaluation": {"near": row, "far": {**row, "ce_clean": 1.2, "ce_recovered": 0.35}}}}
+    history = [{"step": s, "fvu": 0.5, "dead": 0.0} for s in (1, 2)]
+    markup = "".join(map(str, demo_page._training(SAE(8, 16, k=2), found, history)))
+    assert "350.0" not in markup
+    assert "35.0" in markup
+
+
 def test_n_way_is_the_mean_over_all_draws():
     generator = torch.Generator().manual_seed(0)
     scores, truth = torch.rand(5, 7, generator=generator), torch.tensor([0, 3, 6, 2, 2])
@@ -127,7 +202,7 @@ def test_feature_peaks_are_the_largest_dense_activations(architecture):
     sae = SAE(8, 20, architecture, k=3).eval()
     tokens = torch.randn(5, 4, 8)
     with torch.no_grad():
-        torch.testing.assert_close(explore.feature_peaks(sae, tokens, batch=2), sae.encode(tokens).amax(1))
+        torch.testing.assert_close(feature_peaks(sae, tokens), sae.encode(tokens).amax(1))
         heat = explore.feature_heat(sae, torch.cat([torch.zeros(1, 8), tokens[0]]), 3, prefix=1)
         torch.testing.assert_close(heat, sae.encode(tokens[0])[:, 3].reshape(2, 2))
     assert explore.feature_heat(sae, tokens[0, :3], 3, prefix=0) is None

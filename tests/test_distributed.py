@@ -54,13 +54,13 @@ def rows() -> torch.Tensor:
     )
 
 
-def torchrun(folder, cases, *, kill=0, restarts=0) -> subprocess.CompletedProcess:
+def torchrun(folder, cases, *, kill=0, restarts=0, worker=WORKER) -> subprocess.CompletedProcess:
     torch.save(rows(), folder / "rows.pt")
-    (folder / "worker.py").write_text(WORKER)
+    (folder / "worker.py").write_text(worker)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         "--max-restarts", str(restarts), "--monitor-interval", "0.1",
-        str(folder / "worker.py"), json.dumps(cases), str(folder), str(kill),
+        str(folder / "worker.py"), *([json.dumps(cases), str(folder), str(kill)] if cases else [str(folder)]),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     agent = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -98,6 +98,45 @@ def test_two_processes_equal_one_on_the_joint_batch(tmp_path):
         log = assert_equal_to_one_process(tmp_path, name, settings)
         # the auxiliary loss must have been at work for this to say anything about it
         assert name == "relu" or log[-1]["dead"] > 0
+
+
+STORE_WORKER = """
+import json, os, sys
+import torch
+from clipsteer import cli
+from clipsteer.activations import write_safetensors
+import clipsteer.activations as activations
+
+torch.set_num_threads(1)
+rank, written = os.environ["RANK"], []
+def write(path, tensors):
+    written.append(path.name)
+    write_safetensors(path, tensors)
+activations.write_safetensors = write
+whole = activations.harvest_to_store
+activations.harvest_to_store = lambda *a, **k: whole(*a, shard_rows=68, **k)
+out = sys.argv[1]
+paths = ["--data", out + "/images", "--store", out + "/store", "--out", out + "/run"]
+size = ["--d-sae", "256", "--k", "4", "--batch-size", "16", "--steps", "6", "--warmup-steps", "2"]
+code = cli.main(["sae", "train", "--device", "cpu", *paths, *size])
+json.dump(written, open(f"{out}/written-{rank}.json", "w"))
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_the_command_line_under_torchrun_shares_the_harvest(tmp_path):
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    for i in range(22):
+        Image.new("RGB", (64, 64), (11 * i, 255 - 7 * i, 90)).save(tmp_path / "images" / f"{i:02}.png")
+    done = torchrun(tmp_path, {}, worker=STORE_WORKER)
+    assert done.returncode == 0, done.stderr[-3000:]
+    written = [json.loads((tmp_path / f"written-{rank}.json").read_text()) for rank in (0, 1)]
+    # 17 tokens an image, so 4 images a shard
+    assert written == [[f"shard-{i:06d}.safetensors" for i in range(first, 6, 2)] for first in (0, 1)]
+    assert SAE.from_pretrained(tmp_path / "run").metadata["data"] == str(tmp_path / "images")
 
 
 @pytest.mark.slow

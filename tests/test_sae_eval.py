@@ -175,7 +175,7 @@ def test_without_labels_there_are_no_predictions(model):
 @pytest.mark.parametrize("chunk", [1, 7 * N])
 def test_chunks_do_not_change_anything(model, monkeypatch, chunk):
     whole = evaluate_sae(make_sae("relu"), model, Pictures(), hook_point=BLOCK)
-    monkeypatch.setattr("clipsteer._sae_site._BLOCK", chunk)
+    monkeypatch.setattr("clipsteer._sae_site.BLOCK", chunk)
     parts = evaluate_sae(make_sae("relu"), model, Pictures(), hook_point=BLOCK)
     for name in ("ev", "fvu", "l0", "dead"):
         assert parts[name] == pytest.approx(whole[name], rel=1e-12)

@@ -89,7 +89,7 @@ def test_golden_files_of_other_libraries_compute_the_same_here(name):
     if "hook_name" in read_json(GOLDEN / name / "cfg.json").get("metadata", {}):
         assert sae.metadata["hook_point"] == "visual.transformer.resblocks.9"
         assert sae.metadata["source_hook"] == "blocks.9.hook_resid_post"
-        assert sae.metadata["clip_model"] == "open-clip:ViT-B-32"
+        assert sae.metadata["clip_model"] == "ViT-B-32"
 
 
 def test_all_golden_cases_are_there():
@@ -155,6 +155,7 @@ def test_saelens_before_version_6(tmp_path):
         ("saelens-topk", {"k": 17}, "k must be in"),
         ("saelens-topk", {"k": "4"}, "k must be an int"),
         ("saelens-standard", {"architecture": "gated"}, "no tensor 'b_gate'"),
+        ("saelens-standard", {"reshape_activations": "hook_z"}, "reshape_activations 'hook_z' is not supported"),
         ("sparsify-topk", {"transcode": True}, "transcode = True is not supported"),
         ("sparsify-topk", {"skip_connection": True}, "skip_connection"),
         ("sparsify-topk", {"signed": True}, "signed"),
@@ -274,7 +275,7 @@ def test_prisma(tmp_path, prisma_class, change, embedded):
     assert "vit_prisma" not in sys.modules
     assert sae.metadata == {
         "source": "prisma",
-        "clip_model": "open-clip:laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K",
+        "clip_model": "hf-hub:laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K",
         "hook_point": "visual.transformer.resblocks.9",
         "source_hook": "blocks.9.hook_resid_post",
         "tokens": "cls" if change.get("cls_token_only") else "patches" if change.get("use_patches_only") else "all",

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipsteer import SAE, TrainConfig, sae_loss, train_sae
 from clipsteer._distributed import World
+from clipsteer._sae_run import Run
+from clipsteer._sources import TensorSource
 from clipsteer.checkpoint import load_latest
 from clipsteer.ops import _check
 from clipsteer.sae_train import SAETrainer
@@ -308,7 +310,7 @@ def test_a_finished_run_is_on_disk_and_is_not_repeated(tmp_path):
     assert set(lines[0]) == {"step", "tokens", "loss", "fvu", "l0", "dead", "auxk", "lr", "tokens_per_second"}
     assert lines[-1]["tokens"] == 12 * 32
     log = []
-    again = train_sae(data(), tiny(), out=tmp_path, on_log=log.append)
+    again = train_sae(data(), tiny(), out=tmp_path, on_log=log.append, metadata={"hook_point": "visual.ln_post"})
     assert_same(weights(sae), weights(again))
     assert log == []
 
@@ -353,6 +355,75 @@ def test_other_settings_are_not_mixed_into_a_run(tmp_path):
     with pytest.raises(ValueError, match="holds a run"):
         train_sae(data(), tiny(), out=tmp_path, resume=False)
     train_sae(data(), tiny(log_every=7), out=tmp_path)
+
+
+def test_another_model_hook_point_or_length_is_not_mixed_into_a_run(tmp_path):
+    def source(rows=600, **provenance):
+        found = TensorSource(data(rows))
+        found.provenance = {"clip_model": "ViT-B-32", "hook_point": "visual.transformer.resblocks.9", **provenance}
+        return found
+
+    one_pass = tiny(steps=None)
+    train_sae(source(), one_pass, out=tmp_path, metadata={"data": "photos"})
+    files = [tmp_path / "cfg.json", tmp_path / "model.safetensors"]
+    before = [path.read_bytes() for path in files]
+    for other, metadata, message in (
+        (
+            source(hook_point="visual.transformer.resblocks.10"),
+            {"data": "photos"},
+            r"resblocks.9' there, .*resblocks.10'",
+        ),
+        (source(clip_model="ViT-L-14"), {"data": "photos"}, "metadata.clip_model"),
+        (source(), {"data": "drawings"}, "metadata.data: 'photos' there, 'drawings' asked for"),
+        (source(), None, "metadata.data: 'photos' there, None asked for"),
+        (source(1200), {"data": "photos"}, "rows of a pass: 600 there, 1200 asked for, total steps: 18 there, 37"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_sae(other, one_pass, out=tmp_path, metadata=metadata)
+        assert [path.read_bytes() for path in files] == before
+    train_sae(source(), one_pass, out=tmp_path, metadata={"data": "photos"})
+    assert [path.read_bytes() for path in files] == before
+
+
+def test_a_run_within_its_warm_up_is_warned_of(caplog):
+    train_sae(data(), tiny(steps=4, warmup_steps=4))
+    assert "4 steps end within the warm-up of 4" in caplog.text
+    caplog.clear()
+    train_sae(data(), tiny(steps=5, warmup_steps=4))
+    assert not caplog.text
+
+
+def test_a_new_sae_leaves_every_generator_alone(monkeypatch):
+    """torch.manual_seed would seed the GPUs' generators too, which fork_rng(devices=[]) does not put back."""
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    first, again, other = (train_sae(data(), tiny(steps=1, seed=seed)) for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seeded == []
+    assert torch.equal(first.W_enc, again.W_enc)
+    assert not torch.allclose(first.W_enc, other.W_enc)
+
+
+def test_several_processes_resume_a_checkpoint_without_a_gpus_generator(tmp_path):
+    """A run that began on a CPU goes on where there are GPUs: their generators are not in the checkpoint."""
+    trained = train_sae(data(), tiny(checkpoint_every=6), out=tmp_path)
+
+    class Pair(World):
+        size = property(lambda self: 2, lambda self, value: None)
+        broadcast_ = staticmethod(lambda tensor: tensor)
+
+    class OnGPU(SAETrainer):
+        def state_tensors(self):
+            return {**super().state_tensors(), "rng.cuda": torch.zeros(16, dtype=torch.uint8)}
+
+    config = tiny(checkpoint_every=6)
+    run = Run(OnGPU(make(), config, config.steps, Pair("cpu")), TensorSource(data()), tmp_path, fresh=True)
+    run.trainer.sae.metadata.clear()
+    run.start(resume=True)
+    assert run.trainer.step_count == 12
+    run.trainer.sae.renormalize_decoder_()
+    assert_same(weights(run.trainer.sae), weights(trained))
 
 
 def test_rows_that_are_not_finite_stop_the_run_and_spare_the_checkpoint(tmp_path):

@@ -167,6 +167,33 @@ def test_half_precision_activations_keep_their_dtype():
     assert VectorSteering(torch.ones(WIDTH)).apply(x).dtype == torch.bfloat16
 
 
+def test_a_forward_pass_copies_nothing_to_the_device(model, images, monkeypatch):
+    steering = SAESteering(make_sae("relu", dtype=torch.float32), {3: 20.0, 5: 0.0})
+    expected = steering.apply(torch.ones(2, WIDTH))
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a tensor is made of Python numbers")
+
+    for name in ("tensor", "as_tensor"):
+        monkeypatch.setattr(torch, name, refuse)
+    assert torch.equal(steering.apply(torch.ones(2, WIDTH)), expected)
+    with steer(model, {BLOCK: steering}):
+        model.encode_image(images)
+
+
+def test_steering_made_in_inference_mode_follows_its_sae():
+    sae = make_sae("relu", dtype=torch.float32)
+    with torch.inference_mode():
+        steering = SAESteering(sae, {3: 20.0})
+        steering.apply(torch.ones(2, WIDTH))
+    x = torch.ones(2, WIDTH, requires_grad=True)
+    steering.apply(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+    sae.double()
+    assert steering.apply(x.double()).dtype == torch.float64
+    assert steering._tables(sae.W_dec)[1].dtype == torch.float64
+
+
 def test_mistakes_are_explained(model):
     sae, vector = make_sae(), torch.ones(WIDTH)
     with pytest.raises(ValueError, match=r"resblocks\.9'.*near matches: visual\.transformer\.resblocks\.\d"):

@@ -44,7 +44,8 @@ def check_shape(op: str, named: dict[str, Any], name: str, shape: tuple[int, ...
 def check_indices(op: str, indices: Tensor, n: int, named: dict[str, Any], name: str = "indices") -> None:
     """Raise on an index outside [0, n): always on the CPU; on a GPU, where it costs a synchronisation, only under
     ``CLIPSTEER_CHECK_INDICES=1``. Compiled CPU code relies on the kernels' own check."""
-    if torch.compiler.is_compiling() or indices.numel() == 0:
+    # a tensor subclass may have no values to look at (fake tensors); the kernels check for themselves
+    if torch.compiler.is_compiling() or type(indices) is not Tensor or indices.is_meta or indices.numel() == 0:
         return
     if indices.device.type != "cpu" and os.environ.get("CLIPSTEER_CHECK_INDICES", "0") != "1":
         return
@@ -56,7 +57,7 @@ def check_indices(op: str, indices: Tensor, n: int, named: dict[str, Any], name:
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast as ``F.linear`` would inside an autocast region; float64 stays."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     cast = [t is not None and t.is_floating_point() and t.dtype != torch.float64 for t in tensors]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsteer.ops._spec import BACKENDS
+from clipsteer.ops._spec import BACKENDS, measured_on
 
 DTYPES = {
     "reference": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
@@ -36,11 +36,10 @@ SCHEMAS = {
     "grouped_outer": "(Tensor a, Tensor b, Tensor? index, SymInt groups) -> Tensor",
     "low_rank_project": "(Tensor x, Tensor U, Tensor s, Tensor? index, Tensor? mean) -> Tensor",
 }
-# The file in kernels/ of each; the public ops in ``OpSpec.backends`` say where CUDA C++ has none.
-KERNEL_FILES = {
-    **dict.fromkeys(SCHEMAS, "conceptor_project"),
-    "topk_encode": "topk_encode",
-    **dict.fromkeys(("sparse_decode", "gather_dot", "sparse_outer", "sparse_outer_out"), "sparse_decode"),
+_FILES = {  # in kernels/, and the ops in each
+    "topk_encode": ("topk_encode",),
+    "sparse_decode": ("sparse_decode", "gather_dot", "sparse_outer", "sparse_outer_out"),
+    "conceptor_project": ("grouped_matmul", "grouped_outer", "low_rank_project"),
 }
 
 
@@ -104,18 +103,24 @@ def interpreted() -> bool:
 
 def _load_triton() -> str | None:
     try:
-        import triton  # noqa: F401
+        import triton
 
-        kernels = {name: importlib.import_module(f"clipsteer.kernels.{f}") for name, f in KERNEL_FILES.items()}
-    except ImportError as error:
+        from clipsteer.kernels import _launch as launch
+
+        modules = {
+            name: importlib.import_module(f"clipsteer.kernels.{f}") for f, names in _FILES.items() for name in names
+        }
+    except Exception as error:  # another triton than the kernels were written for may lack any name they use
         return f"triton cannot be imported ({error}); install the triton that belongs to this torch build"
     library = torch.library.Library("clipsteer_triton", "DEF")
     _LIBRARIES.append(library)
     for name, schema in SCHEMAS.items():
         library.define(name + schema)
         for key in ("CPU", "CUDA") if interpreted() else ("CUDA",):
-            library.impl(name, getattr(kernels[name], name), key)
+            library.impl(name, getattr(modules[name], name), key)
         torch.library.register_fake(f"clipsteer_triton::{name}", _FAKES[name], lib=library)
+    if interpreted() and (failure := launch.interpreter_failure()) is not None:
+        return f"the interpreter of triton {triton.__version__} fails here ({failure}); try another triton or numpy"
     return None
 
 
@@ -123,7 +128,7 @@ def _load_triton() -> str | None:
 def missing(backend: str) -> str | None:
     """Why ``backend`` cannot run at all in this process (and how to get it), or None when it can."""
     if backend == "cpp":
-        return _load_binary("_C", "clipsteer_cpp", "reinstall clipsteer with a C++17 compiler on the PATH")
+        return _load_binary("_C", "clipsteer_cpp", "reinstall clipsteer with a C++20 compiler on the PATH")
     if backend in ("triton", "cuda") and not torch.cuda.is_available() and not (backend == "triton" and interpreted()):
         return "no GPU is visible to torch" + (
             "; TRITON_INTERPRET=1 runs it on the CPU, slowly" * (backend == "triton")
@@ -152,20 +157,41 @@ def unusable(backend: str, device: torch.device, dtype: torch.dtype, op: str | N
     return None
 
 
-@functools.cache
+_VERDICTS: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}
+
+
 def self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Run a GPU kernel once against its bound on the device at hand; None when it passed, else what went wrong."""
+    """Run a GPU kernel against its bound on the device at hand; None when it passed, else what went wrong.
+
+    The verdict is kept, unless it says nothing about the kernel: no memory was left, or a CUDA graph is being captured.
+    The caller's modes (inference, autocast, a default device) do not reach it.
+    """
+    key = (op, backend, device, dtype)
+    if key in _VERDICTS:
+        return _VERDICTS[key]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "it cannot be checked while a CUDA graph is captured; run the op once before"
+    try:
+        with (
+            torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False),
+            torch.device("cpu"),
+        ):  # fmt: skip
+            _VERDICTS[key] = _verdict(op, backend, device, dtype)
+    except torch.OutOfMemoryError as error:
+        return f"its self-check ran out of memory: {error}"
+    except Exception as error:  # a kernel that cannot launch must not take the caller's program down
+        _VERDICTS[key] = f"self-check raised {type(error).__name__}: {error}"
+    return _VERDICTS[key]
+
+
+def _verdict(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     from clipsteer.ops import REGISTRY
 
     spec = REGISTRY[op]
-    try:
-        with torch.enable_grad():
-            for seed, shape in enumerate(spec.shapes[:3]):
-                worst = spec_errors(spec, shape, dtype, seed=seed, backend=backend, device=device)
-                if max(worst.values()) > 1:
-                    return f"self-check failed at {shape}: {worst}"
-    except Exception as error:  # a kernel that cannot launch must not take the caller's program down
-        return f"self-check raised {type(error).__name__}: {error}"
+    for seed, shape in enumerate((*spec.shapes[:3], *spec.device_shapes)):
+        worst = spec_errors(spec, shape, dtype, seed=seed, backend=backend, device=device)
+        if max(worst.values()) > 1:
+            return f"self-check failed at {shape}: {worst}"
     return None
 
 
@@ -186,7 +212,8 @@ def spec_errors(
     result = spec.function(**moved, backend=backend)
     outputs = dict(zip(spec.outputs, result if isinstance(result, tuple) else (result,)))
     host = {name: value.detach().cpu() for name, value in outputs.items()}
-    errors = spec.check(drawn, host)
+    with measured_on(device):
+        errors = spec.check(drawn, host)
     smooth = [name for name, value in outputs.items() if value.requires_grad]
     grad_out = {
         name: torch.randn(host[name].shape, generator=generator, dtype=torch.float64).to(dtype) for name in smooth
@@ -199,7 +226,9 @@ def spec_errors(
         [grad_out[name].to(device) for name in smooth],
     )
     host_grads = {name: g.detach().cpu() for name, g in zip(leaves, grads)}
-    return errors | {f"d {name}": e for name, e in spec.check_grads(drawn, host, grad_out, host_grads).items()}
+    with measured_on(device):
+        found = spec.check_grads(drawn, host, grad_out, host_grads)
+    return errors | {f"d {name}": e for name, e in found.items()}
 
 
 def resolve(op: str, backend: str, device_type: str, device_index: int | None, dtype: torch.dtype) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from clipsteer.kernels._precision import tf32_allowed
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 # Unit roundoff of the output, and of the arithmetic that accumulates it (halves accumulate in float32).
@@ -37,6 +41,7 @@ class OpSpec:
     small_shape: dict[str, int]  # small enough to differentiate numerically
     repeat_shape: dict[str, int]  # large enough that every thread has work
     bench_shapes: dict[str, dict[str, int]]
+    device_shapes: tuple[dict[str, int], ...] = ()  # these take a GPU kernel through the branches of its main shapes
     backends: tuple[str, ...] = BACKENDS
     rows: tuple[str, ...] = ()  # inputs (and so outputs) that lead with the batch, which may have any shape
     optional: tuple[str, ...] = ()  # inputs that may be None, which means zeros
@@ -53,9 +58,22 @@ class OpSpec:
         return [name for name in self.differentiable if isinstance(inputs[name], Tensor)]
 
 
+_ON_GPU = ContextVar("results were computed on a GPU", default=False)
+
+
+@contextlib.contextmanager
+def measured_on(device: Any) -> Iterator[None]:
+    """What is checked inside was computed on ``device``: only a GPU's float32 products may have rounded operands."""
+    token = _ON_GPU.set(torch.device(device).type != "cpu")
+    try:
+        yield
+    finally:
+        _ON_GPU.reset(token)
+
+
 def operand_error(dtype: torch.dtype) -> float:
     """Relative error of a product when tensor cores may round float32 operands to TF32."""
-    allowed = torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest"
+    allowed = _ON_GPU.get() and tf32_allowed()
     return 2 * TF32_OPERAND + TF32_OPERAND**2 if dtype == torch.float32 and allowed else 0.0
 
 
@@ -79,10 +97,13 @@ def fraction_of_bound(
     bound = gm + u * (truth.abs() + gm) + tiny * (torch.as_tensor(terms, dtype=torch.float64) + 2)
     bound = bound + absolute + (info.smallest_normal * info.eps if value.dtype == torch.float16 else 0.0)
     error = (value64 - truth).abs() / bound
-    # past the largest finite number (of the sum or of a partial sum) an infinity is right, and the sign must agree
-    largest = min(info.max, torch.finfo(torch.float32).max) if value.dtype != torch.float64 else info.max
-    may_overflow = (magnitude * (1 + g) >= largest * (1 - u)) & ~torch.isfinite(value64)
-    same = (value64 == truth) | (torch.isnan(value64) & torch.isnan(truth)) | may_overflow
+    # Past the largest finite number (of the sum or of a partial sum) an infinity is right, of the sum's sign; of the
+    # other sign, or a NaN, only where parts of both signs can pass it.
+    largest = (min(info.max, torch.finfo(torch.float32).max) if value.dtype != torch.float64 else info.max) * (1 - u)
+    reach = torch.where(magnitude.isfinite(), magnitude * (1 + g), 0.0)
+    agrees = value64.isinf() & (value64.sign() == truth.sign())
+    overflowed = (agrees & (reach >= largest)) | (~value64.isfinite() & (reach >= 2 * largest))
+    same = (value64 == truth) | (torch.isnan(value64) & torch.isnan(truth)) | overflowed
     error = torch.where(same, torch.zeros_like(error), error)
     return float(torch.nan_to_num(error, nan=float("inf"), posinf=float("inf")).max())
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops import _check, _grouped
+from clipsteer.ops._conceptor_bounds import check_grads, check_values
 from clipsteer.ops._dispatch import choose
-from clipsteer.ops._spec import UNIT, OpSpec, draw, fraction_of_bound, operand_error
+from clipsteer.ops._spec import OpSpec, draw
 
 
 class LowRank(NamedTuple):
@@ -168,122 +169,6 @@ def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator,
     return inputs | {"beta": beta, "mean": mean}
 
 
-class _Truth:
-    """A drawn case in float64. Both forms are the matrices C with a magnitude: |C|, or |U||s||U|ᵀ."""
-
-    def __init__(self, inputs: dict[str, Any]) -> None:
-        wide = {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in inputs.items()}
-        h, self.dtype = wide["h"], inputs["h"].dtype
-        self.low_rank = "U" in inputs
-        if self.low_rank:
-            self.U, self.s = wide["U"], wide["s"]
-            self.r = self.U.shape[2]
-            self.C = self.U * self.s.unsqueeze(1) @ self.U.mT
-            self.size = self.U.abs() * self.s.abs().unsqueeze(1) @ self.U.abs().mT
-        else:
-            self.C, self.size = wide["C"], wide["C"].abs()
-        self.K, self.d = self.C.shape[:2]
-        self.index = torch.zeros(h.shape[0], dtype=torch.int64) if wide["index"] is None else wide["index"]
-        self.beta = wide["beta"] if isinstance(wide["beta"], Tensor) else torch.full((self.K,), wide["beta"]).double()
-        self.mean = torch.zeros(self.K, self.d).double() if wide["mean"] is None else wide["mean"]
-        self.x = h - self.mean[self.index]
-        self.counts = torch.bincount(self.index, minlength=self.K).double()
-        # What a stored or multiplied number may lose for good: products below the normal range, and half of the
-        # spacing of float16's smallest numbers.
-        info = torch.finfo(torch.float64 if self.dtype == torch.float64 else torch.float32)
-        self.lost = info.smallest_normal * (self.d + 1) + (2.0**-25 if self.dtype == torch.float16 else 0.0)
-
-    def apply(self, matrices: Tensor, rows: Tensor) -> Tensor:
-        return (matrices[self.index] @ rows.unsqueeze(-1)).squeeze(-1)
-
-    def total(self, rows: Tensor) -> Tensor:
-        return torch.zeros(self.K, *rows.shape[1:], dtype=torch.float64).index_add(0, self.index, rows)
-
-    def outer(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.stack([a[self.index == k].T @ b[self.index == k] for k in range(self.K)])
-
-    def error(self, value: Tensor, truth: Tensor, size: Any, roundings: Any, stored: int, products: int) -> float:
-        """``size(lost)`` is the magnitude when every |vector| on the way is larger by ``lost``. Of the ``roundings``,
-        ``stored`` are of vectors that a half stores between kernels; ``products`` of inner products may take TF32, or
-        halves in two parts, for a vector that is computed inside."""
-        unit = UNIT[self.dtype] if self.dtype in (torch.float16, torch.bfloat16) else 0.0
-        extra = stored * unit + products * (operand_error(self.dtype) + unit**2)
-        magnitude = size(0.0)
-        return fraction_of_bound(value, truth, magnitude, roundings - 1, extra, size(self.lost) - magnitude)
-
-
-def _check_values(inputs: dict[str, Any], outputs: dict[str, Tensor]) -> dict[str, float]:
-    """Roundings: h − μ, d of a product's sum, times β (dense), and + μ; in low rank r of the second sum, and two for s.
-    The r-vector and h − μ are not rounded to halves (Triton's tensor cores take them as the sum of two)."""
-    t = _Truth(inputs)
-    beta, mu = t.beta[t.index, None], t.mean[t.index]
-    truth = beta * t.apply(t.C, t.x) + mu
-    ones = torch.ones(t.d).double()
-
-    def size(lost: float) -> Tensor:
-        more = lost * t.apply(t.U.abs(), torch.ones(t.r).double().expand(len(t.x), -1)) if t.low_rank else 0.0
-        return beta.abs() * (t.apply(t.size, t.x.abs() + lost * ones) + more) + mu.abs()
-
-    roundings = t.d + t.r + 4 if t.low_rank else t.d + 3
-    return {"h_new": t.error(outputs["h_new"], truth, size, roundings, 0, 2 if t.low_rank else 1)}
-
-
-def _check_grads(
-    inputs: dict[str, Any], outputs: dict[str, Tensor], grad_out: dict[str, Tensor], grads: dict[str, Tensor]
-) -> dict[str, float]:
-    """The stored vectors are h − μ, the product Cᵀg that β's and μ's gradients share, and in low rank Uᵀ(h − μ), Uᵀg
-    and their products with s."""
-    t, g = _Truth(inputs), grad_out["h_new"].double()
-    x, beta = t.x, t.beta[t.index, None]
-    back, back_size = t.C.mT, t.size.mT
-    d_x = beta * t.apply(back, g)
-    rank = t.r + 2 if t.low_rank else 0
-    counts = t.counts[:, None]
-
-    def size_x(lost: float) -> Tensor:
-        more = t.apply(t.U.abs(), torch.full((len(x), t.r), lost).double()) if t.low_rank else 0.0
-        return beta.abs() * (t.apply(back_size, g.abs() + lost) + more) + lost
-
-    def size_dots(lost: float) -> Tensor:
-        return t.total((t.apply(back_size, g.abs() + lost) + lost).mul(x.abs() + lost).sum(-1))
-
-    found = {
-        "h": t.error(grads["h"], d_x, size_x, t.d + rank + 1, 0 if t.low_rank else 1, 2),
-    }
-    if "mean" in grads:
-        truth, roundings = t.total(g - d_x), t.d + rank + 2 + counts
-        found["mean"] = t.error(grads["mean"], truth, lambda lost: t.total(g.abs() + size_x(lost)), roundings, 2, 2)
-    if not t.low_rank:
-        outer_size = lambda lost: t.outer(beta.abs() * g.abs() + lost, x.abs() + lost)
-        truth = t.outer(beta * g, x)
-        found["C"] = t.error(grads["C"], truth, outer_size, counts[:, None] + 2, 2, 1)
-        if "beta" in grads:
-            truth = t.total((t.apply(back, g) * x).sum(-1))
-            found["beta"] = t.error(grads["beta"], truth, size_dots, 2 * t.d + t.counts + 1, 2, 1)
-        return found
-    # sums over the rows of p ∘ q with p = Uᵀx, q = Uᵀg
-    p, q = (t.apply(t.U.mT, v) for v in (x, g))
-    into = lambda v, lost: t.apply(t.U.abs().mT, v.abs() + lost) + lost
-    pq = t.total(p * q)
-    pq_size = lambda lost: t.total(into(x, lost) * into(g, lost))
-    strength = beta * t.s[t.index]
-
-    def size_U(lost: float) -> Tensor:
-        a, b = (strength.abs() * into(v, lost) + lost for v in (g, x))
-        return t.outer(x.abs() + lost, a) + t.outer(g.abs() + lost, b)
-
-    roundings = 2 * t.d + counts + 4
-    found["s"] = t.error(
-        grads["s"], t.beta[:, None] * pq, lambda lost: t.beta.abs()[:, None] * pq_size(lost), roundings, 3, 2
-    )
-    truth = t.outer(x, strength * q) + t.outer(g, strength * p)
-    found["U"] = t.error(grads["U"], truth, size_U, t.d + 2 * counts[:, None] + 4, 3, 2)
-    if "beta" in grads:
-        size = lambda lost: (t.s.abs() * pq_size(lost)).sum(-1)
-        found["beta"] = t.error(grads["beta"], (t.s * pq).sum(-1), size, 2 * t.d + t.counts + t.r + 4, 3, 2)
-    return found
-
-
 def _grouped_loop(h: Tensor, K: int, product: Any, index: Tensor | None, beta: Any, mean: Tensor | None) -> Tensor:
     out = torch.empty_like(h)
     for k in range(K):
@@ -324,8 +209,8 @@ _EDGES = (
 _COMMON: dict[str, Any] = {
     "outputs": ("h_new",),
     "make": _make,
-    "check": _check_values,
-    "check_grads": _check_grads,
+    "check": check_values,
+    "check_grads": check_grads,
     "backends": ("reference", "cpp", "triton"),
     "rows": ("h", "index"),
     "optional": ("mean",),
@@ -361,7 +246,7 @@ LOW_RANK_SPEC = OpSpec(
     repeat_shape={"B": 300, "K": 5, "d": 40, "r": 17},
     bench_shapes={
         "B1024-K16-r64": {"B": 1024, "K": 16, "d": 768, "r": 64, "plain": 1},
-        "with β and μ": {"B": 1024, "K": 16, "d": 768, "r": 64},
+        "B1024-K16-r64-mean": {"B": 1024, "K": 16, "d": 768, "r": 64},
     },
     baselines={"loop": _low_rank_loop, "gather + bmm": _low_rank_reference},
     floor=_low_rank_floor,

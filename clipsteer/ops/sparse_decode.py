@@ -41,7 +41,7 @@ class _SparseDecode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_acts = gather_dot(grad, indices, W, backend)
         if ctx.needs_input_grad[2]:
-            d_W, _ = weight_gradient(acts, indices, grad, W.shape[0], backend, sparse_grad, grad_buffer)
+            d_W, _ = weight_gradient(acts, indices, grad, W, backend, sparse_grad, grad_buffer)
         if ctx.needs_input_grad[3]:
             d_b = grad.sum(0)
         return d_acts, None, d_W, d_b, None, None, None
@@ -111,9 +111,12 @@ def sparse_outer(coeff: Tensor, indices: Tensor, rows: Tensor, n: int, backend: 
 
 
 def weight_gradient(
-    coeff: Tensor, indices: Tensor, rows: Tensor, n: int, backend: str, sparse: bool, buffer: Tensor | None
+    coeff: Tensor, indices: Tensor, rows: Tensor, W: Tensor, backend: str, sparse: bool, buffer: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """``sparse_outer`` as the caller wants it: dense, row-sparse, or written into a kept buffer."""
+    n = W.shape[0]
+    if (sparse or buffer is not None) and _tracked(coeff, rows):
+        raise RuntimeError("sparse_grad and grad_buffer give first derivatives only; leave them out to go further")
     if sparse:
         features, compact = torch.unique(indices, return_inverse=True)
         d_W, d_b = call(backend, "sparse_outer", coeff, compact.contiguous(), rows, features.numel())
@@ -121,11 +124,16 @@ def weight_gradient(
             features[None], d_W, (n, rows.shape[1]), is_coalesced=True, check_invariants=False
         )
         return d_W, torch.zeros(n, dtype=d_b.dtype, device=d_b.device).index_copy(0, features, d_b)
-    if buffer is not None and not torch.compiler.is_compiling():
+    if buffer is not None and not torch.compiler.is_compiling() and not _holds_gradient(buffer, W):
         d_b = rows.new_empty(n)
         call(backend, "sparse_outer_out", coeff, indices, rows, buffer.detach(), d_b)
         return buffer.detach(), d_b
     return sparse_outer(coeff, indices, rows, n, backend)
+
+
+def _holds_gradient(buffer: Tensor, W: Tensor) -> bool:
+    """Whether the gradient of an earlier backward pass still lives in ``buffer``: then it has to be added to."""
+    return W.is_leaf and W.grad is not None and W.grad.data_ptr() == buffer.data_ptr()
 
 
 def check_gradient_options(op: str, W: Tensor, sparse_grad: bool, grad_buffer: Tensor | None, backend: str) -> None:
@@ -141,7 +149,10 @@ def check_gradient_options(op: str, W: Tensor, sparse_grad: bool, grad_buffer: T
         if grad_buffer.requires_grad:
             raise ValueError(f"{op}: grad_buffer must not require a gradient")
     if backend == "reference" and (sparse_grad or grad_buffer is not None):
-        raise RuntimeError(f'{op}: sparse_grad and grad_buffer need a compiled backend; this call runs on "reference"')
+        raise RuntimeError(
+            f'{op}: sparse_grad and grad_buffer need a compiled backend, and this call runs on "reference"; leave them '
+            "out, or see clipsteer env for how to get one"
+        )
 
 
 def sparse_decode(
@@ -162,18 +173,20 @@ def sparse_decode(
         W_dec: (d_sae, d_in) dictionary, a feature a row, of ``acts``' dtype.
         b_dec: (d_in,) or None.
         backend: ``"auto" | "reference" | "cpp" | "triton" | "cuda"``; ``ops.explain`` says which can run.
-        sparse_grad: the gradient of ``W_dec`` is a sparse COO tensor of the rows in use, as in ``F.embedding``.
+        sparse_grad: the gradient of ``W_dec`` is a sparse COO tensor of the rows in use, as in ``F.embedding``; not
+            under ``torch.compile`` or DistributedDataParallel, which refuse such gradients.
         grad_buffer: a (d_sae, d_in) tensor that the gradient of ``W_dec`` is written into and returned as; keep it from
-            step to step to avoid the page faults of a fresh one. It is overwritten by every backward pass, so it must
-            not be shared by two uses of a dictionary in one step. Ignored under ``torch.compile``.
+            step to step to avoid the page faults of a fresh one. Each dictionary and each use of it in one step needs
+            its own. While ``W_dec.grad`` still lives in it (gradients are accumulated), a fresh tensor is added to it.
+            Ignored under ``torch.compile``.
 
     Returns:
-        (..., d_in), rounded once from float32 accumulation for half precisions. All gradients, of any order, are exact
-        derivatives and repeat bit for bit.
+        (..., d_in), rounded once from float32 accumulation for half precisions. All gradients, of any order (with
+        ``sparse_grad`` and ``grad_buffer``: of the first), are exact derivatives and repeat bit for bit.
 
     Raises:
         ValueError: shapes, devices or indices that do not fit (on a GPU indices are checked only under
-            ``CLIPSTEER_CHECK_INDICES=1``, because the check synchronises).
+            ``CLIPSTEER_CHECK_INDICES=1``, because the check synchronises; compiled code raises IndexError).
         TypeError: not tensors, or dtypes that differ outside autocast.
         RuntimeError: the backend asked for cannot run here.
 
@@ -194,18 +207,21 @@ def sparse_decode(
     check_gradient_options(op, W_dec, sparse_grad, grad_buffer, backend)
     if backend == "reference":
         return sparse_decode_reference(acts, indices, W_dec, b_dec)
-    k = acts.shape[-1]
-    flat, flat_indices = acts.reshape(-1, k).contiguous(), indices.reshape(-1, k).contiguous()
+    shape = (acts.shape[:-1].numel(), acts.shape[-1])
+    flat, flat_indices = acts.reshape(shape).contiguous(), indices.reshape(shape).contiguous()
     W, b = W_dec.contiguous(), None if b_dec is None else b_dec.contiguous()
     x_hat = _SparseDecode.apply(flat, flat_indices, W, b, backend, sparse_grad, grad_buffer)
     return x_hat.reshape(*acts.shape[:-1], W_dec.shape[1])
 
 
 def decode_truth(acts: Tensor, indices: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum and its magnitude in float64, through a dense code: shares nothing with any fast path."""
-    code = torch.zeros(*acts.shape[:-1], W.shape[0], dtype=torch.float64)
-    sizes = torch.zeros_like(code).scatter_add_(-1, indices, acts.double().abs())
-    return code.scatter_add_(-1, indices, acts.double()) @ W.double(), sizes @ W.double().abs()
+    """The sum and its magnitude in float64, term by term: what is in rows that are not named plays no part."""
+    truth = torch.zeros(acts.shape[0], W.shape[1], dtype=torch.float64)
+    size = torch.zeros_like(truth)
+    for j in range(acts.shape[1]):
+        term = acts[:, j, None].double() * W[indices[:, j]].double()
+        truth, size = truth + term, size + term.abs()
+    return truth, size
 
 
 def outer_truth(coeff: Tensor, indices: Tensor, rows: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,7 +49,7 @@ class _TopkEncode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_x = decode(grad, indices, W, None, backend)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            d_W, d_b = weight_gradient(grad, indices, x, W.shape[0], backend, sparse_grad, grad_buffer)
+            d_W, d_b = weight_gradient(grad, indices, x, W, backend, sparse_grad, grad_buffer)
         needs = ctx.needs_input_grad
         return d_x, d_W if needs[1] else None, d_b if needs[2] else None, None, None, None, None
 
@@ -105,7 +105,7 @@ def topk_encode(
     check_gradient_options(op, W_enc, sparse_grad, grad_buffer, backend)
     if backend == "reference":
         return topk_encode_reference(x, W_enc, b_enc, k=k)
-    flat, W = x.reshape(-1, x.shape[-1]).contiguous(), W_enc.contiguous()
+    flat, W = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous(), W_enc.contiguous()
     b = None if b_enc is None else b_enc.contiguous()
     acts, indices = _TopkEncode.apply(flat, W, b, k, backend, sparse_grad, grad_buffer)
     return acts.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)
@@ -115,6 +115,9 @@ def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator,
     B, d, n, k = (shape[s] for s in ("B", "d", "n", "k"))
     x = draw((B, d), dtype, generator, scale, exact)
     W_enc, b_enc = draw((n, d), dtype, generator, 1.0, exact), draw((n,), dtype, generator, scale, exact)
+    if shape.get("crowded"):  # every row's winners are neighbours: more than one bucket's share of them
+        first, x[:, 0] = n // 2 - k // 2, 4 if exact else 4 * scale
+        W_enc[first : first + k, 0] += 64
     return {"x": x, "W_enc": W_enc, "b_enc": b_enc, "k": k}
 
 
@@ -200,6 +203,12 @@ SPEC = OpSpec(
     scalable=("x", "b_enc"),
     grad_buffer="W_enc",
     torch_sums=("acts",),
+    # many buckets, the last one partial; whole tiles along d and not; buckets that hide winners; whole rows sorted
+    device_shapes=(
+        {"B": 130, "d": 128, "n": 6000, "k": 32},
+        {"B": 33, "d": 200, "n": 6000, "k": 48, "crowded": 1},
+        {"B": 33, "d": 128, "n": 6000, "k": 600},
+    ),
     bench_shapes={
         "B256-k32": {"B": 256, "d": 768, "n": 49152, "k": 32},
         "B256-k64": {"B": 256, "d": 768, "n": 49152, "k": 64},

@@ -1,0 +1,142 @@
+"""A CLIP image tower with a linear head: built from a zero-shot head, saved, loaded, run over images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from clipsteer._files import FileFormatError, read_json, read_safetensors, write_json, write_safetensors
+from clipsteer.clip import CLIP, load
+from clipsteer.data import ImageDataset
+
+
+class ImageClassifier(nn.Module):
+    """An image tower and a linear head on its unit embeddings: logits = W · normalize(visual(x)) + b.
+
+    Args:
+        visual: the tower, shared with the model that it belongs to.
+        weight: (C, e), with the logit scale in it.
+    """
+
+    def __init__(self, visual: nn.Module, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.visual = visual
+        classes, width = weight.shape
+        # no random start: the caller's generator is left alone
+        self.head = nn.utils.skip_init(nn.Linear, width, classes, device=weight.device, dtype=weight.dtype)
+        with torch.no_grad():
+            self.head.weight.copy_(weight)
+            self.head.bias.zero_() if bias is None else self.head.bias.copy_(bias)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> unit embeddings (B, e)."""
+        out = self.visual(images)
+        return F.normalize((out[0] if isinstance(out, tuple | list) else out).to(self.head.weight.dtype), dim=-1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
+
+
+def zero_shot_classifier(clip: CLIP, head: Tensor) -> ImageClassifier:
+    """The classifier that fine-tuning starts from. head: (C, e) unit rows, as `clip.zero_shot_head` gives them."""
+    if head.ndim != 2:
+        raise ValueError(f"zero_shot_classifier: head must have shape (C, e), got {tuple(head.shape)}")
+    with torch.no_grad():
+        return ImageClassifier(clip.model.visual, head.to(clip.device) * clip.model.logit_scale.exp())
+
+
+def save_classifier(
+    folder: str | Path, clip: CLIP, classifier: ImageClassifier, classes: Sequence[str], **notes: Any
+) -> Path:
+    """Write model.safetensors (the whole CLIP, which `clip.load(name, file)` reads), head.safetensors, config.json."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / "model.safetensors", clip.model.state_dict(), {"format": "pt"})
+    write_safetensors(folder / "head.safetensors", classifier.head.state_dict(), {"format": "pt"})
+    write_json(folder / "config.json", {"model": clip.name, "classes": list(classes), **notes})
+    return folder
+
+
+def load_classifier(
+    folder: str | Path, *, device: str | torch.device = "cpu"
+) -> tuple[CLIP, ImageClassifier, list[str]]:
+    """The CLIP, the classifier on its image tower, and the class names, from a folder of `save_classifier`.
+
+    Raises:
+        FileFormatError: a file that is damaged or does not fit the others. FileNotFoundError: one is not there.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    name, classes = (config.get("model"), config.get("classes")) if isinstance(config, dict) else (None, None)
+    if not isinstance(name, str) or not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
+        raise FileFormatError(f"{folder / 'config.json'}: expected a model name and a list of class names")
+    head = read_safetensors(folder / "head.safetensors", allow_nan=False)
+    if head.keys() != {"weight", "bias"} or head["weight"].ndim != 2 or len(head["weight"]) != len(classes):
+        raise FileFormatError(f"{folder / 'head.safetensors'}: expected weight ({len(classes)}, e) and bias")
+    weights = folder / "model.safetensors"
+    if ":" in name:
+        clip = load(name, device=device)
+        clip.model.load_state_dict(read_safetensors(weights))
+    else:
+        clip = load(name, weights, device=device)
+    classifier = ImageClassifier(clip.model.visual, head["weight"].to(device), head["bias"].to(device)).eval()
+    return clip, classifier, classes
+
+
+class Samples(Dataset):
+    """(row, seed) -> (pixels, class); the seed makes a crop the same whatever process takes it."""
+
+    def __init__(self, dataset: ImageDataset, transform: Callable[[Any], Tensor]) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        row, seed = key
+        image, target = self.dataset[row]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.transform(image), target
+
+
+def loader(samples: Samples, keys: Iterable[Sequence[tuple[int, int]]], workers: int) -> DataLoader:
+    """Batches of samples; keys gives the (row, seed) pairs of each."""
+    # a generator of its own: a loader draws a number from it, even without processes
+    return DataLoader(samples, batch_sampler=keys, num_workers=workers, generator=torch.Generator())
+
+
+def pixel_batches(clip: CLIP, dataset: ImageDataset, batch_size: int = 128, workers: int = 0) -> Iterator[Tensor]:
+    """Preprocessed images in their order, (B, 3, H, W) a batch, on the model's device."""
+    keys = [
+        [(i, 0) for i in range(at, min(len(dataset), at + batch_size))] for at in range(0, len(dataset), batch_size)
+    ]
+    for pixels, _ in loader(Samples(dataset, clip.preprocess), keys, workers):
+        yield pixels.to(clip.device, clip.dtype)
+
+
+@torch.no_grad()
+def predict(classifier: ImageClassifier, batches: Iterable[Tensor]) -> Tensor:
+    """Logits (N, C) in float32 on the CPU, in eval mode; the mode comes back."""
+    mode = classifier.training
+    classifier.eval()
+    try:
+        return torch.cat([classifier(pixels).float().cpu() for pixels in batches])
+    finally:
+        classifier.train(mode)
+
+
+def renamed(dataset: ImageDataset, classes: Sequence[str]) -> ImageDataset:
+    """The data set with targets that index `classes`; captions count as class names.
+
+    Raises ValueError for an image of a class that is not among them.
+    """
+    rank = {name: i for i, name in enumerate(classes)}
+    names = dataset.targets if dataset.classes is None else [dataset.classes[t] for t in dataset.targets]
+    if unknown := sorted(set(map(str, names)) - rank.keys()):
+        some = ", ".join(unknown[:5]) + (" …" if len(unknown) > 5 else "")
+        raise ValueError(f"the images have {len(unknown)} class(es) that the classifier lacks: {some}")
+    return ImageDataset(dataset._read, [rank[str(name)] for name in names], classes)

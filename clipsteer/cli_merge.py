@@ -1,0 +1,305 @@
+"""``clipsteer finetune`` and ``clipsteer wise-ft``: merge, curve, and the experiment on the bundled drawings."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clipsteer.cli_sae import add_device, device_of
+
+DATA = "folder of class folders, captions .csv/.jsonl or .tar shards (captions are classes), or classify30:STYLE:PART"
+
+
+def add_parser(commands: Any, add: Any) -> None:
+    """Add both commands; ``add(parent, name, function, summary, examples)`` makes one."""
+    p = add(commands, "finetune", _finetune, "fine-tune a CLIP image tower from its zero-shot head", """
+examples:
+  the bundled model on the 30 bundled classes, drawn by one vendor; a minute:
+    clipsteer finetune --data classify30:noto:train --batch-size 64 --lr 1e-4 --out runs/noto
+  a real CLIP end to end on your own images, with the paper's recipe; a stopped run goes on where it was:
+    clipsteer finetune --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/train --val photos/val \\
+        --out runs/b32
+  the head alone:
+    clipsteer finetune --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/train --mode lc --out runs/b32-lc
+""")  # fmt: skip
+    p.add_argument("--model", default="emojiclip", metavar="NAME",
+                   help="open_clip name, hf-hub:org/repo, or emojiclip (the default)")  # fmt: skip
+    p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or a local weights file")
+    add_device(p)
+    p.add_argument("--data", required=True, metavar="PATH", help=DATA)
+    p.add_argument("--val", metavar="PATH", help="measured after every epoch, with the running ensemble beside it")
+    p.add_argument("--names", type=Path, metavar="FILE", help="JSON object: class -> name for the prompts")
+    p.add_argument("--template", action="append", metavar="TEXT", help="prompt with {}; repeatable")
+    p.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="zeroshot/, finetuned/, log.jsonl, checkpoints/"
+    )
+    p.add_argument("--mode", choices=("e2e", "lc"), default="e2e", help="end to end, or the linear classifier alone")
+    p.add_argument("--lr", type=float, help="peak learning rate (default: 3e-5, for lc 1e-3)")
+    p.add_argument("--weight-decay", type=float, default=0.1)
+    p.add_argument("--batch-size", type=int, default=512, metavar="N")
+    p.add_argument("--epochs", type=int, default=10, metavar="N")
+    p.add_argument(
+        "--warmup-steps", type=int, default=500, metavar="N", help="at most a tenth of the run (default: 500)"
+    )
+    p.add_argument("--label-smoothing", type=float, default=0.0)
+    p.add_argument("--crop", type=float, default=0.9, help="smallest share of an image that is kept; 1: no crops")
+    p.add_argument("--alpha", type=float, default=0.5, help="of the running ensemble (default: 0.5)")
+    p.add_argument("--bf16", action="store_true", help="compute under bfloat16 autocast")
+    p.add_argument("--checkpoint-every", type=int, default=500, metavar="STEPS")
+    p.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    p.add_argument("--seed", type=int, default=0)
+
+    wise = add(commands, "wise-ft", None, "average zero-shot and fine-tuned weights, and see what it does", """
+examples:
+  tune, average, and look at the whole curve on the same set and on a shifted one:
+    clipsteer finetune --data classify30:noto:train --out runs/noto
+    clipsteer wise-ft merge runs/noto/zeroshot runs/noto/finetuned --out runs/noto/half
+    clipsteer wise-ft curve runs/noto/zeroshot runs/noto/finetuned --reference classify30:noto:test \\
+        --shifted classify30:twemoji:test --out runs/noto/curve
+
+each ACTION has --help with more
+""")  # fmt: skip
+    actions = wise.add_subparsers(dest="action", metavar="ACTION", required=True)
+    p = add(actions, "merge", _merge, "average two checkpoints in weight space", """
+examples:
+  two weight files:
+    clipsteer wise-ft merge zeroshot.safetensors finetuned.safetensors --alpha 0.5 --out merged.safetensors
+  the two ends of a clipsteer finetune run, head included, at three alphas in one pass:
+    clipsteer wise-ft merge runs/b32/zeroshot runs/b32/finetuned --alpha 0.3 0.5 0.7 --out runs/b32/alpha-{alpha}
+  by layer: all but the image tower's blocks stays zero-shot
+    clipsteer wise-ft merge zs/ ft/ --layer 'visual.transformer.*=0.7' --layer '*=0' --out merged.safetensors
+""")  # fmt: skip
+    _ends(p, "a weights file, an index of shards, or a folder")
+    how = p.add_mutually_exclusive_group()
+    how.add_argument(
+        "--alpha", type=float, nargs="+", default=[0.5], metavar="A", help="0 zero-shot, 1 fine-tuned (default: 0.5)"
+    )
+    how.add_argument("--layer", type=_layer, action="append", metavar="PATTERN=A",
+                     help="alpha of the tensors that match; the first match counts")  # fmt: skip
+    p.add_argument("--out", required=True, metavar="PATH", help="with {alpha} in it for several alphas")
+
+    p = add(actions, "curve", _curve, "measure accuracy along the line from zero-shot to fine-tuned", """
+examples:
+  clipsteer wise-ft curve runs/noto/zeroshot runs/noto/finetuned --reference classify30:noto:test \\
+      --shifted classify30:fluent:test --shifted classify30:twemoji:test --out runs/noto/curve
+  your own sets, every tenth, with the trend of ordinary models for effective robustness:
+    clipsteer wise-ft curve runs/b32/zeroshot runs/b32/finetuned --reference photos/val --shifted sketches/ \\
+        --alphas 0 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 1 --baseline models.csv --out curve/
+""")  # fmt: skip
+    _ends(p, "the folder zeroshot/ of a clipsteer finetune run, or one like it")
+    p.add_argument("--reference", action="append", required=True, metavar="PATH", help=DATA)
+    p.add_argument("--shifted", action="append", required=True, metavar="PATH", help="repeatable; the same kinds")
+    p.add_argument("--alphas", type=float, nargs="+", metavar="A", help="(default: 0, 0.05 … 1)")
+    p.add_argument("--baseline", type=Path, metavar="CSV",
+                   help="of models trained on the reference alone: the columns reference, reference_n, "
+                        "shifted, shifted_n")  # fmt: skip
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="for curve.csv, curve.svg and curve.html")
+    add_device(p)
+    p.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+
+    p = add(actions, "emoji", _emoji, "the whole experiment on the bundled drawings, from tuning to the page", """
+examples:
+  clipsteer wise-ft emoji --out wise-ft-emoji
+  one training style, two seeds, the head alone:
+    clipsteer wise-ft emoji --styles noto --seeds 0 1 --mode lc --lrs 1e-3 1e-2 --out wise-ft-lc
+""")  # fmt: skip
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="for JSON, CSV, Markdown, SVG and HTML")
+    p.add_argument("--styles", nargs="+", choices=("noto", "fluent", "twemoji"), help="to tune on (default: each)")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
+    p.add_argument("--lrs", type=float, nargs="+", metavar="LR", help="to choose from on validation concepts")
+    p.add_argument("--epochs", type=int, nargs="+", metavar="N", help="to choose from on validation concepts")
+    p.add_argument("--alphas", type=float, nargs="+", metavar="A", help="(default: 0, 0.05 … 1)")
+    p.add_argument("--mode", choices=("e2e", "lc"), default="e2e")
+    add_device(p)
+
+
+def _ends(p: argparse.ArgumentParser, kind: str) -> None:
+    p.add_argument("zeroshot", metavar="ZEROSHOT", help=f"before fine-tuning: {kind}")
+    p.add_argument("finetuned", metavar="FINETUNED", help="after fine-tuning")
+
+
+def _layer(text: str) -> tuple[str, float]:
+    pattern, sign, alpha = text.rpartition("=")
+    try:
+        if not pattern:
+            raise ValueError
+        return pattern, float(alpha)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected PATTERN=ALPHA such as visual.*=0.5, got {text!r}") from None
+
+
+def _dataset(spec: str) -> Any:
+    from clipsteer.data import EmojiStyles, open_dataset
+
+    kind, *rest = spec.split(":")
+    if kind != "classify30":
+        return open_dataset(spec)
+    if len(rest) != 2 or rest[1] not in ("train", "test"):
+        raise ValueError(f"expected classify30:STYLE:train or classify30:STYLE:test, got {spec!r}")
+    emoji = EmojiStyles()
+    return emoji.dataset([(rest[0], i) for i in emoji.indices(rest[0], classify30=rest[1])], "subcategory")
+
+
+def _finetune(args: argparse.Namespace) -> int:
+    from clipsteer._files import read_json
+    from clipsteer.classifier import renamed
+    from clipsteer.clip import load, zero_shot_head
+    from clipsteer.finetuning import FinetuneConfig, finetune
+
+    config = FinetuneConfig(
+        mode=args.mode, lr=args.lr, weight_decay=args.weight_decay, batch_size=args.batch_size, epochs=args.epochs,
+        warmup_steps=args.warmup_steps, label_smoothing=args.label_smoothing, crop=args.crop, alpha=args.alpha,
+        bf16=args.bf16, seed=args.seed, checkpoint_every=args.checkpoint_every,
+    )  # fmt: skip
+    images = _dataset(args.data)
+    classes = images.classes or sorted(set(map(str, images.targets)))
+    images = renamed(images, classes)
+    spoken = read_json(args.names) if args.names is not None else {}
+    if not isinstance(spoken, Mapping) or not all(isinstance(v, str) for v in spoken.values()):
+        raise ValueError(f"{args.names}: expected a JSON object from class to name")
+    words = [spoken.get(name, name.replace("_", " ").replace("-", " ")) for name in classes]
+    validation = renamed(_dataset(args.val), classes) if args.val is not None else None
+    clip = load(args.model, args.pretrained, device=device_of(args))
+    head = zero_shot_head(clip, words, args.template)
+    finetune(clip, images, head, config, out=args.out, validation=validation, workers=args.workers)
+    ends = f"{args.out / 'zeroshot'} {args.out / 'finetuned'}"
+    sys.stdout.write(
+        f"{len(images)} images, {len(classes)} classes; next: clipsteer wise-ft curve {ends} --reference …\n"
+    )
+    return 0
+
+
+def _is_classifier(path: str | Path) -> bool:
+    return all((Path(path) / name).is_file() for name in ("config.json", "model.safetensors", "head.safetensors"))
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from clipsteer._files import read_json, write_json
+    from clipsteer.merging import wise_ft
+
+    alpha: Any = dict(args.layer) if args.layer else args.alpha if len(args.alpha) > 1 else args.alpha[0]
+    if not (_is_classifier(args.zeroshot) and _is_classifier(args.finetuned)):
+        written = wise_ft(args.zeroshot, args.finetuned, alpha, args.out)
+        written = written if isinstance(written, list) else [written]
+    else:
+        several = isinstance(alpha, list)
+        if several and "{alpha}" not in args.out:
+            raise ValueError(f"for several alphas --out needs {{alpha}} in it, got {args.out}")
+        written = (
+            [Path(args.out.replace("{alpha}", f"{a:g}")) for a in args.alpha] if not args.layer else [Path(args.out)]
+        )
+        config = read_json(Path(args.zeroshot) / "config.json")
+        if config.get("classes") != read_json(Path(args.finetuned) / "config.json").get("classes"):
+            raise ValueError(f"{args.zeroshot} and {args.finetuned} are classifiers of different classes")
+        for folder in written:
+            folder.mkdir(parents=True, exist_ok=True)
+        for name in ("head.safetensors", "model.safetensors"):
+            part = alpha
+            if args.layer:
+                # the head's tensors are head.weight and head.bias here, though in their own file they have no prefix
+                layers = dict(args.layer)
+                head = name == "head.safetensors"
+                part = _head_alpha(layers) if head else {k: v for k, v in layers.items() if not k.startswith("head.")}
+            ends = [Path(end) / name for end in (args.zeroshot, args.finetuned)]
+            wise_ft(*ends, part, [folder / name for folder in written] if several else written[0] / name)
+        for folder, a in zip(written, args.alpha if several else [alpha]):
+            write_json(folder / "config.json", {**config, "wise_ft_alpha": a})
+    sys.stdout.writelines(f"{path}\n" for path in written)
+    return 0
+
+
+def _head_alpha(layers: Mapping[str, float]) -> float:
+    from fnmatch import fnmatchcase
+
+    for pattern, alpha in layers.items():
+        if fnmatchcase("head.weight", pattern):
+            return alpha
+    raise ValueError("no --layer pattern matches head.weight; add --layer head.*=A or --layer *=A")
+
+
+def _curve(args: argparse.Namespace) -> int:
+    import torch
+
+    from clipsteer import robustness, robustness_page
+    from clipsteer.classifier import load_classifier, renamed
+
+    models = _models(args.baseline) if args.baseline is not None else []
+    baseline = robustness.fit_baseline(models) if models else None
+    clip, classifier, classes = load_classifier(args.finetuned, device=device_of(args))
+    _, start, same = load_classifier(args.zeroshot, device=device_of(args))
+    if same != classes:
+        raise ValueError(f"{args.zeroshot} and {args.finetuned} are classifiers of different classes")
+    sets = []
+    for role in ("reference", "shifted"):
+        for spec in getattr(args, role):
+            images = renamed(_dataset(spec), classes)
+            sets.append(robustness.EvalSet(spec, role, _kept(clip, images, args.workers), torch.tensor(images.targets)))
+    zeroshot = {name: tensor.detach() for name, tensor in start.state_dict().items()}
+    rows = robustness.curve(zeroshot, classifier, sets, args.alphas or robustness.ALPHAS)
+    args.out.mkdir(parents=True, exist_ok=True)
+    robustness_page.write_csv(args.out / "curve.csv", rows)
+    subtitle = f"{clip.name}: from {args.zeroshot} to {args.finetuned}, {len(classes)} classes"
+    robustness_page.write_page(args.out / "curve.html", rows, subtitle=subtitle, baseline=baseline, models=models)
+    robustness_page.write_svg(args.out / "curve.svg", robustness_page.curve_charts(rows, baseline, models)[0])
+    _show(robustness.summary(rows, baseline))
+    sys.stdout.write("".join(f"{args.out / name}\n" for name in ("curve.html", "curve.svg", "curve.csv")))
+    return 0
+
+
+def _kept(clip: Any, images: Any, workers: int) -> Any:
+    """Batches of a set for every alpha: read once while they fit into 1 GiB, read anew otherwise."""
+    from clipsteer.classifier import pixel_batches
+
+    first = next(iter(pixel_batches(clip, images, 1)))
+    if first.nbytes * len(images) > 1 << 30:
+        return lambda: pixel_batches(clip, images, workers=workers)
+    batches = list(pixel_batches(clip, images, workers=workers))
+    return lambda: batches
+
+
+def _models(path: Path) -> list[tuple[float, int, float, int]]:
+    from clipsteer._files import FileFormatError
+
+    columns = ("reference", "reference_n", "shifted", "shifted_n")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        try:
+            rows = [tuple(float(row[c]) for c in columns) for row in csv.DictReader(file)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{path}: expected numbers in the columns {', '.join(columns)}: {error}") from None
+    if bad := [row for row in rows if not (0 <= row[0] <= 1 and 0 <= row[2] <= 1 and row[1] >= 1 and row[3] >= 1)]:
+        raise FileFormatError(f"{path}: accuracies must be in [0, 1] and counts at least 1, got {bad[0]}")
+    return [(a, int(n), b, int(m)) for a, n, b, m in rows]
+
+
+def _show(found: Mapping[str, Any]) -> None:
+    from clipsteer.robustness_page import ENDS, percent
+
+    sys.stdout.write(f"{'':<30} {'reference':>9} {'shifted':>9}\n")
+    for method in ("weight", "output"):
+        for end, title in ENDS.items():
+            if end in found[method]:
+                row = found[method][end]
+                name = f"{method}-space, {title}" + (f" = {row['alpha']:g}" if end == "oracle" else "")
+                extra = (
+                    f"  effective robustness {100 * row['effective_robustness']:+.1f}"
+                    if "effective_robustness" in row
+                    else ""
+                )
+                sys.stdout.write(f"{name:<30} {percent(row['reference']):>8}% {percent(row['shifted']):>8}%{extra}\n")
+
+
+def _emoji(args: argparse.Namespace) -> int:
+    from clipsteer import style_shift
+
+    given = {name: getattr(args, name) for name in ("styles", "lrs", "epochs", "alphas") if getattr(args, name)}
+    found, rows = style_shift.run(seeds=args.seeds, mode=args.mode, device=device_of(args), **given)
+    written = style_shift.write(args.out, found, rows)
+    for style, result in found["styles"].items():
+        sys.stdout.write(f"tuned on {style}: {result['chosen']}, head from {result['head']}\n")
+        _show(result["accuracy"])
+    sys.stdout.writelines(f"{path}\n" for path in written)
+    return 0

@@ -1,0 +1,110 @@
+// Blocks of a matrix product in registers; included by kernels.cpp as kernels.h is, for AVX2 and AVX-512. No include
+// guard on purpose.
+
+namespace clipsteer::ISA {
+
+// A block of a matrix product in registers: c[i] = a[i] (k numbers) times the columns of b, rows of `stride` numbers.
+template <class V, int ROWS>
+TARGET static inline void block(const V* const* a, const V* b, int64_t stride, int64_t k, V* const* c) {
+  constexpr int kVectors = kBlockBytes<CLIPSTEER_LEVEL> / kVectorBytes<CLIPSTEER_LEVEL>;
+  typedef V Vec __attribute__((vector_size(kVectorBytes<CLIPSTEER_LEVEL>), aligned(sizeof(V)), may_alias));
+  Vec sum[ROWS][kVectors] = {};
+  for (int64_t q = 0; q < k; ++q) {
+    const Vec* row = reinterpret_cast<const Vec*>(b + q * stride);
+    Vec right[kVectors];
+    for (int v = 0; v < kVectors; ++v) right[v] = row[v];
+    for (int i = 0; i < ROWS; ++i) {
+      const V left = a[i][q];
+      for (int v = 0; v < kVectors; ++v) sum[i][v] += left * right[v];
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < ROWS; ++i) {
+    for (int v = 0; v < kVectors; ++v) reinterpret_cast<Vec*>(c[i])[v] = sum[i][v];
+  }
+}
+
+template <class V>
+TARGET static inline void block(const V* const* a, const V* b, int64_t stride, int64_t k, int rows, V* const* c) {
+  switch (rows) {
+    case 1: return block<V, 1>(a, b, stride, k, c);
+    case 2: return block<V, 2>(a, b, stride, k, c);
+    case 3: return block<V, 3>(a, b, stride, k, c);
+    case 4: return block<V, 4>(a, b, stride, k, c);
+    case 5: return block<V, 5>(a, b, stride, k, c);
+    default: return block<V, 6>(a, b, stride, k, c);
+  }
+}
+
+TARGET void block32(const float* const* a, const float* b, int64_t stride, int64_t k, int rows, float* const* c) {
+  block<float>(a, b, stride, k, rows, c);
+}
+
+TARGET void block64(const double* const* a, const double* b, int64_t stride, int64_t k, int rows, double* const* c) {
+  block<double>(a, b, stride, k, rows, c);
+}
+
+#if CLIPSTEER_LEVEL == 2
+using Floats = __m512;
+TARGET static inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
+TARGET static inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+// a0 b0 a1 b1 ... of the lower halves, and of the upper ones.
+TARGET static inline void interleave(Floats a, Floats b, Floats& low, Floats& high) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  low = _mm512_permutex2var_ps(a, first, b);
+  high = _mm512_permutex2var_ps(a, _mm512_add_epi32(first, _mm512_set1_epi32(8)), b);
+}
+#else
+using Floats = __m256;
+TARGET static inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
+TARGET static inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+TARGET static inline void interleave(Floats a, Floats b, Floats& low, Floats& high) {
+  const __m256 even = _mm256_unpacklo_ps(a, b), odd = _mm256_unpackhi_ps(a, b);
+  low = _mm256_permute2f128_ps(even, odd, 0x20);
+  high = _mm256_permute2f128_ps(even, odd, 0x31);
+}
+#endif
+
+// A square of floats, transposed by as many rounds of interleaving rows half a square apart as its side has bits.
+TARGET static inline void transpose(const float* u, int64_t stride, float* out, int64_t width) {
+  constexpr int kSide = sizeof(Floats) / sizeof(float);
+  Floats row[kSide], next[kSide];
+  for (int i = 0; i < kSide; ++i) row[i] = load(u + i * stride);
+  for (int bits = kSide; bits > 1; bits /= 2) {
+    for (int i = 0; i < kSide / 2; ++i) interleave(row[i], row[i + kSide / 2], next[2 * i], next[2 * i + 1]);
+    for (int i = 0; i < kSide; ++i) row[i] = next[i];
+  }
+  for (int i = 0; i < kSide; ++i) store(out + i * width, row[i]);
+}
+
+// out[q * width + l] = u[l * stride + q] for `columns` values of l (the rest of width: 0) and k of q.
+template <class V>
+TARGET static inline void pack(const V* u, int64_t stride, int64_t columns, int64_t k, V* __restrict out) {
+  constexpr int64_t width = kBlockBytes<CLIPSTEER_LEVEL> / sizeof(V), kSide = sizeof(Floats) / sizeof(float);
+  int64_t l = 0;
+  if constexpr (sizeof(V) == 4) {
+    for (; l + kSide <= columns; l += kSide) {
+      int64_t q = 0;
+      for (; q + kSide <= k; q += kSide) transpose(u + l * stride + q, stride, out + q * width + l, width);
+      for (; q < k; ++q) {
+        for (int64_t i = l; i < l + kSide; ++i) out[q * width + i] = u[i * stride + q];
+      }
+    }
+  }
+  for (; l < columns; ++l) {
+    for (int64_t q = 0; q < k; ++q) out[q * width + l] = u[l * stride + q];
+  }
+  for (; l < width; ++l) {
+    for (int64_t q = 0; q < k; ++q) out[q * width + l] = 0;
+  }
+}
+
+TARGET void pack32(const float* u, int64_t stride, int64_t columns, int64_t k, float* out) {
+  pack<float>(u, stride, columns, k, out);
+}
+
+TARGET void pack64(const double* u, int64_t stride, int64_t columns, int64_t k, double* out) {
+  pack<double>(u, stride, columns, k, out);
+}
+
+}  // namespace clipsteer::ISA
