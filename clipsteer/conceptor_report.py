@@ -40,13 +40,13 @@ def _steered(result: dict[str, Any], name: str) -> tuple[list[str], list[list[st
     return headers, rows
 
 
-def _composed(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _composed(result: dict[str, Any], kind: str) -> tuple[list[str], list[list[str]]]:
     found = result["composition"]
-    parts = ("target", "category", "style")
+    parts = ("target", "category", "style", "variance")
     rows = [["unsteered", *(_share(found["unsteered"][p]) for p in parts), ""]]
-    for method, m in sorted(found["methods"].items(), key=lambda item: -item[1]["target"]["mean"]):
+    for method, m in sorted(found[kind].items(), key=lambda item: -item[1]["target"]["mean"]):
         rows.append([method, *(_share(m[p]) for p in parts), _chosen(m["chosen"])])
-    return ["method", "target", "its category", "its style", "block, aperture, β"], rows
+    return ["method", "target", "its category", "its style", "variance left", "block, aperture, β"], rows
 
 
 def _closeness(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -74,7 +74,8 @@ def _evidence(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def _tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     return [
         *((title, *_steered(result, name)) for name, title in _TITLES.items()),
-        (_COMPOSED, *_composed(result)),
+        (_COMPOSED, *_composed(result, "methods")),
+        (f"{_COMPOSED}, at least half of the variance left", *_composed(result, "gentle")),
         ("How near AND and OR come to the conceptor fitted to the common drawings", *_closeness(result)),
         ("Telling styles and categories apart by conceptors, at each block", *_evidence(result)),
     ]

@@ -136,6 +136,10 @@ def test_composition_moves_drawings_and_reports_shares():
     # adding four times the mean of the target's own drawings must lead there more often than doing nothing
     assert result["methods"]["mean-centred addition: fitted to both"]["target"] > result["unsteered"]["target"]
     assert all(0 <= row["AND_similarity"] <= 1 for row in result["closeness"])
+    # what overwrites the images is no gentle way to steer
+    for method, found in result["gentle"].items():
+        assert found["variance"] > 0.3 * result["unsteered"]["variance"]
+        assert found["validation"] <= result["methods"][method]["validation"]
 
 
 def test_evaluation_sums_up_its_seeds():
