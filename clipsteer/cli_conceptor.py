@@ -79,7 +79,7 @@ examples:
 
     p = add(actions, "eval", _eval, "measure on the bundled drawings what conceptors tell apart, steer and compose", """
 examples:
-  the full evaluation (about ten minutes on two cores), figures and a page:
+  the full evaluation (six minutes of processor time), figures and a page:
     clipsteer conceptor eval --out conceptors.json --page conceptors.html
   one seed, for a first look:
     clipsteer conceptor eval --seeds 1

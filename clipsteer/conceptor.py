@@ -32,10 +32,7 @@ import torch
 from torch import Tensor
 
 from clipsteer import ops
-from clipsteer._files import FileFormatError, read_safetensors, read_safetensors_header, refuse_nan, write_safetensors
 from clipsteer.conceptor_fit import EPS, check_aperture, choose_aperture, correlation, spectrum
-
-_FORMAT, _FORMAT_VERSION = "clipsteer-conceptor", "1"
 
 
 def _snap(s: Tensor, tol: Tensor | float) -> Tensor:
@@ -186,9 +183,10 @@ class Conceptor:
         ``rest`` is 0 or 1. ``options`` are ``aperture``, ``mean`` and ``metadata``.
         Raises ValueError: shapes that do not fit, columns that are not orthonormal, eigenvalues out of range.
         """
-        if U.dim() not in (2, 3) or s.shape != U.shape[:-2] + U.shape[-1:] or rest not in (0, 1):
+        fits = U.dim() in (2, 3) and s.shape == U.shape[:-2] + U.shape[-1:] and 0 < U.shape[-2] >= U.shape[-1]
+        if not fits or rest not in (0, 1):
             got = f"{tuple(U.shape)}, {tuple(s.shape)}, {rest}"
-            raise ValueError(f"Conceptor: expected U (…, d, r), s (…, r) and rest 0 or 1, got {got}")
+            raise ValueError(f"Conceptor: expected U (…, d, r) with r ≤ d, s (…, r) and rest 0 or 1, got {got}")
         slack = 20 * U.shape[-2] * max(torch.finfo(U.dtype).eps, torch.finfo(s.dtype).eps)
         U, s = U.detach().double(), s.detach().double()
         eye = torch.eye(U.shape[-1], dtype=U.dtype, device=U.device)
@@ -352,6 +350,11 @@ class Conceptor:
 
     # ------------------------------------------------------------ use
 
+    def to(self, device: torch.device | str) -> Conceptor:
+        """On another device; operands must share theirs."""
+        mean = None if self.mean is None else self.mean.to(device)
+        return self._make(self._U.to(device), self._s.to(device), self._rest, self.aperture, mean, self.metadata)
+
     def operator(self, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor | ops.LowRank:
         """What ``ops.conceptor_project`` takes: ``ops.LowRank`` where that is cheaper, else the dense matrix."""
         device = self._U.device if device is None else torch.device(device)
@@ -374,35 +377,15 @@ class Conceptor:
         mean = None if mean is None else mean.to(h)
         return ops.conceptor_project(h, self.operator(h.dtype, h.device), index, beta=beta, mean=mean)
 
-    # ------------------------------------------------------------ files
-
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file: U, s, mean, and the metadata in its header."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        head = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "rest": str(self._rest)}
-        if self.aperture is not None:
-            head["aperture"] = repr(self.aperture)
-        tensors = {"U": self._U, "s": self._s} | ({} if self.mean is None else {"mean": self.mean})
-        write_safetensors(path, tensors, {**{f"meta.{k}": v for k, v in self.metadata.items()}, **head})
-        return path
+        from clipsteer.conceptor_io import save
+
+        return save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Conceptor:
         """Read what ``save`` wrote. Raises FileNotFoundError, or FileFormatError for anything else that is there."""
-        path = Path(path)
-        head = read_safetensors_header(path).metadata
-        if head.get("format") != _FORMAT or head.get("format_version") != _FORMAT_VERSION:
-            raise FileFormatError(f"{path}: not a conceptor of format_version {_FORMAT_VERSION}")
-        tensors = read_safetensors(path)
-        refuse_nan(path, tensors)
-        named = {"U", "s"} <= tensors.keys() <= {"U", "s", "mean"}
-        if not named or any(t.dtype != torch.float64 for t in tensors.values()):
-            raise FileFormatError(f"{path}: expected U, s and maybe mean, all float64; got {sorted(tensors)}")
-        try:
-            aperture = float(head["aperture"]) if "aperture" in head else None
-            metadata = {k[5:]: v for k, v in head.items() if k.startswith("meta.")}
-            return cls.from_factors(tensors["U"], tensors["s"], rest={"0": 0, "1": 1}.get(head.get("rest"), -1),
-                                    aperture=aperture, mean=tensors.get("mean"), metadata=metadata)  # fmt: skip
-        except ValueError as error:
-            raise FileFormatError(f"{path}: {error}") from None
+        from clipsteer.conceptor_io import load
+
+        return load(path)

@@ -32,6 +32,12 @@ from clipsteer.data import HELD_OUT_STYLE, TRAINED_STYLES
 APERTURES = (0.1, 0.3, 1.0, 3.0, 10.0)
 BETAS = (0.5, 0.75, 1.5, 2.0)  # beside 1
 ADDED = (-1.0, -0.5, 0.5, 1.0, 2.0)
+# towards something that the drawings are not, other strengths count
+TOWARDS_APERTURES = (0.03, 0.1, 0.3, 1.0, 3.0)
+TOWARDS_BETAS = (0.5, 2.0, 4.0, 8.0, 16.0, 32.0)
+TOWARDS_ADDED = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+
+_SHARES = ("target", "category", "style", "variance")
 
 # what is kept of a drawing; "style" is what differs between the trained styles' drawings of one concept
 EXPRESSIONS: dict[str, Callable[[dict[str, Conceptor]], Conceptor]] = {
@@ -111,12 +117,12 @@ class _Maker:
         return lambda x: C.project(x, index[:, None].expand(x.shape[:2]).contiguous(), beta=setting.beta)
 
 
-def _grid(names: list[str], added: list[str], blocks: range | list[int]) -> list[Setting]:
+def _grid(names: list[str], added: list[str], blocks: Any, apertures: Any, betas: Any) -> list[Setting]:
     """Blocks × apertures at β = 1, and for additions blocks × β."""
     grid = []
     for block, centred in itertools.product(blocks, (False, True)):
-        grid += [Setting(n, centred, block, beta) for n in added for beta in ADDED]
-        grid += [Setting(n, centred, block, 1.0, a) for a in APERTURES for n in names]
+        grid += [Setting(n, centred, block, beta) for n in added for beta in betas]
+        grid += [Setting(n, centred, block, 1.0, a) for a in apertures for n in names]
     return grid
 
 
@@ -163,7 +169,7 @@ def held_out_style(clip: CLIP, data: Drawings, seed: int, *, within: bool = Fals
 
     names, added = (list(WITHIN), ["category"]) if within else (list(EXPRESSIONS), ["trained", HELD_OUT_STYLE])
     score = lambda setting: float(hits("validation", setting).double().mean())
-    best, seen = _search(_grid(names, added, blocks), score, BETAS, f"held-out style, seed {seed}")
+    best, seen = _search(_grid(names, added, blocks, APERTURES, ADDED), score, BETAS, f"held-out style, seed {seed}")
     clean = {name: hits(name, None) for name in rows}
     methods = {}
     for method, (value, setting) in best.items():
@@ -221,6 +227,9 @@ def composition(clip: CLIP, data: Drawings, seed: int, block: int | None = None,
     A steered image succeeds when, of the 15 mean embeddings of (category, style) over unsteered fit drawings, that of
     the target is nearest. One setting serves all ten targets (five categories in each trained style). Compared: AND and
     OR of the two conceptors, a conceptor fitted to their common drawings, and the same with vectors.
+
+    An image that is overwritten succeeds too. "variance", 1 - ‖mean of the unit embeddings‖², shows how much of the
+    difference between images is left; "gentle" chooses among the settings that leave at least half of it.
     """
     part = splits(data, seed)
     block = len(data.blocks) // 2 if block is None else block
@@ -234,8 +243,8 @@ def composition(clip: CLIP, data: Drawings, seed: int, block: int | None = None,
     )
     places = list(sets)
 
-    def outcome(name: str, setting: Setting | None, limit: int | None) -> tuple[float, float, float]:
-        """Shares of steered images that land on the target, on its category, on its style; mean over targets."""
+    def outcome(name: str, setting: Setting | None, limit: int | None) -> tuple[float, ...]:
+        """Shares of images that land on the target, its category, its style; and the variance. Means over targets."""
         totals = []
         for category, style in targets:
             rows = data.rows(part[name], HELD_OUT_STYLE)
@@ -247,20 +256,27 @@ def composition(clip: CLIP, data: Drawings, seed: int, block: int | None = None,
             elif setting is not None:
                 build = partial(COMPOSED[setting.name], category=category, style=style)
                 x = maker.cached(setting, (setting.name, category, style), build).project(x, beta=setting.beta)
-            landed = [places[i] for i in (finish(clip, x, block) @ centroids.T).argmax(1).tolist()]
-            pairs = [tuple(p.split(" in ")) for p in landed]
+            embedded = finish(clip, x, block)
+            pairs = [tuple(places[i].split(" in ")) for i in (embedded @ centroids.T).argmax(1).tolist()]
             totals.append([mean(p == (category, style) for p in pairs), mean(p[0] == category for p in pairs),
-                           mean(p[1] == style for p in pairs)])  # fmt: skip
+                           mean(p[1] == style for p in pairs), 1 - float(embedded.mean(0).square().sum())])  # fmt: skip
         return tuple(mean(column) for column in zip(*totals))
 
-    grid = [s for s in _grid(list(COMPOSED), ["mean of vectors", "fitted to both"], [block])
-            if s.aperture is not None or s.beta > 0]  # fmt: skip
-    grid += [Setting(n, c, block, 4.0) for n in ("mean of vectors", "fitted to both") for c in (False, True)]
-    score = lambda setting: outcome("validation", setting, images)[0]
-    best, _ = _search(grid, score, (2.0, 4.0), f"composition, seed {seed}")
-    shares = lambda setting: dict(zip(("target", "category", "style"), outcome("test", setting, None)))
+    vectors = ["mean of vectors", "fitted to both"]
+    grid = _grid(list(COMPOSED), vectors, [block], TOWARDS_APERTURES, TOWARDS_ADDED)
+    left: dict[Setting, float] = {}
+
+    def score(setting: Setting) -> float:
+        target, _, _, left[setting] = outcome("validation", setting, images)
+        return target
+
+    best, seen = _search(grid, score, TOWARDS_BETAS, f"composition, seed {seed}")
+    half = outcome("validation", None, images)[3] / 2
+    kept = [(v, s) for s, v in seen if left[s] >= half]
+    gentle = {m: max((i for i in kept if i[1].method == m), key=lambda i: i[0], default=None) for m in best}
+    shares = lambda setting: dict(zip(_SHARES, outcome("test", setting, None)))
     closeness = []
-    for a in APERTURES:
+    for a in TOWARDS_APERTURES:
         setting = Setting("", True, block, 1.0, a)
         parts = maker.parts(setting)
         triples = [tuple(f(parts, c, s) for f in COMPOSED.values()) for c, s in targets]
@@ -275,6 +291,7 @@ def composition(clip: CLIP, data: Drawings, seed: int, block: int | None = None,
     return {
         "seed": seed, "block": block, "targets": len(targets), "unsteered": shares(None),
         "methods": {m: {**asdict(s), "validation": v, **shares(s)} for m, (v, s) in best.items()},
+        "gentle": {m: {**asdict(f[1]), "validation": f[0], **shares(f[1])} for m, f in gentle.items() if f is not None},
         "closeness": closeness,
     }  # fmt: skip
 
@@ -282,6 +299,21 @@ def composition(clip: CLIP, data: Drawings, seed: int, block: int | None = None,
 def _summary(values: list[float]) -> dict[str, float]:
     """Mean and, over at least two seeds, standard deviation."""
     return {"mean": mean(values), "sd": stdev(values) if len(values) > 1 else 0.0}
+
+
+def summarise_composition(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means and deviations over ``composition`` of several seeds."""
+    rows = [r["closeness"] for r in runs]
+    mean_of = lambda found: {n: _summary([f[n] for f in found]) for n in _SHARES}
+    over = lambda kind: {
+        m: {**mean_of([r[kind][m] for r in runs]), "chosen": [r[kind][m] for r in runs]}
+        for m in runs[0][kind] if all(m in r[kind] for r in runs)
+    }  # fmt: skip
+    return {
+        "block": runs[0]["block"], "unsteered": mean_of([r["unsteered"] for r in runs]),
+        "methods": over("methods"), "gentle": over("gentle"),
+        "closeness": [{k: mean(row[k] for row in same) for k in same[0]} for same in zip(*rows)],
+    }  # fmt: skip
 
 
 def evaluate(clip: CLIP, seeds: int = 3, data: Drawings | None = None) -> dict[str, Any]:
@@ -293,7 +325,9 @@ def evaluate(clip: CLIP, seeds: int = 3, data: Drawings | None = None) -> dict[s
     if seeds < 1:
         raise ValueError(f"evaluate: seeds must be at least 1, got {seeds}")
     data = harvest_drawings(clip) if data is None else data
-    result: dict[str, Any] = {"seeds": seeds, "apertures": APERTURES, "betas": sorted((1.0, *BETAS)), "added": ADDED}
+    result: dict[str, Any] = {"seeds": seeds, "apertures": APERTURES, "betas": sorted((1.0, *BETAS)), "added": ADDED,
+                              "towards": {"apertures": TOWARDS_APERTURES, "betas": sorted((1.0, *TOWARDS_BETAS)),
+                                          "added": TOWARDS_ADDED}}  # fmt: skip
     for name, within in (("held_out", False), ("within_category", True)):
         runs = [held_out_style(clip, data, s, within=within) for s in range(seeds)]
         points: dict[Any, list[float]] = {}
@@ -313,17 +347,5 @@ def evaluate(clip: CLIP, seeds: int = 3, data: Drawings | None = None) -> dict[s
             "validation_grid": [[m, b, x, round(mean(v), 4)] for (m, b, x), v in points.items()],
         }  # fmt: skip
     result["evidence"] = [evidence(data, s) for s in range(seeds)]
-    runs = [composition(clip, data, s) for s in range(seeds)]
-    result["composition"] = {
-        "block": runs[0]["block"],
-        "unsteered": {n: _summary([r["unsteered"][n] for r in runs]) for n in ("target", "category", "style")},
-        "methods": {
-            m: {**{n: _summary([r["methods"][m][n] for r in runs]) for n in ("target", "category", "style")},
-                "chosen": [r["methods"][m] for r in runs]}
-            for m in runs[0]["methods"]
-        },
-        "closeness": [
-            {k: mean(r["closeness"][i][k] for r in runs) for k in row} for i, row in enumerate(runs[0]["closeness"])
-        ],
-    }  # fmt: skip
+    result["composition"] = summarise_composition([composition(clip, data, s) for s in range(seeds)])
     return result

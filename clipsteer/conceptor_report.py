@@ -15,7 +15,8 @@ _COMPOSED = "Steering Twemoji drawings towards a category in a trained style"
 
 
 def _share(value: dict[str, float]) -> str:
-    return f"{100 * value['mean']:.1f} ± {100 * value['sd']:.1f}"
+    # no-break spaces keep a figure in one piece
+    return f"{100 * value['mean']:.1f}\u00a0±\u00a0{100 * value['sd']:.1f}"
 
 
 def _chosen(chosen: list[dict[str, Any]]) -> str:
@@ -32,20 +33,20 @@ def _steered(result: dict[str, Any], name: str) -> tuple[list[str], list[list[st
     order = sorted(found["methods"].items(), key=lambda item: -item[1]["validation"]["mean"])
     for method, m in order:
         moved = f"{sum(c['gained'] for c in m['chosen'])} / {sum(c['lost'] for c in m['chosen'])}"
-        gain = f"{100 * m['gain']['mean']:+.1f} ± {100 * m['gain']['sd']:.1f}"
+        gain = ("+" if m["gain"]["mean"] >= 0 else "") + _share(m["gain"])
         shares = [_share(m["validation"]), _share(m["test"]), gain, moved, _share(m["unseen"])]
         rows.append([method, *shares, _chosen(m["chosen"])])
     headers = ["method", "validation", "test", "gain on test", "gained / lost", "unseen concepts", "block, aperture, β"]
     return headers, rows
 
 
-def _composed(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _composed(result: dict[str, Any], kind: str) -> tuple[list[str], list[list[str]]]:
     found = result["composition"]
-    parts = ("target", "category", "style")
+    parts = ("target", "category", "style", "variance")
     rows = [["unsteered", *(_share(found["unsteered"][p]) for p in parts), ""]]
-    for method, m in sorted(found["methods"].items(), key=lambda item: -item[1]["target"]["mean"]):
+    for method, m in sorted(found[kind].items(), key=lambda item: -item[1]["target"]["mean"]):
         rows.append([method, *(_share(m[p]) for p in parts), _chosen(m["chosen"])])
-    return ["method", "target", "its category", "its style", "block, aperture, β"], rows
+    return ["method", "target", "its category", "its style", "variance left", "block, aperture, β"], rows
 
 
 def _closeness(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -73,7 +74,8 @@ def _evidence(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def _tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     return [
         *((title, *_steered(result, name)) for name, title in _TITLES.items()),
-        (_COMPOSED, *_composed(result)),
+        (_COMPOSED, *_composed(result, "methods")),
+        (f"{_COMPOSED}, at least half of the variance left", *_composed(result, "gentle")),
         ("How near AND and OR come to the conceptor fitted to the common drawings", *_closeness(result)),
         ("Telling styles and categories apart by conceptors, at each block", *_evidence(result)),
     ]

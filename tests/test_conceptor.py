@@ -169,7 +169,11 @@ class ConceptorLaws:
     @given(seeds, dims, logs)
     def test_quota_eigenvalues_similarity(self, seed, d, log_a):
         A, B, _ = self.three(seed, d, 10**log_a)
-        m, b = A.matrix, B.matrix
+        for C in (A, ~A):
+            self.assert_figures(C, B)
+
+    def assert_figures(self, A, B):
+        d, m, b = A.d, A.matrix, B.matrix
         trace = torch.diagonal(m, dim1=-2, dim2=-1).sum(-1)
         torch.testing.assert_close(A.quota, trace / d, rtol=0, atol=20 * d * EPS)
         torch.testing.assert_close(A.eigenvalues, torch.linalg.eigvalsh(m).flip(-1), rtol=0, atol=20 * d * EPS)
@@ -180,22 +184,24 @@ class ConceptorLaws:
     @given(seeds, dims, logs, st.floats(0.0, 1.0))
     def test_low_rank_error_is_attained_and_within_the_tolerance(self, seed, d, log_a, tol):
         A, _, _ = self.three(seed, d, 10**log_a)
-        low, bound = A.low_rank(tol)
-        error = norm(A.matrix - low.matrix).amax()
-        assert bound <= tol
-        assert abs(float(error) - bound) <= 20 * d * EPS
-        assert low.rank <= A.rank
+        for C in (A, ~A):
+            low, bound = C.low_rank(tol)
+            error = norm(C.matrix - low.matrix).amax()
+            assert bound <= tol
+            assert abs(float(error) - bound) <= 20 * d * EPS
+            assert low.rank <= C.rank
 
     @given(seeds, dims, logs)
     def test_project_is_the_matrix_product(self, seed, d, log_a):
         A, _, _ = self.three(seed, d, 10**log_a)
         h, mean = rand(seed, 5, d), rand(seed + 1, d)
         index = torch.randint(0, len(A), (5,), generator=gen(seed)) if A.is_batch else None
-        rows = A.matrix[index] if A.is_batch else A.matrix
-        expected = 0.5 * (rows @ (h - mean).unsqueeze(-1)).squeeze(-1) + mean
-        got = A.project(h, index, beta=0.5, mean=mean)
         scale = float(norm(h - mean)) + float(mean.norm())
-        torch.testing.assert_close(got, expected, rtol=0, atol=20 * d * EPS * scale)
+        for C in (A, ~A):
+            rows = C.matrix[index] if C.is_batch else C.matrix
+            expected = 0.5 * (rows @ (h - mean).unsqueeze(-1)).squeeze(-1) + mean
+            got = C.project(h, index, beta=0.5, mean=mean)
+            torch.testing.assert_close(got, expected, rtol=0, atol=20 * d * EPS * scale)
 
     def test_save_and_load_give_the_same_bits(self, tmp_path):
         A, _, _ = self.three(5, 7, 2.0)
@@ -479,6 +485,16 @@ def test_mistakes_are_explained(call, message):
         call()
 
 
+def test_the_constants_among_themselves():
+    one, zero = Conceptor.identity(5), ~Conceptor.identity(5)
+    assert [float(c.quota) for c in (one & zero, one | zero, zero & zero, zero | zero, one & one)] == [0, 1, 0, 0, 1]
+    assert zero <= one
+    assert not one <= zero
+    assert torch.equal(zero.project(torch.ones(2, 5), mean=torch.full((5,), 3.0)), torch.full((2, 5), 3.0))
+    moved = Conceptor.fit(rand(0, 3, 5), 1.0, mean=rand(1, 5)).to("cpu")
+    assert torch.equal(moved.mean, rand(1, 5))
+
+
 def test_other_mistakes():
     C = Conceptor.fit(rand(0, 3, 2), 1.0)
     for call in (lambda: C & 3, lambda: C | None, lambda: C <= 1, lambda: len(C), lambda: C[0]):
@@ -515,6 +531,7 @@ def test_files_that_are_not_conceptors_are_refused(tmp_path):
         "shape": {"U": torch.eye(4).double(), "s": torch.ones(3).double()},
         "nan": {"U": torch.full((4, 4), math.nan).double(), "s": torch.ones(4).double()},
         "single": {"U": torch.eye(4), "s": torch.ones(4)},
+        "wide": {"U": torch.zeros(1, 300_000).double(), "s": torch.ones(300_000).double()},
         "extra": {"U": torch.eye(4).double(), "s": torch.ones(4).double(), "W": torch.ones(1).double()},
     }
     for name, content in bad.items():

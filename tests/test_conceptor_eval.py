@@ -21,9 +21,12 @@ CONCEPTS, LAYERS, PLACE = 48, 3, "visual.transformer.resblocks.{}"
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
     """Fewer points: what is tested does not depend on how fine the grid is."""
-    monkeypatch.setattr(conceptor_eval, "APERTURES", (0.3, 3.0))
-    monkeypatch.setattr(conceptor_eval, "BETAS", (0.5,))
+    for name in ("APERTURES", "TOWARDS_APERTURES"):
+        monkeypatch.setattr(conceptor_eval, name, (0.3, 3.0))
+    for name in ("BETAS", "TOWARDS_BETAS"):
+        monkeypatch.setattr(conceptor_eval, name, (0.5,))
     monkeypatch.setattr(conceptor_eval, "ADDED", (-0.5, 1.0))
+    monkeypatch.setattr(conceptor_eval, "TOWARDS_ADDED", (1.0, 4.0))
 
 
 def pixels(rows):
@@ -133,6 +136,10 @@ def test_composition_moves_drawings_and_reports_shares():
     # adding four times the mean of the target's own drawings must lead there more often than doing nothing
     assert result["methods"]["mean-centred addition: fitted to both"]["target"] > result["unsteered"]["target"]
     assert all(0 <= row["AND_similarity"] <= 1 for row in result["closeness"])
+    # what overwrites the images is no gentle way to steer
+    for method, found in result["gentle"].items():
+        assert found["variance"] > 0.3 * result["unsteered"]["variance"]
+        assert found["validation"] <= result["methods"][method]["validation"]
 
 
 def test_evaluation_sums_up_its_seeds():
