@@ -209,6 +209,12 @@ _EDGES = (
     {"B": 31, "K": 1, "d": 129, "r": 32},
     {"B": 32, "K": 3, "d": 128, "r": 64},
 )
+# several blocks of rows a group and several tiles of columns, with and without β and μ; more than one launch's rank
+_ON_DEVICE = (
+    {"B": 300, "K": 4, "d": 384, "r": 64},
+    {"B": 300, "K": 4, "d": 384, "r": 64, "plain": 1},
+    {"B": 70, "K": 2, "d": 200, "r": 300},
+)
 _COMMON: dict[str, Any] = {
     "outputs": ("h_new",),
     "make": _make,
@@ -231,6 +237,7 @@ SPEC = OpSpec(
     reference=conceptor_project_reference,
     differentiable=("h", "C", "beta", "mean"),
     shapes=tuple(map(_dense, _EDGES)),
+    device_shapes=tuple(map(_dense, _ON_DEVICE)),
     small_shape={"B": 4, "K": 2, "d": 3},
     repeat_shape={"B": 300, "K": 5, "d": 40},
     bench_shapes={"B1024-K16": {"B": 1024, "K": 16, "d": 768, "plain": 1}},
@@ -245,6 +252,7 @@ LOW_RANK_SPEC = OpSpec(
     reference=_low_rank_reference,
     differentiable=("h", "U", "s", "beta", "mean"),
     shapes=_EDGES,
+    device_shapes=_ON_DEVICE,
     small_shape={"B": 4, "K": 2, "d": 3, "r": 2},
     repeat_shape={"B": 300, "K": 5, "d": 40, "r": 17},
     bench_shapes={
