@@ -30,15 +30,18 @@ from clipsteer.ops._spec import measured_on
 __all__ = ["machine", "run", "table"]
 
 
+def chip() -> str:
+    """The processor's name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def machine(device: str = "cpu") -> dict[str, Any]:
     """What the figures belong to: chip, driver, versions, threads, date."""
-    chip = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        chip = names[0] if names else chip
     facts = {
-        "chip": chip,
+        "chip": chip(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -60,11 +60,12 @@ def environment() -> dict[str, Any]:
     import torch
 
     import clipsteer
+    from clipsteer import bench
     from clipsteer.ops import _dispatch
 
-    chip = platform.processor() or platform.machine()
-    if (cpuinfo := Path("/proc/cpuinfo")).exists():
-        chip = next((x.split(":")[1].strip() for x in cpuinfo.open() if x.startswith("model name")), chip)
+    code = "not built"
+    if _dispatch.missing("cpp") is None:
+        code = ("portable", "AVX2", "AVX-512")[torch.ops.clipsteer_cpp.isa_level()]
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     packages = ("triton", "open_clip_torch", "torchvision", "numpy", "safetensors")
     return {
@@ -73,7 +74,8 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         **{name: _version_of(name) for name in packages},
-        "cpu": f"{chip}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "cpu": f"{bench.chip()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "C++ code path": code,
         "gpu": ", ".join(gpus) or "none visible to torch",
         "backends": [{"backend": s.backend, "usable": s.usable, "reason": s.reason} for s in _dispatch.status()],
     }

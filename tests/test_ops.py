@@ -365,6 +365,16 @@ def test_every_instruction_set(isa, level):
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
+def test_an_unknown_instruction_set_is_refused():
+    if not testing.supported("cpp"):
+        pytest.skip("the C++ library is not built")
+    code = "from clipsteer import ops; import torch; ops.topk_encode(torch.ones(2, 3), torch.ones(4, 3), k=1)"
+    env = {**os.environ, "CLIPSTEER_CPU_ISA": "avx1024"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "must be portable, avx2 or avx512" in done.stderr
+
+
 def test_tf32_is_read_from_torchs_new_setting_too():
     code = (
         "import torch; from clipsteer.kernels._precision import tf32_allowed\n"
