@@ -25,7 +25,7 @@ from clipsteer.steering import ConceptorSteering
 MOST_CLASSES = 8
 _LEAST_IMAGES = 3  # to fit one conceptor on
 _SHOWN = 6
-_EXAMPLES = 4
+_EXAMPLES = 5
 _BATCH = 64
 
 
@@ -59,7 +59,8 @@ def kinds_of(pictures: Pictures, emoji: bool) -> Kinds | str:
         for row in pictures.train:
             drawn.setdefault(int(pictures.truth[row]), []).append(row)
         pairs = [tuple(rows) for rows in drawn.values() if len(rows) == 2]
-        kinds = Kinds("category", names, of_text[pictures.truth], of_text, pairs)
+        shown = [name.replace("-", " & ") for name in names]
+        kinds = Kinds("category", shown, of_text[pictures.truth], of_text, pairs)
     elif pictures.truth is None:
         return "Conceptors need groups of images to compare, and these images have no classes."
     else:
@@ -166,7 +167,7 @@ def measure(
         })  # fmt: skip
 
     def gain(k: int) -> float:
-        return found[k]["effect"]["itself"]["mass"][k] - probability["everything"]["mass"][k]
+        return found[k]["effect"]["itself"]["mass"][k] / max(probability["everything"]["mass"][k], 1e-9)
 
     best = max(range(K), key=gain)
 

@@ -24,7 +24,8 @@ def conceptors(pictures: Pictures, found: Mapping[str, Any], hook_point: str, sa
         return [text(found["skipped"])]
     what, rows = found["what"], found["conceptors"]
     apart = found["told_apart"]
-    others = f"the {what} itself"
+    shown, other = found["shown"], 0 if found["shown"] else 1
+    pair = f"{rows[shown]['name']} AND NOT {rows[other]['name']}"
     return [
         text(
             "A conceptor is a soft projection, made from the tokens of some images: directions that these images use "
@@ -40,29 +41,33 @@ def conceptors(pictures: Pictures, found: Mapping[str, Any], hook_point: str, sa
             f"{found['held_out']} images the {what} whose conceptor keeps most in this sense is right for "
             f"{percent(apart['accuracy'])}; the largest {what} makes up {percent(apart['largest_share'])}."
         ),
-        cards(*(_kept(pictures, row, what) for row in rows)),
+        cards(*(_kept(pictures, row, found) for row in rows)),
         text(
             f"Steering: every token of {found['steered_images']} held-out images of all kinds goes through a "
             "conceptor, and the model names what comes out. The table gives the probability that falls on names of "
-            f"{others}, mean over the images. Read each row against the second column, where the conceptor of all "
-            "images shows what damping alone does."
+            f"the {what} in the first column, mean over the images. Compare with the column of the conceptor of all "
+            "images, which shows what damping alone does."
         ),
         _effects(found),
         _examples(pictures, found),
         code(
             "import clipsteer\n\n"
-            f"conceptors = clipsteer.Conceptor.load({str(saved)!r})  # {', '.join(row['name'] for row in rows)}\n"
-            f"wanted = conceptors[{found['shown']}] & ~conceptors[{0 if found['shown'] else 1}]\n"
+            f"conceptors = clipsteer.Conceptor.load({str(saved)!r})\n"
+            f"wanted = conceptors[{shown}] & ~conceptors[{other}]  # {pair}\n"
             f"steering = clipsteer.ConceptorSteering(wanted)  # for clipsteer.steer, at {hook_point!r}"
         ),
     ]
 
 
-def _kept(pictures: Pictures, row: Mapping[str, Any], what: str) -> Html:
-    def grid(pairs: Sequence[tuple[int, float]]) -> Html:
-        return figures([(pictures.thumb(i, 96), f"{pictures.names[i]}, ×{r:.2f}") for i, r in pairs], size="4.2rem")
+def _kept(pictures: Pictures, row: Mapping[str, Any], found: Mapping[str, Any]) -> Html:
+    def caption(name: str, ratio: float) -> str:
+        # drawings are all of one style here: its name at the end would only take room
+        return f"{name.rpartition(' (')[0] if found['minus'] == 'style' else name}, ×{ratio:.2f}"
 
-    own = f"{row['most_of_its_own']} of these {len(row['most'])} are of this {what}"
+    def grid(pairs: Sequence[tuple[int, float]]) -> Html:
+        return figures([(pictures.thumb(i, 96), caption(pictures.names[i], r)) for i, r in pairs], size="4.6rem")
+
+    own = f"{row['most_of_its_own']} of these {len(row['most'])} are of this {found['what']}"
     return card(
         row["name"], text(f"From {row['images']} images; quota {row['quota']:.3f}.", css="note"),
         text(f"Kept most ({own}):"), grid(row["most"]), text("Kept least:"), grid(row["least"]),
@@ -91,7 +96,7 @@ def _effects(found: Mapping[str, Any]) -> Html:
         [f"probability of the {what}", "unsteered", "conceptor of all images", f"the {what}'s own",
          f"own AND NOT {_minus(found)}", "NOT its own"], body,
         f"{minus} The last row is the share of images that still get their own name, among all names; in the last "
-        "three columns it is the mean over the conceptors. Steering moves the model's attention at a price.",
+        "three columns it is the mean over the conceptors. Steering has its price: fewer images get their name.",
     )  # fmt: skip
 
 
@@ -108,7 +113,10 @@ def _examples(pictures: Pictures, found: Mapping[str, Any]) -> Html:
 
     return cards(
         card(f"Keep {name}, on other images", table(["image", "seen as", "steered"], rows("itself"), words=True)),
-        card(f"NOT {name}, on images of it", table(["image", "seen as", "steered"], rows("not"), words=True)),
+        card(
+            f"NOT {name}, on images of that {found['what']}",
+            table(["image", "seen as", "steered"], rows("not"), words=True),
+        ),
     )
 
 
@@ -145,8 +153,13 @@ def wise_ft(found: Mapping[str, Any]) -> list[Html]:
             ("after tuning, other styles", percent(line[1.0]["shifted"])),
             (f"before and after, {own}", f"{percent(line[0.0]['reference'])} → {percent(line[1.0]['reference'])}"),
         ]),
+        text(
+            f"In the left chart a line runs from before tuning (○) to after (■): further right is better on {own}, "
+            "further up is better on the other styles. The axes are in log odds, which stretch the scale towards 0 "
+            "and 100 %. The output-space ensemble averages the answers of both models instead, and has to run both."
+        ),
         charts(*curve_charts(rows)),
-        text(_verdict(line)),
+        text(_verdict(rows)),
         summary_table(rows, None),
         table(
             ["α", *names], body,
@@ -157,12 +170,13 @@ def wise_ft(found: Mapping[str, Any]) -> list[Html]:
     ]  # fmt: skip
 
 
-def _verdict(line: Mapping[float, Mapping[str, Any]]) -> str:
-    better = max(line[0.0]["shifted"], line[1.0]["shifted"])
-    above = [alpha for alpha, row in line.items() if 0 < alpha < 1 and row["shifted"] > better]
-    if not above:
-        return "In this run no average beats both ends on the other styles."
-    return (
-        f"In this run {len(above)} of {len(line) - 2} averages beat both ends on the mean of the other styles: "
-        f"α = {', '.join(f'{a:g}' for a in above)}. The left chart shows it as a line that bulges up and to the right."
-    )
+def _verdict(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many alphas beat both ends on the shifted sets, by both measures."""
+    parts = []
+    for measure, name in (("accuracy", "accuracy"), ("balanced", "balanced accuracy (the mean over classes)")):
+        line = {row["alpha"]: row["shifted"] for row in averages(rows, measure) if row["method"] == "weight"}
+        inner = [alpha for alpha in line if 0 < alpha < 1]
+        above = [alpha for alpha in inner if line[alpha] > max(line[0.0], line[1.0])]
+        which = f" (α = {', '.join(f'{a:g}' for a in above)})" if 0 < len(above) < len(inner) else ""
+        parts.append(f"by {name} {len(above)} of the {len(inner)} averages in between{which}")
+    return f"What beats both ends on the mean of the other styles, in this run: {'; '.join(parts)}."
