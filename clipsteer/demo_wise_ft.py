@@ -8,7 +8,7 @@ from typing import Any
 from clipsteer import style_shift
 from clipsteer.data import HELD_OUT_STYLE
 
-# what style_shift.choose takes on validation concepts for this style
+# what style_shift.choose took on validation concepts for this style: benchmarks/results/wise_ft_emoji
 HEAD, LR, EPOCHS = "labels", 1e-3, 5
 ELSEWHERE = (
     "The demo does this for EmojiCLIP and the bundled drawings alone. For your own: clipsteer finetune tunes a model, "
