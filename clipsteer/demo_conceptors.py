@@ -108,7 +108,10 @@ def fit(tokens: Tensor, kinds: Kinds, train: Sequence[int]) -> Fitted:
         a, b = (tokens[list(rows)] for rows in zip(*kinds.pairs))
         minus = [make(correlation((a - b) / 2))] * len(kinds.names)
     else:
-        minus = [make(correlation(x[(marks != k) & (marks >= 0)])) for k in range(len(kinds.names))]
+        # every image has as many tokens, so that the others' correlation is a mean weighted by images
+        count = torch.bincount(marks[marks >= 0], minlength=len(R)).to(R)
+        rest = 1 - torch.eye(len(R)).to(R)
+        minus = [make((w[:, None, None] * R).sum(0)) for w in rest * count / (rest @ count)[:, None]]
     return Fitted(make(R), make(whole), minus)
 
 

@@ -202,6 +202,12 @@ def test_conceptors_tell_apart_what_differs_and_see_no_held_out_image():
     assert float(share.amin(1).max()) < 1e-10
     both = fitted.own[0] & ~fitted.minus[0]
     torch.testing.assert_close(both.matrix, fitted.own[0].matrix)  # nothing of b is in a
+    uneven = demo_conceptors.Kinds(
+        "class", ["a", "b", "c"], torch.tensor([0, 0, 0, 1, 2, 2, 2, 2]), torch.arange(3), []
+    )
+    random = torch.randn(8, 5, 6, generator=generator)
+    minus = demo_conceptors.fit(random, uneven, range(8)).minus[2]
+    torch.testing.assert_close(minus.matrix, Conceptor.fit(random[:4], minus.aperture).matrix)
     tokens[16:] = 100.0
     assert torch.equal(demo_conceptors.fit(tokens, kinds, train).own.matrix, fitted.own.matrix)
     # α is relative, so that the unit of the activations drops out
