@@ -177,11 +177,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    p = _add(commands, "demo", _demo, "see a CLIP model's features and steer them, in one page", """
+    p = _add(commands, "demo", _demo, "a CLIP model's features, conceptors and WiSE-FT curve, in one page", """
 examples:
   the bundled model and drawings; a few minutes on two cores:
     clipsteer demo
-  a real CLIP on your own images (a folder of class folders, captions.csv, or shards.tar):
+  a real CLIP on your own images (a folder of class folders, captions.csv, or shards.tar); conceptors need 2 to 8
+  classes, and the WiSE-FT curve is drawn for the bundled model and drawings alone:
     clipsteer demo --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/ --out photos-demo
 """)  # fmt: skip
     p.add_argument("--out", type=Path, default=Path("clipsteer-demo"), metavar="DIR", help="(default: clipsteer-demo)")

@@ -1,4 +1,5 @@
-"""The demo: what a CLIP model sees, a sparse autoencoder trained on its tokens, and what steering a feature does.
+"""The demo: what a CLIP model sees, a sparse autoencoder trained on its tokens, what steering a feature does,
+conceptors, and a WiSE-FT curve.
 
 ``run`` leaves a page, the SAE and the figures in a folder. The same seed on the same machine gives the same figures.
 """
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 import clipsteer
-from clipsteer import demo_page
+from clipsteer import demo_conceptors, demo_page, demo_wise_ft
 from clipsteer._files import write_json
 from clipsteer.clip import CLIP, EMOJI_TEMPLATES, EMOJICLIP, SIMPLE_TEMPLATES, load, zero_shot_head
 from clipsteer.data import ImageDataset
@@ -38,6 +39,7 @@ from clipsteer.explore import (
     spread,
     zero_shot,
 )
+from clipsteer.robustness import averages
 from clipsteer.sae import SAE
 from clipsteer.sae_features import feature_peaks
 
@@ -73,6 +75,17 @@ class Demo:
         for group, row in self.figures["sae"]["evaluation"].items():
             out.append(f"SAE, {group}: explained variance {row['ev']:.3f}, L0 {row['l0']:.1f}")
         share = self.figures["steering"]
+        if rows := self.figures["conceptors"].get("conceptors"):
+            before, after = (
+                sum(way["mass"][k] for k, way in enumerate(ways)) / len(rows)
+                for ways in ([self.figures["conceptors"]["probability"]["unsteered"]] * len(rows),
+                             [row["effect"]["itself"] for row in rows])
+            )  # fmt: skip
+            out.append(f"conceptors, probability of their own kind: {before:.1%} unsteered, {after:.1%} steered")
+        if rows := self.figures["wise_ft"].get("rows"):
+            line = {row["alpha"]: row["shifted"] for row in averages(rows) if row["method"] == "weight"}
+            shown = ", ".join(f"{line[a]:.1%} at alpha {a:g}" for a in (0.0, 0.5, 1.0) if a in line)
+            out.append(f"WiSE-FT, shifted styles: {shown}")
         out.append(f"steerable (S > {STEERABLE}): {share['steerable']} of {share['probed']} features probed")
         return out
 
@@ -89,7 +102,8 @@ def run(
     max_images: int | None = None,
     device: str = "cpu",
 ) -> Demo:
-    """Run the demo into the folder ``out``: report.html, metrics.json and sae/.
+    """Run the demo into the folder ``out``: report.html, metrics.json, sae/ and, where the images have a few
+    classes, conceptors.safetensors.
 
     Args:
         seed: of the SAE, its batches and what is drawn.
@@ -123,10 +137,9 @@ def run(
     figures["sae"] = {**sae.config, "evaluation": evaluate(clip, pictures, sae)}
     peaks = feature_peaks(sae, tokens)
     predictor = Predictor(clip, sae, hook_point, head)
-    held_out = list(pictures.groups.values())[-1 if data else 2]
     # a pass over the probe images for every feature: fewer of both where a pass is dear
     limit, probes = (256, 24) if tokens.shape[-1] <= 256 else (32, 8)
-    probe_rows = spread(held_out, probes)
+    probe_rows = spread(pictures.held_out, probes)
     probed = pixels(clip, pictures, probe_rows)
     dictionary = clipsteer.ConceptDictionary(pictures.vocabulary, head, embeddings.mean(0))
     features = describe(peaks, embeddings, dictionary, limit)
@@ -149,8 +162,15 @@ def run(
         "scores": sorted((f.steerability for f in features), reverse=True),
         "features": [{**asdict(f), "response": s} for f, s in zip(chosen, shown)],
     }  # fmt: skip
+    figures["conceptors"] = demo_conceptors.measure(
+        predictor, pictures, tokens, embeddings, data is None, out / "conceptors.safetensors"
+    )
+    if model == EMOJICLIP and data is None:
+        figures["wise_ft"] = demo_wise_ft.measure(seed, device)
+    else:
+        figures["wise_ft"] = {"skipped": demo_wise_ft.ELSEWHERE}
     write_json(out / "metrics.json", figures)
-    page = demo_page.build(predictor, pictures, figures, history, tokens, embeddings, chosen, out / "sae")
+    page = demo_page.build(predictor, pictures, figures, history, tokens, embeddings, chosen, out)
     return Demo(page.write(out / "report.html"), out / "sae", out / "metrics.json", figures)
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from clipsteer import demo_sections
 from clipsteer._tokens import layout_at
 from clipsteer.clip import EMOJICLIP
+from clipsteer.demo_sections import percent as _percent
 from clipsteer.explore import Feature, Pictures, Predictor, feature_heat, pixels, spread
 from clipsteer.report import (
     Html,
@@ -41,13 +43,14 @@ def build(
     chosen: Sequence[Feature],
     saved: Path,
 ) -> Page:
-    """The whole page; ``saved`` is the SAE's folder. Nothing in it depends on when or how fast the demo ran."""
+    """The whole page; ``saved`` is the demo's folder. Nothing in it depends on when or how fast the demo ran."""
     clip, sae = predictor.clip, predictor.sae
     weights = f" ({clip.pretrained})" if clip.pretrained else ""
     page = Page(
         "What a CLIP model sees, and how to steer it",
         f"{clip.name}{weights}, sparse autoencoder at {predictor.hook_point}",
-        footer=f"Made by clipsteer demo, seed {found['seed']}. The figures are in metrics.json, the SAE in sae/.",
+        footer=f"Made by clipsteer demo, seed {found['seed']}. The figures are in metrics.json, the SAE in sae/, the "
+        "conceptors in conceptors.safetensors.",
     )
     page.lead(_headline(found))
     if clip.name == EMOJICLIP:
@@ -62,17 +65,18 @@ def build(
     page.section("The sparse autoencoder", *_training(sae, found, history))
     page.section("Features", *_features(predictor, pictures, tokens, chosen, found))
     page.section("Steering one feature up and down", *_steering(predictor, pictures, embeddings, chosen, found))
+    conceptors = saved / "conceptors.safetensors"
+    page.section(
+        "Conceptors", *demo_sections.conceptors(pictures, found["conceptors"], predictor.hook_point, conceptors)
+    )
+    page.section("Averaging before and after fine-tuning", *demo_sections.wise_ft(found["wise_ft"]))
     multiple = found["steering"]["multiple_of_peak"]
-    page.section("Do it yourself", *_snippet(clip, predictor.hook_point, chosen[0], multiple, saved, found))
+    page.section("Do it yourself", *_snippet(clip, predictor.hook_point, chosen[0], multiple, saved / "sae", found))
     return page
 
 
 def _title(feature: Feature) -> str:
     return f"Feature {feature.index}: {feature.looks_like[0][0]}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}\u00a0%"
 
 
 def _plus_minus(found: Mapping[str, float]) -> str:
@@ -125,12 +129,12 @@ def _seeing(pictures: Pictures, found: Mapping[str, Any], embeddings: Tensor, pr
                 caption="Accuracy ± standard error over the images." + seen,
             ),
         ]  # fmt: skip
-    rows = spread(list(pictures.groups.values())[_held_out(pictures.groups)], 12)
+    rows = spread(pictures.held_out, 12)
     best = predictor.of(embeddings[rows]).max(-1)
     items = []
     for i, p, index in zip(rows, best.values.tolist(), best.indices.tolist()):
         guess = pictures.vocabulary[index]
-        items.append((_thumb(pictures, i), f"{guess}, {p:.0%}", f"{pictures.names[i]}, seen as {guess}"))
+        items.append((pictures.thumb(i), f"{guess}, {p:.0%}", f"{pictures.names[i]}, seen as {guess}"))
     size = len(pictures.vocabulary)
     parts.append(text(f"Some images, and what the model takes them for among {size} names:"))
     return [*parts, figures(items, size="4.6rem")]
@@ -179,17 +183,11 @@ def _or_dash(value: float | None) -> str:
     return "–" if value is None else _percent(value)
 
 
-def _thumb(pictures: Pictures, row: int, size: int = _SIZE) -> Any:
-    image = pictures.dataset[row][0].copy()
-    image.thumbnail((size, size))
-    return image
-
-
 def _heat(predictor: Predictor, pictures: Pictures, tokens: Tensor, feature: Feature, row: int) -> Any:
     prefix = layout_at(predictor.clip.model, predictor.hook_point).before_patches(tokens.shape[1]) or 0
     grid = feature_heat(predictor.sae, tokens[row], feature.index, prefix)
     if grid is None or float(grid.max()) < 0.1 * feature.peak:
-        return _thumb(pictures, row)
+        return pictures.thumb(row)
     return heat_overlay(pictures.dataset[row][0], grid, size=_SIZE)
 
 
@@ -287,7 +285,7 @@ def _before_and_after(
     def rows(images: Sequence[int], feature: Feature, strength: float) -> list[list[Any]]:
         clean = predictor.of(embeddings[images])
         moved = predictor.steered(pixels(predictor.clip, pictures, images), feature.index, strength)
-        return [[figures([(_thumb(pictures, i), "", pictures.names[i])], size="3.2rem"), best(a), best(b)]
+        return [[figures([(pictures.thumb(i), "", pictures.names[i])], size="3.2rem"), best(a), best(b)]
                 for i, a, b in zip(images, clean, moved)]  # fmt: skip
 
     first, missed = chosen[0], max(chosen, key=lambda f: sum(d * d for _, d in f.removed))

@@ -22,7 +22,7 @@ from clipsteer.data import EmojiStyles, ImageDataset, open_dataset
 from clipsteer.sae import SAE
 from clipsteer.sae_eval import steerability
 from clipsteer.splice import ConceptDictionary
-from clipsteer.steering import SAESteering, steer
+from clipsteer.steering import SAESteering, Steering, steer
 
 _MAX_TOKEN_BYTES = 512 << 20
 
@@ -45,6 +45,18 @@ class Pictures:
     classes: list[str] | None
     truth: Tensor | None
     vocabulary: list[str]
+
+    @property
+    def held_out(self) -> list[int]:
+        """The group to show and to try things on: of the four cells known concepts in a new style, else the last."""
+        groups = list(self.groups.values())
+        return groups[2 if len(groups) == 4 else -1]
+
+    def thumb(self, row: int, size: int = 128) -> Any:
+        """A small copy of an image."""
+        image = self.dataset[row][0].copy()
+        image.thumbnail((size, size))
+        return image
 
     def variant(self, rows: Sequence[int], change: Callable[[Any], Any]) -> Pictures:
         """The images of some rows, each changed when it is read; nothing else is kept."""
@@ -208,9 +220,12 @@ class Predictor:
         return (100 * embeddings @ self.head.T).softmax(-1)
 
     @torch.no_grad()
-    def steered(self, images: Tensor, feature: int, strength: float) -> Tensor:
-        with steer(self.clip.model, {self.hook_point: SAESteering(self.sae, {feature: strength})}):
+    def under(self, images: Tensor, steering: Steering) -> Tensor:
+        with steer(self.clip.model, {self.hook_point: steering}):
             return self.of(self.clip.embed(images).float().cpu())
+
+    def steered(self, images: Tensor, feature: int, strength: float) -> Tensor:
+        return self.under(images, SAESteering(self.sae, {feature: strength}))
 
 
 def largest(delta: Tensor, texts: Sequence[str], count: int) -> list[tuple[str, float]]:

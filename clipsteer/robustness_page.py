@@ -33,6 +33,13 @@ def percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f}"
 
 
+def _ticks(low: float, high: float) -> list[float]:
+    """Round accuracies between two log odds: the usual ones, or where fewer than three fit, finer ones."""
+    inside = lambda ticks: [t for t in ticks if low <= math.log(t / (1 - t)) <= high]
+    finer = ([i / n for i in range(1, n)] for n in (20, 50, 100))
+    return next((found for ticks in (_TICKS, *finer) if len(found := inside(ticks)) >= 3), inside(_TICKS))
+
+
 def logit_chart(
     lines: Mapping[str, Sequence[Mapping[str, float]]], *, title: str, x_label: str, y_label: str,
     baseline: Baseline | None = None, models: Sequence[tuple[float, int, float, int]] = (),
@@ -52,16 +59,14 @@ def logit_chart(
     px = lambda x: left + (x - x0) / (x1 - x0) * (w - left - right)
     py = lambda y: h - bottom - (y - y0) / (y1 - y0) * (h - top - bottom)
     out = []
-    # between the round ones only where there is room
-    ticks = (*_TICKS, 0.15, 0.25) if max(x1 - x0, y1 - y0) < 3 else _TICKS
-    for tick in ticks:
+    for tick in _ticks(y0, y1):
         value, shown = math.log(tick / (1 - tick)), f"{100 * tick:g}"
-        if y0 <= value <= y1:
-            out.append(f'<line class="rule" x1="{left}" x2="{w - right}" y1="{py(value):.1f}" y2="{py(value):.1f}"/>')
-            out.append(f'<text x="{left - 5}" y="{py(value) + 4:.1f}" text-anchor="end">{shown}</text>')
-        if x0 <= value <= x1:
-            out.append(f'<line class="rule" x1="{px(value):.1f}" x2="{px(value):.1f}" y1="{top}" y2="{h - bottom}"/>')
-            out.append(f'<text x="{px(value):.1f}" y="{h - bottom + 15}" text-anchor="middle">{shown}</text>')
+        out.append(f'<line class="rule" x1="{left}" x2="{w - right}" y1="{py(value):.1f}" y2="{py(value):.1f}"/>')
+        out.append(f'<text x="{left - 5}" y="{py(value) + 4:.1f}" text-anchor="end">{shown}</text>')
+    for tick in _ticks(x0, x1):
+        value, shown = math.log(tick / (1 - tick)), f"{100 * tick:g}"
+        out.append(f'<line class="rule" x1="{px(value):.1f}" x2="{px(value):.1f}" y1="{top}" y2="{h - bottom}"/>')
+        out.append(f'<text x="{px(value):.1f}" y="{h - bottom + 15}" text-anchor="middle">{shown}</text>')
     out.append(f'<text x="{(left + w - right) / 2}" y="{h - 3}" text-anchor="middle">{escape(x_label)}</text>')
     out.append(f'<text transform="translate(11 {(top + h - bottom) / 2}) rotate(-90)" text-anchor="middle">'
                f"{escape(y_label)}</text>")  # fmt: skip

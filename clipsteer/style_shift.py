@@ -164,6 +164,30 @@ def reference_models(
     return points
 
 
+def evaluation_sets(style: str, concepts: Sequence[int], device: str = "cpu") -> list[EvalSet]:
+    """Classify-30's drawings of the concepts: in `style` for reference, in each other style as a shift."""
+    clip, sets = load(EMOJICLIP, device=device), []
+    for other in (style, *(s for s in STYLES if s != style)):
+        images = classify30(other, concepts)
+        batches = list(pixel_batches(clip, images))
+        role = "reference" if other == style else "shifted"
+        sets.append(EvalSet(other, role, lambda b=batches: b, torch.tensor(images.targets)))
+    return sets
+
+
+def measure(
+    style: str, parts: Split, head_name: str, settings: dict[str, Any], tests: Sequence[EvalSet], *, seed: int = 0,
+    alphas: Sequence[float] = ALPHAS, device: str = "cpu",
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Tune EmojiCLIP on the training concepts in one style, with one seed: the rows of `robustness.curve`."""
+    training = sorted(parts.fit + parts.validation)
+    clip = load(EMOJICLIP, device=device)
+    head = heads(clip, training)[head_name]
+    zeroshot = {k: v.detach().clone() for k, v in zero_shot_classifier(clip, head).state_dict().items()}
+    tuned = _tune(clip, classify30(style, training), head, **settings, seed=seed)
+    return curve(zeroshot, tuned, tests, alphas)
+
+
 def run(
     *, styles: Sequence[str] = STYLES, seeds: Sequence[int] = (0, 1, 2), lrs: Sequence[float] = LRS,
     epochs: Sequence[int] = EPOCHS, alphas: Sequence[float] = ALPHAS, mode: str = "e2e", device: str = "cpu",
@@ -172,7 +196,6 @@ def run(
     settings = {"mode": mode, "batch_size": BATCH}
     alphas = sorted({*alphas, DEFAULT_ALPHA})
     parts = split()
-    training = sorted(parts.fit + parts.validation)
     rows: list[dict[str, Any]] = []
     found: dict[str, Any] = {
         "model": EMOJICLIP, "mode": mode, "batch_size": BATCH, "seeds": list(seeds), "machine": machine(),
@@ -183,23 +206,12 @@ def run(
     for style in styles:
         head_name, chosen, tried = choose(style, parts, settings, lrs, epochs, alphas, device)
         logger.info("%s: head from %s, %s", style, head_name, chosen)
-        clip = load(EMOJICLIP, device=device)
-        tests = []
-        for other in (style, *(s for s in STYLES if s != style)):
-            images = classify30(other, parts.test)
-            batches = list(pixel_batches(clip, images))
-            role = "reference" if other == style else "shifted"
-            tests.append(EvalSet(other, role, lambda b=batches: b, torch.tensor(images.targets)))
-        models = reference_models(style, parts, tests, clip)
+        tests = evaluation_sets(style, parts.test, device)
+        models = reference_models(style, parts, tests, load(EMOJICLIP, device=device))
         baseline = fit_baseline(models)
         for seed in seeds:
-            clip = load(EMOJICLIP, device=device)
-            head = heads(clip, training)[head_name]
-            zeroshot = {k: v.detach().clone() for k, v in zero_shot_classifier(clip, head).state_dict().items()}
-            tuned = _tune(
-                clip, classify30(style, training), head, **settings, lr=chosen["lr"], epochs=chosen["epochs"], seed=seed
-            )
-            measured = curve(zeroshot, tuned, tests, alphas)
+            tuning = {**settings, "lr": chosen["lr"], "epochs": chosen["epochs"]}
+            measured = measure(style, parts, head_name, tuning, tests, seed=seed, alphas=alphas, device=device)
             rows += [{"style": style, "seed": seed, **row} for row in measured]
         own = [row for row in rows if row["style"] == style]
         found["styles"][style] = {

@@ -12,7 +12,19 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from clipsteer import SAE, SAESteering, demo, demo_page, explore, steer
+from clipsteer import (
+    SAE,
+    Conceptor,
+    SAESteering,
+    demo,
+    demo_conceptors,
+    demo_page,
+    demo_sections,
+    demo_wise_ft,
+    explore,
+    steer,
+)
+from clipsteer import style_shift as shift
 from clipsteer.clip import load
 from clipsteer.sae_features import feature_peaks
 
@@ -63,7 +75,7 @@ def finished(tiny_model, image_folder, tmp_path_factory):
 
 def test_demo_runs_on_a_users_model_and_images(finished):
     (result, _), options = finished
-    assert result.page.read_text(encoding="utf-8").count("<section>") == 5
+    assert result.page.read_text(encoding="utf-8").count("<section>") == 7
     figures = json.loads(result.metrics.read_text())
     assert figures["model"]["hook_point"] == "visual.transformer.resblocks.1"
     assert [row["images"] for row in figures["zero_shot"]] == [33, 9]
@@ -79,10 +91,10 @@ def test_the_same_seed_gives_the_same_bytes(finished):
     (first, second), _ = finished
     assert first.metrics.read_bytes() == second.metrics.read_bytes()
     pages = [result.page.read_text(encoding="utf-8") for result in (first, second)]
-    # the page names the folder that its snippet loads the SAE from
-    assert pages[0] == pages[1].replace(str(second.sae), str(first.sae))
-    name = "model.safetensors"
-    assert (first.sae / name).read_bytes() == (second.sae / name).read_bytes()
+    # the page names the folder that its snippets load from
+    assert pages[0] == pages[1].replace(str(second.page.parent), str(first.page.parent))
+    for name in ("sae/model.safetensors", "conceptors.safetensors"):
+        assert (first.page.parent / name).read_bytes() == (second.page.parent / name).read_bytes()
 
 
 def test_the_page_shows_what_the_metrics_say(finished):
@@ -116,8 +128,11 @@ def test_the_saved_sae_steers_as_the_metrics_say(finished):
 
 def test_the_pages_snippet_runs(finished):
     (result, _), _ = finished
-    (source,) = re.findall("<pre><code>(.*?)</code></pre>", result.page.read_text(encoding="utf-8"), re.DOTALL)
-    names: dict = {}
+    sources = re.findall("<pre><code>(.*?)</code></pre>", result.page.read_text(encoding="utf-8"), re.DOTALL)
+    conceptors, names = {}, {}
+    exec(html.unescape(sources[0]), conceptors)
+    assert 0 < float(conceptors["steering"].conceptor.quota) < float(conceptors["conceptors"].quota.max())
+    (source,) = sources[1:]
     exec(html.unescape(source), names)
     feature = json.loads(result.metrics.read_text())["steering"]["features"][0]
     assert names["steering"].strengths == {feature["index"]: pytest.approx(5 * feature["peak"], abs=0.06)}
@@ -143,6 +158,114 @@ def test_the_readmes_steering_example_runs(finished):
     exec(source.replace("print(", "shown = ("), names)
     assert names["shown"].shape == (42, 3)
     assert not torch.allclose(names["features"], names["model"].encode_images(names["images"]))
+
+
+def test_conceptors_steer_as_the_metrics_say(finished):
+    """From the saved file, with a plain hook and no ops: the recorded probabilities come out again."""
+    (result, _), options = finished
+    figures = json.loads(result.metrics.read_text())["conceptors"]
+    clip = load(options["model"], options["pretrained"])
+    saved = Conceptor.load(result.page.parent / "conceptors.safetensors")
+    assert json.loads(saved.metadata["names"]) == ["blue box", "green disc", "red disc"]
+    pictures = explore.folder_pictures(options["data"], 0, 1000)
+    assert figures["minus"] == "others"
+    assert figures["steered_images"] == figures["held_out"] == len(pictures.held_out) == 9
+    head = demo.zero_shot_head(clip, pictures.vocabulary, demo.SIMPLE_TEMPLATES)
+    images = [pictures.dataset[i][0] for i in pictures.held_out]
+    module = clip.model.get_submodule(saved.metadata["hook_point"])
+    for k, row in enumerate(figures["conceptors"]):
+        own = saved.matrix[k].float()
+        for way, matrix in (("itself", own), ("not", torch.eye(32) - own)):
+            hook = module.register_forward_hook(lambda _, __, out, m=matrix: out @ m)
+            p = (100 * clip.encode_images(images) @ head.T).softmax(-1)
+            hook.remove()
+            torch.testing.assert_close(p[:, :3].mean(0), torch.tensor(row["effect"][way]["mass"]), rtol=1e-3, atol=1e-5)
+        assert row["quota"] == pytest.approx(float(saved.matrix[k].trace()) / 32)
+        assert [r for _, r in row["most"]] == sorted((r for _, r in row["most"]), reverse=True)
+        assert row["most"][0][1] >= row["least"][0][1]
+    for example in figures["examples"]["not"]:
+        assert pictures.truth[example["row"]] == figures["shown"]
+
+
+def test_conceptors_tell_apart_what_differs_and_see_no_held_out_image():
+    """Two kinds on different axes; a held-out token on neither axis changes nothing in the fit."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.zeros(24, 5, 6)
+    kind = torch.arange(24) % 2
+    for i in range(24):
+        tokens[i, :, 3 * int(kind[i]) : 3 * int(kind[i]) + 3] = torch.randn(5, 3, generator=generator)
+    kinds = demo_conceptors.Kinds("class", ["a", "b"], kind, torch.tensor([0, 1]), [])
+    train = list(range(16))
+    fitted = demo_conceptors.fit(tokens, kinds, train)
+    share = torch.stack([demo_conceptors.kept_share(fitted.own[k], tokens[16:]) for k in range(2)], 1)
+    assert (share.argmax(1) == kind[16:]).all()
+    assert float(share.amin(1).max()) < 1e-10
+    both = fitted.own[0] & ~fitted.minus[0]
+    torch.testing.assert_close(both.matrix, fitted.own[0].matrix)  # nothing of b is in a
+    uneven = demo_conceptors.Kinds(
+        "class", ["a", "b", "c"], torch.tensor([0, 0, 0, 1, 2, 2, 2, 2]), torch.arange(3), []
+    )
+    random = torch.randn(8, 5, 6, generator=generator)
+    minus = demo_conceptors.fit(random, uneven, range(8)).minus[2]
+    torch.testing.assert_close(minus.matrix, Conceptor.fit(random[:4], minus.aperture).matrix)
+    tokens[16:] = 100.0
+    assert torch.equal(demo_conceptors.fit(tokens, kinds, train).own.matrix, fitted.own.matrix)
+    # α is relative, so that the unit of the activations drops out
+    torch.testing.assert_close(demo_conceptors.fit(tokens * 7, kinds, train).own.matrix, fitted.own.matrix)
+
+
+def test_the_kinds_of_the_drawings_are_their_categories():
+    pictures = explore.emoji_pictures(400)
+    kinds = demo_conceptors.kinds_of(pictures, True)
+    assert kinds.names == ["activities", "animals & nature", "food & drink", "objects", "travel & places"]
+    assert kinds.of_image.tolist() == kinds.of_text[pictures.truth].tolist()
+    assert kinds.pairs
+    for a, b in kinds.pairs:
+        assert pictures.truth[a] == pictures.truth[b]
+        assert pictures.names[a] != pictures.names[b]
+        assert {a, b} <= set(pictures.train)
+
+
+def test_without_a_few_classes_the_conceptor_section_says_so():
+    dataset = explore.ImageDataset(lambda i: None, [0] * 40)
+    groups = {"train": list(range(30)), "held-out": list(range(30, 40))}
+    make = lambda classes, truth: explore.Pictures(
+        dataset, groups, groups["train"], [""] * 40, classes, truth, ["x"] * 40
+    )
+    assert "no classes" in demo_conceptors.kinds_of(make(None, None), False)
+    many = demo_conceptors.kinds_of(make([str(i) for i in range(10)], torch.arange(40) % 10), False)
+    assert "2 to 8 classes" in many
+    assert "there are 10" in many
+    assert many in "".join(demo_sections.conceptors(None, {"skipped": many}, "", Path()))
+    # a class of two training images is left out, and its images are nobody's
+    truth = torch.tensor([2, 2] + [i % 2 for i in range(36)] + [2, 2])
+    kinds = demo_conceptors.kinds_of(make(["a", "b", "c"], truth), False)
+    assert kinds.names == ["a", "b"]
+    assert kinds.of_image.tolist() == [-1, -1, *truth[2:38].tolist(), -1, -1]
+    assert kinds.of_text.tolist() == [0, 1] + [-1] * 38
+
+
+def test_wise_ft_section_shows_its_rows():
+    """Two concepts a class to tune on and one to test, one epoch: what the demo does, in little."""
+    whole, concepts = shift.split(), shift.EmojiStyles().concepts
+    few = lambda indices, n: [i for j, i in enumerate(indices) if sum(
+        concepts[i].subcategory == concepts[k].subcategory for k in indices[:j]) < n]  # fmt: skip
+    parts = shift.Split(few(whole.fit, 2), [], few(whole.test, 1))
+    found = demo_wise_ft.measure(3, parts=parts, epochs=1, alphas=(0.5,))
+    assert found == demo_wise_ft.measure(3, parts=parts, epochs=1, alphas=(0.5,))
+    rows = found["rows"]
+    assert [r["set"] for r in rows[:3]] == ["twemoji", "noto", "fluent"]
+    assert {(r["method"], r["alpha"]) for r in rows} == {(m, a) for m in ("weight", "output") for a in (0.0, 0.5, 1.0)}
+    assert {(r["set"], r["n"]) for r in rows} == {("twemoji", 30), ("noto", 30), ("fluent", 29)}  # it lacks one
+    markup = "".join(demo_sections.wise_ft(found))
+    for r in rows[:9]:
+        assert f"{100 * r['accuracy']:.1f} ({100 * r['low']:.1f}–{100 * r['high']:.1f})" in markup
+    assert "one fine-tuning seed (3)" in markup
+    better = [{**r, "accuracy": 0.9, "balanced": 0.2 if r["role"] == "shifted" else 0.9} if r["alpha"] == 0.5
+              else {**r, "accuracy": 0.4, "balanced": 0.3} for r in rows]  # fmt: skip
+    verdict = demo_sections._verdict(better)
+    assert "by accuracy 1 of the 1 averages" in verdict
+    assert "(the mean over classes) 0 of the 1" in verdict
 
 
 @pytest.mark.parametrize("count", [10, 16, 39])
