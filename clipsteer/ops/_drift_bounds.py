@@ -53,9 +53,9 @@ def check_values(inputs: dict[str, Any], outputs: dict[str, Tensor]) -> dict[str
         return {"prototypes": 0.0 if torch.allclose(value, mu, rtol=0, atol=0, equal_nan=True) else math.inf}
     u, half = ACCUMULATE[mu.dtype], mu.dtype in (torch.float16, torch.bfloat16)
     t, log_w, delta = log_weights(inputs)
-    # two exponentials, each sum's rescaling whenever the peak rises (a multiplication by an exponential a tile), and
-    # on tensor cores weights and movements as the sums of two bfloat16 each
-    steps = (2 * EXP + 2 + (EXP + 1) * min(rows, depth(rows))) * u + (2.0**-16 if half else 0.0)
+    # two exponentials; the sums are multiplied by one whenever a tile (of at least 64 rows) or a part raises the peak;
+    # on tensor cores weights and movements are sums of two bfloat16 each
+    steps = (2 * EXP + 2 + (EXP + 1) * (rows // 32 + 1)) * u + (2.0**-16 if half else 0.0)
     delta = delta + steps
     v = inputs["new"].double() - inputs["old"].double()
     p = log_w.softmax(1)
