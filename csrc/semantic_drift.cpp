@@ -7,8 +7,8 @@
 namespace clipsteer {
 namespace {
 
-constexpr int64_t kRows = 128;             // of a tile, a multiple of every block's width
-constexpr int64_t kBlock = 32 * kBlockRows;  // prototypes whose weights share the second-level cache with the tile
+constexpr int64_t kRows = 256;             // of a tile, a multiple of every block's width
+constexpr int64_t kBlock = 16 * kBlockRows;  // prototypes whose weights share the second-level cache with the tile
 constexpr int64_t kPrototypes = 512;       // of a task
 constexpr int64_t kTasks = 16;
 constexpr int64_t kLeastRows = 1024;       // of a part: the less, the more of the work is merging
