@@ -247,14 +247,14 @@ def run(
             floor = max(flops / rates[0], bytes_ / rates[1])
             memory = {n: extra_memory(c, device) for n, c in calls.items()}
             forward = measure(calls, device, repeats, f"{name} {label}")
-            leaves = [inputs[n].requires_grad_() for n in spec.leaves(inputs)]
-            result = next(iter(calls.values()))()
-            grad = torch.randn_like(result[0] if isinstance(result, tuple) else result)
-            both = measure(
-                {n: backward(c, grad, leaves) for n, c in calls.items()}, device, repeats, f"{name} {label} backward"
-            )
+            passes = {"forward": forward}
+            if leaves := [inputs[n].requires_grad_() for n in spec.leaves(inputs)]:
+                result = next(iter(calls.values()))()
+                grad = torch.randn_like(result[0] if isinstance(result, tuple) else result)
+                steps = {n: backward(c, grad, leaves) for n, c in calls.items()}
+                passes["forward+backward"] = measure(steps, device, repeats, f"{name} {label} backward")
             base = next(iter(spec.baselines))
-            for kind, times in (("forward", forward), ("forward+backward", both)):
+            for kind, times in passes.items():
                 for contender, seconds in times.items():
                     record = {"op": name, "shape": label, **sizes, "pass": kind, "contender": contender}
                     record |= {"seconds": seconds, "speedup": times[base] / seconds, "baseline": base}
@@ -271,7 +271,7 @@ def run(
 
 def gate(spec: Any, inputs: dict[str, Any], drawn: dict[str, Any], calls: dict[str, Callable], device: str) -> None:
     """No time is taken of a wrong result: a few rows of every backend of ours are held to the bound first."""
-    rows = {n for n in spec.rows if isinstance(drawn[n], Tensor)}
+    rows = {n for n in spec.rows or spec.gate if isinstance(drawn[n], Tensor)}
     few = {n: v[:8] if n in rows else v for n, v in drawn.items()}
     for backend in set(calls) & set(BACKENDS):
         cut = {n: v[:8] if n in rows else v for n, v in inputs.items()}

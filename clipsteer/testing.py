@@ -134,7 +134,9 @@ def repeats_bitwise(case: Case, repeats: int = 3) -> dict[str, float]:
         found = dict(zip(spec.outputs, result if isinstance(result, tuple) else (result,)))
         smooth = [t for t in found.values() if t.requires_grad]
         fixed = [torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=t.device).view(t.shape) for t in smooth]
-        found |= {f"d {n}": g for n, g in zip(leaves, torch.autograd.grad(smooth, [inputs[n] for n in leaves], fixed))}
+        if leaves:
+            grads = torch.autograd.grad(smooth, [inputs[n] for n in leaves], fixed)
+            found |= {f"d {n}": g for n, g in zip(leaves, grads)}
         return {n: t.detach().cpu() for n, t in found.items()}
 
     before = torch.get_num_threads()
@@ -163,7 +165,7 @@ def not_a_number(case: Case) -> dict[str, float]:
     inputs, worst = case.inputs(), {}
     for special in (float("nan"), float("inf"), -float("inf")):
         spoiled = {n: v.clone() if isinstance(v, Tensor) else v for n, v in inputs.items()}
-        leaves = case.spec.leaves(spoiled)
+        leaves = case.spec.leaves(spoiled) or [n for n, v in spoiled.items() if isinstance(v, Tensor)]
         which = int(torch.randint(len(leaves), (1,), generator=generator)) if special != special else 0
         target = spoiled[leaves[which]]
         if target.numel() == 0:

@@ -37,6 +37,7 @@ Tensor grouped_matmul(Tensor x, Tensor w, std::optional<Tensor> index, std::opti
                       std::optional<Tensor> mean, bool transpose);
 Tensor grouped_outer(Tensor a, Tensor b, std::optional<Tensor> index, int64_t k);
 Tensor low_rank_project(Tensor x, Tensor u, Tensor s, std::optional<Tensor> index, std::optional<Tensor> mean);
+std::tuple<Tensor, Tensor, Tensor> drift_sums(Tensor old, Tensor fresh, Tensor prototypes, Tensor scale);
 int64_t isa_level();
 
 // A (value, column) pair as one key: the greater key has the larger value or, at equal values, the lower column.
@@ -121,6 +122,10 @@ constexpr int kVectorBytes = level == 2 ? 64 : 32;
 template <int level>
 constexpr int kBlockBytes = level == 2 ? 256 : 64;
 
+// Where squared distances saturate, so that neither their sums nor their multiples overflow.
+template <class V>
+constexpr V kFar = std::numeric_limits<V>::max() / 16;
+
 // One implementation of the inner loops per instruction set, all with the same selections.
 struct Kernels {
   int64_t level;
@@ -139,6 +144,12 @@ struct Kernels {
   void (*widen_f16)(const Half* src, float* dst, int64_t n);
   void (*narrow_bf16)(const float* src, BFloat16* dst, int64_t n);
   void (*narrow_f16)(const float* src, Half* dst, int64_t n);
+  // From dot products with n rows of squared norms `square` to -kappa |row - prototype|^2, in place; their maximum.
+  float (*log_weights32)(float* dot, const float* square, float own, float kappa, int64_t n);
+  double (*log_weights64)(double* dot, const double* square, double own, double kappa, int64_t n);
+  // log_w becomes exp(log_w - peak) + floor, for log_w <= peak; their sum.
+  float (*weights32)(float* log_w, float peak, float floor, int64_t n);
+  double (*weights64)(double* log_w, double peak, double floor, int64_t n);
   // c[i] = a[i] (k numbers) @ b (k rows of block_bytes, `stride` numbers apart), for 1 to kBlockRows rows.
   int64_t block_bytes;
   void (*block32)(const float* const* a, const float* b, int64_t stride, int64_t k, int rows, float* const* c);
@@ -168,6 +179,16 @@ struct Kernels {
   }
   void block(const double* const* a, const double* b, int64_t stride, int64_t k, int rows, double* const* c) const {
     block64(a, b, stride, k, rows, c);
+  }
+  float log_weights(float* dot, const float* square, float own, float kappa, int64_t n) const {
+    return log_weights32(dot, square, own, kappa, n);
+  }
+  double log_weights(double* dot, const double* square, double own, double kappa, int64_t n) const {
+    return log_weights64(dot, square, own, kappa, n);
+  }
+  float weights(float* log_w, float peak, float floor, int64_t n) const { return weights32(log_w, peak, floor, n); }
+  double weights(double* log_w, double peak, double floor, int64_t n) const {
+    return weights64(log_w, peak, floor, n);
   }
   void pack(const float* u, int64_t stride, int64_t columns, int64_t k, float* out) const {
     pack32(u, stride, columns, k, out);

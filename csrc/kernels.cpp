@@ -1,4 +1,4 @@
-// Builds kernels.h and blocks.h for each instruction set and picks one when the library is first used.
+// Builds kernels.h, weights.h and blocks.h for each instruction set and picks one when the library is first used.
 #include "cpu.h"
 
 #include <cstdlib>
@@ -13,6 +13,7 @@
 #define ISA portable
 #define TARGET
 #include "kernels.h"
+#include "weights.h"
 #undef CLIPSTEER_LEVEL
 #undef ISA
 #undef TARGET
@@ -22,6 +23,7 @@
 #define ISA avx2
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #include "kernels.h"
+#include "weights.h"
 #include "blocks.h"
 #undef CLIPSTEER_LEVEL
 #undef ISA
@@ -31,6 +33,7 @@
 #define ISA avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #include "kernels.h"
+#include "weights.h"
 #include "blocks.h"
 #undef CLIPSTEER_LEVEL
 #undef ISA
@@ -42,7 +45,8 @@ namespace {
 
 #define TABLE(level, isa, ...)                                                                              \
   {level,       isa::filter32, isa::filter64,   isa::seed32,    isa::seed64,      isa::axpy32, isa::axpy64, \
-   isa::dot32, isa::dot64,    isa::widen_bf16, isa::widen_f16, isa::narrow_bf16, isa::narrow_f16, __VA_ARGS__}
+   isa::dot32, isa::dot64,    isa::widen_bf16, isa::widen_f16, isa::narrow_bf16, isa::narrow_f16, \
+   isa::log_weights32, isa::log_weights64, isa::weights32, isa::weights64, __VA_ARGS__}
 #define BLOCKS(level, isa) kBlockBytes<level>, isa::block32, isa::block64, isa::pack32, isa::pack64
 
 // Elsewhere torch's GEMM has the better inner loop.

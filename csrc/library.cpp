@@ -11,6 +11,7 @@ STABLE_TORCH_LIBRARY(clipsteer_cpp, m) {
   m.def("grouped_matmul(Tensor x, Tensor W, Tensor? index, Tensor? beta, Tensor? mean, bool transpose) -> Tensor");
   m.def("grouped_outer(Tensor a, Tensor b, Tensor? index, SymInt groups) -> Tensor");
   m.def("low_rank_project(Tensor x, Tensor U, Tensor s, Tensor? index, Tensor? mean) -> Tensor");
+  m.def("drift_sums(Tensor old, Tensor new, Tensor prototypes, Tensor scale) -> (Tensor peak, Tensor total, Tensor moved)");
   m.def("isa_level() -> int");
 }
 
@@ -24,6 +25,7 @@ STABLE_TORCH_LIBRARY_IMPL(clipsteer_cpp, CPU, m) {
   m.impl("grouped_matmul", TORCH_BOX(&clipsteer::grouped_matmul));
   m.impl("grouped_outer", TORCH_BOX(&clipsteer::grouped_outer));
   m.impl("low_rank_project", TORCH_BOX(&clipsteer::low_rank_project));
+  m.impl("drift_sums", TORCH_BOX(&clipsteer::drift_sums));
 }
 
 // No tensor argument to choose a backend by.

@@ -39,6 +39,11 @@ KERNELS = (
     "low_rank_project_mean",
     "low_rank_project_fp32",
     "low_rank_project_r256",
+    "drift_square",
+    "drift_log_weights",
+    "drift_log_weights_fp32",
+    "drift_moved",
+    "drift_moved_fp32",
 )
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # a block's limit, bytes
 
@@ -73,6 +78,7 @@ def test_shared_memory_fits(binaries: tuple[str, dict[str, dict]], kernel: str) 
     [
         "topk_encode_fwd", "topk_encode_keys", "grouped_matmul", "grouped_matmul_transposed", "grouped_matmul_mean",
         "grouped_outer", "low_rank_project", "low_rank_project_mean", "low_rank_project_r256",
+        "drift_log_weights", "drift_moved",
     ],
 )  # fmt: skip
 def test_matrix_product_runs_on_tensor_cores(binaries: tuple[str, dict[str, dict]], kernel: str) -> None:
@@ -84,7 +90,7 @@ def test_matrix_product_runs_on_tensor_cores(binaries: tuple[str, dict[str, dict
 
 def test_fp32_keeps_ieee_products(binaries: tuple[str, dict[str, dict]]) -> None:
     target, found = binaries
-    for kernel in ("topk_encode_fwd_fp32", "low_rank_project_fp32"):
+    for kernel in ("topk_encode_fwd_fp32", "low_rank_project_fp32", "drift_log_weights_fp32", "drift_moved_fp32"):
         instructions = found[kernel]["instructions"]
         # CDNA's fp32 matrix instructions are IEEE; NVIDIA's tensor cores would round the operands to TF32.
         if target == "gfx942":
@@ -99,7 +105,7 @@ def test_gathers_read_16_bytes_a_lane(binaries: tuple[str, dict[str, dict]], ker
 
 
 def test_matrix_tiles_are_copied_16_bytes_a_lane(binaries: tuple[str, dict[str, dict]]) -> None:
-    for kernel in ("topk_encode_fwd", "grouped_matmul", "low_rank_project"):
+    for kernel in ("topk_encode_fwd", "grouped_matmul", "low_rank_project", "drift_log_weights", "drift_moved"):
         assert binaries[1][kernel]["instructions"]["load_16_bytes"] > 0
 
 
@@ -128,13 +134,13 @@ def compile_all(target_name: str) -> dict[str, dict]:
     target = GPUTarget("hip", target_name, 64) if hip else GPUTarget("cuda", int(target_name[3:]), 32)
     torch.version.hip = "ahead of time" if hip else None  # what the launchers ask to choose a configuration
 
-    from clipsteer.kernels import conceptor_project, sparse_decode, topk_encode
+    from clipsteer.kernels import conceptor_project, semantic_drift, sparse_decode, topk_encode
 
     def build(kernel, pointers: dict[str, str], scalars: str, config: dict) -> dict:
         options = {name: config.pop(name) for name in ("num_warps", "num_stages") if name in config}
         names = kernel.arg_names
         signature = dict.fromkeys(names, "constexpr") | dict.fromkeys(scalars.split(), "i32") | pointers
-        aligned = [name for name in (*pointers, *scalars.split()) if name not in ("B", "K")]
+        aligned = [name for name in (*pointers, *scalars.split()) if name not in ("B", "K", "N", "C", "rows_of_part")]
         attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
         source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in config.items()}, attrs)
         return budget(triton.compile(source, target=target, options=options))
@@ -182,6 +188,21 @@ def compile_all(target_name: str) -> dict[str, dict]:
         scalars = "B K m n w_col" if transpose else "B K m n w_row"
         config = conceptor_project.matmul_config(torch.bfloat16, d, mean)
         return build(conceptor_project._grouped_matmul_kernel, pointers, scalars, flags | config)
+
+    def drift(dtype: torch.dtype) -> tuple[dict, dict]:
+        kind, flags = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype], {"PRECISION": "ieee"}
+        pointers = {"old_ptr": kind, "log_w_ptr": "*fp32", "scale_ptr": "*fp64"}
+        squares = dict.fromkeys(("old_square_ptr", "mean_square_ptr"), "*fp32")
+        sums = dict.fromkeys(("peak_ptr", "total_ptr", "moved_ptr"), "*fp32")
+        log_weights = build(
+            semantic_drift._drift_log_weights_kernel, pointers | squares | {"means_ptr": kind}, "N C d",
+            flags | {"SCALED": True, "FAR": 2.0**123} | semantic_drift.log_weights_config(dtype),
+        )  # fmt: skip
+        moved = build(
+            semantic_drift._drift_moved_kernel, pointers | sums | {"new_ptr": kind}, "N C d rows_of_part",
+            flags | {"SPLIT": dtype != torch.float32} | semantic_drift.moved_config(dtype),
+        )  # fmt: skip
+        return log_weights, moved
 
     sorted_rows = {"order_ptr": "*i64", "offsets_ptr": "*i32"}
     d, n, k, kind = 768, 49152, 64, "*bf16"
@@ -235,6 +256,14 @@ def compile_all(target_name: str) -> dict[str, dict]:
         "low_rank_project_mean": low_rank(torch.bfloat16, 64, mean=True),
         "low_rank_project_fp32": low_rank(torch.float32, 64),
         "low_rank_project_r256": low_rank(torch.bfloat16, 256, mean=True),
+        "drift_square": build(
+            semantic_drift._drift_square_kernel,
+            {"x_ptr": kind, "scale_ptr": "*fp64", "out_ptr": "*fp32"},
+            "N d",
+            {"FAR": 2.0**123, "BLOCK_N": 16, "BLOCK_D": 128, "num_warps": 4},
+        ),
+        **dict(zip(("drift_log_weights", "drift_moved"), drift(torch.bfloat16))),
+        **dict(zip(("drift_log_weights_fp32", "drift_moved_fp32"), drift(torch.float32))),
     }  # fmt: skip
 
 

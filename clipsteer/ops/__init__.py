@@ -4,12 +4,14 @@ from clipsteer.ops._dispatch import BACKENDS, explain
 from clipsteer.ops.conceptor_project import LOW_RANK_SPEC as _LOW_RANK
 from clipsteer.ops.conceptor_project import SPEC as _CONCEPTOR
 from clipsteer.ops.conceptor_project import LowRank, conceptor_project, conceptor_project_reference
+from clipsteer.ops.semantic_drift import SPEC as _SEMANTIC_DRIFT
+from clipsteer.ops.semantic_drift import semantic_drift, semantic_drift_reference
 from clipsteer.ops.sparse_decode import SPEC as _SPARSE_DECODE
 from clipsteer.ops.sparse_decode import sparse_decode, sparse_decode_reference
 from clipsteer.ops.topk_encode import SPEC as _TOPK_ENCODE
 from clipsteer.ops.topk_encode import topk_encode, topk_encode_reference
 
-REGISTRY = {spec.name: spec for spec in (_TOPK_ENCODE, _SPARSE_DECODE, _CONCEPTOR, _LOW_RANK)}
+REGISTRY = {spec.name: spec for spec in (_TOPK_ENCODE, _SPARSE_DECODE, _CONCEPTOR, _LOW_RANK, _SEMANTIC_DRIFT)}
 
 __all__ = [
     "BACKENDS",
@@ -18,6 +20,8 @@ __all__ = [
     "conceptor_project",
     "conceptor_project_reference",
     "explain",
+    "semantic_drift",
+    "semantic_drift_reference",
     "sparse_decode",
     "sparse_decode_reference",
     "topk_encode",

@@ -35,11 +35,13 @@ SCHEMAS = {
     "grouped_matmul": "(Tensor x, Tensor W, Tensor? index, Tensor? beta, Tensor? mean, bool transpose) -> Tensor",
     "grouped_outer": "(Tensor a, Tensor b, Tensor? index, SymInt groups) -> Tensor",
     "low_rank_project": "(Tensor x, Tensor U, Tensor s, Tensor? index, Tensor? mean) -> Tensor",
+    "drift_sums": "(Tensor old, Tensor new, Tensor prototypes, Tensor scale) -> (Tensor, Tensor, Tensor)",
 }
 _FILES = {  # in kernels/, and the ops in each
     "topk_encode": ("topk_encode",),
     "sparse_decode": ("sparse_decode", "gather_dot", "sparse_outer", "sparse_outer_out"),
     "conceptor_project": ("grouped_matmul", "grouped_outer", "low_rank_project"),
+    "semantic_drift": ("drift_sums",),
 }
 
 
@@ -75,6 +77,12 @@ def _fake_grouped_outer(a: Tensor, b: Tensor, index: Tensor | None, groups: int)
 
 def _fake_low_rank_project(x: Tensor, U: Tensor, s: Tensor, index: Tensor | None, mean: Tensor | None) -> Tensor:
     return torch.empty_like(x)
+
+
+def _fake_drift_sums(old: Tensor, new: Tensor, prototypes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    C, dtype = prototypes.shape[0], torch.promote_types(old.dtype, torch.float32)
+    shapes = ((C,), (C,), tuple(prototypes.shape))
+    return tuple(prototypes.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 _FAKES: dict[str, Callable[..., Any]] = {name: globals()[f"_fake_{name}"] for name in SCHEMAS}
@@ -220,6 +228,8 @@ def spec_errors(
     }
     if exact:
         grad_out = {name: (2 * value).round() for name, value in grad_out.items()}
+    if not leaves:
+        return errors
     grads = torch.autograd.grad(
         [outputs[name] for name in smooth],
         [moved[name] for name in leaves],

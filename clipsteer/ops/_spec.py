@@ -33,7 +33,8 @@ class OpSpec:
     function: Callable[..., Any]
     reference: Callable[..., Any]
     outputs: tuple[str, ...]
-    differentiable: tuple[str, ...]  # in the order of the call; an input that is no tensor in a drawn case is left out
+    differentiable: tuple[str, ...]  # in the order of the call; an input that is no tensor in a drawn case is left out;
+    # empty for a statistic, which has no gradient and which autocast leaves alone
     make: Callable[..., dict[str, Any]]
     check: Callable[[dict[str, Any], dict[str, Tensor]], dict[str, float]]
     check_grads: Callable[[dict[str, Any], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]], dict[str, float]]
@@ -44,6 +45,7 @@ class OpSpec:
     device_shapes: tuple[dict[str, int], ...] = ()  # these take a GPU kernel through the branches of its main shapes
     backends: tuple[str, ...] = BACKENDS
     rows: tuple[str, ...] = ()  # inputs (and so outputs) that lead with the batch, which may have any shape
+    gate: tuple[str, ...] = ()  # inputs that may be cut to a few before the benchmark's check, where ``rows`` may not
     optional: tuple[str, ...] = ()  # inputs that may be None, which means zeros
     scalable: tuple[str, ...] = ()  # inputs that, multiplied by a power of two, multiply every output exactly
     grad_buffer: str | None = None  # the input whose gradient ``grad_buffer=`` and ``sparse_grad=`` are about

@@ -1,0 +1,1 @@
+"""Continual learning: what keeps class prototypes and statistics true while a network changes."""

@@ -1,0 +1,90 @@
+"""Prototype drift from batches and from several processes: the sums of ``ops.semantic_drift``, kept apart.
+
+Source: Yu et al. 2020 (SDC, arXiv 2004.00440); Wu et al. 2025 (arXiv 2502.07560).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clipsteer._distributed import World
+from clipsteer.ops._dispatch import choose
+from clipsteer.ops.semantic_drift import check_arguments, drift_sums, median_sigma, moved_by
+
+__all__ = ["DriftAccumulator", "median_sigma"]
+
+
+class DriftAccumulator:
+    """``ops.semantic_drift`` over a loader: ``update`` with each batch, then ``result``.
+
+    Args:
+        prototypes: (C, d) class means under the old network.
+        sigma, floor, backend: as in ``ops.semantic_drift``; sigma is a number here, as no batch knows the median of
+            all: ``float(median_sigma(rows, prototypes))`` takes it from the first 4,096 rows.
+
+    Sums are kept relative to each prototype's largest log-weight, in float64 beyond a batch: batches, accumulators and
+    processes may come in any order, and give the result of one call on all rows but for rounding.
+    """
+
+    def __init__(self, prototypes: Tensor, sigma: float = 1.0, floor: float = 0.0, *, backend: str = "auto") -> None:
+        check_arguments("DriftAccumulator", *([prototypes[:0]] * 2 if isinstance(prototypes, Tensor) else [None] * 2),
+                        prototypes, sigma, floor)  # fmt: skip
+        if isinstance(sigma, str):
+            raise ValueError(
+                'DriftAccumulator: sigma must be a number, got "median"; float(median_sigma(rows, prototypes)) of the '
+                "first rows is one"
+            )
+        self.prototypes, self.sigma, self.floor, self.backend = prototypes.detach(), sigma, floor, backend
+        C, wide = prototypes.shape[0], {"dtype": torch.float64, "device": prototypes.device}
+        self.peak = torch.full((C,), -float("inf"), **wide)
+        self.total, self.moved = torch.zeros(C, **wide), torch.zeros(prototypes.shape, **wide)
+        self.rows = 0
+
+    @torch.no_grad()
+    def update(self, old: Tensor, new: Tensor) -> DriftAccumulator:
+        """Add (N, d) features of the same images, in the same order, under the old and the new network."""
+        check_arguments("DriftAccumulator.update", old, new, self.prototypes, self.sigma, self.floor)
+        if old.shape[0] and self.prototypes.numel():
+            backend = choose("semantic_drift", self.backend, old)
+            self._add(*drift_sums(old, new, self.prototypes, self.sigma, self.floor, backend))
+        self.rows += old.shape[0]
+        return self
+
+    def merge(self, other: DriftAccumulator) -> DriftAccumulator:
+        """Add what ``other``, of the same prototypes, sigma and floor, has seen."""
+        if (self.sigma, self.floor) != (other.sigma, other.floor) or not torch.equal(self.prototypes, other.prototypes):
+            raise ValueError("DriftAccumulator.merge: expected the same prototypes, sigma and floor")
+        self._add(other.peak, other.total, other.moved)
+        self.rows += other.rows
+        return self
+
+    def all_reduce(self, world: World | None = None) -> DriftAccumulator:
+        """What all processes have seen together, in every process; this accumulator stays as it is."""
+        world = world or World(self.prototypes.device)
+        joint = DriftAccumulator(self.prototypes, self.sigma, self.floor, backend=self.backend)
+        joint.peak = -world.min_(-self.peak)
+        shrink = _shrink(self.peak, self.total, joint.peak)
+        joint.total = world.sum_(self.total * shrink)
+        joint.moved = world.sum_(self.moved * shrink.unsqueeze(1))
+        joint.rows = int(world.sum_(torch.tensor(self.rows, device=self.prototypes.device)))
+        return joint
+
+    def result(self) -> Tensor:
+        """(C, d) moved prototypes, of the prototypes' dtype; without any row, the prototypes."""
+        if not self.rows:
+            return self.prototypes.clone()
+        return moved_by(self.prototypes, self.peak, self.total, self.moved)
+
+    def _add(self, peak: Tensor, total: Tensor, moved: Tensor) -> None:
+        peak, total, moved = peak.double(), total.double(), moved.double()
+        highest = torch.maximum(self.peak, peak)
+        ours, theirs = _shrink(self.peak, self.total, highest), _shrink(peak, total, highest)
+        self.total = self.total * ours + total * theirs
+        self.moved = self.moved * ours.unsqueeze(1) + moved * theirs.unsqueeze(1)
+        self.peak = highest
+
+
+def _shrink(peak: Tensor, total: Tensor, highest: Tensor) -> Tensor:
+    """e^(peak − highest), and 0 where nothing has been added yet."""
+    return torch.where(total == 0, 0.0, (peak - highest).exp())
