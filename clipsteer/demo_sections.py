@@ -94,7 +94,7 @@ def _effects(found: Mapping[str, Any]) -> Html:
         [f"probability of the {what}", "unsteered", "conceptor of all images", f"the {what}'s own",
          f"own AND NOT {_minus(found)}", "NOT its own"], body,
         f"{minus} The last row is the share of images that still get their own name, among all names; in the last "
-        "three columns it is the mean over the conceptors. Steering has its price: fewer images get their name.",
+        "three columns it is the mean over the conceptors. The images below are picked evenly, not by their effect.",
     )  # fmt: skip
 
 
