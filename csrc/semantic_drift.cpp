@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t kRows = 256;             // of a tile, a multiple of every block's width
 constexpr int64_t kBlock = 16 * kBlockRows;  // prototypes whose weights share the second-level cache with the tile
+constexpr int64_t kTerms = 256;            // of a product in registers: longer chains of sums lose digits
 constexpr int64_t kPrototypes = 512;       // of a task
 constexpr int64_t kTasks = 16;
 constexpr int64_t kLeastRows = 1024;       // of a part: the less, the more of the work is merging
@@ -109,17 +110,29 @@ class Pass {
                matrix(weights_.get(), count, rows, kRows, 1));
       return;
     }
-    const V* left[kBlockRows];
-    V* target[kBlockRows];
     for (int64_t at = 0; at < rows; at += width_) {
       for (int64_t i = 0; i < count; i += kBlockRows) {
         const int n = int(std::min<int64_t>(kBlockRows, count - i));
-        for (int l = 0; l < n; ++l) {
-          left[l] = all_.rows + (c + i + l) * d;
-          target[l] = weights_.get() + (i + l) * kRows + at;
+        for (int64_t q = 0; q < d; q += kTerms) {
+          const V* left[kBlockRows];
+          for (int l = 0; l < n; ++l) left[l] = all_.rows + (c + i + l) * d + q;
+          const V* right = packed_.get() + at * d + q * width_;
+          block(left, right, std::min(kTerms, d - q), n, weights_.get() + i * kRows + at, kRows, width_, q > 0);
         }
-        kernels().block(left, packed_.get() + at * d, width_, d, n, target);
       }
+    }
+  }
+
+  // sum[l][0 ... columns) += or, if it is the first, = left[l] (k numbers) times a panel.
+  void block(const V* const* left, const V* panel, int64_t k, int n, V* sum, int64_t stride, int64_t columns,
+             bool add) {
+    V* target[kBlockRows];
+    for (int l = 0; l < n; ++l) target[l] = add ? product_.get() + l * width_ : sum + l * stride;
+    kernels().block(left, panel, width_, k, n, target);
+    for (int l = 0; add && l < n; ++l) {
+      V* __restrict to = sum + l * stride;
+      const V* __restrict from = target[l];
+      for (int64_t j = 0; j < columns; ++j) to[j] += from[j];
     }
   }
 
@@ -142,20 +155,14 @@ class Pass {
       for (int64_t j = 0; j < count * d; ++j) moved[c * d + j] += product_.get()[j];
       return;
     }
-    const V* left[kBlockRows];
-    V* target[kBlockRows];
-    for (int l = 0; l < kBlockRows; ++l) target[l] = product_.get() + l * width_;
     for (int64_t p = 0; p < panels_; ++p) {
       const int64_t columns = std::min(width_, d - p * width_);
+      const V* right = change_.get() + p * kRows * width_;
       for (int64_t i = 0; i < count; i += kBlockRows) {
         const int n = int(std::min<int64_t>(kBlockRows, count - i));
+        const V* left[kBlockRows];
         for (int l = 0; l < n; ++l) left[l] = weights_.get() + (i + l) * kRows;
-        kernels().block(left, change_.get() + p * kRows * width_, width_, rows, n, target);
-        for (int l = 0; l < n; ++l) {
-          V* __restrict sum = moved + (c + i + l) * d + p * width_;
-          const V* __restrict add = target[l];
-          for (int64_t j = 0; j < columns; ++j) sum[j] += add[j];
-        }
+        block(left, right, rows, n, moved + (c + i) * d + p * width_, d, columns, true);
       }
     }
   }

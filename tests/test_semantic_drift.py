@@ -149,8 +149,8 @@ def test_bounds_catch_planted_bugs():
 @pytest.mark.skipif("cpp" not in FAST, reason="the C++ library is not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_tiles_blocks_and_parts_of_every_size(dtype):
-    """More rows than a tile and a part have, more prototypes than a block and a task have."""
-    for N, C, d in ((2100, 3, 70), (130, 700, 33), (1100, 200, 65), (5000, 1, 1)):
+    """More rows than a tile and a part have, prototypes than a block and a task, terms than a sum in registers."""
+    for N, C, d in ((2100, 3, 70), (130, 700, 33), (1100, 200, 65), (300, 7, 600), (5000, 1, 1)):
         inputs = SPEC.make({"N": N, "C": C, "d": d}, dtype, torch.Generator().manual_seed(N), 1.0, False)
         assert SPEC.check(inputs, {"prototypes": SPEC.function(**inputs, backend="cpp")})["prototypes"] <= 1
 

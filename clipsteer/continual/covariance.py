@@ -196,7 +196,8 @@ def precision_factor(covariance: Tensor, *, ridge: float = 1e-6) -> Factor:
 
 
 class Compressed(NamedTuple):
-    """P ≈ diag + U diag(s) Uᵀ: U (C, d, r), s (C, r), diag (C, d); ``error`` (C,) = ‖P − P̂‖₂/‖P‖₂."""
+    """P ≈ P̂ = diag + U diag(s) Uᵀ: U (C, d, r), s (C, r), of either sign, diag (C, d), in the order of
+    ``ops.LowRankDiag``; ``error`` (C,) = ‖P − P̂‖₂/‖P‖₂."""
 
     U: Tensor
     s: Tensor

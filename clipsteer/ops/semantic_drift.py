@@ -134,9 +134,10 @@ def semantic_drift(
         backend: ``"auto" | "reference" | "cpp" | "triton"``; ``ops.explain`` says which can run.
 
     Returns:
-        (C, d), of the prototypes' dtype, without gradient; N = 0 returns the prototypes. Never NaN on finite input,
-        however far the rows are: distances saturate at about 4e18 σ in float32 (the reference: 1e154 σ), and rows
-        beyond that count as equally far. Extra memory is O((tile + C)·d). Autocast leaves the op alone.
+        (C, d), of the prototypes' dtype, without gradient; N = 0 returns the prototypes. Never NaN while sums of
+        new − old are finite, however far the rows are: distances saturate at about 4e18 σ in float32 (the reference:
+        1e154 σ), and rows beyond that count as equally far. Extra memory is O((tile + C)·d). Autocast leaves the op
+        alone.
 
     Raises:
         ValueError: shapes or devices that do not fit, sigma not positive, floor negative.
