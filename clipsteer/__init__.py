@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from clipsteer import ops
-
 __version__ = "0.1.0"
 
 # public name -> module that holds it; loaded at first use so that `import clipsteer` stays light
@@ -31,6 +29,7 @@ _LAZY = {
 __all__ = ["__version__", "ops", *_LAZY]
 
 if TYPE_CHECKING:
+    from clipsteer import ops as ops
     from clipsteer._files import FileFormatError as FileFormatError
     from clipsteer.conceptor import Conceptor as Conceptor
     from clipsteer.merging import RunningEnsemble as RunningEnsemble
@@ -49,6 +48,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("clipsteer.ops")
     if name in _LAZY:
         return getattr(importlib.import_module(f"clipsteer.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'clipsteer' has no attribute {name!r}")

@@ -356,3 +356,15 @@ def test_conceptor_fit_and_steer(capsys, model, images, tmp_path):
         code, _, err = run(capsys, "conceptor", "steer", path)
         assert (code, len(err.splitlines())) == (expected, 1)
         assert str(path) in err
+
+
+def test_the_demo_sets_the_wait_policy_before_torch_is_loaded():
+    """OpenMP reads it when torch brings it in."""
+    code = (
+        "import os, sys; from clipsteer import cli\n"
+        "cli.build_parser(); assert 'torch' not in sys.modules\n"
+        "assert cli.main(['demo', '--minutes', '-1']) == 2 and os.environ['OMP_WAIT_POLICY'] == 'PASSIVE'\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
