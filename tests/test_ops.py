@@ -430,6 +430,7 @@ LOW_LEVEL = {
         t["group"],
         t["mean"],
     ),
+    "mahalanobis_covariance_loss": lambda t: (t["x"], t["x"] + 1, t["group"], t["C"], None, None, True, True),
     "topk_encode": lambda t: (t["x"], t["W"], t["b_n"], 4),
     "sparse_decode": lambda t: (t["acts"], t["indices"], t["W"], t["b_d"]),
     "gather_dot": lambda t: (t["x"], t["indices"], t["W"]),

@@ -35,6 +35,8 @@ SCHEMAS = {
     "grouped_matmul": "(Tensor x, Tensor W, Tensor? index, Tensor? beta, Tensor? mean, bool transpose) -> Tensor",
     "grouped_outer": "(Tensor a, Tensor b, Tensor? index, SymInt groups) -> Tensor",
     "low_rank_project": "(Tensor x, Tensor U, Tensor s, Tensor? index, Tensor? mean) -> Tensor",
+    "mahalanobis_covariance_loss": "(Tensor new, Tensor old, Tensor labels, Tensor factor, Tensor? s, Tensor? diag, "
+    "bool normalize, bool need_grad) -> (Tensor, Tensor)",
 }
 _FILES = {  # in kernels/, and the ops in each
     "topk_encode": ("topk_encode",),
@@ -77,6 +79,14 @@ def _fake_low_rank_project(x: Tensor, U: Tensor, s: Tensor, index: Tensor | None
     return torch.empty_like(x)
 
 
+def _fake_mahalanobis_covariance_loss(
+    new: Tensor, old: Tensor, labels: Tensor, factor: Tensor, s: Tensor | None, diag: Tensor | None,
+    normalize: bool, need_grad: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    wide = torch.promote_types(new.dtype, torch.float32)
+    return new.new_empty((), dtype=wide), new.new_empty(new.shape[0] if need_grad else 0, new.shape[1], dtype=wide)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {name: globals()[f"_fake_{name}"] for name in SCHEMAS}
 # Libraries that hold Python registrations live as long as the process.
 _LIBRARIES: list[torch.library.Library] = []
@@ -114,8 +124,8 @@ def _load_triton() -> str | None:
         return f"triton cannot be imported ({error}); install the triton that belongs to this torch build"
     library = torch.library.Library("clipsteer_triton", "DEF")
     _LIBRARIES.append(library)
-    for name, schema in SCHEMAS.items():
-        library.define(name + schema)
+    for name in modules:
+        library.define(name + SCHEMAS[name])
         for key in ("CPU", "CUDA") if interpreted() else ("CUDA",):
             library.impl(name, getattr(modules[name], name), key)
         torch.library.register_fake(f"clipsteer_triton::{name}", _FAKES[name], lib=library)
