@@ -39,6 +39,8 @@ KERNELS = (
     "low_rank_project_mean",
     "low_rank_project_fp32",
     "low_rank_project_r256",
+    "mahalanobis_covariance_loss",
+    "mahalanobis_covariance_loss_low_rank",
 )
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # a block's limit, bytes
 
@@ -128,13 +130,13 @@ def compile_all(target_name: str) -> dict[str, dict]:
     target = GPUTarget("hip", target_name, 64) if hip else GPUTarget("cuda", int(target_name[3:]), 32)
     torch.version.hip = "ahead of time" if hip else None  # what the launchers ask to choose a configuration
 
-    from clipsteer.kernels import conceptor_project, sparse_decode, topk_encode
+    from clipsteer.kernels import conceptor_project, mahalanobis_covariance_loss, sparse_decode, topk_encode
 
     def build(kernel, pointers: dict[str, str], scalars: str, config: dict) -> dict:
         options = {name: config.pop(name) for name in ("num_warps", "num_stages") if name in config}
         names = kernel.arg_names
         signature = dict.fromkeys(names, "constexpr") | dict.fromkeys(scalars.split(), "i32") | pointers
-        aligned = [name for name in (*pointers, *scalars.split()) if name not in ("B", "K")]
+        aligned = [name for name in (*pointers, *scalars.split()) if name not in ("B", "K", "C")]
         attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
         source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in config.items()}, attrs)
         return budget(triton.compile(source, target=target, options=options))
@@ -182,6 +184,12 @@ def compile_all(target_name: str) -> dict[str, dict]:
         scalars = "B K m n w_col" if transpose else "B K m n w_row"
         config = conceptor_project.matmul_config(torch.bfloat16, d, mean)
         return build(conceptor_project._grouped_matmul_kernel, pointers, scalars, flags | config)
+
+    def pairs(n: int, weighted: bool) -> dict:
+        names = ("new_ptr", "old_ptr", "w_ptr", "loss_ptr", "pull_ptr")
+        config = mahalanobis_covariance_loss.pairs_config(n) | {"HAS_WEIGHTS": weighted, "NEED_GRAD": True}
+        kernel = mahalanobis_covariance_loss._mahalanobis_covariance_loss_kernel
+        return build(kernel, dict.fromkeys(names, "*fp32") | sorted_rows, "B C n", config)
 
     sorted_rows = {"order_ptr": "*i64", "offsets_ptr": "*i32"}
     d, n, k, kind = 768, 49152, 64, "*bf16"
@@ -235,6 +243,8 @@ def compile_all(target_name: str) -> dict[str, dict]:
         "low_rank_project_mean": low_rank(torch.bfloat16, 64, mean=True),
         "low_rank_project_fp32": low_rank(torch.float32, 64),
         "low_rank_project_r256": low_rank(torch.bfloat16, 256, mean=True),
+        "mahalanobis_covariance_loss": pairs(d, weighted=False),
+        "mahalanobis_covariance_loss_low_rank": pairs(d + k, weighted=True),
     }  # fmt: skip
 
 

@@ -339,3 +339,43 @@ def test_mistakes_are_named(number):
     error, message, call = list(mistakes())[number]
     with pytest.raises(error, match=message):
         call()
+
+
+INTERPRETED = """
+import sys, torch
+from clipsteer import ops
+from clipsteer.ops import _dispatch
+if (reason := _dispatch.missing("triton")) is not None:
+    sys.exit(print(reason) or 77)
+g = torch.Generator().manual_seed(0)
+new, factor, labels = torch.randn(90, 33, generator=g), torch.randn(3, 33, 33, generator=g), torch.arange(90) % 3
+old = torch.randn(90, 33, generator=g)
+
+def run(old, labels):
+    leaf = new.clone().requires_grad_()
+    loss = ops.mahalanobis_covariance_loss(leaf, old, labels, factor, backend="triton")
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+loss, grad = run(new, labels)
+assert loss == 0 and not grad.any()  # nothing moved
+_dispatch.call("triton", "mahalanobis_covariance_loss", new, old, labels + 2**40, factor, None, None, True, True)
+some = torch.where(labels == 1, -1, labels)
+loss, grad = run(old, some)
+beyond = torch.where(labels == 1, 7, labels)  # on a GPU nobody looks at the labels: such rows are left out
+args = (new, old, beyond, factor, None, None, True, True)
+loss_beyond, grad_beyond = _dispatch.call("triton", "mahalanobis_covariance_loss", *args)
+assert torch.equal(loss, loss_beyond) and torch.equal(grad, grad_beyond) and not grad[labels == 1].any() and loss > 0
+new[1] = torch.nan  # of an ignored row
+assert torch.equal(run(old, some)[0], loss) and torch.equal(run(old, some)[1], grad)
+assert run(old, labels)[0].isnan()
+"""
+
+
+@pytest.mark.slow
+def test_triton_kernel_in_the_interpreter():
+    pytest.importorskip("triton")
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True, timeout=600)
+    if done.returncode == 77:
+        pytest.skip(done.stdout)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -42,6 +42,7 @@ _FILES = {  # in kernels/, and the ops in each
     "topk_encode": ("topk_encode",),
     "sparse_decode": ("sparse_decode", "gather_dot", "sparse_outer", "sparse_outer_out"),
     "conceptor_project": ("grouped_matmul", "grouped_outer", "low_rank_project"),
+    "mahalanobis_covariance_loss": ("mahalanobis_covariance_loss",),
 }
 
 
@@ -124,8 +125,8 @@ def _load_triton() -> str | None:
         return f"triton cannot be imported ({error}); install the triton that belongs to this torch build"
     library = torch.library.Library("clipsteer_triton", "DEF")
     _LIBRARIES.append(library)
-    for name in modules:
-        library.define(name + SCHEMAS[name])
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema)
         for key in ("CPU", "CUDA") if interpreted() else ("CUDA",):
             library.impl(name, getattr(modules[name], name), key)
         torch.library.register_fake(f"clipsteer_triton::{name}", _FAKES[name], lib=library)

@@ -149,7 +149,7 @@ def mahalanobis_covariance_loss(
             positive semi-definite may make a square negative: it counts as 0, without a gradient.
         normalize: compare rows over their L2 norms (a row of zeros stays one). Without it, squared distances beyond the
             dtype's range overflow.
-        backend: ``"auto" | "reference" | "cpp"``; ``ops.explain`` says which can run.
+        backend: ``"auto" | "reference" | "cpp" | "triton"``; ``ops.explain`` says which can run.
 
     Returns:
         () of new's dtype: (1/B) Σ |D(old_i, old_j) − D(new_i, new_j)| over the pairs i < j of every class, with
@@ -159,7 +159,7 @@ def mahalanobis_covariance_loss(
 
     Raises:
         ValueError: shapes or devices that do not fit; a label outside [-1, C) (on a GPU, where the check would
-            synchronise, only under ``CLIPSTEER_CHECK_INDICES=1``; such rows are undefined there).
+            synchronise, only under ``CLIPSTEER_CHECK_INDICES=1``; such rows are ignored there).
         TypeError: not tensors, dtypes that differ outside autocast, labels that are not int64.
         RuntimeError: the backend asked for cannot run here.
 
@@ -272,7 +272,7 @@ _COMMON: dict[str, Any] = {
     "make": _make,
     "check": check_values,
     "check_grads": check_grads,
-    "backends": ("reference", "cpp"),
+    "backends": ("reference", "cpp", "triton"),
     "exact": False,
 }
 
