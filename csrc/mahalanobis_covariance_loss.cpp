@@ -59,7 +59,7 @@ class Loss {
   using V = Compute<T>;
 
   Loss(const int64_t* labels, int64_t batch, int64_t classes, int64_t d, int64_t r, const T* factor, const T* s,
-       const T* diag, bool low_rank, bool normalize)
+       const T* diag, bool low_rank, bool normalize, bool need_grad)
       : pairs_(labels, batch, classes),
         batch_(batch),
         d_(d),
@@ -69,14 +69,23 @@ class Loss {
         width_(Worker<T>(pairs_.groups, 0, 0, nullptr, nullptr).width()),
         stride_((r + width_ - 1) / width_ * width_),
         factor_(factor),
-        scale_(2 * pairs_.size()),
-        x_(2 * pairs_.size() * d),
-        z_(2 * pairs_.size() * stride_),
-        s_(low_rank_ ? classes * r : 0),
-        diag_(low_rank_ ? classes * d : 0) {
-    if (!low_rank_) return;
-    copy_wide(s, s_.get(), classes * r);
-    copy_wide(diag, diag_.get(), classes * d);
+        scale_(2 * pairs_.size()) {
+    const int64_t rows = pairs_.size(), back = need_grad ? rows : 0, kept = low_rank_ ? classes : 0;
+    V** const parts[] = {&x_, &z_, &dx_, &dz_, &product_, &s_, &diag_};
+    const int64_t sizes[] = {2 * rows * d,    2 * rows * stride_, back * columns(), back * stride_,
+                             back * columns(), kept * r,          kept * d};
+    // One piece of memory: several would go back to the system, and be faulted in again, at every call.
+    constexpr int64_t kLine = 64 / int64_t(sizeof(V));
+    int64_t total = 0;
+    for (int64_t size : sizes) total += (size + kLine - 1) / kLine * kLine;
+    store_ = std::make_unique<Buffer<V>>(total);
+    V* next = store_->get();
+    for (int part = 0; part < 7; ++part) {
+      *parts[part] = next;
+      next += (sizes[part] + kLine - 1) / kLine * kLine;
+    }
+    copy_wide(s, s_, kept * r);
+    copy_wide(diag, diag_, kept * d);
   }
 
   // The loss; with `grad` (batch, d) also its gradient.
@@ -85,10 +94,8 @@ class Loss {
     if (pairs_.size() == 0) return 0;
     prepare(fresh, old);
     whiten();
-    const int64_t rows = grad ? pairs_.size() : 0;
-    Buffer<V> dx(rows * columns()), dz(rows * stride_);
-    const double loss = distances(grad ? dx.get() : nullptr, dz.get());
-    if (grad) back(fresh, dx.get(), dz.get(), grad);
+    const double loss = distances(grad ? dx_ : nullptr, dz_);
+    if (grad) back(fresh, dx_, dz_, grad);
     return loss;
   }
 
@@ -102,8 +109,8 @@ class Loss {
   }
   // Of a row of the gradient, as the last product writes it.
   int64_t columns() const { return (d_ + width_ - 1) / width_ * width_; }
-  V* x(int64_t at) { return x_.get() + at * d_; }
-  V* z(int64_t at) { return z_.get() + at * stride_; }
+  V* x(int64_t at) { return x_ + at * d_; }
+  V* z(int64_t at) { return z_ + at * stride_; }
 
   // scale (x_i - x_0) in double, rounded once.
   void prepare(const T* fresh, const T* old) {
@@ -175,7 +182,7 @@ class Loss {
   }
 
   void whiten() {
-    multiply_panels(panels(), x_.get(), d_, d_, false, r_, z_.get(), stride_);
+    multiply_panels(panels(), x_, d_, d_, false, r_, z_, stride_);
     for (int64_t k = 0; k + 1 < int64_t(pairs_.groups.offsets.size()); ++k) {
       const int64_t from = pairs_.groups.offsets[k], to = pairs_.groups.offsets[k + 1];
       if (from == to) continue;
@@ -187,8 +194,8 @@ class Loss {
   V square_distance(int64_t a, int64_t b, int64_t group) {
     const Kernels& isa = kernels();
     if (!low_rank_) return isa.distance(z(a), z(b), nullptr, r_);
-    return isa.distance(x(a), x(b), diag_.get() + group * d_, d_) +
-           isa.distance(z(a), z(b), s_.get() + group * r_, r_);
+    return isa.distance(x(a), x(b), diag_ + group * d_, d_) +
+           isa.distance(z(a), z(b), s_ + group * r_, r_);
   }
 
   // Sums |D_new - D_old| over the pairs of each row, and what they do to the row.
@@ -218,8 +225,8 @@ class Loss {
           if (low_rank_) isa.repel(gx, c, x(here), x(pairs_.fresh(j)), d_);
         }
         if (!dx || !low_rank_) continue;
-        for (int64_t k = 0; k < r_; ++k) gz[k] *= s_.get()[group * r_ + k];
-        for (int64_t k = 0; k < d_; ++k) gx[k] *= diag_.get()[group * d_ + k];
+        for (int64_t k = 0; k < r_; ++k) gz[k] *= s_[group * r_ + k];
+        for (int64_t k = 0; k < d_; ++k) gx[k] *= diag_[group * d_ + k];
       }
     });
     double total = 0;
@@ -230,13 +237,12 @@ class Loss {
   // From the whitened rows back through the factors, then through the normalisation.
   void back(const T* fresh, const V* dx, V* dz, V* grad) {
     const int64_t count = pairs_.size(), width = columns();
-    Buffer<V> product(count * width);
-    multiply_panels(pairs_.groups.panels(kPanelRows), dz, stride_, r_, true, d_, product.get(), width);
+    multiply_panels(pairs_.groups.panels(kPanelRows), dz, stride_, r_, true, d_, product_, width);
     const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, d_));
     parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
       Buffer<V> row(kNarrow<T> ? d_ : 0);
       for (int64_t at = begin; at < end; ++at) {
-        V* g = product.get() + at * width;
+        V* g = product_ + at * width;
         if (low_rank_) {
           for (int64_t k = 0; k < d_; ++k) g[k] += dx[at * width + k];
         }
@@ -260,7 +266,8 @@ class Loss {
   const int64_t width_, stride_;
   const T* factor_;
   std::vector<double> scale_;  // 1 / norm of a new row and of the old one
-  Buffer<V> x_, z_, s_, diag_;
+  std::unique_ptr<Buffer<V>> store_;
+  V *x_, *z_, *dx_, *dz_, *product_, *s_, *diag_;
 };
 
 }  // namespace
@@ -291,7 +298,7 @@ std::tuple<Tensor, Tensor> mahalanobis_covariance_loss(Tensor fresh, Tensor old,
   dispatch(op, dtype, [&](auto zero) {
     using T = decltype(zero);
     Loss<T> terms(data<int64_t>(labels), batch, classes, d, r, data<T>(factor), s ? data<T>(*s) : nullptr,
-                  diag ? data<T>(*diag) : nullptr, s.has_value(), normalize);
+                  diag ? data<T>(*diag) : nullptr, s.has_value(), normalize, need_grad);
     *data<Compute<T>>(loss) = Compute<T>(
         terms.run(data<T>(fresh), data<T>(old), need_grad ? data<Compute<T>>(grad) : nullptr));
   });
