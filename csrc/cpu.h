@@ -38,6 +38,9 @@ Tensor grouped_matmul(Tensor x, Tensor w, std::optional<Tensor> index, std::opti
 Tensor grouped_outer(Tensor a, Tensor b, std::optional<Tensor> index, int64_t k);
 Tensor low_rank_project(Tensor x, Tensor u, Tensor s, std::optional<Tensor> index, std::optional<Tensor> mean);
 std::tuple<Tensor, Tensor, Tensor> drift_sums(Tensor old, Tensor fresh, Tensor prototypes, Tensor scale);
+std::tuple<Tensor, Tensor> mahalanobis_covariance_loss(Tensor fresh, Tensor old, Tensor labels, Tensor factor,
+                                                       std::optional<Tensor> s, std::optional<Tensor> diag,
+                                                       bool normalize, bool need_grad);
 int64_t isa_level();
 
 // A (value, column) pair as one key: the greater key has the larger value or, at equal values, the lower column.
@@ -140,6 +143,11 @@ struct Kernels {
   void (*axpy64)(double* y, const double* c, const double* const* w, const Ahead* next, int terms, int64_t n);
   float (*dot32)(const float* a, const float* b, const Ahead* next, int64_t n);
   double (*dot64)(const double* a, const double* b, const Ahead* next, int64_t n);
+  // The sum of weight * (a - b)^2 (weight may be null: 1), and y += c (a - b).
+  float (*distance32)(const float* a, const float* b, const float* weight, int64_t n);
+  double (*distance64)(const double* a, const double* b, const double* weight, int64_t n);
+  void (*repel32)(float* y, float c, const float* a, const float* b, int64_t n);
+  void (*repel64)(double* y, double c, const double* a, const double* b, int64_t n);
   void (*widen_bf16)(const BFloat16* src, float* dst, int64_t n);
   void (*widen_f16)(const Half* src, float* dst, int64_t n);
   void (*narrow_bf16)(const float* src, BFloat16* dst, int64_t n);
@@ -174,6 +182,12 @@ struct Kernels {
   }
   float dot(const float* a, const float* b, const Ahead* next, int64_t n) const { return dot32(a, b, next, n); }
   double dot(const double* a, const double* b, const Ahead* next, int64_t n) const { return dot64(a, b, next, n); }
+  float distance(const float* a, const float* b, const float* w, int64_t n) const { return distance32(a, b, w, n); }
+  double distance(const double* a, const double* b, const double* w, int64_t n) const {
+    return distance64(a, b, w, n);
+  }
+  void repel(float* y, float c, const float* a, const float* b, int64_t n) const { repel32(y, c, a, b, n); }
+  void repel(double* y, double c, const double* a, const double* b, int64_t n) const { repel64(y, c, a, b, n); }
   void block(const float* const* a, const float* b, int64_t stride, int64_t k, int rows, float* const* c) const {
     block32(a, b, stride, k, rows, c);
   }

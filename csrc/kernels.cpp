@@ -45,7 +45,8 @@ namespace {
 
 #define TABLE(level, isa, ...)                                                                              \
   {level,       isa::filter32, isa::filter64,   isa::seed32,    isa::seed64,      isa::axpy32, isa::axpy64, \
-   isa::dot32, isa::dot64,    isa::widen_bf16, isa::widen_f16, isa::narrow_bf16, isa::narrow_f16, \
+   isa::dot32, isa::dot64,    isa::distance32, isa::distance64, isa::repel32, isa::repel64,               \
+   isa::widen_bf16, isa::widen_f16, isa::narrow_bf16, isa::narrow_f16,                                    \
    isa::log_weights32, isa::log_weights64, isa::weights32, isa::weights64, __VA_ARGS__}
 #define BLOCKS(level, isa) kBlockBytes<level>, isa::block32, isa::block64, isa::pack32, isa::pack64
 

@@ -209,6 +209,45 @@ TARGET double dot64(const double* a, const double* b, const Ahead* next, int64_t
   return dot<double>(a, b, next, n);
 }
 
+// The sum of weight * (a - b)^2, weights of 1 where there are none.
+template <class V>
+TARGET static inline V distance(const V* __restrict a, const V* __restrict b, const V* __restrict weight, int64_t n) {
+  constexpr int kLanes = 64;
+  V sum[kLanes] = {};
+  int64_t i = 0;
+  if (weight) {
+    for (; i + kLanes <= n; i += kLanes) {
+      for (int l = 0; l < kLanes; ++l) sum[l] += weight[i + l] * ((a[i + l] - b[i + l]) * (a[i + l] - b[i + l]));
+    }
+  } else {
+    for (; i + kLanes <= n; i += kLanes) {
+      for (int l = 0; l < kLanes; ++l) sum[l] += (a[i + l] - b[i + l]) * (a[i + l] - b[i + l]);
+    }
+  }
+  for (int l = 0; i + l < n; ++l) {
+    sum[l] += (weight ? weight[i + l] : V(1)) * ((a[i + l] - b[i + l]) * (a[i + l] - b[i + l]));
+  }
+  for (int half = kLanes / 2; half; half /= 2) {
+    for (int l = 0; l < half; ++l) sum[l] += sum[l + half];
+  }
+  return sum[0];
+}
+
+TARGET float distance32(const float* a, const float* b, const float* weight, int64_t n) {
+  return distance<float>(a, b, weight, n);
+}
+TARGET double distance64(const double* a, const double* b, const double* weight, int64_t n) {
+  return distance<double>(a, b, weight, n);
+}
+
+template <class V>
+TARGET static inline void repel(V* __restrict y, V c, const V* __restrict a, const V* __restrict b, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] += c * (a[i] - b[i]);
+}
+
+TARGET void repel32(float* y, float c, const float* a, const float* b, int64_t n) { repel<float>(y, c, a, b, n); }
+TARGET void repel64(double* y, double c, const double* a, const double* b, int64_t n) { repel<double>(y, c, a, b, n); }
+
 TARGET void widen_bf16(const BFloat16* src, float* dst, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     uint16_t half;

@@ -44,6 +44,8 @@ KERNELS = (
     "drift_log_weights_fp32",
     "drift_moved",
     "drift_moved_fp32",
+    "mahalanobis_covariance_loss",
+    "mahalanobis_covariance_loss_low_rank",
 )
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # a block's limit, bytes
 
@@ -134,7 +136,13 @@ def compile_all(target_name: str) -> dict[str, dict]:
     target = GPUTarget("hip", target_name, 64) if hip else GPUTarget("cuda", int(target_name[3:]), 32)
     torch.version.hip = "ahead of time" if hip else None  # what the launchers ask to choose a configuration
 
-    from clipsteer.kernels import conceptor_project, semantic_drift, sparse_decode, topk_encode
+    from clipsteer.kernels import (
+        conceptor_project,
+        mahalanobis_covariance_loss,
+        semantic_drift,
+        sparse_decode,
+        topk_encode,
+    )
 
     def build(kernel, pointers: dict[str, str], scalars: str, config: dict) -> dict:
         options = {name: config.pop(name) for name in ("num_warps", "num_stages") if name in config}
@@ -204,6 +212,12 @@ def compile_all(target_name: str) -> dict[str, dict]:
         )  # fmt: skip
         return log_weights, moved
 
+    def pairs(n: int, weighted: bool) -> dict:
+        names = ("new_ptr", "old_ptr", "w_ptr", "loss_ptr", "pull_ptr")
+        config = mahalanobis_covariance_loss.pairs_config(n) | {"HAS_WEIGHTS": weighted, "NEED_GRAD": True}
+        kernel = mahalanobis_covariance_loss._mahalanobis_covariance_loss_kernel
+        return build(kernel, dict.fromkeys(names, "*fp32") | sorted_rows, "B C n", config)
+
     sorted_rows = {"order_ptr": "*i64", "offsets_ptr": "*i32"}
     d, n, k, kind = 768, 49152, 64, "*bf16"
     candidates = {"order_ptr": "*i32", "col_ptr": "*u8"}
@@ -264,6 +278,8 @@ def compile_all(target_name: str) -> dict[str, dict]:
         ),
         **dict(zip(("drift_log_weights", "drift_moved"), drift(torch.bfloat16))),
         **dict(zip(("drift_log_weights_fp32", "drift_moved_fp32"), drift(torch.float32))),
+        "mahalanobis_covariance_loss": pairs(d, weighted=False),
+        "mahalanobis_covariance_loss_low_rank": pairs(d + k, weighted=True),
     }  # fmt: skip
 
 

@@ -444,6 +444,7 @@ LOW_LEVEL = {
         t["mean"],
     ),
     "drift_sums": lambda t: (t["x"], t["x"] + t["b_d"], t["W"], torch.tensor([1.0, 0.5, -2.0], dtype=torch.float64)),
+    "mahalanobis_covariance_loss": lambda t: (t["x"], t["x"] + 1, t["group"], t["C"], None, None, True, True),
     "topk_encode": lambda t: (t["x"], t["W"], t["b_n"], 4),
     "sparse_decode": lambda t: (t["acts"], t["indices"], t["W"], t["b_d"]),
     "gather_dot": lambda t: (t["x"], t["indices"], t["W"]),

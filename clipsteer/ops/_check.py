@@ -41,8 +41,10 @@ def check_shape(op: str, named: dict[str, Any], name: str, shape: tuple[int, ...
         raise ValueError(mistake(op, name, f"of shape {symbols} = {shape}", tuple(named[name].shape), named))
 
 
-def check_indices(op: str, indices: Tensor, n: int, named: dict[str, Any], name: str = "indices") -> None:
-    """Raise on an index outside [0, n): always on the CPU; on a GPU, where it costs a synchronisation, only under
+def check_indices(
+    op: str, indices: Tensor, n: int, named: dict[str, Any], name: str = "indices", lowest: int = 0
+) -> None:
+    """Raise on an index outside [lowest, n): always on the CPU; on a GPU, where it costs a synchronisation, only under
     ``CLIPSTEER_CHECK_INDICES=1``. Compiled CPU code relies on the kernels' own check."""
     # a tensor subclass may have no values to look at (fake tensors); the kernels check for themselves
     if torch.compiler.is_compiling() or type(indices) is not Tensor or indices.is_meta or indices.numel() == 0:
@@ -50,8 +52,8 @@ def check_indices(op: str, indices: Tensor, n: int, named: dict[str, Any], name:
     if indices.device.type != "cpu" and os.environ.get("CLIPSTEER_CHECK_INDICES", "0") != "1":
         return
     low, high = (int(v) for v in indices.aminmax())
-    if low < 0 or high >= n:
-        raise ValueError(mistake(op, name, f"in [0, {n})", f"values from {low} to {high}", named))
+    if low < lowest or high >= n:
+        raise ValueError(mistake(op, name, f"in [{lowest}, {n})", f"values from {low} to {high}", named))
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -36,12 +36,15 @@ SCHEMAS = {
     "grouped_outer": "(Tensor a, Tensor b, Tensor? index, SymInt groups) -> Tensor",
     "low_rank_project": "(Tensor x, Tensor U, Tensor s, Tensor? index, Tensor? mean) -> Tensor",
     "drift_sums": "(Tensor old, Tensor new, Tensor prototypes, Tensor scale) -> (Tensor, Tensor, Tensor)",
+    "mahalanobis_covariance_loss": "(Tensor new, Tensor old, Tensor labels, Tensor factor, Tensor? s, Tensor? diag, "
+    "bool normalize, bool need_grad) -> (Tensor, Tensor)",
 }
 _FILES = {  # in kernels/, and the ops in each
     "topk_encode": ("topk_encode",),
     "sparse_decode": ("sparse_decode", "gather_dot", "sparse_outer", "sparse_outer_out"),
     "conceptor_project": ("grouped_matmul", "grouped_outer", "low_rank_project"),
     "semantic_drift": ("drift_sums",),
+    "mahalanobis_covariance_loss": ("mahalanobis_covariance_loss",),
 }
 
 
@@ -83,6 +86,14 @@ def _fake_drift_sums(old: Tensor, new: Tensor, prototypes: Tensor, scale: Tensor
     C, dtype = prototypes.shape[0], torch.promote_types(old.dtype, torch.float32)
     shapes = ((C,), (C,), tuple(prototypes.shape))
     return tuple(prototypes.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+def _fake_mahalanobis_covariance_loss(
+    new: Tensor, old: Tensor, labels: Tensor, factor: Tensor, s: Tensor | None, diag: Tensor | None,
+    normalize: bool, need_grad: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    wide = torch.promote_types(new.dtype, torch.float32)
+    return new.new_empty((), dtype=wide), new.new_empty(new.shape[0] if need_grad else 0, new.shape[1], dtype=wide)
 
 
 _FAKES: dict[str, Callable[..., Any]] = {name: globals()[f"_fake_{name}"] for name in SCHEMAS}

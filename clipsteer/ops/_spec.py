@@ -24,9 +24,10 @@ TF32_OPERAND = 2.0**-10
 class OpSpec:
     """One public op. Every callable takes and returns plain dictionaries keyed by argument or output name.
 
-    ``make(shape, dtype, generator, scale)`` draws keyword arguments; ``exact`` of them are small integers, for which
-    every backend must agree bit for bit. ``check`` and ``check_grads`` return, per output, the worst error as a
-    fraction of the a priori bound (at most 1 passes, ``inf`` breaks a rule that allows no error).
+    ``make(shape, dtype, generator, scale, exact)`` draws keyword arguments, small integers if ``exact``, for which
+    every backend must agree bit for bit unless the op itself takes roots or quotients. ``check`` and ``check_grads``
+    return, per output, the worst error as a fraction of the a priori bound (at most 1 passes, ``inf`` breaks a rule
+    that allows no error).
     """
 
     name: str
@@ -49,6 +50,7 @@ class OpSpec:
     optional: tuple[str, ...] = ()  # inputs that may be None, which means zeros
     scalable: tuple[str, ...] = ()  # inputs that, multiplied by a power of two, multiply every output exactly
     grad_buffer: str | None = None  # the input whose gradient ``grad_buffer=`` and ``sparse_grad=`` are about
+    exact: bool = True  # on small integers every output is exact, so that backends agree bit for bit
     # Outputs, and gradients as "d name", that hold torch's own GEMM: they repeat at a fixed thread count only.
     torch_sums: tuple[str, ...] = ()
     baselines: dict[str, Callable[..., Any]] = field(default_factory=dict)
