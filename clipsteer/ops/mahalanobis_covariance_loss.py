@@ -266,6 +266,7 @@ _EDGES = (
     {"B": 31, "C": 1, "d": 129, "r": 32},
     {"B": 32, "C": 3, "d": 128, "r": 64},
 )
+_ON_DEVICE = ({"B": 150, "C": 6, "d": 320, "r": 40},)  # several blocks of rows a class, several tiles of columns
 _COMMON: dict[str, Any] = {
     "outputs": ("loss",),
     "differentiable": ("new",),
@@ -286,6 +287,7 @@ SPEC = OpSpec(
     function=mahalanobis_covariance_loss,
     reference=mahalanobis_covariance_loss_reference,
     shapes=tuple(map(_dense, _EDGES)),
+    device_shapes=tuple(map(_dense, _ON_DEVICE)),
     small_shape={"B": 6, "C": 2, "d": 3},
     repeat_shape={"B": 200, "C": 5, "d": 40},
     bench_shapes={"B48-C20": {"B": 48, "C": 20, "d": 768}, "B256-C20": {"B": 256, "C": 20, "d": 768}},
@@ -298,6 +300,7 @@ LOW_RANK_SPEC = OpSpec(
     function=_low_rank,
     reference=_low_rank_reference,
     shapes=_EDGES,
+    device_shapes=_ON_DEVICE,
     small_shape={"B": 6, "C": 2, "d": 3, "r": 2},
     repeat_shape={"B": 200, "C": 5, "d": 40, "r": 17},
     bench_shapes={"B256-C20-r64": {"B": 256, "C": 20, "d": 768, "r": 64}},
