@@ -196,8 +196,10 @@ def matmul_config(dtype: torch.dtype, n: int, split: bool = False) -> dict[str, 
     block_n = min(64 if dtype == torch.float32 else 128, max(16, next_power_of_2(n)))
     if dtype == torch.float32:
         return {"BLOCK_B": 32, "BLOCK_M": 32, "BLOCK_N": block_n, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2}
-    block_b = 32 if split else 64  # both halves of a split tile are in registers
-    return {"BLOCK_B": block_b, "BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+    tile = {"BLOCK_B": 64, "BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+    if split:  # both halves of a tile are in registers
+        tile |= {"BLOCK_B": 32, "BLOCK_N": min(64, block_n)}
+    return tile
 
 
 def low_rank_config(dtype: torch.dtype, r: int, mean: bool = False) -> dict[str, int]:
