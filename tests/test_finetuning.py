@@ -181,6 +181,67 @@ def test_a_stopped_run_resumes_bitwise(mode, folder, tmp_path):
         finetune(model, images, head, config, out=tmp_path / "cut", resume=False)
 
 
+class Stopped(Exception):
+    pass
+
+
+def stop_at(last: int):
+    def stop(classifier, step):
+        if step == last:
+            raise Stopped
+
+    return stop
+
+
+@pytest.mark.parametrize("mode", ["e2e", "lc"])
+def test_a_folder_never_mixes_two_starts(mode, clip, head, folder, tmp_path):
+    images, config = image_folder(folder), FinetuneConfig(**FAST, mode=mode)
+    other = clip_module.zero_shot_head(clip, sorted(COLOURS), ["an ugly drawing of {}"])
+    # stopped before its first checkpoint: the next run starts anew, from its own head
+    with pytest.raises(Stopped):
+        finetune(clip, images, head, config, out=tmp_path, on_step=stop_at(1))
+    clip = clip_module.load()
+    start = {k: v.clone() for k, v in zero_shot_classifier(clip, other).state_dict().items()}
+    tuned = finetune(clip, images, other, config, out=tmp_path)
+    assert_equal(load_classifier(tmp_path / "zeroshot")[1].state_dict(), start)
+    # a run that is there refuses another head, other weights, and another order of the classes
+    with pytest.raises(ValueError, match="another head"):
+        finetune(clip_module.load(), images, head, config, out=tmp_path)
+    nudged = clip_module.load()
+    with torch.no_grad():
+        nudged.model.visual.proj[0, 0] += 1e-3
+    with pytest.raises(ValueError, match=r"other settings \(weights"):
+        finetune(nudged, images, other, config, out=tmp_path)
+    swapped = renamed(images, sorted(COLOURS, reverse=True))
+    with pytest.raises(ValueError, match=r"other settings \(data"):
+        finetune(clip_module.load(), swapped, other, config, out=tmp_path)
+    # the same head with other last bits, as another machine gives it, is the same run
+    again = finetune(clip_module.load(), images, other * (1 + 1e-5), config, out=tmp_path)
+    assert_equal(again.state_dict(), tuned.state_dict())
+    assert_equal(load_classifier(tmp_path / "zeroshot")[1].state_dict(), start)
+
+
+def test_frozen_and_unused_parameters(folder, tmp_path):
+    images, config = image_folder(folder), FinetuneConfig(**FAST, checkpoint_every=2)
+
+    def fresh():
+        model = clip_module.load()
+        model.model.visual.conv1.requires_grad_(False)
+        model.model.visual.unused = torch.nn.Parameter(torch.ones(3))  # takes part in nothing: never a gradient
+        return model, images, clip_module.zero_shot_head(model, sorted(COLOURS)), config
+
+    whole = finetune(*fresh(), out=tmp_path / "whole")
+    assert torch.equal(whole.visual.conv1.weight, clip_module.load().model.visual.conv1.weight)
+    assert torch.equal(whole.visual.unused, torch.ones(3))
+    with pytest.raises(Stopped):
+        finetune(*fresh(), out=tmp_path / "cut", on_step=stop_at(3))
+    assert_equal(finetune(*fresh(), out=tmp_path / "cut").state_dict(), whole.state_dict())
+    thawed, *rest = fresh()
+    thawed.model.visual.conv1.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"other settings \(frozen"):
+        finetune(thawed, *rest, out=tmp_path / "cut")
+
+
 def test_workers_do_not_change_what_a_step_sees(clip, head, folder):
     images = image_folder(folder)
     config = FinetuneConfig(**{**FAST, "epochs": 1}, crop=0.5)
