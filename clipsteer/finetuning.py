@@ -173,7 +173,9 @@ class _Run:
         self.settings = json.loads(json.dumps({**asdict(config), "model": clip.name, "images": len(dataset)}))
         if out is not None:
             # what would mix two runs in one folder if it changed between them
-            self.settings["data"] = hashlib.sha256(json.dumps([self.classes, list(dataset.targets)]).encode()).hexdigest()
+            self.settings["data"] = hashlib.sha256(
+                json.dumps([self.classes, list(dataset.targets)]).encode()
+            ).hexdigest()
             self.settings["weights"] = _digest(clip.model)
             self.settings["frozen"] = [name for name, p in self.trained.named_parameters() if not p.requires_grad]
 
@@ -205,7 +207,7 @@ class _Run:
             raise ValueError(f"finetune: {self.out} holds a run; resume it or choose another folder")
         there = found.meta.get("settings", {})
         if changed := [k for k in self.settings if k not in _COSMETIC and there.get(k) != self.settings[k]]:
-            which = ", ".join(f"{k}: {there.get(k)!r} there, {self.settings[k]!r} asked for" for k in changed)
+            which = ", ".join(f"{k}: {there.get(k)!r:.80} there, {self.settings[k]!r:.80} asked for" for k in changed)
             raise ValueError(f"finetune: {self.out} holds a run with other settings ({which}); use another folder")
         self._check_head()
         self.trained.load_state_dict({k[6:]: v for k, v in found.tensors.items() if k.startswith("model.")})

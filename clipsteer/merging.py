@@ -101,6 +101,16 @@ def _check_same(zeroshot: Source, finetuned: Source) -> None:
         raise ValueError("\n".join([where, *lines]))
 
 
+def deciding(alpha: Mapping[str, float], names: Iterable[str]) -> dict[str, str]:
+    """Tensor name -> the pattern that sets its alpha. Raises ValueError: a name without one, a pattern without a name."""
+    chosen = {name: next((p for p in alpha if fnmatchcase(name, p)), None) for name in names}
+    if missed := [name for name, pattern in chosen.items() if pattern is None]:
+        raise ValueError(f"wise_ft: no pattern in alpha matches {some(missed)}; add '*' for all others")
+    if unused := [p for p in alpha if p not in chosen.values()]:
+        raise ValueError(f"wise_ft: patterns in alpha that decide no tensor: {some(unused)}; the first match counts")
+    return chosen
+
+
 def _resolve(alpha: Alpha, names: Iterable[str]) -> dict[str, float]:
     """Tensor name -> alpha."""
     table = dict(alpha) if isinstance(alpha, Mapping) else {"*": alpha}
@@ -108,12 +118,9 @@ def _resolve(alpha: Alpha, names: Iterable[str]) -> dict[str, float]:
         if not isinstance(value, (int, float)) or not 0 <= value <= 1:
             where = f" for {pattern!r}" if isinstance(alpha, Mapping) else ""
             raise ValueError(f"wise_ft: alpha must be a number in [0, 1], got {value!r}{where}")
-    chosen = {name: next((p for p in table if fnmatchcase(name, p)), None) for name in names}
-    if missed := [name for name, pattern in chosen.items() if pattern is None]:
-        raise ValueError(f"wise_ft: no pattern in alpha matches {some(missed)}; add '*' for all others")
-    if isinstance(alpha, Mapping) and (unused := [p for p in table if p not in chosen.values()]):
-        raise ValueError(f"wise_ft: patterns in alpha that decide no tensor: {some(unused)}; the first match counts")
-    return {name: float(table[pattern]) for name, pattern in chosen.items()}
+    if not isinstance(alpha, Mapping):
+        return dict.fromkeys(names, float(alpha))
+    return {name: float(table[pattern]) for name, pattern in deciding(table, names).items()}
 
 
 def _paths(out: str | Path | Sequence[str | Path], alphas: list[Alpha], several: bool) -> list[Path]:

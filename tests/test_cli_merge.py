@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -97,6 +98,37 @@ def test_merge_of_files_and_of_runs(tuned, capsys):
     assert "only in the first (1): w" in err
     assert run(capsys, "wise-ft", "merge", *ends, "--alpha", 0, 1, "--out", tuned / "one")[0] == 2
     assert run(capsys, "wise-ft", "merge", *files, "--layer", "w", "--out", "z")[0] == 2
+
+
+def test_a_merge_of_runs_is_whole_or_not_at_all(tuned, capsys):
+    ends = [tuned / "run" / "zeroshot", tuned / "run" / "finetuned"]
+    out, merge = tuned / "whole", ["wise-ft", "merge", *ends]
+    before = sorted(p.name for p in tuned.iterdir())
+    # the head's patterns are right, the model's are not
+    code, _, err = run(capsys, *merge, "--layer", "head.*=1", "--out", out)
+    assert code == 2
+    assert "no pattern in alpha matches" in err
+    assert (
+        run(capsys, *merge, "--layer", "head.weight=1", "--layer", "*=0", "--layer", "nothing=1", "--out", out)[0] == 2
+    )
+    assert sorted(p.name for p in tuned.iterdir()) == before
+    # each tensor of the head by its own pattern; what else is in the folder stays
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    assert run(capsys, *merge, "--layer", "head.bias=1", "--layer", "*=0", "--out", out)[0] == 0
+    heads = [read_safetensors(folder / "head.safetensors") for folder in (out, *ends)]
+    assert torch.equal(heads[0]["bias"], heads[2]["bias"])
+    assert not torch.equal(heads[1]["bias"], heads[2]["bias"])
+    assert torch.equal(heads[0]["weight"], heads[1]["weight"])
+    kept = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert set(kept) == {"notes.txt", "config.json", "head.safetensors", "model.safetensors"}
+    # a model that does not match leaves the folder as it was
+    bad = tuned / "bad-end"
+    shutil.copytree(ends[1], bad)
+    write_safetensors(bad / "model.safetensors", {"w": torch.zeros(3)})
+    assert run(capsys, "wise-ft", "merge", ends[0], bad, "--out", out)[0] == 2
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == kept
+    assert not [p for p in tuned.iterdir() if p.suffix == ".tmp"]
 
 
 def test_curve(tuned, capsys):

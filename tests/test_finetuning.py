@@ -147,6 +147,18 @@ def test_the_schedule():
     assert (FinetuneConfig().peak, FinetuneConfig(mode="lc").peak) == (3e-5, 1e-3)
 
 
+class Stopped(Exception):
+    pass
+
+
+def stop_at(last: int):
+    def stop(classifier, step):
+        if step == last:
+            raise Stopped
+
+    return stop
+
+
 @pytest.mark.parametrize("mode", ["e2e", "lc"])
 def test_a_stopped_run_resumes_bitwise(mode, folder, tmp_path):
     images = image_folder(folder)
@@ -158,16 +170,9 @@ def test_a_stopped_run_resumes_bitwise(mode, folder, tmp_path):
 
     whole = finetune(*(lambda c, h: (c, images, h))(*fresh()), config, out=tmp_path / "whole")
 
-    class Stopped(Exception):
-        pass
-
-    def stop(classifier, step):
-        if step == 3:
-            raise Stopped
-
     model, head = fresh()
     with pytest.raises(Stopped):
-        finetune(model, images, head, config, out=tmp_path / "cut", on_step=stop)
+        finetune(model, images, head, config, out=tmp_path / "cut", on_step=stop_at(3))
     model, head = fresh()
     state = torch.random.get_rng_state()
     resumed = finetune(model, images, head, config, out=tmp_path / "cut", validation=images)
@@ -179,18 +184,6 @@ def test_a_stopped_run_resumes_bitwise(mode, folder, tmp_path):
         finetune(model, images, head, FinetuneConfig(**{**FAST, "lr": 0.5}, mode=mode), out=tmp_path / "cut")
     with pytest.raises(ValueError, match="holds a run"):
         finetune(model, images, head, config, out=tmp_path / "cut", resume=False)
-
-
-class Stopped(Exception):
-    pass
-
-
-def stop_at(last: int):
-    def stop(classifier, step):
-        if step == last:
-            raise Stopped
-
-    return stop
 
 
 @pytest.mark.parametrize("mode", ["e2e", "lc"])
