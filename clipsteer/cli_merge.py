@@ -99,7 +99,7 @@ examples:
     p.add_argument("--baseline", type=Path, metavar="CSV",
                    help="of models trained on the reference alone: the columns reference, reference_n, "
                         "shifted, shifted_n")  # fmt: skip
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="for curve.csv, curve.svg and curve.html")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="for curve.html, .csv, .svg and .png")
     add_device(p)
     p.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
 
@@ -109,7 +109,7 @@ examples:
   one training style, two seeds, the head alone:
     clipsteer wise-ft emoji --styles noto --seeds 0 1 --mode lc --lrs 1e-3 1e-2 --out wise-ft-lc
 """)  # fmt: skip
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="for JSON, CSV, Markdown, SVG and HTML")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="for JSON, CSV, Markdown, HTML, SVG and PNG")
     p.add_argument("--styles", nargs="+", choices=("noto", "fluent", "twemoji"), help="to tune on (default: each)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     p.add_argument("--lrs", type=float, nargs="+", metavar="LR", help="to choose from on validation concepts")
@@ -214,7 +214,9 @@ def _merge_classifiers(zeroshot: Path, finetuned: Path, alphas: list[Any], folde
         heads = [{name: layers[chosen[f"head.{name}"]] for name in names["head"]}]
         of_model = {chosen[name] for name in names["model"]}
         models = [{pattern: a for pattern, a in layers.items() if pattern in of_model}]
-    unfinished = [folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp") for folder in folders]
+    unfinished = [
+        folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp") for folder in map(Path.resolve, folders)
+    ]
     try:
         for temporary in unfinished:
             temporary.mkdir(parents=True)
@@ -225,8 +227,8 @@ def _merge_classifiers(zeroshot: Path, finetuned: Path, alphas: list[Any], folde
             write_json(temporary / "config.json", {**config, "wise_ft_alpha": a})
         for temporary, folder in zip(unfinished, folders):
             if folder.exists():  # it may hold other things too
-                for file in list(temporary.iterdir()):
-                    file.replace(folder / file.name)
+                for name in ("head.safetensors", "model.safetensors", "config.json"):
+                    (temporary / name).replace(folder / name)
             else:
                 temporary.rename(folder)
     finally:
@@ -257,9 +259,9 @@ def _curve(args: argparse.Namespace) -> int:
     robustness_page.write_csv(args.out / "curve.csv", rows)
     subtitle = f"{clip.name}: from {args.zeroshot} to {args.finetuned}, {len(classes)} classes"
     robustness_page.write_page(args.out / "curve.html", rows, subtitle=subtitle, baseline=baseline, models=models)
-    robustness_page.write_svg(args.out / "curve.svg", robustness_page.curve_charts(rows, baseline, models)[0])
+    drawn = robustness_page.write_svg(args.out / "curve.svg", robustness_page.curve_charts(rows, baseline, models)[0])
     _show(robustness.summary(rows, baseline))
-    sys.stdout.write("".join(f"{args.out / name}\n" for name in ("curve.html", "curve.svg", "curve.csv")))
+    sys.stdout.write("".join(f"{path}\n" for path in (args.out / "curve.html", *drawn, args.out / "curve.csv")))
     return 0
 
 

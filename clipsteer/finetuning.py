@@ -94,6 +94,10 @@ class FinetuneConfig:
         return self.peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
+def _seed(number: int) -> int:
+    return number % 2**63  # torch takes no more
+
+
 def _digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
@@ -247,7 +251,7 @@ class _Run:
 
         def rows(step: int) -> list[int]:
             epoch, at = divmod(step, self.per_epoch)
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(_seed(config.seed * 1_000_003 + epoch)))
             return order[at * config.batch_size : (at + 1) * config.batch_size].tolist()
 
         steps = range(self.step, self.total)
@@ -257,7 +261,7 @@ class _Run:
                 picked = torch.tensor(rows(step), device=self.clip.device)
                 yield self.features[picked], targets[picked]
             return
-        keys = ([(row, (config.seed * 1_000_003 + step) * n + row) for row in rows(step)] for step in steps)
+        keys = ([(row, _seed((config.seed * 1_000_003 + step) * n + row)) for row in rows(step)] for step in steps)
         samples = Samples(self.dataset, _train_transform(self.clip, config.crop))
         for pixels, targets in loader(samples, _Keys(keys, len(steps)), self.workers):
             yield pixels.to(self.clip.device, self.clip.dtype), targets.to(self.clip.device)
@@ -267,7 +271,7 @@ class _Run:
         lr = config.lr_at(self.step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(config.seed * 1_000_003 + self.step)  # for dropout and patch dropout
+        torch.manual_seed(_seed(config.seed * 1_000_003 + self.step))  # for dropout and patch dropout
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.clip.device.type, torch.bfloat16, enabled=config.bf16):
             logits = self.trained(inputs)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import shutil
 
@@ -182,6 +183,9 @@ def test_emoji_runs_from_end_to_end(capsys, tmp_path):
         "wise_ft_emoji.html",
         "wise_ft_emoji_noto.svg",
     }
+    if importlib.util.find_spec("resvg_py"):
+        names.add("wise_ft_emoji_noto.png")
+        assert "wise_ft_emoji_noto.png" in out
     assert {p.name for p in tmp_path.iterdir()} == names
     found = json.loads((tmp_path / "wise_ft_emoji.json").read_text())["styles"]["noto"]
     with (tmp_path / "wise_ft_emoji.csv").open() as file:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from clipsteer import clip as clip_module
 from clipsteer import wise_ft
-from clipsteer._files import FileFormatError, read_safetensors
+from clipsteer._files import FileFormatError, read_safetensors, write_json, write_safetensors
 from clipsteer.classifier import (
     load_classifier,
     pixel_batches,
@@ -311,3 +311,33 @@ def test_damaged_classifiers_are_refused(clip, head, folder, tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(FileFormatError, match=r"config\.json"):
         load_classifier(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias"),
+    [((3, 256), (1,)), ((3, 256), (7,)), ((3, 256), ()), ((3, 50), (3,)), ((2, 256), (3,)), ((3,), (3,))],
+)
+def test_heads_that_do_not_fit_are_refused(clip, head, tmp_path, weight, bias):
+    save_classifier(tmp_path, clip, zero_shot_classifier(clip, head), sorted(COLOURS))
+    write_safetensors(tmp_path / "head.safetensors", {"weight": torch.zeros(weight), "bias": torch.zeros(bias)})
+    with pytest.raises(FileFormatError, match=r"head\.safetensors"):
+        load_classifier(tmp_path)
+
+
+def test_models_that_do_not_fit_are_refused(clip, head, tmp_path, monkeypatch):
+    save_classifier(tmp_path, clip, zero_shot_classifier(clip, head), sorted(COLOURS))
+    write_json(tmp_path / "config.json", {"model": "hf-hub:some/model", "classes": sorted(COLOURS)})
+    monkeypatch.setattr("clipsteer.classifier.load", lambda name, device: clip_module.load())
+    assert_equal(load_classifier(tmp_path)[1].state_dict(), zero_shot_classifier(clip, head).state_dict())
+    write_safetensors(tmp_path / "model.safetensors", {"w": torch.zeros(3)})
+    with pytest.raises(FileFormatError, match=r"model\.safetensors.*hf-hub:some/model"):
+        load_classifier(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError):
+        load_classifier(tmp_path)
+
+
+@pytest.mark.parametrize("seed", [2**62, 20_241_124 * 2**40, -3])
+def test_any_seed_will_do(clip, head, folder, seed):
+    config = FinetuneConfig(batch_size=12, epochs=1, seed=seed)
+    assert not torch.equal(finetune(clip, image_folder(folder), head, config).head.weight, head)
