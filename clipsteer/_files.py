@@ -89,9 +89,10 @@ def _lock(file: BinaryIO, wait: bool = True) -> bool:
 
 
 def _remove_abandoned(path: Path) -> None:
-    name = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{12}\.tmp")
-    for temporary in path.parent.iterdir():
-        if name.fullmatch(temporary.name):
+    pattern = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{12}\.tmp")
+    with contextlib.suppress(OSError):  # a folder that may be written to but not listed
+        for name in filter(pattern.fullmatch, os.listdir(path.parent)):
+            temporary = path.parent / name
             with contextlib.suppress(OSError), temporary.open("r+b") as file:
                 if _lock(file, wait=False):
                     temporary.unlink()

@@ -197,7 +197,10 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _merge_classifiers(zeroshot: Path, finetuned: Path, alphas: list[Any], folders: list[Path]) -> None:
-    """Average model and head of two run folders; no folder changes before every file of all of them is written."""
+    """Average model and head of two run folders; no folder changes before every file of all of them is written.
+
+    A process that is killed outright leaves a hidden folder, .NAME.….tmp, beside the one it was writing.
+    """
     from clipsteer._files import read_json, read_safetensors_header, write_json
     from clipsteer.merging import deciding, wise_ft
 
