@@ -6,9 +6,11 @@ allocates is bounded by the size of the file. Format: https://huggingface.co/doc
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import re
 import secrets
 import stat
 import zipfile
@@ -29,6 +31,9 @@ _DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -44,11 +49,19 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], None]) -> Non
     """Replace ``path`` by what ``write`` puts into the open file: all of it, or none of it when anything fails.
 
     Raises OSError (a full disk, no permission); then the old file is as it was and no temporary file stays behind.
+    What a killed process left is removed by the next write of the same file, where the system has file locks.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    _remove_abandoned(path)
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        file = temporary.open("xb")
+        # between the two lines another writer may have taken it for abandoned
+        if not _lock(file) or os.fstat(file.fileno()).st_nlink:
+            break
+        file.close()
     try:
-        with temporary.open("xb") as file:
+        with file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -62,6 +75,27 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], None]) -> Non
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _lock(file: BinaryIO, wait: bool = True) -> bool:
+    """Take the lock that says "being written", which ends with its process; False when it is taken or there is none."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def _remove_abandoned(path: Path) -> None:
+    pattern = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{12}\.tmp")
+    with contextlib.suppress(OSError):  # a folder that may be written to but not listed
+        for name in filter(pattern.fullmatch, os.listdir(path.parent)):
+            temporary = path.parent / name
+            with contextlib.suppress(OSError), temporary.open("r+b") as file:
+                if _lock(file, wait=False):
+                    temporary.unlink()
 
 
 def write_json(path: str | Path, value: Any) -> None:

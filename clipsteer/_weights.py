@@ -66,6 +66,10 @@ def _tensors(where: str, weights: Mapping[str, Tensor]) -> dict[str, Entry]:
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_complex():
             got = f"{tensor.layout} {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"wise_ft: {where}: {name!r} must be a dense real tensor, got {got}")
+        if tensor.is_quantized or (tensor.is_floating_point() and tensor.dtype.itemsize < 2):
+            raise TypeError(
+                f"wise_ft: {where}: {name!r} is {tensor.dtype}; float16, bfloat16, float32 and float64 can be averaged"
+            )
         flat = tensor.detach().reshape(-1)
         return Entry(tensor.dtype, tuple(tensor.shape), lambda start, stop: flat[start:stop])
 

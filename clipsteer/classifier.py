@@ -70,6 +70,7 @@ def load_classifier(
 
     Raises:
         FileFormatError: a file that is damaged or does not fit the others. FileNotFoundError: one is not there.
+        RuntimeError: a model of an "hf-hub:" name whose description could not be downloaded.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
@@ -77,14 +78,31 @@ def load_classifier(
     if not isinstance(name, str) or not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
         raise FileFormatError(f"{folder / 'config.json'}: expected a model name and a list of class names")
     head = read_safetensors(folder / "head.safetensors", allow_nan=False)
-    if head.keys() != {"weight", "bias"} or head["weight"].ndim != 2 or len(head["weight"]) != len(classes):
-        raise FileFormatError(f"{folder / 'head.safetensors'}: expected weight ({len(classes)}, e) and bias")
+    c = len(classes)
+    shapes = {key: tuple(tensor.shape) for key, tensor in head.items()}
+    if (
+        shapes.keys() != {"weight", "bias"}
+        or len(shapes["weight"]) != 2
+        or (shapes["weight"][0], shapes["bias"]) != (c, (c,))
+        or not all(tensor.is_floating_point() for tensor in head.values())
+    ):
+        raise FileFormatError(f"{folder / 'head.safetensors'}: expected weight ({c}, e) and bias ({c},), got {shapes}")
     weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights}: the image tower's weights are not there")
     if ":" in name:
         clip = load(name, device=device)
-        clip.model.load_state_dict(read_safetensors(weights))
+        try:
+            clip.model.load_state_dict(read_safetensors(weights))
+        except RuntimeError as error:
+            raise FileFormatError(f"{weights}: cannot be loaded as weights of {name}: {error}") from error
     else:
         clip = load(name, weights, device=device)
+    width = getattr(clip.model.visual, "output_dim", shapes["weight"][1])  # timm's towers do not say
+    if shapes["weight"][1] != width:
+        raise FileFormatError(
+            f"{folder / 'head.safetensors'}: a head on embeddings of width {shapes['weight'][1]}, {name} gives {width}"
+        )
     classifier = ImageClassifier(clip.model.visual, head["weight"].to(device), head["bias"].to(device)).eval()
     return clip, classifier, classes
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import secrets
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -97,7 +99,7 @@ examples:
     p.add_argument("--baseline", type=Path, metavar="CSV",
                    help="of models trained on the reference alone: the columns reference, reference_n, "
                         "shifted, shifted_n")  # fmt: skip
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="for curve.csv, curve.svg and curve.html")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="for curve.html, .csv, .svg and .png")
     add_device(p)
     p.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
 
@@ -107,7 +109,7 @@ examples:
   one training style, two seeds, the head alone:
     clipsteer wise-ft emoji --styles noto --seeds 0 1 --mode lc --lrs 1e-3 1e-2 --out wise-ft-lc
 """)  # fmt: skip
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="for JSON, CSV, Markdown, SVG and HTML")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="for JSON, CSV, Markdown, HTML, SVG and PNG")
     p.add_argument("--styles", nargs="+", choices=("noto", "fluent", "twemoji"), help="to tune on (default: each)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     p.add_argument("--lrs", type=float, nargs="+", metavar="LR", help="to choose from on validation concepts")
@@ -178,7 +180,6 @@ def _is_classifier(path: str | Path) -> bool:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from clipsteer._files import read_json, write_json
     from clipsteer.merging import wise_ft
 
     alpha: Any = dict(args.layer) if args.layer else args.alpha if len(args.alpha) > 1 else args.alpha[0]
@@ -186,39 +187,56 @@ def _merge(args: argparse.Namespace) -> int:
         written = wise_ft(args.zeroshot, args.finetuned, alpha, args.out)
         written = written if isinstance(written, list) else [written]
     else:
-        several = isinstance(alpha, list)
-        if several and "{alpha}" not in args.out:
+        if isinstance(alpha, list) and "{alpha}" not in args.out:
             raise ValueError(f"for several alphas --out needs {{alpha}} in it, got {args.out}")
-        written = (
-            [Path(args.out.replace("{alpha}", f"{a:g}")) for a in args.alpha] if not args.layer else [Path(args.out)]
-        )
-        config = read_json(Path(args.zeroshot) / "config.json")
-        if config.get("classes") != read_json(Path(args.finetuned) / "config.json").get("classes"):
-            raise ValueError(f"{args.zeroshot} and {args.finetuned} are classifiers of different classes")
-        for folder in written:
-            folder.mkdir(parents=True, exist_ok=True)
-        for name in ("head.safetensors", "model.safetensors"):
-            part = alpha
-            if args.layer:
-                # the head's tensors are head.weight and head.bias here, though in their own file they have no prefix
-                layers = dict(args.layer)
-                head = name == "head.safetensors"
-                part = _head_alpha(layers) if head else {k: v for k, v in layers.items() if not k.startswith("head.")}
-            ends = [Path(end) / name for end in (args.zeroshot, args.finetuned)]
-            wise_ft(*ends, part, [folder / name for folder in written] if several else written[0] / name)
-        for folder, a in zip(written, args.alpha if several else [alpha]):
-            write_json(folder / "config.json", {**config, "wise_ft_alpha": a})
+        alphas = alpha if isinstance(alpha, list) else [alpha]
+        written = [Path(args.out if args.layer else args.out.replace("{alpha}", f"{a:g}")) for a in alphas]
+        _merge_classifiers(Path(args.zeroshot), Path(args.finetuned), alphas, written)
     sys.stdout.writelines(f"{path}\n" for path in written)
     return 0
 
 
-def _head_alpha(layers: Mapping[str, float]) -> float:
-    from fnmatch import fnmatchcase
+def _merge_classifiers(zeroshot: Path, finetuned: Path, alphas: list[Any], folders: list[Path]) -> None:
+    """Average model and head of two run folders; no folder changes before every file of all of them is written.
 
-    for pattern, alpha in layers.items():
-        if fnmatchcase("head.weight", pattern):
-            return alpha
-    raise ValueError("no --layer pattern matches head.weight; add --layer head.*=A or --layer *=A")
+    A process that is killed outright leaves a hidden folder, .NAME.….tmp, beside the one it was writing.
+    """
+    from clipsteer._files import read_json, read_safetensors_header, write_json
+    from clipsteer.merging import deciding, wise_ft
+
+    config = read_json(zeroshot / "config.json")
+    if config.get("classes") != read_json(finetuned / "config.json").get("classes"):
+        raise ValueError(f"{zeroshot} and {finetuned} are classifiers of different classes")
+    heads = models = alphas
+    if isinstance(alphas[0], Mapping):
+        # patterns see one model, whose head is head.weight and head.bias; in a file of its own it has no prefix
+        layers = alphas[0]
+        names = {part: [e.name for e in read_safetensors_header(zeroshot / f"{part}.safetensors").entries]
+                 for part in ("head", "model")}  # fmt: skip
+        chosen = deciding(layers, [*(f"head.{name}" for name in names["head"]), *names["model"]])
+        heads = [{name: layers[chosen[f"head.{name}"]] for name in names["head"]}]
+        of_model = {chosen[name] for name in names["model"]}
+        models = [{pattern: a for pattern, a in layers.items() if pattern in of_model}]
+    unfinished = [
+        folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp") for folder in map(Path.resolve, folders)
+    ]
+    try:
+        for temporary in unfinished:
+            temporary.mkdir(parents=True)
+        for part, values in (("head", heads), ("model", models)):
+            file = f"{part}.safetensors"
+            wise_ft(zeroshot / file, finetuned / file, values, [temporary / file for temporary in unfinished])
+        for temporary, a in zip(unfinished, alphas):
+            write_json(temporary / "config.json", {**config, "wise_ft_alpha": a})
+        for temporary, folder in zip(unfinished, folders):
+            if folder.exists():  # it may hold other things too
+                for name in ("head.safetensors", "model.safetensors", "config.json"):
+                    (temporary / name).replace(folder / name)
+            else:
+                temporary.rename(folder)
+    finally:
+        for temporary in unfinished:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _curve(args: argparse.Namespace) -> int:
@@ -244,9 +262,9 @@ def _curve(args: argparse.Namespace) -> int:
     robustness_page.write_csv(args.out / "curve.csv", rows)
     subtitle = f"{clip.name}: from {args.zeroshot} to {args.finetuned}, {len(classes)} classes"
     robustness_page.write_page(args.out / "curve.html", rows, subtitle=subtitle, baseline=baseline, models=models)
-    robustness_page.write_svg(args.out / "curve.svg", robustness_page.curve_charts(rows, baseline, models)[0])
+    drawn = robustness_page.write_svg(args.out / "curve.svg", robustness_page.curve_charts(rows, baseline, models)[0])
     _show(robustness.summary(rows, baseline))
-    sys.stdout.write("".join(f"{args.out / name}\n" for name in ("curve.html", "curve.svg", "curve.csv")))
+    sys.stdout.write("".join(f"{path}\n" for path in (args.out / "curve.html", *drawn, args.out / "curve.csv")))
     return 0
 
 

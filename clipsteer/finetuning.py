@@ -7,6 +7,7 @@ at least 0.9 of the image. The head starts as the zero-shot head times the logit
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clipsteer import checkpoint
+from clipsteer._files import FileFormatError, read_safetensors, tensor_bytes
 from clipsteer._sae_run import EXIT_TERMINATED, StopSignal, trim_log
 from clipsteer.classifier import (
     ImageClassifier,
@@ -40,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 # settings that do not change the weights, so that a resumed run may differ in them
 _COSMETIC = ("checkpoint_every", "log_every", "alpha")
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,18 @@ class FinetuneConfig:
         return self.peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
+def _seed(number: int) -> int:
+    return number % 2**63  # torch takes no more
+
+
+def _digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
 def _train_transform(clip: CLIP, crop: float) -> Callable[[Any], Tensor]:
     if crop == 1:
         return clip.preprocess
@@ -118,7 +133,8 @@ def finetune(
         dataset: images with classes; targets index the rows of `head`.
         head: (C, e) unit rows, the zero-shot head; the logit scale is applied here.
         out: folder for zeroshot/ and finetuned/ (see `save_classifier`), log.jsonl and checkpoints/. A run that was
-            stopped there, by SIGTERM or otherwise, goes on from its last checkpoint, on a CPU bit for bit.
+            stopped there, by SIGTERM or otherwise, goes on from its last checkpoint, on a CPU bit for bit; `clip` and
+            `head` must then be what it started from.
         validation: measured after every epoch, with the current weights and with their running ensemble.
         on_step: called after each step with the classifier and the number of steps taken, for instance to update a
             `RunningEnsemble`.
@@ -126,7 +142,8 @@ def finetune(
     Returns the classifier, in eval mode; its tower is `clip`'s.
 
     Raises:
-        ValueError: no classes, targets outside the head, or a run with other settings in `out`.
+        ValueError: no classes, targets outside the head, nothing to train, or a run in `out` with other settings,
+            classes or starting weights.
         RuntimeError: the loss is not finite. SystemExit(143): SIGTERM came and the state is saved.
     """
     config = config or FinetuneConfig()
@@ -153,16 +170,24 @@ class _Run:
         self.trained = self.classifier if config.mode == "e2e" else self.classifier.head
         self.per_epoch = math.ceil(len(dataset) / config.batch_size)
         self.total, self.step, self.saved_at = self.per_epoch * config.epochs, 0, -1
-        self.parameters = dict(self.trained.named_parameters())
+        self.parameters = {name: p for name, p in self.trained.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError("finetune: no parameter of the image tower or head requires a gradient")
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.peak, weight_decay=config.weight_decay)
         self.settings = json.loads(json.dumps({**asdict(config), "model": clip.name, "images": len(dataset)}))
+        if out is not None:
+            # what would mix two runs in one folder if it changed between them
+            self.settings["data"] = hashlib.sha256(
+                json.dumps([self.classes, list(dataset.targets)]).encode()
+            ).hexdigest()
+            self.settings["weights"] = _digest(clip.model)
+            self.settings["frozen"] = [name for name, p in self.trained.named_parameters() if not p.requires_grad]
 
     def run(self, on_step: Callable[[ImageClassifier, int], None] | None, resume: bool) -> ImageClassifier:
         ensemble = RunningEnsemble(self.trained, self.config.alpha) if self.validation is not None else None
         if self.out is not None:
-            if not (self.out / "zeroshot" / "config.json").exists():
+            if not self._restore(resume):
                 save_classifier(self.out / "zeroshot", self.clip, self.classifier, self.classes)
-            self._restore(resume)
             trim_log(self.out / "log.jsonl", self.step)
         if self.config.mode == "lc":
             with torch.no_grad():
@@ -177,30 +202,46 @@ class _Run:
             save_classifier(self.out / "finetuned", self.clip, self.classifier, self.classes, finetune=self.settings)
         return self.classifier
 
-    def _restore(self, resume: bool) -> None:
+    def _restore(self, resume: bool) -> bool:
+        """Go to the last checkpoint; False when there is none."""
         found = checkpoint.load_latest(self.out / "checkpoints", device=str(self.clip.device))
         if found is None:
-            return
+            return False
         if not resume:
             raise ValueError(f"finetune: {self.out} holds a run; resume it or choose another folder")
         there = found.meta.get("settings", {})
         if changed := [k for k in self.settings if k not in _COSMETIC and there.get(k) != self.settings[k]]:
-            which = ", ".join(f"{k}: {there.get(k)!r} there, {self.settings[k]!r} asked for" for k in changed)
+            which = ", ".join(f"{k}: {there.get(k)!r:.80} there, {self.settings[k]!r:.80} asked for" for k in changed)
             raise ValueError(f"finetune: {self.out} holds a run with other settings ({which}); use another folder")
+        self._check_head()
         self.trained.load_state_dict({k[6:]: v for k, v in found.tensors.items() if k.startswith("model.")})
         for name, parameter in self.parameters.items():
-            keys = ("exp_avg", "exp_avg_sq")
-            state = {key: found.tensors[f"adam.{key}.{name}"].clone() for key in keys}
-            self.optimizer.state[parameter] = {"step": torch.tensor(float(found.step)), **state}
+            keys = [key for key in _ADAM if f"adam.{key}.{name}" in found.tensors]
+            if keys:  # without a gradient so far there is no state
+                self.optimizer.state[parameter] = {key: found.tensors[f"adam.{key}.{name}"].clone() for key in keys}
+                self.optimizer.state[parameter]["step"] = self.optimizer.state[parameter]["step"].cpu()
         self.step = self.saved_at = found.step
+        return True
+
+    def _check_head(self) -> None:
+        """Refuse a head other than the run's. The last bits may differ: it is computed anew, on whatever machine."""
+        path = self.out / "zeroshot" / "head.safetensors"
+        there, here = read_safetensors(path), self.classifier.head.state_dict()
+        if there.keys() != here.keys() or any(there[name].shape != here[name].shape for name in here):
+            raise FileFormatError(f"{path}: not the head that this run started from")
+        old, new = there["weight"].float(), here["weight"].float().cpu()
+        if not bool(((new - old).norm(dim=1) <= 0.01 * old.norm(dim=1)).all()):
+            raise ValueError(
+                f"finetune: {self.out} holds a run from another head (class names or templates); use another folder"
+            )
 
     def _save(self) -> None:
         if self.out is None or self.saved_at == self.step:
             return
         tensors = {f"model.{name}": tensor for name, tensor in self.trained.state_dict().items()}
         for name, parameter in self.parameters.items():
-            for key in ("exp_avg", "exp_avg_sq"):
-                tensors[f"adam.{key}.{name}"] = self.optimizer.state[parameter][key]
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"adam.{key}.{name}"] = value
         checkpoint.save_state(self.out / "checkpoints", self.step, tensors, {"settings": self.settings})
         self.saved_at = self.step
 
@@ -210,7 +251,7 @@ class _Run:
 
         def rows(step: int) -> list[int]:
             epoch, at = divmod(step, self.per_epoch)
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(_seed(config.seed * 1_000_003 + epoch)))
             return order[at * config.batch_size : (at + 1) * config.batch_size].tolist()
 
         steps = range(self.step, self.total)
@@ -220,7 +261,7 @@ class _Run:
                 picked = torch.tensor(rows(step), device=self.clip.device)
                 yield self.features[picked], targets[picked]
             return
-        keys = ([(row, (config.seed * 1_000_003 + step) * n + row) for row in rows(step)] for step in steps)
+        keys = ([(row, _seed((config.seed * 1_000_003 + step) * n + row)) for row in rows(step)] for step in steps)
         samples = Samples(self.dataset, _train_transform(self.clip, config.crop))
         for pixels, targets in loader(samples, _Keys(keys, len(steps)), self.workers):
             yield pixels.to(self.clip.device, self.clip.dtype), targets.to(self.clip.device)
@@ -230,7 +271,7 @@ class _Run:
         lr = config.lr_at(self.step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(config.seed * 1_000_003 + self.step)  # for dropout and patch dropout
+        torch.manual_seed(_seed(config.seed * 1_000_003 + self.step))  # for dropout and patch dropout
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.clip.device.type, torch.bfloat16, enabled=config.bf16):
             logits = self.trained(inputs)

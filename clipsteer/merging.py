@@ -101,6 +101,16 @@ def _check_same(zeroshot: Source, finetuned: Source) -> None:
         raise ValueError("\n".join([where, *lines]))
 
 
+def deciding(alpha: Mapping[str, float], names: Iterable[str]) -> dict[str, str]:
+    """Tensor name -> the pattern that sets its alpha. ValueError for a name without one, and for an unused pattern."""
+    chosen = {name: next((p for p in alpha if fnmatchcase(name, p)), None) for name in names}
+    if missed := [name for name, pattern in chosen.items() if pattern is None]:
+        raise ValueError(f"wise_ft: no pattern in alpha matches {some(missed)}; add '*' for all others")
+    if unused := [p for p in alpha if p not in chosen.values()]:
+        raise ValueError(f"wise_ft: patterns in alpha that decide no tensor: {some(unused)}; the first match counts")
+    return chosen
+
+
 def _resolve(alpha: Alpha, names: Iterable[str]) -> dict[str, float]:
     """Tensor name -> alpha."""
     table = dict(alpha) if isinstance(alpha, Mapping) else {"*": alpha}
@@ -108,12 +118,9 @@ def _resolve(alpha: Alpha, names: Iterable[str]) -> dict[str, float]:
         if not isinstance(value, (int, float)) or not 0 <= value <= 1:
             where = f" for {pattern!r}" if isinstance(alpha, Mapping) else ""
             raise ValueError(f"wise_ft: alpha must be a number in [0, 1], got {value!r}{where}")
-    chosen = {name: next((p for p in table if fnmatchcase(name, p)), None) for name in names}
-    if missed := [name for name, pattern in chosen.items() if pattern is None]:
-        raise ValueError(f"wise_ft: no pattern in alpha matches {some(missed)}; add '*' for all others")
-    if isinstance(alpha, Mapping) and (unused := [p for p in table if p not in chosen.values()]):
-        raise ValueError(f"wise_ft: patterns in alpha that decide no tensor: {some(unused)}; the first match counts")
-    return {name: float(table[pattern]) for name, pattern in chosen.items()}
+    if not isinstance(alpha, Mapping):
+        return dict.fromkeys(names, float(alpha))
+    return {name: float(table[pattern]) for name, pattern in deciding(table, names).items()}
 
 
 def _paths(out: str | Path | Sequence[str | Path], alphas: list[Alpha], several: bool) -> list[Path]:
@@ -144,7 +151,7 @@ def _blend(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     if wide == a.dtype:
         torch.sub(near, far, out=out)
         torch.sub(near, out.mul_(share), out=out)
-        return out if math.isfinite(out.sum()) else _keep_equal(a, b, out)
+        return out if math.isfinite(out.sum()) else _mend(a, b, alpha, out)
     # block by block through the same two buffers: fresh ones of this size cost more in page faults than the arithmetic
     size = min(len(a), _BLOCK) if a.device.type == "cpu" else len(a)
     buffers = [torch.empty(size, dtype=wide, device=a.device) for _ in range(2)]
@@ -155,12 +162,16 @@ def _blend(a: Tensor, b: Tensor, alpha: float) -> Tensor:
         torch.sub(x, y.mul_(share), out=y)
         result.copy_(y)
         if not math.isfinite(y.sum()):
-            result.copy_(_keep_equal(n, f, result))
+            result.copy_(_mend(n, f, share, result))
     return out
 
 
-def _keep_equal(a: Tensor, b: Tensor, mixed: Tensor) -> Tensor:
-    """`mixed`, but where both ends have the same bits, these: infinities and NaN payloads too."""
+def _mend(a: Tensor, b: Tensor, alpha: float, mixed: Tensor) -> Tensor:
+    """`mixed` where it is finite; bits that both ends share (infinities, NaN payloads); an average whose difference
+    overflowed, by the form that cannot."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    apart = a.isfinite() & b.isfinite() & ~mixed.isfinite()
+    mixed = torch.where(apart, ((1 - alpha) * a.to(wide) + alpha * b.to(wide)).to(a.dtype), mixed)
     bits = _BITS[a.dtype.itemsize]
     a_bits = a.view(bits)
     return torch.where(a_bits == b.view(bits), a_bits, mixed.view(bits)).view(a.dtype)

@@ -233,7 +233,8 @@ def line_chart(
         out.append(f'<text x="{(left + w - right) / 2}" y="{h - 3}" text-anchor="middle">{escape(x_label)}</text>')
     legend = []
     for i, (name, line) in enumerate(points.items()):
-        style = f'style="stroke:var(--s{i % 4})" stroke-dasharray="{_DASHES[i % 4]}" fill="none" stroke-width="2"'
+        dashes = _DASHES[(i + i // 4) % 4]  # every pair with a colour once, before one comes again
+        style = f'style="stroke:var(--s{i % 4})" stroke-dasharray="{dashes}" fill="none" stroke-width="2"'
         path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in line)
         out.append(f'<polyline points="{path}" {style} stroke-linejoin="round"/>')
         if len(line) == 1:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from typing import Any
 from clipsteer._files import write_atomically
 from clipsteer.report import Html, Page, charts, escape, line_chart, stats, table
 from clipsteer.robustness import ALPHAS, Baseline, averages, logit, summary
+
+logger = logging.getLogger(__name__)
 
 NAMES = {"weight": "weight-space ensemble (WiSE-FT)", "output": "output-space ensemble"}
 ENDS = {"zeroshot": "zero-shot", "finetuned": "fine-tuned", "default": "α = 0.5", "oracle": "oracle α"}
@@ -82,7 +86,7 @@ def logit_chart(
     out += [f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="2" style="fill:var(--soft)"/>' for x, y in dots]
     for i, (name, line) in enumerate(lines.items()):
         colour = f"var(--s{i % 4})"
-        dashes = ("", "6 3", "8 3 2 3", "3 3")[i % 4]
+        dashes = ("", "6 3", "8 3 2 3", "3 3")[(i + i // 4) % 4]
         style = f'style="stroke:{colour}" stroke-dasharray="{dashes}" fill="none" stroke-width="2"'
         path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in map(at, line))
         out.append(f'<polyline points="{path}" {style} stroke-linejoin="round"/>')
@@ -110,8 +114,12 @@ def logit_chart(
     )
 
 
-def write_svg(path: str | Path, chart: Html) -> None:
-    """The drawing of a chart as a file of its own, on white, its legend below the axes."""
+def write_svg(path: str | Path, chart: Html) -> list[Path]:
+    """The drawing of a chart as a file of its own, on white, its legend below the axes; and the same as a PNG.
+
+    The PNG lies beside it, 1600 pixels wide, and needs resvg-py; without that a line in the log says so. Returns the
+    files written.
+    """
     start = chart.index('<svg viewBox="0 0 400')
     drawing = chart[start : chart.index("</svg>", start)]
     width, height = 400, 300
@@ -131,7 +139,19 @@ def write_svg(path: str | Path, chart: Html) -> None:
         f'<text x="{width / 2}" y="-6" text-anchor="middle" font-weight="bold">{title}</text>'
         f"{body}{''.join(extra)}</svg>\n"
     )
+    # plain colours: few programs but browsers know the names that the page gives them
+    colours = dict(re.findall(r"--(\w+):(#\w+)", _ALONE))
+    text = re.sub(r"var\(--(\w+)(?:,(#\w+))?\)", lambda m: colours.get(m[1]) or m[2], text)
     write_atomically(path, lambda file: file.write(text.encode()))
+    path = Path(path)
+    try:
+        from resvg_py import svg_to_bytes
+    except ImportError:
+        logger.warning("%s: no PNG beside it, that needs resvg-py: pip install 'clipsteer[data]'", path)
+        return [path]
+    png = svg_to_bytes(svg_string=text, width=4 * width, background="#ffffff")
+    write_atomically(path.with_suffix(".png"), lambda file: file.write(bytes(png)))
+    return [path, path.with_suffix(".png")]
 
 
 def curve_charts(
@@ -280,8 +300,7 @@ def write_experiment(
             table(["on validation concepts", "accuracy, %", "cross-entropy"], tried, picks),
         )  # fmt: skip
         path = stem.with_name(f"{stem.name}_{style}.svg")
-        write_svg(path, drawn[0])
-        written.append(path)
+        written += write_svg(path, drawn[0])
     written.append(page.write(stem.with_suffix(".html")))
     lines = ["# WiSE-FT across drawing styles", "", what]
     for heading, headers, cells, caption in parts:

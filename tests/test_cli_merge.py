@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
+import shutil
 
 import pytest
 import torch
@@ -99,6 +101,37 @@ def test_merge_of_files_and_of_runs(tuned, capsys):
     assert run(capsys, "wise-ft", "merge", *files, "--layer", "w", "--out", "z")[0] == 2
 
 
+def test_a_merge_of_runs_is_whole_or_not_at_all(tuned, capsys):
+    ends = [tuned / "run" / "zeroshot", tuned / "run" / "finetuned"]
+    out, merge = tuned / "whole", ["wise-ft", "merge", *ends]
+    before = sorted(p.name for p in tuned.iterdir())
+    # the head's patterns are right, the model's are not
+    code, _, err = run(capsys, *merge, "--layer", "head.*=1", "--out", out)
+    assert code == 2
+    assert "no pattern in alpha matches" in err
+    assert (
+        run(capsys, *merge, "--layer", "head.weight=1", "--layer", "*=0", "--layer", "nothing=1", "--out", out)[0] == 2
+    )
+    assert sorted(p.name for p in tuned.iterdir()) == before
+    # each tensor of the head by its own pattern; what else is in the folder stays
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    assert run(capsys, *merge, "--layer", "head.bias=1", "--layer", "*=0", "--out", out)[0] == 0
+    heads = [read_safetensors(folder / "head.safetensors") for folder in (out, *ends)]
+    assert torch.equal(heads[0]["bias"], heads[2]["bias"])
+    assert not torch.equal(heads[1]["bias"], heads[2]["bias"])
+    assert torch.equal(heads[0]["weight"], heads[1]["weight"])
+    kept = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert set(kept) == {"notes.txt", "config.json", "head.safetensors", "model.safetensors"}
+    # a model that does not match leaves the folder as it was
+    bad = tuned / "bad-end"
+    shutil.copytree(ends[1], bad)
+    write_safetensors(bad / "model.safetensors", {"w": torch.zeros(3)})
+    assert run(capsys, "wise-ft", "merge", ends[0], bad, "--out", out)[0] == 2
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == kept
+    assert not [p for p in tuned.iterdir() if p.suffix == ".tmp"]
+
+
 def test_curve(tuned, capsys):
     baseline = tuned / "models.csv"
     baseline.write_text("reference,reference_n,shifted,shifted_n\n0.5,100,0.4,100\n0.8,100,0.6,100\n")
@@ -150,6 +183,9 @@ def test_emoji_runs_from_end_to_end(capsys, tmp_path):
         "wise_ft_emoji.html",
         "wise_ft_emoji_noto.svg",
     }
+    if importlib.util.find_spec("resvg_py"):
+        names.add("wise_ft_emoji_noto.png")
+        assert "wise_ft_emoji_noto.png" in out
     assert {p.name for p in tmp_path.iterdir()} == names
     found = json.loads((tmp_path / "wise_ft_emoji.json").read_text())["styles"]["noto"]
     with (tmp_path / "wise_ft_emoji.csv").open() as file:

@@ -34,6 +34,9 @@ DTYPES = [
     torch.int16,
     torch.int8,
     torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
     torch.bool,
 ]
 
@@ -251,6 +254,25 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     monkeypatch.undo()
     assert read_json(tmp_path / "a.json") == 1
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks are POSIX")
+def test_only_what_nobody_writes_any_more_is_removed(tmp_path):
+    target, other = tmp_path / "w[1].bin", "0123456789ab"
+    left = tmp_path / f".{target.name}.{other}.tmp"
+    strangers = [tmp_path / f".{target.name}.more.{other}.tmp", tmp_path / f".{target.name}.mine.tmp"]
+    for file in (left, *strangers):
+        file.write_bytes(b"half")
+
+    def write(outer):
+        outer.write(b"outer")
+        # a second writer of the same file at the same time leaves the first one's alone
+        write_atomically(target, lambda inner: inner.write(b"inner"))
+        assert target.read_bytes() == b"inner"
+
+    write_atomically(target, write)
+    assert target.read_bytes() == b"outer"
+    assert sorted(tmp_path.iterdir()) == sorted([target, *strangers])
 
 
 def test_what_cannot_be_written(tmp_path):

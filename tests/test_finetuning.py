@@ -16,7 +16,7 @@ from PIL import Image
 
 from clipsteer import clip as clip_module
 from clipsteer import wise_ft
-from clipsteer._files import FileFormatError, read_safetensors
+from clipsteer._files import FileFormatError, read_safetensors, write_json, write_safetensors
 from clipsteer.classifier import (
     load_classifier,
     pixel_batches,
@@ -147,6 +147,18 @@ def test_the_schedule():
     assert (FinetuneConfig().peak, FinetuneConfig(mode="lc").peak) == (3e-5, 1e-3)
 
 
+class Stopped(Exception):
+    pass
+
+
+def stop_at(last: int):
+    def stop(classifier, step):
+        if step == last:
+            raise Stopped
+
+    return stop
+
+
 @pytest.mark.parametrize("mode", ["e2e", "lc"])
 def test_a_stopped_run_resumes_bitwise(mode, folder, tmp_path):
     images = image_folder(folder)
@@ -158,16 +170,9 @@ def test_a_stopped_run_resumes_bitwise(mode, folder, tmp_path):
 
     whole = finetune(*(lambda c, h: (c, images, h))(*fresh()), config, out=tmp_path / "whole")
 
-    class Stopped(Exception):
-        pass
-
-    def stop(classifier, step):
-        if step == 3:
-            raise Stopped
-
     model, head = fresh()
     with pytest.raises(Stopped):
-        finetune(model, images, head, config, out=tmp_path / "cut", on_step=stop)
+        finetune(model, images, head, config, out=tmp_path / "cut", on_step=stop_at(3))
     model, head = fresh()
     state = torch.random.get_rng_state()
     resumed = finetune(model, images, head, config, out=tmp_path / "cut", validation=images)
@@ -179,6 +184,55 @@ def test_a_stopped_run_resumes_bitwise(mode, folder, tmp_path):
         finetune(model, images, head, FinetuneConfig(**{**FAST, "lr": 0.5}, mode=mode), out=tmp_path / "cut")
     with pytest.raises(ValueError, match="holds a run"):
         finetune(model, images, head, config, out=tmp_path / "cut", resume=False)
+
+
+@pytest.mark.parametrize("mode", ["e2e", "lc"])
+def test_a_folder_never_mixes_two_starts(mode, clip, head, folder, tmp_path):
+    images, config = image_folder(folder), FinetuneConfig(**FAST, mode=mode)
+    other = clip_module.zero_shot_head(clip, sorted(COLOURS), ["an ugly drawing of {}"])
+    # stopped before its first checkpoint: the next run starts anew, from its own head
+    with pytest.raises(Stopped):
+        finetune(clip, images, head, config, out=tmp_path, on_step=stop_at(1))
+    clip = clip_module.load()
+    start = {k: v.clone() for k, v in zero_shot_classifier(clip, other).state_dict().items()}
+    tuned = finetune(clip, images, other, config, out=tmp_path)
+    assert_equal(load_classifier(tmp_path / "zeroshot")[1].state_dict(), start)
+    # a run that is there refuses another head, other weights, and another order of the classes
+    with pytest.raises(ValueError, match="another head"):
+        finetune(clip_module.load(), images, head, config, out=tmp_path)
+    nudged = clip_module.load()
+    with torch.no_grad():
+        nudged.model.visual.proj[0, 0] += 1e-3
+    with pytest.raises(ValueError, match=r"other settings \(weights"):
+        finetune(nudged, images, other, config, out=tmp_path)
+    swapped = renamed(images, sorted(COLOURS, reverse=True))
+    with pytest.raises(ValueError, match=r"other settings \(data"):
+        finetune(clip_module.load(), swapped, other, config, out=tmp_path)
+    # the same head with other last bits, as another machine gives it, is the same run
+    again = finetune(clip_module.load(), images, other * (1 + 1e-5), config, out=tmp_path)
+    assert_equal(again.state_dict(), tuned.state_dict())
+    assert_equal(load_classifier(tmp_path / "zeroshot")[1].state_dict(), start)
+
+
+def test_frozen_and_unused_parameters(folder, tmp_path):
+    images, config = image_folder(folder), FinetuneConfig(**FAST, checkpoint_every=2)
+
+    def fresh():
+        model = clip_module.load()
+        model.model.visual.conv1.requires_grad_(False)
+        model.model.visual.unused = torch.nn.Parameter(torch.ones(3))  # takes part in nothing: never a gradient
+        return model, images, clip_module.zero_shot_head(model, sorted(COLOURS)), config
+
+    whole = finetune(*fresh(), out=tmp_path / "whole")
+    assert torch.equal(whole.visual.conv1.weight, clip_module.load().model.visual.conv1.weight)
+    assert torch.equal(whole.visual.unused, torch.ones(3))
+    with pytest.raises(Stopped):
+        finetune(*fresh(), out=tmp_path / "cut", on_step=stop_at(3))
+    assert_equal(finetune(*fresh(), out=tmp_path / "cut").state_dict(), whole.state_dict())
+    thawed, *rest = fresh()
+    thawed.model.visual.conv1.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"other settings \(frozen"):
+        finetune(thawed, *rest, out=tmp_path / "cut")
 
 
 def test_workers_do_not_change_what_a_step_sees(clip, head, folder):
@@ -257,3 +311,33 @@ def test_damaged_classifiers_are_refused(clip, head, folder, tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(FileFormatError, match=r"config\.json"):
         load_classifier(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias"),
+    [((3, 256), (1,)), ((3, 256), (7,)), ((3, 256), ()), ((3, 50), (3,)), ((2, 256), (3,)), ((3,), (3,))],
+)
+def test_heads_that_do_not_fit_are_refused(clip, head, tmp_path, weight, bias):
+    save_classifier(tmp_path, clip, zero_shot_classifier(clip, head), sorted(COLOURS))
+    write_safetensors(tmp_path / "head.safetensors", {"weight": torch.zeros(weight), "bias": torch.zeros(bias)})
+    with pytest.raises(FileFormatError, match=r"head\.safetensors"):
+        load_classifier(tmp_path)
+
+
+def test_models_that_do_not_fit_are_refused(clip, head, tmp_path, monkeypatch):
+    save_classifier(tmp_path, clip, zero_shot_classifier(clip, head), sorted(COLOURS))
+    write_json(tmp_path / "config.json", {"model": "hf-hub:some/model", "classes": sorted(COLOURS)})
+    monkeypatch.setattr("clipsteer.classifier.load", lambda name, device: clip_module.load())
+    assert_equal(load_classifier(tmp_path)[1].state_dict(), zero_shot_classifier(clip, head).state_dict())
+    write_safetensors(tmp_path / "model.safetensors", {"w": torch.zeros(3)})
+    with pytest.raises(FileFormatError, match=r"model\.safetensors.*hf-hub:some/model"):
+        load_classifier(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError):
+        load_classifier(tmp_path)
+
+
+@pytest.mark.parametrize("seed", [2**62, 20_241_124 * 2**40, -3])
+def test_any_seed_will_do(clip, head, folder, seed):
+    config = FinetuneConfig(batch_size=12, epochs=1, seed=seed)
+    assert not torch.equal(finetune(clip, image_folder(folder), head, config).head.weight, head)

@@ -113,6 +113,21 @@ def awkward(dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("alpha", [0.01, 0.25, 0.5, 0.75, 0.99])
+def test_ends_whose_difference_overflows(dtype, alpha):
+    top = torch.finfo(dtype).max
+    a = torch.tensor([top, -top, 0.75 * top, 1.0, math.inf, math.nan], dtype=dtype)
+    b = torch.tensor([-top, top, -0.5 * top, 3.0, math.inf, math.nan], dtype=dtype)
+    got = wise_ft({"w": a}, {"w": b}, alpha)["w"]
+    low, high = torch.minimum(a, b)[:4], torch.maximum(a, b)[:4]
+    assert bool(((low <= got[:4]) & (got[:4] <= high)).all())
+    expected = (1 - alpha) * (a[:4].double() / top) + alpha * (b[:4].double() / top)
+    torch.testing.assert_close(got[:4].double() / top, expected, rtol=0, atol=2 * torch.finfo(dtype).eps)
+    assert got[4] == math.inf
+    assert got[5].isnan()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_identities_are_bitwise(dtype, piece, tmp_path):
     theta_0 = weights(0, dtype) | {"awkward": awkward(dtype), "count": torch.tensor(3), "mask": torch.tensor([True])}
     theta_1 = weights(1, dtype) | {
@@ -202,6 +217,21 @@ def test_integers_are_the_zero_shots_and_a_warning_names_them(caplog):
     caplog.clear()
     assert wise_ft(theta_0, theta_1, 1)["bn.num_batches_tracked"] == 9
     assert not caplog.records
+
+
+def test_unsigned_integers_are_copied_and_float8_is_refused_by_name(tmp_path):
+    from safetensors.torch import save_file
+
+    ids = {f"ids{w}": torch.tensor([1, 2**w - 1]).to(getattr(torch, f"uint{w}")) for w in (16, 32)}
+    a, b = on_disk(tmp_path, a={**ids, "w": torch.zeros(2)}, b={**ids, "w": torch.ones(2)})
+    merged = read_safetensors(wise_ft(a, b, 0.5, tmp_path / "m.safetensors"))
+    assert_bits(merged, {**ids, "w": torch.full((2,), 0.5)})
+    narrow = {"small": torch.zeros(2).to(torch.float8_e4m3fn)}
+    with pytest.raises(TypeError, match=r"'small' is torch\.float8_e4m3fn"):
+        wise_ft(narrow, narrow, 0.5)
+    save_file(narrow, a)
+    with pytest.raises(FileFormatError, match=r"'small' has unsupported dtype 'F8_E4M3'"):
+        wise_ft(a, a, 0.5)
 
 
 def test_what_does_not_match_is_listed(tmp_path):
@@ -417,6 +447,7 @@ def test_a_killed_run_leaves_the_old_file(tmp_path):
     assert not fresh.exists()
     clipsteer.wise_ft(a, b, [0.4, 0.5], [out, fresh])
     assert_bits(read_safetensors(out), wise_ft(a, b, 0.4))
+    assert not [p.name for p in tmp_path.iterdir() if p.suffix == ".tmp"]  # what the killed run left is gone
 
 
 def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):

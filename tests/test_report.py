@@ -109,6 +109,11 @@ def test_line_chart_places_points_and_skips_nan():
     parse(report.line_chart({"flat": ([3, 3], [2, 2])}, title="t"))
 
 
+def test_up_to_sixteen_lines_differ():
+    chart = report.line_chart({str(i): ([0, 1], [0, i]) for i in range(16)}, title="many")
+    assert len(set(re.findall(r'<polyline points="[^"]*" (style="[^"]*" stroke-dasharray="[^"]*")', chart))) == 16
+
+
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 7), (0, 1e-6), (12.1, 12.4), (-1e6, 1e7), (0.7, 0.9)])
 def test_ticks_are_inside_and_few(low, high):
     ticks = report._ticks(low, high)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import random
 import re
+import sys
 from fractions import Fraction
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
 from clipsteer import robustness, robustness_page
@@ -190,10 +192,31 @@ def test_page_chart_and_csv(tmp_path):
 
     root = ET.fromstring((tmp_path / "c.svg").read_text())
     assert root.tag.endswith("svg")
+    assert "var(" not in (tmp_path / "c.svg").read_text()
+    line = [row for row in averages(rows()) if row["method"] == "weight"]
+    many = robustness_page.logit_chart({str(i): line for i in range(16)}, title="", x_label="", y_label="")
+    assert len(set(re.findall(r'<polyline points="[^"]*" (style="[^"]*" stroke-dasharray="[^"]*")', many))) == 16
     robustness_page.write_csv(tmp_path / "c.csv", rows())
     lines = (tmp_path / "c.csv").read_text().splitlines()
     assert len(lines) == 19
     assert lines[0].startswith("method,alpha,set,role,correct,n")
+
+
+def test_the_chart_as_png(tmp_path, monkeypatch, caplog):
+    chart, _ = robustness_page.curve_charts(rows())
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "resvg_py", None)
+        assert robustness_page.write_svg(tmp_path / "c.svg", chart) == [tmp_path / "c.svg"]
+    assert "resvg-py" in caplog.text
+    assert [p.name for p in tmp_path.iterdir()] == ["c.svg"]
+    pytest.importorskip("resvg_py")
+    assert robustness_page.write_svg(tmp_path / "c.svg", chart) == [tmp_path / "c.svg", tmp_path / "c.png"]
+    picture = Image.open(tmp_path / "c.png").convert("RGB")
+    assert picture.width == 1600
+    found = {colour: n for n, colour in picture.getcolors(1 << 24)}
+    assert found[255, 255, 255] > 0.8 * picture.width * picture.height
+    # the two curves in their colours
+    assert min(found[0x0B, 0x62, 0xC4], found[0xB9, 0x47, 0x00]) > 1000
 
 
 def test_alphas_are_the_papers_sweep():
