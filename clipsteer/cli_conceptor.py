@@ -11,6 +11,8 @@ from typing import Any
 
 from clipsteer.cli_sae import TOKENS, add_data, add_model, add_shown, device_of, open_images, show_steering
 
+_ORIGIN = ("clip_model", "pretrained", "hook_point", "tokens")
+
 
 def add_parser(commands: Any, add: Any) -> None:
     """Add ``conceptor`` and its subcommands; ``add(parent, name, function, summary, examples)`` makes one."""
@@ -153,7 +155,7 @@ def _fit(args: argparse.Namespace) -> int:
         dataset = open_images(args.data, None) if args.data else _drawings(args.style, args.category)
         hook_point = args.hook_point or default_hook_point(clip)
         values = (clip.name, clip.pretrained, hook_point, args.tokens)
-        provenance = dict(zip(("clip_model", "pretrained", "hook_point", "tokens"), values))
+        provenance = dict(zip(_ORIGIN, values))
         if args.centre is not None:
             background = open_images(args.centre, None) if args.centre else _drawings(None, None)
             rows = (r for r, _ in _activations(clip, background, hook_point, args, "background"))
@@ -210,6 +212,11 @@ def _steer(args: argparse.Namespace) -> int:
     C = ~C if args.negate else C
     for op, path in args.terms or []:
         other = _pick(path, args.chosen)
+        for key in _ORIGIN:
+            ours, theirs = provenance.get(key), other.metadata.get(key)
+            # a file saved without any of this says nothing that could differ
+            if ours != theirs and provenance.keys() & set(_ORIGIN) and other.metadata.keys() & set(_ORIGIN):
+                raise ValueError(f"conceptors of one {key} combine; {args.conceptor} has {ours}, {path} has {theirs}")
         C = C | other if op == "or" else C & (other if op == "and" else ~other)
     if args.scale_aperture is not None:
         C = C.scale_aperture(args.scale_aperture)

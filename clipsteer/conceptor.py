@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from clipsteer import ops
-from clipsteer.conceptor_fit import EPS, check_aperture, choose_aperture, correlation, spectrum
+from clipsteer._device import beside
+from clipsteer.conceptor_fit import EPS, check_aperture, choose_aperture, correlation, shares, spectrum
 
 
 def _snap(s: Tensor, tol: Tensor | float) -> Tensor:
@@ -52,9 +53,10 @@ def _meet(C: Tensor, B: Tensor, d: int) -> tuple[Tensor, Tensor]:
     left = torch.linalg.solve(middle, B, left=False)
     A = B @ right
     s, V = torch.linalg.eigh((A + A.mT) / 2)
-    # rounding C and B by eps moves A by this much, so that what is nearer to 0 or 1 cannot be told from it
-    spread = torch.linalg.matrix_norm(left, 2) * torch.linalg.matrix_norm(right, 2) if A.numel() else s.new_ones(())
-    return _snap(s, d * EPS * spread.clamp(1, 0.1 / (d * EPS)).unsqueeze(-1)), V
+    # δA = (A C⁻¹) δC (C⁻¹ A) + (A B⁻¹) δB (B⁻¹ A): rounding C and B by eps moves each eigenvalue by this much, so that
+    # what is nearer to 0 or 1 cannot be told from it
+    spread = torch.maximum((left.mT @ V).norm(dim=-2), (right @ V).norm(dim=-2)).square()
+    return _snap(s, d * EPS * spread.clamp(1, 0.1 / (d * EPS))), V
 
 
 class Truncated(NamedTuple):
@@ -101,6 +103,7 @@ class Conceptor:
             )
         self._set(U, s, 0, aperture, mean, metadata)
 
+    @torch.inference_mode(False)  # what is kept here must serve backward passes too
     def _set(self, U: Tensor, s: Tensor, rest: int, aperture: Any, mean: Any, metadata: Any) -> None:
         d = U.shape[-2]
         s = _snap(s, d * EPS)
@@ -114,7 +117,9 @@ class Conceptor:
         if mean is not None and (not isinstance(mean, Tensor) or mean.shape != (d,)):
             got = tuple(mean.shape) if isinstance(mean, Tensor) else type(mean).__name__
             raise ValueError(f"Conceptor: mean must be a tensor of shape ({d},), got {got}")
-        self.mean = None if mean is None else mean.detach().to(self._U)
+        if mean is not None:
+            mean = (mean.clone() if mean.is_inference() else mean.detach()).to(self._U)
+        self.mean = mean
         self.metadata = dict(metadata or {})
         self._cache: dict[Any, Any] = {}
 
@@ -174,7 +179,7 @@ class Conceptor:
         """The conceptor of a correlation matrix (d, d) or (K, d, d), as ``correlation`` gives it."""
         values, U = spectrum(R)
         alpha = choose_aperture(R) if aperture == "gradient" else check_aperture(aperture)
-        return cls._make(U, values / (values + alpha**-2), 0, alpha, mean, metadata)
+        return cls._make(U, shares(values, alpha), 0, alpha, mean, metadata)
 
     @classmethod
     def from_factors(cls, U: Tensor, s: Tensor, *, rest: int = 0, **options: Any) -> Conceptor:
@@ -183,10 +188,11 @@ class Conceptor:
         ``rest`` is 0 or 1. ``options`` are ``aperture``, ``mean`` and ``metadata``.
         Raises ValueError: shapes that do not fit, columns that are not orthonormal, eigenvalues out of range.
         """
-        fits = U.dim() in (2, 3) and s.shape == U.shape[:-2] + U.shape[-1:] and 0 < U.shape[-2] >= U.shape[-1]
+        fits = U.dim() in (2, 3) and s.shape == U.shape[:-2] + U.shape[-1:] and U.shape[-2] >= U.shape[-1]
+        fits = fits and 0 not in U.shape[:-1]
         if not fits or rest not in (0, 1):
             got = f"{tuple(U.shape)}, {tuple(s.shape)}, {rest}"
-            raise ValueError(f"Conceptor: expected U (…, d, r) with r ≤ d, s (…, r) and rest 0 or 1, got {got}")
+            raise ValueError(f"Conceptor: expected U ([K,] d, r) with r ≤ d, s ([K,] r) and rest 0 or 1, got {got}")
         slack = 20 * U.shape[-2] * max(torch.finfo(U.dtype).eps, torch.finfo(s.dtype).eps)
         U, s = U.detach().double(), s.detach().double()
         eye = torch.eye(U.shape[-1], dtype=U.dtype, device=U.device)
@@ -323,15 +329,15 @@ class Conceptor:
         """
         if isinstance(gamma, bool) or not isinstance(gamma, int | float) or not gamma >= 0:
             raise ValueError(f"scale_aperture: gamma must be a number in [0, inf], got {gamma!r}")
-        s = self._s
+        s, square = self._s, gamma * gamma  # gamma**2 raises OverflowError where this gives infinity
         if gamma == 0:
             scaled = (s == 1).to(s)
         elif math.isinf(gamma):
             scaled = (s > 0).to(s)
         elif gamma <= 1:
-            scaled = s * gamma**2 / (s * gamma**2 + 1 - s)
+            scaled = s * square / (s * square + 1 - s)
         else:
-            scaled = s / (s + (1 - s) / gamma**2)
+            scaled = s / (s + (1 - s) / square)
         scaled = torch.where((s == 0) | (s == 1), s, scaled)
         changed = self.aperture * gamma if self.aperture else None
         return self._like(scaled, self._rest, changed if changed and 0 < changed < math.inf else None)
@@ -360,21 +366,24 @@ class Conceptor:
         device = self._U.device if device is None else torch.device(device)
         key = (dtype, device)
         if key not in self._cache:
-            if self._rest == 0 and 0 < 2 * self.rank < self.d:
-                self._cache[key] = ops.LowRank(self._U.to(device, dtype), self._s.to(device, dtype))
-            else:
-                self._cache[key] = self.matrix.to(device, dtype)
+            # made under torch.inference_mode(), it could not be saved for a later backward pass
+            with torch.inference_mode(False):
+                if self._rest == 0 and 0 < 2 * self.rank < self.d:
+                    self._cache[key] = ops.LowRank(self._U.to(device, dtype), self._s.to(device, dtype))
+                else:
+                    self._cache[key] = self.matrix.to(device, dtype)
         return self._cache[key]
 
     def project(
         self, h: Tensor, index: Tensor | None = None, *, beta: float | Tensor = 1.0, mean: Tensor | None = None
     ) -> Tensor:
-        """β·C(h - μ) + μ for rows h (…, d), in h's dtype; ``index`` (…) names each row's conceptor of a batch.
+        """β·C(h - μ) + μ for rows h (…, d), in h's dtype (under autocast, in that one's).
 
-        ``mean`` None takes the conceptor's own. Gradients reach h and beta. Errors: see ``ops.conceptor_project``.
+        ``index`` (…) names each row's conceptor of a batch; ``mean`` None takes the conceptor's own.
+        Gradients reach h and beta. Errors: see ``ops.conceptor_project``.
         """
         mean = self.mean if mean is None else mean
-        mean = None if mean is None else mean.to(h)
+        mean = None if mean is None else beside(self._cache, h, lambda m: m, mean)
         return ops.conceptor_project(h, self.operator(h.dtype, h.device), index, beta=beta, mean=mean)
 
     def save(self, path: str | Path) -> Path:

@@ -248,7 +248,10 @@ def composition(clip: CLIP, data: Drawings, seed: int, block: int | None = None,
         totals = []
         for category, style in targets:
             rows = data.rows(part[name], HELD_OUT_STYLE)
-            rows = rows[data.category[rows] != data.categories.index(category)][:limit]
+            rows = rows[data.category[rows] != data.categories.index(category)]
+            # spread evenly: the drawings are in the order of their categories
+            n = len(rows) if limit is None else min(limit, len(rows))
+            rows = rows[torch.arange(n) * len(rows) // n]
             x = data.blocks[block][rows]
             if setting is not None and setting.aperture is None:
                 both = (category, style) if setting.name == "mean of vectors" else (f"{category} in {style}",)

@@ -64,7 +64,8 @@ def correlation(
         x: (…, d) activations, or an iterable of such batches; with ``classes``, of (x, labels) pairs.
         mean: (d,) background mean; None means 0 (no centring).
         labels: int64, x's leading shape; rows with -1 are passed over. Only with a tensor x.
-        classes: K, for one matrix a class; by default max(labels) + 1 for a tensor with labels.
+        classes: K, for one matrix a class; by default max(labels) + 1, over all processes, for a tensor with
+            labels.
 
     Returns:
         (d, d), or (K, d, d) with labels. Under ``torchrun``, or in a process group that is there already, sums go over
@@ -73,8 +74,10 @@ def correlation(
     Raises:
         ValueError: no row (of some class), shapes that do not fit, labels out of range, values that are not finite.
     """
-    if classes is None and labels is not None and isinstance(labels, Tensor) and labels.numel():
-        classes = int(labels.max()) + 1
+    if classes is None and isinstance(labels, Tensor) and isinstance(x, Tensor):
+        # over all processes: one may lack the last classes, and sums of different shapes do not add up
+        last = int(labels.max()) if labels.numel() else -1
+        classes = 1 - int(World(x.device).min_(torch.tensor(-last, device=x.device)))
     if classes is not None and classes < 1:
         raise ValueError(f"correlation: classes must be at least 1, got {classes}")
     total: Tensor | None = None  # (K, d, d)
@@ -134,6 +137,12 @@ def check_aperture(aperture: Any, name: str = "aperture") -> float:
     return float(aperture)
 
 
+def shares(values: Tensor, aperture: float) -> Tensor:
+    """λ/(λ + α⁻²) for eigenvalues λ ≥ 0, without an overflow at any α: 0 stays 0."""
+    x = values * aperture * aperture
+    return torch.where(x.isinf(), 1.0, x / (1 + x))
+
+
 class ApertureRow(NamedTuple):
     """What a conceptor of this aperture keeps. Means over classes where there are several.
 
@@ -147,7 +156,7 @@ class ApertureRow(NamedTuple):
 
 
 def _row(values: Tensor, aperture: float) -> ApertureRow:
-    mu = values / (values + aperture**-2)
+    mu = shares(values, aperture)
     error = (values * (1 - mu).square()).sum(-1) / values.sum(-1).clamp(min=torch.finfo(torch.float64).tiny)
     gradient = (4 * mu.square() * (1 - mu)).sum(-1)
     return ApertureRow(aperture, *(float(v.mean()) for v in (mu.mean(-1), error, gradient)))

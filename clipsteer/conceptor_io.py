@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from clipsteer._files import FileFormatError, read_safetensors, read_safetensors_header, refuse_nan, write_safetensors
+from clipsteer._files import FileFormatError, read_safetensors, read_safetensors_header, write_safetensors
 from clipsteer.conceptor import Conceptor
 
 _FORMAT, _FORMAT_VERSION = "clipsteer-conceptor", "1"
@@ -36,7 +36,9 @@ def load(path: str | Path) -> Conceptor:
     if head.get("format") != _FORMAT or head.get("format_version") != _FORMAT_VERSION:
         raise FileFormatError(f"{path}: not a conceptor of format_version {_FORMAT_VERSION}")
     tensors = read_safetensors(path)
-    refuse_nan(path, tensors)
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise FileFormatError(f"{path}: {name!r} holds values that are not finite")
     named = {"U", "s"} <= tensors.keys() <= {"U", "s", "mean"}
     if not named or any(t.dtype != torch.float64 for t in tensors.values()):
         raise FileFormatError(f"{path}: expected U, s and maybe mean, all float64; got {sorted(tensors)}")

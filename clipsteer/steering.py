@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from clipsteer._device import beside
 from clipsteer._tokens import TOKENS as _TOKENS
 from clipsteer._tokens import Layout, layout_at
 
@@ -118,6 +119,7 @@ class VectorSteering:
     vector: Tensor
     strength: float = 1.0
     tokens: Tokens = "all"
+    _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_tokens(self.tokens)
@@ -130,7 +132,7 @@ class VectorSteering:
     def apply(self, x: Tensor) -> Tensor:
         """(…, d) -> (…, d), every position steered."""
         _check_width("the vector", self.vector.shape[0], x)
-        return x + (self.strength * self.vector).to(device=x.device, dtype=x.dtype)
+        return x + beside(self._cache, x, lambda v: self.strength * v, self.vector)
 
 
 def _check_vector(owner: str, name: str, value: object, d: int | None = None) -> None:
@@ -162,6 +164,7 @@ class AdditiveSteering:
     background: Tensor | None = None
     beta: float = 1.0
     tokens: Tokens = "all"
+    _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_tokens(self.tokens)
@@ -198,7 +201,8 @@ class AdditiveSteering:
     def apply(self, x: Tensor) -> Tensor:
         """(…, d) -> (…, d), every position steered."""
         _check_width("the mean", len(self.mean), x)
-        return x + (self.beta * self.vector).to(device=x.device, dtype=x.dtype)
+        sources = (self.mean,) if self.background is None else (self.mean, self.background)
+        return x + beside(self._cache, x, lambda *_: self.beta * self.vector, *sources)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,6 +224,7 @@ class ConceptorSteering:
     beta: float = 1.0
     mean: Tensor | None = None
     tokens: Tokens = "all"
+    _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         from clipsteer.conceptor import Conceptor
@@ -239,7 +244,12 @@ class ConceptorSteering:
     def apply(self, x: Tensor) -> Tensor:
         """(…, d) -> (…, d), every position steered, in x's dtype."""
         _check_width("the conceptor", self.conceptor.d, x)
-        return self.conceptor.project(x, beta=self.beta, mean=self.mean)
+        # under autocast too: rounding βC(x - μ) + μ would round all of the residual stream
+        kind = x.device.type
+        active = kind != "meta" and torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if active else nullcontext():
+            mean = None if self.mean is None else beside(self._cache, x, lambda m: m, self.mean)
+            return self.conceptor.project(x, beta=self.beta, mean=mean)
 
 
 Steering = SAESteering | VectorSteering | AdditiveSteering | ConceptorSteering

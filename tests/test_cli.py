@@ -348,7 +348,17 @@ def test_conceptor_fit_and_steer(capsys, model, images, tmp_path):
     code, out, _ = run(capsys, "conceptor", "steer", tmp_path / "classes.safetensors", "--class", "red thing",
                        "--data", images, "--count", 1)  # fmt: skip
     assert code == 0
-    code, _, err = run(capsys, *steer, "--and", tmp_path / "classes.safetensors", "--class", "red thing")
+    # conceptors of another origin do not combine; one of no stated origin does
+    for change, name in (({"tokens": "cls"}, "tokens"), ({"hook_point": "x"}, "hook_point"),
+                         ({"clip_model": "y"}, "clip_model"), ({"pretrained": "z"}, "pretrained")):  # fmt: skip
+        Conceptor(fitted.matrix, metadata={**fitted.metadata, **change}).save(tmp_path / "other.safetensors")
+        code, out, err = run(capsys, *steer, "--and", tmp_path / "other.safetensors")
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
+        assert f"of one {name}" in err
+    Conceptor(fitted.matrix).save(tmp_path / "other.safetensors")
+    assert run(capsys, *steer, "--and", tmp_path / "other.safetensors")[0] == 0
+    Conceptor(fitted.matrix, mean=mean).save(tmp_path / "other.safetensors")
+    code, _, err = run(capsys, *steer, "--and", tmp_path / "other.safetensors")
     assert code == 2
     assert "centred" in err
     (tmp_path / "broken").write_text("{")

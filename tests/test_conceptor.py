@@ -323,6 +323,20 @@ def test_tiny_eigenvalues_do_not_spoil_large_ones(seed, log_least):
     assert_same(~C | ~C, (~C).scale_aperture(math.sqrt(2)), 4)
 
 
+@pytest.mark.parametrize("d", [3, 9])  # dense, and in the joint span
+@pytest.mark.parametrize("angle", [1e-3, 1e-5, 1e-6, 1e-7])
+def test_one_uncertain_direction_leaves_the_others_alone(d, angle):
+    """Two directions all but in line, which do not meet, beside one in common: c ∧ c = c/(2 - c) there, exactly."""
+    e = torch.eye(d, dtype=torch.float64)
+    turned = math.cos(angle) * e[0] + math.sin(angle) * e[1]
+    s = torch.tensor([1, 1e-3], dtype=torch.float64)
+    C, B = (Conceptor.from_factors(torch.stack([u, e[2]], 1), s) for u in (e[0], turned))
+    both = C & B
+    assert both.rank == 1
+    assert abs(float(both.eigenvalues[0]) - 1e-3 / (2 - 1e-3)) <= 20 * d * EPS
+    assert abs(float(both._U[2, 0].abs()) - 1) <= 20 * d * EPS
+
+
 def test_ranges_that_do_not_meet_give_zero():
     C = Conceptor.fit(rand(0, 2, 9), 3.0)
     B = Conceptor.fit(rand(1, 3, 9), 3.0)
@@ -390,6 +404,20 @@ def test_fewer_rows_than_dimensions_leave_no_noise():
     assert C.quota <= 0.1
 
 
+def test_extreme_apertures_give_the_limits():
+    x = rand(0, 4, 9)
+    for alpha in (1e170, 1e300):
+        C = Conceptor.fit(x, alpha)
+        assert (C.rank, float(C.eigenvalues[3])) == (4, 1.0)
+        assert abs(float(C.quota) - 4 / 9) <= 20 * 9 * EPS
+        assert aperture_sweep(correlation(x), [alpha])[0].error == 0
+    assert Conceptor.fit(x, 1e-170).rank == 0
+    assert aperture_sweep(correlation(x), [1e-170])[0].quota == 0
+    C = Conceptor.fit(x, 1.0)
+    assert torch.equal(C.scale_aperture(1e200).eigenvalues, C.scale_aperture(math.inf).eigenvalues)
+    assert torch.equal((~C).scale_aperture(1e-200).eigenvalues, (~C).scale_aperture(0).eigenvalues)
+
+
 def test_gradient_criterion_peaks_and_quota_is_met():
     R = correlation(rand(0, 200, 8) * torch.tensor([9, 8, 7, 6, 0.1, 0.1, 0.1, 0.1], dtype=torch.float64))
     best = choose_aperture(R)
@@ -428,6 +456,10 @@ Conceptor.fit(mine, 0.8).save(f"{sys.argv[2]}/all-{rank}.safetensors")
 labels = torch.arange(len(x)) % 3
 pair = (x[rank::2], labels[rank::2])
 Conceptor.fit([pair], 0.8, classes=3).save(f"{sys.argv[2]}/classes-{rank}.safetensors")
+# sorted by class, so that each process has classes that the other has not; K is that of all
+half = slice(0, 15) if rank == 0 else slice(15, None)
+labels = torch.arange(len(x)) // 8
+Conceptor.fit(x[half], 0.8, labels=labels[half]).save(f"{sys.argv[2]}/sorted-{rank}.safetensors")
 dist.destroy_process_group()
 """
 
@@ -444,6 +476,8 @@ def test_two_processes_fit_what_one_does(tmp_path):
         assert_same(Conceptor.load(tmp_path / f"all-{rank}.safetensors"), Conceptor.fit(x, 0.8))
         classes = Conceptor.load(tmp_path / f"classes-{rank}.safetensors")
         assert_same(classes, Conceptor.fit(x, 0.8, labels=torch.arange(31) % 3))
+        ordered = Conceptor.load(tmp_path / f"sorted-{rank}.safetensors")
+        assert_same(ordered, Conceptor.fit(x, 0.8, labels=torch.arange(31) // 8))
 
 
 # ---------------------------------------------------------------- mistakes and files
@@ -483,6 +517,30 @@ def test_two_processes_fit_what_one_does(tmp_path):
 def test_mistakes_are_explained(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("rows", [3, 40])  # low rank and dense
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("fitted_inside", [False, True])
+def test_use_under_inference_mode_leaves_gradients_possible(rows, dtype, fitted_inside):
+    with torch.inference_mode(fitted_inside):
+        C = Conceptor.fit(rand(0, rows, 9), 0.7, mean=rand(1, 9))
+    with torch.inference_mode():
+        expected = C.project(rand(2, 4, 9).to(dtype))
+    h = rand(2, 4, 9).to(dtype).requires_grad_()
+    beta = torch.ones(1, dtype=dtype, requires_grad=True)
+    got = C.project(h, beta=beta)
+    got.sum().backward()
+    assert torch.equal(got, expected)
+    wanted = C.matrix.sum(0).expand(4, 9).to(dtype)
+    torch.testing.assert_close(h.grad, wanted)
+    assert beta.grad.abs() > 0
+
+
+def test_projecting_compiles_whole():
+    C, x = Conceptor.fit(rand(0, 30, 9), 0.7, mean=rand(1, 9)), rand(2, 4, 9)
+    compiled = torch.compile(lambda h: C.project(h), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), C.project(x))
 
 
 def test_the_constants_among_themselves():
@@ -530,6 +588,12 @@ def test_files_that_are_not_conceptors_are_refused(tmp_path):
         "skew": {"U": torch.ones(4, 4).double(), "s": torch.ones(4).double()},
         "shape": {"U": torch.eye(4).double(), "s": torch.ones(3).double()},
         "nan": {"U": torch.full((4, 4), math.nan).double(), "s": torch.ones(4).double()},
+        "infinite": {
+            "U": torch.eye(4).double(),
+            "s": torch.ones(4).double(),
+            "mean": torch.full((4,), math.inf).double(),
+        },
+        "nothing": {"U": torch.zeros(0, 4, 2).double(), "s": torch.zeros(0, 2).double()},
         "single": {"U": torch.eye(4), "s": torch.ones(4)},
         "wide": {"U": torch.zeros(1, 300_000).double(), "s": torch.ones(300_000).double()},
         "extra": {"U": torch.eye(4).double(), "s": torch.ones(4).double(), "W": torch.ones(1).double()},

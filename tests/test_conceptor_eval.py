@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 
 import pytest
@@ -140,6 +141,23 @@ def test_composition_moves_drawings_and_reports_shares():
     for method, found in result["gentle"].items():
         assert found["variance"] > 0.3 * result["unsteered"]["variance"]
         assert found["validation"] <= result["methods"][method]["validation"]
+
+
+def test_composition_is_chosen_on_drawings_spread_evenly(monkeypatch):
+    """The drawings come category by category: the first ones would be of few categories."""
+    clip, data = small()
+    seen = []
+    monkeypatch.setattr(conceptor_eval, "finish", lambda clip, x, block: seen.append(x) or finish(clip, x, block))
+    conceptor_eval.composition(clip, data, 0, block=1, images=4)
+    rows, x = data.rows(splits(data, 0)["validation"], "twemoji"), data.blocks[1]
+    unsteered = [call for call in seen if len(call) == 4 and any(torch.equal(call[0], x[r]) for r in rows)]
+    assert len(unsteered) == 6
+    for call, own in zip(unsteered, (0, 0, 1, 1, 2, 2)):
+        others = rows[data.category[rows] != own]
+        places = [next(i for i, r in enumerate(others) if torch.equal(image, x[r])) for image in call]
+        gaps = [b - a for a, b in itertools.pairwise([*places, len(others)])]
+        assert places[0] == 0
+        assert max(gaps) - min(gaps) <= 1
 
 
 def test_evaluation_sums_up_its_seeds():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import clipsteer
 from clipsteer import SAE, AdditiveSteering, Conceptor, ConceptorSteering, SAESteering, VectorSteering, steer
@@ -179,6 +180,63 @@ def test_a_forward_pass_copies_nothing_to_the_device(model, images, monkeypatch)
     assert torch.equal(steering.apply(torch.ones(2, WIDTH)), expected)
     with steer(model, {BLOCK: steering}):
         model.encode_image(images)
+
+
+class NoTransfers(TorchDispatchMode):
+    """Refuses what moves a tensor to another device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        target = (kwargs or {}).get("device")
+        if func is torch.ops.aten._to_copy.default and target not in (None, args[0].device):
+            raise AssertionError(f"a copy to {target}")
+        return func(*args, **(kwargs or {}))
+
+
+def constants():
+    mean, C = draw(5, WIDTH), Conceptor.fit(draw(6, 4, WIDTH), 0.7, mean=draw(5, WIDTH))
+    return [VectorSteering(mean, 2.0), AdditiveSteering(mean), AdditiveSteering(mean, draw(1, WIDTH), 0.5),
+            ConceptorSteering(C), ConceptorSteering(C, 1.5, draw(2, WIDTH)),
+            ConceptorSteering(Conceptor.fit(draw(6, 90, WIDTH), 0.7, mean=mean))]  # fmt: skip
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_constants_move_to_another_device_once(which):
+    """The meta device stands in for a GPU."""
+    steering, x = constants()[which], torch.empty(2, WIDTH, device="meta")
+    with pytest.raises(AssertionError, match="a copy"), NoTransfers():
+        steering.apply(x)
+    steering.apply(x)
+    with NoTransfers():
+        assert steering.apply(x).shape == x.shape
+
+
+def test_a_vector_that_changes_is_moved_again():
+    steering, x = VectorSteering(draw(5, WIDTH)), torch.empty(2, WIDTH, device="meta")
+    steering.apply(x)
+    steering.vector.mul_(2)
+    with pytest.raises(AssertionError, match="a copy"), NoTransfers():
+        steering.apply(x)
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_first_use_under_inference_mode_leaves_gradients_possible(which):
+    steering = constants()[which]
+    with torch.inference_mode():
+        steering.apply(torch.ones(2, WIDTH))
+    x = torch.ones(2, WIDTH, requires_grad=True)
+    steering.apply(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_autocast_does_not_round_the_residual_stream(which):
+    steering, x = constants()[which], 30 * draw(7, 2, WIDTH).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = steering.apply(x)
+        kept = ConceptorSteering(Conceptor.identity(WIDTH)).apply(x)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, steering.apply(x))
+    assert torch.equal(kept, x)
 
 
 def test_steering_made_in_inference_mode_follows_its_sae():
