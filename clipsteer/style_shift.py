@@ -269,7 +269,7 @@ def findings(rows: Sequence[dict[str, Any]], baseline: Baseline, alpha: float) -
 
 
 def write(folder: str | Path, found: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[Path]:
-    """wise_ft_emoji.json, .csv, .md, .html and a .svg for each style, in `folder`."""
+    """wise_ft_emoji.json, .csv, .md, .html and, for each style, a .svg (and .png, see `write_svg`), in `folder`."""
     from clipsteer import robustness_page as page
 
     folder = Path(folder)
