@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from clipsteer.clip import CLIP, capture, zero_shot_head
 from clipsteer.conceptor import Conceptor
+from clipsteer.conceptor_fit import correlation
 from clipsteer.data import HELD_OUT_STYLE, TRAINED_STYLES, EmojiStyles
 
 STYLES = (*TRAINED_STYLES, HELD_OUT_STYLE)
@@ -80,11 +81,6 @@ def splits(data: Drawings, seed: int) -> dict[str, Tensor]:
     return {"fit": pool[:half], "validation": pool[half : half + quarter], "test": pool[half + quarter :]}
 
 
-def gram(x: Tensor) -> Tensor:
-    x = x.flatten(0, -2).double()
-    return x.mT @ x / len(x)
-
-
 @dataclass
 class Fitted:
     """Correlations at one block, uncentred and about the background, by what they were taken over."""
@@ -112,7 +108,7 @@ def fit_block(data: Drawings, block: int, concepts: Tensor, sets: dict[str, Tens
     for name, rows in groups.items():
         chosen = x[rows].double()
         fitted.means[name] = chosen.mean((0, 1))
-        fitted.plain[name], fitted.centred[name] = gram(chosen), gram(chosen - mean)
+        fitted.plain[name], fitted.centred[name] = correlation(chosen), correlation(chosen, mean=mean)
     a, b = (x[data.rows(concepts, s)][data.concept[data.rows(concepts, s)].argsort()] for s in TRAINED_STYLES)
-    fitted.plain["style"] = fitted.centred["style"] = gram((a.double() - b.double()) / 2)
+    fitted.plain["style"] = fitted.centred["style"] = correlation((a.double() - b.double()) / 2)
     return fitted

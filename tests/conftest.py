@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 
 import hypothesis
 import pytest
@@ -22,3 +25,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+CAN_INTERPRET = """
+import sys
+from clipsteer.ops import _dispatch
+if (reason := _dispatch.missing("triton")) is not None:
+    sys.exit(print(reason) or 77)
+"""
+
+
+@pytest.fixture
+def interpret() -> Callable[[str], None]:
+    """Runs code on interpreted Triton kernels, in a process of its own, as the switch is read at import: it must exit
+    with 0. Skips where triton or its interpreter cannot run."""
+
+    def run(code: str) -> None:
+        pytest.importorskip("triton")
+        env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", CAN_INTERPRET + code]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+        if done.returncode == 77:
+            pytest.skip(done.stdout)
+        assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+
+    return run

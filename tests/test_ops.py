@@ -636,11 +636,7 @@ def test_bounds_catch_a_dropped_term_and_a_swapped_winner():
 
 
 INTERPRETED = """
-import sys, torch
 from clipsteer import testing
-from clipsteer.ops import _dispatch
-if (reason := _dispatch.missing("triton")) is not None:
-    sys.exit(print(reason) or 77)
 rows = testing.validate(backends=["triton"], cases=60)
 print(testing.table(rows))
 sys.exit(any(r.verdict != "pass" for r in rows) or len(rows) < 8)
@@ -648,14 +644,9 @@ sys.exit(any(r.verdict != "pass" for r in rows) or len(rows) < 8)
 
 
 @pytest.mark.slow
-def test_triton_in_the_interpreter():
-    """The same properties on interpreted kernels, in a process of its own: the switch is read at import."""
-    pytest.importorskip("triton")
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True, timeout=900)
-    if done.returncode == 77:
-        pytest.skip(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+def test_triton_in_the_interpreter(interpret):
+    """The same properties on interpreted kernels."""
+    interpret(INTERPRETED)
 
 
 GPU = [

@@ -291,6 +291,11 @@ def call(backend: str, op: str, *args: Any) -> Any:
     return getattr(getattr(torch.ops, f"clipsteer_{backend}"), op)(*args)
 
 
+def tracked(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to know what is computed from these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 @dataclass(frozen=True)
 class BackendStatus:
     backend: str

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipsteer.ops._dispatch import call
+from clipsteer.ops._dispatch import call, tracked
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -19,10 +19,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
-
-
-def _tracked(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _of_rows(t: Tensor, index: Tensor | None) -> Tensor:
@@ -123,7 +119,7 @@ def matmul(
 ) -> Tensor:
     """β_k (x_b − μ_k) W_k + μ_k, W_kᵀ if ``transpose``: (B, m), (K, m, n), (B,), (K,), (K, m) → (B, n)."""
     args = (*map(_contiguous, (x, W, index, beta, mean)), transpose)
-    if _tracked(x, W, beta, mean):
+    if tracked(x, W, beta, mean):
         return _Matmul.apply(*args, backend)
     return call(backend, "grouped_matmul", *args)
 
@@ -131,7 +127,7 @@ def matmul(
 def outer(a: Tensor, b: Tensor, index: Tensor | None, groups: int, backend: str) -> Tensor:
     """Σ over the rows of each group of a_b ⊗ b_b, in ascending order: (B, m), (B, n), (B,) → (K, m, n)."""
     args = (*map(_contiguous, (a, b, index)), groups)
-    if _tracked(a, b):
+    if tracked(a, b):
         return _Outer.apply(*args, backend)
     return call(backend, "grouped_outer", *args)
 
@@ -144,6 +140,6 @@ def group_sum(v: Tensor, index: Tensor | None, groups: int, backend: str) -> Ten
 def low_rank(x: Tensor, U: Tensor, s: Tensor, index: Tensor | None, mean: Tensor | None, backend: str) -> Tensor:
     """U_k (s_k ∘ U_kᵀ(x_b − μ_k)) + μ_k: (B, d), (K, d, r), (K, r) of the compute dtype, (B,), (K, d) → (B, d)."""
     args = tuple(map(_contiguous, (x, U, s, index, mean)))
-    if _tracked(x, U, s, mean):
+    if tracked(x, U, s, mean):
         return _LowRank.apply(*args, backend)
     return call(backend, "low_rank_project", *args)

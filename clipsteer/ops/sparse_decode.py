@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.ops import _check
-from clipsteer.ops._dispatch import call, choose
+from clipsteer.ops._dispatch import call, choose, tracked
 from clipsteer.ops._spec import OpSpec, draw, fraction_of_bound
 
 
@@ -85,27 +85,23 @@ class _SparseOuter(torch.autograd.Function):
         return d_coeff, None, d_rows, None, None
 
 
-def _tracked(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
 def decode(acts: Tensor, indices: Tensor, W: Tensor, b: Tensor | None, backend: str) -> Tensor:
     """(B, k), (B, k), (n, d), (d,) → (B, d); contiguous inputs, nothing checked."""
-    if _tracked(acts, W):
+    if tracked(acts, W):
         return _SparseDecode.apply(acts, indices, W, b, backend, False, None)
     return call(backend, "sparse_decode", acts, indices, W, b)
 
 
 def gather_dot(rows: Tensor, indices: Tensor, W: Tensor, backend: str) -> Tensor:
     """⟨rows_b, W[indices_bj]⟩: (B, d), (B, k), (n, d) → (B, k)."""
-    if _tracked(rows, W):
+    if tracked(rows, W):
         return _GatherDot.apply(rows, indices, W, backend)
     return call(backend, "gather_dot", rows, indices, W)
 
 
 def sparse_outer(coeff: Tensor, indices: Tensor, rows: Tensor, n: int, backend: str) -> tuple[Tensor, Tensor]:
     """Segment sums Σ coeff·rows and Σ coeff over the pairs of each feature: (n, d), (n,)."""
-    if _tracked(coeff, rows):
+    if tracked(coeff, rows):
         return _SparseOuter.apply(coeff, indices, rows, n, backend)
     return call(backend, "sparse_outer", coeff, indices, rows, n)
 
@@ -115,7 +111,7 @@ def weight_gradient(
 ) -> tuple[Tensor, Tensor]:
     """``sparse_outer`` as the caller wants it: dense, row-sparse, or written into a kept buffer."""
     n = W.shape[0]
-    if (sparse or buffer is not None) and _tracked(coeff, rows):
+    if (sparse or buffer is not None) and tracked(coeff, rows):
         raise RuntimeError("sparse_grad and grad_buffer give first derivatives only; leave them out to go further")
     if sparse:
         features, compact = torch.unique(indices, return_inverse=True)
