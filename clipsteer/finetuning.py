@@ -98,15 +98,7 @@ def _seed(number: int) -> int:
     return number % 2**63  # torch takes no more
 
 
-def _digest(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _train_transform(clip: CLIP, crop: float) -> Callable[[Any], Tensor]:
+def train_transform(clip: CLIP, crop: float) -> Callable[[Any], Tensor]:
     if crop == 1:
         return clip.preprocess
     from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
@@ -180,7 +172,7 @@ class _Run:
             self.settings["data"] = hashlib.sha256(
                 json.dumps([self.classes, list(dataset.targets)]).encode()
             ).hexdigest()
-            self.settings["weights"] = _digest(clip.model)
+            self.settings["weights"] = checkpoint.digest(clip.model)
             self.settings["frozen"] = [name for name, p in self.trained.named_parameters() if not p.requires_grad]
 
     def run(self, on_step: Callable[[ImageClassifier, int], None] | None, resume: bool) -> ImageClassifier:
@@ -262,7 +254,7 @@ class _Run:
                 yield self.features[picked], targets[picked]
             return
         keys = ([(row, _seed((config.seed * 1_000_003 + step) * n + row)) for row in rows(step)] for step in steps)
-        samples = Samples(self.dataset, _train_transform(self.clip, config.crop))
+        samples = Samples(self.dataset, train_transform(self.clip, config.crop))
         for pixels, targets in loader(samples, _Keys(keys, len(steps)), self.workers):
             yield pixels.to(self.clip.device, self.clip.dtype), targets.to(self.clip.device)
 

@@ -1,0 +1,153 @@
+"""The image tower that learns tasks one after another: an open_clip tower, or a ViT of timm.
+
+Features are what the tower gives: an open_clip tower's projected embedding, a timm model's pooled output; never
+normalised here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from clipsteer._files import FileFormatError, read_safetensors
+from clipsteer.clip import CLIP, capture, load
+
+__all__ = ["Encoder", "Tokens"]
+
+_BLOCK = re.compile(r"(?:.+\.)?(?:resblocks|blocks)\.\d+")
+TIMM = "timm:"
+
+
+class Tokens(NamedTuple):
+    """``features`` (B, d), and the last layer's normalised ``cls`` (B, w) and ``patches`` (B, P, w)."""
+
+    features: Tensor
+    cls: Tensor
+    patches: Tensor
+
+
+class Encoder(nn.Module):
+    """An image tower with its preprocessing.
+
+    Args:
+        module: the tower, (B, 3, H, W) -> (B, d).
+        preprocess: PIL image -> (3, H, W), for evaluation; train_transform: the same with random crops.
+        name: what to call it in files.
+
+    Attributes:
+        blocks: names of the transformer blocks in ``module``, first to last.
+
+    Raises:
+        ValueError: no transformer block is found.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        preprocess: Callable[[Any], Tensor],
+        train_transform: Callable[[Any], Tensor] | None = None,
+        name: str = "",
+    ) -> None:
+        super().__init__()
+        self.module, self.name = module, name
+        self.preprocess, self.train_transform = preprocess, train_transform or preprocess
+        self.blocks = [n for n, _ in module.named_modules() if _BLOCK.fullmatch(n)]
+        if not self.blocks:
+            raise ValueError("Encoder: the tower has no transformer blocks called resblocks.N or blocks.N")
+        trunk = getattr(module, "trunk", module)
+        self.prefix = int(getattr(trunk, "num_prefix_tokens", hasattr(module, "class_embedding")))
+        self._last = self._normalised_tokens()
+
+    def _normalised_tokens(self) -> str:
+        """The module after which tokens are normalised; the last block where pooling comes before the norm."""
+        module = self.module
+        if hasattr(module, "ln_post") and module.attn_pool is None and not module.final_ln_after_pool:
+            return "ln_post"
+        for name in ("norm", "trunk.norm"):
+            owner = module.trunk if name.startswith("trunk") and hasattr(module, "trunk") else module
+            if isinstance(getattr(owner, "norm", None), nn.LayerNorm) and name in dict(module.named_modules()):
+                return name
+        return self.blocks[-1]
+
+    @classmethod
+    def from_clip(cls, clip: CLIP, *, crop: float = 0.9) -> Encoder:
+        """The image tower of a loaded CLIP, shared with it; crop: the least share of an image that a random crop keeps."""
+        from clipsteer.finetuning import train_transform
+
+        return cls(clip.model.visual, clip.preprocess, train_transform(clip, crop), clip.name)
+
+    @classmethod
+    def from_timm(
+        cls, name: str, weights: str | Path | None = None, *, unit_range: bool = False, crop: float = 0.05,
+        device: str | torch.device = "cpu",
+    ) -> Encoder:  # fmt: skip
+        """A ViT of timm without its classifier.
+
+        Args:
+            name: timm's, such as "vit_base_patch16_224.augreg_in21k".
+            weights: a safetensors file of timm's keys; None downloads timm's own, "random" leaves random ones.
+            unit_range: pixels in [0, 1] without mean and deviation, 256 px cut to 224: the published recipe of SLCA and
+                MACIL. False is what timm says of the model.
+            crop: the least share of an image that a random crop keeps.
+
+        Raises:
+            ValueError: a name that timm does not know. FileFormatError: weights of another model.
+        """
+        import timm
+        from timm.data import create_transform, resolve_model_data_config
+
+        if not timm.is_model(name.partition(".")[0]):
+            raise ValueError(f"Encoder.from_timm: timm has no model {name!r}; see timm.list_models('vit*')")
+        module = timm.create_model(name, pretrained=weights is None, num_classes=0)
+        if weights not in (None, "random"):
+            tensors = {k: v for k, v in read_safetensors(weights).items() if not k.startswith("head.")}
+            try:
+                module.load_state_dict(tensors)
+            except RuntimeError as error:
+                raise FileFormatError(f"{weights}: cannot be loaded as weights of {name}: {error}") from error
+        config = resolve_model_data_config(module)
+        if unit_range:
+            config |= {"mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_pct": 0.875, "interpolation": "bicubic"}
+        train = create_transform(
+            **config, is_training=True, scale=(crop, 1.0), color_jitter=None, auto_augment=None, re_prob=0.0
+        )
+        return cls(module.to(device).eval(), create_transform(**config), train, TIMM + name)
+
+    @classmethod
+    def open(
+        cls, model: str, weights: str | Path | None = None, *, unit_range: bool = False,
+        device: str | torch.device = "cpu",
+    ) -> tuple[Encoder, CLIP | None]:  # fmt: skip
+        """An encoder from a name: "timm:NAME" or whatever ``clip.load`` takes; with the CLIP where it is one."""
+        if model.startswith(TIMM):
+            return cls.from_timm(model[len(TIMM) :], weights, unit_range=unit_range, device=device), None
+        clip = load(model, weights, device=device)
+        return cls.from_clip(clip), clip
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, d), at least float32."""
+        out = self.module(pixels)
+        out = out[0] if isinstance(out, tuple | list) else out
+        return out.to(torch.promote_types(out.dtype, torch.float32))
+
+    def tokens(self, pixels: Tensor) -> Tokens:
+        """Features with the tokens that they were pooled from. Raises ValueError for a tower without a class token."""
+        if not self.prefix:
+            raise ValueError(f"Encoder: {self.name or 'the tower'} has no class token")
+        with capture(self.module, self._last) as found:
+            features = self(pixels)
+        tokens = found[self._last].to(features.dtype)
+        return Tokens(features, tokens[:, 0], tokens[:, self.prefix :])

@@ -1,0 +1,202 @@
+"""The training of one task: what is kept of the network before it, the loss, the loop and its checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from clipsteer import checkpoint, ops
+from clipsteer._sae_run import EXIT_TERMINATED, StopSignal
+from clipsteer.classifier import Samples, loader
+from clipsteer.continual.backbone import Encoder
+from clipsteer.continual.covariance import ClassStatistics, precision_factor, shrink
+from clipsteer.data import ImageDataset
+
+if TYPE_CHECKING:
+    from clipsteer.continual.learner import ClassIncrementalLearner
+
+logger = logging.getLogger(__name__)
+
+
+def mix(*numbers: int) -> int:
+    """One seed from several numbers, unlike for any two lists of them."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little") >> 1
+
+
+def patch_distillation(cls: Tensor, patches: Tensor, old_patches: Tensor) -> Tensor:
+    """Mean over images and patches of (angle(cls, patch)/π) · ‖p̂_new − p̂_old‖, p̂ = p/‖p‖.
+
+    Args:
+        cls: (B, w) and patches: (B, P, w) of the new network; old_patches: (B, P, w) of the old one, without gradient.
+
+    The angle is a weight without gradient: patches that say little of the class may move least. Source: Wu et al. 2025.
+    """
+    new, old = F.normalize(patches, dim=-1), F.normalize(old_patches.detach(), dim=-1)
+    with torch.no_grad():
+        cosine = (F.normalize(cls, dim=-1).unsqueeze(1) * new).sum(-1)
+        weight = cosine.clamp(-1, 1).acos() / math.pi
+    # away from 0, where the norm has no derivative: every patch is there when a task begins
+    return (weight * ((new - old).square().sum(-1) + 1e-12).sqrt()).mean()
+
+
+class TaskRun:
+    """One task of a learner: make it while the learner is as the task finds it, ``train`` once its parts are there.
+
+    Attributes:
+        features: (N, d) of the task's images under the network before it; None where nobody needs them.
+    """
+
+    def __init__(self, learner: ClassIncrementalLearner, images: ImageDataset, classes: list[int]) -> None:
+        self.learner, self.images, self.classes = learner, images, classes
+        self.config, self.task, self.device = learner.config, len(learner.tasks), learner.device
+        self.per_epoch = math.ceil(len(images) / self.config.batch_size)
+        self.total = self.per_epoch * (self.config.epochs if self.task else self.config.first_epochs)
+        self.compares = self.task > 0 and (self.config.distill > 0 or self.config.covariance > 0)
+        self.features = learner.features(images) if self.task and (self.compares or len(learner.means)) else None
+        if self.compares:
+            self.old = copy.deepcopy(learner.encoder).requires_grad_(False).eval()
+        if self.compares and self.config.covariance:
+            consistent = self.config.consistent
+            rows = F.normalize(self.features, dim=-1) if consistent else self.features
+            covariance = by_class(rows, images.targets, classes).covariance()
+            self.factor = precision_factor(shrink(covariance)).L.float()
+            self.weight = self.config.covariance / (float(self.features.norm(dim=1).mean()) if consistent else 1.0)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameters with their learning rates, a block a group where blocks differ."""
+        config, learner = self.config, self.learner
+        factors = learner.multipliers[self.task] if config.plasticity else {}
+        blocks = learner.lora.groups() if learner.lora is not None else _by_block(learner.encoder)
+        groups = [
+            {"params": list(parameters), "lr": config.lr * factors.get(block, 1.0)}
+            for block, parameters in blocks.items()
+        ]
+        head = learner.heads.of_task(self.task) if config.softmax == "task" else list(learner.heads.parameters())
+        groups.append({"params": head, "lr": config.lr if config.head_lr is None else config.head_lr})
+        return [group for group in groups if group["params"]]
+
+    def train(self) -> None:
+        config, learner = self.config, self.learner
+        groups = self._groups()
+        peaks = [group["lr"] for group in groups]
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        begun = self._restore(optimizer)
+        name = f"{config.name}, task {self.task + 1}"
+        bar = tqdm(total=self.total, initial=begun, desc=name, unit="step", disable=None)
+        learner.encoder.train()
+        with bar, StopSignal(learner.out is not None) as stop:
+            for step, pixels, targets in self._batches(begun):
+                for group, peak in zip(optimizer.param_groups, peaks):
+                    group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / self.total))
+                torch.manual_seed(mix(config.seed, self.task, step))  # for dropout
+                optimizer.zero_grad(set_to_none=True)
+                loss = self._loss(pixels, targets)
+                loss.backward()
+                optimizer.step()
+                bar.update()
+                done, last = step + 1, step + 1 == self.total
+                if (last or done % config.checkpoint_every == 0 or stop.asked) and not math.isfinite(loss.item()):
+                    raise RuntimeError(f"{name}: the loss is {loss.item()} at step {done}; lower lr")
+                if learner.out is not None and not last and (done % config.checkpoint_every == 0 or stop.asked):
+                    self._save(done, optimizer)
+                if stop.asked and not last:
+                    logger.warning("SIGTERM: %s, step %d of %d is saved in %s", name, done, self.total, learner.out)
+                    raise SystemExit(EXIT_TERMINATED)
+        learner.encoder.eval()
+
+    def _loss(self, pixels: Tensor, targets: Tensor) -> Tensor:
+        config, learner = self.config, self.learner
+        local = torch.tensor([self.classes.index(c) for c in targets.tolist()], device=self.device)
+        distils = self.compares and config.distill > 0
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
+            new = learner.encoder.tokens(pixels) if distils else learner.encoder(pixels)
+            with torch.no_grad():
+                old = self.old.tokens(pixels) if distils else self.old(pixels) if self.compares else None
+        features = (new.features if distils else new).float()
+        if config.softmax == "seen":
+            logits, target = learner.heads(features), local + len(learner.seen) - len(self.classes)
+        else:
+            logits, target = learner.heads(features, [self.task]), local
+        loss = F.cross_entropy(logits, target)
+        if self.compares and config.covariance:
+            before = (old.features if distils else old).float()
+            loss = loss + self.weight * ops.mahalanobis_covariance_loss(features, before, local, self.factor)
+        if distils:
+            moved = patch_distillation(new.cls.float(), new.patches.float(), old.patches.float())
+            loss = loss + config.distill * moved
+        return loss
+
+    def _batches(self, begun: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(step, pixels, targets); what a step sees depends on the seed, the task and its number alone."""
+        config, n, encoder = self.config, len(self.images), self.learner.encoder
+
+        def keys(step: int) -> list[tuple[int, int]]:
+            epoch, at = divmod(step, self.per_epoch)
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(mix(config.seed, self.task, epoch)))
+            rows = order[at * config.batch_size : (at + 1) * config.batch_size].tolist()
+            return [(row, mix(config.seed, self.task, step, row)) for row in rows]
+
+        steps = range(begun, self.total)
+        samples = Samples(self.images, encoder.train_transform)
+        for step, (pixels, targets) in zip(steps, loader(samples, [keys(step) for step in steps], 0)):
+            yield step, pixels.to(self.device, encoder.dtype), targets
+
+    def _save(self, step: int, optimizer: torch.optim.SGD) -> None:
+        tensors = {f"parameter.{i}": p for i, p in enumerate(self.parameters)}
+        for i, p in enumerate(self.parameters):
+            if (buffer := optimizer.state[p].get("momentum_buffer")) is not None:
+                tensors[f"momentum.{i}"] = buffer
+        meta = {**self.learner.meta(), "task": self.task, "classes": self.classes, "images": len(self.images)}
+        checkpoint.save_state(self._folder, step, tensors, meta)
+
+    @property
+    def _folder(self) -> Path:
+        return self.learner.out / "steps" / f"task-{self.task}"
+
+    def _restore(self, optimizer: torch.optim.SGD) -> int:
+        """Go to the last checkpoint within this task; returns the steps done."""
+        found = None
+        if self.learner.out is not None:
+            found = checkpoint.load_latest(self._folder, device=str(self.device))
+        if found is None:
+            return 0
+        self.learner.check(found.meta)
+        here = (self.classes, len(self.images))
+        if (there := (found.meta["classes"], found.meta["images"])) != here:
+            raise ValueError(f"{self._folder} is of a task with other classes and images: {there}, not {here}")
+        with torch.no_grad():
+            for i, p in enumerate(self.parameters):
+                p.copy_(found.tensors[f"parameter.{i}"])
+                if f"momentum.{i}" in found.tensors:
+                    optimizer.state[p]["momentum_buffer"] = found.tensors[f"momentum.{i}"].clone()
+        return found.step
+
+
+def by_class(features: Tensor, labels: Sequence[int], classes: list[int]) -> ClassStatistics:
+    """Statistics in the order of ``classes``."""
+    place = {c: i for i, c in enumerate(classes)}
+    local = torch.tensor([place[c] for c in labels], device=features.device)
+    return ClassStatistics(len(classes), features.shape[1], device=features.device).update(features, local)
+
+
+def _by_block(encoder: Encoder) -> dict[str, list[nn.Parameter]]:
+    """The tower's parameters by block; what is in no block under the empty name."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in encoder.module.named_parameters():
+        if parameter.requires_grad:
+            block = next((b for b in encoder.blocks if name.startswith(f"{b}.")), "")
+            found.setdefault(block, []).append(parameter)
+    return found
+
+
