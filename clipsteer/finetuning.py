@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clipsteer import checkpoint
-from clipsteer._files import FileFormatError, read_safetensors, tensor_bytes
+from clipsteer._files import FileFormatError, read_safetensors
 from clipsteer._sae_run import EXIT_TERMINATED, StopSignal, trim_log
 from clipsteer.classifier import (
     ImageClassifier,

@@ -76,7 +76,7 @@ class Encoder(nn.Module):
 
     @classmethod
     def from_clip(cls, clip: CLIP, *, crop: float = 0.9) -> Encoder:
-        """The image tower of a loaded CLIP, shared with it; crop: the least share of an image that a random crop keeps."""
+        """The image tower of a loaded CLIP, shared with it; crop: the least share of an image that crops keep."""
         from clipsteer.finetuning import train_transform
 
         return cls(clip.model.visual, clip.preprocess, train_transform(clip, crop), clip.name)

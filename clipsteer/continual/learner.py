@@ -1,4 +1,4 @@
-"""Class-incremental learning on one image tower: tasks come one after another, and no image of an earlier one comes back.
+"""Class-incremental learning on one image tower: tasks come in turn, and no image of an earlier one comes back.
 
 Sources: Wu et al. 2025 (MACIL, arXiv 2502.07560); Zhang et al. 2023 (SLCA, arXiv 2303.05118); Yu et al. 2020 (SDC,
 arXiv 2004.00440); McDonnell et al. 2023 (RanPAC, arXiv 2307.02251). What a strategy is made of: `strategies.py`.
@@ -6,37 +6,29 @@ arXiv 2004.00440); McDonnell et al. 2023 (RanPAC, arXiv 2307.02251). What a stra
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
-import logging
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from clipsteer import checkpoint, ops
-from clipsteer._sae_run import EXIT_TERMINATED, StopSignal
-from clipsteer.classifier import Samples, loader, pixel_batches
+from clipsteer.classifier import pixel_batches
 from clipsteer.clip import evaluating
 from clipsteer.continual.alignment import align
 from clipsteer.continual.backbone import Encoder
-from clipsteer.continual.covariance import ClassStatistics, precision_factor, shrink
 from clipsteer.continual.heads import RandomProjection, TaskHeads, nearest_mean
 from clipsteer.continual.lora import LoRA
 from clipsteer.continual.plasticity import Plasticity
 from clipsteer.continual.strategies import CILConfig
+from clipsteer.continual.task import TaskRun, by_class, mix
 from clipsteer.data import ImageDataset
 
-__all__ = ["ClassIncrementalLearner", "patch_distillation"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["ClassIncrementalLearner"]
 
 # settings that do not change the outcome, so that a resumed run may differ in them
 _COSMETIC = ("checkpoint_every",)

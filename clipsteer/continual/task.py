@@ -198,5 +198,3 @@ def _by_block(encoder: Encoder) -> dict[str, list[nn.Parameter]]:
             block = next((b for b in encoder.blocks if name.startswith(f"{b}.")), "")
             found.setdefault(block, []).append(parameter)
     return found
-
-
