@@ -80,6 +80,10 @@ class ImageDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Image, int | str]:
         return self._read(range(len(self))[index]), self.targets[index]
 
+    def subset(self, rows: Sequence[int]) -> ImageDataset:
+        """These rows, in this order, with the same classes."""
+        return ImageDataset(_Reader(self._read, [(i,) for i in rows]), [self.targets[i] for i in rows], self.classes)
+
 
 class _Reader:
     """Reads sample i of a list; a class, not a closure, so that loader processes can be spawned with it."""

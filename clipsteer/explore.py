@@ -110,7 +110,7 @@ def folder_pictures(path: str | Path, seed: int, max_images: int) -> Pictures:
         raise ValueError(f"data must hold at least 10 images, got {len(order)} in {path}")
     cut = len(order) * 4 // 5
     rows = sorted(order[:cut]) + sorted(order[cut:])
-    chosen = ImageDataset(lambda i: dataset[rows[i]][0], [dataset.targets[i] for i in rows], dataset.classes)
+    chosen = dataset.subset(rows)
     groups = {"images the SAE learns from": list(range(cut)), "held-out images": list(range(cut, len(rows)))}
     # a full-size text tower takes a minute or two for all of them
     concepts = spread([c.label for c in EmojiStyles().concepts], 300)

@@ -44,27 +44,35 @@ class Split(NamedTuple):
     test: list[int]
 
 
+def stratified(labels: Sequence[Any], seed: int = 0, share: float = 0.2) -> tuple[list[int], list[int]]:
+    """Positions (kept, held out): of each label about ``share``, at least one and never all; with share 0, none."""
+    groups: dict[Any, list[int]] = {}
+    for i, label in enumerate(labels):
+        groups.setdefault(label, []).append(i)
+    generator, kept, held_out = torch.Generator().manual_seed(seed), [], []
+    for members in groups.values():
+        order = torch.randperm(len(members), generator=generator).tolist()
+        cut = min(max(share > 0, round(share * len(members))), len(members) - 1)
+        held_out += [members[j] for j in order[:cut]]
+        kept += [members[j] for j in order[cut:]]
+    return sorted(kept), sorted(held_out)
+
+
 def split(seed: int = 0, share: float = 0.2) -> Split:
     """A fifth of each subcategory's training concepts is for validation; the same in every style."""
     emoji = EmojiStyles()
-    groups: dict[str, list[int]] = {}
-    for i in emoji.indices(classify30="train"):
-        groups.setdefault(emoji.concepts[i].subcategory, []).append(i)
-    generator, fit, validation = torch.Generator().manual_seed(seed), [], []
-    for members in groups.values():
-        order = torch.randperm(len(members), generator=generator).tolist()
-        cut = max(1, round(share * len(members)))
-        validation += [members[j] for j in order[:cut]]
-        fit += [members[j] for j in order[cut:]]
-    return Split(sorted(fit), sorted(validation), emoji.indices(classify30="test"))
+    training = emoji.indices(classify30="train")
+    parts = stratified([emoji.concepts[i].subcategory for i in training], seed, share)
+    return Split(*([training[i] for i in part] for part in parts), emoji.indices(classify30="test"))
 
 
-def classify30(style: str, concepts: Sequence[int]) -> ImageDataset:
-    """Drawings of the concepts that the style has, with Classify-30's subcategories as classes."""
+def classify30(styles: str | Sequence[str], concepts: Sequence[int]) -> ImageDataset:
+    """Drawings of the concepts that the style, or each of the styles, has; classes: Classify-30's subcategories."""
     emoji = EmojiStyles()
-    drawn = emoji.drawn(style)
+    pairs = [(style, i) for style in ([styles] if isinstance(styles, str) else styles) for i in concepts]
+    drawn = {style: emoji.drawn(style) for style, _ in pairs}
     classes = sorted({concept.subcategory for concept in emoji.concepts if concept.classify30})
-    return renamed(emoji.dataset([(style, i) for i in concepts if drawn[i]], "subcategory"), classes)
+    return renamed(emoji.dataset([(s, i) for s, i in pairs if drawn[s][i]], "subcategory"), classes)
 
 
 def heads(clip: CLIP, concepts: Sequence[int]) -> dict[str, Tensor]:
