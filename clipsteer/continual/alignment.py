@@ -96,6 +96,6 @@ def align(
             optimizer.zero_grad(set_to_none=True)
             step.backward()
             optimizer.step()
-            total += float(step)
+            total += step.item()
         loss = total / C
     return loss

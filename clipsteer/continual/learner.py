@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,12 @@ from clipsteer.continual.alignment import align
 from clipsteer.continual.backbone import Encoder
 from clipsteer.continual.heads import RandomProjection, TaskHeads, nearest_mean
 from clipsteer.continual.lora import LoRA
-from clipsteer.continual.plasticity import Plasticity
 from clipsteer.continual.strategies import CILConfig
 from clipsteer.continual.task import TaskRun, by_class, mix
 from clipsteer.data import ImageDataset
+
+if TYPE_CHECKING:
+    from clipsteer.continual.plasticity import Plasticity
 
 __all__ = ["ClassIncrementalLearner"]
 
