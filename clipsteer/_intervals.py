@@ -76,3 +76,8 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> dict[str, Any
     sd = statistics.stdev(values)
     reach = student_quantile((1 + level) / 2, n - 1) * sd / math.sqrt(n)
     return {"mean": mean, "sd": sd, "n": n, "low": mean - reach, "high": mean + reach}
+
+
+def excludes_zero(found: dict[str, Any]) -> bool:
+    """Whether the interval of `mean_interval` has 0 outside; False where there is none."""
+    return found["low"] is not None and not found["low"] <= 0 <= found["high"]

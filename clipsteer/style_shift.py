@@ -277,13 +277,14 @@ def findings(rows: Sequence[dict[str, Any]], baseline: Baseline, alpha: float) -
 
 def write(folder: str | Path, found: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[Path]:
     """wise_ft_emoji.json, .csv, .md, .html and, for each style, a .svg (and .png, see `write_svg`), in `folder`."""
+    from clipsteer import report
     from clipsteer import robustness_page as page
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / "wise_ft_emoji"
     write_json(stem.with_suffix(".json"), found)
-    page.write_csv(stem.with_suffix(".csv"), rows)
+    report.write_csv(stem.with_suffix(".csv"), rows)
     written = [stem.with_suffix(".json"), stem.with_suffix(".csv")]
     curves = {style: mean_rows([row for row in rows if row["style"] == style]) for style in found["styles"]}
     return written + page.write_experiment(stem, found, curves)

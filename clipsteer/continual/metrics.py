@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clipsteer._files import FileFormatError
-from clipsteer._intervals import mean_interval
+from clipsteer._intervals import excludes_zero, mean_interval
 
 DRIFTS = ("compensated", "uncompensated", "cosine_compensated", "cosine_uncompensated")
 # name -> whether more is better
@@ -248,5 +248,5 @@ def paired(runs: Iterable[Run], a: str, b: str, metric: str = "A_last") -> dict[
     if not seeds:
         raise ValueError(f"paired: {a} and {b} have no seed in common for which both have {metric}")
     found = mean_interval(differences)
-    apart = found["n"] > 1 and not found["low"] <= 0 <= found["high"]
-    return {"a": a, "b": b, "metric": metric, "seeds": seeds, "differences": differences, **found, "apart": apart}
+    where = {"a": a, "b": b, "metric": metric, "seeds": seeds, "differences": differences}
+    return where | found | {"apart": excludes_zero(found)}
