@@ -253,7 +253,7 @@ def line_chart(
     for y in _ticks(y0, y1):
         out.append(f'<line class="rule" x1="{left}" x2="{w - right}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>')
         out.append(f'<text x="{left - 5}" y="{py(y) + 4:.1f}" text-anchor="end">{_number(y)}</text>')
-    for x in _ticks(x0, x1) if x_ticks is None else x_ticks:
+    for x in _ticks(x0, x1) if x_ticks is None else [x for x in x_ticks if x0 <= x <= x1]:
         out.append(f'<text x="{px(x):.1f}" y="{h - bottom + 15}" text-anchor="middle">{_number(x)}</text>')
     if x_label:
         out.append(f'<text x="{(left + w - right) / 2}" y="{h - 3}" text-anchor="middle">{escape(x_label)}</text>')
@@ -302,7 +302,7 @@ def heat_map(
             # half the colour at most, so that the figure on it can be read
             out.append(
                 f'<rect x="{x + 1:.1f}" y="{y + 1:.1f}" width="{wide - 2:.1f}" height="{high - 2:.1f}" rx="2" '
-                f'style="fill:var(--s0)" fill-opacity="{0.5 * share:.3f}"><title>{escape(rows[r])}, '
+                f'style="fill:var(--s0);stroke:var(--line)" fill-opacity="{0.5 * share:.3f}"><title>{escape(rows[r])}, '
                 f"{escape(columns[c])}: {escape(show(v))}</title></rect>"
             )
             if wide >= 7 * len(show(v)):

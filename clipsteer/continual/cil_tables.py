@@ -114,7 +114,8 @@ def costs_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     for strategy, members in by_strategy(runs).items():
         row = [strategy]
         for t in range(T):
-            spent = [run.records[t].seconds for run in members if t in run.records]
+            records = [run.records[t] for run in members if t in run.records]
+            spent = [record.seconds for record in records if record.seconds is not None]
             row.append(shown("seconds", mean_interval(spent)["mean"]) if spent else "–")
         found = summarize(members).get(strategy, {})
         rows.append([*row, *(_cell(m, found.get(m)) for m in ("seconds", "peak_mb"))])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class Record:
 
     correct: list[int]
     count: list[int]
-    seconds: float
+    seconds: float | None
     peak_mb: float | None = None
     drift: dict[str, list[float]] | None = None
 
@@ -60,14 +60,14 @@ class Run:
             raise ValueError(f"Run: tasks must be lists of class ids, none empty, each id once, got {self.tasks}")
 
     def add(
-        self, t: int, predictions: Tensor, targets: Tensor, seconds: float, peak_mb: float | None = None,
+        self, t: int, predictions: Tensor, targets: Tensor, seconds: float | None = None, peak_mb: float | None = None,
         drift: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         """Record what was measured after task t.
 
         Args:
             predictions, targets: (N,) class ids of all test rows of tasks 0 … t, in any order.
-            seconds: that the task took; peak_mb: its peak memory.
+            seconds: that the task took; peak_mb: its peak memory; None where not measured.
             drift: (C_old,) errors of the prototypes of earlier tasks' classes, in class order, any of: "compensated",
                 "uncompensated": relative errors ‖μ̂ − μ‖/‖μ‖ with and without drift compensation;
                 "cosine_compensated", "cosine_uncompensated": 1 − cos(μ̂, μ).
@@ -87,7 +87,8 @@ class Run:
                 raise ValueError(f"Run.add: {name} after task {t} must be classes of tasks 0 … {t}, got {strange[:5]}")
         right = targets[predictions == targets]
         tally = lambda ids: torch.bincount(ids, minlength=max(seen) + 1)[torch.tensor(seen)].tolist()
-        record = Record(tally(right), tally(targets), float(seconds), None if peak_mb is None else float(peak_mb))
+        costs = (None if cost is None else float(cost) for cost in (seconds, peak_mb))
+        record = Record(tally(right), tally(targets), *costs)
         if lacking := [j for j in range(t + 1) if not sum(self._of_task(record.count, j))]:
             raise ValueError(f"Run.add: no test row of task(s) {lacking}")
         if drift is not None:
@@ -171,6 +172,11 @@ class Run:
             known = [v for v in values if v is not None]
             return math.nan if not known else sum(known) if metric == "seconds" else max(known)
         return getattr(self, metric)
+
+    def untimed(self) -> Run:
+        """The same without seconds and memory, which differ each time that a run is repeated."""
+        bare = {t: replace(record, seconds=None, peak_mb=None) for t, record in self.records.items()}
+        return replace(self, records=bare)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data from which `from_json` makes an equal run; a number that is not finite becomes None."""
