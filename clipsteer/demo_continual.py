@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from clipsteer._intervals import clopper_pearson
@@ -86,9 +87,8 @@ def _verdict(plain: tuple[str, Run], compensated: tuple[str, Run]) -> str:
     gap, n = 100 * (after.A_last - before.A_last), sum(before.records[len(before.tasks) - 1].count)
     way = f"{abs(gap):.1f} points {'higher' if gap > 0 else 'lower'} {with_} than {without}"
     parts = [f"In this run the accuracy on all classes at the end is {way if gap else 'the same'}, on {n} images."]
-    errors = after.drift_error
-    if {"compensated", "uncompensated"} <= errors.keys():
-        kept, stale = (float(errors[kind].nanmean()) for kind in ("compensated", "uncompensated"))
+    kept, stale = (after.value(f"drift_{kind}") for kind in ("compensated", "uncompensated"))
+    if not math.isnan(kept + stale):
         parts.append(
             f"Its prototypes are off by {kept:.3f} of their length {with_}, on average; left where they were they "
             f"would be off by {stale:.3f}."

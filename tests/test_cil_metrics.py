@@ -43,8 +43,8 @@ def test_every_figure_by_hand():
     assert run.forgetting == pytest.approx((0 + 1 / 3) / 2, abs=1e-15)
     # classes 4, 0, 2, 1 have 2/2, 0/1, 1/3, 2/4; class 3 has no row
     assert run.balanced == pytest.approx((1 + 0 + 1 / 3 + 1 / 2) / 4, abs=1e-15)
-    assert list(run.drift_error) == ["compensated", "uncompensated", "cosine_compensated"]
-    drift = torch.tensor([[nan, 0.375, 0.25], [nan, 1.0, nan], [nan, nan, 0.5]], dtype=torch.float64)
+    assert list(run.drift_error) == ["compensated", "uncompensated", "cosine_compensated", "cosine_uncompensated"]
+    drift = torch.tensor([[nan, 0.375, 0.25], [nan, 1.0, nan], [nan, nan, 0.5], [nan] * 3], dtype=torch.float64)
     torch.testing.assert_close(torch.stack(list(run.drift_error.values())), drift, rtol=0, atol=0, equal_nan=True)
     assert run.value("drift_compensated") == (0.375 + 0.25) / 2
     assert run.value("drift_uncompensated") == 1.0

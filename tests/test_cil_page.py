@@ -143,19 +143,16 @@ def test_pairs_that_are_alike():
 def test_drift_table_by_hand():
     members = []
     for seed, (with_, without) in enumerate([(0.1, 0.3), (0.2, 0.4), (0.3, 0.5)]):
-        run = Run("s", seed, [[0], [1]])
+        run, after, before = Run("s", seed, [[0], [1]]), torch.tensor([with_]), torch.tensor([without])
+        errors = {"compensated": after, "uncompensated": before}
         run.add(1, torch.tensor([0, 1]), torch.tensor([0, 1]), 1.0, None,
-                {"compensated": torch.tensor([with_]), "uncompensated": torch.tensor([without])})  # fmt: skip
+                errors | {"cosine_compensated": after, "cosine_uncompensated": after})  # fmt: skip
         members.append(run)
-    _, (row,) = tables.drift_table(members)
+    row, angle = ([cell.replace("\u00a0", " ") for cell in cells] for cells in tables.drift_table(members)[1])
     # three equal differences: an interval without width
-    assert row == [
-        "s",
-        "0.400\u00a0±\u00a00.248",
-        "0.200\u00a0±\u00a00.248",
-        "-0.200\u00a0(-0.200\u00a0…\u00a0-0.200) better",
-        "3",
-    ]
+    assert row == ["s", "relative", "0.400 ± 0.248", "0.200 ± 0.248", "-0.200 (-0.200 … -0.200) better", "3"]
+    assert angle[:2] == ["s", "1 − cosine"]
+    assert angle[4] == "+0.000 (+0.000 … +0.000) cannot be told apart"
     assert tables.drift_table([Run("s", 0, [[0]])])[1] == []
 
 

@@ -26,8 +26,8 @@ from clipsteer.report import Html, Page, charts, heat_map, line_chart, markdown_
 
 FORMAT = "clipsteer-cil-1"
 DRIFT = (
-    "‖μ̂ − μ‖/‖μ‖ between a prototype as it is kept and the true class mean under the network of today, mean over the "
-    "classes of earlier tasks and over tasks."
+    "‖μ̂ − μ‖/‖μ‖, and 1 − cos(μ̂, μ), between a prototype as it is kept and the true class mean under the network of "
+    "today; mean over the classes of earlier tasks and over tasks."
 )
 
 
@@ -84,16 +84,15 @@ def matrix_maps(groups: Mapping[str, Sequence[Run]]) -> Html:
 
 
 def drift_curves(groups: Mapping[str, Sequence[Run]]) -> list[Html]:
-    """For each group of runs, the prototypes' error with and without compensation against the task, in one scale."""
+    """For each group that has it, the prototypes' error with and without compensation, against the task; one scale."""
     kinds = ("uncompensated", "compensated")
-    lines = {name: {k: [run.drift_error[k] for run in runs if k in run.drift_error] for k in kinds}
-             for name, runs in groups.items()}  # fmt: skip
-    lines = {name: {k: found for k, found in by_kind.items() if found} for name, by_kind in lines.items()}
-    values = [v for by_kind in lines.values() for found in by_kind.values() for ends in _mean_sd(found) for v in ends]
-    peak = max((v for v in values if math.isfinite(v)), default=None)
+    lines = {name: {k: [run.drift_error[k] for run in runs] for k in kinds} for name, runs in groups.items()}
+    ends = {name: torch.tensor([_mean_sd(found) for found in by_kind.values()]) for name, by_kind in lines.items()}
+    peak = max((float(e.nan_to_num().max()) for e in ends.values()), default=0.0)
     return [
-        curves(by_kind, title=name, y_label="relative error", y_to=peak) for name, by_kind in lines.items() if by_kind
-    ]
+        curves(by_kind, title=name, y_label="relative error", y_to=peak)
+        for name, by_kind in lines.items() if ends[name].isfinite().any()
+    ]  # fmt: skip
 
 
 def _note(value: Any) -> str:

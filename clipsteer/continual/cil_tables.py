@@ -14,6 +14,7 @@ TITLES = {
     "A_last": "A_last, %", "A_avg": "A_avg, %", "balanced": "balanced, %", "forgetting": "forgetting, points",
     "seconds": "seconds", "peak_mb": "peak MB",
 }  # fmt: skip
+_ERRORS = {"relative": "", "1 − cosine": "cosine_"}
 COMPARED = ("A_last", "A_avg", "balanced", "forgetting")
 
 
@@ -97,15 +98,14 @@ def alike(runs: Sequence[Run], metric: str = "A_last") -> str:
 def drift_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """What compensation does to the error of old prototypes, seed by seed; strategies without both are left out."""
     rows = []
-    for strategy, members in by_strategy(runs).items():
-        with_, without = ([run.value(f"drift_{kind}") for run in members] for kind in ("compensated", "uncompensated"))
-        pairs = [(a, b) for a, b in zip(with_, without) if not math.isnan(a + b)]
+    for (strategy, members), (name, kind) in itertools.product(by_strategy(runs).items(), _ERRORS.items()):
+        ends = ([run.value(f"drift_{kind}{way}") for run in members] for way in ("compensated", "uncompensated"))
+        pairs = [(a, b) for a, b in zip(*ends) if not math.isnan(a + b)]
         if pairs:
-            a, b = (mean_interval(values) for values in zip(*pairs))
-            gap = mean_interval([a - b for a, b in pairs])
-            metric = "drift_compensated"
-            rows.append([strategy, _cell(metric, b), _cell(metric, a), _difference(metric, gap), str(len(pairs))])
-    return ["strategy", "uncompensated", "compensated", "compensated − uncompensated", "seeds"], rows
+            after, before = (_cell("drift_compensated", mean_interval(values)) for values in zip(*pairs))
+            gap = _difference("drift_compensated", mean_interval([a - b for a, b in pairs]))
+            rows.append([strategy, name, before, after, gap, str(len(pairs))])
+    return ["strategy", "error", "uncompensated", "compensated", "compensated − uncompensated", "seeds"], rows
 
 
 def costs_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:

@@ -20,9 +20,9 @@ from clipsteer._intervals import excludes_zero, mean_interval
 DRIFTS = ("compensated", "uncompensated", "cosine_compensated", "cosine_uncompensated")
 # name -> whether more is better
 METRICS = {
-    "A_last": True, "A_avg": True, "balanced": True, "forgetting": False,
-    "drift_compensated": False, "drift_uncompensated": False, "seconds": False, "peak_mb": False,
-}  # fmt: skip
+    **dict.fromkeys(("A_last", "A_avg", "balanced"), True),
+    **dict.fromkeys(("forgetting", *(f"drift_{kind}" for kind in DRIFTS), "seconds", "peak_mb"), False),
+}
 
 
 @dataclass
@@ -153,8 +153,7 @@ class Run:
     @property
     def drift_error(self) -> dict[str, Tensor]:
         """Kind of drift (see `add`) -> (T,) float64 means over the old classes; NaN where nothing was recorded."""
-        kinds = [k for k in DRIFTS if any(k in (r.drift or {}) for r in self.records.values())]
-        out = {k: torch.full([len(self.tasks)], math.nan, dtype=torch.float64) for k in kinds}
+        out = {kind: torch.full([len(self.tasks)], math.nan, dtype=torch.float64) for kind in DRIFTS}
         for t, record in self.records.items():
             for kind, values in (record.drift or {}).items():
                 out[kind][t] = sum(values) / len(values) if values else math.nan
@@ -165,8 +164,7 @@ class Run:
         if metric not in METRICS:
             raise ValueError(f"Run.value: metric must be one of {tuple(METRICS)}, got {metric!r}")
         if metric.startswith("drift_"):
-            found = self.drift_error.get(metric.removeprefix("drift_"))
-            return math.nan if found is None else float(found.nanmean())
+            return float(self.drift_error[metric.removeprefix("drift_")].nanmean())
         if metric in ("seconds", "peak_mb"):
             values = [getattr(record, metric) for record in self.records.values()]
             known = [v for v in values if v is not None]
