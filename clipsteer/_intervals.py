@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -78,6 +78,11 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> dict[str, Any
     return {"mean": mean, "sd": sd, "n": n, "low": mean - reach, "high": mean + reach}
 
 
-def excludes_zero(found: dict[str, Any]) -> bool:
-    """Whether the interval of `mean_interval` has 0 outside; False where there is none."""
-    return found["low"] is not None and not found["low"] <= 0 <= found["high"]
+def varies(found: Mapping[str, Any]) -> bool:
+    """Whether the values of `mean_interval` differ beyond rounding: one value, or one thing measured again, do not."""
+    return found["sd"] is not None and found["sd"] > 1e-6 * abs(found["mean"])
+
+
+def excludes_zero(found: Mapping[str, Any]) -> bool:
+    """Whether the interval of `mean_interval` has 0 outside; False where the values do not vary and so tell nothing."""
+    return varies(found) and not found["low"] <= 0 <= found["high"]

@@ -142,17 +142,17 @@ def test_pairs_that_are_alike():
 
 def test_drift_table_by_hand():
     members = []
-    for seed, (with_, without) in enumerate([(0.1, 0.3), (0.2, 0.4), (0.3, 0.5)]):
+    for seed, (with_, without) in enumerate([(0.1, 0.3), (0.2, 0.4), (0.3, 0.501)]):
         run, after, before = Run("s", seed, [[0], [1]]), torch.tensor([with_]), torch.tensor([without])
         errors = {"compensated": after, "uncompensated": before}
         run.add(1, torch.tensor([0, 1]), torch.tensor([0, 1]), 1.0, None,
                 errors | {"cosine_compensated": after, "cosine_uncompensated": after})  # fmt: skip
         members.append(run)
     row, angle = ([cell.replace("\u00a0", " ") for cell in cells] for cells in tables.drift_table(members)[1])
-    # three equal differences: an interval without width
-    assert row == ["s", "relative", "0.400 ± 0.248", "0.200 ± 0.248", "-0.200 (-0.200 … -0.200) better", "3"]
+    # differences -0.2, -0.2, -0.201: sd 0.000577, so ± 4.303·0.000577/√3 = 0.0014
+    assert row == ["s", "relative", "0.400 ± 0.250", "0.200 ± 0.248", "-0.200 (-0.202 … -0.199) better", "3"]
     assert angle[:2] == ["s", "1 − cosine"]
-    assert angle[4] == "+0.000 (+0.000 … +0.000) cannot be told apart"
+    assert angle[4] == "+0.000 the same at every seed"
     assert tables.drift_table([Run("s", 0, [[0]])])[1] == []
 
 
@@ -209,3 +209,21 @@ def test_what_is_refused(runs, tmp_path):
         path.write_text(json.dumps(value))
         with pytest.raises(FileFormatError, match=re.escape(str(path))):
             read_results(path)
+
+
+def test_frozen_networks_are_not_told_apart_by_seeds():
+    """Three seeds that all give one difference are one measurement, not three."""
+    frozen = []
+    for name, right in (("a", 6), ("b", 5)):
+        for seed in range(3):
+            run = Run(name, seed, [[0, 1]])
+            run.add(0, torch.tensor([0] * right + [1] * (10 - right)), torch.zeros(10, dtype=torch.long))
+            frozen.append(run)
+    assert not paired(frozen, "a", "b")["apart"]
+    cells = tables.differences_table(frozen, "a")[1][0]
+    assert cells[1].replace("\u00a0", " ") == "+10.0 the same at every seed"
+    assert tables.alike(frozen).endswith("1 of 1 pairs of strategies: a and b.")
+    said = tables.caution(frozen, "a")
+    assert "the 4 comparisons of the table: of so many between equals, 0.2 would" in said
+    assert "One of 10 images is 10.00 points, and an accuracy of 60.0 % on so many has" in said
+    assert said.endswith("a 95 % Clopper–Pearson interval of 26.2 – 87.8 %.")

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from clipsteer._files import FileFormatError, read_json, write_atomically, write_json
 from clipsteer.continual.cil_tables import (
-    COMPARED,
     alike,
     caution,
     costs_table,
@@ -131,7 +130,7 @@ def write_results(
     results, differences, drift = results_table(runs), differences_table(runs, reference), drift_table(runs)
     sentences = [alike(runs, metric) for metric in ("A_last", "A_avg", "forgetting")]
     seeds = sorted({run.seed for run in runs})
-    warning = caution(len(differences[1]) * len(COMPARED))
+    warning = caution(runs, reference)
     page = Page(title, f"{len(groups)} strategies, {max(len(run.tasks) for run in runs)} tasks, "
                 f"seeds {', '.join(map(str, seeds))}")  # fmt: skip
     if notes:

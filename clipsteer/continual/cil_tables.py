@@ -7,8 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clipsteer._intervals import excludes_zero, mean_interval
+from clipsteer._intervals import clopper_pearson, excludes_zero, mean_interval, varies
 from clipsteer.continual.metrics import METRICS, Run, by_strategy, paired, summarize
+from clipsteer.report import percent
 
 TITLES = {
     "A_last": "A_last, %", "A_avg": "A_avg, %", "balanced": "balanced, %", "forgetting": "forgetting, points",
@@ -51,6 +52,8 @@ def _difference(metric: str, found: Mapping[str, Any] | None) -> str:
     mean = shown(metric, found["mean"], "+")
     if found["low"] is None:
         return f"{mean} one\u00a0seed:\u00a0cannot\u00a0be\u00a0judged"
+    if not varies(found):
+        return f"{mean} the\u00a0same\u00a0at\u00a0every\u00a0seed"
     verdict = "cannot be told apart"
     if excludes_zero(found):
         verdict = "better" if (found["mean"] > 0) == METRICS[metric] else "worse"
@@ -122,11 +125,22 @@ def costs_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     return ["seconds", *(f"task {t + 1}" for t in range(T)), "in all", "peak MB"], rows
 
 
-def caution(comparisons: int) -> str:
+def caution(runs: Sequence[Run], reference: str) -> str:
     """How the table of differences is to be read."""
-    return (
+    groups = by_strategy(runs)
+    comparisons = (len(groups) - 1) * len(COMPARED)
+    said = (
         "Differences are taken seed by seed, with the 95 % t-interval of their mean in brackets; better and worse are "
-        "said where it excludes 0. It is about seeds, not about test images, and not corrected for the "
-        f"{comparisons} comparisons of the table: of so many between equals, {comparisons / 20:.1f} would seem real by "
-        "chance."
+        f"said where it excludes 0. The intervals are not corrected for the {comparisons} comparisons of the table: of "
+        f"so many between equals, {comparisons / 20:.1f} would seem real by chance. They are about seeds, not about "
+        "test images, which all seeds share."
+    )
+    records = [run.records[len(run.tasks) - 1] for run in groups[reference] if len(run.tasks) - 1 in run.records]
+    if not records:
+        return said
+    right, n = sum(records[0].correct), sum(records[0].count)
+    low, high = clopper_pearson(right, n)
+    return (
+        f"{said} One of {n} images is {100 / n:.2f} points, and an accuracy of {percent(right / n)} % on so many has a "
+        f"95 % Clopper–Pearson interval of {percent(low)} – {percent(high)} %."
     )

@@ -166,8 +166,7 @@ class Run:
         if metric.startswith("drift_"):
             return float(self.drift_error[metric.removeprefix("drift_")].nanmean())
         if metric in ("seconds", "peak_mb"):
-            values = [getattr(record, metric) for record in self.records.values()]
-            known = [v for v in values if v is not None]
+            known = [v for record in self.records.values() if (v := getattr(record, metric)) is not None]
             return math.nan if not known else sum(known) if metric == "seconds" else max(known)
         return getattr(self, metric)
 
@@ -230,8 +229,9 @@ def summarize(runs: Iterable[Run], metrics: Iterable[str] = METRICS) -> dict[str
 def paired(runs: Iterable[Run], a: str, b: str, metric: str = "A_last") -> dict[str, Any]:
     """Differences a − b of a metric, seed by seed: mean, sd, n, low and high of the 95 % t-interval, and apart.
 
-    ``apart`` says whether the interval excludes 0; with fewer than two common seeds there is no interval, and it is
-    False. The interval is about seeds (class order, initial weights, batches), not about test images.
+    ``apart`` says whether the interval excludes 0. It is False with one common seed, and where all seeds give the same
+    difference, as frozen networks do: the interval is about seeds (class order, initial weights, batches), not about
+    test images.
 
     Raises ValueError for an unknown strategy, no common seed with a value, or runs of a seed that had different tasks.
     """
@@ -239,18 +239,13 @@ def paired(runs: Iterable[Run], a: str, b: str, metric: str = "A_last") -> dict[
     if a not in groups or b not in groups:
         raise ValueError(f"paired: strategies must be among {tuple(groups)}, got {a!r} and {b!r}")
     others = {run.seed: run for run in groups[b]}
-    differences, seeds = [], []
-    for run in groups[a]:
-        if (other := others.get(run.seed)) is None:
-            continue
-        if run.tasks != other.tasks:
-            raise ValueError(f"paired: {a} and {b} had different tasks with seed {run.seed}")
-        difference = run.value(metric) - other.value(metric)
-        if not math.isnan(difference):
-            differences.append(difference)
-            seeds.append(run.seed)
-    if not seeds:
+    shared = [(run, others[run.seed]) for run in groups[a] if run.seed in others]
+    if strange := [run.seed for run, other in shared if run.tasks != other.tasks]:
+        raise ValueError(f"paired: {a} and {b} had different tasks with seed {strange[0]}")
+    by_seed = {run.seed: run.value(metric) - other.value(metric) for run, other in shared}
+    by_seed = {seed: gap for seed, gap in by_seed.items() if not math.isnan(gap)}
+    if not by_seed:
         raise ValueError(f"paired: {a} and {b} have no seed in common for which both have {metric}")
-    found = mean_interval(differences)
-    where = {"a": a, "b": b, "metric": metric, "seeds": seeds, "differences": differences}
+    found = mean_interval(list(by_seed.values()))
+    where = {"a": a, "b": b, "metric": metric, "seeds": list(by_seed), "differences": list(by_seed.values())}
     return where | found | {"apart": excludes_zero(found)}
