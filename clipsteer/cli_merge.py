@@ -242,7 +242,7 @@ def _merge_classifiers(zeroshot: Path, finetuned: Path, alphas: list[Any], folde
 def _curve(args: argparse.Namespace) -> int:
     import torch
 
-    from clipsteer import robustness, robustness_page
+    from clipsteer import report, robustness, robustness_page
     from clipsteer.classifier import load_classifier, renamed
 
     models = _models(args.baseline) if args.baseline is not None else []
@@ -259,7 +259,7 @@ def _curve(args: argparse.Namespace) -> int:
     zeroshot = {name: tensor.detach() for name, tensor in start.state_dict().items()}
     rows = robustness.curve(zeroshot, classifier, sets, args.alphas or robustness.ALPHAS)
     args.out.mkdir(parents=True, exist_ok=True)
-    robustness_page.write_csv(args.out / "curve.csv", rows)
+    report.write_csv(args.out / "curve.csv", rows)
     subtitle = f"{clip.name}: from {args.zeroshot} to {args.finetuned}, {len(classes)} classes"
     robustness_page.write_page(args.out / "curve.html", rows, subtitle=subtitle, baseline=baseline, models=models)
     drawn = robustness_page.write_svg(args.out / "curve.svg", robustness_page.curve_charts(rows, baseline, models)[0])
@@ -294,7 +294,8 @@ def _models(path: Path) -> list[tuple[float, int, float, int]]:
 
 
 def _show(found: Mapping[str, Any]) -> None:
-    from clipsteer.robustness_page import ENDS, percent
+    from clipsteer.report import percent
+    from clipsteer.robustness_page import ENDS
 
     sys.stdout.write(f"{'':<30} {'reference':>9} {'shifted':>9}\n")
     for method in ("weight", "output"):

@@ -85,8 +85,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     """Markdown tables."""
     out = []
     for title, headers, rows in _tables(result):
-        out += [f"### {title}", "| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
-        out += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+        out += [f"### {title}", *report.markdown_table(headers, rows), ""]
     return out[:-1]
 
 

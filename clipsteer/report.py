@@ -11,11 +11,12 @@ Curves are inline SVG drawn in the page's own colours, which follow the reader's
 from __future__ import annotations
 
 import base64
+import csv
 import html
 import io
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +126,24 @@ def table(headers: Sequence[Any], rows: Iterable[Sequence[Any]], caption: Any = 
     )
 
 
+def markdown_table(headers: Sequence[Any], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return ["| " + " | ".join(map(str, row)) + " |" for row in (headers, ["---"] * len(headers), *rows)]
+
+
+def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of equal keys, with a header line."""
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_atomically(path, lambda file: file.write(lines.getvalue().encode()))
+
+
+def percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f}"
+
+
 def image(picture: Image, alt: str, *, quality: int = 80) -> Html:
     """A PIL image inside the page: WebP where Pillow has it, PNG otherwise."""
     from PIL import features
@@ -202,23 +221,30 @@ def _number(value: float) -> str:
 
 def line_chart(
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, title: str, x_label: str = "", y_label: str = "",
-    y_from: float | None = None, y_to: float | None = None,
+    y_from: float | None = None, y_to: float | None = None, x_ticks: Sequence[float] | None = None,
+    bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
 ) -> Html:  # fmt: skip
     """Curves over a common axis: name -> (xs, ys). Points that are not finite are left out.
 
-    The lines differ in colour and in dash; ends of the axes can be fixed with ``y_from`` and ``y_to``.
+    The lines differ in colour and in dash; ends of the axes can be fixed with ``y_from`` and ``y_to``. ``bands`` shades
+    the room between two values at each x, name -> (lows, highs).
     """
     points = {
         name: [(float(x), float(y)) for x, y in zip(xs, ys) if math.isfinite(x) and math.isfinite(y)]
         for name, (xs, ys) in series.items()
+    }
+    shaded = {
+        name: [(float(x), float(a), float(b)) for x, a, b in zip(series[name][0], *ends) if math.isfinite(x + a + b)]
+        for name, ends in (bands or {}).items()
     }
     everything = [p for line in points.values() for p in line]
     if not everything:
         caption = f"<figcaption>{escape(title)}</figcaption>"
         return Html(f'<figure class="chart">{caption}<p class="note">no data</p></figure>')
     x0, x1 = min(p[0] for p in everything), max(p[0] for p in everything)
-    y0 = min(p[1] for p in everything) if y_from is None else y_from
-    y1 = max(p[1] for p in everything) if y_to is None else y_to
+    heights = [p[1] for p in everything] + [y for band in shaded.values() for p in band for y in p[1:]]
+    y0 = min(heights) if y_from is None else y_from
+    y1 = max(heights) if y_to is None else y_to
     x1, y1 = (x1 if x1 > x0 else x0 + 1), (y1 if y1 > y0 else y0 + (abs(y0) or 1))
     w, h, left, right, top, bottom = 400, 220, 46, 10, 10, 34
     px = lambda x: left + (x - x0) / (x1 - x0) * (w - left - right)
@@ -227,11 +253,16 @@ def line_chart(
     for y in _ticks(y0, y1):
         out.append(f'<line class="rule" x1="{left}" x2="{w - right}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>')
         out.append(f'<text x="{left - 5}" y="{py(y) + 4:.1f}" text-anchor="end">{_number(y)}</text>')
-    for x in _ticks(x0, x1):
+    for x in _ticks(x0, x1) if x_ticks is None else [x for x in x_ticks if x0 <= x <= x1]:
         out.append(f'<text x="{px(x):.1f}" y="{h - bottom + 15}" text-anchor="middle">{_number(x)}</text>')
     if x_label:
         out.append(f'<text x="{(left + w - right) / 2}" y="{h - 3}" text-anchor="middle">{escape(x_label)}</text>')
     legend = []
+    for i, name in enumerate(points):
+        if len(band := shaded.get(name, [])) > 1:
+            edge = [(x, high) for x, _, high in band] + [(x, low) for x, low, _ in reversed(band)]
+            path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in edge)
+            out.append(f'<polygon points="{path}" style="fill:var(--s{i % 4})" fill-opacity="0.13"/>')
     for i, (name, line) in enumerate(points.items()):
         dashes = _DASHES[(i + i // 4) % 4]  # every pair with a colour once, before one comes again
         style = f'style="stroke:var(--s{i % 4})" stroke-dasharray="{dashes}" fill="none" stroke-width="2"'
@@ -248,6 +279,47 @@ def line_chart(
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
         f'<svg viewBox="0 0 {w} {h}" role="img" aria-label="{escape(spoken)}">{"".join(out)}</svg>'
         f'<ul class="legend">{"".join(legend)}</ul></figure>'
+    )
+
+
+def heat_map(
+    values: Sequence[Sequence[float]], *, title: str, x_label: str = "", y_label: str = "",
+    columns: Sequence[Any], rows: Sequence[Any], peak: float, show: Callable[[float], str] = _number,
+) -> Html:  # fmt: skip
+    """A matrix as shaded cells, the darker the nearer to ``peak``, with its figures where they fit; NaN stays empty."""
+    w, left, right, top, bottom = 400, 46, 10, 20, 32
+    wide = (w - left - right) / len(columns)
+    high = min(34.0, wide)
+    h = top + high * len(rows) + bottom
+    out = []
+    for r, (name, line) in enumerate(zip(rows, values)):
+        y = top + high * r
+        out.append(f'<text x="{left - 5}" y="{y + high / 2 + 4:.1f}" text-anchor="end">{escape(name)}</text>')
+        for c, v in enumerate(line):
+            if not math.isfinite(v):
+                continue
+            x, share = left + wide * c, min(max(v / peak, 0.0), 1.0) if peak > 0 else 0.0
+            # half the colour at most, so that the figure on it can be read
+            out.append(
+                f'<rect x="{x + 1:.1f}" y="{y + 1:.1f}" width="{wide - 2:.1f}" height="{high - 2:.1f}" rx="2" '
+                f'style="fill:var(--s0);stroke:var(--line)" fill-opacity="{0.5 * share:.3f}"><title>{escape(rows[r])}, '
+                f"{escape(columns[c])}: {escape(show(v))}</title></rect>"
+            )
+            if wide >= 7 * len(show(v)):
+                out.append(
+                    f'<text x="{x + wide / 2:.1f}" y="{y + high / 2 + 4:.1f}" text-anchor="middle" '
+                    f'style="fill:var(--fg);pointer-events:none">{escape(show(v))}</text>'
+                )
+    every = math.ceil(len(columns) / 12)
+    for c in range(0, len(columns), every):
+        x = left + wide * (c + 0.5)
+        out.append(f'<text x="{x:.1f}" y="{h - bottom + 13:.1f}" text-anchor="middle">{escape(columns[c])}</text>')
+    out.append(f'<text x="{(left + w - right) / 2}" y="{h - 4:.1f}" text-anchor="middle">{escape(x_label)}</text>')
+    out.append(f'<text x="{left}" y="{top - 7}">{escape(y_label)}</text>')
+    spoken = f"{title}: {len(rows)} × {len(columns)}"
+    return Html(
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {w} {h:.1f}" role="img" '
+        f'aria-label="{escape(spoken)}">{"".join(out)}</svg></figure>'
     )
 
 

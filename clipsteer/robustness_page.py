@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import math
 import re
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clipsteer._files import write_atomically
-from clipsteer.report import Html, Page, charts, escape, line_chart, stats, table
+from clipsteer.report import Html, Page, charts, escape, line_chart, markdown_table, percent, stats, table
 from clipsteer.robustness import ALPHAS, Baseline, averages, logit, summary
 
 logger = logging.getLogger(__name__)
@@ -22,19 +20,6 @@ ENDS = {"zeroshot": "zero-shot", "finetuned": "fine-tuned", "default": "α = 0.5
 _TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 _ALONE = """<style>svg{--fg:#1b1f24;--soft:#57606a;--line:#d5dae0;--s0:#0b62c4;--s1:#b94700;--s2:#0f7b3f;--s3:#7a3fc2;
 background:#fff}text{fill:var(--soft);font:11px system-ui,sans-serif}.rule{stroke:var(--line)}</style>"""
-
-
-def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of equal keys, with a header line."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-
-
-def percent(value: float, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f}"
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -304,8 +289,7 @@ def write_experiment(
     written.append(page.write(stem.with_suffix(".html")))
     lines = ["# WiSE-FT across drawing styles", "", what]
     for heading, headers, cells, caption in parts:
-        lines += ["", f"## {heading}", "", *([caption, ""] if caption else [])]
-        lines += ["| " + " | ".join(row) + " |" for row in (headers, ["---"] * len(headers), *cells)]
+        lines += ["", f"## {heading}", "", *([caption, ""] if caption else []), *markdown_table(headers, cells)]
     given = {"styles": found["styles"], **{name: found[name] for name in ("seeds", "lrs", "epochs")}}
     if found["alphas"] != list(ALPHAS):
         given["alphas"] = found["alphas"]

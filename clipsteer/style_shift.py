@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipsteer._files import write_json
+from clipsteer._intervals import mean_interval
 from clipsteer.bench import machine
 from clipsteer.classifier import ImageClassifier, pixel_batches, predict, renamed, zero_shot_classifier
 from clipsteer.clip import CLIP, EMOJICLIP, load, zero_shot_head
@@ -268,23 +269,22 @@ def findings(rows: Sequence[dict[str, Any]], baseline: Baseline, alpha: float) -
             gains.setdefault("oracle", []).append(best["shifted"] - ends)
             inner.append(best["alpha"])
         out[f"{measure}_gain_over_both_ends"] = {
-            name: {"by_seed": values, "mean": statistics.fmean(values),
-                   "sd": statistics.stdev(values) if len(values) > 1 else None,
-                   "seeds_above_both": sum(v > 0 for v in values)}
+            name: {"by_seed": values, **mean_interval(values), "seeds_above_both": sum(v > 0 for v in values)}
             for name, values in gains.items()
-        } | {"oracle_alphas": inner}  # fmt: skip
+        } | {"oracle_alphas": inner}
     return out
 
 
 def write(folder: str | Path, found: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[Path]:
     """wise_ft_emoji.json, .csv, .md, .html and, for each style, a .svg (and .png, see `write_svg`), in `folder`."""
+    from clipsteer import report
     from clipsteer import robustness_page as page
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / "wise_ft_emoji"
     write_json(stem.with_suffix(".json"), found)
-    page.write_csv(stem.with_suffix(".csv"), rows)
+    report.write_csv(stem.with_suffix(".csv"), rows)
     written = [stem.with_suffix(".json"), stem.with_suffix(".csv")]
     curves = {style: mean_rows([row for row in rows if row["style"] == style]) for style in found["styles"]}
     return written + page.write_experiment(stem, found, curves)

@@ -144,3 +144,38 @@ def test_heat_overlay_glows_only_where_hot():
 def test_table_rows_must_fit():
     with pytest.raises(ValueError, match="2 cells"):
         report.table(["a", "b"], [["x"]])
+
+
+def test_heat_map_shades_and_writes_what_is_there():
+    nan = float("nan")
+    values = [[0.5, nan], [1.0, 2.0]]
+    options = {"title": "<T>", "rows": ["a", "<b>"], "columns": ["x", "y"], "show": lambda v: f"{v:.1f}"}
+    markup = report.heat_map(values, **options, peak=2.0)
+    parse(markup)
+    assert re.findall(r'fill-opacity="([\d.]+)"><title>([^<]*)<', markup) == [
+        ("0.125", "a, x: 0.5"), ("0.250", "&lt;b&gt;, x: 1.0"), ("0.500", "&lt;b&gt;, y: 2.0"),
+    ]  # fmt: skip
+    assert markup.count("pointer-events:none") == 3
+    # no room for figures in thirty columns, nor for thirty names
+    wide = report.heat_map([[0.5] * 30], **options | {"rows": ["r"], "columns": range(30)}, peak=0.0)
+    assert wide.count("<rect") == wide.count('fill-opacity="0.000"') == 30
+    assert "pointer-events" not in wide
+    assert wide.count('text-anchor="middle"') == 10 + 1
+
+
+def test_bands_follow_their_line_and_widen_the_axis():
+    series = {"s": ([0, 1, 2], [1.0, 2.0, 3.0])}
+    plain = report.line_chart(series, title="t", x_ticks=[0, 2])
+    assert "<polygon" not in plain
+    assert re.findall(r'text-anchor="middle">(\d)<', plain) == ["0", "2"]
+    banded = report.line_chart(series, title="t", bands={"s": ([0.0, 1.0, float("nan")], [1.0, 5.0, 9.0])})
+    points = re.search(r'<polygon points="([^"]+)"', banded)[1].split()
+    # two points have both ends: forth along the top, back along the bottom, of an axis from 0 to 5
+    assert [float(p.split(",")[1]) for p in points] == [150.8, 10.0, 150.8, 186.0]
+    assert "from 0 to 5" in banded
+
+
+def test_markdown_and_csv(tmp_path):
+    assert report.markdown_table(["a", "b"], [[1, "x"]]) == ["| a | b |", "| --- | --- |", "| 1 | x |"]
+    report.write_csv(tmp_path / "t.csv", [{"a": 1 / 3, "b": "x,y"}, {"a": 2, "b": ""}])
+    assert (tmp_path / "t.csv").read_text() == 'a,b\n0.333333,"x,y"\n2,\n'

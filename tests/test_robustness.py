@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from clipsteer import robustness, robustness_page
+from clipsteer import report, robustness, robustness_page
 from clipsteer.classifier import ImageClassifier
 from clipsteer.robustness import Baseline, EvalSet, averages, clopper_pearson, curve, fit_baseline, logit, summary
 
@@ -196,7 +196,7 @@ def test_page_chart_and_csv(tmp_path):
     line = [row for row in averages(rows()) if row["method"] == "weight"]
     many = robustness_page.logit_chart({str(i): line for i in range(16)}, title="", x_label="", y_label="")
     assert len(set(re.findall(r'<polyline points="[^"]*" (style="[^"]*" stroke-dasharray="[^"]*")', many))) == 16
-    robustness_page.write_csv(tmp_path / "c.csv", rows())
+    report.write_csv(tmp_path / "c.csv", rows())
     lines = (tmp_path / "c.csv").read_text().splitlines()
     assert len(lines) == 19
     assert lines[0].startswith("method,alpha,set,role,correct,n")
