@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import nullcontext
 
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from clipsteer import FileFormatError, clip
 from clipsteer._files import read_safetensors, write_safetensors
@@ -304,6 +306,21 @@ def test_the_fast_path_of_attention_reads_the_pairs(name, monkeypatch):
         plain = tower(name)(x)
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
     assert torch.linalg.vector_norm(fast - plain) > 1e-2 * torch.linalg.vector_norm(plain)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_cached_pass_is_the_same(name):
+    lora, x = trained(name), pixels(name)
+    gradients = []
+    for context in (nullcontext, parametrize.cached):
+        with context():
+            y = lora.module(x)
+        gradients.append((y, *torch.autograd.grad(y.square().sum(), lora.parameters())))
+    for plain, cached in zip(*gradients):
+        torch.testing.assert_close(cached, plain, rtol=1e-5, atol=1e-5 * float(plain.detach().abs().max()))
+    scramble(lora, 4)
+    with torch.no_grad():
+        assert not torch.equal(lora.module(x), y)
 
 
 def test_separate_parameters_of_attention_and_modules_outside_of_blocks():

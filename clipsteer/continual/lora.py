@@ -106,7 +106,8 @@ class LoRA:
         alpha: pairs are scaled by alpha / rank; None means 1.
 
     A is drawn uniformly (Kaiming, a = √5), B is 0. Pairs are float32 on 16-bit weights. ``copy.deepcopy`` of the module
-    gives an independent tower; ``torch.nn.utils.parametrize.cached()`` spares evaluation loops the products.
+    gives an independent tower. ``nn.MultiheadAttention`` reads its weight three to five times a forward pass; a pass
+    under ``with torch.nn.utils.parametrize.cached():`` computes it once, gradients included.
 
     Attributes:
         tasks: how many have begun.
