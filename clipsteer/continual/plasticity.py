@@ -93,10 +93,9 @@ class Plasticity:
             for block, sae in self.saes.items():
                 got = usage.get(block)
                 if got is None or got.shape != (sae.d_sae,) or not bool((got.isfinite() & (got >= 0)).all()):
-                    what = "none" if got is None else f"shape {tuple(got.shape)}, from {got.min()} to {got.max()}"
-                    raise ValueError(
-                        f"Plasticity.{name}: expected finite usage >= 0 of shape ({sae.d_sae},) at {block!r}, got {what}"
-                    )
+                    what = "none" if got is None else f"{tuple(got.shape)}, from {got.min()} to {got.max()}"
+                    wanted = f"finite usage >= 0 of shape ({sae.d_sae},) at {block!r}"
+                    raise ValueError(f"Plasticity.{name}: expected {wanted}, got {what}")
 
 
 def _outputs(module: nn.Module, blocks: Sequence[str], pixel_batches: Iterable[Any]) -> Iterator[dict[str, Tensor]]:
