@@ -101,12 +101,12 @@ def extra_memory(call: Callable[[], Any], device: str) -> int:
     try:
         status.write_text("5")  # resets the high-water mark of resident memory
         before = resident("VmRSS")
-        call()
-        return max(0, resident("VmHWM") - before)
     except OSError:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         call()
         return 1024 * max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    call()
+    return max(0, resident("VmHWM") - before)
 
 
 def contenders(

@@ -41,6 +41,7 @@ class Encoder(nn.Module):
 
     Attributes:
         blocks: names of the transformer blocks in ``module``, first to last.
+        width: of the tokens in them.
 
     Raises:
         ValueError: no transformer block is found.
@@ -60,6 +61,7 @@ class Encoder(nn.Module):
         if not self.blocks:
             raise ValueError("Encoder: the tower has no transformer blocks called resblocks.N or blocks.N")
         trunk = getattr(module, "trunk", module)
+        self.width = trunk.embed_dim if hasattr(trunk, "embed_dim") else module.conv1.out_channels
         self.prefix = int(getattr(trunk, "num_prefix_tokens", hasattr(module, "class_embedding")))
         self._last = self._normalised_tokens()
 

@@ -6,11 +6,12 @@ arXiv 2004.00440); McDonnell et al. 2023 (RanPAC, arXiv 2307.02251). What a stra
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +24,10 @@ from clipsteer.continual.alignment import align
 from clipsteer.continual.backbone import Encoder
 from clipsteer.continual.heads import RandomProjection, TaskHeads, nearest_mean
 from clipsteer.continual.lora import LoRA
+from clipsteer.continual.plasticity import Plasticity, pack_history, unpack_history
 from clipsteer.continual.strategies import CILConfig
 from clipsteer.continual.task import TaskRun, by_class, mix
 from clipsteer.data import ImageDataset
-
-if TYPE_CHECKING:
-    from clipsteer.continual.plasticity import Plasticity
 
 __all__ = ["ClassIncrementalLearner"]
 
@@ -72,6 +71,8 @@ class ClassIncrementalLearner:
         self.out = Path(out) if out is not None else None
         self.device = encoder.device
         self.digest = checkpoint.digest(encoder) if out is not None else ""
+        # usage is comparable between tasks only when one network, the one of the SAEs, is read
+        self.original = copy.deepcopy(encoder).eval() if config.plasticity else None
         self.lora = LoRA(encoder.module, config.rank, config.lora) if config.train == "lora" else None
         if config.train != "lora":
             encoder.requires_grad_(config.train == "full")
@@ -146,12 +147,12 @@ class ClassIncrementalLearner:
     def drift_errors(self, images: ImageDataset) -> dict[str, Tensor] | None:
         """How far the kept means are from the true ones, which needs images of earlier classes: a measurement only.
 
-        Returns (C,) tensors over the classes of ``images``: ``compensated`` and ``uncompensated``, ‖μ̂ − μ‖/‖μ‖, and
+        Returns (C,) tensors over the classes of ``images``, in order of `seen`: ``compensated`` and ``uncompensated``, ‖μ̂ − μ‖/‖μ‖, and
         the same with ``cosine_`` in front, 1 − cos; None for a strategy that keeps no means.
         """
         if not len(self.means):
             return None
-        classes = sorted(set(images.targets))
+        classes = [c for c in self.seen if c in set(images.targets)]
         truth = by_class(self._for_means(self.features(images)), images.targets, classes).mean
         rows = [self.seen.index(c) for c in classes]
         found = {}
@@ -187,7 +188,7 @@ class ClassIncrementalLearner:
     def _fit(self, images: ImageDataset, classes: list[int]) -> None:
         config, task = self.config, len(self.tasks)
         if config.plasticity:
-            usage = self.plasticity.usage(self.encoder.module, pixel_batches(self.encoder, images))
+            usage = self.plasticity.usage(self.original.module, pixel_batches(self.original, images))
             self.multipliers.append(self.plasticity.multipliers(usage, self.history))
             self.history.append(usage)
         run = TaskRun(self, images, classes) if config.train != "none" else None
@@ -234,9 +235,7 @@ class ClassIncrementalLearner:
         for part in ("heads", "ridge"):
             if getattr(self, part) is not None:
                 found |= {f"{part}.{name}": t for name, t in getattr(self, part).state_dict().items()}
-        for task, usage in enumerate(self.history):
-            found |= {f"history.{task}.{block}": t for block, t in usage.items()}
-        return found
+        return found | {f"history.{name}": t for name, t in pack_history(self.history).items()}
 
     def meta(self) -> dict[str, Any]:
         settings = {k: v for k, v in asdict(self.config).items() if k not in _COSMETIC}
@@ -283,8 +282,7 @@ class ClassIncrementalLearner:
             self.heads.load_state_dict(part("heads."))
         if self.ridge is not None:
             self.ridge.load_state_dict(part("ridge."))
-        if self.config.plasticity:
-            self.history = [part(f"history.{task}.") for task in range(len(self.tasks))]
+        self.history = unpack_history(part("history."))
         return len(self.tasks)
 
     def check(self, there: dict[str, Any]) -> None:

@@ -13,8 +13,9 @@ from typing import Literal
 
 import numpy as np
 
-from clipsteer.data import EmojiStyles, ImageDataset, image_folder
-from clipsteer.style_shift import classify30, split, stratified
+from clipsteer.data import HELD_OUT_STYLE, TRAINED_STYLES, EmojiStyles, ImageDataset, image_folder
+from clipsteer.style_shift import classify30, stratified
+from clipsteer.style_shift import split as concepts
 
 SEED = 1993
 Part = Literal["train", "validation", "test"]
@@ -114,9 +115,9 @@ def _order(n: int, seed: int) -> list[int]:
 
 def emoji_scenario(
     tasks: int | Literal["categories"] = 5, seed: int = SEED, styles: Sequence[str] = EmojiStyles.styles,
-    validation: float = 0.2,
+    validation: float = 0.2, split: Literal["concepts", "styles"] = "concepts",
 ) -> Scenario:  # fmt: skip
-    """Classify-30: 30 kinds of things, 507 of them to learn from and 218 others to test on, each drawn in every style.
+    """Classify-30: 30 kinds of things, 507 concepts to learn from and 218 others to test on, each drawn in every style.
 
     Args:
         tasks: into how many tasks the shuffled classes are cut; "categories" makes each of the five categories (of 3 to
@@ -124,12 +125,22 @@ def emoji_scenario(
         seed: of that order alone.
         styles: drawings to learn from and to test on.
         validation: the share of each class's training concepts that is held out, 0 for none; the same for every seed.
+        split: "styles" tests on a new style instead of new concepts: all 725 concepts are learned from the drawings of
+            ``TRAINED_STYLES`` and tested in ``HELD_OUT_STYLE``, but for a fifth of the 507 there, which are for
+            validation. ``styles`` and ``validation`` then do not count.
     """
     _check_share("emoji_scenario", validation)
+    if split not in ("concepts", "styles"):
+        raise ValueError(f"emoji_scenario: split must be 'concepts' or 'styles', got {split!r}")
     if not styles or isinstance(styles, str):
         raise ValueError(f"emoji_scenario: styles must be names of styles, got {styles!r}")
-    parts = split(share=validation)
-    train, held_out, test = (classify30(styles, concepts) for concepts in parts)
+    if split == "styles":
+        parts = concepts()
+        train = classify30(TRAINED_STYLES, [i for part in parts for i in part])
+        held_out = classify30(HELD_OUT_STYLE, parts.validation)
+        test = classify30(HELD_OUT_STYLE, parts.fit + parts.test)
+    else:
+        train, held_out, test = (classify30(styles, part) for part in concepts(share=validation))
     if tasks == "categories":
         category = {concept.subcategory: concept.category for concept in EmojiStyles().concepts}
         names = sorted({category[name] for name in test.classes})

@@ -1,0 +1,118 @@
+"""Runs of class-incremental learning: one strategy and seed over all tasks, and many of them side by side."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from clipsteer._files import read_json, write_json
+from clipsteer.bench import extra_memory
+from clipsteer.continual.backbone import Encoder
+from clipsteer.continual.learner import ClassIncrementalLearner
+from clipsteer.continual.metrics import Run
+from clipsteer.continual.plasticity import Plasticity
+from clipsteer.continual.scenario import Scenario
+from clipsteer.continual.strategies import CILConfig
+
+__all__ = ["run_all", "run_tasks"]
+
+
+def run_tasks(
+    scenario: Scenario, encoder: Callable[[], Encoder], config: CILConfig, *, zero_shot: Tensor | None = None,
+    plasticity: Plasticity | None = None, out: str | Path | None = None,
+) -> Run:  # fmt: skip
+    """Learn the scenario's tasks with one strategy, measuring after each on the test images of all tasks so far.
+
+    Args:
+        encoder: gives the tower to start from, a fresh one at each call.
+        zero_shot, plasticity: see `ClassIncrementalLearner`.
+        out: folder for checkpoints and run.json. A run that was stopped there goes on, and on a CPU with as many
+            threads ends with the same matrix; seconds are then of the last process alone.
+    """
+    out = Path(out) if out is not None else None
+    settings = {**json.loads(json.dumps(asdict(config))), "data": _fingerprint(scenario)}
+    run = Run(config.name, config.seed, scenario.tasks, settings)
+    if out is not None and (out / "run.json").exists():
+        found = Run.from_json(read_json(out / "run.json"))
+        if (found.strategy, found.seed, found.tasks, found.settings) != (run.strategy, run.seed, run.tasks, settings):
+            raise ValueError(f"{out} holds a run with other settings, tasks or images; use another folder")
+        run = found
+
+    def learner(folder: str) -> ClassIncrementalLearner:
+        where = out / folder if out is not None else None
+        made = ClassIncrementalLearner(
+            encoder(), config, len(scenario.classes), zero_shot=zero_shot, plasticity=plasticity, out=where
+        )
+        if where is not None:
+            made.resume()
+        return made
+
+    current = None if config.cumulative else learner("checkpoints")
+    for t, classes in enumerate(scenario.tasks):
+        if t in run.records:
+            continue
+        if config.cumulative:
+            current, classes, tasks = learner(f"checkpoints-{t}"), scenario.seen(t), range(t + 1)
+        else:
+            tasks = range(t, t + 1)
+        images, began = scenario.train.subset(scenario.rows("train", *tasks)), time.monotonic()
+        # a process that was stopped after learning and before measuring has learned already
+        if len(current.seen) < len(scenario.seen(t)):
+            peak = extra_memory(lambda: current.fit_task(images, classes), current.device.type)
+        else:
+            peak = None
+        seconds = time.monotonic() - began
+        tested = scenario.test.subset(scenario.rows("test", *range(t + 1)))
+        drift = None
+        if t and not config.cumulative:
+            drift = current.drift_errors(scenario.train.subset(scenario.rows("train", *range(t))))
+        predicted = current.predict(tested)
+        run.add(t, predicted, torch.tensor(tested.targets), seconds, None if peak is None else peak / 2**20, drift)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / "run.json", run.to_json())
+    return run
+
+
+def _fingerprint(scenario: Scenario) -> str:
+    parts = [scenario.classes, *([list(getattr(scenario, p).targets) for p in ("train", "test")])]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def run_all(
+    jobs: Sequence[tuple[Callable[..., Run], Mapping[str, Any]]], *, workers: int = 1, title: str = "runs"
+) -> list[Run]:
+    """Call function(**arguments) of each job, in ``workers`` processes with an equal share of the cores.
+
+    With one worker they are called here. Functions and arguments must be picklable for more.
+    """
+    if workers == 1:
+        return [function(**arguments) for function, arguments in tqdm(jobs, desc=title, unit="run", disable=None)]
+    threads = max(1, torch.get_num_threads() // workers)
+    found: dict[int, Run] = {}
+    pool = ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+    )
+    with pool, tqdm(total=len(jobs), desc=title, unit="run", disable=None) as bar:
+        waiting = {pool.submit(function, **arguments): i for i, (function, arguments) in enumerate(jobs)}
+        for done in as_completed(waiting):
+            found[waiting[done]] = done.result()
+            bar.update()
+    return [found[i] for i in range(len(jobs))]
+
+
+def folder_name(config: CILConfig) -> str:
+    """A folder for a run: strategy and seed, in characters that every file system takes."""
+    return f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', config.name)}-seed{config.seed}"
