@@ -18,7 +18,7 @@ EMOJI = {"first_epochs": 10, "epochs": 10, "batch_size": 48, "projections": 2000
 
 def add_parser(commands: Any, add: Any) -> None:
     """Add the command; ``add(parent, name, function, summary, examples)`` makes it."""
-    p = add(commands, "cil", _cil, "learn classes task by task: MACIL, SLCA, SDC, RanPAC and baselines side by side", """
+    p = add(commands, "cil", _cil, "learn classes task by task: MACIL, SLCA, SDC, RanPAC and baselines", """
 examples:
   the bundled drawings and model, all strategies, three class orders:
     clipsteer cil --data emoji --tasks 5 --strategy all --seeds 3 --out cil-emoji
@@ -39,7 +39,7 @@ A command that was stopped, or killed, goes on where it was when it is given aga
     p.add_argument("--init-cls", type=int, metavar="N", help="classes of the first task (default: as --increment)")
     p.add_argument("--increment", type=int, metavar="N", help="classes of each later task")
     p.add_argument("--split", choices=("concepts", "styles"), default="concepts",
-                   help="emoji: test on new concepts in the same styles, or on the same concepts in a new style")  # fmt: skip
+                   help="emoji: test on new concepts in the same styles, or on the same in a new style")  # fmt: skip
     p.add_argument("--strategy", nargs="+", default=["macil", "slca", "finetune"], metavar="NAME",
                    help="macil, slca, sdc, finetune, ranpac, ncm, zero_shot, joint; all; ablation; or "
                         "NAME:field=value,… with fields of continual.strategies.CILConfig")  # fmt: skip
@@ -144,8 +144,6 @@ def _fit_saes(folder: Path, images: str, encoder: tuple[Any, ...]) -> None:
 
 
 def _cil(args: argparse.Namespace) -> int:
-    from dataclasses import replace
-
     from clipsteer.continual.cil_page import write_results
     from clipsteer.continual.experiment import folder_name, run_all
     from clipsteer.continual.strategies import ABLATION, STRATEGIES, strategy
@@ -161,11 +159,7 @@ def _cil(args: argparse.Namespace) -> int:
     encoder = (model, args.pretrained, args.recipe == "paper", device_of(args))
     place = (args.data, args.tasks, args.init_cls, args.increment, args.split, args.measure)
     seeds = [1993 + i for i in range(args.seeds)]
-    configs = [
-        replace(strategy(name, **settings), seed=seed, bf16=args.bf16)
-        for name in dict.fromkeys(names)
-        for seed in seeds
-    ]
+    configs = [strategy(name, **settings, seed=seed, bf16=args.bf16) for name in dict.fromkeys(names) for seed in seeds]
     saes = args.saes or args.out / "saes"
     if any(config.plasticity for config in configs) and not (saes / _BACKGROUND).exists():
         images = args.sae_images or ("emoji" if args.data == "emoji" else None)

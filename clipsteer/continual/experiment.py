@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -69,10 +70,10 @@ def run_tasks(
             tasks = range(t, t + 1)
         images, began = scenario.train.subset(scenario.rows("train", *tasks)), time.monotonic()
         # a process that was stopped after learning and before measuring has learned already
+        peak = None
         if len(current.seen) < len(scenario.seen(t)):
-            peak = extra_memory(lambda: current.fit_task(images, classes), current.device.type)
-        else:
-            peak = None
+            fit = functools.partial(current.fit_task, images, classes)
+            peak = extra_memory(fit, current.device.type)
         seconds = time.monotonic() - began
         tested = scenario.test.subset(scenario.rows("test", *range(t + 1)))
         drift = None

@@ -147,10 +147,11 @@ class ClassIncrementalLearner:
     def drift_errors(self, images: ImageDataset) -> dict[str, Tensor] | None:
         """How far the kept means are from the true ones, which needs images of earlier classes: a measurement only.
 
-        Returns (C,) tensors over the classes of ``images``, in order of `seen`: ``compensated`` and ``uncompensated``, ‖μ̂ − μ‖/‖μ‖, and
-        the same with ``cosine_`` in front, 1 − cos; None for a strategy that keeps no means.
+        Returns (C,) tensors over the classes of ``images``, in order of `seen`: ``compensated`` and ``uncompensated``,
+        ‖μ̂ − μ‖/‖μ‖, and the same with ``cosine_`` in front, 1 − cos. None for a strategy that keeps no means, or whose
+        network stays as it is.
         """
-        if not len(self.means):
+        if not len(self.means) or self.config.train == "none":
             return None
         classes = [c for c in self.seen if c in set(images.targets)]
         truth = by_class(self._for_means(self.features(images)), images.targets, classes).mean
