@@ -1,0 +1,48 @@
+"""A tower and images small enough to learn tasks in a second; for tests in this process and in others."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+
+from clipsteer.continual.backbone import Encoder
+from clipsteer.continual.scenario import Scenario
+from clipsteer.data import ImageDataset
+
+CLASSES, TASKS = 6, [[3, 0], [5, 1], [2, 4]]
+
+
+def pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image, dtype=np.float32).copy()).permute(2, 0, 1) / 255
+
+
+def flipped(image: Image.Image) -> torch.Tensor:
+    x = pixels(image)
+    return x.flip(-1) if torch.rand(()) < 0.5 else x
+
+
+def encoder(seed: int = 0) -> Encoder:
+    from open_clip.transformer import VisionTransformer
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tower = VisionTransformer(image_size=32, patch_size=16, width=32, layers=2, heads=2, mlp_ratio=2, output_dim=16)
+    return Encoder(tower.eval(), pixels, flipped, "tiny")
+
+
+def images(seed: int, each: int) -> ImageDataset:
+    """Noise around a colour of each class."""
+    rng = np.random.RandomState(7)
+    colours = rng.randint(40, 215, (CLASSES, 2, 2, 3))
+    noise = np.random.RandomState(seed)
+    drawn, targets = [], []
+    for i in range(each * CLASSES):
+        colour = np.kron(colours[i % CLASSES], np.ones((16, 16, 1)))
+        drawn.append(np.clip(colour + noise.normal(0, 25, (32, 32, 3)), 0, 255).astype(np.uint8))
+        targets.append(i % CLASSES)
+    return ImageDataset(lambda row: Image.fromarray(drawn[row]), targets, [f"class {c}" for c in range(CLASSES)])
+
+
+def scenario() -> Scenario:
+    return Scenario(images(0, 16), images(1, 0), images(2, 8), TASKS, [f"class {c}" for c in range(CLASSES)])

@@ -1,0 +1,274 @@
+"""The class-incremental learner: every strategy, what a task may touch, compensation, and resuming after SIGKILL."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from _tiny import CLASSES, TASKS, encoder, images, scenario
+
+from clipsteer import ops
+from clipsteer.continual.experiment import run_all, run_tasks
+from clipsteer.continual.learner import ClassIncrementalLearner, _transport
+from clipsteer.continual.metrics import Run
+from clipsteer.continual.plasticity import Plasticity, fit_saes
+from clipsteer.continual.strategies import ABLATION, STRATEGIES, CILConfig, strategy
+from clipsteer.continual.task import patch_distillation
+
+QUICK = {"first_epochs": 3, "epochs": 2, "batch_size": 8, "rank": 4, "projections": 64, "align_samples": 16}
+# the tiny tower starts from random weights and learns little at the published rates
+FAST = {**QUICK, "lr": 0.1}
+
+
+def zero_shot() -> torch.Tensor:
+    return F.normalize(torch.randn(CLASSES, 16, generator=torch.Generator().manual_seed(1)), dim=-1)
+
+
+def plasticity() -> Plasticity:
+    tower, x = encoder(), torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    return Plasticity(fit_saes(tower.module, tower.blocks, [x], d_sae=32, k=4, steps=20))
+
+
+def learn(spec: str, out: Path | None = None, tasks=TASKS, **settings) -> ClassIncrementalLearner:
+    config = strategy(spec, **{**FAST, **settings})
+    given = {"zero_shot": zero_shot(), "plasticity": plasticity() if config.plasticity else None}
+    learner = ClassIncrementalLearner(encoder(), config, CLASSES, out=out, **given)
+    if out is not None:
+        learner.resume()
+    where = scenario()
+    for t, classes in enumerate(tasks):
+        if t >= len(learner.tasks):
+            learner.fit_task(where.train.subset(where.rows("train", t)), classes)
+    return learner
+
+
+def weights(learner: ClassIncrementalLearner) -> dict[str, torch.Tensor]:
+    return {**learner.encoder.module.state_dict(), **(learner.heads.state_dict() if learner.heads else {})}
+
+
+@pytest.mark.parametrize("spec", [*STRATEGIES, *(s for s in ABLATION if ":" in s), "finetune:softmax=seen"])
+def test_every_strategy_learns_tasks_and_predicts_among_the_classes_seen(spec):
+    where = scenario()
+    run = run_tasks(where, encoder, strategy(spec, **FAST), zero_shot=zero_shot(),
+                    plasticity=plasticity() if "plasticity" in spec else None)  # fmt: skip
+    assert run.matrix.tril().isfinite().all() and sorted(run.records) == [0, 1, 2]
+    if spec != "zero_shot":  # its head is random here
+        assert run.A_last > 2 / CLASSES, run.matrix
+
+
+def test_a_frozen_tower_stays_as_it_is_and_training_changes_what_it_says_it_does():
+    start = encoder().state_dict()
+    for spec in ("ncm", "ranpac", "zero_shot"):
+        after = learn(spec).encoder.state_dict()
+        assert all(torch.equal(after[k], v) for k, v in start.items())
+    lora = learn("finetune").encoder.module
+    for name, value in start.items():
+        if "in_proj_weight" not in name:
+            assert torch.equal(dict(lora.named_parameters())[name.removeprefix("module.")], value), name
+    full = learn("slca:lr=0.01").encoder.state_dict()
+    assert sum(not torch.equal(full[k], v) for k, v in start.items()) > 20
+
+
+def test_joint_training_uses_one_head_and_all_data():
+    learner = learn("joint", tasks=[])
+    learner.fit_task(images(0, 16), list(range(CLASSES)))
+    assert learner.heads.sizes == [CLASSES] and learner.evaluate(images(2, 8)) > 0.8
+
+
+def test_compensation_is_semantic_drift_between_the_networks_around_the_task():
+    where, learner = scenario(), learn("macil", tasks=TASKS[:1])
+    rows = where.train.subset(where.rows("train", 1))
+    old, means = learner.features(rows), learner.means.clone()
+    learner.fit_task(rows, TASKS[1])
+    new = learner.features(rows)
+    assert not torch.equal(old, new)
+    expected = ops.semantic_drift(old.double(), new.double(), means, "median", 1e-5)
+    assert torch.equal(learner.means[:2], expected)
+    assert torch.equal(learner.uncompensated[:2], means)
+    truth = torch.stack([new[torch.tensor(rows.targets) == c].double().mean(0) for c in TASKS[1]])
+    torch.testing.assert_close(learner.means[2:], truth, rtol=1e-12, atol=1e-12)
+
+
+def test_drift_errors_are_those_of_the_means_and_zero_for_the_newest_task():
+    where, learner = scenario(), learn("sdc")
+    newest = learner.drift_errors(where.train.subset(where.rows("train", 2)))
+    assert all(float(e.abs().max()) < 1e-6 for e in newest.values())
+    old = where.train.subset(where.rows("train", 0))
+    found, features = learner.drift_errors(old), F.normalize(learner.features(old), dim=-1).double()
+    for row, c in enumerate(TASKS[0]):  # in the order of the tasks
+        truth = features[torch.tensor(old.targets) == c].mean(0)
+        assert found["compensated"][row] == pytest.approx(float((learner.means[row] - truth).norm() / truth.norm()))
+        cosine = F.cosine_similarity(learner.uncompensated[row], truth, dim=0)
+        assert found["cosine_uncompensated"][row] == pytest.approx(1 - float(cosine), abs=1e-12)
+    assert learn("ncm").drift_errors(old) is None
+
+
+def test_plasticity_sets_the_learning_rate_of_each_block():
+    learner = learn("finetune:plasticity=1", tasks=TASKS[:2])
+    assert learner.multipliers[0] == dict.fromkeys(learner.encoder.blocks, 1.0)
+    expected = learner.plasticity.multipliers(learner.history[1], learner.history[:1])
+    assert learner.multipliers[1] == expected and set(expected.values()) != {1.0}
+    # a floor of 1 is no plasticity at all, bit for bit
+    learner, plain = learn("finetune:plasticity=1", tasks=[]), learn("finetune", tasks=TASKS[:2])
+    learner.plasticity.floor = 1.0
+    where = scenario()
+    for t in range(2):
+        learner.fit_task(where.train.subset(where.rows("train", t)), TASKS[t])
+    assert all(torch.equal(a, b) for a, b in zip(weights(learner).values(), weights(plain).values()))
+
+
+def test_a_run_depends_on_its_seed_alone():
+    a, b, c = (weights(learn("macil", tasks=TASKS[:2], seed=s)) for s in (1, 1, 2))
+    assert all(torch.equal(a[k], b[k]) for k in a) and any(not torch.equal(a[k], c[k]) for k in a)
+
+
+def test_patch_distillation_is_the_formula_patch_by_patch():
+    generator = torch.Generator().manual_seed(0)
+    cls, new, old = (torch.randn(*s, 8, dtype=torch.float64, generator=generator) for s in ((3,), (3, 5), (3, 5)))
+    new.requires_grad_()
+    expected = torch.zeros((), dtype=torch.float64)
+    for b in range(3):
+        for p in range(5):
+            angle = F.cosine_similarity(cls[b], new[b, p].detach(), dim=0).acos() / torch.pi
+            expected = expected + angle * (F.normalize(new[b, p], dim=0) - F.normalize(old[b, p], dim=0)).norm() / 15
+    value = patch_distillation(cls, new, old)
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+    wanted, got = (torch.autograd.grad(x, new)[0] for x in (expected, value))
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+    # when a task begins nothing has moved
+    same = old.clone().requires_grad_()
+    patch_distillation(cls, same, old).backward()
+    assert same.grad.isfinite().all()
+
+
+def test_transport_follows_a_linear_map():
+    generator = torch.Generator().manual_seed(0)
+    old, A = (torch.randn(*s, dtype=torch.float64, generator=generator) for s in ((4000, 6), (6, 6)))
+    S = torch.cov(old[:50].T)[None]
+    moved = _transport(S, old, old @ A.T + 3)
+    torch.testing.assert_close(moved, A @ S @ A.T, rtol=1e-5, atol=1e-5)
+    assert torch.equal(_transport(S, old, old), S)  # nothing moved
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from test_learner import FAST
+from _tiny import encoder, scenario
+from clipsteer.continual import task
+from clipsteer.continual.experiment import run_tasks
+from clipsteer.continual.strategies import strategy
+steps, plain, limit = [0], task.TaskRun._loss, int(sys.argv[4])
+def loss(self, *args):
+    steps[0] += 1
+    if steps[0] == limit:
+        os.kill(os.getpid(), getattr(signal, sys.argv[5]))
+    return plain(self, *args)
+task.TaskRun._loss = loss
+config = strategy(sys.argv[3], **FAST, checkpoint_every=3)
+run_tasks(scenario(), encoder, config, out=Path(sys.argv[2]))
+"""
+
+
+def _process(folder: Path, spec: str, limit: int, sign: str = "SIGKILL") -> int:
+    code = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(folder), spec, str(limit), sign]
+    return subprocess.run(code, capture_output=True, text=True, check=False).returncode
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX")
+@pytest.mark.parametrize("spec", ["macil", "slca:lr=0.01", "joint"])
+def test_a_run_killed_in_the_middle_of_a_task_ends_in_the_same_numbers(tmp_path, spec):
+    where = scenario()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        whole = run_tasks(where, encoder, strategy(spec, **FAST, checkpoint_every=3), out=tmp_path / "whole")
+    finally:
+        torch.set_num_threads(threads)
+    # 12 steps are the first task, 8 each later one (joint: 12, 24 and 36): within the second, after a checkpoint
+    assert _process(tmp_path / "cut", spec, 17) == -signal.SIGKILL
+    assert list((tmp_path / "cut").rglob("step-*.safetensors"))
+    assert _process(tmp_path / "cut", spec, 0) == 0
+    there = {p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("tasks/*.safetensors")}
+    assert there and all((tmp_path / "cut" / p).read_bytes() == (tmp_path / "whole" / p).read_bytes() for p in there)
+    from clipsteer._files import read_json
+
+    again = Run.from_json(read_json(tmp_path / "cut" / "run.json"))
+    assert torch.equal(again.matrix.nan_to_num(), whole.matrix.nan_to_num())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGTERM is POSIX")
+def test_sigterm_saves_the_step_it_comes_in(tmp_path):
+    assert _process(tmp_path, "finetune", 14, "SIGTERM") == 143
+    assert [p.stem for p in tmp_path.rglob("steps/task-1/*.json")] == ["step-0000000002"]
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    learn("finetune", tmp_path, tasks=TASKS[:1])
+    for change in ({"lr": 0.05}, {"seed": 5}):
+        with pytest.raises(ValueError, match="other settings"):
+            learn("finetune", tmp_path, tasks=TASKS[:1], **change)
+    config = strategy("finetune", **FAST)
+    with pytest.raises(ValueError, match="weights"):
+        ClassIncrementalLearner(encoder(1), config, CLASSES, out=tmp_path).resume()
+    run_tasks(scenario(), encoder, strategy("ncm"), out=tmp_path / "run")
+    with pytest.raises(ValueError, match="other settings"):
+        run_tasks(scenario(), encoder, strategy("ncm", seed=2), out=tmp_path / "run")
+
+
+def test_what_does_not_fit_is_refused():
+    where, learner = scenario(), learn("finetune", tasks=TASKS[:1])
+    rows = where.train.subset(where.rows("train", 1))
+    for bad in ([], TASKS[0], [1], [1, 5, 2], [5, 5]):
+        with pytest.raises(ValueError, match="fit_task"):
+            learner.fit_task(rows, bad)
+    assert learner.tasks == TASKS[:1]
+    with pytest.raises(ValueError, match="no task"):
+        learn("ncm", tasks=[]).predict(rows)
+    with pytest.raises(ValueError, match="zero_shot"):
+        ClassIncrementalLearner(encoder(), strategy("zero_shot"), CLASSES)
+    with pytest.raises(ValueError, match="plasticity"):
+        ClassIncrementalLearner(encoder(), strategy("finetune:plasticity=1"), CLASSES)
+    with pytest.raises(ValueError, match="out"):
+        learner.save()
+
+
+@pytest.mark.parametrize(
+    "spec", ["nothing", "macil:", "macil:x=1", "macil:lr", "macil:lr=fast", "macil:align=yes", "macil:train=half",
+             "macil:rank=0", "macil:lr=0", "ncm:align=1", "ncm:classifier=heads", "finetune:classifier=ridge"],
+)  # fmt: skip
+def test_a_strategy_that_makes_no_sense_is_refused(spec):
+    if spec == "macil:":
+        assert strategy(spec).covariance == 1.0
+        return
+    with pytest.raises(ValueError, match=r"strategy|CILConfig"):
+        strategy(spec)
+
+
+def test_a_spec_goes_before_general_settings_and_names_the_run():
+    config = strategy("slca:epochs=7,sigma=0.5,head_lr=none", epochs=3, batch_size=9)
+    assert (config.epochs, config.batch_size, config.lr) == (7, 9, 1e-4)
+    assert (config.sigma, config.head_lr, config.name) == (0.5, None, "slca:epochs=7,sigma=0.5,head_lr=none")
+    assert strategy("macil:sigma=median") == CILConfig(
+        name="macil:sigma=median", covariance=1.0, distill=0.4, compensation="mean_shift", align=True
+    )
+
+
+def _seeded(seed: int) -> Run:
+    return run_tasks(scenario(), encoder, strategy("ncm", seed=seed))
+
+
+def test_runs_in_several_processes_are_those_of_one():
+    jobs = [(_seeded, {"seed": s}) for s in (1, 2, 3)]
+    alone, together = run_all(jobs), run_all(jobs, workers=2)
+    assert [r.seed for r in together] == [1, 2, 3]
+    assert all(torch.equal(a.seen, b.seen) for a, b in zip(alone, together))
