@@ -13,7 +13,7 @@ from clipsteer.cli_sae import add_device, device_of
 PAPER = {"first_epochs": 20, "epochs": 10, "batch_size": 48, "rank": 32}
 PAPER_MODEL = "timm:vit_base_patch16_224.augreg_in21k"
 # chosen on validation images: benchmarks/results/cil-emoji.md
-EMOJI = {"first_epochs": 10, "epochs": 10, "batch_size": 48, "projections": 2000}
+EMOJI = {"first_epochs": 10, "epochs": 10, "batch_size": 48, "projections": 2000, "align_epochs": 20}
 
 
 def add_parser(commands: Any, add: Any) -> None:

@@ -14,7 +14,7 @@ CLASSES, TASKS = 6, [[3, 0], [5, 1], [2, 4]]
 
 
 def pixels(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(image, dtype=np.float32).copy()).permute(2, 0, 1) / 255
+    return torch.from_numpy(np.asarray(image.resize((32, 32)), dtype=np.float32).copy()).permute(2, 0, 1) / 255
 
 
 def flipped(image: Image.Image) -> torch.Tensor:
