@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from clipsteer._files import FileFormatError, read_safetensors, read_safetensors_header, write_json, write_safetensors
+from clipsteer._files import FileFormatError, read_safetensors, read_safetensors_header, write_safetensors
+from clipsteer.continual._peft import Adapted, panels, write_adapter
 
 __all__ = ["LoRA"]
 
@@ -275,6 +276,7 @@ class LoRA:
         self.sites = ()
         return self.module
 
+    @torch.no_grad()
     def export_peft(self, folder: str | Path) -> None:
         """Write the sum of all pairs as an adapter for PEFT: ``PeftModel.from_pretrained(tower, folder)``.
 
@@ -288,34 +290,15 @@ class LoRA:
         self._check("export_peft")
         if not self.tasks:
             raise ValueError("LoRA.export_peft: no task has begun, so there is nothing to export")
-        if any(site.weight not in ("weight", "in_proj_weight") for site in self.sites):
-            raise ValueError("LoRA.export_peft: PEFT adapts no separate K and V parameters of nn.MultiheadAttention")
-        tensors: dict[str, Tensor] = {}
+        adapted = []
         for site in self.sites:
-            adapter, W = self._weight(site)
-            pairs = list(zip(adapter.A, adapter.B))
-            if len(adapter.A) < len(adapter.B):
-                pairs = [(adapter.A[0], torch.stack(list(adapter.B)).sum(0))]
-            m, s, r = pairs[0][1].shape
-            B = adapter.B[0].new_zeros(site.panels, s, len(pairs), m, r)
-            for i, (_, part) in enumerate(pairs):
-                for j, panel in enumerate(site.chosen):
-                    B[panel, :, i, j] = part[j].detach() * adapter.scaling
-            name = f"base_model.model.{site.owner}"
-            tensors[f"{name}.lora_A.weight"] = torch.cat([A.detach().flatten(0, 1) for A, _ in pairs])
-            tensors[f"{name}.lora_B.weight"] = B.reshape(W.shape[0], -1)
-        ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A.weight")}
-        if len(ranks) > 1:
-            raise ValueError("LoRA.export_peft: fused and separate weights need pairs of different ranks")
-        rank = ranks.pop()
-        layers = [site.owner for site in self.sites if site.weight == "weight"]
-        fused = [f"{site.owner}.{site.weight}" for site in self.sites if site.weight != "weight"]
-        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none"}
-        config |= {"target_modules": layers, "target_parameters": fused or None, "inference_mode": True}
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-        write_json(folder / "adapter_config.json", config)
+            adapter = self._weight(site)[0]
+            As, Bs = list(adapter.A), list(adapter.B)
+            if len(As) < len(Bs):
+                Bs = [torch.stack(Bs).sum(0)]
+            B = torch.cat([panels(part * adapter.scaling, site.panels, site.chosen) for part in Bs], 1)
+            adapted.append(Adapted(site.owner, site.weight, torch.cat(As).flatten(0, 1), B))
+        write_adapter(folder, adapted)
 
     def _check(self, call: str) -> None:
         if not self.sites:
