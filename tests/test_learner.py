@@ -23,7 +23,7 @@ from clipsteer.continual.task import patch_distillation
 
 QUICK = {"first_epochs": 3, "epochs": 2, "batch_size": 8, "rank": 4, "projections": 64, "align_samples": 16}
 # the tiny tower starts from random weights and learns little at the published rates
-FAST = {**QUICK, "lr": 0.1}
+FAST = {**QUICK, "lr": 0.03}
 
 
 def zero_shot() -> torch.Tensor:
@@ -60,7 +60,7 @@ def test_every_strategy_learns_tasks_and_predicts_among_the_classes_seen(spec):
     assert run.matrix.tril().isfinite().all()
     assert sorted(run.records) == [0, 1, 2]
     if spec != "zero_shot":  # its head is random here
-        assert run.A_last > 2 / CLASSES, run.matrix
+        assert run.A_last > 0.4, run.matrix  # chance is 0.17
 
 
 def test_a_frozen_tower_stays_as_it_is_and_training_changes_what_it_says_it_does():
@@ -77,7 +77,7 @@ def test_a_frozen_tower_stays_as_it_is_and_training_changes_what_it_says_it_does
 
 
 def test_joint_training_uses_one_head_and_all_data():
-    learner = learn("joint", tasks=[])
+    learner = learn("joint", tasks=[], first_epochs=12)
     learner.fit_task(images(0, 16), list(range(CLASSES)))
     assert learner.heads.sizes == [CLASSES]
     assert learner.evaluate(images(2, 8)) > 0.8
@@ -156,7 +156,7 @@ def test_transport_follows_a_linear_map():
     old, A = (torch.randn(*s, dtype=torch.float64, generator=generator) for s in ((4000, 6), (6, 6)))
     S = torch.cov(old[:50].T)[None]
     moved = _transport(S, old, old @ A.T + 3)
-    torch.testing.assert_close(moved, A @ S @ A.T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moved, A @ S @ A.T, rtol=1e-2, atol=1e-2)  # the ridge is a thousandth
     assert torch.equal(_transport(S, old, old), S)  # nothing moved
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from clipsteer._files import FileFormatError, read_safetensors
 from clipsteer.clip import CLIP, capture, load
@@ -141,7 +142,9 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, d), at least float32."""
-        out = self.module(pixels)
+        # attention reads a parametrised weight several times a pass
+        with parametrize.cached():
+            out = self.module(pixels)
         out = out[0] if isinstance(out, tuple | list) else out
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
