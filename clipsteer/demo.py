@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 import clipsteer
-from clipsteer import demo_conceptors, demo_page, demo_wise_ft
+from clipsteer import demo_conceptors, demo_continual, demo_page, demo_wise_ft
 from clipsteer._files import write_json
 from clipsteer.clip import CLIP, EMOJI_TEMPLATES, EMOJICLIP, SIMPLE_TEMPLATES, load, zero_shot_head
+from clipsteer.continual.metrics import Run
 from clipsteer.data import ImageDataset
 from clipsteer.explore import (
     Feature,
@@ -86,6 +87,8 @@ class Demo:
             line = {row["alpha"]: row["shifted"] for row in averages(rows) if row["method"] == "weight"}
             shown = ", ".join(f"{line[a]:.1%} at alpha {a:g}" for a in (0.0, 0.5, 1.0) if a in line)
             out.append(f"WiSE-FT, shifted styles: {shown}")
+        for title, run in self.figures["continual"].get("runs", {}).items():
+            out.append(f"class-incremental, {title}: {Run.from_json(run).A_last:.1%} on all classes at the end")
         out.append(f"steerable (S > {STEERABLE}): {share['steerable']} of {share['probed']} features probed")
         return out
 
@@ -167,8 +170,10 @@ def run(
     )
     if model == EMOJICLIP and data is None:
         figures["wise_ft"] = demo_wise_ft.measure(seed, device)
+        figures["continual"] = demo_continual.measure(seed, device)
     else:
         figures["wise_ft"] = {"skipped": demo_wise_ft.ELSEWHERE}
+        figures["continual"] = {"skipped": demo_continual.ELSEWHERE}
     write_json(out / "metrics.json", figures)
     page = demo_page.build(predictor, pictures, figures, history, tokens, embeddings, chosen, out)
     return Demo(page.write(out / "report.html"), out / "sae", out / "metrics.json", figures)

@@ -75,7 +75,7 @@ def finished(tiny_model, image_folder, tmp_path_factory):
 
 def test_demo_runs_on_a_users_model_and_images(finished):
     (result, _), options = finished
-    assert result.page.read_text(encoding="utf-8").count("<section>") == 7
+    assert result.page.read_text(encoding="utf-8").count("<section>") == 8
     figures = json.loads(result.metrics.read_text())
     assert figures["model"]["hook_point"] == "visual.transformer.resblocks.1"
     assert [row["images"] for row in figures["zero_shot"]] == [33, 9]

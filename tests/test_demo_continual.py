@@ -1,8 +1,9 @@
-"""The demo's class-incremental section. The runs are made up."""
+"""The demo's class-incremental section; most of the runs are made up."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from clipsteer import demo_continual
 from clipsteer.continual.metrics import Run
+from clipsteer.continual.scenario import Scenario, emoji_scenario
 from clipsteer.report import Page
 
 CLASSES = ["ant", "bee", "<cat>"]
@@ -76,3 +78,29 @@ def test_what_is_refused():
     del one.records[0]
     with pytest.raises(ValueError, match="finished runs"):
         demo_continual.section({"a": one, "b": whole}, CLASSES, "")
+
+
+def test_the_demos_own_runs_in_little():
+    """Two drawings a class of four classes to learn from, one to test on: what the demo does, in little."""
+    whole = emoji_scenario(5, 3, ("twemoji",), validation=0)
+
+    def few(part, n):
+        count, rows = {}, []
+        for row, c in enumerate(part.targets):
+            count[c] = count.get(c, 0) + 1
+            if c in (0, 1, 2, 3) and count[c] <= n:
+                rows.append(row)
+        return part.subset(rows)
+
+    little = Scenario(few(whole.train, 2), few(whole.train, 0), few(whole.test, 1), [[2, 0], [1, 3]], whole.classes[:4])
+    found = demo_continual.measure(3, scenario=little)
+    assert found == demo_continual.measure(3, scenario=little)
+    assert json.loads(json.dumps(found)) == found
+    runs = [Run.from_json(run) for run in found["runs"].values()]
+    assert [run.settings["compensation"] for run in runs] == ["none", "mean_shift"]
+    # without compensation prototypes stay, with it they move
+    plain, moved = (run.records[1].drift for run in runs)
+    assert plain["compensated"] == plain["uncompensated"] != moved["compensated"]
+    markup = "".join(demo_continual.of_measured(found))
+    assert "8 to learn from and 4 others" in markup
+    assert demo_continual.of_measured({"skipped": "why not"})[0].find("why not") > 0
