@@ -14,7 +14,18 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(
     [*ROOT.glob("clipsteer/**/*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "setup.py"]
 )
-HEAVY = {"triton", "open_clip", "matplotlib", "PIL", "hypothesis", "huggingface_hub", "torchvision", "scipy", "sklearn"}
+HEAVY = {
+    "triton",
+    "open_clip",
+    "matplotlib",
+    "PIL",
+    "hypothesis",
+    "huggingface_hub",
+    "torchvision",
+    "timm",
+    "scipy",
+    "sklearn",
+}
 EDGE = {"clip", "data", "sae_io", "activations", "report", "cli", "demo"}
 
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from _command import run
 from PIL import Image
 
 from clipsteer import SAE, bench, cli, testing
@@ -18,15 +19,6 @@ TINY = {
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }
 HOOK = "visual.transformer.resblocks.0"
-
-
-def run(capsys, *args: object) -> tuple[int, str, str]:
-    try:
-        code = cli.main([str(a) for a in args])
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +68,7 @@ def test_every_command_has_help_with_an_example(capsys):
     assert {" ".join(words) for words, _ in leaves} == {
         "demo", "env", "validate", "bench", "sae train", "sae eval", "sae convert", "sae steer", "splice",
         "conceptor fit", "conceptor steer", "conceptor eval", "finetune", "wise-ft merge", "wise-ft curve",
-        "wise-ft emoji",
+        "wise-ft emoji", "cil",
     }  # fmt: skip
     groups = [(words, p) for words, p in commands(cli.build_parser()) if words and not p.get_default("function")]
     assert [words for words, _ in groups] == [("sae",), ("conceptor",), ("wise-ft",)]

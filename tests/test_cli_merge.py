@@ -7,21 +7,13 @@ import shutil
 
 import pytest
 import torch
+from _command import run
 from PIL import Image
 
 from clipsteer import cli, style_shift, wise_ft
 from clipsteer._files import read_safetensors, write_safetensors
 from clipsteer.data import EmojiStyles
 from clipsteer.robustness import Baseline
-
-
-def run(capsys, *args: object) -> tuple[int, str, str]:
-    try:
-        code = cli.main([str(a) for a in args])
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 @pytest.fixture(scope="module")

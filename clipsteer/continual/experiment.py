@@ -43,7 +43,7 @@ def run_tasks(
             threads ends with the same matrix; seconds are then of the last process alone.
     """
     out = Path(out) if out is not None else None
-    settings = {**json.loads(json.dumps(asdict(config))), "data": _fingerprint(scenario)}
+    settings = {**json.loads(json.dumps(asdict(config))), "data": _identity(scenario)}
     run = Run(config.name, config.seed, scenario.tasks, settings)
     if out is not None and (out / "run.json").exists():
         found = Run.from_json(read_json(out / "run.json"))
@@ -87,7 +87,7 @@ def run_tasks(
     return run
 
 
-def _fingerprint(scenario: Scenario) -> str:
+def _identity(scenario: Scenario) -> str:
     parts = [scenario.classes, *([list(getattr(scenario, p).targets) for p in ("train", "test")])]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
