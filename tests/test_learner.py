@@ -72,7 +72,7 @@ def test_a_frozen_tower_stays_as_it_is_and_training_changes_what_it_says_it_does
     for name, value in start.items():
         if "in_proj_weight" not in name:
             assert torch.equal(dict(lora.named_parameters())[name.removeprefix("module.")], value), name
-    full = learn("slca:lr=0.01").encoder.state_dict()
+    full = learn("slca:slow=0.3").encoder.state_dict()
     assert sum(not torch.equal(full[k], v) for k, v in start.items()) > 20
 
 
@@ -189,7 +189,7 @@ def _process(folder: Path, spec: str, limit: int, sign: str = "SIGKILL") -> int:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX")
-@pytest.mark.parametrize("spec", ["macil", "slca:lr=0.01", "joint"])
+@pytest.mark.parametrize("spec", ["macil", "slca:slow=0.3", "joint"])
 def test_a_run_killed_in_the_middle_of_a_task_ends_in_the_same_numbers(tmp_path, spec):
     where = scenario()
     threads = torch.get_num_threads()
@@ -260,9 +260,9 @@ def test_a_strategy_that_makes_no_sense_is_refused(spec):
 
 
 def test_a_spec_goes_before_general_settings_and_names_the_run():
-    config = strategy("slca:epochs=7,sigma=0.5,head_lr=none", epochs=3, batch_size=9)
-    assert (config.epochs, config.batch_size, config.lr) == (7, 9, 1e-4)
-    assert (config.sigma, config.head_lr, config.name) == (0.5, None, "slca:epochs=7,sigma=0.5,head_lr=none")
+    config = strategy("slca:epochs=7,sigma=0.5", epochs=3, batch_size=9)
+    assert (config.epochs, config.batch_size, config.slow) == (7, 9, 0.01)
+    assert (config.sigma, config.name) == (0.5, "slca:epochs=7,sigma=0.5")
     assert strategy("macil:sigma=median") == CILConfig(
         name="macil:sigma=median", covariance=1.0, distill=0.4, compensation="mean_shift", align=True
     )

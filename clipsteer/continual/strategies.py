@@ -30,7 +30,7 @@ class CILConfig:
         align: classifier alignment on Gaussian samples.
         plasticity: learning rates per block from SAE features that task and earlier tasks share.
         cumulative: every task is learned anew with the data of all tasks so far (joint training, the upper bound).
-        lr, head_lr: of SGD at the start of each task; None for head_lr is lr.
+        lr: of SGD at the start of each task. slow: the tower's rate over that of the heads (SLCA's slow learner).
         first_epochs, epochs: of the first task, and of each later one.
     """
 
@@ -52,7 +52,7 @@ class CILConfig:
     plasticity: bool = False
     cumulative: bool = False
     lr: float = 0.01
-    head_lr: float | None = None
+    slow: float = 1.0
     momentum: float = 0.9
     weight_decay: float = 5e-4
     batch_size: int = 48
@@ -78,7 +78,7 @@ class CILConfig:
                       "align_epochs", "checkpoint_every"):  # fmt: skip
             if getattr(self, field) < 1:
                 raise ValueError(f"CILConfig: {field} must be at least 1, got {getattr(self, field)}")
-        for field in ("lr", "align_lr"):
+        for field in ("lr", "slow", "align_lr"):
             if not 0 < getattr(self, field) < float("inf"):
                 raise ValueError(f"CILConfig: {field} must be positive, got {getattr(self, field)}")
         for field in ("covariance", "distill", "floor", "weight_decay"):
@@ -107,7 +107,7 @@ STRATEGIES: Mapping[str, Mapping[str, Any]] = {
     "finetune": {},
     "macil": _MACIL,
     # slow learner on the whole tower, fast heads, alignment (Zhang et al. 2023)
-    "slca": {"train": "full", "cosine": False, "align": True, "lr": 1e-4, "head_lr": 1e-2},
+    "slca": {"train": "full", "cosine": False, "align": True, "slow": 0.01},
     # the drifting embedding with compensated nearest means (Yu et al. 2020)
     "sdc": {"classifier": "ncm", "compensation": "sdc", "sigma": 0.3, "floor": 0.0},
     "ncm": {"train": "none", "classifier": "ncm"},
@@ -115,10 +115,12 @@ STRATEGIES: Mapping[str, Mapping[str, Any]] = {
     "ranpac": {"train": "none", "classifier": "ridge"},
     "joint": {"cumulative": True},
 }
+# MACIL built up part by part, each part taken away, and what may stand in its place
 ABLATION = (
-    "finetune", "finetune:align=1", "finetune:align=1,compensation=mean_shift", "macil:distill=0",
-    "macil:covariance=0", "macil:compensation=none", "macil", "macil:transport=1", "macil:consistent=1",
-    "macil:lora=shared", "macil:lora=shared_a", "macil:plasticity=1",
+    "macil", "macil:covariance=0,distill=0,compensation=none,align=0", "macil:covariance=0,distill=0,compensation=none",
+    "macil:covariance=0,distill=0", "macil:distill=0", "macil:covariance=0", "macil:compensation=none",
+    "macil:transport=1", "macil:consistent=1", "macil:lora=shared", "macil:lora=shared_a", "macil:plasticity=1",
+    "macil:slow=0.01",
 )  # fmt: skip
 
 
@@ -144,8 +146,8 @@ def _value(spec: str, field: str, text: str, default: Any) -> Any:
     try:
         if isinstance(default, bool):
             return {"1": True, "0": False, "on": True, "off": False}[text]
-        if field in ("sigma", "head_lr"):
-            return {"median": "median", "none": None}[text] if text in ("median", "none") else float(text)
+        if field == "sigma":
+            return text if text == "median" else float(text)
         return type(default)(text)
     except (KeyError, ValueError):
         raise ValueError(f"strategy: {text!r} is no value of {field} in {spec!r}") from None

@@ -78,11 +78,11 @@ class TaskRun:
         factors = learner.multipliers[self.task] if config.plasticity else {}
         blocks = learner.lora.groups() if learner.lora is not None else _by_block(learner.encoder)
         groups = [
-            {"params": list(parameters), "lr": config.lr * factors.get(block, 1.0)}
+            {"params": list(parameters), "lr": config.lr * config.slow * factors.get(block, 1.0)}
             for block, parameters in blocks.items()
         ]
         head = learner.heads.of_task(self.task) if config.softmax == "task" else list(learner.heads.parameters())
-        groups.append({"params": head, "lr": config.lr if config.head_lr is None else config.head_lr})
+        groups.append({"params": head, "lr": config.lr})
         return [group for group in groups if group["params"]]
 
     def train(self) -> None:
