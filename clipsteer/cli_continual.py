@@ -13,7 +13,8 @@ from clipsteer.cli_sae import add_device, device_of
 PAPER = {"first_epochs": 20, "epochs": 10, "batch_size": 48, "rank": 32}
 PAPER_MODEL = "timm:vit_base_patch16_224.augreg_in21k"
 # chosen on validation images: benchmarks/results/cil-emoji.md
-EMOJI = {"first_epochs": 10, "epochs": 10, "batch_size": 48, "projections": 2000, "align_epochs": 20}
+EMOJI = {"first_epochs": 5, "epochs": 5, "batch_size": 48, "projections": 2000, "align_epochs": 20}
+EMOJI_RATES = {"macil": 0.03, "finetune": 0.003, "sdc": 0.03, "slca": 0.01, "joint": 0.01}
 
 
 def add_parser(commands: Any, add: Any) -> None:
@@ -159,7 +160,11 @@ def _cil(args: argparse.Namespace) -> int:
     encoder = (model, args.pretrained, args.recipe == "paper", device_of(args))
     place = (args.data, args.tasks, args.init_cls, args.increment, args.split, args.measure)
     seeds = [1993 + i for i in range(args.seeds)]
-    configs = [strategy(name, **settings, seed=seed, bf16=args.bf16) for name in dict.fromkeys(names) for seed in seeds]
+    rates = EMOJI_RATES if args.data == "emoji" else {}
+    configs = [
+        strategy(name, **{"lr": rates.get(name.partition(":")[0], 0.01), **settings, "seed": seed, "bf16": args.bf16})
+        for name in dict.fromkeys(names) for seed in seeds
+    ]  # fmt: skip
     saes = args.saes or args.out / "saes"
     if any(config.plasticity for config in configs) and not (saes / _BACKGROUND).exists():
         images = args.sae_images or ("emoji" if args.data == "emoji" else None)
@@ -178,7 +183,7 @@ def _cil(args: argparse.Namespace) -> int:
     notes = {
         "data": f"{args.data}, {len(found.classes)} classes in {len(found.tasks)} tasks, {len(found.train)} images to "
                 f"learn from, {len(found.test)} to measure on ({args.measure}{_split_note(args)})",
-        "model": model, "settings": settings,
+        "model": model, "settings": settings, **({"learning rates": rates} if rates else {}),
     }  # fmt: skip
     reference = "macil" if "macil" in names else names[0]
     written = write_results(args.out, runs, notes, reference=reference)
