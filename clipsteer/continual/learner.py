@@ -110,14 +110,10 @@ class ClassIncrementalLearner:
     def _keeps_means(self) -> bool:
         return self.config.classifier == "ncm" or self.config.align or self._compensates
 
-    # ------------------------------------------------------------------------------------------ features
-
-    @torch.no_grad()
-    def features(self, images: ImageDataset, encoder: Encoder | None = None) -> Tensor:
-        """(N, d) features without crops, float32, in the images' order; ``encoder`` is the learner's by default."""
-        encoder = encoder or self.encoder
-        with evaluating(encoder):
-            return torch.cat([encoder(x).float() for x in pixel_batches(encoder, images)])
+    def features(self, images: ImageDataset) -> Tensor:
+        """(N, d) features without crops, float32, in the images' order."""
+        with evaluating(self.encoder):
+            return torch.cat([self.encoder(x).float() for x in pixel_batches(self.encoder, images)])
 
     def _for_means(self, features: Tensor) -> Tensor:
         return F.normalize(features, dim=-1) if self.config.unit else features
@@ -162,8 +158,6 @@ class ClassIncrementalLearner:
             found[f"cosine_{name}"] = (1 - F.cosine_similarity(means, truth)).cpu()
         return found
 
-    # ------------------------------------------------------------------------------------------ a task
-
     def fit_task(self, images: ImageDataset, classes: Sequence[int]) -> None:
         """Learn one more task.
 
@@ -172,7 +166,8 @@ class ClassIncrementalLearner:
 
         Raises:
             ValueError: classes that were seen, or without images, or targets outside of them.
-            RuntimeError: the loss is not finite. SystemExit(143): SIGTERM came and the state is saved.
+            RuntimeError: the loss is not finite; this learner is then spent, what ``out`` holds is not.
+            SystemExit(143): SIGTERM came and the state is saved.
         """
         classes = list(classes)
         if not classes or len({*classes, *self.seen}) < len(classes) + len(self.seen):
@@ -224,8 +219,6 @@ class ClassIncrementalLearner:
         self.means = moved
         if config.transport and len(self.covariances):
             self.covariances = _transport(self.covariances, old, new)
-
-    # ------------------------------------------------------------------------------------------ state
 
     def _tensors(self) -> dict[str, Tensor]:
         found = {"means": self.means, "uncompensated": self.uncompensated, "covariances": self.covariances}
