@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -277,3 +278,37 @@ def test_runs_in_several_processes_are_those_of_one():
     alone, together = run_all(jobs), run_all(jobs, workers=2)
     assert [r.seed for r in together] == [1, 2, 3]
     assert all(torch.equal(a.seen, b.seen) for a, b in zip(alone, together))
+
+
+def _linger(file: Path) -> None:
+    file.write_text(str(os.getpid()))
+    time.sleep(120)
+
+
+PARENT = """
+import sys
+import time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from test_learner import _linger
+from clipsteer.continual.experiment import run_all
+run_all([(_linger, {"file": Path(sys.argv[2]) / str(i)}) for i in range(2)], workers=2)
+"""
+
+
+def _waits_for(condition) -> bool:
+    end = time.monotonic() + 60
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.2)
+    return condition()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_workers_end_with_a_killed_parent(tmp_path):
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(Path(__file__).parent), str(tmp_path)])
+    assert _waits_for(lambda: len([p for p in tmp_path.iterdir() if p.read_text()]) == 2)
+    workers = [Path("/proc") / p.read_text() for p in tmp_path.iterdir()]
+    assert all(w.exists() for w in workers)
+    parent.kill()
+    parent.wait()
+    assert _waits_for(lambda: not any(w.exists() for w in workers))

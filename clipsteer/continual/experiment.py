@@ -6,7 +6,9 @@ import functools
 import hashlib
 import json
 import multiprocessing
+import os
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -104,7 +106,7 @@ def run_all(
     threads = max(1, torch.get_num_threads() // workers)
     found: dict[int, Run] = {}
     pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start, initargs=(threads, os.getpid())
     )
     with pool, tqdm(total=len(jobs), desc=title, unit="run", disable=None) as bar:
         waiting = {pool.submit(function, **arguments): i for i, (function, arguments) in enumerate(jobs)}
@@ -112,6 +114,18 @@ def run_all(
             found[waiting[done]] = done.result()
             bar.update()
     return [found[i] for i in range(len(jobs))]
+
+
+def _start(threads: int, parent: int) -> None:
+    """Set a worker up; it ends with its parent, even a killed one, before the next call resumes in the same folders."""
+    torch.set_num_threads(threads)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def folder_name(config: CILConfig) -> str:
