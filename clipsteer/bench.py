@@ -10,6 +10,7 @@ import contextlib
 import csv
 import ctypes
 import json
+import math
 import platform
 import resource
 import shutil
@@ -24,10 +25,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from clipsteer._files import FileFormatError, read_json
 from clipsteer.ops import BACKENDS, REGISTRY, _dispatch
 from clipsteer.ops._spec import measured_on
 
-__all__ = ["machine", "run", "table"]
+__all__ = ["compare", "machine", "run", "table"]
 
 
 def chip() -> str:
@@ -134,14 +136,35 @@ def backward(forward: Callable[[], Any], grad: Tensor, leaves: list[Tensor]) -> 
     return step
 
 
-def measure(calls: dict[str, Callable[[], Any]], device: str, repeats: int, label: str) -> dict[str, float]:
+def measure(
+    calls: dict[str, Callable[[], Any]], device: str, repeats: int, label: str, base: str
+) -> dict[str, dict[str, float]]:
+    """Median seconds of each call, and how much faster than ``base`` it is: over medians, and where the median of the
+    ratios of neighbouring timings lies, ``speedup_low`` to ``speedup_high``."""
     timed, samples = clock(device), {name: [] for name in calls}
     for call in calls.values():
         call()
     for _ in tqdm(range(repeats), desc=label, disable=None, leave=False):
         for name, call in calls.items():
             samples[name].append(timed(call))
-    return {name: statistics.median(values) for name, values in samples.items()}
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    found = {}
+    for name, values in samples.items():
+        low, high = median_interval([a / b for a, b in zip(samples[base], values)])
+        found[name] = {"seconds": medians[name], "speedup": medians[base] / medians[name],
+                       "speedup_low": low, "speedup_high": high}  # fmt: skip
+    return found
+
+
+def median_interval(values: list[float], level: float = 0.95) -> tuple[float, float]:
+    """Order statistics that hold the median of what is drawn from with at least this probability, where there are
+    enough values for it (6 for 95 %); else the extremes."""
+    ordered, n = sorted(values), len(values)
+    cut, outside = 0, 2 * 0.5**n
+    while outside + 2 * math.comb(n, cut + 1) * 0.5**n <= 1 - level:
+        cut += 1
+        outside += 2 * math.comb(n, cut) * 0.5**n
+    return ordered[cut], ordered[n - 1 - cut]
 
 
 def topk_stage(pre: Tensor, k: int) -> dict[str, Callable[[], Any]]:
@@ -188,19 +211,8 @@ def stages(repeats: int) -> list[dict[str, Any]]:
     cases = [("topk stage", f"B256-k{k}", topk_stage(pre, k), "torch.topk") for k in (32, 64)]
     cases.append(("dW", "B128-k32", dictionary_gradient(128, 768, 49152, 32), "dense torch"))
     for op, label, calls, base in cases:
-        times = measure(calls, "cpu", repeats, op)
-        for name, seconds in times.items():
-            records.append(
-                {
-                    "op": op,
-                    "shape": label,
-                    "pass": "stage",
-                    "contender": name,
-                    "seconds": seconds,
-                    "speedup": times[base] / seconds,
-                    "baseline": base,
-                }
-            )
+        for name, times in measure(calls, "cpu", repeats, op, base).items():
+            records.append({"op": op, "shape": label, "pass": "stage", "contender": name, "baseline": base, **times})
     return records
 
 
@@ -229,8 +241,8 @@ def run(
     """Time every op at its benchmark shapes (or at ``shape``), forward and forward + backward.
 
     Returns one record per op × shape × pass × contender: median seconds; the first baseline's time over it, eager
-    (``speedup``) and under torch.compile (``speedup_compiled``); for forward passes also the share of the floor and the
-    peak extra memory in bytes. ``out`` names a .json or .csv file to write.
+    (``speedup``, with an interval of 95 %) and under torch.compile (``speedup_compiled``); for forward passes also the
+    share of the floor and the peak extra memory in bytes. ``out`` names a .json or .csv file to write.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rates, records = ceilings(device, dtype), []
@@ -246,21 +258,21 @@ def run(
             flops, bytes_ = spec.floor(sizes)
             floor = max(flops / rates[0], bytes_ / rates[1])
             memory = {n: extra_memory(c, device) for n, c in calls.items()}
-            forward = measure(calls, device, repeats, f"{name} {label}")
+            base = next(iter(spec.baselines))
+            forward = measure(calls, device, repeats, f"{name} {label}", base)
             passes = {"forward": forward}
             if leaves := [inputs[n].requires_grad_() for n in spec.leaves(inputs)]:
                 result = next(iter(calls.values()))()
                 grad = torch.randn_like(result[0] if isinstance(result, tuple) else result)
                 steps = {n: backward(c, grad, leaves) for n, c in calls.items()}
-                passes["forward+backward"] = measure(steps, device, repeats, f"{name} {label} backward")
-            base = next(iter(spec.baselines))
-            for kind, times in passes.items():
-                for contender, seconds in times.items():
+                passes["forward+backward"] = measure(steps, device, repeats, f"{name} {label} backward", base)
+            for kind, found in passes.items():
+                for contender, times in found.items():
                     record = {"op": name, "shape": label, **sizes, "pass": kind, "contender": contender}
-                    record |= {"seconds": seconds, "speedup": times[base] / seconds, "baseline": base}
-                    record["speedup_compiled"] = times["torch.compile"] / seconds
+                    record |= {"baseline": base, **times}
+                    record["speedup_compiled"] = found["torch.compile"]["seconds"] / times["seconds"]
                     if kind == "forward":
-                        record |= {"floor_share": floor / seconds, "extra_bytes": memory[contender]}
+                        record |= {"floor_share": floor / times["seconds"], "extra_bytes": memory[contender]}
                     records.append(record)
     if device == "cpu" and ops is None and shape is None:
         records += stages(repeats)
@@ -310,3 +322,43 @@ def table(records: list[dict[str, Any]]) -> str:
             f"{1000 * r['seconds']:>10.2f}{r['speedup']:>9.2f}×{compiled}  {share}{extra}"
         )
     return "\n".join(lines)
+
+
+def compare(old: str | Path, records: list[dict[str, Any]], device: str = "cpu") -> tuple[str, bool]:
+    """What has changed beyond noise since ``old``, a .json file of `run`, as text, and whether anything is slower.
+
+    A speed is the ratio to the baseline that was timed beside it in the same run, so a busier or slower machine does
+    not count. A change is one where the two runs' intervals of that ratio lie apart; a file without intervals gets
+    ± 15 %.
+
+    Raises FileFormatError for another file.
+    """
+    found = read_json(old)
+    try:
+        before = {_key(r): r for r in found["records"]}
+        there = {name: found["machine"][name] for name in ("chip", "threads")}
+    except (KeyError, TypeError) as error:
+        raise FileFormatError(f"{old}: not a file of clipsteer bench: {error!r}") from error
+    lines, slower = [], False
+    here = {name: value for name, value in machine(device).items() if name in there}
+    if here != there:
+        lines.append(f"measured on {there} then and {here} now: ratios of unlike machines")
+    shared = [(before[_key(r)], r) for r in records if _key(r) in before and r["contender"] != r["baseline"]]
+    for then, now in shared:
+        (a, b), (c, d) = ((r.get("speedup_low", r["speedup"] / 1.15), r.get("speedup_high", r["speedup"] * 1.15))
+                          for r in (then, now))  # fmt: skip
+        if c > b or d < a:
+            slower |= d < a
+            way = "faster" if c > b else "slower"
+            what = f"{now['op']} {now['shape']} {now['pass']} {now['contender']}"
+            lines.append(
+                f"{way}: {what}: {then['speedup']:.2f}× [{a:.2f}, {b:.2f}] then, {now['speedup']:.2f}× "
+                f"[{c:.2f}, {d:.2f}] now, against {now['baseline']}"
+            )
+    changed = sum(line.startswith(("faster", "slower")) for line in lines)
+    lines.append(f"{len(shared)} figures compared, {changed} changed beyond noise")
+    return "\n".join(lines), slower
+
+
+def _key(record: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(record[name]) for name in ("op", "shape", "pass", "contender", "baseline"))

@@ -119,6 +119,8 @@ def _validate(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    import torch
+
     from clipsteer import bench
 
     records = bench.run(
@@ -126,7 +128,11 @@ def _bench(args: argparse.Namespace) -> int:
         repeats=args.repeats, out=args.out,
     )  # fmt: skip
     _text(bench.table(records))
-    return 0
+    if args.compare is None:
+        return 0
+    text, slower = bench.compare(args.compare, records, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    _text("", text)
+    return int(slower)
 
 
 # ---------------------------------------------------------------- the parser
@@ -229,6 +235,7 @@ exit code 1 when a row is red
 examples:
   clipsteer bench --out bench.json
   clipsteer bench --ops topk_encode --shape B=256,d=768,n=49152,k=32
+  clipsteer bench --ops semantic_drift --compare bench.json
 """)  # fmt: skip
     p.add_argument("--ops", nargs="+", metavar="OP", help="(default: all)")
     p.add_argument("--backends", nargs="+", choices=BACKENDS, help="(default: all that run)")
@@ -237,6 +244,7 @@ examples:
     p.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
     p.add_argument("--repeats", type=int, default=7, metavar="N", help="timings of each (default: 7)")
     p.add_argument("--out", type=Path, metavar="FILE", help="write .json or .csv as well")
+    p.add_argument("--compare", type=Path, metavar="OLD.json", help="say what changed beyond noise; 1 if slower")
 
     for part in (cli_sae, cli_conceptor, cli_merge, cli_continual, cli_splice):
         part.add_parser(commands, _add)
