@@ -1,0 +1,376 @@
+"""Training both towers of a CLIP on images with captions, alone or with a frozen reference model beside it.
+
+Losses: "drrho" (Wei et al. 2025, arXiv 2505.06699), "global" (FastCLIP's global contrastive loss, arXiv 2407.01445),
+"clip" (Radford et al. 2021), "distill" (CLIP's loss and the reference's similarities as soft targets).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from clipsteer._distributed import World
+from clipsteer._files import write_json, write_safetensors
+from clipsteer._training import Keys, Order, TrainingRun, cosine_lr, seed_of, weights_digest
+from clipsteer.classifier import loader
+from clipsteer.clip import CLIP, evaluating, zero_shot_head
+from clipsteer.contrastive_loss import ContrastiveLoss, select_learnable
+from clipsteer.data import ImageDataset
+from clipsteer.reference_features import ReferenceFeatures, captions_of, data_digest, encode_dataset, encode_texts
+from clipsteer.reference_model import DRRhoLoss, gamma_schedule
+
+LOSSES = ("drrho", "global", "clip", "distill")
+
+
+@dataclass(frozen=True)
+class ContrastiveConfig:
+    """Settings of a run.
+
+    Attributes:
+        batch_size: pairs a step, over all processes; the rest of an epoch that fills no batch is left out.
+        micro_batch: pairs of a process that go through the model at a time; the step is that of the whole batch.
+        samples: pairs to see in all, instead of `epochs`.
+        warmup_steps: at most a tenth of the run is warm-up.
+        temperature: τ, or where it starts; None is 0.01 for drrho and global, 0.07 for clip and distill.
+        learnable_temperature: None is no for drrho and global, yes for clip and distill, as published.
+        rho: keeps a learnable τ up, in drrho and global; FastCLIP uses 6.5 to 11.
+        gamma_min, gamma_epochs: of the share γ that the newest batch has in the averaged denominators of drrho and
+            global; it falls in gamma_epochs epochs (None: half of the run, as FastCLIP).
+        distill: weight of the soft targets in "distill".
+        select: share of a batch that is trained on, picked as learnable together (JEST); None trains on all.
+        crop: smallest share of an image that a random square crop keeps; 1 turns crops off.
+        bf16: compute under bfloat16 autocast.
+    """
+
+    loss: Literal["drrho", "global", "clip", "distill"] = "drrho"
+    lr: float = 5e-4
+    weight_decay: float = 0.2
+    batch_size: int = 256
+    micro_batch: int | None = None
+    epochs: int = 30
+    samples: int | None = None
+    warmup_steps: int = 500
+    grad_clip: float = 1.0
+    temperature: float | None = None
+    learnable_temperature: bool | None = None
+    rho: float = 0.0
+    gamma_min: float = 0.2
+    gamma_epochs: int | None = None
+    distill: float = 0.5
+    select: float | None = None
+    crop: float = 0.9
+    bf16: bool = False
+    seed: int = 0
+    evaluate_every: int | None = None
+    checkpoint_every: int = 500
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"ContrastiveConfig: loss must be one of {LOSSES}, got {self.loss!r}")
+        optional = ("micro_batch", "samples", "gamma_epochs", "evaluate_every")
+        for name in ("batch_size", "epochs", "checkpoint_every", "log_every", *optional):
+            value = getattr(self, name)
+            if not (value is None and name in optional) and value < 1:
+                raise ValueError(f"ContrastiveConfig: {name} must be at least 1, got {value}")
+        for name in ("crop", "select"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"ContrastiveConfig: {name} must be in (0, 1], got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"ContrastiveConfig: lr must be positive, got {self.lr}")
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the loss averages its denominators over earlier batches."""
+        return self.loss in ("drrho", "global")
+
+    @property
+    def wants_reference(self) -> bool:
+        return self.loss in ("drrho", "distill") or self.select is not None
+
+    def make_loss(self, num_samples: int) -> nn.Module:
+        tau = self.temperature if self.temperature is not None else 0.01 if self.remembers else 0.07
+        learn = self.learnable_temperature if self.learnable_temperature is not None else not self.remembers
+        if self.remembers:
+            return DRRhoLoss(num_samples, temperature=tau, learnable_temperature=learn, rho=self.rho)
+        distill = self.distill if self.loss == "distill" else 0.0
+        return ContrastiveLoss(temperature=tau, learnable_temperature=learn, distill=distill)
+
+
+class Pairs(Dataset):
+    """(row, seed) -> (row, pixels, tokens), and the same crop's pixels and tokens for a second model where one is."""
+
+    def __init__(self, dataset: ImageDataset, crop: float, *models: CLIP) -> None:
+        self.dataset, self.texts, self.crop = dataset, captions_of(dataset), crop
+        # not the models: loader processes need none of their weights
+        self.models = [(model.preprocess, model.tokenizer) for model in models]
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...]:
+        row, seed = key
+        image = self.dataset[row][0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if self.crop < 1:
+                image = _square_crop(image, self.crop)
+            both = ((preprocess(image), tokenizer([self.texts[row]])[0]) for preprocess, tokenizer in self.models)
+            return (row, *(tensor for pair in both for tensor in pair))
+
+
+def _square_crop(image: Any, least: float) -> Any:
+    from torchvision.transforms import RandomResizedCrop
+
+    # a square, so that every model's own preprocessing keeps all of it
+    top, left, height, width = RandomResizedCrop.get_params(image, scale=(least, 1.0), ratio=(1.0, 1.0))
+    return image.crop((left, top, left + width, top + height))
+
+
+def train_contrastive(
+    clip: CLIP,
+    dataset: ImageDataset,
+    config: ContrastiveConfig | None = None,
+    *,
+    reference: ReferenceFeatures | CLIP | None = None,
+    out: str | Path | None = None,
+    validation: Mapping[str, ImageDataset] | None = None,
+    templates: tuple[str, ...] | None = None,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
+    workers: int = 0,
+    resume: bool = True,
+    world: World | None = None,
+) -> CLIP:
+    """Train `clip`, in place, on a data set of images with captions (or with classes, whose names are the captions).
+
+    Args:
+        reference: frozen. Kept features of the whole images, or a model that sees the very crops that `clip` sees.
+            Needed for drrho and distill, and for `select`.
+        out: folder for the trained model (model.safetensors, config.json), log.jsonl and checkpoints/. A run that was
+            stopped there, by SIGTERM or otherwise, goes on from its last checkpoint, on a CPU bit for bit; `clip`
+            must then be what it started from.
+        validation: name -> data set, measured by `evaluate` before the first step, every `evaluate_every` steps and
+            at the end.
+        templates: prompts for data sets with classes; see `clip.zero_shot_head`.
+        on_log: called with every line of the log.
+        world: under torchrun; every process is given the same `clip`, the batch is divided among them.
+
+    Returns `clip`, in eval mode, its logit_scale set to 1/τ.
+
+    Raises:
+        ValueError: a data set of less than a batch, no reference where one is needed or one of other pairs, or a run
+            in `out` with other settings, data or starting weights.
+        RuntimeError: the loss is not finite. SystemExit(143): SIGTERM came and the state is saved.
+    """
+    run = _Run(
+        clip, dataset, config or ContrastiveConfig(), reference, Path(out) if out is not None else None,
+        dict(validation or {}), templates, workers, world or World(clip.device),
+    )  # fmt: skip
+    return run.run(on_log, resume)
+
+
+def evaluate(clip: CLIP, dataset: ImageDataset, *, templates: tuple[str, ...] | None = None, workers: int = 0) -> dict:
+    """Zero-shot accuracy where the images have classes; recall at 1 in both directions where they have captions.
+
+    Retrieval is among the data set's images and its distinct captions; images of one caption count as equally right.
+    """
+    images = encode_dataset(clip, dataset, workers=workers)
+    if dataset.classes is not None:
+        head = zero_shot_head(clip, [name.replace("_", " ").replace("-", " ") for name in dataset.classes], templates)
+        right = (images @ head.T.to(images.dtype)).argmax(1).cpu() == torch.tensor(dataset.targets)
+        return {"zero_shot": float(right.float().mean())}
+    texts = list(dict.fromkeys(captions_of(dataset)))
+    truth = torch.tensor([texts.index(text) for text in captions_of(dataset)])
+    scores = (images @ encode_texts(clip, texts).T).cpu()
+    return {
+        "image_to_text_r1": float((scores.argmax(1) == truth).float().mean()),
+        "text_to_image_r1": float((truth[scores.argmax(0)] == torch.arange(len(texts))).float().mean()),
+    }
+
+
+class _Run(TrainingRun):
+    name = "train"
+    cosmetic = (*TrainingRun.cosmetic, "micro_batch", "evaluate_every")
+
+    def __init__(
+        self, clip: CLIP, dataset: ImageDataset, config: ContrastiveConfig, reference: ReferenceFeatures | CLIP | None,
+        out: Path | None, validation: dict[str, ImageDataset], templates: tuple[str, ...] | None, workers: int,
+        world: World,
+    ) -> None:  # fmt: skip
+        if reference is None and config.wants_reference:
+            raise ValueError(f"train: loss={config.loss!r}, select={config.select} need a reference")
+        if isinstance(reference, ReferenceFeatures) and len(reference.image) != len(dataset):
+            raise ValueError(
+                f"train: the reference features are of {len(reference.image)} pairs, the data set has {len(dataset)}"
+            )
+        if len(dataset) < config.batch_size or config.batch_size % world.size:
+            raise ValueError(
+                f"train: batch_size must be at most the {len(dataset)} pairs there are and a multiple of the "
+                f"{world.size} processes, got {config.batch_size}"
+            )
+        self.clip, self.dataset, self.reference = clip, dataset, reference if config.wants_reference else None
+        self.validation, self.templates, self.workers = validation, templates, workers
+        self.order = Order(len(dataset), config.batch_size, config.seed, drop_last=True)
+        total = -(-config.samples // config.batch_size) if config.samples else self.order.per_epoch * config.epochs
+        self.loss = config.make_loss(len(dataset)).to(clip.device)
+        # τ is the loss's own
+        clip.model.logit_scale.requires_grad_(False)
+        parameters = {f"model.{name}": p for name, p in clip.model.named_parameters() if p.requires_grad}
+        self.trained = list(parameters.values())
+        self.scale = [p for p in self.loss.parameters() if p.requires_grad]
+        parameters |= {f"loss.{name}": p for name, p in self.loss.named_parameters() if p.requires_grad}
+        groups = [
+            {"params": [p for p in self.trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in self.trained if p.ndim < 2], "weight_decay": 0.0},
+            {"params": self.scale, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6)
+        settings = {**asdict(config), "model": clip.name, "pairs": len(dataset), "processes": world.size}
+        if out is not None:
+            settings |= {"data": data_digest(dataset), "weights": weights_digest(clip.model)}
+            settings["frozen"] = [name for name, p in clip.model.named_parameters() if not p.requires_grad]
+            if isinstance(self.reference, CLIP):
+                settings["reference"] = weights_digest(self.reference.model)
+            elif self.reference is not None:
+                settings["reference"] = self.reference.weights or self.reference.name
+        super().__init__(config, total, parameters, optimizer, settings, out, world)
+
+    def run(self, on_log: Callable[[dict[str, Any]], None] | None, resume: bool) -> CLIP:
+        if self.out is not None:
+            self.restore(self.clip.device, resume)
+        self.model = self.clip.model
+        if self.world.size > 1:
+            ids = [self.clip.device.index] if self.clip.device.type == "cuda" else None
+            self.model = nn.parallel.DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+        cuda = [self.clip.device] if self.clip.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            self.loop(on_log=on_log)
+        self.clip.model.eval()
+        with torch.no_grad():
+            self.clip.model.logit_scale.fill_(-math.log(float(self.loss.temperature)))
+        if self.out is not None and self.lead:
+            write_safetensors(self.out / "model.safetensors", self.clip.model.state_dict(), {"format": "pt"})
+            write_json(self.out / "config.json", {"model": self.clip.name, "train": self.settings})
+        return self.clip
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            **{f"model.{name}": tensor for name, tensor in self.clip.model.state_dict().items()},
+            **{f"loss.{name}": tensor for name, tensor in self.loss.state_dict().items()},
+        }
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        self.clip.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        self.loss.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("loss.")})
+
+    def batches(self) -> Iterator[list[Tensor]]:
+        """This process's share of every batch."""
+        live = [self.reference] if isinstance(self.reference, CLIP) else []
+        pairs = Pairs(self.dataset, self.config.crop, self.clip, *live)
+        share = self.config.batch_size // self.world.size
+        mine = slice(self.world.rank * share, (self.world.rank + 1) * share)
+        steps = range(self.step, self.total)
+        return iter(loader(pairs, Keys((self.order.keys(s)[mine] for s in steps), len(steps)), self.workers))
+
+    def _features(self, pixels: Tensor, tokens: Tensor, part: int) -> tuple[Tensor, Tensor]:
+        # the same dropout when a part of the batch is computed a second time
+        number = (self.config.seed * 1_000_003 + self.step) * self.world.size + self.world.rank
+        torch.manual_seed(seed_of(number * 65_537 + part))
+        with torch.autocast(self.clip.device.type, torch.bfloat16, enabled=self.config.bf16):
+            found = self.model(pixels, tokens)
+        pair = (found["image_features"], found["text_features"]) if isinstance(found, dict) else found[:2]
+        # unit rows in bfloat16 are off by its rounding
+        image, text = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in pair)
+        return image, text
+
+    def _referred(self, ids: Tensor, theirs: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        device = self.clip.device
+        if isinstance(self.reference, ReferenceFeatures):
+            return self.reference.image[ids].to(device), self.reference.text[ids].to(device)
+        if self.reference is None:
+            return None, None
+        with evaluating(self.reference.model):
+            text = self.reference.model.encode_text(theirs[1].to(device))
+            return self.reference.embed(theirs[0]), F.normalize(text.float(), dim=-1)
+
+    def train_step(self, batch: list[Tensor]) -> dict[str, Tensor | float]:
+        config = self.config
+        self.model.train(), self.loss.train()
+        lr = cosine_lr(self.step, self.total, config.lr, config.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if config.remembers:
+            # FastCLIP's rule for τ: a quarter of the peak, constant, a third of that once τ is small
+            self.optimizer.param_groups[2]["lr"] = self.loss.temperature_lr(config.lr / 4)
+        self.optimizer.zero_grad(set_to_none=True)
+        ids, pixels, tokens, *theirs = batch
+        refs = self._referred(ids, theirs)
+        inputs = (pixels.to(self.clip.device, self.clip.dtype), tokens.to(self.clip.device))
+        loss = self._backward(ids.to(self.clip.device), inputs, refs)
+        if self.scale and self.world.size > 1:
+            self.world.sum_(self.scale[0].grad).div_(self.world.size)
+        norm = nn.utils.clip_grad_norm_(self.trained, config.grad_clip)
+        self.optimizer.step()
+        self.loss.clamp_temperature_()
+        return {"loss": loss, "grad_norm": norm, "lr": lr, "temperature": float(self.loss.temperature)}
+
+    def _backward(self, ids: Tensor, inputs: tuple[Tensor, Tensor], refs: tuple[Tensor | None, Tensor | None]) -> Tensor:
+        """Gradients of the whole batch's loss, the model seeing at most micro_batch pairs at a time.
+
+        In parts: features of all pairs without a graph, the loss and its gradient in them, then each part again with a
+        graph (Gao et al. 2021, GradCache, arXiv 2101.06983). For models without batch statistics that is the gradient
+        of the whole.
+        """
+        config, n = self.config, len(ids)
+        size = config.micro_batch or n
+        epoch = self.step // self.order.per_epoch
+        gamma = gamma_schedule(epoch, config.gamma_epochs or max(1, self.epochs // 2), config.gamma_min)
+
+        def parts() -> list[tuple[Tensor, Tensor]]:
+            return list(zip(*(x.split(size) for x in inputs)))
+
+        if size < n or config.select is not None:
+            with torch.no_grad():
+                found = [self._features(*part, number) for number, part in enumerate(parts())]
+            image, text = (torch.cat(x) for x in zip(*found))
+        if config.select is not None:
+            keep = max(1, round(config.select * n))
+            kept = select_learnable(image, text, *refs, keep, temperature=float(self.loss.temperature))
+            ids, refs, inputs = ids[kept], tuple(r[kept] for r in refs), tuple(x[kept] for x in inputs)
+            image, text = image[kept], text[kept]
+        if config.loss not in ("drrho", "distill"):
+            refs = (None, None)
+        if size >= len(ids):
+            image, text = self._features(*inputs, 0)
+            loss = self.loss(image, text, ids, *refs, gamma=gamma)
+            loss.backward()
+            return loss.detach()
+        image.requires_grad_(), text.requires_grad_()
+        loss = self.loss(image, text, ids, *refs, gamma=gamma)
+        loss.backward()
+        whole = list(zip(parts(), image.grad.split(size), text.grad.split(size)))
+        for number, (part, *gradients) in enumerate(whole):
+            last = self.world.size == 1 or number == len(whole) - 1
+            with nullcontext() if last else self.model.no_sync():
+                torch.autograd.backward(self._features(*part, number), gradients)
+        return loss.detach()
+
+    @property
+    def epochs(self) -> int:
+        return -(-self.total // self.order.per_epoch)
+
+    def measure(self) -> dict[str, float]:
+        every = self.config.evaluate_every or self.order.per_epoch
+        if not self.validation or not self.lead or (self.step % every and self.step != self.total):
+            return {}
+        found = {"samples": self.step * self.config.batch_size}
+        for name, dataset in self.validation.items():
+            scores = evaluate(self.clip, dataset, templates=self.templates, workers=self.workers)
+            found |= {f"{name}/{key}": value for key, value in scores.items()}
+        return found
