@@ -4,6 +4,7 @@ from clipsteer.ops._dispatch import BACKENDS, explain
 from clipsteer.ops.conceptor_project import LOW_RANK_SPEC as _LOW_RANK
 from clipsteer.ops.conceptor_project import SPEC as _CONCEPTOR
 from clipsteer.ops.conceptor_project import LowRank, conceptor_project, conceptor_project_reference
+from clipsteer.ops.drrho_loss import drrho_loss, drrho_loss_reference
 from clipsteer.ops.mahalanobis_covariance_loss import LOW_RANK_SPEC as _MAHALANOBIS_LOW_RANK
 from clipsteer.ops.mahalanobis_covariance_loss import SPEC as _MAHALANOBIS
 from clipsteer.ops.mahalanobis_covariance_loss import (
@@ -28,6 +29,8 @@ __all__ = [
     "LowRankDiag",
     "conceptor_project",
     "conceptor_project_reference",
+    "drrho_loss",
+    "drrho_loss_reference",
     "explain",
     "mahalanobis_covariance_loss",
     "mahalanobis_covariance_loss_reference",

@@ -1,0 +1,149 @@
+"""``drrho_loss``: (τ/2)·mean_i(u_i^image + u_i^text) + ρτ, u_i a running log(ε + (1/B)·Σ_{j≠i} exp d_ij).
+
+d_ij = [(s_ij − s_ii) − (r_ij − r_ii)]/τ for similarities s of the model and r of a frozen reference; the text side has
+rows and columns exchanged.
+Source: Wei et al. 2025 (DRRho-CLIP, arXiv 2505.06699); Wei et al. 2024 (FastCLIP, arXiv 2407.01445) for u, γ and ρ.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from clipsteer.ops import _check
+
+
+def drrho_loss_reference(
+    image: Tensor, text: Tensor, ref_image: Tensor | None = None, ref_text: Tensor | None = None, *,
+    temperature: float | Tensor = 0.01, gamma: float = 1.0, u: Tensor | None = None, eps: float = 1e-14,
+    rho: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The definition in plain torch; twice differentiable. e^{-u}·∇G, G averaged by γ in u, is ∇u/γ."""
+    wide, B = torch.promote_types(image.dtype, torch.float32), image.shape[0]
+    s = image.to(wide) @ text.to(wide).T
+    if ref_image is not None:
+        s = s - ref_image.detach().to(wide) @ ref_text.detach().to(wide).T
+    d = (torch.stack([s, s.T]) - s.diagonal().unsqueeze(1)) / temperature  # (2, B, B)
+    own = torch.eye(B, dtype=torch.bool, device=s.device)
+    log_G = d.masked_fill(own, -torch.inf).logsumexp(2) - math.log(B)
+    log_G = torch.logaddexp(log_G, torch.full_like(log_G, eps).log())
+    past = torch.full_like(log_G, torch.nan) if u is None else u.detach().to(wide)
+    share = torch.where(past.isnan(), 1.0, torch.full_like(past, gamma))
+    u = torch.logaddexp(past.nan_to_num(0.0) + (1 - share).log(), log_G + share.log())
+    loss = (u.detach() + (u - u.detach()) / share).sum() / (2 * B) + rho
+    return (loss * temperature).to(wide), u.detach()
+
+
+def _checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho):
+    """The features in one dtype, the temperature as a tensor of the wide one, u detached or None."""
+    op, numbers = "drrho_loss", {"gamma": gamma, "eps": eps, "rho": rho}
+    named = {"image": image, "text": text, "ref_image": ref_image, "ref_text": ref_text}
+    for name in ("image", "text"):
+        if not isinstance(named[name], Tensor):
+            raise TypeError(_check.mistake(op, name, "a tensor", type(named[name]).__name__, named))
+    named = dict(zip(named, _check.autocast(*named.values())))
+    _check.check_tensors(op, named)
+    if image.dim() != 2 or image.shape[0] == 0:
+        raise ValueError(_check.mistake(op, "image", "of shape (B, d), B > 0", tuple(image.shape), named))
+    B = image.shape[0]
+    _check.check_shape(op, named, "text", tuple(image.shape), "image's (B, d)")
+    if (ref_image is None) != (ref_text is None):
+        name = "ref_image" if ref_image is None else "ref_text"
+        raise ValueError(_check.mistake(op, name, "given when the other reference features are", None, named))
+    if ref_image is not None:
+        if ref_image.dim() != 2 or ref_image.shape[0] != B:
+            expected = f"of shape (B = {B}, d_ref)"
+            raise ValueError(_check.mistake(op, "ref_image", expected, tuple(ref_image.shape), named))
+        _check.check_shape(op, named, "ref_text", tuple(ref_image.shape), "ref_image's (B, d_ref)")
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+            raise TypeError(_check.mistake(op, name, "a number", type(value).__name__, named))
+    if not 0 < gamma <= 1:
+        raise ValueError(_check.mistake(op, "gamma", "in (0, 1]", gamma, named))
+    if not 0 <= eps < float("inf") or (B == 1 and eps == 0):
+        expected = "positive when B = 1" if eps == 0 else "a finite number of at least 0"
+        raise ValueError(_check.mistake(op, "eps", expected, eps, named))
+    if not -float("inf") < rho < float("inf"):
+        raise ValueError(_check.mistake(op, "rho", "finite", rho, named))
+    wide = torch.promote_types(named["image"].dtype, torch.float32)
+    if isinstance(temperature, Tensor):
+        scalar = {**named, "temperature": temperature}
+        if not temperature.is_floating_point():
+            raise TypeError(_check.mistake(op, "temperature", "floating point", temperature.dtype, scalar))
+        if temperature.numel() != 1 or temperature.device != image.device:
+            expected, got = f"one number on {image.device}", f"{tuple(temperature.shape)} on {temperature.device}"
+            raise ValueError(_check.mistake(op, "temperature", expected, got, scalar))
+        # a value is looked at where that costs no synchronisation
+        plain = not torch.compiler.is_compiling() and type(temperature) in (Tensor, torch.nn.Parameter)
+        wrong = plain and temperature.device.type == "cpu" and float(temperature.detach()) <= 0
+        tau = temperature.reshape(()).to(wide)
+    elif isinstance(temperature, bool) or not isinstance(temperature, (int, float, torch.SymFloat)):
+        raise TypeError(_check.mistake(op, "temperature", "a number or a tensor", type(temperature).__name__, named))
+    else:
+        wrong, tau = not 0 < temperature < float("inf"), torch.full((), temperature, dtype=wide, device=image.device)
+    if wrong:
+        raise ValueError(_check.mistake(op, "temperature", "positive and finite", temperature, named))
+    if u is not None:
+        if not isinstance(u, Tensor) or not u.is_floating_point():
+            got = u.dtype if isinstance(u, Tensor) else type(u).__name__
+            raise TypeError(_check.mistake(op, "u", "a floating-point tensor", got, named))
+        if tuple(u.shape) != (2, B) or u.device != image.device:
+            expected, got = f"of shape (2, B = {B}) on {image.device}", f"{tuple(u.shape)} on {u.device}"
+            raise ValueError(_check.mistake(op, "u", expected, got, named))
+        u = u.detach()
+    return *named.values(), tau, u
+
+
+def drrho_loss(
+    image: Tensor,
+    text: Tensor,
+    ref_image: Tensor | None = None,
+    ref_text: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.01,
+    gamma: float = 1.0,
+    u: Tensor | None = None,
+    eps: float = 1e-14,
+    rho: float = 0.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The contrastive loss of a batch relative to a frozen reference model, or without one.
+
+    Args:
+        image, text: (B, d) features of B pairs, as a rule of unit norm (the op does not normalise them); float32,
+            bfloat16, float16 or (reference, cpp) float64.
+        ref_image, ref_text: (B, d_ref) features of the same pairs under the reference, of any width and without
+            gradient; None for both is r = 0, FastCLIP's global contrastive loss.
+        temperature: τ > 0, a number or a tensor with one element, which then has its gradient.
+        gamma: share γ in (0, 1] of this batch in u; 1 forgets the past.
+        u: (2, B) what earlier calls returned for these samples, image side and text side; NaN: never visited, as all
+            are when it is None.
+        eps: ε ≥ 0 inside the logarithm.
+        rho: weight of the ρτ term, which holds a learnable τ up; it moves no feature.
+        backend: ``"auto" | "reference"``; ``ops.explain`` says which can run.
+
+    Returns:
+        loss (), float32 (float64 for float64 features), and u (2, B) of the same dtype, without gradient: where γ = 1
+        or never visited log(ε + G_i), else logaddexp(u_i + log(1 − γ), log(ε + G_i) + log γ) with
+        G_i = (1/B)·Σ_{j≠i} exp d_ij, in log space throughout.
+        The gradient in the features is (τ/2)·mean_i Σ_{j≠i} (w_ij/B)·∇d_ij, both sides, with w_ij = exp(d_ij − u_i)
+        held fixed: for γ = 1 that of the value, for γ < 1 its denominator is the average over earlier batches. The
+        gradient in τ is ½·mean(u^image + u^text) + ρ − ½·mean_i Σ_j (w_ij/B)·d_ij. Second derivatives, exact for γ = 1,
+        are those of (τ/2γ)·mean u.
+
+    Raises:
+        ValueError: shapes or devices that do not fit; only one of the reference's features; an empty batch; gamma,
+            eps or temperature out of range (a tensor's value is looked at on the CPU only); B = 1 with eps = 0.
+        TypeError: not tensors or numbers, dtypes that differ outside autocast.
+        RuntimeError: the backend asked for cannot run here.
+
+    Source: Wei et al. 2025 (arXiv 2505.06699); Wei et al. 2024 (arXiv 2407.01445), equations of u and of RGCL-g.
+    """
+    *features, tau, u = _checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho)
+    if backend not in ("auto", "reference"):
+        raise RuntimeError(
+            f'drrho_loss: backend "{backend}" cannot run: it has no kernel. backend="reference" always can.'
+        )
+    return drrho_loss_reference(*features, temperature=tau, gamma=gamma, u=u, eps=eps, rho=rho)
