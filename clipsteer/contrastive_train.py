@@ -155,8 +155,8 @@ def train_contrastive(
         out: folder for the trained model (model.safetensors, config.json), log.jsonl and checkpoints/. A run that was
             stopped there, by SIGTERM or otherwise, goes on from its last checkpoint, on a CPU bit for bit; `clip`
             must then be what it started from.
-        validation: name -> data set, measured by `evaluate` before the first step, every `evaluate_every` steps and
-            at the end.
+        validation: name -> data set, measured by `evaluate` every `evaluate_every` steps (None: every epoch) and at
+            the end.
         templates: prompts for data sets with classes; see `clip.zero_shot_head`.
         on_log: called with every line of the log.
         world: under torchrun; every process is given the same `clip`, the batch is divided among them.
@@ -186,7 +186,8 @@ def evaluate(clip: CLIP, dataset: ImageDataset, *, templates: tuple[str, ...] | 
         right = (images @ head.T.to(images.dtype)).argmax(1).cpu() == torch.tensor(dataset.targets)
         return {"zero_shot": float(right.float().mean())}
     texts = list(dict.fromkeys(captions_of(dataset)))
-    truth = torch.tensor([texts.index(text) for text in captions_of(dataset)])
+    place = {text: i for i, text in enumerate(texts)}
+    truth = torch.tensor([place[text] for text in captions_of(dataset)])
     scores = (images @ encode_texts(clip, texts).T).cpu()
     return {
         "image_to_text_r1": float((scores.argmax(1) == truth).float().mean()),
@@ -243,6 +244,7 @@ class _Run(TrainingRun):
 
     def run(self, on_log: Callable[[dict[str, Any]], None] | None, resume: bool) -> CLIP:
         if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
             self.restore(self.clip.device, resume)
         self.model = self.clip.model
         if self.world.size > 1:
@@ -320,7 +322,9 @@ class _Run(TrainingRun):
         self.loss.clamp_temperature_()
         return {"loss": loss, "grad_norm": norm, "lr": lr, "temperature": float(self.loss.temperature)}
 
-    def _backward(self, ids: Tensor, inputs: tuple[Tensor, Tensor], refs: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    def _backward(
+        self, ids: Tensor, inputs: tuple[Tensor, Tensor], refs: tuple[Tensor | None, Tensor | None]
+    ) -> Tensor:
         """Gradients of the whole batch's loss, the model seeing at most micro_batch pairs at a time.
 
         In parts: features of all pairs without a graph, the loss and its gradient in them, then each part again with a
