@@ -16,16 +16,17 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from clipsteer._distributed import World
 from clipsteer._files import write_json, write_safetensors
 from clipsteer._training import Keys, Order, TrainingRun, cosine_lr, seed_of, weights_digest
 from clipsteer.classifier import loader
-from clipsteer.clip import CLIP, evaluating, zero_shot_head
+from clipsteer.clip import CLIP, evaluating
+from clipsteer.contrastive_data import Pairs, data_digest
+from clipsteer.contrastive_eval import evaluate
 from clipsteer.contrastive_loss import ContrastiveLoss, select_learnable
 from clipsteer.data import ImageDataset
-from clipsteer.reference_features import ReferenceFeatures, captions_of, data_digest, encode_dataset, encode_texts
+from clipsteer.reference_features import ReferenceFeatures
 from clipsteer.reference_model import DRRhoLoss, gamma_schedule
 
 LOSSES = ("drrho", "global", "clip", "distill")
@@ -43,11 +44,12 @@ class ContrastiveConfig:
         temperature: τ, or where it starts; None is 0.01 for drrho and global, 0.07 for clip and distill.
         learnable_temperature: None is no for drrho and global, yes for clip and distill, as published.
         rho: keeps a learnable τ up, in drrho and global; FastCLIP uses 6.5 to 11.
-        gamma_min, gamma_epochs: of the share γ that the newest batch has in the averaged denominators of drrho and
-            global; it falls in gamma_epochs epochs (None: half of the run, as FastCLIP).
+        gamma_min, gamma_epochs: the share γ that the newest batch has in the averaged denominators of drrho and global
+            falls to gamma_min in gamma_epochs epochs; None: min(1, 4.177·E^-0.7265) and E, the run's epochs, as
+            DRRho-CLIP.
         distill: weight of the soft targets in "distill".
         select: share of a batch that is trained on, picked as learnable together (JEST); None trains on all.
-        crop: smallest share of an image that a random square crop keeps; 1 turns crops off.
+        crop: smallest share of the largest square in an image that a random square crop keeps; 1 turns crops off.
         bf16: compute under bfloat16 autocast.
     """
 
@@ -63,7 +65,7 @@ class ContrastiveConfig:
     temperature: float | None = None
     learnable_temperature: bool | None = None
     rho: float = 0.0
-    gamma_min: float = 0.2
+    gamma_min: float | None = None
     gamma_epochs: int | None = None
     distill: float = 0.5
     select: float | None = None
@@ -106,33 +108,6 @@ class ContrastiveConfig:
         return ContrastiveLoss(temperature=tau, learnable_temperature=learn, distill=distill)
 
 
-class Pairs(Dataset):
-    """(row, seed) -> (row, pixels, tokens), and the same crop's pixels and tokens for a second model where one is."""
-
-    def __init__(self, dataset: ImageDataset, crop: float, *models: CLIP) -> None:
-        self.dataset, self.texts, self.crop = dataset, captions_of(dataset), crop
-        # not the models: loader processes need none of their weights
-        self.models = [(model.preprocess, model.tokenizer) for model in models]
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...]:
-        row, seed = key
-        image = self.dataset[row][0]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            if self.crop < 1:
-                image = _square_crop(image, self.crop)
-            both = ((preprocess(image), tokenizer([self.texts[row]])[0]) for preprocess, tokenizer in self.models)
-            return (row, *(tensor for pair in both for tensor in pair))
-
-
-def _square_crop(image: Any, least: float) -> Any:
-    from torchvision.transforms import RandomResizedCrop
-
-    # a square, so that every model's own preprocessing keeps all of it
-    top, left, height, width = RandomResizedCrop.get_params(image, scale=(least, 1.0), ratio=(1.0, 1.0))
-    return image.crop((left, top, left + width, top + height))
-
-
 def train_contrastive(
     clip: CLIP,
     dataset: ImageDataset,
@@ -173,26 +148,6 @@ def train_contrastive(
         dict(validation or {}), templates, workers, world or World(clip.device),
     )  # fmt: skip
     return run.run(on_log, resume)
-
-
-def evaluate(clip: CLIP, dataset: ImageDataset, *, templates: tuple[str, ...] | None = None, workers: int = 0) -> dict:
-    """Zero-shot accuracy where the images have classes; recall at 1 in both directions where they have captions.
-
-    Retrieval is among the data set's images and its distinct captions; images of one caption count as equally right.
-    """
-    images = encode_dataset(clip, dataset, workers=workers)
-    if dataset.classes is not None:
-        head = zero_shot_head(clip, [name.replace("_", " ").replace("-", " ") for name in dataset.classes], templates)
-        right = (images @ head.T.to(images.dtype)).argmax(1).cpu() == torch.tensor(dataset.targets)
-        return {"zero_shot": float(right.float().mean())}
-    texts = list(dict.fromkeys(captions_of(dataset)))
-    place = {text: i for i, text in enumerate(texts)}
-    truth = torch.tensor([place[text] for text in captions_of(dataset)])
-    scores = (images @ encode_texts(clip, texts).T).cpu()
-    return {
-        "image_to_text_r1": float((scores.argmax(1) == truth).float().mean()),
-        "text_to_image_r1": float((truth[scores.argmax(0)] == torch.arange(len(texts))).float().mean()),
-    }
 
 
 class _Run(TrainingRun):
@@ -255,11 +210,15 @@ class _Run(TrainingRun):
             self.loop(on_log=on_log)
         self.clip.model.eval()
         with torch.no_grad():
-            self.clip.model.logit_scale.fill_(-math.log(float(self.loss.temperature)))
+            self.clip.model.logit_scale.fill_(-math.log(self._temperature()))
         if self.out is not None and self.lead:
             write_safetensors(self.out / "model.safetensors", self.clip.model.state_dict(), {"format": "pt"})
             write_json(self.out / "config.json", {"model": self.clip.name, "train": self.settings})
         return self.clip
+
+    def _temperature(self) -> float:
+        tau = self.loss.temperature
+        return float(tau.detach() if isinstance(tau, Tensor) else tau)
 
     def tensors(self) -> dict[str, Tensor]:
         return {
@@ -320,7 +279,7 @@ class _Run(TrainingRun):
         norm = nn.utils.clip_grad_norm_(self.trained, config.grad_clip)
         self.optimizer.step()
         self.loss.clamp_temperature_()
-        return {"loss": loss, "grad_norm": norm, "lr": lr, "temperature": float(self.loss.temperature)}
+        return {"loss": loss, "grad_norm": norm, "lr": lr, "temperature": self._temperature()}
 
     def _backward(
         self, ids: Tensor, inputs: tuple[Tensor, Tensor], refs: tuple[Tensor | None, Tensor | None]
@@ -333,8 +292,7 @@ class _Run(TrainingRun):
         """
         config, n = self.config, len(ids)
         size = config.micro_batch or n
-        epoch = self.step // self.order.per_epoch
-        gamma = gamma_schedule(epoch, config.gamma_epochs or max(1, self.epochs // 2), config.gamma_min)
+        gamma = self._gamma(self.step // self.order.per_epoch)
 
         def parts() -> list[tuple[Tensor, Tensor]]:
             return list(zip(*(x.split(size) for x in inputs)))
@@ -345,7 +303,7 @@ class _Run(TrainingRun):
             image, text = (torch.cat(x) for x in zip(*found))
         if config.select is not None:
             keep = max(1, round(config.select * n))
-            kept = select_learnable(image, text, *refs, keep, temperature=float(self.loss.temperature))
+            kept = select_learnable(image, text, *refs, keep, temperature=self._temperature())
             ids, refs, inputs = ids[kept], tuple(r[kept] for r in refs), tuple(x[kept] for x in inputs)
             image, text = image[kept], text[kept]
         if config.loss not in ("drrho", "distill"):
@@ -365,9 +323,12 @@ class _Run(TrainingRun):
                 torch.autograd.backward(self._features(*part, number), gradients)
         return loss.detach()
 
-    @property
-    def epochs(self) -> int:
-        return -(-self.total // self.order.per_epoch)
+    def _gamma(self, epoch: int) -> float:
+        epochs = -(-self.total // self.order.per_epoch)
+        least = self.config.gamma_min
+        if least is None:
+            least = min(1.0, 4.177 * epochs**-0.7265)
+        return gamma_schedule(epoch, self.config.gamma_epochs or epochs, least)
 
     def measure(self) -> dict[str, float]:
         every = self.config.evaluate_every or self.order.per_epoch

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from clipsteer._files import FileFormatError, read_json, read_safetensors, read_safetensors_header, write_safetensors
-from clipsteer._training import digest_of, weights_digest
+from clipsteer._training import weights_digest
 from clipsteer.classifier import pixel_batches
 from clipsteer.clip import CLIP, evaluating, load
+from clipsteer.contrastive_data import captions_of, data_digest
 from clipsteer.data import ImageDataset
 
 KIND = "clipsteer reference features"
@@ -37,21 +36,6 @@ class ReferenceFeatures(NamedTuple):
     def save(self, path: str | Path) -> None:
         metadata = {"kind": KIND, "model": self.name, "data": self.data, "weights": self.weights}
         write_safetensors(path, {"image": self.image, "text": self.text}, metadata)
-
-
-def captions_of(dataset: ImageDataset) -> list[str]:
-    """One text a sample: its caption, or the name of its class."""
-    if dataset.classes is None:
-        return [str(target) for target in dataset.targets]
-    return [dataset.classes[target].replace("_", " ") for target in dataset.targets]
-
-
-def data_digest(dataset: ImageDataset) -> str:
-    """Of the number of samples, all captions and the pixels of 16 images: the same wherever the files lie."""
-    digest = hashlib.sha256(digest_of(captions_of(dataset)).encode())
-    for row in np.linspace(0, len(dataset) - 1, min(16, len(dataset))).round().astype(int).tolist():
-        digest.update(np.asarray(dataset[row][0]).tobytes())
-    return digest.hexdigest()
 
 
 def encode_texts(clip: CLIP, texts: Sequence[str], batch_size: int = 256) -> Tensor:

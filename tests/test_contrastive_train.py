@@ -17,7 +17,9 @@ from clipsteer import clip as clip_module
 from clipsteer import reference_features
 from clipsteer._distributed import World
 from clipsteer._files import read_safetensors, write_json
-from clipsteer.contrastive_train import LOSSES, ContrastiveConfig, Pairs, evaluate, train_contrastive
+from clipsteer.contrastive_data import Pairs
+from clipsteer.contrastive_eval import evaluate
+from clipsteer.contrastive_train import LOSSES, ContrastiveConfig, train_contrastive
 from clipsteer.data import captions, image_folder
 
 COLOURS = {"red": (210, 30, 20), "blue": (20, 40, 200), "green": (30, 180, 40), "grey": (128, 128, 128)}
@@ -304,7 +306,7 @@ def test_evaluation_counts_equal_captions_as_right(fresh, folder, tmp_path):
 
 def test_crops_are_squares_of_the_image(data):
     seen = []
-    model = clip_module.CLIP(None, lambda image: seen.append(image.size) or torch.zeros(1), lambda t: [t], "none", None)
+    model = clip_module.CLIP(None, lambda image: seen.append(image.size), lambda texts: texts, "none", None)
     pairs = Pairs(data, 0.3, model)
     assert pairs[4, 7][0] == 4
     assert pairs[4, 7][2] == "a blue thing number 1"
@@ -312,7 +314,7 @@ def test_crops_are_squares_of_the_image(data):
         pairs[0, seed]
     assert seen[0] == seen[1]
     assert len(set(seen)) > 5
-    assert all(w == h <= 40 and w * h >= 0.29 * 48 * 40 for w, h in seen)
+    assert all(w == h <= 40 and (w + 0.5) ** 2 >= 0.3 * 40 * 40 for w, h in seen)
 
 
 def test_mistakes(fresh, data):

@@ -7,6 +7,7 @@ from PIL import Image
 from clipsteer import clip as clip_module
 from clipsteer import reference_features
 from clipsteer._files import FileFormatError, write_safetensors
+from clipsteer.contrastive_data import captions_of
 from clipsteer.data import captions, image_folder
 
 
@@ -80,4 +81,4 @@ def test_classes_are_captions(tmp_path):
     for name in ("hot_dog", "cat"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
-    assert reference_features.captions_of(image_folder(tmp_path)) == ["cat", "hot dog"]
+    assert captions_of(image_folder(tmp_path)) == ["cat", "hot dog"]
