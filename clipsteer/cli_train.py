@@ -35,9 +35,9 @@ examples:
   without a reference, a learnt temperature, shards, four GPUs; a stopped run goes on when it is started again:
     torchrun --nproc-per-node 4 -m clipsteer train --data 'pairs-{0000..0099}.tar' --model ViT-B-32 --loss clip \\
         --batch-size 4096 --bf16 --workers 8 --out runs/clip
-  use what was trained, as a reference for the next one or anywhere else:
+  use what was trained, as the reference of the next run or anywhere else:
     clipsteer train --data pairs.csv --model ViT-B-32 --reference runs/b32 --out runs/next
-    python -c 'from clipsteer.reference_features import load_run; print(load_run("runs/b32").name)'
+    clipsteer finetune --model ViT-B-32 --pretrained runs/b32/model.safetensors --data photos/ --out runs/tuned
 """)  # fmt: skip
     p.add_argument("--data", default="emoji", metavar="PATH", help=f"{DATA}, or emoji, the bundled drawings (default)")
     p.add_argument("--val", action="append", default=[], metavar="PATH",

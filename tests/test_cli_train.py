@@ -101,7 +101,7 @@ def test_mistakes(folder, tmp_path, capsys, more, message):
 
 
 def test_kept_features_cannot_see_crops(folder, tmp_path, capsys):
-    assert train(folder, tmp_path / "a", "--reference", "emojiclip", "--samples", 4) == 0
+    assert train(folder, tmp_path / "a", "--reference", "emojiclip", "--epochs", 1) == 0
     kept = tmp_path / "a" / "reference.safetensors"
     assert train(folder, tmp_path / "b", "--reference", kept, "--reference-live") == 2
     assert "--reference-live needs a model" in capsys.readouterr().err
