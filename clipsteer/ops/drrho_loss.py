@@ -99,8 +99,7 @@ def evaluate(
         rows, cols = torch.cat([image, -ref_image], 1), torch.cat([text, ref_text], 1)
     diag, scale, offset = (rows.to(wide) * cols.to(wide)).sum(1), tau.reciprocal(), 0
     if world is not None:
-        offset, cols = world.share(cols)
-        diag = world.join(diag)
+        offset, cols, diag = world.offset, world.join(cols), world.join(diag)
     B = cols.shape[0]
     keep = any(needs) and rows.device.type == "cpu" and KEEP * (M + B) * rows.shape[1] >= M * B
     row_lse, col_lse, kept = _low_level(backend, "drrho_sums", rows, cols, diag, scale, offset, keep)
@@ -122,7 +121,7 @@ def evaluate(
         needs[0], needs[1],
     )  # fmt: skip
     if world is not None:
-        moment = world.sum_(moment)
+        moment = world.sum_(moment.double())
         d_cols = world.sum_(d_cols)[mine] if needs[1] else d_cols
     return loss, u, d_rows, d_cols, (mean - moment.double() / (2 * B * B)).to(wide)
 
@@ -180,8 +179,9 @@ class _Gradient(torch.autograd.Function):
         return along, None, None, None, twice[0], twice[1], None, None, twice[2], *[None] * 5
 
 
-def _checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho):
-    """The features in one dtype, the temperature as a tensor of the wide one, u detached or None."""
+def checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho, rows=None):
+    """The features in one dtype, the temperature as a tensor of the wide one, u detached or None. ``rows``: of all
+    processes, one of which may have none."""
     op, numbers = "drrho_loss", {"gamma": gamma, "eps": eps, "rho": rho}
     named = {"image": image, "text": text, "ref_image": ref_image, "ref_text": ref_text}
     for name in ("image", "text"):
@@ -189,8 +189,8 @@ def _checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho):
             raise TypeError(_check.mistake(op, name, "a tensor", type(named[name]).__name__, named))
     named = dict(zip(named, _check.autocast(*named.values())))
     _check.check_tensors(op, named)
-    if image.dim() != 2 or image.shape[0] == 0:
-        raise ValueError(_check.mistake(op, "image", "of shape (B, d), B > 0", tuple(image.shape), named))
+    if image.dim() != 2 or 0 in (image.shape[0] if rows is None else rows, image.shape[1]):
+        raise ValueError(_check.mistake(op, "image", "of shape (B, d), neither of them 0", tuple(image.shape), named))
     B = image.shape[0]
     _check.check_shape(op, named, "text", tuple(image.shape), "image's (B, d)")
     if (ref_image is None) != (ref_text is None):
@@ -206,7 +206,7 @@ def _checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho):
             raise TypeError(_check.mistake(op, name, "a number", type(value).__name__, named))
     if not 0 < gamma <= 1:
         raise ValueError(_check.mistake(op, "gamma", "in (0, 1]", gamma, named))
-    if not 0 <= eps < float("inf") or (B == 1 and eps == 0):
+    if not 0 <= eps < float("inf") or (eps == 0 and (B if rows is None else rows) == 1):
         expected = "positive when B = 1" if eps == 0 else "a finite number of at least 0"
         raise ValueError(_check.mistake(op, "eps", expected, eps, named))
     if not -float("inf") < rho < float("inf"):
@@ -285,7 +285,7 @@ def drrho_loss(
 
     Source: Wei et al. 2025 (arXiv 2505.06699); Wei et al. 2024 (arXiv 2407.01445), equations of u and of RGCL-g.
     """
-    *features, tau, u = _checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho)
+    *features, tau, u = checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho)
     backend = choose("drrho_loss", backend, features[0])
     if backend == "reference":
         return drrho_loss_reference(*features, temperature=tau, gamma=gamma, u=u, eps=eps, rho=rho)
