@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
-from clipsteer import ops
+from clipsteer import ops, testing
 from clipsteer.reference_model import DRRhoLoss, gamma_schedule
 
 
@@ -90,3 +94,98 @@ def test_mistakes_are_named():
     for bad in ({"num_samples": 0}, {"num_samples": 3, "temperature": 0.001}, {"num_samples": 3, "temperature_min": 0}):
         with pytest.raises(ValueError, match="DRRhoLoss"):
             DRRhoLoss(**bad)
+
+
+# One linear tower a side, three batches of which the processes have uneven shares, the last of three sometimes none.
+SPLITS = {2: ((13, 6), (1, 18), (10, 9)), 3: ((7, 12, 0), (0, 1, 18), (6, 6, 7))}
+WORKER = """
+import json, os, sys
+import torch
+from torch.nn.functional import normalize
+from clipsteer._distributed import World
+from clipsteer.reference_model import DRRhoLoss, gamma_schedule
+
+def steps(folder, splits, dtype, backend, world, reference):
+    torch.manual_seed(0)
+    towers = torch.nn.ModuleList(torch.nn.Linear(8, 6, dtype=dtype) for _ in range(2))
+    loss = DRRhoLoss(40, temperature=0.07, learnable_temperature=True, rho=1.5, backend=backend, world=world)
+    if world is None or world.size == 1:
+        together = towers
+    else:
+        class Both(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.towers = towers
+            def forward(self, x, y):
+                return self.towers[0](x), self.towers[1](y)
+        together = torch.nn.parallel.DistributedDataParallel(Both())
+    found = []
+    for step, counts in enumerate(splits):
+        g = torch.Generator().manual_seed(step)
+        x, y = (torch.randn(19, 8, generator=g, dtype=dtype) for _ in range(2))
+        refs = [normalize(torch.randn(19, 5, generator=g, dtype=dtype), dim=1) for _ in range(2)]
+        ids = torch.randperm(40, generator=g)[:19]
+        ids[3] = ids[11]
+        if world is not None and world.size > 1:
+            first = sum(counts[: world.rank])
+            mine = slice(first, first + counts[world.rank])
+            x, y, ids, refs = x[mine], y[mine], ids[mine], [r[mine] for r in refs]
+            image, text = together(x, y)
+        else:
+            image, text = towers[0](x), towers[1](y)
+        image, text = normalize(image, dim=1), normalize(text, dim=1)
+        for t in (image, text):
+            t.retain_grad()
+        value = loss(image, text, ids, *(refs if reference else ()), gamma=gamma_schedule(step, 2, 0.3))
+        value.backward()
+        size = 1 if world is None else world.size
+        found.append({
+            "loss": value.item(), "d_temperature": loss.logit_scale.grad.item(),
+            "d_towers": torch.cat([p.grad.flatten() for p in towers.parameters()]).tolist(),
+            "d_image": (image.grad / size).tolist(), "d_text": (text.grad / size).tolist(),
+            "u": loss.gather_u().nan_to_num(-999).tolist(),
+        })
+        loss.zero_grad()
+        towers.zero_grad()
+    return found
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, cases = sys.argv[1], json.loads(sys.argv[2])
+    world = World("cpu")
+    for name, (splits, dtype, backend, reference) in cases.items():
+        found = steps(folder, splits, getattr(torch, dtype), backend, world, reference)
+        with open(f"{folder}/{name}-{world.rank}.json", "w") as file:
+            json.dump(found, file)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SPLITS)
+def test_processes_with_uneven_shares_equal_one_on_the_joint_batch(tmp_path, size):
+    backends = ["reference"] + ["cpp"] * bool(testing.supported("cpp"))
+    cases = {
+        f"{b}-{d}-{r}": (SPLITS[size], d, b, r) for b in backends for d in ("float32", "float64") for r in (True, False)
+    }
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "worker.py"), str(tmp_path), json.dumps(cases)],
+        env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    scope = {"__name__": "worker"}
+    exec(compile(WORKER, "worker.py", "exec"), scope)
+    for name, (splits, dtype, backend, reference) in cases.items():
+        alone = scope["steps"](None, splits, getattr(torch, dtype), backend, None, reference)
+        ranks = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(size)]
+        for step, expected in enumerate(alone):
+            parts = [found[step] for found in ranks]
+            joint = {n: [row for p in parts for row in p[n]] for n in ("d_image", "d_text")}
+            for key, value in expected.items():
+                truth = torch.tensor(value, dtype=torch.float64)
+                for got in [joint[key]] if key in joint else [p[key] for p in parts]:
+                    error = (torch.tensor(got, dtype=torch.float64).view_as(truth) - truth).abs().max()
+                    size_of = truth.abs().max().clamp(min=1.0 if dtype == "float32" else 0.0)
+                    assert float(error) <= 1e-6 * float(size_of), (name, step, key, float(error))

@@ -1,18 +1,34 @@
 """``drrho_loss``: (τ/2)·mean_i(u_i^image + u_i^text) + ρτ, u_i a running log(ε + (1/B)·Σ_{j≠i} exp d_ij).
 
 d_ij = [(s_ij − s_ii) − (r_ij − r_ii)]/τ for similarities s of the model and r of a frozen reference; the text side has
-rows and columns exchanged.
+rows and columns exchanged. Fused: one product of [image, −ref_image] and [text, ref_text] gives s − r a tile at a time,
+both sides take their sums from it in log space, and the gradient goes back in the same call: no B×B matrix.
 Source: Wei et al. 2025 (DRRho-CLIP, arXiv 2505.06699); Wei et al. 2024 (FastCLIP, arXiv 2407.01445) for u, γ and ρ.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clipsteer.ops import _check
+from clipsteer.ops._dispatch import call, choose, tracked
+from clipsteer.ops._drrho_bounds import check_grads, check_values
+from clipsteer.ops._spec import OpSpec, draw
+
+# Similarities are kept between the two sweeps on a CPU while they take no more than so many copies of the features.
+KEEP = 2
+
+
+def _averaged(log_G: Tensor, past: Tensor | None, gamma: float, eps: float) -> tuple[Tensor, Tensor]:
+    """u, and the share γ of this batch in it, which is 1 at a first visit: both (2, B)."""
+    log_G = torch.logaddexp(log_G, torch.full_like(log_G, eps).log())
+    past = torch.full_like(log_G, torch.nan) if past is None else past.to(log_G.dtype)
+    share = torch.where(past.isnan(), 1.0, torch.full_like(past, gamma))
+    return torch.logaddexp(past.nan_to_num(0.0) + (1 - share).log(), log_G + share.log()), share
 
 
 def drrho_loss_reference(
@@ -28,16 +44,144 @@ def drrho_loss_reference(
     d = (torch.stack([s, s.T]) - s.diagonal().unsqueeze(1)) / temperature  # (2, B, B)
     own = torch.eye(B, dtype=torch.bool, device=s.device)
     log_G = d.masked_fill(own, -torch.inf).logsumexp(2) - math.log(B)
-    log_G = torch.logaddexp(log_G, torch.full_like(log_G, eps).log())
-    past = torch.full_like(log_G, torch.nan) if u is None else u.detach().to(wide)
-    share = torch.where(past.isnan(), 1.0, torch.full_like(past, gamma))
-    u = torch.logaddexp(past.nan_to_num(0.0) + (1 - share).log(), log_G + share.log())
-    loss = (u.detach() + (u - u.detach()) / share).sum() / (2 * B) + rho
+    u, share = _averaged(log_G, u, gamma, eps)
+    loss = (u.detach() + (u - u.detach()).nan_to_num(0.0) / share).sum() / (2 * B) + rho
     return (loss * temperature).to(wide), u.detach()
 
 
-def _checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho):
-    """The features in one dtype, the temperature as a tensor of the wide one, u detached or None."""
+def _plain_sides(rows: Tensor, cols: Tensor, diag: Tensor, scale: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """t (M, N), image and text side; row m is the partner of column offset + m, where t is -inf."""
+    S = rows.to(diag.dtype) @ cols.to(diag.dtype).T
+    own = torch.zeros_like(S, dtype=torch.bool)
+    own.diagonal(offset).fill_(True)
+    image = (S - diag[offset : offset + len(rows)].unsqueeze(1)) * scale
+    return image.masked_fill(own, -torch.inf), ((S - diag) * scale).masked_fill(own, -torch.inf)
+
+
+def _plain_sums(
+    rows: Tensor, cols: Tensor, diag: Tensor, scale: Tensor, offset: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log Σ exp t of every row (M,), and of every column over the rows here (N,)."""
+    image, text = _plain_sides(rows, cols, diag, scale, offset)
+    return image.logsumexp(1), text.logsumexp(0), image[:0]
+
+
+def _plain_grad(
+    rows: Tensor, cols: Tensor, diag: Tensor, scale: Tensor, offset: int, row_u: Tensor, col_u: Tensor, own: Tensor,
+    kept: Tensor, width: int, need_rows: bool, need_cols: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """w (M, N) = exp(t − u) of both sides, own on the partners: w·cols, wᵀ·rows (their first ``width``), Σ w·t."""
+    sides = _plain_sides(rows, cols, diag, scale, offset)
+    weights = (sides[0] - row_u.unsqueeze(1)).exp(), (sides[1] - col_u).exp()
+    moment = sum((w * t.nan_to_num(neginf=0.0)).sum() for w, t in zip(weights, sides))
+    w = weights[0] + weights[1]
+    w.diagonal(offset).copy_(own)
+    return w @ cols[:, :width].to(w.dtype), w.T @ rows[:, :width].to(w.dtype), moment
+
+
+def _low_level(backend: str, op: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return (_plain_sums if op == "drrho_sums" else _plain_grad)(*args) if backend == "reference" else call(
+        backend, op, *args)  # fmt: skip
+
+
+def evaluate(
+    image: Tensor, text: Tensor, ref_image: Tensor | None, ref_text: Tensor | None, tau: Tensor, u: Tensor | None,
+    gamma: float, eps: float, rho: float, needs: tuple[bool, bool, bool], backend: str, world: Any = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """loss (), u (2, M) and the gradients in image, text (both still times 2B²) and τ, each if needed.
+
+    With a ``world`` the M rows are this process's share of the B, which may be of any size: every process has its rows
+    against all columns, columns get what all rows say of them, and image's and text's gradients are complete.
+    """
+    wide, M, d = torch.promote_types(image.dtype, torch.float32), image.shape[0], image.shape[1]
+    rows, cols = image.contiguous(), text.contiguous()
+    if ref_image is not None:
+        rows, cols = torch.cat([image, -ref_image], 1), torch.cat([text, ref_text], 1)
+    diag, scale, offset = (rows.to(wide) * cols.to(wide)).sum(1), tau.reciprocal(), 0
+    if world is not None:
+        offset, cols, diag = world.offset, world.join(cols), world.join(diag)
+    B = cols.shape[0]
+    keep = any(needs) and rows.device.type == "cpu" and KEEP * (M + B) * rows.shape[1] >= M * B
+    row_lse, col_lse, kept = _low_level(backend, "drrho_sums", rows, cols, diag, scale, offset, keep)
+    if world is not None:
+        col_lse = world.logsumexp(col_lse)
+    mine = slice(offset, offset + M)
+    lse = torch.stack([row_lse, col_lse[mine]])
+    u, _ = _averaged(lse - math.log(B), u, gamma, eps)
+    col_u, total = u[1], u.double().sum()
+    if world is not None:
+        col_u, total = world.join(u[1]), world.sum_(total)
+    mean = total / (2 * B) + rho
+    loss, none = (tau.double() * mean).to(wide), image.new_empty(0, dtype=wide)
+    if not any(needs):
+        return loss, u, none, none, none
+    own = -(lse - u).exp().sum(0)  # (M,): what the other pairs' weights make of a pair's own
+    d_rows, d_cols, moment = _low_level(
+        backend, "drrho_grad", rows, cols, diag, scale, offset, u[0].contiguous(), col_u.contiguous(), own, kept, d,
+        needs[0], needs[1],
+    )  # fmt: skip
+    if world is not None:
+        moment = world.sum_(moment.double())
+        d_cols = world.sum_(d_cols)[mine] if needs[1] else d_cols
+    return loss, u, d_rows, d_cols, (mean - moment.double() / (2 * B * B)).to(wide)
+
+
+class Loss(torch.autograd.Function):
+    """The sweeps hand back the gradients with the value."""
+
+    @staticmethod
+    def forward(ctx, image, text, ref_image, ref_text, tau, u, gamma, eps, rho, backend, world):
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4])
+        inputs = (image, text, ref_image, ref_text, tau, u)
+        loss, new, *grads = evaluate(*inputs, gamma, eps, rho, needs, backend, world)
+        ctx.save_for_backward(*grads, *inputs)
+        B, size = (image.shape[0], 1) if world is None else (world.rows, world.size)
+        # data-parallel training averages gradients over the processes, each of which has those of its rows
+        ctx.options, ctx.factor = (gamma, eps, rho), size / (2 * B * B)
+        ctx.mark_non_differentiable(new)
+        ctx.together = world is not None
+        return loss, new
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        flags = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
+        result = _Gradient.apply(grad, *ctx.saved_tensors, ctx.options, ctx.factor, flags, ctx.together)
+        d_image, d_text, d_tau = (g if f else None for g, f in zip(result, flags))
+        return d_image, d_text, None, None, d_tau, *[None] * 6
+
+
+class _Gradient(torch.autograd.Function):
+    """grad times each gradient; the derivatives of that are the reference's."""
+
+    @staticmethod
+    def forward(ctx, grad, d_image, d_text, d_tau, image, text, ref_image, ref_text, tau, u, options, factor, flags,
+                together):  # fmt: skip
+        ctx.save_for_backward(grad, image, text, ref_image, ref_text, tau, u)
+        ctx.options, ctx.flags, ctx.together = options, flags, together
+        scaled = grad * factor
+        return (scaled * d_image).to(image.dtype), (scaled * d_text).to(text.dtype), grad * d_tau
+
+    @staticmethod
+    def backward(ctx, *outer):
+        if ctx.together:
+            raise RuntimeError("drrho_loss: over several processes it has first derivatives only; use a single one")
+        grad, image, text, ref_image, ref_text, tau, u = ctx.saved_tensors
+        gamma, eps, rho = ctx.options
+        with torch.enable_grad():
+            leaves = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in (image, text, tau)]
+            loss, _ = drrho_loss_reference(
+                *leaves[:2], ref_image, ref_text, temperature=leaves[2], gamma=gamma, u=u, eps=eps, rho=rho
+            )
+            wanted = [(x, o) for x, o, flag in zip(leaves, outer, ctx.flags) if flag]
+            once = torch.autograd.grad(loss, [x for x, _ in wanted], create_graph=True)
+            along = sum((g * o).sum() for g, (_, o) in zip(once, wanted))
+            twice = torch.autograd.grad(along * grad, leaves, create_graph=True, allow_unused=True)
+        return along, None, None, None, twice[0], twice[1], None, None, twice[2], *[None] * 5
+
+
+def checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho, rows=None):
+    """The features in one dtype, the temperature as a tensor of the wide one, u detached or None. ``rows``: of all
+    processes, one of which may have none."""
     op, numbers = "drrho_loss", {"gamma": gamma, "eps": eps, "rho": rho}
     named = {"image": image, "text": text, "ref_image": ref_image, "ref_text": ref_text}
     for name in ("image", "text"):
@@ -45,8 +189,8 @@ def _checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho):
             raise TypeError(_check.mistake(op, name, "a tensor", type(named[name]).__name__, named))
     named = dict(zip(named, _check.autocast(*named.values())))
     _check.check_tensors(op, named)
-    if image.dim() != 2 or image.shape[0] == 0:
-        raise ValueError(_check.mistake(op, "image", "of shape (B, d), B > 0", tuple(image.shape), named))
+    if image.dim() != 2 or 0 in (image.shape[0] if rows is None else rows, image.shape[1]):
+        raise ValueError(_check.mistake(op, "image", "of shape (B, d), neither of them 0", tuple(image.shape), named))
     B = image.shape[0]
     _check.check_shape(op, named, "text", tuple(image.shape), "image's (B, d)")
     if (ref_image is None) != (ref_text is None):
@@ -62,7 +206,7 @@ def _checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho):
             raise TypeError(_check.mistake(op, name, "a number", type(value).__name__, named))
     if not 0 < gamma <= 1:
         raise ValueError(_check.mistake(op, "gamma", "in (0, 1]", gamma, named))
-    if not 0 <= eps < float("inf") or (B == 1 and eps == 0):
+    if not 0 <= eps < float("inf") or (eps == 0 and (B if rows is None else rows) == 1):
         expected = "positive when B = 1" if eps == 0 else "a finite number of at least 0"
         raise ValueError(_check.mistake(op, "eps", expected, eps, named))
     if not -float("inf") < rho < float("inf"):
@@ -122,7 +266,7 @@ def drrho_loss(
             are when it is None.
         eps: ε ≥ 0 inside the logarithm.
         rho: weight of the ρτ term, which holds a learnable τ up; it moves no feature.
-        backend: ``"auto" | "reference"``; ``ops.explain`` says which can run.
+        backend: ``"auto" | "reference" | "cpp" | "triton"``; ``ops.explain`` says which can run.
 
     Returns:
         loss (), float32 (float64 for float64 features), and u (2, B) of the same dtype, without gradient: where γ = 1
@@ -141,9 +285,86 @@ def drrho_loss(
 
     Source: Wei et al. 2025 (arXiv 2505.06699); Wei et al. 2024 (arXiv 2407.01445), equations of u and of RGCL-g.
     """
-    *features, tau, u = _checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho)
-    if backend not in ("auto", "reference"):
-        raise RuntimeError(
-            f'drrho_loss: backend "{backend}" cannot run: it has no kernel. backend="reference" always can.'
-        )
-    return drrho_loss_reference(*features, temperature=tau, gamma=gamma, u=u, eps=eps, rho=rho)
+    *features, tau, u = checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho)
+    backend = choose("drrho_loss", backend, features[0])
+    if backend == "reference":
+        return drrho_loss_reference(*features, temperature=tau, gamma=gamma, u=u, eps=eps, rho=rho)
+    return run(*features, tau, u, gamma, eps, rho, backend)
+
+
+def run(
+    image: Tensor, text: Tensor, ref_image: Tensor | None, ref_text: Tensor | None, tau: Tensor, u: Tensor | None,
+    gamma: float, eps: float, rho: float, backend: str, world: Any = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Checked arguments through the sweeps, differentiable if something asks for it."""
+    ref_image, ref_text = (t if t is None else t.detach() for t in (ref_image, ref_text))
+    if tracked(image, text, tau):
+        return Loss.apply(image, text, ref_image, ref_text, tau, u, gamma, eps, rho, backend, world)
+    return evaluate(image, text, ref_image, ref_text, tau, u, gamma, eps, rho, (False,) * 3, backend, world)[:2]
+
+
+def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator, scale: float, exact: bool) -> dict:
+    """Keys B, d, r (none: no reference); percent: τ, 25 if not given; past=1: γ = 0.6 and some u. Rows have unit norm
+    (images times ``scale`` and texts over it), texts lean towards their images; numbers that are not features are exact
+    in bfloat16."""
+    B, d, r = shape["B"], shape["d"], shape.get("r")
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def pairs(n: int) -> tuple[Tensor, Tensor]:
+        a, b = (draw((B, n), torch.float64, generator, 1.0, exact) for _ in range(2))
+        if not exact:
+            unit = lambda x: x / torch.linalg.vector_norm(x, dim=1, keepdim=True)
+            a, b = unit(a) * scale, unit(unit(a) + b / n**0.5) / scale
+        return a.to(dtype), b.to(dtype)
+
+    inputs: dict[str, Any] = dict(zip(("image", "text"), pairs(d)))
+    inputs |= dict(zip(("ref_image", "ref_text"), pairs(r) if r else (None, None)))
+    tau = 2.0 if exact else shape.get("percent", 25) / 100
+    inputs["temperature"] = torch.tensor(tau).bfloat16().to(wide)
+    past = draw((2, B), torch.float64, generator, 2.0, False).bfloat16().to(wide)
+    past[:, ::3] = torch.nan
+    inputs |= {"gamma": 0.6, "u": past} if shape.get("past") else {"gamma": 1.0, "u": None}
+    return inputs | {"eps": 2.0**-8 if shape.get("past") else 1e-14, "rho": 0.5}
+
+
+def _whole(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho):
+    """The B×B matrices as one writes them, by autograd, each side of its own."""
+    s, r = image @ text.T, (ref_image @ ref_text.T if ref_image is not None else 0.0)
+    own = torch.eye(len(image), dtype=torch.bool, device=image.device)
+    d = (s - s.diagonal().unsqueeze(1) - (r - r.diagonal().unsqueeze(1))) / temperature
+    d_text = (s.T - s.diagonal().unsqueeze(1) - (r.T - r.diagonal().unsqueeze(1))) / temperature
+    sides = [x.masked_fill(own, -torch.inf).logsumexp(1) - math.log(len(image)) for x in (d, d_text)]
+    sides = [torch.logaddexp(x, torch.full_like(x, eps).log()) for x in sides]
+    return temperature * (sum(x.mean() for x in sides) / 2 + rho)
+
+
+SPEC = OpSpec(
+    name="drrho_loss",
+    function=drrho_loss,
+    reference=drrho_loss_reference,
+    outputs=("loss", "u"),
+    differentiable=("image", "text", "temperature"),
+    make=_make,
+    check=check_values,
+    check_grads=check_grads,
+    shapes=(
+        {"B": 37, "d": 24, "r": 16},
+        {"B": 33, "d": 31, "past": 1},
+        {"B": 129, "d": 32, "r": 33, "percent": 7},
+        {"B": 1, "d": 5, "r": 3},
+        {"B": 2, "d": 1, "r": 1, "past": 1},
+        {"B": 31, "d": 129, "percent": 1},
+        {"B": 128, "d": 64, "r": 64, "past": 1, "percent": 4},
+        {"B": 200, "d": 127, "r": 40, "percent": 10},
+    ),
+    small_shape={"B": 5, "d": 3, "r": 2},
+    repeat_shape={"B": 500, "d": 48, "r": 24, "past": 1},
+    bench_shapes={
+        "B2048-d512-r512": {"B": 2048, "d": 512, "r": 512, "percent": 1},
+    },
+    backends=("reference", "cpp", "triton"),
+    wide=True,
+    exact=False,
+    baselines={"B×B torch": _whole},
+    floor=lambda s: (2.0 * s["B"] ** 2 * (s["d"] + s.get("r", 0)), 8.0 * s["B"] * (s["d"] + s.get("r", 0))),
+)
