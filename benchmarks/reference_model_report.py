@@ -74,7 +74,7 @@ def markdown(found: dict[str, Any]) -> str:
     methods, seeds = list(found["chosen"]), len(found["seeds"])
     parts = [
         "# Training with a reference model, on EmojiStyles\n",
-        f"{found['model']}, {found['samples']:,} samples in batches of {found['batch_size']}, "
+        f"{found['model']}, {found['samples']['test']:,} samples in batches of {found['batch_size']}, "
         f"{found['pairs']['all']:,} pairs of drawings and noisy captions, {seeds} seeds, about "
         f"{found['processor_seconds']:.0f} s of processor time a run ({found['machine']['chip']}, "
         f"{found['machine']['date']}). Made by benchmarks/reference_model.py; curves in the SVG files beside this one, "
@@ -107,8 +107,9 @@ def markdown(found: dict[str, Any]) -> str:
     parts += [
         _table(["", *METRICS.values()], rows),
         "## Choices\n",
-        f"Learning rate and temperature by R@1 on {found['left_out_drawings']} left-out drawings of seen concepts in "
-        f"trained styles, seed 0, {len(found['tried']) // len(methods)} trials a method:\n",
+        f"Learning rate and temperature by R@1, mean of both directions, on {found['left_out_drawings']} left-out "
+        f"drawings of seen concepts in trained styles; seed 0, {found['samples']['choose']:,} samples, "
+        f"{len(found['tried']) // len(methods)} trials a method:\n",
     ]
     trials = sorted({(run["lr"], run["temperature"]) for run in found["tried"]})
     at = {(run["method"], (run["lr"], run["temperature"])): percent(run["recall"]) for run in found["tried"]}

@@ -154,8 +154,8 @@ class TrainingRun:
     def save(self) -> None:
         if self.out is None or self.saved_at == self.step:
             return
+        tensors = self.tensors()  # every process gives its part
         if self.lead:
-            tensors = self.tensors()
             for name, parameter in self.parameters.items():
                 for key, value in self.optimizer.state.get(parameter, {}).items():
                     tensors[f"adam.{key}.{name}"] = value

@@ -99,11 +99,11 @@ class ContrastiveConfig:
     def wants_reference(self) -> bool:
         return self.loss in ("drrho", "distill") or self.select is not None
 
-    def make_loss(self, num_samples: int) -> nn.Module:
+    def make_loss(self, num_samples: int, world: World) -> nn.Module:
         tau = self.temperature if self.temperature is not None else 0.01 if self.remembers else 0.07
         learn = self.learnable_temperature if self.learnable_temperature is not None else not self.remembers
         if self.remembers:
-            return DRRhoLoss(num_samples, temperature=tau, learnable_temperature=learn, rho=self.rho)
+            return DRRhoLoss(num_samples, temperature=tau, learnable_temperature=learn, rho=self.rho, world=world)
         distill = self.distill if self.loss == "distill" else 0.0
         return ContrastiveLoss(temperature=tau, learnable_temperature=learn, distill=distill)
 
@@ -174,7 +174,7 @@ class _Run(TrainingRun):
         self.validation, self.templates, self.workers = validation, templates, workers
         self.order = Order(len(dataset), config.batch_size, config.seed, drop_last=True)
         total = -(-config.samples // config.batch_size) if config.samples else self.order.per_epoch * config.epochs
-        self.loss = config.make_loss(len(dataset)).to(clip.device)
+        self.loss = config.make_loss(len(dataset), world).to(clip.device)
         # τ is the loss's own
         clip.model.logit_scale.requires_grad_(False)
         parameters = {f"model.{name}": p for name, p in clip.model.named_parameters() if p.requires_grad}
@@ -187,7 +187,7 @@ class _Run(TrainingRun):
             {"params": self.scale, "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6)
-        settings = {**asdict(config), "model": clip.name, "pairs": len(dataset), "processes": world.size}
+        settings = {**asdict(config), "model": clip.name, "pairs": len(dataset)}
         if out is not None:
             settings |= {"data": data_digest(dataset), "weights": weights_digest(clip.model)}
             settings["frozen"] = [name for name, p in clip.model.named_parameters() if not p.requires_grad]
@@ -221,14 +221,17 @@ class _Run(TrainingRun):
         return float(tau.detach() if isinstance(tau, Tensor) else tau)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {
-            **{f"model.{name}": tensor for name, tensor in self.clip.model.state_dict().items()},
-            **{f"loss.{name}": tensor for name, tensor in self.loss.state_dict().items()},
-        }
+        found = {f"model.{name}": tensor for name, tensor in self.clip.model.state_dict().items()}
+        found |= {f"loss.{name}": parameter for name, parameter in self.loss.named_parameters()}
+        return found | ({"loss.u": self.loss.gather_u()} if self.config.remembers else {})
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         self.clip.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-        self.loss.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("loss.")})
+        with torch.no_grad():
+            for name, parameter in self.loss.named_parameters():
+                parameter.copy_(tensors[f"loss.{name}"])
+        if self.config.remembers:
+            self.loss.load_u(tensors["loss.u"])
 
     def batches(self) -> Iterator[list[Tensor]]:
         """This process's share of every batch."""

@@ -264,8 +264,9 @@ for name, more in json.loads(settings).items():
 
 
 def test_two_processes_equal_one(folder, data, tmp_path):
-    cases = {loss: {**FAST, "loss": loss, "crop": 1.0} for loss in ("clip", "distill")}
-    cases["parts"] = {**cases["distill"], "micro_batch": 2, "learnable_temperature": True}
+    cases = {loss: {**FAST, "loss": loss, "checkpoint_every": 2} for loss in LOSSES}
+    for loss in ("distill", "drrho"):
+        cases[f"{loss} in parts"] = {**cases[loss], "micro_batch": 2, "learnable_temperature": True, "rho": 1.0}
     reference_features.compute(clip_module.load(), data).save(tmp_path / "reference.safetensors")
     logs = {}
     for size in (1, 2):
@@ -285,6 +286,12 @@ def test_two_processes_equal_one(folder, data, tmp_path):
         for one, two in zip(logs[1, name], logs[2, name]):
             for key in ("loss", "grad_norm", "temperature"):
                 assert two[key] == pytest.approx(one[key], rel=1e-5), (name, one["step"], key)
+        ends = [read_safetensors(tmp_path / n / name / "checkpoints/step-0000000004.safetensors") for n in ("1", "2")]
+        assert ends[0].keys() == ends[1].keys()
+        assert ("loss.u" in ends[0]) == ("drrho" in name or name == "global")
+        if "loss.u" in ends[0]:
+            assert not ends[0]["loss.u"].isnan().any()
+            torch.testing.assert_close(ends[1]["loss.u"], ends[0]["loss.u"], rtol=1e-4, atol=1e-5)
 
 
 def test_evaluation_counts_equal_captions_as_right(fresh, folder, tmp_path):
