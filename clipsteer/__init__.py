@@ -24,6 +24,8 @@ _LAZY = {
     "ConceptDictionary": "splice",
     "RunningEnsemble": "merging",
     "wise_ft": "merging",
+    "ContrastiveConfig": "contrastive_config",
+    "train_contrastive": "contrastive_train",
 }
 
 __all__ = ["__version__", "ops", *_LAZY]
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from clipsteer import ops as ops
     from clipsteer._files import FileFormatError as FileFormatError
     from clipsteer.conceptor import Conceptor as Conceptor
+    from clipsteer.contrastive_config import ContrastiveConfig as ContrastiveConfig
+    from clipsteer.contrastive_train import train_contrastive as train_contrastive
     from clipsteer.merging import RunningEnsemble as RunningEnsemble
     from clipsteer.merging import wise_ft as wise_ft
     from clipsteer.sae import SAE as SAE

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from clipsteer import demo_sections
+from clipsteer import demo_reference, demo_sections
 from clipsteer._tokens import layout_at
 from clipsteer.clip import EMOJICLIP
 from clipsteer.demo_sections import percent as _percent
@@ -70,6 +70,8 @@ def build(
         "Conceptors", *demo_sections.conceptors(pictures, found["conceptors"], predictor.hook_point, conceptors)
     )
     page.section("Averaging before and after fine-tuning", *demo_sections.wise_ft(found["wise_ft"]))
+    if clip.name == EMOJICLIP:
+        page.section("Training with a reference model", *demo_reference.section())
     multiple = found["steering"]["multiple_of_peak"]
     page.section("Do it yourself", *_snippet(clip, predictor.hook_point, chosen[0], multiple, saved / "sae", found))
     return page

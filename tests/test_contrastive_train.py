@@ -17,9 +17,10 @@ from clipsteer import clip as clip_module
 from clipsteer import reference_features
 from clipsteer._distributed import World
 from clipsteer._files import read_safetensors, write_json
+from clipsteer.contrastive_config import LOSSES
 from clipsteer.contrastive_data import Pairs
 from clipsteer.contrastive_eval import evaluate
-from clipsteer.contrastive_train import LOSSES, ContrastiveConfig, train_contrastive
+from clipsteer.contrastive_train import ContrastiveConfig, train_contrastive
 from clipsteer.data import captions, image_folder
 
 COLOURS = {"red": (210, 30, 20), "blue": (20, 40, 200), "green": (30, 180, 40), "grey": (128, 128, 128)}
@@ -332,8 +333,10 @@ def test_mistakes(fresh, data):
         with pytest.raises(ValueError, match="need a reference"):
             train_contrastive(fresh(), data, ContrastiveConfig(**FAST, loss=loss, **more))
     few = reference_features.ReferenceFeatures(torch.eye(3), torch.eye(3), "few", "", "")
-    with pytest.raises(ValueError, match="are of 3 pairs, the data set has 12"):
-        train_contrastive(fresh(), data, ContrastiveConfig(**FAST), reference=few)
+    other = reference_features.compute(fresh(), data)._replace(data="another data set's")
+    for features, count in ((few, 3), (other, 12)):
+        with pytest.raises(ValueError, match=f"are of {count} other pairs than the 12"):
+            train_contrastive(fresh(), data, ContrastiveConfig(**FAST), reference=features)
     with pytest.raises(ValueError, match="at most the 12 pairs"):
         train_contrastive(fresh(), data, ContrastiveConfig(loss="clip", batch_size=13))
     broken = fresh()
