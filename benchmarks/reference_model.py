@@ -44,8 +44,8 @@ METHODS = {
     "distillation, EmojiCLIP": ("distill", "emojiclip"),
 }
 LRS, TEMPERATURES = (1e-3, 3e-3), (0.05, 0.1, 0.3)
-BATCH, POINTS = 128, 8
-SAMPLES = {"choose": 19_200, "test": 51_200}
+BATCH, POINTS = 128, 6
+SAMPLES = {"choose": 19_200, "test": 38_400}
 EMOJI = EmojiStyles()
 Drawings = list[tuple[str, int]]
 

@@ -88,7 +88,7 @@ class _Run(TrainingRun):
             len(reference.image) != len(dataset) or reference.data not in ("", data_digest(dataset))
         ):
             raise ValueError(
-                f"train: the reference features are of {len(reference.image)} other pairs than the {len(dataset)} there are"
+                f"train: the reference features are of {len(reference.image)} other pairs than these {len(dataset)}"
             )
         if len(dataset) < config.batch_size or config.batch_size % world.size:
             raise ValueError(

@@ -335,7 +335,7 @@ def test_mistakes(fresh, data):
     few = reference_features.ReferenceFeatures(torch.eye(3), torch.eye(3), "few", "", "")
     other = reference_features.compute(fresh(), data)._replace(data="another data set's")
     for features, count in ((few, 3), (other, 12)):
-        with pytest.raises(ValueError, match=f"are of {count} other pairs than the 12"):
+        with pytest.raises(ValueError, match=f"are of {count} other pairs than these 12"):
             train_contrastive(fresh(), data, ContrastiveConfig(**FAST), reference=features)
     with pytest.raises(ValueError, match="at most the 12 pairs"):
         train_contrastive(fresh(), data, ContrastiveConfig(loss="clip", batch_size=13))
