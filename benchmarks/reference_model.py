@@ -17,10 +17,13 @@ import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from reference_model_report import write
@@ -28,7 +31,7 @@ from torch import Tensor
 
 from clipsteer._files import read_json, read_safetensors, write_json, write_safetensors
 from clipsteer.bench import machine
-from clipsteer.clip import EMOJI_TINY, load
+from clipsteer.clip import CLIP, EMOJI_TINY, load
 from clipsteer.contrastive_data import captions_of
 from clipsteer.contrastive_train import ContrastiveConfig, train_contrastive
 from clipsteer.data import HELD_OUT_STYLE, TRAINED_STYLES, EmojiStyles
@@ -45,7 +48,7 @@ METHODS = {
 }
 LRS, TEMPERATURES = (1e-3, 3e-3), (0.05, 0.1, 0.3)
 BATCH, POINTS = 128, 6
-SAMPLES = {"choose": 19_200, "test": 38_400}
+SAMPLES = {"choose": 25_600, "test": 61_440}
 EMOJI = EmojiStyles()
 Drawings = list[tuple[str, int]]
 
@@ -171,6 +174,23 @@ def score_reference(features: dict[str, Tensor]) -> dict[str, float]:
 # ---------------------------------------------------------------- runs
 
 
+def quick(clip: CLIP) -> CLIP:
+    """The model with the same pixels and tokens in a third of the time: 64 px stay 64 px, texts come again."""
+    cfg = clip.model.visual.preprocess_cfg
+    mean, std = (torch.tensor(cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    tokens = lru_cache(maxsize=None)(lambda text: clip.tokenizer([text]))
+
+    def preprocess(image: Any) -> Tensor:
+        if image.size != (64, 64):
+            image = image.resize((64, 64), 3)  # bicubic
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255).sub_(mean).div_(std)
+
+    picture = EMOJI.image(HELD_OUT_STYLE, 0).crop((3, 3, 60, 60))
+    assert torch.equal(preprocess(picture), clip.preprocess(picture))
+    tokenizer = lambda texts: tokens(texts[0]) if len(texts) == 1 else clip.tokenizer(texts)
+    return replace(clip, preprocess=preprocess, tokenizer=tokenizer)
+
+
 def train_one(job: dict[str, Any]) -> dict[str, Any]:
     """One run: its figures at every evaluation, kept in the work folder."""
     name = "-".join(str(job[key]) for key in ("part", "method", "lr", "temperature", "seed"))
@@ -195,7 +215,7 @@ def train_one(job: dict[str, Any]) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     began = time.process_time()
     train_contrastive(
-        load(EMOJI_TINY), EMOJI.captioned(drawings, "noisy"), config, reference=kept, validation=validation,
+        quick(load(EMOJI_TINY)), EMOJI.captioned(drawings, "noisy"), config, reference=kept, validation=validation,
         templates=("{}",), on_log=lambda row: rows.append(row) if "samples" in row else None,
     )  # fmt: skip
     result = {**{key: job[key] for key in ("part", "method", "lr", "temperature", "seed")}, "rows": rows}
@@ -219,7 +239,7 @@ def main() -> None:
         grid = [{**common, "part": "choose", "method": m, "lr": lr, "temperature": tau, "seed": 0}
                 for m, lr, tau in itertools.product(METHODS, LRS, TEMPERATURES)]  # fmt: skip
         tried = list(pool.map(train_one, grid))
-        score = lambda run: statistics.fmean(v for k, v in run["rows"][-1].items() if k.startswith("left out/"))
+        score = lambda run: run["rows"][-1]["left out/image_to_text_mrr"]
         chosen = {m: max((run for run in tried if run["method"] == m), key=score) for m in METHODS}
         finals = [{**common, "part": "test", "method": m, "seed": seed,
                    "lr": chosen[m]["lr"], "temperature": chosen[m]["temperature"]}
@@ -231,7 +251,7 @@ def main() -> None:
         "left_out_drawings": len(training()[2]), "ridge_strength": float(kept["efficientnet"]["strength"]),
         "references": {name: score_reference(features) for name, features in kept.items()},
         "chosen": {m: {key: run[key] for key in ("lr", "temperature")} for m, run in chosen.items()},
-        "tried": [{key: run[key] for key in ("method", "lr", "temperature")} | {"recall": score(run)} for run in tried],
+        "tried": [{key: run[key] for key in ("method", "lr", "temperature")} | {"mrr": score(run)} for run in tried],
         "processor_seconds": round(statistics.fmean(run["processor_seconds"] for run in runs), 1),
         "runs": runs,
     }  # fmt: skip

@@ -107,12 +107,12 @@ def markdown(found: dict[str, Any]) -> str:
     parts += [
         _table(["", *METRICS.values()], rows),
         "## Choices\n",
-        f"Learning rate and temperature by R@1, mean of both directions, on {found['left_out_drawings']} left-out "
+        f"Learning rate and temperature by mean reciprocal rank, image→text, on {found['left_out_drawings']} left-out "
         f"drawings of seen concepts in trained styles; seed 0, {found['samples']['choose']:,} samples, "
         f"{len(found['tried']) // len(methods)} trials a method:\n",
     ]
     trials = sorted({(run["lr"], run["temperature"]) for run in found["tried"]})
-    at = {(run["method"], (run["lr"], run["temperature"])): percent(run["recall"]) for run in found["tried"]}
+    at = {(run["method"], (run["lr"], run["temperature"])): percent(run["mrr"]) for run in found["tried"]}
     for m, c in found["chosen"].items():
         best = (m, (c["lr"], c["temperature"]))
         at[best] = f"**{at[best]}**"

@@ -18,7 +18,8 @@ from clipsteer.reference_features import ReferenceFeatures, encode_dataset, enco
 
 
 def evaluate(clip: CLIP, dataset: ImageDataset, *, templates: tuple[str, ...] | None = None, workers: int = 0) -> dict:
-    """Zero-shot accuracy where the images have classes; recall at 1 in both directions where they have captions.
+    """Zero-shot accuracy where the images have classes; where they have captions, recall at 1 in both directions and
+    the mean reciprocal rank of an image's caption.
 
     Retrieval is among the data set's images and its distinct captions; images of one caption count as equally right.
     """
@@ -31,7 +32,9 @@ def evaluate(clip: CLIP, dataset: ImageDataset, *, templates: tuple[str, ...] | 
     place = {text: i for i, text in enumerate(texts)}
     truth = torch.tensor([place[text] for text in captions_of(dataset)])
     scores = (images @ encode_texts(clip, texts).T).cpu()
+    ahead = (scores > scores.gather(1, truth[:, None])).sum(1)
     return {
+        "image_to_text_mrr": float((1 / (1 + ahead)).mean()),
         "image_to_text_r1": float((scores.argmax(1) == truth).float().mean()),
         "text_to_image_r1": float((truth[scores.argmax(0)] == torch.arange(len(texts))).float().mean()),
     }
