@@ -156,6 +156,26 @@ def test_a_reference_that_knows_nothing_is_no_reference(fresh, data):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(("loss", "tau", "share"), [("global", 0.1, 1 / 4), ("global", 0.02, 1 / 12), ("clip", 0.1, 1)])
+def test_the_temperature_has_its_own_rate(loss, tau, share, fresh, data):
+    """AdamW's first step is its rate times the gradient's sign: FastCLIP's rule is a quarter, from 0.03 on a twelfth."""
+    lines = []
+    config = ContrastiveConfig(**{**FAST, "temperature": tau}, loss=loss, learnable_temperature=True, rho=9.0)
+    train_contrastive(fresh(), data, config, on_log=lines.append)
+    assert abs(math.log(lines[0]["temperature"] / tau)) == pytest.approx(share * 1e-3, abs=4 * 2**-22)  # of log τ
+
+
+def test_bfloat16_computes_nearly_the_same(fresh, data):
+    lines = []
+    for bf16 in (False, True):
+        config = ContrastiveConfig(**FAST, loss="global", bf16=bf16, micro_batch=4)
+        train_contrastive(fresh(), data, config, on_log=lines.append)
+    full, half = lines[: len(lines) // 2], lines[len(lines) // 2 :]
+    assert [a["loss"] for a in full] != [b["loss"] for b in half]
+    # features are off by some 2⁻⁸, similarities too, and the loss is a mean of their differences
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(full, half)) < 4 * 2**-8
+
+
 class Stopped(Exception):
     pass
 
