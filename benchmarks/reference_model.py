@@ -46,7 +46,7 @@ METHODS = {
     "DRRho, EfficientNet + MiniLM": ("drrho", "efficientnet"),
     "distillation, EmojiCLIP": ("distill", "emojiclip"),
 }
-LRS, TEMPERATURES = (1e-3, 3e-3), (0.05, 0.1, 0.3)
+LRS, TEMPERATURES = (5e-4, 1e-3), (0.05, 0.1, 0.3)
 BATCH, POINTS = 128, 6
 SAMPLES = {"choose": 25_600, "test": 61_440}
 EMOJI = EmojiStyles()
