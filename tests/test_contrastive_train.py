@@ -158,7 +158,7 @@ def test_a_reference_that_knows_nothing_is_no_reference(fresh, data):
 
 @pytest.mark.parametrize(("loss", "tau", "share"), [("global", 0.1, 1 / 4), ("global", 0.02, 1 / 12), ("clip", 0.1, 1)])
 def test_the_temperature_has_its_own_rate(loss, tau, share, fresh, data):
-    """AdamW's first step is rate times sign: FastCLIP's rate for τ is a quarter of the model's, a twelfth from 0.03 on."""
+    """AdamW's first step is rate times sign: FastCLIP's for τ is a quarter of the model's, a twelfth from 0.03 on."""
     lines = []
     config = ContrastiveConfig(**{**FAST, "temperature": tau}, loss=loss, learnable_temperature=True, rho=9.0)
     train_contrastive(fresh(), data, config, on_log=lines.append)
