@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python benchmarks/reference_model.py --wheels UNZIPPED --work CACHE --jobs 2
 
 Learning rate and temperature are chosen for each method from the same grid, in shorter runs with one seed, on drawings
-that are left out of training: one of the two of two fifths of the seen concepts. (A rate of 3e-3, tried first for CLIP's
+that are left out of training: one of the two of two fifths of the seen concepts. (A rate of 3e-3, tried for CLIP's
 and the global loss, was worse than 1e-3 at every temperature, so the grid ends below it.) Then every seed trains on all
 drawings. A run that is there in CACHE is not repeated. Nothing of the held-out style and of the new concepts takes part
 in any choice.
