@@ -248,7 +248,10 @@ def compile_all(target_name: str) -> dict[str, dict]:
         return {
             "drrho_sums": build(sums, pointers | lse, "M N D offset", flags | config),
             "drrho_weights": build(
-                weights, pointers | dict.fromkeys(names, "*fp32"), "M N D offset", flags | drrho_loss.tile_config(dtype)
+                weights,
+                pointers | dict.fromkeys(names, "*fp32"),
+                "M N D stride offset",
+                flags | drrho_loss.tile_config(dtype),
             ),
         }
 
