@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clipsteer import ops, testing
 from clipsteer.ops import REGISTRY, _dispatch
-from clipsteer.ops.drrho_loss import KEEP
+from clipsteer.ops._drrho_sweeps import KEEP
 
 FAST = [b for b in ("reference", "cpp") if testing.supported(b)]
 SPEC = REGISTRY["drrho_loss"]
@@ -206,7 +206,7 @@ def test_a_block_of_rows_against_all_columns(M, before, after, seed):
     N = M + before + after
     if N == 0:
         return
-    from clipsteer.ops.drrho_loss import _plain_grad, _plain_sums
+    from clipsteer.ops._drrho_sweeps import _plain_grad, _plain_sums
 
     rows, cols = unit(N, 9, seed=seed)
     diag, scale = (rows * cols).sum(1), torch.tensor(8.0, dtype=DOUBLE)
@@ -386,7 +386,7 @@ import torch
 from clipsteer import ops
 from clipsteer.kernels import drrho_loss as kernels
 from clipsteer.ops import REGISTRY
-from clipsteer.ops.drrho_loss import _plain_grad, _plain_sums
+from clipsteer.ops._drrho_sweeps import _plain_grad, _plain_sums
 spec = REGISTRY["drrho_loss"]
 kernels.CHUNK = 0  # chunks of 128 rows: three of them, whose products add up
 shape = {"B": 300, "d": 140, "r": 9, "percent": 5, "past": 1}
