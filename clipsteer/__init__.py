@@ -22,6 +22,7 @@ _LAZY = {
     "train_sae": "sae_train",
     "evaluate_sae": "sae_eval",
     "ConceptDictionary": "splice",
+    "DRRhoLoss": "reference_model",
     "RunningEnsemble": "merging",
     "wise_ft": "merging",
     "ContrastiveConfig": "contrastive_config",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from clipsteer.contrastive_train import train_contrastive as train_contrastive
     from clipsteer.merging import RunningEnsemble as RunningEnsemble
     from clipsteer.merging import wise_ft as wise_ft
+    from clipsteer.reference_model import DRRhoLoss as DRRhoLoss
     from clipsteer.sae import SAE as SAE
     from clipsteer.sae import SAEOutput as SAEOutput
     from clipsteer.sae_eval import evaluate_sae as evaluate_sae

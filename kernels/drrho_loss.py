@@ -63,7 +63,8 @@ def _drrho_sums_kernel(
 
 @triton.jit(do_not_specialize=["M", "N", "offset"])
 def _drrho_weights_kernel(
-    rows_ptr, cols_ptr, diag_ptr, scale_ptr, row_u_ptr, col_u_ptr, own_ptr, weight_ptr, moment_ptr, M, N, D, offset,
+    rows_ptr, cols_ptr, diag_ptr, scale_ptr, row_u_ptr, col_u_ptr, own_ptr, weight_ptr, moment_ptr,
+    M, N, D, stride, offset,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -80,12 +81,12 @@ def _drrho_weights_kernel(
     w += other
     moment = tl.where(inside & (partner == 0), moment + other * t, 0.0)
     w = tl.where(partner, tl.load(own_ptr + m, mask=m < M, other=0.0)[:, None], w)
-    tl.store(weight_ptr + m.to(tl.int64)[:, None] * N + n[None, :], w, mask=inside)
+    tl.store(weight_ptr + m.to(tl.int64)[:, None] * stride + n[None, :], w, mask=inside)
     at = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     tl.store(moment_ptr + at, tl.sum(tl.sum(moment, axis=1), axis=0))
 
 
-@triton.jit(do_not_specialize=["M", "K", "weight_row", "weight_col"])
+@triton.jit(do_not_specialize=["M", "K"])
 def _drrho_product_kernel(
     weight_ptr, x_ptr, out_ptr, M, K, width, x_row, weight_row, weight_col,
     ADD: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
@@ -180,7 +181,8 @@ def drrho_grad(
     config, product = _options(rows), product_config(rows.dtype)
     flags = {"SPLIT": rows.dtype != torch.float32, "PRECISION": config["PRECISION"], **product}
     chunk = max(128, CHUNK // N // 128 * 128)
-    weights = diag.new_empty(min(M, chunk), N)
+    stride = cdiv(N, 16) * 16  # whole lines, so that weights are read 16 bytes at a time
+    weights = diag.new_empty(min(M, chunk), stride)
     tiles = cdiv(width, product["BLOCK_D"])
     with on_device(rows):
         for start in range(0, M, chunk):
@@ -189,15 +191,16 @@ def drrho_grad(
             grid = (cdiv(m, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"]))
             moment = diag.new_empty(grid)
             _drrho_weights_kernel[grid](
-                some, cols, diag, scale, row_u[at], col_u, own[at], weights, moment, m, N, D, offset + start, **config
-            )
+                some, cols, diag, scale, row_u[at], col_u, own[at], weights, moment,
+                m, N, D, stride, offset + start, **config,
+            )  # fmt: skip
             moments.append(moment.double().sum().reshape(1))
             if need_rows:
                 _drrho_product_kernel[(cdiv(m, product["BLOCK_M"]), tiles)](
-                    weights, cols, d_rows[at], m, N, width, D, N, 1, ADD=False, **flags
+                    weights, cols, d_rows[at], m, N, width, D, stride, 1, ADD=False, **flags
                 )
             if need_cols:
                 _drrho_product_kernel[(cdiv(N, product["BLOCK_M"]), tiles)](
-                    weights, some, d_cols, N, m, width, D, 1, N, ADD=True, **flags
+                    weights, some, d_cols, N, m, width, D, 1, stride, ADD=True, **flags
                 )
     return d_rows, d_cols, torch.cat(moments).sum().float()

@@ -15,20 +15,10 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops import _check
-from clipsteer.ops._dispatch import call, choose, tracked
+from clipsteer.ops._dispatch import choose, tracked
 from clipsteer.ops._drrho_bounds import check_grads, check_values
+from clipsteer.ops._drrho_sweeps import averaged, evaluate
 from clipsteer.ops._spec import OpSpec, draw
-
-# Similarities are kept between the two sweeps on a CPU while they take no more than so many copies of the features.
-KEEP = 2
-
-
-def _averaged(log_G: Tensor, past: Tensor | None, gamma: float, eps: float) -> tuple[Tensor, Tensor]:
-    """u, and the share γ of this batch in it, which is 1 at a first visit: both (2, B)."""
-    log_G = torch.logaddexp(log_G, torch.full_like(log_G, eps).log())
-    past = torch.full_like(log_G, torch.nan) if past is None else past.to(log_G.dtype)
-    share = torch.where(past.isnan(), 1.0, torch.full_like(past, gamma))
-    return torch.logaddexp(past.nan_to_num(0.0) + (1 - share).log(), log_G + share.log()), share
 
 
 def drrho_loss_reference(
@@ -44,86 +34,9 @@ def drrho_loss_reference(
     d = (torch.stack([s, s.T]) - s.diagonal().unsqueeze(1)) / temperature  # (2, B, B)
     own = torch.eye(B, dtype=torch.bool, device=s.device)
     log_G = d.masked_fill(own, -torch.inf).logsumexp(2) - math.log(B)
-    u, share = _averaged(log_G, u, gamma, eps)
+    u, share = averaged(log_G, u, gamma, eps)
     loss = (u.detach() + (u - u.detach()).nan_to_num(0.0) / share).sum() / (2 * B) + rho
     return (loss * temperature).to(wide), u.detach()
-
-
-def _plain_sides(rows: Tensor, cols: Tensor, diag: Tensor, scale: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-    """t (M, N), image and text side; row m is the partner of column offset + m, where t is -inf."""
-    S = rows.to(diag.dtype) @ cols.to(diag.dtype).T
-    own = torch.zeros_like(S, dtype=torch.bool)
-    own.diagonal(offset).fill_(True)
-    image = (S - diag[offset : offset + len(rows)].unsqueeze(1)) * scale
-    return image.masked_fill(own, -torch.inf), ((S - diag) * scale).masked_fill(own, -torch.inf)
-
-
-def _plain_sums(
-    rows: Tensor, cols: Tensor, diag: Tensor, scale: Tensor, offset: int, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """log Σ exp t of every row (M,), and of every column over the rows here (N,)."""
-    image, text = _plain_sides(rows, cols, diag, scale, offset)
-    return image.logsumexp(1), text.logsumexp(0), image[:0]
-
-
-def _plain_grad(
-    rows: Tensor, cols: Tensor, diag: Tensor, scale: Tensor, offset: int, row_u: Tensor, col_u: Tensor, own: Tensor,
-    kept: Tensor, width: int, need_rows: bool, need_cols: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """w (M, N) = exp(t − u) of both sides, own on the partners: w·cols, wᵀ·rows (their first ``width``), Σ w·t."""
-    sides = _plain_sides(rows, cols, diag, scale, offset)
-    weights = (sides[0] - row_u.unsqueeze(1)).exp(), (sides[1] - col_u).exp()
-    moment = sum((w * t.nan_to_num(neginf=0.0)).sum() for w, t in zip(weights, sides))
-    w = weights[0] + weights[1]
-    w.diagonal(offset).copy_(own)
-    return w @ cols[:, :width].to(w.dtype), w.T @ rows[:, :width].to(w.dtype), moment
-
-
-def _low_level(backend: str, op: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return (_plain_sums if op == "drrho_sums" else _plain_grad)(*args) if backend == "reference" else call(
-        backend, op, *args)  # fmt: skip
-
-
-def evaluate(
-    image: Tensor, text: Tensor, ref_image: Tensor | None, ref_text: Tensor | None, tau: Tensor, u: Tensor | None,
-    gamma: float, eps: float, rho: float, needs: tuple[bool, bool, bool], backend: str, world: Any = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """loss (), u (2, M) and the gradients in image, text (both still times 2B²) and τ, each if needed.
-
-    With a ``world`` the M rows are this process's share of the B, which may be of any size: every process has its rows
-    against all columns, columns get what all rows say of them, and image's and text's gradients are complete.
-    """
-    wide, M, d = torch.promote_types(image.dtype, torch.float32), image.shape[0], image.shape[1]
-    rows, cols = image.contiguous(), text.contiguous()
-    if ref_image is not None:
-        rows, cols = torch.cat([image, -ref_image], 1), torch.cat([text, ref_text], 1)
-    diag, scale, offset = (rows.to(wide) * cols.to(wide)).sum(1), tau.reciprocal(), 0
-    if world is not None:
-        offset, cols, diag = world.offset, world.join(cols), world.join(diag)
-    B = cols.shape[0]
-    keep = any(needs) and rows.device.type == "cpu" and KEEP * (M + B) * rows.shape[1] >= M * B
-    row_lse, col_lse, kept = _low_level(backend, "drrho_sums", rows, cols, diag, scale, offset, keep)
-    if world is not None:
-        col_lse = world.logsumexp(col_lse)
-    mine = slice(offset, offset + M)
-    lse = torch.stack([row_lse, col_lse[mine]])
-    u, _ = _averaged(lse - math.log(B), u, gamma, eps)
-    col_u, total = u[1], u.double().sum()
-    if world is not None:
-        col_u, total = world.join(u[1]), world.sum_(total)
-    mean = total / (2 * B) + rho
-    loss, none = (tau.double() * mean).to(wide), image.new_empty(0, dtype=wide)
-    if not any(needs):
-        return loss, u, none, none, none
-    own = -(lse - u).exp().sum(0)  # (M,): what the other pairs' weights make of a pair's own
-    d_rows, d_cols, moment = _low_level(
-        backend, "drrho_grad", rows, cols, diag, scale, offset, u[0].contiguous(), col_u.contiguous(), own, kept, d,
-        needs[0], needs[1],
-    )  # fmt: skip
-    if world is not None:
-        moment = world.sum_(moment.double())
-        d_cols = world.sum_(d_cols)[mine] if needs[1] else d_cols
-    return loss, u, d_rows, d_cols, (mean - moment.double() / (2 * B * B)).to(wide)
 
 
 class Loss(torch.autograd.Function):
@@ -275,7 +188,8 @@ def drrho_loss(
         The gradient in the features is (τ/2)·mean_i Σ_{j≠i} (w_ij/B)·∇d_ij, both sides, with w_ij = exp(d_ij − u_i)
         held fixed: for γ = 1 that of the value, for γ < 1 its denominator is the average over earlier batches. The
         gradient in τ is ½·mean(u^image + u^text) + ρ − ½·mean_i Σ_j (w_ij/B)·d_ij. Second derivatives, exact for γ = 1,
-        are those of (τ/2γ)·mean u.
+        are those of (τ/2γ)·mean u, by the reference. Deterministic. Extra memory is O(B·(d + d_ref)), on a GPU also
+        B²/64 numbers and 64 MiB; the reference holds several B×B matrices.
 
     Raises:
         ValueError: shapes or devices that do not fit; only one of the reference's features; an empty batch; gamma,
@@ -329,13 +243,41 @@ def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator,
 
 def _whole(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho):
     """The B×B matrices as one writes them, by autograd, each side of its own."""
-    s, r = image @ text.T, (ref_image @ ref_text.T if ref_image is not None else 0.0)
-    own = torch.eye(len(image), dtype=torch.bool, device=image.device)
-    d = (s - s.diagonal().unsqueeze(1) - (r - r.diagonal().unsqueeze(1))) / temperature
-    d_text = (s.T - s.diagonal().unsqueeze(1) - (r.T - r.diagonal().unsqueeze(1))) / temperature
+    s, own = image @ text.T, torch.eye(len(image), dtype=torch.bool, device=image.device)
+    apart = lambda x: x - x.diagonal().unsqueeze(1)
+    d, d_text = apart(s), apart(s.T)
+    if ref_image is not None:
+        r = ref_image @ ref_text.T
+        d, d_text = d - apart(r), d_text - apart(r.T)
+    d, d_text = d / temperature, d_text / temperature
     sides = [x.masked_fill(own, -torch.inf).logsumexp(1) - math.log(len(image)) for x in (d, d_text)]
     sides = [torch.logaddexp(x, torch.full_like(x, eps).log()) for x in sides]
     return temperature * (sum(x.mean() for x in sides) / 2 + rho)
+
+
+def _product_a_side(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho):
+    """As the published training code goes about it: a product a side, detached weights, a mask for the diagonal."""
+    B, mask, means, moving = len(image), 1 - torch.eye(len(image), device=image.device), [], []
+    sides = ((image, text, ref_image, ref_text), (text, image, ref_text, ref_image))
+    for a, b, ref_a, ref_b in sides:
+        d = (a @ b.T - (a * b).sum(1, keepdim=True)) / temperature
+        if ref_a is not None:
+            d = d - (ref_a @ ref_b.T - (ref_a * ref_b).sum(1, keepdim=True)) / temperature
+        with torch.no_grad():
+            log_G = (d + mask.sub(1).mul(1e9)).logsumexp(1, keepdim=True) - math.log(B)
+            u = torch.logaddexp(log_G, torch.full_like(log_G, eps).log())
+            weights = (d - u).exp()
+        means.append(u.mean())
+        moving.append((d * weights * mask).sum(1).mean() / B)
+    m = temperature.detach() / 2 * sum(moving)
+    return m - m.detach() + temperature * (sum(means) / 2 + rho)
+
+
+def _clip_loss(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho):
+    """open_clip's loss, which knows no reference and holds both matrices of logits."""
+    from open_clip.loss import ClipLoss
+
+    return ClipLoss()(image, text, 1 / temperature)
 
 
 SPEC = OpSpec(
@@ -361,10 +303,12 @@ SPEC = OpSpec(
     repeat_shape={"B": 500, "d": 48, "r": 24, "past": 1},
     bench_shapes={
         "B2048-d512-r512": {"B": 2048, "d": 512, "r": 512, "percent": 1},
+        "B2048-d512": {"B": 2048, "d": 512, "percent": 1},
     },
     backends=("reference", "cpp", "triton"),
     wide=True,
+    opaque=False,
     exact=False,
-    baselines={"B×B torch": _whole},
+    baselines={"B×B torch": _whole, "a product a side": _product_a_side, "ClipLoss, no reference": _clip_loss},
     floor=lambda s: (2.0 * s["B"] ** 2 * (s["d"] + s.get("r", 0)), 8.0 * s["B"] * (s["d"] + s.get("r", 0))),
 )
