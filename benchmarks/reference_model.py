@@ -48,8 +48,8 @@ METHODS = {
     "distillation, EmojiCLIP": ("distill", "emojiclip"),
 }
 LRS, TEMPERATURES = (5e-4, 1e-3), (0.05, 0.1, 0.3)
-BATCH, POINTS = 128, 6
-SAMPLES = {"choose": 25_600, "test": 61_440}
+BATCH, POINTS = 128, 5
+SAMPLES = {"choose": 25_600, "test": 40_960}
 EMOJI = EmojiStyles()
 Drawings = list[tuple[str, int]]
 
