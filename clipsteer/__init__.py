@@ -22,8 +22,11 @@ _LAZY = {
     "train_sae": "sae_train",
     "evaluate_sae": "sae_eval",
     "ConceptDictionary": "splice",
+    "DRRhoLoss": "reference_model",
     "RunningEnsemble": "merging",
     "wise_ft": "merging",
+    "ContrastiveConfig": "contrastive_config",
+    "train_contrastive": "contrastive_train",
 }
 
 __all__ = ["__version__", "ops", *_LAZY]
@@ -32,8 +35,11 @@ if TYPE_CHECKING:
     from clipsteer import ops as ops
     from clipsteer._files import FileFormatError as FileFormatError
     from clipsteer.conceptor import Conceptor as Conceptor
+    from clipsteer.contrastive_config import ContrastiveConfig as ContrastiveConfig
+    from clipsteer.contrastive_train import train_contrastive as train_contrastive
     from clipsteer.merging import RunningEnsemble as RunningEnsemble
     from clipsteer.merging import wise_ft as wise_ft
+    from clipsteer.reference_model import DRRhoLoss as DRRhoLoss
     from clipsteer.sae import SAE as SAE
     from clipsteer.sae import SAEOutput as SAEOutput
     from clipsteer.sae_eval import evaluate_sae as evaluate_sae

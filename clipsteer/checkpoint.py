@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from clipsteer._files import FileFormatError, read_json, read_safetensors, tensor_bytes, write_json, write_safetensors
+from clipsteer._files import FileFormatError, read_json, read_safetensors, write_json, write_safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -101,12 +101,3 @@ def _load(directory: Path, step: int, device: str) -> Checkpoint:
     if data.stat().st_size != head["bytes"] or _digest(data) != head["sha256"]:
         raise FileFormatError(f"{data}: truncated or damaged")
     return Checkpoint(step, {k: v.to(device) for k, v in read_safetensors(data).items()}, head["meta"])
-
-
-def digest(model: nn.Module) -> str:
-    """SHA-256 of a module's state: names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()

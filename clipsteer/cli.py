@@ -179,7 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", nargs=0, action=_Version, help="print the version")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    from clipsteer import cli_conceptor, cli_continual, cli_merge, cli_sae, cli_splice
+    from clipsteer import cli_conceptor, cli_continual, cli_merge, cli_sae, cli_splice, cli_train
 
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -246,7 +246,7 @@ examples:
     p.add_argument("--out", type=Path, metavar="FILE", help="write .json or .csv as well")
     p.add_argument("--compare", type=Path, metavar="OLD.json", help="say what changed beyond noise; 1 if slower")
 
-    for part in (cli_sae, cli_conceptor, cli_merge, cli_continual, cli_splice):
+    for part in (cli_sae, cli_conceptor, cli_merge, cli_train, cli_continual, cli_splice):
         part.add_parser(commands, _add)
     return parser
 

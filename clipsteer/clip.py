@@ -21,13 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipsteer._files import FileFormatError
+from clipsteer._files import FileFormatError, read_json
 from clipsteer._tokens import class_tokens as class_tokens
 from clipsteer._tokens import layout_at
 
 logger = logging.getLogger(__name__)
 
 EMOJICLIP = "emojiclip"
+EMOJI_TINY = "emoji-tiny"
 _ASSETS = Path(__file__).parent / "assets" / "emoji"
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
 
@@ -127,8 +128,9 @@ def load(
     """Load a model through open_clip.
 
     Args:
-        model: "emojiclip" (the small model that comes with clipsteer, for 64 px drawings), an open_clip architecture
-            ("ViT-B-32"), "hf-hub:org/repo" or "local-dir:path".
+        model: "emojiclip" (the small model that comes with clipsteer, for 64 px drawings), "emoji-tiny" (a quarter of
+            its size, without weights), an open_clip architecture ("ViT-B-32") or a .json file that describes one,
+            "hf-hub:org/repo" or "local-dir:path".
         pretrained: for an architecture, one of its open_clip tags or a local weights file; None means random weights.
             For "emojiclip", other weights than the bundled ones. Not for hf-hub: and local-dir: names.
         device, dtype: where and as what the weights are kept; None keeps open_clip's float32.
@@ -140,24 +142,39 @@ def load(
     """
     open_clip = _open_clip()
     pretrained = str(pretrained) if pretrained is not None else None
-    weights, tokenizer_args = pretrained, {}
-    if model == EMOJICLIP:
-        if EMOJICLIP not in open_clip.list_models():
-            open_clip.add_model_config(_ASSETS / "emojiclip.json")
-        weights = weights or str(_ASSETS / "emojiclip.safetensors")
+    weights, tokenizer_args, known = pretrained, {}, model
+    if model in (EMOJICLIP, EMOJI_TINY):
+        if model not in open_clip.list_models():
+            open_clip.add_model_config(_ASSETS / f"{model}.json")
+        if model == EMOJICLIP:
+            weights = weights or str(_ASSETS / "emojiclip.safetensors")
         tokenizer_args = {"bpe_path": str(_ASSETS / "bpe_merges.txt.gz")}
-    _check_names(open_clip, model, weights)
+    elif model.endswith(".json"):
+        known = _add_architecture(open_clip, Path(model))
+    _check_names(open_clip, known, weights)
     if weights is None and ":" not in model:
         logger.warning("%s: no pretrained weights were asked for, so the weights are random", model)
     try:
-        module, _, preprocess = open_clip.create_model_and_transforms(model, pretrained=weights, device=device)
+        module, _, preprocess = open_clip.create_model_and_transforms(known, pretrained=weights, device=device)
     except Exception as error:
         if weights is not None and Path(weights).is_file():
             raise FileFormatError(f"{weights}: cannot be loaded as weights of {model}: {error}") from error
         raise
-    tokenizer = open_clip.get_tokenizer(model, **tokenizer_args)
+    tokenizer = open_clip.get_tokenizer(known, **tokenizer_args)
     module = module.to(device=device, dtype=dtype).eval()
     return CLIP(module, preprocess, tokenizer, model, pretrained)
+
+
+def _add_architecture(open_clip: Any, path: Path) -> str:
+    """Make open_clip know the architecture of a .json file; returns its name."""
+    if not path.is_file():
+        raise ValueError(f"load: no such file: {path}")
+    parts = ("embed_dim", "vision_cfg", "text_cfg")
+    config = read_json(path)
+    if not isinstance(config, dict) or not all(part in config for part in parts):
+        raise FileFormatError(f"{path}: not a model of open_clip's: expected {', '.join(parts)}")
+    open_clip.add_model_config(path)
+    return path.stem
 
 
 def _check_names(open_clip: Any, model: str, pretrained: str | None) -> None:

@@ -234,6 +234,22 @@ class EmojiStyles:
         rank = {name: i for i, name in enumerate(classes)}
         return ImageDataset(_Reader(_emoji_tile, pairs), [rank[name] for name in names], classes)
 
+    def captioned(self, drawings: Iterable[tuple[str, int]], captions: Literal["label", "noisy"]) -> ImageDataset:
+        """Image–caption pairs: each drawing with its label, or with all that is said of it.
+
+        "noisy": the label, the label with each tag, and each tag alone, which may name many other things ("animal").
+        """
+        if captions not in ("label", "noisy"):
+            raise ValueError(f"EmojiStyles: captions must be 'label' or 'noisy', got {captions!r}")
+        pairs, texts = [], []
+        for style, i in drawings:
+            concept = self.concepts[i]
+            said = [*concept.captions(), *(t for t in concept.tags if t != concept.label)]
+            for text in said if captions == "noisy" else said[:1]:
+                pairs.append((style, i))
+                texts.append(text)
+        return ImageDataset(self.dataset(pairs)._read, texts)
+
 
 def image_folder(path: str | Path) -> ImageDataset:
     """A folder of class folders, as torchvision's ImageFolder; images straight in it form one class of its name.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from clipsteer import demo_continual, demo_sections
+from clipsteer import demo_continual, demo_reference, demo_sections
 from clipsteer._tokens import layout_at
 from clipsteer.clip import EMOJICLIP
 from clipsteer.demo_sections import percent as _percent
@@ -71,6 +71,8 @@ def build(
     )
     page.section("Averaging before and after fine-tuning", *demo_sections.wise_ft(found["wise_ft"]))
     page.section("Learning classes task by task", *demo_continual.of_measured(found["continual"]))
+    if clip.name == EMOJICLIP:
+        page.section("Training with a reference model", *demo_reference.section())
     multiple = found["steering"]["multiple_of_peak"]
     page.section("Do it yourself", *_snippet(clip, predictor.hook_point, chosen[0], multiple, saved / "sae", found))
     return page

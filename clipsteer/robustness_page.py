@@ -107,7 +107,7 @@ def write_svg(path: str | Path, chart: Html) -> list[Path]:
     """
     start = chart.index('<svg viewBox="0 0 400')
     drawing = chart[start : chart.index("</svg>", start)]
-    width, height = 400, 300
+    width, height = map(int, re.match(r'<svg viewBox="0 0 (\d+) (\d+)"', drawing).groups())
     body = drawing[drawing.index(">") + 1 :]
     keys = chart[chart.index('<ul class="legend">') :].split("<li>")[1:]
     extra = []

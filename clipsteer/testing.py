@@ -62,6 +62,8 @@ def fenced(t: Tensor) -> Tensor:
 
 def strided(t: Tensor) -> Tensor:
     """The same values, not contiguous: every other column of a poisoned buffer, transposed in memory."""
+    if t.dim() == 0:
+        return fenced(t)
     poison = float("nan") if t.is_floating_point() else -1
     wide = torch.full((*t.shape[:-1], 2 * t.shape[-1]), poison, dtype=t.dtype, device=t.device)
     view = wide.transpose(0, -1).contiguous().transpose(0, -1)[..., ::2]

@@ -44,6 +44,53 @@ TARGET void block64(const double* const* a, const double* b, int64_t stride, int
   block<double>(a, b, stride, k, rows, c);
 }
 
+// The same with numbers of a[i] that lie `step` apart and rows of b that are as long as a block; c += a b if `add`.
+template <class V, int ROWS>
+TARGET static inline void strided_block(const V* const* a, int64_t step, const V* b, int64_t k, V* const* c, bool add) {
+  constexpr int kVectors = kBlockBytes<CLIPSTEER_LEVEL> / kVectorBytes<CLIPSTEER_LEVEL>;
+  typedef V Vec __attribute__((vector_size(kVectorBytes<CLIPSTEER_LEVEL>), aligned(sizeof(V)), may_alias));
+  Vec sum[ROWS][kVectors] = {};
+  const V* left[ROWS];
+  for (int i = 0; i < ROWS; ++i) left[i] = a[i];
+  const Vec* row = reinterpret_cast<const Vec*>(b);
+  for (int64_t q = 0; q < k; ++q, row += kVectors) {
+    Vec right[kVectors];
+    for (int v = 0; v < kVectors; ++v) right[v] = row[v];
+    for (int i = 0; i < ROWS; ++i) {
+      const V one = left[i][q * step];
+      for (int v = 0; v < kVectors; ++v) sum[i][v] += one * right[v];
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < ROWS; ++i) {
+    Vec* target = reinterpret_cast<Vec*>(c[i]);
+    for (int v = 0; v < kVectors; ++v) target[v] = add ? target[v] + sum[i][v] : sum[i][v];
+  }
+}
+
+template <class V>
+TARGET static inline void strided_block(const V* const* a, int64_t step, const V* b, int64_t k, int rows, V* const* c,
+                                        bool add) {
+  switch (rows) {
+    case 1: return strided_block<V, 1>(a, step, b, k, c, add);
+    case 2: return strided_block<V, 2>(a, step, b, k, c, add);
+    case 3: return strided_block<V, 3>(a, step, b, k, c, add);
+    case 4: return strided_block<V, 4>(a, step, b, k, c, add);
+    case 5: return strided_block<V, 5>(a, step, b, k, c, add);
+    default: return strided_block<V, 6>(a, step, b, k, c, add);
+  }
+}
+
+TARGET void strided_block32(const float* const* a, int64_t step, const float* b, int64_t k, int rows, float* const* c,
+                            bool add) {
+  strided_block<float>(a, step, b, k, rows, c, add);
+}
+
+TARGET void strided_block64(const double* const* a, int64_t step, const double* b, int64_t k, int rows,
+                            double* const* c, bool add) {
+  strided_block<double>(a, step, b, k, rows, c, add);
+}
+
 #if CLIPSTEER_LEVEL == 2
 using Floats = __m512;
 TARGET static inline Floats load(const float* p) { return _mm512_loadu_ps(p); }

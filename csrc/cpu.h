@@ -41,6 +41,11 @@ std::tuple<Tensor, Tensor, Tensor> drift_sums(Tensor old, Tensor fresh, Tensor p
 std::tuple<Tensor, Tensor> mahalanobis_covariance_loss(Tensor fresh, Tensor old, Tensor labels, Tensor factor,
                                                        std::optional<Tensor> s, std::optional<Tensor> diag,
                                                        bool normalize, bool need_grad);
+std::tuple<Tensor, Tensor, Tensor> drrho_sums(Tensor rows, Tensor cols, Tensor diag, Tensor scale, int64_t offset,
+                                              bool keep);
+std::tuple<Tensor, Tensor, Tensor> drrho_grad(Tensor rows, Tensor cols, Tensor diag, Tensor scale, int64_t offset,
+                                              Tensor row_u, Tensor col_u, Tensor own, Tensor kept, int64_t width,
+                                              bool need_rows, bool need_cols);
 int64_t isa_level();
 
 // A (value, column) pair as one key: the greater key has the larger value or, at equal values, the lower column.
@@ -158,10 +163,28 @@ struct Kernels {
   // log_w becomes exp(log_w - peak) + floor, for log_w <= peak; their sum.
   float (*weights32)(float* log_w, float peak, float floor, int64_t n);
   double (*weights64)(double* log_w, double peak, double floor, int64_t n);
+  // The largest of a row of similarities; `highest` takes the larger of itself and the row, number by number.
+  float (*maxima32)(const float* S, float* highest, int64_t n);
+  double (*maxima64)(const double* S, double* highest, int64_t n);
+  // With t = (S - diag) scale: returns the sum of exp(t - peak) of the row, adds that of every column to `total`.
+  float (*pair_sums32)(const float* S, float row_diag, float row_peak, const float* diag, const float* peak,
+                       float scale, float* total, int64_t n);
+  double (*pair_sums64)(const double* S, double row_diag, double row_peak, const double* diag, const double* peak,
+                        double scale, double* total, int64_t n);
+  // P = w = exp(t - u) of the row plus that of each column; returns the sum of w t. P may be S.
+  float (*pair_weights32)(const float* S, float* P, float row_diag, float row_u, const float* diag, const float* u,
+                          float scale, int64_t n);
+  double (*pair_weights64)(const double* S, double* P, double row_diag, double row_u, const double* diag,
+                           const double* u, double scale, int64_t n);
   // c[i] = a[i] (k numbers) @ b (k rows of block_bytes, `stride` numbers apart), for 1 to kBlockRows rows.
   int64_t block_bytes;
   void (*block32)(const float* const* a, const float* b, int64_t stride, int64_t k, int rows, float* const* c);
   void (*block64)(const double* const* a, const double* b, int64_t stride, int64_t k, int rows, double* const* c);
+  // The same with numbers of a[i] that lie `step` apart and b without gaps; c[i] += if `add`.
+  void (*strided_block32)(const float* const* a, int64_t step, const float* b, int64_t k, int rows, float* const* c,
+                          bool add);
+  void (*strided_block64)(const double* const* a, int64_t step, const double* b, int64_t k, int rows, double* const* c,
+                          bool add);
   // The transpose of `columns` rows of k numbers, as such a b; what is missing of block_bytes is 0.
   void (*pack32)(const float* u, int64_t stride, int64_t columns, int64_t k, float* out);
   void (*pack64)(const double* u, int64_t stride, int64_t columns, int64_t k, double* out);
@@ -193,6 +216,32 @@ struct Kernels {
   }
   void block(const double* const* a, const double* b, int64_t stride, int64_t k, int rows, double* const* c) const {
     block64(a, b, stride, k, rows, c);
+  }
+  void strided_block(const float* const* a, int64_t step, const float* b, int64_t k, int rows, float* const* c,
+                     bool add) const {
+    strided_block32(a, step, b, k, rows, c, add);
+  }
+  void strided_block(const double* const* a, int64_t step, const double* b, int64_t k, int rows, double* const* c,
+                     bool add) const {
+    strided_block64(a, step, b, k, rows, c, add);
+  }
+  float maxima(const float* S, float* highest, int64_t n) const { return maxima32(S, highest, n); }
+  double maxima(const double* S, double* highest, int64_t n) const { return maxima64(S, highest, n); }
+  float pair_sums(const float* S, float own, float peak, const float* diag, const float* peaks, float scale,
+                  float* total, int64_t n) const {
+    return pair_sums32(S, own, peak, diag, peaks, scale, total, n);
+  }
+  double pair_sums(const double* S, double own, double peak, const double* diag, const double* peaks, double scale,
+                   double* total, int64_t n) const {
+    return pair_sums64(S, own, peak, diag, peaks, scale, total, n);
+  }
+  float pair_weights(const float* S, float* P, float own, float own_u, const float* diag, const float* u, float scale,
+                     int64_t n) const {
+    return pair_weights32(S, P, own, own_u, diag, u, scale, n);
+  }
+  double pair_weights(const double* S, double* P, double own, double own_u, const double* diag, const double* u,
+                      double scale, int64_t n) const {
+    return pair_weights64(S, P, own, own_u, diag, u, scale, n);
   }
   float log_weights(float* dot, const float* square, float own, float kappa, int64_t n) const {
     return log_weights32(dot, square, own, kappa, n);

@@ -1,4 +1,4 @@
-// Builds kernels.h, weights.h and blocks.h for each instruction set and picks one when the library is first used.
+// Builds kernels.h, weights.h, pairs.h and blocks.h for each instruction set and picks one when the library is first used.
 #include "cpu.h"
 
 #include <cstdlib>
@@ -14,6 +14,7 @@
 #define TARGET
 #include "kernels.h"
 #include "weights.h"
+#include "pairs.h"
 #undef CLIPSTEER_LEVEL
 #undef ISA
 #undef TARGET
@@ -24,6 +25,7 @@
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #include "kernels.h"
 #include "weights.h"
+#include "pairs.h"
 #include "blocks.h"
 #undef CLIPSTEER_LEVEL
 #undef ISA
@@ -34,6 +36,7 @@
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #include "kernels.h"
 #include "weights.h"
+#include "pairs.h"
 #include "blocks.h"
 #undef CLIPSTEER_LEVEL
 #undef ISA
@@ -47,11 +50,13 @@ namespace {
   {level,       isa::filter32, isa::filter64,   isa::seed32,    isa::seed64,      isa::axpy32, isa::axpy64, \
    isa::dot32, isa::dot64,    isa::distance32, isa::distance64, isa::repel32, isa::repel64,               \
    isa::widen_bf16, isa::widen_f16, isa::narrow_bf16, isa::narrow_f16,                                    \
-   isa::log_weights32, isa::log_weights64, isa::weights32, isa::weights64, __VA_ARGS__}
-#define BLOCKS(level, isa) kBlockBytes<level>, isa::block32, isa::block64, isa::pack32, isa::pack64
+   isa::log_weights32, isa::log_weights64, isa::weights32, isa::weights64,                                  \
+   isa::maxima32, isa::maxima64, isa::pair_sums32, isa::pair_sums64, isa::pair_weights32, isa::pair_weights64, __VA_ARGS__}
+#define BLOCKS(level, isa)                                                                                  \
+  kBlockBytes<level>, isa::block32, isa::block64, isa::strided_block32, isa::strided_block64, isa::pack32, isa::pack64
 
 // Elsewhere torch's GEMM has the better inner loop.
-const Kernels kPortable = TABLE(0, portable, 0, nullptr, nullptr, nullptr, nullptr);
+const Kernels kPortable = TABLE(0, portable, 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr);
 #ifdef CLIPSTEER_X86
 const Kernels kAvx2 = TABLE(1, avx2, BLOCKS(1, avx2));
 const Kernels kAvx512 = TABLE(2, avx512, BLOCKS(2, avx512));

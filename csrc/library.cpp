@@ -15,6 +15,13 @@ STABLE_TORCH_LIBRARY(clipsteer_cpp, m) {
   m.def(
       "mahalanobis_covariance_loss(Tensor new, Tensor old, Tensor labels, Tensor factor, Tensor? s, Tensor? diag, "
       "bool normalize, bool need_grad) -> (Tensor loss, Tensor d_new)");
+  m.def(
+      "drrho_sums(Tensor rows, Tensor cols, Tensor diag, Tensor scale, SymInt offset, bool keep) "
+      "-> (Tensor row_lse, Tensor col_lse, Tensor kept)");
+  m.def(
+      "drrho_grad(Tensor rows, Tensor cols, Tensor diag, Tensor scale, SymInt offset, Tensor row_u, Tensor col_u, "
+      "Tensor own, Tensor kept, SymInt width, bool need_rows, bool need_cols) "
+      "-> (Tensor d_rows, Tensor d_cols, Tensor moment)");
   m.def("isa_level() -> int");
 }
 
@@ -30,6 +37,8 @@ STABLE_TORCH_LIBRARY_IMPL(clipsteer_cpp, CPU, m) {
   m.impl("low_rank_project", TORCH_BOX(&clipsteer::low_rank_project));
   m.impl("drift_sums", TORCH_BOX(&clipsteer::drift_sums));
   m.impl("mahalanobis_covariance_loss", TORCH_BOX(&clipsteer::mahalanobis_covariance_loss));
+  m.impl("drrho_sums", TORCH_BOX(&clipsteer::drrho_sums));
+  m.impl("drrho_grad", TORCH_BOX(&clipsteer::drrho_grad));
 }
 
 // No tensor argument to choose a backend by.

@@ -46,6 +46,14 @@ KERNELS = (
     "drift_moved_fp32",
     "mahalanobis_covariance_loss",
     "mahalanobis_covariance_loss_low_rank",
+    "drrho_sums",
+    "drrho_sums_fp32",
+    "drrho_weights",
+    "drrho_weights_fp32",
+    "drrho_product",
+    "drrho_product_fp16",
+    "drrho_product_fp32",
+    "drrho_product_transposed",
 )
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # a block's limit, bytes
 
@@ -80,7 +88,8 @@ def test_shared_memory_fits(binaries: tuple[str, dict[str, dict]], kernel: str) 
     [
         "topk_encode_fwd", "topk_encode_keys", "grouped_matmul", "grouped_matmul_transposed", "grouped_matmul_mean",
         "grouped_outer", "low_rank_project", "low_rank_project_mean", "low_rank_project_r256",
-        "drift_log_weights", "drift_moved",
+        "drift_log_weights", "drift_moved", "drrho_sums", "drrho_weights", "drrho_product", "drrho_product_fp16",
+        "drrho_product_transposed",
     ],
 )  # fmt: skip
 def test_matrix_product_runs_on_tensor_cores(binaries: tuple[str, dict[str, dict]], kernel: str) -> None:
@@ -92,7 +101,10 @@ def test_matrix_product_runs_on_tensor_cores(binaries: tuple[str, dict[str, dict
 
 def test_fp32_keeps_ieee_products(binaries: tuple[str, dict[str, dict]]) -> None:
     target, found = binaries
-    for kernel in ("topk_encode_fwd_fp32", "low_rank_project_fp32", "drift_log_weights_fp32", "drift_moved_fp32"):
+    for kernel in (
+        "topk_encode_fwd_fp32", "low_rank_project_fp32", "drift_log_weights_fp32", "drift_moved_fp32",
+        "drrho_sums_fp32", "drrho_weights_fp32", "drrho_product_fp32",
+    ):  # fmt: skip
         instructions = found[kernel]["instructions"]
         # CDNA's fp32 matrix instructions are IEEE; NVIDIA's tensor cores would round the operands to TF32.
         if target == "gfx942":
@@ -107,7 +119,10 @@ def test_gathers_read_16_bytes_a_lane(binaries: tuple[str, dict[str, dict]], ker
 
 
 def test_matrix_tiles_are_copied_16_bytes_a_lane(binaries: tuple[str, dict[str, dict]]) -> None:
-    for kernel in ("topk_encode_fwd", "grouped_matmul", "low_rank_project", "drift_log_weights", "drift_moved"):
+    for kernel in (
+        "topk_encode_fwd", "grouped_matmul", "low_rank_project", "drift_log_weights", "drift_moved", "drrho_sums",
+        "drrho_weights", "drrho_product",
+    ):  # fmt: skip
         assert binaries[1][kernel]["instructions"]["load_16_bytes"] > 0
 
 
@@ -138,6 +153,7 @@ def compile_all(target_name: str) -> dict[str, dict]:
 
     from clipsteer.kernels import (
         conceptor_project,
+        drrho_loss,
         mahalanobis_covariance_loss,
         semantic_drift,
         sparse_decode,
@@ -148,7 +164,11 @@ def compile_all(target_name: str) -> dict[str, dict]:
         options = {name: config.pop(name) for name in ("num_warps", "num_stages") if name in config}
         names = kernel.arg_names
         signature = dict.fromkeys(names, "constexpr") | dict.fromkeys(scalars.split(), "i32") | pointers
-        aligned = [name for name in (*pointers, *scalars.split()) if name not in ("B", "K", "N", "C", "rows_of_part")]
+        aligned = [
+            name
+            for name in (*pointers, *scalars.split())
+            if name not in ("B", "K", "N", "C", "M", "offset", "rows_of_part")
+        ]
         attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
         source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in config.items()}, attrs)
         return budget(triton.compile(source, target=target, options=options))
@@ -218,6 +238,31 @@ def compile_all(target_name: str) -> dict[str, dict]:
         kernel = mahalanobis_covariance_loss._mahalanobis_covariance_loss_kernel
         return build(kernel, dict.fromkeys(names, "*fp32") | sorted_rows, "B C n", config)
 
+    def drrho(dtype: torch.dtype) -> dict[str, dict]:
+        kind, flags = KINDS[dtype], {"PRECISION": "ieee"}
+        pointers = {"rows_ptr": kind, "cols_ptr": kind, "diag_ptr": "*fp32", "scale_ptr": "*fp32"}
+        names = ("row_u_ptr", "col_u_ptr", "own_ptr", "weight_ptr", "moment_ptr")
+        sums, weights = drrho_loss._drrho_sums_kernel, drrho_loss._drrho_weights_kernel
+        lse = dict.fromkeys(("row_lse_ptr", "col_lse_ptr"), "*fp32")
+        config = drrho_loss.tile_config(dtype)
+        return {
+            "drrho_sums": build(sums, pointers | lse, "M N D offset", flags | config),
+            "drrho_weights": build(
+                weights,
+                pointers | dict.fromkeys(names, "*fp32"),
+                "M N D stride offset",
+                flags | drrho_loss.tile_config(dtype),
+            ),
+        }
+
+    def drrho_product(dtype: torch.dtype, transposed: bool = False) -> dict:
+        pointers = {"weight_ptr": "*fp32", "x_ptr": KINDS[dtype], "out_ptr": "*fp32"}
+        flags = {"ADD": transposed, "SPLIT": dtype != torch.float32, "PRECISION": "ieee"}
+        flags["weight_row" if transposed else "weight_col"] = 1
+        scalars = "M K width x_row " + ("weight_col" if transposed else "weight_row")
+        return build(drrho_loss._drrho_product_kernel, pointers, scalars, flags | drrho_loss.product_config(dtype))
+
+    KINDS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
     sorted_rows = {"order_ptr": "*i64", "offsets_ptr": "*i32"}
     d, n, k, kind = 768, 49152, 64, "*bf16"
     candidates = {"order_ptr": "*i32", "col_ptr": "*u8"}
@@ -278,6 +323,12 @@ def compile_all(target_name: str) -> dict[str, dict]:
         ),
         **dict(zip(("drift_log_weights", "drift_moved"), drift(torch.bfloat16))),
         **dict(zip(("drift_log_weights_fp32", "drift_moved_fp32"), drift(torch.float32))),
+        **drrho(torch.bfloat16),
+        **{f"{name}_fp32": found for name, found in drrho(torch.float32).items()},
+        "drrho_product": drrho_product(torch.bfloat16),
+        "drrho_product_fp16": drrho_product(torch.float16),
+        "drrho_product_fp32": drrho_product(torch.float32),
+        "drrho_product_transposed": drrho_product(torch.bfloat16, transposed=True),
         "mahalanobis_covariance_loss": pairs(d, weighted=False),
         "mahalanobis_covariance_loss_low_rank": pairs(d + k, weighted=True),
     }  # fmt: skip

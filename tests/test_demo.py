@@ -19,9 +19,11 @@ from clipsteer import (
     demo,
     demo_conceptors,
     demo_page,
+    demo_reference,
     demo_sections,
     demo_wise_ft,
     explore,
+    report,
     steer,
 )
 from clipsteer import style_shift as shift
@@ -243,6 +245,19 @@ def test_without_a_few_classes_the_conceptor_section_says_so():
     assert kinds.names == ["a", "b"]
     assert kinds.of_image.tolist() == [-1, -1, *truth[2:38].tolist(), -1, -1]
     assert kinds.of_text.tolist() == [0, 1] + [-1] * 38
+
+
+def test_the_reference_curves_are_committed_ones_and_say_so():
+    means = json.loads(demo_reference.PLACE.read_text())
+    markup = "".join(demo_reference.section())
+    assert "not measured for this page" in markup
+    assert f"{len(means['seeds'])} seeds of {means['date']}" in markup
+    for title in demo_reference.SHOWN:
+        lines = means["metrics"][title]
+        assert all(len(values) == len(means["samples"]) for values in lines.values())
+        for name, values in lines.items():
+            assert f"{name}: {report._number(100 * values[-1])}" in markup
+            assert all(0 <= v <= 1 for v in values)
 
 
 def test_wise_ft_section_shows_its_rows():

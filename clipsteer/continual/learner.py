@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer import checkpoint, ops
+from clipsteer._training import weights_digest
 from clipsteer.classifier import pixel_batches
 from clipsteer.clip import evaluating
 from clipsteer.continual.alignment import align
@@ -70,7 +71,7 @@ class ClassIncrementalLearner:
         self.zero_shot, self.plasticity = zero_shot, plasticity
         self.out = Path(out) if out is not None else None
         self.device = encoder.device
-        self.digest = checkpoint.digest(encoder) if out is not None else ""
+        self.digest = weights_digest(encoder) if out is not None else ""
         # usage is comparable between tasks only when one network, the one of the SAEs, is read
         self.original = copy.deepcopy(encoder).eval() if config.plasticity else None
         self.lora = LoRA(encoder.module, config.rank, config.lora) if config.train == "lora" else None

@@ -4,6 +4,8 @@ from clipsteer.ops._dispatch import BACKENDS, explain
 from clipsteer.ops.conceptor_project import LOW_RANK_SPEC as _LOW_RANK
 from clipsteer.ops.conceptor_project import SPEC as _CONCEPTOR
 from clipsteer.ops.conceptor_project import LowRank, conceptor_project, conceptor_project_reference
+from clipsteer.ops.drrho_loss import SPEC as _DRRHO
+from clipsteer.ops.drrho_loss import drrho_loss, drrho_loss_reference
 from clipsteer.ops.mahalanobis_covariance_loss import LOW_RANK_SPEC as _MAHALANOBIS_LOW_RANK
 from clipsteer.ops.mahalanobis_covariance_loss import SPEC as _MAHALANOBIS
 from clipsteer.ops.mahalanobis_covariance_loss import (
@@ -18,7 +20,7 @@ from clipsteer.ops.sparse_decode import sparse_decode, sparse_decode_reference
 from clipsteer.ops.topk_encode import SPEC as _TOPK_ENCODE
 from clipsteer.ops.topk_encode import topk_encode, topk_encode_reference
 
-_SPECS = (_TOPK_ENCODE, _SPARSE_DECODE, _CONCEPTOR, _LOW_RANK, _MAHALANOBIS, _MAHALANOBIS_LOW_RANK, _DRIFT)
+_SPECS = (_TOPK_ENCODE, _SPARSE_DECODE, _CONCEPTOR, _LOW_RANK, _MAHALANOBIS, _MAHALANOBIS_LOW_RANK, _DRIFT, _DRRHO)
 REGISTRY = {spec.name: spec for spec in _SPECS}
 
 __all__ = [
@@ -28,6 +30,8 @@ __all__ = [
     "LowRankDiag",
     "conceptor_project",
     "conceptor_project_reference",
+    "drrho_loss",
+    "drrho_loss_reference",
     "explain",
     "mahalanobis_covariance_loss",
     "mahalanobis_covariance_loss_reference",

@@ -38,6 +38,10 @@ SCHEMAS = {
     "drift_sums": "(Tensor old, Tensor new, Tensor prototypes, Tensor scale) -> (Tensor, Tensor, Tensor)",
     "mahalanobis_covariance_loss": "(Tensor new, Tensor old, Tensor labels, Tensor factor, Tensor? s, Tensor? diag, "
     "bool normalize, bool need_grad) -> (Tensor, Tensor)",
+    "drrho_sums": "(Tensor rows, Tensor cols, Tensor diag, Tensor scale, SymInt offset, bool keep) "
+    "-> (Tensor, Tensor, Tensor)",
+    "drrho_grad": "(Tensor rows, Tensor cols, Tensor diag, Tensor scale, SymInt offset, Tensor row_u, Tensor col_u, "
+    "Tensor own, Tensor kept, SymInt width, bool need_rows, bool need_cols) -> (Tensor, Tensor, Tensor)",
 }
 _FILES = {  # in kernels/, and the ops in each
     "topk_encode": ("topk_encode",),
@@ -45,6 +49,7 @@ _FILES = {  # in kernels/, and the ops in each
     "conceptor_project": ("grouped_matmul", "grouped_outer", "low_rank_project"),
     "semantic_drift": ("drift_sums",),
     "mahalanobis_covariance_loss": ("mahalanobis_covariance_loss",),
+    "drrho_loss": ("drrho_sums", "drrho_grad"),
 }
 
 
@@ -94,6 +99,22 @@ def _fake_mahalanobis_covariance_loss(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     wide = torch.promote_types(new.dtype, torch.float32)
     return new.new_empty((), dtype=wide), new.new_empty(new.shape[0] if need_grad else 0, new.shape[1], dtype=wide)
+
+
+def _fake_drrho_sums(
+    rows: Tensor, cols: Tensor, diag: Tensor, scale: Tensor, offset: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    M, N = rows.shape[0], cols.shape[0]
+    # whole panels and a line; see row_stride in drrho_loss.cpp
+    return diag.new_empty(M), diag.new_empty(N), diag.new_empty(M if keep else 0, (N + 63) // 64 * 64 + 16)
+
+
+def _fake_drrho_grad(
+    rows: Tensor, cols: Tensor, diag: Tensor, scale: Tensor, offset: int, row_u: Tensor, col_u: Tensor, own: Tensor,
+    kept: Tensor, width: int, need_rows: bool, need_cols: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    M, N = rows.shape[0] if need_rows else 0, cols.shape[0] if need_cols else 0
+    return diag.new_empty(M, width), diag.new_empty(N, width), diag.new_empty(())
 
 
 _FAKES: dict[str, Callable[..., Any]] = {name: globals()[f"_fake_{name}"] for name in SCHEMAS}

@@ -50,6 +50,8 @@ class OpSpec:
     optional: tuple[str, ...] = ()  # inputs that may be None, which means zeros
     scalable: tuple[str, ...] = ()  # inputs that, multiplied by a power of two, multiply every output exactly
     grad_buffer: str | None = None  # the input whose gradient ``grad_buffer=`` and ``sparse_grad=`` are about
+    wide: bool = False  # outputs of half-precision inputs are float32
+    opaque: bool = True  # outputs are the low-level op's own, so that a compiler cannot change a bit of them
     exact: bool = True  # on small integers every output is exact, so that backends agree bit for bit
     # Outputs, and gradients as "d name", that hold torch's own GEMM: they repeat at a fixed thread count only.
     torch_sums: tuple[str, ...] = ()

@@ -1,0 +1,135 @@
+"""Tables and curves of benchmarks/reference_model.py."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clipsteer._files import write_atomically, write_json
+from clipsteer.demo_reference import PLACE, chart
+from clipsteer.robustness_page import write_svg
+
+METRICS = {
+    "held-out style, seen concepts/image_to_text_r1": "R@1, held-out style, seen concepts",
+    "trained styles, new concepts/image_to_text_r1": "R@1, trained styles, new concepts",
+    "held-out style, new concepts/image_to_text_r1": "R@1, held-out style, new concepts",
+    "30 classes, held-out style/zero_shot": "zero-shot, 30 classes, held-out style",
+}
+# two-sided 95 % points of Student's t for 1 … 9 degrees of freedom
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % t-interval."""
+    if len(values) < 2:
+        return statistics.fmean(values), math.inf
+    return statistics.fmean(values), _T[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def curves(found: dict[str, Any]) -> dict[str, Any]:
+    """Means over seeds by number of samples: what the charts are drawn from."""
+    runs = {m: [run["rows"] for run in found["runs"] if run["method"] == m] for m in found["chosen"]}
+    first = next(iter(runs.values()))[0]
+    return {
+        "samples": [row["samples"] for row in first], "seeds": found["seeds"], "date": found["machine"]["date"],
+        "metrics": {
+            title: {m: [statistics.fmean(rows[i][key] for rows in each) for i in range(len(first))]
+                    for m, each in runs.items()}
+            for key, title in METRICS.items()
+        },
+    }  # fmt: skip
+
+
+def finals(found: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """Metric -> method -> the figure at the end of each seed's run."""
+    return {
+        key: {m: [run["rows"][-1][key] for run in found["runs"] if run["method"] == m] for m in found["chosen"]}
+        for key in METRICS
+    }
+
+
+def differences(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every pair of methods, paired by seed (the same start and the same batches)."""
+    rows = []
+    for key, by_method in finals(found).items():
+        for a, b in itertools.combinations(by_method, 2):
+            mean, half = interval([y - x for x, y in zip(by_method[a], by_method[b])])
+            rows.append({"metric": key, "from": a, "to": b, "mean": mean, "half_width": half,
+                         "told_apart": abs(mean) > half})  # fmt: skip
+    return rows
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def markdown(found: dict[str, Any]) -> str:
+    last, apart = finals(found), differences(found)
+    percent = lambda x: f"{100 * x:.1f}"
+    methods, seeds = list(found["chosen"]), len(found["seeds"])
+    parts = [
+        "# Training with a reference model, on EmojiStyles\n",
+        f"{found['model']}, {found['samples']['test']:,} samples in batches of {found['batch_size']}, "
+        f"{found['pairs']['all']:,} pairs of drawings and noisy captions, {seeds} seeds, about "
+        f"{found['processor_seconds']:.0f} s of processor time a run ({found['machine']['chip']}, "
+        f"{found['machine']['date']}). Made by benchmarks/reference_model.py; curves in the SVG files beside this one, "
+        "every figure in the JSON.\n",
+        "Figures are % right, mean over seeds ± half a 95 % t-interval. R@1 is image→text, among the labels of the "
+        "set.\n",
+        _table(
+            ["", *METRICS.values()],
+            [[m, *(f"{percent(interval(last[key][m])[0])} ± {percent(interval(last[key][m])[1])}" for key in METRICS)]
+             for m in methods],
+        ),
+        "The references themselves, image→text R@1:\n",
+        _table(
+            ["", *next(iter(found["references"].values()))],
+            [[name, *map(percent, row.values())] for name, row in found["references"].items()],
+        ),
+        "## Paired differences\n",
+        "Points gained by going from the first to the second method, seed by seed; in bold where the 95 % t-interval "
+        "leaves out 0. The others cannot be told apart with these seeds. The intervals are not corrected for the "
+        "number of comparisons.\n",
+    ]  # fmt: skip
+    rows = []
+    for a, b in itertools.combinations(methods, 2):
+        cells = []
+        for key in METRICS:
+            row = next(r for r in apart if (r["metric"], r["from"], r["to"]) == (key, a, b))
+            text = f"{100 * row['mean']:+.1f} ± {100 * row['half_width']:.1f}"
+            cells.append(f"**{text}**" if row["told_apart"] else text)
+        rows.append([f"{a} → {b}", *cells])
+    parts += [
+        _table(["", *METRICS.values()], rows),
+        "## Choices\n",
+        f"Learning rate and temperature by mean reciprocal rank, image→text, on {found['left_out_drawings']} left-out "
+        f"drawings of seen concepts in trained styles; seed 0, {found['samples']['choose']:,} samples, "
+        f"{len(found['tried']) // len(methods)} trials a method:\n",
+    ]
+    trials = sorted({(run["lr"], run["temperature"]) for run in found["tried"]})
+    at = {(run["method"], (run["lr"], run["temperature"])): percent(run["mrr"]) for run in found["tried"]}
+    for m, c in found["chosen"].items():
+        best = (m, (c["lr"], c["temperature"]))
+        at[best] = f"**{at[best]}**"
+    names = (f"lr {lr:g}, τ {tau:g}" for lr, tau in trials)
+    parts.append(_table(["", *names], [[m, *(at[m, t] for t in trials)] for m in methods]))
+    return "\n".join(parts)
+
+
+def write(stem: Path, found: dict[str, Any]) -> list[Path]:
+    """STEM.json, STEM.md, a chart for each metric, and the means that the demo draws."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    means = curves(found)
+    write_json(stem.with_suffix(".json"), {**found, "differences": differences(found)})
+    text = markdown(found)
+    write_atomically(stem.with_suffix(".md"), lambda file: file.write(text.encode()))
+    write_json(PLACE, means)
+    written = [stem.with_suffix(".json"), stem.with_suffix(".md"), PLACE]
+    for number, title in enumerate(means["metrics"], 1):
+        written += write_svg(stem.with_name(f"{stem.name}_{number}.svg"), chart(means, title))
+    return written

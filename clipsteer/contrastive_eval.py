@@ -1,0 +1,73 @@
+"""What a contrastively trained CLIP can do, and what each pair still costs it beside a reference."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clipsteer import ops
+from clipsteer._files import write_atomically
+from clipsteer.clip import CLIP, zero_shot_head
+from clipsteer.contrastive_data import captions_of
+from clipsteer.data import ImageDataset
+from clipsteer.reference_features import ReferenceFeatures, encode_dataset, encode_texts
+
+
+def evaluate(clip: CLIP, dataset: ImageDataset, *, templates: tuple[str, ...] | None = None, workers: int = 0) -> dict:
+    """Zero-shot accuracy where the images have classes; where they have captions, recall at 1 in both directions and
+    the mean reciprocal rank of an image's caption.
+
+    Retrieval is among the data set's images and its distinct captions; images of one caption count as equally right.
+    """
+    images = encode_dataset(clip, dataset, workers=workers)
+    if dataset.classes is not None:
+        head = zero_shot_head(clip, [name.replace("_", " ").replace("-", " ") for name in dataset.classes], templates)
+        right = (images @ head.T.to(images.dtype)).argmax(1).cpu() == torch.tensor(dataset.targets)
+        return {"zero_shot": float(right.float().mean())}
+    texts = list(dict.fromkeys(captions_of(dataset)))
+    place = {text: i for i, text in enumerate(texts)}
+    truth = torch.tensor([place[text] for text in captions_of(dataset)])
+    scores = (images @ encode_texts(clip, texts).T).cpu()
+    ahead = (scores > scores.gather(1, truth[:, None])).sum(1)
+    return {
+        "image_to_text_mrr": float((1 / (1 + ahead)).mean()),
+        "image_to_text_r1": float((scores.argmax(1) == truth).float().mean()),
+        "text_to_image_r1": float((truth[scores.argmax(0)] == torch.arange(len(texts))).float().mean()),
+    }
+
+
+@torch.no_grad()
+def excess_losses(
+    clip: CLIP, dataset: ImageDataset, reference: ReferenceFeatures, *, temperature: float = 0.05, chunk: int = 2048,
+    seed: int = 0, workers: int = 0,
+) -> dict[str, Tensor]:  # fmt: skip
+    """What every pair still costs: (N,) "learner", "reference" and "excess", images whole.
+
+    learner_i = τ/2·(u_i^image + u_i^text), DRRho's term without a reference: how close other pairs come to this one,
+    against `chunk` pairs drawn with it (all when there are no more). reference_i is the same of the reference; excess_i
+    has the reference in it, Σ_j exp([(s_ij - s_ii) - (r_ij - r_ii)]/τ): large where the pair is hard for the learner
+    and easy for the reference, so worth learning; small where it is learnt, or noise.
+    """
+    image, text = encode_dataset(clip, dataset, workers=workers), encode_texts(clip, captions_of(dataset))
+    theirs = (reference.image.to(image), reference.text.to(image))
+    out = {name: torch.zeros(len(dataset)) for name in ("learner", "reference", "excess")}
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    for rows in order.tensor_split(-(-len(dataset) // chunk)):
+        mine, ref = (image[rows], text[rows]), (theirs[0][rows], theirs[1][rows])
+        for name, features in (("learner", mine), ("reference", ref), ("excess", (*mine, *ref))):
+            out[name][rows] = temperature * ops.drrho_loss(*features, temperature=temperature)[1].mean(0).float().cpu()
+    return out
+
+
+def write_excess(path: str | Path, losses: dict[str, Tensor], captions: list[str]) -> None:
+    """A CSV with a row a pair, the largest excess first: sample, learner, reference, excess, caption."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["sample", *losses, "caption"])
+    for row in losses["excess"].argsort(descending=True, stable=True).tolist():
+        writer.writerow([row, *(f"{values[row]:.6g}" for values in losses.values()), captions[row]])
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))

@@ -1,0 +1,131 @@
+"""CLIP's loss over all processes' pairs, with a reference's similarities as soft targets; learnable sub-batches."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def gather_with_grad(x: Tensor) -> Tensor:
+    """The processes' rows joined in rank order; the gradient comes back summed over the processes."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return x
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(x.contiguous()))
+
+
+class ContrastiveLoss(nn.Module):
+    """The symmetric cross-entropy of CLIP, mixed with distillation of a reference's similarities.
+
+    With logits s/τ over all pairs of the batch, and r/τ the reference's:
+    L = (1-w)·½·mean_i[CE(s_i·/τ, i) + CE(s_·i/τ, i)] + w·½·mean_i[KL(softmax(r_i·/τ) ‖ softmax(s_i·/τ)) + columns].
+    Each process computes its rows and columns against everybody's; averaging gradients over the processes, as DDP
+    does, gives the gradient of the joint batch.
+
+    Source: Radford et al. 2021 (arXiv 2103.00020), section 2.3; Yang et al. 2024, CLIP-KD (arXiv 2307.12732),
+    contrastive relational distillation.
+
+    Args:
+        temperature: τ; with learnable_temperature its logarithm is trained.
+        distill: w in [0, 1]; 0 is CLIP's loss.
+    """
+
+    def __init__(self, *, temperature: float = 0.07, learnable_temperature: bool = True, distill: float = 0.0) -> None:
+        super().__init__()
+        if not 0 < temperature < math.inf or not 0 <= distill <= 1:
+            raise ValueError(
+                f"ContrastiveLoss: temperature must be positive and distill in [0, 1], got {temperature} and {distill}"
+            )
+        self.distill = distill
+        self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)), requires_grad=learnable_temperature)
+
+    @property
+    def temperature(self) -> Tensor:
+        return (-self.logit_scale).exp()
+
+    @torch.no_grad()
+    def clamp_temperature_(self) -> None:
+        """CLIP's rule: logits are never scaled by more than 100."""
+        if self.logit_scale.requires_grad:
+            self.logit_scale.clamp_(max=math.log(100))
+
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        ids: Tensor | None = None,
+        ref_image: Tensor | None = None,
+        ref_text: Tensor | None = None,
+        *,
+        gamma: float = 1.0,
+    ) -> Tensor:
+        """The loss of a batch, (); ids and gamma are those of `DRRhoLoss`, and mean nothing here.
+
+        image, text: (B, e) unit rows, this process's pairs; ref_image, ref_text: (B, e_ref), the reference's.
+        Raises ValueError when distillation is asked for without a reference.
+        """
+        if self.distill and (ref_image is None or ref_text is None):
+            raise ValueError("ContrastiveLoss: distill > 0 needs ref_image and ref_text")
+        rows = self._logits(image, text)
+        own = torch.arange(len(image), device=image.device)
+        if rows[0].shape[1] > len(image):
+            own = own + dist.get_rank() * len(image)
+        loss = sum(F.cross_entropy(logits, own) for logits in rows) / 2
+        if not self.distill:
+            return loss
+        with torch.no_grad():
+            targets = [logits.log_softmax(1) for logits in self._logits(ref_image, ref_text)]
+        soft = sum(
+            F.kl_div(logits.log_softmax(1), target.to(logits.dtype), log_target=True, reduction="batchmean")
+            for logits, target in zip(rows, targets)
+        )
+        return (1 - self.distill) * loss + self.distill * soft / 2
+
+    def _logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, B_all) of this process's images against all texts, and of its texts against all images."""
+        return image @ gather_with_grad(text).T / self.temperature, text @ gather_with_grad(image).T / self.temperature
+
+
+@torch.no_grad()
+def select_learnable(
+    image: Tensor, text: Tensor, ref_image: Tensor, ref_text: Tensor, keep: int, *, temperature: float, chunks: int = 16
+) -> Tensor:
+    """Indices (keep,) of pairs that are learnable together: hard for the learner, easy for the reference.
+
+    The first chunk is drawn evenly. A later one is drawn without replacement with probability ∝ exp(learner's loss -
+    reference's loss), where a pair's loss is CLIP's against the pairs drawn so far and itself.
+
+    Source: Evans et al. 2024, JEST (arXiv 2406.17711), algorithm 1, with the softmax loss.
+
+    Args:
+        image, text: (N, e) unit rows of the learner; ref_image, ref_text: (N, e_ref) of the reference.
+        keep: at most N. Randomness comes from torch's global generator.
+    """
+    n = len(image)
+    if not 1 <= keep <= n or chunks < 1:
+        raise ValueError(f"select_learnable: keep must be in [1, {n}] and chunks at least 1, got {keep} and {chunks}")
+    # log-ratios to the pair itself, over texts and over images
+    sides = [
+        [(x - x.diagonal()[:, None]) / temperature for x in (s, s.T)] for s in (image @ text.T, ref_image @ ref_text.T)
+    ]
+    free = torch.ones(n, dtype=torch.bool, device=image.device)
+    drawn: list[Tensor] = []
+    ends = [round(keep * (c + 1) / chunks) for c in range(chunks)]
+    for begin, end in zip([0, *ends], ends):
+        score = torch.zeros(n, device=image.device)
+        if drawn:
+            taken = torch.cat(drawn)
+            # the pair itself adds exp(0)
+            learner, reference = (sum(F.pad(x[:, taken], (0, 1)).logsumexp(1) for x in two) / 2 for two in sides)
+            score = (learner - reference).float()
+        # Gumbel's trick: the largest of score + noise are draws without replacement
+        noise = -torch.log(-torch.log(torch.rand(n, device=image.device).clamp_(1e-20, 1 - 1e-7)))
+        picked = (score + noise).masked_fill(~free, -math.inf).topk(end - begin).indices
+        free[picked] = False
+        drawn.append(picked)
+    return torch.cat(drawn)

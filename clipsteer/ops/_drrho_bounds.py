@@ -1,0 +1,114 @@
+"""What ``drrho_loss`` may be off by.
+
+S = s − r is a sum of D products, off by δS ≤ (D + 6)·u·|rows||cols|ᵀ; t = (S − S_ii)/τ is off by
+δ ≤ (δS + δS_ii)/τ and its own roundings. A sum of exponentials of t' ∈ [t − δ, t + δ] has its logarithm in
+[lse(t − δ), lse(t + δ)], and u, which rises with it, stays in the image of that interval. A weight exp(t − u) is then
+off by a factor of at most exp(δ + δu), and the gradients are sums of weights times features.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipsteer.ops._spec import ACCUMULATE, fraction_of_bound, operand_error
+
+# An exponential, or a logarithm, in roundings of its result; see _drift_bounds.
+EXP = 4
+
+
+class Truth:
+    """A drawn case in float64: per side (image, text) t, its error δ, u and its error, all (2, B, B) or (2, B)."""
+
+    def __init__(self, inputs: dict[str, Any]) -> None:
+        wide = {n: v.detach().double() if isinstance(v, Tensor) else v for n, v in inputs.items()}
+        dtype = inputs["image"].dtype
+        self.unit, self.operand = ACCUMULATE[dtype], operand_error(dtype)
+        # weights on tensor cores are sums of two halves
+        self.split = 2.0**-15 if dtype in (torch.float16, torch.bfloat16) else 0.0
+        self.image, self.text, self.tau = wide["image"], wide["text"], wide["temperature"]
+        rows, cols = self.image, self.text
+        if wide["ref_image"] is not None:
+            rows, cols = torch.cat([rows, -wide["ref_image"]], 1), torch.cat([cols, wide["ref_text"]], 1)
+        self.B, self.rho = rows.shape[0], wide["rho"]
+        own, u = torch.eye(self.B, dtype=torch.bool), self.unit
+        tiny = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).tiny
+        S, size = rows @ cols.T, rows.abs() @ cols.abs().T
+        off = ((rows.shape[1] + 6) * u + self.operand) * size + rows.shape[1] * tiny
+        both = lambda x: torch.stack([x, x.T]) + x.diagonal().unsqueeze(1)
+        t = (torch.stack([S, S.T]) - S.diagonal().unsqueeze(1)) / self.tau
+        self.delta = both(off) / self.tau + 6 * u * both(S.abs()) / self.tau
+        # a pair at infinity has no weight, or all of it, whatever it is rounded to
+        self.delta = torch.where(t.isinf(), 0.0, self.delta).nan_to_num(nan=0.0)
+        self.t = t.masked_fill(own, -torch.inf)
+        self.lse = self.t.logsumexp(2)
+        peak = self.t.amax(2).nan_to_num(posinf=0.0, neginf=0.0, nan=0.0)
+        # a term's distance from the peak, the exponential, B sums, a rescaling for each tile of 16, the logarithm
+        step = self.delta + 2 * u * (t.abs().nan_to_num(posinf=0.0, nan=0.0) + peak.abs().unsqueeze(2))
+        steps = (self.B + (EXP + 2) * (self.B / 16 + 1) + 2 * EXP + 4) * u
+        ends = [(self.t + sign * step).logsumexp(2) + sign * steps for sign in (-1, 1)]
+        self.u, self.share = self.averaged(self.lse, wide)
+        sizes = 8 * u * (self.lse.abs().nan_to_num(posinf=0.0) + math.log(self.B) + self.u.abs() + 1)
+        if wide["eps"] > 0:
+            sizes = sizes + 4 * u * abs(math.log(wide["eps"]))
+        if wide["u"] is not None:
+            sizes = sizes + 4 * u * (wide["u"].nan_to_num(0.0).abs() + abs(math.log(wide["gamma"])))
+        low, high = (self.averaged(end, wide)[0] for end in ends)
+        self.u_off = (torch.maximum(high - self.u, self.u - low) + sizes).nan_to_num(nan=0.0, posinf=0.0)
+
+    def averaged(self, lse: Tensor, wide: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        log_G = torch.logaddexp(lse - math.log(self.B), torch.full_like(lse, wide["eps"]).log())
+        past = torch.full_like(lse, torch.nan) if wide["u"] is None else wide["u"]
+        share = torch.where(past.isnan(), 1.0, torch.full_like(past, wide["gamma"]))
+        return torch.logaddexp(past.nan_to_num(0.0) + (1 - share).log(), log_G + share.log()), share
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """exp(t − u) / 2B² of both sides, its error, and t with 0 where a pair is its own: (2, B, B)."""
+        w = (self.t - self.u.unsqueeze(2)).exp() / (2 * self.B**2)
+        t = self.t.masked_fill(torch.eye(self.B, dtype=torch.bool), 0.0)
+        rounding = self.unit * (2 * t.abs() + 2 * self.u.abs().unsqueeze(2) + 2 * EXP + 4)
+        return w, w * torch.expm1(self.delta + self.u_off.unsqueeze(2) + rounding), t
+
+
+def check_values(inputs: dict[str, Any], outputs: dict[str, Tensor]) -> dict[str, float]:
+    x = Truth(inputs)
+    found = {"u": fraction_of_bound(outputs["u"], x.u, x.u.abs(), 2, 0.0, x.u_off)}
+    loss = x.tau * (x.u.mean(1).sum() / 2 + x.rho)
+    size = x.tau * (x.u.abs().mean(1).sum() / 2 + abs(x.rho))
+    off = (x.tau * x.u_off.mean(1).sum() / 2).nan_to_num(nan=0.0, posinf=0.0)
+    found["loss"] = fraction_of_bound(*(v.reshape(1) for v in (outputs["loss"], loss, size)), 2 * x.B + 6, 0.0, off)
+    return found
+
+
+def check_grads(
+    inputs: dict[str, Any], outputs: dict[str, Tensor], grad_out: dict[str, Tensor], grads: dict[str, Tensor]
+) -> dict[str, float]:
+    x, g, found = Truth(inputs), grad_out["loss"].double(), {}
+    w, off, t = x.weights()
+    P, P_off = w[0] + w[1].T, off[0] + off[1].T
+    own, own_off = w.sum(2).sum(0), off.sum(2).sum(0) + (x.B + 4) * x.unit * w.sum(2).sum(0)
+    # a sum of B weights in log space, then out of it
+    own_off = own_off + own * x.unit * (x.lse.abs() + x.u.abs()).nan_to_num(neginf=0.0, posinf=0.0).amax(0) * 2
+    full, full_off = P - own.diag(), P_off + own_off.diag()
+    size = P + own.diag()
+    for name, left, left_off, sizes, right in (
+        ("image", full, full_off, size, x.text), ("text", full.T, full_off.T, size.T, x.image),
+    ):  # fmt: skip
+        if name not in grads:
+            continue
+        truth, magnitude = left @ right, (sizes + left_off) @ right.abs()
+        bound = left_off @ right.abs()
+        extra = x.operand + x.split
+        found[name] = fraction_of_bound(
+            grads[name], g * truth, g.abs() * magnitude, 2 * x.B + 8, extra, g.abs() * bound
+        )
+    if "temperature" in grads:
+        mean, u_mean = x.u.mean(1).sum() / 2 + x.rho, x.u.abs().mean(1).sum() / 2 + abs(x.rho)
+        moment, size = (w * t).sum(), (w * t.abs()).sum()
+        bound = x.u_off.mean(1).sum() / 2 + (off * (t.abs() + x.delta) + w * x.delta).sum()
+        values = (grads["temperature"], g * (mean - moment), g.abs() * (u_mean + size))
+        found["temperature"] = fraction_of_bound(*(v.reshape(1) for v in values), 2 * x.B + 16, 0.0, g.abs() * bound)
+    return found

@@ -1,0 +1,376 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from clipsteer import clip as clip_module
+from clipsteer import reference_features
+from clipsteer._distributed import World
+from clipsteer._files import read_safetensors, write_json
+from clipsteer.contrastive_config import LOSSES
+from clipsteer.contrastive_data import Pairs
+from clipsteer.contrastive_eval import evaluate
+from clipsteer.contrastive_train import ContrastiveConfig, train_contrastive
+from clipsteer.data import captions, image_folder
+
+COLOURS = {"red": (210, 30, 20), "blue": (20, 40, 200), "green": (30, 180, 40), "grey": (128, 128, 128)}
+SMALL = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+FAST = {"batch_size": 6, "epochs": 2, "lr": 1e-3, "log_every": 1, "temperature": 0.1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Twelve pictures of four colours, a table of them, a folder for each colour, and a small architecture."""
+    root = tmp_path_factory.mktemp("pairs")
+    lines = ["image,caption"]
+    for name, colour in COLOURS.items():
+        (root / "classes" / name).mkdir(parents=True)
+        for i in range(3):
+            place = f"classes/{name}/{i}.png"
+            Image.effect_noise((48, 40), 60).convert("RGB").save(root / place)
+            picture = Image.new("RGB", (48, 40), tuple(min(255, c + 9 * i) for c in colour))
+            Image.blend(picture, Image.open(root / place), 0.3).save(root / place)
+            lines.append(f"{place},a {name} thing number {i}")
+    (root / "pairs.csv").write_text("\n".join(lines))
+    write_json(root / "clipsteer-test-small.json", SMALL)
+    return root
+
+
+@pytest.fixture
+def data(folder):
+    return captions(folder / "pairs.csv")
+
+
+@pytest.fixture
+def fresh(folder):
+    def make(dtype=None, seed=0):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return clip_module.load(str(folder / "clipsteer-test-small.json"), dtype=dtype)
+
+    return make
+
+
+def state(clip) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in clip.model.state_dict().items()}
+
+
+def assert_same(a, b) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_learns_and_leaves_a_model_that_loads(loss, fresh, data, folder, tmp_path):
+    clip, reference, lines = fresh(), None, []
+    if loss in ("drrho", "distill"):
+        # a reference that knows every pair
+        reference = reference_features.ReferenceFeatures(torch.eye(12), torch.eye(12), "knows", "", "")
+    config = ContrastiveConfig(**{**FAST, "batch_size": 12, "epochs": 60, "crop": 1.0, "evaluate_every": 60}, loss=loss)
+    start = evaluate(clip, data)
+    images = image_folder(folder / "classes")
+    train_contrastive(
+        clip, data, config, reference=reference, out=tmp_path, validation={"pairs": data, "classes": images},
+        templates=("a {} thing number 1",), on_log=lines.append,
+    )  # fmt: skip
+    assert start["image_to_text_r1"] < 0.5
+    assert lines[-1]["pairs/image_to_text_r1"] == evaluate(clip, data)["image_to_text_r1"] > 0.9
+    assert lines[-1]["pairs/text_to_image_r1"] > 0.9
+    assert lines[-1]["classes/zero_shot"] > 0.9
+    assert lines[-1]["samples"] == 60 * 12
+    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == lines
+    again = reference_features.load_run(tmp_path)
+    assert_same(state(again), state(clip))
+    assert float(again.model.logit_scale.detach().exp()) == pytest.approx(1 / lines[-1]["temperature"])
+    assert (lines[-1]["temperature"] == pytest.approx(0.1)) == (loss in ("drrho", "global"))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_parts_of_a_batch_give_the_step_of_the_whole(loss, fresh, data):
+    """In double precision: two steps of 12 pairs, whole and in parts of 5, 5 and 2."""
+    teacher = clip_module.load()
+    reference = reference_features.compute(teacher, data) if loss in ("drrho", "distill") else None
+    reference = reference and reference._replace(image=reference.image.double(), text=reference.text.double())
+    found = []
+    for micro in (None, 5):
+        clip, lines = fresh(torch.float64), []
+        config = ContrastiveConfig(
+            **{**FAST, "batch_size": 12},
+            loss=loss,
+            micro_batch=micro,
+            learnable_temperature=True,
+            rho=1.0,
+            grad_clip=9.0,
+        )
+        train_contrastive(clip, data, config, reference=reference, on_log=lines.append)
+        found.append((state(clip), lines))
+    (whole, log), (parts, log_of_parts) = found
+    assert log_of_parts[-1]["loss"] == pytest.approx(log[-1]["loss"], rel=1e-6)  # τ is kept in float32
+    assert log[-1]["temperature"] != pytest.approx(0.1, rel=1e-6)
+    start = state(fresh(torch.float64))
+    moved = {name for name in whole if not torch.equal(whole[name], start[name])}
+    assert len(moved) > 20
+    for name in whole:
+        # Adam's first steps are near lr·sign(g): where |g| is at the level of rounding they may differ by 2·lr
+        off = (whole[name] - parts[name]).abs() > 1e-6
+        assert float(off.double().mean()) < 1e-3, name
+
+
+def test_the_reference_sees_the_crops_that_the_model_sees(fresh, data):
+    """The model as its own reference: s = r, so every d is 0 and the loss is τ·log(ε + (B-1)/B), whatever the crop."""
+    lines = []
+    config = ContrastiveConfig(**{**FAST, "epochs": 1}, crop=0.3)
+    train_contrastive(fresh(), data, config, reference=fresh(), on_log=lines.append)
+    assert lines[0]["loss"] == pytest.approx(0.1 * math.log(5 / 6), abs=1e-5)
+    assert lines[1]["loss"] != pytest.approx(0.1 * math.log(5 / 6), abs=1e-5)
+    # kept features are of whole images: the same without crops, another thing with them
+    for crop, equal in ((1.0, True), (0.3, False)):
+        lines.clear()
+        kept = reference_features.compute(fresh(), data)
+        config = ContrastiveConfig(**{**FAST, "epochs": 1}, crop=crop)
+        train_contrastive(fresh(), data, config, reference=kept, on_log=lines.append)
+        assert (lines[0]["loss"] == pytest.approx(0.1 * math.log(5 / 6), abs=1e-5)) == equal
+
+
+def test_a_reference_that_knows_nothing_is_no_reference(fresh, data):
+    constant = torch.ones(12, 3) / math.sqrt(3)
+    nothing = reference_features.ReferenceFeatures(constant, constant, "nothing", "", "")
+    one, two = fresh(), fresh()
+    train_contrastive(one, data, ContrastiveConfig(**FAST), reference=nothing)
+    train_contrastive(two, data, ContrastiveConfig(**FAST, loss="global"))
+    for a, b in zip(state(one).values(), state(two).values()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("loss", "tau", "share"), [("global", 0.1, 1 / 4), ("global", 0.02, 1 / 12), ("clip", 0.1, 1)])
+def test_the_temperature_has_its_own_rate(loss, tau, share, fresh, data):
+    """AdamW's first step is rate times sign: FastCLIP's for τ is a quarter of the model's, a twelfth from 0.03 on."""
+    lines = []
+    config = ContrastiveConfig(**{**FAST, "temperature": tau}, loss=loss, learnable_temperature=True, rho=9.0)
+    train_contrastive(fresh(), data, config, on_log=lines.append)
+    assert abs(math.log(lines[0]["temperature"] / tau)) == pytest.approx(share * 1e-3, abs=4 * 2**-22)  # of log τ
+
+
+def test_bfloat16_computes_nearly_the_same(fresh, data):
+    lines = []
+    for bf16 in (False, True):
+        config = ContrastiveConfig(**FAST, loss="global", bf16=bf16, micro_batch=4)
+        train_contrastive(fresh(), data, config, on_log=lines.append)
+    full, half = lines[: len(lines) // 2], lines[len(lines) // 2 :]
+    assert [a["loss"] for a in full] != [b["loss"] for b in half]
+    # features are off by some 2⁻⁸, similarities too, and the loss is a mean of their differences
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(full, half)) < 4 * 2**-8
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(step):
+    def stop(line):
+        if line["step"] == step:
+            raise Stopped
+
+    return stop
+
+
+@pytest.mark.parametrize("loss", ["drrho", "clip"])
+def test_a_stopped_run_resumes_bitwise(loss, fresh, data, tmp_path):
+    reference = reference_features.compute(clip_module.load(), data)
+    config = ContrastiveConfig(
+        **{**FAST, "epochs": 4}, loss=loss, checkpoint_every=2, learnable_temperature=True, select=0.5, micro_batch=4
+    )
+    whole = train_contrastive(fresh(), data, config, reference=reference, out=tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train_contrastive(fresh(), data, config, reference=reference, out=tmp_path / "cut", on_log=stop_at(5))
+    before = torch.random.get_rng_state()
+    resumed = train_contrastive(fresh(), data, config, reference=reference, out=tmp_path / "cut", workers=2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert_same(state(resumed), state(whole))
+    last = [
+        read_safetensors(tmp_path / run / "checkpoints" / "step-0000000008.safetensors") for run in ("whole", "cut")
+    ]
+    assert (last[0].get("loss.u") is not None) == (loss == "drrho")
+    if loss == "drrho":
+        # half of every batch was trained on, so some are remembered and some may not be
+        assert 3 <= int((~last[0]["loss.u"][0].isnan()).sum()) <= 12
+    assert all(torch.equal(last[0][name].nan_to_num(9), last[1][name].nan_to_num(9)) for name in last[0])
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 9))
+    with pytest.raises(ValueError, match=r"other settings \(lr"):
+        train_contrastive(
+            fresh(),
+            data,
+            ContrastiveConfig(**{**config.__dict__, "lr": 0.5}),
+            reference=reference,
+            out=tmp_path / "cut",
+        )
+    with pytest.raises(ValueError, match=r"other settings \(weights"):
+        train_contrastive(fresh(seed=1), data, config, reference=reference, out=tmp_path / "cut")
+    other = reference._replace(weights="another")
+    with pytest.raises(ValueError, match=r"other settings \(reference"):
+        train_contrastive(fresh(), data, config, reference=other, out=tmp_path / "cut")
+    with pytest.raises(ValueError, match="holds a run"):
+        train_contrastive(fresh(), data, config, reference=reference, out=tmp_path / "cut", resume=False)
+
+
+SCRIPT = """
+import os, signal, sys, torch
+from clipsteer import clip, contrastive_train
+from clipsteer.data import captions
+root, out, end = sys.argv[1:]
+torch.manual_seed(0)
+model = clip.load(root + "/clipsteer-test-small.json")
+config = contrastive_train.ContrastiveConfig(
+    loss="global", batch_size=6, epochs=6, lr=1e-3, temperature=0.1, log_every=1, checkpoint_every=2
+)
+def end_at(line):
+    if line["step"] == 7 and end != "never":
+        os.kill(os.getpid(), getattr(signal, end))
+contrastive_train.train_contrastive(model, captions(root + "/pairs.csv"), config, out=out, on_log=end_at)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+def test_a_killed_run_goes_on_bitwise(folder, tmp_path):
+    def run(name, end):
+        command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(folder), str(tmp_path / name), end]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+
+    assert run("whole", "never").returncode == 0
+    assert run("killed", "SIGKILL").returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    done = run("ended", "SIGTERM")
+    assert done.returncode == 143, done.stderr
+    # the signal comes while step 7 is logged, after the flag was read
+    assert "step 8 of 12 is saved" in done.stderr
+    for name in ("killed", "ended"):
+        done = run(name, "never")
+        assert done.returncode == 0, done.stderr
+        for file in ("model.safetensors", "config.json"):
+            assert (tmp_path / name / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+WORKER = """
+import json, os, sys, torch
+torch.set_num_threads(1)
+from clipsteer import clip, contrastive_train, reference_features
+from clipsteer.data import captions
+root, out, settings = sys.argv[1:]
+for name, more in json.loads(settings).items():
+    torch.manual_seed(0)
+    model = clip.load(root + "/clipsteer-test-small.json", dtype=torch.float64)
+    data = captions(root + "/pairs.csv")
+    reference = reference_features.read(out + "/reference.safetensors", data)
+    reference = reference._replace(image=reference.image.double(), text=reference.text.double())
+    config = contrastive_train.ContrastiveConfig(**more)
+    contrastive_train.train_contrastive(model, data, config, reference=reference, out=f"{out}/{name}")
+"""
+
+
+def test_two_processes_equal_one(folder, data, tmp_path):
+    cases = {loss: {**FAST, "loss": loss, "checkpoint_every": 2} for loss in LOSSES}
+    for loss in ("distill", "drrho"):
+        cases[f"{loss} in parts"] = {**cases[loss], "micro_batch": 2, "learnable_temperature": True, "rho": 1.0}
+    reference_features.compute(clip_module.load(), data).save(tmp_path / "reference.safetensors")
+    logs = {}
+    for size in (1, 2):
+        out = tmp_path / str(size)
+        out.mkdir()
+        (out / "reference.safetensors").write_bytes((tmp_path / "reference.safetensors").read_bytes())
+        (out / "worker.py").write_text(WORKER)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+        command += [str(out / "worker.py"), str(folder), str(out), json.dumps(cases)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr
+        for name in cases:
+            logs[size, name] = [json.loads(line) for line in (out / name / "log.jsonl").read_text().splitlines()]
+    for name in cases:
+        assert [r["step"] for r in logs[2, name]] == [1, 2, 3, 4]
+        for one, two in zip(logs[1, name], logs[2, name]):
+            for key in ("loss", "grad_norm", "temperature"):
+                assert two[key] == pytest.approx(one[key], rel=1e-5), (name, one["step"], key)
+        ends = [read_safetensors(tmp_path / n / name / "checkpoints/step-0000000004.safetensors") for n in ("1", "2")]
+        assert ends[0].keys() == ends[1].keys()
+        assert ("loss.u" in ends[0]) == ("drrho" in name or name == "global")
+        if "loss.u" in ends[0]:
+            assert not ends[0]["loss.u"].isnan().any()
+            torch.testing.assert_close(ends[1]["loss.u"], ends[0]["loss.u"], rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_counts_equal_captions_as_right(fresh, folder, tmp_path):
+    rows = [("classes/red/0.png", "a"), ("classes/red/0.png", "a"), ("classes/blue/0.png", "b")]
+    table = folder / "twice.csv"
+    table.write_text("\n".join(["image,caption", *(",".join(row) for row in rows)]))
+    clip, data = fresh(), captions(table)
+    found = evaluate(clip, data)
+    images = clip.encode_images([data[i][0] for i in range(3)])
+    with torch.no_grad():
+        texts = torch.nn.functional.normalize(clip.model.encode_text(clip.tokenizer(["a", "b"])), dim=1)
+    scores = (images @ texts.T).detach()
+    truth = torch.tensor([0, 0, 1])
+    assert found["image_to_text_r1"] == pytest.approx(float((scores.argmax(1) == truth).float().mean()))
+    assert found["text_to_image_r1"] == pytest.approx(
+        float((truth[scores.argmax(0)] == torch.arange(2)).float().mean())
+    )
+
+
+def test_crops_are_squares_of_the_image(data):
+    seen = []
+    model = clip_module.CLIP(None, lambda image: seen.append(image.size), lambda texts: texts, "none", None)
+    pairs = Pairs(data, 0.3, model)
+    assert pairs[4, 7][0] == 4
+    assert pairs[4, 7][2] == "a blue thing number 1"
+    for seed in range(20):
+        pairs[0, seed]
+    assert seen[0] == seen[1]
+    assert len(set(seen)) > 5
+    assert all(w == h <= 40 and (w + 0.5) ** 2 >= 0.3 * 40 * 40 for w, h in seen)
+
+
+def test_mistakes(fresh, data):
+    for bad in ({"loss": "all"}, {"epochs": 0}, {"lr": -1.0}, {"crop": 0.0}, {"select": 2.0}, {"micro_batch": 0}):
+        with pytest.raises(ValueError, match="ContrastiveConfig"):
+            ContrastiveConfig(**bad)
+    for loss, more in (("drrho", {}), ("distill", {}), ("clip", {"select": 0.5})):
+        with pytest.raises(ValueError, match="need a reference"):
+            train_contrastive(fresh(), data, ContrastiveConfig(**FAST, loss=loss, **more))
+    few = reference_features.ReferenceFeatures(torch.eye(3), torch.eye(3), "few", "", "")
+    other = reference_features.compute(fresh(), data)._replace(data="another data set's")
+    for features, count in ((few, 3), (other, 12)):
+        with pytest.raises(ValueError, match=f"are of {count} other pairs than these 12"):
+            train_contrastive(fresh(), data, ContrastiveConfig(**FAST), reference=features)
+    with pytest.raises(ValueError, match="at most the 12 pairs"):
+        train_contrastive(fresh(), data, ContrastiveConfig(loss="clip", batch_size=13))
+    broken = fresh()
+    with torch.no_grad():
+        broken.model.visual.proj.fill_(math.nan)
+    with pytest.raises(RuntimeError, match="the loss is nan"):
+        train_contrastive(broken, data, ContrastiveConfig(**FAST, loss="clip"), world=World("cpu"))
+    assert not Path("checkpoints").exists()
+
+
+def test_architectures_from_files(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        clip_module.load(str(tmp_path / "none.json"))
+    (tmp_path / "other.json").write_text('{"width": 3}')
+    with pytest.raises(clip_module.FileFormatError, match="embed_dim"):
+        clip_module.load(str(tmp_path / "other.json"))
+    assert clip_module.load("emoji-tiny").model.visual.output_dim == 128
