@@ -37,38 +37,50 @@ A command that was stopped, or killed, goes on where it was when it is given aga
 """)  # fmt: skip
     p.add_argument("--data", required=True, metavar="PATH", help="emoji, or a folder with train/ and test/")
     p.add_argument("--tasks", type=_tasks, metavar="N", help="equal tasks; for emoji also: categories (default: 5)")
-    p.add_argument("--init-cls", type=int, metavar="N", help="classes of the first task (default: as --increment)")
-    p.add_argument("--increment", type=int, metavar="N", help="classes of each later task")
+    p.add_argument("--init-cls", type=_count, metavar="N", help="classes of the first task (default: as --increment)")
+    p.add_argument("--increment", type=_count, metavar="N", help="classes of each later task")
     p.add_argument("--split", choices=("concepts", "styles"), default="concepts",
                    help="emoji: test on new concepts in the same styles, or on the same in a new style")  # fmt: skip
     p.add_argument("--strategy", nargs="+", default=["macil", "slca", "finetune"], metavar="NAME",
-                   help="macil, slca, sdc, finetune, ranpac, ncm, zero_shot, joint; all; ablation; or "
-                        "NAME:field=value,… with fields of continual.strategies.CILConfig")  # fmt: skip
-    p.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 1993, 1994 …: class order and training")
+                   help="macil, slca, sdc (its compensation on cosine heads), finetune, ranpac (frozen), ncm, "
+                        "zero_shot, joint; all; ablation; or NAME:field=value,…, fields of CILConfig")  # fmt: skip
+    p.add_argument("--seeds", type=_count, default=3, metavar="N", help="seeds 1993, 1994 …: class order and training")
     p.add_argument("--model", metavar="NAME", help="emojiclip, an open_clip name, hf-hub:…, or timm:NAME")
     p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or a local weights file")
     add_device(p)
     p.add_argument("--recipe", choices=("paper",),
-                   help=f"the published one: {PAPER_MODEL}, pixels in [0, 1], 20 and 10 epochs, σ = 1")  # fmt: skip
-    p.add_argument("--first-epochs", type=int, metavar="N", help="of the first task")
-    p.add_argument("--epochs", type=int, metavar="N", help="of each later task")
-    p.add_argument("--batch-size", type=int, metavar="N")
+                   help=f"that of MACIL: {PAPER_MODEL}, pixels in [0, 1], 20 and 10 epochs, σ = 1")  # fmt: skip
+    p.add_argument("--first-epochs", type=_count, metavar="N", help="of the first task")
+    p.add_argument("--epochs", type=_count, metavar="N", help="of each later task")
+    p.add_argument("--batch-size", type=_count, metavar="N")
     p.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
     p.add_argument("--measure", choices=("test", "validation"), default="test",
                    help="validation: learn without a fifth of the training images and measure on it")  # fmt: skip
     p.add_argument("--saes", type=Path, metavar="DIR", help="an SAE a block, for plasticity; trained if missing")
     p.add_argument("--sae-images", metavar="PATH", help="to train them on, of all kinds (emoji: EmojiCLIP's own)")
-    p.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (CPU), each with a share of cores")
+    p.add_argument(
+        "--jobs", type=_count, default=1, metavar="N", help="runs at a time (CPU), each with a share of cores"
+    )
+    p.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="runs/, table.csv, index.html, summary.md …")
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
+
+
 def _tasks(text: str) -> int | str:
-    if text == "categories":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number or categories, got {text!r}") from None
+    return text if text == "categories" else _count(text)
+
+
+def _names(parts: list[str]) -> list[str]:
+    """Strategies, each once: words, lists with commas, and the two groups."""
+    from clipsteer.continual.strategies import ABLATION, STRATEGIES
+
+    words = [word for part in parts for word in ([part] if ":" in part else part.split(",")) if word]
+    return list(dict.fromkeys(n for w in words for n in {"all": STRATEGIES, "ablation": ABLATION}.get(w, [w])))
 
 
 def _scenario(data: str, tasks: int | str | None, init_cls: int | None, increment: int | None, split: str,
@@ -79,7 +91,7 @@ def _scenario(data: str, tasks: int | str | None, init_cls: int | None, incremen
     if data == "emoji":
         if init_cls or increment:
             raise ValueError("--init-cls and --increment are for folders; emoji takes --tasks N or categories")
-        found = emoji_scenario(tasks or 5, seed, validation=share, split=split)
+        found = emoji_scenario(5 if tasks is None else tasks, seed, validation=share, split=split)
     else:
         if tasks == "categories":
             raise ValueError("--tasks categories is for emoji; a folder takes --tasks N, or --init-cls and --increment")
@@ -95,7 +107,9 @@ def _encoder(model: str, pretrained: str | None, unit_range: bool, device: str) 
     return Encoder.open(model, pretrained, unit_range=unit_range, device=device)
 
 
-def _run(scenario: tuple[Any, ...], encoder: tuple[Any, ...], config: Any, saes: str | None, out: Path) -> Any:
+def _run(
+    scenario: tuple[Any, ...], encoder: tuple[Any, ...], config: Any, saes: str | None, out: Path, workers: int
+) -> Any:  # fmt: skip
     """One run from plain data, so that another process can make it."""
     from clipsteer.clip import zero_shot_head
     from clipsteer.continual.experiment import run_tasks
@@ -111,7 +125,10 @@ def _run(scenario: tuple[Any, ...], encoder: tuple[Any, ...], config: Any, saes:
     if config.plasticity:
         loaded = load_saes(saes, device=encoder[3])
         plasticity = Plasticity(loaded, background=_background(Path(saes), loaded))
-    return run_tasks(found, lambda: _encoder(*encoder)[0], config, zero_shot=zero_shot, plasticity=plasticity, out=out)
+    return run_tasks(
+        found, lambda: _encoder(*encoder)[0], config, zero_shot=zero_shot, plasticity=plasticity, out=out,
+        workers=workers,
+    )  # fmt: skip
 
 
 _BACKGROUND = "background.safetensors"
@@ -128,7 +145,7 @@ def _fit_saes(folder: Path, images: str, encoder: tuple[Any, ...]) -> None:
     """SAEs of every block from images of all kinds, and the usage that these have on average."""
     from clipsteer._files import write_safetensors
     from clipsteer.classifier import pixel_batches
-    from clipsteer.continual.plasticity import Plasticity, fit_saes, save_saes
+    from clipsteer.continual.plasticity import Plasticity, fit_saes, load_saes, save_saes
     from clipsteer.data import EmojiStyles, open_dataset
 
     tower = _encoder(*encoder)[0]
@@ -137,19 +154,23 @@ def _fit_saes(folder: Path, images: str, encoder: tuple[Any, ...]) -> None:
         found = emoji.dataset(emoji.cells()["trained", True], "subcategory")
     else:
         found = open_dataset(images)
-    saes = fit_saes(tower.module, tower.blocks, pixel_batches(tower, found), d_sae=4 * tower.width, k=16, steps=1000)
+    if any(folder.glob("*/cfg.json")):  # somebody's own: only what they have in common is lacking
+        saes = load_saes(folder, device=encoder[3])
+    else:
+        size = {"d_sae": 4 * tower.width, "k": 16, "steps": 1000}
+        saes = fit_saes(tower.module, tower.blocks, pixel_batches(tower, found), **size)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_saes(folder, saes)
     usage = Plasticity(saes).usage(tower.module, pixel_batches(tower, found))
-    folder.mkdir(parents=True, exist_ok=True)
-    save_saes(folder, saes)
     write_safetensors(folder / _BACKGROUND, usage)
 
 
 def _cil(args: argparse.Namespace) -> int:
     from clipsteer.continual.cil_page import write_results
     from clipsteer.continual.experiment import folder_name, run_all
-    from clipsteer.continual.strategies import ABLATION, STRATEGIES, strategy
+    from clipsteer.continual.strategies import strategy
 
-    names = [n for part in args.strategy for n in {"all": STRATEGIES, "ablation": ABLATION}.get(part, [part])]
+    names = _names(args.strategy)
     settings = dict(EMOJI) if args.data == "emoji" else dict(PAPER)
     if args.recipe == "paper":
         settings = {**PAPER, "sigma": 1.0}
@@ -160,10 +181,10 @@ def _cil(args: argparse.Namespace) -> int:
     encoder = (model, args.pretrained, args.recipe == "paper", device_of(args))
     place = (args.data, args.tasks, args.init_cls, args.increment, args.split, args.measure)
     seeds = [1993 + i for i in range(args.seeds)]
-    rates = EMOJI_RATES if args.data == "emoji" else {}
+    rates = EMOJI_RATES if args.data == "emoji" and args.recipe is None else {}
     configs = [
         strategy(name, **{"lr": rates.get(name.partition(":")[0], 0.01), **settings, "seed": seed, "bf16": args.bf16})
-        for name in dict.fromkeys(names) for seed in seeds
+        for name in names for seed in seeds
     ]  # fmt: skip
     saes = args.saes or args.out / "saes"
     if any(config.plasticity for config in configs) and not (saes / _BACKGROUND).exists():
@@ -174,7 +195,7 @@ def _cil(args: argparse.Namespace) -> int:
             )
         _fit_saes(saes, images, encoder)
     jobs = [
-        (_run, {"scenario": (*place, config.seed), "encoder": encoder, "config": config, "saes": str(saes),
+        (_run, {"scenario": (*place, config.seed), "encoder": encoder, "config": config, "saes": str(saes), "workers": args.workers,
                 "out": args.out / "runs" / folder_name(config)})
         for config in configs
     ]  # fmt: skip

@@ -78,7 +78,7 @@ def test_alignment_tells_gaussian_classes_apart(cosine):
 def test_alignment_refuses_covariances_that_are_none():
     S = torch.eye(8).repeat(5, 1, 1)
     S[2, 0, 0] = -1.0
-    with pytest.raises(ValueError, match=r"\[2\]"):
+    with pytest.raises(ValueError, match="class 2"):
         align(heads(), torch.zeros(5, 8), S, torch.tensor([0, 0, 0, 1, 1]), AlignConfig(), generator())
 
 

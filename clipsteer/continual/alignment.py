@@ -73,12 +73,15 @@ def align(
         ValueError: a covariance plus ridge is not positive definite.
     """
     C, d = means.shape
-    eye = torch.eye(d, dtype=torch.float64, device=means.device)
-    S = covariances.double() + config.ridge * eye
-    roots, info = torch.linalg.cholesky_ex(S)
-    if bool(info.any()):
-        raise ValueError(f"align: covariances of classes {info.nonzero().flatten().tolist()} are not positive definite")
-    means, roots = shrunken_means(means, task_of).float(), roots.float()
+    roots = torch.empty(C, d, d, device=means.device)
+    for c in range(C):  # one at a time: in float64 all of them would take gigabytes
+        S = covariances[c].double()
+        S.diagonal().add_(config.ridge)
+        root, info = torch.linalg.cholesky_ex(S)
+        if int(info):
+            raise ValueError(f"align: the covariance of class {c} is not positive definite")
+        roots[c] = root
+    means = shrunken_means(means, task_of).float()
     labels = torch.arange(C, device=means.device).repeat_interleave(config.samples)
     optimizer = torch.optim.SGD(
         heads.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay

@@ -103,6 +103,7 @@ class Encoder(nn.Module):
         """
         import timm
         from timm.data import create_transform, resolve_model_data_config
+        from torchvision import transforms
 
         if not timm.is_model(name.partition(".")[0]):
             raise ValueError(f"Encoder.from_timm: timm has no model {name!r}; see timm.list_models('vit*')")
@@ -116,9 +117,12 @@ class Encoder(nn.Module):
         config = resolve_model_data_config(module)
         if unit_range:
             config |= {"mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_pct": 0.875, "interpolation": "bicubic"}
-        train = create_transform(
-            **config, is_training=True, scale=(crop, 1.0), color_jitter=None, auto_augment=None, re_prob=0.0
-        )
+        # timm's own crops draw from Python's generator, which seeds of samples do not reach
+        train = transforms.Compose([
+            transforms.RandomResizedCrop(config["input_size"][-2:], scale=(crop, 1.0)),
+            transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+            transforms.Normalize(config["mean"], config["std"]),
+        ])  # fmt: skip
         return cls(module.to(device).eval(), create_transform(**config), train, TIMM + name)
 
     @classmethod
@@ -127,6 +131,8 @@ class Encoder(nn.Module):
         device: str | torch.device = "cpu",
     ) -> tuple[Encoder, CLIP | None]:  # fmt: skip
         """An encoder from a name: "timm:NAME" or whatever ``clip.load`` takes; with the CLIP where it is one."""
+        if unit_range and not model.startswith(TIMM):
+            raise ValueError(f"Encoder.open: pixels in [0, 1] are for timm models, got {model!r}")
         if model.startswith(TIMM):
             return cls.from_timm(model[len(TIMM) :], weights, unit_range=unit_range, device=device), None
         clip = load(model, weights, device=device)

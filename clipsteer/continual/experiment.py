@@ -34,35 +34,53 @@ __all__ = ["run_all", "run_tasks"]
 
 def run_tasks(
     scenario: Scenario, encoder: Callable[[], Encoder], config: CILConfig, *, zero_shot: Tensor | None = None,
-    plasticity: Plasticity | None = None, out: str | Path | None = None,
+    plasticity: Plasticity | None = None, out: str | Path | None = None, workers: int = 0,
 ) -> Run:  # fmt: skip
     """Learn the scenario's tasks with one strategy, measuring after each on the test images of all tasks so far.
 
     Args:
         encoder: gives the tower to start from, a fresh one at each call.
-        zero_shot, plasticity: see `ClassIncrementalLearner`.
+        zero_shot, plasticity, workers: see `ClassIncrementalLearner`.
         out: folder for checkpoints and run.json. A run that was stopped there goes on, and on a CPU with as many
             threads ends with the same matrix; seconds are then of the last process alone.
     """
     out = Path(out) if out is not None else None
     settings = {**json.loads(json.dumps(asdict(config))), "data": _identity(scenario)}
+    del settings["checkpoint_every"]
     run = Run(config.name, config.seed, scenario.tasks, settings)
     if out is not None and (out / "run.json").exists():
         found = Run.from_json(read_json(out / "run.json"))
         if (found.strategy, found.seed, found.tasks, found.settings) != (run.strategy, run.seed, run.tasks, settings):
             raise ValueError(f"{out} holds a run with other settings, tasks or images; use another folder")
         run = found
+    if len(run.records) == len(scenario.tasks):
+        return run
 
     def learner(folder: str) -> ClassIncrementalLearner:
         where = out / folder if out is not None else None
         made = ClassIncrementalLearner(
-            encoder(), config, len(scenario.classes), zero_shot=zero_shot, plasticity=plasticity, out=where
+            encoder(),
+            config,
+            len(scenario.classes),
+            zero_shot=zero_shot,
+            plasticity=plasticity,
+            out=where,
+            workers=workers,
         )
         if where is not None:
             made.resume()
         return made
 
     current = None if config.cumulative else learner("checkpoints")
+    if current is not None:
+        learned = len(current.tasks)
+        if current.tasks != scenario.tasks[:learned] or learned > len(run.records) + 1:
+            raise ValueError(
+                f"{out} holds checkpoints of tasks {current.tasks} and figures of {len(run.records)}, which do not "
+                "belong together; use another folder"
+            )
+        # a damaged checkpoint was passed over: what it held is learned and measured again
+        run.records = {t: record for t, record in run.records.items() if t < learned}
     for t, classes in enumerate(scenario.tasks):
         if t in run.records:
             continue
@@ -110,9 +128,13 @@ def run_all(
     )
     with pool, tqdm(total=len(jobs), desc=title, unit="run", disable=None) as bar:
         waiting = {pool.submit(function, **arguments): i for i, (function, arguments) in enumerate(jobs)}
-        for done in as_completed(waiting):
-            found[waiting[done]] = done.result()
-            bar.update()
+        try:
+            for done in as_completed(waiting):
+                found[waiting[done]] = done.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     return [found[i] for i in range(len(jobs))]
 
 

@@ -7,17 +7,21 @@ arXiv 2004.00440); McDonnell et al. 2023 (RanPAC, arXiv 2307.02251). What a stra
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
-from collections.abc import Sequence
+import re
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipsteer import checkpoint, ops
+from clipsteer._sae_run import EXIT_TERMINATED
 from clipsteer._training import weights_digest
 from clipsteer.classifier import pixel_batches
 from clipsteer.clip import evaluating
@@ -27,7 +31,7 @@ from clipsteer.continual.heads import RandomProjection, TaskHeads, nearest_mean
 from clipsteer.continual.lora import LoRA
 from clipsteer.continual.plasticity import Plasticity, pack_history, unpack_history
 from clipsteer.continual.strategies import CILConfig
-from clipsteer.continual.task import TaskRun, by_class, mix
+from clipsteer.continual.task import TaskRun, by_class, class_means, mix
 from clipsteer.data import ImageDataset
 
 __all__ = ["ClassIncrementalLearner"]
@@ -45,11 +49,13 @@ class ClassIncrementalLearner:
         num_classes: of all tasks together; labels are in [0, num_classes).
         zero_shot: (num_classes, d) unit rows, for the zero-shot classifier.
         plasticity: SAEs of the blocks, where ``config.plasticity`` is set.
+        workers: processes that read images.
         out: folder for checkpoints; a run that was stopped there, even by SIGKILL in the middle of a task, goes on
             with ``resume`` and, on a CPU with as many threads, ends in the same numbers.
 
     Attributes:
         tasks: the classes of each task learned, in their order.
+        heads, aligned: as trained, and as aligned after the latest task, which starts from the trained ones.
         means (C, d), covariances (C, d, d): of seen classes, in order of `seen`; means follow the drift where the
             strategy says so, ``uncompensated`` do not.
 
@@ -59,16 +65,20 @@ class ClassIncrementalLearner:
 
     def __init__(
         self, encoder: Encoder, config: CILConfig, num_classes: int, *, zero_shot: Tensor | None = None,
-        plasticity: Plasticity | None = None, out: str | Path | None = None,
+        plasticity: Plasticity | None = None, out: str | Path | None = None, workers: int = 0,
     ) -> None:  # fmt: skip
         if config.classifier == "zero_shot" and (zero_shot is None or len(zero_shot) != num_classes):
             raise ValueError(f"ClassIncrementalLearner: zero_shot must have {num_classes} rows for {config.name!r}")
         if config.plasticity and plasticity is None:
             raise ValueError(f"ClassIncrementalLearner: {config.name!r} needs plasticity, with an SAE for each block")
+        if config.plasticity and set(plasticity.saes) != set(encoder.blocks):
+            raise ValueError(
+                f"ClassIncrementalLearner: plasticity needs SAEs of {encoder.blocks}, got {[*plasticity.saes]}"
+            )
         if config.distill and not encoder.prefix:
             raise ValueError(f"ClassIncrementalLearner: distill needs a class token, and {encoder.name} has none")
         self.encoder, self.config, self.num_classes = encoder, config, num_classes
-        self.zero_shot, self.plasticity = zero_shot, plasticity
+        self.zero_shot, self.plasticity, self.workers = zero_shot, plasticity, workers
         self.out = Path(out) if out is not None else None
         self.device = encoder.device
         self.digest = weights_digest(encoder) if out is not None else ""
@@ -81,6 +91,7 @@ class ClassIncrementalLearner:
             width = encoder(self._blank()).shape[1]
         # a tower that is read through class means is trained through heads, too
         self.heads = TaskHeads(width, cosine=config.cosine) if config.train != "none" else None
+        self.aligned: TaskHeads | None = None
         self.ridge = None
         if config.classifier == "ridge":
             projection = RandomProjection(width, num_classes, projections=config.projections, seed=config.seed)
@@ -104,17 +115,20 @@ class ClassIncrementalLearner:
         return [c for task in self.tasks for c in task]
 
     @property
-    def _compensates(self) -> bool:
+    def compensates(self) -> bool:
         return self.config.compensation != "none"
 
     @property
     def _keeps_means(self) -> bool:
-        return self.config.classifier == "ncm" or self.config.align or self._compensates
+        return self.config.classifier == "ncm" or self.config.train != "none"  # at least to measure how they age
+
+    def _pixels(self, images: ImageDataset) -> Iterator[Tensor]:
+        return pixel_batches(self.encoder, images, workers=self.workers)
 
     def features(self, images: ImageDataset) -> Tensor:
         """(N, d) features without crops, float32, in the images' order."""
         with evaluating(self.encoder):
-            return torch.cat([self.encoder(x).float() for x in pixel_batches(self.encoder, images)])
+            return torch.cat([self.encoder(x).float() for x in self._pixels(images)])
 
     def _for_means(self, features: Tensor) -> Tensor:
         return F.normalize(features, dim=-1) if self.config.unit else features
@@ -123,7 +137,7 @@ class ClassIncrementalLearner:
         """(N, d) -> (N, C) of the classes of `seen`, in that order."""
         with torch.no_grad():
             if self.config.classifier == "heads":
-                return self.heads(features)
+                return (self.aligned or self.heads)(features)
             if self.config.classifier == "ncm":
                 return nearest_mean(features, self.means)
             if self.config.classifier == "ridge":
@@ -151,7 +165,7 @@ class ClassIncrementalLearner:
         if not len(self.means) or self.config.train == "none":
             return None
         classes = [c for c in self.seen if c in set(images.targets)]
-        truth = by_class(self._for_means(self.features(images)), images.targets, classes).mean
+        truth = class_means(self._for_means(self.features(images)), images.targets, classes)
         rows = [self.seen.index(c) for c in classes]
         found = {}
         for name, means in (("compensated", self.means[rows]), ("uncompensated", self.uncompensated[rows])):
@@ -178,14 +192,18 @@ class ClassIncrementalLearner:
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(mix(self.config.seed, len(self.tasks)))
-            self._fit(images, classes)
+            stopped = self._fit(images, classes)
         if self.out is not None:
             self.save()
+            shutil.rmtree(self.out / "steps", ignore_errors=True)
+        if stopped:
+            raise SystemExit(EXIT_TERMINATED)
 
-    def _fit(self, images: ImageDataset, classes: list[int]) -> None:
+    def _fit(self, images: ImageDataset, classes: list[int]) -> bool:
+        """Returns whether SIGTERM came in the last step."""
         config, task = self.config, len(self.tasks)
         if config.plasticity:
-            usage = self.plasticity.usage(self.original.module, pixel_batches(self.original, images))
+            usage = self.plasticity.usage(self.original.module, self._pixels(images))
             self.multipliers.append(self.plasticity.multipliers(usage, self.history))
             self.history.append(usage)
         run = TaskRun(self, images, classes) if config.train != "none" else None
@@ -199,21 +217,24 @@ class ClassIncrementalLearner:
         if run is not None and len(self.means):
             self._compensate(run.features, features)
         if self._keeps_means:
-            found = by_class(self._for_means(features), images.targets, classes)
-            self.means = torch.cat([self.means, found.mean])
-            self.uncompensated = torch.cat([self.uncompensated, found.mean])
-            if config.align:
-                self.covariances = torch.cat([self.covariances, found.covariance().float()])
-        generator = torch.Generator().manual_seed(mix(config.seed, task, "after"))
+            means = class_means(self._for_means(features), images.targets, classes)
+            self.means = torch.cat([self.means, means])
+            self.uncompensated = torch.cat([self.uncompensated, means])
         if config.align:
+            found = by_class(features, images.targets, classes).covariance().float()
+            self.covariances = torch.cat([self.covariances, found])
+        generator = torch.Generator().manual_seed(mix(config.seed, task, "after"))
+        if config.align and task:
+            self.aligned = copy.deepcopy(self.heads)
             of = torch.tensor([t for t, task in enumerate(self.tasks) for _ in task], device=self.device)
-            align(self.heads, self.means, self.covariances, of, config.alignment, generator)
+            align(self.aligned, self.means, self.covariances, of, config.alignment, generator)
         if self.ridge is not None:
             self.ridge.update(features, torch.tensor(images.targets, device=self.device), generator)
+        return run is not None and run.stopped
 
     def _compensate(self, old: Tensor, new: Tensor) -> None:
         config = self.config
-        if not self._compensates:
+        if not self.compensates:
             return
         old, new = (self._for_means(x) for x in (old, new))
         moved = ops.semantic_drift(old.double(), new.double(), self.means, config.sigma, config.floor)
@@ -227,15 +248,21 @@ class ClassIncrementalLearner:
             found |= {f"lora.{name}": t for name, t in self.lora.state_dict().items()}
         elif self.config.train == "full":
             found |= {f"encoder.{name}": t for name, t in self.encoder.module.state_dict().items()}
-        for part in ("heads", "ridge"):
+        for part in ("heads", "aligned", "ridge"):
             if getattr(self, part) is not None:
                 found |= {f"{part}.{name}": t for name, t in getattr(self, part).state_dict().items()}
         return found | {f"history.{name}": t for name, t in pack_history(self.history).items()}
 
     def meta(self) -> dict[str, Any]:
         settings = {k: v for k, v in asdict(self.config).items() if k not in _COSMETIC}
+        parts = {"zero_shot": self.zero_shot}
+        if self.config.plasticity:
+            parts["plasticity"] = [self.plasticity.floor, self.plasticity.background, self.plasticity.saes]
         return json.loads(json.dumps({
             "settings": settings, "model": self.encoder.name, "weights": self.digest, "num_classes": self.num_classes,
+            **{name: _digest(part) for name, part in parts.items() if part is not None},
+            **{name: re.sub(r" at 0x[0-9a-f]+", "", repr(getattr(self.encoder, name)))
+               for name in ("preprocess", "train_transform")},
         }))  # fmt: skip
 
     def save(self) -> Path:
@@ -272,12 +299,17 @@ class ClassIncrementalLearner:
         elif self.config.train == "full":
             self.encoder.module.load_state_dict(part("encoder."))
         if self.heads is not None:
-            for task in self.tasks:
-                self.heads.add(len(task), device=self.device)
+            with torch.random.fork_rng(devices=[]):
+                for task in self.tasks:
+                    self.heads.add(len(task), device=self.device)
             self.heads.load_state_dict(part("heads."))
+        if aligned := part("aligned."):
+            self.aligned = copy.deepcopy(self.heads)
+            self.aligned.load_state_dict(aligned)
         if self.ridge is not None:
             self.ridge.load_state_dict(part("ridge."))
-        self.history = unpack_history(part("history."))
+        # usages are kept on the CPU, whatever the device
+        self.history = unpack_history({name: usage.cpu() for name, usage in part("history.").items()})
         return len(self.tasks)
 
     def check(self, there: dict[str, Any]) -> None:
@@ -286,6 +318,19 @@ class ClassIncrementalLearner:
                  **{k: (there.get("settings", {}).get(k), v) for k, v in here["settings"].items()}}  # fmt: skip
         if changed := [f"{k}: {a!r:.80} there, {b!r:.80} here" for k, (a, b) in pairs.items() if a != b]:
             raise ValueError(f"{self.out} holds a run with other settings ({'; '.join(changed)}); use another folder")
+
+
+def _digest(part: Any) -> str:
+    """SHA-256 of tensors, modules and numbers in lists and dictionaries."""
+    if isinstance(part, Tensor):
+        part = part.detach().cpu().tolist()
+    elif isinstance(part, nn.Module):
+        part = weights_digest(part)
+    elif isinstance(part, dict):
+        part = {name: _digest(value) for name, value in part.items()}
+    elif isinstance(part, list):
+        part = [_digest(value) for value in part]
+    return hashlib.sha256(json.dumps(part).encode()).hexdigest()
 
 
 def _transport(covariances: Tensor, old: Tensor, new: Tensor) -> Tensor:

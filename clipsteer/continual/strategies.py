@@ -84,8 +84,13 @@ class CILConfig:
         for field in ("covariance", "distill", "floor", "weight_decay"):
             if not 0 <= getattr(self, field) < float("inf"):
                 raise ValueError(f"CILConfig: {field} must be at least 0, got {getattr(self, field)}")
-        if self.train == "none" and (self.classifier == "heads" or self.compensation != "none" or self.plasticity):
-            raise ValueError("CILConfig: a frozen tower takes no heads, compensation or plasticity")
+        if self.sigma != "median" and not (isinstance(self.sigma, float | int) and 0 < self.sigma < float("inf")):
+            raise ValueError(f"CILConfig: sigma must be positive, or 'median', got {self.sigma!r}")
+        if self.train == "none" and (self.classifier == "heads" or self.compensation != "none" or self.plasticity
+                                     or self.covariance or self.distill):  # fmt: skip
+            raise ValueError("CILConfig: a frozen tower takes no heads, losses, compensation or plasticity")
+        if self.transport and not (self.compensation != "none" and self.align):
+            raise ValueError("CILConfig: transport needs compensation, and align, which uses what it moves")
         if self.align and self.classifier != "heads":
             raise ValueError(f"CILConfig: align needs classifier 'heads', got {self.classifier!r}")
         if self.train != "none" and self.classifier in ("zero_shot", "ridge"):
@@ -106,12 +111,15 @@ STRATEGIES: Mapping[str, Mapping[str, Any]] = {
     # sequential fine-tuning, and what MACIL adds to it
     "finetune": {},
     "macil": _MACIL,
-    # slow learner on the whole tower, fast heads, alignment (Zhang et al. 2023)
+    # slow learner on the whole tower, fast heads, alignment (Zhang et al. 2023); schedule and epochs are MACIL's here,
+    # and the ridge of the covariances 1e-3, where SLCA's authors have steps, as many epochs in each task and 1e-4
     "slca": {"train": "full", "cosine": False, "align": True, "slow": 0.01},
-    # the drifting embedding with compensated nearest means (Yu et al. 2020)
+    # SDC's compensation and nearest means (Yu et al. 2020) on an embedding that is trained through cosine heads, where
+    # the paper has metric learning, and compared by angle
     "sdc": {"classifier": "ncm", "compensation": "sdc", "sigma": 0.3, "floor": 0.0},
     "ncm": {"train": "none", "classifier": "ncm"},
     "zero_shot": {"train": "none", "classifier": "zero_shot"},
+    # RanPAC without its first-session adaptation (McDonnell et al. 2023)
     "ranpac": {"train": "none", "classifier": "ridge"},
     "joint": {"cumulative": True},
 }

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from clipsteer import checkpoint, ops
 from clipsteer._sae_run import EXIT_TERMINATED, StopSignal
+from clipsteer._training import Keys
 from clipsteer.classifier import Samples, loader
 from clipsteer.continual.backbone import Encoder
 from clipsteer.continual.covariance import ClassStatistics, precision_factor, shrink
@@ -28,9 +30,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def mix(*numbers: int) -> int:
-    """One seed from several numbers, unlike for any two lists of them."""
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little") >> 1
+def mix(*parts: int | str) -> int:
+    """One seed from several parts, unlike for any two lists of them."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
 def patch_distillation(cls: Tensor, patches: Tensor, old_patches: Tensor) -> Tensor:
@@ -62,7 +64,9 @@ class TaskRun:
         self.per_epoch = math.ceil(len(images) / self.config.batch_size)
         self.total = self.per_epoch * (self.config.epochs if self.task else self.config.first_epochs)
         self.compares = self.task > 0 and (self.config.distill > 0 or self.config.covariance > 0)
-        self.features = learner.features(images) if self.task and (self.compares or len(learner.means)) else None
+        measured = self.task > 0 and (self.config.covariance > 0 or learner.compensates)
+        self.features = learner.features(images) if measured else None
+        self.stopped = False
         if self.compares:
             self.old = copy.deepcopy(learner.encoder).requires_grad_(False).eval()
         if self.compares and self.config.covariance:
@@ -75,10 +79,13 @@ class TaskRun:
     def _groups(self) -> list[dict[str, Any]]:
         """Parameters with their learning rates, a block a group where blocks differ."""
         config, learner = self.config, self.learner
-        factors = learner.multipliers[self.task] if config.plasticity else {}
+        # what is in no block is no part that a task is known to live in
+        factors, rest = {}, 1.0
+        if config.plasticity:
+            factors, rest = learner.multipliers[self.task], learner.plasticity.floor if self.task else 1.0
         blocks = learner.lora.groups() if learner.lora is not None else _by_block(learner.encoder)
         groups = [
-            {"params": list(parameters), "lr": config.lr * config.slow * factors.get(block, 1.0)}
+            {"params": list(parameters), "lr": config.lr * config.slow * factors.get(block, rest)}
             for block, parameters in blocks.items()
         ]
         head = learner.heads.of_task(self.task) if config.softmax == "task" else list(learner.heads.parameters())
@@ -113,6 +120,7 @@ class TaskRun:
                 if stop.asked and not last:
                     logger.warning("SIGTERM: %s, step %d of %d is saved in %s", name, done, self.total, learner.out)
                     raise SystemExit(EXIT_TERMINATED)
+            self.stopped = stop.asked
         learner.encoder.eval()
 
     def _loss(self, pixels: Tensor, targets: Tensor) -> Tensor:
@@ -141,15 +149,19 @@ class TaskRun:
         """(step, pixels, targets); what a step sees depends on the seed, the task and its number alone."""
         config, n, encoder = self.config, len(self.images), self.learner.encoder
 
+        @lru_cache(maxsize=1)
+        def order(epoch: int) -> Tensor:
+            return torch.randperm(n, generator=torch.Generator().manual_seed(mix(config.seed, self.task, epoch)))
+
         def keys(step: int) -> list[tuple[int, int]]:
             epoch, at = divmod(step, self.per_epoch)
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(mix(config.seed, self.task, epoch)))
-            rows = order[at * config.batch_size : (at + 1) * config.batch_size].tolist()
+            rows = order(epoch)[at * config.batch_size : (at + 1) * config.batch_size].tolist()
             return [(row, mix(config.seed, self.task, step, row)) for row in rows]
 
         steps = range(begun, self.total)
         samples = Samples(self.images, encoder.train_transform)
-        for step, (pixels, targets) in zip(steps, loader(samples, [keys(step) for step in steps], 0)):
+        batches = loader(samples, Keys(map(keys, steps), len(steps)), self.learner.workers)
+        for step, (pixels, targets) in zip(steps, batches):
             yield step, pixels.to(self.device, encoder.dtype), targets
 
     def _save(self, step: int, optimizer: torch.optim.SGD) -> None:
@@ -181,6 +193,15 @@ class TaskRun:
                 if f"momentum.{i}" in found.tensors:
                     optimizer.state[p]["momentum_buffer"] = found.tensors[f"momentum.{i}"].clone()
         return found.step
+
+
+def class_means(features: Tensor, labels: Sequence[int], classes: list[int]) -> Tensor:
+    """(C, d) means in float64, in the order of ``classes``."""
+    place = {c: i for i, c in enumerate(classes)}
+    local = torch.tensor([place[c] for c in labels], device=features.device)
+    sums = torch.zeros(len(classes), features.shape[1], dtype=torch.float64, device=features.device)
+    sums.index_add_(0, local, features.double())
+    return sums / torch.bincount(local, minlength=len(classes)).unsqueeze(1)
 
 
 def by_class(features: Tensor, labels: Sequence[int], classes: list[int]) -> ClassStatistics:
