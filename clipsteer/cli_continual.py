@@ -59,7 +59,7 @@ A command that was stopped, or killed, goes on where it was when it is given aga
     p.add_argument("--saes", type=Path, metavar="DIR", help="an SAE a block, for plasticity; trained if missing")
     p.add_argument("--sae-images", metavar="PATH", help="to train them on, of all kinds (emoji: EmojiCLIP's own)")
     p.add_argument(
-        "--jobs", type=_count, default=1, metavar="N", help="runs at a time (CPU), each with a share of cores"
+        "--jobs", type=_count, default=1, metavar="N", help="runs at a time (CPU), each with some of the cores"
     )
     p.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="runs/, table.csv, index.html, summary.md …")
@@ -194,9 +194,10 @@ def _cil(args: argparse.Namespace) -> int:
                 "plasticity needs --sae-images, images of all kinds that SAEs of the blocks are trained on"
             )
         _fit_saes(saes, images, encoder)
+    shared = {"encoder": encoder, "saes": str(saes), "workers": args.workers}
     jobs = [
-        (_run, {"scenario": (*place, config.seed), "encoder": encoder, "config": config, "saes": str(saes), "workers": args.workers,
-                "out": args.out / "runs" / folder_name(config)})
+        (_run, {"scenario": (*place, config.seed), "config": config, "out": args.out / "runs" / folder_name(config),
+                **shared})
         for config in configs
     ]  # fmt: skip
     runs = run_all(jobs, workers=args.jobs, title="cil")

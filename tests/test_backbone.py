@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from clipsteer import FileFormatError
+from clipsteer.classifier import Samples
 from clipsteer.clip import load
 from clipsteer.continual.backbone import Encoder
 
@@ -64,6 +65,13 @@ def test_the_published_recipe_leaves_pixels_between_0_and_1():
     crop = unit.train_transform(Image.effect_noise((300, 260), 90).convert("RGB"))
     assert crop.shape == (3, 224, 224)
     assert 0 <= float(crop.min()) < float(crop.max()) <= 1
+
+
+def test_a_sample_of_a_timm_encoder_is_the_same_for_the_same_key(timm_encoder):
+    samples = Samples(images(0, 1), timm_encoder.train_transform)
+    first, again, other = (samples[key][0] for key in ((0, 5), (0, 5), (0, 6)))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 def test_weights_come_from_a_file(timm_encoder, tmp_path):

@@ -6,10 +6,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from _command import run
 from PIL import Image
 
+from clipsteer.continual.backbone import Encoder
 from clipsteer.continual.cil_page import read_results
+from clipsteer.continual.plasticity import fit_saes, save_saes
 
 QUICK = ["--first-epochs", 1, "--epochs", 1, "--batch-size", 8]
 
@@ -50,6 +53,29 @@ def test_strategies_and_seeds_end_in_a_page_and_a_second_call_adds_to_it(images,
     assert len(list((tmp_path / "out" / "runs").rglob("run.json"))) == 8
 
 
+def test_lists_with_commas_several_processes_and_validation_images(images, tmp_path, capsys):
+    code, out, err = run(capsys, "cil", "--data", images, "--tasks", 2, "--seeds", 1, "--out", tmp_path / "out", *QUICK,
+                         "--strategy", "ncm,sdc", "finetune:rank=2", "--jobs", 2, "--measure", "validation", "--bf16")  # fmt: skip
+    assert code == 0, err
+    runs, notes = read_results(tmp_path / "out" / "runs.json")
+    assert [r.strategy for r in runs] == ["ncm", "sdc", "finetune:rank=2"]
+    assert runs[1].settings["bf16"] is True
+    # a fifth of six images a class
+    assert "20 images to learn from, 4 to measure on (validation" in notes["data"]
+
+
+def test_saes_of_ones_own_are_used_as_they_are(images, tmp_path, capsys):
+    tower = Encoder.open("emojiclip")[0]
+    pixels = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    save_saes(tmp_path / "mine", fit_saes(tower.module, tower.blocks, [pixels], d_sae=32, k=4, steps=5))
+    before = {p: p.read_bytes() for p in (tmp_path / "mine").rglob("*") if p.is_file()}
+    code, _, err = run(capsys, "cil", "--data", images, "--tasks", 2, "--seeds", 1, "--out", tmp_path / "out", *QUICK,
+                       "--strategy", "finetune:plasticity=1,rank=2", "--saes", tmp_path / "mine",
+                       "--sae-images", images / "train")  # fmt: skip
+    assert code == 0, err
+    assert all(p.read_bytes() == content for p, content in before.items())
+
+
 def test_plasticity_trains_saes_once(images, tmp_path, capsys):
     call = ["cil", "--data", images, "--tasks", 2, "--seeds", 1, "--out", tmp_path / "out", *QUICK,
             "--strategy", "finetune:plasticity=1,rank=2"]  # fmt: skip
@@ -71,6 +97,10 @@ def test_plasticity_trains_saes_once(images, tmp_path, capsys):
         (["--tasks", "categories"], "is for emoji"),
         (["--tasks", 2, "--increment", 1], "task_sizes"),
         (["--tasks", 9], "between 1 and 4"),
+        (["--tasks", 0], "at least 1"),
+        (["--seeds", 0], "at least 1"),
+        (["--jobs", 0], "at least 1"),
+        (["--recipe", "paper", "--model", "emojiclip", "--tasks", 2], "are for timm models"),
         (
             ["--tasks", 2, "--strategy", "zero_shot", "--model", "timm:vit_tiny_patch16_224", "--pretrained", "random"],
             "CLIP",
