@@ -49,7 +49,8 @@ def of_measured(found: Mapping[str, Any]) -> list[Html]:
         f"Here EmojiCLIP learns the {len(found['classes'])} kinds of Classify-30 in {HELD_OUT_STYLE} drawings, "
         f"{found['images']} to learn from and {found['tested']} others to be tested on, with MACIL (Wu et al. 2025): "
         f"LoRA pairs on keys and values, {SETTINGS['epochs']} epochs a task, and at its end heads that are aligned on "
-        "Gaussian samples around the prototypes of all classes seen."
+        "Gaussian samples around the prototypes of all classes seen. The learning rate is one at which features drift "
+        "visibly, not the best one."
     )
     return section(runs, found["classes"], about)
 

@@ -54,8 +54,9 @@ def test_strategies_and_seeds_end_in_a_page_and_a_second_call_adds_to_it(images,
 
 
 def test_lists_with_commas_several_processes_and_validation_images(images, tmp_path, capsys):
-    code, out, err = run(capsys, "cil", "--data", images, "--tasks", 2, "--seeds", 1, "--out", tmp_path / "out", *QUICK,
-                         "--strategy", "ncm,sdc", "finetune:rank=2", "--jobs", 2, "--measure", "validation", "--bf16")  # fmt: skip
+    call = ["cil", "--data", images, "--tasks", 2, "--seeds", 1, "--out", tmp_path / "out", *QUICK, "--jobs", 2]
+    call += ["--strategy", "ncm,sdc", "finetune:rank=2", "--measure", "validation", "--bf16"]
+    code, _, err = run(capsys, *call)
     assert code == 0, err
     runs, notes = read_results(tmp_path / "out" / "runs.json")
     assert [r.strategy for r in runs] == ["ncm", "sdc", "finetune:rank=2"]
