@@ -80,8 +80,8 @@ def markdown(found: dict[str, Any]) -> str:
         f"{found['processor_seconds']:.0f} s of processor time a run ({found['machine']['chip']}, "
         f"{found['machine']['date']}). Made by benchmarks/reference_model.py; curves in the SVG files beside this one, "
         "every figure in the JSON.\n",
-        "Figures are % right, mean over seeds ± half a 95 % t-interval. Retrieval is image→text, among the labels of "
-        "the set: 632 seen or 225 new ones.\n",
+        "Figures are %, mean over seeds ± the half-width of the 95 % t-interval. Retrieval is image→text, among the "
+        "labels of the set: 632 seen or 225 new ones.\n",
         _table(
             ["", *METRICS.values()],
             [[m, *(f"{percent(interval(last[key][m])[0])} ± {percent(interval(last[key][m])[1])}" for key in METRICS)]
@@ -122,14 +122,14 @@ def markdown(found: dict[str, Any]) -> str:
     parts += [
         "## What the reference does\n",
         "Mean reciprocal rank on the left-out drawings when EmojiCLIP's similarities are multiplied by a factor in "
-        "DRRho (0 is the global loss; learning rate and temperature of DRRho, EmojiCLIP), ± half a 95 % t-interval, "
-        "and the paired difference to 0:\n",
+        "DRRho (0 is the global loss; learning rate and temperature of DRRho, EmojiCLIP), and the paired difference "
+        "to 0:\n",
     ]
     scaled, rows = found["scaled_reference"], []
     for way, values in scaled.items():
-        gain = interval([a - b for a, b in zip(values, scaled["0"])])
-        mean, half = interval(values)
-        rows.append([way, f"{percent(mean)} ± {percent(half)}", f"{100 * gain[0]:+.1f} ± {100 * gain[1]:.1f}"])
+        (mean, half), gain = interval(values), interval([a - b for a, b in zip(values, scaled["0"])])
+        rows.append([way, f"{percent(mean)} ± {percent(half)}",
+                     f"{100 * gain[0]:+.1f} ± {100 * gain[1]:.1f}" if way != "0" else ""])  # fmt: skip
     parts += [
         _table(["factor", "mean reciprocal rank", "difference"], rows),
         "Where DRRho's weights lie while the model knows nothing: the share of negatives that carry them (1/Σw²), and "
