@@ -129,7 +129,7 @@ class _Run(TrainingRun):
         self.model = self.clip.model
         if self.world.size > 1:
             ids = [self.clip.device.index] if self.clip.device.type == "cuda" else None
-            self.model = nn.parallel.DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+            self.model = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
         cuda = [self.clip.device] if self.clip.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
             self.loop(on_log=on_log)
