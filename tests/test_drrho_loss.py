@@ -296,6 +296,17 @@ def test_u_may_be_kept_in_another_precision():
     torch.testing.assert_close(u.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", FAST)
+def test_autocast_rounds_the_features_and_nothing_else(backend):
+    image, text, *reference = unit(40, 24, 16, dtype=torch.float32)
+    past = torch.linspace(-1, 1, 80).view(2, 40)
+    call = lambda *rows: ops.drrho_loss(*rows, temperature=0.03, gamma=0.5, u=past, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = call(image, text, *reference)
+    outside = call(*(x.bfloat16() for x in (image, text, *reference)))
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside))
+
+
 MEMORY = """
 import torch
 from clipsteer import bench, ops

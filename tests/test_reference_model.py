@@ -99,7 +99,7 @@ def test_mistakes_are_named():
 # One linear tower a side, three batches of which the processes have uneven shares, the last of three sometimes none.
 SPLITS = {2: ((13, 6), (1, 18), (10, 9)), 3: ((7, 12, 0), (0, 1, 18), (6, 6, 7))}
 WORKER = """
-import json, os, sys
+import gc, json, os, sys
 import torch
 from torch.nn.functional import normalize
 from clipsteer._distributed import World
@@ -157,6 +157,10 @@ if __name__ == "__main__":
         found = steps(folder, splits, getattr(torch, dtype), backend, world, reference)
         with open(f"{folder}/{name}-{world.rank}.json", "w") as file:
             json.dump(found, file)
+    # what DistributedDataParallel leaves in cycles holds on to the process group and its threads
+    gc.collect()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """
 
 

@@ -8,6 +8,7 @@ Source: Wei et al. 2025 (DRRho-CLIP, arXiv 2505.06699); Wei et al. 2024 (FastCLI
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -201,8 +202,6 @@ def drrho_loss(
     """
     *features, tau, u = checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho)
     backend = choose("drrho_loss", backend, features[0])
-    if backend == "reference":
-        return drrho_loss_reference(*features, temperature=tau, gamma=gamma, u=u, eps=eps, rho=rho)
     return run(*features, tau, u, gamma, eps, rho, backend)
 
 
@@ -210,11 +209,17 @@ def run(
     image: Tensor, text: Tensor, ref_image: Tensor | None, ref_text: Tensor | None, tau: Tensor, u: Tensor | None,
     gamma: float, eps: float, rho: float, backend: str, world: Any = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Checked arguments through the sweeps, differentiable if something asks for it."""
+    """Checked arguments through the definition or the sweeps, differentiable if something asks for it."""
     ref_image, ref_text = (t if t is None else t.detach() for t in (ref_image, ref_text))
-    if tracked(image, text, tau):
-        return Loss.apply(image, text, ref_image, ref_text, tau, u, gamma, eps, rho, backend, world)
-    return evaluate(image, text, ref_image, ref_text, tau, u, gamma, eps, rho, (False,) * 3, backend, world)[:2]
+    features, kind = (image, text, ref_image, ref_text), image.device.type
+    # inside its region autocast would take the reference's float32 products to halves
+    casting = kind != "meta" and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if casting else contextlib.nullcontext():
+        if backend == "reference" and world is None:
+            return drrho_loss_reference(*features, temperature=tau, gamma=gamma, u=u, eps=eps, rho=rho)
+        if tracked(image, text, tau):
+            return Loss.apply(*features, tau, u, gamma, eps, rho, backend, world)
+        return evaluate(*features, tau, u, gamma, eps, rho, (False,) * 3, backend, world)[:2]
 
 
 def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator, scale: float, exact: bool) -> dict:
