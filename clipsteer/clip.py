@@ -128,7 +128,7 @@ def load(
     """Load a model through open_clip.
 
     Args:
-        model: "emojiclip" (the small model that comes with clipsteer, for 64 px drawings), "emoji-tiny" (a quarter of
+        model: "emojiclip" (the small model that comes with clipsteer, for 64 px drawings), "emoji-tiny" (a fifth of
             its size, without weights), an open_clip architecture ("ViT-B-32") or a .json file that describes one,
             "hf-hub:org/repo" or "local-dir:path".
         pretrained: for an architecture, one of its open_clip tags or a local weights file; None means random weights.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,13 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def gather_with_grad(x: Tensor) -> Tensor:
-    """The processes' rows joined in rank order; the gradient comes back summed over the processes."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return x
-    from torch.distributed.nn.functional import all_gather
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
 
-    return torch.cat(all_gather(x.contiguous()))
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather_with_grad(x: Tensor) -> Tensor:
+    """The processes' rows, of equal number, in rank order; the gradient comes back summed over the processes."""
+    alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+    return x if alone else _Gather.apply(x)
 
 
 class ContrastiveLoss(nn.Module):

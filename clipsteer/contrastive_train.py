@@ -6,6 +6,7 @@ Losses: "drrho" (Wei et al. 2025, arXiv 2505.06699), "global" (FastCLIP's global
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -129,10 +130,16 @@ class _Run(TrainingRun):
         self.model = self.clip.model
         if self.world.size > 1:
             ids = [self.clip.device.index] if self.clip.device.type == "cuda" else None
-            self.model = nn.parallel.DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+            self.model = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
         cuda = [self.clip.device] if self.clip.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
-            self.loop(on_log=on_log)
+        try:
+            with torch.random.fork_rng(devices=cuda):
+                self.loop(on_log=on_log)
+        finally:
+            if self.world.size > 1:
+                # what DDP leaves in cycles would hold the process group and its threads beyond their end
+                self.model = self.clip.model
+                gc.collect()
         self.clip.model.eval()
         with torch.no_grad():
             self.clip.model.logit_scale.fill_(-math.log(self._temperature()))

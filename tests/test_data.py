@@ -107,6 +107,25 @@ def test_cells_and_conditions():
         dataset[len(dataset)]
 
 
+def test_captioned_drawings_say_all_that_is_said_of_them():
+    drawings = EMOJI.cells()["held-out", False][:5]
+    labels = EMOJI.captioned(drawings, "label")
+    assert labels.classes is None
+    assert labels.targets == [EMOJI.concepts[i].label for _, i in drawings]
+    noisy = EMOJI.captioned(drawings, "noisy")
+    at = 0
+    for style, i in drawings:
+        concept = EMOJI.concepts[i]
+        tags = [tag for tag in concept.tags if tag != concept.label]
+        said = noisy.targets[at : at + 1 + 2 * len(tags)]
+        assert said == [concept.label, *(f"{concept.label}, {tag}" for tag in tags), *tags]
+        assert all(noisy[at + k][0].tobytes() == EMOJI.image(style, i).tobytes() for k in range(len(said)))
+        at += len(said)
+    assert at == len(noisy)
+    with pytest.raises(ValueError, match="captions must be"):
+        EMOJI.captioned(drawings, "tags")
+
+
 def test_emoji_errors():
     lacking = int(np.flatnonzero(~EMOJI.drawn("fluent"))[0])
     with pytest.raises(ValueError, match="no drawing of"):
