@@ -101,8 +101,10 @@ class _Run(TrainingRun):
         self.order = Order(len(dataset), config.batch_size, config.seed, drop_last=True)
         total = -(-config.samples // config.batch_size) if config.samples else self.order.per_epoch * config.epochs
         self.loss = config.make_loss(len(dataset), world).to(clip.device)
-        # τ is the loss's own
-        clip.model.logit_scale.requires_grad_(False)
+        # τ is the loss's own, and none of the losses has a bias
+        for parameter in (clip.model.logit_scale, getattr(clip.model, "logit_bias", None)):
+            if parameter is not None:
+                parameter.requires_grad_(False)
         parameters = {f"model.{name}": p for name, p in clip.model.named_parameters() if p.requires_grad}
         self.trained = list(parameters.values())
         self.scale = [p for p in self.loss.parameters() if p.requires_grad]
