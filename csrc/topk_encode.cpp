@@ -256,7 +256,7 @@ void screened(const float* x, const float* w, const float* b, int64_t rows, int6
     }
     if (left.empty()) continue;
     const int64_t some = left.size();
-    std::unique_ptr<float[]> gathered(new float[some * d]), values(new float[some * k]);
+    Buffer<float> gathered(some * d), values(some * k);
     std::unique_ptr<int64_t[]> places(new int64_t[some * k]);
     for (int64_t i = 0; i < some; ++i) std::copy_n(input + left[i] * d, d, gathered.get() + i * d);
     encode<float>(gathered.get(), w, b, some, n, d, k, values.get(), places.get());
