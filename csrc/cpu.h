@@ -138,7 +138,8 @@ struct Digits {
   bool usable;
 };
 
-// Bounds of a row's 64 pre-activations: step * column.step * product + error * column.norm + norm * column.error + base.
+// Upper bounds of 64 pre-activations of a row, from the product of its digits with theirs: step * column.step * product
+// + error * column.norm + norm * column.error + column.base.
 struct ScreenRow {
   float step, error, norm, bound;
 };

@@ -1,4 +1,5 @@
-// Builds kernels.h, weights.h, blocks.h and screen.h for each instruction set and picks one when the library is first used.
+// Builds kernels.h, weights.h, blocks.h and screen.h for each instruction set and picks one when the library is first
+// used.
 #include "cpu.h"
 
 #include <cstdlib>

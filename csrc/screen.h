@@ -1,5 +1,5 @@
-// int8 screening of a product, for AVX-512 with VNNI: rows as signed bytes with what the rounding cost, and upper bounds
-// of a block of pre-activations. Included once by kernels.cpp; topk_encode.cpp derives the bound.
+// int8 screening of a product, for AVX-512 with VNNI: rows as signed bytes with what the rounding cost, and upper
+// bounds of a block of pre-activations. Included once by kernels.cpp; topk_encode.cpp derives the bound.
 #pragma once
 
 namespace clipsteer::vnni {
@@ -45,30 +45,38 @@ VNNI void quantise(const float* v, const float* scale, int64_t d, int64_t width,
 // pass[i]: a bit for each of 64 columns whose pre-activation in row i may exceed the row's bound (NaN: may).
 VNNI void screen(const uint8_t* const* x, const ScreenRow* row, const int8_t* w, const ScreenColumns& column,
                  int64_t quads, uint64_t* pass) {
-  __m512i sum[kBlockRows][4];
-  for (int i = 0; i < kBlockRows; ++i) {
-    for (int v = 0; v < 4; ++v) sum[i][v] = _mm512_loadu_si512(column.offset + 16 * v);
-  }
+  __m512i sum[kBlockRows][4] = {};
   for (int64_t q = 0; q < quads; ++q, w += 256) {
     const __m512i right[4] = {_mm512_loadu_si512(w), _mm512_loadu_si512(w + 64), _mm512_loadu_si512(w + 128),
                               _mm512_loadu_si512(w + 192)};
+#pragma GCC unroll 6
     for (int i = 0; i < kBlockRows; ++i) {
       int32_t four;
       std::memcpy(&four, x[i] + 4 * q, 4);
       const __m512i left = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) sum[i][v] = _mm512_dpbusd_epi32(sum[i][v], left, right[v]);
     }
   }
+  // Plain stores, all of them unrolled, keep the sums in registers above.
+  alignas(64) int32_t product[kBlockRows][64];
 #pragma GCC unroll 6
+  for (int i = 0; i < kBlockRows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) _mm512_store_si512(product[i] + 16 * v, sum[i][v]);
+  }
   for (int i = 0; i < kBlockRows; ++i) {
     pass[i] = 0;
     const __m512 step = _mm512_set1_ps(row[i].step), bound = _mm512_set1_ps(row[i].bound);
     const __m512 error = _mm512_set1_ps(row[i].error), norm = _mm512_set1_ps(row[i].norm);
     for (int v = 0; v < 4; ++v) {
-      __m512 upper = _mm512_fmadd_ps(norm, _mm512_loadu_ps(column.error + 16 * v), _mm512_loadu_ps(column.base + 16 * v));
+      const __m512i sums = _mm512_add_epi32(_mm512_load_si512(product[i] + 16 * v),
+                                            _mm512_loadu_si512(column.offset + 16 * v));
+      const __m512 base = _mm512_loadu_ps(column.base + 16 * v);
+      __m512 upper = _mm512_fmadd_ps(norm, _mm512_loadu_ps(column.error + 16 * v), base);
       upper = _mm512_fmadd_ps(error, _mm512_loadu_ps(column.norm + 16 * v), upper);
       const __m512 scale = _mm512_mul_ps(step, _mm512_loadu_ps(column.step + 16 * v));
-      upper = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i][v]), scale, upper);
+      upper = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scale, upper);
       pass[i] |= uint64_t(_mm512_cmp_ps_mask(upper, bound, _CMP_NLE_UQ)) << (16 * v);
     }
   }

@@ -139,14 +139,15 @@ struct Greatest {
   float bound() const { return count < k ? std::numeric_limits<float>::quiet_NaN() : keys[0].value(); }
 };
 
-// The same result from fewer float32 products. With x' = x * s and w' = w / s, s powers of two, and x' = x^ + r, w' = w^ + t
-// where x^ and w^ are steps times bytes:
+// The same result from fewer float32 products. With x' = x * s and w' = w / s, s powers of two, and x' = x^ + r,
+// w' = w^ + t, where x^ and w^ are steps times bytes:
 //   |x . w - x^ . w^| <= |r| |w'| + |x^| |t|.
-// The fp32 sum kept for a column differs from x . w by at most (d + 4) u |x'| |w'| + u |b| + what underflows, u = 2^-24,
-// a sum in any other order by as much, the bound's own evaluation by less than 30 u (|x'| |w'| + |b|). Elements are at most
-// 2^24 and the largest of a row at least 2^-24 (others are not screened), |log2 s| <= 12 and d <= 8192, so norms are good
-// to 2^-10 and underflow, even if denormal numbers are read as zero, is below d 2^-89 against d 2^-71 of the second term.
-// Hence kSlack and kWiden. Columns come in ascending order: one whose upper bound equals the k-th value has lost its tie.
+// With u = 2^-24, the float32 sum kept for a column differs from x . w by at most (d + 4) u |x'| |w'| + u |b| + what
+// underflows, a sum in any other order by as much, and the bound as evaluated from the exact one by less than
+// 30 u (|x'| |w'| + |b|). Elements are at most 2^24 and the largest of a row at least 2^-24 (other rows are not
+// screened), |log2 s| <= 12 and d <= 8192. So norms are good to 2^-10, and underflow, even if denormal numbers are read
+// as zero, is below d 2^-89, against d 2^-71 of the second term. Hence rounding() and kWiden.
+// Columns come in ascending order: one whose upper bound equals the k-th value has lost its tie.
 constexpr float kWiden = 1 + 1.0f / 256;
 constexpr int64_t kScreenRows = 512;
 
