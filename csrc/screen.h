@@ -1,5 +1,5 @@
 // int8 screening of a product, for AVX-512 with VNNI: rows as signed bytes with what the rounding cost, and upper
-// bounds of a block of pre-activations. Included once by kernels.cpp; topk_encode.cpp derives the bound.
+// bounds of a block of pre-activations. Included once by kernels.cpp; topk_screen.cpp derives the bound.
 #pragma once
 
 namespace clipsteer::vnni {
