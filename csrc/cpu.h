@@ -27,7 +27,8 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k);
+std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k, bool screen);
+std::tuple<Tensor, Tensor, Tensor> topk_encode_screened(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k);
 std::tuple<Tensor, Tensor> topk(Tensor pre, int64_t k);
 Tensor sparse_decode(Tensor acts, Tensor indices, Tensor w, std::optional<Tensor> b);
 Tensor gather_dot(Tensor rows, Tensor indices, Tensor w);
@@ -134,6 +135,24 @@ constexpr int kBlockBytes = level == 2 ? 256 : 64;
 template <class V>
 constexpr V kFar = std::numeric_limits<V>::max() / 16;
 
+// A row v as signed bytes: v * scale = step * digit + rest, of which `norm` = |v * scale| and `error` = |rest|.
+struct Digits {
+  static constexpr float kLeast = 1.0f / (1 << 24), kMost = 1 << 24;  // of the largest element of a usable row
+  float step, norm, error;
+  int32_t sum;  // of the digits
+  bool usable;
+};
+
+// Upper bounds of 64 pre-activations of a row, from the product of its digits with theirs: step * column.step * product
+// + error * column.norm + norm * column.error + column.base.
+struct ScreenRow {
+  float step, error, norm, bound;
+};
+struct ScreenColumns {
+  float step[64], norm[64], error[64], base[64];
+  int32_t offset[64];
+};
+
 // One implementation of the inner loops per instruction set, all with the same selections.
 struct Kernels {
   int64_t level;
@@ -188,6 +207,10 @@ struct Kernels {
   // The transpose of `columns` rows of k numbers, as such a b; what is missing of block_bytes is 0.
   void (*pack32)(const float* u, int64_t stride, int64_t columns, int64_t k, float* out);
   void (*pack64)(const double* u, int64_t stride, int64_t columns, int64_t k, double* out);
+  // int8 screening (screen.h), or null.
+  void (*quantise)(const float* v, const float* scale, int64_t d, int64_t width, int8_t* digit, Digits& row);
+  void (*screen)(const uint8_t* const* x, const ScreenRow* row, const int8_t* w, const ScreenColumns& column,
+                 int64_t quads, uint64_t* pass);
 
   void filter(const float* v, const float* b, int64_t n, uint32_t first, Candidates<float>& row) const {
     filter32(v, b, n, first, row);

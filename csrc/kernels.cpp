@@ -1,4 +1,5 @@
-// Builds kernels.h, weights.h, pairs.h and blocks.h for each instruction set and picks one when the library is first used.
+// Builds kernels.h, weights.h, pairs.h, blocks.h and screen.h for each instruction set and picks one when the library
+// is first used.
 #include "cpu.h"
 
 #include <cstdlib>
@@ -41,6 +42,7 @@
 #undef CLIPSTEER_LEVEL
 #undef ISA
 #undef TARGET
+#include "screen.h"
 #endif
 
 namespace clipsteer {
@@ -58,8 +60,9 @@ namespace {
 // Elsewhere torch's GEMM has the better inner loop.
 const Kernels kPortable = TABLE(0, portable, 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr);
 #ifdef CLIPSTEER_X86
-const Kernels kAvx2 = TABLE(1, avx2, BLOCKS(1, avx2));
-const Kernels kAvx512 = TABLE(2, avx512, BLOCKS(2, avx512));
+const Kernels kAvx2 = TABLE(1, avx2, BLOCKS(1, avx2), nullptr, nullptr);
+const Kernels kAvx512 = TABLE(2, avx512, BLOCKS(2, avx512), nullptr, nullptr);
+const Kernels kVnni = TABLE(2, avx512, BLOCKS(2, avx512), vnni::quantise, vnni::screen);
 #endif
 
 const Kernels& choose() {
@@ -73,7 +76,9 @@ const Kernels& choose() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && name != "avx2" && name != "portable") return kAvx512;
+  if (has_avx512 && name != "avx2" && name != "portable") {
+    return __builtin_cpu_supports("avx512vnni") ? kVnni : kAvx512;
+  }
   if (has_avx2 && name != "portable") return kAvx2;
 #endif
   return kPortable;

@@ -2,7 +2,10 @@
 #include "cpu.h"
 
 STABLE_TORCH_LIBRARY(clipsteer_cpp, m) {
-  m.def("topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, int k) -> (Tensor acts, Tensor indices)");
+  m.def("topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, int k, bool screen=True) -> (Tensor acts, Tensor indices)");
+  m.def(
+      "topk_encode_screened(Tensor x, Tensor W_enc, Tensor? b_enc, int k) -> (Tensor acts, Tensor indices, "
+      "Tensor rescored)");
   m.def("topk(Tensor pre, int k) -> (Tensor values, Tensor indices)");
   m.def("sparse_decode(Tensor acts, Tensor indices, Tensor W, Tensor? b) -> Tensor");
   m.def("gather_dot(Tensor rows, Tensor indices, Tensor W) -> Tensor");
@@ -27,6 +30,7 @@ STABLE_TORCH_LIBRARY(clipsteer_cpp, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(clipsteer_cpp, CPU, m) {
   m.impl("topk_encode", TORCH_BOX(&clipsteer::topk_encode));
+  m.impl("topk_encode_screened", TORCH_BOX(&clipsteer::topk_encode_screened));
   m.impl("topk", TORCH_BOX(&clipsteer::topk));
   m.impl("sparse_decode", TORCH_BOX(&clipsteer::sparse_decode));
   m.impl("gather_dot", TORCH_BOX(&clipsteer::gather_dot));

@@ -1,5 +1,6 @@
-// topk_encode: panels of pre-activations by torch's GEMM, each filtered while it is in cache; no (B, n) buffer.
-#include "gemm.h"
+// topk_encode: panels of pre-activations by torch's GEMM, each filtered while it is in cache; no (B, n) buffer. Large
+// float32 products are screened in int8 first (topk_screen.cpp).
+#include "topk_encode.h"
 
 namespace clipsteer {
 namespace {
@@ -9,30 +10,6 @@ using torch::stable::parallel_for;
 constexpr int64_t kPanelColumns = 512;
 constexpr int64_t kMaxBlockRows = 256;
 constexpr int64_t kScratchBytes = int64_t(40) << 20;
-
-// Writes the k greatest of `count` keys in order; a row with a NaN has NaN values and the first k indices.
-template <class T, class V>
-void select(Key<V>* keys, int64_t count, int64_t k, bool nan, bool relu, V* buffer, T* values, int64_t* indices) {
-  if (nan) {
-    for (int64_t j = 0; j < k; ++j) {
-      values[j] = T(std::numeric_limits<V>::quiet_NaN());
-      indices[j] = j;
-    }
-    return;
-  }
-  if (count > k) std::nth_element(keys, keys + k, keys + count, std::greater<>());
-  std::sort(keys, keys + k, std::greater<>());
-  for (int64_t j = 0; j < k; ++j) {
-    const V value = keys[j].value();
-    buffer[j] = relu && !(value > 0) ? V(0) : value;
-    indices[j] = keys[j].column();
-  }
-  if constexpr (kNarrow<T>) {
-    kernels().narrow(buffer, values, k);
-  } else {
-    std::copy_n(buffer, k, values);
-  }
-}
 
 template <class T>
 void encode(const T* x, const T* w, const T* b, int64_t rows, int64_t n, int64_t d, int64_t k, T* acts,
@@ -97,6 +74,11 @@ void encode(const T* x, const T* w, const T* b, int64_t rows, int64_t n, int64_t
   }
 }
 
+// Where screening pays: enough rows for the price of making bytes of W, few winners among many columns.
+bool worth_screening(int64_t rows, int64_t n, int64_t d, int64_t k) {
+  return kernels().screen && rows >= 64 && n >= 4096 && d >= 128 && d <= kScreenMaxDim && k <= n / 128;
+}
+
 template <class T>
 void select_rows(const T* pre, int64_t rows, int64_t n, int64_t k, T* values, int64_t* indices) {
   using V = Compute<T>;
@@ -129,7 +111,12 @@ void check_k(const char* op, int64_t k, int64_t n) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k) {
+void encode_panels(const float* x, const float* w, const float* b, int64_t rows, int64_t n, int64_t d, int64_t k,
+                   float* acts, int64_t* indices) {
+  encode<float>(x, w, b, rows, n, d, k, acts, indices);
+}
+
+std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k, bool screen) {
   const char* op = "topk_encode";
   check_dim(op, "x", x, 2);
   check_dim(op, "W_enc", w_enc, 2);
@@ -143,10 +130,39 @@ std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor w_enc, std::optional<Ten
   if (rows == 0 || k == 0) return {acts, indices};
   dispatch(op, dtype, [&](auto zero) {
     using T = decltype(zero);
+    if constexpr (std::is_same_v<T, float>) {
+      if (screen && worth_screening(rows, n, d, k)) {
+        return screened(data<float>(x), data<float>(w_enc), b_enc ? data<float>(*b_enc) : nullptr, rows, n, d, k,
+                        data<float>(acts), data<int64_t>(indices), nullptr);
+      }
+    }
     encode<T>(data<T>(x), data<T>(w_enc), b_enc ? data<T>(*b_enc) : nullptr, rows, n, d, k, data<T>(acts),
               data<int64_t>(indices));
   });
   return {acts, indices};
+}
+
+// For tests and measurements: screened at any size. How many columns of each row were rescored, or -1 where it gave up.
+std::tuple<Tensor, Tensor, Tensor> topk_encode_screened(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc,
+                                                        int64_t k) {
+  const char* op = "topk_encode_screened";
+  check_dim(op, "x", x, 2);
+  check_dim(op, "W_enc", w_enc, 2);
+  const int64_t rows = x.size(0), d = x.size(1), n = w_enc.size(0);
+  check(op, "x", x, ScalarType::Float, {rows, d});
+  check(op, "W_enc", w_enc, ScalarType::Float, {n, d});
+  if (b_enc) check(op, "b_enc", *b_enc, ScalarType::Float, {n});
+  check_k(op, k, n);
+  require(kernels().screen, op, "this processor (or CLIPSTEER_CPU_ISA) has no AVX512-VNNI; topk_encode always runs");
+  require(k > 0, op, "expected k > 0");
+  require(0 < d && d <= kScreenMaxDim, op, "expected 0 < d_in <= 8192, got " + std::to_string(d));
+  auto [acts, indices] = outputs(x, rows, k);
+  Tensor rescored = torch::stable::new_empty(x, {&rows, 1}, ScalarType::Long);
+  if (rows) {
+    screened(data<float>(x), data<float>(w_enc), b_enc ? data<float>(*b_enc) : nullptr, rows, n, d, k,
+             data<float>(acts), data<int64_t>(indices), data<int64_t>(rescored));
+  }
+  return {acts, indices, rescored};
 }
 
 std::tuple<Tensor, Tensor> topk(Tensor pre, int64_t k) {

@@ -53,7 +53,9 @@ _FILES = {  # in kernels/, and the ops in each
 }
 
 
-def _fake_topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+def _fake_topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, screen: bool = True
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
 
 

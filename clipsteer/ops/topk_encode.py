@@ -30,8 +30,8 @@ def topk_encode_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None,
 
 class _TopkEncode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, W, b, k, backend, sparse_grad, grad_buffer):
-        acts, indices = call(backend, "topk_encode", x, W, b, k)
+    def forward(ctx, x, W, b, k, backend, sparse_grad, grad_buffer, screen):
+        acts, indices = call(backend, "topk_encode", x, W, b, k, *((screen,) if backend == "cpp" else ()))
         ctx.save_for_backward(x, W, acts, indices)
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
@@ -41,7 +41,7 @@ class _TopkEncode(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         if grad is None:
-            return (None,) * 7
+            return (None,) * 8
         x, W, acts, indices = ctx.saved_tensors
         backend, sparse_grad, grad_buffer = ctx.options
         grad = torch.where(acts > 0, grad, 0)  # (B, k)
@@ -51,7 +51,7 @@ class _TopkEncode(torch.autograd.Function):
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             d_W, d_b = weight_gradient(grad, indices, x, W, backend, sparse_grad, grad_buffer)
         needs = ctx.needs_input_grad
-        return d_x, d_W if needs[1] else None, d_b if needs[2] else None, None, None, None, None
+        return d_x, d_W if needs[1] else None, d_b if needs[2] else None, None, None, None, None, None
 
 
 def topk_encode(
@@ -63,6 +63,7 @@ def topk_encode(
     backend: str = "auto",
     sparse_grad: bool = False,
     grad_buffer: Tensor | None = None,
+    screen: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Encode to the k largest pre-activations of each row: ``relu(topk(x W_encᵀ + b_enc))``.
 
@@ -74,6 +75,10 @@ def topk_encode(
         backend: ``"auto" | "reference" | "cpp" | "triton" | "cuda"``; ``ops.explain`` says which can run.
         sparse_grad: the gradient of ``W_enc`` is a sparse COO tensor of the rows in use, as in ``F.embedding``.
         grad_buffer: a kept (d_sae, d_in) buffer for the gradient of ``W_enc``; see ``sparse_decode``.
+        screen: ``"auto" | "off"``. On CPUs with AVX512-VNNI the cpp backend rules most columns of a large float32
+            product out by int8 products and a proven bound of their error, and computes the rest in float32. The
+            result is held to the same bound as without; only pre-activations closer than their rounding may change
+            places, as between any two orders of summation. Nothing is kept between calls.
 
     Returns:
         acts (..., k) in descending order, not negative; indices (..., k) int64. Equal pre-activations go to the lower
@@ -101,13 +106,15 @@ def topk_encode(
         raise TypeError(_check.mistake(op, "k", "an int", type(k).__name__, named))
     if not 1 <= k <= W_enc.shape[0]:
         raise ValueError(_check.mistake(op, "k", f"in [1, d_sae = {W_enc.shape[0]}]", k, named))
+    if screen not in ("auto", "off"):
+        raise ValueError(f'{op}: screen must be "auto" or "off", got {screen!r}')
     backend = choose(op, backend, x)
     check_gradient_options(op, W_enc, sparse_grad, grad_buffer, backend)
     if backend == "reference":
         return topk_encode_reference(x, W_enc, b_enc, k=k)
     flat, W = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous(), W_enc.contiguous()
     b = None if b_enc is None else b_enc.contiguous()
-    acts, indices = _TopkEncode.apply(flat, W, b, k, backend, sparse_grad, grad_buffer)
+    acts, indices = _TopkEncode.apply(flat, W, b, k, backend, sparse_grad, grad_buffer, screen == "auto")
     return acts.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)
 
 

@@ -1,0 +1,228 @@
+"""int8 screening finds what a search through every float32 pre-activation finds, on whatever it is given."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from clipsteer import ops
+from clipsteer.ops import REGISTRY, _dispatch
+
+
+def screening_runs() -> bool:
+    if _dispatch.missing("cpp") is not None:
+        return False
+    try:
+        torch.ops.clipsteer_cpp.topk_encode_screened(torch.ones(1, 1), torch.ones(1, 1), None, 1)
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
+needs_vnni = pytest.mark.skipif(not screening_runs(), reason="no AVX512-VNNI here, or the C++ library is not built")
+
+
+def check_screened(x: Tensor, W: Tensor, b: Tensor | None, k: int) -> Tensor:
+    """Holds the screened result to the search, and returns how many columns of each row were rescored, -1: given up."""
+    acts, indices, rescored = torch.ops.clipsteer_cpp.topk_encode_screened(x, W, b, k)
+    every = torch.arange(W.shape[0]).expand(x.shape[0], -1).contiguous()
+    pre = torch.ops.clipsteer_cpp.gather_dot(x, every, W)  # the same sums in the same order
+    pre = pre if b is None else pre + b
+    values, order = torch.sort(pre + 0.0, dim=-1, descending=True, stable=True)
+    kept = rescored >= 0
+    assert torch.equal(indices[kept], order[kept, :k])
+    assert torch.equal(acts[kept], values[kept, :k].relu())
+    for found, plain in zip((acts, indices), ops.topk_encode(x[~kept], W, b, k=k, screen="off", backend="cpp")):
+        assert torch.equal(found[~kept].nan_to_num(-1), plain.nan_to_num(-1))
+    if not bool(pre.isfinite().all()):  # sums that overflow say little about the true ones
+        return rescored
+    with_bias = {"x": x, "W_enc": W, "b_enc": x.new_zeros(W.shape[0]) if b is None else b, "k": k}
+    errors = REGISTRY["topk_encode"].check(with_bias, {"acts": acts, "indices": indices})
+    assert max(errors.values()) <= 1, errors
+    return rescored
+
+
+def draw(kind: str, B: int, d: int, n: int, k: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    x, W = torch.randn(B, d, generator=g), torch.randn(n, d, generator=g)
+    some, one = torch.rand(d, generator=g) < 0.1, int(torch.randint(d, (), generator=g))
+    if kind == "integers":
+        return (2 * x).round(), (2 * W).round()
+    if kind == "outliers":  # in the activations, as in CLIP, and sometimes in the weights
+        x[:, some] *= 1000
+        W[: n // 3, one] *= 100
+    elif kind == "heavy tails":
+        return x**5, W**5
+    elif kind == "duplicates":
+        W = W[torch.randint(max(1, n // 4), (n,), generator=g)]
+    elif kind == "near ties":
+        W = W[:1] + 1e-7 * W
+    elif kind == "constant rows":
+        x, W = x[:, :1].expand(B, d).contiguous(), W[:, :1].expand(n, d).contiguous()
+    elif kind == "all equal":
+        W = W[:1].expand(n, d).contiguous()
+    elif kind == "zeros":
+        x[::2], W[::3] = 0, 0
+    elif kind == "denormals":
+        return x * 1e-40, W * (1.0 if n % 2 else 1e-3)
+    elif kind == "denormal weights":
+        W[::2] *= 1e-41
+    elif kind == "wild norms":
+        return x * 10.0 ** torch.randint(-30, 16, (B, 1), generator=g), W * 10.0 ** torch.randint(
+            -12, 10, (n, 1), generator=g
+        )
+    elif kind == "wild dimensions":
+        power = 10.0 ** torch.randint(-6, 7, (d,), generator=g)
+        return x * power, W / power
+    elif kind == "overflow":
+        return x * 1e25, W * 1e18
+    elif kind == "common part":
+        return x + 30 * torch.randn(d, generator=g), W + 3
+    elif kind == "not finite":
+        x[0, one] = float("nan")
+        W[:: max(1, n // 3), one] = float("inf")
+    return x, W
+
+
+KINDS = (
+    "gaussian", "integers", "outliers", "heavy tails", "duplicates", "near ties", "constant rows", "all equal", "zeros",
+    "denormals", "denormal weights", "wild norms", "wild dimensions", "overflow", "common part", "not finite",
+)  # fmt: skip
+
+
+def bias_of(kind: int, n: int, g: torch.Generator) -> Tensor | None:
+    b = torch.randn(n, generator=g)
+    if kind == 0:
+        return None
+    if kind == 1:
+        return (2 * b).round()
+    if kind == 2:
+        return b * 1e6
+    if kind == 3:
+        b[:: max(1, n // 5)] = -float("inf")
+    return b
+
+
+def fuzz(seed: int, cases: int) -> tuple[int, int]:
+    """How many rows of all were screened to the end; a mismatch raises."""
+    g = torch.Generator().manual_seed(seed)
+    done = total = 0
+    for case in range(cases):
+        kind = KINDS[case % len(KINDS)]
+        B, d = int(torch.randint(1, 20, (), generator=g)), int(torch.randint(1, 130, (), generator=g))
+        n = int(torch.randint(1, 2600 if case % 7 == 0 else 400, (), generator=g))
+        k = n if case % 50 == 0 else int(torch.randint(1, min(n, 40) + 1, (), generator=g))
+        x, W = draw(kind, B, d, n, k, g)
+        b = bias_of(1 if kind == "integers" else int(torch.randint(5, (), generator=g)), n, g)
+        try:
+            rescored = check_screened(x, W, b, k)
+            if kind == "integers":
+                for found, plain in zip(
+                    ops.topk_encode(x, W, b, k=k, screen="off", backend="cpp"),
+                    torch.ops.clipsteer_cpp.topk_encode_screened(x, W, b, k),
+                ):
+                    assert torch.equal(found, plain)
+        except AssertionError as error:
+            raise AssertionError(f"case {case} of seed {seed}: {kind}, {(B, d, n, k)}: {error}") from error
+        done, total = done + int((rescored >= 0).sum()), total + B
+    return done, total
+
+
+@needs_vnni
+def test_screening_equals_a_full_search():
+    done, total = fuzz(0, 160)
+    assert done > total / 2
+
+
+@needs_vnni
+@pytest.mark.slow
+def test_screening_equals_a_full_search_on_many_cases():
+    fuzz(1, 2000)
+
+
+@needs_vnni
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_most_columns_are_ruled_out(threads, bias):
+    """Over two blocks of rows, with a partial tile at every end; the bits do not depend on the thread count."""
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.randn(515, 190, generator=g), torch.randn(8219, 190, generator=g)
+    x[:, 7] += 50  # an outlier dimension must cost nothing
+    W[:, 7] *= 0.1
+    b = torch.randn(8219, generator=g) if bias else None
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        rescored = check_screened(x, W, b, 16)
+        assert int(rescored.min()) >= 16
+        assert int(rescored.max()) < 8219 // 8
+        by_default = ops.topk_encode(x, W, b, k=16, backend="cpp")
+        torch.set_num_threads(1)
+        for found, again in zip(by_default, torch.ops.clipsteer_cpp.topk_encode_screened(x, W, b, 16)):
+            assert torch.equal(found, again)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_vnni
+def test_rows_that_keep_too_many_candidates_are_left_to_float32():
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.randn(70, 128, generator=g), torch.randn(6000, 128, generator=g)
+    W[:, 0] *= 1e-8  # two rows are a spike which the weights ignore, and which leaves no digits for the rest
+    x[[3, 44], 0] = 1e6
+    rescored = check_screened(x, W, None, 4)
+    assert (rescored < 0).nonzero().flatten().tolist() == [3, 44]
+
+
+@needs_vnni
+def test_weights_changed_behind_autograd_are_seen():
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.randn(64, 128, generator=g), torch.nn.Parameter(torch.randn(4096, 128, generator=g))
+    ops.topk_encode(x, W, k=8)
+    W.data.neg_()
+    check_screened(x, W.detach(), None, 8)
+    for found, fresh in zip(ops.topk_encode(x, W, k=8), ops.topk_encode(x, W.detach().clone(), k=8)):
+        assert torch.equal(found, fresh)
+
+
+@needs_vnni
+def test_gradients_and_compile_pass_through():
+    g = torch.Generator().manual_seed(0)
+    x, W, b = (torch.randn(*shape, generator=g, requires_grad=True) for shape in ((80, 128), (4096, 128), (4096,)))
+    encode = torch.compile(lambda *t: ops.topk_encode(*t, k=8)[0], fullgraph=True, backend="aot_eager")
+    ours = torch.autograd.grad(encode(x, W, b).square().sum(), (x, W, b))
+    plain = torch.autograd.grad(ops.topk_encode(x, W, b, k=8, screen="off")[0].square().sum(), (x, W, b))
+    for a, c in zip(ours, plain):
+        torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-4)
+
+
+def test_the_keyword_is_checked():
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="screen must be"):
+        ops.topk_encode(x, x, k=1, screen="on")
+
+
+@pytest.mark.skipif(_dispatch.missing("cpp") is not None, reason="the C++ library is not built")
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_other_processors_stay_on_float32(isa):
+    code = """
+import torch
+from clipsteer import ops
+g = torch.Generator().manual_seed(0)
+x, W = torch.randn(64, 128, generator=g), torch.randn(4096, 128, generator=g)
+for a, b in zip(ops.topk_encode(x, W, k=8), ops.topk_encode(x, W, k=8, screen="off")):
+    assert torch.equal(a, b)
+try:
+    torch.ops.clipsteer_cpp.topk_encode_screened(x, W, None, 8)
+except (RuntimeError, ValueError) as error:
+    assert "VNNI" in str(error), error
+else:
+    raise SystemExit("screened without VNNI")
+"""
+    env = {**os.environ, "CLIPSTEER_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
