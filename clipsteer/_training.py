@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -48,6 +49,11 @@ def weights_digest(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+def described(part: Any) -> str:
+    """What a part says of itself, without where it lies in memory."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(part))
 
 
 class Order:
@@ -132,9 +138,9 @@ class TrainingRun:
             steps = self.world.gather(torch.tensor([step], device=self.world.device)).tolist()
             if len(set(steps)) > 1:
                 raise ValueError(f"{self.name}: the processes see checkpoints of different steps {steps} in {self.out}")
-        if self.lead:
-            trim_log(self.out / "log.jsonl", max(step, 0))
         if found is None:
+            if self.lead:
+                trim_log(self.out / "log.jsonl", 0)
             return False
         if not resume:
             raise ValueError(f"{self.name}: {self.out} holds a run; resume it or choose another folder")
@@ -142,6 +148,8 @@ class TrainingRun:
         if changed := [k for k in self.settings if k not in self.cosmetic and there.get(k) != self.settings[k]]:
             which = ", ".join(f"{k}: {there.get(k)!r:.80} there, {self.settings[k]!r:.80} asked for" for k in changed)
             raise ValueError(f"{self.name}: {self.out} holds a run with other settings ({which}); use another folder")
+        if self.lead:
+            trim_log(self.out / "log.jsonl", step)
         self.load_tensors(found.tensors)
         for name, parameter in self.parameters.items():
             keys = [key for key in _ADAM if f"adam.{key}.{name}" in found.tensors]

@@ -14,6 +14,7 @@ PAPER = {"first_epochs": 20, "epochs": 10, "batch_size": 48, "rank": 32}
 PAPER_MODEL = "timm:vit_base_patch16_224.augreg_in21k"
 # chosen on validation images: benchmarks/results/cil-emoji.md
 EMOJI = {"first_epochs": 5, "epochs": 5, "batch_size": 48, "projections": 2000, "align_epochs": 20}
+SAE_STEPS = 1000
 EMOJI_RATES = {"macil": 0.03, "finetune": 0.003, "sdc": 0.03, "slca": 0.03, "joint": 0.01}
 
 
@@ -157,7 +158,7 @@ def _fit_saes(folder: Path, images: str, encoder: tuple[Any, ...]) -> None:
     if any(folder.glob("*/cfg.json")):  # somebody's own: only what they have in common is lacking
         saes = load_saes(folder, device=encoder[3])
     else:
-        size = {"d_sae": 4 * tower.width, "k": 16, "steps": 1000}
+        size = {"d_sae": 4 * tower.width, "k": 16, "steps": SAE_STEPS}
         saes = fit_saes(tower.module, tower.blocks, pixel_batches(tower, found), **size)
         folder.mkdir(parents=True, exist_ok=True)
         save_saes(folder, saes)

@@ -98,7 +98,8 @@ def _validation(specs: list[str]) -> dict[str, Any]:
     found = {}
     for spec in specs:
         if spec != "emoji":
-            found[Path(spec).stem] = open_dataset(spec)
+            name = Path(spec).stem
+            found[name if name not in found else spec] = open_dataset(spec)
             continue
         emoji = EmojiStyles()
         for (style, seen), drawings in emoji.cells().items():
@@ -113,7 +114,7 @@ def _reference(args: argparse.Namespace, dataset: Any, world: Any) -> tuple[Any,
     import torch
 
     from clipsteer import reference_features
-    from clipsteer.clip import load
+    from clipsteer.clip import EMOJICLIP, load
 
     name = args.reference
     if name is None:
@@ -127,6 +128,8 @@ def _reference(args: argparse.Namespace, dataset: Any, world: Any) -> tuple[Any,
         model = reference_features.load_run(name, world.device)
     else:
         model = load(name, args.reference_pretrained, device=world.device)
+        if args.reference_pretrained is None and name != EMOJICLIP and ":" not in name:
+            raise ValueError(f"--reference {name} needs --reference-pretrained, a tag of open_clip or a weights file")
     if args.reference_live:
         return model, None
     path = args.out / "reference.safetensors"

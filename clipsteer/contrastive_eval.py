@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,22 +22,36 @@ def evaluate(clip: CLIP, dataset: ImageDataset, *, templates: tuple[str, ...] | 
     """Zero-shot accuracy where the images have classes; where they have captions, recall at 1 in both directions and
     the mean reciprocal rank of an image's caption.
 
-    Retrieval is among the data set's images and its distinct captions; images of one caption count as equally right.
+    Retrieval is among the data set's distinct images and captions; every caption of an image, and every image of a
+    caption, counts as right, of several the best-placed one. Equal scores share their places.
+
+    Raises ValueError where features are not finite.
     """
     images = encode_dataset(clip, dataset, workers=workers)
+    if not bool(images.isfinite().all()):
+        raise ValueError("evaluate: the model's image features are not finite")
     if dataset.classes is not None:
         head = zero_shot_head(clip, [name.replace("_", " ").replace("-", " ") for name in dataset.classes], templates)
         right = (images @ head.T.to(images.dtype)).argmax(1).cpu() == torch.tensor(dataset.targets)
         return {"zero_shot": float(right.float().mean())}
     texts = list(dict.fromkeys(captions_of(dataset)))
     place = {text: i for i, text in enumerate(texts)}
-    truth = torch.tensor([place[text] for text in captions_of(dataset)])
-    scores = (images @ encode_texts(clip, texts).T).cpu()
-    ahead = (scores > scores.gather(1, truth[:, None])).sum(1)
+    # an image with several captions stands in as many rows
+    first: dict[Any, int] = {}
+    for row, source in enumerate(dataset.sources):
+        first.setdefault(source, row)
+    rank = {source: i for i, source in enumerate(first)}
+    right = torch.zeros(len(first), len(texts), dtype=torch.bool)
+    for source, text in zip(dataset.sources, captions_of(dataset)):
+        right[rank[source], place[text]] = True
+    scores = (images[list(first.values())] @ encode_texts(clip, texts).T).cpu()
+    best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+    ahead = (scores > best).sum(1) + ((scores == best) & ~right).sum(1) / 2
+    hits = [right[range(len(right)), scores.argmax(1)], right[scores.argmax(0), range(len(texts))]]
     return {
         "image_to_text_mrr": float((1 / (1 + ahead)).mean()),
-        "image_to_text_r1": float((scores.argmax(1) == truth).float().mean()),
-        "text_to_image_r1": float((truth[scores.argmax(0)] == torch.arange(len(texts))).float().mean()),
+        "image_to_text_r1": float(hits[0].float().mean()),
+        "text_to_image_r1": float(hits[1].float().mean()),
     }
 
 

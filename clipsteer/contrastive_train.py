@@ -28,7 +28,7 @@ from clipsteer.contrastive_data import Pairs, data_digest
 from clipsteer.contrastive_eval import evaluate
 from clipsteer.contrastive_loss import select_learnable
 from clipsteer.data import ImageDataset
-from clipsteer.reference_features import ReferenceFeatures
+from clipsteer.reference_features import ReferenceFeatures, model_digest
 from clipsteer.reference_model import gamma_schedule
 
 
@@ -120,7 +120,7 @@ class _Run(TrainingRun):
             settings |= {"data": data_digest(dataset), "weights": weights_digest(clip.model)}
             settings["frozen"] = [name for name, p in clip.model.named_parameters() if not p.requires_grad]
             if isinstance(self.reference, CLIP):
-                settings["reference"] = weights_digest(self.reference.model)
+                settings["reference"] = model_digest(self.reference)
             elif self.reference is not None:
                 settings["reference"] = self.reference.weights or self.reference.name
         super().__init__(config, total, parameters, optimizer, settings, out, world)

@@ -80,6 +80,13 @@ class ImageDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Image, int | str]:
         return self._read(range(len(self))[index]), self.targets[index]
 
+    @property
+    def sources(self) -> list[Any]:
+        """What each sample is read from, its row where that is not known: equal ones are the same image."""
+        if not isinstance(self._read, _Reader):
+            return list(range(len(self)))
+        return [self._read.source(row) for row in range(len(self))]
+
     def subset(self, rows: Sequence[int]) -> ImageDataset:
         """These rows, in this order, with the same classes."""
         return ImageDataset(_Reader(self._read, [(i,) for i in rows]), [self.targets[i] for i in rows], self.classes)
@@ -93,6 +100,11 @@ class _Reader:
 
     def __call__(self, index: int) -> Image:
         return self.function(*self.arguments[index])
+
+    def source(self, index: int) -> tuple[Any, ...]:
+        """The arguments of the function that reads the image, behind all subsets."""
+        arguments = self.arguments[index]
+        return self.function.source(*arguments) if isinstance(self.function, _Reader) else arguments
 
 
 def read_image(source: str | Path | bytes, name: str | None = None) -> Image:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clipsteer._files import FileFormatError, read_json, read_safetensors, read_safetensors_header, write_safetensors
-from clipsteer._training import weights_digest
+from clipsteer._training import described, digest_of, weights_digest
 from clipsteer.classifier import pixel_batches
 from clipsteer.clip import CLIP, evaluating, load
 from clipsteer.contrastive_data import captions_of, data_digest
@@ -36,6 +36,12 @@ class ReferenceFeatures(NamedTuple):
     def save(self, path: str | Path) -> None:
         metadata = {"kind": KIND, "model": self.name, "data": self.data, "weights": self.weights}
         write_safetensors(path, {"image": self.image, "text": self.text}, metadata)
+
+
+def model_digest(clip: CLIP) -> str:
+    """Of the weights, the modules that use them (activations have no weights), preprocessing and context length."""
+    parts = [weights_digest(clip.model), described(clip.model), described(clip.preprocess)]
+    return digest_of([*parts, getattr(clip.tokenizer, "context_length", None)])
 
 
 def encode_texts(clip: CLIP, texts: Sequence[str], batch_size: int = 256) -> Tensor:
@@ -63,7 +69,7 @@ def compute(clip: CLIP, dataset: ImageDataset, *, batch_size: int = 128, workers
     image = encode_dataset(clip, dataset, batch_size=batch_size, workers=workers)
     text = encode_texts(clip, captions_of(dataset))
     return ReferenceFeatures(
-        image.float().cpu(), text.float().cpu(), clip.name, data_digest(dataset), weights_digest(clip.model)
+        image.float().cpu(), text.float().cpu(), clip.name, data_digest(dataset), model_digest(clip)
     )
 
 
@@ -95,13 +101,17 @@ def read(path: str | Path, dataset: ImageDataset) -> ReferenceFeatures:
 
 
 def cached(path: str | Path, clip: CLIP, dataset: ImageDataset, *, workers: int = 0) -> ReferenceFeatures:
-    """The features in `path` where they are this model's of this data set; otherwise computed and written there."""
+    """The features in `path` where they are this model's of this data set; otherwise computed and written there.
+
+    The data set is known by its captions and 16 of its images (`data_digest`).
+    """
     path = Path(path)
     if path.exists():
         found = read(path, dataset)
-        if found.weights != weights_digest(clip.model):
+        if found.weights != model_digest(clip):
             raise ValueError(
-                f"{path}: features of {found.name} with other weights; remove the file to compute them anew"
+                f"{path}: features of {found.name} with other weights, activations or preprocessing; remove the file "
+                "to compute them anew"
             )
         return found
     features = compute(clip, dataset, workers=workers)

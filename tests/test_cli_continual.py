@@ -10,6 +10,7 @@ import torch
 from _command import run
 from PIL import Image
 
+from clipsteer import cli_continual
 from clipsteer.continual.backbone import Encoder
 from clipsteer.continual.cil_page import read_results
 from clipsteer.continual.plasticity import fit_saes, save_saes
@@ -77,7 +78,8 @@ def test_saes_of_ones_own_are_used_as_they_are(images, tmp_path, capsys):
     assert all(p.read_bytes() == content for p, content in before.items())
 
 
-def test_plasticity_trains_saes_once(images, tmp_path, capsys):
+def test_plasticity_trains_saes_once(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli_continual, "SAE_STEPS", 10)
     call = ["cil", "--data", images, "--tasks", 2, "--seeds", 1, "--out", tmp_path / "out", *QUICK,
             "--strategy", "finetune:plasticity=1,rank=2"]  # fmt: skip
     code, _, err = run(capsys, *call)

@@ -5,10 +5,12 @@ import json
 
 import pytest
 import torch
+from _command import run
 from PIL import Image
 
 from clipsteer import cli
 from clipsteer._files import read_safetensors, write_json
+from clipsteer.cli_train import _validation
 from clipsteer.data import captions
 from clipsteer.reference_features import load_run
 
@@ -105,3 +107,20 @@ def test_kept_features_cannot_see_crops(folder, tmp_path, capsys):
     kept = tmp_path / "a" / "reference.safetensors"
     assert train(folder, tmp_path / "b", "--reference", kept, "--reference-live") == 2
     assert "--reference-live needs a model" in capsys.readouterr().err
+
+
+def test_a_reference_without_weights_is_refused(tmp_path, capsys):
+    (tmp_path / "pairs.csv").write_text("image,caption\na.png,a\n")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    code, _, err = run(capsys, "train", "--data", tmp_path / "pairs.csv", "--reference", "ViT-B-32", "--batch-size", 1,
+                       "--out", tmp_path / "out")  # fmt: skip
+    assert code == 2
+    assert "--reference-pretrained" in err
+
+
+def test_validation_sets_of_one_name_are_both_kept(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "val.csv").write_text("image,caption\nx.png,a\n")
+    found = _validation([str(tmp_path / "a" / "val.csv"), str(tmp_path / "b" / "val.csv")])
+    assert list(found) == ["val", str(tmp_path / "b" / "val.csv")]

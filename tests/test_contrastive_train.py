@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from clipsteer import clip as clip_module
-from clipsteer import reference_features
+from clipsteer import contrastive_eval, reference_features
 from clipsteer._distributed import World
 from clipsteer._files import read_safetensors, write_json
 from clipsteer.contrastive_config import LOSSES
@@ -30,7 +30,8 @@ SMALL = {
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
     "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
-FAST = {"batch_size": 6, "epochs": 2, "lr": 1e-3, "log_every": 1, "temperature": 0.1}
+# gamma_min: from the second epoch on denominators are averages
+FAST = {"batch_size": 6, "epochs": 2, "lr": 1e-3, "log_every": 1, "temperature": 0.1, "gamma_min": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +272,7 @@ def test_a_killed_run_goes_on_bitwise(folder, tmp_path):
 
 
 WORKER = """
-import json, os, sys, torch
+import gc, json, os, sys, torch
 torch.set_num_threads(1)
 from clipsteer import clip, contrastive_train, reference_features
 from clipsteer.data import captions
@@ -284,6 +285,10 @@ for name, more in json.loads(settings).items():
     reference = reference._replace(image=reference.image.double(), text=reference.text.double())
     config = contrastive_train.ContrastiveConfig(**more)
     contrastive_train.train_contrastive(model, data, config, reference=reference, out=f"{out}/{name}")
+gc.collect()
+if torch.distributed.is_initialized():
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """
 
 
@@ -318,6 +323,26 @@ def test_two_processes_equal_one(folder, data, tmp_path):
             torch.testing.assert_close(ends[1]["loss.u"], ends[0]["loss.u"], rtol=1e-4, atol=1e-5)
 
 
+def test_every_caption_of_an_image_is_right(folder, monkeypatch):
+    """A perfect model on three captions an image, one that says the same of everything, and one that is broken."""
+    rows = [f"classes/{name}/0.png,{name} {i}" for name in ("red", "blue", "grey") for i in range(3)]
+    (folder / "three.csv").write_text("\n".join(["image,caption", *rows]))
+    data = captions(folder / "three.csv")
+    for table in (data, data.subset(range(9))):
+        monkeypatch.setattr(contrastive_eval, "encode_dataset", lambda *_, **__: torch.eye(3).repeat_interleave(3, 0))
+        monkeypatch.setattr(contrastive_eval, "encode_texts", lambda *_: torch.eye(3).repeat_interleave(3, 0))
+        assert evaluate(None, table) == dict.fromkeys(
+            ("image_to_text_mrr", "image_to_text_r1", "text_to_image_r1"), 1.0
+        )
+    monkeypatch.setattr(contrastive_eval, "encode_dataset", lambda *_, **__: torch.ones(9, 3))
+    monkeypatch.setattr(contrastive_eval, "encode_texts", lambda *_: torch.ones(9, 3))
+    # six others are as good
+    assert evaluate(None, data)["image_to_text_mrr"] == pytest.approx(1 / 4)
+    monkeypatch.setattr(contrastive_eval, "encode_dataset", lambda *_, **__: torch.full((9, 3), torch.nan))
+    with pytest.raises(ValueError, match="not finite"):
+        evaluate(None, data)
+
+
 def test_evaluation_counts_equal_captions_as_right(fresh, folder, tmp_path):
     rows = [("classes/red/0.png", "a"), ("classes/red/0.png", "a"), ("classes/blue/0.png", "b")]
     table = folder / "twice.csv"
@@ -327,8 +352,8 @@ def test_evaluation_counts_equal_captions_as_right(fresh, folder, tmp_path):
     images = clip.encode_images([data[i][0] for i in range(3)])
     with torch.no_grad():
         texts = torch.nn.functional.normalize(clip.model.encode_text(clip.tokenizer(["a", "b"])), dim=1)
-    scores = (images @ texts.T).detach()
-    truth = torch.tensor([0, 0, 1])
+    scores = (images @ texts.T).detach()[1:]  # the first image stands in two rows
+    truth = torch.tensor([0, 1])
     assert found["image_to_text_r1"] == pytest.approx(float((scores.argmax(1) == truth).float().mean()))
     assert found["text_to_image_r1"] == pytest.approx(
         float((truth[scores.argmax(0)] == torch.arange(2)).float().mean())

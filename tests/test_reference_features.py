@@ -6,7 +6,7 @@ from PIL import Image
 
 from clipsteer import clip as clip_module
 from clipsteer import reference_features
-from clipsteer._files import FileFormatError, write_safetensors
+from clipsteer._files import FileFormatError, write_json, write_safetensors
 from clipsteer.contrastive_data import captions_of
 from clipsteer.data import captions, image_folder
 
@@ -82,3 +82,22 @@ def test_classes_are_captions(tmp_path):
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
     assert captions_of(image_folder(tmp_path)) == ["cat", "hot dog"]
+
+
+def test_features_of_a_model_with_other_activations_are_refused(tmp_path):
+    """The same tensors under another activation function are another model."""
+    vision = {"image_size": 32, "layers": 1, "width": 16, "head_width": 16, "patch_size": 16}
+    small = {
+        "embed_dim": 16,
+        "vision_cfg": vision,
+        "text_cfg": {"context_length": 8, "width": 16, "heads": 2, "layers": 1},
+    }
+    models, data = [], table(tmp_path / "a", TEXTS)
+    for name, quick in (("plain", False), ("quick", True)):
+        write_json(tmp_path / f"clipsteer-test-{name}.json", {**small, "quick_gelu": quick})
+        torch.manual_seed(0)
+        models.append(clip_module.load(str(tmp_path / f"clipsteer-test-{name}.json")))
+    assert all(torch.equal(a, b) for a, b in zip(*(model.model.state_dict().values() for model in models)))
+    reference_features.cached(tmp_path / "features.safetensors", models[0], data)
+    with pytest.raises(ValueError, match="activations"):
+        reference_features.cached(tmp_path / "features.safetensors", models[1], data)

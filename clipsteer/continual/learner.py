@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from clipsteer import checkpoint, ops
 from clipsteer._sae_run import EXIT_TERMINATED
-from clipsteer._training import weights_digest
+from clipsteer._training import described, weights_digest
 from clipsteer.classifier import pixel_batches
 from clipsteer.clip import evaluating
 from clipsteer.continual.alignment import align
@@ -261,8 +260,7 @@ class ClassIncrementalLearner:
         return json.loads(json.dumps({
             "settings": settings, "model": self.encoder.name, "weights": self.digest, "num_classes": self.num_classes,
             **{name: _digest(part) for name, part in parts.items() if part is not None},
-            **{name: re.sub(r" at 0x[0-9a-f]+", "", repr(getattr(self.encoder, name)))
-               for name in ("preprocess", "train_transform")},
+            **{name: described(getattr(self.encoder, name)) for name in ("preprocess", "train_transform")},
         }))  # fmt: skip
 
     def save(self) -> Path:
