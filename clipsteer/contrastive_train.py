@@ -234,15 +234,19 @@ class _Run(TrainingRun):
         def parts() -> list[tuple[Tensor, Tensor]]:
             return list(zip(*(x.split(size) for x in inputs)))
 
-        if size < n or config.select is not None:
+        def seen() -> tuple[Tensor, Tensor]:
             with torch.no_grad():
                 found = [self._features(*part, number) for number, part in enumerate(parts())]
-            image, text = (torch.cat(x) for x in zip(*found))
+            return tuple(torch.cat(x) for x in zip(*found))
+
+        if size < n or config.select is not None:
+            image, text = seen()
         if config.select is not None:
             keep = max(1, round(config.select * n))
             kept = select_learnable(image, text, *refs, keep, temperature=self._temperature())
             ids, refs, inputs = ids[kept], tuple(r[kept] for r in refs), tuple(x[kept] for x in inputs)
-            image, text = image[kept], text[kept]
+            if size < len(ids):
+                image, text = seen()  # the kept pairs are cut anew, and a part draws its own masks
         if config.loss not in ("drrho", "distill"):
             refs = (None, None)
         if size >= len(ids):

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from clipsteer import clip as clip_module
-from clipsteer import contrastive_eval, reference_features
+from clipsteer import contrastive_eval, contrastive_train, reference_features
 from clipsteer._distributed import World
 from clipsteer._files import read_safetensors, write_json
 from clipsteer.contrastive_config import LOSSES
@@ -321,6 +321,32 @@ def test_two_processes_equal_one(folder, data, tmp_path):
         if "loss.u" in ends[0]:
             assert not ends[0]["loss.u"].isnan().any()
             torch.testing.assert_close(ends[1]["loss.u"], ends[0]["loss.u"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("select", [None, 0.75])
+def test_a_part_draws_the_same_masks_when_it_is_seen_again(folder, data, monkeypatch, select):
+    """With patch dropout the gradient is exact only where both passes over a part drop the same patches."""
+    dropping = {**SMALL, "vision_cfg": {**SMALL["vision_cfg"], "patch_size": 8, "patch_dropout": 0.5}}
+    write_json(folder / "clipsteer-test-dropping.json", dropping)
+    clip, seen, plain = (
+        clip_module.load(str(folder / "clipsteer-test-dropping.json")),
+        [],
+        contrastive_train._Run._features,
+    )
+
+    def features(self, *args):
+        found = plain(self, *args)
+        seen.append((torch.is_grad_enabled(), found[0].detach().clone()))
+        return found
+
+    monkeypatch.setattr(contrastive_train._Run, "_features", features)
+    reference = reference_features.ReferenceFeatures(torch.eye(12), torch.eye(12), "knows", "", "")
+    config = ContrastiveConfig(**{**FAST, "batch_size": 12, "epochs": 1}, micro_batch=5, select=select)
+    train_contrastive(clip, data, config, reference=reference)
+    graphs = [x for graph, x in seen if graph]
+    assert [len(x) for x in graphs] == ([5, 5, 2] if select is None else [5, 4])
+    before = [x for graph, x in seen if not graph][-len(graphs) :]
+    assert all(torch.equal(a, b) for a, b in zip(before, graphs))
 
 
 def test_every_caption_of_an_image_is_right(folder, monkeypatch):
