@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _pytest.monkeypatch import MonkeyPatch
-from _tiny import CLASSES, TASKS, encoder, images, scenario
+from _tiny import CLASSES, TASKS, encoder, images, scenario, seeded_run
 
 from clipsteer import ops
 from clipsteer.continual.covariance import precision_factor, shrink
@@ -374,12 +374,8 @@ def test_a_spec_goes_before_general_settings_and_names_the_run():
     )
 
 
-def _seeded(seed: int) -> Run:
-    return run_tasks(scenario(), encoder, strategy("ncm", seed=seed))
-
-
 def test_runs_in_several_processes_are_those_of_one():
-    jobs = [(_seeded, {"seed": s}) for s in (1, 2, 3)]
+    jobs = [(seeded_run, {"seed": s}) for s in (1, 2, 3)]
     alone, together = run_all(jobs), run_all(jobs, workers=2)
     assert [r.seed for r in together] == [1, 2, 3]
     assert all(torch.equal(a.seen, b.seen) for a, b in zip(alone, together))
