@@ -5,13 +5,13 @@ Sources: Zhang et al. 2023 (SLCA, arXiv 2303.05118, section 3.3 and equation 6);
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipsteer._training import cosine_lr
 from clipsteer.continual.heads import TaskHeads
 
 __all__ = ["AlignConfig", "align", "normalized_logits", "sample_gaussians"]
@@ -89,7 +89,7 @@ def align(
     loss = 0.0
     for epoch in range(config.epochs):
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
+            group["lr"] = cosine_lr(epoch, config.epochs, config.lr, 0)
         rows = sample_gaussians(means, roots, config.samples, generator).flatten(0, 1)
         order = torch.randperm(len(rows), generator=generator).to(rows.device)
         total = 0.0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import multiprocessing
 import os
 import re
@@ -12,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clipsteer._files import read_json, write_json
+from clipsteer._training import digest_of
 from clipsteer.bench import extra_memory
 from clipsteer.continual.backbone import Encoder
 from clipsteer.continual.learner import ClassIncrementalLearner
@@ -45,8 +43,7 @@ def run_tasks(
             threads ends with the same matrix; seconds are then of the last process alone.
     """
     out = Path(out) if out is not None else None
-    settings = {**json.loads(json.dumps(asdict(config))), "data": _identity(scenario)}
-    del settings["checkpoint_every"]
+    settings = {**config.outcome(), "data": _identity(scenario)}
     run = Run(config.name, config.seed, scenario.tasks, settings)
     if out is not None and (out / "run.json").exists():
         found = Run.from_json(read_json(out / "run.json"))
@@ -109,7 +106,7 @@ def run_tasks(
 
 def _identity(scenario: Scenario) -> str:
     parts = [scenario.classes, *([list(getattr(scenario, p).targets) for p in ("train", "test")])]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return digest_of(parts)[:16]
 
 
 def run_all(

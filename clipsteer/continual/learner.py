@@ -7,11 +7,8 @@ arXiv 2004.00440); McDonnell et al. 2023 (RanPAC, arXiv 2307.02251). What a stra
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from torch import Tensor, nn
 
 from clipsteer import checkpoint, ops
 from clipsteer._sae_run import EXIT_TERMINATED
-from clipsteer._training import described, weights_digest
+from clipsteer._training import described, digest_of, weights_digest
 from clipsteer.classifier import pixel_batches
 from clipsteer.clip import evaluating
 from clipsteer.continual.alignment import align
@@ -34,9 +31,6 @@ from clipsteer.continual.task import TaskRun, by_class, class_means, mix
 from clipsteer.data import ImageDataset
 
 __all__ = ["ClassIncrementalLearner"]
-
-# settings that do not change the outcome, so that a resumed run may differ in them
-_COSMETIC = ("checkpoint_every",)
 
 
 class ClassIncrementalLearner:
@@ -163,7 +157,8 @@ class ClassIncrementalLearner:
         """
         if not len(self.means) or self.config.train == "none":
             return None
-        classes = [c for c in self.seen if c in set(images.targets)]
+        shown = set(images.targets)
+        classes = [c for c in self.seen if c in shown]
         truth = class_means(self._for_means(self.features(images)), images.targets, classes)
         rows = [self.seen.index(c) for c in classes]
         found = {}
@@ -253,15 +248,15 @@ class ClassIncrementalLearner:
         return found | {f"history.{name}": t for name, t in pack_history(self.history).items()}
 
     def meta(self) -> dict[str, Any]:
-        settings = {k: v for k, v in asdict(self.config).items() if k not in _COSMETIC}
         parts = {"zero_shot": self.zero_shot}
         if self.config.plasticity:
             parts["plasticity"] = [self.plasticity.floor, self.plasticity.background, self.plasticity.saes]
-        return json.loads(json.dumps({
-            "settings": settings, "model": self.encoder.name, "weights": self.digest, "num_classes": self.num_classes,
+        return {
+            "settings": self.config.outcome(), "model": self.encoder.name, "weights": self.digest,
+            "num_classes": self.num_classes,
             **{name: _digest(part) for name, part in parts.items() if part is not None},
             **{name: described(getattr(self.encoder, name)) for name in ("preprocess", "train_transform")},
-        }))  # fmt: skip
+        }  # fmt: skip
 
     def save(self) -> Path:
         """Write what was learned to ``out``; after each task this is done anyway. Raises ValueError without ``out``."""
@@ -328,7 +323,7 @@ def _digest(part: Any) -> str:
         part = {name: _digest(value) for name, value in part.items()}
     elif isinstance(part, list):
         part = [_digest(value) for value in part]
-    return hashlib.sha256(json.dumps(part).encode()).hexdigest()
+    return digest_of(part)
 
 
 def _transport(covariances: Tensor, old: Tensor, new: Tensor) -> Tensor:

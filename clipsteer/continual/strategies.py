@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from clipsteer.continual.alignment import AlignConfig
@@ -95,6 +96,12 @@ class CILConfig:
             raise ValueError(f"CILConfig: align needs classifier 'heads', got {self.classifier!r}")
         if self.train != "none" and self.classifier in ("zero_shot", "ridge"):
             raise ValueError(f"CILConfig: classifier {self.classifier!r} needs train 'none', got {self.train!r}")
+
+    def outcome(self) -> dict[str, Any]:
+        """The settings that change what a run ends in, as JSON gives them back."""
+        found = asdict(self)
+        del found["checkpoint_every"]
+        return json.loads(json.dumps(found))
 
     @property
     def unit(self) -> bool:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from clipsteer import checkpoint, ops
 from clipsteer._sae_run import EXIT_TERMINATED, StopSignal
-from clipsteer._training import Keys
+from clipsteer._training import Keys, cosine_lr
 from clipsteer.classifier import Samples, loader
 from clipsteer.continual.backbone import Encoder
 from clipsteer.continual.covariance import ClassStatistics, precision_factor, shrink
@@ -105,7 +105,7 @@ class TaskRun:
         with bar, StopSignal(learner.out is not None) as stop:
             for step, pixels, targets in self._batches(begun):
                 for group, peak in zip(optimizer.param_groups, peaks):
-                    group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / self.total))
+                    group["lr"] = cosine_lr(step, self.total, peak, 0)
                 torch.manual_seed(mix(config.seed, self.task, step))  # for dropout
                 optimizer.zero_grad(set_to_none=True)
                 loss = self._loss(pixels, targets)
@@ -125,7 +125,7 @@ class TaskRun:
 
     def _loss(self, pixels: Tensor, targets: Tensor) -> Tensor:
         config, learner = self.config, self.learner
-        local = torch.tensor([self.classes.index(c) for c in targets.tolist()], device=self.device)
+        local = _places(targets.tolist(), self.classes, self.device)
         distils = self.compares and config.distill > 0
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
             new = learner.encoder.tokens(pixels) if distils else learner.encoder(pixels)
@@ -195,10 +195,15 @@ class TaskRun:
         return found.step
 
 
+def _places(labels: Sequence[int], classes: list[int], device: torch.device) -> Tensor:
+    """(N,) int64: where each label stands among the classes."""
+    place = {c: i for i, c in enumerate(classes)}
+    return torch.tensor([place[c] for c in labels], device=device)
+
+
 def class_means(features: Tensor, labels: Sequence[int], classes: list[int]) -> Tensor:
     """(C, d) means in float64, in the order of ``classes``."""
-    place = {c: i for i, c in enumerate(classes)}
-    local = torch.tensor([place[c] for c in labels], device=features.device)
+    local = _places(labels, classes, features.device)
     sums = torch.zeros(len(classes), features.shape[1], dtype=torch.float64, device=features.device)
     sums.index_add_(0, local, features.double())
     return sums / torch.bincount(local, minlength=len(classes)).unsqueeze(1)
@@ -206,8 +211,7 @@ def class_means(features: Tensor, labels: Sequence[int], classes: list[int]) -> 
 
 def by_class(features: Tensor, labels: Sequence[int], classes: list[int]) -> ClassStatistics:
     """Statistics in the order of ``classes``."""
-    place = {c: i for i, c in enumerate(classes)}
-    local = torch.tensor([place[c] for c in labels], device=features.device)
+    local = _places(labels, classes, features.device)
     return ClassStatistics(len(classes), features.shape[1], device=features.device).update(features, local)
 
 
