@@ -136,7 +136,7 @@ INSTRUCTIONS = {
     "v_mfma_f32_f32": r"\bv_mfma_f32_\w+_?f32\b",
     "load_16_bytes": (
         r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64"
-        r"|cp\.async\.c[ag][^\n]*, 0x10\b|(?:global|buffer)_load_dwordx4"
+        r"|cp\.async\.c[ag][^\n]*, 0x10\b|cp\.async\.bulk\.tensor|(?:global|buffer)_load_dwordx4"
     ),
 }
 
@@ -167,7 +167,8 @@ def compile_all(target_name: str) -> dict[str, dict]:
         aligned = [
             name
             for name in (*pointers, *scalars.split())
-            if name not in ("B", "K", "N", "C", "M", "offset", "rows_of_part")
+            if not pointers.get(name, "*").startswith("tensordesc")
+            and name not in ("B", "K", "N", "C", "M", "offset", "parts", "rows_of_part")
         ]
         attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
         source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in config.items()}, attrs)
@@ -195,11 +196,20 @@ def compile_all(target_name: str) -> dict[str, dict]:
             "instructions": {name: len(re.findall(pattern, text)) for name, pattern in INSTRUCTIONS.items()},
         }
 
+    def loaded(blocks: dict[str, tuple[int, int]], dtype: torch.dtype) -> tuple[dict[str, str], bool]:
+        """Matrices as a launch hands them over, as descriptors of blocks or as pointers, and which of the two."""
+        tma = target_name == "sm_90" and dtype != torch.float32
+        if not tma:
+            return dict.fromkeys(blocks, KINDS[dtype]), tma
+        return {name: f"tensordesc<{KINDS[dtype][1:]}[{a},{b}]>" for name, (a, b) in blocks.items()}, tma
+
     def matmul(kernel, dtype: torch.dtype, outputs: dict[str, str], whole_rows: bool = False, **more: int) -> dict:
-        kind = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
+        kind = KINDS[dtype]
         config = topk_encode.tile_config(dtype, "ieee", SHARED_MEMORY[target_name], whole_rows)
-        config |= {"HAS_BIAS": True, "EVEN_D": True, "PRECISION": "ieee", "GROUP_B": 32, **more}
-        return build(kernel, {"x_ptr": kind, "w_ptr": kind, "b_ptr": kind, **outputs}, "B n d", config)
+        operands, tma = loaded({"x_ptr": (config["BLOCK_B"], config["BLOCK_D"]),
+                                "w_ptr": (config["BLOCK_N"], config["BLOCK_D"])}, dtype)  # fmt: skip
+        config |= {"HAS_BIAS": True, "TMA": tma, "EVEN_D": True, "PRECISION": "ieee", "GROUP_B": 32, **more}
+        return build(kernel, {**operands, "b_ptr": kind, **outputs}, "B n d", config)
 
     def low_rank(dtype: torch.dtype, r: int, mean: bool = False) -> dict:
         kind, half = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype], dtype != torch.float32
@@ -222,9 +232,12 @@ def compile_all(target_name: str) -> dict[str, dict]:
         pointers = {"old_ptr": kind, "log_w_ptr": "*fp32", "scale_ptr": "*fp64"}
         squares = dict.fromkeys(("old_square_ptr", "mean_square_ptr"), "*fp32")
         sums = dict.fromkeys(("peak_ptr", "total_ptr", "moved_ptr"), "*fp32")
+        config = semantic_drift.log_weights_config(dtype)
+        operands, tma = loaded({"old_ptr": (config["BLOCK_N"], config["BLOCK_D"]),
+                                "means_ptr": (config["BLOCK_C"], config["BLOCK_D"])}, dtype)  # fmt: skip
         log_weights = build(
-            semantic_drift._drift_log_weights_kernel, pointers | squares | {"means_ptr": kind}, "N C d",
-            flags | {"SCALED": True, "FAR": 2.0**123} | semantic_drift.log_weights_config(dtype),
+            semantic_drift._drift_log_weights_kernel, pointers | squares | {"highest_ptr": "*fp32"} | operands, "N C d",
+            flags | {"SCALED": True, "FAR": 2.0**123, "TMA": tma} | config,
         )  # fmt: skip
         moved = build(
             semantic_drift._drift_moved_kernel, pointers | sums | {"new_ptr": kind}, "N C d rows_of_part",
@@ -239,12 +252,14 @@ def compile_all(target_name: str) -> dict[str, dict]:
         return build(kernel, dict.fromkeys(names, "*fp32") | sorted_rows, "B C n", config)
 
     def drrho(dtype: torch.dtype) -> dict[str, dict]:
-        kind, flags = KINDS[dtype], {"PRECISION": "ieee"}
-        pointers = {"rows_ptr": kind, "cols_ptr": kind, "diag_ptr": "*fp32", "scale_ptr": "*fp32"}
+        config = drrho_loss.tile_config(dtype)
+        operands, tma = loaded({"rows_ptr": (config["BLOCK_M"], config["BLOCK_D"]),
+                                "cols_ptr": (config["BLOCK_N"], config["BLOCK_D"])}, dtype)  # fmt: skip
+        flags = {"TMA": tma, "PRECISION": "ieee"}
+        pointers = {**operands, "diag_ptr": "*fp32", "scale_ptr": "*fp32"}
         names = ("row_u_ptr", "col_u_ptr", "own_ptr", "weight_ptr", "moment_ptr")
         sums, weights = drrho_loss._drrho_sums_kernel, drrho_loss._drrho_weights_kernel
         lse = dict.fromkeys(("row_lse_ptr", "col_lse_ptr"), "*fp32")
-        config = drrho_loss.tile_config(dtype)
         return {
             "drrho_sums": build(sums, pointers | lse, "M N D offset", flags | config),
             "drrho_weights": build(
