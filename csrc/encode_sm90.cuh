@@ -68,8 +68,19 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+// At the same place in the shared memory of a block of the cluster.
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier, uint32_t block) {
+  asm volatile(
+      "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(
+          barrier),
+      "r"(block)
+      : "memory");
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
@@ -95,6 +106,16 @@ __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, in
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
           to),
       "l"(map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+// Into the shared memory of both blocks of a cluster.
+__device__ __forceinline__ void tma_load_both(uint32_t to, const CUtensorMap* map, int column, int row,
+                                              uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(uint16_t(3))
       : "memory");
 }
 
@@ -159,8 +180,9 @@ struct ProductArgs {
 
 // One block: 128 rows and a range of column tiles. Sampling, it writes the maxima of groups of 8 columns; else it lists
 // the values that reach the threshold of their row, each thread in lists of its own, so that nothing is contended for.
-template <class T, bool kSample>
-__global__ void __launch_bounds__(kThreads, 1)
+// Two blocks of a cluster share the tiles of w: each fetches half of one for both.
+template <class T, bool kSample, int kCluster>
+__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, const T* bias,
                    const ProductArgs args, const float* thresholds, void* entries, uint32_t* counts) {
 #ifdef CLIPSTEER_SM90
@@ -177,12 +199,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
       barrier_init(full + 8 * s, 1);
-      barrier_init(empty + 8 * s, 4 * kConsumers);
+      barrier_init(empty + 8 * s, 4 * kConsumers * kCluster);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
-  __syncthreads();
+  if constexpr (kCluster > 1) {
+    cluster_sync();
+  } else {
+    __syncthreads();
+  }
 
   const int warpgroup = int(threadIdx.x) / 128;
   int stage = 0;
@@ -196,7 +222,14 @@ __global__ void __launch_bounds__(kThreads, 1)
           const uint32_t to = base + stage * kStageBytes;
           barrier_expect(full + 8 * stage, kStageBytes);
           tma_load(to, &x_map, step * kDepth, row_tile * kTileRows, full + 8 * stage);
-          tma_load(to + kRowsBytes, &w_map, step * kDepth, (first_tile + tile) * kTileColumns, full + 8 * stage);
+          const int w_row = (first_tile + tile) * kTileColumns;
+          if constexpr (kCluster > 1) {
+            const int half = int(blockIdx.x) % 2;
+            tma_load_both(to + kRowsBytes * (1 + half), &w_map, step * kDepth, w_row + half * kTileRows,
+                          full + 8 * stage);
+          } else {
+            tma_load(to + kRowsBytes, &w_map, step * kDepth, w_row, full + 8 * stage);
+          }
           if (++stage == kStages) stage = 0, parity ^= 1;
         }
       }
@@ -242,14 +275,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         if (step > 0) {
           asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-          if (lane == 0) barrier_arrive(empty + 8 * previous);
+          if (lane < kCluster) barrier_arrive(empty + 8 * previous, uint32_t(lane));
         }
         if (consumer == 0 && tile * args.depth_steps + step == lag - 1) asm volatile("bar.arrive 3, 256;" ::: "memory");
         previous = stage;
         if (++stage == kStages) stage = 0, parity ^= 1;
       }
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-      if (lane == 0) barrier_arrive(empty + 8 * previous);
+      if (lane < kCluster) barrier_arrive(empty + 8 * previous, uint32_t(lane));
 #pragma unroll
       for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(acc[i])::"memory");
       // The biases are all written; those of two tiles ago are all read.
@@ -305,6 +338,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       counts[(row + 8) * args.lists + 4 * segment + lane % 4] = count1;
     }
   }
+  // The other block may still write here.
+  if constexpr (kCluster > 1) cluster_sync();
 #endif
 }
 
@@ -348,15 +383,18 @@ struct SelectArgs {
 template <class T, bool kAgain>
 __global__ void __launch_bounds__(kSelectThreads)
     select_listed_kernel(const SelectArgs args, const void* entries, int64_t row_bytes, const uint32_t* counts,
-                         int counts_pitch, int* again, T* acts, int64_t* indices) {
+                         int counts_pitch, const float* thresholds, int* again, T* acts, int64_t* indices) {
   extern __shared__ uint64_t keys[];
-  __shared__ uint32_t listed, full;
+  __shared__ DigitScratch scratch;
+  __shared__ uint32_t listed, full, highest;
+  uint64_t* const kept = keys + args.max_listed;
   const int total = kAgain ? *again : args.rows;
   for (int item = int(blockIdx.x); item < total; item += int(gridDim.x)) {
     const int64_t row = kAgain ? again[1 + item] : item;
     const void* const row_entries = static_cast<const char*>(entries) + row * row_bytes;
-    if (threadIdx.x == 0) listed = full = 0;
+    if (threadIdx.x == 0) listed = full = highest = 0;
     __syncthreads();
+    uint32_t high = 0;
     for (int i = int(threadIdx.x); i < args.lists * args.pitch; i += kSelectThreads) {
       const int list = i / args.pitch, place = i % args.pitch;
       const uint32_t count = counts[row * counts_pitch + list];
@@ -372,26 +410,25 @@ __global__ void __launch_bounds__(kSelectThreads)
       }
       const uint32_t slot = atomicAdd(&listed, 1u);
       if (slot < uint32_t(args.max_listed)) keys[slot] = key;
+      high = max(high, order_of(key));
     }
+    atomicMax(&highest, high);
     __syncthreads();
     const uint32_t count = listed;
     if (!kAgain && (full || count < uint32_t(args.k) || count > uint32_t(args.max_listed))) {
       if (threadIdx.x == 0) again[1 + atomicAdd(again, 1)] = int(row);
     } else {
-      uint32_t size = 2;
-      while (size < count) size *= 2;
-      for (uint32_t i = count + threadIdx.x; i < size; i += kSelectThreads) keys[i] = 0;
-      __syncthreads();
-      sort_descending(Block(), keys, size);
-      const bool nan = order_of(keys[0]) == kNaN;
+      const uint32_t low = kAgain ? 0u : ordered(thresholds[row]);
+      sort_largest(Block(), keys, count, uint32_t(args.k), low, highest, kept, scratch);
+      const bool nan = order_of(kept[0]) == kNaN;
       for (int j = int(threadIdx.x); j < args.k; j += kSelectThreads) {
-        const float value = relu_of(nan ? kNaN : order_of(keys[j]));
+        const float value = relu_of(nan ? kNaN : order_of(kept[j]));
         if constexpr (std::is_same_v<T, __half>) {
           acts[row * args.k + j] = __float2half_rn(value);
         } else {
           acts[row * args.k + j] = __float2bfloat16_rn(value);
         }
-        indices[row * args.k + j] = column_of(keys[j]);
+        indices[row * args.k + j] = column_of(kept[j]);
       }
     }
     __syncthreads();
@@ -549,20 +586,26 @@ constexpr int kPhases = 6;
 // x (rows, d) with rows <= plan.rows. `after_phase(i)` is called between the launches.
 template <class T, class AfterPhase>
 void launch(const EncodePlan& plan, const T* x, int64_t rows, const T* w, const T* bias, void* memory, T* acts,
-            int64_t* indices, cudaStream_t stream, int lag, AfterPhase after_phase) {
+            int64_t* indices, cudaStream_t stream, int lag, bool cluster, AfterPhase after_phase) {
   const Workspace ws = workspace(plan, memory);
   const int64_t padded = (rows + kTileRows - 1) / kTileRows * kTileRows, item = sizeof(T);
   const int64_t sampled = (plan.n + plan.stride - 1) / plan.stride;
+  const int row_tiles = int(padded / kTileRows);
+  const bool pairs = cluster && row_tiles % 2 == 0;
+  const int w_rows = pairs ? kTileRows : kTileColumns;
   const CUtensorMap x_map = tensor_map(x, rows, plan.d, plan.d * item, kTileRows);
-  const CUtensorMap w_map = tensor_map(w, plan.n, plan.d, plan.d * item, kTileColumns);
-  const CUtensorMap sample_map = tensor_map(w, sampled, plan.d, plan.d * item * plan.stride, kTileColumns);
-  const int row_tiles = int(padded / kTileRows), depth_steps = int((plan.d + kDepth - 1) / kDepth);
+  const CUtensorMap w_map = tensor_map(w, plan.n, plan.d, plan.d * item, w_rows);
+  const CUtensorMap sample_map = tensor_map(w, sampled, plan.d, plan.d * item * plan.stride, w_rows);
+  const int depth_steps = int((plan.d + kDepth - 1) / kDepth);
   ProductArgs args{row_tiles, plan.sample_tiles, depth_steps, int(sampled), plan.stride, lag,
                    plan.maxima, plan.pitch, plan.lists()};
 
-  allow_shared(product_kernel<T, true>, kSharedBytes);
-  product_kernel<T, true><<<unsigned(row_tiles * plan.sample_segments), kThreads, kSharedBytes, stream>>>(
-      x_map, sample_map, bias, args, nullptr, ws.entries, nullptr);
+  const auto product = [&](auto kernel, int segments, const CUtensorMap& map) {
+    allow_shared(kernel, kSharedBytes);
+    kernel<<<unsigned(row_tiles * segments), kThreads, kSharedBytes, stream>>>(x_map, map, bias, args, ws.thresholds,
+                                                                               ws.entries, ws.counts);
+  };
+  product(pairs ? product_kernel<T, true, 2> : product_kernel<T, true, 1>, plan.sample_segments, sample_map);
   check(cudaGetLastError(), "sample");
   after_phase(0);
 
@@ -579,17 +622,16 @@ void launch(const EncodePlan& plan, const T* x, int64_t rows, const T* w, const 
   after_phase(1);
 
   args.tiles = plan.tiles, args.n = int(plan.n), args.bias_stride = 1;
-  allow_shared(product_kernel<T, false>, kSharedBytes);
-  product_kernel<T, false><<<unsigned(row_tiles * plan.segments), kThreads, kSharedBytes, stream>>>(
-      x_map, w_map, bias, args, ws.thresholds, ws.entries, ws.counts);
+  product(pairs ? product_kernel<T, false, 2> : product_kernel<T, false, 1>, plan.segments, w_map);
   check(cudaGetLastError(), "product");
   after_phase(2);
 
   const int64_t row_bytes = int64_t(plan.lists()) * plan.pitch * int64_t(sizeof(Entry));
   SelectArgs select{int(rows), int(plan.n), plan.k, plan.lists(), plan.pitch, plan.max_listed};
-  const unsigned grid = unsigned(rows);
-  select_listed_kernel<T, false><<<grid, kSelectThreads, plan.max_listed * 8, stream>>>(
-      select, ws.entries, row_bytes, ws.counts, plan.lists(), ws.again, acts, indices);
+  allow_shared(select_listed_kernel<T, false>, kMaxListed * 16);
+  allow_shared(select_listed_kernel<T, true>, kMaxListed * 16);
+  select_listed_kernel<T, false><<<unsigned(rows), kSelectThreads, plan.max_listed * 16, stream>>>(
+      select, ws.entries, row_bytes, ws.counts, plan.lists(), ws.thresholds, ws.again, acts, indices);
   check(cudaGetLastError(), "selection");
   after_phase(3);
 
@@ -604,8 +646,8 @@ void launch(const EncodePlan& plan, const T* x, int64_t rows, const T* w, const 
   after_phase(4);
   select.lists = plan.redo_segments, select.pitch = plan.k;
   select.max_listed = power_of_two(int64_t(plan.redo_segments) * plan.k);
-  select_listed_kernel<T, true><<<unsigned(std::min<int64_t>(rows, 528)), kSelectThreads, select.max_listed * 8, stream>>>(
-      select, ws.entries, row_bytes, ws.counts, plan.lists(), ws.again, acts, indices);
+  select_listed_kernel<T, true><<<unsigned(std::min<int64_t>(rows, 528)), kSelectThreads, select.max_listed * 16, stream>>>(
+      select, ws.entries, row_bytes, ws.counts, plan.lists(), ws.thresholds, ws.again, acts, indices);
   check(cudaGetLastError(), "selection again");
   after_phase(5);
 }

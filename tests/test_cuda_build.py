@@ -71,6 +71,28 @@ extern "C" void plan(int64_t batch, int64_t n, int64_t d, int64_t k, int64_t* ou
   std::copy(std::begin(values), std::end(values), out);
 }
 
+extern "C" void sort_keys(const float* values, int64_t count, int64_t k, int64_t threads, int64_t* indices) {
+  std::vector<uint64_t> keys(count), kept(2 * count + 2);
+  uint32_t low = UINT32_MAX, high = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    keys[i] = key_of(values[i], uint32_t(i));
+    low = std::min(low, order_of(keys[i]));
+    high = std::max(high, order_of(keys[i]));
+  }
+  DigitScratch s;
+  memset(&s, 0xa5, sizeof(s));
+  std::barrier<> barrier(threads);
+  std::vector<std::thread> team;
+  for (int64_t t = 0; t < threads; ++t) {
+    team.emplace_back([&, t] {
+      sort_largest(Team{uint32_t(t), uint32_t(threads), &barrier}, keys.data(), uint32_t(count), uint32_t(k), low, high,
+                   kept.data(), s);
+    });
+  }
+  for (auto& thread : team) thread.join();
+  for (int64_t j = 0; j < k; ++j) indices[j] = column_of(kept[j]);
+}
+
 extern "C" void outer(const float* coeff, const int32_t* sorted, const int64_t* pairs, int64_t count, const float* rows,
                       int64_t k, int64_t d, int64_t n, float* dw, float* db) {
   for (int64_t feature = 0; feature < n; ++feature) {
@@ -152,6 +174,15 @@ def test_selection_is_exact(host: ctypes.CDLL, n: int, k: int, threads: int) -> 
     assert not acts.signbit().any()
 
 
+@pytest.mark.parametrize(("count", "k", "threads"), [(1, 1, 1), (33, 33, 3), (261, 64, 4), (1000, 7, 2)])
+def test_the_listed_are_sorted_as_far_as_wanted(host: ctypes.CDLL, count: int, k: int, threads: int) -> None:
+    for row in rows_of_every_kind(count):
+        indices = torch.full((k,), -1)
+        sizes = [ctypes.c_int64(v) for v in (count, k, threads)]
+        host.sort_keys(pointer(row), *sizes, pointer(indices))
+        assert torch.equal(indices, torch.sort(row + 0.0, descending=True, stable=True).indices[:k])
+
+
 def test_a_row_with_nan_is_all_nan_and_its_indices_are_valid(host: ctypes.CDLL) -> None:
     values = rows_of_every_kind(5000)
     values[:, 4321] = torch.nan
@@ -163,7 +194,8 @@ def test_a_row_with_nan_is_all_nan_and_its_indices_are_valid(host: ctypes.CDLL) 
 
 
 PLAN = (
-    "rows stride rank maxima sample_segments sample_tiles segments tiles pitch max_listed redo_segments redo_buffer bytes"
+    "rows stride rank maxima sample_segments sample_tiles segments tiles pitch max_listed "
+    "redo_segments redo_buffer bytes"
 )
 
 
