@@ -55,6 +55,11 @@ struct alignas(8) Entry {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define CLIPSTEER_SM90 1
 #endif
+#if defined(__CUDA_ARCH__) && !defined(CLIPSTEER_SM90)
+#define CLIPSTEER_CLUSTER(size)
+#else
+#define CLIPSTEER_CLUSTER(size) __cluster_dims__(size, 1, 1)
+#endif
 
 #ifdef CLIPSTEER_SM90
 
@@ -182,7 +187,7 @@ struct ProductArgs {
 // the values that reach the threshold of their row, each thread in lists of its own, so that nothing is contended for.
 // Two blocks of a cluster share the tiles of w: each fetches half of one for both.
 template <class T, bool kSample, int kCluster>
-__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
+__global__ void CLIPSTEER_CLUSTER(kCluster) __launch_bounds__(kThreads, 1)
     product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, const T* bias,
                    const ProductArgs args, const float* thresholds, void* entries, uint32_t* counts) {
 #ifdef CLIPSTEER_SM90
