@@ -54,7 +54,7 @@ def tiles(matrix: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
 
 
 def next_power_of_2(n: int) -> int:
-    return triton.next_power_of_2(max(n, 1))
+    return 1 << max(n - 1, 0).bit_length()  # triton's own takes 5 µs of the host
 
 
 def cdiv(a: int, b: int) -> int:
