@@ -36,7 +36,8 @@ def _drift_square_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def _drift_tile_kernel(
-    old_ptr, means_ptr, old_square_ptr, mean_square_ptr, scale_ptr, peak_ptr, column_ptr, w_ptr, rest_ptr, N, C, d, stride,
+    old_ptr, means_ptr, old_square_ptr, mean_square_ptr, scale_ptr, peak_ptr, column_ptr, w_ptr, rest_ptr,
+    N, C, d, stride,
     WEIGHTS: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, FAR: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
