@@ -153,6 +153,9 @@ struct ScreenColumns {
   int32_t offset[64];
 };
 
+// Rows of W, up to this many at a time, whose products with many rows of x are computed from the first-level cache.
+constexpr int kDotColumns = 8;
+
 // One implementation of the inner loops per instruction set, all with the same selections.
 struct Kernels {
   int64_t level;
@@ -210,7 +213,8 @@ struct Kernels {
   // int8 screening (screen.h), or null.
   void (*quantise)(const float* v, const float* scale, int64_t d, int64_t width, int8_t* digit, Digits& row);
   void (*screen)(const uint8_t* const* x, const ScreenRow* row, const int8_t* w, const ScreenColumns& column,
-                 int64_t quads, uint64_t* pass);
+                 int64_t quads, const char* next, int64_t lines, uint64_t* pass);
+  void (*dots)(const float* const* x, const float* w, int64_t d, int64_t columns, float (*out)[kDotColumns]);
 
   void filter(const float* v, const float* b, int64_t n, uint32_t first, Candidates<float>& row) const {
     filter32(v, b, n, first, row);

@@ -58,11 +58,11 @@ namespace {
   kBlockBytes<level>, isa::block32, isa::block64, isa::strided_block32, isa::strided_block64, isa::pack32, isa::pack64
 
 // Elsewhere torch's GEMM has the better inner loop.
-const Kernels kPortable = TABLE(0, portable, 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr);
+const Kernels kPortable = TABLE(0, portable, 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr);
 #ifdef CLIPSTEER_X86
-const Kernels kAvx2 = TABLE(1, avx2, BLOCKS(1, avx2), nullptr, nullptr);
-const Kernels kAvx512 = TABLE(2, avx512, BLOCKS(2, avx512), nullptr, nullptr);
-const Kernels kVnni = TABLE(2, avx512, BLOCKS(2, avx512), vnni::quantise, vnni::screen);
+const Kernels kAvx2 = TABLE(1, avx2, BLOCKS(1, avx2), nullptr, nullptr, nullptr);
+const Kernels kAvx512 = TABLE(2, avx512, BLOCKS(2, avx512), nullptr, nullptr, nullptr);
+const Kernels kVnni = TABLE(2, avx512, BLOCKS(2, avx512), vnni::quantise, vnni::screen, vnni::dots);
 #endif
 
 const Kernels& choose() {
