@@ -72,10 +72,10 @@ def auxk(sae: SAE, x: Tensor, out: SAEOutput, stats: BatchStats, dead: Tensor) -
     return (guess.to(x.dtype) - residual).square().sum() / stats.total_variance * min(len(dead) / half, 1.0)
 
 
-def forward(sae: SAE, x: Tensor, world: World) -> SAEOutput:
+def forward(sae: SAE, x: Tensor, world: World, sparse_grad: bool = False) -> SAEOutput:
     """The SAE's forward pass in training mode; batch_topk selects over the joint batch of all processes."""
     if sae.architecture != "batch_topk" or world.size == 1:
-        return sae(x)
+        return sae(x, sparse_grad=sparse_grad)
     centred, stats = sae._centred(x)
     acts = torch.relu(F.linear(centred, sae.W_enc, sae.b_enc))  # (B, d_sae)
     with torch.no_grad():
