@@ -1,4 +1,4 @@
-"""The whole training step of a top-k SAE, forward to optimiser, against plain torch, SAELens, dictionary_learning, sparsify.
+"""The whole training step of a top-k SAE against plain torch, SAELens, dictionary_learning and sparsify.
 
     pip install -e '.[bench-peers]'
     OMP_NUM_THREADS=1 python benchmarks/bench_step.py --out benchmarks/results/sae_step-cpu-1-thread.json
@@ -56,7 +56,8 @@ class Contender:
 def fuse(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         group.update(lr=LR, fused=True, foreach=False)
-        assert tuple(group["betas"]) == (0.9, 0.999) and group["eps"] == 1e-8 and not group["weight_decay"]
+        found = tuple(group["betas"]), group["eps"], group["weight_decay"], group["amsgrad"]
+        assert found == ((0.9, 0.999), 1e-8, 0, False), found
 
 
 def clipsteer_step(d: int, n: int, k: int, batches: Batches) -> Contender:
@@ -140,7 +141,7 @@ def saelens_step(d: int, n: int, k: int, batches: Batches, sparse: bool = False)
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer as Trainer
 
-    # as it comes, pre-activations are scaled by the decoder's norms (1 here); a sparse code has no such gradient on a CPU
+    # by default pre-activations are scaled by the decoder's norms (1 here); a sparse code lacks that gradient on CPUs
     config = TopKTrainingSAEConfig(
         d_in=d, d_sae=n, k=k, apply_b_dec_to_input=True, use_sparse_activations=sparse,
         rescale_acts_by_decoder_norm=not sparse,

@@ -1,9 +1,10 @@
 """Training sparse autoencoders on CLIP activations.
 
 One step: forward, backward, clip the gradient, remove its component parallel to each decoder row, Adam with linear
-warm-up and cosine decay, decoder rows to norm 1 (as they are before the first step). relu: scaled MSE + λ₁·‖f‖₁ (Joseph et al. 2025, arXiv 2504.08729);
-topk and batch_topk: FVU + AuxK / 32 (Gao et al. 2024, arXiv 2406.04093). Under ``torchrun`` the batch is split over the
-processes and the result is that of one process. Runs resume from checkpoints, on a CPU bit for bit.
+warm-up and cosine decay, decoder rows to norm 1 (as they are before the first step). relu: scaled MSE + λ₁·‖f‖₁ (Joseph
+et al. 2025, arXiv 2504.08729); topk and batch_topk: FVU + AuxK / 32 (Gao et al. 2024, arXiv 2406.04093). Under
+``torchrun`` the batch is split over the processes and the result is that of one process. Runs resume from checkpoints,
+on a CPU bit for bit.
 """
 
 from __future__ import annotations

@@ -293,7 +293,7 @@ def test_the_optimiser_refuses_rows_out_of_order():
     for rows in ([3, 1], [2, 2], [0, N]):
         values = torch.ones(2, D, dtype=torch.float64)
         sae.W_enc.grad = torch.sparse_coo_tensor(torch.tensor([rows]), values, (N, D), check_invariants=False)
-        with pytest.raises((ValueError, IndexError), match="ascending|out of range"):
+        with pytest.raises((ValueError, IndexError), match=r"ascending|out of range"):
             optimizer.step()
 
 
