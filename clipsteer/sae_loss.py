@@ -54,18 +54,20 @@ def l1(acts: Tensor, stats: BatchStats) -> Tensor:
     return acts.abs().sum() / stats.count
 
 
-def auxk(sae: SAE, x: Tensor, out: SAEOutput, stats: BatchStats, dead: Tensor) -> Tensor:
+def auxk(sae: SAE, x: Tensor, out: SAEOutput, stats: BatchStats, dead: Tensor, sparse_grad: bool = False) -> Tensor:
     """AuxK: how much of the residual x - x̂ the dead features leave, over the total variance.
 
     The k_aux = min(d_in / 2, n_dead) largest of the dead features decode the residual, without b_dec and in x's own
     scale; with fewer than d_in / 2 dead features the loss shrinks in proportion. The residual is a constant; the
-    gradient reaches encoder and decoder of the dead features. dead: (n_dead,) int64, not empty.
+    gradient reaches encoder and decoder of the dead features, as rows alone if ``sparse_grad``. dead: (n_dead,) int64,
+    not empty.
     """
     half = max(sae.d_in // 2, 1)
     k = min(half, len(dead))
     centred, _ = sae._centred(x)
-    acts, indices = ops.topk_encode(centred, sae.W_enc[dead], sae.b_enc[dead], k=k)
-    guess = ops.sparse_decode(acts, indices, sae.W_dec[dead])
+    W_enc, W_dec = (F.embedding(dead, W, sparse=sparse_grad) for W in (sae.W_enc, sae.W_dec))
+    acts, indices = ops.topk_encode(centred, W_enc, sae.b_enc[dead], k=k)
+    guess = ops.sparse_decode(acts, indices, W_dec)
     if out.stats.scale is not None:
         guess = guess * out.stats.scale
     residual = (x - out.x_hat).detach()

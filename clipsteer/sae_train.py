@@ -170,7 +170,7 @@ class SAETrainer:
         with self._autocast():
             out = sae_loss.forward(sae, x, world, self._sparse)
             if sae.architecture != "relu" and config.auxk_coefficient and len(self.dead):
-                aux = sae_loss.auxk(sae, x, out, stats, self.dead)
+                aux = sae_loss.auxk(sae, x, out, stats, self.dead, self._sparse)
         fvu = sae_loss.fvu(x, out.x_hat, stats)
         loss = fvu if self._loss == "fvu" else sae_loss.scaled_mse(x, out.x_hat, stats)
         if sae.architecture == "relu":
@@ -191,6 +191,9 @@ class SAETrainer:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+            elif parameter.grad.is_sparse and self.config.auxk_coefficient and len(self.dead):
+                # the rows of the batch and those of the dead features
+                parameter.grad = parameter.grad.coalesce()
             self.world.sum_(parameter.grad)
         if self.config.grad_clip is not None:
             grads = [p.grad._values() if p.grad.is_sparse else p.grad for p in parameters]
