@@ -268,7 +268,7 @@ class SAE(nn.Module):
         """(..., d_in) -> ``SAEOutput``. Gradients reach x and every parameter the architecture uses.
 
         sparse_grad: for topk, the gradients of both dictionaries are sparse COO tensors of the rows in use, as in
-        ``ops.sparse_decode``; without effect on the other architectures.
+        ``ops.sparse_decode`` (a compiled backend is needed); without effect on the other architectures.
         """
         centred, stats = self._centred(x)
         if self.architecture == "topk":

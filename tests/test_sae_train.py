@@ -237,7 +237,7 @@ def test_rows_are_of_unit_norm_and_the_gradient_orthogonal_when_adam_sees_it(mon
 
 def as_rows(gradient):
     used = gradient.any(1).nonzero().flatten()
-    return torch.sparse_coo_tensor(used[None], gradient[used], gradient.shape, is_coalesced=True)
+    return torch.sparse_coo_tensor(used[None], gradient[used], gradient.shape, check_invariants=False)
 
 
 @pytest.mark.parametrize("form", ["dense", "rows", "plain torch"])
@@ -283,6 +283,17 @@ def test_the_optimiser_is_torch_adam_between_projection_and_unit_rows(monkeypatc
                 plain[name].copy_(p)
     assert not sae.W_dec[5].any()
     torch.testing.assert_close(sae.W_dec.norm(dim=1)[6:], torch.ones(n - 6, dtype=dtype), rtol=8 * eps, atol=0)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_the_optimiser_on_other_instruction_sets(isa):
+    if ops_dispatch.missing("cpp"):
+        pytest.skip("the C++ library is not built")
+    env = {**os.environ, "CLIPSTEER_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    call = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "torch_adam and not plain"]
+    done = subprocess.run(call, env=env, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "4 passed" in done.stdout
 
 
 def test_the_optimiser_refuses_rows_out_of_order():
