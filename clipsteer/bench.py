@@ -17,6 +17,7 @@ import shutil
 import statistics
 import subprocess
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,35 +251,53 @@ def run(
         if name not in REGISTRY:
             raise ValueError(f"bench: op must be one of {sorted(REGISTRY)}, got {name!r}")
         spec = REGISTRY[name]
-        for label, sizes in ({"given": shape} if shape else spec.bench_shapes).items():
+        given = {"given": shape} if shape else spec.bench_shapes if device == "cpu" else spec.gpu_bench_shapes
+        for label, sizes in given.items():
             drawn = spec.make(sizes, dtype, torch.Generator().manual_seed(0), 1.0, False)
             inputs = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in drawn.items()}
             calls = contenders(spec, inputs, backends or list(BACKENDS), device, dtype)
             gate(spec, inputs, drawn, calls, device)
             flops, bytes_ = spec.floor(sizes)
-            floor = max(flops / rates[0], bytes_ / rates[1])
-            memory = {n: extra_memory(c, device) for n, c in calls.items()}
-            base = next(iter(spec.baselines))
-            forward = measure(calls, device, repeats, f"{name} {label}", base)
-            passes = {"forward": forward}
+            floor = max(flops / rates[0], bytes_ * dtype.itemsize / 4 / rates[1])
+            passes = {"forward": calls}
             if leaves := [inputs[n].requires_grad_() for n in spec.leaves(inputs)]:
                 result = next(iter(calls.values()))()
                 grad = torch.randn_like(result[0] if isinstance(result, tuple) else result)
-                steps = {n: backward(c, grad, leaves) for n, c in calls.items()}
-                passes["forward+backward"] = measure(steps, device, repeats, f"{name} {label} backward", base)
-            for kind, found in passes.items():
+                del result
+                passes["forward+backward"] = {n: backward(c, grad, leaves) for n, c in calls.items()}
+            for kind, steps in passes.items():
+                for leaf in leaves:
+                    leaf.requires_grad_(kind != "forward")
+                steps = runnable(steps, f"{name} {label} {kind}")
+                base = next(n for n in (*spec.baselines, *steps) if n in steps)
+                memory = {n: extra_memory(c, device) for n, c in steps.items()}
+                found = measure(steps, device, repeats, f"{name} {label} {kind}", base)
                 for contender, times in found.items():
                     record = {"op": name, "shape": label, **sizes, "pass": kind, "contender": contender}
-                    record |= {"baseline": base, **times}
-                    record["speedup_compiled"] = found["torch.compile"]["seconds"] / times["seconds"]
+                    record |= {"baseline": base, **times, "extra_bytes": memory[contender]}
+                    if "torch.compile" in found:
+                        record["speedup_compiled"] = found["torch.compile"]["seconds"] / times["seconds"]
                     if kind == "forward":
-                        record |= {"floor_share": floor / times["seconds"], "extra_bytes": memory[contender]}
+                        record["floor_share"] = floor / times["seconds"]
                     records.append(record)
     if device == "cpu" and ops is None and shape is None:
         records += stages(repeats)
     if out is not None:
         write(Path(out), records, device)
     return records
+
+
+def runnable(calls: dict[str, Callable[[], Any]], what: str) -> dict[str, Callable[[], Any]]:
+    """The calls that fit into memory and whose packages are here; a warning names the others."""
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+            found[name] = call
+        except (ImportError, torch.OutOfMemoryError) as error:
+            warnings.warn(f"bench: {what}: {name} is left out: {str(error).splitlines()[0]}", stacklevel=2)
+            torch.cuda.empty_cache()
+    return found
 
 
 def gate(spec: Any, inputs: dict[str, Any], drawn: dict[str, Any], calls: dict[str, Callable], device: str) -> None:

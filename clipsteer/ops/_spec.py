@@ -42,7 +42,8 @@ class OpSpec:
     shapes: tuple[dict[str, int], ...]  # 8 edge shapes; the second has 33 rows
     small_shape: dict[str, int]  # small enough to differentiate numerically
     repeat_shape: dict[str, int]  # large enough that every thread has work
-    bench_shapes: dict[str, dict[str, int]]
+    bench_shapes: dict[str, dict[str, int]]  # on one CPU core
+    gpu_bench_shapes: dict[str, dict[str, int]]
     device_shapes: tuple[dict[str, int], ...] = ()  # these take a GPU kernel through the branches of its main shapes
     backends: tuple[str, ...] = BACKENDS
     rows: tuple[str, ...] = ()  # inputs (and so outputs) that lead with the batch, which may have any shape
@@ -56,7 +57,7 @@ class OpSpec:
     # Outputs, and gradients as "d name", that hold torch's own GEMM: they repeat at a fixed thread count only.
     torch_sums: tuple[str, ...] = ()
     baselines: dict[str, Callable[..., Any]] = field(default_factory=dict)
-    # (floating-point operations, bytes moved) that no implementation can avoid
+    # (floating-point operations, bytes moved in float32) that no implementation can avoid
     floor: Callable[[dict[str, int]], tuple[float, float]] = lambda shape: (0.0, 0.0)
 
     def leaves(self, inputs: dict[str, Any]) -> list[str]:

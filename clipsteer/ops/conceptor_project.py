@@ -241,6 +241,7 @@ SPEC = OpSpec(
     small_shape={"B": 4, "K": 2, "d": 3},
     repeat_shape={"B": 300, "K": 5, "d": 40},
     bench_shapes={"B1024-K16": {"B": 1024, "K": 16, "d": 768, "plain": 1}},
+    gpu_bench_shapes={"B4096-K16": {"B": 4096, "K": 16, "d": 768, "plain": 1}},
     # A gathered C for each row would take 2.4 GB here.
     baselines={"loop": _loop, "one GEMM": _one_product},
     floor=lambda s: (2.0 * s["B"] * s["d"] ** 2, 4.0 * (2 * s["B"] * s["d"] + s["K"] * s["d"] ** 2)),
@@ -259,6 +260,7 @@ LOW_RANK_SPEC = OpSpec(
         "B1024-K16-r64": {"B": 1024, "K": 16, "d": 768, "r": 64, "plain": 1},
         "B1024-K16-r64-mean": {"B": 1024, "K": 16, "d": 768, "r": 64},
     },
+    gpu_bench_shapes={"B4096-K16-r64": {"B": 4096, "K": 16, "d": 768, "r": 64, "plain": 1}},
     baselines={"loop": _low_rank_loop, "gather + bmm": _low_rank_reference},
     floor=_low_rank_floor,
     **_COMMON,

@@ -310,6 +310,10 @@ SPEC = OpSpec(
         "B2048-d512-r512": {"B": 2048, "d": 512, "r": 512, "percent": 1},
         "B2048-d512": {"B": 2048, "d": 512, "percent": 1},
     },
+    gpu_bench_shapes={
+        "B8192-d512-r512": {"B": 8192, "d": 512, "r": 512, "percent": 1},
+        "B32768-d512-r512": {"B": 32768, "d": 512, "r": 512, "percent": 1},
+    },
     backends=("reference", "cpp", "triton"),
     wide=True,
     opaque=False,

@@ -206,6 +206,7 @@ SPEC = OpSpec(
         "N10k-C1000": {"N": 10_000, "C": 1000, "d": 768},
         "N50k-C1000": {"N": 50_000, "C": 1000, "d": 768},
     },
+    gpu_bench_shapes={"N50k-C1000": {"N": 50_000, "C": 1000, "d": 768}},
     backends=("reference", "cpp", "triton"),
     device_shapes=({"N": 5000, "C": 70, "d": 200, "floor": 1},),
     gate=("prototypes",),

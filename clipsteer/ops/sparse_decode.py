@@ -299,6 +299,10 @@ SPEC = OpSpec(
         "B256-k32": {"B": 256, "d": 768, "n": 49152, "k": 32},
         "B256-k64": {"B": 256, "d": 768, "n": 49152, "k": 64},
     },
+    gpu_bench_shapes={
+        "B4096-k32": {"B": 4096, "d": 768, "n": 49152, "k": 32},
+        "B4096-k64": {"B": 4096, "d": 768, "n": 49152, "k": 64},
+    },
     baselines={"embedding_bag": _embedding_bag, "dense": _dense_decode},
     floor=lambda s: (2.0 * s["B"] * s["k"] * s["d"], 4.0 * s["B"] * (s["k"] * s["d"] + s["d"] + 3 * s["k"])),
 )
