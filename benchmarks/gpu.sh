@@ -23,9 +23,9 @@ step() {
 
 step "build" 180 python3 -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
 step "environment" 60 python3 -m clipsteer env
-parallel=$(python3 -c 'import xdist' 2>/dev/null && echo "-n 8")
+parallel=$(python3 -c "import xdist" 2>/dev/null && echo "-n 14")
 # shellcheck disable=SC2046,SC2086
-step "tests" 240 python3 -m pytest -q -m gpu $parallel $(grep -l 'mark\.gpu' tests/*.py)
+step "tests" 240 env OMP_NUM_THREADS=1 python3 -m pytest -q -m gpu --durations=5 $parallel $(grep -l 'mark\.gpu' tests/*.py)
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     step "$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \

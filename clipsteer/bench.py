@@ -288,13 +288,13 @@ def run(
 
 
 def runnable(calls: dict[str, Callable[[], Any]], what: str) -> dict[str, Callable[[], Any]]:
-    """The calls that fit into memory and whose packages are here; a warning names the others."""
+    """The calls that can run here, as to packages, dtype and memory; a warning names the others."""
     found = {}
     for name, call in calls.items():
         try:
             call()
             found[name] = call
-        except (ImportError, torch.OutOfMemoryError) as error:
+        except (ImportError, NotImplementedError, torch.OutOfMemoryError) as error:
             warnings.warn(f"bench: {what}: {name} is left out: {str(error).splitlines()[0]}", stacklevel=2)
             torch.cuda.empty_cache()
     return found

@@ -43,15 +43,42 @@ CLIPSTEER_HD uint64_t key_of(float value, uint32_t column) { return uint64_t(ord
 CLIPSTEER_HD uint32_t order_of(uint64_t key) { return uint32_t(key >> 32); }
 CLIPSTEER_HD uint32_t column_of(uint64_t key) { return ~uint32_t(key); }
 
-struct SelectScratch {
-  uint64_t keys[kCapacity];
-  uint32_t maxima[kGroups];
+struct DigitScratch {
   uint32_t histogram[256];
   uint32_t partial[16];
   uint32_t count;
   uint32_t digit;
-  uint32_t below;  // how many of the k remain to be found among the items that share the prefix
+  uint32_t below;  // how many of the wanted remain to be found among the items that have the digit
 };
+
+struct SelectScratch : DigitScratch {
+  uint64_t keys[kCapacity];
+  uint32_t maxima[kGroups];
+};
+
+// The digit of the wanted-th largest item, from the histogram of all digits.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <class Team>
+CLIPSTEER_HD void find_digit(const Team& team, uint32_t wanted, DigitScratch& s) {
+  for (uint32_t i = team.rank(); i < 16; i += team.size()) {
+    uint32_t sum = 0;
+    for (int j = 0; j < 16; ++j) sum += s.histogram[16 * i + j];
+    s.partial[i] = sum;
+  }
+  team.sync();
+  if (team.rank() == 0) {
+    uint32_t left = wanted;
+    int block = 15;
+    while (block > 0 && s.partial[block] < left) left -= s.partial[block--];
+    int digit = 16 * block + 15;
+    while (digit > 16 * block && s.histogram[digit] < left) left -= s.histogram[digit--];
+    s.digit = uint32_t(digit);
+    s.below = left;
+  }
+  team.sync();
+}
 
 // The k-th largest of key(0) ... key(count - 1) as far as its digits down to bit `last_shift` say: a lower bound, and
 // the key itself when that is 0. Every thread of the team gets the result.
@@ -72,22 +99,7 @@ CLIPSTEER_HD uint64_t radix_kth(const Team& team, KeyAt key, uint32_t count, uin
       if (shift == 56 || item >> (shift + 8) == prefix >> (shift + 8)) team.add(s.histogram[(item >> shift) & 255], 1u);
     }
     team.sync();
-    for (uint32_t i = team.rank(); i < 16; i += team.size()) {
-      uint32_t sum = 0;
-      for (int j = 0; j < 16; ++j) sum += s.histogram[16 * i + j];
-      s.partial[i] = sum;
-    }
-    team.sync();
-    if (team.rank() == 0) {
-      uint32_t left = wanted;
-      int block = 15;
-      while (block > 0 && s.partial[block] < left) left -= s.partial[block--];
-      int digit = 16 * block + 15;
-      while (digit > 16 * block && s.histogram[digit] < left) left -= s.histogram[digit--];
-      s.digit = uint32_t(digit);
-      s.below = left;
-    }
-    team.sync();
+    find_digit(team, wanted, s);
     prefix |= uint64_t(s.digit) << shift;
     wanted = s.below;
     team.sync();
@@ -113,6 +125,35 @@ CLIPSTEER_HD void sort_descending(const Team& team, uint64_t* keys, uint32_t siz
       team.sync();
     }
   }
+}
+
+// Leaves the k largest of `count` >= k keys, whose orders lie in [low, high], in kept[0 .. k), descending. Only keys of
+// the upper of 256 equal ranges, as many as hold k, are sorted. `kept` has room for a power of two >= count, >= 2.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <class Team>
+CLIPSTEER_HD void sort_largest(const Team& team, const uint64_t* keys, uint32_t count, uint32_t k, uint32_t low,
+                               uint32_t high, uint64_t* kept, DigitScratch& s) {
+  int shift = 0;
+  while ((high - low) >> shift > 255) ++shift;
+  for (uint32_t i = team.rank(); i < 256; i += team.size()) s.histogram[i] = 0;
+  if (team.rank() == 0) s.count = 0;
+  team.sync();
+  for (uint32_t i = team.rank(); i < count; i += team.size()) {
+    team.add(s.histogram[(order_of(keys[i]) - low) >> shift], 1u);
+  }
+  team.sync();
+  find_digit(team, k, s);
+  for (uint32_t i = team.rank(); i < count; i += team.size()) {
+    if ((order_of(keys[i]) - low) >> shift >= s.digit) kept[team.add(s.count, 1u)] = keys[i];
+  }
+  team.sync();
+  uint32_t size = 2;
+  while (size < s.count) size *= 2;
+  for (uint32_t i = s.count + team.rank(); i < size; i += team.size()) kept[i] = 0;
+  team.sync();
+  sort_descending(team, kept, size);
 }
 
 // Leaves the k largest of value(0) ... value(n - 1) as keys in s.keys[0 .. k), descending. 1 <= k <= min(n, kSelectMaxK).

@@ -1,19 +1,16 @@
-// topk_encode: torch's matrix product a few rows at a time, then one block a row picks the k largest.
+// topk_encode: fused on Hopper (encode_sm90.cuh); else torch's matrix product a few rows at a time, then one block a row
+// picks the k largest.
 #include "cuda.cuh"
+#include "encode_sm90.cuh"
 #include "select.cuh"
 
 namespace clipsteer::cuda {
 namespace {
 
 constexpr int kThreads = 512;
+constexpr int kLag = 1;
+constexpr bool kPairs = true;
 constexpr int64_t kChunkBytes = int64_t(48) << 20;  // stays in the second-level cache of a large GPU
-
-struct Block {
-  __device__ uint32_t rank() const { return threadIdx.x; }
-  __device__ uint32_t size() const { return blockDim.x; }
-  __device__ void sync() const { __syncthreads(); }
-  __device__ uint32_t add(uint32_t& counter, uint32_t amount) const { return atomicAdd(&counter, amount); }
-};
 
 template <class T>
 struct PreActs {
@@ -72,6 +69,26 @@ Tensor sorted_descending(const Tensor& keys) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// False where the shape or the device is not for the fused encode.
+template <class T>
+bool fused_encode(const Tensor& x, const Tensor& w, const T* bias, int64_t k, T* acts, int64_t* indices) {
+  int major = 0, minor = 0, processors = 0;
+  const int device = int(x.get_device_index());
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  // Code for sm_90a runs on 9.0 alone.
+  if (major != 9 || minor != 0 || !packable<T>(x.size(1), {x.data_ptr(), w.data_ptr()})) return false;
+  const EncodePlan plan = encode_plan(x.size(0), w.size(0), x.size(1), k, processors);
+  if (plan.rows == 0) return false;
+  const Tensor memory = empty_like(x, ScalarType::Byte, {plan.bytes()});
+  for (int64_t start = 0; start < x.size(0); start += plan.rows) {
+    sm90::launch(plan, data<T>(x) + start * plan.d, std::min(plan.rows, x.size(0) - start), data<T>(w), bias,
+                 memory.data_ptr(), acts + start * k, indices + start * k, stream_of(x), kLag, kPairs, [](int) {});
+  }
+  return true;
+}
+
 template <class T>
 void encode(const Tensor& x, const Tensor& w, const T* bias, int64_t k, T* acts, int64_t* indices) {
   const int64_t total = x.size(0), n = w.size(0);
@@ -117,6 +134,9 @@ std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor w_enc, std::optional<Ten
   if (acts.numel() > 0) {
     dispatch("topk_encode", x.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
+      if constexpr (!std::is_same_v<T, float>) {
+        if (fused_encode<T>(x, w_enc, b_enc ? data<T>(*b_enc) : nullptr, k, data<T>(acts), data<int64_t>(indices))) return;
+      }
       encode<T>(x, w_enc, b_enc ? data<T>(*b_enc) : nullptr, k, data<T>(acts), data<int64_t>(indices));
     });
   }

@@ -9,6 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ._precision import tf32_allowed
 
 
 def interpreted(kernel: object) -> bool:
@@ -33,8 +36,25 @@ def shared_memory_limit(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
+def copied_by_tma(*matrices: torch.Tensor) -> bool:
+    """Whether tiles of these go to tensor cores and can get there by Hopper's bulk copies: rows of whole 16 bytes from
+    a 16-byte boundary."""
+    return (
+        matrices[0].device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(matrices[0].device) >= (9, 0)
+        and (matrices[0].dtype != torch.float32 or tf32_allowed())
+        and all(t.numel() > 0 and t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0 for t in matrices)
+    )
+
+
+def tiles(matrix: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
+    """A contiguous matrix as a descriptor of tiles (rows, cols)."""
+    return TensorDescriptor.from_tensor(matrix, [rows, cols])
+
+
 def next_power_of_2(n: int) -> int:
-    return triton.next_power_of_2(max(n, 1))
+    return 1 << max(n - 1, 0).bit_length()  # triton's own takes 5 µs of the host
 
 
 def cdiv(a: int, b: int) -> int:

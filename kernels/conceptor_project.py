@@ -1,8 +1,9 @@
 """Rows times the matrix of their group, in one launch over blocks of rows that share a group.
 
-torch sorts the group numbers stably, on the device and without a synchronisation: the grid has its static bound, a
-block for every BLOCK_B rows and one more a group, and each program finds its group in the offsets; those past the last
-block return. A tile of h and, in low rank, the r-vector stay on chip. A half times a vector that was computed here
+The grid has its static bound, a block for every BLOCK_B rows and one more a group; those past the last block return.
+While there are few rows and groups, each program counts the group numbers itself, and so finds its group and its rows
+with no launch before it and nothing sorted; beyond, torch sorts them stably, on the device and without a
+synchronisation. A tile of h and, in low rank, the r-vector stay on chip. A half times a vector that was computed here
 takes the vector as the sum of two halves, so that the tensor cores lose nothing of it.
 """
 
@@ -17,35 +18,92 @@ from ._precision import tf32_allowed
 
 # A block's r-vectors live in registers, as far as they fit; beyond, they take a (B, r) buffer and two launches.
 MAX_RANK = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
+# Rows, and rows times groups, up to which every program counts for itself.
+MAX_ROWS, MAX_TALLY = 2**13, 2**17
 
 
 @triton.jit
-def _block(pid, order_ptr, offsets_ptr, B, K, HAS_INDEX: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The group of block ``pid``, its rows, and which of them exist."""
-    lane = tl.arange(0, BLOCK_B)
-    if HAS_INDEX:
-        group = tl.zeros((), dtype=tl.int32)
-        first = tl.zeros((), dtype=tl.int32)
-        stop = tl.zeros((), dtype=tl.int32)
+def _block(
+    pid, index_ptr, order_ptr, offsets_ptr, B, K, GROUPING: tl.constexpr, LEAST: tl.constexpr, SIDES: tl.constexpr,
+    BLOCK_B: tl.constexpr, SCAN: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """Whether block ``pid`` exists, its group, its rows, and which of them exist.
+
+    ``GROUPING`` says where the groups are: ``"none"``, there is one; ``"order"``, in order_ptr and offsets_ptr, where
+    groups of fewer than LEAST rows are left out; ``"index"``, in index_ptr alone, and order_ptr is room for the rows
+    of this launch. Rows come in SIDES stacks of B; a block has the same ones of each.
+    """
+    PART: tl.constexpr = BLOCK_B // SIDES
+    lane = tl.arange(0, BLOCK_B) % PART
+    group = tl.zeros((), dtype=tl.int32)
+    first = tl.zeros((), dtype=tl.int32)
+    stop = tl.zeros((), dtype=tl.int32)
+    if GROUPING == "none":
+        first += pid * PART
+        stop += B
+    elif GROUPING == "order":
         total = tl.zeros((), dtype=tl.int32)
-        for start in range(0, K, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
+        for start in range(0, K, BINS):
+            k = start + tl.arange(0, BINS)
             low = tl.load(offsets_ptr + k, mask=k < K, other=0)
             high = tl.load(offsets_ptr + k + 1, mask=k < K, other=0)
-            blocks = (high - low + BLOCK_B - 1) // BLOCK_B
+            blocks = tl.where(high - low >= LEAST, (high - low + PART - 1) // PART, 0)
             begin = total + tl.cumsum(blocks, axis=0) - blocks
             here = (pid >= begin) & (pid < begin + blocks)
             group += tl.sum(tl.where(here, k, 0), axis=0)
-            first += tl.sum(tl.where(here, low + (pid - begin) * BLOCK_B, 0), axis=0)
+            first += tl.sum(tl.where(here, low + (pid - begin) * PART, 0), axis=0)
             stop += tl.sum(tl.where(here, high, 0), axis=0)
             total += tl.sum(blocks, axis=0)
-        live = first + lane < stop
-        rows = tl.load(order_ptr + first + lane, mask=live, other=0)
     else:
-        group = tl.zeros((), dtype=tl.int32)
-        live = pid * BLOCK_B + lane < B
-        rows = (pid * BLOCK_B + lane).to(tl.int64)
-    return group, rows, live
+        k = tl.arange(0, BINS)
+        counts = tl.zeros((BINS,), dtype=tl.int32)
+        for start in range(0, B, SCAN):
+            at = start + tl.arange(0, SCAN)
+            number = tl.load(index_ptr + at, mask=at < B, other=-1)
+            counts += tl.histogram(tl.where((number >= 0) & (number < K), number, K).to(tl.int32), BINS)
+        counts = tl.where(k < K, counts, 0)
+        blocks = (counts + PART - 1) // PART
+        begin = tl.cumsum(blocks, axis=0) - blocks
+        here = (pid >= begin) & (pid < begin + blocks)
+        group = tl.sum(tl.where(here, k, 0), axis=0)
+        before = tl.sum(tl.where(here, (pid - begin) * PART, 0), axis=0)
+        low = tl.sum(tl.where(here, tl.cumsum(counts, axis=0) - counts, 0), axis=0)
+        first = low + before
+        stop = low + tl.sum(tl.where(here, counts, 0), axis=0)
+        if first < stop:
+            for start in range(0, B, SCAN):
+                at = start + tl.arange(0, SCAN)
+                own = (tl.load(index_ptr + at, mask=at < B, other=-1) == group).to(tl.int32)
+                place = tl.cumsum(own, axis=0) - 1 - before
+                tl.store(order_ptr + first + place, at, mask=(own > 0) & (place >= 0) & (place < PART))
+                before -= tl.sum(own, axis=0)
+            tl.debug_barrier()
+    live = first + lane < stop
+    rows = (first + lane).to(tl.int64)
+    if GROUPING != "none":
+        rows = tl.load(order_ptr + first + lane, mask=live, other=0).to(tl.int64)
+    if SIDES > 1:
+        rows += (tl.arange(0, BLOCK_B) // PART).to(tl.int64) * B
+    return first < stop, group, rows, live
+
+
+@triton.jit(do_not_specialize=["B", "K"])
+def _group_kernel(index_ptr, order_ptr, offsets_ptr, B, K, SCAN: tl.constexpr):
+    """The rows in the order of their groups, and where each group begins and the last one ends; a program a group."""
+    group = tl.program_id(0)
+    first = tl.zeros((), dtype=tl.int32)
+    for start in range(0, B, SCAN):
+        at = start + tl.arange(0, SCAN)
+        number = tl.load(index_ptr + at, mask=at < B, other=-1)
+        first += tl.sum(((number >= 0) & (number < group)).to(tl.int32), axis=0)
+    tl.store(offsets_ptr + group, first)
+    for start in range(0, B, SCAN):
+        at = start + tl.arange(0, SCAN)
+        own = (tl.load(index_ptr + at, mask=at < B, other=-1) == group).to(tl.int32)
+        tl.store(order_ptr + first + tl.cumsum(own, axis=0) - 1, at, mask=own > 0)
+        first += tl.sum(own, axis=0)
+    if group == K - 1:
+        tl.store(offsets_ptr + K, first)
 
 
 @triton.jit
@@ -62,13 +120,20 @@ def _dot(x, w, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B", "K"])
 def _grouped_matmul_kernel(
-    x_ptr, w_ptr, order_ptr, offsets_ptr, scale_ptr, beta_ptr, mean_ptr, out_ptr, B, K, m, n, w_row, w_col,
-    HAS_INDEX: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BETA: tl.constexpr, MEAN_IN: tl.constexpr,
+    x_ptr, w_ptr, index_ptr, order_ptr, offsets_ptr, scale_ptr, beta_ptr, mean_ptr, out_ptr,
+    B, K, m, n, w_row, w_col, x_row, out_row,
+    GROUPING: tl.constexpr, LEAST: tl.constexpr, SIDES: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BETA: tl.constexpr, MEAN_IN: tl.constexpr,
     MEAN_OUT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SCAN: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    group, rows, live = _block(tl.program_id(0), order_ptr, offsets_ptr, B, K, HAS_INDEX, BLOCK_B, BLOCK_K)
-    if tl.max(live.to(tl.int32), axis=0) > 0:
+    if GROUPING == "index":
+        order_ptr += tl.program_id(1) * B
+    exists, group, rows, live = _block(
+        tl.program_id(0), index_ptr, order_ptr, offsets_ptr, B, K, GROUPING, LEAST, SIDES, BLOCK_B, SCAN, BINS
+    )
+    if exists:
         g = group.to(tl.int64)
         cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         w_ptrs = w_ptr + g * m * n + cols[None, :] * w_col
@@ -76,7 +141,7 @@ def _grouped_matmul_kernel(
         for start in range(0, m, BLOCK_M):
             j = start + tl.arange(0, BLOCK_M)
             inside = j < m
-            x = tl.load(x_ptr + rows[:, None] * m + j[None, :], mask=live[:, None] & inside[None, :], other=0.0)
+            x = tl.load(x_ptr + rows[:, None] * x_row + j[None, :], mask=live[:, None] & inside[None, :], other=0.0)
             w = tl.load(w_ptrs + j[:, None] * w_row, mask=inside[:, None] & (cols < n)[None, :], other=0.0)
             if MEAN_IN:
                 mean = tl.load(mean_ptr + g * m + j, mask=inside, other=0.0).to(tl.float32)
@@ -89,7 +154,7 @@ def _grouped_matmul_kernel(
         if MEAN_OUT:
             acc += tl.load(mean_ptr + g * n + cols, mask=cols < n, other=0.0).to(tl.float32)[None, :]
         tl.store(
-            out_ptr + rows[:, None] * n + cols[None, :],
+            out_ptr + rows[:, None] * out_row + cols[None, :],
             acc.to(out_ptr.dtype.element_ty),
             mask=live[:, None] & (cols < n)[None, :],
         )
@@ -97,13 +162,16 @@ def _grouped_matmul_kernel(
 
 @triton.jit(do_not_specialize=["B", "K"])
 def _low_rank_project_kernel(
-    x_ptr, u_ptr, s_ptr, order_ptr, offsets_ptr, mean_ptr, out_ptr, B, K, d, r,
-    HAS_INDEX: tl.constexpr, HAS_MEAN: tl.constexpr, SPLIT_X: tl.constexpr, SPLIT_R: tl.constexpr,
+    x_ptr, u_ptr, s_ptr, index_ptr, order_ptr, offsets_ptr, mean_ptr, out_ptr, B, K, d, r,
+    GROUPING: tl.constexpr, HAS_MEAN: tl.constexpr, SPLIT_X: tl.constexpr, SPLIT_R: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    SCAN: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    group, rows, live = _block(tl.program_id(0), order_ptr, offsets_ptr, B, K, HAS_INDEX, BLOCK_B, BLOCK_K)
-    if tl.max(live.to(tl.int32), axis=0) > 0:
+    exists, group, rows, live = _block(
+        tl.program_id(0), index_ptr, order_ptr, offsets_ptr, B, K, GROUPING, 1, 1, BLOCK_B, SCAN, BINS
+    )
+    if exists:
         g = group.to(tl.int64)
         i = tl.arange(0, BLOCK_R)
         inner = tl.zeros((BLOCK_B, BLOCK_R), dtype=tl.float32)
@@ -118,7 +186,7 @@ def _low_rank_project_kernel(
             if HAS_MEAN:
                 x = x.to(tl.float32) - tl.load(mean_ptr + g * d + j, mask=j < d, other=0.0).to(tl.float32)[None, :]
             inner = _dot(x, u, inner, SPLIT_X, PRECISION)
-        inner *= tl.load(s_ptr + g * r + i, mask=i < r, other=0.0)[None, :]
+        inner *= tl.load(s_ptr + g * r + i, mask=i < r, other=0.0).to(tl.float32)[None, :]
         for start in range(0, d, BLOCK_D):
             j = start + tl.arange(0, BLOCK_D)
             u = tl.load(
@@ -156,7 +224,7 @@ def _grouped_outer_kernel(
         at = start + tl.arange(0, BLOCK_B)
         live = at < stop
         if HAS_INDEX:
-            rows = tl.load(order_ptr + at, mask=live, other=0)
+            rows = tl.load(order_ptr + at, mask=live, other=0).to(tl.int64)
         else:
             rows = at.to(tl.int64)
         a = tl.load(a_ptr + rows[None, :] * m + i[:, None], mask=live[None, :] & (i < m)[:, None], other=0.0)
@@ -184,19 +252,46 @@ def _precision() -> str:
 
 def _sorted(index: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows in the order of their groups, and where each group begins and the last one ends."""
-    ordered, order = torch.sort(index.to(torch.int32), stable=True)
-    bounds = torch.arange(groups + 1, dtype=torch.int32, device=index.device)
-    return order, torch.searchsorted(ordered, bounds, out_int32=True)
+    B = index.shape[0]
+    if _many(B, groups):
+        ordered, order = torch.sort(index.to(torch.int32), stable=True)
+        bounds = torch.arange(groups + 1, dtype=torch.int32, device=index.device)
+        return order, torch.searchsorted(ordered, bounds, out_int32=True)
+    found = torch.empty(B + groups + 1, dtype=torch.int32, device=index.device)
+    order, offsets = found[:B], found[B:]
+    with on_device(index):
+        _group_kernel[(groups,)](index, order, offsets, B, groups, SCAN=_scan(B))
+    return order, offsets
+
+
+def _many(rows: int, groups: int) -> bool:
+    return rows > MAX_ROWS or rows * groups > MAX_TALLY
+
+
+def _scan(rows: int) -> int:
+    return min(4096, max(128, next_power_of_2(rows)))
+
+
+def _grouping(x: torch.Tensor, index: torch.Tensor | None, groups: int, launches: int = 1) -> tuple[tuple, dict]:
+    """The three pointers that a program finds its rows by, and how; ``launches`` programs may have the same block."""
+    if index is None:
+        return (x, x, x), {"GROUPING": "none", "SCAN": 1, "BINS": 1}
+    B = index.shape[0]
+    if _many(B, groups):
+        return (index, *_sorted(index, groups)), {"GROUPING": "order", "SCAN": 1, "BINS": 128}
+    room = torch.empty(launches * B, dtype=torch.int32, device=index.device)
+    # a bin more, for numbers that name no group
+    return (index, room, room), {"GROUPING": "index", "SCAN": _scan(B), "BINS": max(32, next_power_of_2(groups + 1))}
 
 
 def matmul_config(dtype: torch.dtype, n: int, split: bool = False) -> dict[str, int]:
     """A block of rows by a tile of columns; fp32 runs on plain FMAs, in smaller steps."""
     if interpreted(_grouped_matmul_kernel):
-        return {"BLOCK_B": 32, "BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 16}
+        return {"BLOCK_B": 32, "BLOCK_M": 128, "BLOCK_N": 256}
     block_n = min(64 if dtype == torch.float32 else 128, max(16, next_power_of_2(n)))
     if dtype == torch.float32:
-        return {"BLOCK_B": 32, "BLOCK_M": 32, "BLOCK_N": block_n, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2}
-    tile = {"BLOCK_B": 64, "BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+        return {"BLOCK_B": 32, "BLOCK_M": 32, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 2}
+    tile = {"BLOCK_B": 64, "BLOCK_M": 64, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 3}
     if split:  # both halves of a tile are in registers
         tile |= {"BLOCK_B": 32, "BLOCK_N": min(64, block_n)}
     return tile
@@ -206,7 +301,7 @@ def low_rank_config(dtype: torch.dtype, r: int, mean: bool = False) -> dict[str,
     """Blocks of few rows, so that 4,096 of them over 16 groups fill the chip once."""
     block_r = max(16, next_power_of_2(r))
     if interpreted(_low_rank_project_kernel):
-        return {"BLOCK_B": 32, "BLOCK_D": 128, "BLOCK_R": block_r, "BLOCK_K": 16}
+        return {"BLOCK_B": 32, "BLOCK_D": 128, "BLOCK_R": block_r}
     hip, wide = torch.version.hip is not None, block_r > 64
     if dtype == torch.float32:
         block_b, block_d = 16 if wide else 32, 32
@@ -215,8 +310,8 @@ def low_rank_config(dtype: torch.dtype, r: int, mean: bool = False) -> dict[str,
         block_b = 16 if wide and hip else 32
         block_d = 32 if wide and hip else min(64 if mean else 128, 8192 // block_r)
     return {
-        "BLOCK_B": block_b, "BLOCK_D": block_d, "BLOCK_R": block_r, "BLOCK_K": 128,
-        "num_warps": 8 if wide and not hip else 4, "num_stages": 2 if hip else 3,
+        "BLOCK_B": block_b, "BLOCK_D": block_d, "BLOCK_R": block_r,
+        "num_warps": 8 if (wide or dtype != torch.float32) and not hip else 4, "num_stages": 2 if hip else 3,
     }  # fmt: skip
 
 
@@ -239,21 +334,31 @@ def _matmul(x, W, index, scale, beta, mean, transpose, *, mean_in, mean_out, dty
     B, m = x.shape
     K, n = W.shape[0], W.shape[1] if transpose else W.shape[2]
     out = torch.empty((B, n), dtype=dtype, device=x.device)
-    if out.numel() == 0:
-        return out
-    order, offsets = (x, x) if index is None else _sorted(index, K)
-    split = W.dtype != torch.float32 and (mean_in or x.dtype == torch.float32)
-    config = matmul_config(W.dtype, n, split)
-    grid = (cdiv(B, config["BLOCK_B"]) + (0 if index is None else K), cdiv(n, config["BLOCK_N"]))
-    with on_device(x):
-        _grouped_matmul_kernel[grid](
-            x, W, order, offsets, x if scale is None else scale, x if beta is None else beta,
-            x if mean is None else mean, out, B, K, m, n, 1 if transpose else n, m if transpose else 1,
-            HAS_INDEX=index is not None, HAS_SCALE=scale is not None, HAS_BETA=beta is not None,
-            MEAN_IN=mean_in, MEAN_OUT=mean_out,
-            SPLIT=split, PRECISION=_precision(), **config,
-        )  # fmt: skip
+    if out.numel() > 0:
+        split = W.dtype != torch.float32 and (mean_in or x.dtype == torch.float32)
+        config = matmul_config(W.dtype, n, split)
+        grouping = _grouping(x, index, K, cdiv(n, config["BLOCK_N"]))
+        launch_matmul(x, W, grouping, out, B, transpose, config, scale, beta, mean, mean_in, mean_out, split)
     return out
+
+
+def launch_matmul(
+    x, W, grouping, out, B, transpose, config, scale=None, beta=None, mean=None, mean_in=False, mean_out=False,
+    split=False, least=1,
+) -> None:  # fmt: skip
+    """out = x W by groups (``_grouping``), of rows that may be strided and come in stacks of B."""
+    pointers, how = grouping
+    K, m, n = W.shape[0], x.shape[1], out.shape[1]
+    sides = x.shape[0] // B
+    blocks = cdiv(B, config["BLOCK_B"] // sides) + (0 if how["GROUPING"] == "none" else K)
+    with on_device(x):
+        _grouped_matmul_kernel[(blocks, cdiv(n, config["BLOCK_N"]))](
+            x, W, *pointers, x if scale is None else scale, x if beta is None else beta,
+            x if mean is None else mean, out, B, K, m, n, 1 if transpose else n, m if transpose else 1,
+            x.stride(0), out.stride(0),
+            LEAST=least, SIDES=sides, HAS_SCALE=scale is not None, HAS_BETA=beta is not None,
+            MEAN_IN=mean_in, MEAN_OUT=mean_out, SPLIT=split, PRECISION=_precision(), **how, **config,
+        )  # fmt: skip
 
 
 def grouped_matmul(
@@ -270,7 +375,7 @@ def grouped_matmul(
 def low_rank_project(
     x: torch.Tensor, U: torch.Tensor, s: torch.Tensor, index: torch.Tensor | None, mean: torch.Tensor | None
 ) -> torch.Tensor:
-    """x (B, d), U (K, d, r), s (K, r) float32, mean (K, d) or None -> (B, d): U (s * U^T (x - mean)) + mean."""
+    """x (B, d), U (K, d, r), s (K, r), mean (K, d) or None -> (B, d): U (s * U^T (x - mean)) + mean."""
     if _interpreted_bf16(x):
         return low_rank_project(x.float(), U.float(), s, index, _upcast(mean)).bfloat16()
     B, d = x.shape
@@ -282,14 +387,13 @@ def low_rank_project(
     out = torch.empty((B, d), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    order, offsets = (x, x) if index is None else _sorted(index, K)
+    pointers, grouping = _grouping(x, index, K)
     config = low_rank_config(x.dtype, r, given)
     half = x.dtype != torch.float32
     with on_device(x):
         _low_rank_project_kernel[(cdiv(B, config["BLOCK_B"]) + (0 if index is None else K),)](
-            x, U, s, order, offsets, mean if given else x, out, B, K, d, r,
-            HAS_INDEX=index is not None, HAS_MEAN=given, SPLIT_X=half and given, SPLIT_R=half,
-            PRECISION=_precision(), **config,
+            x, U, s, *pointers, mean if given else x, out, B, K, d, r,
+            HAS_MEAN=given, SPLIT_X=half and given, SPLIT_R=half, PRECISION=_precision(), **grouping, **config,
         )  # fmt: skip
     return out
 

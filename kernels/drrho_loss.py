@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, interpreted, on_device
+from ._launch import cdiv, copied_by_tma, interpreted, on_device, tiles
 from ._precision import tf32_allowed
 from .semantic_drift import _halved
 
@@ -21,17 +21,23 @@ CHUNK = 2**24
 
 @triton.jit
 def _similarities(
-    rows_ptr, cols_ptr, m, n, M, N, D, PRECISION: tl.constexpr,
+    rows_ptr, cols_ptr, m, n, M, N, D, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     S = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    row_ptrs = rows_ptr + m.to(tl.int64)[:, None] * D
-    col_ptrs = cols_ptr + n.to(tl.int64)[None, :] * D
-    for start in range(0, D, BLOCK_D):
-        k = start + tl.arange(0, BLOCK_D)
-        a = tl.load(row_ptrs + k[None, :], mask=(m < M)[:, None] & (k < D)[None, :], other=0.0)
-        b = tl.load(col_ptrs + k[:, None], mask=(k < D)[:, None] & (n < N)[None, :], other=0.0)
-        S = tl.dot(a, b, S, input_precision=PRECISION)
+    if TMA:  # rows and cols are descriptors
+        for start in range(0, D, BLOCK_D):
+            a = rows_ptr.load([tl.program_id(0) * BLOCK_M, start])
+            b = cols_ptr.load([tl.program_id(1) * BLOCK_N, start])
+            S = tl.dot(a, tl.trans(b), S, input_precision=PRECISION)
+    else:
+        row_ptrs = rows_ptr + m.to(tl.int64)[:, None] * D
+        col_ptrs = cols_ptr + n.to(tl.int64)[None, :] * D
+        for start in range(0, D, BLOCK_D):
+            k = start + tl.arange(0, BLOCK_D)
+            a = tl.load(row_ptrs + k[None, :], mask=(m < M)[:, None] & (k < D)[None, :], other=0.0)
+            b = tl.load(col_ptrs + k[:, None], mask=(k < D)[:, None] & (n < N)[None, :], other=0.0)
+            S = tl.dot(a, b, S, input_precision=PRECISION)
     return S
 
 
@@ -46,11 +52,12 @@ def _log_sum(t, AXIS: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "N", "offset"])
 def _drrho_sums_kernel(
     rows_ptr, cols_ptr, diag_ptr, scale_ptr, row_lse_ptr, col_lse_ptr, M, N, D, offset,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    S = _similarities(rows_ptr, cols_ptr, m, n, M, N, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+    S = _similarities(rows_ptr, cols_ptr, m, n, M, N, D, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
     scale = tl.load(scale_ptr)
     others = (m < M)[:, None] & (n < N)[None, :] & (m[:, None] + offset != n[None, :])
     own = tl.load(diag_ptr + offset + m, mask=m < M, other=0.0)
@@ -65,11 +72,12 @@ def _drrho_sums_kernel(
 def _drrho_weights_kernel(
     rows_ptr, cols_ptr, diag_ptr, scale_ptr, row_u_ptr, col_u_ptr, own_ptr, weight_ptr, moment_ptr,
     M, N, D, stride, offset,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    S = _similarities(rows_ptr, cols_ptr, m, n, M, N, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+    S = _similarities(rows_ptr, cols_ptr, m, n, M, N, D, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
     scale = tl.load(scale_ptr)
     inside = (m < M)[:, None] & (n < N)[None, :]
     partner = m[:, None] + offset == n[None, :]
@@ -141,8 +149,15 @@ def product_config(dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_M": 64, "BLOCK_K": 32, "BLOCK_D": 128, "num_warps": 4, "num_stages": 2}
 
 
-def _options(rows: torch.Tensor) -> dict[str, object]:
-    return {"PRECISION": "tf32" if tf32_allowed() else "ieee", **tile_config(rows.dtype)}
+def _options(rows: torch.Tensor, cols: torch.Tensor) -> dict[str, object]:
+    tma = copied_by_tma(rows, cols)
+    return {"TMA": tma, "PRECISION": "tf32" if tf32_allowed() else "ieee", **tile_config(rows.dtype)}
+
+
+def _operands(rows: torch.Tensor, cols: torch.Tensor, config: dict) -> tuple[object, object]:
+    if not config["TMA"]:
+        return rows, cols
+    return tiles(rows, config["BLOCK_M"], config["BLOCK_D"]), tiles(cols, config["BLOCK_N"], config["BLOCK_D"])
 
 
 def _wide_in_interpreter(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -157,12 +172,14 @@ def drrho_sums(
     """rows (M, D), cols (N, D), diag (N,) and scale () in float32 -> row_lse (M,), col_lse (N,), nothing kept."""
     rows, cols = _wide_in_interpreter(rows, cols)
     (M, D), N = rows.shape, cols.shape[0]
-    config = _options(rows)
+    config = _options(rows, cols)
     grid = (cdiv(M, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"]))
     row_lse, col_lse = diag.new_empty(grid[1], M), diag.new_empty(grid[0], N)
     if M > 0:
         with on_device(rows):
-            _drrho_sums_kernel[grid](rows, cols, diag, scale, row_lse, col_lse, M, N, D, offset, **config)
+            _drrho_sums_kernel[grid](
+                *_operands(rows, cols, config), diag, scale, row_lse, col_lse, M, N, D, offset, **config
+            )
     # nothing is kept, in the shape that says so
     return row_lse.logsumexp(0), col_lse.logsumexp(0), diag.new_empty(0, (N + 63) // 64 * 64 + 16)
 
@@ -178,7 +195,7 @@ def drrho_grad(
     d_rows = diag.new_empty(M if need_rows else 0, width)
     d_cols = diag.new_zeros(N if need_cols else 0, width)
     moments = [diag.new_zeros(1, dtype=torch.float64)]
-    config, product = _options(rows), product_config(rows.dtype)
+    config, product = _options(rows, cols), product_config(rows.dtype)
     flags = {"SPLIT": rows.dtype != torch.float32, "PRECISION": config["PRECISION"], **product}
     chunk = max(128, CHUNK // N // 128 * 128)
     stride = cdiv(N, 16) * 16  # whole lines, so that weights are read 16 bytes at a time
@@ -191,7 +208,7 @@ def drrho_grad(
             grid = (cdiv(m, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"]))
             moment = diag.new_empty(grid)
             _drrho_weights_kernel[grid](
-                some, cols, diag, scale, row_u[at], col_u, own[at], weights, moment,
+                *_operands(some, cols, config), diag, scale, row_u[at], col_u, own[at], weights, moment,
                 m, N, D, stride, offset + start, **config,
             )  # fmt: skip
             moments.append(moment.double().sum().reshape(1))

@@ -1,6 +1,6 @@
 """Gaussian sums over rows for every prototype: two products a chunk of rows, with its log-weights between them.
 
-A sum of d numbers for each of many prototypes does not fit on chip, so a chunk's log-weights (at most CHUNK rows by C)
+A sum of d numbers for each of many prototypes does not fit on chip, so a chunk's log-weights (BUFFER_BYTES of them)
 pass through a buffer that the second-level cache holds, and are never more. The second product is split over rows when
 there are few prototypes; its parts are added in a fixed order, so that results repeat bit for bit. Halves take the
 tensor cores with weights and movements as sums of two bfloat16 each, which loses 2^-16 of them.
@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, interpreted, on_device
+from ._launch import cdiv, copied_by_tma, interpreted, on_device, tiles
 from ._precision import tf32_allowed
 
-CHUNK = 4096
+BUFFER_BYTES = 32 << 20
 MAX_PARTS = 16
 
 
@@ -37,22 +37,29 @@ def _drift_square_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def _drift_log_weights_kernel(
-    old_ptr, means_ptr, old_square_ptr, mean_square_ptr, scale_ptr, log_w_ptr, N, C, d,
-    SCALED: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
+    old_ptr, means_ptr, old_square_ptr, mean_square_ptr, scale_ptr, log_w_ptr, highest_ptr, N, C, d,
+    SCALED: tl.constexpr, FAR: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """The log-weights of a tile, and the highest of each of its columns."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     live = rows < N
     dot = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
-    old_ptrs = old_ptr + rows.to(tl.int64)[:, None] * d
-    mean_ptrs = means_ptr + cols.to(tl.int64)[None, :] * d
-    for start in range(0, d, BLOCK_D):
-        j = start + tl.arange(0, BLOCK_D)
-        inside = j < d
-        x = tl.load(old_ptrs + j[None, :], mask=live[:, None] & inside[None, :], other=0.0)
-        mean = tl.load(mean_ptrs + j[:, None], mask=inside[:, None] & (cols < C)[None, :], other=0.0)
-        dot = tl.dot(x, mean, dot, input_precision=PRECISION)
+    if TMA:  # old and means are descriptors
+        for start in range(0, d, BLOCK_D):
+            x = old_ptr.load([tl.program_id(0) * BLOCK_N, start])
+            mean = means_ptr.load([tl.program_id(1) * BLOCK_C, start])
+            dot = tl.dot(x, tl.trans(mean), dot, input_precision=PRECISION)
+    else:
+        old_ptrs = old_ptr + rows.to(tl.int64)[:, None] * d
+        mean_ptrs = means_ptr + cols.to(tl.int64)[None, :] * d
+        for start in range(0, d, BLOCK_D):
+            j = start + tl.arange(0, BLOCK_D)
+            inside = j < d
+            x = tl.load(old_ptrs + j[None, :], mask=live[:, None] & inside[None, :], other=0.0)
+            mean = tl.load(mean_ptrs + j[:, None], mask=inside[:, None] & (cols < C)[None, :], other=0.0)
+            dot = tl.dot(x, mean, dot, input_precision=PRECISION)
     unit = tl.load(scale_ptr).to(tl.float32)
     dot *= unit
     if not SCALED:
@@ -65,6 +72,8 @@ def _drift_log_weights_kernel(
     log_w = -tl.load(scale_ptr + 1).to(tl.float32) * distance
     at = log_w_ptr + rows.to(tl.int64)[:, None] * C + cols[None, :]
     tl.store(at, log_w, mask=live[:, None] & (cols < C)[None, :])
+    highest = tl.max(tl.where(live[:, None], log_w, float("-inf")), axis=0)
+    tl.store(highest_ptr + tl.program_id(0).to(tl.int64) * C + cols, highest, mask=cols < C)
 
 
 @triton.jit
@@ -113,6 +122,30 @@ def _drift_moved_kernel(
         tl.store(total_ptr + part * C + cols, total, mask=cols < C)
 
 
+@triton.jit(do_not_specialize=["parts"])
+def _drift_merge_kernel(
+    before_ptr, peak_ptr, part_total_ptr, part_moved_ptr, total_ptr, moved_ptr, C, d, parts,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """total, moved = shrunk to the new peak, and a chunk's parts added in order."""
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    j = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (cols < C)[:, None] & (j < d)[None, :]
+    before = tl.load(before_ptr + cols, mask=cols < C, other=0.0)
+    shrink = tl.exp(before - tl.load(peak_ptr + cols, mask=cols < C, other=0.0))
+    at = cols.to(tl.int64)[:, None] * d + j[None, :]
+    total = tl.load(part_total_ptr + cols, mask=cols < C, other=0.0)
+    moved = tl.load(part_moved_ptr + at, mask=inside, other=0.0)
+    for part in range(1, parts):
+        total += tl.load(part_total_ptr + part * C + cols, mask=cols < C, other=0.0)
+        moved += tl.load(part_moved_ptr + tl.cast(part, tl.int64) * C * d + at, mask=inside, other=0.0)
+    moved += tl.load(moved_ptr + at, mask=inside, other=0.0) * shrink[:, None]
+    tl.store(moved_ptr + at, moved, mask=inside)
+    if tl.program_id(1) == 0:
+        total += tl.load(total_ptr + cols, mask=cols < C, other=0.0) * shrink
+        tl.store(total_ptr + cols, total, mask=cols < C)
+
+
 def log_weights_config(dtype: torch.dtype) -> dict[str, int]:
     if interpreted(_drift_log_weights_kernel):
         return {"BLOCK_N": 128, "BLOCK_C": 128, "BLOCK_D": 128}
@@ -159,30 +192,35 @@ def drift_sums(
     scaled = old.dtype != torch.float16
     means = (prototypes.float() * scale[0].float()).to(old.dtype) if scaled else prototypes
     first, second = log_weights_config(old.dtype), moved_config(old.dtype)
-    tiles = cdiv(C, second["BLOCK_C"]) * cdiv(d, second["BLOCK_D"])
-    log_w = torch.empty(min(N, CHUNK), C, **options)
+    grid = (cdiv(C, second["BLOCK_C"]), cdiv(d, second["BLOCK_D"]))
+    chunk = min(N, max(512, BUFFER_BYTES // (4 * C) // 128 * 128))
+    log_w = torch.empty(chunk, C, **options)
+    highest = torch.empty(cdiv(chunk, first["BLOCK_N"]), C, **options)
+    tma = copied_by_tma(old, means)
     with on_device(old):
-        own = _squares(prototypes, scale, far)
-        for start in range(0, N, CHUNK):
-            a, b = old[start : start + CHUNK], new[start : start + CHUNK]
-            n = a.shape[0]
-            grid = (cdiv(n, first["BLOCK_N"]), cdiv(C, first["BLOCK_C"]))
-            _drift_log_weights_kernel[grid](
-                a, means, _squares(a, scale, far), own, scale, log_w, n, C, d,
-                SCALED=scaled, FAR=far, PRECISION=precision, **first,
+        own, squares = _squares(prototypes, scale, far), _squares(old, scale, far)
+        for start in range(0, N, chunk):
+            some = slice(start, min(start + chunk, N))
+            a, n = old[some], some.stop - start
+            blocks = cdiv(n, first["BLOCK_N"])
+            _drift_log_weights_kernel[(blocks, cdiv(C, first["BLOCK_C"]))](
+                tiles(a, first["BLOCK_N"], first["BLOCK_D"]) if tma else a,
+                tiles(means, first["BLOCK_C"], first["BLOCK_D"]) if tma else means,
+                squares[some], own, scale, log_w, highest, n, C, d,
+                SCALED=scaled, FAR=far, TMA=tma, PRECISION=precision, **first,
             )  # fmt: skip
-            highest = torch.maximum(peak, log_w[:n].amax(0))
+            before, peak = peak, torch.maximum(peak, highest[:blocks].amax(0))
             # enough parts to fill a chip of some 128 processors, each of whole blocks
-            blocks = cdiv(n, second["BLOCK_N"])
-            each = cdiv(blocks, min(MAX_PARTS, max(1, 128 // tiles), blocks)) * second["BLOCK_N"]
+            steps = cdiv(n, second["BLOCK_N"])
+            each = cdiv(steps, min(MAX_PARTS, max(1, 128 // (grid[0] * grid[1])), steps)) * second["BLOCK_N"]
             parts = cdiv(n, each)
             part_total, part_moved = torch.empty(parts, C, **options), torch.empty(parts, C, d, **options)
-            _drift_moved_kernel[(cdiv(C, second["BLOCK_C"]), cdiv(d, second["BLOCK_D"]), parts)](
-                a, b, log_w, highest, scale, part_total, part_moved, n, C, d, each,
+            _drift_moved_kernel[(*grid, parts)](
+                a, new[some], log_w, peak, scale, part_total, part_moved, n, C, d, each,
                 SPLIT=old.dtype != torch.float32, PRECISION=precision, **second,
             )  # fmt: skip
-            shrink = (peak - highest).exp()
-            total = total * shrink + part_total.sum(0)
-            moved = moved * shrink.unsqueeze(1) + part_moved.sum(0)
-            peak = highest
+            _drift_merge_kernel[(cdiv(C, 16), cdiv(d, 128))](
+                before, peak, part_total, part_moved, total, moved, C, d, parts,
+                BLOCK_C=16, BLOCK_D=128,
+            )  # fmt: skip
     return peak, total, moved

@@ -116,16 +116,14 @@ def _lanes() -> int:
 
 
 def gather_config(d: int, element_size: int) -> dict[str, int]:
-    """A warp reads a line of W in 16-byte pieces; four warps take several features at once."""
+    """One warp a program reads lines of W in 16-byte pieces, eight features at once."""
     line = _lanes() * 16 // element_size
-    return {"BLOCK_B": 1, "BLOCK_K": 8, "BLOCK_D": max(16, min(next_power_of_2(d), line)), "num_warps": 4}
+    return {"BLOCK_B": 1, "BLOCK_K": 8, "BLOCK_D": max(16, min(next_power_of_2(d), line)), "num_warps": 1}
 
 
 def outer_config(d: int, element_size: int) -> dict[str, int]:
-    """One program a feature, wide enough to read the segment's list once, 16 bytes a lane."""
-    block_d = max(16, min(next_power_of_2(d), 1024))
-    warps = max(1, min(4, block_d * element_size // (16 * _lanes())))
-    return {"BLOCK_N": 1, "BLOCK_D": block_d, "UNROLL": 4, "num_warps": warps}
+    """One warp a feature, wide enough to read the segment's list once."""
+    return {"BLOCK_N": 1, "BLOCK_D": max(16, min(next_power_of_2(d), 1024)), "UNROLL": 2, "num_warps": 1}
 
 
 def sparse_decode(acts: torch.Tensor, indices: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
@@ -181,9 +179,10 @@ def sparse_outer_out(
     k = coeff.shape[1]
     if n == 0:
         return
-    # Stable, so pairs of a feature keep ascending order; 32-bit keys take half the radix passes.
-    ordered, pairs = torch.sort(indices.reshape(-1).to(torch.int32), stable=True)
-    offsets = torch.searchsorted(ordered, torch.arange(n + 1, dtype=torch.int32, device=dW.device))
+    # Stable, so pairs of a feature keep ascending order; narrow keys take fewer radix passes.
+    kind, low = (torch.int16, -(2**15)) if n < 2**16 else (torch.int32, 0)
+    ordered, pairs = torch.sort((indices.reshape(-1) + low).to(kind), stable=True)
+    offsets = torch.searchsorted(ordered, torch.arange(low, n + 1 + low, dtype=kind, device=dW.device))
     if interpreted(_sparse_outer_bwd_kernel):
         config = {"BLOCK_N": 64, "BLOCK_D": 128, "UNROLL": 1}
     else:

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, interpreted, next_power_of_2, on_device, shared_memory_limit
+from ._launch import cdiv, copied_by_tma, interpreted, next_power_of_2, on_device, shared_memory_limit, tiles
 from ._precision import tf32_allowed
 from ._sort import merged_top, sorted_top
 
@@ -30,25 +30,34 @@ KEY_BUFFER_BYTES = 32 << 20
 
 @triton.jit
 def _pre_acts_tile(
-    x_ptr, w_ptr, b_ptr, rows, cols, B, n, d,
-    HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, w_ptr, b_ptr, tile_b, tile_n, B, n, d,
+    HAS_BIAS: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    offs = tl.arange(0, BLOCK_D)
-    # Rows past the end repeat the last one, so that only d needs a mask.
-    x_ptrs = x_ptr + tl.minimum(rows, B - 1).to(tl.int64)[:, None] * d + offs[None, :]
-    w_ptrs = w_ptr + tl.minimum(cols, n - 1).to(tl.int64)[:, None] * d + offs[None, :]
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_B, BLOCK_N), dtype=tl.float32)
-    for start in range(0, d, BLOCK_D):
-        if EVEN_D:
-            x = tl.load(x_ptrs)
-            w = tl.load(w_ptrs)
-        else:
-            x = tl.load(x_ptrs, mask=(start + offs < d)[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=(start + offs < d)[None, :], other=0.0)
-        acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
-        x_ptrs += BLOCK_D
-        w_ptrs += BLOCK_D
+    if TMA:
+        # x and W are descriptors here; what lies past an end is read as zero.
+        for start in range(0, d, BLOCK_D):
+            x = x_ptr.load([tile_b * BLOCK_B, start])
+            w = w_ptr.load([tile_n * BLOCK_N, start])
+            acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+    else:
+        offs = tl.arange(0, BLOCK_D)
+        rows = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
+        # Rows past the end repeat the last one, so that only d needs a mask.
+        x_ptrs = x_ptr + tl.minimum(rows, B - 1).to(tl.int64)[:, None] * d + offs[None, :]
+        w_ptrs = w_ptr + tl.minimum(cols, n - 1).to(tl.int64)[:, None] * d + offs[None, :]
+        for start in range(0, d, BLOCK_D):
+            if EVEN_D:
+                x = tl.load(x_ptrs)
+                w = tl.load(w_ptrs)
+            else:
+                x = tl.load(x_ptrs, mask=(start + offs < d)[None, :], other=0.0)
+                w = tl.load(w_ptrs, mask=(start + offs < d)[None, :], other=0.0)
+            acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+            x_ptrs += BLOCK_D
+            w_ptrs += BLOCK_D
     if HAS_BIAS:
         acc += tl.load(b_ptr + cols, mask=cols < n, other=0.0).to(tl.float32)[None, :]
     return acc  # (BLOCK_B, BLOCK_N)
@@ -86,7 +95,7 @@ def _swizzle(B, n, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_B: tl.con
 @triton.jit(do_not_specialize=["B"])
 def _topk_encode_fwd_kernel(
     x_ptr, w_ptr, b_ptr, order_ptr, col_ptr, B, n, d,
-    J: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    J: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_B: tl.constexpr,
 ):  # fmt: skip
     tile_b, tile_n = _swizzle(B, n, BLOCK_B, BLOCK_N, GROUP_B)
@@ -94,8 +103,8 @@ def _topk_encode_fwd_kernel(
     local = tl.arange(0, BLOCK_N)
     cols = tile_n * BLOCK_N + local
     acc = _pre_acts_tile(
-        x_ptr, w_ptr, b_ptr, rows, cols, B, n, d,
-        HAS_BIAS, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
+        x_ptr, w_ptr, b_ptr, tile_b, tile_n, B, n, d,
+        HAS_BIAS, TMA, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     order = tl.where((cols < n)[None, :], _ordered(acc), -0x80000000)
     out = (rows.to(tl.int64) * tl.cdiv(n, BLOCK_N) + tile_n) * J
@@ -187,15 +196,15 @@ def _topk_encode_select_kernel(
 @triton.jit(do_not_specialize=["B"])
 def _topk_encode_keys_kernel(
     x_ptr, w_ptr, b_ptr, keys_ptr, B, n, d,
-    HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_B: tl.constexpr,
 ):  # fmt: skip
     tile_b, tile_n = _swizzle(B, n, BLOCK_B, BLOCK_N, GROUP_B)
     rows = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = _pre_acts_tile(
-        x_ptr, w_ptr, b_ptr, rows, cols, B, n, d,
-        HAS_BIAS, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
+        x_ptr, w_ptr, b_ptr, tile_b, tile_n, B, n, d,
+        HAS_BIAS, TMA, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     out = keys_ptr + rows.to(tl.int64)[:, None] * n + cols[None, :]
     tl.store(out, _key(_ordered(acc), cols[None, :]), mask=(rows < B)[:, None] & (cols < n)[None, :])
@@ -243,7 +252,7 @@ def select_config(k: int, candidates: int, block_n: int, element_size: int) -> d
     k2 = max(32, next_power_of_2(k))
     return {
         "K2": k2,
-        "CHUNK": max(k2, min(next_power_of_2(candidates), 512 if k2 <= 128 else 1024)),
+        "CHUNK": max(k2, min(next_power_of_2(candidates), 256 if k2 <= 64 else 512 if k2 <= 128 else 1024)),
         "WIDTH": max(k2, block_n),
         "BLOCK_B": 1,
         "BLOCK_N": block_n,
@@ -283,11 +292,17 @@ def topk_encode(
         buckets = cdiv(n, config["BLOCK_N"])
     flags = {
         "HAS_BIAS": b_enc is not None,
+        "TMA": copied_by_tma(x, W_enc),
         "EVEN_D": d % config["BLOCK_D"] == 0,
         "PRECISION": precision,
         "GROUP_B": 32,
     }
     bias = W_enc if b_enc is None else b_enc
+
+    def operands(rows: torch.Tensor) -> tuple[object, object]:
+        if not flags["TMA"]:
+            return rows, W_enc
+        return tiles(rows, config["BLOCK_B"], config["BLOCK_D"]), tiles(W_enc, config["BLOCK_N"], config["BLOCK_D"])
 
     with on_device(x):
         if whole_rows:
@@ -296,7 +311,7 @@ def topk_encode(
                 rows = x[start : start + step]
                 keys = torch.empty((rows.shape[0], n), dtype=torch.int64, device=x.device)
                 grid = (cdiv(rows.shape[0], config["BLOCK_B"]) * buckets,)
-                _topk_encode_keys_kernel[grid](rows, W_enc, bias, keys, rows.shape[0], n, d, **flags, **config)
+                _topk_encode_keys_kernel[grid](*operands(rows), bias, keys, rows.shape[0], n, d, **flags, **config)
                 top = torch.topk(keys, k, dim=1, sorted=True).values
                 order = (top >> 32).to(torch.int32)
                 value = order.clamp(min=0).view(torch.float32)
@@ -307,7 +322,7 @@ def topk_encode(
         order = torch.empty((B, buckets, J), dtype=torch.int32, device=x.device)
         col = torch.empty((B, buckets, J), dtype=torch.uint8, device=x.device)
         grid = (cdiv(B, config["BLOCK_B"]) * buckets,)
-        _topk_encode_fwd_kernel[grid](x, W_enc, bias, order, col, B, n, d, J=J, **flags, **config)
+        _topk_encode_fwd_kernel[grid](*operands(x), bias, order, col, B, n, d, J=J, **flags, **config)
         select = select_config(k, buckets * J, config["BLOCK_N"], x.element_size())
         if on_cpu:
             select = {**select, "BLOCK_B": 32, "BLOCK_D": 64}

@@ -34,6 +34,9 @@ KERNELS = (
     "grouped_matmul",
     "grouped_matmul_transposed",
     "grouped_matmul_mean",
+    "grouped_matmul_centred",
+    "grouped_matmul_centred_fp32",
+    "group",
     "grouped_outer",
     "low_rank_project",
     "low_rank_project_mean",
@@ -44,6 +47,8 @@ KERNELS = (
     "drift_log_weights_fp32",
     "drift_moved",
     "drift_moved_fp32",
+    "mahalanobis_centre",
+    "mahalanobis_finish",
     "mahalanobis_covariance_loss",
     "mahalanobis_covariance_loss_low_rank",
     "drrho_sums",
@@ -102,8 +107,8 @@ def test_matrix_product_runs_on_tensor_cores(binaries: tuple[str, dict[str, dict
 def test_fp32_keeps_ieee_products(binaries: tuple[str, dict[str, dict]]) -> None:
     target, found = binaries
     for kernel in (
-        "topk_encode_fwd_fp32", "low_rank_project_fp32", "drift_log_weights_fp32", "drift_moved_fp32",
-        "drrho_sums_fp32", "drrho_weights_fp32", "drrho_product_fp32",
+        "topk_encode_fwd_fp32", "low_rank_project_fp32", "grouped_matmul_centred_fp32", "drift_log_weights_fp32",
+        "drift_moved_fp32", "drrho_sums_fp32", "drrho_weights_fp32", "drrho_product_fp32",
     ):  # fmt: skip
         instructions = found[kernel]["instructions"]
         # CDNA's fp32 matrix instructions are IEEE; NVIDIA's tensor cores would round the operands to TF32.
@@ -136,7 +141,7 @@ INSTRUCTIONS = {
     "v_mfma_f32_f32": r"\bv_mfma_f32_\w+_?f32\b",
     "load_16_bytes": (
         r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64"
-        r"|cp\.async\.c[ag][^\n]*, 0x10\b|(?:global|buffer)_load_dwordx4"
+        r"|cp\.async\.c[ag][^\n]*, 0x10\b|cp\.async\.bulk\.tensor|(?:global|buffer)_load_dwordx4"
     ),
 }
 
@@ -167,7 +172,8 @@ def compile_all(target_name: str) -> dict[str, dict]:
         aligned = [
             name
             for name in (*pointers, *scalars.split())
-            if name not in ("B", "K", "N", "C", "M", "offset", "rows_of_part")
+            if not pointers.get(name, "*").startswith("tensordesc")
+            and name not in ("B", "K", "N", "C", "M", "offset", "parts", "rows_of_part")
         ]
         attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
         source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in config.items()}, attrs)
@@ -195,26 +201,44 @@ def compile_all(target_name: str) -> dict[str, dict]:
             "instructions": {name: len(re.findall(pattern, text)) for name, pattern in INSTRUCTIONS.items()},
         }
 
+    def loaded(blocks: dict[str, tuple[int, int]], dtype: torch.dtype) -> tuple[dict[str, str], bool]:
+        """Matrices as a launch hands them over, as descriptors of blocks or as pointers, and which of the two."""
+        tma = target_name == "sm_90" and dtype != torch.float32
+        if not tma:
+            return dict.fromkeys(blocks, KINDS[dtype]), tma
+        return {name: f"tensordesc<{KINDS[dtype][1:]}[{a},{b}]>" for name, (a, b) in blocks.items()}, tma
+
     def matmul(kernel, dtype: torch.dtype, outputs: dict[str, str], whole_rows: bool = False, **more: int) -> dict:
-        kind = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
+        kind = KINDS[dtype]
         config = topk_encode.tile_config(dtype, "ieee", SHARED_MEMORY[target_name], whole_rows)
-        config |= {"HAS_BIAS": True, "EVEN_D": True, "PRECISION": "ieee", "GROUP_B": 32, **more}
-        return build(kernel, {"x_ptr": kind, "w_ptr": kind, "b_ptr": kind, **outputs}, "B n d", config)
+        operands, tma = loaded({"x_ptr": (config["BLOCK_B"], config["BLOCK_D"]),
+                                "w_ptr": (config["BLOCK_N"], config["BLOCK_D"])}, dtype)  # fmt: skip
+        config |= {"HAS_BIAS": True, "TMA": tma, "EVEN_D": True, "PRECISION": "ieee", "GROUP_B": 32, **more}
+        return build(kernel, {**operands, "b_ptr": kind, **outputs}, "B n d", config)
 
     def low_rank(dtype: torch.dtype, r: int, mean: bool = False) -> dict:
         kind, half = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype], dtype != torch.float32
-        flags = {"HAS_MEAN": mean, "SPLIT_X": mean and half, "SPLIT_R": half, "HAS_INDEX": True, "PRECISION": "ieee"}
-        pointers = {"x_ptr": kind, "u_ptr": kind, "s_ptr": "*fp32", **sorted_rows, "mean_ptr": kind, "out_ptr": kind}
+        flags = {"HAS_MEAN": mean, "SPLIT_X": mean and half, "SPLIT_R": half, **by_index, "PRECISION": "ieee"}
+        pointers = {"x_ptr": kind, "u_ptr": kind, "s_ptr": "*fp32", **numbers, "mean_ptr": kind, "out_ptr": kind}
         config = conceptor_project.low_rank_config(dtype, r, mean)
         return build(conceptor_project._low_rank_project_kernel, pointers, "B K d r", flags | config)
 
-    def grouped_matmul(transpose: bool, mean: bool = False) -> dict:
+    def grouped_matmul(transpose: bool, mean: bool = False, centred: torch.dtype | None = None) -> dict:
+        """``centred``: of float32 rows, new and old at once, with a factor of this dtype."""
+        x, w = ("*fp32", KINDS[centred]) if centred else (kind, kind)
         flags = {"HAS_SCALE": False, **dict.fromkeys(("HAS_BETA", "MEAN_IN", "MEAN_OUT", "SPLIT"), mean)}
-        flags |= {"HAS_INDEX": True, "PRECISION": "ieee", "w_row" if transpose else "w_col": 1}
-        pointers = {"x_ptr": kind, "w_ptr": kind, **sorted_rows, "scale_ptr": kind, "beta_ptr": "*fp32",
-                    "mean_ptr": kind, "out_ptr": kind}  # fmt: skip
-        scalars = "B K m n w_col" if transpose else "B K m n w_row"
+        flags |= {"PRECISION": "ieee", "w_row" if transpose else "w_col": 1}
+        flags |= (
+            by_order | {"SPLIT": w != "*fp32", "LEAST": 2, "SIDES": 2}
+            if centred
+            else by_index | {"LEAST": 1, "SIDES": 1}
+        )
+        pointers = {"x_ptr": x, "w_ptr": w, **numbers, "scale_ptr": kind, "beta_ptr": "*fp32", "mean_ptr": kind,
+                    "out_ptr": x}  # fmt: skip
+        scalars = "B K m n x_row out_row " + ("w_col" if transpose else "w_row")
         config = conceptor_project.matmul_config(torch.bfloat16, d, mean)
+        if centred:
+            config = mahalanobis_covariance_loss.product_config(centred, 26, d)
         return build(conceptor_project._grouped_matmul_kernel, pointers, scalars, flags | config)
 
     def drift(dtype: torch.dtype) -> tuple[dict, dict]:
@@ -222,9 +246,12 @@ def compile_all(target_name: str) -> dict[str, dict]:
         pointers = {"old_ptr": kind, "log_w_ptr": "*fp32", "scale_ptr": "*fp64"}
         squares = dict.fromkeys(("old_square_ptr", "mean_square_ptr"), "*fp32")
         sums = dict.fromkeys(("peak_ptr", "total_ptr", "moved_ptr"), "*fp32")
+        config = semantic_drift.log_weights_config(dtype)
+        operands, tma = loaded({"old_ptr": (config["BLOCK_N"], config["BLOCK_D"]),
+                                "means_ptr": (config["BLOCK_C"], config["BLOCK_D"])}, dtype)  # fmt: skip
         log_weights = build(
-            semantic_drift._drift_log_weights_kernel, pointers | squares | {"means_ptr": kind}, "N C d",
-            flags | {"SCALED": True, "FAR": 2.0**123} | semantic_drift.log_weights_config(dtype),
+            semantic_drift._drift_log_weights_kernel, pointers | squares | {"highest_ptr": "*fp32"} | operands, "N C d",
+            flags | {"SCALED": True, "FAR": 2.0**123, "TMA": tma} | config,
         )  # fmt: skip
         moved = build(
             semantic_drift._drift_moved_kernel, pointers | sums | {"new_ptr": kind}, "N C d rows_of_part",
@@ -233,18 +260,27 @@ def compile_all(target_name: str) -> dict[str, dict]:
         return log_weights, moved
 
     def pairs(n: int, weighted: bool) -> dict:
-        names = ("new_ptr", "old_ptr", "w_ptr", "loss_ptr", "pull_ptr")
-        config = mahalanobis_covariance_loss.pairs_config(n) | {"HAS_WEIGHTS": weighted, "NEED_GRAD": True}
+        names = ("y_ptr", "diag_ptr", "s_ptr", "parts_ptr", "pull_ptr")
+        config = mahalanobis_covariance_loss.pairs_config(256, n) | {"HAS_WEIGHTS": weighted, "NEED_GRAD": True}
         kernel = mahalanobis_covariance_loss._mahalanobis_covariance_loss_kernel
-        return build(kernel, dict.fromkeys(names, "*fp32") | sorted_rows, "B C n", config)
+        numbers = {"order_ptr": "*i32", "offsets_ptr": "*i32"}
+        return build(kernel, dict.fromkeys(names, "*fp32") | numbers, "B C d n", config)
+
+    def by_rows(name: str, pointers: str, scalars: str, **flags: int) -> dict:
+        config = mahalanobis_covariance_loss.rows_config(d) | flags | {"NORMALIZE": True}
+        kinds = dict.fromkeys(pointers.split(), "*fp32") | {"new_ptr": kind, "inverse_ptr": "*fp64"}
+        kinds |= {p: t for p, t in {"old_ptr": kind, "labels_ptr": "*i64", **numbers}.items() if p in kinds}
+        return build(getattr(mahalanobis_covariance_loss, f"_mahalanobis_{name}_kernel"), kinds, scalars, config)
 
     def drrho(dtype: torch.dtype) -> dict[str, dict]:
-        kind, flags = KINDS[dtype], {"PRECISION": "ieee"}
-        pointers = {"rows_ptr": kind, "cols_ptr": kind, "diag_ptr": "*fp32", "scale_ptr": "*fp32"}
+        config = drrho_loss.tile_config(dtype)
+        operands, tma = loaded({"rows_ptr": (config["BLOCK_M"], config["BLOCK_D"]),
+                                "cols_ptr": (config["BLOCK_N"], config["BLOCK_D"])}, dtype)  # fmt: skip
+        flags = {"TMA": tma, "PRECISION": "ieee"}
+        pointers = {**operands, "diag_ptr": "*fp32", "scale_ptr": "*fp32"}
         names = ("row_u_ptr", "col_u_ptr", "own_ptr", "weight_ptr", "moment_ptr")
         sums, weights = drrho_loss._drrho_sums_kernel, drrho_loss._drrho_weights_kernel
         lse = dict.fromkeys(("row_lse_ptr", "col_lse_ptr"), "*fp32")
-        config = drrho_loss.tile_config(dtype)
         return {
             "drrho_sums": build(sums, pointers | lse, "M N D offset", flags | config),
             "drrho_weights": build(
@@ -263,7 +299,9 @@ def compile_all(target_name: str) -> dict[str, dict]:
         return build(drrho_loss._drrho_product_kernel, pointers, scalars, flags | drrho_loss.product_config(dtype))
 
     KINDS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-    sorted_rows = {"order_ptr": "*i64", "offsets_ptr": "*i32"}
+    numbers = {"index_ptr": "*i64", "order_ptr": "*i32", "offsets_ptr": "*i32"}
+    by_index = {"GROUPING": "index", "SCAN": 4096, "BINS": 32}
+    by_order = {"GROUPING": "order", "SCAN": 1, "BINS": 128}
     d, n, k, kind = 768, 49152, 64, "*bf16"
     candidates = {"order_ptr": "*i32", "col_ptr": "*u8"}
     operands = {"x_ptr": kind, "w_ptr": kind, "b_ptr": kind}
@@ -305,9 +343,12 @@ def compile_all(target_name: str) -> dict[str, dict]:
         "grouped_matmul": grouped_matmul(False),
         "grouped_matmul_transposed": grouped_matmul(True),
         "grouped_matmul_mean": grouped_matmul(True, mean=True),
+        "grouped_matmul_centred": grouped_matmul(False, centred=torch.bfloat16),
+        "grouped_matmul_centred_fp32": grouped_matmul(False, centred=torch.float32),
+        "group": build(conceptor_project._group_kernel, dict(numbers), "B K", {"SCAN": 4096}),
         "grouped_outer": build(
             conceptor_project._grouped_outer_kernel,
-            {"a_ptr": kind, "b_ptr": kind, **sorted_rows, "out_ptr": kind},
+            {"a_ptr": kind, "b_ptr": kind, "order_ptr": "*i32", "offsets_ptr": "*i32", "out_ptr": kind},
             "B m n",
             conceptor_project.outer_config(torch.bfloat16, d, d) | {"HAS_INDEX": True, "PRECISION": "ieee"},
         ),
@@ -329,6 +370,12 @@ def compile_all(target_name: str) -> dict[str, dict]:
         "drrho_product_fp16": drrho_product(torch.float16),
         "drrho_product_fp32": drrho_product(torch.float32),
         "drrho_product_transposed": drrho_product(torch.bfloat16, transposed=True),
+        "mahalanobis_centre": by_rows(
+            "centre", "old_ptr labels_ptr y_ptr order_ptr offsets_ptr parts_ptr", "B C d y_row", BLOCK_C=32, SCAN=256
+        ),
+        "mahalanobis_finish": by_rows(
+            "finish", "g_ptr pull_ptr parts_ptr loss_ptr d_new_ptr", "B d pull_row", ADD=True, BLOCK_S=256
+        ),
         "mahalanobis_covariance_loss": pairs(d, weighted=False),
         "mahalanobis_covariance_loss_low_rank": pairs(d + k, weighted=True),
     }  # fmt: skip

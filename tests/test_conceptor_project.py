@@ -328,3 +328,31 @@ def test_explain_says_that_cuda_has_no_kernel():
     assert not told["cuda"].usable
     assert "no kernel" in told["cuda"].reason
     assert "no kernel" not in told["triton"].reason
+
+
+INTERPRETED = """
+import torch
+from clipsteer.kernels import conceptor_project as kernels
+from clipsteer.ops import REGISTRY, _dispatch
+from clipsteer.ops._dispatch import spec_errors
+shape = {"B": 70, "K": 3, "d": 40, "r": 17}
+scan, many = kernels._scan, kernels._many
+# group numbers in one piece and in several, and sorted by torch
+for kernels._scan, kernels._many in ((scan, many), (lambda rows: 16, many), (scan, lambda rows, groups: True)):
+    for name in ("conceptor_project", "conceptor_project_low_rank"):
+        case = {n: v for n, v in shape.items() if n != "r" or "low_rank" in name}
+        errors = spec_errors(REGISTRY[name], case, torch.float32, seed=0, backend="triton", device="cpu")
+        assert max(errors.values()) <= 1
+    h, C, index = torch.randn(70, 40), torch.randn(3, 40, 40), torch.arange(70) % 3
+    known = _dispatch.call("triton", "grouped_matmul", h, C, index, None, None, True)
+    beyond = torch.where(index == 1, torch.tensor([7, -1, 2**40])[torch.arange(70) % 3], index)
+    some = _dispatch.call("triton", "grouped_matmul", h, C, beyond, None, None, True)  # on a GPU nobody looks at them
+    assert torch.equal(some[index != 1], known[index != 1])
+    some = _dispatch.call("triton", "grouped_outer", h, h, beyond, 3)
+    assert not some[1].any() and some[0].any() and some[2].any()
+"""
+
+
+@pytest.mark.slow
+def test_triton_finds_the_rows_of_a_group_in_every_way(interpret):
+    interpret(INTERPRETED)

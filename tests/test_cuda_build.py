@@ -24,6 +24,7 @@ HOST = r"""
 #include <barrier>
 #include <thread>
 #include <vector>
+#include "encode_plan.h"
 #include "segment.cuh"
 
 using namespace clipsteer;
@@ -60,6 +61,36 @@ extern "C" void select_rows(const float* values, int64_t rows, int64_t n, int64_
       indices[r * k + j] = column_of(s.keys[j]);
     }
   }
+}
+
+extern "C" void plan(int64_t batch, int64_t n, int64_t d, int64_t k, int64_t* out) {
+  const EncodePlan p = encode_plan(batch, n, d, k, 132);
+  const int64_t values[] = {p.rows,         p.stride, p.rank,  p.maxima,     p.sample_segments, p.sample_tiles,
+                            p.segments,     p.tiles,  p.pitch, p.max_listed, p.redo_segments,   p.redo_buffer,
+                            p.rows ? p.bytes() : 0};
+  std::copy(std::begin(values), std::end(values), out);
+}
+
+extern "C" void sort_keys(const float* values, int64_t count, int64_t k, int64_t threads, int64_t* indices) {
+  std::vector<uint64_t> keys(count), kept(2 * count + 2);
+  uint32_t low = UINT32_MAX, high = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    keys[i] = key_of(values[i], uint32_t(i));
+    low = std::min(low, order_of(keys[i]));
+    high = std::max(high, order_of(keys[i]));
+  }
+  DigitScratch s;
+  memset(&s, 0xa5, sizeof(s));
+  std::barrier<> barrier(threads);
+  std::vector<std::thread> team;
+  for (int64_t t = 0; t < threads; ++t) {
+    team.emplace_back([&, t] {
+      sort_largest(Team{uint32_t(t), uint32_t(threads), &barrier}, keys.data(), uint32_t(count), uint32_t(k), low, high,
+                   kept.data(), s);
+    });
+  }
+  for (auto& thread : team) thread.join();
+  for (int64_t j = 0; j < k; ++j) indices[j] = column_of(kept[j]);
 }
 
 extern "C" void outer(const float* coeff, const int32_t* sorted, const int64_t* pairs, int64_t count, const float* rows,
@@ -143,6 +174,15 @@ def test_selection_is_exact(host: ctypes.CDLL, n: int, k: int, threads: int) -> 
     assert not acts.signbit().any()
 
 
+@pytest.mark.parametrize(("count", "k", "threads"), [(1, 1, 1), (33, 33, 3), (261, 64, 4), (1000, 7, 2)])
+def test_the_listed_are_sorted_as_far_as_wanted(host: ctypes.CDLL, count: int, k: int, threads: int) -> None:
+    for row in rows_of_every_kind(count):
+        indices = torch.full((k,), -1)
+        sizes = [ctypes.c_int64(v) for v in (count, k, threads)]
+        host.sort_keys(pointer(row), *sizes, pointer(indices))
+        assert torch.equal(indices, torch.sort(row + 0.0, descending=True, stable=True).indices[:k])
+
+
 def test_a_row_with_nan_is_all_nan_and_its_indices_are_valid(host: ctypes.CDLL) -> None:
     values = rows_of_every_kind(5000)
     values[:, 4321] = torch.nan
@@ -151,6 +191,69 @@ def test_a_row_with_nan_is_all_nan_and_its_indices_are_valid(host: ctypes.CDLL) 
     assert indices.ge(0).all()
     assert indices.lt(5000).all()
     assert all(len(set(row)) == 40 for row in indices.tolist())
+
+
+PLAN = (
+    "rows stride rank maxima sample_segments sample_tiles segments tiles pitch max_listed "
+    "redo_segments redo_buffer bytes"
+)
+
+
+def plan(host: ctypes.CDLL, batch: int, n: int, d: int, k: int) -> dict[str, int]:
+    out = torch.zeros(len(PLAN.split()), dtype=torch.int64)
+    host.plan(*(ctypes.c_int64(v) for v in (batch, n, d, k)), pointer(out))
+    return dict(zip(PLAN.split(), out.tolist()))
+
+
+@pytest.mark.parametrize("batch", [1, 33, 128, 130, 4096, 5000, 100_000])
+@pytest.mark.parametrize("n", [6000, 6001, 49152, 1_000_000])
+@pytest.mark.parametrize("k", [1, 32, 64, 512])
+def test_plan_of_the_fused_encode_covers_every_column_within_its_limits(
+    host: ctypes.CDLL, batch: int, n: int, k: int
+) -> None:
+    p = plan(host, batch, n, 768, k)
+    if n != 49152 and k == 512:
+        assert p["rows"] == 0  # too few columns to sample, or more than a row's sample can tell apart
+        return
+    tiles, sampled = -(-n // 256), -(-n // p["stride"])
+    assert p["rows"] == batch or (0 < p["rows"] < batch and p["rows"] % 128 == 0)
+    assert (p["segments"] - 1) * p["tiles"] < tiles <= p["segments"] * p["tiles"]
+    sample_tiles = -(-sampled // 256)
+    assert p["sample_segments"] * p["sample_tiles"] >= sample_tiles
+    assert p["maxima"] == 32 * sample_tiles <= 1024
+    assert p["rank"] <= sampled / 8
+    assert k <= p["max_listed"] <= 4096
+    assert p["rank"] * p["stride"] <= 4 * p["segments"] * (p["pitch"] - 2)
+    # What a row that is computed again leaves fits where its lists were, and into one selection.
+    assert 1 <= p["redo_segments"] <= 4 * p["segments"]
+    assert p["redo_segments"] * k <= min(4 * p["segments"] * p["pitch"], 4096)
+    assert p["redo_buffer"] >= k + 256
+    assert p["bytes"] <= 32 << 20 or p["rows"] <= 128
+
+
+@pytest.mark.parametrize(("d", "k"), [(12, 8), (768, 513), (0, 1)])
+def test_no_plan_where_the_fused_encode_cannot_run(host: ctypes.CDLL, d: int, k: int) -> None:
+    assert plan(host, 64, 49152, d, k)["rows"] == 0
+
+
+@pytest.mark.parametrize(("k", "n"), [(1, 6000), (32, 6000), (32, 49152), (64, 49152)])
+def test_the_threshold_lists_enough_and_not_too_many(host: ctypes.CDLL, k: int, n: int) -> None:
+    """On columns in no special order; a row where this fails is computed again."""
+    p = plan(host, 4096, n, 768, k)
+    values = torch.randn(300, n, generator=torch.Generator().manual_seed(n + k))
+    column = torch.arange(n)
+    sample = values[:, :: p["stride"]]
+    place = torch.arange(sample.shape[1])
+    # A thread's accumulators: 8 j + 2 lane + c, 4 neighbours j a group.
+    group = place // 256 * 32 + place % 8 // 2 * 8 + place % 256 // 32
+    maxima = torch.full((300, p["maxima"]), -torch.inf).scatter_reduce_(1, group.expand_as(sample), sample, "amax")
+    threshold = maxima.sort(1, descending=True).values[:, p["rank"] - 1 : p["rank"]]
+    reach = values >= threshold
+    assert reach.sum(1).min() >= k
+    assert reach.sum(1).max() <= p["max_listed"]
+    lists = column // 256 // p["tiles"] * 4 + column % 8 // 2
+    counts = torch.zeros(300, 4 * p["segments"]).scatter_add_(1, lists.expand_as(reach), reach.float())
+    assert counts.max() < p["pitch"] - 2
 
 
 @pytest.mark.parametrize(("rows", "k", "n", "d"), [(0, 3, 4, 2), (1, 1, 1, 1), (33, 5, 129, 3), (64, 31, 7, 5)])
@@ -200,10 +303,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], str]
 def test_cuda_compiles_for_both_targets_without_spills(compiled: tuple[list[Path], str]) -> None:
     objects, log = compiled
     assert len(objects) == len(list(CSRC.glob("*.cu"))) > 0
-    for kernel in ("select_kernel", "decode_kernel", "dot_kernel", "outer_kernel"):
+    for kernel in ("select_kernel", "product_kernel", "redo_kernel", "decode_kernel", "dot_kernel", "outer_kernel"):
         for target in ("sm_80", "sm_90a"):
             assert re.search(rf"entry function '\w*{kernel}\w*' for '{target}'", log)
     assert set(re.findall(r"(\d+) bytes spill", log)) == {"0"}
+    assert "C75" not in log  # the compiler's notes that wgmma was serialised or setmaxnreg ignored
 
 
 def test_cuda_library_loads_and_defines_every_op(compiled: tuple[list[Path], str], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from clipsteer import ops, testing
@@ -677,18 +678,72 @@ GPU = [
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("prop", testing.PROPERTIES)
 @pytest.mark.parametrize(("name", "backend", "dtype"), GPU, ids=label)
-def test_property_on_gpu(name, backend, dtype, prop):
+def test_properties_on_gpu(name, backend, dtype):
+    # all in one test, so that kernels are compiled once
     if (reason := _dispatch.missing(backend)) is not None:
         pytest.skip(reason)
 
-    @given(testing.cases(backend, dtype, REGISTRY[name], "cuda"))
-    def holds(case):
+    @given(testing.cases(backend, dtype, REGISTRY[name], "cuda"), st.sampled_from(sorted(testing.PROPERTIES)))
+    def holds(case, prop):
         errors = testing.PROPERTIES[prop](case)
         assert all(error <= 1 for error in errors.values()), errors
 
     holds()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", _dispatch.DTYPES["triton"], ids=label)
+@pytest.mark.parametrize("name", REGISTRY)
+def test_auto_trusts_a_kernel_on_gpu(name, dtype):
+    assert _dispatch.resolve(name, "auto", "cuda", 0, dtype) in ("triton", "cuda"), ops.explain(
+        name, torch.empty(1, dtype=dtype, device="cuda")
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_offsets_beyond_2_to_the_31(backend):
+    """Inputs and gradients of more elements than 32 bits can number; the last rows must be what they are alone."""
+    if (reason := _dispatch.missing(backend)) is not None:
+        pytest.skip(reason)
+    d, many = 1024, 2**21 + 77  # many · d = 2^31 + 78,848
+    g = torch.Generator("cuda").manual_seed(0)
+    big = torch.randn(many, d, device="cuda", dtype=torch.bfloat16, generator=g)
+    few = torch.randn(64, d, device="cuda", dtype=torch.bfloat16, generator=g)
+    tail = slice(-50, None)
+
+    acts, indices = ops.topk_encode(big, few, k=4, backend=backend)
+    alone = ops.topk_encode(big[tail].clone(), few, k=4, backend=backend)
+    assert torch.equal(acts[tail], alone[0])
+    assert torch.equal(indices[tail], alone[1])
+    del acts, indices
+
+    big[tail] *= 8  # so that features of the end win
+    acts, indices = ops.topk_encode(few, big, k=4, backend=backend)
+    alone = ops.topk_encode(few, big[tail].clone(), k=4, backend=backend)
+    assert torch.equal(indices, alone[1] + many - 50)
+    torch.testing.assert_close(acts, alone[0], rtol=2**-7, atol=0)
+
+    W = big.requires_grad_()
+    x_hat = ops.sparse_decode(acts.detach(), indices, W, backend=backend)
+    assert torch.equal(x_hat, ops.sparse_decode(acts.detach(), alone[1], W[tail].detach().clone(), backend=backend))
+    end = W[tail].detach().clone().requires_grad_()
+    ops.sparse_decode(acts.detach(), alone[1], end, backend=backend).backward(few)
+    x_hat.backward(few)
+    assert torch.equal(W.grad[tail], end.grad)
+    assert not W.grad[:-50].any()
+
+
+@pytest.mark.gpu
+def test_conceptor_offsets_beyond_2_to_the_31():
+    d, many = 1024, 2**21 + 77
+    x = torch.randn(many, d, device="cuda", dtype=torch.bfloat16, generator=torch.Generator("cuda").manual_seed(0))
+    C = torch.randn(3, d, d, device="cuda", dtype=torch.bfloat16) / d
+    index = torch.arange(many, device="cuda") % 3
+    out = ops.conceptor_project(x, C, index=index, backend="triton")
+    alone = ops.conceptor_project(x[-50:].clone(), C, index=index[-50:], backend="triton")
+    assert torch.equal(out[-50:], alone)
 
 
 @pytest.mark.gpu

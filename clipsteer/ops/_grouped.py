@@ -95,14 +95,14 @@ class _LowRank(torch.autograd.Function):
         if need_mean:
             d_mean = _mean_gradient(grad, d_x, index, mean, ctx.backend)
         if need_U or need_s:
-            rows, K = x.shape[0], U.shape[0]
+            rows, K, wide = x.shape[0], U.shape[0], compute_dtype(x.dtype)
             # x and the gradient take the same way through U: one product for both
             both = torch.cat([_centred(x, index, mean), grad])
             twice = None if index is None else torch.cat([index, index])
-            in_U = matmul(both, U, twice, None, None, False, ctx.backend).to(s.dtype)  # (2 B, r)
+            in_U = matmul(both, U, twice, None, None, False, ctx.backend).to(wide)  # (2 B, r)
             p, q = in_U[:rows], in_U[rows:]
             if need_s:
-                d_s = group_sum(p * q, index, K, ctx.backend)
+                d_s = group_sum(p * q, index, K, ctx.backend).to(s.dtype)
             if need_U:
                 partners = torch.cat([q, p]) * _of_rows(s, twice)
                 d_U = outer(both, partners.to(x.dtype), twice, K, ctx.backend)
@@ -138,7 +138,7 @@ def group_sum(v: Tensor, index: Tensor | None, groups: int, backend: str) -> Ten
 
 
 def low_rank(x: Tensor, U: Tensor, s: Tensor, index: Tensor | None, mean: Tensor | None, backend: str) -> Tensor:
-    """U_k (s_k ∘ U_kᵀ(x_b − μ_k)) + μ_k: (B, d), (K, d, r), (K, r) of the compute dtype, (B,), (K, d) → (B, d)."""
+    """U_k (s_k ∘ U_kᵀ(x_b − μ_k)) + μ_k: (B, d), (K, d, r), (K, r) of x's or a wider dtype, (B,), (K, d) → (B, d)."""
     args = tuple(map(_contiguous, (x, U, s, index, mean)))
     if tracked(x, U, s, mean):
         return _LowRank.apply(*args, backend)

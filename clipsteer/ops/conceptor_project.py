@@ -135,7 +135,9 @@ def conceptor_project(
     if isinstance(beta, Tensor):
         beta = beta.to(wide)
     if isinstance(C, LowRank):
-        s = C.s.to(wide)
+        s = C.s
+        if backend == "cpp" or isinstance(beta, Tensor) or beta != 1:  # Triton's kernel widens s itself
+            s = s.to(wide)
         if isinstance(beta, Tensor) or beta != 1:
             s = s * (beta.unsqueeze(-1) if isinstance(beta, Tensor) else beta)
         y = _grouped.low_rank(rows, C.U, s, index, mean, backend)

@@ -83,7 +83,7 @@ class _Gradient(torch.autograd.Function):
     def forward(ctx, grad, d_new, new, old, labels, factor, s, diag, normalize):
         ctx.save_for_backward(grad, d_new, new, old, labels, factor, s, diag)
         ctx.normalize = normalize
-        return (grad.to(d_new.dtype) * d_new).to(new.dtype)
+        return torch.mul(d_new, grad, out=torch.empty_like(new))  # in float32 or wider, rounded once
 
     @staticmethod
     def backward(ctx, outer):
