@@ -120,6 +120,8 @@ def test_the_table_takes_the_best_rival_and_the_later_file(tmp_path, capsys):
 
 def test_the_table_in_the_readme_is_that_of_the_kept_files():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    files = re.search(r"clipsteer bench --markdown (.*?) --into README\.md", readme, re.DOTALL)[1].replace("\\", "").split()
+    files = (
+        re.search(r"clipsteer bench --markdown (.*?) --into README\.md", readme, re.DOTALL)[1].replace("\\", "").split()
+    )
     shown = readme.partition(bench_table.BEGIN)[2].partition(bench_table.END)[0]
     assert shown == bench_table.markdown([ROOT / file for file in files])

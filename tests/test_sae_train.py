@@ -285,6 +285,29 @@ def test_the_optimiser_is_torch_adam_between_projection_and_unit_rows(monkeypatc
     torch.testing.assert_close(sae.W_dec.norm(dim=1)[6:], torch.ones(n - 6, dtype=dtype), rtol=8 * eps, atol=0)
 
 
+def test_the_optimiser_gives_the_same_bits_on_any_number_of_threads():
+    if ops_dispatch.missing("cpp"):
+        pytest.skip("the C++ library is not built")
+    n, d, threads, results = 5000, 64, torch.get_num_threads(), []
+    g = torch.Generator().manual_seed(0)
+    grads = [torch.randn(n, d, generator=g) * (torch.rand(n, 1, generator=g) < 0.2) for _ in range(3)]
+    try:
+        for form, count in ((as_rows, 1), (as_rows, 3), (torch.clone, 3)):
+            torch.set_num_threads(count)
+            torch.manual_seed(0)
+            sae = SAE(d, n, k=3)
+            optimizer = UnitRowAdam(sae, 1e-2)
+            for grad in grads:
+                sae.W_enc.grad, sae.W_dec.grad = form(grad), form(grad)
+                optimizer.step()
+            results.append(torch.cat([sae.W_enc.detach(), sae.W_dec.detach()]))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    # a gradient of 0 need not be a missing one to the last bit
+    torch.testing.assert_close(results[0], results[2], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_the_optimiser_on_other_instruction_sets(isa):
     if ops_dispatch.missing("cpp"):
