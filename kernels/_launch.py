@@ -23,7 +23,8 @@ def on_device(t: torch.Tensor):
     """Context in which a launch goes to ``t``'s device; nothing to do on the CPU (interpreter)."""
     if t.device.type == "cpu":
         return nullcontext()
-    return getattr(torch, t.device.type).device(t.device)
+    devices = getattr(torch, t.device.type)
+    return nullcontext() if devices.current_device() == t.get_device() else devices.device(t.device)
 
 
 @functools.lru_cache(None)

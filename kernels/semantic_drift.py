@@ -93,6 +93,10 @@ def _drift_change_kernel(old_ptr, new_ptr, change_ptr, rest_ptr, total, SPLIT: t
     change -= tl.load(old_ptr + at, mask=at < total, other=0.0).to(tl.float32)
     if SPLIT:
         change, rest = halved(change)
+        # an infinity is all in the half that meets weights alone: what a weight's first half left is 0 or of any sign
+        infinite = tl.abs(change.to(tl.float32)) == float("inf")
+        rest = tl.where(infinite, change, rest)
+        change = tl.where(infinite, tl.zeros_like(change), change)
         tl.store(rest_ptr + at, rest, mask=at < total)
     tl.store(change_ptr + at, change, mask=at < total)
 
