@@ -1,4 +1,4 @@
-"""What training runs of a CLIP share: schedule, order of the samples, checkpoints, log, progress bar, SIGTERM."""
+"""What training runs share: schedule, order of the samples, checkpoints, log, progress bar, SIGTERM."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import logging
 import math
 import re
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -19,11 +21,11 @@ from tqdm import tqdm
 
 from clipsteer import checkpoint
 from clipsteer._distributed import World
-from clipsteer._files import tensor_bytes
-from clipsteer._sae_run import EXIT_TERMINATED, StopSignal, trim_log
+from clipsteer._files import tensor_bytes, write_atomically
 
 logger = logging.getLogger(__name__)
 
+EXIT_TERMINATED = 128 + signal.SIGTERM
 _ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -88,6 +90,40 @@ class Keys:
 
     def __len__(self) -> int:
         return self.length
+
+
+def trim_log(path: Path, step: int) -> None:
+    """Drop the log's lines from after `step`, which a resumed run writes again, and a torn last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_atomically(path, lambda file: file.write(b"".join(kept)))
+
+
+class StopSignal:
+    """Turns SIGTERM into a flag while active; only the main thread may, elsewhere the flag stays down."""
+
+    def __init__(self, wanted: bool) -> None:
+        self.asked = False
+        self._wanted = wanted and threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> StopSignal:
+        if self._wanted:
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def __exit__(self, *_: object) -> None:
+        if self._wanted:
+            signal.signal(signal.SIGTERM, self._before)
 
 
 class TrainingRun:
