@@ -45,12 +45,16 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def weights_digest(model: nn.Module) -> str:
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    return tensors_digest(model.state_dict())
 
 
 def described(part: Any) -> str:
@@ -137,6 +141,8 @@ class TrainingRun:
     name = "train"
     # settings that do not change the weights, so that a resumed run may differ in them
     cosmetic: tuple[str, ...] = ("checkpoint_every", "log_every")
+    # figures of the log that the progress bar has too
+    shown: tuple[str, ...] = ("loss",)
 
     def __init__(
         self, config: Any, total: int, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW,
@@ -239,7 +245,7 @@ class TrainingRun:
                     record = self._read(values)
                     speed = (self.step - first) * config.batch_size / max(time.monotonic() - began, 1e-9)
                     record["images_per_second"] = round(speed, 1)
-                    bar.set_postfix(loss=f"{record['loss']:.4g}", refresh=False)
+                    bar.set_postfix({k: f"{record[k]:.4g}" for k in self.shown if k in record}, refresh=False)
                 record |= self.measure()
                 if record and self.lead:
                     record = {"step": self.step, **record}
