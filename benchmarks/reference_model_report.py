@@ -71,13 +71,13 @@ def markdown(found: dict[str, Any]) -> str:
     last, apart = finals(found), differences(found)
     percent = lambda x: f"{100 * x:.1f}"
     methods, seeds = list(found["chosen"]), len(found["seeds"])
+    on = "; ".join(sorted({f"{run['chip']}, {run['date']}" for run in found["runs"] + found["averaged"]}))
     parts = [
         "# Training with a reference model, on EmojiStyles\n",
         f"{found['model']}, {found['samples']['test']:,} samples in batches of {found['batch_size']}, "
         f"{found['pairs']['all']:,} pairs of drawings and noisy captions, {seeds} seeds, about "
-        f"{found['processor_seconds']:.0f} s of processor time a run ({found['machine']['chip']}, "
-        f"{found['machine']['date']}). Made by benchmarks/reference_model.py; curves in the SVG files beside this one, "
-        "every figure in the JSON.\n",
+        f"{found['processor_seconds']:.0f} s of processor time a run ({on}). "
+        "Made by benchmarks/reference_model.py; curves in the SVG files beside this one, every figure in the JSON.\n",
         "Figures are %, mean over seeds ± the half-width of the 95 % t-interval. Retrieval is image→text, among the "
         "labels of the set: 632 seen or 225 new ones.\n",
         "γ = 1 throughout, as DRRho-CLIP's rule has it for at most seven epochs: the denominators of global and DRRho "
@@ -111,16 +111,18 @@ def markdown(found: dict[str, Any]) -> str:
         "## Choices\n",
         f"Learning rate and temperature by mean reciprocal rank, image→text, on {found['left_out_drawings']} left-out "
         f"drawings of seen concepts in trained styles; seed 0, {found['samples']['choose']:,} samples, "
-        f"{len(found['tried']) // len(methods)} trials a method. "
-        "Both references were fitted on the left-out drawings as well.\n",
+        f"{len(found['tried']) // len({run['method'] for run in found['tried']})} trials a method. "
+        "One seed's choice is a rough one: where the highest learning rate won, the choice among the others is tested "
+        "too. Both references were fitted on the left-out drawings as well.\n",
     ]
     trials = sorted({(run["lr"], run["temperature"]) for run in found["tried"]})
     at = {(run["method"], (run["lr"], run["temperature"])): percent(run["mrr"]) for run in found["tried"]}
-    for m, c in found["chosen"].items():
-        best = (m, (c["lr"], c["temperature"]))
+    tried = list(dict.fromkeys(run["method"] for run in found["tried"]))
+    for m in tried:
+        best = (m, tuple(found["chosen"][m][key] for key in ("lr", "temperature")))
         at[best] = f"**{at[best]}**"
     names = (f"lr {lr:g}, τ {tau:g}" for lr, tau in trials)
-    parts.append(_table(["", *names], [[m, *(at[m, t] for t in trials)] for m in methods]))
+    parts.append(_table(["", *names], [[m, *(at[m, t] for t in trials)] for m in tried]))
     parts += averages(found)
     parts += [
         "## What the reference does\n",
