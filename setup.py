@@ -79,7 +79,7 @@ def build_cpp(torch: Path, sources: list[Path], target: Path, folder: Path) -> N
     if not command[0]:
         raise RuntimeError("no C++ compiler was found (install g++ or clang++, or set CXX)")
     # No -march=native: the code for AVX2 and AVX-512 is chosen when it runs.
-    flags = ["-std=c++20", "-O3", "-fPIC", "-ffp-contract=fast", "-fvisibility=hidden", "-DNDEBUG"]
+    flags = ["-std=c++20", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-DNDEBUG"]
     flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-isystem", str(torch / "include")]
     # Error messages name source files; they need not name this machine's folders.
     flags += [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={torch / 'include'}/="]

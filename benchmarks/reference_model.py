@@ -4,16 +4,17 @@
     OMP_NUM_THREADS=1 python benchmarks/reference_model.py --wheels UNZIPPED --work CACHE --jobs 2
 
 Learning rate and temperature are chosen for each method from the same grid, in shorter runs with one seed, on drawings
-that are left out of training: one of the two of two fifths of the seen concepts. (A rate of 3e-3, tried for CLIP's
-and the global loss, was worse than 1e-3 at every temperature, so the grid ends below it.) Then every seed trains on all
-drawings. A run that is there in CACHE is not repeated. Nothing of the held-out style and of the new concepts takes part
-in any choice.
+that are left out of training: one of the two of two fifths of the seen concepts. Then every seed trains on all
+drawings. With the losses that can average their denominators over epochs it does so once more, and with the global loss
+also for eight epochs, with and without averages. A run that is there in CACHE is not repeated. Nothing of the held-out
+style and of the new concepts takes part in any choice.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -46,9 +47,12 @@ METHODS = {
     "DRRho, EfficientNet + MiniLM": ("drrho", "efficientnet"),
     "distillation, EmojiCLIP": ("distill", "emojiclip"),
 }
-LRS, TEMPERATURES = (5e-4, 1e-3), (0.05, 0.1, 0.3)
+LRS, TEMPERATURES = (5e-4, 1e-3, 2e-3), (0.05, 0.1, 0.3)
 BATCH, POINTS = 128, 5
-SAMPLES = {"choose": 25_600, "test": 40_960}
+# what FastCLIP's γ falls to in half of the epochs
+GAMMA_MIN, AVERAGING = 0.2, ("global", "drrho")
+# passes: 2.4 over the part to fit, 3.1 and 8 over all pairs
+SAMPLES = {"choose": 25_600, "test": 40_960, "long": 105_472}
 
 
 def pick(row: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -87,16 +91,19 @@ def quick(clip: CLIP) -> CLIP:
 
 
 def train_one(job: dict[str, Any]) -> dict[str, Any]:
-    """One run: its figures at every evaluation, kept in the work folder. job["scale"] multiplies the reference."""
+    """One run: its figures at every evaluation, kept in the work folder.
+
+    job["scale"] multiplies the reference; job["gamma_min"] is what γ falls to in half of the epochs, 1 without it.
+    """
     name = "-".join(str(job[key]) for key in ("part", "method", "lr", "temperature", "seed"))
-    name += f"-x{job['scale']:g}" if "scale" in job else ""
+    name += "".join(f"-{key}{job[key]:g}" for key in ("scale", "gamma_min") if key in job)
     path = Path(job["work"]) / f"{name.replace(' ', '').replace(',', '_')}.json"
     if path.exists():
         return read_json(path)
     torch.set_num_threads(1)
     loss, reference = METHODS[job["method"]]
     everything, fit, left = training()
-    drawings = everything if job["part"] == "test" else fit
+    drawings = fit if job["part"] == "choose" else everything
     kept = None
     if reference is not None:
         kept = of_pairs(read_safetensors(Path(job["work"]) / f"{reference}.safetensors"), drawings, "noisy")
@@ -104,19 +111,22 @@ def train_one(job: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(job["seed"])
     samples = SAMPLES[job["part"]]
     every = samples // BATCH // (POINTS if job["part"] == "test" else 1)
+    pairs = EMOJI.captioned(drawings, "noisy")
+    epochs = math.ceil(samples // BATCH / (len(pairs) // BATCH))
     config = ContrastiveConfig(
         loss=loss, lr=job["lr"], temperature=job["temperature"], learnable_temperature=False, batch_size=BATCH,
-        samples=samples, seed=job["seed"], evaluate_every=every,
+        samples=samples, seed=job["seed"], evaluate_every=every, gamma_min=job.get("gamma_min", 1.0),
+        gamma_epochs=-(-epochs // 2),
     )  # fmt: skip
-    validation = tests() if job["part"] == "test" else {"left out": EMOJI.captioned(left, "label")}
+    validation = {"left out": EMOJI.captioned(left, "label")} if job["part"] == "choose" else tests()
     rows: list[dict[str, Any]] = []
     began = time.process_time()
     train_contrastive(
-        quick(load(EMOJI_TINY)), EMOJI.captioned(drawings, "noisy"), config, reference=kept, validation=validation,
+        quick(load(EMOJI_TINY)), pairs, config, reference=kept, validation=validation,
         templates=("{}",), on_log=lambda row: rows.append(row) if "samples" in row else None,
     )  # fmt: skip
     result = {**{key: value for key, value in job.items() if key != "work"}, "rows": rows}
-    result["processor_seconds"] = round(time.process_time() - began, 1)
+    result |= {"processor_seconds": round(time.process_time() - began, 1), **pick(machine(), "chip", "date")}
     write_json(path, result)
     return result
 
@@ -176,10 +186,20 @@ def main() -> None:
         tried = list(pool.map(train_one, grid))
         score = lambda run: run["rows"][-1]["left out/image_to_text_mrr"]
         chosen = {m: max((run for run in tried if run["method"] == m), key=score) for m in METHODS}
-        finals = [{**common, "part": "test", "method": m, "seed": seed,
-                   "lr": chosen[m]["lr"], "temperature": chosen[m]["temperature"]}
-                  for seed, m in itertools.product(args.seeds, METHODS)]  # fmt: skip
-        runs = list(pool.map(train_one, finals))
+        for m in METHODS:
+            # one seed chooses badly at times: where the highest rate won, the choice without it takes part as well
+            if chosen[m]["lr"] == LRS[-1]:
+                rest = (run for run in tried if run["method"] == m and run["lr"] < LRS[-1])
+                second = max(rest, key=score)
+                chosen[f"{m}, lr {second['lr']:g}"] = second
+        finals = [{**common, "part": "test", "seed": seed, **pick(run, "method", "lr", "temperature")}
+                  for seed, run in itertools.product(args.seeds, chosen.values())]  # fmt: skip
+        names = [name for _, name in itertools.product(args.seeds, chosen)]
+        runs = [{**run, "method": name} for run, name in zip(pool.map(train_one, finals), names)]
+        averaged = [{**job, "gamma_min": GAMMA_MIN} for job in finals if METHODS[job["method"]][0] in AVERAGING]
+        averaged += [{**job, "part": "long", "gamma_min": gamma}
+                     for job in finals if job["method"] == "global" for gamma in (1.0, GAMMA_MIN)]  # fmt: skip
+        averaged = list(pool.map(train_one, averaged))
         scaled = scaled_jobs(**pick(chosen["DRRho, EmojiCLIP"], "lr", "temperature"), seeds=args.seeds)
         scaled = {way: [score(run) for run in pool.map(train_one, [{**common, **job} for job in jobs])]
                   for way, jobs in scaled.items()}  # fmt: skip
@@ -190,7 +210,7 @@ def main() -> None:
         "references": {name: score_reference(features) for name, features in kept.items()},
         "chosen": {m: pick(run, "lr", "temperature") for m, run in chosen.items()},
         "tried": [pick(run, "method", "lr", "temperature") | {"mrr": score(run)} for run in tried],
-        "scaled_reference": scaled,
+        "scaled_reference": scaled, "averaged": averaged,
         "first_weights": {
             name: {f"{tau:g}": first_weights(features, tau) for tau in TEMPERATURES} for name, features in kept.items()
         },

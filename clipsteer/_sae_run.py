@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,32 +17,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clipsteer import checkpoint
-from clipsteer._files import write_atomically
 from clipsteer._sources import ActivationSource, Position
+from clipsteer._training import EXIT_TERMINATED, StopSignal, trim_log
 
 if TYPE_CHECKING:
     from clipsteer.sae_train import SAETrainer, TrainConfig
 
 logger = logging.getLogger(__name__)
 
-EXIT_TERMINATED = 128 + signal.SIGTERM
 METRICS = ("loss", "fvu", "l0", "dead", "auxk")
 # settings that do not change the weights, so that a resumed run may differ in them
 _COSMETIC = ("log_every", "checkpoint_every")
-
-
-def trim_log(path: Path, step: int) -> None:
-    """Drop the log's lines from after `step`, which a resumed run writes again, and a torn last line."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_bytes().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + b"\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_atomically(path, lambda file: file.write(b"".join(kept)))
 
 
 class Run:
@@ -172,26 +155,6 @@ class Run:
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     inner = {f"metadata.{name}": value for name, value in settings.get("metadata", {}).items()}
     return {**{name: value for name, value in settings.items() if name != "metadata"}, **inner}
-
-
-class StopSignal:
-    """Turns SIGTERM into a flag while active; only the main thread may, elsewhere the flag stays down."""
-
-    def __init__(self, wanted: bool) -> None:
-        self.asked = False
-        self._wanted = wanted and threading.current_thread() is threading.main_thread()
-
-    def __enter__(self) -> StopSignal:
-        if self._wanted:
-            self._before = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
-
-    def __exit__(self, *_: object) -> None:
-        if self._wanted:
-            signal.signal(signal.SIGTERM, self._before)
 
 
 class _Reporter:

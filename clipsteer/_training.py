@@ -1,4 +1,4 @@
-"""What training runs of a CLIP share: schedule, order of the samples, checkpoints, log, progress bar, SIGTERM."""
+"""What training runs share: schedule, order of the samples, checkpoints, log, progress bar, SIGTERM."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import logging
 import math
 import re
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -19,11 +21,11 @@ from tqdm import tqdm
 
 from clipsteer import checkpoint
 from clipsteer._distributed import World
-from clipsteer._files import tensor_bytes
-from clipsteer._sae_run import EXIT_TERMINATED, StopSignal, trim_log
+from clipsteer._files import tensor_bytes, write_atomically
 
 logger = logging.getLogger(__name__)
 
+EXIT_TERMINATED = 128 + signal.SIGTERM
 _ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -43,12 +45,16 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def weights_digest(model: nn.Module) -> str:
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    return tensors_digest(model.state_dict())
 
 
 def described(part: Any) -> str:
@@ -90,6 +96,40 @@ class Keys:
         return self.length
 
 
+def trim_log(path: Path, step: int) -> None:
+    """Drop the log's lines from after `step`, which a resumed run writes again, and a torn last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_atomically(path, lambda file: file.write(b"".join(kept)))
+
+
+class StopSignal:
+    """Turns SIGTERM into a flag while active; only the main thread may, elsewhere the flag stays down."""
+
+    def __init__(self, wanted: bool) -> None:
+        self.asked = False
+        self._wanted = wanted and threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> StopSignal:
+        if self._wanted:
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def __exit__(self, *_: object) -> None:
+        if self._wanted:
+            signal.signal(signal.SIGTERM, self._before)
+
+
 class TrainingRun:
     """`total` steps of AdamW on `parameters`, with their place on disk: `out` holds log.jsonl and checkpoints/.
 
@@ -101,6 +141,8 @@ class TrainingRun:
     name = "train"
     # settings that do not change the weights, so that a resumed run may differ in them
     cosmetic: tuple[str, ...] = ("checkpoint_every", "log_every")
+    # figures of the log that the progress bar has too
+    shown: tuple[str, ...] = ("loss",)
 
     def __init__(
         self, config: Any, total: int, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW,
@@ -203,7 +245,7 @@ class TrainingRun:
                     record = self._read(values)
                     speed = (self.step - first) * config.batch_size / max(time.monotonic() - began, 1e-9)
                     record["images_per_second"] = round(speed, 1)
-                    bar.set_postfix(loss=f"{record['loss']:.4g}", refresh=False)
+                    bar.set_postfix({k: f"{record[k]:.4g}" for k in self.shown if k in record}, refresh=False)
                 record |= self.measure()
                 if record and self.lead:
                     record = {"step": self.step, **record}

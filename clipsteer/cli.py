@@ -119,6 +119,12 @@ def _validate(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    if args.markdown:
+        from clipsteer import bench_table
+
+        table = bench_table.markdown(args.markdown)
+        bench_table.put(args.into, table) if args.into is not None else _text(table)
+        return 0
     import torch
 
     from clipsteer import bench
@@ -236,6 +242,7 @@ examples:
   clipsteer bench --out bench.json
   clipsteer bench --ops topk_encode --shape B=256,d=768,n=49152,k=32
   clipsteer bench --ops semantic_drift --compare bench.json
+  clipsteer bench --markdown bench.json sae_step.json
 """)  # fmt: skip
     p.add_argument("--ops", nargs="+", metavar="OP", help="(default: all)")
     p.add_argument("--backends", nargs="+", choices=BACKENDS, help="(default: all that run)")
@@ -245,6 +252,10 @@ examples:
     p.add_argument("--repeats", type=int, default=7, metavar="N", help="timings of each (default: 7)")
     p.add_argument("--out", type=Path, metavar="FILE", help="write .json or .csv as well")
     p.add_argument("--compare", type=Path, metavar="OLD.json", help="say what changed beyond noise; 1 if slower")
+    p.add_argument(
+        "--markdown", type=Path, nargs="+", metavar="FILE.json", help="print a table of earlier runs instead"
+    )
+    p.add_argument("--into", type=Path, metavar="FILE.md", help="with --markdown: put it between the marks in a file")
 
     for part in (cli_sae, cli_conceptor, cli_merge, cli_train, cli_continual, cli_splice):
         part.add_parser(commands, _add)

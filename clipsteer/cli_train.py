@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ examples:
                    help="open_clip name, an architecture.json, hf-hub:org/repo or emoji-tiny (default)")  # fmt: skip
     p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or weights file to start from (default: random)")
     p.add_argument("--reference", metavar="NAME|FILE|DIR",
-                   help="open_clip name, features kept in a .safetensors, or the --out of another run")  # fmt: skip
+                   help="open_clip name, an architecture.json, features kept in a .safetensors, or the --out of "
+                        "another run")  # fmt: skip
     p.add_argument("--reference-pretrained", metavar="TAG", help="open_clip tag or a weights file of the reference")
     p.add_argument("--reference-live", action="store_true",
                    help="the reference sees the crops that the model sees; slower, and nothing is kept")  # fmt: skip
@@ -64,9 +66,12 @@ examples:
     length.add_argument("--samples", type=lambda text: int(float(text)), metavar="N", help="pairs to see in all")
     p.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (default: 5e-4)")
     p.add_argument("--weight-decay", type=float, default=0.2)
+    p.add_argument(
+        "--grad-clip", type=float, default=1.0, metavar="NORM", help="largest norm of the gradient (default: 1)"
+    )
     p.add_argument("--warmup-steps", type=int, default=500, metavar="N", help="at most a tenth of the run")
     p.add_argument("--temperature", type=float, metavar="T",
-                   help="or where it starts (default: 0.01; clip and distill: 0.07)")  # fmt: skip
+                   help="or where a learnt one starts, at least 0.01 (default: 0.01; clip, distill: 0.07)")  # fmt: skip
     p.add_argument("--learn-temperature", action=argparse.BooleanOptionalAction, help="(default: clip and distill)")
     p.add_argument("--rho", type=float, default=0.0, help="keeps a learnt temperature up, for drrho and global")
     p.add_argument("--gamma-min", type=float, metavar="G", help="share of the newest batch in the averages, at the end")
@@ -78,6 +83,7 @@ examples:
     p.add_argument("--bf16", action="store_true", help="compute under bfloat16 autocast")
     p.add_argument("--excess", type=Path, metavar="CSV", help="at the end, what each pair costs beside the reference")
     p.add_argument("--checkpoint-every", type=int, default=500, metavar="STEPS")
+    p.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="(default: 10)")
     p.add_argument("--evaluate-every", type=int, metavar="STEPS", help="(default: an epoch)")
     p.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
     p.add_argument("--seed", type=int, default=0)
@@ -111,15 +117,13 @@ def _validation(specs: list[str]) -> dict[str, Any]:
 
 def _reference(args: argparse.Namespace, dataset: Any, world: Any) -> tuple[Any, Any]:
     """What the trainer takes, and kept features where there are some."""
-    import torch
-
     from clipsteer import reference_features
     from clipsteer.clip import EMOJICLIP, load
 
     name = args.reference
     if name is None:
         return None, None
-    if Path(name).is_file():
+    if Path(name).is_file() and not name.endswith(".json"):
         if args.reference_live:
             raise ValueError(f"--reference-live needs a model, not the features in {name}")
         kept = reference_features.read(name, dataset)
@@ -133,11 +137,7 @@ def _reference(args: argparse.Namespace, dataset: Any, world: Any) -> tuple[Any,
     if args.reference_live:
         return model, None
     path = args.out / "reference.safetensors"
-    if world.rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        reference_features.cached(path, model, dataset, workers=args.workers)
-    world.sum_(torch.zeros(1, device=world.device))  # the others wait for the file
-    kept = reference_features.read(path, dataset)
+    kept = reference_features.cached(path, model, dataset, workers=args.workers, world=world)
     return kept, kept
 
 
@@ -156,7 +156,7 @@ def _train(args: argparse.Namespace) -> int:
         temperature=args.temperature, learnable_temperature=args.learn_temperature, rho=args.rho,
         gamma_min=args.gamma_min, gamma_epochs=args.gamma_epochs, distill=args.distill, select=args.select,
         crop=args.crop, bf16=args.bf16, seed=args.seed, checkpoint_every=args.checkpoint_every,
-        evaluate_every=args.evaluate_every,
+        evaluate_every=args.evaluate_every, grad_clip=args.grad_clip, log_every=args.log_every,
     )  # fmt: skip
     if args.reference is None and (config.wants_reference or args.excess is not None):
         raise ValueError(f"--loss {args.loss}{' with --select or --excess' * (args.loss in ('clip', 'global'))} needs "
@@ -164,23 +164,27 @@ def _train(args: argparse.Namespace) -> int:
     # before anything is loaded: under torchrun each process has its own GPU
     world = World(args.device)
     dataset, validation = _pairs(args.data), _validation(args.val)
+    config.check_batches(len(dataset), world.size)
     reference, kept = _reference(args, dataset, world)
     torch.manual_seed(args.seed)  # of random weights
     clip = load(args.model, args.pretrained, device=world.device)
+    shares: list[float] = []
     train_contrastive(
         clip, dataset, config, reference=reference, out=args.out, validation=validation,
         templates=tuple(args.template) if args.template else None, workers=args.workers, world=world,
+        on_log=lambda line: shares.append(line["loss_share"]) if "loss_share" in line else None,
     )  # fmt: skip
+    excess = None
+    if args.excess is not None:
+        kept = kept or reference_features.compute(reference, dataset, workers=args.workers, world=world)
+        excess = excess_losses(clip, dataset, kept, workers=args.workers, world=world)
     if world.rank:
         return 0
-    if args.excess is not None:
-        kept = kept or reference_features.compute(reference, dataset, workers=args.workers)
-        write_excess(
-            args.excess,
-            excess_losses(clip, dataset, kept, workers=args.workers),
-            reference_features.captions_of(dataset),
-        )
+    if excess is not None:
+        write_excess(args.excess, excess, reference_features.captions_of(dataset))
         sys.stdout.write(f"{args.excess}: what each pair costs, the most worth learning first\n")
     weights = args.out / "model.safetensors"
-    sys.stdout.write(f"{weights}: {args.model} trained on {len(dataset)} pairs; log in {args.out / 'log.jsonl'}\n")
+    share = f", the loss {100 * statistics.median(shares):.2g} % of a step" if shares else ""
+    log = args.out / "log.jsonl"
+    sys.stdout.write(f"{weights}: {args.model} trained on {len(dataset)} pairs{share}; log in {log}\n")
     return 0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from clipsteer import ops
+from clipsteer._distributed import World
 from clipsteer._files import write_atomically
 from clipsteer.clip import CLIP, zero_shot_head
 from clipsteer.contrastive_data import captions_of
@@ -18,16 +19,20 @@ from clipsteer.data import ImageDataset
 from clipsteer.reference_features import ReferenceFeatures, encode_dataset, encode_texts
 
 
-def evaluate(clip: CLIP, dataset: ImageDataset, *, templates: tuple[str, ...] | None = None, workers: int = 0) -> dict:
+def evaluate(
+    clip: CLIP, dataset: ImageDataset, *, templates: tuple[str, ...] | None = None, workers: int = 0,
+    world: World | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Zero-shot accuracy where the images have classes; where they have captions, recall at 1 in both directions and
     the mean reciprocal rank of an image's caption.
 
     Retrieval is among the data set's distinct images and captions; every caption of an image, and every image of a
-    caption, counts as right, of several the best-placed one. Equal scores share their places.
+    caption, counts as right, of several the best-placed one. Equal scores share their places. With `world` the
+    processes share the work, and each gets the figures.
 
     Raises ValueError where features are not finite.
     """
-    images = encode_dataset(clip, dataset, workers=workers)
+    images = encode_dataset(clip, dataset, workers=workers, world=world)
     if not bool(images.isfinite().all()):
         raise ValueError("evaluate: the model's image features are not finite")
     if dataset.classes is not None:
@@ -44,7 +49,7 @@ def evaluate(clip: CLIP, dataset: ImageDataset, *, templates: tuple[str, ...] | 
     right = torch.zeros(len(first), len(texts), dtype=torch.bool)
     for source, text in zip(dataset.sources, captions_of(dataset)):
         right[rank[source], place[text]] = True
-    scores = (images[list(first.values())] @ encode_texts(clip, texts).T).cpu()
+    scores = (images[list(first.values())] @ encode_texts(clip, texts, world=world).T).cpu()
     best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
     ahead = (scores > best).sum(1) + ((scores == best) & ~right).sum(1) / 2
     hits = [right[range(len(right)), scores.argmax(1)], right[scores.argmax(0), range(len(texts))]]
@@ -58,16 +63,17 @@ def evaluate(clip: CLIP, dataset: ImageDataset, *, templates: tuple[str, ...] | 
 @torch.no_grad()
 def excess_losses(
     clip: CLIP, dataset: ImageDataset, reference: ReferenceFeatures, *, temperature: float = 0.05, chunk: int = 2048,
-    seed: int = 0, workers: int = 0,
+    seed: int = 0, workers: int = 0, world: World | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """What every pair still costs: (N,) "learner", "reference" and "excess", images whole.
 
     learner_i = τ/2·(u_i^image + u_i^text), DRRho's term without a reference: how close other pairs come to this one,
     against `chunk` pairs drawn with it (all when there are no more). reference_i is the same of the reference; excess_i
     has the reference in it, Σ_j exp([(s_ij - s_ii) - (r_ij - r_ii)]/τ): large where the pair is hard for the learner
-    and easy for the reference, so worth learning; small where it is learnt, or noise.
+    and easy for the reference, so worth learning; small where it is learnt, or noise. `world` as in `evaluate`.
     """
-    image, text = encode_dataset(clip, dataset, workers=workers), encode_texts(clip, captions_of(dataset))
+    image = encode_dataset(clip, dataset, workers=workers, world=world)
+    text = encode_texts(clip, captions_of(dataset), world=world)
     theirs = (reference.image.to(image), reference.text.to(image))
     out = {name: torch.zeros(len(dataset)) for name in ("learner", "reference", "excess")}
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))

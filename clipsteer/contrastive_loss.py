@@ -6,29 +6,24 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipsteer._distributed import World
+from clipsteer.reference_model import JointBatch, training_world
 
-class _Gather(torch.autograd.Function):
+
+class _Joined(torch.autograd.Function):
+    """Every process's rows; the gradient comes back summed over the processes."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+    def forward(ctx: Any, x: Tensor, batch: JointBatch) -> Tensor:
+        ctx.batch, ctx.mine = batch, slice(batch.offset, batch.offset + len(x))
+        return batch.join(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def gather_with_grad(x: Tensor) -> Tensor:
-    """The processes' rows, of equal number, in rank order; the gradient comes back summed over the processes."""
-    alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
-    return x if alone else _Gather.apply(x)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.batch.sum_(grad.clone(memory_format=torch.contiguous_format))[ctx.mine], None
 
 
 class ContrastiveLoss(nn.Module):
@@ -36,8 +31,9 @@ class ContrastiveLoss(nn.Module):
 
     With logits s/τ over all pairs of the batch, and r/τ the reference's:
     L = (1-w)·½·mean_i[CE(s_i·/τ, i) + CE(s_·i/τ, i)] + w·½·mean_i[KL(softmax(r_i·/τ) ‖ softmax(s_i·/τ)) + columns].
-    Each process computes its rows and columns against everybody's; averaging gradients over the processes, as DDP
-    does, gives the gradient of the joint batch.
+    Of several processes each computes its rows and columns, as many as it has, against everybody's. It returns their
+    part of the mean over the joint batch, times the number of processes, so that averaging over the processes, as DDP
+    does with gradients, gives that of the joint batch.
 
     Source: Radford et al. 2021 (arXiv 2103.00020), section 2.3; Yang et al. 2024, CLIP-KD (arXiv 2307.12732),
     contrastive relational distillation.
@@ -45,15 +41,19 @@ class ContrastiveLoss(nn.Module):
     Args:
         temperature: τ; with learnable_temperature its logarithm is trained.
         distill: w in [0, 1]; 0 is CLIP's loss.
+        world: the processes; by default those of an initialised process group.
     """
 
-    def __init__(self, *, temperature: float = 0.07, learnable_temperature: bool = True, distill: float = 0.0) -> None:
+    def __init__(
+        self, *, temperature: float = 0.07, learnable_temperature: bool = True, distill: float = 0.0,
+        world: World | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         if not 0 < temperature < math.inf or not 0 <= distill <= 1:
             raise ValueError(
                 f"ContrastiveLoss: temperature must be positive and distill in [0, 1], got {temperature} and {distill}"
             )
-        self.distill = distill
+        self.distill, self.world = distill, training_world(world)
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)), requires_grad=learnable_temperature)
 
     @property
@@ -61,8 +61,8 @@ class ContrastiveLoss(nn.Module):
         return (-self.logit_scale).exp()
 
     @torch.no_grad()
-    def clamp_temperature_(self) -> None:
-        """CLIP's rule: logits are never scaled by more than 100."""
+    def settle_temperature_(self, before: Tensor | None = None) -> None:
+        """CLIP's rule: logits are never scaled by more than 100; before is that of `DRRhoLoss`, and means nothing."""
         if self.logit_scale.requires_grad:
             self.logit_scale.clamp_(max=math.log(100))
 
@@ -83,30 +83,32 @@ class ContrastiveLoss(nn.Module):
         """
         if self.distill and (ref_image is None or ref_text is None):
             raise ValueError("ContrastiveLoss: distill > 0 needs ref_image and ref_text")
-        rows = self._logits(image, text)
-        own = torch.arange(len(image), device=image.device)
-        if rows[0].shape[1] > len(image):
-            own = own + dist.get_rank() * len(image)
-        loss = sum(F.cross_entropy(logits, own) for logits in rows) / 2
+        batch = None if self.world is None else JointBatch(self.world, len(image), image.device)
+        rows = self._logits(image, text, batch)
+        own = torch.arange(len(image), device=image.device) + (0 if batch is None else batch.offset)
+        share = 1 / len(image) if batch is None else batch.size / batch.rows
+        loss = sum(F.cross_entropy(logits, own, reduction="sum") for logits in rows) * share / 2
         if not self.distill:
             return loss
         with torch.no_grad():
-            targets = [logits.log_softmax(1) for logits in self._logits(ref_image, ref_text)]
+            targets = [logits.log_softmax(1) for logits in self._logits(ref_image, ref_text, batch)]
         soft = sum(
-            F.kl_div(logits.log_softmax(1), target.to(logits.dtype), log_target=True, reduction="batchmean")
+            F.kl_div(logits.log_softmax(1), target.to(logits.dtype), log_target=True, reduction="sum")
             for logits, target in zip(rows, targets)
         )
-        return (1 - self.distill) * loss + self.distill * soft / 2
+        return (1 - self.distill) * loss + self.distill * soft * share / 2
 
-    def _logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    def _logits(self, image: Tensor, text: Tensor, batch: JointBatch | None) -> tuple[Tensor, Tensor]:
         """(B, B_all) of this process's images against all texts, and of its texts against all images."""
-        return image @ gather_with_grad(text).T / self.temperature, text @ gather_with_grad(image).T / self.temperature
+        images, texts = (x if batch is None else _Joined.apply(x, batch) for x in (image, text))
+        return image @ texts.T / self.temperature, text @ images.T / self.temperature
 
 
 @torch.no_grad()
 def select_learnable(
-    image: Tensor, text: Tensor, ref_image: Tensor, ref_text: Tensor, keep: int, *, temperature: float, chunks: int = 16
-) -> Tensor:
+    image: Tensor, text: Tensor, ref_image: Tensor, ref_text: Tensor, keep: int, *, temperature: float | Tensor,
+    chunks: int = 16, generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
     """Indices (keep,) of pairs that are learnable together: hard for the learner, easy for the reference.
 
     The first chunk is drawn evenly. A later one is drawn without replacement with probability ∝ exp(learner's loss -
@@ -116,7 +118,7 @@ def select_learnable(
 
     Args:
         image, text: (N, e) unit rows of the learner; ref_image, ref_text: (N, e_ref) of the reference.
-        keep: at most N. Randomness comes from torch's global generator.
+        keep: at most N. temperature: a number or a tensor (). generator: on the features' device; None: torch's own.
     """
     n = len(image)
     if not 1 <= keep <= n or chunks < 1:
@@ -136,7 +138,8 @@ def select_learnable(
             learner, reference = (sum(F.pad(x[:, taken], (0, 1)).logsumexp(1) for x in two) / 2 for two in sides)
             score = (learner - reference).float()
         # Gumbel's trick: the largest of score + noise are draws without replacement
-        noise = -torch.log(-torch.log(torch.rand(n, device=image.device).clamp_(1e-20, 1 - 1e-7)))
+        even = torch.rand(n, device=image.device, generator=generator)
+        noise = -torch.log(-torch.log(even.clamp_(1e-20, 1 - 1e-7)))
         picked = (score + noise).masked_fill(~free, -math.inf).topk(end - begin).indices
         free[picked] = False
         drawn.append(picked)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipsteer._distributed import World
-from clipsteer._files import write_json, write_safetensors
+from clipsteer._files import read_json, write_json, write_safetensors
 from clipsteer._training import Keys, Order, TrainingRun, cosine_lr, seed_of, weights_digest
 from clipsteer.classifier import loader
 from clipsteer.clip import CLIP, evaluating
@@ -29,7 +30,7 @@ from clipsteer.contrastive_eval import evaluate
 from clipsteer.contrastive_loss import select_learnable
 from clipsteer.data import ImageDataset
 from clipsteer.reference_features import ReferenceFeatures, model_digest
-from clipsteer.reference_model import gamma_schedule
+from clipsteer.reference_model import JointBatch, gamma_schedule
 
 
 def train_contrastive(
@@ -51,13 +52,14 @@ def train_contrastive(
     Args:
         reference: frozen. Kept features of the whole images, or a model that sees the very crops that `clip` sees.
             Needed for drrho and distill, and for `select`.
-        out: folder for the trained model (model.safetensors, config.json), log.jsonl and checkpoints/. A run that was
-            stopped there, by SIGTERM or otherwise, goes on from its last checkpoint, on a CPU bit for bit; `clip`
-            must then be what it started from.
+        out: folder for the trained model (model.safetensors, config.json, and architecture.json where the architecture
+            came from a file), log.jsonl and checkpoints/. A run that was stopped there, by SIGTERM or otherwise, goes
+            on from its last checkpoint, on a CPU bit for bit; `clip` must then be what it started from.
         validation: name -> data set, measured by `evaluate` every `evaluate_every` steps (None: every epoch) and at
             the end.
         templates: prompts for data sets with classes; see `clip.zero_shot_head`.
-        on_log: called with every line of the log.
+        on_log: called with every line of the log. "loss_share" is the part of the last step's time, reading data not
+            counted, that went into the loss and its gradient in the features; of several processes, waiting included.
         world: under torchrun; every process is given the same `clip`, the batch is divided among them.
 
     Returns `clip`, in eval mode, its logit_scale set to 1/τ.
@@ -77,6 +79,7 @@ def train_contrastive(
 class _Run(TrainingRun):
     name = "train"
     cosmetic = (*TrainingRun.cosmetic, "micro_batch", "evaluate_every")
+    shown = ("loss", "loss_share")
 
     def __init__(
         self, clip: CLIP, dataset: ImageDataset, config: ContrastiveConfig, reference: ReferenceFeatures | CLIP | None,
@@ -91,11 +94,7 @@ class _Run(TrainingRun):
             raise ValueError(
                 f"train: the reference features are of {len(reference.image)} other pairs than these {len(dataset)}"
             )
-        if len(dataset) < config.batch_size or config.batch_size % world.size:
-            raise ValueError(
-                f"train: batch_size must be at most the {len(dataset)} pairs there are and a multiple of the "
-                f"{world.size} processes, got {config.batch_size}"
-            )
+        config.check_batches(len(dataset), world.size)
         self.clip, self.dataset, self.reference = clip, dataset, reference if config.wants_reference else None
         self.validation, self.templates, self.workers = validation, templates, workers
         self.order = Order(len(dataset), config.batch_size, config.seed, drop_last=True)
@@ -114,15 +113,20 @@ class _Run(TrainingRun):
             {"params": [p for p in self.trained if p.ndim < 2], "weight_decay": 0.0},
             {"params": self.scale, "weight_decay": 0.0},
         ]
+        if config.remembers:
+            # FastCLIP's rule for τ: a quarter of the peak, constant; `settle_temperature_` has the rest of it
+            groups[2]["lr"] = config.lr / 4
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6)
-        settings = {**asdict(config), "model": clip.name, "pairs": len(dataset)}
+        settings = {**asdict(config), "pairs": len(dataset)}
         if out is not None:
+            # an architecture that a file describes is known by what stands there
+            settings["model"] = read_json(clip.name) if clip.name.endswith(".json") else clip.name
             settings |= {"data": data_digest(dataset), "weights": weights_digest(clip.model)}
             settings["frozen"] = [name for name, p in clip.model.named_parameters() if not p.requires_grad]
             if isinstance(self.reference, CLIP):
                 settings["reference"] = model_digest(self.reference)
             elif self.reference is not None:
-                settings["reference"] = self.reference.weights or self.reference.name
+                settings["reference"] = self.reference.digest()
         super().__init__(config, total, parameters, optimizer, settings, out, world)
 
     def run(self, on_log: Callable[[dict[str, Any]], None] | None, resume: bool) -> CLIP:
@@ -144,15 +148,19 @@ class _Run(TrainingRun):
                 gc.collect()
         self.clip.model.eval()
         with torch.no_grad():
-            self.clip.model.logit_scale.fill_(-math.log(self._temperature()))
+            self.clip.model.logit_scale.fill_(-math.log(float(self._temperature())))
         if self.out is not None and self.lead:
             write_safetensors(self.out / "model.safetensors", self.clip.model.state_dict(), {"format": "pt"})
-            write_json(self.out / "config.json", {"model": self.clip.name, "train": self.settings})
+            name = self.settings["model"]
+            if not isinstance(name, str):
+                write_json(self.out / "architecture.json", name)
+                name = "architecture.json"
+            write_json(self.out / "config.json", {"model": name, "train": self.settings})
         return self.clip
 
-    def _temperature(self) -> float:
+    def _temperature(self) -> Tensor | float:
         tau = self.loss.temperature
-        return float(tau.detach() if isinstance(tau, Tensor) else tau)
+        return tau.detach() if isinstance(tau, Tensor) else tau
 
     def tensors(self) -> dict[str, Tensor]:
         found = {f"model.{name}": tensor for name, tensor in self.clip.model.state_dict().items()}
@@ -188,24 +196,32 @@ class _Run(TrainingRun):
         return image, text
 
     def _referred(self, ids: Tensor, theirs: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        device = self.clip.device
-        if isinstance(self.reference, ReferenceFeatures):
-            return self.reference.image[ids].to(device), self.reference.text[ids].to(device)
         if self.reference is None:
             return None, None
-        with evaluating(self.reference.model):
-            text = self.reference.model.encode_text(theirs[1].to(device))
-            return self.reference.embed(theirs[0]), F.normalize(text.float(), dim=-1)
+        if isinstance(self.reference, ReferenceFeatures):
+            image, text = self.reference.image[ids], self.reference.text[ids]
+        else:
+            with evaluating(self.reference.model):
+                image = self.reference.embed(theirs[0])
+                text = self.reference.model.encode_text(theirs[1].to(self.clip.device))
+                text = F.normalize(text.float(), dim=-1)
+        wide = torch.promote_types(self.clip.dtype, torch.float32)  # that of `_features`
+        return image.to(self.clip.device, wide), text.to(self.clip.device, wide)
+
+    def _now(self) -> float:
+        """Seconds, for the steps that are logged; a GPU waits for no other."""
+        if self.timed and self.clip.device.type == "cuda":
+            torch.cuda.synchronize(self.clip.device)
+        return time.perf_counter()
 
     def train_step(self, batch: list[Tensor]) -> dict[str, Tensor | float]:
         config = self.config
         self.model.train(), self.loss.train()
+        self.timed = self.step + 1 == self.total or (self.step + 1) % config.log_every == 0
+        began = self._now()
         lr = cosine_lr(self.step, self.total, config.lr, config.warmup_steps)
-        for group in self.optimizer.param_groups:
+        for group in self.optimizer.param_groups[: 2 if config.remembers else 3]:
             group["lr"] = lr
-        if config.remembers:
-            # FastCLIP's rule for τ: a quarter of the peak, constant, a third of that once τ is small
-            self.optimizer.param_groups[2]["lr"] = self.loss.temperature_lr(config.lr / 4)
         self.optimizer.zero_grad(set_to_none=True)
         ids, pixels, tokens, *theirs = batch
         refs = self._referred(ids, theirs)
@@ -214,9 +230,11 @@ class _Run(TrainingRun):
         if self.scale and self.world.size > 1:
             self.world.sum_(self.scale[0].grad).div_(self.world.size)
         norm = nn.utils.clip_grad_norm_(self.trained, config.grad_clip)
+        before = self.scale[0].detach().clone() if self.scale else None
         self.optimizer.step()
-        self.loss.clamp_temperature_()
-        return {"loss": loss, "grad_norm": norm, "lr": lr, "temperature": self._temperature()}
+        self.loss.settle_temperature_(before)
+        values = {"loss": loss, "grad_norm": norm, "lr": lr, "temperature": self._temperature()}
+        return values | ({"loss_share": self.loss_seconds / (self._now() - began)} if self.timed else {})
 
     def _backward(
         self, ids: Tensor, inputs: tuple[Tensor, Tensor], refs: tuple[Tensor | None, Tensor | None]
@@ -227,42 +245,57 @@ class _Run(TrainingRun):
         graph (Gao et al. 2021, GradCache, arXiv 2101.06983). For models without batch statistics that is the gradient
         of the whole.
         """
-        config, n = self.config, len(ids)
-        size = config.micro_batch or n
-        gamma = self._gamma(self.step // self.order.per_epoch)
-
-        def parts() -> list[tuple[Tensor, Tensor]]:
-            return list(zip(*(x.split(size) for x in inputs)))
-
-        def seen() -> tuple[Tensor, Tensor]:
-            with torch.no_grad():
-                found = [self._features(*part, number) for number, part in enumerate(parts())]
-            return tuple(torch.cat(x) for x in zip(*found))
-
-        if size < n or config.select is not None:
-            image, text = seen()
+        config, size = self.config, self.config.micro_batch or len(ids)
+        longest = len(ids)
         if config.select is not None:
-            keep = max(1, round(config.select * n))
-            kept = select_learnable(image, text, *refs, keep, temperature=self._temperature())
-            ids, refs, inputs = ids[kept], tuple(r[kept] for r in refs), tuple(x[kept] for x in inputs)
-            if size < len(ids):
-                image, text = seen()  # the kept pairs are cut anew, and a part draws its own masks
+            ids, inputs, refs, longest = self._select(ids, inputs, refs, size)
         if config.loss not in ("drrho", "distill"):
             refs = (None, None)
-        if size >= len(ids):
-            image, text = self._features(*inputs, 0)
-            loss = self.loss(image, text, ids, *refs, gamma=gamma)
-            loss.backward()
-            return loss.detach()
-        image.requires_grad_(), text.requires_grad_()
-        loss = self.loss(image, text, ids, *refs, gamma=gamma)
+        # all processes go the same way, as both have collectives of their own
+        whole = longest <= size
+        features = self._features(*inputs, 0) if whole else self._seen(inputs, size)
+        features = [x[: len(ids)] for x in features]
+        image, text = (x.detach().requires_grad_() for x in features)
+        began = self._now()
+        loss = self.loss(image, text, ids, *refs, gamma=self._gamma(self.step // self.order.per_epoch))
         loss.backward()
-        whole = list(zip(parts(), image.grad.split(size), text.grad.split(size)))
-        for number, (part, *gradients) in enumerate(whole):
-            last = self.world.size == 1 or number == len(whole) - 1
+        self.loss_seconds = self._now() - began
+        if whole:
+            torch.autograd.backward(features, [image.grad, text.grad])
+            return loss.detach()
+        parts = list(zip(*(x.split(size) for x in (*inputs, image.grad, text.grad))))
+        for number, (*part, d_image, d_text) in enumerate(parts):
+            last = self.world.size == 1 or number == len(parts) - 1
             with nullcontext() if last else self.model.no_sync():
-                torch.autograd.backward(self._features(*part, number), gradients)
+                features = [x[: len(d_image)] for x in self._features(*part, number)]
+                torch.autograd.backward(features, [d_image, d_text])
         return loss.detach()
+
+    def _seen(self, inputs: tuple[Tensor, Tensor], size: int) -> tuple[Tensor, Tensor]:
+        """Features without a graph."""
+        parts = zip(*(x.split(size) for x in inputs))
+        with torch.no_grad():
+            found = [self._features(*part, number) for number, part in enumerate(parts)]
+        return tuple(torch.cat(x) for x in zip(*found))
+
+    def _select(
+        self, ids: Tensor, inputs: tuple[Tensor, Tensor], refs: tuple[Tensor, Tensor], size: int
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor], int]:
+        """This process's pairs of those that are picked from the joint batch, and the most that a process has.
+
+        Where it has none its inputs are one pair still, as models take no empty batch and DDP waits for every process.
+        """
+        batch = JointBatch(self.world, len(ids), ids.device)
+        features = [batch.join(x) for x in (*self._seen(inputs, size), *refs)]
+        draws = torch.Generator(ids.device).manual_seed(seed_of(self.config.seed * 1_000_003 + self.step))
+        keep = max(1, round(self.config.select * batch.rows))
+        kept = select_learnable(*features, keep, temperature=self._temperature(), generator=draws)
+        self.world.broadcast_(kept)  # GPUs of two kinds may round differently
+        owner = kept // len(ids)
+        mine = kept[owner == self.world.rank] - batch.offset
+        longest = int(owner.bincount().max())
+        run = mine if len(mine) else mine.new_zeros(1)
+        return ids[mine], tuple(x[run] for x in inputs), tuple(r[mine] for r in refs), longest
 
     def _gamma(self, epoch: int) -> float:
         epochs = -(-self.total // self.order.per_epoch)
@@ -273,10 +306,14 @@ class _Run(TrainingRun):
 
     def measure(self) -> dict[str, float]:
         every = self.config.evaluate_every or self.order.per_epoch
-        if not self.validation or not self.lead or (self.step % every and self.step != self.total):
+        if not self.validation or (self.step % every and self.step != self.total):
             return {}
+        for buffer in self.clip.model.buffers():  # of batch norms each process has its own
+            self.world.broadcast_(buffer)
         found = {"samples": self.step * self.config.batch_size}
         for name, dataset in self.validation.items():
-            scores = evaluate(self.clip, dataset, templates=self.templates, workers=self.workers)
+            scores = evaluate(
+                self.clip, dataset, templates=self.templates, workers=self.workers, world=self.world
+            )  # fmt: skip
             found |= {f"{name}/{key}": value for key, value in scores.items()}
         return found

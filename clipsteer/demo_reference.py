@@ -32,7 +32,7 @@ def section() -> list[Html]:
             "A frozen reference model can say which pairs are worth learning: DRRho-CLIP (Wei et al. 2025) pushes a "
             "model only where it is further from right than the reference, so that captions that fit many images "
             "weigh less. The curves show a model a fifth of EmojiCLIP's size, trained from scratch on drawings with "
-            "noisy captions, five ways. Here the reference's weights do not help; learning its features (distillation) "
+            "noisy captions. Here the reference's weights do not help; learning its features (distillation) "
             "does."
         ),
         text(

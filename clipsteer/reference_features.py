@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from clipsteer._distributed import World
 from clipsteer._files import FileFormatError, read_json, read_safetensors, read_safetensors_header, write_safetensors
-from clipsteer._training import described, digest_of, weights_digest
+from clipsteer._training import described, digest_of, tensors_digest, weights_digest
 from clipsteer.classifier import pixel_batches
 from clipsteer.clip import CLIP, evaluating, load
 from clipsteer.contrastive_data import captions_of, data_digest
 from clipsteer.data import ImageDataset
+from clipsteer.reference_model import JointBatch
 
 KIND = "clipsteer reference features"
 
@@ -24,7 +26,8 @@ KIND = "clipsteer reference features"
 class ReferenceFeatures(NamedTuple):
     """Unit features of every pair of a data set; row i belongs to sample i.
 
-    image (N, d_ref), text (N, d_ref); name says whose they are; data and weights are digests of what they came from.
+    image (N, d_ref), text (N, d_ref); name says whose they are; data and weights are digests of what they came from,
+    empty where that is not known.
     """
 
     image: Tensor
@@ -32,6 +35,10 @@ class ReferenceFeatures(NamedTuple):
     name: str
     data: str
     weights: str
+
+    def digest(self) -> str:
+        """That of the weights that they came from, or of the features themselves."""
+        return self.weights or tensors_digest({"image": self.image, "text": self.text})
 
     def save(self, path: str | Path) -> None:
         metadata = {"kind": KIND, "model": self.name, "data": self.data, "weights": self.weights}
@@ -44,30 +51,61 @@ def model_digest(clip: CLIP) -> str:
     return digest_of([*parts, getattr(clip.tokenizer, "context_length", None)])
 
 
-def encode_texts(clip: CLIP, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-    """Unit embeddings (N, e), at least float32, without gradients; equal texts are encoded once."""
+def _divided(n: int, batch_size: int, world: World | None, encode: Callable[[Sequence[int]], Tensor]) -> Tensor:
+    """`encode` of the rows 0 … n-1 of something, (n, e): of several processes each takes every size-th of the batches
+    that one would have, and all get all."""
+    if world is None or world.size == 1:
+        return encode(range(n))
+    rows = torch.arange(n).split(batch_size)
+    shares = [torch.cat([rows[0][:0], *rows[rank :: world.size]]) for rank in range(world.size)]
+    own = shares[world.rank].tolist()
+    part = encode(own or [0])[: len(own)]  # without a batch of its own a process still has to know e
+    joined = JointBatch(world, len(own), part.device).join(part)
+    return joined[torch.cat(shares).argsort().to(part.device)]
+
+
+def encode_texts(clip: CLIP, texts: Sequence[str], batch_size: int = 256, world: World | None = None) -> Tensor:
+    """Unit embeddings (N, e), at least float32, without gradients; equal texts are encoded once.
+
+    With `world` the processes, which all have to call it with the same arguments, share the work.
+    """
     distinct = list(dict.fromkeys(texts))
-    parts = []
-    with evaluating(clip.model):
-        for at in range(0, len(distinct), batch_size):
-            found = clip.model.encode_text(clip.tokenizer(distinct[at : at + batch_size]).to(clip.device))
+
+    def encode(rows: Sequence[int]) -> Tensor:
+        parts = []
+        for at in range(0, len(rows), batch_size):
+            tokens = clip.tokenizer([distinct[row] for row in rows[at : at + batch_size]])
+            found = clip.model.encode_text(tokens.to(clip.device))
             parts.append(F.normalize(found.to(torch.promote_types(found.dtype, torch.float32)), dim=-1))
+        return torch.cat(parts)
+
     place = {text: i for i, text in enumerate(distinct)}
-    return torch.cat(parts)[[place[text] for text in texts]]
-
-
-def encode_dataset(clip: CLIP, dataset: ImageDataset, *, batch_size: int = 128, workers: int = 0) -> Tensor:
-    """Unit image embeddings (N, e), at least float32, without gradients."""
-    batches = pixel_batches(clip, dataset, batch_size, workers)
-    total = -(-len(dataset) // batch_size)
     with evaluating(clip.model):
-        return torch.cat([clip.embed(x) for x in tqdm(batches, "encode", total, leave=False, disable=None)])
+        return _divided(len(distinct), batch_size, world, encode)[[place[text] for text in texts]]
 
 
-def compute(clip: CLIP, dataset: ImageDataset, *, batch_size: int = 128, workers: int = 0) -> ReferenceFeatures:
-    """Features of whole images, without crops, and of their captions, on the CPU in float32."""
-    image = encode_dataset(clip, dataset, batch_size=batch_size, workers=workers)
-    text = encode_texts(clip, captions_of(dataset))
+def encode_dataset(
+    clip: CLIP, dataset: ImageDataset, *, batch_size: int = 128, workers: int = 0, world: World | None = None
+) -> Tensor:
+    """Unit image embeddings (N, e), at least float32, without gradients; `world` as in `encode_texts`."""
+
+    def encode(rows: Sequence[int]) -> Tensor:
+        batches = pixel_batches(clip, dataset.subset(rows), batch_size, workers)
+        quiet = None if world is None or world.rank == 0 else True
+        bar = tqdm(batches, "encode", -(-len(rows) // batch_size), leave=False, disable=quiet)
+        return torch.cat([clip.embed(x) for x in bar])
+
+    with evaluating(clip.model):
+        return _divided(len(dataset), batch_size, world, encode)
+
+
+def compute(
+    clip: CLIP, dataset: ImageDataset, *, batch_size: int = 128, workers: int = 0, world: World | None = None
+) -> ReferenceFeatures:
+    """Features of whole images, without crops, and of their captions, on the CPU in float32; `world` as in
+    `encode_texts`."""
+    image = encode_dataset(clip, dataset, batch_size=batch_size, workers=workers, world=world)
+    text = encode_texts(clip, captions_of(dataset), world=world)
     return ReferenceFeatures(
         image.float().cpu(), text.float().cpu(), clip.name, data_digest(dataset), model_digest(clip)
     )
@@ -96,17 +134,26 @@ def read(path: str | Path, dataset: ImageDataset) -> ReferenceFeatures:
             f"{path}: reference features of {len(image)} other pairs; this data set has {len(dataset)}. Compute them "
             "anew, on the same captions and images in the same order"
         )
-    image, text = (F.normalize(x.float(), dim=-1) for x in (image, text))
-    return ReferenceFeatures(image, text, metadata.get("model", str(path)), data, metadata.get("weights", ""))
+    name, weights = metadata.get("model", str(path)), metadata.get("weights", "")
+    return _unit(ReferenceFeatures(image, text, name, data, weights))
 
 
-def cached(path: str | Path, clip: CLIP, dataset: ImageDataset, *, workers: int = 0) -> ReferenceFeatures:
+def _unit(features: ReferenceFeatures) -> ReferenceFeatures:
+    image, text = (F.normalize(x.float(), dim=-1) for x in features[:2])
+    return features._replace(image=image, text=text)
+
+
+def cached(
+    path: str | Path, clip: CLIP, dataset: ImageDataset, *, workers: int = 0, world: World | None = None
+) -> ReferenceFeatures:
     """The features in `path` where they are this model's of this data set; otherwise computed and written there.
 
-    The data set is known by its captions and 16 of its images (`data_digest`).
+    The data set is known by its captions and 16 of its images (`data_digest`). With `world` the processes compute them
+    together and the first one writes; the file must be where all see it.
     """
-    path = Path(path)
-    if path.exists():
+    path, lead = Path(path), world is None or world.rank == 0
+    there = path.exists()
+    if there if world is None else world.any(there and lead):
         found = read(path, dataset)
         if found.weights != model_digest(clip):
             raise ValueError(
@@ -114,14 +161,19 @@ def cached(path: str | Path, clip: CLIP, dataset: ImageDataset, *, workers: int 
                 "to compute them anew"
             )
         return found
-    features = compute(clip, dataset, workers=workers)
-    features.save(path)
-    return features
+    features = compute(clip, dataset, workers=workers, world=world)
+    if lead:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        features.save(path)
+    return _unit(features)  # as `read` gives them, to the last bit
 
 
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> CLIP:
     """The model that `clipsteer train --out folder` left there."""
-    config: Any = read_json(Path(folder) / "config.json")
+    folder = Path(folder)
+    config: Any = read_json(folder / "config.json")
     if not isinstance(config, dict) or not isinstance(config.get("model"), str):
-        raise FileFormatError(f"{Path(folder) / 'config.json'}: expected the name of a model")
-    return load(config["model"], Path(folder) / "model.safetensors", device=device)
+        raise FileFormatError(f"{folder / 'config.json'}: expected the name of a model")
+    name = config["model"]
+    # an architecture lies in the folder
+    return load(str(folder / name) if name.endswith(".json") else name, folder / "model.safetensors", device=device)

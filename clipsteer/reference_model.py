@@ -19,7 +19,7 @@ from clipsteer.ops import _check
 from clipsteer.ops._dispatch import choose
 from clipsteer.ops.drrho_loss import checked, run
 
-# FastCLIP's rule for τ: below this its learning rate is cut to a third.
+# FastCLIP's rule for τ: from here down its learning rate is cut to a third.
 SLOW_TEMPERATURE = 0.03
 
 
@@ -35,6 +35,13 @@ def gamma_schedule(epoch: int, epochs: int, gamma_min: float) -> float:
         raise ValueError(f"gamma_schedule: gamma_min must be in (0, 1], got {gamma_min}")
     progress = min(epoch / epochs, 1.0)
     return 0.5 * (1 + math.cos(math.pi * progress)) * (1 - gamma_min) + gamma_min
+
+
+def training_world(world: World | None) -> World | None:
+    """The processes of a loss, None for a single one; by default those of an initialised process group."""
+    if world is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        world = World("cpu")
+    return world if world is not None and world.size > 1 else None
 
 
 class JointBatch:
@@ -65,8 +72,8 @@ class DRRhoLoss(nn.Module):
 
     A learnable temperature follows FastCLIP-v3: the parameter ``logit_scale`` = log(1/τ), trained by AdamW in a group
     of its own without weight decay or warm-up, at a constant learning rate (2e-4 beside 1e-3 for the model, a quarter
-    of it in DRRho-CLIP's runs) which ``temperature_lr`` cuts to a third once τ ≤ 0.03; call ``clamp_temperature_``
-    after every optimiser step. It starts at 0.07 there, with ρ of 6.5 to 11; a fixed one is 0.01.
+    of it in DRRho-CLIP's runs), a third of that once τ ≤ 0.03; call ``settle_temperature_`` after every optimiser step.
+    It starts at 0.07 there, with ρ of 6.5 to 11; a fixed one is 0.01.
 
     With a ``World`` of several processes (by default that of an initialised process group) the loss is that of the
     joint batch, of which each process gives its rows, as many as it has. Each returns the whole value; the gradient in
@@ -75,8 +82,9 @@ class DRRhoLoss(nn.Module):
 
     Args:
         num_samples: ids are in [0, num_samples).
-        temperature: τ, or where it starts; temperature_min: the least that ``clamp_temperature_`` leaves.
-        rho, eps, backend: see ``ops.drrho_loss``.
+        temperature: τ, or where it starts; temperature_min: the least that ``settle_temperature_`` leaves of a
+            learnable one.
+        rho, backend: see ``ops.drrho_loss``. eps: the same, in float32: 0 or one of its normal numbers.
 
     Buffers:
         u: (2, num_samples) float32, image side and text side, NaN until a sample is visited. Of several processes each
@@ -99,15 +107,20 @@ class DRRhoLoss(nn.Module):
         super().__init__()
         if num_samples < 1:
             raise ValueError(f"DRRhoLoss: num_samples must be at least 1, got {num_samples}")
-        if not 0 < temperature_min <= temperature:
-            expected = "0 < temperature_min <= temperature"
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"DRRhoLoss: temperature must be positive and finite, got {temperature}")
+        if learnable_temperature and not 0 < temperature_min <= temperature:
+            expected = "0 < temperature_min <= temperature where it is learnable"
             raise ValueError(f"DRRhoLoss: expected {expected}, got {temperature_min} and {temperature}")
+        least = torch.finfo(torch.float32).tiny
+        if eps != 0 and not least <= eps < math.inf:
+            raise ValueError(f"DRRhoLoss: eps must be 0 or at least {least:.2g}, what float32 resolves, got {eps}")
+        if not math.isfinite(rho):
+            raise ValueError(f"DRRhoLoss: rho must be finite, got {rho}")
         self.num_samples, self.rho, self.eps, self.backend = num_samples, rho, eps, backend
         self.temperature_min, self.fixed_temperature = temperature_min, temperature
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature))) if learnable_temperature else None
-        if world is None and torch.distributed.is_available() and torch.distributed.is_initialized():
-            world = World("cpu")
-        self.world = world if world is not None and world.size > 1 else None
+        self.world = training_world(world)
         rank, size = (0, 1) if self.world is None else (self.world.rank, self.world.size)
         self.register_buffer("u", torch.full((2, len(range(rank, num_samples, size))), torch.nan), persistent=size == 1)
 
@@ -117,15 +130,18 @@ class DRRhoLoss(nn.Module):
         return self.fixed_temperature if self.logit_scale is None else (-self.logit_scale).exp()
 
     @torch.no_grad()
-    def clamp_temperature_(self) -> None:
-        """Keep a learnt τ in [temperature_min, 1]; does nothing to a fixed one."""
-        if self.logit_scale is not None:
-            self.logit_scale.clamp_(min(0.0, -math.log(self.fixed_temperature)), -math.log(self.temperature_min))
+    def settle_temperature_(self, before: Tensor | None = None) -> None:
+        """After an optimiser step: keep a learnt τ in [temperature_min, 1]; does nothing to a fixed one.
 
-    def temperature_lr(self, lr: float) -> float:
-        """The learning rate of ``logit_scale`` for this step: a third of ``lr`` once τ ≤ 0.03."""
-        tau = self.fixed_temperature if self.logit_scale is None else math.exp(-self.logit_scale.item())
-        return lr / 3 if tau <= SLOW_TEMPERATURE else lr
+        before: () a copy of ``logit_scale`` from before that step, of which a third is kept where τ was ≤ 0.03. AdamW's
+        step being linear in its learning rate, that is FastCLIP's rate, and no GPU has to say first where τ is.
+        """
+        if self.logit_scale is None:
+            return
+        if before is not None:
+            slow = before >= -math.log(SLOW_TEMPERATURE)
+            self.logit_scale.copy_(torch.where(slow, before + (self.logit_scale - before) / 3, self.logit_scale))
+        self.logit_scale.clamp_(min(0.0, -math.log(self.fixed_temperature)), -math.log(self.temperature_min))
 
     def forward(
         self,

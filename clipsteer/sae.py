@@ -245,13 +245,15 @@ class SAE(nn.Module):
         chosen = indices.unsqueeze(-2) == features.unsqueeze(-1)  # (..., m, k)
         return torch.where(chosen, acts.unsqueeze(-2), 0).sum(-1), scale
 
-    def decode(self, acts: Tensor | tuple[Tensor, Tensor], stats: InputStats | None = None) -> Tensor:
+    def decode(
+        self, acts: Tensor | tuple[Tensor, Tensor], stats: InputStats | None = None, *, sparse_grad: bool = False
+    ) -> Tensor:
         """Dense activations (..., d_sae), or a pair (acts, indices) of (..., k) each -> (..., d_in).
 
         Without ``stats`` the result is in the normalised space; with those of ``normalize_input`` it is in x's own.
         """
         if isinstance(acts, tuple):
-            x_hat = ops.sparse_decode(acts[0], acts[1], self.W_dec, self.b_dec)
+            x_hat = ops.sparse_decode(acts[0], acts[1], self.W_dec, self.b_dec, sparse_grad=sparse_grad)
         elif acts.dim() == 0 or acts.shape[-1] != self.d_sae:
             raise ValueError(f"SAE.decode: acts must be (..., d_sae = {self.d_sae}), got {tuple(acts.shape)}")
         else:
@@ -262,12 +264,16 @@ class SAE(nn.Module):
             x_hat = x_hat * stats.scale
         return x_hat if stats.mean is None else x_hat + stats.mean
 
-    def forward(self, x: Tensor) -> SAEOutput:
-        """(..., d_in) -> ``SAEOutput``. Gradients reach x and every parameter the architecture uses."""
+    def forward(self, x: Tensor, *, sparse_grad: bool = False) -> SAEOutput:
+        """(..., d_in) -> ``SAEOutput``. Gradients reach x and every parameter the architecture uses.
+
+        sparse_grad: for topk, the gradients of both dictionaries are sparse COO tensors of the rows in use, as in
+        ``ops.sparse_decode`` (a compiled backend is needed); without effect on the other architectures.
+        """
         centred, stats = self._centred(x)
         if self.architecture == "topk":
-            acts, indices = ops.topk_encode(centred, self.W_enc, self.b_enc, k=self.k)
-            x_hat = self.decode((acts, indices), stats)
+            acts, indices = ops.topk_encode(centred, self.W_enc, self.b_enc, k=self.k, sparse_grad=sparse_grad)
+            x_hat = self.decode((acts, indices), stats, sparse_grad=sparse_grad)
             return SAEOutput(x_hat.to(x.dtype), acts, indices, stats)
         batch = self.architecture == "batch_topk" and self.training
         acts = self._dense_acts(centred, batch=batch)

@@ -54,28 +54,30 @@ def l1(acts: Tensor, stats: BatchStats) -> Tensor:
     return acts.abs().sum() / stats.count
 
 
-def auxk(sae: SAE, x: Tensor, out: SAEOutput, stats: BatchStats, dead: Tensor) -> Tensor:
+def auxk(sae: SAE, x: Tensor, out: SAEOutput, stats: BatchStats, dead: Tensor, sparse_grad: bool = False) -> Tensor:
     """AuxK: how much of the residual x - x̂ the dead features leave, over the total variance.
 
     The k_aux = min(d_in / 2, n_dead) largest of the dead features decode the residual, without b_dec and in x's own
     scale; with fewer than d_in / 2 dead features the loss shrinks in proportion. The residual is a constant; the
-    gradient reaches encoder and decoder of the dead features. dead: (n_dead,) int64, not empty.
+    gradient reaches encoder and decoder of the dead features, as rows alone if ``sparse_grad``. dead: (n_dead,) int64,
+    not empty.
     """
     half = max(sae.d_in // 2, 1)
     k = min(half, len(dead))
     centred, _ = sae._centred(x)
-    acts, indices = ops.topk_encode(centred, sae.W_enc[dead], sae.b_enc[dead], k=k)
-    guess = ops.sparse_decode(acts, indices, sae.W_dec[dead])
+    W_enc, W_dec = (F.embedding(dead, W, sparse=sparse_grad) for W in (sae.W_enc, sae.W_dec))
+    acts, indices = ops.topk_encode(centred, W_enc, sae.b_enc[dead], k=k)
+    guess = ops.sparse_decode(acts, indices, W_dec)
     if out.stats.scale is not None:
         guess = guess * out.stats.scale
     residual = (x - out.x_hat).detach()
     return (guess.to(x.dtype) - residual).square().sum() / stats.total_variance * min(len(dead) / half, 1.0)
 
 
-def forward(sae: SAE, x: Tensor, world: World) -> SAEOutput:
+def forward(sae: SAE, x: Tensor, world: World, sparse_grad: bool = False) -> SAEOutput:
     """The SAE's forward pass in training mode; batch_topk selects over the joint batch of all processes."""
     if sae.architecture != "batch_topk" or world.size == 1:
-        return sae(x)
+        return sae(x, sparse_grad=sparse_grad)
     centred, stats = sae._centred(x)
     acts = torch.relu(F.linear(centred, sae.W_enc, sae.b_enc))  # (B, d_sae)
     with torch.no_grad():

@@ -1,9 +1,10 @@
 """Training sparse autoencoders on CLIP activations.
 
-One step: decoder rows to norm 1, forward, backward, clip the gradient, remove its component parallel to each decoder
-row, Adam with linear warm-up and cosine decay. relu: scaled MSE + λ₁·‖f‖₁ (Joseph et al. 2025, arXiv 2504.08729);
-topk and batch_topk: FVU + AuxK / 32 (Gao et al. 2024, arXiv 2406.04093). Under ``torchrun`` the batch is split over the
-processes and the result is that of one process. Runs resume from checkpoints, on a CPU bit for bit.
+One step: forward, backward, clip the gradient, remove its component parallel to each decoder row, Adam with linear
+warm-up and cosine decay, decoder rows to norm 1 (as they are before the first step). relu: scaled MSE + λ₁·‖f‖₁ (Joseph
+et al. 2025, arXiv 2504.08729); topk and batch_topk: FVU + AuxK / 32 (Gao et al. 2024, arXiv 2406.04093). Under
+``torchrun`` the batch is split over the processes and the result is that of one process. Runs resume from checkpoints,
+on a CPU bit for bit.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from clipsteer import sae_loss
 from clipsteer._distributed import World
+from clipsteer._sae_adam import UnitRowAdam, in_one_pass
 from clipsteer._sae_run import Run
 from clipsteer._sources import ActivationSource, as_source
 from clipsteer.sae import SAE
@@ -142,13 +144,14 @@ class SAETrainer:
         self.device = sae.W_enc.device
         self.world = world if world is not None else World(self.device)
         self.step_count = 0
-        fused = self.device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.peak_lr, fused=fused)
+        self.optimizer = UnitRowAdam(sae, config.peak_lr)
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)
         self.dead = torch.zeros(0, dtype=torch.int64, device=self.device)
         self._loss = "fvu" if config.loss == "fvu" or (config.loss == "auto" and sae.architecture != "relu") else "mse"
         bf16 = config.autocast == "bfloat16" or (config.autocast == "auto" and self.device.type == "cuda")
         self._autocast = (lambda: torch.autocast(self.device.type, torch.bfloat16)) if bf16 else nullcontext
+        # gradients are summed over processes, and cast under autocast, as dense tensors
+        self._sparse = sae.architecture == "topk" and not bf16 and self.world.size == 1 and in_one_pass(sae.W_enc)
 
     def step(self, x: Tensor) -> Tensor:
         """One optimisation step on this process's rows x (B, d_in).
@@ -160,13 +163,14 @@ class SAETrainer:
         if self.step_count % config.sync_every == 0:
             self.dead = (self.tokens_since_fired > config.dead_after).nonzero().flatten()
         x = x.to(self.device, sae.W_enc.dtype, non_blocking=True)
-        sae.renormalize_decoder_()
+        if self.step_count == 0:
+            sae.renormalize_decoder_()
         stats = sae_loss.batch_stats(x, world)
         aux = x.new_zeros(())
         with self._autocast():
-            out = sae_loss.forward(sae, x, world)
+            out = sae_loss.forward(sae, x, world, self._sparse)
             if sae.architecture != "relu" and config.auxk_coefficient and len(self.dead):
-                aux = sae_loss.auxk(sae, x, out, stats, self.dead)
+                aux = sae_loss.auxk(sae, x, out, stats, self.dead, self._sparse)
         fvu = sae_loss.fvu(x, out.x_hat, stats)
         loss = fvu if self._loss == "fvu" else sae_loss.scaled_mse(x, out.x_hat, stats)
         if sae.architecture == "relu":
@@ -187,10 +191,14 @@ class SAETrainer:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+            elif parameter.grad.is_sparse and self.config.auxk_coefficient and len(self.dead):
+                # the rows of the batch and those of the dead features
+                parameter.grad = parameter.grad.coalesce()
             self.world.sum_(parameter.grad)
         if self.config.grad_clip is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
-        self.sae.remove_parallel_gradient_()
+            grads = [p.grad._values() if p.grad.is_sparse else p.grad for p in parameters]
+            scale = self.config.grad_clip / (torch.nn.utils.get_total_norm(grads) + 1e-6)
+            torch._foreach_mul_(grads, scale.clamp(max=1.0))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

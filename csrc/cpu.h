@@ -47,6 +47,8 @@ std::tuple<Tensor, Tensor, Tensor> drrho_sums(Tensor rows, Tensor cols, Tensor d
 std::tuple<Tensor, Tensor, Tensor> drrho_grad(Tensor rows, Tensor cols, Tensor diag, Tensor scale, int64_t offset,
                                               Tensor row_u, Tensor col_u, Tensor own, Tensor kept, int64_t width,
                                               bool need_rows, bool need_cols);
+void adam_rows(Tensor w, Tensor m, Tensor v, Tensor step, Tensor grad, std::optional<Tensor> features, bool unit,
+               double lr, double beta1, double beta2, double eps);
 int64_t isa_level();
 
 // A (value, column) pair as one key: the greater key has the larger value or, at equal values, the lower column.
@@ -153,6 +155,15 @@ struct ScreenColumns {
   int32_t offset[64];
 };
 
+// Rows of W, up to this many at a time, whose products with many rows of x are computed from the first-level cache.
+constexpr int kDotColumns = 8;
+
+// Adam at one step: lr over the first bias correction, 1 - beta1, beta2, 1 - beta2, root of the second correction, eps.
+template <class V>
+struct AdamStep {
+  V lr, rate1, beta2, rate2, scale, eps;
+};
+
 // One implementation of the inner loops per instruction set, all with the same selections.
 struct Kernels {
   int64_t level;
@@ -195,6 +206,9 @@ struct Kernels {
                           float scale, int64_t n);
   double (*pair_weights64)(const double* S, double* P, double row_diag, double row_u, const double* diag,
                            const double* u, double scale, int64_t n);
+  // Adam's rule on weights, both moments and gradient (null: zeros) of a row.
+  void (*adam32)(float* p, float* m, float* v, const float* g, const AdamStep<float>& at, int64_t n);
+  void (*adam64)(double* p, double* m, double* v, const double* g, const AdamStep<double>& at, int64_t n);
   // c[i] = a[i] (k numbers) @ b (k rows of block_bytes, `stride` numbers apart), for 1 to kBlockRows rows.
   int64_t block_bytes;
   void (*block32)(const float* const* a, const float* b, int64_t stride, int64_t k, int rows, float* const* c);
@@ -210,7 +224,8 @@ struct Kernels {
   // int8 screening (screen.h), or null.
   void (*quantise)(const float* v, const float* scale, int64_t d, int64_t width, int8_t* digit, Digits& row);
   void (*screen)(const uint8_t* const* x, const ScreenRow* row, const int8_t* w, const ScreenColumns& column,
-                 int64_t quads, uint64_t* pass);
+                 int64_t quads, const char* next, int64_t lines, uint64_t* pass);
+  void (*dots)(const float* const* x, const float* w, int64_t d, int64_t columns, float (*out)[kDotColumns]);
 
   void filter(const float* v, const float* b, int64_t n, uint32_t first, Candidates<float>& row) const {
     filter32(v, b, n, first, row);
@@ -275,6 +290,12 @@ struct Kernels {
   float weights(float* log_w, float peak, float floor, int64_t n) const { return weights32(log_w, peak, floor, n); }
   double weights(double* log_w, double peak, double floor, int64_t n) const {
     return weights64(log_w, peak, floor, n);
+  }
+  void adam(float* p, float* m, float* v, const float* g, const AdamStep<float>& at, int64_t n) const {
+    adam32(p, m, v, g, at, n);
+  }
+  void adam(double* p, double* m, double* v, const double* g, const AdamStep<double>& at, int64_t n) const {
+    adam64(p, m, v, g, at, n);
   }
   void pack(const float* u, int64_t stride, int64_t columns, int64_t k, float* out) const {
     pack32(u, stride, columns, k, out);

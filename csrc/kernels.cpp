@@ -1,5 +1,5 @@
-// Builds kernels.h, weights.h, pairs.h, blocks.h and screen.h for each instruction set and picks one when the library
-// is first used.
+// Builds kernels.h, weights.h, pairs.h, adam.h, blocks.h and screen.h for each instruction set and picks one when the
+// library is first used.
 #include "cpu.h"
 
 #include <cstdlib>
@@ -16,6 +16,7 @@
 #include "kernels.h"
 #include "weights.h"
 #include "pairs.h"
+#include "adam.h"
 #undef CLIPSTEER_LEVEL
 #undef ISA
 #undef TARGET
@@ -27,6 +28,7 @@
 #include "kernels.h"
 #include "weights.h"
 #include "pairs.h"
+#include "adam.h"
 #include "blocks.h"
 #undef CLIPSTEER_LEVEL
 #undef ISA
@@ -38,6 +40,7 @@
 #include "kernels.h"
 #include "weights.h"
 #include "pairs.h"
+#include "adam.h"
 #include "blocks.h"
 #undef CLIPSTEER_LEVEL
 #undef ISA
@@ -53,16 +56,17 @@ namespace {
    isa::dot32, isa::dot64,    isa::distance32, isa::distance64, isa::repel32, isa::repel64,               \
    isa::widen_bf16, isa::widen_f16, isa::narrow_bf16, isa::narrow_f16,                                    \
    isa::log_weights32, isa::log_weights64, isa::weights32, isa::weights64,                                  \
-   isa::maxima32, isa::maxima64, isa::pair_sums32, isa::pair_sums64, isa::pair_weights32, isa::pair_weights64, __VA_ARGS__}
+   isa::maxima32, isa::maxima64, isa::pair_sums32, isa::pair_sums64, isa::pair_weights32, isa::pair_weights64, \
+   isa::adam32, isa::adam64, __VA_ARGS__}
 #define BLOCKS(level, isa)                                                                                  \
   kBlockBytes<level>, isa::block32, isa::block64, isa::strided_block32, isa::strided_block64, isa::pack32, isa::pack64
 
 // Elsewhere torch's GEMM has the better inner loop.
-const Kernels kPortable = TABLE(0, portable, 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr);
+const Kernels kPortable = TABLE(0, portable, 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr);
 #ifdef CLIPSTEER_X86
-const Kernels kAvx2 = TABLE(1, avx2, BLOCKS(1, avx2), nullptr, nullptr);
-const Kernels kAvx512 = TABLE(2, avx512, BLOCKS(2, avx512), nullptr, nullptr);
-const Kernels kVnni = TABLE(2, avx512, BLOCKS(2, avx512), vnni::quantise, vnni::screen);
+const Kernels kAvx2 = TABLE(1, avx2, BLOCKS(1, avx2), nullptr, nullptr, nullptr);
+const Kernels kAvx512 = TABLE(2, avx512, BLOCKS(2, avx512), nullptr, nullptr, nullptr);
+const Kernels kVnni = TABLE(2, avx512, BLOCKS(2, avx512), vnni::quantise, vnni::screen, vnni::dots);
 #endif
 
 const Kernels& choose() {

@@ -5,7 +5,7 @@ STABLE_TORCH_LIBRARY(clipsteer_cpp, m) {
   m.def("topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, int k, bool screen=True) -> (Tensor acts, Tensor indices)");
   m.def(
       "topk_encode_screened(Tensor x, Tensor W_enc, Tensor? b_enc, int k) -> (Tensor acts, Tensor indices, "
-      "Tensor rescored)");
+      "Tensor computed)");
   m.def("topk(Tensor pre, int k) -> (Tensor values, Tensor indices)");
   m.def("sparse_decode(Tensor acts, Tensor indices, Tensor W, Tensor? b) -> Tensor");
   m.def("gather_dot(Tensor rows, Tensor indices, Tensor W) -> Tensor");
@@ -25,6 +25,9 @@ STABLE_TORCH_LIBRARY(clipsteer_cpp, m) {
       "drrho_grad(Tensor rows, Tensor cols, Tensor diag, Tensor scale, SymInt offset, Tensor row_u, Tensor col_u, "
       "Tensor own, Tensor kept, SymInt width, bool need_rows, bool need_cols) "
       "-> (Tensor d_rows, Tensor d_cols, Tensor moment)");
+  m.def(
+      "adam_rows(Tensor(a!) W, Tensor(b!) m, Tensor(c!) v, Tensor step, Tensor grad, Tensor? features, bool unit, "
+      "float lr, float beta1, float beta2, float eps) -> ()");
   m.def("isa_level() -> int");
 }
 
@@ -43,6 +46,7 @@ STABLE_TORCH_LIBRARY_IMPL(clipsteer_cpp, CPU, m) {
   m.impl("mahalanobis_covariance_loss", TORCH_BOX(&clipsteer::mahalanobis_covariance_loss));
   m.impl("drrho_sums", TORCH_BOX(&clipsteer::drrho_sums));
   m.impl("drrho_grad", TORCH_BOX(&clipsteer::drrho_grad));
+  m.impl("adam_rows", TORCH_BOX(&clipsteer::adam_rows));
 }
 
 // No tensor argument to choose a backend by.

@@ -1,5 +1,5 @@
-// int8 screening of a product, for AVX-512 with VNNI: rows as signed bytes with what the rounding cost, and upper
-// bounds of a block of pre-activations. Included once by kernels.cpp; topk_screen.cpp derives the bound.
+// int8 screening of a product, for AVX-512 with VNNI: rows as signed bytes with what the rounding cost, upper bounds of
+// a block of pre-activations, and blocks computed whole. Included by kernels.cpp; topk_screen.cpp derives the bound.
 #pragma once
 
 namespace clipsteer::vnni {
@@ -42,11 +42,13 @@ VNNI void quantise(const float* v, const float* scale, int64_t d, int64_t width,
   row.usable = zero || (peak >= Digits::kLeast && peak <= Digits::kMost && row.norm <= Digits::kMost * Digits::kMost);
 }
 
-// pass[i]: a bit for each of 64 columns whose pre-activation in row i may exceed the row's bound (NaN: may).
+// pass[i]: a bit for each of 64 columns whose pre-activation in row i may exceed the row's bound (NaN: may). Meanwhile
+// `lines` cache lines from `next` on are fetched.
 VNNI void screen(const uint8_t* const* x, const ScreenRow* row, const int8_t* w, const ScreenColumns& column,
-                 int64_t quads, uint64_t* pass) {
+                 int64_t quads, const char* next, int64_t lines, uint64_t* pass) {
   __m512i sum[kBlockRows][4] = {};
   for (int64_t q = 0; q < quads; ++q, w += 256) {
+    if (q < lines) __builtin_prefetch(next + 64 * q, 0, 2);
     const __m512i right[4] = {_mm512_loadu_si512(w), _mm512_loadu_si512(w + 64), _mm512_loadu_si512(w + 128),
                               _mm512_loadu_si512(w + 192)};
 #pragma GCC unroll 6
@@ -78,6 +80,56 @@ VNNI void screen(const uint8_t* const* x, const ScreenRow* row, const int8_t* w,
       const __m512 scale = _mm512_mul_ps(step, _mm512_loadu_ps(column.step + 16 * v));
       upper = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scale, upper);
       pass[i] |= uint64_t(_mm512_cmp_ps_mask(upper, bound, _CMP_NLE_UQ)) << (16 * v);
+    }
+  }
+}
+
+VNNI static inline void add_products(const float* const* x, const float* const* w, int64_t at, __mmask16 lane,
+                                     __m512 (*sum)[2]) {
+  // The empty statements make the compiler load each vector once, not for each of its products.
+  __m512 right[2];
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j) {
+    right[j] = _mm512_maskz_loadu_ps(lane, w[j] + at);
+    __asm__("" : "+v"(right[j]));
+  }
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) {
+    __m512 left = _mm512_maskz_loadu_ps(lane, x[i] + at);
+    __asm__("" : "+v"(left));
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) sum[i][j] = _mm512_fmadd_ps(left, right[j], sum[i][j]);
+  }
+}
+
+// out[i][c] = x[i] . w[c], to the bit what dot32 (kernels.h) makes of it: three rows by two columns at a time.
+VNNI void dots(const float* const* x, const float* w, int64_t d, int64_t columns, float (*out)[kDotColumns]) {
+  for (int64_t c = 0; c < columns; c += 2) {
+    const float* right[2] = {w + c * d, w + std::min(c + 1, columns - 1) * d};
+    __m512 sum[4][3][2] = {};
+    int64_t at = 0;
+    for (; at + 64 <= d; at += 64) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) add_products(x, right, at + 16 * v, 0xffff, sum[v]);
+    }
+    if (at < d) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
+        const int64_t left = std::clamp<int64_t>(d - at - 16 * v, 0, 16);
+        add_products(x, right, at + 16 * v, __mmask16((1u << left) - 1), sum[v]);
+      }
+    }
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        const __m512 low = _mm512_add_ps(sum[0][i][j], sum[2][i][j]), high = _mm512_add_ps(sum[1][i][j], sum[3][i][j]);
+        const __m512 both = _mm512_add_ps(low, high);
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(both), _mm512_extractf32x8_ps(both, 1));
+        __m128 last = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+        last = _mm_add_ps(last, _mm_movehl_ps(last, last));
+        out[i][std::min(c + j, columns - 1)] = _mm_cvtss_f32(_mm_add_ss(last, _mm_movehdup_ps(last)));
+      }
     }
   }
 }

@@ -9,7 +9,6 @@ using torch::stable::parallel_for;
 
 constexpr int64_t kPanelColumns = 512;
 constexpr int64_t kMaxBlockRows = 256;
-constexpr int64_t kScratchBytes = int64_t(40) << 20;
 
 template <class T>
 void encode(const T* x, const T* w, const T* b, int64_t rows, int64_t n, int64_t d, int64_t k, T* acts,
@@ -111,11 +110,6 @@ void check_k(const char* op, int64_t k, int64_t n) {
 
 }  // namespace
 
-void encode_panels(const float* x, const float* w, const float* b, int64_t rows, int64_t n, int64_t d, int64_t k,
-                   float* acts, int64_t* indices) {
-  encode<float>(x, w, b, rows, n, d, k, acts, indices);
-}
-
 std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k, bool screen) {
   const char* op = "topk_encode";
   check_dim(op, "x", x, 2);
@@ -142,7 +136,7 @@ std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor w_enc, std::optional<Ten
   return {acts, indices};
 }
 
-// For tests and measurements: screened at any size. How many columns of each row were rescored, or -1 where it gave up.
+// For tests and measurements: screened at any size, and how many columns of each row were computed in float32.
 std::tuple<Tensor, Tensor, Tensor> topk_encode_screened(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc,
                                                         int64_t k) {
   const char* op = "topk_encode_screened";
@@ -157,12 +151,12 @@ std::tuple<Tensor, Tensor, Tensor> topk_encode_screened(Tensor x, Tensor w_enc, 
   require(k > 0, op, "expected k > 0");
   require(0 < d && d <= kScreenMaxDim, op, "expected 0 < d_in <= 8192, got " + std::to_string(d));
   auto [acts, indices] = outputs(x, rows, k);
-  Tensor rescored = torch::stable::new_empty(x, {&rows, 1}, ScalarType::Long);
+  Tensor computed = torch::stable::new_empty(x, {&rows, 1}, ScalarType::Long);
   if (rows) {
     screened(data<float>(x), data<float>(w_enc), b_enc ? data<float>(*b_enc) : nullptr, rows, n, d, k,
-             data<float>(acts), data<int64_t>(indices), data<int64_t>(rescored));
+             data<float>(acts), data<int64_t>(indices), data<int64_t>(computed));
   }
-  return {acts, indices, rescored};
+  return {acts, indices, computed};
 }
 
 std::tuple<Tensor, Tensor> topk(Tensor pre, int64_t k) {

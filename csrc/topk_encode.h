@@ -6,15 +6,12 @@
 namespace clipsteer {
 
 constexpr int64_t kScreenMaxDim = 8192;
+constexpr int64_t kScratchBytes = int64_t(40) << 20;
 
-// All of x by panels of float32 products (topk_encode.cpp).
-void encode_panels(const float* x, const float* w, const float* b, int64_t rows, int64_t n, int64_t d, int64_t k,
-                   float* acts, int64_t* indices);
-
-// The same, screened in int8 first (topk_screen.cpp). `rescored`, if any, gets how many columns of each row were
-// computed in float32, or -1 where the row was left to encode_panels.
+// Encodes with int8 screening (topk_screen.cpp). `computed`, if any, gets how many columns of each row were computed in
+// float32.
 void screened(const float* x, const float* w, const float* b, int64_t rows, int64_t n, int64_t d, int64_t k,
-              float* acts, int64_t* indices, int64_t* rescored);
+              float* acts, int64_t* indices, int64_t* computed);
 
 // Writes the k greatest of `count` keys in order; a row with a NaN has NaN values and the first k indices.
 template <class T, class V>

@@ -31,20 +31,19 @@ void level(const float* x, int64_t rows, const float* w, int64_t n, int64_t d, f
 // The k greatest keys seen, as a heap whose root is the least of them.
 struct Greatest {
   Key32* keys;
-  int64_t count, k, rescored;
-  bool failed;
+  int64_t count, k, computed;
+  bool whole;  // screening has ceased to pay
+  bool nan;
 
-  void take(Key32 key) {
-    if (count < k) {
-      keys[count++] = key;
-      if (count == k) std::make_heap(keys, keys + k, std::greater<>());
-    } else if (key > keys[0]) {
-      std::pop_heap(keys, keys + k, std::greater<>());
-      keys[k - 1] = key;
-      std::push_heap(keys, keys + k, std::greater<>());
-    }
+  bool full() const { return count == k; }
+  void take(float value, int64_t column) {
+    ++computed;
+    if (full() && value <= keys[0].value()) return;  // columns ascend: one that equals the k-th value has lost its tie
+    nan |= value != value;
+    if (full()) std::pop_heap(keys, keys + count--, std::greater<>());
+    keys[count++] = Key32::make(value, uint32_t(column));
+    std::push_heap(keys, keys + count, std::greater<>());
   }
-  float bound() const { return count < k ? std::numeric_limits<float>::quiet_NaN() : keys[0].value(); }
 };
 
 // The same result from fewer float32 products. With x' = x * s and w' = w / s, s powers of two, and x' = x^ + r,
@@ -55,8 +54,10 @@ struct Greatest {
 // 30 u (|x'| |w'| + |b|). Elements are at most 2^24 and the largest of a row at least 2^-24 (other rows are not
 // screened), |log2 s| <= 12 and d <= 8192. So norms are good to 2^-10, and underflow, even if denormal numbers are read
 // as zero, is below d 2^-89, against d 2^-71 of the second term. Hence rounding() and kWiden.
-// Columns come in ascending order: one whose upper bound equals the k-th value has lost its tie.
-constexpr float kWiden = 1 + 1.0f / 256;
+// Columns come in ascending order: one whose upper bound equals the k-th value has lost its tie. A column that is not
+// screened always passes, so that no NaN is missed. Every float32 product is summed in one order, that of dot32, so the
+// result does not depend on what was ruled out, nor on threads or the other rows.
+constexpr float kWiden = 1 + 1.0f / 256, kBiasMargin = 1.0f / (1 << 18);
 constexpr int64_t kScreenRows = 512;
 
 float rounding(int64_t d) { return float(2 * d + 64) / (1 << 24); }
@@ -64,11 +65,12 @@ float rounding(int64_t d) { return float(2 * d + 64) / (1 << 24); }
 }  // namespace
 
 void screened(const float* x, const float* w, const float* b, int64_t rows, int64_t n, int64_t d, int64_t k,
-              float* acts, int64_t* indices, int64_t* rescored) {
+              float* acts, int64_t* indices, int64_t* computed) {
   const Kernels& isa = kernels();
   const int64_t quads = (d + 3) / 4, width = 4 * quads, panels = (n + 63) / 64;
   const int64_t slots = std::min<int64_t>(torch::stable::get_num_threads(), panels);
-  const int64_t block = std::min(rows, kScreenRows);
+  const int64_t room = kScratchBytes / (slots * k * int64_t(sizeof(Key32)));
+  const int64_t block = std::min({rows, kScreenRows, std::max<int64_t>(room, 64)});
   std::vector<float> scale_x(d), scale_w(d), wide(k);
   Buffer<uint8_t> codes(block * width);
   Buffer<int8_t> packed(slots * 64 * width), flat(slots * 64 * width);
@@ -77,7 +79,6 @@ void screened(const float* x, const float* w, const float* b, int64_t rows, int6
   std::unique_ptr<Key32[]> keys(new Key32[slots * block * k]);
   std::vector<Greatest> state(slots * block);
   std::vector<Key32> merged;
-  std::vector<int64_t> left;  // the rows of a block that go to encode_panels
 
   for (int64_t r0 = 0; r0 < rows; r0 += block) {
     const int64_t count = std::min(block, rows - r0);
@@ -92,88 +93,92 @@ void screened(const float* x, const float* w, const float* b, int64_t rows, int6
       bounds[r] = {row.step, (row.error + rounding(d) * row.norm) * kWiden, (row.norm + row.error) * kWiden, 0};
     }
     parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
+      std::vector<int64_t> some, whole;  // the rows whose columns are screened, and those computed whole
       for (int64_t s = begin; s < end; ++s) {
         int8_t *bytes = flat.get() + s * 64 * width, *panel = packed.get() + s * 64 * width;
         Greatest* slot = state.data() + s * block;
-        std::vector<ScreenRow> limits(bounds.begin(), bounds.begin() + count);
-        for (int64_t r = 0; r < count; ++r) {
-          slot[r] = {keys.get() + (s * block + r) * k, 0, k, 0, !usable[r]};
-          limits[r].bound = slot[r].bound();
-        }
-        const int64_t start = panels * s / slots;
-        for (int64_t p = start; p < panels * (s + 1) / slots; ++p) {
+        for (int64_t r = 0; r < count; ++r) slot[r] = {keys.get() + (s * block + r) * k, 0, k, 0, !usable[r], false};
+        const int64_t start = panels * s / slots, end_of_slot = panels * (s + 1) / slots;
+        for (int64_t p = start; p < end_of_slot; ++p) {
           const int64_t first = p * 64, columns = std::min<int64_t>(64, n - first);
-          if (std::all_of(slot, slot + count, [](const Greatest& g) { return g.failed; })) break;
+          some.clear();
+          whole.clear();
+          for (int64_t r = 0; r < count; ++r) {
+            if (!slot[r].nan) (slot[r].whole || !slot[r].full() ? whole : some).push_back(r);
+          }
+          for (int64_t c0 = 0; c0 < columns && !whole.empty(); c0 += kDotColumns) {
+            const int64_t begun = first + c0, few = std::min<int64_t>(kDotColumns, columns - c0);
+            for (size_t at = 0; at < whole.size(); at += 3) {
+              const float* lines[3];
+              float value[3][kDotColumns];
+              for (size_t i = 0; i < 3; ++i) lines[i] = input + whole[std::min(at + i, whole.size() - 1)] * d;
+              isa.dots(lines, w + begun * d, d, few, value);
+              for (size_t i = 0; i < 3 && at + i < whole.size(); ++i) {
+                for (int64_t c = 0; c < few; ++c) {
+                  slot[whole[at + i]].take(value[i][c] + (b ? b[begun + c] : 0), begun + c);
+                }
+              }
+            }
+          }
+          if (some.empty()) continue;
           ScreenColumns column = {};
           for (int64_t c = 0; c < columns; ++c) {
             Digits row;
             isa.quantise(w + (first + c) * d, scale_w.data(), d, width, bytes + c * width, row);
             column.step[c] = row.usable ? row.step : 0;
-            column.norm[c] = row.usable ? row.norm * kWiden : std::numeric_limits<float>::infinity();
+            column.norm[c] = row.usable ? row.norm * kWiden : std::numeric_limits<float>::quiet_NaN();
             column.error[c] = row.usable ? row.error * kWiden : 0;
-            column.base[c] = b ? b[first + c] + std::abs(b[first + c]) / (1 << 18) : 0;
+            const float bias = b ? b[first + c] : 0;
+            column.base[c] = bias * (1 + (bias > 0 ? kBiasMargin : -kBiasMargin));
             column.offset[c] = -128 * row.sum;
           }
           isa.pack32(reinterpret_cast<const float*>(bytes), quads, columns, quads, reinterpret_cast<float*>(panel));
           const uint64_t inside = columns == 64 ? ~uint64_t(0) : (uint64_t(1) << columns) - 1;
-          // Rescoring more than this would cost more than the panels of float32 do.
+          // Computing more than this one by one costs more than computing the row whole.
           const int64_t most = 16 * k + 512 + (p - start + 1) * 64 / 16;
-          for (int64_t r = 0; r < count; r += kBlockRows) {
+          // The next rows of W come from memory meanwhile, a share with every block.
+          const char* next = reinterpret_cast<const char*>(w + (first + columns) * d);
+          const int64_t coming = p + 1 < end_of_slot ? std::min<int64_t>(64, n - first - columns) * d / 16 : 0;
+          const int64_t blocks = (int64_t(some.size()) + kBlockRows - 1) / kBlockRows;
+          const int64_t share = (coming + blocks - 1) / blocks;
+          for (size_t at = 0; at < some.size(); at += kBlockRows) {
             const uint8_t* lines[kBlockRows];
             ScreenRow few[kBlockRows];
             uint64_t pass[kBlockRows];
-            for (int i = 0; i < kBlockRows; ++i) {
-              const int64_t at = std::min(r + i, count - 1);
-              lines[i] = codes.get() + at * width;
-              few[i] = limits[at];
+            for (size_t i = 0; i < kBlockRows; ++i) {
+              const int64_t r = some[std::min(at + i, some.size() - 1)];
+              lines[i] = codes.get() + r * width;
+              few[i] = bounds[r];
+              few[i].bound = slot[r].keys[0].value();
             }
-            isa.screen(lines, few, panel, column, quads, pass);
-            for (int64_t i = r; i < std::min(r + kBlockRows, count); ++i) {
-              Greatest& row = slot[i];
-              if (row.failed) continue;
-              for (uint64_t bits = pass[i - r] & inside; bits; bits &= bits - 1) {
+            isa.screen(lines, few, panel, column, quads, next, share, pass);
+            next += 64 * share;
+            for (size_t i = 0; i < kBlockRows && at + i < some.size(); ++i) {
+              const int64_t r = some[at + i];
+              for (uint64_t bits = pass[i] & inside; bits; bits &= bits - 1) {
                 const int64_t c = first + __builtin_ctzll(bits);
-                const float dot = isa.dot(input + i * d, w + c * d, nullptr, d), value = b ? dot + b[c] : dot;
-                // What overflows may do so in one order of summation only.
-                if (!(std::abs(value) <= std::numeric_limits<float>::max())) row.failed = true;
-                row.take(Key32::make(value, uint32_t(c)));
-                ++row.rescored;
+                const float dot = isa.dot(input + r * d, w + c * d, nullptr, d);
+                slot[r].take(dot + (b ? b[c] : 0), c);
               }
-              row.failed |= row.rescored > most;
-              limits[i].bound = row.bound();
+              slot[r].whole = slot[r].computed > most;
             }
           }
         }
       }
     });
-    left.clear();
     for (int64_t r = 0; r < count; ++r) {
-      bool failed = false;
+      bool nan = false;
       int64_t work = 0;
       merged.clear();
       for (int64_t s = 0; s < slots; ++s) {
         const Greatest& found = state[s * block + r];
         merged.insert(merged.end(), found.keys, found.keys + found.count);
-        failed |= found.failed;
-        work += found.rescored;
+        nan |= found.nan;
+        work += found.computed;
       }
-      if (rescored) rescored[r0 + r] = failed ? -1 : work;
-      if (failed) {
-        left.push_back(r);
-      } else {
-        select<float, float>(merged.data(), merged.size(), k, false, true, wide.data(), acts + (r0 + r) * k,
-                             indices + (r0 + r) * k);
-      }
-    }
-    if (left.empty()) continue;
-    const int64_t some = left.size();
-    Buffer<float> gathered(some * d), values(some * k);
-    std::unique_ptr<int64_t[]> places(new int64_t[some * k]);
-    for (int64_t i = 0; i < some; ++i) std::copy_n(input + left[i] * d, d, gathered.get() + i * d);
-    encode_panels(gathered.get(), w, b, some, n, d, k, values.get(), places.get());
-    for (int64_t i = 0; i < some; ++i) {
-      std::copy_n(values.get() + i * k, k, acts + (r0 + left[i]) * k);
-      std::copy_n(places.get() + i * k, k, indices + (r0 + left[i]) * k);
+      if (computed) computed[r0 + r] = work;
+      select<float, float>(merged.data(), merged.size(), k, nan, true, wide.data(), acts + (r0 + r) * k,
+                           indices + (r0 + r) * k);
     }
   }
 }

@@ -23,7 +23,8 @@ def on_device(t: torch.Tensor):
     """Context in which a launch goes to ``t``'s device; nothing to do on the CPU (interpreter)."""
     if t.device.type == "cpu":
         return nullcontext()
-    return getattr(torch, t.device.type).device(t.device)
+    devices = getattr(torch, t.device.type)
+    return nullcontext() if devices.current_device() == t.get_device() else devices.device(t.device)
 
 
 @functools.lru_cache(None)
@@ -51,6 +52,24 @@ def copied_by_tma(*matrices: torch.Tensor) -> bool:
 def tiles(matrix: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
     """A contiguous matrix as a descriptor of tiles (rows, cols)."""
     return TensorDescriptor.from_tensor(matrix, [rows, cols])
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """total + a b in float32, by torch; a and b are float32 or halves of it."""
+    if a.dtype == torch.float32:
+        return torch.addmm(total, a, b)
+    if torch.version.hip is not None:
+        return torch.addmm(total, a.float(), b.float())
+    return torch.addmm(total, a, b, out_dtype=torch.float32)
+
+
+@triton.jit
+def halved(x):
+    """float32 as the sum of two bfloat16, but for 2^-16 of it."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    # an infinity is all in its first half
+    return high, tl.where(tl.abs(high.to(tl.float32)) < float("inf"), rest, 0.0).to(tl.bfloat16)
 
 
 def next_power_of_2(n: int) -> int:

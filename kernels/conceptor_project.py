@@ -187,6 +187,8 @@ def _low_rank_project_kernel(
                 x = x.to(tl.float32) - tl.load(mean_ptr + g * d + j, mask=j < d, other=0.0).to(tl.float32)[None, :]
             inner = _dot(x, u, inner, SPLIT_X, PRECISION)
         inner *= tl.load(s_ptr + g * r + i, mask=i < r, other=0.0).to(tl.float32)[None, :]
+        # an infinity of x times the padding's zeros is no number, and would meet them again
+        inner = tl.where((i < r)[None, :], inner, 0.0)
         for start in range(0, d, BLOCK_D):
             j = start + tl.arange(0, BLOCK_D)
             u = tl.load(

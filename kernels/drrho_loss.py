@@ -1,9 +1,9 @@
 """The DRRho loss: a tile of similarities is computed where it is needed, for both sides at once, and never stored.
 
-Each program of the first sweep leaves the log-sums of its tile's rows and columns, N / BLOCK numbers for each row,
-merged in a fixed order. The second sweep writes the weights of a chunk of rows (at most CHUNK numbers, or 128 rows),
-whose two products follow: no atomics, so that results repeat bit for bit. Halves take the tensor cores with weights as
-sums of two bfloat16 each, which loses 2^-16 of them.
+Each program of the first sweep leaves the log-sums of its tile's rows and columns, which torch merges. The second sweep
+writes the weights of a chunk of rows (at most CHUNK numbers, or 128 rows), by which torch multiplies the features. No
+atomics, so that results repeat bit for bit. Halves take the tensor cores with weights as sums of two bfloat16 each,
+which loses 2^-16 of them.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, copied_by_tma, interpreted, on_device, tiles
+from ._launch import add_product, cdiv, copied_by_tma, halved, interpreted, on_device, tiles
 from ._precision import tf32_allowed
-from .semantic_drift import _halved
 
-CHUNK = 2**24
+CHUNK = 2**25
+SUM_ROWS = 2**14
 
 
 @triton.jit
@@ -68,17 +68,12 @@ def _drrho_sums_kernel(
     tl.store(col_lse_ptr + tl.program_id(0).to(tl.int64) * N + n, lse, mask=n < N)
 
 
-@triton.jit(do_not_specialize=["M", "N", "offset"])
-def _drrho_weights_kernel(
-    rows_ptr, cols_ptr, diag_ptr, scale_ptr, row_u_ptr, col_u_ptr, own_ptr, weight_ptr, moment_ptr,
-    M, N, D, stride, offset,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+@triton.jit
+def _weights(
+    S, m, n, scale, diag_ptr, row_u_ptr, col_u_ptr, own_ptr, weight_ptr, rest_ptr, M, N, stride, offset,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    S = _similarities(rows_ptr, cols_ptr, m, n, M, N, D, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
-    scale = tl.load(scale_ptr)
+    """Writes the weights of a part of a tile; returns what they make of t."""
     inside = (m < M)[:, None] & (n < N)[None, :]
     partner = m[:, None] + offset == n[None, :]
     t = (S - tl.load(diag_ptr + offset + m, mask=m < M, other=0.0)[:, None]) * scale
@@ -89,64 +84,47 @@ def _drrho_weights_kernel(
     w += other
     moment = tl.where(inside & (partner == 0), moment + other * t, 0.0)
     w = tl.where(partner, tl.load(own_ptr + m, mask=m < M, other=0.0)[:, None], w)
-    tl.store(weight_ptr + m.to(tl.int64)[:, None] * stride + n[None, :], w, mask=inside)
-    at = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(moment_ptr + at, tl.sum(tl.sum(moment, axis=1), axis=0))
+    place = m.to(tl.int64)[:, None] * stride + n[None, :]
+    if SPLIT:
+        w, rest = halved(w)
+        tl.store(rest_ptr + place, rest, mask=inside)
+    tl.store(weight_ptr + place, w, mask=inside)
+    return tl.sum(tl.sum(moment, axis=1), axis=0)
 
 
-@triton.jit(do_not_specialize=["M", "K"])
-def _drrho_product_kernel(
-    weight_ptr, x_ptr, out_ptr, M, K, width, x_row, weight_row, weight_col,
-    ADD: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+@triton.jit(do_not_specialize=["M", "N", "offset"])
+def _drrho_weights_kernel(
+    rows_ptr, cols_ptr, diag_ptr, scale_ptr, row_u_ptr, col_u_ptr, own_ptr, weight_ptr, rest_ptr, moment_ptr,
+    M, N, D, stride, offset,
+    SPLIT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out (M, width) = or += weights (M, K), of any strides, times x (K, width ...)."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    j = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = (m < M)[:, None] & (j < width)[None, :]
-    at = out_ptr + m.to(tl.int64)[:, None] * width + j[None, :]
-    total = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        place = m.to(tl.int64)[:, None] * weight_row + k.to(tl.int64)[None, :] * weight_col
-        w = tl.load(weight_ptr + place, mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
-        x = tl.load(
-            x_ptr + k.to(tl.int64)[:, None] * x_row + j[None, :],
-            mask=(k < K)[:, None] & (j < width)[None, :],
-            other=0.0,
-        )
-        if SPLIT:
-            high, low = _halved(w)
-            if x_ptr.dtype.element_ty == tl.float16:
-                x_high, x_low = _halved(x.to(tl.float32))
-                total = tl.dot(low, x_high, tl.dot(high, x_low, total))
-                total = tl.dot(high, x_high, total)
-            else:
-                total = tl.dot(high, x, tl.dot(low, x, total))
-        else:
-            total = tl.dot(w, x, total, input_precision=PRECISION)
-    if ADD:
-        total += tl.load(at, mask=inside, other=0.0)
-    tl.store(at, total, mask=inside)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    S = _similarities(rows_ptr, cols_ptr, m, n, M, N, D, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+    scale = tl.load(scale_ptr)
+    # one half of the columns after the other, as the registers do not hold all that both need
+    low, high = tl.split(tl.permute(tl.reshape(S, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+    moment = _weights(
+        low, m, n, scale, diag_ptr, row_u_ptr, col_u_ptr, own_ptr, weight_ptr, rest_ptr, M, N, stride, offset, SPLIT
+    )
+    n += BLOCK_N // 2
+    moment += _weights(
+        high, m, n, scale, diag_ptr, row_u_ptr, col_u_ptr, own_ptr, weight_ptr, rest_ptr, M, N, stride, offset, SPLIT
+    )
+    at = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(moment_ptr + at, moment)
 
 
-def tile_config(dtype: torch.dtype) -> dict[str, int]:
-    """Of similarities, whose tile is reduced both ways in registers."""
+def tile_config(dtype: torch.dtype, weights: bool = False) -> dict[str, int]:
+    """Of similarities, whose tile is reduced both ways or made into weights in registers."""
     if interpreted(_drrho_sums_kernel):
         return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 128}
     if dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
     hip = torch.version.hip is not None
     return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 32 if hip else 64, "num_warps": 8, "num_stages": 2 if hip else 3}
-
-
-def product_config(dtype: torch.dtype) -> dict[str, int]:
-    """Weights are halved in registers, which bounds the tile; fp32 runs on plain FMAs, in smaller steps."""
-    if interpreted(_drrho_product_kernel):
-        return {"BLOCK_M": 128, "BLOCK_K": 128, "BLOCK_D": 128}
-    if dtype == torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_K": 16, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 64, "BLOCK_K": 32, "BLOCK_D": 128, "num_warps": 4, "num_stages": 2}
 
 
 def _options(rows: torch.Tensor, cols: torch.Tensor) -> dict[str, object]:
@@ -173,15 +151,36 @@ def drrho_sums(
     rows, cols = _wide_in_interpreter(rows, cols)
     (M, D), N = rows.shape, cols.shape[0]
     config = _options(rows, cols)
-    grid = (cdiv(M, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"]))
-    row_lse, col_lse = diag.new_empty(grid[1], M), diag.new_empty(grid[0], N)
-    if M > 0:
-        with on_device(rows):
+    row_lse, col_lse = diag.new_empty(M), diag.new_full((N,), -torch.inf)
+    with on_device(rows):
+        for start in range(0, M, SUM_ROWS):
+            some = rows[start : start + SUM_ROWS]
+            m = some.shape[0]
+            grid = (cdiv(m, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"]))
+            by_row, by_col = diag.new_empty(grid[1], m), diag.new_empty(grid[0], N)
             _drrho_sums_kernel[grid](
-                *_operands(rows, cols, config), diag, scale, row_lse, col_lse, M, N, D, offset, **config
+                *_operands(some, cols, config), diag, scale, by_row, by_col, m, N, D, offset + start, **config
             )
+            torch.logsumexp(by_row, 0, out=row_lse[start : start + m])
+            col_lse = torch.logaddexp(col_lse, by_col.logsumexp(0))
     # nothing is kept, in the shape that says so
-    return row_lse.logsumexp(0), col_lse.logsumexp(0), diag.new_empty(0, (N + 63) // 64 * 64 + 16)
+    return row_lse, col_lse, diag.new_empty(0, (N + 63) // 64 * 64 + 16)
+
+
+def _parts(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What multiplies weights that are bfloat16 or float32: float16 becomes a sum of two bfloat16."""
+    if x.dtype != torch.float16:
+        return (x,)
+    high = x.bfloat16()
+    return high, torch.where(high.isinf(), 0.0, x.float() - high.float()).bfloat16()
+
+
+def _products(total: torch.Tensor, weights: tuple[torch.Tensor, ...], x: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """total + weights x, both sums of parts, the smallest first and the smallest of all left out."""
+    for i, j in ((0, 1), (1, 0), (0, 0)):
+        if i < len(weights) and j < len(x):
+            total = add_product(total, weights[i], x[j])
+    return total
 
 
 def drrho_grad(
@@ -192,32 +191,29 @@ def drrho_grad(
     """-> weights times cols (M, width), their transpose times rows (N, width), the sum of weights times t ()."""
     rows, cols = _wide_in_interpreter(rows, cols)
     (M, D), N = rows.shape, cols.shape[0]
-    d_rows = diag.new_empty(M if need_rows else 0, width)
+    d_rows = diag.new_zeros(M if need_rows else 0, width)
     d_cols = diag.new_zeros(N if need_cols else 0, width)
     moments = [diag.new_zeros(1, dtype=torch.float64)]
-    config, product = _options(rows, cols), product_config(rows.dtype)
-    flags = {"SPLIT": rows.dtype != torch.float32, "PRECISION": config["PRECISION"], **product}
+    split, config = rows.dtype != torch.float32, _options(rows, cols)
     chunk = max(128, CHUNK // N // 128 * 128)
-    stride = cdiv(N, 16) * 16  # whole lines, so that weights are read 16 bytes at a time
-    weights = diag.new_empty(min(M, chunk), stride)
-    tiles = cdiv(width, product["BLOCK_D"])
+    stride = cdiv(N, 16) * 16  # whole lines
+    kind = torch.bfloat16 if split else torch.float32
+    weights = tuple(rows.new_empty(min(M, chunk), stride, dtype=kind) for _ in range(1 + split))
+    x, y = _parts(cols[:, :width]), _parts(rows[:, :width])
     with on_device(rows):
         for start in range(0, M, chunk):
-            some = rows[start : start + chunk]
-            m, at = some.shape[0], slice(start, start + chunk)
+            at = slice(start, min(start + chunk, M))
+            m = at.stop - start
             grid = (cdiv(m, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"]))
             moment = diag.new_empty(grid)
             _drrho_weights_kernel[grid](
-                *_operands(some, cols, config), diag, scale, row_u[at], col_u, own[at], weights, moment,
-                m, N, D, stride, offset + start, **config,
+                *_operands(rows[at], cols, config), diag, scale, row_u[at], col_u, own[at], weights[0], weights[-1],
+                moment, m, N, D, stride, offset + start, SPLIT=split, **config,
             )  # fmt: skip
             moments.append(moment.double().sum().reshape(1))
+            some = tuple(w[:m, :N] for w in weights)
             if need_rows:
-                _drrho_product_kernel[(cdiv(m, product["BLOCK_M"]), tiles)](
-                    weights, cols, d_rows[at], m, N, width, D, stride, 1, ADD=False, **flags
-                )
+                d_rows[at] = _products(d_rows[at], some, x)
             if need_cols:
-                _drrho_product_kernel[(cdiv(N, product["BLOCK_M"]), tiles)](
-                    weights, some, d_cols, N, m, width, D, 1, stride, ADD=True, **flags
-                )
+                d_cols = _products(d_cols, tuple(w.T for w in some), tuple(part[at] for part in y))
     return d_rows, d_cols, torch.cat(moments).sum().float()

@@ -1,9 +1,8 @@
-"""Gaussian sums over rows for every prototype: two products a chunk of rows, with its log-weights between them.
+"""Gaussian sums over rows for every prototype: tiles of log-weights twice, for their peaks and for the weights.
 
-A sum of d numbers for each of many prototypes does not fit on chip, so a chunk's log-weights (BUFFER_BYTES of them)
-pass through a buffer that the second-level cache holds, and are never more. The second product is split over rows when
-there are few prototypes; its parts are added in a fixed order, so that results repeat bit for bit. Halves take the
-tensor cores with weights and movements as sums of two bfloat16 each, which loses 2^-16 of them.
+A sum of d numbers for each of many prototypes does not fit on chip, so a chunk's weights pass through a buffer, and are
+never more (BUFFER_BYTES); torch multiplies them by the movements. Halves take the tensor cores with weights and
+movements as sums of two bfloat16 each, which loses 2^-16 of them.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, copied_by_tma, interpreted, on_device, tiles
+from ._launch import add_product, cdiv, copied_by_tma, halved, interpreted, on_device, tiles
 from ._precision import tf32_allowed
 
-BUFFER_BYTES = 32 << 20
-MAX_PARTS = 16
+BUFFER_BYTES = 64 << 20
+SUM_ROWS = 512
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -36,12 +35,13 @@ def _drift_square_kernel(
 
 
 @triton.jit(do_not_specialize=["N"])
-def _drift_log_weights_kernel(
-    old_ptr, means_ptr, old_square_ptr, mean_square_ptr, scale_ptr, log_w_ptr, highest_ptr, N, C, d,
-    SCALED: tl.constexpr, FAR: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+def _drift_tile_kernel(
+    old_ptr, means_ptr, old_square_ptr, mean_square_ptr, scale_ptr, peak_ptr, column_ptr, w_ptr, rest_ptr,
+    N, C, d, stride,
+    WEIGHTS: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, FAR: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The log-weights of a tile, and the highest of each of its columns."""
+    """The log-weights of a tile: the highest of each column or, with the peaks known, its weights and their sums."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     live = rows < N
@@ -70,98 +70,44 @@ def _drift_log_weights_kernel(
     distance = tl.where((own == FAR) | (square == FAR), 0.0 * (own + square) + FAR, (square + own) - 2.0 * dot)
     distance = tl.where(distance < 0.0, 0.0, tl.where(distance > FAR, FAR, distance))
     log_w = -tl.load(scale_ptr + 1).to(tl.float32) * distance
-    at = log_w_ptr + rows.to(tl.int64)[:, None] * C + cols[None, :]
-    tl.store(at, log_w, mask=live[:, None] & (cols < C)[None, :])
-    highest = tl.max(tl.where(live[:, None], log_w, float("-inf")), axis=0)
-    tl.store(highest_ptr + tl.program_id(0).to(tl.int64) * C + cols, highest, mask=cols < C)
+    if WEIGHTS:
+        peak = tl.load(peak_ptr + cols, mask=cols < C, other=0.0)
+        floor = tl.exp(tl.load(scale_ptr + 2).to(tl.float32) - peak)
+        w = tl.where(live[:, None], tl.exp(log_w - peak[None, :]) + floor[None, :], 0.0)
+        at = rows.to(tl.int64)[:, None] * stride + cols[None, :]
+        inside = live[:, None] & (cols < C)[None, :]
+        column = tl.sum(w, axis=0)
+        if SPLIT:
+            w, rest = halved(w)
+            tl.store(rest_ptr + at, rest, mask=inside)
+        tl.store(w_ptr + at, w, mask=inside)
+    else:
+        column = tl.max(tl.where(live[:, None], log_w, float("-inf")), axis=0)
+    tl.store(column_ptr + tl.program_id(0).to(tl.int64) * C + cols, column, mask=cols < C)
 
 
 @triton.jit
-def _halved(x):
-    high = x.to(tl.bfloat16)
-    rest = x - high.to(tl.float32)
-    # an infinity is all in its first half
-    return high, tl.where(tl.abs(high.to(tl.float32)) < float("inf"), rest, 0.0).to(tl.bfloat16)
+def _drift_change_kernel(old_ptr, new_ptr, change_ptr, rest_ptr, total, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    change = tl.load(new_ptr + at, mask=at < total, other=0.0).to(tl.float32)
+    change -= tl.load(old_ptr + at, mask=at < total, other=0.0).to(tl.float32)
+    if SPLIT:
+        change, rest = halved(change)
+        # an infinity is all in the half that meets weights alone: what a weight's first half left is 0 or of any sign
+        infinite = tl.abs(change.to(tl.float32)) == float("inf")
+        rest = tl.where(infinite, change, rest)
+        change = tl.where(infinite, tl.zeros_like(change), change)
+        tl.store(rest_ptr + at, rest, mask=at < total)
+    tl.store(change_ptr + at, change, mask=at < total)
 
 
-@triton.jit(do_not_specialize=["N", "rows_of_part"])
-def _drift_moved_kernel(
-    old_ptr, new_ptr, log_w_ptr, peak_ptr, scale_ptr, total_ptr, moved_ptr, N, C, d, rows_of_part,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    j = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    part = tl.program_id(2)
-    inside = (cols < C)[:, None] & (j < d)[None, :]
-    peak = tl.load(peak_ptr + cols, mask=cols < C, other=0.0)
-    floor = tl.exp(tl.load(scale_ptr + 2).to(tl.float32) - peak)
-    total = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    moved = tl.zeros((BLOCK_C, BLOCK_D), dtype=tl.float32)
-    first = part * rows_of_part
-    last = tl.minimum(first + rows_of_part, N)
-    for start in range(first, last, BLOCK_N):
-        rows = start + tl.arange(0, BLOCK_N)
-        live = rows < last
-        at = log_w_ptr + rows.to(tl.int64)[None, :] * C + cols[:, None]
-        log_w = tl.load(at, mask=live[None, :] & (cols < C)[:, None], other=float("-inf"))
-        w = tl.where(live[None, :], tl.exp(log_w - peak[:, None]) + floor[:, None], 0.0)  # (BLOCK_C, BLOCK_N)
-        total += tl.sum(w, axis=1)
-        place = rows.to(tl.int64)[:, None] * d + j[None, :]
-        mask = live[:, None] & (j < d)[None, :]
-        change = tl.load(new_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        change -= tl.load(old_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        if SPLIT:
-            w_high, w_low = _halved(w)
-            high, low = _halved(change)
-            moved = tl.dot(w_high, high, tl.dot(w_low, high, tl.dot(w_high, low, moved)))
-        else:
-            moved = tl.dot(w, change, moved, input_precision=PRECISION)
-    tl.store(moved_ptr + part.to(tl.int64) * C * d + cols.to(tl.int64)[:, None] * d + j[None, :], moved, mask=inside)
-    if tl.program_id(1) == 0:
-        tl.store(total_ptr + part * C + cols, total, mask=cols < C)
-
-
-@triton.jit(do_not_specialize=["parts"])
-def _drift_merge_kernel(
-    before_ptr, peak_ptr, part_total_ptr, part_moved_ptr, total_ptr, moved_ptr, C, d, parts,
-    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """total, moved = shrunk to the new peak, and a chunk's parts added in order."""
-    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    j = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = (cols < C)[:, None] & (j < d)[None, :]
-    before = tl.load(before_ptr + cols, mask=cols < C, other=0.0)
-    shrink = tl.exp(before - tl.load(peak_ptr + cols, mask=cols < C, other=0.0))
-    at = cols.to(tl.int64)[:, None] * d + j[None, :]
-    total = tl.load(part_total_ptr + cols, mask=cols < C, other=0.0)
-    moved = tl.load(part_moved_ptr + at, mask=inside, other=0.0)
-    for part in range(1, parts):
-        total += tl.load(part_total_ptr + part * C + cols, mask=cols < C, other=0.0)
-        moved += tl.load(part_moved_ptr + tl.cast(part, tl.int64) * C * d + at, mask=inside, other=0.0)
-    moved += tl.load(moved_ptr + at, mask=inside, other=0.0) * shrink[:, None]
-    tl.store(moved_ptr + at, moved, mask=inside)
-    if tl.program_id(1) == 0:
-        total += tl.load(total_ptr + cols, mask=cols < C, other=0.0) * shrink
-        tl.store(total_ptr + cols, total, mask=cols < C)
-
-
-def log_weights_config(dtype: torch.dtype) -> dict[str, int]:
-    if interpreted(_drift_log_weights_kernel):
+def tile_config(dtype: torch.dtype) -> dict[str, int]:
+    if interpreted(_drift_tile_kernel):
         return {"BLOCK_N": 128, "BLOCK_C": 128, "BLOCK_D": 128}
     if dtype == torch.float32:
         return {"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
     hip = torch.version.hip is not None
     return {"BLOCK_N": 128, "BLOCK_C": 128, "BLOCK_D": 32 if hip else 64, "num_warps": 8, "num_stages": 2 if hip else 3}
-
-
-def moved_config(dtype: torch.dtype) -> dict[str, int]:
-    """Tiles are halved in registers, which bounds them; fp32 runs on plain FMAs, in smaller steps."""
-    if interpreted(_drift_moved_kernel):
-        return {"BLOCK_N": 128, "BLOCK_C": 64, "BLOCK_D": 256}
-    if dtype == torch.float32:
-        return {"BLOCK_N": 16, "BLOCK_C": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_N": 32, "BLOCK_C": 64, "BLOCK_D": 128, "num_warps": 4, "num_stages": 2}
 
 
 def _squares(x: torch.Tensor, scale: torch.Tensor, far: float) -> torch.Tensor:
@@ -177,7 +123,7 @@ def drift_sums(
     old: torch.Tensor, new: torch.Tensor, prototypes: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """old, new (N, d), prototypes (C, d), scale (3,) float64 -> peak (C,), total (C,), moved (C, d), float32."""
-    if old.dtype != torch.float32 and interpreted(_drift_moved_kernel):
+    if old.dtype != torch.float32 and interpreted(_drift_tile_kernel):
         # the interpreter multiplies bf16, which every half's sums take, as raw bits
         return drift_sums(old.float(), new.float(), prototypes.float(), scale)
     (N, d), C = old.shape, prototypes.shape[0]
@@ -191,36 +137,40 @@ def drift_sums(
     # float16 has no room to scale, and needs none: its products do not overflow
     scaled = old.dtype != torch.float16
     means = (prototypes.float() * scale[0].float()).to(old.dtype) if scaled else prototypes
-    first, second = log_weights_config(old.dtype), moved_config(old.dtype)
-    grid = (cdiv(C, second["BLOCK_C"]), cdiv(d, second["BLOCK_D"]))
-    chunk = min(N, max(512, BUFFER_BYTES // (4 * C) // 128 * 128))
-    log_w = torch.empty(chunk, C, **options)
-    highest = torch.empty(cdiv(chunk, first["BLOCK_N"]), C, **options)
-    tma = copied_by_tma(old, means)
+    split, tma, config = old.dtype != torch.float32, copied_by_tma(old, means), tile_config(old.dtype)
+    chunk = min(N, max(SUM_ROWS, BUFFER_BYTES // (4 * C) // SUM_ROWS * SUM_ROWS))
+    kind = torch.bfloat16 if split else torch.float32
+    stride = cdiv(C, 16) * 16  # whole lines
+    w, rest = (torch.empty(chunk if used else 0, stride, dtype=kind, device=old.device) for used in (True, split))
+    change, change_rest = (torch.empty(len(b), d, dtype=kind, device=old.device) for b in (w, rest))
+
+    def by_tile(rows: torch.Tensor, squares: torch.Tensor, weights: bool) -> torch.Tensor:
+        """What the tiles of these rows say of each column: (tiles, C)."""
+        grid = (cdiv(len(rows), config["BLOCK_N"]), cdiv(C, config["BLOCK_C"]))
+        found = torch.empty(grid[0], C, **options)
+        _drift_tile_kernel[grid](
+            tiles(rows, config["BLOCK_N"], config["BLOCK_D"]) if tma else rows,
+            tiles(means, config["BLOCK_C"], config["BLOCK_D"]) if tma else means,
+            squares, own, scale, peak, found, w, rest, len(rows), C, d, stride,
+            WEIGHTS=weights, SPLIT=split, SCALED=scaled, FAR=far, TMA=tma, PRECISION=precision, **config,
+        )  # fmt: skip
+        return found
+
     with on_device(old):
         own, squares = _squares(prototypes, scale, far), _squares(old, scale, far)
+        peak = torch.maximum(peak, by_tile(old, squares, False).amax(0))
         for start in range(0, N, chunk):
             some = slice(start, min(start + chunk, N))
-            a, n = old[some], some.stop - start
-            blocks = cdiv(n, first["BLOCK_N"])
-            _drift_log_weights_kernel[(blocks, cdiv(C, first["BLOCK_C"]))](
-                tiles(a, first["BLOCK_N"], first["BLOCK_D"]) if tma else a,
-                tiles(means, first["BLOCK_C"], first["BLOCK_D"]) if tma else means,
-                squares[some], own, scale, log_w, highest, n, C, d,
-                SCALED=scaled, FAR=far, TMA=tma, PRECISION=precision, **first,
-            )  # fmt: skip
-            before, peak = peak, torch.maximum(peak, highest[:blocks].amax(0))
-            # enough parts to fill a chip of some 128 processors, each of whole blocks
-            steps = cdiv(n, second["BLOCK_N"])
-            each = cdiv(steps, min(MAX_PARTS, max(1, 128 // (grid[0] * grid[1])), steps)) * second["BLOCK_N"]
-            parts = cdiv(n, each)
-            part_total, part_moved = torch.empty(parts, C, **options), torch.empty(parts, C, d, **options)
-            _drift_moved_kernel[(*grid, parts)](
-                a, new[some], log_w, peak, scale, part_total, part_moved, n, C, d, each,
-                SPLIT=old.dtype != torch.float32, PRECISION=precision, **second,
-            )  # fmt: skip
-            _drift_merge_kernel[(cdiv(C, 16), cdiv(d, 128))](
-                before, peak, part_total, part_moved, total, moved, C, d, parts,
-                BLOCK_C=16, BLOCK_D=128,
-            )  # fmt: skip
+            n = some.stop - start
+            total += by_tile(old[some], squares[some], True).sum(0)
+            _drift_change_kernel[(cdiv(n * d, 4096),)](
+                old[some], new[some], change, change_rest, n * d, SPLIT=split, BLOCK=4096
+            )
+            if split:
+                for a, b in ((w, change_rest), (rest, change), (w, change)):
+                    moved = add_product(moved, a[:n, :C].T, b[:n])
+            else:  # no sum of many rows in one go
+                for at in range(0, n, SUM_ROWS):
+                    part = slice(at, min(at + SUM_ROWS, n))
+                    moved = add_product(moved, w[part, :C].T, change[part])
     return peak, total, moved

@@ -73,7 +73,7 @@ def _gather_dot_kernel(
 @triton.jit
 def _sparse_outer_bwd_kernel(
     coeff_ptr, pairs_ptr, offsets_ptr, rows_ptr, dw_ptr, db_ptr, n, d, k,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     features = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -83,20 +83,18 @@ def _sparse_outer_bwd_kernel(
     last = tl.load(offsets_ptr + features + 1, mask=live, other=0)
     dw = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     db = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for start in range(0, tl.max(last - first, axis=0), UNROLL):
-        # The loads of one round do not wait for each other; the sums keep ascending order.
-        for u in tl.static_range(UNROLL):
-            at = first + start + u
-            some = at < last
-            pair = tl.load(pairs_ptr + at, mask=some, other=0)
-            c = tl.load(coeff_ptr + pair, mask=some, other=0.0).to(tl.float32)
-            x = tl.load(
-                rows_ptr + (pair // k)[:, None] * d + cols[None, :],
-                mask=some[:, None] & inside[None, :],
-                other=0.0,
-            )
-            dw += c[:, None] * x.to(tl.float32)
-            db += c
+    for start in range(0, tl.max(last - first, axis=0)):
+        at = first + start
+        some = at < last
+        pair = tl.load(pairs_ptr + at, mask=some, other=0)
+        c = tl.load(coeff_ptr + pair, mask=some, other=0.0).to(tl.float32)
+        x = tl.load(
+            rows_ptr + (pair // k)[:, None] * d + cols[None, :],
+            mask=some[:, None] & inside[None, :],
+            other=0.0,
+        )
+        dw += c[:, None] * x.to(tl.float32)
+        db += c
     tl.store(
         dw_ptr + features[:, None] * d + cols[None, :],
         dw.to(dw_ptr.dtype.element_ty),
@@ -115,15 +113,16 @@ def _lanes() -> int:
     return 64 if torch.version.hip is not None else 32
 
 
-def gather_config(d: int, element_size: int) -> dict[str, int]:
-    """One warp a program reads lines of W in 16-byte pieces, eight features at once."""
+def gather_config(d: int, element_size: int, dot: bool = False) -> dict[str, int]:
+    """A warp reads lines of W in 16-byte pieces, a few features at once; for dot products four warps share a row."""
     line = _lanes() * 16 // element_size
-    return {"BLOCK_B": 1, "BLOCK_K": 8, "BLOCK_D": max(16, min(next_power_of_2(d), line)), "num_warps": 1}
+    block_d = max(16, min(next_power_of_2(d), line))
+    return {"BLOCK_B": 1, "BLOCK_K": 16 if dot else 4, "BLOCK_D": block_d, "num_warps": 4 if dot else 1}
 
 
 def outer_config(d: int, element_size: int) -> dict[str, int]:
     """One warp a feature, wide enough to read the segment's list once."""
-    return {"BLOCK_N": 1, "BLOCK_D": max(16, min(next_power_of_2(d), 1024)), "UNROLL": 2, "num_warps": 1}
+    return {"BLOCK_N": 1, "BLOCK_D": max(16, min(next_power_of_2(d), 1024)), "num_warps": 1}
 
 
 def sparse_decode(acts: torch.Tensor, indices: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
@@ -159,7 +158,7 @@ def gather_dot(rows: torch.Tensor, indices: torch.Tensor, W: torch.Tensor) -> to
     if interpreted(_gather_dot_kernel):
         config = {"BLOCK_B": 16, "BLOCK_K": 8, "BLOCK_D": 64}
     else:
-        config = gather_config(d, W.element_size())
+        config = gather_config(d, W.element_size(), dot=True)
     grid = (cdiv(B, config["BLOCK_B"]), cdiv(k, config["BLOCK_K"]))
     with on_device(W):
         _gather_dot_kernel[grid](rows, indices, W, out, B, d, k, **config)
@@ -184,7 +183,7 @@ def sparse_outer_out(
     ordered, pairs = torch.sort((indices.reshape(-1) + low).to(kind), stable=True)
     offsets = torch.searchsorted(ordered, torch.arange(low, n + 1 + low, dtype=kind, device=dW.device))
     if interpreted(_sparse_outer_bwd_kernel):
-        config = {"BLOCK_N": 64, "BLOCK_D": 128, "UNROLL": 1}
+        config = {"BLOCK_N": 64, "BLOCK_D": 128}
     else:
         config = outer_config(d, dW.element_size())
     grid = (cdiv(n, config["BLOCK_N"]), max(1, cdiv(d, config["BLOCK_D"])))

@@ -43,10 +43,11 @@ KERNELS = (
     "low_rank_project_fp32",
     "low_rank_project_r256",
     "drift_square",
-    "drift_log_weights",
-    "drift_log_weights_fp32",
-    "drift_moved",
-    "drift_moved_fp32",
+    "drift_peaks",
+    "drift_peaks_fp32",
+    "drift_weights",
+    "drift_weights_fp32",
+    "drift_change",
     "mahalanobis_centre",
     "mahalanobis_finish",
     "mahalanobis_covariance_loss",
@@ -55,10 +56,6 @@ KERNELS = (
     "drrho_sums_fp32",
     "drrho_weights",
     "drrho_weights_fp32",
-    "drrho_product",
-    "drrho_product_fp16",
-    "drrho_product_fp32",
-    "drrho_product_transposed",
 )
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # a block's limit, bytes
 
@@ -93,8 +90,7 @@ def test_shared_memory_fits(binaries: tuple[str, dict[str, dict]], kernel: str) 
     [
         "topk_encode_fwd", "topk_encode_keys", "grouped_matmul", "grouped_matmul_transposed", "grouped_matmul_mean",
         "grouped_outer", "low_rank_project", "low_rank_project_mean", "low_rank_project_r256",
-        "drift_log_weights", "drift_moved", "drrho_sums", "drrho_weights", "drrho_product", "drrho_product_fp16",
-        "drrho_product_transposed",
+        "drift_peaks", "drift_weights", "drrho_sums", "drrho_weights",
     ],
 )  # fmt: skip
 def test_matrix_product_runs_on_tensor_cores(binaries: tuple[str, dict[str, dict]], kernel: str) -> None:
@@ -107,8 +103,8 @@ def test_matrix_product_runs_on_tensor_cores(binaries: tuple[str, dict[str, dict
 def test_fp32_keeps_ieee_products(binaries: tuple[str, dict[str, dict]]) -> None:
     target, found = binaries
     for kernel in (
-        "topk_encode_fwd_fp32", "low_rank_project_fp32", "grouped_matmul_centred_fp32", "drift_log_weights_fp32",
-        "drift_moved_fp32", "drrho_sums_fp32", "drrho_weights_fp32", "drrho_product_fp32",
+        "topk_encode_fwd_fp32", "low_rank_project_fp32", "grouped_matmul_centred_fp32", "drift_peaks_fp32",
+        "drift_weights_fp32", "drrho_sums_fp32", "drrho_weights_fp32",
     ):  # fmt: skip
         instructions = found[kernel]["instructions"]
         # CDNA's fp32 matrix instructions are IEEE; NVIDIA's tensor cores would round the operands to TF32.
@@ -125,8 +121,8 @@ def test_gathers_read_16_bytes_a_lane(binaries: tuple[str, dict[str, dict]], ker
 
 def test_matrix_tiles_are_copied_16_bytes_a_lane(binaries: tuple[str, dict[str, dict]]) -> None:
     for kernel in (
-        "topk_encode_fwd", "grouped_matmul", "low_rank_project", "drift_log_weights", "drift_moved", "drrho_sums",
-        "drrho_weights", "drrho_product",
+        "topk_encode_fwd", "grouped_matmul", "low_rank_project", "drift_peaks", "drift_weights", "drrho_sums",
+        "drrho_weights",
     ):  # fmt: skip
         assert binaries[1][kernel]["instructions"]["load_16_bytes"] > 0
 
@@ -172,8 +168,7 @@ def compile_all(target_name: str) -> dict[str, dict]:
         aligned = [
             name
             for name in (*pointers, *scalars.split())
-            if not pointers.get(name, "*").startswith("tensordesc")
-            and name not in ("B", "K", "N", "C", "M", "offset", "parts", "rows_of_part")
+            if not pointers.get(name, "*").startswith("tensordesc") and name not in ("B", "K", "N", "C", "M", "offset")
         ]
         attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
         source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in config.items()}, attrs)
@@ -241,23 +236,16 @@ def compile_all(target_name: str) -> dict[str, dict]:
             config = mahalanobis_covariance_loss.product_config(centred, 26, d)
         return build(conceptor_project._grouped_matmul_kernel, pointers, scalars, flags | config)
 
-    def drift(dtype: torch.dtype) -> tuple[dict, dict]:
-        kind, flags = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype], {"PRECISION": "ieee"}
-        pointers = {"old_ptr": kind, "log_w_ptr": "*fp32", "scale_ptr": "*fp64"}
-        squares = dict.fromkeys(("old_square_ptr", "mean_square_ptr"), "*fp32")
-        sums = dict.fromkeys(("peak_ptr", "total_ptr", "moved_ptr"), "*fp32")
-        config = semantic_drift.log_weights_config(dtype)
+    def drift(dtype: torch.dtype, weights: bool) -> dict:
+        config = semantic_drift.tile_config(dtype)
         operands, tma = loaded({"old_ptr": (config["BLOCK_N"], config["BLOCK_D"]),
                                 "means_ptr": (config["BLOCK_C"], config["BLOCK_D"])}, dtype)  # fmt: skip
-        log_weights = build(
-            semantic_drift._drift_log_weights_kernel, pointers | squares | {"highest_ptr": "*fp32"} | operands, "N C d",
-            flags | {"SCALED": True, "FAR": 2.0**123, "TMA": tma} | config,
-        )  # fmt: skip
-        moved = build(
-            semantic_drift._drift_moved_kernel, pointers | sums | {"new_ptr": kind}, "N C d rows_of_part",
-            flags | {"SPLIT": dtype != torch.float32} | semantic_drift.moved_config(dtype),
-        )  # fmt: skip
-        return log_weights, moved
+        sums = dict.fromkeys(("old_square_ptr", "mean_square_ptr", "peak_ptr", "column_ptr"), "*fp32")
+        pointers = {**operands, **sums, **dict.fromkeys(("w_ptr", "rest_ptr"), KINDS[dtype]), "scale_ptr": "*fp64"}
+        flags = {"WEIGHTS": weights, "SPLIT": dtype != torch.float32, "SCALED": True, "FAR": 2.0**123, "TMA": tma}
+        return build(
+            semantic_drift._drift_tile_kernel, pointers, "N C d stride", flags | {"PRECISION": "ieee"} | config
+        )
 
     def pairs(n: int, weighted: bool) -> dict:
         names = ("y_ptr", "diag_ptr", "s_ptr", "parts_ptr", "pull_ptr")
@@ -278,25 +266,18 @@ def compile_all(target_name: str) -> dict[str, dict]:
                                 "cols_ptr": (config["BLOCK_N"], config["BLOCK_D"])}, dtype)  # fmt: skip
         flags = {"TMA": tma, "PRECISION": "ieee"}
         pointers = {**operands, "diag_ptr": "*fp32", "scale_ptr": "*fp32"}
-        names = ("row_u_ptr", "col_u_ptr", "own_ptr", "weight_ptr", "moment_ptr")
+        names = ("row_u_ptr", "col_u_ptr", "own_ptr", "moment_ptr")
         sums, weights = drrho_loss._drrho_sums_kernel, drrho_loss._drrho_weights_kernel
         lse = dict.fromkeys(("row_lse_ptr", "col_lse_ptr"), "*fp32")
         return {
             "drrho_sums": build(sums, pointers | lse, "M N D offset", flags | config),
             "drrho_weights": build(
                 weights,
-                pointers | dict.fromkeys(names, "*fp32"),
+                pointers | dict.fromkeys(names, "*fp32") | dict.fromkeys(("weight_ptr", "rest_ptr"), KINDS[dtype]),
                 "M N D stride offset",
-                flags | drrho_loss.tile_config(dtype),
+                flags | {"SPLIT": dtype != torch.float32} | drrho_loss.tile_config(dtype),
             ),
         }
-
-    def drrho_product(dtype: torch.dtype, transposed: bool = False) -> dict:
-        pointers = {"weight_ptr": "*fp32", "x_ptr": KINDS[dtype], "out_ptr": "*fp32"}
-        flags = {"ADD": transposed, "SPLIT": dtype != torch.float32, "PRECISION": "ieee"}
-        flags["weight_row" if transposed else "weight_col"] = 1
-        scalars = "M K width x_row " + ("weight_col" if transposed else "weight_row")
-        return build(drrho_loss._drrho_product_kernel, pointers, scalars, flags | drrho_loss.product_config(dtype))
 
     KINDS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
     numbers = {"index_ptr": "*i64", "order_ptr": "*i32", "offsets_ptr": "*i32"}
@@ -331,7 +312,7 @@ def compile_all(target_name: str) -> dict[str, dict]:
             sparse_decode._gather_dot_kernel,
             {"rows_ptr": kind, "indices_ptr": "*i64", "w_ptr": kind, "out_ptr": kind},
             "B d k",
-            dict(gather),
+            sparse_decode.gather_config(d, 2, dot=True),
         ),
         "sparse_outer_bwd": build(
             sparse_decode._sparse_outer_bwd_kernel,
@@ -362,14 +343,18 @@ def compile_all(target_name: str) -> dict[str, dict]:
             "N d",
             {"FAR": 2.0**123, "BLOCK_N": 16, "BLOCK_D": 128, "num_warps": 4},
         ),
-        **dict(zip(("drift_log_weights", "drift_moved"), drift(torch.bfloat16))),
-        **dict(zip(("drift_log_weights_fp32", "drift_moved_fp32"), drift(torch.float32))),
+        "drift_peaks": drift(torch.bfloat16, False),
+        "drift_peaks_fp32": drift(torch.float32, False),
+        "drift_weights": drift(torch.bfloat16, True),
+        "drift_weights_fp32": drift(torch.float32, True),
+        "drift_change": build(
+            semantic_drift._drift_change_kernel,
+            dict.fromkeys(("old_ptr", "new_ptr", "change_ptr", "rest_ptr"), kind),
+            "total",
+            {"SPLIT": True, "BLOCK": 4096},
+        ),
         **drrho(torch.bfloat16),
         **{f"{name}_fp32": found for name, found in drrho(torch.float32).items()},
-        "drrho_product": drrho_product(torch.bfloat16),
-        "drrho_product_fp16": drrho_product(torch.float16),
-        "drrho_product_fp32": drrho_product(torch.float32),
-        "drrho_product_transposed": drrho_product(torch.bfloat16, transposed=True),
         "mahalanobis_centre": by_rows(
             "centre", "old_ptr labels_ptr y_ptr order_ptr offsets_ptr parts_ptr", "B C d y_row", BLOCK_C=32, SCAN=256
         ),

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 from _command import run
 
-from clipsteer import FileFormatError, bench
+from clipsteer import FileFormatError, bench, bench_table
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("n", [1, 3, 5, 6, 7, 12, 31])
@@ -75,3 +79,49 @@ def test_the_command_compares_a_run_with_itself(tmp_path, capsys):
     assert code == 1
     assert "slower: sparse_decode given forward+backward" in out
     assert "given forward cpp" not in out.partition("contender")[2].partition("\n\n")[2]
+
+
+def test_the_table_takes_the_best_rival_and_the_later_file(tmp_path, capsys):
+    def file(name, *records, threads=1):
+        machine = {"chip": "Abacus", "threads": threads, "torch": "2.14.1+cpu"}
+        (tmp_path / name).write_text(json.dumps({"machine": machine, "records": records}))
+        return tmp_path / name
+
+    def timed(contender, seconds, **more):
+        return record(1.0, contender=contender) | {"seconds": seconds} | more
+
+    old = file("old.json", timed("cpp", 9.0), timed("eager", 9.0))
+    new = file("new.json", timed("cpp", 0.01, floor_share=0.5), timed("eager", 0.04), timed("torch.compile", 0.03))
+    assert bench_table.markdown([old, new]) == (
+        "Abacus, 1 thread, torch 2.14.1:\n\n"
+        "| op | shape | pass | ours | best baseline | ratio | floor | of floor |\n|---|---|---|---|---|---|---|---|\n"
+        "| topk_encode | s | forward | 10 ms | 30 ms (torch.compile) | 3.00× | 5 ms | 50% |\n"
+    )
+    two = file("two.json", timed("clipsteer", 0.5), timed("clipsteer, lazy Adam", 0.25), timed("torch", 1.0),
+               timed("Peer", 2.0, version="3.1"), threads=2)  # fmt: skip
+    both = bench_table.markdown([new, two]).partition("\nAbacus, 2 threads, torch 2.14.1:\n")[2]
+    assert "| 500 ms (clipsteer) | 1,000 ms (torch) | 2.00× |  |  |\n" in both
+    assert "| 250 ms (clipsteer, lazy Adam) | 1,000 ms (torch) | 4.00× |  |  |\n" in both
+    assert "| topk_encode | clipsteer | clipsteer, lazy Adam | torch | Peer 3.1 |\n" in both
+    assert "| s | 500 ms (1.00×) | 250 ms (0.50×) | 1,000 ms (2.00×) | 2,000 ms (4.00×) |\n" in both
+
+    page = tmp_path / "page.md"
+    page.write_text("# A\n" + bench_table.BEGIN + "gone\n" + bench_table.END + "after\n")
+    assert run(capsys, "bench", "--markdown", new, "--into", page)[0] == 0
+    table = bench_table.markdown([new])
+    assert page.read_text() == "# A\n" + bench_table.BEGIN + table + bench_table.END + "after\n"
+    page.write_text("# A\n")
+    with pytest.raises(ValueError, match="has no lines"):
+        bench_table.put(page, table)
+    page.write_text("[]")
+    with pytest.raises(FileFormatError, match="not a file of clipsteer bench"):
+        bench_table.markdown([page])
+
+
+def test_the_table_in_the_readme_is_that_of_the_kept_files():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    files = (
+        re.search(r"clipsteer bench --markdown (.*?) --into README\.md", readme, re.DOTALL)[1].replace("\\", "").split()
+    )
+    shown = readme.partition(bench_table.BEGIN)[2].partition(bench_table.END)[0]
+    assert shown == bench_table.markdown([ROOT / file for file in files])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -42,7 +43,9 @@ def train(folder, out, *more):
 def test_a_table_a_reference_and_the_excess(folder, tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     assert train(folder, first, "--reference", "emojiclip", "--val", folder / "pairs.csv", "--temperature", 0.1) == 0
-    assert str(first / "model.safetensors") in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert str(first / "model.safetensors") in shown
+    assert re.search(r"the loss [\d.e+-]+ % of a step", shown)
     kept = read_safetensors(first / "reference.safetensors")
     assert kept["image"].shape == kept["text"].shape == (8, 256)
     lines = [json.loads(line) for line in (first / "log.jsonl").read_text().splitlines()]
@@ -95,11 +98,32 @@ def test_the_bundled_drawings_and_their_four_cells(tmp_path):
         (["--loss", "clip", "--select", 0.5], "with --select or --excess needs --reference"),
         (["--reference", "no-such-model"], "open_clip knows"),
         (["--loss", "clip", "--batch-size", 9], "at most the 8 pairs"),
+        (["--reference", "emojiclip", "--batch-size", 9], "at most the 8 pairs"),
+        (["--loss", "global", "--temperature", -1], "temperature must be positive"),
+        (["--loss", "clip", "--grad-clip", 0], "grad_clip must be positive"),
     ],
 )
 def test_mistakes(folder, tmp_path, capsys, more, message):
     assert train(folder, tmp_path, *more) == 2
     assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())  # not after the reference's features were computed
+
+
+def test_a_reference_may_have_its_architecture_in_a_file(folder, tmp_path, capsys):
+    small = folder / "clipsteer-test-cli.json"
+    assert train(folder, tmp_path / "a", "--reference", small) == 2
+    assert "--reference-pretrained" in capsys.readouterr().err
+    more = ["--loss", "clip", "--temperature", 0.1, "--log-every", 3, "--grad-clip", 0.01]
+    assert train(folder, tmp_path / "b", *more) == 0
+    lines = [json.loads(line) for line in (tmp_path / "b" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 4]
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["train"]["grad_clip"] == 0.01
+    weights = tmp_path / "b" / "model.safetensors"
+    more = ["--reference", small, "--reference-pretrained", weights, "--temperature", 0.1]
+    assert train(folder, tmp_path / "c", *more) == 0
+    kept, model = read_safetensors(tmp_path / "c" / "reference.safetensors"), load_run(tmp_path / "b")
+    data = captions(folder / "pairs.csv")
+    torch.testing.assert_close(kept["image"], model.encode_images([data[i][0] for i in range(8)]).detach())
 
 
 def test_kept_features_cannot_see_crops(folder, tmp_path, capsys):

@@ -350,9 +350,14 @@ for kernels._scan, kernels._many in ((scan, many), (lambda rows: 16, many), (sca
     assert torch.equal(some[index != 1], known[index != 1])
     some = _dispatch.call("triton", "grouped_outer", h, h, beyond, 3)
     assert not some[1].any() and some[0].any() and some[2].any()
+# a rank is padded to a tile, whose zeros an infinity must not turn into NaN
+h, U, s = torch.tensor([[float("inf"), 1.0, 1.0]]), torch.ones(1, 3, 5), torch.ones(1, 5)
+for dtype in (torch.float32, torch.float16):
+    y = _dispatch.call("triton", "low_rank_project", *(t.to(dtype) for t in (h, U, s)), None, None)
+    assert (y == float("inf")).all()
 """
 
 
 @pytest.mark.slow
-def test_triton_finds_the_rows_of_a_group_in_every_way(interpret):
+def test_triton_finds_the_rows_of_a_group_in_every_way_and_keeps_infinities(interpret):
     interpret(INTERPRETED)

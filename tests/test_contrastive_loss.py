@@ -55,10 +55,10 @@ def test_clip_never_scales_by_more_than_100():
     loss = ContrastiveLoss(temperature=0.02)
     with torch.no_grad():
         loss.logit_scale += 10
-    loss.clamp_temperature_()
+    loss.settle_temperature_()
     assert float(loss.temperature.detach()) == pytest.approx(0.01)
     fixed = ContrastiveLoss(temperature=0.001, learnable_temperature=False)
-    fixed.clamp_temperature_()
+    fixed.settle_temperature_()
     assert float(fixed.temperature.detach()) == pytest.approx(0.001)
 
 

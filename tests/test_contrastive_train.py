@@ -96,6 +96,7 @@ def test_every_loss_learns_and_leaves_a_model_that_loads(loss, fresh, data, fold
     assert lines[-1]["pairs/text_to_image_r1"] > 0.9
     assert lines[-1]["classes/zero_shot"] > 0.9
     assert lines[-1]["samples"] == 100 * 12
+    assert all(0 < line["loss_share"] < 1 for line in lines)
     assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == lines
     again = reference_features.load_run(tmp_path)
     assert_same(state(again), state(clip))
@@ -108,7 +109,6 @@ def test_parts_of_a_batch_give_the_step_of_the_whole(loss, fresh, data):
     """In double precision: two steps of 12 pairs, whole and in parts of 5, 5 and 2."""
     teacher = clip_module.load()
     reference = reference_features.compute(teacher, data) if loss in ("drrho", "distill") else None
-    reference = reference and reference._replace(image=reference.image.double(), text=reference.text.double())
     found = []
     for micro in (None, 5):
         clip, lines = fresh(torch.float64), []
@@ -169,6 +169,43 @@ def test_the_temperature_has_its_own_rate(loss, tau, share, fresh, data):
     assert abs(math.log(lines[0]["temperature"] / tau)) == pytest.approx(share * 1e-3, abs=4 * 2**-22)  # of log τ
 
 
+def test_gamma_falls_over_the_epochs(fresh, data):
+    """30 epochs: DRRho-CLIP's least γ is 4.177·30^-0.7265 = 0.352968, reached at the end; FastCLIP's 0.2 half way."""
+    values = []
+    for more in ({}, {"gamma_min": 0.2, "gamma_epochs": 15}, {"gamma_min": 1.0}):
+        settings = {**FAST, "epochs": 30, "gamma_min": None, **more}
+        config = ContrastiveConfig(**settings, loss="global")
+        run = contrastive_train._Run(fresh(), data, config, None, None, {}, None, 0, World("cpu"))
+        assert (run.total, run.order.per_epoch) == (60, 2)
+        values.append([run._gamma(epoch) for epoch in (0, 5, 10, 15, 20, 29)])
+    # by the cosines of 0, π/6, π/3, π/2, 2π/3 and 29π/30
+    assert values[0] == pytest.approx([1, 0.956657, 0.838242, 0.676484, 0.514726, 0.354741], abs=1e-6)
+    assert values[1] == pytest.approx([1, 0.8, 0.4, 0.2, 0.2, 0.2])
+    assert values[2] == [1.0] * 6
+
+
+def test_an_architecture_from_a_file_comes_with_the_run(fresh, data, folder, tmp_path, monkeypatch):
+    """The file is named from where the run starts; the result is read, and another run resumed, from elsewhere."""
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "clipsteer-test-here.json").write_text(json.dumps(SMALL))
+    config = ContrastiveConfig(**{**FAST, "epochs": 1}, loss="clip")
+    monkeypatch.chdir(tmp_path / "start")
+    torch.manual_seed(0)
+    trained = train_contrastive(clip_module.load("clipsteer-test-here.json"), data, config, out=tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert_same(state(reference_features.load_run("moved")), state(trained))
+    assert json.loads((tmp_path / "moved" / "architecture.json").read_text()) == SMALL
+    torch.manual_seed(0)
+    again = clip_module.load(str(tmp_path / "start" / "clipsteer-test-here.json"))
+    train_contrastive(again, data, config, out=tmp_path / "moved")
+    (tmp_path / "start" / "clipsteer-test-here.json").write_text(json.dumps({**SMALL, "quick_gelu": True}))
+    torch.manual_seed(0)
+    other = clip_module.load(str(tmp_path / "start" / "clipsteer-test-here.json"))
+    with pytest.raises(ValueError, match=r"other settings \(model"):
+        train_contrastive(other, data, config, out=tmp_path / "moved")
+
+
 def test_bfloat16_computes_nearly_the_same(fresh, data):
     lines = []
     for bf16 in (False, True):
@@ -225,9 +262,13 @@ def test_a_stopped_run_resumes_bitwise(loss, fresh, data, tmp_path):
         )
     with pytest.raises(ValueError, match=r"other settings \(weights"):
         train_contrastive(fresh(seed=1), data, config, reference=reference, out=tmp_path / "cut")
-    other = reference._replace(weights="another")
-    with pytest.raises(ValueError, match=r"other settings \(reference"):
-        train_contrastive(fresh(), data, config, reference=other, out=tmp_path / "cut")
+    for other in (
+        reference._replace(weights="another"),
+        reference._replace(weights=""),
+        reference._replace(weights="", text=reference.text.roll(1, 0)),
+    ):
+        with pytest.raises(ValueError, match=r"other settings \(reference"):
+            train_contrastive(fresh(), data, config, reference=other, out=tmp_path / "cut")
     with pytest.raises(ValueError, match="holds a run"):
         train_contrastive(fresh(), data, config, reference=reference, out=tmp_path / "cut", resume=False)
 
@@ -272,19 +313,34 @@ def test_a_killed_run_goes_on_bitwise(folder, tmp_path):
 
 
 WORKER = """
-import gc, json, os, sys, torch
+import gc, json, sys, torch
 torch.set_num_threads(1)
 from clipsteer import clip, contrastive_train, reference_features
-from clipsteer.data import captions
+from clipsteer._distributed import World
+from clipsteer._files import write_safetensors
+from clipsteer.data import captions, image_folder
 root, out, settings = sys.argv[1:]
+data, world = captions(root + "/pairs.csv"), World("cpu")
 for name, more in json.loads(settings).items():
     torch.manual_seed(0)
-    model = clip.load(root + "/clipsteer-test-small.json", dtype=torch.float64)
-    data = captions(root + "/pairs.csv")
+    model = clip.load(f"{root}/clipsteer-test-{more.pop('architecture')}.json", dtype=torch.float64)
     reference = reference_features.read(out + "/reference.safetensors", data)
-    reference = reference._replace(image=reference.image.double(), text=reference.text.double())
     config = contrastive_train.ContrastiveConfig(**more)
-    contrastive_train.train_contrastive(model, data, config, reference=reference, out=f"{out}/{name}")
+    contrastive_train.train_contrastive(
+        model, data, config, reference=reference, out=f"{out}/{name}", templates=("a {} thing",),
+        validation={"pairs": data, "classes": image_folder(root + "/classes")},
+    )
+teacher, kept = clip.load(), out + "/cached.safetensors"
+found = {}
+for size in (1, 5, 128):  # twelve batches, three (5, 5, 2), one
+    found[f"image {size}"] = reference_features.encode_dataset(teacher, data, batch_size=size, world=world)
+    found[f"text {size}"] = reference_features.encode_texts(teacher, data.targets, size, world)
+first = reference_features.cached(kept, teacher, data, world=world)
+world.any(False)  # the file is there
+reference_features.compute = None
+again = reference_features.cached(kept, teacher, data, world=world)
+assert torch.equal(first.image, again.image) and torch.equal(first.text, again.text)
+write_safetensors(f"{out}/features-{world.rank}.safetensors", found | {"kept": first.image})
 gc.collect()
 if torch.distributed.is_initialized():
     torch.distributed.barrier()
@@ -292,13 +348,22 @@ if torch.distributed.is_initialized():
 """
 
 
-def test_two_processes_equal_one(folder, data, tmp_path):
-    cases = {loss: {**FAST, "loss": loss, "checkpoint_every": 2} for loss in LOSSES}
+@pytest.mark.slow
+def test_two_and_three_processes_equal_one(folder, data, tmp_path):
+    common = {**FAST, "checkpoint_every": 2, "architecture": "small"}
+    cases = {loss: {**common, "loss": loss} for loss in LOSSES}
     for loss in ("distill", "drrho"):
         cases[f"{loss} in parts"] = {**cases[loss], "micro_batch": 2, "learnable_temperature": True, "rho": 1.0}
+        # of three processes with two pairs each, some have none of the three pairs that are picked
+        cases[f"{loss} selected"] = {**cases[loss], "select": 0.5}
+    cases["clip selected in parts"] = {**cases["clip"], "select": 0.5, "micro_batch": 1}
+    # batch norms see the pairs of their own process: these are not equal
+    cases["batch norms"] = {**common, "loss": "clip", "architecture": "resnet", "lr": 0.02}
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64, "patch_size": 16}
+    write_json(folder / "clipsteer-test-resnet.json", {**SMALL, "vision_cfg": vision})
     reference_features.compute(clip_module.load(), data).save(tmp_path / "reference.safetensors")
-    logs = {}
-    for size in (1, 2):
+    logs, sizes = {}, (1, 2, 3)
+    for size in sizes:
         out = tmp_path / str(size)
         out.mkdir()
         (out / "reference.safetensors").write_bytes((tmp_path / "reference.safetensors").read_bytes())
@@ -310,17 +375,44 @@ def test_two_processes_equal_one(folder, data, tmp_path):
         assert done.returncode == 0, done.stderr
         for name in cases:
             logs[size, name] = [json.loads(line) for line in (out / name / "log.jsonl").read_text().splitlines()]
-    for name in cases:
-        assert [r["step"] for r in logs[2, name]] == [1, 2, 3, 4]
-        for one, two in zip(logs[1, name], logs[2, name]):
-            for key in ("loss", "grad_norm", "temperature"):
-                assert two[key] == pytest.approx(one[key], rel=1e-5), (name, one["step"], key)
-        ends = [read_safetensors(tmp_path / n / name / "checkpoints/step-0000000004.safetensors") for n in ("1", "2")]
+    features = {
+        (size, rank): read_safetensors(tmp_path / str(size) / f"features-{rank}.safetensors")
+        for size in sizes
+        for rank in range(size)
+    }
+    assert_same(features[1, 0], reference_features_alone(data))
+    assert all(torch.equal(found[name], features[1, 0][name]) for found in features.values() for name in found)
+    for size in sizes:
+        clip = reference_features.load_run(tmp_path / str(size) / "batch norms")
+        found, last = evaluate(clip, data), logs[size, "batch norms"][-1]
+        assert found == {key: pytest.approx(last[f"pairs/{key}"], abs=1e-6) for key in found}
+    assert cases.pop("batch norms")
+    for size, name in ((size, name) for size in (2, 3) for name in cases):
+        assert [r["step"] for r in logs[size, name]] == [1, 2, 3, 4]
+        for one, more in zip(logs[1, name], logs[size, name]):
+            assert one.keys() == more.keys()
+            measured = [key for key in one if "/" in key]
+            assert len(measured) == (4 if one["step"] in (2, 4) else 0)
+            for key in ("loss", "grad_norm", "temperature", *measured):
+                assert more[key] == pytest.approx(one[key], rel=1e-6), (size, name, one["step"], key)
+        ends = [
+            read_safetensors(tmp_path / str(n) / name / "checkpoints/step-0000000004.safetensors") for n in (1, size)
+        ]
         assert ends[0].keys() == ends[1].keys()
         assert ("loss.u" in ends[0]) == ("drrho" in name or name == "global")
         if "loss.u" in ends[0]:
-            assert not ends[0]["loss.u"].isnan().any()
-            torch.testing.assert_close(ends[1]["loss.u"], ends[0]["loss.u"], rtol=1e-4, atol=1e-5)
+            # of the selected some are not visited
+            assert bool(ends[0]["loss.u"].isnan().any()) == ("selected" in name)
+            torch.testing.assert_close(ends[1]["loss.u"], ends[0]["loss.u"], rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def reference_features_alone(data) -> dict[str, torch.Tensor]:
+    teacher = clip_module.load()
+    found = {"kept": reference_features._unit(reference_features.compute(teacher, data)).image}
+    for size in (1, 5, 128):
+        found[f"image {size}"] = reference_features.encode_dataset(teacher, data, batch_size=size)
+        found[f"text {size}"] = reference_features.encode_texts(teacher, data.targets, size)
+    return found
 
 
 @pytest.mark.parametrize("select", [None, 0.75])
@@ -356,12 +448,12 @@ def test_every_caption_of_an_image_is_right(folder, monkeypatch):
     data = captions(folder / "three.csv")
     for table in (data, data.subset(range(9))):
         monkeypatch.setattr(contrastive_eval, "encode_dataset", lambda *_, **__: torch.eye(3).repeat_interleave(3, 0))
-        monkeypatch.setattr(contrastive_eval, "encode_texts", lambda *_: torch.eye(3).repeat_interleave(3, 0))
+        monkeypatch.setattr(contrastive_eval, "encode_texts", lambda *_, **__: torch.eye(3).repeat_interleave(3, 0))
         assert evaluate(None, table) == dict.fromkeys(
             ("image_to_text_mrr", "image_to_text_r1", "text_to_image_r1"), 1.0
         )
     monkeypatch.setattr(contrastive_eval, "encode_dataset", lambda *_, **__: torch.ones(9, 3))
-    monkeypatch.setattr(contrastive_eval, "encode_texts", lambda *_: torch.ones(9, 3))
+    monkeypatch.setattr(contrastive_eval, "encode_texts", lambda *_, **__: torch.ones(9, 3))
     # six others are as good
     assert evaluate(None, data)["image_to_text_mrr"] == pytest.approx(1 / 4)
     monkeypatch.setattr(contrastive_eval, "encode_dataset", lambda *_, **__: torch.full((9, 3), torch.nan))
@@ -400,9 +492,19 @@ def test_crops_are_squares_of_the_image(data):
 
 
 def test_mistakes(fresh, data):
-    for bad in ({"loss": "all"}, {"epochs": 0}, {"lr": -1.0}, {"crop": 0.0}, {"select": 2.0}, {"micro_batch": 0}):
-        with pytest.raises(ValueError, match="ContrastiveConfig"):
+    learnt = {"temperature": 0.005, "learnable_temperature": True}
+    for bad in (
+        {"loss": "all"}, {"epochs": 0}, {"lr": -1.0}, {"crop": 0.0}, {"select": 2.0}, {"micro_batch": 0},
+        {"temperature": 0.0}, {"temperature": math.nan}, learnt, {"temperature": 0.005, "loss": "clip"}, {"rho": -1.0},
+        {"gamma_min": 0.0}, {"gamma_min": 1.5}, {"weight_decay": -0.1}, {"grad_clip": 0.0}, {"grad_clip": math.inf},
+        {"warmup_steps": -1}, {"distill": 1.5}, {"log_every": 0},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"ContrastiveConfig: {next(iter(bad))} must be"):
             ContrastiveConfig(**bad)
+    # only a learnt temperature has a floor
+    for loss in ("global", "clip"):
+        config = ContrastiveConfig(loss=loss, temperature=0.005, learnable_temperature=False)
+        assert config.make_loss(3, World("cpu")).temperature == pytest.approx(0.005)
     for loss, more in (("drrho", {}), ("distill", {}), ("clip", {"select": 0.5})):
         with pytest.raises(ValueError, match="need a reference"):
             train_contrastive(fresh(), data, ContrastiveConfig(**FAST, loss=loss, **more))

@@ -399,7 +399,7 @@ from clipsteer.kernels import drrho_loss as kernels
 from clipsteer.ops import REGISTRY
 from clipsteer.ops._drrho_sweeps import _plain_grad, _plain_sums
 spec = REGISTRY["drrho_loss"]
-kernels.CHUNK = 0  # chunks of 128 rows: three of them, whose products add up
+kernels.CHUNK, kernels.SUM_ROWS = 0, 128  # chunks of 128 rows: three of them, whose sums and products add up
 shape = {"B": 300, "d": 140, "r": 9, "percent": 5, "past": 1}
 errors = _dispatch.spec_errors(spec, shape, torch.float32, seed=0, backend="triton")
 assert max(errors.values()) <= 1, errors

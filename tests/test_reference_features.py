@@ -43,7 +43,8 @@ def test_a_file_is_computed_once_and_belongs_to_one_model_and_data_set(clip, tmp
     first = reference_features.cached(path, clip, data)
     monkeypatch.setattr(reference_features, "compute", lambda *a, **k: pytest.fail("computed again"))
     again = reference_features.cached(path, clip, data)
-    torch.testing.assert_close(again.image, first.image)
+    assert torch.equal(again.image, first.image)
+    assert torch.equal(again.text, first.text)
     assert again[2:] == first[2:]
     # the same pairs elsewhere are the same data set
     reference_features.read(path, table(tmp_path / "b", TEXTS))
@@ -68,6 +69,10 @@ def test_features_of_another_tool_need_two_tensors(clip, tmp_path):
     write_safetensors(path, {"image": image, "text": text})
     found = reference_features.read(path, data)
     torch.testing.assert_close(found.image.norm(dim=1), torch.ones(4))
+    # whose they are is not known, so what they are says it
+    assert found.digest() == reference_features.read(path, data).digest()
+    write_safetensors(path, {"image": image, "text": text.roll(1, 0)})
+    assert reference_features.read(path, data).digest() != found.digest()
     for bad in ({"image": image}, {"image": image, "text": text[:, :5]}, {"image": image[0], "text": text[0]}):
         write_safetensors(path, bad)
         with pytest.raises(FileFormatError, match="expected features"):

@@ -29,6 +29,10 @@ def test_gamma_goes_from_one_to_its_least_value():
     assert values[2] == pytest.approx(0.6)
     assert values[4:] == [0.2, 0.2]
     assert values == sorted(values, reverse=True)
+    # FastCLIP's γ = 0.2 over 30 epochs, by the cosine's own values at 0, π/6, π/3, π/2, 2π/3, 5π/6 and π
+    root = math.sqrt(3)
+    expected = [1, 0.6 + 0.2 * root, 0.8, 0.6, 0.4, 0.6 - 0.2 * root, 0.2]
+    assert [gamma_schedule(e, 30, 0.2) for e in range(0, 31, 5)] == pytest.approx(expected, abs=1e-12)
     for bad in ((-1, 4, 0.2), (0, 0, 0.2), (0, 4, 0.0), (0, 4, 1.1)):
         with pytest.raises(ValueError, match="gamma_schedule"):
             gamma_schedule(*bad)
@@ -68,12 +72,17 @@ def test_a_learnt_temperature_has_its_gradient_and_its_rule():
     tau = torch.tensor(0.07, requires_grad=True)
     (expected,) = torch.autograd.grad(ops.drrho_loss(image, text, *reference, temperature=tau, rho=6.5)[0], tau)
     torch.testing.assert_close(loss.logit_scale.grad, -0.07 * expected, rtol=1e-5, atol=0)
-    assert loss.temperature_lr(3.0) == 3
     for scale, kept in ((10.0, 0.01), (-1.0, 1.0), (math.log(1 / 0.02), 0.02)):
         loss.logit_scale.data.fill_(scale)
-        loss.clamp_temperature_()
+        loss.settle_temperature_()
         assert float(loss.temperature.detach()) == pytest.approx(kept, rel=1e-6)
-    assert loss.temperature_lr(3.0) == 1
+    # a step counts a third from τ = 0.03 down, wherever it leads
+    for tau, moved in ((0.05, 0.3), (0.031, 0.3), (0.029, 0.1), (0.02, 0.1)):
+        before = torch.tensor(math.log(1 / tau))
+        for sign in (1, -1):
+            loss.logit_scale.data.copy_(before + sign * 0.3)
+            loss.settle_temperature_(before)
+            assert float(loss.logit_scale.detach() - before) == pytest.approx(sign * moved, abs=1e-6)
     fixed = DRRhoLoss(9)
     assert list(fixed.parameters()) == []
     assert fixed.temperature == 0.01
@@ -91,9 +100,15 @@ def test_mistakes_are_named():
     ):
         with pytest.raises(error, match=message):
             loss(*args)
-    for bad in ({"num_samples": 0}, {"num_samples": 3, "temperature": 0.001}, {"num_samples": 3, "temperature_min": 0}):
+    learnt = {"num_samples": 3, "learnable_temperature": True}
+    for bad in (
+        {"num_samples": 0}, {"num_samples": 3, "temperature": 0.0}, {"num_samples": 3, "temperature": math.inf},
+        {**learnt, "temperature": 0.001}, {**learnt, "temperature_min": 0}, {**learnt, "rho": math.nan},
+        {"num_samples": 3, "eps": 1e-46}, {"num_samples": 3, "eps": -1e-14}, {"num_samples": 3, "eps": math.nan},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="DRRhoLoss"):
             DRRhoLoss(**bad)
+    DRRhoLoss(3, temperature=0.001, eps=0)
 
 
 # One linear tower a side, three batches of which the processes have uneven shares, the last of three sometimes none.

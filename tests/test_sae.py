@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import clipsteer
 from clipsteer import SAE, ops
+from clipsteer.ops._dispatch import missing
 from clipsteer.sae import ARCHITECTURES, NORMALIZATIONS
 
 D, N, K = 12, 40, 5
@@ -218,6 +219,20 @@ def test_b_dec_starts_in_the_normalised_space():
     other = make("relu", "none")
     other.init_b_dec_(sae.normalize_input(x)[0])
     assert torch.equal(sae.b_dec, other.b_dec)
+
+
+@pytest.mark.parametrize(("architecture", "normalize"), CASES)
+def test_row_sparse_gradients_are_the_dense_ones(architecture, normalize):
+    if missing("cpp"):
+        pytest.skip("the C++ library is not built")
+    sae, x, grads = make(architecture, normalize), draw(3, 4), []
+    for sparse in (False, True):
+        sae.zero_grad()
+        sae(x, sparse_grad=sparse).x_hat.square().sum().backward()
+        assert (sae.W_enc.grad.is_sparse, sae.W_dec.grad.is_sparse) == (sparse and architecture == "topk",) * 2
+        grads.append({name: p.grad.to_dense() for name, p in sae.named_parameters() if p.grad is not None})
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name
 
 
 def test_decoder_norm_and_parallel_gradient():

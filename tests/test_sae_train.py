@@ -18,10 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipsteer import SAE, TrainConfig, sae_loss, train_sae
 from clipsteer._distributed import World
+from clipsteer._sae_adam import UnitRowAdam
 from clipsteer._sae_run import Run
 from clipsteer._sources import TensorSource
 from clipsteer.checkpoint import load_latest
 from clipsteer.ops import _check
+from clipsteer.ops import _dispatch as ops_dispatch
 from clipsteer.sae_train import SAETrainer
 
 ALONE = World("cpu")
@@ -208,22 +210,125 @@ def test_steps_equal_plain_torch(architecture, grad_clip):
         since += 32
         since[list(active)] = 0
         assert torch.equal(trainer.tokens_since_fired, since)
+        # the trainer makes rows of norm 1 at the end of a step, for the next one
+        expected = p | {"W_dec": p["W_dec"] / p["W_dec"].norm(dim=1, keepdim=True)}
         for name, value in sae.named_parameters():
-            torch.testing.assert_close(value.detach(), p[name], rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(value.detach(), expected[name], rtol=1e-9, atol=1e-11)
     assert revived or architecture == "relu"
 
 
-def test_rows_are_of_unit_norm_and_the_gradient_orthogonal_when_adam_sees_it(monkeypatch):
-    sae, seen = make(), []
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_rows_are_of_unit_norm_and_the_gradient_orthogonal_when_adam_sees_it(monkeypatch, backend):
+    if backend == "cpp" and ops_dispatch.missing("cpp"):
+        pytest.skip("the C++ library is not built")
+    monkeypatch.setenv("CLIPSTEER_BACKEND", backend)
+    sae = make()
     trainer = SAETrainer(sae, tiny(), 5)
-    look = lambda: seen.append((sae.W_dec.detach().clone(), sae.W_dec.grad.clone()))
-    monkeypatch.setattr(trainer.optimizer, "step", look)
     with torch.no_grad():
         sae.W_dec.mul_(3.0)
+    start = sae.W_dec.detach() / 3.0
     trainer.step(data(32))
-    rows, gradient = seen[0]
-    torch.testing.assert_close(rows.norm(dim=1), torch.ones(N, dtype=torch.float64), rtol=1e-14, atol=0)
-    assert float((rows * gradient).sum(1).abs().max()) <= 1e-15 * D * float(gradient.norm(dim=1).max())
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(N, dtype=torch.float64), rtol=1e-14, atol=0)
+    # Adam's first moment is a tenth of the gradient
+    gradient = trainer.optimizer.state[sae.W_dec]["exp_avg"]
+    assert bool((gradient != 0).any())
+    assert float((start * gradient).sum(1).abs().max()) <= 1e-15 * D * float(gradient.norm(dim=1).max())
+
+
+def as_rows(gradient):
+    used = gradient.any(1).nonzero().flatten()
+    return torch.sparse_coo_tensor(used[None], gradient[used], gradient.shape, check_invariants=False)
+
+
+@pytest.mark.parametrize("form", ["dense", "rows", "plain torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_optimiser_is_torch_adam_between_projection_and_unit_rows(monkeypatch, form, dtype):
+    if form == "plain torch":
+        monkeypatch.setenv("CLIPSTEER_BACKEND", "reference")
+    elif ops_dispatch.missing("cpp"):
+        pytest.skip("the C++ library is not built")
+    g, n, d = torch.Generator().manual_seed(0), 61, 37
+    sae = SAE(d, n, k=3, dtype=dtype)
+    with torch.no_grad():
+        sae.W_dec[5] = 0  # stays
+    plain = {name: p.detach().clone().requires_grad_() for name, p in sae.named_parameters()}
+    optimizer, adam = UnitRowAdam(sae, 1e-2), torch.optim.Adam(plain.values(), lr=1e-2, foreach=False)
+    eps = torch.finfo(dtype).eps
+    for _ in range(40):
+        for name, p in sae.named_parameters():
+            grad = torch.randn(p.shape, generator=g, dtype=dtype)
+            if p.dim() == 2:
+                grad *= (torch.rand(n, 1, generator=g) < 0.3) * 10.0 ** torch.randint(-4, 2, (n, 1), generator=g)
+                grad[5] = 0
+            p.grad = as_rows(grad) if form == "rows" and p.dim() == 2 else grad
+            plain[name].grad = grad.clone()
+        with torch.no_grad():
+            W, dW = plain["W_dec"], plain["W_dec"].grad
+            dW.sub_((dW * W).sum(1, keepdim=True) * W)
+            optimizer.step()
+            adam.step()
+            W[:5].div_(W[:5].norm(dim=1, keepdim=True))
+            W[6:].div_(W[6:].norm(dim=1, keepdim=True))
+        for name, p in sae.named_parameters():
+            # from the same state: a rounding of the gradient's part along a row is as large as it
+            mine, theirs = optimizer.state[p], adam.state[plain[name]]
+            assert float(mine["step"]) == float(theirs["step"])
+            scale = plain[name].grad.abs().amax(-1, keepdim=True)
+            for key, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
+                error = (mine[key] - theirs[key]).abs()
+                assert bool((error <= 8 * d**0.5 * eps * (theirs[key].abs() + scale**power)).all())
+                theirs[key].copy_(mine[key])
+            torch.testing.assert_close(p, plain[name], rtol=4 * eps, atol=4 * d**0.5 * eps)
+            with torch.no_grad():
+                plain[name].copy_(p)
+    assert not sae.W_dec[5].any()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1)[6:], torch.ones(n - 6, dtype=dtype), rtol=8 * eps, atol=0)
+
+
+def test_the_optimiser_gives_the_same_bits_on_any_number_of_threads():
+    if ops_dispatch.missing("cpp"):
+        pytest.skip("the C++ library is not built")
+    n, d, threads, results = 5000, 64, torch.get_num_threads(), []
+    g = torch.Generator().manual_seed(0)
+    grads = [torch.randn(n, d, generator=g) * (torch.rand(n, 1, generator=g) < 0.2) for _ in range(3)]
+    try:
+        for form, count in ((as_rows, 1), (as_rows, 3), (torch.clone, 3)):
+            torch.set_num_threads(count)
+            torch.manual_seed(0)
+            sae = SAE(d, n, k=3)
+            optimizer = UnitRowAdam(sae, 1e-2)
+            for grad in grads:
+                sae.W_enc.grad, sae.W_dec.grad = form(grad), form(grad)
+                optimizer.step()
+            results.append(torch.cat([sae.W_enc.detach(), sae.W_dec.detach()]))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    # a gradient of 0 need not be a missing one to the last bit
+    torch.testing.assert_close(results[0], results[2], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_the_optimiser_on_other_instruction_sets(isa):
+    if ops_dispatch.missing("cpp"):
+        pytest.skip("the C++ library is not built")
+    env = {**os.environ, "CLIPSTEER_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    call = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "torch_adam and not plain"]
+    done = subprocess.run(call, env=env, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "4 passed" in done.stdout
+
+
+def test_the_optimiser_refuses_rows_out_of_order():
+    if ops_dispatch.missing("cpp"):
+        pytest.skip("the C++ library is not built")
+    sae = make()
+    optimizer = UnitRowAdam(sae, 1e-3)
+    for rows in ([3, 1], [2, 2], [0, N]):
+        values = torch.ones(2, D, dtype=torch.float64)
+        sae.W_enc.grad = torch.sparse_coo_tensor(torch.tensor([rows]), values, (N, D), check_invariants=False)
+        with pytest.raises((ValueError, IndexError), match=r"ascending|out of range"):
+            optimizer.step()
 
 
 class Syncs(TorchDispatchMode):

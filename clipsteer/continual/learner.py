@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipsteer import checkpoint, ops
-from clipsteer._sae_run import EXIT_TERMINATED
-from clipsteer._training import described, digest_of, weights_digest
+from clipsteer._training import EXIT_TERMINATED, described, digest_of, weights_digest
 from clipsteer.classifier import pixel_batches
 from clipsteer.clip import evaluating
 from clipsteer.continual.alignment import align

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clipsteer import checkpoint, ops
-from clipsteer._sae_run import EXIT_TERMINATED, StopSignal
-from clipsteer._training import Keys, cosine_lr
+from clipsteer._training import EXIT_TERMINATED, Keys, StopSignal, cosine_lr
 from clipsteer.classifier import Samples, loader
 from clipsteer.continual.backbone import Encoder
 from clipsteer.continual.covariance import ClassStatistics, precision_factor, shrink

@@ -19,8 +19,10 @@ def mistake(op: str, argument: str, expected: str, got: Any, named: dict[str, An
 
 def check_tensors(op: str, named: dict[str, Any], integer: tuple[str, ...] = ()) -> None:
     """All tensors on one device, the floating ones of one dtype, ``integer`` ones int64."""
-    tensors = {n: t for n, t in named.items() if t is not None}
-    for name, t in tensors.items():
+    first = None
+    for name, t in named.items():
+        if t is None:
+            continue
         if not isinstance(t, Tensor):
             raise TypeError(mistake(op, name, "a tensor", type(t).__name__, named))
         if name in integer:
@@ -28,16 +30,16 @@ def check_tensors(op: str, named: dict[str, Any], integer: tuple[str, ...] = ())
                 raise TypeError(mistake(op, name, "int64", t.dtype, named))
         elif not t.is_floating_point():
             raise TypeError(mistake(op, name, "floating point", t.dtype, named))
-    first = next(iter(tensors))
-    for name, t in tensors.items():
-        if t.device != tensors[first].device:
-            raise ValueError(mistake(op, name, f"on {first}'s device {tensors[first].device}", t.device, named))
-        if name not in integer and t.dtype != tensors[first].dtype:
-            raise TypeError(mistake(op, name, f"of {first}'s dtype {tensors[first].dtype}", t.dtype, named))
+        if first is None:
+            first, device, dtype = name, t.device, t.dtype
+        elif t.device != device:
+            raise ValueError(mistake(op, name, f"on {first}'s device {device}", t.device, named))
+        elif t.dtype != dtype and name not in integer:
+            raise TypeError(mistake(op, name, f"of {first}'s dtype {dtype}", t.dtype, named))
 
 
 def check_shape(op: str, named: dict[str, Any], name: str, shape: tuple[int, ...], symbols: str) -> None:
-    if named[name] is not None and tuple(named[name].shape) != shape:
+    if named[name] is not None and named[name].shape != shape:
         raise ValueError(mistake(op, name, f"of shape {symbols} = {shape}", tuple(named[name].shape), named))
 
 

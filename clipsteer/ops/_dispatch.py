@@ -275,6 +275,13 @@ def spec_errors(
     return errors | {f"d {name}": e for name, e in found.items()}
 
 
+def _gpu_order(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    from clipsteer.ops import REGISTRY
+
+    known = device.type == "cuda" and torch.cuda.is_available()
+    return REGISTRY[op].gpu_order(torch.cuda.get_device_capability(device) if known else (0, 0), dtype)
+
+
 def resolve(op: str, backend: str, device_type: str, device_index: int | None, dtype: torch.dtype) -> str:
     """The backend that runs: the keyword, then ``CLIPSTEER_BACKEND``, then the fastest one that is trusted here."""
     if backend == "auto":
@@ -288,7 +295,7 @@ def resolve(op: str, backend: str, device_type: str, device_index: int | None, d
         return backend
     if device.type == "cpu":
         return "cpp" if unusable("cpp", device, dtype, op) is None else "reference"
-    for candidate in ("triton", "cuda"):
+    for candidate in _gpu_order(op, device, dtype):
         if unusable(candidate, device, dtype, op) is None:
             if (failure := self_check(op, candidate, device, dtype)) is None:
                 return candidate

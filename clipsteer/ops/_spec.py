@@ -46,6 +46,8 @@ class OpSpec:
     gpu_bench_shapes: dict[str, dict[str, int]]
     device_shapes: tuple[dict[str, int], ...] = ()  # these take a GPU kernel through the branches of its main shapes
     backends: tuple[str, ...] = BACKENDS
+    # what ``auto`` tries on a GPU of this compute capability, the faster first
+    gpu_order: Callable[[tuple[int, int], torch.dtype], tuple[str, ...]] = lambda capability, dtype: ("triton", "cuda")
     rows: tuple[str, ...] = ()  # inputs (and so outputs) that lead with the batch, which may have any shape
     gate: tuple[str, ...] = ()  # inputs that may be cut to a few before the benchmark's check, where ``rows`` may not
     optional: tuple[str, ...] = ()  # inputs that may be None, which means zeros

@@ -130,8 +130,9 @@ def conceptor_project(
     backend = choose("conceptor_project_low_rank" if isinstance(C, LowRank) else "conceptor_project", backend, h)
     if backend == "reference":
         return conceptor_project_reference(h, C, index, beta=beta, mean=mean)
-    rows, wide = h.reshape(-1, h.shape[-1]), _grouped.compute_dtype(h.dtype)
-    index = None if index is None else index.reshape(-1)
+    flat, wide = h.dim() == 2, _grouped.compute_dtype(h.dtype)
+    rows = h if flat else h.reshape(-1, h.shape[-1])
+    index = index if flat or index is None else index.reshape(-1)
     if isinstance(beta, Tensor):
         beta = beta.to(wide)
     if isinstance(C, LowRank):
@@ -145,7 +146,7 @@ def conceptor_project(
         if not isinstance(beta, Tensor):
             beta = None if beta == 1 else torch.full((C.shape[0],), beta, dtype=wide, device=h.device)
         y = _grouped.matmul(rows, C, index, beta, mean, True, backend)
-    return y.reshape(h.shape)
+    return y if flat else y.reshape(h.shape)
 
 
 def _low_rank(

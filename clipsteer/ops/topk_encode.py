@@ -78,7 +78,9 @@ def topk_encode(
         screen: ``"auto" | "off"``. On CPUs with AVX512-VNNI the cpp backend rules most columns of a large float32
             product out by int8 products and a proven bound of their error, and computes the rest in float32. The
             result is held to the same bound as without; only pre-activations closer than their rounding may change
-            places, as between any two orders of summation. Nothing is kept between calls.
+            places, as between any two orders of summation. Its bits depend neither on the thread count nor on the
+            other rows. Nothing is kept between calls. ``torch.ops.clipsteer_cpp.topk_encode_screened(x, W_enc, b_enc,
+            k)`` (x of two dimensions) also returns how many columns of each row were computed in float32.
 
     Returns:
         acts (..., k) in descending order, not negative; indices (..., k) int64. Equal pre-activations go to the lower
@@ -215,6 +217,10 @@ SPEC = OpSpec(
         {"B": 130, "d": 128, "n": 6000, "k": 32},
         {"B": 33, "d": 200, "n": 6000, "k": 48, "crowded": 1},
         {"B": 33, "d": 128, "n": 6000, "k": 600},
+    ),
+    # CUDA C++ has a fused kernel for Hopper's tensor cores; elsewhere it makes the whole product
+    gpu_order=lambda capability, dtype: (
+        ("cuda", "triton") if capability == (9, 0) and dtype != torch.float32 else ("triton", "cuda")
     ),
     bench_shapes={
         "B256-k32": {"B": 256, "d": 768, "n": 49152, "k": 32},

@@ -1,0 +1,31 @@
+// Adam's rule on a row; included by kernels.cpp as kernels.h is. No include guard on purpose.
+
+namespace clipsteer::ISA {
+
+template <class V>
+TARGET static inline void adam(V* __restrict p, V* __restrict m, V* __restrict v, const V* __restrict g,
+                               const AdamStep<V>& at, int64_t n) {
+  const V lr = at.lr, rate1 = at.rate1, beta2 = at.beta2, rate2 = at.rate2, scale = at.scale, eps = at.eps;
+  if (g) {
+    for (int64_t i = 0; i < n; ++i) {
+      m[i] += rate1 * (g[i] - m[i]);
+      v[i] = beta2 * v[i] + rate2 * g[i] * g[i];
+      p[i] -= lr * m[i] / (std::sqrt(v[i]) / scale + eps);
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      m[i] -= rate1 * m[i];
+      v[i] *= beta2;
+      p[i] -= lr * m[i] / (std::sqrt(v[i]) / scale + eps);
+    }
+  }
+}
+
+TARGET void adam32(float* p, float* m, float* v, const float* g, const AdamStep<float>& at, int64_t n) {
+  adam<float>(p, m, v, g, at, n);
+}
+TARGET void adam64(double* p, double* m, double* v, const double* g, const AdamStep<double>& at, int64_t n) {
+  adam<double>(p, m, v, g, at, n);
+}
+
+}  // namespace clipsteer::ISA
