@@ -1,5 +1,7 @@
 // The fused encode on Hopper: TMA feeds shared memory, wgmma multiplies, and only values that reach a row's threshold
-// leave the registers. See encode_plan.h for how the threshold is chosen and what happens when it was chosen badly.
+// leave the registers. Six launches: a product with a sample of the columns, every row's threshold from it, the product
+// itself, the k largest of what it listed, and for rows whose lists cannot be trusted product and selection once more.
+// See encode_plan.h for how the threshold is chosen and when lists cannot be trusted.
 #pragma once
 
 #include "encode_plan.h"
@@ -30,7 +32,7 @@ namespace clipsteer::cuda::sm90 {
 
 constexpr int kDepth = 64;  // of a stage: 128 bytes, the widest swizzle
 constexpr int kStages = 5;
-constexpr int kParts = 3;  // in which the values of a tile are looked at, between steps of the next tile
+constexpr int kParts = 6;  // in which the values of a tile are looked at, one during each step of the next tile
 constexpr uint32_t kRowsBytes = kTileRows * kDepth * 2;
 constexpr uint32_t kColumnsBytes = kTileColumns * kDepth * 2;
 constexpr uint32_t kStageBytes = kRowsBytes + kColumnsBytes;
@@ -38,7 +40,7 @@ constexpr int kConsumers = 2;  // warpgroups, 64 rows each
 constexpr int kThreads = 128 * (kConsumers + 1);
 // A swizzled tile begins at a multiple of 1024 bytes; dynamic shared memory need not.
 constexpr uint32_t kSharedBytes = 1024 + kStages * kStageBytes + kConsumers * 2 * kTileColumns * 4 + 16 * kStages;
-constexpr int kSelectThreads = 64, kMaxSelectThreads = 256;
+constexpr int kSelectThreads = 128, kMaxSelectThreads = 256;
 constexpr int kRedoThreads = kRedoColumns;
 constexpr int kRedoRows = 16;
 
@@ -57,11 +59,6 @@ struct alignas(8) Entry {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define CLIPSTEER_SM90 1
 #endif
-#if defined(__CUDA_ARCH__) && !defined(CLIPSTEER_SM90)
-#define CLIPSTEER_CLUSTER(size)
-#else
-#define CLIPSTEER_CLUSTER(size) __cluster_dims__(size, 1, 1)
-#endif
 
 #ifdef CLIPSTEER_SM90
 
@@ -75,19 +72,14 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// At the same place in the shared memory of a block of the cluster.
+// `block` is 0, this one, as there are no clusters. With an address in shared::cta, or a constant block, ptxas orders the
+// instructions of the product differently: this is the order that was measured.
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier, uint32_t block) {
   asm volatile(
       "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(
           barrier),
       "r"(block)
       : "memory");
-}
-
-__device__ __forceinline__ void cluster_sync() {
-  __syncwarp();
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
@@ -106,16 +98,6 @@ __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, in
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
           to),
       "l"(map), "r"(column), "r"(row), "r"(barrier)
-      : "memory");
-}
-
-// Into the shared memory of both blocks of a cluster.
-__device__ __forceinline__ void tma_load_both(uint32_t to, const CUtensorMap* map, int column, int row,
-                                              uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-      "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(uint16_t(3))
       : "memory");
 }
 
@@ -178,20 +160,6 @@ __device__ __forceinline__ void append_if(float value, float threshold, int colu
 
 #endif  // CLIPSTEER_SM90
 
-// A kernel launched with `overlapped` may begin while the one before it runs: all of that one's results are there after
-// this.
-__device__ __forceinline__ void wait_for_previous() {
-#ifdef CLIPSTEER_SM90
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void let_next_begin() {
-#ifdef CLIPSTEER_SM90
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
 __device__ __forceinline__ float widened(__half v) { return __half2float(v); }
 __device__ __forceinline__ float widened(__nv_bfloat16 v) { return __bfloat162float(v); }
 
@@ -204,9 +172,10 @@ struct ProductArgs {
 
 // One block: 128 rows and a range of column tiles. Sampling, it writes the maxima of groups of 8 columns; else it lists
 // the values that reach the threshold of their row, each thread in lists of its own, so that nothing is contended for.
-// Two blocks of a cluster share the tiles of w: each fetches half of one for both.
-template <class T, bool kSample, int kCluster>
-__global__ void CLIPSTEER_CLUSTER(kCluster) __launch_bounds__(kThreads, 1)
+// One thread of warpgroup 0 fetches, kStages steps ahead; warpgroups 1 and 2 multiply 64 rows each, with two sets of
+// accumulators, so that one tile's values are looked at while the tensor cores add up the next one's.
+template <class T, bool kSample>
+__global__ void __launch_bounds__(kThreads, 1)
     product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, const T* bias,
                    const ProductArgs args, const float* thresholds, void* entries, uint32_t* counts) {
 #ifdef CLIPSTEER_SM90
@@ -220,20 +189,15 @@ __global__ void CLIPSTEER_CLUSTER(kCluster) __launch_bounds__(kThreads, 1)
   const int first_tile = segment * args.tiles;
   const int tiles = min(args.tiles, (args.n + kTileColumns - 1) / kTileColumns - first_tile);
 
-  let_next_begin();
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
       barrier_init(full + 8 * s, 1);
-      barrier_init(empty + 8 * s, 4 * kConsumers * kCluster);
+      barrier_init(empty + 8 * s, 4 * kConsumers);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
-  if constexpr (kCluster > 1) {
-    cluster_sync();
-  } else {
-    __syncthreads();
-  }
+  __syncthreads();
 
   // The shuffle tells the compiler that it is the same for a warp.
   const int warpgroup = __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0);
@@ -248,14 +212,7 @@ __global__ void CLIPSTEER_CLUSTER(kCluster) __launch_bounds__(kThreads, 1)
           const uint32_t to = base + stage * kStageBytes;
           barrier_expect(full + 8 * stage, kStageBytes);
           tma_load(to, &x_map, step * kDepth, row_tile * kTileRows, full + 8 * stage);
-          const int w_row = (first_tile + tile) * kTileColumns;
-          if constexpr (kCluster > 1) {
-            const int half = int(blockIdx.x) % 2;
-            tma_load_both(to + kRowsBytes + half * (kColumnsBytes / 2), &w_map, step * kDepth,
-                          w_row + half * (kTileColumns / 2), full + 8 * stage);
-          } else {
-            tma_load(to + kRowsBytes, &w_map, step * kDepth, w_row, full + 8 * stage);
-          }
+          tma_load(to + kRowsBytes, &w_map, step * kDepth, (first_tile + tile) * kTileColumns, full + 8 * stage);
           if (++stage == kStages) stage = 0, parity ^= 1;
         }
       }
@@ -270,19 +227,19 @@ __global__ void CLIPSTEER_CLUSTER(kCluster) __launch_bounds__(kThreads, 1)
     const uint32_t begin0 = uint32_t((row * args.lists + 4 * segment + lane % 4) * args.pitch);
     const uint32_t begin1 = begin0 + uint32_t(8 * args.lists * args.pitch);
     uint32_t place0 = begin0, place1 = begin1;
-    wait_for_previous();
     if constexpr (!kSample) {
       threshold0 = thresholds[row];
       threshold1 = thresholds[row + 8];
     }
     int held = 0, first_held = 0;
-    // After all but the last `running` steps are done.
+    // Gives the stages of all but the last `running` steps back, once these are done.
     const auto release = [&](int running) {
       for (; held > running; --held) {
-        if (lane < kCluster) barrier_arrive(empty + 8 * first_held, uint32_t(lane));
+        if (lane < 1) barrier_arrive(empty + 8 * first_held, uint32_t(lane));
         if (++first_held == kStages) first_held = 0;
       }
     };
+    // One step: begins acc = or += 64 rows times a tile, for kDepth of d.
     const auto multiply = [&](Accumulators& acc, bool add) {
       barrier_wait(full + 8 * stage, parity);
       const uint64_t a = matrix_descriptor(base + stage * kStageBytes + consumer * (kRowsBytes / kConsumers));
@@ -297,7 +254,9 @@ __global__ void CLIPSTEER_CLUSTER(kCluster) __launch_bounds__(kThreads, 1)
       ++held;
       if (++stage == kStages) stage = 0, parity ^= 1;
     };
+    // At one of kParts of a finished tile's values.
     const auto look = [&](Accumulators& acc, int tile, int part) {
+      // The compiler must not look before the step that was begun last.
 #pragma unroll
       for (int i = 0; i < kTileColumns / 2; ++i) {
         if (i * kParts / (kTileColumns / 2) == part) asm volatile("" : "+f"(acc[i])::"memory");
@@ -342,7 +301,7 @@ __global__ void CLIPSTEER_CLUSTER(kCluster) __launch_bounds__(kThreads, 1)
     };
     // The tensor cores are busy with a tile while `meanwhile` looks at the values of the one before it.
     const auto tile_product = [&](Accumulators& acc, int tile, auto meanwhile) {
-      float tile_biases[2];
+      float tile_biases[2];  // on their way while the first steps run
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int column = (first_tile + tile) * kTileColumns + thread + 128 * i;
@@ -394,8 +353,6 @@ __global__ void CLIPSTEER_CLUSTER(kCluster) __launch_bounds__(kThreads, 1)
       counts[(row + 8) * args.lists + 4 * segment + lane % 4] = place1 - begin1;
     }
   }
-  // The other block may still write here.
-  if constexpr (kCluster > 1) cluster_sync();
 #endif
 }
 
@@ -403,8 +360,6 @@ __global__ void CLIPSTEER_CLUSTER(kCluster) __launch_bounds__(kThreads, 1)
 template <int kPerLane>
 __global__ void __launch_bounds__(256)
     threshold_kernel(const float* maxima, int per_row, int rank, int rows, int padded_rows, float* thresholds, int* again) {
-  let_next_begin();
-  wait_for_previous();
   if (blockIdx.x == 0 && threadIdx.x == 0) *again = 0;
   const int row = int(blockIdx.x) * 8 + int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   if (row >= padded_rows) return;
@@ -445,7 +400,6 @@ __global__ void __launch_bounds__(kMaxSelectThreads)
   __shared__ DigitScratch scratch;
   __shared__ uint32_t listed, full, highest;
   uint64_t* const kept = keys + args.max_listed;
-  wait_for_previous();
   const int total = kAgain ? *again : args.rows;
   for (int item = int(blockIdx.x); item < total; item += int(gridDim.x)) {
     const int64_t row = kAgain ? again[1 + item] : item;
@@ -534,8 +488,6 @@ __global__ void __launch_bounds__(kRedoThreads)
   extern __shared__ uint64_t keys[];  // (16, buffer)
   __shared__ uint64_t bounds[kRedoRows];
   __shared__ uint32_t listed[kRedoRows];
-  let_next_begin();
-  wait_for_previous();
   const int total = *again;
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, d = args.d;
   const int width = ((args.n + args.segments - 1) / args.segments + kRedoColumns - 1) / kRedoColumns * kRedoColumns;
@@ -639,22 +591,12 @@ CUtensorMap tensor_map(const T* data, int64_t rows, int64_t d, int64_t row_bytes
   return map;
 }
 
-// `overlapped`: the kernel may begin before the one before it has ended.
 template <class... Parameters, class... Args>
 void start(const char* what, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared,
-           cudaStream_t stream, bool overlapped, const Args&... args) {
+           cudaStream_t stream, const Args&... args) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), what);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(blocks));
-  config.blockDim = dim3(unsigned(threads));
-  config.dynamicSmemBytes = size_t(shared);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlapped;
-  check(cudaLaunchKernelEx(&config, kernel, args...), what);
+  kernel<<<unsigned(blocks), threads, size_t(shared), stream>>>(args...);
+  check(cudaGetLastError(), what);
 }
 
 inline Workspace workspace(const EncodePlan& plan, void* memory) {
@@ -666,62 +608,51 @@ inline Workspace workspace(const EncodePlan& plan, void* memory) {
           reinterpret_cast<int*>(thresholds + rows * 4)};
 }
 
-constexpr int kPhases = 6;
-
-// x (rows, d) with rows <= plan.rows. `after_phase(i)` is called between the launches.
-template <class T, class AfterPhase>
+// x (rows, d) with rows <= plan.rows.
+template <class T>
 void launch(const EncodePlan& plan, const T* x, int64_t rows, const T* w, const T* bias, void* memory, T* acts,
-            int64_t* indices, cudaStream_t stream, bool cluster, AfterPhase after_phase) {
+            int64_t* indices, cudaStream_t stream) {
   const Workspace ws = workspace(plan, memory);
   const int64_t padded = (rows + kTileRows - 1) / kTileRows * kTileRows, item = sizeof(T);
   const int64_t sampled = (plan.n + plan.stride - 1) / plan.stride;
   const int row_tiles = int(padded / kTileRows);
-  const bool pairs = cluster && row_tiles % 2 == 0;
-  const int w_rows = pairs ? kTileColumns / 2 : kTileColumns;
   const CUtensorMap x_map = tensor_map(x, rows, plan.d, plan.d * item, kTileRows);
-  const CUtensorMap w_map = tensor_map(w, plan.n, plan.d, plan.d * item, w_rows);
-  const CUtensorMap sample_map = tensor_map(w, sampled, plan.d, plan.d * item * plan.stride, w_rows);
-  // Beyond d both operands are zero.
+  const CUtensorMap w_map = tensor_map(w, plan.n, plan.d, plan.d * item, kTileColumns);
+  const CUtensorMap sample_map = tensor_map(w, sampled, plan.d, plan.d * item * plan.stride, kTileColumns);
+  // Beyond d both operands are zero; every part of a look needs its step.
   const int depth_steps = int(std::max<int64_t>((plan.d + kDepth - 1) / kDepth, kParts + 1));
   ProductArgs args{row_tiles, plan.sample_tiles, depth_steps, int(sampled), plan.stride,
                    plan.maxima, plan.pitch, plan.lists()};
 
-  const auto product = [&](const char* what, auto kernel, int segments, const CUtensorMap& map, bool overlapped) {
-    start(what, kernel, row_tiles * segments, kThreads, kSharedBytes, stream, overlapped, x_map, map, bias, args,
+  const auto product = [&](const char* what, auto kernel, int segments, const CUtensorMap& map) {
+    start(what, kernel, row_tiles * segments, kThreads, kSharedBytes, stream, x_map, map, bias, args,
           ws.thresholds, ws.entries, ws.counts);
   };
-  product("sample", pairs ? product_kernel<T, true, 2> : product_kernel<T, true, 1>, plan.sample_segments, sample_map,
-          false);
-  after_phase(0);
+  product("sample", product_kernel<T, true>, plan.sample_segments, sample_map);
 
   start("thresholds", plan.maxima <= 32 * 16 ? threshold_kernel<16> : threshold_kernel<kMaxMaxima / 32>, padded / 8,
-        256, 0, stream, true, static_cast<const float*>(ws.entries), plan.maxima, plan.rank, int(rows), int(padded),
+        256, 0, stream, static_cast<const float*>(ws.entries), plan.maxima, plan.rank, int(rows), int(padded),
         ws.thresholds, ws.again);
-  after_phase(1);
 
   args.tiles = plan.tiles, args.n = int(plan.n), args.bias_stride = 1;
-  product("product", pairs ? product_kernel<T, false, 2> : product_kernel<T, false, 1>, plan.segments, w_map, true);
-  after_phase(2);
+  product("product", product_kernel<T, false>, plan.segments, w_map);
 
   const int64_t row_bytes = int64_t(plan.lists()) * plan.pitch * int64_t(sizeof(Entry));
   SelectArgs select{int(rows), int(plan.n), plan.k, plan.lists(), plan.pitch, plan.max_listed};
   const auto selection = [&](const char* what, auto kernel, int64_t blocks) {
     start(what, kernel, blocks, select.max_listed <= 1024 ? kSelectThreads : kMaxSelectThreads, select.max_listed * 16,
-          stream, true, select, ws.entries, row_bytes, ws.counts, plan.lists(), ws.thresholds, ws.again, acts, indices);
+          stream, select, ws.entries, row_bytes, ws.counts, plan.lists(), ws.thresholds, ws.again, acts, indices);
   };
   selection("selection", select_listed_kernel<T, false>, rows);
-  after_phase(3);
 
   // As often as not there is no row left, and these two return at once.
   const RedoArgs redo{int(plan.n), int(plan.d), plan.k, plan.redo_segments, plan.redo_buffer};
   const int64_t most = (rows + kRedoRows - 1) / kRedoRows * plan.redo_segments;
   start("rows again", redo_kernel<T>, std::min<int64_t>(most, 264), kRedoThreads, kRedoRows * plan.redo_buffer * 8,
-        stream, true, redo, x, w, bias, ws.again, ws.entries, row_bytes, ws.counts, plan.lists());
-  after_phase(4);
+        stream, redo, x, w, bias, ws.again, ws.entries, row_bytes, ws.counts, plan.lists());
   select.lists = plan.redo_segments, select.pitch = plan.k;
   select.max_listed = power_of_two(int64_t(plan.redo_segments) * plan.k);
   selection("selection again", select_listed_kernel<T, true>, std::min<int64_t>(rows, 528));
-  after_phase(5);
 }
 
 }  // namespace clipsteer::cuda::sm90
