@@ -46,7 +46,7 @@ wait
 chip=$(python3 -c 'import torch; print("-".join(torch.cuda.get_device_name().lower().split()))')
 for dtype in "${dtypes[@]}"; do
   step "bench-$dtype" 200 bash -c "bench --dtype $dtype --out '$out/gpu-$chip-$dtype.json'"
-  cp "$work/bench-$dtype.log" "$out/gpu-$chip-$dtype.txt"
+  python3 -m clipsteer bench --markdown "$out/gpu-$chip-$dtype.json" >"$out/gpu-$chip-$dtype.md"
 done
 cat "$work"/*.end
 test ! -e "$work/failed"

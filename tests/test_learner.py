@@ -143,10 +143,11 @@ def test_plasticity_sets_the_learning_rate_of_each_block(train):
     assert learner.multipliers[1] == expected
     assert set(expected.values()) != {1.0}
     rates = [group["lr"] for group in run._groups()]
-    blocks = [0.03 * 0.5 * expected[block] for block in learner.encoder.blocks]
+    lr = FAST["lr"]
+    blocks = [lr * 0.5 * expected[block] for block in learner.encoder.blocks]
     # what is in no block learns slowly, the head does not
-    others = [0.03 * 0.5 * learner.plasticity.floor] if train == "full" else []
-    assert sorted(rates) == pytest.approx(sorted([*blocks, *others, 0.03]))
+    others = [lr * 0.5 * learner.plasticity.floor] if train == "full" else []
+    assert sorted(rates) == pytest.approx(sorted([*blocks, *others, lr]))
 
 
 @pytest.mark.parametrize("changes", ["", "consistent=1", "covariance=0", "distill=0", "covariance=0,distill=0"])
