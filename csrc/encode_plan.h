@@ -13,12 +13,17 @@
 namespace clipsteer {
 
 constexpr int kTileRows = 128;
-constexpr int kTileColumns = 256;
+constexpr int kTileColumns = 192;
 constexpr int kSampleGroup = 8;
 constexpr int kMaximaPerTile = kTileColumns / kSampleGroup;
 constexpr int kMaxMaxima = 1024;  // a row's maxima live in the registers of one warp
+constexpr int kMaxSampled = kMaxMaxima / kMaximaPerTile * kTileColumns;
 constexpr int kFusedMaxK = 512;
+constexpr int kRedoColumns = 256;  // at a time
 constexpr int kMaxListed = 4096;
+constexpr int64_t kStride = 16;  // of the sampled columns, where it fits
+constexpr double kRankSigmas = 4;
+constexpr int64_t kMaxBytes = int64_t(29) << 20;  // with the results 32 MB for the largest in one go
 
 struct EncodePlan {
   int64_t rows = 0;          // of x in one go, the last go may have fewer; 0: not for this shape
@@ -65,21 +70,14 @@ inline int best_segments(int64_t row_tiles, int64_t tiles, int processors) {
   return chosen;
 }
 
-struct EncodeTuning {
-  int stride = 16;
-  double rank_sigmas = 4;
-  int64_t max_bytes = int64_t(32) << 20;
-};
-
-inline EncodePlan encode_plan(int64_t batch, int64_t n, int64_t d, int64_t k, int processors,
-                              const EncodeTuning& tuning = {}) {
+inline EncodePlan encode_plan(int64_t batch, int64_t n, int64_t d, int64_t k, int processors) {
   EncodePlan p;
   if (batch < 1 || k < 1 || k > kFusedMaxK || n >= INT32_MAX || d < 8 || d % 8 != 0) return p;
-  int64_t stride = std::max<int64_t>(tuning.stride, (n + kMaxMaxima * kSampleGroup - 1) / (kMaxMaxima * kSampleGroup));
+  int64_t stride = std::max<int64_t>(kStride, (n + kMaxSampled - 1) / kMaxSampled);
   double rank = 0, groups = 0;
   for (; stride >= 1; stride /= 2) {
     const double winners = double(k) / double(stride);
-    rank = std::ceil(winners + tuning.rank_sigmas * std::sqrt(winners) + 4);
+    rank = std::ceil(winners + kRankSigmas * std::sqrt(winners) + 4);
     groups = double(n) / double(stride * kSampleGroup);
     if (groups >= 6 * rank) break;
   }
@@ -95,21 +93,22 @@ inline EncodePlan encode_plan(int64_t batch, int64_t n, int64_t d, int64_t k, in
   p.rank = int(rank);
   p.maxima = int(sample_tiles) * kMaximaPerTile;
   p.max_listed = power_of_two(int64_t(most_listed));
-  p.redo_buffer = power_of_two(k + kTileColumns);
+  p.redo_buffer = power_of_two(k + kRedoColumns);
   const int64_t tiles = (n + kTileColumns - 1) / kTileColumns;
   for (int64_t parts = 1;; ++parts) {
     p.rows = (batch + parts - 1) / parts;
     if (p.rows < batch) p.rows = p.padded_rows();
     p.sample_segments = best_segments(p.row_tiles(), sample_tiles, processors);
     p.sample_tiles = int((sample_tiles + p.sample_segments - 1) / p.sample_segments);
+    p.sample_segments = int((sample_tiles + p.sample_tiles - 1) / p.sample_tiles);
     p.segments = best_segments(p.row_tiles(), tiles, processors);
     p.tiles = int((tiles + p.segments - 1) / p.segments);
     p.segments = int((tiles + p.tiles - 1) / p.tiles);
     // A thread's share, its own scatter and the threshold's.
     const double share = listed * p.tiles / double(tiles) / 4;
-    p.pitch = int(share + 6 * std::sqrt(share + share * share / rank) + 6 + 3) / 4 * 4;
+    p.pitch = int(share + 5.5 * std::sqrt(share + share * share / rank) + 6 + 3) / 4 * 4;
     p.pitch = std::max(p.pitch, 8);
-    if (p.bytes() <= tuning.max_bytes || p.rows <= kTileRows) break;
+    if (p.bytes() <= kMaxBytes || p.rows <= kTileRows) break;
   }
   p.redo_segments = int(std::min<int64_t>({int64_t(p.lists()) * p.pitch / k, p.lists(), kMaxListed / k, tiles}));
   if (p.redo_segments < 1) p.rows = 0;

@@ -8,8 +8,6 @@ namespace clipsteer::cuda {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kLag = 1;
-constexpr bool kPairs = true;
 constexpr int64_t kChunkBytes = int64_t(48) << 20;  // stays in the second-level cache of a large GPU
 
 template <class T>
@@ -84,7 +82,7 @@ bool fused_encode(const Tensor& x, const Tensor& w, const T* bias, int64_t k, T*
   const Tensor memory = empty_like(x, ScalarType::Byte, {plan.bytes()});
   for (int64_t start = 0; start < x.size(0); start += plan.rows) {
     sm90::launch(plan, data<T>(x) + start * plan.d, std::min(plan.rows, x.size(0) - start), data<T>(w), bias,
-                 memory.data_ptr(), acts + start * k, indices + start * k, stream_of(x), kLag, kPairs, [](int) {});
+                 memory.data_ptr(), acts + start * k, indices + start * k, stream_of(x));
   }
   return true;
 }
