@@ -129,10 +129,12 @@ def contenders(
 
 def backward(forward: Callable[[], Any], grad: Tensor, leaves: list[Tensor]) -> Callable[[], None]:
     def step() -> None:
-        result = forward()
-        (result[0] if isinstance(result, tuple) else result).backward(grad)
-        for leaf in leaves:
-            leaf.grad = None
+        try:
+            result = forward()
+            (result[0] if isinstance(result, tuple) else result).backward(grad)
+        finally:  # a call that fails half-way must not leave gradients for the next to add to
+            for leaf in leaves:
+                leaf.grad = None
 
     return step
 
@@ -295,7 +297,8 @@ def runnable(calls: dict[str, Callable[[], Any]], what: str) -> dict[str, Callab
             call()
             found[name] = call
         except (ImportError, NotImplementedError, torch.OutOfMemoryError) as error:
-            warnings.warn(f"bench: {what}: {name} is left out: {str(error).splitlines()[0]}", stacklevel=2)
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            warnings.warn(f"bench: {what}: {name} is left out: {reason}", stacklevel=2)
             torch.cuda.empty_cache()
     return found
 
