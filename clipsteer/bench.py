@@ -270,7 +270,8 @@ def run(
             for kind, steps in passes.items():
                 for leaf in leaves:
                     leaf.requires_grad_(kind != "forward")
-                steps = runnable(steps, f"{name} {label} {kind}")
+                if not (steps := runnable(steps, f"{name} {label} {kind}")):
+                    continue
                 base = next(n for n in (*spec.baselines, *steps) if n in steps)
                 memory = {n: extra_memory(c, device) for n, c in steps.items()}
                 found = measure(steps, device, repeats, f"{name} {label} {kind}", base)
