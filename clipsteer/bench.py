@@ -129,10 +129,12 @@ def contenders(
 
 def backward(forward: Callable[[], Any], grad: Tensor, leaves: list[Tensor]) -> Callable[[], None]:
     def step() -> None:
-        result = forward()
-        (result[0] if isinstance(result, tuple) else result).backward(grad)
-        for leaf in leaves:
-            leaf.grad = None
+        try:
+            result = forward()
+            (result[0] if isinstance(result, tuple) else result).backward(grad)
+        finally:  # a call that fails half-way must not leave gradients for the next to add to
+            for leaf in leaves:
+                leaf.grad = None
 
     return step
 
@@ -268,7 +270,8 @@ def run(
             for kind, steps in passes.items():
                 for leaf in leaves:
                     leaf.requires_grad_(kind != "forward")
-                steps = runnable(steps, f"{name} {label} {kind}")
+                if not (steps := runnable(steps, f"{name} {label} {kind}")):
+                    continue
                 base = next(n for n in (*spec.baselines, *steps) if n in steps)
                 memory = {n: extra_memory(c, device) for n, c in steps.items()}
                 found = measure(steps, device, repeats, f"{name} {label} {kind}", base)
@@ -295,7 +298,8 @@ def runnable(calls: dict[str, Callable[[], Any]], what: str) -> dict[str, Callab
             call()
             found[name] = call
         except (ImportError, NotImplementedError, torch.OutOfMemoryError) as error:
-            warnings.warn(f"bench: {what}: {name} is left out: {str(error).splitlines()[0]}", stacklevel=2)
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            warnings.warn(f"bench: {what}: {name} is left out: {reason}", stacklevel=2)
             torch.cuda.empty_cache()
     return found
 

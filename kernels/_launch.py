@@ -51,16 +51,15 @@ def copied_by_tma(*matrices: torch.Tensor) -> bool:
 
 def tiles(matrix: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
     """A contiguous matrix as a descriptor of tiles (rows, cols)."""
-    return TensorDescriptor.from_tensor(matrix, [rows, cols])
+    # a single row counts as contiguous whatever its stride is
+    return TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], [rows, cols])
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """total + a b in float32, by torch; a and b are float32 or halves of it."""
-    if a.dtype == torch.float32:
-        return torch.addmm(total, a, b)
-    if torch.version.hip is not None:
-        return torch.addmm(total, a.float(), b.float())
-    return torch.addmm(total, a, b, out_dtype=torch.float32)
+    """total + a b in float32, by torch, perhaps in total's place; a and b are float32 or halves of it."""
+    if a.dtype != torch.float32 and torch.version.hip is None:
+        return torch.addmm(total, a, b, out_dtype=torch.float32)
+    return total.addmm_(a.float(), b.float())  # what is in place autocast leaves alone
 
 
 @triton.jit

@@ -18,8 +18,8 @@ from ._precision import tf32_allowed
 
 # A block's r-vectors live in registers, as far as they fit; beyond, they take a (B, r) buffer and two launches.
 MAX_RANK = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
-# Rows, and rows times groups, up to which every program counts for itself.
-MAX_ROWS, MAX_TALLY = 2**13, 2**17
+# Rows, rows times groups, and groups (a bin each, in registers) up to which every program counts for itself.
+MAX_ROWS, MAX_TALLY, MAX_GROUPS = 2**13, 2**17, 2**11 - 1
 
 
 @triton.jit
@@ -267,7 +267,7 @@ def _sorted(index: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _many(rows: int, groups: int) -> bool:
-    return rows > MAX_ROWS or rows * groups > MAX_TALLY
+    return rows > MAX_ROWS or rows * groups > MAX_TALLY or groups > MAX_GROUPS
 
 
 def _scan(rows: int) -> int:

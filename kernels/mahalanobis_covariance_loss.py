@@ -285,7 +285,8 @@ def mahalanobis_covariance_loss(
             y, diag if weighted else y, s if weighted else y, order, offsets, parts, pull, B, C, d, n,
             HAS_WEIGHTS=weighted, NEED_GRAD=need_grad, **pairs,
         )  # fmt: skip
-        g, d_new = torch.empty((2, B, d) if need_grad else (2, 0, d), **wide).unbind()
+        # storages of their own: compiled code takes an output for aligned, and g need not outlive this call
+        g, d_new = (torch.empty((B if need_grad else 0, d), **wide) for _ in range(2))
         if need_grad:
             config = product_config(factor.dtype, B // C, d)
             launch_matmul(pull[:, n - r :], factor, grouping, g, B, True, config, split=split, least=2)

@@ -1,7 +1,7 @@
 """Gaussian sums over rows for every prototype: tiles of log-weights twice, for their peaks and for the weights.
 
-A sum of d numbers for each of many prototypes does not fit on chip, so a chunk's weights pass through a buffer, and are
-never more (BUFFER_BYTES); torch multiplies them by the movements. Halves take the tensor cores with weights and
+A sum of d numbers for each of many prototypes does not fit on chip, so a chunk's weights and its movements pass through
+buffers (of BUFFER_BYTES each, or SUM_ROWS rows), which torch multiplies. Halves take the tensor cores with weights and
 movements as sums of two bfloat16 each, which loses 2^-16 of them.
 """
 
@@ -110,6 +110,11 @@ def tile_config(dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_N": 128, "BLOCK_C": 128, "BLOCK_D": 32 if hip else 64, "num_warps": 8, "num_stages": 2 if hip else 3}
 
 
+def chunk_rows(C: int, d: int) -> int:
+    """Rows whose weights and whose movements, four bytes a number, fill no buffer."""
+    return max(SUM_ROWS, BUFFER_BYTES // (4 * max(C, d)) // SUM_ROWS * SUM_ROWS)
+
+
 def _squares(x: torch.Tensor, scale: torch.Tensor, far: float) -> torch.Tensor:
     out = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     block = 128 if interpreted(_drift_square_kernel) else 16
@@ -138,7 +143,7 @@ def drift_sums(
     scaled = old.dtype != torch.float16
     means = (prototypes.float() * scale[0].float()).to(old.dtype) if scaled else prototypes
     split, tma, config = old.dtype != torch.float32, copied_by_tma(old, means), tile_config(old.dtype)
-    chunk = min(N, max(SUM_ROWS, BUFFER_BYTES // (4 * C) // SUM_ROWS * SUM_ROWS))
+    chunk = min(N, chunk_rows(C, d))
     kind = torch.bfloat16 if split else torch.float32
     stride = cdiv(C, 16) * 16  # whole lines
     w, rest = (torch.empty(chunk if used else 0, stride, dtype=kind, device=old.device) for used in (True, split))

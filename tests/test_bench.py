@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from _command import run
 
 from clipsteer import FileFormatError, bench, bench_table
@@ -125,3 +126,24 @@ def test_the_table_in_the_readme_is_that_of_the_kept_files():
     )
     shown = readme.partition(bench_table.BEGIN)[2].partition(bench_table.END)[0]
     assert shown == bench_table.markdown([ROOT / file for file in files])
+
+
+def test_what_cannot_run_is_left_out_and_leaves_no_gradient():
+    class Halfway(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise NotImplementedError
+
+    a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    calls = {
+        "whole": bench.backward(lambda: a * b, torch.ones(2), [a, b]),
+        "halfway": bench.backward(lambda: Halfway.apply(b) + a.exp().exp(), torch.ones(2), [a, b]),
+    }
+    with pytest.warns(UserWarning, match="here: halfway is left out: NotImplementedError"):
+        assert list(bench.runnable(calls, "here")) == ["whole"]
+    assert a.grad is None
+    assert b.grad is None

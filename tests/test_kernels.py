@@ -1,6 +1,9 @@
-"""Interpreted Triton kernels on rows that are made to defeat the fast path of the selection."""
+"""Interpreted Triton kernels on rows that are made to defeat the fast path of the selection; what launchers decide."""
 
 from __future__ import annotations
+
+import pytest
+import torch
 
 CROWDED = """
 import torch
@@ -38,3 +41,20 @@ assert all(len(set(row)) == k and 0 <= min(row) and max(row) < n for row in indi
 
 def test_crowded_buckets_are_redone(interpret) -> None:
     interpret(CROWDED)
+
+
+def test_a_single_row_of_any_stride_is_a_matrix_of_tiles() -> None:
+    launch = pytest.importorskip("clipsteer.kernels._launch")
+    row = torch.randn(9, 100).bfloat16()[4:5, :64]
+    assert row.is_contiguous()
+    assert row.stride(0) * row.element_size() % 16
+    assert launch.tiles(row, 128, 64).strides == [64, 1]
+
+
+@pytest.mark.parametrize("groups", [1, 31, 32, 2047, 2048, 2**17])
+def test_groups_are_counted_on_chip_while_their_bins_fit(groups: int) -> None:
+    kernels = pytest.importorskip("clipsteer.kernels.conceptor_project")
+    index = torch.zeros(1, dtype=torch.int64)
+    how = kernels._grouping(torch.empty(1, 4), index, groups)[1]
+    assert how["BINS"] <= 2048
+    assert how["GROUPING"] == ("index" if groups < 2048 else "order")

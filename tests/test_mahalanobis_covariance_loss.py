@@ -361,6 +361,7 @@ loss, grad = run(old, some)
 beyond = torch.where(labels == 1, 7, labels)  # on a GPU nobody looks at the labels: such rows are left out
 args = (new, old, beyond, factor, None, None, True, True)
 loss_beyond, grad_beyond = _dispatch.call("triton", "mahalanobis_covariance_loss", *args)
+assert grad_beyond.untyped_storage().nbytes() == grad_beyond.nbytes  # compiled code takes an output for aligned
 assert torch.equal(loss, loss_beyond) and torch.equal(grad, grad_beyond) and not grad[labels == 1].any() and loss > 0
 new[1] = torch.nan  # of an ignored row
 assert torch.equal(run(old, some)[0], loss) and torch.equal(run(old, some)[1], grad)

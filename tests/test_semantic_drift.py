@@ -206,12 +206,17 @@ import torch
 from clipsteer import testing
 from clipsteer.ops import REGISTRY
 from clipsteer.kernels import semantic_drift
+for C, d in ((1, 768), (1000, 768), (2000, 4)):
+    assert 4 * semantic_drift.chunk_rows(C, d) * max(C, d) <= semantic_drift.BUFFER_BYTES
 semantic_drift.BUFFER_BYTES = 0  # three chunks and several parts in few programs
 spec = REGISTRY["semantic_drift"]
 for shape in ({"N": 1200, "C": 5, "d": 20, "floor": 1}, {"N": 300, "C": 140, "d": 300}):
     inputs = spec.make(shape, torch.float32, torch.Generator().manual_seed(0), 1.0, False)
-    error = spec.check(inputs, {"prototypes": spec.function(**inputs, backend="triton")})
+    expected = spec.function(**inputs, backend="triton")
+    error = spec.check(inputs, {"prototypes": expected})
     assert max(error.values()) <= 1, (shape, error)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(spec.function(**inputs, backend="triton"), expected)
 for sigma in (1e-30, 1e30):
     inputs |= {"sigma": sigma, "floor": 0.0}
     inputs["old"][0], inputs["prototypes"][0] = 1e38, -1e38

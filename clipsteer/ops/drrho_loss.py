@@ -190,7 +190,7 @@ def drrho_loss(
         held fixed: for γ = 1 that of the value, for γ < 1 its denominator is the average over earlier batches. The
         gradient in τ is ½·mean(u^image + u^text) + ρ − ½·mean_i Σ_j (w_ij/B)·d_ij. Second derivatives, exact for γ = 1,
         are those of (τ/2γ)·mean u, by the reference. Deterministic. Extra memory is O(B·(d + d_ref)), on a GPU also
-        B²/32 numbers and 64 MiB; the reference holds several B×B matrices.
+        512·B numbers and 128 MiB; the reference holds several B×B matrices.
 
     Raises:
         ValueError: shapes or devices that do not fit; only one of the reference's features; an empty batch; gamma,
