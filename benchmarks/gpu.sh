@@ -2,7 +2,7 @@
 # Everything that only an NVIDIA GPU can show, from a bare checkout and without a network: builds, runs the `gpu` tests
 # and compute-sanitizer on a small set, times every op. Needs python3 with torch (CUDA), triton, pytest and hypothesis;
 # takes 3 to 9 minutes.
-#   benchmarks/gpu.sh [FOLDER [DTYPE...]]    writes gpu-<chip>-<dtype>.json and .txt (default: benchmarks/results bfloat16)
+#   benchmarks/gpu.sh [FOLDER [DTYPE...]]    writes gpu-<chip>-<dtype>.json and .md (default: benchmarks/results bfloat16)
 set -uo pipefail
 root=$(realpath "$(dirname "$0")/..")
 out=$(realpath -m "${1:-$root/benchmarks/results}")

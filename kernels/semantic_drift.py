@@ -15,7 +15,7 @@ from ._launch import add_product, cdiv, copied_by_tma, halved, interpreted, on_d
 from ._precision import tf32_allowed
 
 BUFFER_BYTES = 64 << 20
-SUM_ROWS = 512
+SUM_ROWS = 512  # no sum adds more numbers one after the other
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -145,6 +145,7 @@ def drift_sums(
     split, tma, config = old.dtype != torch.float32, copied_by_tma(old, means), tile_config(old.dtype)
     chunk = min(N, chunk_rows(C, d))
     kind = torch.bfloat16 if split else torch.float32
+    step = SUM_ROWS * (16 if split else 1)  # tensor cores add 16 products at a time
     stride = cdiv(C, 16) * 16  # whole lines
     w, rest = (torch.empty(chunk if used else 0, stride, dtype=kind, device=old.device) for used in (True, split))
     change, change_rest = (torch.empty(len(b), d, dtype=kind, device=old.device) for b in (w, rest))
@@ -171,11 +172,8 @@ def drift_sums(
             _drift_change_kernel[(cdiv(n * d, 4096),)](
                 old[some], new[some], change, change_rest, n * d, SPLIT=split, BLOCK=4096
             )
-            if split:
-                for a, b in ((w, change_rest), (rest, change), (w, change)):
-                    moved = add_product(moved, a[:n, :C].T, b[:n])
-            else:  # no sum of many rows in one go
-                for at in range(0, n, SUM_ROWS):
-                    part = slice(at, min(at + SUM_ROWS, n))
-                    moved = add_product(moved, w[part, :C].T, change[part])
+            for at in range(0, n, step):
+                part = slice(at, min(at + step, n))
+                for a, b in ((w, change_rest), (rest, change), (w, change)) if split else ((w, change),):
+                    moved = add_product(moved, a[part, :C].T, b[part])
     return peak, total, moved

@@ -8,8 +8,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, settings
 from torch import Tensor
 
 from clipsteer import ops, testing
@@ -680,14 +679,16 @@ GPU = [
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "backend", "dtype"), GPU, ids=label)
 def test_properties_on_gpu(name, backend, dtype):
-    # all in one test, so that kernels are compiled once
+    # all properties in one test, so that kernels are compiled once
     if (reason := _dispatch.missing(backend)) is not None:
         pytest.skip(reason)
 
-    @given(testing.cases(backend, dtype, REGISTRY[name], "cuda"), st.sampled_from(sorted(testing.PROPERTIES)))
-    def holds(case, prop):
-        errors = testing.PROPERTIES[prop](case)
-        assert all(error <= 1 for error in errors.values()), errors
+    @settings(max_examples=12)
+    @given(testing.cases(backend, dtype, REGISTRY[name], "cuda"))
+    def holds(case):
+        for prop, check in testing.PROPERTIES.items():
+            errors = check(case)
+            assert all(error <= 1 for error in errors.values()), (prop, errors)
 
     holds()
 
