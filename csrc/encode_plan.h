@@ -23,7 +23,7 @@ constexpr int kRedoColumns = 256;  // at a time
 constexpr int kMaxListed = 4096;
 constexpr int64_t kStride = 16;  // of the sampled columns, where it fits
 constexpr double kRankSigmas = 4;
-constexpr int64_t kMaxBytes = int64_t(29) << 20;  // with the results 32 MB for the largest in one go
+constexpr int64_t kMaxBytes = int64_t(29) << 20;  // of one go, beside the results
 
 struct EncodePlan {
   int64_t rows = 0;          // of x in one go, the last go may have fewer; 0: not for this shape
@@ -49,7 +49,7 @@ struct EncodePlan {
   int64_t bytes() const { return entry_bytes() + padded_rows() * (4 * int64_t(lists()) + 4 + 4) + 4; }
 };
 
-inline int power_of_two(int64_t at_least) {
+constexpr int power_of_two(int64_t at_least) {
   int size = 2;
   while (size < at_least) size *= 2;
   return size;

@@ -43,6 +43,10 @@ constexpr uint32_t kSharedBytes = 1024 + kStages * kStageBytes + kConsumers * 2 
 constexpr int kSelectThreads = 128, kMaxSelectThreads = 256;
 constexpr int kRedoThreads = kRedoColumns;
 constexpr int kRedoRows = 16;
+constexpr int kKeyBytes = 8;
+// The most that any call asks for.
+constexpr int kMaxSelectBytes = 2 * kMaxListed * kKeyBytes;
+constexpr int kMaxRedoBytes = kRedoRows * power_of_two(kFusedMaxK + kRedoColumns) * kKeyBytes;
 
 struct Workspace {
   void* entries;  // padded rows x max(lists x pitch entries, maxima)
@@ -560,7 +564,9 @@ __global__ void __launch_bounds__(kRedoThreads)
 }
 
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("topk_encode: ") + what + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  static_cast<void>(cudaGetLastError());  // or the next launch would be blamed for it
+  throw std::runtime_error(std::string("topk_encode: ") + what + ": " + cudaGetErrorString(error));
 }
 
 // A matrix of `rows` rows of d 16-bit items, `row_bytes` apart, read in tiles of (tile_rows, kDepth).
@@ -591,10 +597,12 @@ CUtensorMap tensor_map(const T* data, int64_t rows, int64_t d, int64_t row_bytes
   return map;
 }
 
+// The limit of shared memory belongs to the kernel, whoever calls: it is always set to the same `most`, or one thread
+// could lower it between another's setting and launch.
 template <class... Parameters, class... Args>
-void start(const char* what, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared,
+void start(const char* what, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared, int most,
            cudaStream_t stream, const Args&... args) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), what);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), what);
   kernel<<<unsigned(blocks), threads, size_t(shared), stream>>>(args...);
   check(cudaGetLastError(), what);
 }
@@ -625,13 +633,13 @@ void launch(const EncodePlan& plan, const T* x, int64_t rows, const T* w, const 
                    plan.maxima, plan.pitch, plan.lists()};
 
   const auto product = [&](const char* what, auto kernel, int segments, const CUtensorMap& map) {
-    start(what, kernel, row_tiles * segments, kThreads, kSharedBytes, stream, x_map, map, bias, args,
+    start(what, kernel, row_tiles * segments, kThreads, kSharedBytes, kSharedBytes, stream, x_map, map, bias, args,
           ws.thresholds, ws.entries, ws.counts);
   };
   product("sample", product_kernel<T, true>, plan.sample_segments, sample_map);
 
   start("thresholds", plan.maxima <= 32 * 16 ? threshold_kernel<16> : threshold_kernel<kMaxMaxima / 32>, padded / 8,
-        256, 0, stream, static_cast<const float*>(ws.entries), plan.maxima, plan.rank, int(rows), int(padded),
+        256, 0, 0, stream, static_cast<const float*>(ws.entries), plan.maxima, plan.rank, int(rows), int(padded),
         ws.thresholds, ws.again);
 
   args.tiles = plan.tiles, args.n = int(plan.n), args.bias_stride = 1;
@@ -640,16 +648,18 @@ void launch(const EncodePlan& plan, const T* x, int64_t rows, const T* w, const 
   const int64_t row_bytes = int64_t(plan.lists()) * plan.pitch * int64_t(sizeof(Entry));
   SelectArgs select{int(rows), int(plan.n), plan.k, plan.lists(), plan.pitch, plan.max_listed};
   const auto selection = [&](const char* what, auto kernel, int64_t blocks) {
-    start(what, kernel, blocks, select.max_listed <= 1024 ? kSelectThreads : kMaxSelectThreads, select.max_listed * 16,
-          stream, select, ws.entries, row_bytes, ws.counts, plan.lists(), ws.thresholds, ws.again, acts, indices);
+    start(what, kernel, blocks, select.max_listed <= 1024 ? kSelectThreads : kMaxSelectThreads,
+          2 * select.max_listed * kKeyBytes, kMaxSelectBytes, stream, select, ws.entries, row_bytes, ws.counts,
+          plan.lists(), ws.thresholds, ws.again, acts, indices);
   };
   selection("selection", select_listed_kernel<T, false>, rows);
 
   // As often as not there is no row left, and these two return at once.
   const RedoArgs redo{int(plan.n), int(plan.d), plan.k, plan.redo_segments, plan.redo_buffer};
   const int64_t most = (rows + kRedoRows - 1) / kRedoRows * plan.redo_segments;
-  start("rows again", redo_kernel<T>, std::min<int64_t>(most, 264), kRedoThreads, kRedoRows * plan.redo_buffer * 8,
-        stream, redo, x, w, bias, ws.again, ws.entries, row_bytes, ws.counts, plan.lists());
+  start("rows again", redo_kernel<T>, std::min<int64_t>(most, 264), kRedoThreads,
+        kRedoRows * plan.redo_buffer * kKeyBytes, kMaxRedoBytes, stream, redo, x, w, bias, ws.again, ws.entries,
+        row_bytes, ws.counts, plan.lists());
   select.lists = plan.redo_segments, select.pitch = plan.k;
   select.max_listed = power_of_two(int64_t(plan.redo_segments) * plan.k);
   selection("selection again", select_listed_kernel<T, true>, std::min<int64_t>(rows, 528));

@@ -1,4 +1,7 @@
-"""CUDA C++ without a GPU: the selection and segment code runs on the CPU, and everything compiles and links."""
+"""CUDA C++ without a GPU: the selection and segment code runs on the CPU, and everything compiles and links.
+
+What the fused encode makes of hard rows is planned here and, where there is a GPU, run.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from clipsteer import ops
+from clipsteer.ops import _dispatch
 
 pytestmark = pytest.mark.slow
 
@@ -236,24 +242,95 @@ def test_no_plan_where_the_fused_encode_cannot_run(host: ctypes.CDLL, d: int, k:
     assert plan(host, 64, 49152, d, k)["rows"] == 0
 
 
+def listed(p: dict[str, int], values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a fused encode by plan ``p`` lists: of each row in all, and in its longest list."""
+    rows, n = values.shape
+    sample = values[:, :: p["stride"]].nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    place, column = torch.arange(sample.shape[1]), torch.arange(n)
+    # A thread's accumulators: 8 j + 2 lane + c, 4 neighbours j a group.
+    group = place // 192 * 24 + place % 8 // 2 * 6 + place % 192 // 32
+    maxima = torch.full((rows, p["maxima"]), -torch.inf).scatter_reduce_(1, group.expand_as(sample), sample, "amax")
+    threshold = maxima.sort(1, descending=True).values[:, p["rank"] - 1 : p["rank"]]
+    reach = ~(values < threshold)
+    lists = column // 192 // p["tiles"] * 4 + column % 8 // 2
+    counts = torch.zeros(rows, 4 * p["segments"]).scatter_add_(1, lists.expand_as(reach), reach.float())
+    return reach.sum(1), counts.amax(1)
+
+
 @pytest.mark.parametrize(("k", "n"), [(1, 6000), (32, 6000), (32, 49152), (64, 49152)])
 def test_the_threshold_lists_enough_and_not_too_many(host: ctypes.CDLL, k: int, n: int) -> None:
     """On columns in no special order; a row where this fails is computed again."""
     p = plan(host, 4096, n, 768, k)
-    values = torch.randn(300, n, generator=torch.Generator().manual_seed(n + k))
-    column = torch.arange(n)
-    sample = values[:, :: p["stride"]]
-    place = torch.arange(sample.shape[1])
-    # A thread's accumulators: 8 j + 2 lane + c, 4 neighbours j a group.
-    group = place // 192 * 24 + place % 8 // 2 * 6 + place % 192 // 32
-    maxima = torch.full((300, p["maxima"]), -torch.inf).scatter_reduce_(1, group.expand_as(sample), sample, "amax")
-    threshold = maxima.sort(1, descending=True).values[:, p["rank"] - 1 : p["rank"]]
-    reach = values >= threshold
-    assert reach.sum(1).min() >= k
-    assert reach.sum(1).max() <= p["max_listed"]
-    lists = column // 192 // p["tiles"] * 4 + column % 8 // 2
-    counts = torch.zeros(300, 4 * p["segments"]).scatter_add_(1, lists.expand_as(reach), reach.float())
-    assert counts.max() < p["pitch"] - 1
+    total, longest = listed(p, torch.randn(300, n, generator=torch.Generator().manual_seed(n + k)))
+    assert total.min() >= k
+    assert total.max() <= p["max_listed"]
+    assert longest.max() < p["pitch"] - 1
+
+
+# Blocks of three tiles and of two, both ends of x and W within a tile; several goes, the last one smaller.
+FUSED = {(1499, 6001, 72, 32): 4, (5000, 49152, 520, 64): 16}  # (B, n, d, k): every which column is sampled
+
+
+def whole_numbers(shape: tuple[int, int, int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, W, b whose products are exact in any order. Of 16 rows of x one is 0, so that all its values tie, and one has
+    its largest values where columns are sampled; row 2 has a NaN and row 3 an infinity."""
+    (B, n, d, _), generator = shape, torch.Generator().manual_seed(sum(shape))
+    x = torch.randint(-8, 9, (B, d), generator=generator).float()
+    W = torch.randint(-8, 9, (n, d), generator=generator).float()
+    W[:, 1], W[:: FUSED[shape], 1] = 0, 128
+    W[:, 2] = 1 - 2 * (torch.arange(n) % 2)
+    x[:, 1:3] = 0
+    x[0::16], x[1::16, 1] = 0, 64
+    x[2, 3], x[3, 2] = torch.nan, torch.inf
+    return x, W, torch.randint(-1, 2, (n,), generator=generator).float()
+
+
+@pytest.mark.parametrize("shape", FUSED)
+def test_rows_of_the_gpu_test_take_every_way(host: ctypes.CDLL, shape: tuple[int, int, int, int]) -> None:
+    B, n, d, k = shape
+    p = plan(host, B, n, d, k)
+    assert p["stride"] == FUSED[shape]
+    tiles = -(-n // 192)
+    several, last = p["tiles"], tiles - (p["segments"] - 1) * p["tiles"]
+    assert {several % 2, last % 2} == {0, 1} or p["rows"] < B
+    assert min(several, last) >= 2
+    x, W, b = whole_numbers(shape)
+    total, longest = listed(p, x[:64] @ W.T + b)
+    kind = torch.arange(64) % 16
+    kind[2:4] = 0
+    overflows, few = longest >= p["pitch"] - 1, total < k
+    assert torch.equal(overflows, kind == 0)
+    assert torch.equal(few, kind == 1)
+    assert total[kind > 1].max() <= p["max_listed"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("shape", FUSED)
+def test_the_fused_encode_is_exact_on_every_way(
+    shape: tuple[int, int, int, int], biased: bool, dtype: torch.dtype
+) -> None:
+    """Bit for bit and index for index; and once more from a CUDA graph, whose input has changed since."""
+    if (reason := _dispatch.missing("cuda")) is not None:
+        pytest.skip(reason)
+    k = shape[3]
+    x, W, b = (t.cuda() for t in whole_numbers(shape))
+    rows = [ops.topk_encode_reference(part, W, b if biased else None, k=k) for part in x.split(1000)]
+    acts, indices = (torch.cat(parts) for parts in zip(*rows))
+    acts = acts.to(dtype)
+    inputs = [x.to(dtype), W.to(dtype), b.to(dtype) if biased else None]
+    found = ops.topk_encode(*inputs, k=k, backend="cuda")
+    torch.testing.assert_close(found[0], acts, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found[1], indices)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = ops.topk_encode(*inputs, k=k, backend="cuda")
+    inputs[0].copy_(x.flip(0))
+    graph.replay()
+    torch.testing.assert_close(found[0], acts.flip(0), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found[1], indices.flip(0))
 
 
 @pytest.mark.parametrize(("rows", "k", "n", "d"), [(0, 3, 4, 2), (1, 1, 1, 1), (33, 5, 129, 3), (64, 31, 7, 5)])
