@@ -217,6 +217,7 @@ SPEC = OpSpec(
         {"B": 130, "d": 128, "n": 6000, "k": 32},
         {"B": 33, "d": 200, "n": 6000, "k": 48, "crowded": 1},
         {"B": 33, "d": 128, "n": 6000, "k": 600},
+        {"B": 1499, "d": 72, "n": 6001, "k": 32},  # several tiles a block
     ),
     # CUDA C++ has a fused kernel for Hopper's tensor cores; elsewhere it makes the whole product
     gpu_order=lambda capability, dtype: (
