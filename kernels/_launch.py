@@ -55,22 +55,6 @@ def tiles(matrix: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], [rows, cols])
 
 
-def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """total + a b in float32, by torch, perhaps in total's place; a and b are float32 or halves of it."""
-    if a.dtype != torch.float32 and torch.version.hip is None:
-        return torch.addmm(total, a, b, out_dtype=torch.float32)
-    return total.addmm_(a.float(), b.float())  # what is in place autocast leaves alone
-
-
-@triton.jit
-def halved(x):
-    """float32 as the sum of two bfloat16, but for 2^-16 of it."""
-    high = x.to(tl.bfloat16)
-    rest = x - high.to(tl.float32)
-    # an infinity is all in its first half
-    return high, tl.where(tl.abs(high.to(tl.float32)) < float("inf"), rest, 0.0).to(tl.bfloat16)
-
-
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()  # triton's own takes 5 µs of the host
 

@@ -12,33 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import add_product, cdiv, copied_by_tma, halved, interpreted, on_device, tiles
+from ._launch import cdiv, copied_by_tma, interpreted, on_device, tiles
 from ._precision import tf32_allowed
+from ._product import add_product, halved, product_tile
 
 CHUNK = 2**25
 SUM_ROWS = 2**14
-
-
-@triton.jit
-def _similarities(
-    rows_ptr, cols_ptr, m, n, M, N, D, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    S = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if TMA:  # rows and cols are descriptors
-        for start in range(0, D, BLOCK_D):
-            a = rows_ptr.load([tl.program_id(0) * BLOCK_M, start])
-            b = cols_ptr.load([tl.program_id(1) * BLOCK_N, start])
-            S = tl.dot(a, tl.trans(b), S, input_precision=PRECISION)
-    else:
-        row_ptrs = rows_ptr + m.to(tl.int64)[:, None] * D
-        col_ptrs = cols_ptr + n.to(tl.int64)[None, :] * D
-        for start in range(0, D, BLOCK_D):
-            k = start + tl.arange(0, BLOCK_D)
-            a = tl.load(row_ptrs + k[None, :], mask=(m < M)[:, None] & (k < D)[None, :], other=0.0)
-            b = tl.load(col_ptrs + k[:, None], mask=(k < D)[:, None] & (n < N)[None, :], other=0.0)
-            S = tl.dot(a, b, S, input_precision=PRECISION)
-    return S
 
 
 @triton.jit
@@ -57,7 +36,7 @@ def _drrho_sums_kernel(
 ):  # fmt: skip
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    S = _similarities(rows_ptr, cols_ptr, m, n, M, N, D, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+    S = product_tile(rows_ptr, cols_ptr, m, n, M, N, D, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
     scale = tl.load(scale_ptr)
     others = (m < M)[:, None] & (n < N)[None, :] & (m[:, None] + offset != n[None, :])
     own = tl.load(diag_ptr + offset + m, mask=m < M, other=0.0)
@@ -101,7 +80,7 @@ def _drrho_weights_kernel(
 ):  # fmt: skip
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    S = _similarities(rows_ptr, cols_ptr, m, n, M, N, D, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+    S = product_tile(rows_ptr, cols_ptr, m, n, M, N, D, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
     scale = tl.load(scale_ptr)
     # one half of the columns after the other, as the registers do not hold all that both need
     low, high = tl.split(tl.permute(tl.reshape(S, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))

@@ -11,8 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import add_product, cdiv, copied_by_tma, halved, interpreted, on_device, tiles
+from ._launch import cdiv, copied_by_tma, interpreted, on_device, tiles
 from ._precision import tf32_allowed
+from ._product import add_product, halved, product_tile
 
 BUFFER_BYTES = 64 << 20
 SUM_ROWS = 512  # no sum adds more numbers one after the other
@@ -45,21 +46,7 @@ def _drift_tile_kernel(
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     live = rows < N
-    dot = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
-    if TMA:  # old and means are descriptors
-        for start in range(0, d, BLOCK_D):
-            x = old_ptr.load([tl.program_id(0) * BLOCK_N, start])
-            mean = means_ptr.load([tl.program_id(1) * BLOCK_C, start])
-            dot = tl.dot(x, tl.trans(mean), dot, input_precision=PRECISION)
-    else:
-        old_ptrs = old_ptr + rows.to(tl.int64)[:, None] * d
-        mean_ptrs = means_ptr + cols.to(tl.int64)[None, :] * d
-        for start in range(0, d, BLOCK_D):
-            j = start + tl.arange(0, BLOCK_D)
-            inside = j < d
-            x = tl.load(old_ptrs + j[None, :], mask=live[:, None] & inside[None, :], other=0.0)
-            mean = tl.load(mean_ptrs + j[:, None], mask=inside[:, None] & (cols < C)[None, :], other=0.0)
-            dot = tl.dot(x, mean, dot, input_precision=PRECISION)
+    dot = product_tile(old_ptr, means_ptr, rows, cols, N, C, d, TMA, PRECISION, BLOCK_N, BLOCK_C, BLOCK_D)
     unit = tl.load(scale_ptr).to(tl.float32)
     dot *= unit
     if not SCALED:
