@@ -453,6 +453,37 @@ def test_resume_is_bitwise(tmp_path, architecture, stop):
     assert speedless(lines) == speedless(whole)
 
 
+@pytest.mark.parametrize("architecture", ["relu", "topk"])
+def test_torchs_defaults_are_not_the_optimisers(tmp_path, architecture):
+    x, config = data(), tiny(architecture=architecture, log_every=1, dtype="float32")
+    alone = train_sae(x, config)
+    try:
+        torch.set_default_dtype(torch.float64)
+        with pytest.raises(Stop):
+            train_sae(x, config, out=tmp_path, on_log=stop_at(7))
+        resumed = train_sae(x, config, out=tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(weights(alone), weights(resumed))
+    for p in (optimizer := UnitRowAdam(alone, 1e-3)).sae.parameters():
+        p.grad = torch.ones_like(p)
+    with torch.device("meta"):
+        optimizer.step()
+    assert not torch.equal(alone.b_enc, resumed.b_enc)
+    assert not torch.equal(alone.W_enc, resumed.W_enc)
+
+
+@pytest.mark.parametrize("name", ["W_enc", "W_dec"])
+@pytest.mark.parametrize("architecture", ["relu", "topk", "batch_topk"])
+def test_dictionaries_of_any_strides_are_trained(architecture, name):
+    plain, strided = make(architecture), make(architecture)
+    setattr(strided, name, torch.nn.Parameter(getattr(strided, name).detach().T.contiguous().T))
+    for sae in (plain, strided):
+        train_sae(data(), sae, config=tiny())
+    for key, weight in weights(plain).items():
+        torch.testing.assert_close(weights(strided)[key], weight, rtol=1e-9, atol=1e-11)
+
+
 def test_other_settings_are_not_mixed_into_a_run(tmp_path):
     train_sae(data(), tiny(), out=tmp_path)
     with pytest.raises(ValueError, match=r"lr: 0.001 there, 0.002 asked for"):
