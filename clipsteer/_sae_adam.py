@@ -42,7 +42,7 @@ class UnitRowAdam(torch.optim.Adam):
     def _one_pass(self, parameter: Tensor, grad: Tensor) -> None:
         state, group = self.state[parameter], self.param_groups[0]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         state["step"] += 1
         features = None
@@ -60,5 +60,6 @@ def in_one_pass(parameter: Tensor) -> bool:
     return (
         parameter.device.type == "cpu"
         and parameter.dtype in (torch.float32, torch.float64)
+        and parameter.is_contiguous()
         and _dispatch.choose("sparse_decode", "auto", parameter) == "cpp"
     )

@@ -151,7 +151,8 @@ class SAETrainer:
         bf16 = config.autocast == "bfloat16" or (config.autocast == "auto" and self.device.type == "cuda")
         self._autocast = (lambda: torch.autocast(self.device.type, torch.bfloat16)) if bf16 else nullcontext
         # gradients are summed over processes, and cast under autocast, as dense tensors
-        self._sparse = sae.architecture == "topk" and not bf16 and self.world.size == 1 and in_one_pass(sae.W_enc)
+        self._sparse = sae.architecture == "topk" and not bf16 and self.world.size == 1
+        self._sparse = self._sparse and in_one_pass(sae.W_enc) and in_one_pass(sae.W_dec)
 
     def step(self, x: Tensor) -> Tensor:
         """One optimisation step on this process's rows x (B, d_in).
@@ -223,9 +224,10 @@ class SAETrainer:
     def load_state_tensors(self, tensors: dict[str, Tensor], step: int) -> None:
         """Undo ``state_tensors``; torch's generators are set too."""
         self.sae.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("sae.")})
+        device = self.device if self.device.type == "cuda" else "cpu"
         for name, parameter in self.sae.named_parameters():
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(step), device=self.device if self.device.type == "cuda" else "cpu"),
+                "step": torch.tensor(step, dtype=torch.float32, device=device),
                 "exp_avg": tensors[f"exp_avg.{name}"].to(parameter).clone(),
                 "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter).clone(),
             }

@@ -331,6 +331,31 @@ def test_the_optimiser_refuses_rows_out_of_order():
             optimizer.step()
 
 
+@pytest.mark.parametrize("form", ["rows", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_moments_without_gradients_decay_to_zero(form, dtype):
+    """Not to the denormal numbers, whose decay ends above 0 and which a CPU computes many times slower."""
+    if ops_dispatch.missing("cpp"):
+        pytest.skip("the C++ library is not built")
+    sae = SAE(D, N, k=K, dtype=dtype)
+    optimizer, tiny = UnitRowAdam(sae, 1e-3), torch.finfo(dtype).tiny
+    for step in range(30):
+        for p in sae.parameters():
+            grad = torch.zeros_like(p)
+            if p.dim() == 2:
+                grad[0] = 1
+            p.grad = as_rows(grad) if form == "rows" and p.dim() == 2 else grad
+        optimizer.step()
+        if step == 0:
+            for p in (sae.W_enc, sae.W_dec):
+                optimizer.state[p]["exp_avg"][1:] = 4 * tiny
+                optimizer.state[p]["exp_avg_sq"][1:] = 1.01 * tiny
+    for p in (sae.W_enc, sae.W_dec):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert not optimizer.state[p][moment][1:].any()
+            assert bool(optimizer.state[p][moment][0].all())
+
+
 class Syncs(TorchDispatchMode):
     """Counts what makes the host wait for a device, or gives shapes that depend on data."""
 
@@ -451,6 +476,37 @@ def test_resume_is_bitwise(tmp_path, architecture, stop):
     whole = [json.loads(line) for line in (tmp_path / "alone" / "log.jsonl").read_text().splitlines()]
     speedless = lambda records: [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
     assert speedless(lines) == speedless(whole)
+
+
+@pytest.mark.parametrize("architecture", ["relu", "topk"])
+def test_torchs_defaults_are_not_the_optimisers(tmp_path, architecture):
+    x, config = data(), tiny(architecture=architecture, log_every=1, dtype="float32")
+    alone = train_sae(x, config)
+    try:
+        torch.set_default_dtype(torch.float64)
+        with pytest.raises(Stop):
+            train_sae(x, config, out=tmp_path, on_log=stop_at(7))
+        resumed = train_sae(x, config, out=tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(weights(alone), weights(resumed))
+    for p in (optimizer := UnitRowAdam(alone, 1e-3)).sae.parameters():
+        p.grad = torch.ones_like(p)
+    with torch.device("meta"):
+        optimizer.step()
+    assert not torch.equal(alone.b_enc, resumed.b_enc)
+    assert not torch.equal(alone.W_enc, resumed.W_enc)
+
+
+@pytest.mark.parametrize("name", ["W_enc", "W_dec"])
+@pytest.mark.parametrize("architecture", ["relu", "topk", "batch_topk"])
+def test_dictionaries_of_any_strides_are_trained(architecture, name):
+    plain, strided = make(architecture), make(architecture)
+    setattr(strided, name, torch.nn.Parameter(getattr(strided, name).detach().T.contiguous().T))
+    for sae in (plain, strided):
+        train_sae(data(), sae, config=tiny())
+    for key, weight in weights(plain).items():
+        torch.testing.assert_close(weights(strided)[key], weight, rtol=1e-9, atol=1e-11)
 
 
 def test_other_settings_are_not_mixed_into_a_run(tmp_path):
