@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -61,5 +62,6 @@ def in_one_pass(parameter: Tensor) -> bool:
         parameter.device.type == "cpu"
         and parameter.dtype in (torch.float32, torch.float64)
         and parameter.is_contiguous()
-        and _dispatch.choose("sparse_decode", "auto", parameter) == "cpp"
+        and os.environ.get("CLIPSTEER_BACKEND", "auto").lower() in ("", "auto", "cpp")
+        and _dispatch.missing("cpp") is None
     )

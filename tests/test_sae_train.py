@@ -235,6 +235,15 @@ def test_rows_are_of_unit_norm_and_the_gradient_orthogonal_when_adam_sees_it(mon
     assert float((start * gradient).sum(1).abs().max()) <= 1e-15 * D * float(gradient.norm(dim=1).max())
 
 
+def test_another_backend_in_the_environment_stops_no_relu_training(monkeypatch):
+    """Its step calls no op, so that what cannot run here does not matter."""
+    monkeypatch.setenv("CLIPSTEER_BACKEND", "cuda")
+    sae = make("relu")
+    before = sae.W_enc.detach().clone()
+    SAETrainer(sae, tiny(architecture="relu"), 5).step(data(32))
+    assert not torch.equal(sae.W_enc, before)
+
+
 def as_rows(gradient):
     used = gradient.any(1).nonzero().flatten()
     return torch.sparse_coo_tensor(used[None], gradient[used], gradient.shape, check_invariants=False)
