@@ -55,6 +55,13 @@ def tiles(matrix: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], [rows, cols])
 
 
+def operands(
+    a: torch.Tensor, b: torch.Tensor, rows: int, cols: int, depth: int, tma: bool
+) -> tuple[torch.Tensor | TensorDescriptor, torch.Tensor | TensorDescriptor]:
+    """What a kernel gets for a (M, D) and b (N, D) whose tiles of ``rows`` by ``cols`` it multiplies."""
+    return (tiles(a, rows, depth), tiles(b, cols, depth)) if tma else (a, b)
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()  # triton's own takes 5 µs of the host
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, copied_by_tma, interpreted, on_device, tiles
+from ._launch import cdiv, copied_by_tma, interpreted, on_device, operands
 from ._precision import tf32_allowed
 from ._product import add_product, halved, product_tile
 
@@ -111,10 +111,8 @@ def _options(rows: torch.Tensor, cols: torch.Tensor) -> dict[str, object]:
     return {"TMA": tma, "PRECISION": "tf32" if tf32_allowed() else "ieee", **tile_config(rows.dtype)}
 
 
-def _operands(rows: torch.Tensor, cols: torch.Tensor, config: dict) -> tuple[object, object]:
-    if not config["TMA"]:
-        return rows, cols
-    return tiles(rows, config["BLOCK_M"], config["BLOCK_D"]), tiles(cols, config["BLOCK_N"], config["BLOCK_D"])
+def _factors(rows: torch.Tensor, cols: torch.Tensor, config: dict) -> tuple[object, object]:
+    return operands(rows, cols, config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_D"], config["TMA"])
 
 
 def _wide_in_interpreter(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -138,7 +136,7 @@ def drrho_sums(
             grid = (cdiv(m, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"]))
             by_row, by_col = diag.new_empty(grid[1], m), diag.new_empty(grid[0], N)
             _drrho_sums_kernel[grid](
-                *_operands(some, cols, config), diag, scale, by_row, by_col, m, N, D, offset + start, **config
+                *_factors(some, cols, config), diag, scale, by_row, by_col, m, N, D, offset + start, **config
             )
             torch.logsumexp(by_row, 0, out=row_lse[start : start + m])
             col_lse = torch.logaddexp(col_lse, by_col.logsumexp(0))
@@ -186,7 +184,7 @@ def drrho_grad(
             grid = (cdiv(m, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"]))
             moment = diag.new_empty(grid)
             _drrho_weights_kernel[grid](
-                *_operands(rows[at], cols, config), diag, scale, row_u[at], col_u, own[at], weights[0], weights[-1],
+                *_factors(rows[at], cols, config), diag, scale, row_u[at], col_u, own[at], weights[0], weights[-1],
                 moment, m, N, D, stride, offset + start, SPLIT=split, **config,
             )  # fmt: skip
             moments.append(moment.double().sum().reshape(1))

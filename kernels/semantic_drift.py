@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, copied_by_tma, interpreted, on_device, tiles
+from ._launch import cdiv, copied_by_tma, interpreted, on_device, operands
 from ._precision import tf32_allowed
 from ._product import add_product, halved, product_tile
 
@@ -142,8 +142,7 @@ def drift_sums(
         grid = (cdiv(len(rows), config["BLOCK_N"]), cdiv(C, config["BLOCK_C"]))
         found = torch.empty(grid[0], C, **options)
         _drift_tile_kernel[grid](
-            tiles(rows, config["BLOCK_N"], config["BLOCK_D"]) if tma else rows,
-            tiles(means, config["BLOCK_C"], config["BLOCK_D"]) if tma else means,
+            *operands(rows, means, config["BLOCK_N"], config["BLOCK_C"], config["BLOCK_D"], tma),
             squares, own, scale, peak, found, w, rest, len(rows), C, d, stride,
             WEIGHTS=weights, SPLIT=split, SCALED=scaled, FAR=far, TMA=tma, PRECISION=precision, **config,
         )  # fmt: skip

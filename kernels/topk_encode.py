@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, copied_by_tma, interpreted, next_power_of_2, on_device, shared_memory_limit, tiles
+from ._launch import cdiv, copied_by_tma, interpreted, next_power_of_2, on_device, operands, shared_memory_limit
 from ._precision import tf32_allowed
 from ._sort import merged_top, sorted_top
 
@@ -299,10 +299,8 @@ def topk_encode(
     }
     bias = W_enc if b_enc is None else b_enc
 
-    def operands(rows: torch.Tensor) -> tuple[object, object]:
-        if not flags["TMA"]:
-            return rows, W_enc
-        return tiles(rows, config["BLOCK_B"], config["BLOCK_D"]), tiles(W_enc, config["BLOCK_N"], config["BLOCK_D"])
+    def factors(rows: torch.Tensor) -> tuple[object, object]:
+        return operands(rows, W_enc, config["BLOCK_B"], config["BLOCK_N"], config["BLOCK_D"], flags["TMA"])
 
     with on_device(x):
         if whole_rows:
@@ -311,7 +309,7 @@ def topk_encode(
                 rows = x[start : start + step]
                 keys = torch.empty((rows.shape[0], n), dtype=torch.int64, device=x.device)
                 grid = (cdiv(rows.shape[0], config["BLOCK_B"]) * buckets,)
-                _topk_encode_keys_kernel[grid](*operands(rows), bias, keys, rows.shape[0], n, d, **flags, **config)
+                _topk_encode_keys_kernel[grid](*factors(rows), bias, keys, rows.shape[0], n, d, **flags, **config)
                 top = torch.topk(keys, k, dim=1, sorted=True).values
                 order = (top >> 32).to(torch.int32)
                 value = order.clamp(min=0).view(torch.float32)
@@ -322,7 +320,7 @@ def topk_encode(
         order = torch.empty((B, buckets, J), dtype=torch.int32, device=x.device)
         col = torch.empty((B, buckets, J), dtype=torch.uint8, device=x.device)
         grid = (cdiv(B, config["BLOCK_B"]) * buckets,)
-        _topk_encode_fwd_kernel[grid](*operands(x), bias, order, col, B, n, d, J=J, **flags, **config)
+        _topk_encode_fwd_kernel[grid](*factors(x), bias, order, col, B, n, d, J=J, **flags, **config)
         select = select_config(k, buckets * J, config["BLOCK_N"], x.element_size())
         if on_cpu:
             select = {**select, "BLOCK_B": 32, "BLOCK_D": 64}
