@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 def _join(backend: str) -> None:
-    # not at the top: absent from builds of torch without distributed
+    # Not at the top: absent from builds of torch without distributed. The functions of torch.distributed.nn take the
+    # group there is when they are imported (an optimizer does that) as their default, and would keep it, and with it
+    # threads that still let go of tensors while the interpreter ends: that aborts the process.
+    import torch.distributed.nn.functional  # noqa: F401
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, size = next(rendezvous("env://"))

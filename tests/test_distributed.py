@@ -23,7 +23,8 @@ SHARED = {"d_sae": 60, "k": 4, "batch_size": 48, "steps": 25, "warmup_steps": 4,
           "log_every": 5, "checkpoint_every": 4}  # fmt: skip
 
 WORKER = """
-import json, os, signal, sys
+import atexit, json, os, signal, sys
+from pathlib import Path
 import torch
 from clipsteer import TrainConfig, train_sae
 from clipsteer.activations import TensorSource
@@ -31,6 +32,12 @@ from clipsteer.activations import TensorSource
 torch.set_num_threads(1)
 cases, out, kill = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+def threads():
+    names = sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
+    Path(f"{out}/threads-{rank}").write_text("\\n".join(names))
+
+atexit.register(threads)  # before the group is made, so it runs after the group is left
 
 class Fatal(TensorSource):
     def batches(self, *args, **kwargs):
@@ -98,6 +105,10 @@ def test_two_processes_equal_one_on_the_joint_batch(tmp_path):
         log = assert_equal_to_one_process(tmp_path, name, settings)
         # the auxiliary loss must have been at work for this to say anything about it
         assert name == "relu" or log[-1]["dead"] > 0
+    # threads of the group that outlive it abort the process, now and then, while the interpreter ends
+    for rank in range(2):
+        left = (tmp_path / f"threads-{rank}").read_text().split("\n")
+        assert not [name for name in left if "gloo" in name], left
 
 
 STORE_WORKER = """
