@@ -37,13 +37,17 @@ def shared_memory_limit(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
+@functools.lru_cache(None)
+def has_bulk_copies(device: torch.device) -> bool:
+    """Whether ``device`` copies whole tiles by itself, as NVIDIA's do from Hopper on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def copied_by_tma(*matrices: torch.Tensor) -> bool:
-    """Whether tiles of these go to tensor cores and can get there by Hopper's bulk copies: rows of whole 16 bytes from
-    a 16-byte boundary."""
+    """Whether tiles of these go to tensor cores and can get there by bulk copies: rows of whole 16 bytes from a 16-byte
+    boundary."""
     return (
-        matrices[0].device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(matrices[0].device) >= (9, 0)
+        has_bulk_copies(matrices[0].device)
         and (matrices[0].dtype != torch.float32 or tf32_allowed())
         and all(t.numel() > 0 and t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0 for t in matrices)
     )

@@ -226,8 +226,11 @@ def candidates_per_bucket(buckets: int, k: int) -> int:
     return k
 
 
-def tile_config(dtype: torch.dtype, precision: str, shared_memory: int, whole_rows: bool = False) -> dict[str, int]:
-    """Tile of the matrix product: 8 warps of tensor-core work, or a smaller one where fp32 runs on plain FMAs."""
+def tile_config(
+    dtype: torch.dtype, precision: str, shared_memory: int, whole_rows: bool = False, by_number: bool = False
+) -> dict[str, int]:
+    """Tile of the matrix product: 8 warps of tensor-core work, or a smaller one where fp32 runs on plain FMAs.
+    ``by_number``: rows begin at odd places, so that numbers go through registers one by one."""
     if dtype == torch.float32 and precision == "ieee":
         return {"BLOCK_B": 64, "BLOCK_N": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
     config = {"BLOCK_B": 128, "BLOCK_N": 256, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
@@ -243,6 +246,8 @@ def tile_config(dtype: torch.dtype, precision: str, shared_memory: int, whole_ro
     tile = (config["BLOCK_B"] + config["BLOCK_N"]) * config["BLOCK_D"] * dtype.itemsize
     if buffers * tile > shared_memory:
         config.update(BLOCK_D=config["BLOCK_D"] // 2)
+    if by_number:
+        config.update(BLOCK_D=16)
     return config
 
 
@@ -279,20 +284,22 @@ def topk_encode(
         return acts, indices
 
     precision = "tf32" if tf32_allowed() and not on_cpu else "ieee"
+    tma = copied_by_tma(x, W_enc)
+    by_number = not tma and d % 16 != 0  # what triton's specialisation knows of d
     if on_cpu:
         # Few programs, but several buckets: an interpreted program costs tens of milliseconds.
         config = {"BLOCK_B": 64, "BLOCK_N": 64, "BLOCK_D": 64}
     else:
-        config = tile_config(x.dtype, precision, shared_memory_limit(x.device))
+        config = tile_config(x.dtype, precision, shared_memory_limit(x.device), False, by_number)
     buckets = cdiv(n, config["BLOCK_N"])
     J = candidates_per_bucket(buckets, k)
     whole_rows = k > MAX_K or J > MAX_CANDIDATES_PER_BUCKET
     if whole_rows and not on_cpu:
-        config = tile_config(x.dtype, precision, shared_memory_limit(x.device), whole_rows=True)
+        config = tile_config(x.dtype, precision, shared_memory_limit(x.device), True, by_number)
         buckets = cdiv(n, config["BLOCK_N"])
     flags = {
         "HAS_BIAS": b_enc is not None,
-        "TMA": copied_by_tma(x, W_enc),
+        "TMA": tma,
         "EVEN_D": d % config["BLOCK_D"] == 0,
         "PRECISION": precision,
         "GROUP_B": 32,
