@@ -156,6 +156,7 @@ class _Run(TrainingRun):
                 write_json(self.out / "architecture.json", name)
                 name = "architecture.json"
             write_json(self.out / "config.json", {"model": name, "train": self.settings})
+        self.world.any(False)  # what the first one writes is there when any returns
         return self.clip
 
     def _temperature(self) -> Tensor | float:
