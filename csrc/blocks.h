@@ -3,57 +3,21 @@
 
 namespace clipsteer::ISA {
 
-// A block of a matrix product in registers: c[i] = a[i] (k numbers) times the columns of b, rows of `stride` numbers.
-template <class V, int ROWS>
-TARGET static inline void block(const V* const* a, const V* b, int64_t stride, int64_t k, V* const* c) {
-  constexpr int kVectors = kBlockBytes<CLIPSTEER_LEVEL> / kVectorBytes<CLIPSTEER_LEVEL>;
-  typedef V Vec __attribute__((vector_size(kVectorBytes<CLIPSTEER_LEVEL>), aligned(sizeof(V)), may_alias));
-  Vec sum[ROWS][kVectors] = {};
-  for (int64_t q = 0; q < k; ++q) {
-    const Vec* row = reinterpret_cast<const Vec*>(b + q * stride);
-    Vec right[kVectors];
-    for (int v = 0; v < kVectors; ++v) right[v] = row[v];
-    for (int i = 0; i < ROWS; ++i) {
-      const V left = a[i][q];
-      for (int v = 0; v < kVectors; ++v) sum[i][v] += left * right[v];
-    }
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < ROWS; ++i) {
-    for (int v = 0; v < kVectors; ++v) reinterpret_cast<Vec*>(c[i])[v] = sum[i][v];
-  }
-}
-
 template <class V>
-TARGET static inline void block(const V* const* a, const V* b, int64_t stride, int64_t k, int rows, V* const* c) {
-  switch (rows) {
-    case 1: return block<V, 1>(a, b, stride, k, c);
-    case 2: return block<V, 2>(a, b, stride, k, c);
-    case 3: return block<V, 3>(a, b, stride, k, c);
-    case 4: return block<V, 4>(a, b, stride, k, c);
-    case 5: return block<V, 5>(a, b, stride, k, c);
-    default: return block<V, 6>(a, b, stride, k, c);
-  }
-}
+using Lanes __attribute__((vector_size(kVectorBytes<CLIPSTEER_LEVEL>), aligned(sizeof(V)), may_alias)) = V;
 
-TARGET void block32(const float* const* a, const float* b, int64_t stride, int64_t k, int rows, float* const* c) {
-  block<float>(a, b, stride, k, rows, c);
-}
-
-TARGET void block64(const double* const* a, const double* b, int64_t stride, int64_t k, int rows, double* const* c) {
-  block<double>(a, b, stride, k, rows, c);
-}
-
-// The same with numbers of a[i] that lie `step` apart and rows of b that are as long as a block; c += a b if `add`.
+// A block of a matrix product in registers: c[i] = or += a[i] (k numbers, `step` apart) times the columns of b, whose
+// rows lie `stride` apart.
 template <class V, int ROWS>
-TARGET static inline void strided_block(const V* const* a, int64_t step, const V* b, int64_t k, V* const* c, bool add) {
+TARGET static inline void block(const V* const* a, int64_t step, const V* b, int64_t stride, int64_t k, V* const* c,
+                                bool add) {
+  using Vec = Lanes<V>;
   constexpr int kVectors = kBlockBytes<CLIPSTEER_LEVEL> / kVectorBytes<CLIPSTEER_LEVEL>;
-  typedef V Vec __attribute__((vector_size(kVectorBytes<CLIPSTEER_LEVEL>), aligned(sizeof(V)), may_alias));
   Vec sum[ROWS][kVectors] = {};
   const V* left[ROWS];
   for (int i = 0; i < ROWS; ++i) left[i] = a[i];
-  const Vec* row = reinterpret_cast<const Vec*>(b);
-  for (int64_t q = 0; q < k; ++q, row += kVectors) {
+  for (int64_t q = 0; q < k; ++q) {
+    const Vec* row = reinterpret_cast<const Vec*>(b + q * stride);
     Vec right[kVectors];
     for (int v = 0; v < kVectors; ++v) right[v] = row[v];
     for (int i = 0; i < ROWS; ++i) {
@@ -69,26 +33,102 @@ TARGET static inline void strided_block(const V* const* a, int64_t step, const V
 }
 
 template <class V>
-TARGET static inline void strided_block(const V* const* a, int64_t step, const V* b, int64_t k, int rows, V* const* c,
-                                        bool add) {
+TARGET static inline void block(const V* const* a, int64_t step, const V* b, int64_t stride, int64_t k, int rows,
+                                V* const* c, bool add) {
   switch (rows) {
-    case 1: return strided_block<V, 1>(a, step, b, k, c, add);
-    case 2: return strided_block<V, 2>(a, step, b, k, c, add);
-    case 3: return strided_block<V, 3>(a, step, b, k, c, add);
-    case 4: return strided_block<V, 4>(a, step, b, k, c, add);
-    case 5: return strided_block<V, 5>(a, step, b, k, c, add);
-    default: return strided_block<V, 6>(a, step, b, k, c, add);
+    case 1: return block<V, 1>(a, step, b, stride, k, c, add);
+    case 2: return block<V, 2>(a, step, b, stride, k, c, add);
+    case 3: return block<V, 3>(a, step, b, stride, k, c, add);
+    case 4: return block<V, 4>(a, step, b, stride, k, c, add);
+    case 5: return block<V, 5>(a, step, b, stride, k, c, add);
+    default: return block<V, 6>(a, step, b, stride, k, c, add);
   }
 }
 
-TARGET void strided_block32(const float* const* a, int64_t step, const float* b, int64_t k, int rows, float* const* c,
-                            bool add) {
-  strided_block<float>(a, step, b, k, rows, c, add);
+TARGET void block32(const float* const* a, int64_t step, const float* b, int64_t stride, int64_t k, int rows,
+                    float* const* c, bool add) {
+  block<float>(a, step, b, stride, k, rows, c, add);
 }
 
-TARGET void strided_block64(const double* const* a, int64_t step, const double* b, int64_t k, int rows,
-                            double* const* c, bool add) {
-  strided_block<double>(a, step, b, k, rows, c, add);
+TARGET void block64(const double* const* a, int64_t step, const double* b, int64_t stride, int64_t k, int rows,
+                    double* const* c, bool add) {
+  block<double>(a, step, b, stride, k, rows, c, add);
+}
+
+// Half as many sums of neighbours: those of a, then those of b.
+template <class V, int... I>
+TARGET static inline Lanes<V> neighbours(Lanes<V> a, Lanes<V> b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, 2 * I...) + __builtin_shufflevector(a, b, 2 * I + 1 ...);
+}
+
+// c[i][j] = the inner product of a[i] and row j of w, for ROWS and COLUMNS of them: lanes first, then neighbouring lanes,
+// then what k has beyond whole vectors, so that a sum does not depend on the others.
+template <class V, int ROWS, int COLUMNS>
+TARGET static inline void inner_block(const V* const* a, const V* w, int64_t stride, int64_t k, V* const* c,
+                                      int64_t first) {
+  using Vec = Lanes<V>;
+  constexpr int kLanes = sizeof(Vec) / sizeof(V);
+  constexpr auto kAll = std::make_integer_sequence<int, kLanes>();
+  Vec sum[ROWS][COLUMNS] = {};
+  int64_t q = 0;
+  for (; q + kLanes <= k; q += kLanes) {
+    Vec right[COLUMNS];
+    for (int j = 0; j < COLUMNS; ++j) right[j] = *reinterpret_cast<const Vec*>(w + j * stride + q);
+    for (int i = 0; i < ROWS; ++i) {
+      const Vec left = *reinterpret_cast<const Vec*>(a[i] + q);
+      for (int j = 0; j < COLUMNS; ++j) sum[i][j] += left * right[j];
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < ROWS; ++i) {
+    Vec total = sum[i][0];
+    int lanes = kLanes;
+    if constexpr (COLUMNS == 4) {
+      total = neighbours<V>(neighbours<V>(sum[i][0], sum[i][1], kAll), neighbours<V>(sum[i][2], sum[i][3], kAll), kAll);
+      lanes /= 4;
+    }
+    for (; lanes > 1; lanes /= 2) total = neighbours<V>(total, total, kAll);
+    for (int j = 0; j < COLUMNS; ++j) {
+      V one = total[j];
+      for (int64_t rest = q; rest < k; ++rest) one += a[i][rest] * w[j * stride + rest];
+      c[i][first + j] = one;
+    }
+  }
+}
+
+// All rows, in blocks of as many as sums of four columns fit into the registers.
+template <class V, int COLUMNS>
+TARGET static inline void inner_rows(const V* const* a, int64_t rows, const V* w, int64_t stride, int64_t k,
+                                     V* const* c, int64_t first) {
+  constexpr int kMost = CLIPSTEER_LEVEL == 2 ? 6 : 3;
+  for (; rows > 0; rows -= kMost, a += kMost, c += kMost) {
+    switch (std::min<int64_t>(rows, kMost)) {
+      case 1: inner_block<V, 1, COLUMNS>(a, w, stride, k, c, first); break;
+      case 2: inner_block<V, 2, COLUMNS>(a, w, stride, k, c, first); break;
+      case 3: inner_block<V, 3, COLUMNS>(a, w, stride, k, c, first); break;
+      case 4: inner_block<V, std::min(4, kMost), COLUMNS>(a, w, stride, k, c, first); break;
+      case 5: inner_block<V, std::min(5, kMost), COLUMNS>(a, w, stride, k, c, first); break;
+      default: inner_block<V, kMost, COLUMNS>(a, w, stride, k, c, first);
+    }
+  }
+}
+
+template <class V>
+TARGET static inline void inner(const V* const* a, int64_t rows, const V* w, int64_t stride, int64_t columns, int64_t k,
+                                V* const* c) {
+  int64_t j = 0;
+  for (; j + 4 <= columns; j += 4) inner_rows<V, 4>(a, rows, w + j * stride, stride, k, c, j);
+  for (; j < columns; ++j) inner_rows<V, 1>(a, rows, w + j * stride, stride, k, c, j);
+}
+
+TARGET void inner32(const float* const* a, int64_t rows, const float* w, int64_t stride, int64_t columns, int64_t k,
+                    float* const* c) {
+  inner<float>(a, rows, w, stride, columns, k, c);
+}
+
+TARGET void inner64(const double* const* a, int64_t rows, const double* w, int64_t stride, int64_t columns, int64_t k,
+                    double* const* c) {
+  inner<double>(a, rows, w, stride, columns, k, c);
 }
 
 #if CLIPSTEER_LEVEL == 2

@@ -32,9 +32,7 @@ void project(const T* x, const T* w, const Groups& groups, const Compute<T>* bet
       if (gathered != task / parts) a = worker.gather(x, m, panel, input);
       gathered = task / parts;
       const int64_t last = std::min(n, (task % parts + 1) * columns);
-      for (int64_t first = task % parts * columns; first < last; first += worker.width()) {
-        worker.write(a, panel, w + panel.group * m * n, transpose, m, n, first, y);
-      }
+      worker.write(a, panel, w + panel.group * m * n, transpose, m, n, task % parts * columns, last, y);
     }
   });
 }
@@ -56,15 +54,11 @@ void project_low_rank(const T* x, const T* u, const Compute<T>* s, const Groups&
       const Panel& panel = panels[p];
       const T* factor = u + panel.group * d * r;
       const V** a = worker.gather(x, d, panel, input);
-      for (int64_t first = 0; first < r; first += worker.width()) {
-        worker.product(a, panel.rows, factor, false, d, r, first, inner_rows.data(), first);
-      }
+      worker.product(a, panel.rows, factor, false, d, r, 0, r, inner_rows.data());
       for (int64_t i = 0; i < panel.rows; ++i) {
         for (int64_t j = 0; j < r; ++j) inner_rows[i][j] *= s[panel.group * r + j];
       }
-      for (int64_t first = 0; first < d; first += worker.width()) {
-        worker.write(inner_rows.data(), panel, factor, true, r, d, first, y);
-      }
+      worker.write(inner_rows.data(), panel, factor, true, r, d, 0, d, y);
     }
   });
 }

@@ -209,15 +209,18 @@ struct Kernels {
   // Adam's rule on weights, both moments and gradient (null: zeros) of a row.
   void (*adam32)(float* p, float* m, float* v, const float* g, const AdamStep<float>& at, int64_t n);
   void (*adam64)(double* p, double* m, double* v, const double* g, const AdamStep<double>& at, int64_t n);
-  // c[i] = a[i] (k numbers) @ b (k rows of block_bytes, `stride` numbers apart), for 1 to kBlockRows rows.
+  // c[i] = a[i] (k numbers, `step` apart) @ b (k rows of block_bytes, `stride` numbers apart), += if `add`, for 1 to
+  // kBlockRows rows.
   int64_t block_bytes;
-  void (*block32)(const float* const* a, const float* b, int64_t stride, int64_t k, int rows, float* const* c);
-  void (*block64)(const double* const* a, const double* b, int64_t stride, int64_t k, int rows, double* const* c);
-  // The same with numbers of a[i] that lie `step` apart and b without gaps; c[i] += if `add`.
-  void (*strided_block32)(const float* const* a, int64_t step, const float* b, int64_t k, int rows, float* const* c,
-                          bool add);
-  void (*strided_block64)(const double* const* a, int64_t step, const double* b, int64_t k, int rows, double* const* c,
-                          bool add);
+  void (*block32)(const float* const* a, int64_t step, const float* b, int64_t stride, int64_t k, int rows,
+                  float* const* c, bool add);
+  void (*block64)(const double* const* a, int64_t step, const double* b, int64_t stride, int64_t k, int rows,
+                  double* const* c, bool add);
+  // c[i][j] = the inner product (k numbers) of a[i] with row j of w; a sum does not depend on the others.
+  void (*inner32)(const float* const* a, int64_t rows, const float* w, int64_t stride, int64_t columns, int64_t k,
+                  float* const* c);
+  void (*inner64)(const double* const* a, int64_t rows, const double* w, int64_t stride, int64_t columns, int64_t k,
+                  double* const* c);
   // The transpose of `columns` rows of k numbers, as such a b; what is missing of block_bytes is 0.
   void (*pack32)(const float* u, int64_t stride, int64_t columns, int64_t k, float* out);
   void (*pack64)(const double* u, int64_t stride, int64_t columns, int64_t k, double* out);
@@ -249,19 +252,21 @@ struct Kernels {
   }
   void repel(float* y, float c, const float* a, const float* b, int64_t n) const { repel32(y, c, a, b, n); }
   void repel(double* y, double c, const double* a, const double* b, int64_t n) const { repel64(y, c, a, b, n); }
-  void block(const float* const* a, const float* b, int64_t stride, int64_t k, int rows, float* const* c) const {
-    block32(a, b, stride, k, rows, c);
+  void block(const float* const* a, int64_t step, const float* b, int64_t stride, int64_t k, int rows, float* const* c,
+             bool add) const {
+    block32(a, step, b, stride, k, rows, c, add);
   }
-  void block(const double* const* a, const double* b, int64_t stride, int64_t k, int rows, double* const* c) const {
-    block64(a, b, stride, k, rows, c);
+  void block(const double* const* a, int64_t step, const double* b, int64_t stride, int64_t k, int rows,
+             double* const* c, bool add) const {
+    block64(a, step, b, stride, k, rows, c, add);
   }
-  void strided_block(const float* const* a, int64_t step, const float* b, int64_t k, int rows, float* const* c,
-                     bool add) const {
-    strided_block32(a, step, b, k, rows, c, add);
+  void inner(const float* const* a, int64_t rows, const float* w, int64_t stride, int64_t columns, int64_t k,
+             float* const* c) const {
+    inner32(a, rows, w, stride, columns, k, c);
   }
-  void strided_block(const double* const* a, int64_t step, const double* b, int64_t k, int rows, double* const* c,
-                     bool add) const {
-    strided_block64(a, step, b, k, rows, c, add);
+  void inner(const double* const* a, int64_t rows, const double* w, int64_t stride, int64_t columns, int64_t k,
+             double* const* c) const {
+    inner64(a, rows, w, stride, columns, k, c);
   }
   float maxima(const float* S, float* highest, int64_t n) const { return maxima32(S, highest, n); }
   double maxima(const double* S, double* highest, int64_t n) const { return maxima64(S, highest, n); }

@@ -232,8 +232,8 @@ class Sweep {
               left[l] = a + (i + l) * a_row + q * a_step;
               target[l] = c + (i + l) * c_row + p * width_;
             }
-            kernels().strided_block(left, a_step, b + (p * k + q) * width_, std::min(kTerms, k - q), count, target,
-                                    add || q > 0);
+            kernels().block(left, a_step, b + (p * k + q) * width_, width_, std::min(kTerms, k - q), count, target,
+                            add || q > 0);
           }
         }
       }

@@ -7,6 +7,8 @@ namespace clipsteer {
 
 // Columns of a product that torch's GEMM makes at a time, and that make a task of their own when there are few panels.
 constexpr int64_t kTaskColumns = 256;
+constexpr int64_t kTerms = 64;     // of our blocks' sums: as many rows of a matrix as are read on all their way at a time
+constexpr int64_t kInnerRows = 48;  // a transposed matrix is sooner multiplied by its rows than packed for fewer
 
 struct Panel {
   int64_t group, first, rows;  // rows of the sorted batch
@@ -95,70 +97,107 @@ class Worker {
     return rows_.data();
   }
 
-  // c[i][first ...] = columns [first, first + width) of a[i] W, W (k, n), or stored (n, k) if transpose.
+  // c[i][0 ...] = columns [first, last) of a[i] W, W (k, n), or stored (n, k) if transpose; rows of c go on to whole
+  // widths.
   void product(const V* const* a, int64_t count, const T* w, bool transpose, int64_t k, int64_t n, int64_t first,
-               V* const* c, int64_t offset) {
-    const int64_t columns = std::min(width_, n - first);
-    if (k == 0) {
-      for (int64_t i = 0; i < count; ++i) std::fill_n(c[i] + offset, width_, V(0));
+               int64_t last, V* const* c) {
+    if (own_ && !kNarrow<T> && transpose && count < kInnerRows) {
+      if constexpr (!kNarrow<T>) kernels().inner(a, count, w + first * k, k, last - first, k, c);
       return;
     }
-    const V* right = nullptr;
-    int64_t row_stride = transpose ? 1 : n, column_stride = transpose ? k : 1;
-    if constexpr (!kNarrow<T>) right = w + first * column_stride;
-    if (own_ ? transpose || columns < width_ || kNarrow<T> : kNarrow<T>) {
-      right = packed(w, transpose, k, n, first, columns);
-      row_stride = width_;
-      column_stride = 1;
-    }
-    if (!own_) {
-      const int64_t a_stride = count > 1 ? a[1] - a[0] : k, c_stride = count > 1 ? c[1] - c[0] : width_;
-      multiply(matrix(a[0], count, k, a_stride, 1), matrix(right, k, columns, row_stride, column_stride),
-               matrix(c[0] + offset, count, columns, c_stride, 1));
-      return;
-    }
-    V* target[kBlockRows];
-    for (int64_t i = 0; i < count; i += kBlockRows) {
-      const int64_t rows = std::min<int64_t>(kBlockRows, count - i);
-      for (int64_t l = 0; l < rows; ++l) target[l] = c[i + l] + offset;
-      // The next block's rows come into the second-level cache, as the matrix streams through the first.
-      for (int64_t l = i + rows; l < std::min(count, i + rows + kBlockRows); ++l) {
-        for (int64_t q = 0; q < k; q += 64 / int64_t(sizeof(V))) __builtin_prefetch(a[l] + q, 0, 2);
-        for (int64_t j = 0; j < width_; j += 64 / int64_t(sizeof(V))) __builtin_prefetch(c[l] + offset + j, 1, 3);
+    const int64_t whole = own_ && !kNarrow<T> && !transpose && k > 0 ? (last - first) / width_ * width_ : 0;
+    if constexpr (!kNarrow<T>) {
+      // Some rows of W at a time, from end to end: tiles of them stay in the first-level cache, and W is read in order.
+      for (int64_t q = 0; whole > 0 && q < k; q += kTerms) {
+        const int64_t terms = std::min(kTerms, k - q);
+        for (int64_t at = 0; at < whole; at += width_) {
+          const V* tile = w + q * n + first + at;
+          for (int64_t t = 0; t < terms; ++t) fetch<3>(tile + t * n + 2 * width_, width_);
+          blocks(a, count, q, tile, n, terms, c, at, at == 0);
+        }
       }
-      kernels().block(a + i, right, row_stride, k, int(rows), target);
+    }
+    for (int64_t at = whole; at < last - first; at += width_) {
+      const int64_t columns = std::min(width_, last - first - at);
+      if (k == 0) {
+        for (int64_t i = 0; i < count; ++i) std::fill_n(c[i] + at, width_, V(0));
+      } else if (own_) {
+        blocks(a, count, 0, packed(w, transpose, k, n, first + at, columns), width_, k, c, at, true);
+      } else {
+        const V* right = nullptr;
+        int64_t row_stride = transpose ? 1 : n, column_stride = transpose ? k : 1;
+        if constexpr (kNarrow<T>) {
+          right = packed(w, transpose, k, n, first + at, columns);
+          row_stride = width_;
+          column_stride = 1;
+        } else {
+          right = w + (first + at) * column_stride;
+        }
+        const int64_t a_stride = count > 1 ? a[1] - a[0] : k, c_stride = count > 1 ? c[1] - c[0] : width_;
+        multiply(matrix(a[0], count, k, a_stride, 1), matrix(right, k, columns, row_stride, column_stride),
+                 matrix(c[0] + at, count, columns, c_stride, 1));
+      }
     }
   }
 
-  // Columns [first, first + width) of the panel's rows of y (.., n) = beta a W + mean.
+  // Columns [first, last) of the panel's rows of y (.., n) = beta a W + mean.
   void write(const V* const* a, const Panel& panel, const T* w, bool transpose, int64_t k, int64_t n, int64_t first,
-             T* y) {
-    const int64_t columns = std::min(width_, n - first);
-    bool direct = false;
-    if constexpr (!kNarrow<T>) {
-      direct = own_ && columns == width_;
-      for (int64_t i = 0; direct && i < panel.rows; ++i) targets_[i] = y + groups_.row(panel.first + i) * n + first;
-    }
-    V* const* c = direct ? targets_.data() : tile_rows_.data();
-    product(a, panel.rows, w, transpose, k, n, first, c, 0);
-    const V* mu = mean_ ? widened(mean_ + panel.group * n + first, mean_row_.get(), columns) : nullptr;
-    const V one = 1;
-    for (int64_t i = 0; i < panel.rows; ++i) {
-      V* row = c[i];
-      if (beta_) {
-        for (int64_t j = 0; j < columns; ++j) row[j] *= beta_[panel.group];
+             int64_t last, T* y) {
+    // whole widths of y are written in place, what is left goes through a tile
+    const int64_t whole = own_ && !kNarrow<T> ? (last - first) / width_ * width_ : 0;
+    for (int64_t at = first; at < last;) {
+      const bool direct = at < first + whole;
+      const int64_t columns = direct ? whole : std::min(width_, last - at);
+      if constexpr (!kNarrow<T>) {
+        for (int64_t i = 0; direct && i < panel.rows; ++i) targets_[i] = y + groups_.row(panel.first + i) * n + at;
       }
-      if (mu) kernels().axpy(row, &one, &mu, nullptr, 1, columns);
-      T* target = y + groups_.row(panel.first + i) * n + first;
-      if constexpr (kNarrow<T>) {
-        kernels().narrow(row, target, columns);
-      } else if (!direct) {
-        std::copy_n(row, columns, target);
+      V* const* c = direct ? targets_.data() : tile_rows_.data();
+      product(a, panel.rows, w, transpose, k, n, at, at + columns, c);
+      const V* mu = mean_ ? widened(mean_ + panel.group * n + at, mean_row_.get(), columns) : nullptr;
+      const V one = 1;
+      for (int64_t i = 0; i < panel.rows; ++i) {
+        V* row = c[i];
+        if (beta_) {
+          for (int64_t j = 0; j < columns; ++j) row[j] *= beta_[panel.group];
+        }
+        if (mu) kernels().axpy(row, &one, &mu, nullptr, 1, columns);
+        T* target = y + groups_.row(panel.first + i) * n + at;
+        if constexpr (kNarrow<T>) {
+          kernels().narrow(row, target, columns);
+        } else if (!direct) {
+          std::copy_n(row, columns, target);
+        }
       }
+      at += columns;
     }
   }
 
  private:
+  template <int level, int write = 0>
+  static void fetch(const V* from, int64_t n) {
+    for (int64_t q = 0; q < n; q += 64 / int64_t(sizeof(V))) __builtin_prefetch(from + q, write, level);
+  }
+
+  // A tile of W, its rows q to q + terms, times all rows of a, in blocks.
+  void blocks(const V* const* a, int64_t count, int64_t q, const V* tile, int64_t stride, int64_t terms, V* const* c,
+              int64_t at, bool new_rows) {
+    const V* left[kBlockRows];
+    V* target[kBlockRows];
+    for (int64_t i = 0; i < count; i += kBlockRows) {
+      const int64_t rows = std::min<int64_t>(kBlockRows, count - i);
+      for (int64_t l = 0; l < rows; ++l) {
+        left[l] = a[i + l] + q;
+        target[l] = c[i + l] + at;
+      }
+      // The next block's rows come into the second-level cache, as the matrix streams through the first.
+      for (int64_t l = i + rows; l < std::min(count, i + rows + kBlockRows); ++l) {
+        if (new_rows) fetch<2>(a[l] + q, terms);
+        if (q == 0) fetch<3, 1>(c[l] + at, width_);
+      }
+      kernels().block(left, 1, tile, stride, terms, int(rows), target, q > 0);
+    }
+  }
+
   // Columns of W as k rows of width_ numbers, zero past the last column.
   const V* packed(const T* w, bool transpose, int64_t k, int64_t n, int64_t first, int64_t columns) {
     V* out = packed_.get();

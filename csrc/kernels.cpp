@@ -59,7 +59,7 @@ namespace {
    isa::maxima32, isa::maxima64, isa::pair_sums32, isa::pair_sums64, isa::pair_weights32, isa::pair_weights64, \
    isa::adam32, isa::adam64, __VA_ARGS__}
 #define BLOCKS(level, isa)                                                                                  \
-  kBlockBytes<level>, isa::block32, isa::block64, isa::strided_block32, isa::strided_block64, isa::pack32, isa::pack64
+  kBlockBytes<level>, isa::block32, isa::block64, isa::inner32, isa::inner64, isa::pack32, isa::pack64
 
 // Elsewhere torch's GEMM has the better inner loop.
 const Kernels kPortable = TABLE(0, portable, 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr);

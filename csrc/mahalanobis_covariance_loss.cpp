@@ -168,15 +168,13 @@ class Loss {
       std::vector<V*> c(most);
       for (int64_t task = begin; task < end; ++task) {
         const Panel& panel = panels[task / parts];
+        const int64_t first = task % parts * chunk, last = std::min(n, first + chunk);
         for (int64_t i = 0; i < panel.rows; ++i) {
           a[i] = from + (panel.first + i) * m;
-          c[i] = into + (panel.first + i) * stride;
+          c[i] = into + (panel.first + i) * stride + first;
         }
-        const int64_t last = std::min(n, (task % parts + 1) * chunk);
-        for (int64_t first = task % parts * chunk; first < last; first += worker.width()) {
-          worker.product(a.data(), panel.rows, factor_ + panel.group * d_ * r_, transpose, depth, n, first, c.data(),
-                         first);
-        }
+        worker.product(a.data(), panel.rows, factor_ + panel.group * d_ * r_, transpose, depth, n, first, last,
+                       c.data());
       }
     });
   }

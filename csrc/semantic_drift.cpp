@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kRows = 256;             // of a tile, a multiple of every block's width
 constexpr int64_t kBlock = 16 * kBlockRows;  // prototypes whose weights share the second-level cache with the tile
-constexpr int64_t kTerms = 256;            // of a product in registers: longer chains of sums lose digits
+constexpr int64_t kTerms = 128;            // of a product in registers, whose panel stays in the first-level cache meanwhile
 constexpr int64_t kPrototypes = 512;       // of a task
 constexpr int64_t kTasks = 16;
 constexpr int64_t kLeastRows = 1024;       // of a part: the less, the more of the work is merging
@@ -111,28 +111,19 @@ class Pass {
       return;
     }
     for (int64_t at = 0; at < rows; at += width_) {
-      for (int64_t i = 0; i < count; i += kBlockRows) {
-        const int n = int(std::min<int64_t>(kBlockRows, count - i));
-        for (int64_t q = 0; q < d; q += kTerms) {
+      for (int64_t q = 0; q < d; q += kTerms) {
+        const V* right = packed_.get() + at * d + q * width_;
+        for (int64_t i = 0; i < count; i += kBlockRows) {
+          const int n = int(std::min<int64_t>(kBlockRows, count - i));
           const V* left[kBlockRows];
-          for (int l = 0; l < n; ++l) left[l] = all_.rows + (c + i + l) * d + q;
-          const V* right = packed_.get() + at * d + q * width_;
-          block(left, right, std::min(kTerms, d - q), n, weights_.get() + i * kRows + at, kRows, width_, q > 0);
+          V* target[kBlockRows];
+          for (int l = 0; l < n; ++l) {
+            left[l] = all_.rows + (c + i + l) * d + q;
+            target[l] = weights_.get() + (i + l) * kRows + at;
+          }
+          kernels().block(left, 1, right, width_, std::min(kTerms, d - q), n, target, q > 0);
         }
       }
-    }
-  }
-
-  // sum[l][0 ... columns) += or, if it is the first, = left[l] (k numbers) times a panel.
-  void block(const V* const* left, const V* panel, int64_t k, int n, V* sum, int64_t stride, int64_t columns,
-             bool add) {
-    V* target[kBlockRows];
-    for (int l = 0; l < n; ++l) target[l] = add ? product_.get() + l * width_ : sum + l * stride;
-    kernels().block(left, panel, width_, k, n, target);
-    for (int l = 0; add && l < n; ++l) {
-      V* __restrict to = sum + l * stride;
-      const V* __restrict from = target[l];
-      for (int64_t j = 0; j < columns; ++j) to[j] += from[j];
     }
   }
 
@@ -157,12 +148,23 @@ class Pass {
     }
     for (int64_t p = 0; p < panels_; ++p) {
       const int64_t columns = std::min(width_, d - p * width_);
-      const V* right = change_.get() + p * kRows * width_;
-      for (int64_t i = 0; i < count; i += kBlockRows) {
-        const int n = int(std::min<int64_t>(kBlockRows, count - i));
-        const V* left[kBlockRows];
-        for (int l = 0; l < n; ++l) left[l] = weights_.get() + (i + l) * kRows;
-        block(left, right, rows, n, moved + (c + i) * d + p * width_, d, columns, true);
+      const bool whole = columns == width_;
+      for (int64_t q = 0; q < rows; q += kTerms) {
+        const V* right = change_.get() + (p * kRows + q) * width_;
+        for (int64_t i = 0; i < count; i += kBlockRows) {
+          const int n = int(std::min<int64_t>(kBlockRows, count - i));
+          const V* left[kBlockRows];
+          V* target[kBlockRows];
+          for (int l = 0; l < n; ++l) {
+            left[l] = weights_.get() + (i + l) * kRows + q;
+            target[l] = whole ? moved + (c + i + l) * d + p * width_ : product_.get() + l * width_;
+          }
+          kernels().block(left, 1, right, width_, std::min(kTerms, rows - q), n, target, whole);
+          for (int l = 0; !whole && l < n; ++l) {
+            V* __restrict to = moved + (c + i + l) * d + p * width_;
+            for (int64_t j = 0; j < columns; ++j) to[j] += target[l][j];
+          }
+        }
       }
     }
   }
