@@ -149,14 +149,18 @@ struct Digits {
 // + error * column.norm + norm * column.error + column.base.
 struct ScreenRow {
   float step, error, norm, bound;
+  bool wanted;
 };
 struct ScreenColumns {
   float step[64], norm[64], error[64], base[64];
   int32_t offset[64];
 };
 
-// Rows of W, up to this many at a time, whose products with many rows of x are computed from the first-level cache.
-constexpr int kDotColumns = 8;
+constexpr int64_t kScreenTile = 16;  // rows of bytes are there in multiples of this many
+
+// Rows of W, up to this many at a time, whose products with many rows of x are computed from the first-level cache, and
+// how many rows of x at a time.
+constexpr int kDotColumns = 8, kDotRows = 4;
 
 // Adam at one step: lr over the first bias correction, 1 - beta1, beta2, 1 - beta2, root of the second correction, eps.
 template <class V>
@@ -226,9 +230,9 @@ struct Kernels {
   void (*pack64)(const double* u, int64_t stride, int64_t columns, int64_t k, double* out);
   // int8 screening (screen.h), or null.
   void (*quantise)(const float* v, const float* scale, int64_t d, int64_t width, int8_t* digit, Digits& row);
-  void (*screen)(const uint8_t* const* x, const ScreenRow* row, const int8_t* w, const ScreenColumns& column,
-                 int64_t quads, const char* next, int64_t lines, uint64_t* pass);
-  void (*dots)(const float* const* x, const float* w, int64_t d, int64_t columns, float (*out)[kDotColumns]);
+  void (*screen)(const uint8_t* x, int64_t width, const ScreenRow* row, int64_t rows, const int8_t* panel,
+                 const ScreenColumns& column, const char* next, int64_t lines, uint64_t* pass);
+  void (*dots)(const float* const* x, int rows, const float* w, int64_t d, int64_t columns, float (*out)[kDotColumns]);
 
   void filter(const float* v, const float* b, int64_t n, uint32_t first, Candidates<float>& row) const {
     filter32(v, b, n, first, row);
@@ -314,7 +318,8 @@ struct Kernels {
   void narrow(const float* s, Half* d, int64_t n) const { narrow_f16(s, d, n); }
 };
 
-// The best table this processor runs, or the one named by CLIPSTEER_CPU_ISA=portable|avx2|avx512; chosen once.
+// The best table this processor runs, or the one named by CLIPSTEER_CPU_ISA=portable|avx2|avx512|amx, where avx512
+// leaves out AMX; chosen once.
 const Kernels& kernels();
 
 // fp16 and bf16 are computed in float; their rows pass through `buffer`, the others are used where they are.

@@ -8,6 +8,12 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(CLIPSTEER_PORTABLE)
 #define CLIPSTEER_X86 1
 #include <immintrin.h>
+#if defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#define CLIPSTEER_AMX 1
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #define CLIPSTEER_LEVEL 0
@@ -67,21 +73,36 @@ const Kernels kPortable = TABLE(0, portable, 0, nullptr, nullptr, nullptr, nullp
 const Kernels kAvx2 = TABLE(1, avx2, BLOCKS(1, avx2), nullptr, nullptr, nullptr);
 const Kernels kAvx512 = TABLE(2, avx512, BLOCKS(2, avx512), nullptr, nullptr, nullptr);
 const Kernels kVnni = TABLE(2, avx512, BLOCKS(2, avx512), vnni::quantise, vnni::screen, vnni::dots);
+#ifdef CLIPSTEER_AMX
+const Kernels kAmx = TABLE(2, avx512, BLOCKS(2, avx512), vnni::quantise, vnni::screen_tiles, vnni::dots);
+
+// Whether the processor has AMX for bytes and the kernel lets this process use it.
+bool tiles_granted() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 #endif
 
 const Kernels& choose() {
 #ifdef CLIPSTEER_X86
   const char* wanted = std::getenv("CLIPSTEER_CPU_ISA");
   const std::string name = wanted ? wanted : "";
-  if (!name.empty() && name != "portable" && name != "avx2" && name != "avx512") {
-    throw std::runtime_error("CLIPSTEER_CPU_ISA must be portable, avx2 or avx512, got " + name);
+  if (!name.empty() && name != "portable" && name != "avx2" && name != "avx512" && name != "amx") {
+    throw std::runtime_error("CLIPSTEER_CPU_ISA must be portable, avx2, avx512 or amx, got " + name);
   }
   const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has_avx512 && name != "avx2" && name != "portable") {
-    return __builtin_cpu_supports("avx512vnni") ? kVnni : kAvx512;
+    if (!__builtin_cpu_supports("avx512vnni")) return kAvx512;
+#ifdef CLIPSTEER_AMX
+    if (name != "avx512" && tiles_granted()) return kAmx;
+#endif
+    return kVnni;
   }
   if (has_avx2 && name != "portable") return kAvx2;
 #endif

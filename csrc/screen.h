@@ -1,5 +1,5 @@
-// int8 screening of a product, for AVX-512 with VNNI: rows as signed bytes with what the rounding cost, upper bounds of
-// a block of pre-activations, and blocks computed whole. Included by kernels.cpp; topk_screen.cpp derives the bound.
+// int8 screening of a product, for AVX-512 with VNNI and for AMX: rows as signed bytes with what the rounding cost, upper
+// bounds of pre-activations, and blocks computed whole. Included by kernels.cpp; topk_screen.cpp derives the bound.
 #pragma once
 
 namespace clipsteer::vnni {
@@ -42,94 +42,181 @@ VNNI void quantise(const float* v, const float* scale, int64_t d, int64_t width,
   row.usable = zero || (peak >= Digits::kLeast && peak <= Digits::kMost && row.norm <= Digits::kMost * Digits::kMost);
 }
 
-// pass[i]: a bit for each of 64 columns whose pre-activation in row i may exceed the row's bound (NaN: may). Meanwhile
-// `lines` cache lines from `next` on are fetched.
-VNNI void screen(const uint8_t* const* x, const ScreenRow* row, const int8_t* w, const ScreenColumns& column,
-                 int64_t quads, const char* next, int64_t lines, uint64_t* pass) {
-  __m512i sum[kBlockRows][4] = {};
-  for (int64_t q = 0; q < quads; ++q, w += 256) {
-    if (q < lines) __builtin_prefetch(next + 64 * q, 0, 2);
-    const __m512i right[4] = {_mm512_loadu_si512(w), _mm512_loadu_si512(w + 64), _mm512_loadu_si512(w + 128),
-                              _mm512_loadu_si512(w + 192)};
+// A bit for each of 64 columns whose pre-activation may exceed the row's bound (NaN: may), from products of bytes.
+VNNI static inline uint64_t above(const int32_t* product, const ScreenRow& row, const ScreenColumns& column) {
+  const __m512 step = _mm512_set1_ps(row.step), bound = _mm512_set1_ps(row.bound);
+  const __m512 error = _mm512_set1_ps(row.error), norm = _mm512_set1_ps(row.norm);
+  uint64_t pass = 0;
+  for (int v = 0; v < 4; ++v) {
+    const __m512i sums = _mm512_add_epi32(_mm512_load_si512(product + 16 * v),
+                                          _mm512_loadu_si512(column.offset + 16 * v));
+    const __m512 base = _mm512_loadu_ps(column.base + 16 * v);
+    __m512 upper = _mm512_fmadd_ps(norm, _mm512_loadu_ps(column.error + 16 * v), base);
+    upper = _mm512_fmadd_ps(error, _mm512_loadu_ps(column.norm + 16 * v), upper);
+    const __m512 scale = _mm512_mul_ps(step, _mm512_loadu_ps(column.step + 16 * v));
+    upper = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scale, upper);
+    pass |= uint64_t(_mm512_cmp_ps_mask(upper, bound, _CMP_NLE_UQ)) << (16 * v);
+  }
+  return pass;
+}
+
+// pass[r] = above() for rows of `width` bytes; those that are not wanted may be left as they are. Meanwhile `lines`
+// cache lines from `next` on are fetched, a share with every block.
+VNNI void screen(const uint8_t* x, int64_t width, const ScreenRow* row, int64_t rows, const int8_t* panel,
+                 const ScreenColumns& column, const char* next, int64_t lines, uint64_t* pass) {
+  const int64_t quads = width / 4, blocks = (rows + kBlockRows - 1) / kBlockRows;
+  const int64_t share = std::min(quads, (lines + blocks - 1) / blocks);
+  for (int64_t at = 0; at < rows; at += kBlockRows, next += 64 * share) {
+    const uint8_t* left[kBlockRows];
+    bool wanted = false;
+    for (int i = 0; i < kBlockRows; ++i) {
+      left[i] = x + std::min(at + i, rows - 1) * width;
+      wanted |= row[std::min(at + i, rows - 1)].wanted;
+    }
+    if (!wanted) continue;
+    __m512i sum[kBlockRows][4] = {};
+    const int8_t* w = panel;
+    for (int64_t q = 0; q < quads; ++q, w += 256) {
+      if (q < share) __builtin_prefetch(next + 64 * q, 0, 2);
+      const __m512i right[4] = {_mm512_loadu_si512(w), _mm512_loadu_si512(w + 64), _mm512_loadu_si512(w + 128),
+                                _mm512_loadu_si512(w + 192)};
+#pragma GCC unroll 6
+      for (int i = 0; i < kBlockRows; ++i) {
+        int32_t four;
+        std::memcpy(&four, left[i] + 4 * q, 4);
+        const __m512i one = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) sum[i][v] = _mm512_dpbusd_epi32(sum[i][v], one, right[v]);
+      }
+    }
+    // Plain stores, all of them unrolled, keep the sums in registers above.
+    alignas(64) int32_t product[kBlockRows][64];
 #pragma GCC unroll 6
     for (int i = 0; i < kBlockRows; ++i) {
-      int32_t four;
-      std::memcpy(&four, x[i] + 4 * q, 4);
-      const __m512i left = _mm512_set1_epi32(four);
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) sum[i][v] = _mm512_dpbusd_epi32(sum[i][v], left, right[v]);
+      for (int v = 0; v < 4; ++v) _mm512_store_si512(product[i] + 16 * v, sum[i][v]);
     }
-  }
-  // Plain stores, all of them unrolled, keep the sums in registers above.
-  alignas(64) int32_t product[kBlockRows][64];
-#pragma GCC unroll 6
-  for (int i = 0; i < kBlockRows; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) _mm512_store_si512(product[i] + 16 * v, sum[i][v]);
-  }
-  for (int i = 0; i < kBlockRows; ++i) {
-    pass[i] = 0;
-    const __m512 step = _mm512_set1_ps(row[i].step), bound = _mm512_set1_ps(row[i].bound);
-    const __m512 error = _mm512_set1_ps(row[i].error), norm = _mm512_set1_ps(row[i].norm);
-    for (int v = 0; v < 4; ++v) {
-      const __m512i sums = _mm512_add_epi32(_mm512_load_si512(product[i] + 16 * v),
-                                            _mm512_loadu_si512(column.offset + 16 * v));
-      const __m512 base = _mm512_loadu_ps(column.base + 16 * v);
-      __m512 upper = _mm512_fmadd_ps(norm, _mm512_loadu_ps(column.error + 16 * v), base);
-      upper = _mm512_fmadd_ps(error, _mm512_loadu_ps(column.norm + 16 * v), upper);
-      const __m512 scale = _mm512_mul_ps(step, _mm512_loadu_ps(column.step + 16 * v));
-      upper = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scale, upper);
-      pass[i] |= uint64_t(_mm512_cmp_ps_mask(upper, bound, _CMP_NLE_UQ)) << (16 * v);
-    }
+    for (int64_t r = at; r < std::min(rows, at + kBlockRows); ++r) pass[r] = above(product[r - at], row[r], column);
   }
 }
 
+#ifdef CLIPSTEER_AMX
+// The same on tiles of 16 rows; `width` is a multiple of 64.
+__attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
+void screen_tiles(const uint8_t* x, int64_t width, const ScreenRow* row, int64_t rows, const int8_t* panel,
+                  const ScreenColumns& column, const char* next, int64_t lines, uint64_t* pass) {
+  // Eight tiles of 16 rows of 64 bytes. In memory before any code runs, as the instruction's use of it is not declared.
+  alignas(64) static const volatile struct {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } kTiles;
+  const int64_t blocks = (rows + kScreenTile - 1) / kScreenTile, share = (lines + blocks - 1) / blocks;
+  const int64_t step = (share * 64 + width - 1) / width;
+  _tile_loadconfig(const_cast<const void*>(static_cast<const volatile void*>(&kTiles)));
+  for (int64_t at = 0; at < rows; at += kScreenTile, next += 64 * share) {
+    bool wanted = false;
+    for (int64_t r = at; r < std::min(rows, at + kScreenTile); ++r) wanted |= row[r].wanted;
+    if (!wanted) continue;
+    alignas(64) int32_t product[kScreenTile][64];
+    const uint8_t* left = x + at * width;
+    const int8_t* w = panel;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t q = 0; q < width; q += 64, w += 16 * 256) {
+      for (int64_t l = q / 64 * step; l < std::min(share, (q / 64 + 1) * step); ++l) {
+        __builtin_prefetch(next + 64 * l, 0, 2);
+      }
+      _tile_loadd(4, left + q, width);
+      _tile_loadd(5, w, 256);
+      _tile_dpbusd(0, 4, 5);
+      _tile_loadd(6, w + 64, 256);
+      _tile_dpbusd(1, 4, 6);
+      _tile_loadd(7, w + 128, 256);
+      _tile_dpbusd(2, 4, 7);
+      _tile_loadd(5, w + 192, 256);
+      _tile_dpbusd(3, 4, 5);
+    }
+    _tile_stored(0, product[0], 256);
+    _tile_stored(1, product[0] + 16, 256);
+    _tile_stored(2, product[0] + 32, 256);
+    _tile_stored(3, product[0] + 48, 256);
+    __asm__("" : "+m"(product));  // what the stores write is not declared either
+    for (int64_t r = at; r < std::min(rows, at + kScreenTile); ++r) pass[r] = above(product[r - at], row[r], column);
+  }
+  _tile_release();
+}
+#endif
+
+template <int ROWS, int COLUMNS>
 VNNI static inline void add_products(const float* const* x, const float* const* w, int64_t at, __mmask16 lane,
-                                     __m512 (*sum)[2]) {
+                                     __m512 (*sum)[COLUMNS]) {
   // The empty statements make the compiler load each vector once, not for each of its products.
-  __m512 right[2];
+  __m512 right[COLUMNS];
 #pragma GCC unroll 2
-  for (int j = 0; j < 2; ++j) {
+  for (int j = 0; j < COLUMNS; ++j) {
     right[j] = _mm512_maskz_loadu_ps(lane, w[j] + at);
     __asm__("" : "+v"(right[j]));
   }
-#pragma GCC unroll 3
-  for (int i = 0; i < 3; ++i) {
+#pragma GCC unroll 4
+  for (int i = 0; i < ROWS; ++i) {
     __m512 left = _mm512_maskz_loadu_ps(lane, x[i] + at);
     __asm__("" : "+v"(left));
 #pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) sum[i][j] = _mm512_fmadd_ps(left, right[j], sum[i][j]);
+    for (int j = 0; j < COLUMNS; ++j) sum[i][j] = _mm512_fmadd_ps(left, right[j], sum[i][j]);
   }
 }
 
-// out[i][c] = x[i] . w[c], to the bit what dot32 (kernels.h) makes of it: three rows by two columns at a time.
-VNNI void dots(const float* const* x, const float* w, int64_t d, int64_t columns, float (*out)[kDotColumns]) {
-  for (int64_t c = 0; c < columns; c += 2) {
-    const float* right[2] = {w + c * d, w + std::min(c + 1, columns - 1) * d};
-    __m512 sum[4][3][2] = {};
-    int64_t at = 0;
-    for (; at + 64 <= d; at += 64) {
+// out[i * stride + j] = x[i] . w[j], to the bit what dot32 (kernels.h) makes of it.
+template <int ROWS, int COLUMNS>
+VNNI static inline void products(const float* const* x, const float* const* w, int64_t d, float* out, int64_t stride) {
+  __m512 sum[4][ROWS][COLUMNS] = {};
+  int64_t at = 0;
+  for (; at + 64 <= d; at += 64) {
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) add_products(x, right, at + 16 * v, 0xffff, sum[v]);
-    }
-    if (at < d) {
+    for (int v = 0; v < 4; ++v) add_products<ROWS, COLUMNS>(x, w, at + 16 * v, 0xffff, sum[v]);
+  }
+  if (at < d) {
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) {
-        const int64_t left = std::clamp<int64_t>(d - at - 16 * v, 0, 16);
-        add_products(x, right, at + 16 * v, __mmask16((1u << left) - 1), sum[v]);
-      }
+    for (int v = 0; v < 4; ++v) {
+      const int64_t left = std::clamp<int64_t>(d - at - 16 * v, 0, 16);
+      add_products<ROWS, COLUMNS>(x, w, at + 16 * v, __mmask16((1u << left) - 1), sum[v]);
     }
-#pragma GCC unroll 3
-    for (int i = 0; i < 3; ++i) {
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
-        const __m512 low = _mm512_add_ps(sum[0][i][j], sum[2][i][j]), high = _mm512_add_ps(sum[1][i][j], sum[3][i][j]);
-        const __m512 both = _mm512_add_ps(low, high);
-        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(both), _mm512_extractf32x8_ps(both, 1));
-        __m128 last = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-        last = _mm_add_ps(last, _mm_movehl_ps(last, last));
-        out[i][std::min(c + j, columns - 1)] = _mm_cvtss_f32(_mm_add_ss(last, _mm_movehdup_ps(last)));
-      }
+    for (int j = 0; j < COLUMNS; ++j) {
+      const __m512 low = _mm512_add_ps(sum[0][i][j], sum[2][i][j]), high = _mm512_add_ps(sum[1][i][j], sum[3][i][j]);
+      const __m512 both = _mm512_add_ps(low, high);
+      const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(both), _mm512_extractf32x8_ps(both, 1));
+      __m128 last = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+      last = _mm_add_ps(last, _mm_movehl_ps(last, last));
+      out[i * stride + j] = _mm_cvtss_f32(_mm_add_ss(last, _mm_movehdup_ps(last)));
+    }
+  }
+}
+
+// out[i][c] of kDotRows rows, or of fewer with a single column.
+VNNI void dots(const float* const* x, int rows, const float* w, int64_t d, int64_t columns, float (*out)[kDotColumns]) {
+  if (columns == 1) {
+    switch (rows) {
+      case 1: return products<1, 1>(x, &w, d, out[0], kDotColumns);
+      case 2: return products<2, 1>(x, &w, d, out[0], kDotColumns);
+      case 3: return products<3, 1>(x, &w, d, out[0], kDotColumns);
+      default: return products<4, 1>(x, &w, d, out[0], kDotColumns);
+    }
+  }
+  for (int64_t c = 0; c < columns; c += 2) {
+    const int64_t first = std::min(c, columns - 2);
+    const float* right[2] = {w + first * d, w + (first + 1) * d};
+    switch (rows) {
+      case 1: products<1, 2>(x, right, d, out[0] + first, kDotColumns); break;
+      case 2: products<2, 2>(x, right, d, out[0] + first, kDotColumns); break;
+      case 3: products<3, 2>(x, right, d, out[0] + first, kDotColumns); break;
+      default: products<4, 2>(x, right, d, out[0] + first, kDotColumns);
     }
   }
 }

@@ -67,12 +67,14 @@ float rounding(int64_t d) { return float(2 * d + 64) / (1 << 24); }
 void screened(const float* x, const float* w, const float* b, int64_t rows, int64_t n, int64_t d, int64_t k,
               float* acts, int64_t* indices, int64_t* computed) {
   const Kernels& isa = kernels();
-  const int64_t quads = (d + 3) / 4, width = 4 * quads, panels = (n + 63) / 64;
+  const int64_t width = (d + 63) / 64 * 64, quads = width / 4, panels = (n + 63) / 64;
   const int64_t slots = std::min<int64_t>(torch::stable::get_num_threads(), panels);
   const int64_t room = kScratchBytes / (slots * k * int64_t(sizeof(Key32)));
   const int64_t block = std::min({rows, kScreenRows, std::max<int64_t>(room, 64)});
   std::vector<float> scale_x(d), scale_w(d), wide(k);
-  Buffer<uint8_t> codes(block * width);
+  const int64_t padded = (block + kScreenTile - 1) / kScreenTile * kScreenTile;
+  Buffer<uint8_t> codes(padded * width);
+  std::fill_n(codes.get() + block * width, (padded - block) * width, uint8_t(0));
   Buffer<int8_t> packed(slots * 64 * width), flat(slots * 64 * width);
   std::vector<ScreenRow> bounds(block);
   std::vector<char> usable(block);
@@ -90,10 +92,15 @@ void screened(const float* x, const float* w, const float* b, int64_t rows, int6
       isa.quantise(input + r * d, scale_x.data(), d, width, reinterpret_cast<int8_t*>(code), row);
       for (int64_t i = 0; i < width; ++i) code[i] ^= 0x80;
       usable[r] = row.usable;
-      bounds[r] = {row.step, (row.error + rounding(d) * row.norm) * kWiden, (row.norm + row.error) * kWiden, 0};
+      bounds[r] = {row.step, (row.error + rounding(d) * row.norm) * kWiden, (row.norm + row.error) * kWiden, 0, false};
     }
     parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
-      std::vector<int64_t> some, whole;  // the rows whose columns are screened, and those computed whole
+      std::vector<int64_t> whole;              // the rows that are computed whole
+      std::vector<ScreenRow> screened(count);  // the others are wanted
+      std::vector<uint64_t> pass(count);
+      Buffer<uint16_t> hits(64 * count);  // the rows that may have a column among their k
+      float value[kDotRows][kDotColumns];
+      const float* lines[kDotRows];
       for (int64_t s = begin; s < end; ++s) {
         int8_t *bytes = flat.get() + s * 64 * width, *panel = packed.get() + s * 64 * width;
         Greatest* slot = state.data() + s * block;
@@ -101,26 +108,29 @@ void screened(const float* x, const float* w, const float* b, int64_t rows, int6
         const int64_t start = panels * s / slots, end_of_slot = panels * (s + 1) / slots;
         for (int64_t p = start; p < end_of_slot; ++p) {
           const int64_t first = p * 64, columns = std::min<int64_t>(64, n - first);
-          some.clear();
+          bool any = false;
           whole.clear();
           for (int64_t r = 0; r < count; ++r) {
-            if (!slot[r].nan) (slot[r].whole || !slot[r].full() ? whole : some).push_back(r);
+            screened[r] = bounds[r];
+            screened[r].wanted = !slot[r].nan && !slot[r].whole && slot[r].full();
+            screened[r].bound = screened[r].wanted ? slot[r].keys[0].value() : 0;
+            if (!slot[r].nan && !screened[r].wanted) whole.push_back(r);
+            any |= screened[r].wanted;
           }
           for (int64_t c0 = 0; c0 < columns && !whole.empty(); c0 += kDotColumns) {
             const int64_t begun = first + c0, few = std::min<int64_t>(kDotColumns, columns - c0);
-            for (size_t at = 0; at < whole.size(); at += 3) {
-              const float* lines[3];
-              float value[3][kDotColumns];
-              for (size_t i = 0; i < 3; ++i) lines[i] = input + whole[std::min(at + i, whole.size() - 1)] * d;
-              isa.dots(lines, w + begun * d, d, few, value);
-              for (size_t i = 0; i < 3 && at + i < whole.size(); ++i) {
+            for (size_t at = 0; at < whole.size(); at += kDotRows) {
+              const int together = int(std::min<size_t>(kDotRows, whole.size() - at));
+              for (int i = 0; i < together; ++i) lines[i] = input + whole[at + i] * d;
+              isa.dots(lines, together, w + begun * d, d, few, value);
+              for (int i = 0; i < together; ++i) {
                 for (int64_t c = 0; c < few; ++c) {
                   slot[whole[at + i]].take(value[i][c] + (b ? b[begun + c] : 0), begun + c);
                 }
               }
             }
           }
-          if (some.empty()) continue;
+          if (!any) continue;
           ScreenColumns column = {};
           for (int64_t c = 0; c < columns; ++c) {
             Digits row;
@@ -133,36 +143,32 @@ void screened(const float* x, const float* w, const float* b, int64_t rows, int6
             column.offset[c] = -128 * row.sum;
           }
           isa.pack32(reinterpret_cast<const float*>(bytes), quads, columns, quads, reinterpret_cast<float*>(panel));
-          const uint64_t inside = columns == 64 ? ~uint64_t(0) : (uint64_t(1) << columns) - 1;
-          // Computing more than this one by one costs more than computing the row whole.
-          const int64_t most = 16 * k + 512 + (p - start + 1) * 64 / 16;
-          // The next rows of W come from memory meanwhile, a share with every block.
-          const char* next = reinterpret_cast<const char*>(w + (first + columns) * d);
+          // The next rows of W come from memory meanwhile.
           const int64_t coming = p + 1 < end_of_slot ? std::min<int64_t>(64, n - first - columns) * d / 16 : 0;
-          const int64_t blocks = (int64_t(some.size()) + kBlockRows - 1) / kBlockRows;
-          const int64_t share = (coming + blocks - 1) / blocks;
-          for (size_t at = 0; at < some.size(); at += kBlockRows) {
-            const uint8_t* lines[kBlockRows];
-            ScreenRow few[kBlockRows];
-            uint64_t pass[kBlockRows];
-            for (size_t i = 0; i < kBlockRows; ++i) {
-              const int64_t r = some[std::min(at + i, some.size() - 1)];
-              lines[i] = codes.get() + r * width;
-              few[i] = bounds[r];
-              few[i].bound = slot[r].keys[0].value();
-            }
-            isa.screen(lines, few, panel, column, quads, next, share, pass);
-            next += 64 * share;
-            for (size_t i = 0; i < kBlockRows && at + i < some.size(); ++i) {
-              const int64_t r = some[at + i];
-              for (uint64_t bits = pass[i] & inside; bits; bits &= bits - 1) {
-                const int64_t c = first + __builtin_ctzll(bits);
-                const float dot = isa.dot(input + r * d, w + c * d, nullptr, d);
-                slot[r].take(dot + (b ? b[c] : 0), c);
-              }
-              slot[r].whole = slot[r].computed > most;
+          isa.screen(codes.get(), width, screened.data(), count, panel, column,
+                     reinterpret_cast<const char*>(w + (first + columns) * d), coming, pass.data());
+          const uint64_t inside = columns == 64 ? ~uint64_t(0) : (uint64_t(1) << columns) - 1;
+          int64_t hit[64] = {};
+          for (int64_t r = 0; r < count; ++r) {
+            for (uint64_t bits = screened[r].wanted ? pass[r] & inside : 0; bits; bits &= bits - 1) {
+              const int c = __builtin_ctzll(bits);
+              hits.get()[c * count + hit[c]++] = uint16_t(r);
             }
           }
+          for (int64_t c = 0; c < columns; ++c) {
+            const uint16_t* which = hits.get() + c * count;
+            for (int64_t at = 0; at < hit[c]; at += kDotRows) {
+              const int together = int(std::min<int64_t>(kDotRows, hit[c] - at));
+              for (int i = 0; i < together; ++i) lines[i] = input + which[at + i] * d;
+              isa.dots(lines, together, w + (first + c) * d, d, 1, value);
+              for (int i = 0; i < together; ++i) {
+                slot[which[at + i]].take(value[i][0] + (b ? b[first + c] : 0), first + c);
+              }
+            }
+          }
+          // Computing more than this one by one costs more than computing the row whole.
+          const int64_t most = 16 * k + 512 + (p - start + 1) * 64 / 16;
+          for (int64_t r = 0; r < count; ++r) slot[r].whole |= screened[r].wanted && slot[r].computed > most;
         }
       }
     });
