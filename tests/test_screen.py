@@ -273,6 +273,14 @@ def test_the_keyword_is_checked():
         ops.topk_encode(x, x, k=1, screen="on")
 
 
+@needs_vnni
+def test_without_amx_tiles():
+    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_screen; test_screen.fuzz(2, 160)"
+    env = {**os.environ, "CLIPSTEER_CPU_ISA": "avx512", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(_dispatch.missing("cpp") is not None, reason="the C++ library is not built")
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_other_processors_stay_on_float32(isa):
