@@ -58,7 +58,12 @@ TARGET void block64(const double* const* a, int64_t step, const double* b, int64
 // Half as many sums of neighbours: those of a, then those of b.
 template <class V, int... I>
 TARGET static inline Lanes<V> neighbours(Lanes<V> a, Lanes<V> b, std::integer_sequence<int, I...>) {
+#ifdef __clang__
   return __builtin_shufflevector(a, b, 2 * I...) + __builtin_shufflevector(a, b, 2 * I + 1 ...);
+#else
+  using Index = Lanes<std::conditional_t<sizeof(V) == 4, int32_t, int64_t>>;
+  return __builtin_shuffle(a, b, Index{2 * I...}) + __builtin_shuffle(a, b, Index{2 * I + 1 ...});
+#endif
 }
 
 // c[i][j] = the inner product of a[i] and row j of w, for ROWS and COLUMNS of them: lanes first, then neighbouring lanes,

@@ -113,6 +113,7 @@ void screen_tiles(const uint8_t* x, int64_t width, const ScreenRow* row, int64_t
   } kTiles;
   const int64_t blocks = (rows + kScreenTile - 1) / kScreenTile, share = (lines + blocks - 1) / blocks;
   const int64_t step = (share * 64 + width - 1) / width;
+  __asm__ volatile("" ::: "memory");  // nor is it what loads of tiles read
   _tile_loadconfig(const_cast<const void*>(static_cast<const volatile void*>(&kTiles)));
   for (int64_t at = 0; at < rows; at += kScreenTile, next += 64 * share) {
     bool wanted = false;
