@@ -8,7 +8,8 @@ namespace clipsteer {
 // Columns of a product that torch's GEMM makes at a time, and that make a task of their own when there are few panels.
 constexpr int64_t kTaskColumns = 256;
 constexpr int64_t kTerms = 64;     // of our blocks' sums: as many rows of a matrix as are read on all their way at a time
-constexpr int64_t kInnerRows = 48;  // a transposed matrix is sooner multiplied by its rows than packed for fewer
+// A transposed matrix is sooner multiplied by its rows than packed: for fewer rows than this, of as many terms.
+constexpr int64_t kInnerRows = 48, kInnerTerms = 192;
 
 struct Panel {
   int64_t group, first, rows;  // rows of the sorted batch
@@ -101,7 +102,7 @@ class Worker {
   // widths.
   void product(const V* const* a, int64_t count, const T* w, bool transpose, int64_t k, int64_t n, int64_t first,
                int64_t last, V* const* c) {
-    if (own_ && !kNarrow<T> && transpose && count < kInnerRows) {
+    if (own_ && !kNarrow<T> && transpose && k >= kInnerTerms && count < kInnerRows) {
       if constexpr (!kNarrow<T>) kernels().inner(a, count, w + first * k, k, last - first, k, c);
       return;
     }
