@@ -211,6 +211,7 @@ _EDGES = (
     {"B": 129, "K": 2, "d": 32, "r": 33, "plain": 1},
     {"B": 31, "K": 1, "d": 129, "r": 32},
     {"B": 32, "K": 3, "d": 128, "r": 64},
+    {"B": 31, "K": 2, "d": 203, "r": 197},
 )
 # several blocks of rows a group and several tiles of columns, with and without β and μ; more than one launch's rank
 _ON_DEVICE = (

@@ -265,6 +265,7 @@ _EDGES = (
     {"B": 129, "C": 2, "d": 32, "r": 33, "plain": 1},
     {"B": 31, "C": 1, "d": 129, "r": 32},
     {"B": 32, "C": 3, "d": 128, "r": 64},
+    {"B": 31, "C": 2, "d": 203, "r": 197},
 )
 _ON_DEVICE = ({"B": 150, "C": 6, "d": 320, "r": 40},)  # several blocks of rows a class, several tiles of columns
 _COMMON: dict[str, Any] = {
