@@ -31,7 +31,7 @@ PARKED = 32
 ENCODE = ["topk_encode_fwd", "topk_encode_select"]
 MAHALANOBIS = ["grouped_matmul", "mahalanobis_centre", "mahalanobis_covariance_loss", "mahalanobis_finish"]
 DRIFT = ["drift_change", "drift_square", "drift_tile"]
-KERNELS = {  # a case and what it launches; the dtype is the last word but for what says itself otherwise
+KERNELS = {  # a case, whose last word is the dtype, and what it launches
     "encode bf16": ENCODE,
     "encode fp16": ENCODE,
     "encode fp32": ENCODE,
@@ -127,13 +127,7 @@ def test_tiles_and_gathers_are_read_16_bytes_a_lane(binaries: tuple[str, dict[st
 def test_hopper_copies_whole_tiles() -> None:
     for case in KERNELS:
         for binary in compiled_for("sm_90")[case]:
-            tiled = binary["kernel"] in (
-                "topk_encode_fwd",
-                "topk_encode_keys",
-                "drift_tile",
-                "drrho_sums",
-                "drrho_weights",
-            )
+            tiled = binary["kernel"] in TILED
             expected = tiled and not case.endswith("fp32") and "odd" not in case
             assert (binary["instructions"]["bulk_copy"] > 0) == expected, (case, binary)
 
