@@ -275,7 +275,8 @@ def test_the_keyword_is_checked():
 
 @needs_vnni
 def test_without_amx_tiles():
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_screen; test_screen.fuzz(2, 160)"
+    here = os.path.dirname(__file__)
+    code = f"import sys; sys.path.insert(0, {here!r}); import test_screen; test_screen.fuzz(2, 160)"
     env = {**os.environ, "CLIPSTEER_CPU_ISA": "avx512", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -76,8 +76,8 @@ def topk_encode(
         sparse_grad: the gradient of ``W_enc`` is a sparse COO tensor of the rows in use, as in ``F.embedding``.
         grad_buffer: a kept (d_sae, d_in) buffer for the gradient of ``W_enc``; see ``sparse_decode``.
         screen: ``"auto" | "off"``. On CPUs with AMX or AVX512-VNNI the cpp backend rules most columns of a large
-            float32 product out by int8 products and a proven bound of their error, and computes the rest in float32. The
-            result is held to the same bound as without; only pre-activations closer than their rounding may change
+            float32 product out by int8 products and a proven bound of their error, and computes the rest in float32.
+            The result is held to the same bound as without; only pre-activations closer than their rounding may change
             places, as between any two orders of summation. Its bits depend neither on the thread count nor on the
             other rows. Nothing is kept between calls. ``torch.ops.clipsteer_cpp.topk_encode_screened(x, W_enc, b_enc,
             k)`` (x of two dimensions) also returns how many columns of each row were computed in float32.
