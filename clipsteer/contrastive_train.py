@@ -143,7 +143,7 @@ class _Run(TrainingRun):
                 self.loop(on_log=on_log)
         finally:
             if self.world.size > 1:
-                # what DDP leaves in cycles would hold the process group and its threads beyond their end
+                # what a failed run's traceback and DDP's cycles keep would hold the process group beyond its end
                 self.model = self.clip.model
                 gc.collect()
         self.clip.model.eval()

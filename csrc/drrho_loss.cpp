@@ -223,19 +223,8 @@ class Sweep {
     for_each(panels * parts, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t p = task / parts, from = task % parts * part, to = std::min(rows, from + part);
-        for (int64_t q = 0; q < k; q += kTerms) {
-          for (int64_t i = from; i < to; i += kBlockRows) {
-            const int count = int(std::min<int64_t>(kBlockRows, to - i));
-            const V* left[kBlockRows];
-            V* target[kBlockRows];
-            for (int l = 0; l < count; ++l) {
-              left[l] = a + (i + l) * a_row + q * a_step;
-              target[l] = c + (i + l) * c_row + p * width_;
-            }
-            kernels().block(left, a_step, b + (p * k + q) * width_, width_, std::min(kTerms, k - q), count, target,
-                            add || q > 0);
-          }
-        }
+        multiply_panel(a + from * a_row, a_row, a_step, to - from, b + p * k * width_, k, kTerms,
+                       c + from * c_row + p * width_, c_row, add);
       }
     });
   }

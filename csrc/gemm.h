@@ -1,4 +1,4 @@
-// torch's GEMM on memory of ours.
+// Matrix products on memory of ours: torch's GEMM, and our blocks along a packed panel.
 #pragma once
 
 #include "cpu.h"
@@ -32,6 +32,26 @@ inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   StableIValue stack[] = {from(a), from(b), from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
   to<Tensor>(stack[0]);
+}
+
+// c (rows, a block's width) = or += a (rows, k), whose numbers lie a_row and a_step apart, times a packed panel, by our
+// blocks, `terms` of its k rows at a time.
+template <class V>
+void multiply_panel(const V* a, int64_t a_row, int64_t a_step, int64_t rows, const V* panel, int64_t k, int64_t terms,
+                    V* c, int64_t c_row, bool add) {
+  const int64_t width = kernels().block_bytes / int64_t(sizeof(V));
+  for (int64_t q = 0; q < k; q += terms) {
+    for (int64_t i = 0; i < rows; i += kBlockRows) {
+      const int count = int(std::min<int64_t>(kBlockRows, rows - i));
+      const V* left[kBlockRows];
+      V* target[kBlockRows];
+      for (int l = 0; l < count; ++l) {
+        left[l] = a + (i + l) * a_row + q * a_step;
+        target[l] = c + (i + l) * c_row;
+      }
+      kernels().block(left, a_step, panel + q * width, width, std::min(terms, k - q), count, target, add || q > 0);
+    }
+  }
 }
 
 // Runs f(begin, end) over the tasks, in a parallel region even when there is a single task: a GEMM that had the threads

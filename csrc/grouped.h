@@ -102,12 +102,13 @@ class Worker {
   // widths.
   void product(const V* const* a, int64_t count, const T* w, bool transpose, int64_t k, int64_t n, int64_t first,
                int64_t last, V* const* c) {
-    if (own_ && !kNarrow<T> && transpose && k >= kInnerTerms && count < kInnerRows) {
-      if constexpr (!kNarrow<T>) kernels().inner(a, count, w + first * k, k, last - first, k, c);
-      return;
-    }
-    const int64_t whole = own_ && !kNarrow<T> && !transpose && k > 0 ? (last - first) / width_ * width_ : 0;
+    int64_t whole = 0;
     if constexpr (!kNarrow<T>) {
+      if (own_ && transpose && k >= kInnerTerms && count < kInnerRows) {
+        kernels().inner(a, count, w + first * k, k, last - first, k, c);
+        return;
+      }
+      if (own_ && !transpose && k > 0) whole = (last - first) / width_ * width_;
       // Some rows of W at a time, from end to end: tiles of them stay in the first-level cache, and W is read in order.
       for (int64_t q = 0; whole > 0 && q < k; q += kTerms) {
         const int64_t terms = std::min(kTerms, k - q);

@@ -200,25 +200,23 @@ VNNI static inline void products(const float* const* x, const float* const* w, i
   }
 }
 
-// out[i][c] of kDotRows rows, or of fewer with a single column.
-VNNI void dots(const float* const* x, int rows, const float* w, int64_t d, int64_t columns, float (*out)[kDotColumns]) {
-  if (columns == 1) {
-    switch (rows) {
-      case 1: return products<1, 1>(x, &w, d, out[0], kDotColumns);
-      case 2: return products<2, 1>(x, &w, d, out[0], kDotColumns);
-      case 3: return products<3, 1>(x, &w, d, out[0], kDotColumns);
-      default: return products<4, 1>(x, &w, d, out[0], kDotColumns);
-    }
+template <int COLUMNS>
+VNNI static inline void products(int rows, const float* const* x, const float* const* w, int64_t d, float* out) {
+  switch (rows) {
+    case 1: return products<1, COLUMNS>(x, w, d, out, kDotColumns);
+    case 2: return products<2, COLUMNS>(x, w, d, out, kDotColumns);
+    case 3: return products<3, COLUMNS>(x, w, d, out, kDotColumns);
+    default: return products<kDotRows, COLUMNS>(x, w, d, out, kDotColumns);
   }
+}
+
+// out[i][c] = x[i] . row c of w, for 1 to kDotRows rows and 1 to kDotColumns columns, two at a time.
+VNNI void dots(const float* const* x, int rows, const float* w, int64_t d, int64_t columns, float (*out)[kDotColumns]) {
+  if (columns == 1) return products<1>(rows, x, &w, d, out[0]);
   for (int64_t c = 0; c < columns; c += 2) {
     const int64_t first = std::min(c, columns - 2);
     const float* right[2] = {w + first * d, w + (first + 1) * d};
-    switch (rows) {
-      case 1: products<1, 2>(x, right, d, out[0] + first, kDotColumns); break;
-      case 2: products<2, 2>(x, right, d, out[0] + first, kDotColumns); break;
-      case 3: products<3, 2>(x, right, d, out[0] + first, kDotColumns); break;
-      default: products<4, 2>(x, right, d, out[0] + first, kDotColumns);
-    }
+    products<2>(rows, x, right, d, out[0] + first);
   }
 }
 

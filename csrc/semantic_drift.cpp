@@ -58,7 +58,7 @@ class Pass {
         after_(kNarrow<T> ? prototypes.d : 0),
         square_(kRows),
         weights_(kBlock * kRows),
-        product_((own_ ? kBlockRows : kBlock) * width_) {}
+        product_(kBlock * width_) {}
 
   // Adds rows [begin, end) to the sums of prototypes [first, last).
   void run(const T* old, const T* fresh, V unit, int64_t begin, int64_t end, int64_t first, int64_t last,
@@ -111,19 +111,8 @@ class Pass {
       return;
     }
     for (int64_t at = 0; at < rows; at += width_) {
-      for (int64_t q = 0; q < d; q += kTerms) {
-        const V* right = packed_.get() + at * d + q * width_;
-        for (int64_t i = 0; i < count; i += kBlockRows) {
-          const int n = int(std::min<int64_t>(kBlockRows, count - i));
-          const V* left[kBlockRows];
-          V* target[kBlockRows];
-          for (int l = 0; l < n; ++l) {
-            left[l] = all_.rows + (c + i + l) * d + q;
-            target[l] = weights_.get() + (i + l) * kRows + at;
-          }
-          kernels().block(left, 1, right, width_, std::min(kTerms, d - q), n, target, q > 0);
-        }
-      }
+      multiply_panel(all_.rows + c * d, d, 1, count, packed_.get() + at * d, d, kTerms, weights_.get() + at, kRows,
+                     false);
     }
   }
 
@@ -148,23 +137,13 @@ class Pass {
     }
     for (int64_t p = 0; p < panels_; ++p) {
       const int64_t columns = std::min(width_, d - p * width_);
-      const bool whole = columns == width_;
-      for (int64_t q = 0; q < rows; q += kTerms) {
-        const V* right = change_.get() + (p * kRows + q) * width_;
-        for (int64_t i = 0; i < count; i += kBlockRows) {
-          const int n = int(std::min<int64_t>(kBlockRows, count - i));
-          const V* left[kBlockRows];
-          V* target[kBlockRows];
-          for (int l = 0; l < n; ++l) {
-            left[l] = weights_.get() + (i + l) * kRows + q;
-            target[l] = whole ? moved + (c + i + l) * d + p * width_ : product_.get() + l * width_;
-          }
-          kernels().block(left, 1, right, width_, std::min(kTerms, rows - q), n, target, whole);
-          for (int l = 0; !whole && l < n; ++l) {
-            V* __restrict to = moved + (c + i + l) * d + p * width_;
-            for (int64_t j = 0; j < columns; ++j) to[j] += target[l][j];
-          }
-        }
+      const bool whole = columns == width_;  // else a block would write past the row
+      const V* panel = change_.get() + p * kRows * width_;
+      V* into = moved + c * d + p * width_;
+      multiply_panel(weights_.get(), kRows, 1, count, panel, rows, kTerms, whole ? into : product_.get(),
+                     whole ? d : width_, whole);
+      for (int64_t i = 0; !whole && i < count; ++i) {
+        for (int64_t j = 0; j < columns; ++j) into[i * d + j] += product_.get()[i * width_ + j];
       }
     }
   }

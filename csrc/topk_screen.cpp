@@ -95,40 +95,42 @@ void screened(const float* x, const float* w, const float* b, int64_t rows, int6
       bounds[r] = {row.step, (row.error + rounding(d) * row.norm) * kWiden, (row.norm + row.error) * kWiden, 0, false};
     }
     parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
-      std::vector<int64_t> whole;              // the rows that are computed whole
-      std::vector<ScreenRow> screened(count);  // the others are wanted
+      std::vector<uint16_t> whole;  // the rows that are computed whole; the others are wanted
+      std::vector<ScreenRow> lines(bounds.begin(), bounds.begin() + count);
       std::vector<uint64_t> pass(count);
       Buffer<uint16_t> hits(64 * count);  // the rows that may have a column among their k
-      float value[kDotRows][kDotColumns];
-      const float* lines[kDotRows];
       for (int64_t s = begin; s < end; ++s) {
         int8_t *bytes = flat.get() + s * 64 * width, *panel = packed.get() + s * 64 * width;
         Greatest* slot = state.data() + s * block;
         for (int64_t r = 0; r < count; ++r) slot[r] = {keys.get() + (s * block + r) * k, 0, k, 0, !usable[r], false};
+        // Columns [first, first + columns) of some rows in float32, a row of W with several rows of x at a time.
+        const auto compute = [&](const uint16_t* which, int64_t chosen, int64_t first, int64_t columns) {
+          const float* left[kDotRows];
+          float value[kDotRows][kDotColumns];
+          for (int64_t at = 0; at < chosen; at += kDotRows) {
+            const int together = int(std::min<int64_t>(kDotRows, chosen - at));
+            for (int i = 0; i < together; ++i) left[i] = input + which[at + i] * d;
+            isa.dots(left, together, w + first * d, d, columns, value);
+            for (int i = 0; i < together; ++i) {
+              for (int64_t c = 0; c < columns; ++c) {
+                slot[which[at + i]].take(value[i][c] + (b ? b[first + c] : 0), first + c);
+              }
+            }
+          }
+        };
         const int64_t start = panels * s / slots, end_of_slot = panels * (s + 1) / slots;
         for (int64_t p = start; p < end_of_slot; ++p) {
           const int64_t first = p * 64, columns = std::min<int64_t>(64, n - first);
           bool any = false;
           whole.clear();
           for (int64_t r = 0; r < count; ++r) {
-            screened[r] = bounds[r];
-            screened[r].wanted = !slot[r].nan && !slot[r].whole && slot[r].full();
-            screened[r].bound = screened[r].wanted ? slot[r].keys[0].value() : 0;
-            if (!slot[r].nan && !screened[r].wanted) whole.push_back(r);
-            any |= screened[r].wanted;
+            lines[r].wanted = !slot[r].nan && !slot[r].whole && slot[r].full();
+            lines[r].bound = lines[r].wanted ? slot[r].keys[0].value() : 0;
+            if (!slot[r].nan && !lines[r].wanted) whole.push_back(uint16_t(r));
+            any |= lines[r].wanted;
           }
-          for (int64_t c0 = 0; c0 < columns && !whole.empty(); c0 += kDotColumns) {
-            const int64_t begun = first + c0, few = std::min<int64_t>(kDotColumns, columns - c0);
-            for (size_t at = 0; at < whole.size(); at += kDotRows) {
-              const int together = int(std::min<size_t>(kDotRows, whole.size() - at));
-              for (int i = 0; i < together; ++i) lines[i] = input + whole[at + i] * d;
-              isa.dots(lines, together, w + begun * d, d, few, value);
-              for (int i = 0; i < together; ++i) {
-                for (int64_t c = 0; c < few; ++c) {
-                  slot[whole[at + i]].take(value[i][c] + (b ? b[begun + c] : 0), begun + c);
-                }
-              }
-            }
+          for (int64_t c = 0; c < columns; c += kDotColumns) {
+            compute(whole.data(), int64_t(whole.size()), first + c, std::min<int64_t>(kDotColumns, columns - c));
           }
           if (!any) continue;
           ScreenColumns column = {};
@@ -145,30 +147,20 @@ void screened(const float* x, const float* w, const float* b, int64_t rows, int6
           isa.pack32(reinterpret_cast<const float*>(bytes), quads, columns, quads, reinterpret_cast<float*>(panel));
           // The next rows of W come from memory meanwhile.
           const int64_t coming = p + 1 < end_of_slot ? std::min<int64_t>(64, n - first - columns) * d / 16 : 0;
-          isa.screen(codes.get(), width, screened.data(), count, panel, column,
+          isa.screen(codes.get(), width, lines.data(), count, panel, column,
                      reinterpret_cast<const char*>(w + (first + columns) * d), coming, pass.data());
           const uint64_t inside = columns == 64 ? ~uint64_t(0) : (uint64_t(1) << columns) - 1;
           int64_t hit[64] = {};
           for (int64_t r = 0; r < count; ++r) {
-            for (uint64_t bits = screened[r].wanted ? pass[r] & inside : 0; bits; bits &= bits - 1) {
+            for (uint64_t bits = lines[r].wanted ? pass[r] & inside : 0; bits; bits &= bits - 1) {
               const int c = __builtin_ctzll(bits);
               hits.get()[c * count + hit[c]++] = uint16_t(r);
             }
           }
-          for (int64_t c = 0; c < columns; ++c) {
-            const uint16_t* which = hits.get() + c * count;
-            for (int64_t at = 0; at < hit[c]; at += kDotRows) {
-              const int together = int(std::min<int64_t>(kDotRows, hit[c] - at));
-              for (int i = 0; i < together; ++i) lines[i] = input + which[at + i] * d;
-              isa.dots(lines, together, w + (first + c) * d, d, 1, value);
-              for (int i = 0; i < together; ++i) {
-                slot[which[at + i]].take(value[i][0] + (b ? b[first + c] : 0), first + c);
-              }
-            }
-          }
+          for (int64_t c = 0; c < columns; ++c) compute(hits.get() + c * count, hit[c], first + c, 1);
           // Computing more than this one by one costs more than computing the row whole.
           const int64_t most = 16 * k + 512 + (p - start + 1) * 64 / 16;
-          for (int64_t r = 0; r < count; ++r) slot[r].whole |= screened[r].wanted && slot[r].computed > most;
+          for (int64_t r = 0; r < count; ++r) slot[r].whole |= lines[r].wanted && slot[r].computed > most;
         }
       }
     });

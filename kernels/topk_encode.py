@@ -290,12 +290,13 @@ def topk_encode(
         # Few programs, but several buckets: an interpreted program costs tens of milliseconds.
         config = {"BLOCK_B": 64, "BLOCK_N": 64, "BLOCK_D": 64}
     else:
-        config = tile_config(x.dtype, precision, shared_memory_limit(x.device), False, by_number)
+        config = tile_config(x.dtype, precision, shared_memory_limit(x.device), by_number=by_number)
     buckets = cdiv(n, config["BLOCK_N"])
     J = candidates_per_bucket(buckets, k)
     whole_rows = k > MAX_K or J > MAX_CANDIDATES_PER_BUCKET
     if whole_rows and not on_cpu:
-        config = tile_config(x.dtype, precision, shared_memory_limit(x.device), True, by_number)
+        limit = shared_memory_limit(x.device)
+        config = tile_config(x.dtype, precision, limit, whole_rows=True, by_number=by_number)
         buckets = cdiv(n, config["BLOCK_N"])
     flags = {
         "HAS_BIAS": b_enc is not None,
