@@ -2,11 +2,16 @@
 
     pip install -e '.[bench-peers]'
     OMP_NUM_THREADS=1 python benchmarks/bench_step.py --out benchmarks/results/sae_step-cpu-1-thread.json
+    python benchmarks/bench_step.py --device cuda --autocast --n 49152 --batch 4096 \\
+        --out benchmarks/results/sae_step-gpu.json
 
 Each library takes its own step on its own trainer (sparsify's sits inside a loop over a language model, so the methods
 that it calls are called in its order). All have the same weights, batches and Adam: dense, betas 0.9 and 0.999, torch's
 fused kernel, which SAELens and dictionary_learning do not switch on by themselves; sparsify's own choice is signum. No
 feature is dead, so AuxK is 0 everywhere. Clipping, unit norm and the projection of the gradient are each library's own.
+
+With ``--autocast`` weights stay in float32 and the forward runs in bfloat16 where autocast says so, by each library's
+own switch or habit; lazy Adam is left out, its row-sparse gradients are not cast.
 
 Before any time is taken, loss and gradients of every contender are held to those of the formula in float64.
 """
@@ -18,9 +23,10 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +38,26 @@ from clipsteer.sae_train import SAETrainer, TrainConfig
 
 LR = 2e-4
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
-# of a gradient's norm; contenders are at 1e-6 and less, and one other feature in a row would show as 1e-2
-TOLERANCE = 1e-5
+# Of the loss and of a gradient's norm. In float32 contenders are at 1e-6 and less, and one other feature in a row would
+# show as 1e-2. Under autocast rounding itself exchanges a feature or so in a row: contenders are at 2e-3 and 0.18 (with
+# TF32's rounding, as simulated, at 4e-4 and 0.03), b_dec's gradient without the encoder's part at 0.5 and more, that of
+# half or of other features at 0.7 and more.
+TOLERANCE = {"float32": (1e-5, 1e-5), "tf32": (1e-3, 0.1), "bfloat16": (5e-3, 0.4)}
 Batches = Callable[[], Tensor]
+
+
+class Mode(NamedTuple):
+    """Where steps run, and in what their products are computed: float32, tf32 or bfloat16 (under autocast)."""
+
+    device: str
+    precision: str
+
+    @property
+    def mixed(self) -> bool:
+        return self.precision == "bfloat16"
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.mixed)
 
 
 class Contender:
@@ -60,15 +83,18 @@ def fuse(optimizer: torch.optim.Optimizer) -> None:
         assert found == ((0.9, 0.999), 1e-8, 0, False), found
 
 
-def clipsteer_step(d: int, n: int, k: int, batches: Batches) -> Contender:
-    sae = SAE(d, n, k=k)
-    trainer = SAETrainer(sae, TrainConfig(lr=LR, warmup_steps=0, cosine=False), 1000)
+def clipsteer_step(d: int, n: int, k: int, mode: Mode, batches: Batches) -> Contender:
+    sae = SAE(d, n, k=k).to(mode.device)
+    config = TrainConfig(lr=LR, warmup_steps=0, cosine=False, autocast="bfloat16" if mode.mixed else "none")
+    trainer = SAETrainer(sae, config, 1000)
     return Contender(lambda: trainer.step(batches())[0], {name: getattr(sae, name) for name in NAMES})
 
 
-def clipsteer_lazy(d: int, n: int, k: int, batches: Batches) -> Contender:
+def clipsteer_lazy(d: int, n: int, k: int, mode: Mode, batches: Batches) -> Contender:
     """Row-sparse gradients and SparseAdam: moments and weights of features that no row of the batch uses stay put."""
-    sae = SAE(d, n, k=k)
+    if mode.mixed:
+        raise NotImplementedError("row-sparse gradients are not cast under autocast")
+    sae = SAE(d, n, k=k).to(mode.device)
     lazy = torch.optim.SparseAdam([sae.W_enc, sae.W_dec], lr=LR)
     dense = torch.optim.Adam([sae.b_enc, sae.b_dec], lr=LR, fused=True)
 
@@ -115,15 +141,19 @@ def unit_rows(W: Tensor) -> None:
     W.div_(torch.linalg.vector_norm(W, dim=-1, keepdim=True))
 
 
-def torch_step(d: int, n: int, k: int, batches: Batches, compiled: bool = False) -> Contender:
+def torch_step(d: int, n: int, k: int, mode: Mode, batches: Batches, compiled: bool = False) -> Contender:
     """What clipsteer's step computes, in plain torch."""
+    if compiled:
+        torch.compiler.reset()  # after other sizes it would compile for varying ones
     made = torch.compile if compiled else lambda function: function
     loss_of, project_, unit_rows_ = made(dense_loss), made(project), made(unit_rows)
-    parameters = {name: nn.Parameter(torch.empty(s)) for name, s in zip(NAMES, ((n, d), (n,), (n, d), (d,)))}
+    shapes = zip(NAMES, ((n, d), (n,), (n, d), (d,)))
+    parameters = {name: nn.Parameter(torch.empty(shape, device=mode.device)) for name, shape in shapes}
     optimizer = torch.optim.Adam(parameters.values(), lr=LR, fused=True)
 
     def step() -> Tensor:
-        loss = loss_of(batches(), *parameters.values(), k)
+        with mode.autocast():
+            loss = loss_of(batches(), *parameters.values(), k)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         with torch.no_grad():
@@ -136,7 +166,7 @@ def torch_step(d: int, n: int, k: int, batches: Batches, compiled: bool = False)
     return Contender(step, parameters)
 
 
-def saelens_step(d: int, n: int, k: int, batches: Batches, sparse: bool = False) -> Contender:
+def saelens_step(d: int, n: int, k: int, mode: Mode, batches: Batches, sparse: bool = False) -> Contender:
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer as Trainer
@@ -144,41 +174,52 @@ def saelens_step(d: int, n: int, k: int, batches: Batches, sparse: bool = False)
     # by default pre-activations are scaled by the decoder's norms (1 here); a sparse code lacks that gradient on CPUs
     config = TopKTrainingSAEConfig(
         d_in=d, d_sae=n, k=k, apply_b_dec_to_input=True, use_sparse_activations=sparse,
-        rescale_acts_by_decoder_norm=not sparse,
+        rescale_acts_by_decoder_norm=not sparse, device=mode.device,
     )  # fmt: skip
     sae = TopKTrainingSAE(config)
     rows = len(batches())
-    trainer = Trainer(SAETrainerConfig(10_000_000, rows, lr=LR, lr_end=LR), sae, iter(()))
+    settings = SAETrainerConfig(10_000_000, rows, lr=LR, lr_end=LR, device=mode.device, autocast=mode.mixed)
+    trainer = Trainer(settings, sae, iter(()))
     fuse(trainer.optimizer)
     return Contender(
         lambda: trainer.step(batches()).loss, {name: getattr(sae, name) for name in NAMES}, transposed="W_enc"
     )
 
 
-def dictionary_learning_step(d: int, n: int, k: int, batches: Batches) -> Contender:
+def dictionary_learning_step(d: int, n: int, k: int, mode: Mode, batches: Batches) -> Contender:
     from dictionary_learning.trainers.top_k import TopKTrainer
 
     trainer = TopKTrainer(
-        steps=1_000_000, activation_dim=d, dict_size=n, k=k, layer=0, lm_name="", lr=LR, warmup_steps=0, device="cpu"
-    )
+        steps=1_000_000, activation_dim=d, dict_size=n, k=k, layer=0, lm_name="", lr=LR, warmup_steps=0,
+        device=mode.device,
+    )  # fmt: skip
     fuse(trainer.optimizer)
     parameters = trainer.ae.encoder.weight, trainer.ae.encoder.bias, trainer.ae.decoder.weight, trainer.ae.b_dec
-    # its first step (0) sets b_dec
-    return Contender(lambda: torch.tensor(trainer.update(1, batches())), dict(zip(NAMES, parameters)), "W_dec")
+
+    def step() -> Tensor:
+        # its loop has the whole update under autocast; its first step (0) sets b_dec
+        with mode.autocast():
+            return torch.tensor(trainer.update(1, batches()))
+
+    return Contender(step, dict(zip(NAMES, parameters)), "W_dec")
 
 
-def sparsify_step(d: int, n: int, k: int, batches: Batches) -> Contender:
+def sparsify_step(d: int, n: int, k: int, mode: Mode, batches: Batches) -> Contender:
     from sparsify import SparseCoder, SparseCoderConfig
 
-    sae = SparseCoder(d, SparseCoderConfig(num_latents=n, k=k))
+    sae = SparseCoder(d, SparseCoderConfig(num_latents=n, k=k), mode.device)
+    if not mode.mixed:
+        # on a GPU its forward is in bfloat16 always
+        sae.forward = SparseCoder.forward.__wrapped__.__get__(sae)
     optimizer = torch.optim.Adam(sae.parameters(), lr=LR)
     fuse(optimizer)
-    since_fired, did_fire = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.bool)
+    since_fired, did_fire = (torch.zeros(n, dtype=dtype, device=mode.device) for dtype in (torch.long, torch.bool))
 
     def step() -> Tensor:
         x = batches()
         sae.set_decoder_norm_to_unit_norm()
-        out = sae(x, total_variance=(x - x.mean(0)).pow(2).sum())
+        with mode.autocast():
+            out = sae(x, total_variance=(x - x.mean(0)).pow(2).sum())
         did_fire[out.latent_indices.flatten()] = True
         out.fvu.backward()
         sae.remove_gradient_parallel_to_decoder_directions()
@@ -204,18 +245,20 @@ MAKERS: dict[str, tuple[str | None, Callable[..., Contender]]] = {
 }
 
 
-def problem(d: int, n: int, k: int, rows: int, count: int, seed: int = 0) -> tuple[dict[str, Tensor], list[Tensor]]:
+def problem(
+    d: int, n: int, k: int, rows: int, count: int, device: str = "cpu", seed: int = 0
+) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Weights with unit decoder rows, and batches in whose rows the k-th feature is told from the next one by more
     than rounding, so that every contender has to select the same."""
-    g = torch.Generator().manual_seed(seed)
-    W_dec = F.normalize(torch.randn(n, d, generator=g), dim=1)
-    W_enc = W_dec + 0.1 * d**-0.5 * torch.randn(n, d, generator=g)
-    b_enc, b_dec = 0.05 * torch.randn(n, generator=g), 0.1 * torch.randn(d, generator=g)
+    draw = partial(torch.randn, generator=torch.Generator(device).manual_seed(seed), device=device)
+    W_dec = F.normalize(draw(n, d), dim=1)
+    W_enc = W_dec + 0.1 * d**-0.5 * draw(n, d)
+    b_enc, b_dec = 0.05 * draw(n), 0.1 * draw(d)
     weights = dict(zip(NAMES, (W_enc, b_enc, W_dec, b_dec)))
     batches = []
     for _ in range(count):
-        x = torch.randn(rows + rows // 4 + 8, d, generator=g)
-        top = F.linear(x - b_dec, W_enc, b_enc).topk(k + 1).values
+        x = draw(rows + rows // 4 + 8, d)
+        top = F.linear((x - b_dec).double(), W_enc.double(), b_enc.double()).topk(k + 1).values
         apart = (top[:, -2] - top[:, -1] > 1e-4 * top[:, 0]).nonzero().flatten()
         if len(apart) < rows:
             raise RuntimeError(f"bench_step: only {len(apart)} rows have a clear k-th feature, {rows} are needed")
@@ -223,7 +266,7 @@ def problem(d: int, n: int, k: int, rows: int, count: int, seed: int = 0) -> tup
     return weights, batches
 
 
-def gate(name: str, contender: Contender, x: Tensor, loss: Tensor, truth: Mapping[str, Tensor]) -> float:
+def gate(name: str, contender: Contender, x: Tensor, loss: Tensor, truth: Mapping[str, Tensor], mode: Mode) -> float:
     """Take a step, held to loss and gradients in float64; returns the worst relative error of a gradient (in norm).
 
     Libraries scale the squared error in two ways: the whole of it over the variance, or the mean over the rows.
@@ -239,18 +282,19 @@ def gate(name: str, contender: Contender, x: Tensor, loss: Tensor, truth: Mappin
         hook.remove()
     mean = loss * (x - x.double().mean(0)).square().sum() / len(x)
     scale = min((1.0, float(mean / loss)), key=lambda s: abs(taken - s * float(loss)))
-    errors = {"loss": abs(taken / (scale * float(loss)) - 1)}
+    off, errors = abs(taken / (scale * float(loss)) - 1), {}
     for key in NAMES:
         gradient = contender.ours(key, found[key]).double() / scale
         errors[key] = float(torch.linalg.vector_norm(gradient - truth[key]) / torch.linalg.vector_norm(truth[key]))
-    if not max(errors.values()) <= TOLERANCE:
-        raise RuntimeError(f"bench_step: {name} computes something else, and is not timed: {errors}")
+    of_loss, of_gradient = TOLERANCE[mode.precision]
+    if not (off <= of_loss and max(errors.values()) <= of_gradient):
+        raise RuntimeError(f"bench_step: {name} computes something else, and is not timed: loss {off}, {errors}")
     # Adam's first step moves each weight that has a gradient by about the learning rate
     for key, parameter in contender.parameters.items():
         moved = float((parameter.detach() - before[key]).abs().max())
         if not 0.5 * LR <= moved <= 2 * LR:
             raise RuntimeError(f"bench_step: {name} moved {key} by {moved}, its learning rate is {LR}")
-    return max(errors.values())
+    return max(off, *errors.values())
 
 
 def _dense(grad: Tensor) -> Tensor:
@@ -264,9 +308,11 @@ def truth_of(weights: Mapping[str, Tensor], x: Tensor, k: int) -> tuple[Tensor, 
     return loss.detach(), {name: leaf.grad for name, leaf in leaves.items()}
 
 
-def run(d: int, n: int, k: int, rows: int, names: list[str], repeats: int, rates: tuple[float, float]) -> list[dict]:
+def run(
+    d: int, n: int, k: int, rows: int, mode: Mode, names: list[str], repeats: int, rates: tuple[float, float]
+) -> list[dict]:
     label = f"n{n}-B{rows}-k{k}"
-    weights, batches = problem(d, n, k, rows, 6)
+    weights, batches = problem(d, n, k, rows, 6, mode.device)
     contenders, turns, calls, errors = {}, {name: [0] for name in names}, {}, {}
 
     def turn(name: str) -> Tensor:
@@ -276,19 +322,25 @@ def run(d: int, n: int, k: int, rows: int, names: list[str], repeats: int, rates
 
     loss, truth = truth_of(weights, batches[0], k)
     for name in names:
-        contender = MAKERS[name][1](d, n, k, lambda name=name: turn(name)).load(weights)
-        turns[name][0] = 0
-        errors[name] = gate(name, contender, batches[0], loss, truth)
+        try:
+            contender = MAKERS[name][1](d, n, k, mode, lambda name=name: turn(name)).load(weights)
+            turns[name][0] = 0
+            errors[name] = gate(name, contender, batches[0], loss, truth, mode)
+        except (NotImplementedError, torch.OutOfMemoryError) as error:
+            sys.stderr.write(f"{name} is left out: {str(error).splitlines()[0]}\n")
+            continue
         contenders[name], calls[name] = contender, contender.step
     del truth
-    memory = {name: bench.extra_memory(call, "cpu") for name, call in calls.items()}
-    times = bench.measure(calls, "cpu", repeats, label, names[0])
+    base = next(iter(calls), "")
+    memory = {name: bench.extra_memory(call, mode.device) for name, call in calls.items()}
+    times = bench.measure(calls, mode.device, repeats, label, base)
     # the encoder's product, then weights and both moments read and written once
     floor = 2 * rows * n * d / rates[0] + 24 * 2 * n * d / rates[1]
     records = []
     for name, found in times.items():
         record = {"op": "sae step", "shape": label, "B": rows, "d": d, "n": n, "k": k, "pass": "step"}
-        record |= {"contender": name, "baseline": names[0], **found, "floor_share": floor / found["seconds"]}
+        record |= {"precision": mode.precision, "contender": name, "baseline": base}
+        record |= {**found, "floor_share": floor / found["seconds"]}
         if "torch.compile" in times:
             record["speedup_compiled"] = times["torch.compile"]["seconds"] / found["seconds"]
         record |= {"extra_bytes": memory[name], "gradient_error": errors[name]}
@@ -298,8 +350,9 @@ def run(d: int, n: int, k: int, rows: int, names: list[str], repeats: int, rates
     return records
 
 
-def usable(names: list[str]) -> list[str]:
-    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its decoder then uses F.embedding_bag: the Triton one needs a GPU
+def usable(names: list[str], mode: Mode) -> list[str]:
+    # sparsify's decoder then uses F.embedding_bag: the Triton one needs a GPU
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1" if mode.device == "cpu" else "0"
     found = []
     for name in names:
         if package := MAKERS[name][0]:
@@ -322,16 +375,26 @@ def main() -> None:
     parser.add_argument("--k", nargs="+", type=int, default=[32, 64])
     parser.add_argument("--d", type=int, default=768)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--autocast", action="store_true", help="forward in bfloat16, weights in float32")
+    precision.add_argument("--tf32", action="store_true", help="TF32 in float32 products on a GPU")
     parser.add_argument("--contenders", nargs="+", choices=list(MAKERS), default=list(MAKERS))
     parser.add_argument("--out", type=Path, help="a .json or .csv file")
     args = parser.parse_args()
-    names, records, rates = usable(args.contenders), [], bench.ceilings("cpu", torch.float32)
+    if args.tf32 and args.device == "cpu":
+        parser.error("--tf32 is for a GPU")
+    mode = Mode(args.device, "bfloat16" if args.autocast else "tf32" if args.tf32 else "float32")
+    if args.tf32:
+        torch.set_float32_matmul_precision("high")
+    dtype = torch.bfloat16 if args.autocast else torch.float32
+    names, records, rates = usable(args.contenders, mode), [], bench.ceilings(args.device, dtype)
     for n in args.n:
         for rows in args.batch:
             for k in args.k:
-                records += run(args.d, n, k, rows, names, args.repeats, rates)
+                records += run(args.d, n, k, rows, mode, names, args.repeats, rates)
                 if args.out is not None:
-                    bench.write(args.out, records, "cpu")
+                    bench.write(args.out, records, args.device)
     sys.stdout.write(bench.table(records) + "\n")
 
 

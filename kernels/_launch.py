@@ -43,14 +43,33 @@ def has_bulk_copies(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def copied_by_tma(*matrices: torch.Tensor) -> bool:
-    """Whether tiles of these go to tensor cores and can get there by bulk copies: rows of whole 16 bytes from a 16-byte
-    boundary."""
-    return (
-        has_bulk_copies(matrices[0].device)
-        and (matrices[0].dtype != torch.float32 or tf32_allowed())
+@functools.lru_cache(None)
+def has_tf32(device: torch.device) -> bool:
+    """Whether ``device`` has tensor cores that take float32 numbers as TF32, as NVIDIA's from Ampere on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def precision(x: torch.Tensor, depth: int) -> str:
+    """How tensor cores take the numbers of sums of ``depth`` products: float32 as TF32 if torch's settings say so, else
+    as two of them, which loses 3 * 2^-22 of a product, where that is little beside what the sum's order may lose."""
+    if x.dtype != torch.float32:
+        return "ieee"
+    if tf32_allowed():
+        return "tf32"
+    return "tf32x3" if depth >= 64 and has_tf32(x.device) else "ieee"
+
+
+def product_options(*matrices: torch.Tensor) -> dict[str, object]:
+    """``PRECISION`` of the products of these matrices' rows, and ``TMA``: whether tiles of them get to tensor cores by
+    bulk copies, which takes rows of whole 16 bytes from a 16-byte boundary."""
+    first = matrices[0]
+    how = precision(first, first.shape[1])
+    tma = (
+        has_bulk_copies(first.device)
+        and (first.dtype != torch.float32 or how != "ieee")
         and all(t.numel() > 0 and t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0 for t in matrices)
     )
+    return {"PRECISION": how, "TMA": tma}
 
 
 def tiles(matrix: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
@@ -59,9 +78,7 @@ def tiles(matrix: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], [rows, cols])
 
 
-def operands(
-    a: torch.Tensor, b: torch.Tensor, rows: int, cols: int, depth: int, tma: bool
-) -> tuple[torch.Tensor | TensorDescriptor, torch.Tensor | TensorDescriptor]:
+def operands(a: torch.Tensor, b: torch.Tensor, tma: bool, rows: int, cols: int, depth: int) -> tuple[object, object]:
     """What a kernel gets for a (M, D) and b (N, D) whose tiles of ``rows`` by ``cols`` it multiplies."""
     return (tiles(a, rows, depth), tiles(b, cols, depth)) if tma else (a, b)
 

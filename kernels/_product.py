@@ -6,35 +6,75 @@ import torch
 import triton
 import triton.language as tl
 
+GROUP = tl.constexpr(32)
+
+
+@triton.jit
+def tile_numbers(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """This program's tile of an (M, N) product: neighbouring programs share columns, and GROUP tiles of rows that they
+    come back to stay in the second-level cache."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    group = pid // (GROUP * tiles_n)
+    size = tl.minimum(tiles_m - group * GROUP, GROUP)
+    rest = pid % (GROUP * tiles_n)
+    return group * GROUP + rest % size, rest // size
+
 
 @triton.jit
 def product_tile(
-    rows_ptr, cols_ptr, m, n, M, N, D, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    rows_ptr, cols_ptr, tile_m, tile_n, M, N, D, TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """This program's tile of rows (M, D) @ cols (N, D)^T: rows m and n, by pointers or, with TMA, by descriptors."""
-    S = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    """A tile of rows (M, D) @ cols (N, D)^T, by pointers or, with TMA, by descriptors. What lies past the ends of M and
+    N has some product."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if TMA:
         for start in range(0, D, BLOCK_D):
-            a = rows_ptr.load([tl.program_id(0) * BLOCK_M, start])
-            b = cols_ptr.load([tl.program_id(1) * BLOCK_N, start])
-            S = tl.dot(a, tl.trans(b), S, input_precision=PRECISION)
+            a = rows_ptr.load([tile_m * BLOCK_M, start])
+            b = cols_ptr.load([tile_n * BLOCK_N, start])
+            acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
     else:
-        row_ptrs = rows_ptr + m.to(tl.int64)[:, None] * D
-        col_ptrs = cols_ptr + n.to(tl.int64)[None, :] * D
+        offs = tl.arange(0, BLOCK_D)
+        m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        # rows past the end repeat the last one, so that only D needs a mask
+        row_ptrs = rows_ptr + tl.minimum(m, M - 1).to(tl.int64)[:, None] * D + offs[None, :]
+        col_ptrs = cols_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * D + offs[None, :]
         for start in range(0, D, BLOCK_D):
-            k = start + tl.arange(0, BLOCK_D)
-            a = tl.load(row_ptrs + k[None, :], mask=(m < M)[:, None] & (k < D)[None, :], other=0.0)
-            b = tl.load(col_ptrs + k[:, None], mask=(k < D)[:, None] & (n < N)[None, :], other=0.0)
-            S = tl.dot(a, b, S, input_precision=PRECISION)
-    return S
+            if EVEN_D:
+                a = tl.load(row_ptrs)
+                b = tl.load(col_ptrs)
+            else:
+                a = tl.load(row_ptrs, mask=(start + offs < D)[None, :], other=0.0)
+                b = tl.load(col_ptrs, mask=(start + offs < D)[None, :], other=0.0)
+            acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+            row_ptrs += BLOCK_D
+            col_ptrs += BLOCK_D
+    return acc
+
+
+def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b in float32, by torch; a and b are matrices, or batches of them, of float32 or bfloat16."""
+    product = torch.mm if a.dim() == 2 else torch.bmm
+    if a.dtype != torch.float32 and torch.version.hip is None:
+        return product(a, b, out_dtype=torch.float32)
+    # what has a place to go autocast leaves alone
+    return product(a.float(), b.float(), out=a.new_empty(*a.shape[:-1], b.shape[-1], dtype=torch.float32))
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """total + a b in float32, by torch, perhaps in total's place; a and b are float32 or halves of it."""
-    if a.dtype != torch.float32 and torch.version.hip is None:
-        return torch.addmm(total, a, b, out_dtype=torch.float32)
-    return total.addmm_(a.float(), b.float())  # what is in place autocast leaves alone
+    """total += a b in float32, by torch; a and b are matrices of float32 or bfloat16."""
+    if a.dtype == torch.float32 or torch.version.hip is not None:
+        return total.addmm_(a.float(), b.float())
+    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
+@triton.jit
+def left_and_right(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile's columns in two: what follows on a product is done a part at a time, as registers do not hold it all."""
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
 @triton.jit

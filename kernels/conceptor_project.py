@@ -13,8 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, interpreted, next_power_of_2, on_device
-from ._precision import tf32_allowed
+from ._launch import cdiv, interpreted, next_power_of_2, on_device, precision
 
 # A block's r-vectors live in registers, as far as they fit; beyond, they take a (B, r) buffer and two launches.
 MAX_RANK = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
@@ -56,12 +55,10 @@ def _block(
             total += tl.sum(blocks, axis=0)
     else:
         k = tl.arange(0, BINS)
-        counts = tl.zeros((BINS,), dtype=tl.int32)
-        for start in range(0, B, SCAN):
-            at = start + tl.arange(0, SCAN)
-            number = tl.load(index_ptr + at, mask=at < B, other=-1)
-            counts += tl.histogram(tl.where((number >= 0) & (number < K), number, K).to(tl.int32), BINS)
-        counts = tl.where(k < K, counts, 0)
+        at = tl.arange(0, SCAN)  # all rows
+        number = tl.load(index_ptr + at, mask=at < B, other=-1)
+        number = tl.where((number >= 0) & (number < K), number, K).to(tl.int32)
+        counts = tl.where(k < K, tl.histogram(number, BINS), 0)
         blocks = (counts + PART - 1) // PART
         begin = tl.cumsum(blocks, axis=0) - blocks
         here = (pid >= begin) & (pid < begin + blocks)
@@ -71,12 +68,9 @@ def _block(
         first = low + before
         stop = low + tl.sum(tl.where(here, counts, 0), axis=0)
         if first < stop:
-            for start in range(0, B, SCAN):
-                at = start + tl.arange(0, SCAN)
-                own = (tl.load(index_ptr + at, mask=at < B, other=-1) == group).to(tl.int32)
-                place = tl.cumsum(own, axis=0) - 1 - before
-                tl.store(order_ptr + first + place, at, mask=(own > 0) & (place >= 0) & (place < PART))
-                before -= tl.sum(own, axis=0)
+            own = (number == group).to(tl.int32)
+            place = tl.cumsum(own, axis=0) - 1 - before
+            tl.store(order_ptr + first + place, at, mask=(own > 0) & (place >= 0) & (place < PART))
             tl.debug_barrier()
     live = first + lane < stop
     rows = (first + lane).to(tl.int64)
@@ -248,10 +242,6 @@ def _interpreted_bf16(t: torch.Tensor) -> bool:
     return t.dtype == torch.bfloat16 and interpreted(_grouped_matmul_kernel)
 
 
-def _precision() -> str:
-    return "tf32" if tf32_allowed() else "ieee"
-
-
 def _sorted(index: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows in the order of their groups, and where each group begins and the last one ends."""
     B = index.shape[0]
@@ -262,16 +252,12 @@ def _sorted(index: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tenso
     found = torch.empty(B + groups + 1, dtype=torch.int32, device=index.device)
     order, offsets = found[:B], found[B:]
     with on_device(index):
-        _group_kernel[(groups,)](index, order, offsets, B, groups, SCAN=_scan(B))
+        _group_kernel[(groups,)](index, order, offsets, B, groups, SCAN=min(4096, max(128, next_power_of_2(B))))
     return order, offsets
 
 
 def _many(rows: int, groups: int) -> bool:
     return rows > MAX_ROWS or rows * groups > MAX_TALLY or groups > MAX_GROUPS
-
-
-def _scan(rows: int) -> int:
-    return min(4096, max(128, next_power_of_2(rows)))
 
 
 def _grouping(x: torch.Tensor, index: torch.Tensor | None, groups: int, launches: int = 1) -> tuple[tuple, dict]:
@@ -283,7 +269,8 @@ def _grouping(x: torch.Tensor, index: torch.Tensor | None, groups: int, launches
         return (index, *_sorted(index, groups)), {"GROUPING": "order", "SCAN": 1, "BINS": 128}
     room = torch.empty(launches * B, dtype=torch.int32, device=index.device)
     # a bin more, for numbers that name no group
-    return (index, room, room), {"GROUPING": "index", "SCAN": _scan(B), "BINS": max(32, next_power_of_2(groups + 1))}
+    bins = max(32, next_power_of_2(groups + 1))
+    return (index, room, room), {"GROUPING": "index", "SCAN": max(128, next_power_of_2(B)), "BINS": bins}
 
 
 def matmul_config(dtype: torch.dtype, n: int, split: bool = False) -> dict[str, int]:
@@ -359,7 +346,7 @@ def launch_matmul(
             x if mean is None else mean, out, B, K, m, n, 1 if transpose else n, m if transpose else 1,
             x.stride(0), out.stride(0),
             LEAST=least, SIDES=sides, HAS_SCALE=scale is not None, HAS_BETA=beta is not None,
-            MEAN_IN=mean_in, MEAN_OUT=mean_out, SPLIT=split, PRECISION=_precision(), **how, **config,
+            MEAN_IN=mean_in, MEAN_OUT=mean_out, SPLIT=split, PRECISION=precision(W, m), **how, **config,
         )  # fmt: skip
 
 
@@ -395,7 +382,7 @@ def low_rank_project(
     with on_device(x):
         _low_rank_project_kernel[(cdiv(B, config["BLOCK_B"]) + (0 if index is None else K),)](
             x, U, s, *pointers, mean if given else x, out, B, K, d, r,
-            HAS_MEAN=given, SPLIT_X=half and given, SPLIT_R=half, PRECISION=_precision(), **grouping, **config,
+            HAS_MEAN=given, SPLIT_X=half and given, SPLIT_R=half, PRECISION=precision(x, d), **grouping, **config,
         )  # fmt: skip
     return out
 
@@ -414,6 +401,7 @@ def grouped_outer(a: torch.Tensor, b: torch.Tensor, index: torch.Tensor | None, 
     grid = (groups, cdiv(m, config["BLOCK_M"]), cdiv(n, config["BLOCK_N"]))
     with on_device(a):
         _grouped_outer_kernel[grid](
-            a, b, order, offsets, out, B, m, n, HAS_INDEX=index is not None, PRECISION=_precision(), **config
-        )
+            a, b, order, offsets, out, B, m, n,
+            HAS_INDEX=index is not None, PRECISION=precision(a, 1), **config,  # a group may have a single row
+        )  # fmt: skip
     return out

@@ -12,107 +12,159 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, copied_by_tma, interpreted, on_device, operands
-from ._precision import tf32_allowed
-from ._product import add_product, halved, product_tile
+from ._launch import cdiv, interpreted, on_device, operands, product_options
+from ._product import add_product, halved, left_and_right, multiply, product_tile, tile_numbers
 
 CHUNK = 2**25
 SUM_ROWS = 2**14
 
 
 @triton.jit
-def _log_sum(t, AXIS: tl.constexpr):
-    """Along an axis; an infinite maximum is not subtracted, as what it leaves would be no number."""
+def _log_sum(S, own, scale, others, AXIS: tl.constexpr, MASKED: tl.constexpr):
+    """log of the sum of exp((S - own) scale) along an axis, of the others; an infinite maximum is not subtracted, as
+    what it leaves would be no number."""
+    t = (S - tl.expand_dims(own, AXIS)) * scale
+    if MASKED:
+        t = tl.where(others, t, float("-inf"))
     highest = tl.max(t, axis=AXIS)
     peak = tl.where(tl.abs(highest) == float("inf"), 0.0, highest)
     return tl.log(tl.sum(tl.exp(t - tl.expand_dims(peak, AXIS)), axis=AXIS)) + peak
 
 
+@triton.jit
+def _masked(tile_m, tile_n, M, N, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether a tile reaches past an end or has a row beside its partner."""
+    first = tile_m * BLOCK_M + offset
+    partners = (first < (tile_n + 1) * BLOCK_N) & (tile_n * BLOCK_N < first + BLOCK_M)
+    return partners | ((tile_m + 1) * BLOCK_M > M) | ((tile_n + 1) * BLOCK_N > N)
+
+
+@triton.jit
+def _store_log_sums(
+    S, m, n, part, tile_m, scale, diag_ptr, row_lse_ptr, col_lse_ptr, M, N, offset, MASKED: tl.constexpr
+):
+    others = S
+    if MASKED:
+        others = (m < M)[:, None] & (n < N)[None, :] & (m[:, None] + offset != n[None, :])
+    own = tl.load(diag_ptr + offset + m, mask=m < M, other=0.0)
+    tl.store(row_lse_ptr + part.to(tl.int64) * M + m, _log_sum(S, own, scale, others, 1, MASKED), mask=m < M)
+    own = tl.load(diag_ptr + n, mask=n < N, other=0.0)
+    tl.store(col_lse_ptr + tile_m.to(tl.int64) * N + n, _log_sum(S, own, scale, others, 0, MASKED), mask=n < N)
+
+
 @triton.jit(do_not_specialize=["M", "N", "offset"])
 def _drrho_sums_kernel(
     rows_ptr, cols_ptr, diag_ptr, scale_ptr, row_lse_ptr, col_lse_ptr, M, N, D, offset,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    S = product_tile(rows_ptr, cols_ptr, m, n, M, N, D, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+    tile_m, tile_n = tile_numbers(M, N, BLOCK_M, BLOCK_N)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+    S = product_tile(
+        rows_ptr, cols_ptr, tile_m, tile_n, M, N, D, TMA, EVEN_D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D
+    )  # fmt: skip
     scale = tl.load(scale_ptr)
-    others = (m < M)[:, None] & (n < N)[None, :] & (m[:, None] + offset != n[None, :])
-    own = tl.load(diag_ptr + offset + m, mask=m < M, other=0.0)
-    lse = _log_sum(tl.where(others, (S - own[:, None]) * scale, float("-inf")), 1)
-    tl.store(row_lse_ptr + tl.program_id(1).to(tl.int64) * M + m, lse, mask=m < M)
-    own = tl.load(diag_ptr + n, mask=n < N, other=0.0)
-    lse = _log_sum(tl.where(others, (S - own[None, :]) * scale, float("-inf")), 0)
-    tl.store(col_lse_ptr + tl.program_id(0).to(tl.int64) * N + n, lse, mask=n < N)
+    parts = left_and_right(S, BLOCK_M, BLOCK_N)
+    if _masked(tile_m, tile_n, M, N, offset, BLOCK_M, BLOCK_N):
+        for part in tl.static_range(2):
+            _store_log_sums(
+                parts[part], m, n + part * (BLOCK_N // 2), 2 * tile_n + part, tile_m, scale, diag_ptr, row_lse_ptr,
+                col_lse_ptr, M, N, offset, True,
+            )  # fmt: skip
+    else:
+        for part in tl.static_range(2):
+            _store_log_sums(
+                parts[part], m, n + part * (BLOCK_N // 2), 2 * tile_n + part, tile_m, scale, diag_ptr, row_lse_ptr,
+                col_lse_ptr, M, N, offset, False,
+            )  # fmt: skip
 
 
 @triton.jit
 def _weights(
-    S, m, n, scale, diag_ptr, row_u_ptr, col_u_ptr, own_ptr, weight_ptr, rest_ptr, M, N, stride, offset,
-    SPLIT: tl.constexpr,
+    S, m, n, scale, moment, diag_ptr, row_u_ptr, col_u_ptr, own_ptr, weight_ptr, rest_ptr, M, N, stride, offset,
+    SPLIT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Writes the weights of a part of a tile; returns what they make of t."""
-    inside = (m < M)[:, None] & (n < N)[None, :]
-    partner = m[:, None] + offset == n[None, :]
+    """Writes the weights of a part of a tile; returns ``moment`` (by rows) with what they make of t."""
     t = (S - tl.load(diag_ptr + offset + m, mask=m < M, other=0.0)[:, None]) * scale
     w = tl.exp(t - tl.load(row_u_ptr + m, mask=m < M, other=0.0)[:, None])
-    moment = w * t
+    product = w * t
     t = (S - tl.load(diag_ptr + n, mask=n < N, other=0.0)[None, :]) * scale
     other = tl.exp(t - tl.load(col_u_ptr + n, mask=n < N, other=0.0)[None, :])
     w += other
-    moment = tl.where(inside & (partner == 0), moment + other * t, 0.0)
-    w = tl.where(partner, tl.load(own_ptr + m, mask=m < M, other=0.0)[:, None], w)
+    product += other * t
+    inside = None
+    if MASKED:
+        inside = (m < M)[:, None] & (n < N)[None, :]
+        partner = m[:, None] + offset == n[None, :]
+        product = tl.where(inside & (partner == 0), product, 0.0)
+        w = tl.where(partner, tl.load(own_ptr + m, mask=m < M, other=0.0)[:, None], w)
     place = m.to(tl.int64)[:, None] * stride + n[None, :]
     if SPLIT:
         w, rest = halved(w)
         tl.store(rest_ptr + place, rest, mask=inside)
     tl.store(weight_ptr + place, w, mask=inside)
-    return tl.sum(tl.sum(moment, axis=1), axis=0)
+    return moment + tl.sum(product, axis=1)
 
 
 @triton.jit(do_not_specialize=["M", "N", "offset"])
 def _drrho_weights_kernel(
     rows_ptr, cols_ptr, diag_ptr, scale_ptr, row_u_ptr, col_u_ptr, own_ptr, weight_ptr, rest_ptr, moment_ptr,
     M, N, D, stride, offset,
-    SPLIT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    S = product_tile(rows_ptr, cols_ptr, m, n, M, N, D, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+    tile_m, tile_n = tile_numbers(M, N, BLOCK_M, BLOCK_N)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 4)
+    S = product_tile(
+        rows_ptr, cols_ptr, tile_m, tile_n, M, N, D, TMA, EVEN_D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D
+    )  # fmt: skip
     scale = tl.load(scale_ptr)
-    # one half of the columns after the other, as the registers do not hold all that both need
-    low, high = tl.split(tl.permute(tl.reshape(S, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-    moment = _weights(
-        low, m, n, scale, diag_ptr, row_u_ptr, col_u_ptr, own_ptr, weight_ptr, rest_ptr, M, N, stride, offset, SPLIT
-    )
-    n += BLOCK_N // 2
-    moment += _weights(
-        high, m, n, scale, diag_ptr, row_u_ptr, col_u_ptr, own_ptr, weight_ptr, rest_ptr, M, N, stride, offset, SPLIT
-    )
-    at = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(moment_ptr + at, moment)
+    low, high = left_and_right(S, BLOCK_M, BLOCK_N)
+    parts = left_and_right(low, BLOCK_M, BLOCK_N // 2) + left_and_right(high, BLOCK_M, BLOCK_N // 2)
+    moment = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    if _masked(tile_m, tile_n, M, N, offset, BLOCK_M, BLOCK_N):
+        for part in tl.static_range(4):
+            moment = _weights(
+                parts[part], m, n + part * (BLOCK_N // 4), scale, moment, diag_ptr, row_u_ptr, col_u_ptr, own_ptr,
+                weight_ptr, rest_ptr, M, N, stride, offset, SPLIT, True,
+            )  # fmt: skip
+    else:
+        for part in tl.static_range(4):
+            moment = _weights(
+                parts[part], m, n + part * (BLOCK_N // 4), scale, moment, diag_ptr, row_u_ptr, col_u_ptr, own_ptr,
+                weight_ptr, rest_ptr, M, N, stride, offset, SPLIT, False,
+            )  # fmt: skip
+    tl.store(moment_ptr + tl.program_id(0), tl.sum(moment, axis=0))
 
 
-def tile_config(dtype: torch.dtype, weights: bool = False) -> dict[str, int]:
+def tile_config(dtype: torch.dtype, PRECISION: str = "ieee", TMA: bool = False) -> dict[str, int]:
     """Of similarities, whose tile is reduced both ways or made into weights in registers."""
     if interpreted(_drrho_sums_kernel):
         return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 128}
-    if dtype == torch.float32:
+    wide = dtype == torch.float32
+    if wide and PRECISION == "ieee":
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
     hip = torch.version.hip is not None
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 32 if hip else 64, "num_warps": 8, "num_stages": 2 if hip else 3}
+    config = {
+        "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 32 if wide or hip else 64,
+        "num_warps": 8, "num_stages": 2 if hip else 3,
+    }  # fmt: skip
+    if PRECISION == "tf32x3":  # both halves of a tile pass through the registers, and all of it without bulk copies
+        return config if TMA else config | {"BLOCK_N": 64}
+    # two programs at a time, so that one multiplies while the other does the rest
+    return config | {"maxnreg": 128} if TMA else config
 
 
-def _options(rows: torch.Tensor, cols: torch.Tensor) -> dict[str, object]:
-    tma = copied_by_tma(rows, cols)
-    return {"TMA": tma, "PRECISION": "tf32" if tf32_allowed() else "ieee", **tile_config(rows.dtype)}
+def _options(rows: torch.Tensor, cols: torch.Tensor) -> tuple[dict[str, object], dict[str, int]]:
+    options = product_options(rows, cols)
+    config = tile_config(rows.dtype, **options)
+    return {**options, "EVEN_D": rows.shape[1] % config["BLOCK_D"] == 0}, config
 
 
-def _factors(rows: torch.Tensor, cols: torch.Tensor, config: dict) -> tuple[object, object]:
-    return operands(rows, cols, config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_D"], config["TMA"])
+def _factors(rows: torch.Tensor, cols: torch.Tensor, tma: bool, config: dict) -> tuple[object, object]:
+    return operands(rows, cols, tma, config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_D"])
 
 
 def _wide_in_interpreter(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -127,17 +179,18 @@ def drrho_sums(
     """rows (M, D), cols (N, D), diag (N,) and scale () in float32 -> row_lse (M,), col_lse (N,), nothing kept."""
     rows, cols = _wide_in_interpreter(rows, cols)
     (M, D), N = rows.shape, cols.shape[0]
-    config = _options(rows, cols)
+    options, config = _options(rows, cols)
     row_lse, col_lse = diag.new_empty(M), diag.new_full((N,), -torch.inf)
     with on_device(rows):
         for start in range(0, M, SUM_ROWS):
             some = rows[start : start + SUM_ROWS]
             m = some.shape[0]
-            grid = (cdiv(m, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"]))
-            by_row, by_col = diag.new_empty(grid[1], m), diag.new_empty(grid[0], N)
-            _drrho_sums_kernel[grid](
-                *_factors(some, cols, config), diag, scale, by_row, by_col, m, N, D, offset + start, **config
-            )
+            down, along = cdiv(m, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"])
+            by_row, by_col = diag.new_empty(2 * along, m), diag.new_empty(down, N)
+            _drrho_sums_kernel[(down * along,)](
+                *_factors(some, cols, options["TMA"], config), diag, scale, by_row, by_col, m, N, D, offset + start,
+                **options, **config,
+            )  # fmt: skip
             torch.logsumexp(by_row, 0, out=row_lse[start : start + m])
             col_lse = torch.logaddexp(col_lse, by_col.logsumexp(0))
     # nothing is kept, in the shape that says so
@@ -152,14 +205,6 @@ def _parts(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return high, torch.where(high.isinf(), 0.0, x.float() - high.float()).bfloat16()
 
 
-def _products(total: torch.Tensor, weights: tuple[torch.Tensor, ...], x: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """total + weights x, both sums of parts, the smallest first and the smallest of all left out."""
-    for i, j in ((0, 1), (1, 0), (0, 0)):
-        if i < len(weights) and j < len(x):
-            total = add_product(total, weights[i], x[j])
-    return total
-
-
 def drrho_grad(
     rows: torch.Tensor, cols: torch.Tensor, diag: torch.Tensor, scale: torch.Tensor, offset: int,
     row_u: torch.Tensor, col_u: torch.Tensor, own: torch.Tensor, kept: torch.Tensor, width: int,
@@ -171,26 +216,32 @@ def drrho_grad(
     d_rows = diag.new_zeros(M if need_rows else 0, width)
     d_cols = diag.new_zeros(N if need_cols else 0, width)
     moments = [diag.new_zeros(1, dtype=torch.float64)]
-    split, config = rows.dtype != torch.float32, _options(rows, cols)
+    split, (options, config) = rows.dtype != torch.float32, _options(rows, cols)
     chunk = max(128, CHUNK // N // 128 * 128)
     stride = cdiv(N, 16) * 16  # whole lines
-    kind = torch.bfloat16 if split else torch.float32
-    weights = tuple(rows.new_empty(min(M, chunk), stride, dtype=kind) for _ in range(1 + split))
-    x, y = _parts(cols[:, :width]), _parts(rows[:, :width])
+    parts = 1 + split
+    buffer = rows.new_empty(parts * min(M, chunk) * stride, dtype=torch.bfloat16 if split else torch.float32)
+    (x, *x_rest), (y, *y_rest) = _parts(cols[:, :width]), _parts(rows[:, :width])
     with on_device(rows):
         for start in range(0, M, chunk):
             at = slice(start, min(start + chunk, M))
             m = at.stop - start
-            grid = (cdiv(m, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"]))
+            grid = (cdiv(m, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"]),)
             moment = diag.new_empty(grid)
+            weights = buffer[: parts * m * stride].view(parts, m, stride)
+            rest, high = weights[0], weights[-1]
             _drrho_weights_kernel[grid](
-                *_factors(rows[at], cols, config), diag, scale, row_u[at], col_u, own[at], weights[0], weights[-1],
-                moment, m, N, D, stride, offset + start, SPLIT=split, **config,
+                *_factors(rows[at], cols, options["TMA"], config), diag, scale, row_u[at], col_u, own[at], high, rest,
+                moment, m, N, D, stride, offset + start, SPLIT=split, **options, **config,
             )  # fmt: skip
             moments.append(moment.double().sum().reshape(1))
-            some = tuple(w[:m, :N] for w in weights)
+            # both parts of the weights in one product, the smaller one first
+            both = weights.flatten(0, 1)[:, :N]
             if need_rows:
-                d_rows[at] = _products(d_rows[at], some, x)
+                product = multiply(both, x).view(parts, m, width).sum(0)
+                d_rows[at] = add_product(product, high[:, :N], x_rest[0]) if x_rest else product
             if need_cols:
-                d_cols = _products(d_cols, tuple(w.T for w in some), tuple(part[at] for part in y))
+                add_product(d_cols, both.T, y[at].repeat(parts, 1))
+                if y_rest:
+                    add_product(d_cols, high[:, :N].T, y_rest[0][at])
     return d_rows, d_cols, torch.cat(moments).sum().float()

@@ -2,7 +2,7 @@
 
 A sum of d numbers for each of many prototypes does not fit on chip, so a chunk's weights and its movements pass through
 buffers (of BUFFER_BYTES each, or SUM_ROWS rows), which torch multiplies. Halves take the tensor cores with weights and
-movements as sums of two bfloat16 each, which loses 2^-16 of them.
+movements as sums of two bfloat16 each, which loses 2^-16 of them: the two movements of a row are side by side.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, copied_by_tma, interpreted, on_device, operands
-from ._precision import tf32_allowed
-from ._product import add_product, halved, product_tile
+from ._launch import cdiv, interpreted, on_device, operands, product_options
+from ._product import halved, left_and_right, multiply, product_tile, tile_numbers
 
-BUFFER_BYTES = 64 << 20
+BUFFER_BYTES = 128 << 20
 SUM_ROWS = 512  # no sum adds more numbers one after the other
+SUMS = 8  # of SUM_ROWS rows each, at a time
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -35,18 +35,12 @@ def _drift_square_kernel(
     tl.store(out_ptr + rows, tl.where(total > FAR, FAR, total), mask=rows < N)
 
 
-@triton.jit(do_not_specialize=["N"])
-def _drift_tile_kernel(
-    old_ptr, means_ptr, old_square_ptr, mean_square_ptr, scale_ptr, peak_ptr, column_ptr, w_ptr, rest_ptr,
-    N, C, d, stride,
-    WEIGHTS: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, FAR: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+@triton.jit
+def _log_weights_of_part(
+    dot, rows, cols, tile, old_square_ptr, mean_square_ptr, scale_ptr, peak_ptr, column_ptr, w_ptr, rest_ptr,
+    N, room, C, stride, WEIGHTS: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """The log-weights of a tile: the highest of each column or, with the peaks known, its weights and their sums."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     live = rows < N
-    dot = product_tile(old_ptr, means_ptr, rows, cols, N, C, d, TMA, PRECISION, BLOCK_N, BLOCK_C, BLOCK_D)
     unit = tl.load(scale_ptr).to(tl.float32)
     dot *= unit
     if not SCALED:
@@ -62,7 +56,7 @@ def _drift_tile_kernel(
         floor = tl.exp(tl.load(scale_ptr + 2).to(tl.float32) - peak)
         w = tl.where(live[:, None], tl.exp(log_w - peak[None, :]) + floor[None, :], 0.0)
         at = rows.to(tl.int64)[:, None] * stride + cols[None, :]
-        inside = live[:, None] & (cols < C)[None, :]
+        inside = (rows < room)[:, None] & (cols < C)[None, :]
         column = tl.sum(w, axis=0)
         if SPLIT:
             w, rest = halved(w)
@@ -70,36 +64,79 @@ def _drift_tile_kernel(
         tl.store(w_ptr + at, w, mask=inside)
     else:
         column = tl.max(tl.where(live[:, None], log_w, float("-inf")), axis=0)
-    tl.store(column_ptr + tl.program_id(0).to(tl.int64) * C + cols, column, mask=cols < C)
+    tl.store(column_ptr + tile.to(tl.int64) * C + cols, column, mask=cols < C)
 
 
-@triton.jit
-def _drift_change_kernel(old_ptr, new_ptr, change_ptr, rest_ptr, total, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    change = tl.load(new_ptr + at, mask=at < total, other=0.0).to(tl.float32)
-    change -= tl.load(old_ptr + at, mask=at < total, other=0.0).to(tl.float32)
+@triton.jit(do_not_specialize=["N"])
+def _drift_tile_kernel(
+    old_ptr, means_ptr, old_square_ptr, mean_square_ptr, scale_ptr, peak_ptr, column_ptr, w_ptr, rest_ptr,
+    N, room, C, d, stride,
+    WEIGHTS: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, FAR: tl.constexpr, TMA: tl.constexpr,
+    EVEN_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The log-weights of a tile: the highest of each column or, with the peaks known, its weights (0 for the ``room``
+    behind N) and their sums."""
+    tile, tile_c = tile_numbers(room, C, BLOCK_N, BLOCK_C)
+    rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = tile_c * BLOCK_C + tl.arange(0, BLOCK_C // 2)
+    dot = product_tile(
+        old_ptr, means_ptr, tile, tile_c, N, C, d, TMA, EVEN_D, PRECISION, BLOCK_N, BLOCK_C, BLOCK_D
+    )  # fmt: skip
+    parts = left_and_right(dot, BLOCK_N, BLOCK_C)
+    for part in tl.static_range(2):
+        _log_weights_of_part(
+            parts[part], rows, cols + part * (BLOCK_C // 2), tile, old_square_ptr, mean_square_ptr, scale_ptr, peak_ptr,
+            column_ptr, w_ptr, rest_ptr, N, room, C, stride, WEIGHTS, SPLIT, SCALED, FAR,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N"])
+def _drift_change_kernel(
+    old_ptr, new_ptr, change_ptr, N, room, d, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """new - old, and behind it what its first half leaves; 0 in the ``room`` behind N."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    j = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    at = rows.to(tl.int64)[:, None] * d + j[None, :]
+    live = (rows < N)[:, None] & (j < d)[None, :]
+    change = tl.load(new_ptr + at, mask=live, other=0.0).to(tl.float32)
+    change -= tl.load(old_ptr + at, mask=live, other=0.0).to(tl.float32)
+    at += rows.to(tl.int64)[:, None] * (d if SPLIT else 0)
+    inside = (rows < room)[:, None] & (j < d)[None, :]
     if SPLIT:
         change, rest = halved(change)
         # an infinity is all in the half that meets weights alone: what a weight's first half left is 0 or of any sign
         infinite = tl.abs(change.to(tl.float32)) == float("inf")
         rest = tl.where(infinite, change, rest)
         change = tl.where(infinite, tl.zeros_like(change), change)
-        tl.store(rest_ptr + at, rest, mask=at < total)
-    tl.store(change_ptr + at, change, mask=at < total)
+        tl.store(change_ptr + at + d, rest, mask=inside)
+    tl.store(change_ptr + at, change, mask=inside)
 
 
-def tile_config(dtype: torch.dtype) -> dict[str, int]:
+def tile_config(dtype: torch.dtype, PRECISION: str = "ieee", TMA: bool = False) -> dict[str, int]:
     if interpreted(_drift_tile_kernel):
         return {"BLOCK_N": 128, "BLOCK_C": 128, "BLOCK_D": 128}
-    if dtype == torch.float32:
+    wide = dtype == torch.float32
+    if wide and PRECISION == "ieee":
         return {"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
     hip = torch.version.hip is not None
-    return {"BLOCK_N": 128, "BLOCK_C": 128, "BLOCK_D": 32 if hip else 64, "num_warps": 8, "num_stages": 2 if hip else 3}
+    config = {
+        "BLOCK_N": 128, "BLOCK_C": 128, "BLOCK_D": 32 if wide or hip else 64,
+        "num_warps": 8, "num_stages": 2 if hip else 3,
+    }  # fmt: skip
+    if PRECISION == "tf32x3":  # both halves of a tile pass through the registers, and all of it without bulk copies
+        return config if TMA else config | {"BLOCK_C": 64}
+    # two programs at a time, so that one multiplies while the other does the rest
+    return config | {"maxnreg": 128} if TMA else config
 
 
-def chunk_rows(C: int, d: int) -> int:
-    """Rows whose weights and whose movements, four bytes a number, fill no buffer."""
-    return max(SUM_ROWS, BUFFER_BYTES // (4 * max(C, d)) // SUM_ROWS * SUM_ROWS)
+def chunks(N: int, C: int, d: int, step: int) -> tuple[int, int, int]:
+    """How the rows are cut: of so many at a time, whose weights and whose movements, four bytes a number, fill no
+    buffer, into so many sums of at most ``step`` each."""
+    most = max(SUM_ROWS, BUFFER_BYTES // (4 * max(C, d)) // SUM_ROWS * SUM_ROWS)
+    rows = cdiv(N, cdiv(N, most))
+    sums = cdiv(rows, step)
+    return rows, sums, cdiv(cdiv(rows, sums), 128) * 128
 
 
 def _squares(x: torch.Tensor, scale: torch.Tensor, far: float) -> torch.Tensor:
@@ -119,47 +156,50 @@ def drift_sums(
         # the interpreter multiplies bf16, which every half's sums take, as raw bits
         return drift_sums(old.float(), new.float(), prototypes.float(), scale)
     (N, d), C = old.shape, prototypes.shape[0]
-    options = {"dtype": torch.float32, "device": old.device}
+    wide = {"dtype": torch.float32, "device": old.device}
     peak = scale[2].float().expand(C).contiguous()
-    total, moved = torch.zeros(C, **options), torch.zeros(C, d, **options)
+    total, moved = torch.zeros(C, **wide), torch.zeros(C, d, **wide)
     if 0 in (N, C, d):
         return peak, total, moved
     far = torch.finfo(torch.float32).max / 16
-    precision = "tf32" if tf32_allowed() else "ieee"
     # float16 has no room to scale, and needs none: its products do not overflow
     scaled = old.dtype != torch.float16
     means = (prototypes.float() * scale[0].float()).to(old.dtype) if scaled else prototypes
-    split, tma, config = old.dtype != torch.float32, copied_by_tma(old, means), tile_config(old.dtype)
-    chunk = min(N, chunk_rows(C, d))
-    kind = torch.bfloat16 if split else torch.float32
-    step = SUM_ROWS * (16 if split else 1)  # tensor cores add 16 products at a time
-    stride = cdiv(C, 16) * 16  # whole lines
-    w, rest = (torch.empty(chunk if used else 0, stride, dtype=kind, device=old.device) for used in (True, split))
-    change, change_rest = (torch.empty(len(b), d, dtype=kind, device=old.device) for b in (w, rest))
+    split, options = old.dtype != torch.float32, product_options(old, means)
+    config = tile_config(old.dtype, **options)
+    options["EVEN_D"] = d % config["BLOCK_D"] == 0
+    chunk, sums, step = chunks(N, C, d, SUM_ROWS * (16 if split else 1))  # tensor cores add 16 products at a time
+    kind, parts, stride = torch.bfloat16 if split else torch.float32, 1 + split, cdiv(C, 16) * 16  # whole lines
+    w = torch.empty(parts, sums * step, stride, dtype=kind, device=old.device)
+    change = torch.empty(sums * step, parts * d, dtype=kind, device=old.device)
 
-    def by_tile(rows: torch.Tensor, squares: torch.Tensor, weights: bool) -> torch.Tensor:
+    def by_tile(rows: torch.Tensor, squares: torch.Tensor, room: int, weights: bool) -> torch.Tensor:
         """What the tiles of these rows say of each column: (tiles, C)."""
-        grid = (cdiv(len(rows), config["BLOCK_N"]), cdiv(C, config["BLOCK_C"]))
-        found = torch.empty(grid[0], C, **options)
-        _drift_tile_kernel[grid](
-            *operands(rows, means, config["BLOCK_N"], config["BLOCK_C"], config["BLOCK_D"], tma),
-            squares, own, scale, peak, found, w, rest, len(rows), C, d, stride,
-            WEIGHTS=weights, SPLIT=split, SCALED=scaled, FAR=far, TMA=tma, PRECISION=precision, **config,
+        tiles = cdiv(room, config["BLOCK_N"])
+        found = torch.empty(tiles, C, **wide)
+        _drift_tile_kernel[(tiles * cdiv(C, config["BLOCK_C"]),)](
+            *operands(rows, means, options["TMA"], config["BLOCK_N"], config["BLOCK_C"], config["BLOCK_D"]),
+            squares, own, scale, peak, found, w[0], w[-1], len(rows), room, C, d, stride,
+            WEIGHTS=weights, SPLIT=split, SCALED=scaled, FAR=far, **options, **config,
         )  # fmt: skip
         return found
 
     with on_device(old):
         own, squares = _squares(prototypes, scale, far), _squares(old, scale, far)
-        peak = torch.maximum(peak, by_tile(old, squares, False).amax(0))
+        peak = torch.maximum(peak, by_tile(old, squares, N, False).amax(0))
         for start in range(0, N, chunk):
             some = slice(start, min(start + chunk, N))
-            n = some.stop - start
-            total += by_tile(old[some], squares[some], True).sum(0)
-            _drift_change_kernel[(cdiv(n * d, 4096),)](
-                old[some], new[some], change, change_rest, n * d, SPLIT=split, BLOCK=4096
+            room = sums * step
+            total += by_tile(old[some], squares[some], room, True).sum(0)
+            block = {"BLOCK_N": 16, "BLOCK_D": 256}
+            _drift_change_kernel[(cdiv(room, 16), cdiv(d, 256))](
+                old[some], new[some], change, some.stop - start, room, d, SPLIT=split, **block
             )
-            for at in range(0, n, step):
-                part = slice(at, min(at + step, n))
-                for a, b in ((w, change_rest), (rest, change), (w, change)) if split else ((w, change),):
-                    moved = add_product(moved, a[part, :C].T, b[part])
+            for at in range(0, sums, SUMS):
+                a = w.view(parts, sums, step, stride)[:, at : at + SUMS, :, :C].transpose(2, 3)
+                b = change.view(sums, step, parts * d)[at : at + SUMS]
+                found = multiply(a[0], b).sum(0)
+                if split:
+                    found = found[:, d:] + multiply(a[1], b[..., :d]).sum(0) + found[:, :d]
+                moved += found
     return peak, total, moved

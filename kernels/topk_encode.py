@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, copied_by_tma, interpreted, next_power_of_2, on_device, operands, shared_memory_limit
-from ._precision import tf32_allowed
+from ._launch import cdiv, interpreted, next_power_of_2, on_device, operands, product_options, shared_memory_limit
+from ._product import product_tile, tile_numbers
 from ._sort import merged_top, sorted_top
 
 MAX_CANDIDATES_PER_BUCKET = 16
@@ -34,31 +34,11 @@ def _pre_acts_tile(
     HAS_BIAS: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_B, BLOCK_N), dtype=tl.float32)
-    if TMA:
-        # x and W are descriptors here; what lies past an end is read as zero.
-        for start in range(0, d, BLOCK_D):
-            x = x_ptr.load([tile_b * BLOCK_B, start])
-            w = w_ptr.load([tile_n * BLOCK_N, start])
-            acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
-    else:
-        offs = tl.arange(0, BLOCK_D)
-        rows = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
-        # Rows past the end repeat the last one, so that only d needs a mask.
-        x_ptrs = x_ptr + tl.minimum(rows, B - 1).to(tl.int64)[:, None] * d + offs[None, :]
-        w_ptrs = w_ptr + tl.minimum(cols, n - 1).to(tl.int64)[:, None] * d + offs[None, :]
-        for start in range(0, d, BLOCK_D):
-            if EVEN_D:
-                x = tl.load(x_ptrs)
-                w = tl.load(w_ptrs)
-            else:
-                x = tl.load(x_ptrs, mask=(start + offs < d)[None, :], other=0.0)
-                w = tl.load(w_ptrs, mask=(start + offs < d)[None, :], other=0.0)
-            acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
-            x_ptrs += BLOCK_D
-            w_ptrs += BLOCK_D
+    acc = product_tile(
+        x_ptr, w_ptr, tile_b, tile_n, B, n, d, TMA, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D
+    )  # fmt: skip
     if HAS_BIAS:
+        cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         acc += tl.load(b_ptr + cols, mask=cols < n, other=0.0).to(tl.float32)[None, :]
     return acc  # (BLOCK_B, BLOCK_N)
 
@@ -80,25 +60,13 @@ def _kth(best, k, K2: tl.constexpr):
     return tl.min(tl.where(tl.arange(0, K2)[None, :] < k, best, 0x7FFFFFFFFFFFFFFF), axis=1)
 
 
-@triton.jit
-def _swizzle(B, n, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_B: tl.constexpr):
-    # Neighbouring programs share a tile of W, and a group's rows of x stay in L2.
-    tiles_b = tl.cdiv(B, BLOCK_B)
-    tiles_n = tl.cdiv(n, BLOCK_N)
-    pid = tl.program_id(0)
-    group = pid // (GROUP_B * tiles_n)
-    size = tl.minimum(tiles_b - group * GROUP_B, GROUP_B)
-    rest = pid % (GROUP_B * tiles_n)
-    return group * GROUP_B + rest % size, rest // size
-
-
 @triton.jit(do_not_specialize=["B"])
 def _topk_encode_fwd_kernel(
     x_ptr, w_ptr, b_ptr, order_ptr, col_ptr, B, n, d,
     J: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_B: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    tile_b, tile_n = _swizzle(B, n, BLOCK_B, BLOCK_N, GROUP_B)
+    tile_b, tile_n = tile_numbers(B, n, BLOCK_B, BLOCK_N)
     rows = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
     local = tl.arange(0, BLOCK_N)
     cols = tile_n * BLOCK_N + local
@@ -197,9 +165,9 @@ def _topk_encode_select_kernel(
 def _topk_encode_keys_kernel(
     x_ptr, w_ptr, b_ptr, keys_ptr, B, n, d,
     HAS_BIAS: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_B: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    tile_b, tile_n = _swizzle(B, n, BLOCK_B, BLOCK_N, GROUP_B)
+    tile_b, tile_n = tile_numbers(B, n, BLOCK_B, BLOCK_N)
     rows = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = _pre_acts_tile(
@@ -227,8 +195,9 @@ def candidates_per_bucket(buckets: int, k: int) -> int:
 
 
 def tile_config(
-    dtype: torch.dtype, precision: str, shared_memory: int, whole_rows: bool = False, by_number: bool = False
-) -> dict[str, int]:
+    dtype: torch.dtype, precision: str, shared_memory: int, whole_rows: bool = False, by_number: bool = False,
+    tma: bool = False,
+) -> dict[str, int]:  # fmt: skip
     """Tile of the matrix product: 8 warps of tensor-core work, or a smaller one where fp32 runs on plain FMAs.
     ``by_number``: rows begin at odd places, so that numbers go through registers one by one."""
     if dtype == torch.float32 and precision == "ieee":
@@ -236,11 +205,13 @@ def tile_config(
     config = {"BLOCK_B": 128, "BLOCK_N": 256, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
     if dtype == torch.float32:
         config.update(BLOCK_D=32)
+    if precision == "tf32x3":  # both halves of a tile pass through the registers, and all of it without bulk copies
+        config.update(BLOCK_N=128 if tma else 64)
     if torch.version.hip is not None:
         config.update(num_stages=2)
     if whole_rows:
         # 64-bit keys of a wider tile do not fit into 64 KB on their way to memory.
-        config.update(BLOCK_N=128)
+        config.update(BLOCK_N=min(128, config["BLOCK_N"]))
     # On AMD one of the stages is in registers.
     buffers = config["num_stages"] - (torch.version.hip is not None)
     tile = (config["BLOCK_B"] + config["BLOCK_N"]) * config["BLOCK_D"] * dtype.itemsize
@@ -283,32 +254,25 @@ def topk_encode(
     if B == 0 or k == 0:
         return acts, indices
 
-    precision = "tf32" if tf32_allowed() and not on_cpu else "ieee"
-    tma = copied_by_tma(x, W_enc)
-    by_number = not tma and d % 16 != 0  # what triton's specialisation knows of d
+    options = product_options(x, W_enc)
+    by_number = not options["TMA"] and d % 16 != 0  # what triton's specialisation knows of d
+    machine = options["PRECISION"], shared_memory_limit(x.device)
     if on_cpu:
         # Few programs, but several buckets: an interpreted program costs tens of milliseconds.
         config = {"BLOCK_B": 64, "BLOCK_N": 64, "BLOCK_D": 64}
     else:
-        config = tile_config(x.dtype, precision, shared_memory_limit(x.device), by_number=by_number)
+        config = tile_config(x.dtype, *machine, by_number=by_number, tma=options["TMA"])
     buckets = cdiv(n, config["BLOCK_N"])
     J = candidates_per_bucket(buckets, k)
     whole_rows = k > MAX_K or J > MAX_CANDIDATES_PER_BUCKET
     if whole_rows and not on_cpu:
-        limit = shared_memory_limit(x.device)
-        config = tile_config(x.dtype, precision, limit, whole_rows=True, by_number=by_number)
+        config = tile_config(x.dtype, *machine, whole_rows=True, by_number=by_number, tma=options["TMA"])
         buckets = cdiv(n, config["BLOCK_N"])
-    flags = {
-        "HAS_BIAS": b_enc is not None,
-        "TMA": tma,
-        "EVEN_D": d % config["BLOCK_D"] == 0,
-        "PRECISION": precision,
-        "GROUP_B": 32,
-    }
+    flags = {"HAS_BIAS": b_enc is not None, "EVEN_D": d % config["BLOCK_D"] == 0, **options}
     bias = W_enc if b_enc is None else b_enc
 
     def factors(rows: torch.Tensor) -> tuple[object, object]:
-        return operands(rows, W_enc, config["BLOCK_B"], config["BLOCK_N"], config["BLOCK_D"], flags["TMA"])
+        return operands(rows, W_enc, options["TMA"], config["BLOCK_B"], config["BLOCK_N"], config["BLOCK_D"])
 
     with on_device(x):
         if whole_rows:

@@ -207,8 +207,10 @@ from clipsteer import testing
 from clipsteer.ops import REGISTRY
 from clipsteer.kernels import semantic_drift
 for C, d in ((1, 768), (1000, 768), (2000, 4)):
-    assert 4 * semantic_drift.chunk_rows(C, d) * max(C, d) <= semantic_drift.BUFFER_BYTES
-semantic_drift.BUFFER_BYTES = 0  # three chunks and several parts in few programs
+    rows, sums, step = semantic_drift.chunks(50_000, C, d, 512)
+    assert 4 * rows * max(C, d) <= semantic_drift.BUFFER_BYTES and rows <= sums * step
+# ten sums, two at a time, and three chunks, in few programs
+semantic_drift.BUFFER_BYTES, semantic_drift.SUM_ROWS, semantic_drift.SUMS = 4 * 300 * 128, 128, 2
 spec = REGISTRY["semantic_drift"]
 for shape in ({"N": 1200, "C": 5, "d": 20, "floor": 1}, {"N": 300, "C": 140, "d": 300}):
     inputs = spec.make(shape, torch.float32, torch.Generator().manual_seed(0), 1.0, False)
