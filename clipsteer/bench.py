@@ -307,9 +307,9 @@ def runnable(calls: dict[str, Callable[[], Any]], what: str) -> dict[str, Callab
 def gate(spec: Any, inputs: dict[str, Any], drawn: dict[str, Any], calls: dict[str, Callable], device: str) -> None:
     """No time is taken of a wrong result: a few rows of every backend of ours are held to the bound first."""
     rows = {n for n in spec.rows or spec.gate if isinstance(drawn[n], Tensor)}
-    few = {n: v[:8] if n in rows else v for n, v in drawn.items()}
+    few = {n: v[: spec.gate_rows] if n in rows else v for n, v in drawn.items()}
     for backend in set(calls) & set(BACKENDS):
-        cut = {n: v[:8] if n in rows else v for n, v in inputs.items()}
+        cut = {n: v[: spec.gate_rows] if n in rows else v for n, v in inputs.items()}
         result = spec.function(**cut, backend=backend)
         host = dict(zip(spec.outputs, (t.cpu() for t in (result if isinstance(result, tuple) else (result,)))))
         with measured_on(device):

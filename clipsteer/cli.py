@@ -65,7 +65,7 @@ def environment() -> dict[str, Any]:
 
     code = "not built"
     if _dispatch.missing("cpp") is None:
-        code = ("portable", "AVX2", "AVX-512")[torch.ops.clipsteer_cpp.isa_level()]
+        code = ("portable", "AVX2", "AVX-512", "AVX-512 and AMX")[torch.ops.clipsteer_cpp.isa_level()]
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     packages = ("triton", "open_clip_torch", "torchvision", "numpy", "safetensors")
     return {

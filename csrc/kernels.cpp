@@ -74,7 +74,7 @@ const Kernels kAvx2 = TABLE(1, avx2, BLOCKS(1, avx2), nullptr, nullptr, nullptr)
 const Kernels kAvx512 = TABLE(2, avx512, BLOCKS(2, avx512), nullptr, nullptr, nullptr);
 const Kernels kVnni = TABLE(2, avx512, BLOCKS(2, avx512), vnni::quantise, vnni::screen, vnni::dots);
 #ifdef CLIPSTEER_AMX
-const Kernels kAmx = TABLE(2, avx512, BLOCKS(2, avx512), vnni::quantise, vnni::screen_tiles, vnni::dots);
+const Kernels kAmx = TABLE(3, avx512, BLOCKS(2, avx512), vnni::quantise, vnni::screen_tiles, vnni::dots);
 
 // Whether the processor has AMX for bytes and the kernel lets this process use it.
 bool tiles_granted() {

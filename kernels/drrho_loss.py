@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, interpreted, on_device, operands, product_options
+from ._launch import cdiv, interpreted, on_device, operands, product_options, tiles
 from ._product import add_product, halved, left_and_right, multiply, product_tile, tile_numbers
 
-CHUNK = 2**25
+CHUNK = 2**26
 SUM_ROWS = 2**14
 
 
@@ -82,10 +82,13 @@ def _drrho_sums_kernel(
 
 @triton.jit
 def _weights(
-    S, m, n, scale, moment, diag_ptr, row_u_ptr, col_u_ptr, own_ptr, weight_ptr, rest_ptr, M, N, stride, offset,
-    SPLIT: tl.constexpr, MASKED: tl.constexpr,
+    S, row, col, scale, moment, diag_ptr, row_u_ptr, col_u_ptr, own_ptr, weight_ptr, rest_ptr, M, N, stride, offset,
+    SPLIT: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Writes the weights of a part of a tile; returns ``moment`` (by rows) with what they make of t."""
+    """Writes the weights of a part of a tile, which begins at ``row`` and ``col``; returns ``moment`` (by rows) with
+    what they make of t."""
+    m = row + tl.arange(0, S.shape[0])
+    n = col + tl.arange(0, S.shape[1])
     t = (S - tl.load(diag_ptr + offset + m, mask=m < M, other=0.0)[:, None]) * scale
     w = tl.exp(t - tl.load(row_u_ptr + m, mask=m < M, other=0.0)[:, None])
     product = w * t
@@ -95,15 +98,21 @@ def _weights(
     product += other * t
     inside = None
     if MASKED:
-        inside = (m < M)[:, None] & (n < N)[None, :]
         partner = m[:, None] + offset == n[None, :]
-        product = tl.where(inside & (partner == 0), product, 0.0)
+        product = tl.where((m < M)[:, None] & (n < N)[None, :] & (partner == 0), product, 0.0)
         w = tl.where(partner, tl.load(own_ptr + m, mask=m < M, other=0.0)[:, None], w)
-    place = m.to(tl.int64)[:, None] * stride + n[None, :]
-    if SPLIT:
-        w, rest = halved(w)
-        tl.store(rest_ptr + place, rest, mask=inside)
-    tl.store(weight_ptr + place, w, mask=inside)
+        # what lies between N and the stride nobody reads
+        inside = (m < M)[:, None] & (n < stride)[None, :]
+    high, rest = halved(w) if SPLIT else (w, w)
+    if TMA:
+        weight_ptr.store([row, col], high)
+        if SPLIT:
+            rest_ptr.store([row, col], rest)
+    else:
+        place = m.to(tl.int64)[:, None] * stride + n[None, :]
+        tl.store(weight_ptr + place, high, mask=inside)
+        if SPLIT:
+            tl.store(rest_ptr + place, rest, mask=inside)
     return moment + tl.sum(product, axis=1)
 
 
@@ -115,8 +124,8 @@ def _drrho_weights_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = tile_numbers(M, N, BLOCK_M, BLOCK_N)
-    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 4)
+    row = tile_m * BLOCK_M
+    col = tile_n * BLOCK_N
     S = product_tile(
         rows_ptr, cols_ptr, tile_m, tile_n, M, N, D, TMA, EVEN_D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D
     )  # fmt: skip
@@ -127,14 +136,14 @@ def _drrho_weights_kernel(
     if _masked(tile_m, tile_n, M, N, offset, BLOCK_M, BLOCK_N):
         for part in tl.static_range(4):
             moment = _weights(
-                parts[part], m, n + part * (BLOCK_N // 4), scale, moment, diag_ptr, row_u_ptr, col_u_ptr, own_ptr,
-                weight_ptr, rest_ptr, M, N, stride, offset, SPLIT, True,
+                parts[part], row, col + part * (BLOCK_N // 4), scale, moment, diag_ptr, row_u_ptr, col_u_ptr, own_ptr,
+                weight_ptr, rest_ptr, M, N, stride, offset, SPLIT, TMA, True,
             )  # fmt: skip
     else:
         for part in tl.static_range(4):
             moment = _weights(
-                parts[part], m, n + part * (BLOCK_N // 4), scale, moment, diag_ptr, row_u_ptr, col_u_ptr, own_ptr,
-                weight_ptr, rest_ptr, M, N, stride, offset, SPLIT, False,
+                parts[part], row, col + part * (BLOCK_N // 4), scale, moment, diag_ptr, row_u_ptr, col_u_ptr, own_ptr,
+                weight_ptr, rest_ptr, M, N, stride, offset, SPLIT, TMA, False,
             )  # fmt: skip
     tl.store(moment_ptr + tl.program_id(0), tl.sum(moment, axis=0))
 
@@ -230,8 +239,10 @@ def drrho_grad(
             moment = diag.new_empty(grid)
             weights = buffer[: parts * m * stride].view(parts, m, stride)
             rest, high = weights[0], weights[-1]
+            part = config["BLOCK_M"], config["BLOCK_N"] // 4
+            places = (tiles(high, *part), tiles(rest, *part)) if options["TMA"] else (high, rest)
             _drrho_weights_kernel[grid](
-                *_factors(rows[at], cols, options["TMA"], config), diag, scale, row_u[at], col_u, own[at], high, rest,
+                *_factors(rows[at], cols, options["TMA"], config), diag, scale, row_u[at], col_u, own[at], *places,
                 moment, m, N, D, stride, offset + start, SPLIT=split, **options, **config,
             )  # fmt: skip
             moments.append(moment.double().sum().reshape(1))

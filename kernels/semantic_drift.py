@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, interpreted, on_device, operands, product_options
+from ._launch import cdiv, interpreted, on_device, operands, product_options, tiles
 from ._product import halved, left_and_right, multiply, product_tile, tile_numbers
 
 BUFFER_BYTES = 128 << 20
@@ -37,9 +37,12 @@ def _drift_square_kernel(
 
 @triton.jit
 def _log_weights_of_part(
-    dot, rows, cols, tile, old_square_ptr, mean_square_ptr, scale_ptr, peak_ptr, column_ptr, w_ptr, rest_ptr,
-    N, room, C, stride, WEIGHTS: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, FAR: tl.constexpr,
+    dot, tile, col, old_square_ptr, mean_square_ptr, scale_ptr, peak_ptr, column_ptr, w_ptr, rest_ptr, N, C, stride,
+    WEIGHTS: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, FAR: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
+    row = tile * dot.shape[0]
+    rows = row + tl.arange(0, dot.shape[0])
+    cols = col + tl.arange(0, dot.shape[1])
     live = rows < N
     unit = tl.load(scale_ptr).to(tl.float32)
     dot *= unit
@@ -55,13 +58,18 @@ def _log_weights_of_part(
         peak = tl.load(peak_ptr + cols, mask=cols < C, other=0.0)
         floor = tl.exp(tl.load(scale_ptr + 2).to(tl.float32) - peak)
         w = tl.where(live[:, None], tl.exp(log_w - peak[None, :]) + floor[None, :], 0.0)
-        at = rows.to(tl.int64)[:, None] * stride + cols[None, :]
-        inside = (rows < room)[:, None] & (cols < C)[None, :]
         column = tl.sum(w, axis=0)
-        if SPLIT:
-            w, rest = halved(w)
-            tl.store(rest_ptr + at, rest, mask=inside)
-        tl.store(w_ptr + at, w, mask=inside)
+        high, rest = halved(w) if SPLIT else (w, w)
+        if TMA:
+            w_ptr.store([row, col], high)
+            if SPLIT:
+                rest_ptr.store([row, col], rest)
+        else:
+            # rows are there for whole tiles, and what lies between C and the stride nobody reads
+            at = rows.to(tl.int64)[:, None] * stride + cols[None, :]
+            tl.store(w_ptr + at, high, mask=(cols < stride)[None, :])
+            if SPLIT:
+                tl.store(rest_ptr + at, rest, mask=(cols < stride)[None, :])
     else:
         column = tl.max(tl.where(live[:, None], log_w, float("-inf")), axis=0)
     tl.store(column_ptr + tile.to(tl.int64) * C + cols, column, mask=cols < C)
@@ -77,16 +85,14 @@ def _drift_tile_kernel(
     """The log-weights of a tile: the highest of each column or, with the peaks known, its weights (0 for the ``room``
     behind N) and their sums."""
     tile, tile_c = tile_numbers(room, C, BLOCK_N, BLOCK_C)
-    rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols = tile_c * BLOCK_C + tl.arange(0, BLOCK_C // 2)
     dot = product_tile(
         old_ptr, means_ptr, tile, tile_c, N, C, d, TMA, EVEN_D, PRECISION, BLOCK_N, BLOCK_C, BLOCK_D
     )  # fmt: skip
     parts = left_and_right(dot, BLOCK_N, BLOCK_C)
     for part in tl.static_range(2):
         _log_weights_of_part(
-            parts[part], rows, cols + part * (BLOCK_C // 2), tile, old_square_ptr, mean_square_ptr, scale_ptr, peak_ptr,
-            column_ptr, w_ptr, rest_ptr, N, room, C, stride, WEIGHTS, SPLIT, SCALED, FAR,
+            parts[part], tile, tile_c * BLOCK_C + part * (BLOCK_C // 2), old_square_ptr, mean_square_ptr, scale_ptr,
+            peak_ptr, column_ptr, w_ptr, rest_ptr, N, C, stride, WEIGHTS, SPLIT, SCALED, FAR, TMA,
         )  # fmt: skip
 
 
@@ -173,13 +179,16 @@ def drift_sums(
     w = torch.empty(parts, sums * step, stride, dtype=kind, device=old.device)
     change = torch.empty(sums * step, parts * d, dtype=kind, device=old.device)
 
+    part = config["BLOCK_N"], config["BLOCK_C"] // 2
+    places = (tiles(w[0], *part), tiles(w[-1], *part)) if options["TMA"] else (w[0], w[-1])
+
     def by_tile(rows: torch.Tensor, squares: torch.Tensor, room: int, weights: bool) -> torch.Tensor:
         """What the tiles of these rows say of each column: (tiles, C)."""
-        tiles = cdiv(room, config["BLOCK_N"])
-        found = torch.empty(tiles, C, **wide)
-        _drift_tile_kernel[(tiles * cdiv(C, config["BLOCK_C"]),)](
+        down = cdiv(room, config["BLOCK_N"])
+        found = torch.empty(down, C, **wide)
+        _drift_tile_kernel[(down * cdiv(C, config["BLOCK_C"]),)](
             *operands(rows, means, options["TMA"], config["BLOCK_N"], config["BLOCK_C"], config["BLOCK_D"]),
-            squares, own, scale, peak, found, w[0], w[-1], len(rows), room, C, d, stride,
+            squares, own, scale, peak, found, *places, len(rows), room, C, d, stride,
             WEIGHTS=weights, SPLIT=split, SCALED=scaled, FAR=far, **options, **config,
         )  # fmt: skip
         return found

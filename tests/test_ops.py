@@ -696,10 +696,14 @@ def test_properties_on_gpu(name, backend, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", _dispatch.DTYPES["triton"], ids=label)
 @pytest.mark.parametrize("name", REGISTRY)
-def test_auto_trusts_a_kernel_on_gpu(name, dtype):
+def test_auto_trusts_a_kernel_on_gpu_and_is_right(name, dtype):
     assert _dispatch.resolve(name, "auto", "cuda", 0, dtype) in ("triton", "cuda"), ops.explain(
         name, torch.empty(1, dtype=dtype, device="cuda")
     )
+    # forward and backward may take different backends
+    spec = REGISTRY[name]
+    errors = _dispatch.spec_errors(spec, spec.shapes[1], dtype, seed=1, backend="auto", device="cuda")
+    assert max(errors.values()) <= 1, errors
 
 
 @pytest.mark.gpu

@@ -30,18 +30,18 @@ def topk_encode_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None,
 
 class _TopkEncode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, W, b, k, backend, sparse_grad, grad_buffer, screen):
+    def forward(ctx, x, W, b, k, backend, grad_backend, sparse_grad, grad_buffer, screen):
         acts, indices = call(backend, "topk_encode", x, W, b, k, *((screen,) if backend == "cpp" else ()))
         ctx.save_for_backward(x, W, acts, indices)
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
-        ctx.options = backend, sparse_grad, grad_buffer
+        ctx.options = grad_backend, sparse_grad, grad_buffer
         return acts, indices
 
     @staticmethod
     def backward(ctx, grad, _):
         if grad is None:
-            return (None,) * 8
+            return (None,) * 9
         x, W, acts, indices = ctx.saved_tensors
         backend, sparse_grad, grad_buffer = ctx.options
         grad = torch.where(acts > 0, grad, 0)  # (B, k)
@@ -51,7 +51,7 @@ class _TopkEncode(torch.autograd.Function):
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             d_W, d_b = weight_gradient(grad, indices, x, W, backend, sparse_grad, grad_buffer)
         needs = ctx.needs_input_grad
-        return d_x, d_W if needs[1] else None, d_b if needs[2] else None, None, None, None, None, None
+        return d_x, d_W if needs[1] else None, d_b if needs[2] else None, *[None] * 6
 
 
 def topk_encode(
@@ -110,13 +110,16 @@ def topk_encode(
         raise ValueError(_check.mistake(op, "k", f"in [1, d_sae = {W_enc.shape[0]}]", k, named))
     if screen not in ("auto", "off"):
         raise ValueError(f'{op}: screen must be "auto" or "off", got {screen!r}')
-    backend = choose(op, backend, x)
+    asked, backend = backend, choose(op, backend, x)
     check_gradient_options(op, W_enc, sparse_grad, grad_buffer, backend)
     if backend == "reference":
         return topk_encode_reference(x, W_enc, b_enc, k=k)
+    # the gradient is made of sparse_decode's operations, which another backend may be faster at
+    grad_backend = choose("sparse_decode", asked, x)
+    grad_backend = backend if grad_backend == "reference" else grad_backend
     flat, W = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous(), W_enc.contiguous()
     b = None if b_enc is None else b_enc.contiguous()
-    acts, indices = _TopkEncode.apply(flat, W, b, k, backend, sparse_grad, grad_buffer, screen == "auto")
+    acts, indices = _TopkEncode.apply(flat, W, b, k, backend, grad_backend, sparse_grad, grad_buffer, screen == "auto")
     return acts.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)
 
 
