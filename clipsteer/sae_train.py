@@ -22,7 +22,7 @@ from torch import Tensor
 
 from clipsteer import sae_loss
 from clipsteer._distributed import World
-from clipsteer._sae_adam import UnitRowAdam, in_one_pass
+from clipsteer._sae_adam import UnitRowAdam, takes_row_sparse
 from clipsteer._sae_run import Run
 from clipsteer._sources import ActivationSource, as_source
 from clipsteer.sae import SAE
@@ -152,7 +152,7 @@ class SAETrainer:
         self._autocast = (lambda: torch.autocast(self.device.type, torch.bfloat16)) if bf16 else nullcontext
         # gradients are summed over processes, and cast under autocast, as dense tensors
         self._sparse = sae.architecture == "topk" and not bf16 and self.world.size == 1
-        self._sparse = self._sparse and in_one_pass(sae.W_enc) and in_one_pass(sae.W_dec)
+        self._sparse = self._sparse and takes_row_sparse(sae.W_enc) and takes_row_sparse(sae.W_dec)
 
     def step(self, x: Tensor) -> Tensor:
         """One optimisation step on this process's rows x (B, d_in).

@@ -68,11 +68,12 @@ KERNELS = {  # a case, whose last word is the dtype, and what it launches
     "drrho fp16": ["drrho_sums", "drrho_weights"],
     "drrho fp32": ["drrho_sums", "drrho_weights"],
     "drrho tf32": ["drrho_sums", "drrho_weights"],
+    "adam fp32": ["adam_rows", "adam_scales"],
 }
 PRODUCTS = ("topk_encode_fwd", "topk_encode_keys", "grouped_matmul", "grouped_outer", "low_rank_project", "drift_tile",
             "drrho_sums", "drrho_weights")  # fmt: skip
 TILED = ("topk_encode_fwd", "topk_encode_keys", "drift_tile", "drrho_sums", "drrho_weights")
-LOADED_WIDE = (*PRODUCTS, "sparse_decode_fwd", "gather_dot", "sparse_outer_bwd")
+LOADED_WIDE = (*PRODUCTS, "sparse_decode_fwd", "gather_dot", "sparse_outer_bwd", "adam_rows")
 
 
 @functools.lru_cache(None)
@@ -121,7 +122,7 @@ def test_products_run_on_tensor_cores(binaries: tuple[str, dict[str, list[dict]]
             assert instructions[expected] > 0, binary
 
 
-@pytest.mark.parametrize("case", [case for case in KERNELS if case.endswith("bf16") and "odd" not in case])
+@pytest.mark.parametrize("case", [c for c in KERNELS if (c.endswith("bf16") and "odd" not in c) or c == "adam fp32"])
 def test_tiles_and_gathers_are_read_16_bytes_a_lane(binaries: tuple[str, dict[str, list[dict]]], case: str) -> None:
     target, found = binaries
     for binary in (b for b in found[case] if b["kernel"] in LOADED_WIDE):
@@ -157,6 +158,7 @@ def compile_all(target_name: str) -> dict[str, list[dict]]:
     import triton
     from clipsteer.kernels import (
         _launch,
+        adam_rows,
         conceptor_project,
         drrho_loss,
         mahalanobis_covariance_loss,
@@ -166,7 +168,10 @@ def compile_all(target_name: str) -> dict[str, list[dict]]:
     )
     from triton.backends.compiler import GPUTarget
 
-    modules = (conceptor_project, drrho_loss, mahalanobis_covariance_loss, semantic_drift, sparse_decode, topk_encode)
+    modules = (
+        adam_rows, conceptor_project, drrho_loss, mahalanobis_covariance_loss, semantic_drift, sparse_decode,
+        topk_encode,
+    )  # fmt: skip
     hip = target_name.startswith("gfx")
     target = GPUTarget("hip", target_name, 64) if hip else GPUTarget("cuda", int(target_name[3:]), 32)
     # what the launchers ask to choose a configuration, and the products that torch makes between launches
@@ -263,6 +268,12 @@ def compile_all(target_name: str) -> dict[str, list[dict]]:
         drrho_loss.drrho_sums(*rows, 0, True)
         drrho_loss.drrho_grad(*rows, 0, single, single, single, single.new_empty(0, B), D // 2, True, True)
 
+    def adam() -> None:
+        for d in (64, 768, 4096, adam_rows.MAX_COLUMNS):
+            w, m, v, grad = empty(4, 64, d)
+            for unit in (True, False):
+                adam_rows.adam_rows(w, m, v, empty(), grad, unit, 1e-3, 0.9, 0.999, 1e-8)
+
     calls = {
         "encode": encode,
         "encode by rows": lambda: encode(n=2048, k=512),
@@ -279,6 +290,7 @@ def compile_all(target_name: str) -> dict[str, list[dict]]:
         "mahalanobis of low rank": lambda: mahalanobis(r=64),
         "mahalanobis of 4,096 rows": lambda: mahalanobis(B=4096),
         "drrho": drrho,
+        "adam": adam,
     }
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
     found = {}

@@ -202,8 +202,11 @@ def unusable(backend: str, device: torch.device, dtype: torch.dtype, op: str | N
 _VERDICTS: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}
 
 
-def self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def self_check(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, verdict: Callable[..., str | None] | None = None
+) -> str | None:
     """Run a GPU kernel against its bound on the device at hand; None when it passed, else what went wrong.
+    ``verdict`` says it of a kernel that is none of the ops'.
 
     The verdict is kept, unless it says nothing about the kernel: no memory was left, or a CUDA graph is being captured.
     The caller's modes (inference, autocast, a default device) do not reach it.
@@ -218,7 +221,7 @@ def self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype) 
             torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False),
             torch.device("cpu"),
         ):  # fmt: skip
-            _VERDICTS[key] = _verdict(op, backend, device, dtype)
+            _VERDICTS[key] = (verdict or _verdict)(op, backend, device, dtype)
     except torch.OutOfMemoryError as error:
         return f"its self-check ran out of memory: {error}"
     except Exception as error:  # a kernel that cannot launch must not take the caller's program down
