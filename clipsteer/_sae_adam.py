@@ -26,27 +26,33 @@ class UnitRowAdam(torch.optim.Adam):
         self.sae = sae
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None, factor: Tensor | None = None) -> None:
+        """One step with all gradients times ``factor``, a scalar tensor; not all of them are multiplied in place."""
         if closure is not None:
             raise ValueError("UnitRowAdam.step: takes no closure")
-        sae = self.sae
-        grads = {
-            p: p.grad
-            for p in (sae.W_enc, sae.W_dec)
-            if p.grad is not None and (takes_row_sparse(p) if p.grad.is_sparse else one_pass(p) is not None)
-        }
-        for parameter, grad in grads.items():
-            self._one_pass(parameter, grad)
+        sae, taken = self.sae, {}
+        for parameter in (sae.W_enc, sae.W_dec):
+            grad = parameter.grad
+            backend = None if grad is None else one_pass(parameter)
+            if backend == "cpp" or (backend == "triton" and not grad.is_sparse):
+                taken[parameter] = grad, backend
+        if factor is not None:
+            # the kernel on a GPU multiplies as it reads
+            read = [p for p, (_, backend) in taken.items() if backend == "triton"]
+            grads = [p.grad for p in sae.parameters() if p.grad is not None and not any(p is other for other in read)]
+            torch._foreach_mul_([g._values() if g.is_sparse else g for g in grads], factor)
+        for parameter, (grad, backend) in taken.items():
+            self._one_pass(parameter, grad, backend, factor)
             parameter.grad = None
-        if sae.W_dec not in grads:
+        if sae.W_dec not in taken:
             sae.remove_parallel_gradient_()
         super().step()
-        if sae.W_dec not in grads:
+        if sae.W_dec not in taken:
             sae.renormalize_decoder_()
-        for parameter, grad in grads.items():
+        for parameter, (grad, _) in taken.items():
             parameter.grad = grad
 
-    def _one_pass(self, parameter: Tensor, grad: Tensor) -> None:
+    def _one_pass(self, parameter: Tensor, grad: Tensor, backend: str, factor: Tensor | None) -> None:
         state, group = self.state[parameter], self.param_groups[0]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -54,10 +60,10 @@ class UnitRowAdam(torch.optim.Adam):
         state["step"] += 1
         moments, unit = (state["exp_avg"], state["exp_avg_sq"]), parameter is self.sae.W_dec
         settings = unit, group["lr"], *group["betas"], group["eps"]
-        if one_pass(parameter) == "triton":
+        if backend == "triton":
             from clipsteer.kernels.adam_rows import adam_rows
 
-            adam_rows(parameter, *moments, state["step"], grad.contiguous(), *settings)
+            adam_rows(parameter, *moments, state["step"], grad.contiguous(), *settings, factor)
         else:
             features = None
             if grad.is_sparse:

@@ -196,13 +196,13 @@ class SAETrainer:
                 # the rows of the batch and those of the dead features
                 parameter.grad = parameter.grad.coalesce()
             self.world.sum_(parameter.grad)
+        factor = None
         if self.config.grad_clip is not None:
             grads = [p.grad._values() if p.grad.is_sparse else p.grad for p in parameters]
-            scale = self.config.grad_clip / (torch.nn.utils.get_total_norm(grads) + 1e-6)
-            torch._foreach_mul_(grads, scale.clamp(max=1.0))
+            factor = (self.config.grad_clip / (torch.nn.utils.get_total_norm(grads) + 1e-6)).clamp(max=1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        self.optimizer.step(factor=factor)
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> dict[str, Tensor]:

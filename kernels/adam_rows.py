@@ -19,7 +19,9 @@ MAX_COLUMNS = 8192  # more do not fit a program's registers
 
 
 @triton.jit
-def _adam_scales_kernel(step_ptr, scales_ptr, lr, LOG2_BETA1: tl.constexpr, LOG2_BETA2: tl.constexpr):
+def _adam_scales_kernel(
+    step_ptr, factor_ptr, scales_ptr, lr, HAS_FACTOR: tl.constexpr, LOG2_BETA1: tl.constexpr, LOG2_BETA2: tl.constexpr
+):
     # 1 - beta^t loses what beta^t is rounded by: 6e-5 of 1 - 0.999 in float32. Float arguments of a kernel are float32,
     # constants are not.
     t = tl.load(step_ptr).to(tl.float64)
@@ -27,6 +29,10 @@ def _adam_scales_kernel(step_ptr, scales_ptr, lr, LOG2_BETA1: tl.constexpr, LOG2
     correction2 = 1.0 - tl.exp2(t * tl.full((), LOG2_BETA2, tl.float64))
     tl.store(scales_ptr, (lr / correction1).to(tl.float32))
     tl.store(scales_ptr + 1, tl.sqrt(correction2).to(tl.float32))
+    factor = tl.full((), 1.0, tl.float32)
+    if HAS_FACTOR:
+        factor = tl.load(factor_ptr).to(tl.float32)
+    tl.store(scales_ptr + 2, factor)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -39,7 +45,7 @@ def _adam_rows_kernel(
     at = rows[:, None] * d + cols[None, :]
     inside = (rows < n)[:, None] & (cols < d)[None, :]
     w = tl.load(w_ptr + at, mask=inside, other=0.0)
-    g = tl.load(grad_ptr + at, mask=inside, other=0.0)
+    g = tl.load(grad_ptr + at, mask=inside, other=0.0) * tl.load(scales_ptr + 2)
     m = tl.load(m_ptr + at, mask=inside, other=0.0)
     v = tl.load(v_ptr + at, mask=inside, other=1.0)  # outside 0 / (1 + eps) is added, even where eps is 0
     lr = tl.load(scales_ptr)
@@ -67,9 +73,10 @@ def rows_config(d: int) -> dict[str, int]:
 
 def adam_rows(
     w: torch.Tensor, m: torch.Tensor, v: torch.Tensor, step: torch.Tensor, grad: torch.Tensor, unit: bool, lr: float,
-    beta1: float, beta2: float, eps: float,
+    beta1: float, beta2: float, eps: float, factor: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Step number ``step`` (a float32 scalar, counted up before) of Adam on w, m, v (n, d) with grad (n, d), in place.
+    """Step number ``step`` (a float32 scalar, counted up before) of Adam on w, m, v (n, d) with grad (n, d) times
+    ``factor`` (a scalar), in place.
 
     ``unit``: grad loses its component along each row of w before (grad itself stays), rows are scaled to norm 1 after.
     """
@@ -82,10 +89,11 @@ def adam_rows(
         config = {"BLOCK_N": 64, "BLOCK_D": max(16, next_power_of_2(d))}
     else:
         config = rows_config(d)
-    scales = torch.empty(2, dtype=torch.float32, device=w.device)
+    scales = torch.empty(3, dtype=torch.float32, device=w.device)
     logs = {f"LOG2_BETA{i}": math.log2(max(b, sys.float_info.min)) for i, b in ((1, beta1), (2, beta2))}
     with on_device(w):
-        _adam_scales_kernel[(1,)](step, scales, float(lr), **logs, num_warps=1)
+        given = step if factor is None else factor
+        _adam_scales_kernel[(1,)](step, given, scales, float(lr), HAS_FACTOR=factor is not None, **logs, num_warps=1)
         _adam_rows_kernel[(cdiv(n, config["BLOCK_N"]),)](
             w, m, v, grad, scales, n, d, 1 - beta1, beta2, 1 - beta2, float(eps), UNIT=unit, **config
         )

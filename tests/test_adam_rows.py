@@ -36,11 +36,11 @@ def gradients(n: int, d: int, steps: int) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def update(optimizer: UnitRowAdam, grads: dict[str, torch.Tensor], lr: float) -> None:
+def update(optimizer: UnitRowAdam, grads: dict[str, torch.Tensor], lr: float, factor: float | None = None) -> None:
     for name, p in optimizer.sae.named_parameters():
-        p.grad = grads[name].to(p.device)
+        p.grad = grads[name].to(p.device, copy=True)
     optimizer.param_groups[0]["lr"] = lr
-    optimizer.step()
+    optimizer.step(factor=None if factor is None else torch.tensor(factor, device=p.device))
 
 
 def holds_to_float64(n: int, d: int, device: str, steps: int) -> None:
@@ -52,14 +52,15 @@ def holds_to_float64(n: int, d: int, device: str, steps: int) -> None:
     optimizer, adam = UnitRowAdam(sae, 1e-2), torch.optim.Adam(plain.values(), lr=1e-2, foreach=False)
     for number, grads in enumerate(gradients(n, d, steps)):
         adam.param_groups[0]["lr"] = lr = 1e-2 / (number + 1)
+        factor = (None, 0.3)[number % 2]  # as clipping has it
         versions = sae.W_enc._version, sae.W_dec._version
-        update(optimizer, grads, lr)
+        update(optimizer, grads, lr, factor)
         assert sae.W_enc._version > versions[0]
         assert sae.W_dec._version > versions[1]
         assert torch.equal(sae.W_dec.grad.cpu(), grads["W_dec"])
         with torch.no_grad():
             for name, p in plain.items():
-                p.grad = grads[name].double()
+                p.grad = grads[name].double() * (1.0 if factor is None else torch.tensor(factor).double())
             W, dW = plain["W_dec"], plain["W_dec"].grad
             unit = W / W.norm(dim=1, keepdim=True).clamp_min(1e-30)
             dW.sub_((dW * unit).sum(1, keepdim=True) * unit)
