@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, interpreted, next_power_of_2, on_device, precision
+from ._launch import cdiv, interpreted, next_power_of_2, on_device, precision, shared_memory_limit
 
 # A block's r-vectors live in registers, as far as they fit; beyond, they take a (B, r) buffer and two launches.
 MAX_RANK = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
@@ -273,8 +273,10 @@ def _grouping(x: torch.Tensor, index: torch.Tensor | None, groups: int, launches
     return (index, room, room), {"GROUPING": "index", "SCAN": max(128, next_power_of_2(B)), "BINS": bins}
 
 
-def matmul_config(dtype: torch.dtype, n: int, split: bool = False) -> dict[str, int]:
-    """A block of rows by a tile of columns; fp32 runs on plain FMAs, in smaller steps."""
+def matmul_config(
+    dtype: torch.dtype, n: int, split: bool = False, rows: int = 0, shared_memory: int = 0
+) -> dict[str, int]:  # fmt: skip
+    """A block of rows by a tile of columns, large where a group has ``rows`` enough; fp32 in smaller steps."""
     if interpreted(_grouped_matmul_kernel):
         return {"BLOCK_B": 32, "BLOCK_M": 128, "BLOCK_N": 256}
     block_n = min(64 if dtype == torch.float32 else 128, max(16, next_power_of_2(n)))
@@ -283,11 +285,13 @@ def matmul_config(dtype: torch.dtype, n: int, split: bool = False) -> dict[str, 
     tile = {"BLOCK_B": 64, "BLOCK_M": 64, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 3}
     if split:  # both halves of a tile are in registers
         tile |= {"BLOCK_B": 32, "BLOCK_N": min(64, block_n)}
+    elif n >= 256 and rows >= 128 and shared_memory >= 200 * 1024:
+        tile |= {"BLOCK_B": 128, "BLOCK_N": 256, "num_warps": 8}
     return tile
 
 
-def low_rank_config(dtype: torch.dtype, r: int, mean: bool = False) -> dict[str, int]:
-    """Blocks of few rows, so that 4,096 of them over 16 groups fill the chip once."""
+def low_rank_config(dtype: torch.dtype, r: int, mean: bool = False, rows: int = 0) -> dict[str, int]:
+    """Blocks of few rows, where a group has few or a wide r-vector of each fills the registers."""
     block_r = max(16, next_power_of_2(r))
     if interpreted(_low_rank_project_kernel):
         return {"BLOCK_B": 32, "BLOCK_D": 128, "BLOCK_R": block_r}
@@ -296,7 +300,7 @@ def low_rank_config(dtype: torch.dtype, r: int, mean: bool = False) -> dict[str,
         block_b, block_d = 16 if wide else 32, 32
     else:
         # centred rows are split in registers, and a wide r-vector fills them
-        block_b = 16 if wide and hip else 32
+        block_b = 16 if wide and hip else 64 if rows >= 128 and not (wide or mean or hip) else 32
         block_d = 32 if wide and hip else min(64 if mean else 128, 8192 // block_r)
     return {
         "BLOCK_B": block_b, "BLOCK_D": block_d, "BLOCK_R": block_r,
@@ -325,7 +329,7 @@ def _matmul(x, W, index, scale, beta, mean, transpose, *, mean_in, mean_out, dty
     out = torch.empty((B, n), dtype=dtype, device=x.device)
     if out.numel() > 0:
         split = W.dtype != torch.float32 and (mean_in or x.dtype == torch.float32)
-        config = matmul_config(W.dtype, n, split)
+        config = matmul_config(W.dtype, n, split, B // K, shared_memory_limit(x.device))
         grouping = _grouping(x, index, K, cdiv(n, config["BLOCK_N"]))
         launch_matmul(x, W, grouping, out, B, transpose, config, scale, beta, mean, mean_in, mean_out, split)
     return out
@@ -377,7 +381,7 @@ def low_rank_project(
     if out.numel() == 0:
         return out
     pointers, grouping = _grouping(x, index, K)
-    config = low_rank_config(x.dtype, r, given)
+    config = low_rank_config(x.dtype, r, given, B // K)
     half = x.dtype != torch.float32
     with on_device(x):
         _low_rank_project_kernel[(cdiv(B, config["BLOCK_B"]) + (0 if index is None else K),)](

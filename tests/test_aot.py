@@ -178,7 +178,7 @@ def compile_all(target_name: str) -> dict[str, list[dict]]:
     # what the launchers ask to choose a configuration, and the products that torch makes between launches
     torch.version.hip = "ahead of time" if hip else None
     _launch.has_bulk_copies = lambda device: target_name == "sm_90"
-    topk_encode.shared_memory_limit = lambda device: SHARED_MEMORY[target_name]
+    topk_encode.shared_memory_limit = conceptor_project.shared_memory_limit = lambda device: SHARED_MEMORY[target_name]
     _launch.has_tf32 = lambda device: not hip
     drrho_loss.add_product = lambda total, a, b: total
     semantic_drift.multiply = drrho_loss.multiply = lambda a, b: torch.empty(*a.shape[:-1], b.shape[-1])

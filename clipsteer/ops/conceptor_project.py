@@ -213,10 +213,11 @@ _EDGES = (
     {"B": 32, "K": 3, "d": 128, "r": 64},
     {"B": 31, "K": 2, "d": 203, "r": 197},
 )
-# several blocks of rows a group and several tiles of columns, with and without β and μ; more than one launch's rank
+# several blocks of rows a group and several tiles of columns, small ones with β and μ and large ones without; more than
+# one launch's rank
 _ON_DEVICE = (
     {"B": 300, "K": 4, "d": 384, "r": 64},
-    {"B": 300, "K": 4, "d": 384, "r": 64, "plain": 1},
+    {"B": 600, "K": 4, "d": 384, "r": 64, "plain": 1},
     {"B": 70, "K": 2, "d": 200, "r": 300},
 )
 _COMMON: dict[str, Any] = {
