@@ -24,6 +24,8 @@ class UnitRowAdam(torch.optim.Adam):
     def __init__(self, sae: SAE, lr: float) -> None:
         super().__init__(sae.parameters(), lr=lr, fused=sae.W_enc.device.type in ("cpu", "cuda"))
         self.sae = sae
+        # a GradScaler has to unscale gradients before, as the one pass does not
+        self._step_supports_amp_scaling = False
 
     @torch.no_grad()
     def step(self, closure: Any = None, factor: Tensor | None = None) -> None:
@@ -40,7 +42,8 @@ class UnitRowAdam(torch.optim.Adam):
             # the kernel on a GPU multiplies as it reads
             read = [p for p, (_, backend) in taken.items() if backend == "triton"]
             grads = [p.grad for p in sae.parameters() if p.grad is not None and not any(p is other for other in read)]
-            torch._foreach_mul_([g._values() if g.is_sparse else g for g in grads], factor)
+            if grads:
+                torch._foreach_mul_([g._values() if g.is_sparse else g for g in grads], factor)
         for parameter, (grad, backend) in taken.items():
             self._one_pass(parameter, grad, backend, factor)
             parameter.grad = None

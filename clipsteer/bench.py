@@ -255,10 +255,11 @@ def run(
         spec = REGISTRY[name]
         given = {"given": shape} if shape else spec.bench_shapes if device == "cpu" else spec.gpu_bench_shapes
         for label, sizes in given.items():
-            drawn = spec.make(sizes, dtype, torch.Generator().manual_seed(0), 1.0, False)
-            inputs = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in drawn.items()}
+            drawn, inputs = draw(spec, sizes, dtype, device)
             calls = contenders(spec, inputs, backends or list(BACKENDS), device, dtype)
-            gate(spec, inputs, drawn, calls, device)
+            small = {n: min(size, spec.gate_sizes.get(n, size)) for n, size in sizes.items()}
+            gate(spec, *((drawn, inputs) if small == sizes else draw(spec, small, dtype, device)), calls, device)
+            del drawn
             flops, bytes_ = spec.floor(sizes)
             floor = max(flops / rates[0], bytes_ * dtype.itemsize / 4 / rates[1])
             passes = {"forward": calls}
@@ -304,12 +305,18 @@ def runnable(calls: dict[str, Callable[[], Any]], what: str) -> dict[str, Callab
     return found
 
 
-def gate(spec: Any, inputs: dict[str, Any], drawn: dict[str, Any], calls: dict[str, Callable], device: str) -> None:
+def draw(spec: Any, sizes: dict[str, int], dtype: torch.dtype, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A case, on the host and on ``device``."""
+    drawn = spec.make(sizes, dtype, torch.Generator().manual_seed(0), 1.0, False)
+    return drawn, {n: v.to(device) if isinstance(v, Tensor) else v for n, v in drawn.items()}
+
+
+def gate(spec: Any, drawn: dict[str, Any], inputs: dict[str, Any], calls: dict[str, Callable], device: str) -> None:
     """No time is taken of a wrong result: a few rows of every backend of ours are held to the bound first."""
     rows = {n for n in spec.rows or spec.gate if isinstance(drawn[n], Tensor)}
-    few = {n: v[: spec.gate_rows] if n in rows else v for n, v in drawn.items()}
+    few = {n: v[:8] if n in rows else v for n, v in drawn.items()}
     for backend in set(calls) & set(BACKENDS):
-        cut = {n: v[: spec.gate_rows] if n in rows else v for n, v in inputs.items()}
+        cut = {n: v[:8] if n in rows else v for n, v in inputs.items()}
         result = spec.function(**cut, backend=backend)
         host = dict(zip(spec.outputs, (t.cpu() for t in (result if isinstance(result, tuple) else (result,)))))
         with measured_on(device):

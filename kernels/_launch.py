@@ -49,9 +49,17 @@ def has_tf32(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+@functools.lru_cache(None)
+def two_programs(device: torch.device) -> dict[str, int]:
+    """What lets two programs of 8 warps share a multiprocessor, so that one multiplies while the other does the rest;
+    measured on Hopper, and elsewhere too few registers."""
+    hopper = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+    return {"maxnreg": 128} if hopper else {}
+
+
 def precision(x: torch.Tensor, depth: int) -> str:
     """How tensor cores take the numbers of sums of ``depth`` products: float32 as TF32 if torch's settings say so, else
-    as two of them, which loses 3 * 2^-22 of a product, where that is little beside what the sum's order may lose."""
+    as two of them, which loses some 2^-20 of a product, where that is little beside what the sum's order may lose."""
     if x.dtype != torch.float32:
         return "ieee"
     if tf32_allowed():

@@ -19,6 +19,7 @@ from ._launch import cdiv, interpreted, next_power_of_2, on_device, precision, s
 MAX_RANK = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 # Rows, rows times groups, and groups (a bin each, in registers) up to which every program counts for itself.
 MAX_ROWS, MAX_TALLY, MAX_GROUPS = 2**13, 2**17, 2**11 - 1
+STEP = 4096  # rows whose numbers the sorting kernel looks at at a time
 
 
 @triton.jit
@@ -252,7 +253,7 @@ def _sorted(index: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tenso
     found = torch.empty(B + groups + 1, dtype=torch.int32, device=index.device)
     order, offsets = found[:B], found[B:]
     with on_device(index):
-        _group_kernel[(groups,)](index, order, offsets, B, groups, SCAN=min(4096, max(128, next_power_of_2(B))))
+        _group_kernel[(groups,)](index, order, offsets, B, groups, SCAN=min(STEP, max(128, next_power_of_2(B))))
     return order, offsets
 
 

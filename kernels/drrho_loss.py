@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, interpreted, on_device, operands, product_options, tiles
+from ._launch import cdiv, interpreted, on_device, operands, product_options, tiles, two_programs
 from ._product import add_product, halved, left_and_right, multiply, product_tile, tile_numbers
 
 CHUNK = 2**26
@@ -162,13 +162,14 @@ def tile_config(dtype: torch.dtype, PRECISION: str = "ieee", TMA: bool = False) 
     }  # fmt: skip
     if PRECISION == "tf32x3":  # both halves of a tile pass through the registers, and all of it without bulk copies
         return config if TMA else config | {"BLOCK_N": 64}
-    # two programs at a time, so that one multiplies while the other does the rest
-    return config | {"maxnreg": 128} if TMA else config
+    return config
 
 
 def _options(rows: torch.Tensor, cols: torch.Tensor) -> tuple[dict[str, object], dict[str, int]]:
     options = product_options(rows, cols)
     config = tile_config(rows.dtype, **options)
+    if options["TMA"] and options["PRECISION"] != "tf32x3":
+        config |= two_programs(rows.device)
     return {**options, "EVEN_D": rows.shape[1] % config["BLOCK_D"] == 0}, config
 
 

@@ -11,12 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, interpreted, on_device, operands, product_options, tiles
+from ._launch import cdiv, interpreted, on_device, operands, product_options, tiles, two_programs
 from ._product import halved, left_and_right, multiply, product_tile, tile_numbers
 
 BUFFER_BYTES = 128 << 20
 SUM_ROWS = 512  # no sum adds more numbers one after the other
-SUMS = 8  # of SUM_ROWS rows each, at a time
+SUMS = 8  # at a time, as far as they fit a buffer
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -75,7 +75,7 @@ def _log_weights_of_part(
     tl.store(column_ptr + tile.to(tl.int64) * C + cols, column, mask=cols < C)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "room"])
 def _drift_tile_kernel(
     old_ptr, means_ptr, old_square_ptr, mean_square_ptr, scale_ptr, peak_ptr, column_ptr, w_ptr, rest_ptr,
     N, room, C, d, stride,
@@ -132,8 +132,7 @@ def tile_config(dtype: torch.dtype, PRECISION: str = "ieee", TMA: bool = False) 
     }  # fmt: skip
     if PRECISION == "tf32x3":  # both halves of a tile pass through the registers, and all of it without bulk copies
         return config if TMA else config | {"BLOCK_C": 64}
-    # two programs at a time, so that one multiplies while the other does the rest
-    return config | {"maxnreg": 128} if TMA else config
+    return config
 
 
 def chunks(N: int, C: int, d: int, step: int) -> tuple[int, int, int]:
@@ -173,11 +172,14 @@ def drift_sums(
     means = (prototypes.float() * scale[0].float()).to(old.dtype) if scaled else prototypes
     split, options = old.dtype != torch.float32, product_options(old, means)
     config = tile_config(old.dtype, **options)
+    if options["TMA"] and options["PRECISION"] != "tf32x3":
+        config |= two_programs(old.device)
     options["EVEN_D"] = d % config["BLOCK_D"] == 0
     chunk, sums, step = chunks(N, C, d, SUM_ROWS * (16 if split else 1))  # tensor cores add 16 products at a time
     kind, parts, stride = torch.bfloat16 if split else torch.float32, 1 + split, cdiv(C, 16) * 16  # whole lines
     w = torch.empty(parts, sums * step, stride, dtype=kind, device=old.device)
     change = torch.empty(sums * step, parts * d, dtype=kind, device=old.device)
+    together = max(1, min(SUMS, BUFFER_BYTES // (4 * C * parts * d)))
 
     part = config["BLOCK_N"], config["BLOCK_C"] // 2
     places = (tiles(w[0], *part), tiles(w[-1], *part)) if options["TMA"] else (w[0], w[-1])
@@ -204,9 +206,9 @@ def drift_sums(
             _drift_change_kernel[(cdiv(room, 16), cdiv(d, 256))](
                 old[some], new[some], change, some.stop - start, room, d, SPLIT=split, **block
             )
-            for at in range(0, sums, SUMS):
-                a = w.view(parts, sums, step, stride)[:, at : at + SUMS, :, :C].transpose(2, 3)
-                b = change.view(sums, step, parts * d)[at : at + SUMS]
+            for at in range(0, sums, together):
+                a = w.view(parts, sums, step, stride)[:, at : at + together, :, :C].transpose(2, 3)
+                b = change.view(sums, step, parts * d)[at : at + together]
                 found = multiply(a[0], b).sum(0)
                 if split:
                     found = found[:, d:] + multiply(a[1], b[..., :d]).sum(0) + found[:, :d]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -12,6 +13,7 @@ import torch
 from _command import run
 
 from clipsteer import FileFormatError, bench, bench_table
+from clipsteer.ops import REGISTRY, _dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -147,3 +149,16 @@ def test_what_cannot_run_is_left_out_and_leaves_no_gradient():
         assert list(bench.runnable(calls, "here")) == ["whole"]
     assert a.grad is None
     assert b.grad is None
+
+
+@pytest.mark.parametrize("B", [40, 20])
+def test_the_check_cuts_large_sizes_in_a_case_of_its_own(monkeypatch, B):
+    if _dispatch.missing("cpp"):
+        pytest.skip("the C++ library is not built")
+    seen, spec = [], REGISTRY["drrho_loss"]
+    check = lambda few, host: seen.append(tuple(host["u"].shape)) or spec.check(few, host)
+    monkeypatch.setitem(REGISTRY, "drrho_loss", dataclasses.replace(spec, gate_sizes={"B": 32}, check=check))
+    records = bench.run(["drrho_loss"], ["cpp"], shape={"B": B, "d": 8, "past": 1}, repeats=1, device="cpu")
+    assert seen == [(2, min(B, 32))]
+    assert {r["B"] for r in records} == {B}
+    assert "cpp" in {r["contender"] for r in records}

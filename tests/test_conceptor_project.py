@@ -336,9 +336,9 @@ from clipsteer.kernels import conceptor_project as kernels
 from clipsteer.ops import REGISTRY, _dispatch
 from clipsteer.ops._dispatch import spec_errors
 shape = {"B": 70, "K": 3, "d": 40, "r": 17}
-scan, many = kernels._scan, kernels._many
-# group numbers in one piece and in several, and sorted by torch
-for kernels._scan, kernels._many in ((scan, many), (lambda rows: 16, many), (scan, lambda rows, groups: True)):
+many = kernels._many
+# group numbers in one piece, in several for the sorting kernel, and sorted by torch
+for kernels.STEP, kernels._many in ((4096, many), (16, many), (4096, lambda rows, groups: True)):
     for name in ("conceptor_project", "conceptor_project_low_rank"):
         case = {n: v for n, v in shape.items() if n != "r" or "low_rank" in name}
         errors = spec_errors(REGISTRY[name], case, torch.float32, seed=0, backend="triton", device="cpu")

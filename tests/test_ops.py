@@ -599,13 +599,39 @@ def test_a_self_check_that_says_nothing_is_not_kept(monkeypatch):
     assert _dispatch.self_check("sparse_decode", "reference", torch.device("cpu"), torch.float32) is None
 
 
+@pytest.mark.skipif(_dispatch.missing("cpp") is not None, reason="the C++ library is not built")
+def test_a_gradient_may_take_another_backend_than_its_encode(monkeypatch):
+    asked = []
+
+    def choose(op, backend, tensor):
+        asked.append((op, backend))
+        return "cpp" if op == "topk_encode" else "other"
+
+    def call(backend, op, *args):
+        asked.append((op, backend))
+        return _dispatch.call("cpp", op, *args)
+
+    # the package's attributes of these names are the ops
+    monkeypatch.setattr(sys.modules["clipsteer.ops.topk_encode"], "choose", choose)
+    monkeypatch.setattr(sys.modules["clipsteer.ops.sparse_decode"], "call", call)
+    x, W = torch.randn(5, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
+    with torch.no_grad():
+        ops.topk_encode(x, W, k=3)
+    assert asked == [("topk_encode", "auto")]
+    ops.topk_encode(x, W, k=3)[0].sum().backward()
+    assert asked[1:] == [
+        ("topk_encode", "auto"), ("sparse_decode", "auto"), ("sparse_decode", "other"), ("sparse_outer", "other")
+    ]  # fmt: skip
+
+
 def test_device_shapes_take_the_gpu_kernels_through_their_branches():
     """What the main shapes do on a GPU, the self-check and the GPU tests do too: many buckets, a redone one, …"""
     kernels = pytest.importorskip("clipsteer.kernels.topk_encode")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         seen = set()
         for shape in REGISTRY["topk_encode"].device_shapes:
-            config = kernels.tile_config(dtype, "ieee", 227 * 1024)
+            precision = "tf32x3" if dtype == torch.float32 else "ieee"
+            config = kernels.tile_config(dtype, precision, 227 * 1024, tma=True)
             buckets, k = -(-shape["n"] // config["BLOCK_N"]), shape["k"]
             J = kernels.candidates_per_bucket(buckets, k)
             if k > kernels.MAX_K or J > kernels.MAX_CANDIDATES_PER_BUCKET:

@@ -340,6 +340,17 @@ def test_the_optimiser_refuses_rows_out_of_order():
             optimizer.step()
 
 
+def test_a_factor_multiplies_what_there_is():
+    sae = make()
+    optimizer = UnitRowAdam(sae, 1e-3)
+    before = sae.W_enc.detach().clone()
+    optimizer.step(factor=torch.tensor(0.5))  # no gradient at all
+    assert torch.equal(sae.W_enc, before)
+    sae.b_enc.grad = torch.ones_like(sae.b_enc)
+    optimizer.step(factor=torch.tensor(0.5))
+    torch.testing.assert_close(optimizer.state[sae.b_enc]["exp_avg"], torch.full_like(sae.b_enc, 0.1 * 0.5))
+
+
 @pytest.mark.parametrize("form", ["rows", "dense"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_moments_without_gradients_decay_to_zero(form, dtype):

@@ -50,7 +50,8 @@ class OpSpec:
     gpu_order: Callable[[tuple[int, int], torch.dtype], tuple[str, ...]] = lambda capability, dtype: ("triton", "cuda")
     rows: tuple[str, ...] = ()  # inputs (and so outputs) that lead with the batch, which may have any shape
     gate: tuple[str, ...] = ()  # inputs that may be cut to a few before the benchmark's check, where ``rows`` may not
-    gate_rows: int = 8  # how many
+    # what larger sizes are cut to for that check, in a case of its own
+    gate_sizes: dict[str, int] = field(default_factory=dict)
     optional: tuple[str, ...] = ()  # inputs that may be None, which means zeros
     scalable: tuple[str, ...] = ()  # inputs that, multiplied by a power of two, multiply every output exactly
     grad_buffer: str | None = None  # the input whose gradient ``grad_buffer=`` and ``sparse_grad=`` are about

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.ops import _check
-from clipsteer.ops._dispatch import call, choose
+from clipsteer.ops._dispatch import call, choose, tracked
 from clipsteer.ops._spec import ACCUMULATE, OpSpec, draw, fraction_of_bound, operand_error
 from clipsteer.ops.sparse_decode import check_gradient_options, decode, decode_truth, outer_truth, weight_gradient
 
@@ -72,7 +72,8 @@ def topk_encode(
         W_enc: (d_sae, d_in) dictionary, a feature a row, of ``x``'s dtype.
         b_enc: (d_sae,) or None. A decoder bias that is subtracted from x is folded in by the caller.
         k: how many, 1 ≤ k ≤ d_sae.
-        backend: ``"auto" | "reference" | "cpp" | "triton" | "cuda"``; ``ops.explain`` says which can run.
+        backend: ``"auto" | "reference" | "cpp" | "triton" | "cuda"``; ``ops.explain`` says which can run. ``"auto"``
+            takes sparse_decode's for the gradient.
         sparse_grad: the gradient of ``W_enc`` is a sparse COO tensor of the rows in use, as in ``F.embedding``.
         grad_buffer: a kept (d_sae, d_in) buffer for the gradient of ``W_enc``; see ``sparse_decode``.
         screen: ``"auto" | "off"``. On CPUs with AMX or AVX512-VNNI the cpp backend rules most columns of a large
@@ -115,7 +116,7 @@ def topk_encode(
     if backend == "reference":
         return topk_encode_reference(x, W_enc, b_enc, k=k)
     # the gradient is made of sparse_decode's operations, which another backend may be faster at
-    grad_backend = choose("sparse_decode", asked, x)
+    grad_backend = choose("sparse_decode", asked, x) if tracked(x, W_enc, b_enc) else backend
     grad_backend = backend if grad_backend == "reference" else grad_backend
     flat, W = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous(), W_enc.contiguous()
     b = None if b_enc is None else b_enc.contiguous()
