@@ -155,6 +155,7 @@ def test_what_cannot_run_is_left_out_and_leaves_no_gradient():
 def test_the_check_cuts_large_sizes_in_a_case_of_its_own(monkeypatch, B):
     if _dispatch.missing("cpp"):
         pytest.skip("the C++ library is not built")
+    monkeypatch.setattr(torch, "compile", lambda function: function)
     seen, spec = [], REGISTRY["drrho_loss"]
     check = lambda few, host: seen.append(tuple(host["u"].shape)) or spec.check(few, host)
     monkeypatch.setitem(REGISTRY, "drrho_loss", dataclasses.replace(spec, gate_sizes={"B": 32}, check=check))
