@@ -40,8 +40,8 @@ class UnitRowAdam(torch.optim.Adam):
                 taken[parameter] = grad, backend
         if factor is not None:
             # the kernel on a GPU multiplies as it reads
-            read = [p for p, (_, backend) in taken.items() if backend == "triton"]
-            grads = [p.grad for p in sae.parameters() if p.grad is not None and not any(p is other for other in read)]
+            read = {p for p, (_, backend) in taken.items() if backend == "triton"}
+            grads = [p.grad for p in sae.parameters() if p.grad is not None and p not in read]
             if grads:
                 torch._foreach_mul_([g._values() if g.is_sparse else g for g in grads], factor)
         for parameter, (grad, backend) in taken.items():

@@ -91,6 +91,25 @@ def operands(a: torch.Tensor, b: torch.Tensor, tma: bool, rows: int, cols: int, 
     return (tiles(a, rows, depth), tiles(b, cols, depth)) if tma else (a, b)
 
 
+def similarities(rows: torch.Tensor, cols: torch.Tensor, on_cpu: bool) -> tuple[dict[str, object], dict[str, int]]:
+    """How the product of these matrices' rows is taken, and its tile, which is made into something in registers."""
+    options, hip, wide = product_options(rows, cols), torch.version.hip is not None, rows.dtype == torch.float32
+    config = {
+        "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 32 if wide or hip else 64,
+        "num_warps": 8, "num_stages": 2 if hip else 3,
+    }  # fmt: skip
+    if on_cpu:
+        config = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 128}
+    elif wide and options["PRECISION"] == "ieee":
+        config = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
+    elif options["PRECISION"] == "tf32x3":
+        # both halves of a tile pass through the registers, and all of it without bulk copies
+        config |= {} if options["TMA"] else {"BLOCK_N": 64}
+    elif options["TMA"]:
+        config |= two_programs(rows.device)
+    return {**options, "EVEN_D": rows.shape[1] % config["BLOCK_D"] == 0}, config
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()  # triton's own takes 5 µs of the host
 

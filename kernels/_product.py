@@ -72,6 +72,22 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.
 
 
 @triton.jit
+def store_weights(w, weight_ptr, rest_ptr, row, col, stride, mask, SPLIT: tl.constexpr, TMA: tl.constexpr):
+    """A part of a matrix of weights, from (row, col) on: whole or, with SPLIT, as two halves in two places."""
+    high, rest = halved(w) if SPLIT else (w, w)
+    if TMA:
+        weight_ptr.store([row, col], high)
+        if SPLIT:
+            rest_ptr.store([row, col], rest)
+    else:
+        rows = row + tl.arange(0, w.shape[0])
+        place = rows.to(tl.int64)[:, None] * stride + (col + tl.arange(0, w.shape[1]))[None, :]
+        tl.store(weight_ptr + place, high, mask=mask)
+        if SPLIT:
+            tl.store(rest_ptr + place, rest, mask=mask)
+
+
+@triton.jit
 def left_and_right(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """A tile's columns in two: what follows on a product is done a part at a time, as registers do not hold it all."""
     return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, interpreted, on_device, operands, product_options, tiles, two_programs
-from ._product import add_product, halved, left_and_right, multiply, product_tile, tile_numbers
+from ._launch import cdiv, interpreted, on_device, operands, similarities, tiles
+from ._product import add_product, left_and_right, multiply, product_tile, store_weights, tile_numbers
 
 CHUNK = 2**26
 SUM_ROWS = 2**14
@@ -103,16 +103,7 @@ def _weights(
         w = tl.where(partner, tl.load(own_ptr + m, mask=m < M, other=0.0)[:, None], w)
         # what lies between N and the stride nobody reads
         inside = (m < M)[:, None] & (n < stride)[None, :]
-    high, rest = halved(w) if SPLIT else (w, w)
-    if TMA:
-        weight_ptr.store([row, col], high)
-        if SPLIT:
-            rest_ptr.store([row, col], rest)
-    else:
-        place = m.to(tl.int64)[:, None] * stride + n[None, :]
-        tl.store(weight_ptr + place, high, mask=inside)
-        if SPLIT:
-            tl.store(rest_ptr + place, rest, mask=inside)
+    store_weights(w, weight_ptr, rest_ptr, row, col, stride, inside, SPLIT, TMA)
     return moment + tl.sum(product, axis=1)
 
 
@@ -148,31 +139,6 @@ def _drrho_weights_kernel(
     tl.store(moment_ptr + tl.program_id(0), tl.sum(moment, axis=0))
 
 
-def tile_config(dtype: torch.dtype, PRECISION: str = "ieee", TMA: bool = False) -> dict[str, int]:
-    """Of similarities, whose tile is reduced both ways or made into weights in registers."""
-    if interpreted(_drrho_sums_kernel):
-        return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 128}
-    wide = dtype == torch.float32
-    if wide and PRECISION == "ieee":
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
-    hip = torch.version.hip is not None
-    config = {
-        "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 32 if wide or hip else 64,
-        "num_warps": 8, "num_stages": 2 if hip else 3,
-    }  # fmt: skip
-    if PRECISION == "tf32x3":  # both halves of a tile pass through the registers, and all of it without bulk copies
-        return config if TMA else config | {"BLOCK_N": 64}
-    return config
-
-
-def _options(rows: torch.Tensor, cols: torch.Tensor) -> tuple[dict[str, object], dict[str, int]]:
-    options = product_options(rows, cols)
-    config = tile_config(rows.dtype, **options)
-    if options["TMA"] and options["PRECISION"] != "tf32x3":
-        config |= two_programs(rows.device)
-    return {**options, "EVEN_D": rows.shape[1] % config["BLOCK_D"] == 0}, config
-
-
 def _factors(rows: torch.Tensor, cols: torch.Tensor, tma: bool, config: dict) -> tuple[object, object]:
     return operands(rows, cols, tma, config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_D"])
 
@@ -189,7 +155,7 @@ def drrho_sums(
     """rows (M, D), cols (N, D), diag (N,) and scale () in float32 -> row_lse (M,), col_lse (N,), nothing kept."""
     rows, cols = _wide_in_interpreter(rows, cols)
     (M, D), N = rows.shape, cols.shape[0]
-    options, config = _options(rows, cols)
+    options, config = similarities(rows, cols, interpreted(_drrho_sums_kernel))
     row_lse, col_lse = diag.new_empty(M), diag.new_full((N,), -torch.inf)
     with on_device(rows):
         for start in range(0, M, SUM_ROWS):
@@ -226,7 +192,8 @@ def drrho_grad(
     d_rows = diag.new_zeros(M if need_rows else 0, width)
     d_cols = diag.new_zeros(N if need_cols else 0, width)
     moments = [diag.new_zeros(1, dtype=torch.float64)]
-    split, (options, config) = rows.dtype != torch.float32, _options(rows, cols)
+    options, config = similarities(rows, cols, interpreted(_drrho_sums_kernel))
+    split = rows.dtype != torch.float32
     chunk = max(128, CHUNK // N // 128 * 128)
     stride = cdiv(N, 16) * 16  # whole lines
     parts = 1 + split

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, interpreted, on_device, operands, product_options, tiles, two_programs
-from ._product import halved, left_and_right, multiply, product_tile, tile_numbers
+from ._launch import cdiv, interpreted, on_device, operands, similarities, tiles
+from ._product import halved, left_and_right, multiply, product_tile, store_weights, tile_numbers
 
 BUFFER_BYTES = 128 << 20
 SUM_ROWS = 512  # no sum adds more numbers one after the other
@@ -59,17 +59,8 @@ def _log_weights_of_part(
         floor = tl.exp(tl.load(scale_ptr + 2).to(tl.float32) - peak)
         w = tl.where(live[:, None], tl.exp(log_w - peak[None, :]) + floor[None, :], 0.0)
         column = tl.sum(w, axis=0)
-        high, rest = halved(w) if SPLIT else (w, w)
-        if TMA:
-            w_ptr.store([row, col], high)
-            if SPLIT:
-                rest_ptr.store([row, col], rest)
-        else:
-            # rows are there for whole tiles, and what lies between C and the stride nobody reads
-            at = rows.to(tl.int64)[:, None] * stride + cols[None, :]
-            tl.store(w_ptr + at, high, mask=(cols < stride)[None, :])
-            if SPLIT:
-                tl.store(rest_ptr + at, rest, mask=(cols < stride)[None, :])
+        # rows are there for whole tiles, and what lies between C and the stride nobody reads
+        store_weights(w, w_ptr, rest_ptr, row, col, stride, (cols < stride)[None, :], SPLIT, TMA)
     else:
         column = tl.max(tl.where(live[:, None], log_w, float("-inf")), axis=0)
     tl.store(column_ptr + tile.to(tl.int64) * C + cols, column, mask=cols < C)
@@ -80,18 +71,18 @@ def _drift_tile_kernel(
     old_ptr, means_ptr, old_square_ptr, mean_square_ptr, scale_ptr, peak_ptr, column_ptr, w_ptr, rest_ptr,
     N, room, C, d, stride,
     WEIGHTS: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, FAR: tl.constexpr, TMA: tl.constexpr,
-    EVEN_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The log-weights of a tile: the highest of each column or, with the peaks known, its weights (0 for the ``room``
     behind N) and their sums."""
-    tile, tile_c = tile_numbers(room, C, BLOCK_N, BLOCK_C)
+    tile, tile_c = tile_numbers(room, C, BLOCK_M, BLOCK_N)
     dot = product_tile(
-        old_ptr, means_ptr, tile, tile_c, N, C, d, TMA, EVEN_D, PRECISION, BLOCK_N, BLOCK_C, BLOCK_D
+        old_ptr, means_ptr, tile, tile_c, N, C, d, TMA, EVEN_D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D
     )  # fmt: skip
-    parts = left_and_right(dot, BLOCK_N, BLOCK_C)
+    parts = left_and_right(dot, BLOCK_M, BLOCK_N)
     for part in tl.static_range(2):
         _log_weights_of_part(
-            parts[part], tile, tile_c * BLOCK_C + part * (BLOCK_C // 2), old_square_ptr, mean_square_ptr, scale_ptr,
+            parts[part], tile, tile_c * BLOCK_N + part * (BLOCK_N // 2), old_square_ptr, mean_square_ptr, scale_ptr,
             peak_ptr, column_ptr, w_ptr, rest_ptr, N, C, stride, WEIGHTS, SPLIT, SCALED, FAR, TMA,
         )  # fmt: skip
 
@@ -117,22 +108,6 @@ def _drift_change_kernel(
         change = tl.where(infinite, tl.zeros_like(change), change)
         tl.store(change_ptr + at + d, rest, mask=inside)
     tl.store(change_ptr + at, change, mask=inside)
-
-
-def tile_config(dtype: torch.dtype, PRECISION: str = "ieee", TMA: bool = False) -> dict[str, int]:
-    if interpreted(_drift_tile_kernel):
-        return {"BLOCK_N": 128, "BLOCK_C": 128, "BLOCK_D": 128}
-    wide = dtype == torch.float32
-    if wide and PRECISION == "ieee":
-        return {"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
-    hip = torch.version.hip is not None
-    config = {
-        "BLOCK_N": 128, "BLOCK_C": 128, "BLOCK_D": 32 if wide or hip else 64,
-        "num_warps": 8, "num_stages": 2 if hip else 3,
-    }  # fmt: skip
-    if PRECISION == "tf32x3":  # both halves of a tile pass through the registers, and all of it without bulk copies
-        return config if TMA else config | {"BLOCK_C": 64}
-    return config
 
 
 def chunks(N: int, C: int, d: int, step: int) -> tuple[int, int, int]:
@@ -170,26 +145,23 @@ def drift_sums(
     # float16 has no room to scale, and needs none: its products do not overflow
     scaled = old.dtype != torch.float16
     means = (prototypes.float() * scale[0].float()).to(old.dtype) if scaled else prototypes
-    split, options = old.dtype != torch.float32, product_options(old, means)
-    config = tile_config(old.dtype, **options)
-    if options["TMA"] and options["PRECISION"] != "tf32x3":
-        config |= two_programs(old.device)
-    options["EVEN_D"] = d % config["BLOCK_D"] == 0
+    split = old.dtype != torch.float32
+    options, config = similarities(old, means, interpreted(_drift_tile_kernel))
     chunk, sums, step = chunks(N, C, d, SUM_ROWS * (16 if split else 1))  # tensor cores add 16 products at a time
     kind, parts, stride = torch.bfloat16 if split else torch.float32, 1 + split, cdiv(C, 16) * 16  # whole lines
     w = torch.empty(parts, sums * step, stride, dtype=kind, device=old.device)
     change = torch.empty(sums * step, parts * d, dtype=kind, device=old.device)
     together = max(1, min(SUMS, BUFFER_BYTES // (4 * C * parts * d)))
 
-    part = config["BLOCK_N"], config["BLOCK_C"] // 2
+    part = config["BLOCK_M"], config["BLOCK_N"] // 2
     places = (tiles(w[0], *part), tiles(w[-1], *part)) if options["TMA"] else (w[0], w[-1])
 
     def by_tile(rows: torch.Tensor, squares: torch.Tensor, room: int, weights: bool) -> torch.Tensor:
         """What the tiles of these rows say of each column: (tiles, C)."""
-        down = cdiv(room, config["BLOCK_N"])
+        down = cdiv(room, config["BLOCK_M"])
         found = torch.empty(down, C, **wide)
-        _drift_tile_kernel[(down * cdiv(C, config["BLOCK_C"]),)](
-            *operands(rows, means, options["TMA"], config["BLOCK_N"], config["BLOCK_C"], config["BLOCK_D"]),
+        _drift_tile_kernel[(down * cdiv(C, config["BLOCK_N"]),)](
+            *operands(rows, means, options["TMA"], config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_D"]),
             squares, own, scale, peak, found, *places, len(rows), room, C, d, stride,
             WEIGHTS=weights, SPLIT=split, SCALED=scaled, FAR=far, **options, **config,
         )  # fmt: skip
