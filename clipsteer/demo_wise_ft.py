@@ -29,7 +29,7 @@ def measure(
     parts = parts or style_shift.split()
     chosen = {"lr": LR, "epochs": epochs, "batch_size": style_shift.BATCH}
     tests = style_shift.evaluation_sets(HELD_OUT_STYLE, parts.test, device)
-    rows = style_shift.measure(HELD_OUT_STYLE, parts, HEAD, chosen, tests, seed=seed, alphas=alphas, device=device)
+    rows = style_shift.tuned_curve(HELD_OUT_STYLE, parts, HEAD, chosen, tests, seed=seed, alphas=alphas, device=device)
     return {
         "style": HELD_OUT_STYLE, "seed": seed, "head": HEAD, **chosen,
         "training_concepts": len(parts.fit + parts.validation), "test_concepts": len(parts.test), "rows": rows,

@@ -94,7 +94,7 @@ def _score(classifier: ImageClassifier, clip: CLIP, dataset: ImageDataset) -> tu
     return float((logits.argmax(1) == truth).float().mean()), float(F.cross_entropy(logits, truth))
 
 
-def _tune(clip: CLIP, dataset: ImageDataset, head: Tensor, **settings: Any) -> ImageClassifier:
+def tune(clip: CLIP, dataset: ImageDataset, head: Tensor, **settings: Any) -> ImageClassifier:
     # 17 tokens an image: on a CPU the plain attention is quicker than the flash kernel's backward
     with sdpa_kernel(SDPBackend.MATH) if clip.device.type == "cpu" else nullcontext():
         return finetune(clip, dataset, head, FinetuneConfig(**settings))
@@ -126,7 +126,7 @@ def choose(
     weights = {}
     for lr, n in itertools.product(lrs, epochs):
         clip = load(EMOJICLIP, device=device)
-        tuned = _tune(clip, fit, candidates[head], **settings, lr=lr, epochs=n)
+        tuned = tune(clip, fit, candidates[head], **settings, lr=lr, epochs=n)
         weights[lr, n] = {name: tensor.clone() for name, tensor in tuned.state_dict().items()}
         measure(tuned, clip, kind="tuning", head=head, lr=lr, epochs=n, alpha=1.0)
     lr, n = best("tuning")["lr"], best("tuning")["epochs"]
@@ -184,7 +184,7 @@ def evaluation_sets(style: str, concepts: Sequence[int], device: str = "cpu") ->
     return sets
 
 
-def measure(
+def tuned_curve(
     style: str, parts: Split, head_name: str, settings: dict[str, Any], tests: Sequence[EvalSet], *, seed: int = 0,
     alphas: Sequence[float] = ALPHAS, device: str = "cpu",
 ) -> list[dict[str, Any]]:  # fmt: skip
@@ -193,7 +193,7 @@ def measure(
     clip = load(EMOJICLIP, device=device)
     head = heads(clip, training)[head_name]
     zeroshot = {k: v.detach().clone() for k, v in zero_shot_classifier(clip, head).state_dict().items()}
-    tuned = _tune(clip, classify30(style, training), head, **settings, seed=seed)
+    tuned = tune(clip, classify30(style, training), head, **settings, seed=seed)
     return curve(zeroshot, tuned, tests, alphas)
 
 
@@ -220,7 +220,7 @@ def run(
         baseline = fit_baseline(models)
         for seed in seeds:
             tuning = {**settings, "lr": chosen["lr"], "epochs": chosen["epochs"]}
-            measured = measure(style, parts, head_name, tuning, tests, seed=seed, alphas=alphas, device=device)
+            measured = tuned_curve(style, parts, head_name, tuning, tests, seed=seed, alphas=alphas, device=device)
             rows += [{"style": style, "seed": seed, **row} for row in measured]
         own = [row for row in rows if row["style"] == style]
         found["styles"][style] = {
