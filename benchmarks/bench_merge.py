@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import clipsteer
 from clipsteer import bench
-from clipsteer._files import read_safetensors, write_json, write_safetensors
+from clipsteer.io.files import read_safetensors, write_json, write_safetensors
 
 # tensors of a ViT-L/14 block: attention, MLP, norms
 SHAPES = {

@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipsteer import bench, ops
-from clipsteer.sae import SAE
-from clipsteer.sae_train import SAETrainer, TrainConfig
+from clipsteer.sae.model import SAE
+from clipsteer.sae.trainer import SAETrainer, TrainConfig
 
 LR = 2e-4
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")

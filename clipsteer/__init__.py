@@ -1,61 +1,39 @@
-"""clipsteer: fused, validated ops for CLIP, and steering, interpretation and training methods built on them."""
+"""clipsteer: fused, validated ops for CLIP, and the steering, interpretation and training built on them."""
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from clipsteer import _lazy, _renamed
+from clipsteer._version import __version__ as __version__
 
-# public name -> module that holds it; loaded at first use so that `import clipsteer` stays light
-_LAZY = {
-    "SAE": "sae",
-    "SAEOutput": "sae",
-    "Conceptor": "conceptor",
-    "FileFormatError": "_files",
-    "SAESteering": "steering",
-    "VectorSteering": "steering",
-    "ConceptorSteering": "steering",
-    "AdditiveSteering": "steering",
-    "steer": "steering",
-    "TrainConfig": "sae_train",
-    "train_sae": "sae_train",
-    "evaluate_sae": "sae_eval",
-    "ConceptDictionary": "splice",
-    "DRRhoLoss": "reference_model",
-    "RunningEnsemble": "merging",
-    "wise_ft": "merging",
-    "ContrastiveConfig": "contrastive_config",
-    "train_contrastive": "contrastive_train",
-}
-
-__all__ = ["__version__", "ops", *_LAZY]
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the public page
+    from clipsteer import continual as continual
+    from clipsteer import data as data
     from clipsteer import ops as ops
-    from clipsteer._files import FileFormatError as FileFormatError
-    from clipsteer.conceptor import Conceptor as Conceptor
-    from clipsteer.contrastive_config import ContrastiveConfig as ContrastiveConfig
-    from clipsteer.contrastive_train import train_contrastive as train_contrastive
-    from clipsteer.merging import RunningEnsemble as RunningEnsemble
-    from clipsteer.merging import wise_ft as wise_ft
-    from clipsteer.reference_model import DRRhoLoss as DRRhoLoss
-    from clipsteer.sae import SAE as SAE
-    from clipsteer.sae import SAEOutput as SAEOutput
-    from clipsteer.sae_eval import evaluate_sae as evaluate_sae
-    from clipsteer.sae_train import TrainConfig as TrainConfig
-    from clipsteer.sae_train import train_sae as train_sae
-    from clipsteer.splice import ConceptDictionary as ConceptDictionary
-    from clipsteer.steering import AdditiveSteering as AdditiveSteering
+    from clipsteer import testing as testing
+    from clipsteer.clip.model import load as load
+    from clipsteer.conceptors.conceptor import Conceptor as Conceptor
+    from clipsteer.ensembles.finetuning import finetune as finetune
+    from clipsteer.ensembles.merging import wise_ft as wise_ft
+    from clipsteer.reference.drrho import DRRhoLoss as DRRhoLoss
+    from clipsteer.reference.train import train_contrastive as train_contrastive
+    from clipsteer.sae.evaluate import evaluate_sae as evaluate_sae
+    from clipsteer.sae.model import SAE as SAE
+    from clipsteer.sae.train import train_sae as train_sae
+    from clipsteer.splice.dictionary import ConceptDictionary as ConceptDictionary
     from clipsteer.steering import ConceptorSteering as ConceptorSteering
     from clipsteer.steering import SAESteering as SAESteering
     from clipsteer.steering import VectorSteering as VectorSteering
     from clipsteer.steering import steer as steer
 
+if TYPE_CHECKING:  # importable, and not on the page
+    from clipsteer.ensembles.merging import RunningEnsemble as RunningEnsemble
+    from clipsteer.io.files import FileFormatError as FileFormatError
+    from clipsteer.reference.config import ContrastiveConfig as ContrastiveConfig
+    from clipsteer.sae.model import SAEOutput as SAEOutput
+    from clipsteer.sae.trainer import TrainConfig as TrainConfig
+    from clipsteer.steering import AdditiveSteering as AdditiveSteering
 
-def __getattr__(name: str) -> Any:
-    if name == "ops":
-        return importlib.import_module("clipsteer.ops")
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"clipsteer.{_LAZY[name]}"), name)
-    raise AttributeError(f"module 'clipsteer' has no attribute {name!r}")
+__getattr__, __dir__, __all__ = _lazy.attach(__name__, __file__)
+_renamed.install()

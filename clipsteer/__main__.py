@@ -2,6 +2,6 @@ from __future__ import annotations
 
 import sys
 
-from clipsteer.cli import main
+from clipsteer.cli.main import main
 
 sys.exit(main())

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from clipsteer._files import FileFormatError, read_json
+from clipsteer.io.files import FileFormatError, read_json
 from clipsteer.ops import BACKENDS, REGISTRY, _dispatch
 from clipsteer.ops._spec import measured_on
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clipsteer._files import FileFormatError, read_json, write_atomically
+from clipsteer.io.files import FileFormatError, read_json, write_atomically
 from clipsteer.ops import BACKENDS
 
 __all__ = ["markdown", "put"]

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipsteer._files import write_atomically
+from clipsteer.io.files import write_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from clipsteer._device import beside
-from clipsteer._tokens import TOKENS as _TOKENS
-from clipsteer._tokens import Layout, layout_at
+from clipsteer.clip.hooks import beside
+from clipsteer.clip.tokens import TOKENS as _TOKENS
+from clipsteer.clip.tokens import Layout, layout_at
+from clipsteer.sae.site import set_features
 
 if TYPE_CHECKING:
-    from clipsteer.conceptor import Conceptor
-    from clipsteer.sae import SAE
+    from clipsteer.conceptors.conceptor import Conceptor
+    from clipsteer.sae.model import SAE
 
 Tokens = Literal["all", "cls", "patches"]
 
@@ -42,11 +43,6 @@ def _check_width(what: str, width: int, x: Tensor) -> None:
             f"steer: {what} has d_in = {width}, but the activations at this hook point are {tuple(x.shape)}; "
             f"they must have {width} in the last dimension"
         )
-
-
-def set_features(x: Tensor, acts: Tensor, wanted: Tensor, directions: Tensor, scale: Tensor) -> Tensor:
-    """The formula above: x (…, d), acts (…, m), wanted (m,), directions (m, d), scale (…, 1) -> (…, d)."""
-    return (x + (wanted - acts) @ directions * scale).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +223,7 @@ class ConceptorSteering:
     _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        from clipsteer.conceptor import Conceptor
+        from clipsteer.conceptors.conceptor import Conceptor
 
         _check_tokens(self.tokens)
         if not isinstance(self.conceptor, Conceptor):
@@ -315,7 +311,7 @@ def steer(model: nn.Module, steerings: Mapping[str, Steering | Sequence[Steering
         >>> with clipsteer.steer(model, {"visual.transformer.resblocks.9": clipsteer.SAESteering(sae, {123: 50.0})}):
         ...     image_features = model.encode_image(images)
     """
-    from clipsteer.clip import _match, apply_at
+    from clipsteer.clip.hooks import _match, apply_at
 
     if not isinstance(steerings, Mapping) or not steerings:
         raise ValueError(f"steer: steerings must be a mapping {{hook point: steering}}, got {steerings!r}")

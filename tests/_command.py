@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clipsteer import cli
+from clipsteer.cli import main as cli
 
 
 def run(capsys, *args: object) -> tuple[int, str, str]:

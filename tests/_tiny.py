@@ -11,7 +11,7 @@ from clipsteer.continual.experiment import run_tasks
 from clipsteer.continual.metrics import Run
 from clipsteer.continual.scenario import Scenario
 from clipsteer.continual.strategies import strategy
-from clipsteer.data import ImageDataset
+from clipsteer.data.dataset import ImageDataset
 
 CLASSES, TASKS = 6, [[3, 0], [5, 1], [2, 4]]
 

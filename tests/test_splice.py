@@ -11,11 +11,15 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipsteer import SAE, ConceptDictionary, FileFormatError, _lasso, cli
-from clipsteer.clip import load, zero_shot_head
-from clipsteer.data import EmojiStyles
-from clipsteer.sae_eval import name_features, top_images
-from clipsteer.splice import mean_embedding, nonnegative_lasso
+from clipsteer import SAE, ConceptDictionary, FileFormatError
+from clipsteer.cli import main as cli
+from clipsteer.clip.model import load
+from clipsteer.clip.zero_shot import zero_shot_head
+from clipsteer.data.emoji import EmojiStyles
+from clipsteer.sae.evaluate import name_features, top_images
+from clipsteer.splice import lasso as _lasso
+from clipsteer.splice import nonnegative_lasso
+from clipsteer.splice.dictionary import mean_embedding
 
 DTYPES = (torch.float32, torch.float64)
 TOL = 1e-6

@@ -1,1 +1,5 @@
-"""Bundled files (``emoji/``) and the scripts that made them; nothing here is imported by the library."""
+"""Where the bundled files lie; the scripts that made them are in benchmarks/emojiclip."""
+
+from pathlib import Path
+
+EMOJI = Path(__file__).parent / "emoji"

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from clipsteer._files import FileFormatError, read_safetensors
-from clipsteer.clip import CLIP, capture, load
+from clipsteer.clip.hooks import capture
+from clipsteer.clip.model import CLIP, load
+from clipsteer.io.files import FileFormatError, read_safetensors
 
 __all__ = ["Encoder", "Tokens"]
 
@@ -80,7 +81,7 @@ class Encoder(nn.Module):
     @classmethod
     def from_clip(cls, clip: CLIP, *, crop: float = 0.9) -> Encoder:
         """The image tower of a loaded CLIP, shared with it; crop: the least share of an image that crops keep."""
-        from clipsteer.finetuning import train_transform
+        from clipsteer.clip.pixels import train_transform
 
         return cls(clip.model.visual, clip.preprocess, train_transform(clip, crop), clip.name)
 

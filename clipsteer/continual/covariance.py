@@ -6,14 +6,15 @@ Means and covariances are streamed and merged in float64 (Chan, Golub & LeVeque 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from clipsteer._distributed import World
-from clipsteer._files import FileFormatError, read_safetensors, read_safetensors_header, refuse_nan, write_safetensors
+from clipsteer.io.files import FileFormatError, read_safetensors, read_safetensors_header, refuse_nan, write_safetensors
+from clipsteer.training.world import World
 
 __all__ = ["ClassStatistics", "Compressed", "Factor", "compress", "precision_factor", "shrink"]
 
@@ -242,3 +243,23 @@ def _square(op: str, name: str, matrix: Tensor) -> int:
     if not matrix.is_floating_point():
         raise TypeError(f"{op}: {name} must be floating point, got {matrix.dtype}")
     return matrix.shape[-1]
+
+
+def _places(labels: Sequence[int], classes: list[int], device: torch.device) -> Tensor:
+    """(N,) int64: where each label stands among the classes."""
+    place = {c: i for i, c in enumerate(classes)}
+    return torch.tensor([place[c] for c in labels], device=device)
+
+
+def class_means(features: Tensor, labels: Sequence[int], classes: list[int]) -> Tensor:
+    """(C, d) means in float64, in the order of ``classes``."""
+    local = _places(labels, classes, features.device)
+    sums = torch.zeros(len(classes), features.shape[1], dtype=torch.float64, device=features.device)
+    sums.index_add_(0, local, features.double())
+    return sums / torch.bincount(local, minlength=len(classes)).unsqueeze(1)
+
+
+def by_class(features: Tensor, labels: Sequence[int], classes: list[int]) -> ClassStatistics:
+    """Statistics in the order of ``classes``."""
+    local = _places(labels, classes, features.device)
+    return ClassStatistics(len(classes), features.shape[1], device=features.device).update(features, local)

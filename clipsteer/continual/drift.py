@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipsteer._distributed import World
 from clipsteer.ops._dispatch import choose
 from clipsteer.ops.semantic_drift import check_arguments, drift_sums, median_sigma, moved_by
+from clipsteer.training.world import World
 
 __all__ = ["DriftAccumulator", "median_sigma"]
 

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from clipsteer._files import read_json, write_json
-from clipsteer._training import digest_of
 from clipsteer.bench import extra_memory
 from clipsteer.continual.backbone import Encoder
 from clipsteer.continual.learner import ClassIncrementalLearner
@@ -26,6 +24,8 @@ from clipsteer.continual.metrics import Run
 from clipsteer.continual.plasticity import Plasticity
 from clipsteer.continual.scenario import Scenario
 from clipsteer.continual.strategies import CILConfig
+from clipsteer.io.digests import digest_of
+from clipsteer.io.files import read_json, write_json
 
 __all__ = ["run_all", "run_tasks"]
 

@@ -16,18 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipsteer import checkpoint, ops
-from clipsteer._training import EXIT_TERMINATED, described, digest_of, weights_digest
-from clipsteer.classifier import pixel_batches
-from clipsteer.clip import evaluating
-from clipsteer.continual.alignment import align
+from clipsteer import ops
+from clipsteer.clip.hooks import evaluating
+from clipsteer.clip.pixels import pixel_batches
 from clipsteer.continual.backbone import Encoder
-from clipsteer.continual.heads import RandomProjection, TaskHeads, nearest_mean
+from clipsteer.continual.covariance import by_class, class_means
+from clipsteer.continual.heads import RandomProjection, TaskHeads, align, nearest_mean
 from clipsteer.continual.lora import LoRA
 from clipsteer.continual.plasticity import Plasticity, pack_history, unpack_history
 from clipsteer.continual.strategies import CILConfig
-from clipsteer.continual.task import TaskRun, by_class, class_means, mix
-from clipsteer.data import ImageDataset
+from clipsteer.continual.task import TaskRun
+from clipsteer.data.dataset import ImageDataset
+from clipsteer.io import checkpoint
+from clipsteer.io.digests import described, digest_of, weights_digest
+from clipsteer.training.loop import EXIT_TERMINATED
+from clipsteer.training.schedule import mix
 
 __all__ = ["ClassIncrementalLearner"]
 

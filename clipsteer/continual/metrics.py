@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsteer._files import FileFormatError
 from clipsteer._intervals import excludes_zero, mean_interval
+from clipsteer.io.files import FileFormatError
 
 DRIFTS = ("compensated", "uncompensated", "cosine_compensated", "cosine_uncompensated")
 # name -> whether more is better

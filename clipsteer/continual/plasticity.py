@@ -20,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipsteer._files import FileFormatError
-from clipsteer._sae_site import chunks
-from clipsteer.clip import capture, evaluating
-from clipsteer.sae import SAE
-from clipsteer.sae_train import TrainConfig, train_sae
+from clipsteer.clip.hooks import capture, evaluating
+from clipsteer.io.files import FileFormatError
+from clipsteer.sae.model import SAE
+from clipsteer.sae.site import chunks
+from clipsteer.sae.train import train_sae
+from clipsteer.sae.trainer import TrainConfig
 
 __all__ = ["Plasticity", "fit_saes", "load_saes", "pack_history", "save_saes", "unpack_history"]
 

@@ -13,9 +13,10 @@ from typing import Literal
 
 import numpy as np
 
-from clipsteer.data import HELD_OUT_STYLE, TRAINED_STYLES, EmojiStyles, ImageDataset, image_folder
-from clipsteer.style_shift import classify30, stratified
-from clipsteer.style_shift import split as concepts
+from clipsteer.data.dataset import ImageDataset
+from clipsteer.data.emoji import HELD_OUT_STYLE, TRAINED_STYLES, EmojiStyles, classify30, stratified
+from clipsteer.data.emoji import split as concepts
+from clipsteer.data.files import image_folder
 
 SEED = 1993
 Part = Literal["train", "validation", "test"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from clipsteer.continual.alignment import AlignConfig
+from clipsteer.continual.heads import AlignConfig
 
 __all__ = ["ABLATION", "STRATEGIES", "CILConfig", "strategy"]
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,22 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clipsteer import checkpoint, ops
-from clipsteer._training import EXIT_TERMINATED, Keys, StopSignal, cosine_lr
-from clipsteer.classifier import Samples, loader
+from clipsteer import ops
+from clipsteer.clip.pixels import Samples, loader
 from clipsteer.continual.backbone import Encoder
-from clipsteer.continual.covariance import ClassStatistics, precision_factor, shrink
-from clipsteer.data import ImageDataset
+from clipsteer.continual.covariance import _places, by_class, precision_factor, shrink
+from clipsteer.data.dataset import ImageDataset
+from clipsteer.io import checkpoint
+from clipsteer.training.loop import EXIT_TERMINATED, StopSignal
+from clipsteer.training.schedule import Keys, cosine_lr, mix
 
 if TYPE_CHECKING:
     from clipsteer.continual.learner import ClassIncrementalLearner
 
 logger = logging.getLogger(__name__)
-
-
-def mix(*parts: int | str) -> int:
-    """One seed from several parts, unlike for any two lists of them."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
 def patch_distillation(cls: Tensor, patches: Tensor, old_patches: Tensor) -> Tensor:
@@ -192,26 +188,6 @@ class TaskRun:
                 if f"momentum.{i}" in found.tensors:
                     optimizer.state[p]["momentum_buffer"] = found.tensors[f"momentum.{i}"].clone()
         return found.step
-
-
-def _places(labels: Sequence[int], classes: list[int], device: torch.device) -> Tensor:
-    """(N,) int64: where each label stands among the classes."""
-    place = {c: i for i, c in enumerate(classes)}
-    return torch.tensor([place[c] for c in labels], device=device)
-
-
-def class_means(features: Tensor, labels: Sequence[int], classes: list[int]) -> Tensor:
-    """(C, d) means in float64, in the order of ``classes``."""
-    local = _places(labels, classes, features.device)
-    sums = torch.zeros(len(classes), features.shape[1], dtype=torch.float64, device=features.device)
-    sums.index_add_(0, local, features.double())
-    return sums / torch.bincount(local, minlength=len(classes)).unsqueeze(1)
-
-
-def by_class(features: Tensor, labels: Sequence[int], classes: list[int]) -> ClassStatistics:
-    """Statistics in the order of ``classes``."""
-    local = _places(labels, classes, features.device)
-    return ClassStatistics(len(classes), features.shape[1], device=features.device).update(features, local)
 
 
 def _by_block(encoder: Encoder) -> dict[str, list[nn.Parameter]]:

@@ -1,0 +1,222 @@
+"""``clipsteer cil``: class-incremental learning, strategies and seeds side by side, and the page that compares them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from clipsteer.cli.arguments import add_device, device_of
+
+# Wu et al. 2025 and Zhang et al. 2023, section "implementation details"
+PAPER = {"first_epochs": 20, "epochs": 10, "batch_size": 48, "rank": 32}
+PAPER_MODEL = "timm:vit_base_patch16_224.augreg_in21k"
+# chosen on validation images: benchmarks/results/cil-emoji.md
+EMOJI = {"first_epochs": 5, "epochs": 5, "batch_size": 48, "projections": 2000, "align_epochs": 20}
+SAE_STEPS = 1000
+EMOJI_RATES = {"macil": 0.03, "finetune": 0.003, "sdc": 0.03, "slca": 0.03, "joint": 0.01}
+
+
+def add_parser(commands: Any, add: Any) -> None:
+    """Add the command; ``add(parent, name, function, summary, examples)`` makes it."""
+    p = add(commands, "cil", _cil, "learn classes task by task: MACIL, SLCA, SDC, RanPAC and baselines", """
+examples:
+  the bundled drawings and model, all strategies, three class orders:
+    clipsteer cil --data emoji --tasks 5 --strategy all --seeds 3 --out cil-emoji
+  what each part of MACIL does:
+    clipsteer cil --data emoji --tasks 5 --strategy ablation --seeds 3 --out cil-ablation
+  your own images in PILOT's layout (PATH/train/CLASS/…, PATH/test/CLASS/…), a CLIP of open_clip, 20 classes at a time:
+    clipsteer cil --model ViT-B-16 --pretrained openai --data imagenet-r --increment 20 \\
+        --strategy macil slca ranpac --seeds 1 --out cil-inr
+  the published protocol on the published backbone:
+    clipsteer cil --recipe paper --data imagenet-r --increment 20 --strategy macil slca --seeds 3 --out macil-inr
+  one setting changed, and a look at validation images instead of the test:
+    clipsteer cil --data emoji --tasks 5 --strategy macil macil:sigma=1 --measure validation --out cil-sigma
+
+A command that was stopped, or killed, goes on where it was when it is given again.
+""")  # fmt: skip
+    p.add_argument("--data", required=True, metavar="PATH", help="emoji, or a folder with train/ and test/")
+    p.add_argument("--tasks", type=_tasks, metavar="N", help="equal tasks; for emoji also: categories (default: 5)")
+    p.add_argument("--init-cls", type=_count, metavar="N", help="classes of the first task (default: as --increment)")
+    p.add_argument("--increment", type=_count, metavar="N", help="classes of each later task")
+    p.add_argument("--split", choices=("concepts", "styles"), default="concepts",
+                   help="emoji: test on new concepts in the same styles, or on the same in a new style")  # fmt: skip
+    p.add_argument("--strategy", nargs="+", default=["macil", "slca", "finetune"], metavar="NAME",
+                   help="macil, slca, sdc (its compensation on cosine heads), finetune, ranpac (frozen), ncm, "
+                        "zero_shot, joint; all; ablation; or NAME:field=value,…, fields of CILConfig")  # fmt: skip
+    p.add_argument("--seeds", type=_count, default=3, metavar="N", help="seeds 1993, 1994 …: class order and training")
+    p.add_argument("--model", metavar="NAME", help="emojiclip, an open_clip name, hf-hub:…, or timm:NAME")
+    p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or a local weights file")
+    add_device(p)
+    p.add_argument("--recipe", choices=("paper",),
+                   help=f"that of MACIL: {PAPER_MODEL}, pixels in [0, 1], 20 and 10 epochs, σ = 1")  # fmt: skip
+    p.add_argument("--first-epochs", type=_count, metavar="N", help="of the first task")
+    p.add_argument("--epochs", type=_count, metavar="N", help="of each later task")
+    p.add_argument("--batch-size", type=_count, metavar="N")
+    p.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
+    p.add_argument("--measure", choices=("test", "validation"), default="test",
+                   help="validation: learn without a fifth of the training images and measure on it")  # fmt: skip
+    p.add_argument("--saes", type=Path, metavar="DIR", help="an SAE a block, for plasticity; trained if missing")
+    p.add_argument("--sae-images", metavar="PATH", help="to train them on, of all kinds (emoji: EmojiCLIP's own)")
+    p.add_argument(
+        "--jobs", type=_count, default=1, metavar="N", help="runs at a time (CPU), each with some of the cores"
+    )
+    p.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="runs/, table.csv, index.html, summary.md …")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _tasks(text: str) -> int | str:
+    return text if text == "categories" else _count(text)
+
+
+def _names(parts: list[str]) -> list[str]:
+    """Strategies, each once: words, lists with commas, and the two groups."""
+    from clipsteer.continual.strategies import ABLATION, STRATEGIES
+
+    words = [word for part in parts for word in ([part] if ":" in part else part.split(",")) if word]
+    return list(dict.fromkeys(n for w in words for n in {"all": STRATEGIES, "ablation": ABLATION}.get(w, [w])))
+
+
+def _scenario(data: str, tasks: int | str | None, init_cls: int | None, increment: int | None, split: str,
+              measure: str, seed: int) -> Any:  # fmt: skip
+    from clipsteer.continual.scenario import emoji_scenario, folder_scenario
+
+    share = 0.2 if measure == "validation" else 0.0
+    if data == "emoji":
+        if init_cls or increment:
+            raise ValueError("--init-cls and --increment are for folders; emoji takes --tasks N or categories")
+        found = emoji_scenario(5 if tasks is None else tasks, seed, validation=share, split=split)
+    else:
+        if tasks == "categories":
+            raise ValueError("--tasks categories is for emoji; a folder takes --tasks N, or --init-cls and --increment")
+        if tasks is None and increment is None:
+            tasks = 5
+        found = folder_scenario(data, tasks, seed, init_cls=init_cls, increment=increment, validation=share)
+    return found.on_validation() if measure == "validation" else found
+
+
+def _encoder(model: str, pretrained: str | None, unit_range: bool, device: str) -> tuple[Any, Any]:
+    from clipsteer.continual.backbone import Encoder
+
+    return Encoder.open(model, pretrained, unit_range=unit_range, device=device)
+
+
+def _run(
+    scenario: tuple[Any, ...], encoder: tuple[Any, ...], config: Any, saes: str | None, out: Path, workers: int
+) -> Any:  # fmt: skip
+    """One run from plain data, so that another process can make it."""
+    from clipsteer.clip.zero_shot import zero_shot_head
+    from clipsteer.continual.experiment import run_tasks
+    from clipsteer.continual.plasticity import Plasticity, load_saes
+
+    found, zero_shot = _scenario(*scenario), None
+    if config.classifier == "zero_shot":
+        clip = _encoder(*encoder)[1]
+        if clip is None:
+            raise ValueError(f"zero_shot needs a CLIP, which {encoder[0]} is not")
+        zero_shot = zero_shot_head(clip, [name.replace("_", " ").replace("-", " ") for name in found.classes])
+    plasticity = None
+    if config.plasticity:
+        loaded = load_saes(saes, device=encoder[3])
+        plasticity = Plasticity(loaded, background=_background(Path(saes), loaded))
+    return run_tasks(
+        found, lambda: _encoder(*encoder)[0], config, zero_shot=zero_shot, plasticity=plasticity, out=out,
+        workers=workers,
+    )  # fmt: skip
+
+
+_BACKGROUND = "background.safetensors"
+
+
+def _background(folder: Path, saes: Any) -> Any:
+    from clipsteer.io.files import read_safetensors
+
+    usage = read_safetensors(folder / _BACKGROUND)
+    return {block: usage[block] for block in saes}
+
+
+def _fit_saes(folder: Path, images: str, encoder: tuple[Any, ...]) -> None:
+    """SAEs of every block from images of all kinds, and the usage that these have on average."""
+    from clipsteer.clip.pixels import pixel_batches
+    from clipsteer.continual.plasticity import Plasticity, fit_saes, load_saes, save_saes
+    from clipsteer.data.emoji import EmojiStyles
+    from clipsteer.data.files import open_dataset
+    from clipsteer.io.files import write_safetensors
+
+    tower = _encoder(*encoder)[0]
+    if images == "emoji":  # what EmojiCLIP was trained on
+        emoji = EmojiStyles()
+        found = emoji.dataset(emoji.cells()["trained", True], "subcategory")
+    else:
+        found = open_dataset(images)
+    if any(folder.glob("*/cfg.json")):  # somebody's own: only what they have in common is lacking
+        saes = load_saes(folder, device=encoder[3])
+    else:
+        size = {"d_sae": 4 * tower.width, "k": 16, "steps": SAE_STEPS}
+        saes = fit_saes(tower.module, tower.blocks, pixel_batches(tower, found), **size)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_saes(folder, saes)
+    usage = Plasticity(saes).usage(tower.module, pixel_batches(tower, found))
+    write_safetensors(folder / _BACKGROUND, usage)
+
+
+def _cil(args: argparse.Namespace) -> int:
+    from clipsteer.continual.experiment import folder_name, run_all
+    from clipsteer.continual.report import write_results
+    from clipsteer.continual.strategies import strategy
+
+    names = _names(args.strategy)
+    settings = dict(EMOJI) if args.data == "emoji" else dict(PAPER)
+    if args.recipe == "paper":
+        settings = {**PAPER, "sigma": 1.0}
+    for field in ("first_epochs", "epochs", "batch_size"):
+        if getattr(args, field) is not None:
+            settings[field] = getattr(args, field)
+    model = args.model or (PAPER_MODEL if args.recipe == "paper" else "emojiclip")
+    encoder = (model, args.pretrained, args.recipe == "paper", device_of(args))
+    place = (args.data, args.tasks, args.init_cls, args.increment, args.split, args.measure)
+    seeds = [1993 + i for i in range(args.seeds)]
+    rates = EMOJI_RATES if args.data == "emoji" and args.recipe is None else {}
+    configs = [
+        strategy(name, **{"lr": rates.get(name.partition(":")[0], 0.01), **settings, "seed": seed, "bf16": args.bf16})
+        for name in names for seed in seeds
+    ]  # fmt: skip
+    saes = args.saes or args.out / "saes"
+    if any(config.plasticity for config in configs) and not (saes / _BACKGROUND).exists():
+        images = args.sae_images or ("emoji" if args.data == "emoji" else None)
+        if images is None:
+            raise ValueError(
+                "plasticity needs --sae-images, images of all kinds that SAEs of the blocks are trained on"
+            )
+        _fit_saes(saes, images, encoder)
+    shared = {"encoder": encoder, "saes": str(saes), "workers": args.workers}
+    jobs = [
+        (_run, {"scenario": (*place, config.seed), "config": config, "out": args.out / "runs" / folder_name(config),
+                **shared})
+        for config in configs
+    ]  # fmt: skip
+    runs = run_all(jobs, workers=args.jobs, title="cil")
+    found = _scenario(*place, seeds[0])
+    notes = {
+        "data": f"{args.data}, {len(found.classes)} classes in {len(found.tasks)} tasks, {len(found.train)} images to "
+                f"learn from, {len(found.test)} to measure on ({args.measure}{_split_note(args)})",
+        "model": model, "settings": settings, **({"learning rates": rates} if rates else {}),
+    }  # fmt: skip
+    reference = "macil" if "macil" in names else names[0]
+    written = write_results(args.out, runs, notes, reference=reference)
+    sys.stdout.write((args.out / "summary.md").read_text(encoding="utf-8"))
+    sys.stdout.writelines(f"{path}\n" for path in written)
+    return 0
+
+
+def _split_note(args: argparse.Namespace) -> str:
+    if args.data != "emoji":
+        return ""
+    return {"concepts": ": new concepts, all styles", "styles": ": a new style"}[args.split]

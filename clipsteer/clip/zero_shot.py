@@ -1,0 +1,69 @@
+"""Zero-shot classifier heads from class names and prompt templates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipsteer.clip.hooks import evaluating
+from clipsteer.clip.model import CLIP, EMOJICLIP
+
+SIMPLE_TEMPLATES = ("a photo of a {}.",)
+
+
+# the seven prompts that OpenAI's CLIP authors chose out of eighty for ImageNet
+CLIP_TEMPLATES = (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
+
+
+# those that EmojiCLIP was trained with
+EMOJI_TEMPLATES = (
+    "{}",
+    "a picture of {}",
+    "an emoji of {}",
+    "a drawing of {}",
+    "an icon of {}",
+    "a small image of {}",
+    "the {}",
+)
+
+
+def zero_shot_head(
+    clip: CLIP, classnames: Sequence[str], templates: Sequence[str] | None = None, batch_size: int = 256
+) -> Tensor:
+    """Classifier weights from class names: (C, e), unit rows; logits are `logit_scale.exp() * image_features @ head.T`.
+
+    head_c = normalize(mean over templates of normalize(encode_text(template.format(name_c)))): the prompt ensemble of
+    Radford et al. 2021 (arXiv 2103.00020, section 3.1.4).
+
+    Args:
+        classnames: C names.
+        templates: strings with one "{}"; by default EMOJI_TEMPLATES for "emojiclip", CLIP_TEMPLATES otherwise.
+
+    Raises:
+        ValueError: no class name, no template, or a template without "{}".
+    """
+    if templates is None:
+        templates = EMOJI_TEMPLATES if clip.name == EMOJICLIP else CLIP_TEMPLATES
+    if isinstance(classnames, str) or not classnames:
+        raise ValueError(f"zero_shot_head: classnames must be a non-empty list of strings, got {classnames!r}")
+    if isinstance(templates, str) or not templates or any("{}" not in t for t in templates):
+        raise ValueError(f"zero_shot_head: templates must be a list of strings with '{{}}', got {templates!r}")
+    texts = [template.format(name) for name in classnames for template in templates]
+    with evaluating(clip.model):
+        parts = [
+            clip.model.encode_text(clip.tokenizer(texts[at : at + batch_size]).to(clip.device))
+            for at in range(0, len(texts), batch_size)
+        ]
+    features = F.normalize(torch.cat(parts), dim=-1).unflatten(0, (len(classnames), len(templates)))  # (C, n, e)
+    return F.normalize(features.mean(1), dim=-1)

@@ -1,0 +1,220 @@
+"""EmojiStyles: the bundled drawings, their split and Classify-30."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from clipsteer import assets
+from clipsteer.data.dataset import ImageDataset, _Reader, read_image, renamed
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+TRAINED_STYLES = ("noto", "fluent")
+
+
+HELD_OUT_STYLE = "twemoji"
+
+
+_EMOJI = assets.EMOJI
+
+
+@dataclass(frozen=True)
+class Concept:
+    """What one drawing shows.
+
+    Attributes:
+        id: its code points in hexadecimal, joined by hyphens, without variation selectors.
+        label, tags: names and keywords in English.
+        category, subcategory: Unicode's groups ("animals-nature", "animal-mammal").
+        seen: whether EmojiCLIP was trained on it.
+        classify30: its part in Classify-30 ("train" or "test"; every test concept is unseen), or None.
+    """
+
+    id: str
+    label: str
+    tags: tuple[str, ...]
+    category: str
+    subcategory: str
+    seen: bool
+    classify30: Literal["train", "test"] | None
+
+    def captions(self) -> list[str]:
+        """Texts that describe the concept: its label first, then the label with each tag."""
+        return [self.label, *(f"{self.label}, {tag}" for tag in self.tags if tag != self.label)]
+
+
+@cache
+def _labels() -> dict[str, Any]:
+    return json.loads((_EMOJI / "labels.json").read_text(encoding="utf-8"))
+
+
+@cache
+def _atlas(style: str) -> np.ndarray:
+    head = _labels()
+    size, columns, n = head["tile"], head["columns"], len(head["concepts"])
+    sheet = np.asarray(read_image(_EMOJI / f"{style}.webp"))
+    rows = sheet.shape[0] // size
+    tiles = sheet.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)[:n]
+    tiles.flags.writeable = False
+    return tiles
+
+
+def _concept(row: dict[str, Any]) -> Concept:
+    return Concept(**{**row, "tags": tuple(row["tags"])})
+
+
+def _emoji_tile(style: str, index: int) -> Image:
+    from PIL import Image
+
+    return Image.fromarray(_atlas(style)[index])
+
+
+class EmojiStyles:
+    """857 concrete concepts as 64 px drawings on white in three vendors' styles, with names, tags and one fixed split.
+
+    EmojiCLIP was trained on TRAINED_STYLES (and OpenMoji) of the `seen` concepts; HELD_OUT_STYLE is new to it. The
+    four cells trained/held-out style × seen/unseen concept measure the two shifts apart. Fluent lacks eight concepts.
+    """
+
+    styles = (*TRAINED_STYLES, HELD_OUT_STYLE)
+
+    @cached_property
+    def concepts(self) -> list[Concept]:
+        """The 857 drawn concepts; their position is their index everywhere."""
+        return [_concept(row) for row in _labels()["concepts"]]
+
+    @cached_property
+    def undrawn(self) -> list[Concept]:
+        """The 1,049 other concepts of the split (people, symbols, flags …): names and tags without a drawing."""
+        return [_concept(row) for row in _labels()["undrawn"]]
+
+    def __len__(self) -> int:
+        return len(self.concepts)
+
+    def _style(self, style: str) -> str:
+        if style not in self.styles:
+            raise ValueError(f"EmojiStyles: style must be one of {self.styles}, got {style!r}")
+        return style
+
+    def array(self, style: str) -> np.ndarray:
+        """(857, 64, 64, 3) uint8, read-only; a concept that the style lacks is white (see `drawn`)."""
+        return _atlas(self._style(style))
+
+    def drawn(self, style: str) -> np.ndarray:
+        """(857,) bool: which concepts the style draws."""
+        missing = set(_labels()["missing"][self._style(style)])
+        return np.array([concept.id not in missing for concept in self.concepts])
+
+    def image(self, style: str, index: int) -> Image:
+        """One drawing, RGB, 64 × 64. Raises ValueError where the style lacks the concept."""
+        if not self.drawn(style)[index]:
+            raise ValueError(f"EmojiStyles: {style} has no drawing of {self.concepts[index].label!r} (index {index})")
+        return _emoji_tile(style, index)
+
+    def indices(
+        self,
+        style: str | None = None,
+        *,
+        seen: bool | None = None,
+        classify30: Literal["train", "test"] | None = None,
+        category: str | None = None,
+    ) -> list[int]:
+        """Concepts that meet every condition given; with `style`, only those it draws."""
+        drawn = np.ones(len(self), bool) if style is None else self.drawn(style)
+        return [
+            i
+            for i, concept in enumerate(self.concepts)
+            if drawn[i]
+            and (seen is None or concept.seen == seen)
+            and (classify30 is None or concept.classify30 == classify30)
+            and (category is None or concept.category == category)
+        ]
+
+    def cells(self) -> dict[tuple[str, bool], list[tuple[str, int]]]:
+        """(“trained” or “held-out” style, seen concept?) -> its drawings as (style, index) pairs."""
+        groups = {"trained": TRAINED_STYLES, "held-out": (HELD_OUT_STYLE,)}
+        return {
+            (name, seen): [(style, i) for style in styles for i in self.indices(style, seen=seen)]
+            for name, styles in groups.items()
+            for seen in (True, False)
+        }
+
+    def dataset(
+        self, drawings: Iterable[tuple[str, int]], target: Literal["label", "category", "subcategory"] = "label"
+    ) -> ImageDataset:
+        """A data set of (style, index) pairs, as `cells` gives them; its classes are the distinct names of `target`."""
+        pairs = [(self._style(style), range(len(self))[index]) for style, index in drawings]
+        if target not in ("label", "category", "subcategory"):
+            raise ValueError(f"EmojiStyles: target must be 'label', 'category' or 'subcategory', got {target!r}")
+        for style in {style for style, _ in pairs}:
+            drawn = self.drawn(style)
+            if lacking := [i for s, i in pairs if s == style and not drawn[i]]:
+                raise ValueError(f"EmojiStyles: {style} has no drawing of the concepts {lacking}")
+        names = [getattr(self.concepts[i], target) for _, i in pairs]
+        classes = sorted(set(names))
+        rank = {name: i for i, name in enumerate(classes)}
+        return ImageDataset(_Reader(_emoji_tile, pairs), [rank[name] for name in names], classes)
+
+    def captioned(self, drawings: Iterable[tuple[str, int]], captions: Literal["label", "noisy"]) -> ImageDataset:
+        """Image–caption pairs: each drawing with its label, or with all that is said of it.
+
+        "noisy": the label, the label with each tag, and each tag alone, which may name many other things ("animal").
+        """
+        if captions not in ("label", "noisy"):
+            raise ValueError(f"EmojiStyles: captions must be 'label' or 'noisy', got {captions!r}")
+        pairs, texts = [], []
+        for style, i in drawings:
+            concept = self.concepts[i]
+            said = [*concept.captions(), *(t for t in concept.tags if t != concept.label)]
+            for text in said if captions == "noisy" else said[:1]:
+                pairs.append((style, i))
+                texts.append(text)
+        return ImageDataset(self.dataset(pairs)._read, texts)
+
+
+class Split(NamedTuple):
+    """Concept indices: `fit` and `validation` make up Classify-30's training part."""
+
+    fit: list[int]
+    validation: list[int]
+    test: list[int]
+
+
+def stratified(labels: Sequence[Any], seed: int = 0, share: float = 0.2) -> tuple[list[int], list[int]]:
+    """Positions (kept, held out): of each label about ``share``, at least one and never all; with share 0, none."""
+    groups: dict[Any, list[int]] = {}
+    for i, label in enumerate(labels):
+        groups.setdefault(label, []).append(i)
+    generator, kept, held_out = torch.Generator().manual_seed(seed), [], []
+    for members in groups.values():
+        order = torch.randperm(len(members), generator=generator).tolist()
+        cut = min(max(share > 0, round(share * len(members))), len(members) - 1)
+        held_out += [members[j] for j in order[:cut]]
+        kept += [members[j] for j in order[cut:]]
+    return sorted(kept), sorted(held_out)
+
+
+def split(seed: int = 0, share: float = 0.2) -> Split:
+    """A fifth of each subcategory's training concepts is for validation; the same in every style."""
+    emoji = EmojiStyles()
+    training = emoji.indices(classify30="train")
+    parts = stratified([emoji.concepts[i].subcategory for i in training], seed, share)
+    return Split(*([training[i] for i in part] for part in parts), emoji.indices(classify30="test"))
+
+
+def classify30(styles: str | Sequence[str], concepts: Sequence[int]) -> ImageDataset:
+    """Drawings of the concepts that the style, or each of the styles, has; classes: Classify-30's subcategories."""
+    emoji = EmojiStyles()
+    pairs = [(style, i) for style in ([styles] if isinstance(styles, str) else styles) for i in concepts]
+    drawn = {style: emoji.drawn(style) for style, _ in pairs}
+    classes = sorted({concept.subcategory for concept in emoji.concepts if concept.classify30})
+    return renamed(emoji.dataset([(s, i) for s, i in pairs if drawn[s][i]], "subcategory"), classes)

@@ -1,0 +1,181 @@
+"""Two sections of the demo's page: conceptors, and the WiSE-FT curve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from clipsteer.demo.explore import Pictures
+from clipsteer.ensembles.page import curve_charts, summary_table
+from clipsteer.ensembles.robustness import averages
+from clipsteer.report import Html, card, cards, charts, code, figures, stats, table, text
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}\u00a0%"
+
+
+def conceptors(pictures: Pictures, found: Mapping[str, Any], hook_point: str, saved: Path) -> list[Html]:
+    """``found`` is what ``demo_conceptors.measure`` gives, ``saved`` the file of the conceptors."""
+    if "skipped" in found:
+        return [text(found["skipped"])]
+    what, rows = found["what"], found["conceptors"]
+    apart = found["told_apart"]
+    shown, other = found["shown"], 0 if found["shown"] else 1
+    pair = f"{rows[shown]['name']} AND NOT {rows[other]['name']}"
+    return [
+        text(
+            "A conceptor is a soft projection, made from the tokens of some images: directions that these images use "
+            "much pass nearly unchanged, the others are damped. Conceptors combine as sets do: NOT keeps what was "
+            "damped, AND what both keep, OR what either keeps (Jaeger 2014; Postmus & Abreu 2024). Here each "
+            f"{what} has one, made from the images that the autoencoder learns from. The quota is the "
+            "share of all directions that passes; the aperture sets it, and is one for all: "
+            f"α = {found['aperture']:.3g}, by which a direction of average energy passes by half."
+        ),
+        text(
+            f"Which held-out images each keeps most and least, as ‖Ch‖²/‖h‖² over the tokens against the same of a "
+            f"conceptor of all images together (quota {found['quota_everything']:.2f}). Taking for each of the "
+            f"{found['held_out']} images the {what} whose conceptor keeps most in this sense is right for "
+            f"{percent(apart['accuracy'])}; the largest {what} makes up {percent(apart['largest_share'])}."
+        ),
+        cards(*(_kept(pictures, row, found) for row in rows)),
+        text(
+            f"Steering: every token of {found['steered_images']} held-out images of all kinds goes through a "
+            "conceptor, and the model names what comes out. The table gives the probability that falls on names of "
+            f"the {what} in the first column, mean over the images. Compare with the column of the conceptor of all "
+            "images, which shows what damping alone does."
+        ),
+        _effects(found),
+        _examples(pictures, found),
+        code(
+            "import clipsteer\n\n"
+            f"conceptors = clipsteer.Conceptor.load({str(saved)!r})\n"
+            f"wanted = conceptors[{shown}] & ~conceptors[{other}]  # {pair}\n"
+            f"steering = clipsteer.ConceptorSteering(wanted)  # for clipsteer.steer, at {hook_point!r}"
+        ),
+    ]
+
+
+def _kept(pictures: Pictures, row: Mapping[str, Any], found: Mapping[str, Any]) -> Html:
+    def caption(name: str, ratio: float) -> str:
+        # drawings are all of one style here: its name at the end would only take room
+        return f"{name.rpartition(' (')[0] if found['minus'] == 'style' else name}, ×{ratio:.2f}"
+
+    def grid(pairs: Sequence[tuple[int, float]]) -> Html:
+        return figures([(pictures.thumb(i, 96), caption(pictures.names[i], r)) for i, r in pairs], size="4.6rem")
+
+    own = f"{row['most_of_its_own']} of these {len(row['most'])} are of this {found['what']}"
+    return card(
+        row["name"], text(f"From {row['images']} images; quota {row['quota']:.3f}.", css="note"),
+        text(f"Kept most ({own}):"), grid(row["most"]), text("Kept least:"), grid(row["least"]),
+    )  # fmt: skip
+
+
+def _minus(found: Mapping[str, Any]) -> str:
+    return "style" if found["minus"] == "style" else "the others"
+
+
+def _effects(found: Mapping[str, Any]) -> Html:
+    plain = found["probability"]
+    body = []
+    for k, row in enumerate(found["conceptors"]):
+        ways = [plain["unsteered"], plain["everything"], *(row["effect"][way] for way in ("itself", "and_not", "not"))]
+        body.append([row["name"], *(percent(way["mass"][k]) for way in ways)])
+    mean = lambda way: sum(row["effect"][way]["right_name"] for row in found["conceptors"]) / len(found["conceptors"])
+    names = [plain[way]["right_name"] for way in ("unsteered", "everything")]
+    body.append(["images named right", *map(percent, [*names, *map(mean, ("itself", "and_not", "not"))])])
+    what = found["what"]
+    if found["minus"] == "style":
+        minus = "Style is a conceptor of the differences between two drawings of one thing."
+    else:
+        minus = f"The others are a conceptor of the images of every other {what}."
+    return table(
+        [f"probability of the {what}", "unsteered", "conceptor of all images", f"the {what}'s own",
+         f"own AND NOT {_minus(found)}", "NOT its own"], body,
+        f"{minus} The last row is the share of images that still get their own name, among all names; in the last "
+        "three columns it is the mean over the conceptors. The images below are picked evenly, not by their effect.",
+    )  # fmt: skip
+
+
+def _examples(pictures: Pictures, found: Mapping[str, Any]) -> Html:
+    name = found["conceptors"][found["shown"]]["name"]
+    words = lambda pair: f"{pair[0]}, {pair[1]:.0%}"
+
+    def rows(way: str) -> list[list[Any]]:
+        return [
+            [figures([(pictures.thumb(e["row"]), "", pictures.names[e["row"]])], size="3.2rem"),
+             words(e["before"]), words(e["after"])]
+            for e in found["examples"][way]
+        ]  # fmt: skip
+
+    return cards(
+        card(f"Keep {name}, on other images", table(["image", "seen as", "steered"], rows("itself"), words=True)),
+        card(
+            f"NOT {name}, on images of that {found['what']}",
+            table(["image", "seen as", "steered"], rows("not"), words=True),
+        ),
+    )
+
+
+def wise_ft(found: Mapping[str, Any]) -> list[Html]:
+    """``found`` is what ``demo_wise_ft.measure`` gives."""
+    intro = text(
+        "Fine-tuning makes a model better at what it is tuned on, and often worse at everything else. WiSE-FT "
+        "(Wortsman et al. 2022) averages the weights of before and after, tensor by tensor: (1 − α) · zero-shot + "
+        "α · fine-tuned. Often some α in between is better than both ends, at no cost when the model runs."
+    )
+    if "skipped" in found:
+        return [intro, text(found["skipped"])]
+    rows = found["rows"]
+    weight = [row for row in rows if row["method"] == "weight"]
+    line = {row["alpha"]: row for row in averages(weight)}
+    names = list(dict.fromkeys(row["set"] for row in weight))
+    widest = max((row["high"] - row["low"]) / 2 for row in weight)
+    at = {(row["alpha"], row["set"]): row for row in weight}
+    cell = lambda r: f"{100 * r['accuracy']:.1f} ({100 * r['low']:.1f}–{100 * r['high']:.1f})"
+    body = [[f"{alpha:g}", *(cell(at[alpha, name]) for name in names)] for alpha in line]
+    shifted = [name.capitalize() for name in names[1:]]
+    own = found["style"].capitalize()
+    middle = [(f"α = {alpha:g}, other styles", percent(line[alpha]["shifted"])) for alpha in (0.5,) if alpha in line]
+    return [
+        intro,
+        text(
+            f"Here EmojiCLIP, which was trained on {' and '.join(shifted)} drawings, is tuned to {own}, a style new to "
+            f"it: {found['training_concepts']} things in 30 classes, {found['epochs']} epochs. Tested are the drawings "
+            f"of {found['test_concepts']} other things, which it saw in no style: in {own} (reference), and in "
+            f"{' and '.join(shifted)} (shifted)."
+        ),
+        stats([
+            ("before tuning, other styles", percent(line[0.0]["shifted"])), *middle,
+            ("after tuning, other styles", percent(line[1.0]["shifted"])),
+            (f"before and after, {own}", f"{percent(line[0.0]['reference'])} → {percent(line[1.0]['reference'])}"),
+        ]),
+        text(
+            f"In the left chart a line runs from before tuning (○) to after (■): further right is better on {own}, "
+            "further up is better on the other styles. The axes are in log odds, which stretch the scale towards 0 "
+            "and 100 %. The output-space ensemble averages the answers of both models instead, and has to run both."
+        ),
+        charts(*curve_charts(rows)),
+        text(_verdict(rows)),
+        summary_table(rows, None),
+        table(
+            ["α", *names], body,
+            f"Accuracy in % with 95 % Clopper–Pearson intervals, one fine-tuning seed ({found['seed']}). The intervals "
+            f"reach up to {100 * widest:.0f} points either way: read the shape, not the last digit. Every style, three "
+            "seeds, and gains over both ends: benchmarks/results/wise_ft_emoji in the repository, made by "
+            "benchmarks/wise_ft.py. For your own models and data: clipsteer wise-ft curve.",
+        ),
+    ]  # fmt: skip
+
+
+def _verdict(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many alphas beat both ends on the shifted sets, by both measures."""
+    parts = []
+    for measure, name in (("accuracy", "accuracy"), ("balanced", "balanced accuracy (the mean over classes)")):
+        line = {row["alpha"]: row["shifted"] for row in averages(rows, measure) if row["method"] == "weight"}
+        inner = [alpha for alpha in line if 0 < alpha < 1]
+        above = [alpha for alpha in inner if line[alpha] > max(line[0.0], line[1.0])]
+        which = f" (α = {', '.join(f'{a:g}' for a in above)})" if 0 < len(above) < len(inner) else ""
+        parts.append(f"by {name} {len(above)} of the {len(inner)} averages in between{which}")
+    return f"What beats both ends on the mean of the other styles, in this run: {'; '.join(parts)}."

@@ -1,0 +1,346 @@
+"""Files in and out: JSON and safetensors written atomically, and readers that distrust what they read.
+
+A reader of this module returns, or raises ``FileFormatError`` (``FileNotFoundError`` where nothing is there); what it
+allocates is bounded by the size of the file. Format: https://huggingface.co/docs/safetensors, "Format".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import secrets
+import stat
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_JSON_BYTES = 16 << 20
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAX_DIMS = 32
+
+
+class FileFormatError(Exception):
+    """A file is not what it should be: damaged, truncated, or of another format. The message names the path."""
+
+
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
+    """Replace ``path`` by what ``write`` puts into the open file: all of it, or none of it when anything fails.
+
+    Raises OSError (a full disk, no permission); then the old file is as it was and no temporary file stays behind.
+    What a killed process left is removed by the next write of the same file, where the system has file locks.
+    """
+    path = Path(path)
+    _remove_abandoned(path)
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        file = temporary.open("xb")
+        # between the two lines another writer may have taken it for abandoned
+        if not _lock(file) or os.fstat(file.fileno()).st_nlink:
+            break
+        file.close()
+    try:
+        with file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":
+        # the rename itself is on disk only once the folder is
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _lock(file: BinaryIO, wait: bool = True) -> bool:
+    """Take the lock that says "being written", which ends with its process; False when it is taken or there is none."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def _remove_abandoned(path: Path) -> None:
+    pattern = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{12}\.tmp")
+    with contextlib.suppress(OSError):  # a folder that may be written to but not listed
+        for name in filter(pattern.fullmatch, os.listdir(path.parent)):
+            temporary = path.parent / name
+            with contextlib.suppress(OSError), temporary.open("r+b") as file:
+                if _lock(file, wait=False):
+                    temporary.unlink()
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write ``value`` as indented JSON. Raises ValueError for NaN and infinity, TypeError for what JSON has not."""
+    data = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+    write_atomically(path, lambda file: file.write(data))
+
+
+def safetensors_layout(
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[str]]:
+    """The opening bytes of a file that holds tensors of these dtypes and shapes, and the order of their data."""
+    header: dict[str, Any] = {}
+    if metadata:
+        header["__metadata__"] = {str(key): str(value) for key, value in metadata.items()}
+    # widest elements first, then by name: every tensor is aligned and the bytes do not depend on the order given
+    order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+    end = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        if dtype not in _NAMES or name == "__metadata__":
+            raise TypeError(f"write_safetensors: {name!r} is {dtype}, which the format lacks")
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_JSON_BYTES:
+        raise ValueError(f"write_safetensors: a header of {len(text)} bytes, at most {MAX_JSON_BYTES} can be read back")
+    return len(text).to_bytes(8, "little") + text, order
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The elements of a tensor of any device and layout, as they stand in a file."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write dense tensors of any device and layout; they are streamed, one on the CPU at a time."""
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            raise TypeError(f"write_safetensors: {name!r} is {tensor.layout} {tensor.dtype}, which the format lacks")
+    head, order = safetensors_layout({name: (t.dtype, t.shape) for name, t in tensors.items()}, metadata)
+
+    def write(file: BinaryIO) -> None:
+        file.write(head)
+        for name in order:
+            file.write(tensor_bytes(tensors[name]))
+
+    write_atomically(path, write)
+
+
+def _open(path: Path) -> tuple[BinaryIO, int]:
+    """An open regular file and its size. Anything else (a folder, a pipe that would block) is refused."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise FileFormatError(f"{path}: not a regular file")
+    file = path.open("rb")
+    return file, os.fstat(file.fileno()).st_size
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+def _parse(path: Path, data: bytes) -> Any:
+    try:
+        return json.loads(data, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path}: not valid JSON: {error}") from None
+
+
+def read_json(path: str | Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """The value in a JSON file of at most ``max_bytes``. A name that occurs twice in an object is an error."""
+    path = Path(path)
+    file, size = _open(path)
+    with file:
+        if size > max_bytes:
+            raise FileFormatError(f"{path}: {size} bytes, at most {max_bytes} are read as JSON")
+        data = file.read(max_bytes)
+    return _parse(path, data)
+
+
+class _Entry(NamedTuple):
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class Header(NamedTuple):
+    """What a safetensors file says about itself, checked against its size."""
+
+    entries: tuple[_Entry, ...]
+    metadata: dict[str, str]
+    start: int  # offset of the first data byte
+
+
+def _is_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 62 for v in value)
+
+
+def _entry(path: Path, name: str, value: Any) -> _Entry:
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise FileFormatError(f"{path}: tensor {name!r} needs exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise FileFormatError(f"{path}: tensor {name!r} has unsupported dtype {dtype!r:.40}")
+    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2 or len(shape) > _MAX_DIMS:
+        raise FileFormatError(f"{path}: tensor {name!r} has a malformed shape or malformed offsets")
+    if offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[dtype].itemsize:
+        raise FileFormatError(f"{path}: tensor {name!r} of shape {shape} does not fit its data_offsets {offsets}")
+    return _Entry(name, _DTYPES[dtype], tuple(shape), *offsets)
+
+
+def _header(path: Path, file: BinaryIO, size: int) -> Header:
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, MAX_JSON_BYTES):
+        raise FileFormatError(f"{path}: a header of {length} bytes in a file of {size} (limit {MAX_JSON_BYTES})")
+    value = _parse(path, file.read(length))
+    if not isinstance(value, dict):
+        raise FileFormatError(f"{path}: the header is not a JSON object")
+    metadata = value.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FileFormatError(f"{path}: __metadata__ must map text to text")
+    entries = sorted((_entry(path, *item) for item in value.items()), key=lambda e: (e.begin, e.end))
+    position = 0
+    for entry in entries:
+        if entry.begin != position:
+            raise FileFormatError(f"{path}: data of {entry.name!r} overlap their neighbour or leave a gap")
+        position = entry.end
+    if 8 + length + position != size:
+        raise FileFormatError(f"{path}: {size - 8 - length} bytes of data, the header describes {position}")
+    return Header(tuple(entries), metadata, 8 + length)
+
+
+def read_safetensors_header(path: str | Path) -> Header:
+    """Names, dtypes, shapes and metadata, without the data."""
+    path = Path(path)
+    file, size = _open(path)
+    with file:
+        return _header(path, file, size)
+
+
+def _read_tensor(path: Path, file: BinaryIO, entry: _Entry) -> Tensor:
+    try:
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    except (RuntimeError, MemoryError) as error:
+        raise FileFormatError(f"{path}: cannot hold {entry.name!r} of shape {entry.shape}: {error}") from None
+    if not tensor.numel():
+        return tensor
+    raw = tensor.view(-1).view(torch.uint8)
+    buffer = memoryview(raw.numpy()).cast("B")
+    position = 0
+    while position < len(buffer):
+        count = file.readinto(buffer[position:])
+        if not count:
+            raise FileFormatError(f"{path}: ends inside the data of {entry.name!r}")
+        position += count
+    if entry.dtype == torch.bool and int(raw.max()) > 1:
+        raise FileFormatError(f"{path}: {entry.name!r} is boolean but holds a byte other than 0 and 1")
+    return tensor
+
+
+def refuse_nan(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise FileFormatError when a tensor holds a NaN of any payload; infinities are let through."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            raise FileFormatError(f"{path}: {name!r} holds NaN")
+
+
+def read_safetensors(path: str | Path, *, allow_nan: bool = True) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU, bit for bit, NaN payloads included.
+
+    Args:
+        path: the file. Its header may take 16 MiB; offsets must tile the data exactly.
+        allow_nan: False refuses a file with NaN anywhere: what model weights want, and checkpoints do not.
+    """
+    path = Path(path)
+    file, size = _open(path)
+    with file:
+        header = _header(path, file, size)
+        tensors = {entry.name: _read_tensor(path, file, entry) for entry in header.entries}
+    if not allow_nan:
+        refuse_nan(path, tensors)
+    return tensors
+
+
+def _check_archive(path: Path) -> None:
+    """torch.save archives are stored, not compressed; a compressed one could unfold to any size."""
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
+        raise FileFormatError(f"{path}: not an archive written by torch.save: {error}") from None
+    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
+        raise FileFormatError(f"{path}: a compressed or inconsistent archive, not one written by torch.save")
+
+
+def _stand_in(qualified_name: str) -> type:
+    """A class that takes whatever it is given, keeps the attributes and does nothing."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self: Any, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update({k: v for k, v in state.items() if isinstance(k, str)})
+
+    module, _, name = qualified_name.rpartition(".")
+    return type(name, (), {"__init__": __init__, "__setstate__": __setstate__, "__module__": module})
+
+
+def read_torch_weights_only(path: str | Path, *, stand_in_modules: Sequence[str] = ()) -> Any:
+    """A foreign file of torch.save, through weights-only loading alone.
+
+    Args:
+        path: the file; only the archive format (torch ≥ 1.6), whose tensors are mapped rather than copied.
+        stand_in_modules: packages whose classes may occur in it. Each becomes an inert stand-in that holds attributes;
+            nothing of the package is imported and none of its code runs. Every other class is refused.
+    """
+    path = Path(path)
+    _open(path)[0].close()
+    _check_archive(path)
+    try:
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        allowed = [n for n in unknown if n.split(".")[0] in stand_in_modules]
+        with torch.serialization.safe_globals([(_stand_in(name), name) for name in allowed]):
+            # mapped: a storage that lies about its size is cut off at the end of the file
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise FileFormatError(f"{path}: refused by weights-only loading: {reason[0]}") from error
+
+
+def json_object(path: Path, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise FileFormatError(f"{path}: must be a JSON object")
+    return value

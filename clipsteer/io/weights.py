@@ -1,0 +1,118 @@
+"""Named tensors to read piece by piece: safetensors files and their shards, weights-only torch files, modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from clipsteer.io.files import FileFormatError, read_json, read_safetensors_header, read_torch_weights_only
+
+Weights = str | Path | nn.Module | Mapping[str, Tensor]
+
+_FOLDER = (
+    "model.safetensors.index.json", "open_clip_model.safetensors.index.json", "model.safetensors",
+    "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin",
+)  # fmt: skip
+
+
+class Entry(NamedTuple):
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[int, int], Tensor]  # elements [start, stop) as a flat tensor
+
+
+class Source(NamedTuple):
+    where: str
+    entries: dict[str, Entry]
+
+
+def open_weights(argument: str, weights: Weights, stack: ExitStack) -> Source:
+    """The tensors of what `wise_ft` was given as `argument`; files stay open until the stack closes."""
+    if isinstance(weights, nn.Module):
+        return Source(argument, _tensors(argument, weights.state_dict()))
+    if isinstance(weights, Mapping):
+        return Source(argument, _tensors(argument, weights))
+    if not isinstance(weights, (str, Path)):
+        raise TypeError(f"wise_ft: {argument} must be a path, a state dict or a module, got {type(weights).__name__}")
+    path = Path(weights)
+    if path.is_dir():
+        found = next((path / name for name in _FOLDER if (path / name).is_file()), None)
+        if found is None:
+            raise FileNotFoundError(f"{path}: no weights in it; looked for {', '.join(_FOLDER)}")
+        path = found
+    if path.name.endswith(".index.json"):
+        return Source(str(path), _shards(path, stack))
+    if path.suffix == ".safetensors":
+        return Source(str(path), _file(path, stack))
+    if path.suffix not in (".pt", ".pth", ".bin"):
+        raise ValueError(f"wise_ft: {argument} must be .safetensors, .index.json, .pt, .pth or .bin, got {path}")
+    value = read_torch_weights_only(path)
+    if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
+        value = value["state_dict"]
+    if not isinstance(value, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()):
+        raise FileFormatError(f"{path}: not a state dict, nor a checkpoint with one under 'state_dict'")
+    if value and all(name.startswith("module.") for name in value):  # as DistributedDataParallel saves it
+        value = {name[7:]: tensor for name, tensor in value.items()}
+    return Source(str(path), _tensors(str(path), value))
+
+
+def _tensors(where: str, weights: Mapping[str, Tensor]) -> dict[str, Entry]:
+    def entry(name: str, tensor: Any) -> Entry:
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_complex():
+            got = f"{tensor.layout} {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"wise_ft: {where}: {name!r} must be a dense real tensor, got {got}")
+        if tensor.is_quantized or (tensor.is_floating_point() and tensor.dtype.itemsize < 2):
+            raise TypeError(
+                f"wise_ft: {where}: {name!r} is {tensor.dtype}; float16, bfloat16, float32 and float64 can be averaged"
+            )
+        flat = tensor.detach().reshape(-1)
+        return Entry(tensor.dtype, tuple(tensor.shape), lambda start, stop: flat[start:stop])
+
+    return {name: entry(name, tensor) for name, tensor in weights.items()}
+
+
+def _file(path: Path, stack: ExitStack) -> dict[str, Entry]:
+    header = read_safetensors_header(path)
+    file = stack.enter_context(path.open("rb", buffering=0))
+
+    def reader(name: str, dtype: torch.dtype, begin: int) -> Callable[[int, int], Tensor]:
+        def read(start: int, stop: int) -> Tensor:
+            piece = torch.empty(stop - start, dtype=dtype)
+            file.seek(begin + start * dtype.itemsize)
+            rest = memoryview(piece.view(torch.uint8).numpy()) if len(piece) else memoryview(b"")
+            while rest:
+                count = file.readinto(rest)
+                if not count:
+                    raise FileFormatError(f"{path}: ends inside the data of {name!r}")
+                rest = rest[count:]
+            return piece
+
+        return read
+
+    return {e.name: Entry(e.dtype, e.shape, reader(e.name, e.dtype, header.start + e.begin)) for e in header.entries}
+
+
+def _shards(index: Path, stack: ExitStack) -> dict[str, Entry]:
+    value = read_json(index)
+    places = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(places, dict) or not places or not all(isinstance(f, str) for f in places.values()):
+        raise FileFormatError(f"{index}: expected a weight_map from tensor names to file names")
+    files = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name:
+            raise FileFormatError(f"{index}: shard {name!r} is not a file name beside the index")
+        files[name] = _file(index.parent / name, stack)
+    if lost := [name for name, file in places.items() if name not in files[file]]:
+        raise FileFormatError(f"{index}: its shards lack {some(lost)}")
+    return {name: files[file][name] for name, file in places.items()}
+
+
+def some(items: Sequence[str], limit: int = 8) -> str:
+    """The first names of a list, for a message."""
+    rest = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + rest

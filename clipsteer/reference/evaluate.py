@@ -1,0 +1,94 @@
+"""What a contrastively trained CLIP can do, and what each pair still costs it beside a reference."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipsteer import ops
+from clipsteer.clip.model import CLIP
+from clipsteer.clip.zero_shot import zero_shot_head
+from clipsteer.data.dataset import ImageDataset, captions_of
+from clipsteer.io.files import write_atomically
+from clipsteer.reference.features import ReferenceFeatures, encode_dataset, encode_texts
+from clipsteer.training.world import World
+
+
+def evaluate(
+    clip: CLIP, dataset: ImageDataset, *, templates: tuple[str, ...] | None = None, workers: int = 0,
+    world: World | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Zero-shot accuracy where the images have classes; where they have captions, recall at 1 in both directions and
+    the mean reciprocal rank of an image's caption.
+
+    Retrieval is among the data set's distinct images and captions; every caption of an image, and every image of a
+    caption, counts as right, of several the best-placed one. Equal scores share their places. With `world` the
+    processes share the work, and each gets the figures.
+
+    Raises ValueError where features are not finite.
+    """
+    images = encode_dataset(clip, dataset, workers=workers, world=world)
+    if not bool(images.isfinite().all()):
+        raise ValueError("evaluate: the model's image features are not finite")
+    if dataset.classes is not None:
+        head = zero_shot_head(clip, [name.replace("_", " ").replace("-", " ") for name in dataset.classes], templates)
+        right = (images @ head.T.to(images.dtype)).argmax(1).cpu() == torch.tensor(dataset.targets)
+        return {"zero_shot": float(right.float().mean())}
+    texts = list(dict.fromkeys(captions_of(dataset)))
+    place = {text: i for i, text in enumerate(texts)}
+    # an image with several captions stands in as many rows
+    first: dict[Any, int] = {}
+    for row, source in enumerate(dataset.sources):
+        first.setdefault(source, row)
+    rank = {source: i for i, source in enumerate(first)}
+    right = torch.zeros(len(first), len(texts), dtype=torch.bool)
+    for source, text in zip(dataset.sources, captions_of(dataset)):
+        right[rank[source], place[text]] = True
+    scores = (images[list(first.values())] @ encode_texts(clip, texts, world=world).T).cpu()
+    best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+    ahead = (scores > best).sum(1) + ((scores == best) & ~right).sum(1) / 2
+    hits = [right[range(len(right)), scores.argmax(1)], right[scores.argmax(0), range(len(texts))]]
+    return {
+        "image_to_text_mrr": float((1 / (1 + ahead)).mean()),
+        "image_to_text_r1": float(hits[0].float().mean()),
+        "text_to_image_r1": float(hits[1].float().mean()),
+    }
+
+
+@torch.no_grad()
+def excess_losses(
+    clip: CLIP, dataset: ImageDataset, reference: ReferenceFeatures, *, temperature: float = 0.05, chunk: int = 2048,
+    seed: int = 0, workers: int = 0, world: World | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """What every pair still costs: (N,) "learner", "reference" and "excess", images whole.
+
+    learner_i = τ/2·(u_i^image + u_i^text), DRRho's term without a reference: how close other pairs come to this one,
+    against `chunk` pairs drawn with it (all when there are no more). reference_i is the same of the reference; excess_i
+    has the reference in it, Σ_j exp([(s_ij - s_ii) - (r_ij - r_ii)]/τ): large where the pair is hard for the learner
+    and easy for the reference, so worth learning; small where it is learnt, or noise. `world` as in `evaluate`.
+    """
+    image = encode_dataset(clip, dataset, workers=workers, world=world)
+    text = encode_texts(clip, captions_of(dataset), world=world)
+    theirs = (reference.image.to(image), reference.text.to(image))
+    out = {name: torch.zeros(len(dataset)) for name in ("learner", "reference", "excess")}
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    for rows in order.tensor_split(-(-len(dataset) // chunk)):
+        mine, ref = (image[rows], text[rows]), (theirs[0][rows], theirs[1][rows])
+        for name, features in (("learner", mine), ("reference", ref), ("excess", (*mine, *ref))):
+            out[name][rows] = temperature * ops.drrho_loss(*features, temperature=temperature)[1].mean(0).float().cpu()
+    return out
+
+
+def write_excess(path: str | Path, losses: dict[str, Tensor], captions: list[str]) -> None:
+    """A CSV with a row a pair, the largest excess first: sample, learner, reference, excess, caption."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["sample", *losses, "caption"])
+    for row in losses["excess"].argsort(descending=True, stable=True).tolist():
+        writer.writerow([row, *(f"{values[row]:.6g}" for values in losses.values()), captions[row]])
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))

@@ -1,0 +1,323 @@
+"""Training both towers of a CLIP on images with captions, alone or with a frozen reference model beside it.
+
+Losses: "drrho" (Wei et al. 2025, arXiv 2505.06699), "global" (FastCLIP's global contrastive loss, arXiv 2407.01445),
+"clip" (Radford et al. 2021), "distill" (CLIP's loss and the reference's similarities as soft targets).
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipsteer.clip.hooks import evaluating
+from clipsteer.clip.model import CLIP
+from clipsteer.clip.pixels import loader
+from clipsteer.data.dataset import ImageDataset, data_digest
+from clipsteer.io.digests import weights_digest
+from clipsteer.io.files import read_json, write_json, write_safetensors
+from clipsteer.reference.config import ContrastiveConfig
+from clipsteer.reference.drrho import gamma_schedule
+from clipsteer.reference.evaluate import evaluate
+from clipsteer.reference.features import ReferenceFeatures, model_digest
+from clipsteer.reference.losses import select_learnable
+from clipsteer.reference.pairs import Pairs
+from clipsteer.training.loop import TrainingRun
+from clipsteer.training.schedule import Keys, Order, cosine_lr, seed_of
+from clipsteer.training.world import JointBatch, World
+
+
+def train_contrastive(
+    clip: CLIP,
+    dataset: ImageDataset,
+    config: ContrastiveConfig | None = None,
+    *,
+    reference: ReferenceFeatures | CLIP | None = None,
+    out: str | Path | None = None,
+    validation: Mapping[str, ImageDataset] | None = None,
+    templates: tuple[str, ...] | None = None,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
+    workers: int = 0,
+    resume: bool = True,
+    world: World | None = None,
+) -> CLIP:
+    """Train `clip`, in place, on a data set of images with captions (or with classes, whose names are the captions).
+
+    Args:
+        reference: frozen. Kept features of the whole images, or a model that sees the very crops that `clip` sees.
+            Needed for drrho and distill, and for `select`.
+        out: folder for the trained model (model.safetensors, config.json, and architecture.json where the architecture
+            came from a file), log.jsonl and checkpoints/. A run that was stopped there, by SIGTERM or otherwise, goes
+            on from its last checkpoint, on a CPU bit for bit; `clip` must then be what it started from.
+        validation: name -> data set, measured by `evaluate` every `evaluate_every` steps (None: every epoch) and at
+            the end.
+        templates: prompts for data sets with classes; see `clip.zero_shot_head`.
+        on_log: called with every line of the log. "loss_share" is the part of the last step's time, reading data not
+            counted, that went into the loss and its gradient in the features; of several processes, waiting included.
+        world: under torchrun; every process is given the same `clip`, the batch is divided among them.
+
+    Returns `clip`, in eval mode, its logit_scale set to 1/τ.
+
+    Raises:
+        ValueError: a data set of less than a batch, no reference where one is needed or one of other pairs, or a run
+            in `out` with other settings, data or starting weights.
+        RuntimeError: the loss is not finite. SystemExit(143): SIGTERM came and the state is saved.
+    """
+    run = _Run(
+        clip, dataset, config or ContrastiveConfig(), reference, Path(out) if out is not None else None,
+        dict(validation or {}), templates, workers, world or World(clip.device),
+    )  # fmt: skip
+    return run.run(on_log, resume)
+
+
+class _Run(TrainingRun):
+    name = "train"
+    cosmetic = (*TrainingRun.cosmetic, "micro_batch", "evaluate_every")
+    shown = ("loss", "loss_share")
+
+    def __init__(
+        self, clip: CLIP, dataset: ImageDataset, config: ContrastiveConfig, reference: ReferenceFeatures | CLIP | None,
+        out: Path | None, validation: dict[str, ImageDataset], templates: tuple[str, ...] | None, workers: int,
+        world: World,
+    ) -> None:  # fmt: skip
+        if reference is None and config.wants_reference:
+            raise ValueError(f"train: loss={config.loss!r}, select={config.select} need a reference")
+        if isinstance(reference, ReferenceFeatures) and (
+            len(reference.image) != len(dataset) or reference.data not in ("", data_digest(dataset))
+        ):
+            raise ValueError(
+                f"train: the reference features are of {len(reference.image)} other pairs than these {len(dataset)}"
+            )
+        config.check_batches(len(dataset), world.size)
+        self.clip, self.dataset, self.reference = clip, dataset, reference if config.wants_reference else None
+        self.validation, self.templates, self.workers = validation, templates, workers
+        self.order = Order(len(dataset), config.batch_size, config.seed, drop_last=True)
+        total = -(-config.samples // config.batch_size) if config.samples else self.order.per_epoch * config.epochs
+        self.loss = config.make_loss(len(dataset), world).to(clip.device)
+        # τ is the loss's own, and none of the losses has a bias
+        for parameter in (clip.model.logit_scale, getattr(clip.model, "logit_bias", None)):
+            if parameter is not None:
+                parameter.requires_grad_(False)
+        parameters = {f"model.{name}": p for name, p in clip.model.named_parameters() if p.requires_grad}
+        self.trained = list(parameters.values())
+        self.scale = [p for p in self.loss.parameters() if p.requires_grad]
+        parameters |= {f"loss.{name}": p for name, p in self.loss.named_parameters() if p.requires_grad}
+        groups = [
+            {"params": [p for p in self.trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in self.trained if p.ndim < 2], "weight_decay": 0.0},
+            {"params": self.scale, "weight_decay": 0.0},
+        ]
+        if config.remembers:
+            # FastCLIP's rule for τ: a quarter of the peak, constant; `settle_temperature_` has the rest of it
+            groups[2]["lr"] = config.lr / 4
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6)
+        settings = {**asdict(config), "pairs": len(dataset)}
+        if out is not None:
+            # an architecture that a file describes is known by what stands there
+            settings["model"] = read_json(clip.name) if clip.name.endswith(".json") else clip.name
+            settings |= {"data": data_digest(dataset), "weights": weights_digest(clip.model)}
+            settings["frozen"] = [name for name, p in clip.model.named_parameters() if not p.requires_grad]
+            if isinstance(self.reference, CLIP):
+                settings["reference"] = model_digest(self.reference)
+            elif self.reference is not None:
+                settings["reference"] = self.reference.digest()
+        super().__init__(config, total, parameters, optimizer, settings, out, world)
+
+    def run(self, on_log: Callable[[dict[str, Any]], None] | None, resume: bool) -> CLIP:
+        if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.restore(self.clip.device, resume)
+        self.model = self.clip.model
+        if self.world.size > 1:
+            ids = [self.clip.device.index] if self.clip.device.type == "cuda" else None
+            self.model = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+        cuda = [self.clip.device] if self.clip.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=cuda):
+                self.loop(on_log=on_log)
+        finally:
+            if self.world.size > 1:
+                # what a failed run's traceback and DDP's cycles keep would hold the process group beyond its end
+                self.model = self.clip.model
+                gc.collect()
+        self.clip.model.eval()
+        with torch.no_grad():
+            self.clip.model.logit_scale.fill_(-math.log(float(self._temperature())))
+        if self.out is not None and self.lead:
+            write_safetensors(self.out / "model.safetensors", self.clip.model.state_dict(), {"format": "pt"})
+            name = self.settings["model"]
+            if not isinstance(name, str):
+                write_json(self.out / "architecture.json", name)
+                name = "architecture.json"
+            write_json(self.out / "config.json", {"model": name, "train": self.settings})
+        self.world.any(False)  # what the first one writes is there when any returns
+        return self.clip
+
+    def _temperature(self) -> Tensor | float:
+        tau = self.loss.temperature
+        return tau.detach() if isinstance(tau, Tensor) else tau
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {f"model.{name}": tensor for name, tensor in self.clip.model.state_dict().items()}
+        found |= {f"loss.{name}": parameter for name, parameter in self.loss.named_parameters()}
+        return found | ({"loss.u": self.loss.gather_u()} if self.config.remembers else {})
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        self.clip.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        with torch.no_grad():
+            for name, parameter in self.loss.named_parameters():
+                parameter.copy_(tensors[f"loss.{name}"])
+        if self.config.remembers:
+            self.loss.load_u(tensors["loss.u"])
+
+    def batches(self) -> Iterator[list[Tensor]]:
+        """This process's share of every batch."""
+        live = [self.reference] if isinstance(self.reference, CLIP) else []
+        pairs = Pairs(self.dataset, self.config.crop, self.clip, *live)
+        share = self.config.batch_size // self.world.size
+        mine = slice(self.world.rank * share, (self.world.rank + 1) * share)
+        steps = range(self.step, self.total)
+        return iter(loader(pairs, Keys((self.order.keys(s)[mine] for s in steps), len(steps)), self.workers))
+
+    def _features(self, pixels: Tensor, tokens: Tensor, part: int) -> tuple[Tensor, Tensor]:
+        # the same dropout when a part of the batch is computed a second time
+        number = (self.config.seed * 1_000_003 + self.step) * self.world.size + self.world.rank
+        torch.manual_seed(seed_of(number * 65_537 + part))
+        with torch.autocast(self.clip.device.type, torch.bfloat16, enabled=self.config.bf16):
+            found = self.model(pixels, tokens)
+        pair = (found["image_features"], found["text_features"]) if isinstance(found, dict) else found[:2]
+        # unit rows in bfloat16 are off by its rounding
+        image, text = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in pair)
+        return image, text
+
+    def _referred(self, ids: Tensor, theirs: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        if self.reference is None:
+            return None, None
+        if isinstance(self.reference, ReferenceFeatures):
+            image, text = self.reference.image[ids], self.reference.text[ids]
+        else:
+            with evaluating(self.reference.model):
+                image = self.reference.embed(theirs[0])
+                text = self.reference.model.encode_text(theirs[1].to(self.clip.device))
+                text = F.normalize(text.float(), dim=-1)
+        wide = torch.promote_types(self.clip.dtype, torch.float32)  # that of `_features`
+        return image.to(self.clip.device, wide), text.to(self.clip.device, wide)
+
+    def _now(self) -> float:
+        """Seconds, for the steps that are logged; a GPU waits for no other."""
+        if self.timed and self.clip.device.type == "cuda":
+            torch.cuda.synchronize(self.clip.device)
+        return time.perf_counter()
+
+    def train_step(self, batch: list[Tensor]) -> dict[str, Tensor | float]:
+        config = self.config
+        self.model.train(), self.loss.train()
+        self.timed = self.step + 1 == self.total or (self.step + 1) % config.log_every == 0
+        began = self._now()
+        lr = cosine_lr(self.step, self.total, config.lr, config.warmup_steps)
+        for group in self.optimizer.param_groups[: 2 if config.remembers else 3]:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        ids, pixels, tokens, *theirs = batch
+        refs = self._referred(ids, theirs)
+        inputs = (pixels.to(self.clip.device, self.clip.dtype), tokens.to(self.clip.device))
+        loss = self._backward(ids.to(self.clip.device), inputs, refs)
+        if self.scale and self.world.size > 1:
+            self.world.sum_(self.scale[0].grad).div_(self.world.size)
+        norm = nn.utils.clip_grad_norm_(self.trained, config.grad_clip)
+        before = self.scale[0].detach().clone() if self.scale else None
+        self.optimizer.step()
+        self.loss.settle_temperature_(before)
+        values = {"loss": loss, "grad_norm": norm, "lr": lr, "temperature": self._temperature()}
+        return values | ({"loss_share": self.loss_seconds / (self._now() - began)} if self.timed else {})
+
+    def _backward(
+        self, ids: Tensor, inputs: tuple[Tensor, Tensor], refs: tuple[Tensor | None, Tensor | None]
+    ) -> Tensor:
+        """Gradients of the whole batch's loss, the model seeing at most micro_batch pairs at a time.
+
+        In parts: features of all pairs without a graph, the loss and its gradient in them, then each part again with a
+        graph (Gao et al. 2021, GradCache, arXiv 2101.06983). For models without batch statistics that is the gradient
+        of the whole.
+        """
+        config, size = self.config, self.config.micro_batch or len(ids)
+        longest = len(ids)
+        if config.select is not None:
+            ids, inputs, refs, longest = self._select(ids, inputs, refs, size)
+        if config.loss not in ("drrho", "distill"):
+            refs = (None, None)
+        # all processes go the same way, as both have collectives of their own
+        whole = longest <= size
+        features = self._features(*inputs, 0) if whole else self._seen(inputs, size)
+        features = [x[: len(ids)] for x in features]
+        image, text = (x.detach().requires_grad_() for x in features)
+        began = self._now()
+        loss = self.loss(image, text, ids, *refs, gamma=self._gamma(self.step // self.order.per_epoch))
+        loss.backward()
+        self.loss_seconds = self._now() - began
+        if whole:
+            torch.autograd.backward(features, [image.grad, text.grad])
+            return loss.detach()
+        parts = list(zip(*(x.split(size) for x in (*inputs, image.grad, text.grad))))
+        for number, (*part, d_image, d_text) in enumerate(parts):
+            last = self.world.size == 1 or number == len(parts) - 1
+            with nullcontext() if last else self.model.no_sync():
+                features = [x[: len(d_image)] for x in self._features(*part, number)]
+                torch.autograd.backward(features, [d_image, d_text])
+        return loss.detach()
+
+    def _seen(self, inputs: tuple[Tensor, Tensor], size: int) -> tuple[Tensor, Tensor]:
+        """Features without a graph."""
+        parts = zip(*(x.split(size) for x in inputs))
+        with torch.no_grad():
+            found = [self._features(*part, number) for number, part in enumerate(parts)]
+        return tuple(torch.cat(x) for x in zip(*found))
+
+    def _select(
+        self, ids: Tensor, inputs: tuple[Tensor, Tensor], refs: tuple[Tensor, Tensor], size: int
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor], int]:
+        """This process's pairs of those that are picked from the joint batch, and the most that a process has.
+
+        Where it has none its inputs are one pair still, as models take no empty batch and DDP waits for every process.
+        """
+        batch = JointBatch(self.world, len(ids), ids.device)
+        features = [batch.join(x) for x in (*self._seen(inputs, size), *refs)]
+        draws = torch.Generator(ids.device).manual_seed(seed_of(self.config.seed * 1_000_003 + self.step))
+        keep = max(1, round(self.config.select * batch.rows))
+        kept = select_learnable(*features, keep, temperature=self._temperature(), generator=draws)
+        self.world.broadcast_(kept)  # GPUs of two kinds may round differently
+        owner = kept // len(ids)
+        mine = kept[owner == self.world.rank] - batch.offset
+        longest = int(owner.bincount().max())
+        run = mine if len(mine) else mine.new_zeros(1)
+        return ids[mine], tuple(x[run] for x in inputs), tuple(r[mine] for r in refs), longest
+
+    def _gamma(self, epoch: int) -> float:
+        epochs = -(-self.total // self.order.per_epoch)
+        least = self.config.gamma_min
+        if least is None:
+            least = min(1.0, 4.177 * epochs**-0.7265)
+        return gamma_schedule(epoch, self.config.gamma_epochs or epochs, least)
+
+    def measure(self) -> dict[str, float]:
+        every = self.config.evaluate_every or self.order.per_epoch
+        if not self.validation or (self.step % every and self.step != self.total):
+            return {}
+        for buffer in self.clip.model.buffers():  # of batch norms each process has its own
+            self.world.broadcast_(buffer)
+        found = {"samples": self.step * self.config.batch_size}
+        for name, dataset in self.validation.items():
+            scores = evaluate(
+                self.clip, dataset, templates=self.templates, workers=self.workers, world=self.world
+            )  # fmt: skip
+            found |= {f"{name}/{key}": value for key, value in scores.items()}
+        return found

@@ -1,0 +1,179 @@
+"""What an SAE preserves of a CLIP model: variance explained, sparsity, and zero-shot predictions under substitution.
+
+Everything streams over a data set, one batch of images at a time. Definitions follow Joseph et al. 2025
+(arXiv 2504.08729): EV = mean over tokens of 1 - ‖x̂ - x‖² / ‖x - mean_batch x‖²; CE recovered
+= (CE_zero - CE_sae) / (CE_zero - CE_clean), with logits 100 · cosine and prompt templates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipsteer.clip.hooks import evaluating
+from clipsteer.clip.model import CLIP
+from clipsteer.clip.pixels import image_batches
+from clipsteer.clip.zero_shot import zero_shot_head
+from clipsteer.sae.features import (
+    FeatureStatistics,
+    Steerability,
+    TopImages,
+    feature_statistics,
+    name_features,
+    steerability,
+    top_images,
+)
+from clipsteer.sae.model import SAE
+from clipsteer.sae.site import LOGIT_SCALE, Site, chunks, clean_pass, find_site, from_site, grid_side
+
+__all__ = [
+    "FeatureStatistics",
+    "Steerability",
+    "TopImages",
+    "evaluate_sae",
+    "feature_statistics",
+    "name_features",
+    "steerability",
+    "top_images",
+]
+
+
+def evaluate_sae(
+    sae: SAE,
+    clip: CLIP,
+    dataset: Any,
+    *,
+    hook_point: str | None = None,
+    tokens: str | None = None,
+    classnames: Sequence[str] | None = None,
+    templates: Sequence[str] | None = None,
+    batch_size: int = 64,
+) -> dict[str, Any]:
+    """Metrics of an SAE over a map-style data set of images or (image, label) pairs, as plain JSON-able values.
+
+    Args:
+        hook_point, tokens: by default what the SAE's metadata say.
+        classnames, templates: classes that integer labels index; by default those of ``dataset.classes``. Without
+            classes, or with captions as labels, the substitution metrics are left out.
+        batch_size: images a batch. EV is centred on the batch's mean, so it depends on this; FVU does not.
+
+    Returns a dict with
+        ev, fvu, l0, dead (share of features never active), images, tokens;
+        l0_per_token: one value a token position; l0_map: the same over the patch grid, row by row, if square;
+        ce_clean, ce_sae, ce_zero (nats), ce_recovered, and top1_clean, top1_sae, top1_zero, top1_recovered.
+        A ratio whose denominator is 0 is None, and so is ev where a batch has no variance.
+    """
+    site = find_site(sae, clip, hook_point, tokens)
+    classnames = classnames if classnames is not None else getattr(dataset, "classes", None)
+    head = zero_shot_head(clip, classnames, templates) if classnames else None
+    totals = _Totals(sae)
+    scores = {name: [0.0, 0] for name in ("clean", "sae", "zero")}
+    labelled = 0
+    with evaluating(sae, clip.model):
+        for pixels, labels in image_batches(clip, dataset, batch_size, "evaluate SAE"):
+            x, embedded = clean_pass(clip, pixels, site)
+            chosen = site.select(x)
+            x_hat = totals.add(chosen)
+            known = labels >= 0
+            if head is None or not bool(known.any()):
+                continue
+            if int(labels.max()) >= len(head):
+                raise ValueError(f"dataset: label {int(labels.max())} is not below the {len(head)} classes")
+            labelled += int(known.sum())
+            replaced, zeroed = site.put(x, x_hat.to(x.dtype)), site.put(x, torch.zeros_like(chosen))
+            go_on = from_site(clip, pixels, site, x, embedded)
+            variants = {"clean": embedded, "sae": go_on(replaced), "zero": go_on(zeroed)}
+            for name, features in variants.items():
+                logits = LOGIT_SCALE * features[known] @ head.to(features.dtype).T  # (b, C)
+                scores[name][0] += float(F.cross_entropy(logits.double(), labels[known], reduction="sum"))
+                scores[name][1] += int((logits.argmax(-1) == labels[known]).sum())
+    result = totals.result(site)
+    if labelled:
+        ce = {name: total / labelled for name, (total, _) in scores.items()}
+        top1 = {name: hits / labelled for name, (_, hits) in scores.items()}
+        for name in scores:
+            result[f"ce_{name}"], result[f"top1_{name}"] = ce[name], top1[name]
+        result["ce_recovered"] = _ratio(ce["zero"] - ce["sae"], ce["zero"] - ce["clean"])
+        result["top1_recovered"] = _ratio(top1["zero"] - top1["sae"], top1["zero"] - top1["clean"])
+    return result
+
+
+def _ratio(above: float, below: float) -> float | None:
+    return above / below if below else None
+
+
+class _Totals:
+    """Running sums over batches of tokens (B, T, d), in float64."""
+
+    def __init__(self, sae: SAE) -> None:
+        self.sae = sae
+        self.images = self.count = 0
+        self.explained = self.error = self.spread = 0.0
+        self.mean: Tensor | None = None
+        self.l0: Tensor | None = None
+        self.active = torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.W_enc.device)
+
+    def add(self, x: Tensor) -> Tensor:
+        """Take in one batch; returns its reconstruction (B, T, d)."""
+        images, positions, d = x.shape
+        rows = x.reshape(-1, d)
+        parts, l0 = [], []
+        for part in chunks(self.sae, rows):
+            out = self.sae(part)
+            on = out.acts > 0
+            parts.append(out.x_hat)
+            l0.append(on.sum(-1))
+            if out.indices is None:
+                self.active |= on.any(0)
+            else:
+                self.active[out.indices[on]] = True
+        x_hat = torch.cat(parts)
+        wide = rows.double()
+        error = (x_hat.double() - wide).square().sum(-1)  # (N,)
+        mean = wide.mean(0)
+        spread = (wide - mean).square().sum(-1)
+        explained = torch.where(error == 0, 1.0, 1 - error / spread)
+        self.explained += float(explained.sum())
+        self.error += float(error.sum())
+        self._merge(mean, float(spread.sum()), len(rows))
+        per_position = torch.cat(l0).reshape(images, positions).double().sum(0)
+        if self.l0 is not None and len(self.l0) != positions:
+            raise ValueError(f"dataset: images give {len(self.l0)} and {positions} tokens; all must have one size")
+        self.l0 = per_position if self.l0 is None else self.l0 + per_position
+        self.images += images
+        return x_hat.reshape(x.shape)
+
+    def _merge(self, mean: Tensor, spread: float, count: int) -> None:
+        # Chan, Golub and LeVeque's update: no cancellation, whatever the mean
+        if self.mean is None:
+            self.mean, self.spread, self.count = mean, spread, count
+            return
+        delta, total = mean - self.mean, self.count + count
+        self.spread += spread + float(delta.square().sum()) * self.count * count / total
+        self.mean = self.mean + delta * (count / total)
+        self.count = total
+
+    def result(self, site: Site) -> dict[str, Any]:
+        assert self.l0 is not None
+        per_token = (self.l0 / self.images).tolist()
+        result: dict[str, Any] = {
+            "hook_point": site.hook_point,
+            "token_kind": site.tokens,
+            "images": self.images,
+            "tokens": self.count,
+            "ev": self.explained / self.count if math.isfinite(self.explained) else None,
+            "fvu": _ratio(self.error, self.spread),
+            "l0": float(self.l0.sum()) / self.count,
+            "dead": 1 - int(self.active.sum()) / self.sae.d_sae,
+            "l0_per_token": per_token,
+        }
+        patches = site.patches(self.l0 / self.images).tolist()
+        side = grid_side(len(patches))
+        if side:
+            result["l0_map"] = [patches[row * side : (row + 1) * side] for row in range(side)]
+        return result

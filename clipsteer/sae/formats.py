@@ -1,0 +1,174 @@
+"""SAE folders: clipsteer's own, and those of SAELens, sparsify and ViT-Prisma, told apart by what lies in them.
+
+    clipsteer   cfg.json ("format": "clipsteer-sae"), model.safetensors     W_enc, W_dec (d_sae, d_in)
+    saelens     cfg.json, sae_weights.safetensors                           W_enc (d_in, d_sae), W_dec (d_sae, d_in)
+    sparsify    cfg.json, sae.safetensors                                   encoder.weight, W_dec (d_sae, d_in)
+    prisma      config.json or a config inside the .pt, *.pt                W_enc (d_in, d_sae), W_dec (d_sae, d_in)
+
+Here an SAE is a plain description, ``Described``: ``SAE.from_pretrained`` builds the module from it, and checks the
+weights against the configuration before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from clipsteer._version import __version__
+from clipsteer.io.files import (
+    FileFormatError,
+    json_object,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
+from clipsteer.sae.foreign import (
+    SAELENS_FILE,
+    SPARSIFY_FILE,
+    Described,
+    export_saelens,
+    export_sparsify,
+    read_prisma,
+    read_saelens,
+    read_sparsify,
+)
+from clipsteer.sae.foreign import open_clip_name as open_clip_name
+
+_FORMAT, _FORMAT_VERSION = "clipsteer-sae", 1
+_OWN_FILE = "model.safetensors"
+_HUB_FILES = ("cfg.json", "config.json", _OWN_FILE, SAELENS_FILE, SPARSIFY_FILE, "weights.pt", "n_images_*.pt")
+_HUB = "hf-hub:"
+
+
+class Describable(Protocol):
+    """What can be written: an SAE."""
+
+    def described(self) -> Described: ...
+
+
+def _read_own(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> Described:
+    path = folder / "cfg.json"
+    if cfg.get("format_version") != _FORMAT_VERSION:
+        raise FileFormatError(f"{path}: format_version {cfg.get('format_version')!r:.40}, this reads {_FORMAT_VERSION}")
+    names = ("d_in", "d_sae", "architecture", "k", "normalize", "apply_b_dec_to_input")
+    if missing := [name for name in names if name not in cfg]:
+        raise FileFormatError(f"{path}: no {missing[0]!r}")
+    if not isinstance(cfg["apply_b_dec_to_input"], bool):
+        raise FileFormatError(f"{path}: apply_b_dec_to_input must be true or false")
+    return Described({name: cfg[name] for name in names}, weights, json_object(path, cfg.get("metadata", {})))
+
+
+_READERS = {
+    "clipsteer": (_OWN_FILE, _read_own),
+    "saelens": (SAELENS_FILE, read_saelens),
+    "sparsify": (SPARSIFY_FILE, read_sparsify),
+}
+_WRITERS = {"saelens": (SAELENS_FILE, export_saelens), "sparsify": (SPARSIFY_FILE, export_sparsify)}
+
+
+def detect(folder: str | Path) -> str:
+    """ "clipsteer", "saelens", "sparsify" or "prisma". Raises FileNotFoundError or FileFormatError."""
+    folder = Path(folder)
+    if folder.is_file() and folder.suffix == ".pt":
+        return "prisma"
+    if not folder.exists():
+        hint = f"; for the hub write {_HUB + str(folder)!r}" if str(folder).count("/") == 1 else ""
+        raise FileNotFoundError(f"no SAE at {folder}{hint}")
+    if (folder / "cfg.json").is_file():
+        cfg = json_object(folder / "cfg.json", read_json(folder / "cfg.json"))
+        if cfg.get("format") == _FORMAT:
+            return "clipsteer"
+        for name, found in ((SAELENS_FILE, "saelens"), (SPARSIFY_FILE, "sparsify")):
+            if (folder / name).is_file():
+                return found
+    elif folder.is_dir() and any(folder.glob("*.pt")):
+        return "prisma"
+    raise FileFormatError(
+        f"{folder}: no SAE in here; looked for cfg.json with {_OWN_FILE} (clipsteer), {SAELENS_FILE} (SAELens) or "
+        f"{SPARSIFY_FILE} (sparsify), and for *.pt (ViT-Prisma)"
+    )
+
+
+def parse_hub(path: str) -> tuple[str, str]:
+    """ "hf-hub:org/repo/sub/folder" -> ("org/repo", "sub/folder"). Raises ValueError."""
+    parts = path.removeprefix(_HUB).split("/")
+    if len(parts) < 2 or not all(parts) or any(part in (".", "..") for part in parts):
+        raise ValueError(
+            f"SAE.from_pretrained: expected 'hf-hub:org/repo' or 'hf-hub:org/repo/subfolder', got {path!r}"
+        )
+    return "/".join(parts[:2]), "/".join(parts[2:])
+
+
+def _download(path: str) -> Path:
+    repo, subfolder = parse_hub(path)
+    alternative = f"download the folder by hand and pass its path in place of {path!r}"
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise RuntimeError(f"reading {path!r} needs huggingface_hub; install it, or {alternative}") from error
+    patterns = [str(PurePosixPath(subfolder, name)) for name in _HUB_FILES]
+    try:
+        root = snapshot_download(repo, allow_patterns=patterns)
+    except Exception as error:
+        raise RuntimeError(f"the hub did not give {repo!r} ({type(error).__name__}: {error}); {alternative}") from error
+    folder = Path(root) / subfolder
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the hub repository {repo!r} has no SAE in {subfolder!r}")
+    return folder
+
+
+def read(path: str | Path) -> tuple[Path, Described]:
+    """The SAE at `path` (see ``SAE.from_pretrained``) as it was written, and the folder that it was found in."""
+    folder = _download(path) if isinstance(path, str) and path.startswith(_HUB) else Path(path)
+    kind = detect(folder)
+    if kind == "prisma":
+        return folder, read_prisma(folder)
+    name, reader = _READERS[kind]
+    cfg = json_object(folder / "cfg.json", read_json(folder / "cfg.json"))
+    return folder, reader(folder, cfg, read_safetensors(folder / name))
+
+
+def _checked(sae: Describable) -> Described:
+    """What is about to be written; whatever could not be read again shows here, before a file is touched."""
+    config, weights, metadata = sae.described()
+    if broken := [name for name, tensor in weights.items() if bool(tensor.isnan().any())]:
+        raise ValueError(f"SAE: {', '.join(broken)} hold NaN; such a file could not be loaded again")
+    metadata = {**metadata, "clipsteer_version": __version__}
+    return Described(config, weights, json.loads(json.dumps(metadata, allow_nan=False)))
+
+
+def save(sae: Describable, directory: str | Path) -> Path:
+    """See ``SAE.save_pretrained``."""
+    directory = Path(directory)
+    config, weights, metadata = _checked(sae)
+    directory.mkdir(parents=True, exist_ok=True)
+    head = {"format": _FORMAT, "format_version": _FORMAT_VERSION}
+    dtype = str(weights["W_enc"].dtype).removeprefix("torch.")
+    text = {key: value for key, value in metadata.items() if isinstance(value, str)}
+    write_safetensors(directory / _OWN_FILE, weights, text)
+    write_json(directory / "cfg.json", {**head, **config, "dtype": dtype, "metadata": metadata})
+    return directory
+
+
+def export(sae: Describable, directory: str | Path, format: str) -> Path:
+    """Write the SAE for another library: ``format`` is "saelens" or "sparsify".
+
+    SAELens takes every architecture; batch_topk becomes the jumprelu it is at inference. sparsify takes topk without
+    normalisation; apply_b_dec_to_input=False is folded into the encoder's bias.
+
+    Raises:
+        ValueError: a format that cannot say what this SAE does, an unknown format, NaN among the weights.
+    """
+    if format not in _WRITERS:
+        raise ValueError(f"export: format must be one of {tuple(_WRITERS)}, got {format!r}")
+    name, writer = _WRITERS[format]
+    weights, cfg = writer(_checked(sae))
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_safetensors(directory / name, weights)
+    write_json(directory / "cfg.json", cfg)
+    return directory

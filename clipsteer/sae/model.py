@@ -1,0 +1,379 @@
+"""The sparse autoencoder: five architectures, three input normalisations, one module.
+
+    x' = (x - mean) / scale,  pre = (x' - b_dec) W_encᵀ + b_enc,  f = activation(pre),
+    x̂ = (f W_dec + b_dec) · scale + mean
+
+Both dictionaries are (d_sae, d_in), a feature a row. Sources: Gao et al. 2024 (arXiv 2406.04093) for topk, Bussmann et
+al. 2024 (2412.06410) for batch_topk, Rajamanoharan et al. 2024 (2407.14435, 2404.16014) for jumprelu and gated, Joseph
+et al. 2025 (2504.08729) for the normalisations and the initialisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipsteer import ops
+from clipsteer.io.files import FileFormatError, refuse_nan
+from clipsteer.sae import formats
+from clipsteer.sae.foreign import Described
+
+ARCHITECTURES = ("relu", "topk", "batch_topk", "jumprelu", "gated")
+NORMALIZATIONS = ("none", "layer_norm", "constant_norm")
+_LAYER_NORM_EPS = 1e-5
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# weight of the newest batch in batch_topk's running threshold
+_THRESHOLD_RATE = 0.01
+
+
+class InputStats(NamedTuple):
+    """What the normalisation took out of each row and the decoder puts back; None where there is nothing to do."""
+
+    mean: Tensor | None  # (..., 1)
+    scale: Tensor | None  # (..., 1)
+
+
+class SAEOutput(NamedTuple):
+    """What a forward pass gives.
+
+    x_hat (..., d_in), in x's dtype. acts and indices: for topk (..., k) each, descending; for the other architectures
+    acts is dense (..., d_sae) and indices is None. stats: the input normalisation, as ``decode`` takes it.
+    """
+
+    x_hat: Tensor
+    acts: Tensor
+    indices: Tensor | None
+    stats: InputStats
+
+
+def _unit_rows(weight: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
+    # a row of zeros stays zero
+    return weight / norm.clamp_min(torch.finfo(weight.dtype).tiny)
+
+
+def _positive_int(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"SAE: {name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"SAE: {name} must be at least 1, got {value}")
+    return value
+
+
+class SAE(nn.Module):
+    """Sparse autoencoder over activations of width ``d_in``, with ``d_sae`` features.
+
+    Args:
+        d_in: width of the activations.
+        d_sae: number of features.
+        architecture: "relu"; "topk" (``ops.topk_encode`` and ``ops.sparse_decode``: no dense code is built);
+            "batch_topk" (in training the k·rows largest of the batch, else all above a saved running threshold);
+            "jumprelu" and "gated" (made to load and run what others trained).
+        k: active features a row, for topk and batch_topk (where it is an average and may be fractional); else unused.
+        normalize: "none"; "layer_norm" (mean and unbiased standard deviation of the row, plus 1e-5);
+            "constant_norm" (rows scaled to norm √d_in). The output is un-normalised with the same values.
+        apply_b_dec_to_input: subtract the decoder bias before encoding.
+        dtype, device: of the parameters. Rows of another dtype are cast to it; x_hat comes back in theirs.
+        metadata: what it was trained on: "clip_model", "pretrained", "hook_point", "tokens" and whatever else is JSON.
+
+    Parameters W_enc and W_dec (d_sae, d_in), b_dec (d_in,), b_enc (d_sae,); gated has b_gate, b_mag and r_mag (d_sae,)
+    in place of b_enc; buffer ``threshold``: (d_sae,) for jumprelu, () for batch_topk (negative until trained).
+
+    Raises:
+        ValueError, TypeError: unknown names, sizes or k out of range.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        architecture: str = "topk",
+        k: int | float | None = 64,
+        *,
+        normalize: str = "none",
+        apply_b_dec_to_input: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.d_in, self.d_sae = _positive_int("d_in", d_in), _positive_int("d_sae", d_sae)
+        if architecture not in ARCHITECTURES:
+            raise ValueError(f"SAE: architecture must be one of {ARCHITECTURES}, got {architecture!r}")
+        if normalize not in NORMALIZATIONS:
+            raise ValueError(f"SAE: normalize must be one of {NORMALIZATIONS}, got {normalize!r}")
+        if normalize == "layer_norm" and d_in < 2:
+            raise ValueError(f"SAE: layer_norm needs d_in of at least 2, got {d_in}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"SAE: dtype must be a floating type, got {dtype}")
+        self.architecture, self.normalize = architecture, normalize
+        self.apply_b_dec_to_input = bool(apply_b_dec_to_input)
+        self.metadata: dict[str, Any] = dict(metadata or {})
+        self.k = self._checked_k(k)
+        like = {"dtype": dtype, "device": device}
+        self.W_enc = nn.Parameter(torch.empty(d_sae, d_in, **like))
+        self.W_dec = nn.Parameter(torch.empty(d_sae, d_in, **like))
+        self.b_dec = nn.Parameter(torch.empty(d_in, **like))
+        for name in ("b_gate", "b_mag", "r_mag") if architecture == "gated" else ("b_enc",):
+            self.register_parameter(name, nn.Parameter(torch.empty(d_sae, **like)))
+        if architecture == "jumprelu":
+            self.register_buffer("threshold", torch.empty(d_sae, **like))
+        elif architecture == "batch_topk":
+            self.register_buffer("threshold", torch.empty((), **like))
+        # the loader builds on "meta", where there is nothing to fill
+        if not self.W_enc.is_meta:
+            self.reset_parameters()
+
+    def _checked_k(self, k: int | float | None) -> int | float | None:
+        if self.architecture not in ("topk", "batch_topk"):
+            return None
+        fractional = self.architecture == "batch_topk"
+        if isinstance(k, bool) or not isinstance(k, (int, float) if fractional else int):
+            raise TypeError(f"SAE: k must be an int for {self.architecture}, got {type(k).__name__}")
+        if not (0 if fractional else 1) <= k <= self.d_sae or k == 0:
+            raise ValueError(f"SAE: k must be in [1, d_sae = {self.d_sae}], got {k}")
+        return int(k) if k == int(k) else k
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Decoder rows uniform, then of unit norm; W_enc = W_dec; biases 0; the threshold of batch_topk unset (-1)."""
+        self.W_dec.uniform_(-1, 1)
+        self.W_dec.copy_(_unit_rows(self.W_dec))
+        self.W_enc.copy_(self.W_dec)
+        for name, parameter in self.named_parameters():
+            if name not in ("W_enc", "W_dec"):
+                parameter.zero_()
+        if self.architecture in ("jumprelu", "batch_topk"):
+            self.threshold.fill_(0.0 if self.architecture == "jumprelu" else -1.0)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments that rebuild this module, without dtype, device and metadata."""
+        names = ("d_in", "d_sae", "architecture", "k", "normalize", "apply_b_dec_to_input")
+        return {name: getattr(self, name) for name in names}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.config.items() if value is not None)
+
+    def normalize_input(self, x: Tensor) -> tuple[Tensor, InputStats]:
+        """(..., d_in) -> the normalised rows in the parameters' dtype, and what it takes to undo that.
+
+        Statistics of 16-bit rows are taken in float32. A constant row is mapped to 0, and so is a row of zeros.
+        """
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"SAE: x must be a floating tensor, got {x.dtype if isinstance(x, Tensor) else type(x)}")
+        if x.dim() == 0 or x.shape[-1] != self.d_in:
+            raise ValueError(f"SAE: x must be of shape (..., d_in = {self.d_in}), got {tuple(x.shape)}")
+        if self.normalize == "none":
+            return x.to(self.W_enc.dtype), InputStats(None, None)
+        wide = torch.promote_types(torch.promote_types(x.dtype, self.W_enc.dtype), torch.float32)
+        x = x.to(wide)
+        if self.normalize == "layer_norm":
+            mean = x.mean(-1, keepdim=True)
+            x = x - mean
+            # the unbiased standard deviation; as a norm its gradient at no spread is 0, not NaN
+            scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / (self.d_in - 1) ** 0.5
+            return (x / (scale + _LAYER_NORM_EPS)).to(self.W_enc.dtype), InputStats(mean, scale)
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / self.d_in**0.5
+        return (x / scale.clamp_min(torch.finfo(wide).tiny)).to(self.W_enc.dtype), InputStats(None, scale)
+
+    def _centred(self, x: Tensor) -> tuple[Tensor, InputStats]:
+        x, stats = self.normalize_input(x)
+        return x - self.b_dec if self.apply_b_dec_to_input else x, stats
+
+    def _dense_acts(self, x: Tensor, features: Tensor | None = None, batch: bool = False) -> Tensor:
+        """Activations of all or some features, for every architecture but topk; x normalised and centred."""
+
+        def of(parameter: Tensor) -> Tensor:
+            return parameter if features is None else parameter[features]
+
+        if self.architecture == "gated":
+            pre = F.linear(x, of(self.W_enc))
+            magnitude = torch.relu(pre * of(self.r_mag).exp() + of(self.b_mag))
+            return magnitude * (pre + of(self.b_gate) > 0)
+        pre = F.linear(x, of(self.W_enc), of(self.b_enc))
+        if self.architecture == "relu":
+            return torch.relu(pre)
+        if batch:
+            return self._batch_topk(torch.relu(pre))
+        threshold = of(self.threshold) if self.architecture == "jumprelu" else self.threshold
+        return torch.relu(pre) * (pre > threshold)
+
+    def _batch_topk(self, acts: Tensor) -> Tensor:
+        flat = acts.reshape(-1)
+        if flat.numel() == 0:
+            return acts
+        count = self.k * (flat.shape[0] // self.d_sae)
+        values, positions = torch.topk(flat, count if isinstance(self.k, int) else max(1, int(count)), sorted=False)
+        return torch.zeros_like(flat).scatter(0, positions, values).reshape(acts.shape)
+
+    @torch.no_grad()
+    def _update_threshold(self, acts: Tensor) -> None:
+        """Running mean of the smallest activation that each batch kept; no host sync."""
+        if acts.numel() == 0:
+            return
+        least = torch.where(acts > 0, acts, torch.inf).amin().to(self.threshold.dtype)
+        running = torch.where(self.threshold < 0, least, torch.lerp(self.threshold, least, _THRESHOLD_RATE))
+        self.threshold.copy_(torch.where(least.isfinite(), running, self.threshold))
+
+    def encode_topk(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., d_in) -> acts (..., k), descending, and indices (..., k) int64. For architecture "topk" alone."""
+        if self.architecture != "topk":
+            raise ValueError(f"SAE.encode_topk: needs architecture 'topk', this is {self.architecture!r}; use encode")
+        return ops.topk_encode(self._centred(x)[0], self.W_enc, self.b_enc, k=self.k)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(..., d_in) -> dense activations (..., d_sae). batch_topk selects over the batch in training mode."""
+        if self.architecture == "topk":
+            acts, indices = self.encode_topk(x)
+            return acts.new_zeros(*acts.shape[:-1], self.d_sae).scatter(-1, indices, acts)
+        batch = self.architecture == "batch_topk" and self.training
+        return self._dense_acts(self._centred(x)[0], batch=batch)
+
+    def feature_acts(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Activations of some features and the factor that brings a decoder row back to the scale of x.
+
+        x (..., d_in), features (m,) int64 -> acts (..., m), scale (..., 1). Only these features are encoded, except for
+        topk, where whether one is active depends on all; batch_topk uses its threshold in training mode too.
+        """
+        centred, stats = self._centred(x)
+        scale = torch.ones_like(centred[..., :1]) if stats.scale is None else stats.scale
+        if self.architecture != "topk":
+            return self._dense_acts(centred, features), scale
+        acts, indices = ops.topk_encode(centred, self.W_enc, self.b_enc, k=self.k)
+        chosen = indices.unsqueeze(-2) == features.unsqueeze(-1)  # (..., m, k)
+        return torch.where(chosen, acts.unsqueeze(-2), 0).sum(-1), scale
+
+    def decode(
+        self, acts: Tensor | tuple[Tensor, Tensor], stats: InputStats | None = None, *, sparse_grad: bool = False
+    ) -> Tensor:
+        """Dense activations (..., d_sae), or a pair (acts, indices) of (..., k) each -> (..., d_in).
+
+        Without ``stats`` the result is in the normalised space; with those of ``normalize_input`` it is in x's own.
+        """
+        if isinstance(acts, tuple):
+            x_hat = ops.sparse_decode(acts[0], acts[1], self.W_dec, self.b_dec, sparse_grad=sparse_grad)
+        elif acts.dim() == 0 or acts.shape[-1] != self.d_sae:
+            raise ValueError(f"SAE.decode: acts must be (..., d_sae = {self.d_sae}), got {tuple(acts.shape)}")
+        else:
+            x_hat = F.linear(acts.to(self.W_dec.dtype), self.W_dec.T, self.b_dec)
+        if stats is None:
+            return x_hat
+        if stats.scale is not None:
+            x_hat = x_hat * stats.scale
+        return x_hat if stats.mean is None else x_hat + stats.mean
+
+    def forward(self, x: Tensor, *, sparse_grad: bool = False) -> SAEOutput:
+        """(..., d_in) -> ``SAEOutput``. Gradients reach x and every parameter the architecture uses.
+
+        sparse_grad: for topk, the gradients of both dictionaries are sparse COO tensors of the rows in use, as in
+        ``ops.sparse_decode`` (a compiled backend is needed); without effect on the other architectures.
+        """
+        centred, stats = self._centred(x)
+        if self.architecture == "topk":
+            acts, indices = ops.topk_encode(centred, self.W_enc, self.b_enc, k=self.k, sparse_grad=sparse_grad)
+            x_hat = self.decode((acts, indices), stats, sparse_grad=sparse_grad)
+            return SAEOutput(x_hat.to(x.dtype), acts, indices, stats)
+        batch = self.architecture == "batch_topk" and self.training
+        acts = self._dense_acts(centred, batch=batch)
+        if batch:
+            self._update_threshold(acts)
+        return SAEOutput(self.decode(acts, stats).to(x.dtype), acts, None, stats)
+
+    @torch.no_grad()
+    def init_b_dec_(self, x: Tensor, *, max_iterations: int = 200, tolerance: float = 1e-7) -> None:
+        """Set b_dec to the geometric median of the normalised rows of x (..., d_in), the point of least total distance.
+
+        Weiszfeld's iteration in float64 with Vardi and Zhang's step (2000) at a data point, where the plain one stops.
+        """
+        rows = self.normalize_input(x)[0].reshape(-1, self.d_in).double()
+        if rows.shape[0] == 0:
+            raise ValueError(f"SAE.init_b_dec_: x must hold at least one row, got {tuple(x.shape)}")
+        median = rows.mean(0)
+        for _ in range(max_iterations):
+            distance = torch.linalg.vector_norm(rows - median, dim=-1)  # (N,)
+            here = distance == 0
+            weight = torch.where(here, 0, 1 / distance)
+            if not bool(weight.any()):
+                break
+            target = weight @ rows / weight.sum()
+            pull = torch.linalg.vector_norm(weight @ (rows - median))
+            share = (here.sum() / pull.clamp_min(1e-300)).clamp(max=1)
+            step = (1 - share) * (target - median)
+            median = median + step
+            if torch.linalg.vector_norm(step) <= tolerance * distance.mean():
+                break
+        self.b_dec.copy_(median)
+
+    @torch.no_grad()
+    def renormalize_decoder_(self) -> None:
+        """Scale every decoder row to norm 1; a row of zeros stays."""
+        self.W_dec.copy_(_unit_rows(self.W_dec))
+
+    @torch.no_grad()
+    def remove_parallel_gradient_(self) -> None:
+        """Take from W_dec's gradient, row by row, its component along the row; nothing to do without a gradient."""
+        if self.W_dec.grad is None:
+            return
+        unit = _unit_rows(self.W_dec)
+        self.W_dec.grad.sub_((self.W_dec.grad * unit).sum(-1, keepdim=True) * unit)
+
+    def described(self) -> Described:
+        """What is written to a file: the arguments that rebuild this module, its tensors on the CPU, its metadata."""
+        weights = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
+        return Described(self.config, weights, self.metadata)
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """Write ``cfg.json`` and ``model.safetensors`` into a folder (made if missing), each in one atomic step.
+
+        Raises ValueError when a weight is NaN (it could not be loaded again), OSError when the disk refuses.
+        """
+        return formats.save(self, directory)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> SAE:
+        """Load an SAE, in evaluation mode, from a folder or from the Hugging Face hub.
+
+        Args:
+            path: a folder as written by clipsteer, SAELens, sparsify or ViT-Prisma (found out by looking), a ViT-Prisma
+                ``.pt`` file, or ``"hf-hub:org/repo/subfolder"``. No code from the file or the hub is run.
+            device, dtype: where and as what; by default the file's dtype.
+
+        Raises:
+            FileNotFoundError: nothing there. clipsteer.FileFormatError: not a readable SAE, or one that cannot be run
+            here. RuntimeError: the hub cannot be reached.
+        """
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"SAE.from_pretrained: dtype must be a floating type, got {dtype}")
+        return _build(*formats.read(path), dtype).to(device)
+
+
+def _build(path: Path, found: Described, dtype: torch.dtype | None) -> SAE:
+    """An SAE of these tensors, or FileFormatError. Keys that the architecture has no use for are passed over."""
+    try:
+        # on "meta" nothing is allocated, whatever sizes the file claims
+        sae = SAE(**found.config, device="meta", metadata=found.metadata)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise FileFormatError(f"{path}: {error}") from None
+    chosen: dict[str, Tensor] = {}
+    for name, wanted in sae.state_dict().items():
+        tensor = found.weights.get(name)
+        if not isinstance(tensor, Tensor):
+            raise FileFormatError(f"{path}: no tensor {name!r}; there are {sorted(map(str, found.weights))}")
+        if tensor.shape != wanted.shape or tensor.dtype not in _FLOATS:
+            raise FileFormatError(
+                f"{path}: {name} must be a floating tensor of shape {tuple(wanted.shape)}, "
+                f"got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        chosen[name] = tensor.detach()
+    refuse_nan(path, chosen)
+    dtype = dtype or chosen["W_enc"].dtype
+    sae.load_state_dict({name: tensor.to(dtype).contiguous() for name, tensor in chosen.items()}, assign=True)
+    return sae.requires_grad_(True).eval()

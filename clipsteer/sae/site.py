@@ -1,0 +1,136 @@
+"""An SAE at its place in a CLIP model: which module, which tokens, and passes that look at or replace what is there."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from clipsteer.clip.hooks import apply_at, hook_points
+from clipsteer.clip.model import CLIP
+from clipsteer.clip.tokens import Layout, layout_at
+from clipsteer.sae.model import SAE
+
+LOGIT_SCALE = 100.0
+# elements of a dense (rows, d_sae) block that are held at once: 128 MB in float32
+BLOCK = 1 << 25
+
+
+class Site(NamedTuple):
+    """Where an SAE sits: one module, and which of its tokens."""
+
+    hook_point: str
+    tokens: str
+    layout: Layout
+
+    def select(self, x: Tensor) -> Tensor:
+        """(B, T, d) -> (B, T', d), a view of the tokens that the SAE is for. Raises ValueError where there are none."""
+        return x[:, self.layout.where("tokens", self.tokens, x.shape[1])]
+
+    def put(self, x: Tensor, new: Tensor) -> Tensor:
+        """x with the selected tokens replaced."""
+        if self.tokens == "all":
+            return new
+        where = self.layout.where("tokens", self.tokens, x.shape[1])
+        return torch.cat([x[:, : where.start], new, *([] if where.stop is None else [x[:, where.stop :]])], dim=1)
+
+    def patches(self, per_token: Tensor) -> Tensor:
+        """Of values (..., T') at the selected tokens those of patches; empty where none is."""
+        count = per_token.shape[-1]
+        before = {"cls": count, "patches": 0, "all": self.layout.before_patches(count)}[self.tokens]
+        return per_token[..., count if before is None else before :]
+
+
+def find_site(sae: SAE, clip: CLIP, hook_point: str | None, tokens: str | None) -> Site:
+    hook_point = hook_point if hook_point is not None else sae.metadata.get("hook_point")
+    tokens = tokens if tokens is not None else sae.metadata.get("tokens") or "all"
+    if hook_point is None:
+        raise ValueError("hook_point: the SAE's metadata do not name one; pass it")
+    names = hook_points(clip.model, hook_point)
+    if len(names) != 1:
+        raise ValueError(f"hook_point: {hook_point!r} must name one module of {clip.name}, it matches {len(names)}")
+    layout = layout_at(clip.model, names[0])
+    layout.check("tokens", [tokens])
+    return Site(names[0], tokens, layout)
+
+
+def embed(clip: CLIP, pixels: Tensor, site: Site, edit: Callable[[Tensor], Tensor]) -> Tensor:
+    """Unit image embeddings (B, e), at least float32, with the activations at the site replaced by edit(x)."""
+    with apply_at(clip.model, {site.hook_point: edit}):
+        return clip.embed(pixels)
+
+
+def clean_pass(clip: CLIP, pixels: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+    """Activations (B, T, d) at the site and unit embeddings, from one pass that is not edited."""
+    kept: list[Tensor] = []
+
+    def look(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    embedded = embed(clip, pixels, site, look)
+    if not kept:
+        raise ValueError(f"hook_point: the image tower never calls {site.hook_point!r} as a module")
+    return kept[-1], embedded
+
+
+def from_site(clip: CLIP, pixels: Tensor, site: Site, x: Tensor, embedded: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function from activations (B, T, d) at the site to unit embeddings (B, e) of the same images.
+
+    Where the site is one of a chain of blocks, it runs what follows and nothing before: a copy of the module tree
+    (the weights are shared, the model is not touched) hands the activations past the blocks up to the site. That the
+    blocks are such a chain is found out by trying: x must give `embedded` again, or the whole tower runs every time.
+    """
+
+    def whole(new: Tensor) -> Tensor:
+        return embed(clip, pixels, site, lambda _: new)
+
+    short = _without_blocks_up_to(clip.model, site.hook_point)
+    if short is None:
+        return whole
+    tail = dataclasses.replace(clip, model=short)
+
+    def rest(new: Tensor) -> Tensor:
+        return embed(tail, pixels, site, lambda _: new)
+
+    return rest if torch.allclose(rest(x), embedded, rtol=0, atol=1e-6) else whole
+
+
+def _without_blocks_up_to(model: nn.Module, hook_point: str) -> nn.Module | None:
+    """A copy of the module tree where the block at the hook point and its elder siblings return their input."""
+    *path, last = hook_point.split(".")
+    if not last.isdecimal():
+        return None
+    root = here = copy.copy(model)
+    for name in path:
+        here._modules = {**here._modules, name: copy.copy(here._modules[name])}
+        here = here._modules[name]
+    here._modules = dict(here._modules)
+    for index in range(int(last) + 1):
+        block = copy.copy(here._modules[str(index)])
+        # the blocks' hooks have had their say in the activations that are handed on
+        block._forward_hooks, block._forward_pre_hooks = OrderedDict(), OrderedDict()
+        block.forward = lambda x, *args, **kwargs: x
+        here._modules[str(index)] = block
+    return root
+
+
+def chunks(sae: SAE, rows: Tensor) -> Iterator[Tensor]:
+    return iter(rows.split(max(1, BLOCK // sae.d_sae)))
+
+
+def grid_side(patches: int) -> int:
+    """Side of the square patch grid, or 0 where the patches do not form one of at least 2 by 2."""
+    side = math.isqrt(patches)
+    return side if side > 1 and side * side == patches else 0
+
+
+def set_features(x: Tensor, acts: Tensor, wanted: Tensor, directions: Tensor, scale: Tensor) -> Tensor:
+    """The formula above: x (…, d), acts (…, m), wanted (m,), directions (m, d), scale (…, 1) -> (…, d)."""
+    return (x + (wanted - acts) @ directions * scale).to(x.dtype)

@@ -1,0 +1,187 @@
+"""Rows in shuffled batches, from a tensor or an iterable; the base of the sources in ``clipsteer.sae.activations``.
+
+Every source is a list of *groups* of rows, each small enough for memory. An epoch visits the groups in a permuted
+order and the rows of a group in a permuted order; both permutations are functions of (seed, epoch, group) alone, so
+the pair (epoch, row) is the complete state of the shuffle and any position can be reached without replaying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Position(NamedTuple):
+    """A place in the shuffled stream: the epoch, and the rows of it already served."""
+
+    epoch: int = 0
+    row: int = 0
+
+
+START = Position()
+
+
+class Batch(NamedTuple):
+    rows: Tensor  # (batch_size / world, d)
+    next: Position  # where the batch after this one starts
+
+
+def generator(*key: int) -> torch.Generator:
+    # splitmix-like mixing keeps (seed, epoch, group) streams apart without overflow
+    state = 0
+    for value in key:
+        state = (state * 6364136223846793005 + (value + 1) * 1442695040888963407) % (1 << 63)
+    return torch.Generator().manual_seed(state)
+
+
+class ActivationSource:
+    """Rows (N, d) served in shuffled batches. Subclasses say how rows fall into groups and how a group is read."""
+
+    d_in: int
+    provenance: dict[str, Any] = {}  # what is known of the model, under the names of ``SAE.metadata``
+
+    def group_sizes(self, seed: int, epoch: int) -> list[int]:
+        """Rows of each group in the order in which this epoch visits them."""
+        raise NotImplementedError
+
+    def load_group(self, seed: int, epoch: int, group: int) -> Tensor:
+        """The rows (n, d) of the group visited as number `group`, in any fixed order."""
+        raise NotImplementedError
+
+    def rows_per_epoch(self) -> int | None:
+        """Rows of one pass, or None where only reading would tell."""
+        return sum(self.group_sizes(0, 0))
+
+    def batches(
+        self, batch_size: int, *, seed: int = 0, start: Position = START, rank: int = 0, world: int = 1
+    ) -> Iterator[Batch]:
+        """Endless shuffled batches from `start` on; with `world` processes each yields its equal slice of the batch.
+
+        The rows left over at the end of an epoch that do not fill a batch are dropped.
+        """
+        if batch_size < 1 or batch_size % world:
+            raise ValueError(f"batch_size must be a positive multiple of the {world} processes, got {batch_size}")
+        share = batch_size // world
+        epoch, row = start
+        while True:
+            total = sum(self.group_sizes(seed, epoch))
+            if total < batch_size:
+                raise ValueError(f"batch_size is {batch_size}, but an epoch has only {total} rows")
+            for rows in self._epoch(batch_size, seed, epoch, row):
+                row += batch_size
+                following = Position(epoch, row) if row + batch_size <= total else Position(epoch + 1, 0)
+                yield Batch(rows[rank * share : (rank + 1) * share], following)
+            epoch, row = epoch + 1, 0
+
+    def _epoch(self, batch_size: int, seed: int, epoch: int, row: int) -> Iterator[Tensor]:
+        """The batches of one epoch from its row `row` on; a batch may straddle groups."""
+        pieces: list[Tensor] = []
+        need = batch_size
+        first = 0  # the epoch's row at which the group begins
+        for group, size in enumerate(self.group_sizes(seed, epoch)):
+            at = max(row - first, 0)
+            first += size
+            if at >= size:
+                continue
+            rows = self.load_group(seed, epoch, group)
+            if len(rows) != size:
+                raise RuntimeError(f"group {group} of epoch {epoch} has {len(rows)} rows, {size} were promised")
+            order = torch.randperm(size, generator=generator(seed, epoch, group))
+            while at < size:
+                chosen = order[at : at + need].to(rows.device)
+                pieces.append(rows[chosen])
+                at += len(chosen)
+                need -= len(chosen)
+                if need == 0:
+                    yield torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+                    pieces, need = [], batch_size
+            del rows  # before the next group comes
+
+
+class TensorSource(ActivationSource):
+    """A tensor (N, d) in memory: one group, so the permutation is a full one."""
+
+    def __init__(self, rows: Tensor) -> None:
+        if rows.ndim < 2 or not rows.is_floating_point():
+            raise ValueError(
+                f"activations: expected a floating-point tensor (..., d_in), got {rows.dtype} {tuple(rows.shape)}"
+            )
+        self.rows = rows.detach().reshape(-1, rows.shape[-1])
+        self.d_in = self.rows.shape[1]
+
+    def group_sizes(self, seed: int, epoch: int) -> list[int]:
+        return [len(self.rows)]
+
+    def load_group(self, seed: int, epoch: int, group: int) -> Tensor:
+        return self.rows
+
+
+class IterableSource(ActivationSource):
+    """Any iterable of tensors (..., d): rows in the order in which they come, no shuffling.
+
+    A position is reached by reading up to it, so resuming needs an iterable that repeats itself.
+    """
+
+    def __init__(self, parts: Iterable[Tensor]) -> None:
+        self._iterator = iter(parts)
+        self._again = parts if self._iterator is not parts else None
+        first = next(self._iterator, None)
+        if first is None:
+            raise ValueError("activations: the iterable is empty")
+        self.d_in = first.shape[-1]
+        self._first: Tensor | None = first
+
+    def rows_per_epoch(self) -> int | None:
+        return None
+
+    def _parts(self) -> Iterator[Tensor]:
+        while True:
+            if self._first is not None:
+                first, self._first = self._first, None
+                yield first
+            yield from self._iterator
+            if self._again is None:
+                raise ValueError("activations: the iterator ended before training did; pass more rows or fewer steps")
+            self._iterator = iter(self._again)
+
+    def batches(
+        self, batch_size: int, *, seed: int = 0, start: Position = START, rank: int = 0, world: int = 1
+    ) -> Iterator[Batch]:
+        if batch_size < 1 or batch_size % world:
+            raise ValueError(f"batch_size must be a positive multiple of the {world} processes, got {batch_size}")
+        share = batch_size // world
+        held: list[Tensor] = []
+        count, skip, row = 0, start.row, start.row
+        for part in self._parts():
+            part = part.detach().reshape(-1, self.d_in)
+            dropped = min(skip, len(part))
+            skip -= dropped
+            held.append(part[dropped:])
+            count += len(held[-1])
+            if count < batch_size:
+                continue
+            rows = torch.cat(held)
+            used = 0
+            while used + batch_size <= count:
+                row += batch_size
+                used += batch_size
+                mine = rows[used - batch_size + rank * share : used - batch_size + (rank + 1) * share]
+                yield Batch(mine, Position(0, row))
+            held = [rows[used:]]
+            count -= used
+
+
+def as_source(activations: Tensor | ActivationSource | Iterable[Tensor]) -> ActivationSource:
+    """A tensor, a source or any iterable of tensors as an `ActivationSource`."""
+    if isinstance(activations, ActivationSource):
+        return activations
+    if isinstance(activations, Tensor):
+        return TensorSource(activations)
+    if isinstance(activations, Iterable) and not isinstance(activations, str | bytes | dict):
+        return IterableSource(activations)
+    raise TypeError(
+        f"activations: expected a tensor, an ActivationStore or an iterable of tensors, got {type(activations)}"
+    )

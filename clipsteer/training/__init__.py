@@ -1,0 +1,23 @@
+"""What training runs share: the loop, schedules, processes, tracking."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from clipsteer import _lazy
+
+if TYPE_CHECKING:
+    from clipsteer.training.loop import EXIT_TERMINATED as EXIT_TERMINATED
+    from clipsteer.training.loop import StopSignal as StopSignal
+    from clipsteer.training.loop import TrainingRun as TrainingRun
+    from clipsteer.training.loop import trim_log as trim_log
+    from clipsteer.training.schedule import Keys as Keys
+    from clipsteer.training.schedule import Order as Order
+    from clipsteer.training.schedule import cosine_lr as cosine_lr
+    from clipsteer.training.schedule import mix as mix
+    from clipsteer.training.schedule import seed_of as seed_of
+    from clipsteer.training.world import JointBatch as JointBatch
+    from clipsteer.training.world import World as World
+    from clipsteer.training.world import training_world as training_world
+
+__getattr__, __dir__, __all__ = _lazy.attach(__name__, __file__)

@@ -1,0 +1,221 @@
+"""The optimiser's Triton kernel, interpreted and on a GPU; that UnitRowAdam is Adam is in test_sae_train.py."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from clipsteer import SAE, TrainConfig
+from clipsteer.ops import _dispatch
+from clipsteer.sae.adam import UnitRowAdam, one_pass, takes_row_sparse
+from clipsteer.sae.trainer import SAETrainer
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def start(n: int, d: int, device: str) -> SAE:
+    torch.manual_seed(0)
+    sae = SAE(d, n, k=3).to(device)
+    with torch.no_grad():
+        sae.W_dec[5:7] = 0
+        sae.W_enc[5] = 0
+    return sae
+
+
+def gradients(n: int, d: int, steps: int) -> list[dict[str, torch.Tensor]]:
+    g, found = torch.Generator().manual_seed(0), []
+    for _ in range(steps):
+        found.append({"b_enc": torch.randn(n, generator=g), "b_dec": torch.randn(d, generator=g)})
+        for name in ("W_enc", "W_dec"):
+            size = (torch.rand(n, 1, generator=g) < 0.6) * 10.0 ** torch.randint(-4, 2, (n, 1), generator=g)
+            size[5], size[6], size[8] = 0, 1, 0
+            found[-1][name] = torch.randn(n, d, generator=g) * size
+    return found
+
+
+def update(optimizer: UnitRowAdam, grads: dict[str, torch.Tensor], lr: float, factor: float | None = None) -> None:
+    for name, p in optimizer.sae.named_parameters():
+        p.grad = grads[name].to(p.device, copy=True)
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step(factor=None if factor is None else torch.tensor(factor, device=p.device))
+
+
+def holds_to_float64(n: int, d: int, device: str, steps: int) -> None:
+    """Each step against torch's Adam in float64 from the same state: a rounding of the gradient's part along a row may
+    be as large as what is left of it. Sums of d terms lose 8 √d roundings of the row's largest."""
+    sae = start(n, d, device)
+    assert one_pass(sae.W_enc) == one_pass(sae.W_dec) == "triton"
+    plain = {name: torch.nn.Parameter(p.detach().cpu().double()) for name, p in sae.named_parameters()}
+    optimizer, adam = UnitRowAdam(sae, 1e-2), torch.optim.Adam(plain.values(), lr=1e-2, foreach=False)
+    for number, grads in enumerate(gradients(n, d, steps)):
+        adam.param_groups[0]["lr"] = lr = 1e-2 / (number + 1)
+        factor = (None, 0.3)[number % 2]  # as clipping has it
+        versions = sae.W_enc._version, sae.W_dec._version
+        update(optimizer, grads, lr, factor)
+        assert sae.W_enc._version > versions[0]
+        assert sae.W_dec._version > versions[1]
+        assert torch.equal(sae.W_dec.grad.cpu(), grads["W_dec"])
+        with torch.no_grad():
+            for name, p in plain.items():
+                p.grad = grads[name].double() * (1.0 if factor is None else torch.tensor(factor).double())
+            W, dW = plain["W_dec"], plain["W_dec"].grad
+            unit = W / W.norm(dim=1, keepdim=True).clamp_min(1e-30)
+            dW.sub_((dW * unit).sum(1, keepdim=True) * unit)
+            adam.step()
+            W.div_(W.norm(dim=1, keepdim=True).clamp_min(1e-30))
+            for name, p in sae.named_parameters():
+                mine, theirs = optimizer.state[p], adam.state[plain[name]]
+                assert mine["step"].device == p.device
+                assert float(mine["step"]) == float(theirs["step"]) == number + 1
+                if p.dim() == 2:
+                    scale = grads[name].double().abs().amax(-1, keepdim=True)
+                    for key, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
+                        error = (mine[key].cpu() - theirs[key]).abs()
+                        assert bool((error <= 8 * d**0.5 * EPS * (theirs[key].abs() + scale**power)).all()), (name, key)
+                    torch.testing.assert_close(p.cpu().double(), plain[name], rtol=4 * EPS, atol=4 * d**0.5 * EPS)
+                for key in ("exp_avg", "exp_avg_sq"):
+                    theirs[key].copy_(mine[key])
+                plain[name].copy_(p)
+    assert not sae.W_dec[5].any()
+    rows = torch.cat([sae.W_dec[:5], sae.W_dec[6:]]).double().norm(dim=1)
+    torch.testing.assert_close(rows, torch.ones_like(rows), rtol=8 * EPS, atol=0)
+
+
+def holds_to_torchs_path(n: int, d: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five steps of either from one start, and of the kernel again. torch's fused kernel rounds 0.999 to float32,
+    1.3e-5 of the second moment; its powf may be 4 units of the last place off, 1e-4 of 1 - 0.999^2."""
+    found = {}
+    for backend in ("triton", "triton", "reference"):
+        monkeypatch.setenv("CLIPSTEER_BACKEND", backend)
+        optimizer = UnitRowAdam(start(n, d, device), 1e-2)
+        for number, grads in enumerate(gradients(n, d, 5)):
+            update(optimizer, grads, 1e-2 / (number + 1))
+        parameters = dict(optimizer.sae.named_parameters())
+        state = {name: [p.detach(), *optimizer.state[p].values()] for name, p in parameters.items()}
+        again = found.setdefault(backend, state)
+        for name, values in state.items():
+            assert all(torch.equal(a, b) for a, b in zip(values, again[name])), name
+    largest = {name: max(g[name].abs().max() for g in gradients(n, d, 5)) for name in ("b_enc", "b_dec")}
+    for name in ("W_enc", "W_dec"):
+        largest[name] = torch.stack([g[name] for g in gradients(n, d, 5)]).abs().amax((0, 2))[:, None]
+    for name, values in found["triton"].items():
+        (w, step, m, v), other = (t.cpu() for t in values), [t.cpu() for t in found["reference"][name]]
+        assert torch.equal(step, other[1])
+        torch.testing.assert_close(w, other[0], rtol=0, atol=3e-6)  # of steps of 1e-2
+        rounding = 8 * d**0.5 * EPS
+        assert bool(((m - other[2]).abs() <= rounding * (m.abs() + largest[name])).all()), name
+        assert bool(((v - other[3]).abs() <= 2e-5 * v + rounding * largest[name] ** 2).all()), name
+
+
+def says_no_to_the_rest(device: str) -> None:
+    """What torch's path keeps, and that row-sparse gradients are not for this kernel."""
+    W = torch.zeros(4, 8, device=device)
+    assert one_pass(W) == "triton"
+    assert not takes_row_sparse(W)
+    for other in (W.bfloat16(), W.double(), W.T, torch.zeros(1, 8193, device=device)):
+        assert one_pass(other) is None
+    assert not SAETrainer(SAE(8, 16, k=2).to(device), TrainConfig(autocast="none"), 5)._sparse
+
+
+def resumes(device: str) -> None:
+    x = torch.randn(32, 20, device=device)
+    trainers = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        config = TrainConfig(architecture="relu", autocast="none")  # on a CPU its step calls no op
+        trainers.append(SAETrainer(SAE(20, 40, "relu").to(device), config, 9))
+    whole, cut = trainers
+    whole.step(x)
+    whole.step(x)
+    cut.load_state_tensors({name: t.clone() for name, t in whole.state_tensors().items()}, 2)
+    assert cut.step(x).equal(whole.step(x))
+    ends = [trainer.state_tensors() for trainer in trainers]
+    assert all(torch.equal(t, ends[1][name]) for name, t in ends[0].items())
+
+
+INTERPRETED = """
+import pytest
+import torch
+import test_adam_rows as tests
+from clipsteer import _sae_adam
+from clipsteer.kernels.adam_rows import adam_rows
+
+with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("CLIPSTEER_BACKEND", "triton")
+    for n, d, steps in ((70, 33, 8), (9, 770, 4), (64, 768, 3)):
+        tests.holds_to_float64(n, d, "cpu", steps)
+    tests.holds_to_torchs_path(64, 33, "cpu", patch)
+    patch.setenv("CLIPSTEER_BACKEND", "triton")
+    tests.says_no_to_the_rest("cpu")
+    tests.resumes("cpu")
+check = "adam_rows", "triton", torch.device("cpu"), torch.float32
+assert _sae_adam._verdict(*check) is None
+with pytest.MonkeyPatch.context() as patch:
+    patch.setattr("clipsteer.kernels.adam_rows.adam_rows", lambda *args: None)
+    assert "failed" in _sae_adam._verdict(*check)
+# the corrections of both moments, at any step: a gradient of 1 from moments of 0 moves a weight by exactly that much
+for t in (1, 2, 10, 1000, 10**6):
+    for beta1, beta2 in ((0.9, 0.999), (0.0, 0.0), (0.99, 0.99999)):
+        w, m, v = torch.zeros(3, 1, 1, dtype=torch.float32)
+        step = torch.tensor(float(t))
+        adam_rows(w, m, v, step, torch.ones(1, 1), False, 1, beta1, beta2, 0)
+        expected = (1 - beta1) / (1 - beta1**t) / ((1 - beta2) / (1 - beta2**t)) ** 0.5
+        assert abs(float(-w) / expected - 1) <= 5e-7, (t, beta1, beta2, float(-w), expected)
+# a row narrower than its program, where 0 / 0 would be added outside
+w, m, v, grad = torch.rand(4, 2, 33)
+adam_rows(w, m, v, torch.tensor(1.0), grad, True, 0.1, 0.9, 0.999, 0)
+assert w.isfinite().all() and torch.allclose(w.norm(dim=1), torch.ones(2))
+"""
+
+
+@pytest.mark.slow
+def test_interpreted(interpret):
+    interpret(f"sys.path.insert(0, {__file__.rsplit('/', 2)[0]!r})\n" + INTERPRETED)
+
+
+@pytest.mark.parametrize(
+    ("asked", "failure", "expected"),
+    [("auto", None, "triton"), ("auto", "wrong", None), ("triton", "wrong", "triton"), ("reference", None, None)],
+)
+def test_what_serves_a_gpu(monkeypatch, asked, failure, expected):
+    """A kernel that fails its self-check leaves the dictionary to torch; one that is asked for is not checked."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("CLIPSTEER_BACKEND", asked)
+    monkeypatch.setattr(_dispatch, "missing", lambda backend: None)
+    monkeypatch.setattr(_dispatch, "self_check", lambda *args: failure)
+    _dispatch._warn_once.cache_clear()
+    W = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(4, 8), is_contiguous=lambda: True)
+    with pytest.warns(RuntimeWarning, match="not trusted") if asked == "auto" and failure else nullcontext():
+        assert one_pass(W) == expected
+    _dispatch._warn_once.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "d"), [(300, 768), (64, 33)])
+def test_on_gpu(n, d, monkeypatch):
+    holds_to_float64(n, d, "cuda", 8)
+    holds_to_torchs_path(n, d, "cuda", monkeypatch)
+    monkeypatch.setenv("CLIPSTEER_BACKEND", "auto")
+    says_no_to_the_rest("cuda")
+    resumes("cuda")
+
+
+@pytest.mark.gpu
+def test_a_captured_step_is_the_step():
+    from clipsteer.kernels.adam_rows import adam_rows
+
+    w, m, v, grad = torch.rand(4, 50, 768, device="cuda")
+    step, start = torch.ones((), device="cuda"), [t.clone() for t in (w, m, v)]
+    call = lambda: adam_rows(w, m, v, step, grad, True, 1e-2, 0.9, 0.999, 1e-8)
+    call()
+    expected = [t.clone() for t in (w, m, v)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for t, before in zip((w, m, v), start):
+        t.copy_(before)
+    graph.replay()
+    assert all(torch.equal(t, e) for t, e in zip((w, m, v), expected))

@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clipsteer import FileFormatError, clip
+from clipsteer.clip.pixels import image_loader
+from clipsteer.sae.activations import (
+    ActivationSource,
+    ActivationStore,
+    HarvestSource,
+    IterableSource,
+    Position,
+    TensorSource,
+    as_source,
+    harvest_to_store,
+)
+from clipsteer.training.world import World
+
+BLOCK = "visual.transformer.resblocks.0"
+
+
+class Groups(ActivationSource):
+    """Rows 0 … n - 1 in groups of given sizes, in a fixed order."""
+
+    d_in = 1
+
+    def __init__(self, sizes):
+        self.sizes = list(sizes)
+        self.loaded = 0
+
+    def group_sizes(self, seed, epoch):
+        return self.sizes
+
+    def load_group(self, seed, epoch, group):
+        self.loaded += 1
+        first = sum(self.sizes[:group])
+        return torch.arange(first, first + self.sizes[group], dtype=torch.float64)[:, None]
+
+
+def take(source, count, batch_size, **kwargs):
+    return list(itertools.islice(source.batches(batch_size, **kwargs), count))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 12), st.integers(0, 99))
+def test_an_epoch_serves_every_row_once_and_any_position_can_be_resumed(sizes, batch_size, seed):
+    total, source = sum(sizes), Groups(sizes)
+    if batch_size > total:
+        with pytest.raises(ValueError, match="batch_size"):
+            take(source, 1, batch_size)
+        return
+    per_epoch = total // batch_size
+    served = take(source, 2 * per_epoch + 1, batch_size, seed=seed)
+    for epoch in range(2):
+        rows = torch.cat([b.rows for b in served[epoch * per_epoch : (epoch + 1) * per_epoch]]).flatten().tolist()
+        assert len(set(rows)) == len(rows) == per_epoch * batch_size
+        assert set(rows) <= set(range(total))
+    assert served[per_epoch - 1].next == Position(1, 0)
+    for index in range(len(served) - 1):
+        again = take(source, 1, batch_size, seed=seed, start=served[index].next)[0]
+        assert torch.equal(again.rows, served[index + 1].rows)
+        assert again.next == served[index + 1].next
+
+
+def test_groups_before_the_position_are_not_read():
+    source = Groups([10, 10, 10])
+    take(source, 1, 5, start=Position(0, 20))
+    assert source.loaded == 1
+
+
+def test_epochs_and_seeds_shuffle_differently():
+    rows = torch.arange(64.0)[:, None]
+    orders = {tuple(take(TensorSource(rows), 2, 64, seed=s)[e].rows.flatten().tolist()) for s in (0, 1) for e in (0, 1)}
+    assert len(orders) == 4
+    assert all(sorted(order) == list(range(64)) for order in orders)
+
+
+@pytest.mark.parametrize("make", [lambda x: TensorSource(x), lambda x: IterableSource(list(x.split(7)))])
+def test_ranks_share_the_joint_batch(make):
+    x = torch.randn(50, 3)
+    joint = take(make(x), 6, 12, seed=3)
+    parts = [take(make(x), 6, 12, seed=3, rank=rank, world=3) for rank in range(3)]
+    for whole, *shares in zip(joint, *parts):
+        assert torch.equal(whole.rows, torch.cat([s.rows for s in shares]))
+        assert {s.next for s in shares} == {whole.next}
+    with pytest.raises(ValueError, match="multiple of the 3 processes"):
+        take(make(x), 1, 13, world=3)
+
+
+def test_an_iterable_is_taken_in_order_and_resumed_by_reading():
+    parts = [torch.arange(at, at + 5.0)[:, None] for at in range(0, 20, 5)]
+    source = IterableSource(parts)
+    served = take(source, 4, 6)
+    # 24 rows of a pass of 20: the iterable starts again
+    assert torch.cat([b.rows for b in served]).flatten().tolist() == [*range(20), 0, 1, 2, 3]
+    again = take(IterableSource(parts), 2, 6, start=served[1].next)
+    assert torch.equal(again[0].rows, served[2].rows)
+    assert torch.equal(again[1].rows, served[3].rows)
+    once = IterableSource(iter(parts))
+    with pytest.raises(ValueError, match="ended before"):
+        take(once, 4, 6)
+
+
+def test_what_is_no_source_is_refused():
+    assert isinstance(as_source(torch.zeros(4, 2)), TensorSource)
+    assert as_source(torch.zeros(2, 3, 5)).rows.shape == (6, 5)
+    for wrong in (None, 3, "rows", {"a": 1}):
+        with pytest.raises(TypeError, match="activations"):
+            as_source(wrong)
+    for wrong in (torch.zeros(3), torch.zeros(3, 2, dtype=torch.int64), []):
+        with pytest.raises(ValueError, match="activations"):
+            as_source(wrong)
+
+
+class Pictures:
+    """A map-style data set of tensors, which counts what is asked for; `noise` draws from torch's generator."""
+
+    def __init__(self, n=11, noise=False):
+        self.images = torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+        self.noise, self.asked = noise, 0
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        self.asked += 1
+        image = self.images[index]
+        return (image + torch.randn_like(image) if self.noise else image), 0
+
+
+@pytest.fixture(scope="module")
+def model():
+    open_clip = pytest.importorskip("open_clip")
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16}
+    text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
+    module = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text).eval()
+    return clip.CLIP(module, lambda image: image, lambda texts: None, "tiny", None)
+
+
+def expected(model, dataset, tokens):
+    return torch.cat(list(clip.harvest(model.model, [dataset.images], BLOCK, tokens=tokens)))
+
+
+@pytest.mark.parametrize(("tokens", "per_image"), [("all", 5), ("cls", 1), ("patches", 4)])
+def test_a_store_holds_what_harvest_gives(model, tmp_path, tokens, per_image):
+    data = Pictures()
+    settings = {"dtype": "float32", "shard_rows": 3 * per_image, "batch_size": 2}
+    store = harvest_to_store(model, data, BLOCK, tmp_path, tokens=tokens, **settings)
+    assert store.complete
+    assert len(store.shards) == 4
+    assert len(store) == 11 * per_image
+    rows = torch.cat([store.read_shard(i) for i in range(4)])
+    torch.testing.assert_close(rows, expected(model, data, tokens), rtol=1e-5, atol=1e-5)
+    assert store.provenance == {"clip_model": "tiny", "pretrained": None, "hook_point": BLOCK, "tokens": tokens}
+    for buffer in (1, 2, None):
+        shuffled = ActivationStore(tmp_path, buffer_shards=buffer)
+        batch = take(shuffled, 1, len(store), seed=1)[0].rows
+        assert not torch.equal(batch, rows)
+        assert torch.equal(batch[batch[:, 0].argsort()], rows[rows[:, 0].argsort()])
+
+
+def test_a_harvest_is_resumed_shard_by_shard(model, tmp_path):
+    class Interrupted(Pictures):
+        def __getitem__(self, index):
+            if index == 8:
+                raise KeyboardInterrupt
+            return super().__getitem__(index)
+
+    settings = {"dtype": "float16", "shard_rows": 15, "batch_size": 3}
+    with pytest.raises(KeyboardInterrupt):
+        harvest_to_store(model, Interrupted(), BLOCK, tmp_path, **settings)
+    part = ActivationStore(tmp_path)
+    assert (len(part.shards), part.complete, len(part)) == (2, False, 30)
+    data = Pictures()
+    whole = harvest_to_store(model, data, BLOCK, tmp_path, **settings)
+    # one image to learn the shape, then 6 … 10
+    assert data.asked == 1 + 5
+    assert whole.complete
+    assert whole.read_shard(3).dtype == torch.float16
+    alone = harvest_to_store(model, Pictures(), BLOCK, tmp_path / "alone", **settings)
+    for index in range(4):
+        assert torch.equal(whole.read_shard(index), alone.read_shard(index))
+    truncated = whole.shards[1]
+    truncated.write_bytes(truncated.read_bytes()[:-3])
+    assert len(ActivationStore(tmp_path).shards) == 3
+    mended = harvest_to_store(model, Pictures(), BLOCK, tmp_path, **settings)
+    assert torch.equal(mended.read_shard(1), alone.read_shard(1))
+
+
+def test_a_store_that_other_processes_write_elsewhere_is_refused(model, tmp_path, monkeypatch):
+    class Second(World):
+        def __init__(self, device):
+            super().__init__(device)
+            self.rank, self.size = 1, 2
+
+        def any(self, flag):
+            return flag
+
+    settings = {"dtype": "float32", "shard_rows": 15}
+    monkeypatch.setattr("clipsteer.sae.activations.World", Second)
+    with pytest.raises(RuntimeError, match="shared directory"):
+        harvest_to_store(model, Pictures(), BLOCK, tmp_path, **settings)
+    assert [path.stem for path in ActivationStore(tmp_path).shards] == ["shard-000001", "shard-000003"]
+    monkeypatch.undo()
+    assert harvest_to_store(model, Pictures(), BLOCK, tmp_path, **settings).complete
+
+
+@pytest.mark.parametrize(
+    ("item", "label"),
+    [
+        ((3,), 3),
+        ((torch.tensor(4),), 4),
+        (("a cat",), -1),
+        ((None,), -1),
+        ((torch.zeros(4),), -1),
+        ((), -1),
+        (None, -1),
+    ],
+)
+def test_only_whole_numbers_are_labels(model, item, label):
+    image = torch.randn(3, 32, 32)
+    (pixels, labels), *_ = image_loader(model, [image if item is None else (image, *item)], 1)
+    assert torch.equal(pixels[0], image)
+    assert labels.tolist() == [label]
+
+
+def test_another_harvest_is_not_mixed_in(model, tmp_path):
+    harvest_to_store(model, Pictures(), BLOCK, tmp_path, shard_rows=30)
+    with pytest.raises(ValueError, match="tokens: 'all' there, 'cls' asked for"):
+        harvest_to_store(model, Pictures(), BLOCK, tmp_path, shard_rows=30, tokens="cls")
+    with pytest.raises(ValueError, match="images: 11 there, 12 asked for"):
+        harvest_to_store(model, Pictures(12), BLOCK, tmp_path, shard_rows=30)
+    with pytest.raises(ValueError, match="dtype"):
+        harvest_to_store(model, Pictures(), BLOCK, tmp_path, dtype="int8")
+
+
+def test_damaged_stores_are_format_errors(model, tmp_path):
+    store = harvest_to_store(model, Pictures(), BLOCK, tmp_path, shard_rows=30)
+    entry = store.shards[0].with_suffix(".json")
+    lying = json.loads(entry.read_text())
+    entry.write_text(json.dumps({**lying, "rows": lying["rows"] + 1}))
+    with pytest.raises(FileFormatError, match="expected activations"):
+        ActivationStore(tmp_path).read_shard(0)
+    for path in tmp_path.glob("shard-*.json"):
+        path.write_text("{")
+    with pytest.raises(FileFormatError, match="no complete shard"):
+        ActivationStore(tmp_path)
+    for text in ("{", "[1]", "{}", '{"shards": "x", "d_in": 3}', '{"shards": 100000000000, "d_in": 3}'):
+        (tmp_path / "store.json").write_text(text)
+        with pytest.raises(FileFormatError):
+            ActivationStore(tmp_path)
+
+
+def test_half_precision_that_overflows_is_refused(model, tmp_path):
+    huge = Pictures(3)
+    weight = model.model.visual.transformer.resblocks[0].mlp.c_proj.bias
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.fill_(1e5)
+        with pytest.raises(ValueError, match="float32"):
+            harvest_to_store(model, huge, BLOCK, tmp_path)
+        assert not list(tmp_path.glob("shard-*"))
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+
+
+def test_a_harvest_on_the_fly_covers_the_images_and_repeats_its_noise(model, monkeypatch):
+    plain = HarvestSource(model, Pictures(), BLOCK, images_per_group=4, batch_size=3)
+    assert plain.rows_per_epoch() == 55
+    rows = take(plain, 1, 55, seed=2)[0].rows
+    truth = expected(model, Pictures(), "all")
+    torch.testing.assert_close(rows[rows[:, 0].argsort()], truth[truth[:, 0].argsort()], rtol=1e-5, atol=1e-5)
+    noisy = HarvestSource(model, Pictures(noise=True), BLOCK, images_per_group=4, batch_size=4)
+    generator, seeded = torch.get_rng_state(), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    served = take(noisy, 8, 8, seed=2)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert seeded == []
+    again = take(noisy, 3, 8, seed=2, start=served[4].next)
+    for a, b in zip(served[5:], again):
+        assert torch.equal(a.rows, b.rows)
+    assert len({float(b.rows[0, 0]) for b in served}) == 8
