@@ -1,4 +1,5 @@
-"""clipsteer: fused, validated ops for CLIP, and the steering, interpretation and training built on them."""
+"""clipsteer: fused, validated ops for CLIP, and the steering, interpretation and training built on
+them."""
 
 from __future__ import annotations
 

@@ -19,11 +19,15 @@ def _imported(package: str, block: ast.If) -> Names:
         for alias in line.names:
             is_module = line.module == package
             name = alias.asname or alias.name
-            found[name] = (f"{package}.{alias.name}", None) if is_module else (line.module, alias.name)
+            found[name] = (
+                (f"{package}.{alias.name}", None) if is_module else (line.module, alias.name)
+            )
     return found
 
 
-def attach(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+def attach(
+    package: str, file: str
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """``__getattr__``, ``__dir__`` and ``__all__`` of a package.
 
     The names are those that the ``if TYPE_CHECKING:`` blocks of its ``__init__.py`` import, so

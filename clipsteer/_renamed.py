@@ -52,7 +52,9 @@ class _Finder(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self) if known and fullname.startswith("clipsteer.") else None
 
     def exec_module(self, module: ModuleType) -> None:
-        places = [f"clipsteer.{name}" for name in RENAMED[module.__name__.removeprefix("clipsteer.")]]
+        places = [
+            f"clipsteer.{name}" for name in RENAMED[module.__name__.removeprefix("clipsteer.")]
+        ]
         where = " and ".join(places)
         warnings.warn(f"{module.__name__} is now {where}", DeprecationWarning, stacklevel=2)
 
@@ -60,7 +62,9 @@ class _Finder(MetaPathFinder, Loader):
             for place in places:
                 if not name.startswith("_") and hasattr(import_module(place), name):
                     return getattr(import_module(place), name)
-            raise AttributeError(f"module {module.__name__!r}, now {where}, has no attribute {name!r}")
+            raise AttributeError(
+                f"module {module.__name__!r}, now {where}, has no attribute {name!r}"
+            )
 
         module.__getattr__ = get  # type: ignore[method-assign]
 

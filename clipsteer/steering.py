@@ -1,11 +1,13 @@
-"""Steering: change the residual stream at named hook points, by SAE features, vectors or conceptors, while code runs.
+"""Steering: change the residual stream at named hook points, by SAE features, vectors or
+conceptors, while code runs.
 
     x_out = x + sd · Σ_i (s_i - f_i(x)) · W_dec[i]
 
-over the steered features i, with s_i the wanted activation and f_i(x) the present one; sd undoes the SAE's input
-normalisation (Joseph et al. 2025, arXiv 2504.08729). It equals decode(f with f_i := s_i) + (x - SAE(x)): whatever the
-SAE does not explain stays in place. Everything runs in forward hooks; no weight of the model is touched.
-A conceptor C takes h to β·C(h - μ) + μ, addition to h + β·(m - μ) (Postmus & Abreu 2024, arXiv 2410.16314).
+over the steered features i, with s_i the wanted activation and f_i(x) the present one; sd undoes
+the SAE's input normalisation (Joseph et al. 2025, arXiv 2504.08729). It equals decode(f with f_i :=
+s_i) + (x - SAE(x)): whatever the SAE does not explain stays in place. Everything runs in forward
+hooks; no weight of the model is touched. A conceptor C takes h to β·C(h - μ) + μ, addition to h +
+β·(m - μ) (Postmus & Abreu 2024, arXiv 2410.16314).
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def _check_tokens(tokens: str) -> None:
 def _check_width(what: str, width: int, x: Tensor) -> None:
     if x.shape[-1] != width:
         raise ValueError(
-            f"steer: {what} has d_in = {width}, but the activations at this hook point are {tuple(x.shape)}; "
+            f"steer: {what} has d_in = {width}, but the activations at this hook point are "
+            f"{tuple(x.shape)}; "
             f"they must have {width} in the last dimension"
         )
 
@@ -51,15 +54,19 @@ class SAESteering:
 
     Args:
         sae: an autoencoder trained at the hook point it is used at.
-        strengths: feature index in [0, d_sae) -> wanted activation, in the units of ``sae.encode``; 0 suppresses.
-            A feature's usual range is what ``sae.encode`` gives on images that show it.
-        tokens: "all" positions, the class token alone ("cls"), or "patches" (what follows class and register tokens).
+        strengths: feature index in [0, d_sae) -> wanted activation, in the units of ``sae.encode``;
+            0 suppresses. A feature's usual range is what ``sae.encode`` gives on images that show
+            it.
+        tokens: "all" positions, the class token alone ("cls"), or "patches" (what follows class and
+            register tokens).
 
-    Only the steered features are encoded, except that for ``architecture="topk"`` a feature's activation depends on
-    every other pre-activation: there f_i is the true top-k activation, which takes a full ``ops.topk_encode``.
+    Only the steered features are encoded, except that for ``architecture="topk"`` a feature's
+    activation depends on every other pre-activation: there f_i is the true top-k activation, which
+    takes a full ``ops.topk_encode``.
 
     Raises:
-        ValueError: no feature, a feature out of range, a strength that is not finite, unknown ``tokens``.
+        ValueError: no feature, a feature out of range, a strength that is not finite, unknown
+            ``tokens``.
     """
 
     sae: SAE
@@ -69,26 +76,36 @@ class SAESteering:
     def __post_init__(self) -> None:
         _check_tokens(self.tokens)
         if not isinstance(self.strengths, Mapping) or not self.strengths:
-            raise ValueError(f"SAESteering: strengths must be a mapping {{feature: strength}}, got {self.strengths!r}")
+            raise ValueError(
+                f"SAESteering: strengths must be a mapping {{feature: strength}}, got "
+                f"{self.strengths!r}"
+            )
         n = self.sae.d_sae
         clean = {}
         for feature, strength in self.strengths.items():
             index, value = operator.index(feature), float(strength)
             if not 0 <= index < n:
-                raise ValueError(f"SAESteering: feature must be in [0, {n}) (d_sae = {n}), got {index}")
+                raise ValueError(
+                    f"SAESteering: feature must be in [0, {n}) (d_sae = {n}), got {index}"
+                )
             if not math.isfinite(value):
-                raise ValueError(f"SAESteering: strength of feature {index} must be finite, got {value}")
+                raise ValueError(
+                    f"SAESteering: strength of feature {index} must be finite, got {value}"
+                )
             clean[index] = value
         object.__setattr__(self, "strengths", clean)
         self._tables(self.sae.W_dec)
 
     def _tables(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (m,) and strengths (m,) beside the SAE, made once: a copy to a GPU would stop every forward pass."""
+        """Features (m,) and strengths (m,) beside the SAE, made once: a copy to a GPU would stop
+        every forward pass."""
         found = self.__dict__.get("_cache")
         if found is None or (found[1].device, found[1].dtype) != (weight.device, weight.dtype):
             with torch.inference_mode(False):
                 features = torch.tensor(list(self.strengths), device=weight.device)
-                wanted = torch.tensor(list(self.strengths.values()), device=weight.device, dtype=weight.dtype)
+                wanted = torch.tensor(
+                    list(self.strengths.values()), device=weight.device, dtype=weight.dtype
+                )
             found = (features, wanted)
             object.__setattr__(self, "_cache", found)
         return found
@@ -119,9 +136,19 @@ class VectorSteering:
 
     def __post_init__(self) -> None:
         _check_tokens(self.tokens)
-        if not isinstance(self.vector, Tensor) or self.vector.dim() != 1 or not self.vector.is_floating_point():
-            got = tuple(self.vector.shape) if isinstance(self.vector, Tensor) else type(self.vector).__name__
-            raise ValueError(f"VectorSteering: vector must be a floating tensor of shape (d,), got {got}")
+        if (
+            not isinstance(self.vector, Tensor)
+            or self.vector.dim() != 1
+            or not self.vector.is_floating_point()
+        ):
+            got = (
+                tuple(self.vector.shape)
+                if isinstance(self.vector, Tensor)
+                else type(self.vector).__name__
+            )
+            raise ValueError(
+                f"VectorSteering: vector must be a floating tensor of shape (d,), got {got}"
+            )
         if not math.isfinite(self.strength):
             raise ValueError(f"VectorSteering: strength must be finite, got {self.strength}")
 
@@ -138,17 +165,25 @@ def _check_vector(owner: str, name: str, value: object, d: int | None = None) ->
         or not value.is_floating_point()
         or d not in (None, len(value))
     ):
-        got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{owner}: {name} must be a floating tensor of shape ({d or 'd'},), got {got}")
+        got = (
+            f"{value.dtype} {tuple(value.shape)}"
+            if isinstance(value, Tensor)
+            else type(value).__name__
+        )
+        raise ValueError(
+            f"{owner}: {name} must be a floating tensor of shape ({d or 'd'},), got {got}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class AdditiveSteering:
-    """Add ``beta · (mean - background)``: the mean activation of what is wanted, less that of a background.
+    """Add ``beta · (mean - background)``: the mean activation of what is wanted, less that of a
+    background.
 
     Args:
         mean: (d,) mean activation of the examples of what to steer towards; see ``fit``.
-        background: (d,) mean activation of a generic corpus (mean-centred addition), or None for 0 (plain addition).
+        background: (d,) mean activation of a generic corpus (mean-centred addition), or None for 0
+            (plain addition).
         beta: factor; negative steers away.
         tokens: "all", "cls" or "patches", as in ``SAESteering``.
 
@@ -203,17 +238,20 @@ class AdditiveSteering:
 
 @dataclass(frozen=True, eq=False)
 class ConceptorSteering:
-    """Take activations h to ``beta · C (h - μ) + μ``: keep what the conceptor keeps, soften the rest.
+    """Take activations h to ``beta · C (h - μ) + μ``: keep what the conceptor keeps, soften the
+    rest.
 
     Args:
-        conceptor: a single one of the hook point's width. Compose with its algebra: ``animals & ~sketch``.
+        conceptor: a single one of the hook point's width. Compose with its algebra: ``animals &
+            ~sketch``.
         beta: strength.
-        mean: (d,) the μ above; None takes the conceptor's own, which is 0 for an uncentred one. It should be the mean
-            that the conceptor was fitted about.
+        mean: (d,) the μ above; None takes the conceptor's own, which is 0 for an uncentred one. It
+            should be the mean that the conceptor was fitted about.
         tokens: "all", "cls" or "patches", as in ``SAESteering``.
 
     Raises:
-        ValueError: a batch of conceptors, shapes that do not fit, a beta that is not finite, unknown ``tokens``.
+        ValueError: a batch of conceptors, shapes that do not fit, a beta that is not finite,
+            unknown ``tokens``.
     """
 
     conceptor: Conceptor
@@ -227,10 +265,13 @@ class ConceptorSteering:
 
         _check_tokens(self.tokens)
         if not isinstance(self.conceptor, Conceptor):
-            raise TypeError(f"ConceptorSteering: expected a Conceptor, got {type(self.conceptor).__name__}")
+            raise TypeError(
+                f"ConceptorSteering: expected a Conceptor, got {type(self.conceptor).__name__}"
+            )
         if self.conceptor.is_batch:
             raise ValueError(
-                f"ConceptorSteering: expected one conceptor, got a batch of {len(self.conceptor)}; take C[k]"
+                f"ConceptorSteering: expected one conceptor, got a batch of {len(self.conceptor)}; "
+                f"take C[k]"
             )
         if self.mean is not None:
             _check_vector("ConceptorSteering", "mean", self.mean, self.conceptor.d)
@@ -253,7 +294,8 @@ _KINDS = (SAESteering, VectorSteering, AdditiveSteering, ConceptorSteering)
 
 
 def _positions(steering: Steering, x: Tensor, layout: Layout) -> Tensor:
-    """Steer the positions that ``steering.tokens`` names; the others keep their bits. x: (B, T, d)."""
+    """Steer the positions that ``steering.tokens`` names; the others keep their bits. x: (B, T,
+    d)."""
     if steering.tokens == "all":
         return steering.apply(x)
     where = layout.where("steer", steering.tokens, x.shape[1])
@@ -271,7 +313,8 @@ def _compose(steerings: Sequence[Steering], layout: Layout) -> Callable[[Tensor]
 
 
 class SteeringHandle:
-    """What ``steer`` returns: already active; ``remove()`` or leaving a ``with`` block ends it. Removing twice is fine.
+    """What ``steer`` returns: already active; ``remove()`` or leaving a ``with`` block ends it.
+    Removing twice is fine.
 
     Attributes:
         hook_points: the module names that are being steered.
@@ -291,30 +334,36 @@ class SteeringHandle:
         self.remove()
 
 
-def steer(model: nn.Module, steerings: Mapping[str, Steering | Sequence[Steering]]) -> SteeringHandle:
+def steer(
+    model: nn.Module, steerings: Mapping[str, Steering | Sequence[Steering]]
+) -> SteeringHandle:
     """Steer ``model`` at any number of hook points, from this call until the handle is removed.
 
     Args:
         model: an open_clip model, or any module tree whose named modules give (B, T, d) tensors.
-        steerings: hook point -> one steering or a list of them, applied in order. A hook point is a plain module name
-            or an fnmatch pattern ("visual.transformer.resblocks.*").
+        steerings: hook point -> one steering or a list of them, applied in order. A hook point is a
+            plain module name or an fnmatch pattern ("visual.transformer.resblocks.*").
 
     Returns:
         a ``SteeringHandle``: use it in a ``with`` statement, or keep it and call ``remove()``.
 
     Raises:
-        ValueError: a pattern that matches no module (near matches are named), "cls" or "patches" where the tower has
-            no class token; at the next forward pass, "cls" or "patches" at a module without such tokens, and a
-            steering whose width is not that of the hook point.
-        RuntimeError: the module, or one that it is part of, is compiled: torch.compile leaves hooks out.
+        ValueError: a pattern that matches no module (near matches are named), "cls" or "patches"
+            where the tower has no class token; at the next forward pass, "cls" or "patches" at a
+            module without such tokens, and a steering whose width is not that of the hook point.
+        RuntimeError: the module, or one that it is part of, is compiled: torch.compile leaves hooks
+            out.
 
-        >>> with clipsteer.steer(model, {"visual.transformer.resblocks.9": clipsteer.SAESteering(sae, {123: 50.0})}):
-        ...     image_features = model.encode_image(images)
+        >>> with clipsteer.steer(model, {"visual.transformer.resblocks.9":
+        clipsteer.SAESteering(sae, {123: 50.0})}): ...     image_features =
+        model.encode_image(images)
     """
     from clipsteer.clip.hooks import _match, apply_at
 
     if not isinstance(steerings, Mapping) or not steerings:
-        raise ValueError(f"steer: steerings must be a mapping {{hook point: steering}}, got {steerings!r}")
+        raise ValueError(
+            f"steer: steerings must be a mapping {{hook point: steering}}, got {steerings!r}"
+        )
     chosen: dict[str, list[Steering]] = {}
     for pattern, given in steerings.items():
         listed = list(given) if isinstance(given, Sequence) else [given]

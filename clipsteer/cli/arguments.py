@@ -21,23 +21,34 @@ def read_words(path: Path | None, classes: Sequence[str] | None = None) -> list[
     if path is not None:
         words = [w.strip() for w in path.read_text(encoding="utf-8").splitlines()]
     else:
-        words = [*(c.replace("_", " ") for c in classes or []), *(c.label for c in EmojiStyles().concepts)]
+        words = [
+            *(c.replace("_", " ") for c in classes or []),
+            *(c.label for c in EmojiStyles().concepts),
+        ]
     return list(dict.fromkeys(w for w in words if w))
 
 
 def _count(text: str) -> int:
     value = float(text)
     if not math.isfinite(value) or value < 1 or value != int(value):
-        raise argparse.ArgumentTypeError(f"expected a whole number such as 200 or 2e6, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number such as 200 or 2e6, got {text!r}"
+        )
     return int(value)
 
 
 def add_model(
-    p: argparse.ArgumentParser, default: str | None = "emojiclip", otherwise: str = "what the SAE was trained on"
+    p: argparse.ArgumentParser,
+    default: str | None = "emojiclip",
+    otherwise: str = "what the SAE was trained on",
 ) -> None:
     source = default or otherwise
-    p.add_argument("--model", default=default, metavar="NAME",
-                   help=f"open_clip name, hf-hub:org/repo, or emojiclip (default: {source})")  # fmt: skip
+    p.add_argument(
+        "--model",
+        default=default,
+        metavar="NAME",
+        help=f"open_clip name, hf-hub:org/repo, or emojiclip (default: {source})",
+    )
     p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or a local weights file")
     add_device(p)
 
@@ -47,7 +58,9 @@ def add_device(p: argparse.ArgumentParser) -> None:
 
 
 def add_data(p: argparse.ArgumentParser, what: str) -> None:
-    p.add_argument("--data", metavar="PATH", help=f"folder, captions .csv/.jsonl, or .tar shards: {what}")
+    p.add_argument(
+        "--data", metavar="PATH", help=f"folder, captions .csv/.jsonl, or .tar shards: {what}"
+    )
 
 
 def device_of(args: argparse.Namespace) -> str:
@@ -68,13 +81,21 @@ def open_images(path: str | None, cell: tuple[str, bool]) -> Any:
 
 def add_shown(p: argparse.ArgumentParser) -> None:
     """The arguments that ``show_steering`` reads."""
-    p.add_argument("--words", type=Path, metavar="FILE",
-                   help="what to predict, one a line (default: the classes, or the bundled concepts)")  # fmt: skip
-    p.add_argument("--top", type=int, default=3, metavar="N", help="predictions an image (default: 3)")
+    p.add_argument(
+        "--words",
+        type=Path,
+        metavar="FILE",
+        help="what to predict, one a line (default: the classes, or the bundled concepts)",
+    )
+    p.add_argument(
+        "--top", type=int, default=3, metavar="N", help="predictions an image (default: 3)"
+    )
     p.add_argument("--count", type=int, default=8, metavar="N", help="images (default: 8)")
 
 
-def show_steering(args: argparse.Namespace, clip: Any, dataset: Any, hook_point: str, steering: Any) -> int:
+def show_steering(
+    args: argparse.Namespace, clip: Any, dataset: Any, hook_point: str, steering: Any
+) -> int:
     """Write predictions on a few images before and after steering, and which moved most."""
     import torch
 
@@ -87,7 +108,9 @@ def show_steering(args: argparse.Namespace, clip: Any, dataset: Any, hook_point:
     if args.top < 1 or args.count < 1:
         raise ValueError(f"--top and --count must be at least 1, got {args.top} and {args.count}")
     if args.words is not None:
-        words = [w.strip() for w in args.words.read_text(encoding="utf-8").splitlines() if w.strip()]
+        words = [
+            w.strip() for w in args.words.read_text(encoding="utf-8").splitlines() if w.strip()
+        ]
     else:
         words = dataset.classes or [c.label for c in EmojiStyles().concepts]
     head = zero_shot_head(clip, words, None if clip.name == EMOJICLIP else ("a photo of a {}.",))
@@ -99,7 +122,9 @@ def show_steering(args: argparse.Namespace, clip: Any, dataset: Any, hook_point:
 
     def shown(p: torch.Tensor) -> str:
         best = p.topk(min(args.top, len(words)))
-        return ", ".join(f"{words[i]} {v:.0%}" for v, i in zip(best.values.tolist(), best.indices.tolist()))
+        return ", ".join(
+            f"{words[i]} {v:.0%}" for v, i in zip(best.values.tolist(), best.indices.tolist())
+        )
 
     for i, p, q in zip(rows, before, after):
         target = dataset.targets[i]

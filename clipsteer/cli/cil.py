@@ -1,4 +1,5 @@
-"""``clipsteer cil``: class-incremental learning, strategies and seeds side by side, and the page that compares them."""
+"""``clipsteer cil``: class-incremental learning, strategies and seeds side by side, and the page
+that compares them."""
 
 from __future__ import annotations
 
@@ -20,7 +21,12 @@ EMOJI_RATES = {"macil": 0.03, "finetune": 0.003, "sdc": 0.03, "slca": 0.03, "joi
 
 def add_parser(commands: Any, add: Any) -> None:
     """Add the command; ``add(parent, name, function, summary, examples)`` makes it."""
-    p = add(commands, "cil", _cil, "learn classes task by task: MACIL, SLCA, SDC, RanPAC and baselines", """
+    p = add(
+        commands,
+        "cil",
+        _cil,
+        "learn classes task by task: MACIL, SLCA, SDC, RanPAC and baselines",
+        """
 examples:
   the bundled drawings and model, all strategies, three class orders:
     clipsteer cil --data emoji --tasks 5 --strategy all --seeds 3 --out cil-emoji
@@ -35,35 +41,97 @@ examples:
     clipsteer cil --data emoji --tasks 5 --strategy macil macil:sigma=1 --measure validation --out cil-sigma
 
 A command that was stopped, or killed, goes on where it was when it is given again.
-""")  # fmt: skip
-    p.add_argument("--data", required=True, metavar="PATH", help="emoji, or a folder with train/ and test/")
-    p.add_argument("--tasks", type=_tasks, metavar="N", help="equal tasks; for emoji also: categories (default: 5)")
-    p.add_argument("--init-cls", type=_count, metavar="N", help="classes of the first task (default: as --increment)")
+""",
+    )
+    p.add_argument(
+        "--data", required=True, metavar="PATH", help="emoji, or a folder with train/ and test/"
+    )
+    p.add_argument(
+        "--tasks",
+        type=_tasks,
+        metavar="N",
+        help="equal tasks; for emoji also: categories (default: 5)",
+    )
+    p.add_argument(
+        "--init-cls",
+        type=_count,
+        metavar="N",
+        help="classes of the first task (default: as --increment)",
+    )
     p.add_argument("--increment", type=_count, metavar="N", help="classes of each later task")
-    p.add_argument("--split", choices=("concepts", "styles"), default="concepts",
-                   help="emoji: test on new concepts in the same styles, or on the same in a new style")  # fmt: skip
-    p.add_argument("--strategy", nargs="+", default=["macil", "slca", "finetune"], metavar="NAME",
-                   help="macil, slca, sdc (its compensation on cosine heads), finetune, ranpac (frozen), ncm, "
-                        "zero_shot, joint; all; ablation; or NAME:field=value,…, fields of CILConfig")  # fmt: skip
-    p.add_argument("--seeds", type=_count, default=3, metavar="N", help="seeds 1993, 1994 …: class order and training")
-    p.add_argument("--model", metavar="NAME", help="emojiclip, an open_clip name, hf-hub:…, or timm:NAME")
+    p.add_argument(
+        "--split",
+        choices=("concepts", "styles"),
+        default="concepts",
+        help="emoji: test on new concepts in the same styles, or on the same in a new style",
+    )
+    p.add_argument(
+        "--strategy",
+        nargs="+",
+        default=["macil", "slca", "finetune"],
+        metavar="NAME",
+        help="macil, slca, sdc (its compensation on cosine heads), finetune, ranpac (frozen), ncm, "
+        "zero_shot, joint; all; ablation; or NAME:field=value,…, fields of CILConfig",
+    )
+    p.add_argument(
+        "--seeds",
+        type=_count,
+        default=3,
+        metavar="N",
+        help="seeds 1993, 1994 …: class order and training",
+    )
+    p.add_argument(
+        "--model", metavar="NAME", help="emojiclip, an open_clip name, hf-hub:…, or timm:NAME"
+    )
     p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or a local weights file")
     add_device(p)
-    p.add_argument("--recipe", choices=("paper",),
-                   help=f"that of MACIL: {PAPER_MODEL}, pixels in [0, 1], 20 and 10 epochs, σ = 1")  # fmt: skip
+    p.add_argument(
+        "--recipe",
+        choices=("paper",),
+        help=f"that of MACIL: {PAPER_MODEL}, pixels in [0, 1], 20 and 10 epochs, σ = 1",
+    )
     p.add_argument("--first-epochs", type=_count, metavar="N", help="of the first task")
     p.add_argument("--epochs", type=_count, metavar="N", help="of each later task")
     p.add_argument("--batch-size", type=_count, metavar="N")
     p.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
-    p.add_argument("--measure", choices=("test", "validation"), default="test",
-                   help="validation: learn without a fifth of the training images and measure on it")  # fmt: skip
-    p.add_argument("--saes", type=Path, metavar="DIR", help="an SAE a block, for plasticity; trained if missing")
-    p.add_argument("--sae-images", metavar="PATH", help="to train them on, of all kinds (emoji: EmojiCLIP's own)")
     p.add_argument(
-        "--jobs", type=_count, default=1, metavar="N", help="runs at a time (CPU), each with some of the cores"
+        "--measure",
+        choices=("test", "validation"),
+        default="test",
+        help="validation: learn without a fifth of the training images and measure on it",
     )
-    p.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="runs/, table.csv, index.html, summary.md …")
+    p.add_argument(
+        "--saes",
+        type=Path,
+        metavar="DIR",
+        help="an SAE a block, for plasticity; trained if missing",
+    )
+    p.add_argument(
+        "--sae-images",
+        metavar="PATH",
+        help="to train them on, of all kinds (emoji: EmojiCLIP's own)",
+    )
+    p.add_argument(
+        "--jobs",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="runs at a time (CPU), each with some of the cores",
+    )
+    p.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that read images (default: 0)",
+    )
+    p.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="runs/, table.csv, index.html, summary.md …",
+    )
 
 
 def _count(text: str) -> int:
@@ -80,25 +148,45 @@ def _names(parts: list[str]) -> list[str]:
     """Strategies, each once: words, lists with commas, and the two groups."""
     from clipsteer.continual.strategies import ABLATION, STRATEGIES
 
-    words = [word for part in parts for word in ([part] if ":" in part else part.split(",")) if word]
-    return list(dict.fromkeys(n for w in words for n in {"all": STRATEGIES, "ablation": ABLATION}.get(w, [w])))
+    words = [
+        word for part in parts for word in ([part] if ":" in part else part.split(",")) if word
+    ]
+    return list(
+        dict.fromkeys(
+            n for w in words for n in {"all": STRATEGIES, "ablation": ABLATION}.get(w, [w])
+        )
+    )
 
 
-def _scenario(data: str, tasks: int | str | None, init_cls: int | None, increment: int | None, split: str,
-              measure: str, seed: int) -> Any:  # fmt: skip
+def _scenario(
+    data: str,
+    tasks: int | str | None,
+    init_cls: int | None,
+    increment: int | None,
+    split: str,
+    measure: str,
+    seed: int,
+) -> Any:
     from clipsteer.continual.scenario import emoji_scenario, folder_scenario
 
     share = 0.2 if measure == "validation" else 0.0
     if data == "emoji":
         if init_cls or increment:
-            raise ValueError("--init-cls and --increment are for folders; emoji takes --tasks N or categories")
+            raise ValueError(
+                "--init-cls and --increment are for folders; emoji takes --tasks N or categories"
+            )
         found = emoji_scenario(5 if tasks is None else tasks, seed, validation=share, split=split)
     else:
         if tasks == "categories":
-            raise ValueError("--tasks categories is for emoji; a folder takes --tasks N, or --init-cls and --increment")
+            raise ValueError(
+                "--tasks categories is for emoji; a folder takes --tasks N, or --init-cls and "
+                "--increment"
+            )
         if tasks is None and increment is None:
             tasks = 5
-        found = folder_scenario(data, tasks, seed, init_cls=init_cls, increment=increment, validation=share)
+        found = folder_scenario(
+            data, tasks, seed, init_cls=init_cls, increment=increment, validation=share
+        )
     return found.on_validation() if measure == "validation" else found
 
 
@@ -109,8 +197,13 @@ def _encoder(model: str, pretrained: str | None, unit_range: bool, device: str) 
 
 
 def _run(
-    scenario: tuple[Any, ...], encoder: tuple[Any, ...], config: Any, saes: str | None, out: Path, workers: int
-) -> Any:  # fmt: skip
+    scenario: tuple[Any, ...],
+    encoder: tuple[Any, ...],
+    config: Any,
+    saes: str | None,
+    out: Path,
+    workers: int,
+) -> Any:
     """One run from plain data, so that another process can make it."""
     from clipsteer.clip.zero_shot import zero_shot_head
     from clipsteer.continual.experiment import run_tasks
@@ -121,15 +214,22 @@ def _run(
         clip = _encoder(*encoder)[1]
         if clip is None:
             raise ValueError(f"zero_shot needs a CLIP, which {encoder[0]} is not")
-        zero_shot = zero_shot_head(clip, [name.replace("_", " ").replace("-", " ") for name in found.classes])
+        zero_shot = zero_shot_head(
+            clip, [name.replace("_", " ").replace("-", " ") for name in found.classes]
+        )
     plasticity = None
     if config.plasticity:
         loaded = load_saes(saes, device=encoder[3])
         plasticity = Plasticity(loaded, background=_background(Path(saes), loaded))
     return run_tasks(
-        found, lambda: _encoder(*encoder)[0], config, zero_shot=zero_shot, plasticity=plasticity, out=out,
+        found,
+        lambda: _encoder(*encoder)[0],
+        config,
+        zero_shot=zero_shot,
+        plasticity=plasticity,
+        out=out,
         workers=workers,
-    )  # fmt: skip
+    )
 
 
 _BACKGROUND = "background.safetensors"
@@ -185,30 +285,49 @@ def _cil(args: argparse.Namespace) -> int:
     seeds = [1993 + i for i in range(args.seeds)]
     rates = EMOJI_RATES if args.data == "emoji" and args.recipe is None else {}
     configs = [
-        strategy(name, **{"lr": rates.get(name.partition(":")[0], 0.01), **settings, "seed": seed, "bf16": args.bf16})
-        for name in names for seed in seeds
-    ]  # fmt: skip
+        strategy(
+            name,
+            **{
+                "lr": rates.get(name.partition(":")[0], 0.01),
+                **settings,
+                "seed": seed,
+                "bf16": args.bf16,
+            },
+        )
+        for name in names
+        for seed in seeds
+    ]
     saes = args.saes or args.out / "saes"
     if any(config.plasticity for config in configs) and not (saes / _BACKGROUND).exists():
         images = args.sae_images or ("emoji" if args.data == "emoji" else None)
         if images is None:
             raise ValueError(
-                "plasticity needs --sae-images, images of all kinds that SAEs of the blocks are trained on"
+                "plasticity needs --sae-images, images of all kinds that SAEs of the blocks are "
+                "trained on"
             )
         _fit_saes(saes, images, encoder)
     shared = {"encoder": encoder, "saes": str(saes), "workers": args.workers}
     jobs = [
-        (_run, {"scenario": (*place, config.seed), "config": config, "out": args.out / "runs" / folder_name(config),
-                **shared})
+        (
+            _run,
+            {
+                "scenario": (*place, config.seed),
+                "config": config,
+                "out": args.out / "runs" / folder_name(config),
+                **shared,
+            },
+        )
         for config in configs
-    ]  # fmt: skip
+    ]
     runs = run_all(jobs, workers=args.jobs, title="cil")
     found = _scenario(*place, seeds[0])
     notes = {
         "data": f"{args.data}, {len(found.classes)} classes in {len(found.tasks)} tasks, {len(found.train)} images to "
-                f"learn from, {len(found.test)} to measure on ({args.measure}{_split_note(args)})",
-        "model": model, "settings": settings, **({"learning rates": rates} if rates else {}),
-    }  # fmt: skip
+        f"learn from, {len(found.test)} to measure on ({args.measure}{_split_note(args)})",
+        "model": model,
+        "settings": settings,
+        **({"learning rates": rates} if rates else {}),
+    }
     reference = "macil" if "macil" in names else names[0]
     written = write_results(args.out, runs, notes, reference=reference)
     sys.stdout.write((args.out / "summary.md").read_text(encoding="utf-8"))

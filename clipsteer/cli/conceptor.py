@@ -9,25 +9,44 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clipsteer.cli.arguments import add_data, add_model, add_shown, device_of, open_images, show_steering
+from clipsteer.cli.arguments import (
+    add_data,
+    add_model,
+    add_shown,
+    device_of,
+    open_images,
+    show_steering,
+)
 from clipsteer.cli.sae import TOKENS
 
 _ORIGIN = ("clip_model", "pretrained", "hook_point", "tokens")
 
 
 def add_parser(commands: Any, add: Any) -> None:
-    """Add ``conceptor`` and its subcommands; ``add(parent, name, function, summary, examples)`` makes one."""
-    conceptor = add(commands, "conceptor", None, "fit, compose and steer with conceptors", """
+    """Add ``conceptor`` and its subcommands; ``add(parent, name, function, summary, examples)``
+    makes one."""
+    conceptor = add(
+        commands,
+        "conceptor",
+        None,
+        "fit, compose and steer with conceptors",
+        """
 examples:
   what food looks like, whoever drew it, and what is left of images when all else is taken away:
     clipsteer conceptor fit --category food-drink --centre --out food.safetensors
     clipsteer conceptor steer food.safetensors --beta 2
 
 each ACTION has --help with more
-""")  # fmt: skip
+""",
+    )
     actions = conceptor.add_subparsers(dest="action", metavar="ACTION", required=True)
 
-    p = add(actions, "fit", _fit, "fit a conceptor to a CLIP model's activations; shows aperture against quota", """
+    p = add(
+        actions,
+        "fit",
+        _fit,
+        "fit a conceptor to a CLIP model's activations; shows aperture against quota",
+        """
 examples:
   what the bundled Noto drawings use, at the last but one block:
     clipsteer conceptor fit --style noto --out noto.safetensors
@@ -38,26 +57,73 @@ examples:
         --hook-point visual.transformer.resblocks.9 --aperture 0.5 --out classes.safetensors
   from activations that clipsteer sae train --store wrote:
     clipsteer conceptor fit --store acts/ --aperture gradient --low-rank 0.01 --out acts.safetensors
-""")  # fmt: skip
+""",
+    )
     add_model(p)
     add_data(p, "images to fit to (default: the bundled drawings)")
-    p.add_argument("--style", help="of the bundled drawings, this style alone: noto, fluent or twemoji")
-    p.add_argument("--category", help="of the bundled drawings, this category alone, such as food-drink")
-    p.add_argument("--store", type=Path, metavar="DIR", help="activations on disk in place of a model and images")
-    p.add_argument("--hook-point", help="module whose output is taken (default: the last but one block)")
+    p.add_argument(
+        "--style", help="of the bundled drawings, this style alone: noto, fluent or twemoji"
+    )
+    p.add_argument(
+        "--category", help="of the bundled drawings, this category alone, such as food-drink"
+    )
+    p.add_argument(
+        "--store",
+        type=Path,
+        metavar="DIR",
+        help="activations on disk in place of a model and images",
+    )
+    p.add_argument(
+        "--hook-point", help="module whose output is taken (default: the last but one block)"
+    )
     p.add_argument("--tokens", choices=TOKENS, default="all", help="which tokens (default: all)")
     size = p.add_mutually_exclusive_group()
-    size.add_argument("--aperture", type=_aperture, default="gradient", metavar="A",
-                      help="a number, or 'gradient': where the conceptor changes most with it (default)")  # fmt: skip
-    size.add_argument("--quota", type=float, metavar="Q", help="the aperture that keeps this share of the dimensions")
-    p.add_argument("--centre", nargs="?", const="", metavar="PATH",
-                   help="fit about the mean activation of these images (default: all bundled drawings)")  # fmt: skip
-    p.add_argument("--per-class", action="store_true", help="one conceptor for each class of the images")
-    p.add_argument("--low-rank", type=float, metavar="TOL", help="drop eigenvalues up to TOL; the error is shown")
-    p.add_argument("--batch-size", type=int, default=64, metavar="N", help="images a forward pass (default: 64)")
-    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
+    size.add_argument(
+        "--aperture",
+        type=_aperture,
+        default="gradient",
+        metavar="A",
+        help="a number, or 'gradient': where the conceptor changes most with it (default)",
+    )
+    size.add_argument(
+        "--quota",
+        type=float,
+        metavar="Q",
+        help="the aperture that keeps this share of the dimensions",
+    )
+    p.add_argument(
+        "--centre",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="fit about the mean activation of these images (default: all bundled drawings)",
+    )
+    p.add_argument(
+        "--per-class", action="store_true", help="one conceptor for each class of the images"
+    )
+    p.add_argument(
+        "--low-rank",
+        type=float,
+        metavar="TOL",
+        help="drop eigenvalues up to TOL; the error is shown",
+    )
+    p.add_argument(
+        "--batch-size",
+        type=int,
+        default=64,
+        metavar="N",
+        help="images a forward pass (default: 64)",
+    )
+    p.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="safetensors file to write"
+    )
 
-    p = add(actions, "steer", _steer, "show predictions before and after steering with a conceptor expression", """
+    p = add(
+        actions,
+        "steer",
+        _steer,
+        "show predictions before and after steering with a conceptor expression",
+        """
 examples:
   drawings of the held-out style, reduced to what Noto drawings use:
     clipsteer conceptor steer noto.safetensors
@@ -65,14 +131,27 @@ examples:
     clipsteer conceptor steer food.safetensors --and-not noto.safetensors --beta 2
   the complement, on the patches of your own images, among your own words:
     clipsteer conceptor steer acts.safetensors --not --tokens patches --data photos/ --words words.txt
-""")  # fmt: skip
-    p.add_argument("conceptor", type=Path, metavar="FILE", help="written by clipsteer conceptor fit")
+""",
+    )
+    p.add_argument(
+        "conceptor", type=Path, metavar="FILE", help="written by clipsteer conceptor fit"
+    )
     p.add_argument("--not", dest="negate", action="store_true", help="start from its complement")
     for flag, what in (("and", "AND"), ("or", "OR"), ("and-not", "AND NOT")):
-        p.add_argument(f"--{flag}", dest="terms", action="append", type=lambda text, op=flag: (op, text),
-                       metavar="FILE", help=f"{what} this one; repeatable")  # fmt: skip
-    p.add_argument("--class", dest="chosen", metavar="NAME", help="of a --per-class file, this class")
-    p.add_argument("--scale-aperture", type=float, metavar="G", help="multiply the aperture of the result by G")
+        p.add_argument(
+            f"--{flag}",
+            dest="terms",
+            action="append",
+            type=lambda text, op=flag: (op, text),
+            metavar="FILE",
+            help=f"{what} this one; repeatable",
+        )
+    p.add_argument(
+        "--class", dest="chosen", metavar="NAME", help="of a --per-class file, this class"
+    )
+    p.add_argument(
+        "--scale-aperture", type=float, metavar="G", help="multiply the aperture of the result by G"
+    )
     p.add_argument("--beta", type=float, default=1.0, help="strength (default: 1)")
     add_model(p, None, "what the conceptor was fitted on")
     add_data(p, "images to look at (default: the bundled held-out style)")
@@ -101,10 +180,14 @@ def _drawings(style: str | None, category: str | None) -> Any:
     if category is not None and category not in known:
         raise ValueError(f"--category must be one of {', '.join(known)}; got {category!r}")
     styles = emoji.styles if style is None else (style,)
-    return emoji.dataset([(s, i) for s in styles for i in emoji.indices(s, category=category)], "category")
+    return emoji.dataset(
+        [(s, i) for s in styles for i in emoji.indices(s, category=category)], "category"
+    )
 
 
-def _activations(clip: Any, dataset: Any, hook_point: str, args: argparse.Namespace, title: str) -> Iterator[Any]:
+def _activations(
+    clip: Any, dataset: Any, hook_point: str, args: argparse.Namespace, title: str
+) -> Iterator[Any]:
     """(rows, image of each row) of a data set, batch by batch, in its order."""
     import torch
     from tqdm import tqdm
@@ -112,11 +195,18 @@ def _activations(clip: Any, dataset: Any, hook_point: str, args: argparse.Namesp
     from clipsteer.clip.hooks import harvest
     from clipsteer.clip.pixels import image_loader
 
-    loader = tqdm(image_loader(clip, dataset, args.batch_size), desc=title, unit="batch", disable=None)
+    loader = tqdm(
+        image_loader(clip, dataset, args.batch_size), desc=title, unit="batch", disable=None
+    )
     at = 0
     for rows in harvest(clip.model, loader, hook_point, tokens=args.tokens):
         images = min(args.batch_size, len(dataset) - at)
-        yield rows, torch.arange(at, at + images, device=rows.device).repeat_interleave(len(rows) // images)
+        yield (
+            rows,
+            torch.arange(at, at + images, device=rows.device).repeat_interleave(
+                len(rows) // images
+            ),
+        )
         at += images
 
 
@@ -130,9 +220,13 @@ def _fit(args: argparse.Namespace) -> int:
     from clipsteer.steering import AdditiveSteering
 
     if (args.data or args.store) and (args.style or args.category):
-        raise ValueError("--style and --category choose among the bundled drawings; leave out --data and --store")
+        raise ValueError(
+            "--style and --category choose among the bundled drawings; leave out --data and --store"
+        )
     if args.store is not None and (args.per_class or args.centre is not None or args.data):
-        raise ValueError("--store holds rows without classes; leave out --data, --per-class and --centre")
+        raise ValueError(
+            "--store holds rows without classes; leave out --data, --per-class and --centre"
+        )
     mean, names, classes = None, None, None
     if args.store is not None:
         store = ActivationStore(args.store)
@@ -140,7 +234,9 @@ def _fit(args: argparse.Namespace) -> int:
         batches: Any = (store.read_shard(i) for i in range(len(store.shards)))
     else:
         clip = load(args.model, args.pretrained, device=device_of(args))
-        dataset = open_images(args.data, None) if args.data else _drawings(args.style, args.category)
+        dataset = (
+            open_images(args.data, None) if args.data else _drawings(args.style, args.category)
+        )
         hook_point = args.hook_point or default_hook_point(clip)
         values = (clip.name, clip.pretrained, hook_point, args.tokens)
         provenance = dict(zip(_ORIGIN, values))
@@ -151,7 +247,9 @@ def _fit(args: argparse.Namespace) -> int:
         pairs = _activations(clip, dataset, hook_point, args, "activations")
         if args.per_class:
             if dataset.classes is None:
-                raise ValueError("--per-class needs images with classes, such as a folder of class folders")
+                raise ValueError(
+                    "--per-class needs images with classes, such as a folder of class folders"
+                )
             names = dataset.classes
             targets = torch.tensor(dataset.targets)
             classes = len(names)
@@ -169,7 +267,9 @@ def _fit(args: argparse.Namespace) -> int:
     sys.stdout.write(f"{'aperture':>10} {'quota':>8} {'error':>8} {'gradient':>9}\n")
     for row in sweep:
         mark = "  <- this one" if row.aperture == C.aperture else ""
-        sys.stdout.write(f"{row.aperture:10.4g} {row.quota:8.4f} {row.error:8.4f} {row.gradient:9.3f}{mark}\n")
+        sys.stdout.write(
+            f"{row.aperture:10.4g} {row.quota:8.4f} {row.error:8.4f} {row.gradient:9.3f}{mark}\n"
+        )
     if args.low_rank is not None:
         C, bound = C.low_rank(args.low_rank)
         sys.stdout.write(f"rank {C.rank} of {C.d}: off by at most {bound:.3g} of a row's norm\n")
@@ -187,7 +287,9 @@ def _pick(path: Path | str, name: str | None) -> Any:
         return C
     names = json.loads(C.metadata.get("classes", "[]"))
     if name not in names:
-        raise ValueError(f"{path} holds several conceptors; pass --class, one of: {', '.join(names)}")
+        raise ValueError(
+            f"{path} holds several conceptors; pass --class, one of: {', '.join(names)}"
+        )
     return C[names.index(name)]
 
 
@@ -203,16 +305,33 @@ def _steer(args: argparse.Namespace) -> int:
         for key in _ORIGIN:
             ours, theirs = provenance.get(key), other.metadata.get(key)
             # a file saved without any of this says nothing that could differ
-            if ours != theirs and provenance.keys() & set(_ORIGIN) and other.metadata.keys() & set(_ORIGIN):
-                raise ValueError(f"conceptors of one {key} combine; {args.conceptor} has {ours}, {path} has {theirs}")
+            if (
+                ours != theirs
+                and provenance.keys() & set(_ORIGIN)
+                and other.metadata.keys() & set(_ORIGIN)
+            ):
+                raise ValueError(
+                    f"conceptors of one {key} combine; {args.conceptor} has {ours}, {path} has "
+                    f"{theirs}"
+                )
         C = C | other if op == "or" else C & (other if op == "and" else ~other)
     if args.scale_aperture is not None:
         C = C.scale_aperture(args.scale_aperture)
-    name, hook_point = args.model or provenance.get("clip_model"), args.hook_point or provenance.get("hook_point")
+    name, hook_point = (
+        args.model or provenance.get("clip_model"),
+        args.hook_point or provenance.get("hook_point"),
+    )
     if name is None or hook_point is None:
-        raise ValueError(f"{args.conceptor} does not say which model it belongs to; pass --model and --hook-point")
+        raise ValueError(
+            f"{args.conceptor} does not say which model it belongs to; pass --model and "
+            f"--hook-point"
+        )
     pretrained = args.pretrained or (provenance.get("pretrained") if args.model is None else None)
-    steering = ConceptorSteering(C, args.beta, tokens=args.tokens or provenance.get("tokens") or "all")
+    steering = ConceptorSteering(
+        C, args.beta, tokens=args.tokens or provenance.get("tokens") or "all"
+    )
     sys.stdout.write(f"{C}\n")
     clip = load(name, pretrained, device=device_of(args))
-    return show_steering(args, clip, open_images(args.data, ("held-out", True)), hook_point, steering)
+    return show_steering(
+        args, clip, open_images(args.data, ("held-out", True)), hook_point, steering
+    )

@@ -43,7 +43,9 @@ def environment() -> dict[str, Any]:
 
     code = "not built"
     if _dispatch.missing("cpp") is None:
-        code = ("portable", "AVX2", "AVX-512", "AVX-512 and AMX")[torch.ops.clipsteer_cpp.isa_level()]
+        code = ("portable", "AVX2", "AVX-512", "AVX-512 and AMX")[
+            torch.ops.clipsteer_cpp.isa_level()
+        ]
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     packages = ("triton", "open_clip_torch", "torchvision", "numpy", "safetensors")
     return {
@@ -55,7 +57,10 @@ def environment() -> dict[str, Any]:
         "cpu": f"{bench.chip()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "C++ code path": code,
         "gpu": ", ".join(gpus) or "none visible to torch",
-        "backends": [{"backend": s.backend, "usable": s.usable, "reason": s.reason} for s in _dispatch.status()],
+        "backends": [
+            {"backend": s.backend, "usable": s.usable, "reason": s.reason}
+            for s in _dispatch.status()
+        ],
     }
 
 
@@ -64,14 +69,21 @@ def _env(args: argparse.Namespace) -> int:
     if args.json:
         _text(json.dumps(facts, indent=2))
         return 0
-    _text(*(f"{name:<16} {value}" for name, value in facts.items() if name != "backends"), "", "backends")
+    _text(
+        *(f"{name:<16} {value}" for name, value in facts.items() if name != "backends"),
+        "",
+        "backends",
+    )
     for row in facts["backends"]:
-        _text(f"  {row['backend']:<12} {'usable' if row['usable'] else 'not usable':<12} {row['reason']}".rstrip())
+        _text(
+            f"  {row['backend']:<12} {'usable' if row['usable'] else 'not usable':<12} {row['reason']}".rstrip()
+        )
     return 0
 
 
 def _interpreter(wanted: bool | None) -> None:
-    """Turn Triton's interpreter on before triton is imported: by default wherever there is no GPU."""
+    """Turn Triton's interpreter on before triton is imported: by default wherever there is no
+    GPU."""
     from importlib.util import find_spec
 
     import torch
@@ -88,7 +100,9 @@ def _validate(args: argparse.Namespace) -> int:
     from clipsteer import testing
 
     dtypes = [_dtype(name) for name in args.dtypes] if args.dtypes else None
-    rows = testing.validate(args.ops, args.backends, dtypes, cases=args.cases, seed=args.seed, device=args.device)
+    rows = testing.validate(
+        args.ops, args.backends, dtypes, cases=args.cases, seed=args.seed, device=args.device
+    )
     _text(testing.table(rows))
     if not any(row.verdict == "pass" for row in rows):
         sys.stderr.write("clipsteer: nothing was validated\n")
@@ -108,13 +122,20 @@ def _bench(args: argparse.Namespace) -> int:
     from clipsteer import bench
 
     records = bench.run(
-        args.ops, args.backends, shape=args.shape, dtype=_dtype(args.dtype), device=args.device,
-        repeats=args.repeats, out=args.out,
-    )  # fmt: skip
+        args.ops,
+        args.backends,
+        shape=args.shape,
+        dtype=_dtype(args.dtype),
+        device=args.device,
+        repeats=args.repeats,
+        out=args.out,
+    )
     _text(bench.table(records))
     if args.compare is None:
         return 0
-    text, slower = bench.compare(args.compare, records, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    text, slower = bench.compare(
+        args.compare, records, args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    )
     _text("", text)
     return int(slower)
 
@@ -125,4 +146,6 @@ def _shape(text: str) -> dict[str, int]:
         return {name.strip(): int(value) for name, value in pairs}
     except ValueError:
         example = "B=256,d=768,n=49152,k=32"
-        raise argparse.ArgumentTypeError(f"expected NAME=SIZE,… such as {example}, got {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"expected NAME=SIZE,… such as {example}, got {text!r}"
+        ) from None

@@ -9,7 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clipsteer.cli.arguments import _count, add_data, add_model, add_shown, device_of, open_images, show_steering
+from clipsteer.cli.arguments import (
+    _count,
+    add_data,
+    add_model,
+    add_shown,
+    device_of,
+    open_images,
+    show_steering,
+)
 from clipsteer.clip.tokens import TOKENS
 
 # of training, where nothing else is asked for: a pass over few images is over before the warm-up is
@@ -17,8 +25,14 @@ _LEAST_TOKENS = 2_000_000
 
 
 def add_parser(commands: Any, add: Any) -> None:
-    """Add ``sae`` and its subcommands; ``add(parent, name, function, summary, examples)`` makes one."""
-    sae = add(commands, "sae", None, "train, evaluate, convert and steer with sparse autoencoders", """
+    """Add ``sae`` and its subcommands; ``add(parent, name, function, summary, examples)`` makes
+    one."""
+    sae = add(
+        commands,
+        "sae",
+        None,
+        "train, evaluate, convert and steer with sparse autoencoders",
+        """
 examples:
   train one on the bundled drawings, measure it, and see what feature 12 does:
     clipsteer sae train --out runs/small --expansion 8 --k 32 --batch-size 1024 --lr 1e-3
@@ -26,10 +40,16 @@ examples:
     clipsteer sae steer runs/small --feature 12=50
 
 each ACTION has --help with more
-""")  # fmt: skip
+""",
+    )
     actions = sae.add_subparsers(dest="action", metavar="ACTION", required=True)
 
-    p = add(actions, "train", _train, "train a sparse autoencoder on a CLIP model's tokens", """
+    p = add(
+        actions,
+        "train",
+        _train,
+        "train a sparse autoencoder on a CLIP model's tokens",
+        """
 examples:
   a small one on the bundled drawings, some minutes:
     clipsteer sae train --out runs/small --expansion 8 --k 32 --train-tokens 2e6 --batch-size 1024 --lr 1e-3
@@ -38,34 +58,75 @@ examples:
         --hook-point visual.transformer.resblocks.9 --tokens patches --store acts/ --out runs/b32-9
   on four GPUs:
     torchrun --nproc-per-node 4 -m clipsteer sae train --device cuda --store acts/ --out runs/big ...
-""")  # fmt: skip
+""",
+    )
     add_model(p)
     add_data(p, "images to train on (default: the bundled drawings that EmojiCLIP was trained on)")
-    p.add_argument("--hook-point", help="module whose output is encoded (default: the last but one block)")
+    p.add_argument(
+        "--hook-point", help="module whose output is encoded (default: the last but one block)"
+    )
     p.add_argument("--tokens", choices=TOKENS, default="all", help="which tokens (default: all)")
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="for checkpoints, log.jsonl and the SAE")
-    p.add_argument("--store", type=Path, metavar="DIR", help="keep the activations here and read them from here")
+    p.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="for checkpoints, log.jsonl and the SAE",
+    )
+    p.add_argument(
+        "--store",
+        type=Path,
+        metavar="DIR",
+        help="keep the activations here and read them from here",
+    )
     size = p.add_mutually_exclusive_group()
     size.add_argument("--d-sae", type=int, metavar="N", help="number of features")
-    size.add_argument("--expansion", type=int, default=64, metavar="N", help="features a dimension (default: 64)")
+    size.add_argument(
+        "--expansion", type=int, default=64, metavar="N", help="features a dimension (default: 64)"
+    )
     p.add_argument("--architecture", choices=("topk", "batch_topk", "relu"), default="topk")
-    p.add_argument("--k", type=int, default=64, help="active features a token, for topk and batch_topk (default: 64)")
+    p.add_argument(
+        "--k",
+        type=int,
+        default=64,
+        help="active features a token, for topk and batch_topk (default: 64)",
+    )
     p.add_argument("--normalize", choices=("none", "layer_norm", "constant_norm"), default="none")
-    p.add_argument("--lr", type=float, help="peak learning rate (default: 4e-4 for relu, 2e-4 otherwise)")
-    p.add_argument("--l1", type=float, default=1e-4, help="L1 coefficient, for relu (default: 1e-4)")
-    p.add_argument("--batch-size", type=int, default=4096, metavar="N", help="tokens a step (default: 4096)")
+    p.add_argument(
+        "--lr", type=float, help="peak learning rate (default: 4e-4 for relu, 2e-4 otherwise)"
+    )
+    p.add_argument(
+        "--l1", type=float, default=1e-4, help="L1 coefficient, for relu (default: 1e-4)"
+    )
+    p.add_argument(
+        "--batch-size", type=int, default=4096, metavar="N", help="tokens a step (default: 4096)"
+    )
     length = p.add_mutually_exclusive_group()
     length.add_argument(
-        "--train-tokens", type=_count, metavar="N", help="how long (default: one pass, but at least 2e6)"
+        "--train-tokens",
+        type=_count,
+        metavar="N",
+        help="how long (default: one pass, but at least 2e6)",
     )
     length.add_argument("--steps", type=_count, metavar="N", help="how long, in steps")
     p.add_argument("--warmup-steps", type=int, default=200, metavar="N")
     p.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS")
     p.add_argument("--track", choices=("wandb", "tensorboard"), help="beside log.jsonl")
-    p.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    p.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that read images (default: 0)",
+    )
     p.add_argument("--seed", type=int, default=0)
 
-    p = add(actions, "eval", _eval, "measure what an SAE preserves and, with --steer, what its features steer", """
+    p = add(
+        actions,
+        "eval",
+        _eval,
+        "measure what an SAE preserves and, with --steer, what its features steer",
+        """
 examples:
   on the bundled held-out style:
     clipsteer sae eval runs/small
@@ -76,36 +137,70 @@ examples:
     clipsteer sae eval runs/small --steer 150 --features 200
   names for the 20 strongest features, out of your own words:
     clipsteer sae eval runs/small --name-features 20 --words words.txt
-""")  # fmt: skip
+""",
+    )
     _sae(p)
-    p.add_argument("--name-features", type=_count, metavar="N", help="also name the N strongest features in words")
-    p.add_argument("--words", type=Path, metavar="FILE",
-                   help="words for names, one a line (default: the bundled concepts, and the classes)")  # fmt: skip
-    p.add_argument("--steer", type=float, metavar="STRENGTH", help="also measure steerability at this strength")
-    p.add_argument("--features", type=int, default=256, metavar="N", help="the first N features (default: 256)")
+    p.add_argument(
+        "--name-features",
+        type=_count,
+        metavar="N",
+        help="also name the N strongest features in words",
+    )
+    p.add_argument(
+        "--words",
+        type=Path,
+        metavar="FILE",
+        help="words for names, one a line (default: the bundled concepts, and the classes)",
+    )
+    p.add_argument(
+        "--steer", type=float, metavar="STRENGTH", help="also measure steerability at this strength"
+    )
+    p.add_argument(
+        "--features", type=int, default=256, metavar="N", help="the first N features (default: 256)"
+    )
     p.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
 
-    p = add(actions, "convert", _convert, "write an SAE for another library", """
+    p = add(
+        actions,
+        "convert",
+        _convert,
+        "write an SAE for another library",
+        """
 examples:
   what kind of SAE is this, and make it clipsteer's:
     clipsteer sae convert path/to/saelens-folder mine/
   for SAELens or sparsify:
     clipsteer sae convert runs/small for-saelens/ --format saelens
-""")  # fmt: skip
-    p.add_argument("source", metavar="SAE", help="a folder, a Prisma .pt, or hf-hub:org/repo/subfolder")
+""",
+    )
+    p.add_argument(
+        "source", metavar="SAE", help="a folder, a Prisma .pt, or hf-hub:org/repo/subfolder"
+    )
     p.add_argument("target", type=Path, metavar="DIR", help="folder to write")
     p.add_argument("--format", choices=("clipsteer", "saelens", "sparsify"), default="clipsteer")
 
-    p = add(actions, "steer", _steer, "show predictions before and after steering features", """
+    p = add(
+        actions,
+        "steer",
+        _steer,
+        "show predictions before and after steering features",
+        """
 examples:
   feature 12 set to 50 on every token, eight drawings of the held-out style:
     clipsteer sae steer runs/small --feature 12=50
   one feature up, another suppressed, on the patches of your own images, among your own words:
     clipsteer sae steer runs/b32-9 --feature 12=50 --feature 7=0 --tokens patches --data photos/ --words words.txt
-""")  # fmt: skip
+""",
+    )
     _sae(p)
-    p.add_argument("--feature", action="append", required=True, type=_strength, metavar="I=S",
-                   help="set feature I to S; repeatable")  # fmt: skip
+    p.add_argument(
+        "--feature",
+        action="append",
+        required=True,
+        type=_strength,
+        metavar="I=S",
+        help="set feature I to S; repeatable",
+    )
     add_shown(p)
 
 
@@ -114,11 +209,15 @@ def _strength(text: str) -> tuple[int, float]:
     try:
         return int(feature), float(strength)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected FEATURE=STRENGTH such as 12=50, got {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"expected FEATURE=STRENGTH such as 12=50, got {text!r}"
+        ) from None
 
 
 def _sae(p: argparse.ArgumentParser) -> None:
-    p.add_argument("sae", metavar="SAE", help="a folder, a Prisma .pt, or hf-hub:org/repo/subfolder")
+    p.add_argument(
+        "sae", metavar="SAE", help="a folder, a Prisma .pt, or hf-hub:org/repo/subfolder"
+    )
     add_model(p, None)
     add_data(p, "images to look at (default: the bundled held-out style)")
     p.add_argument("--hook-point", help="default: what the SAE was trained on")
@@ -132,10 +231,20 @@ def _train(args: argparse.Namespace) -> int:
     from clipsteer.training.world import World
 
     config = clipsteer.TrainConfig(
-        d_sae=args.d_sae, expansion=args.expansion, architecture=args.architecture, k=args.k, normalize=args.normalize,
-        lr=args.lr, batch_size=args.batch_size, tokens=args.train_tokens, steps=args.steps,
-        warmup_steps=args.warmup_steps, l1_coefficient=args.l1, seed=args.seed, checkpoint_every=args.checkpoint_every,
-    )  # fmt: skip
+        d_sae=args.d_sae,
+        expansion=args.expansion,
+        architecture=args.architecture,
+        k=args.k,
+        normalize=args.normalize,
+        lr=args.lr,
+        batch_size=args.batch_size,
+        tokens=args.train_tokens,
+        steps=args.steps,
+        warmup_steps=args.warmup_steps,
+        l1_coefficient=args.l1,
+        seed=args.seed,
+        checkpoint_every=args.checkpoint_every,
+    )
     # before anything is loaded: under torchrun each process has its own GPU
     world = World(args.device)
     clip = load(args.model, args.pretrained, device=world.device)
@@ -149,9 +258,14 @@ def _train(args: argparse.Namespace) -> int:
     if config.tokens is None and config.steps is None:
         config = replace(config, tokens=max(source.rows_per_epoch(), _LEAST_TOKENS))
     metadata = {"data": args.data or "EmojiStyles"}
-    sae = clipsteer.train_sae(source, config, out=args.out, device=world.device, track=args.track, metadata=metadata)
+    sae = clipsteer.train_sae(
+        source, config, out=args.out, device=world.device, track=args.track, metadata=metadata
+    )
     if world.rank == 0:
-        sys.stdout.write(f"{args.out}: {sae.d_sae} features at {hook_point}; next: clipsteer sae eval {args.out}\n")
+        sys.stdout.write(
+            f"{args.out}: {sae.d_sae} features at {hook_point}; next: clipsteer sae eval "
+            f"{args.out}\n"
+        )
     return 0
 
 
@@ -164,7 +278,9 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     sae = clipsteer.SAE.from_pretrained(args.sae, device=device)
     name = args.model or sae.metadata.get("clip_model")
     if name is None:
-        raise ValueError(f"{args.sae} does not say which model it belongs to; pass --model and --hook-point")
+        raise ValueError(
+            f"{args.sae} does not say which model it belongs to; pass --model and --hook-point"
+        )
     pretrained = args.pretrained or (sae.metadata.get("pretrained") if args.model is None else None)
     return sae, load(name, pretrained, device=device), open_images(args.data, ("held-out", True))
 
@@ -185,13 +301,24 @@ def _eval(args: argparse.Namespace) -> int:
         words = dataset.classes or [c.label for c in EmojiStyles().concepts]
         features = list(range(min(args.features, sae.d_sae)))
         some = Subset(dataset, spread(range(len(dataset)), 32))
-        found = steerability(sae, clip, some, words, strength=args.steer, features=features, **where)
+        found = steerability(
+            sae, clip, some, words, strength=args.steer, features=features, **where
+        )
         best = found.score.argsort(descending=True)[:10].tolist()
         figures["steerability"] = {
-            "strength": args.steer, "features": len(features), "share": found.share,
-            "best": [{"feature": int(found.features[i]), "score": float(found.score[i]), "power": float(found.power[i]),
-                      "concept": words[int(found.concept[i])]} for i in best],
-        }  # fmt: skip
+            "strength": args.steer,
+            "features": len(features),
+            "share": found.share,
+            "best": [
+                {
+                    "feature": int(found.features[i]),
+                    "score": float(found.score[i]),
+                    "power": float(found.power[i]),
+                    "concept": words[int(found.concept[i])],
+                }
+                for i in best
+            ],
+        }
     if args.name_features is not None:
         figures["names"] = _names(args, sae, clip, dataset, where)
     for name, value in figures.items():
@@ -201,7 +328,10 @@ def _eval(args: argparse.Namespace) -> int:
             sys.stdout.write(f"{name:<16} {value}\n")
     if args.steer is not None:
         share = figures["steerability"]
-        sys.stdout.write(f"{'steerable':<16} {share['share']:.1%} of {share['features']} features at {args.steer:g}\n")
+        sys.stdout.write(
+            f"{'steerable':<16} {share['share']:.1%} of {share['features']} features at "
+            f"{args.steer:g}\n"
+        )
         for row in share["best"]:
             measured = f"S {row['score']:.3f}  power {row['power']:.3f}"
             sys.stdout.write(f"  feature {row['feature']:<7} {measured}  {row['concept']}\n")
@@ -214,8 +344,11 @@ def _eval(args: argparse.Namespace) -> int:
     return 0
 
 
-def _names(args: argparse.Namespace, sae: Any, clip: Any, dataset: Any, where: dict[str, Any]) -> list[dict[str, Any]]:
-    """Names of the features with the highest peaks among those active on at most 15 % of the tokens."""
+def _names(
+    args: argparse.Namespace, sae: Any, clip: Any, dataset: Any, where: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Names of the features with the highest peaks among those active on at most 15 % of the
+    tokens."""
     from clipsteer.cli.arguments import read_words
     from clipsteer.sae.evaluate import feature_statistics, name_features
     from clipsteer.splice.dictionary import ConceptDictionary
@@ -229,8 +362,15 @@ def _names(args: argparse.Namespace, sae: Any, clip: Any, dataset: Any, where: d
     words = read_words(args.words, dataset.classes)
     dictionary = ConceptDictionary.from_clip(clip, words, image_mean=dataset)
     named = name_features(sae, clip, dataset, dictionary, chosen, **where)
-    return [{"feature": int(i), "peak": float(found.maximum[i]), "frequency": float(found.frequency[i]), "names": names}
-            for i, names in zip(chosen.tolist(), named)]  # fmt: skip
+    return [
+        {
+            "feature": int(i),
+            "peak": float(found.maximum[i]),
+            "frequency": float(found.frequency[i]),
+            "names": names,
+        }
+        for i, names in zip(chosen.tolist(), named)
+    ]
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -242,7 +382,9 @@ def _convert(args: argparse.Namespace) -> int:
         sae.save_pretrained(args.target)
     else:
         sae_io.export(sae, args.target, args.format)
-    sys.stdout.write(f"{args.target}: {args.format}, {sae.extra_repr()}\n{json.dumps(sae.metadata)}\n")
+    sys.stdout.write(
+        f"{args.target}: {args.format}, {sae.extra_repr()}\n{json.dumps(sae.metadata)}\n"
+    )
     return 0
 
 
@@ -253,5 +395,7 @@ def _steer(args: argparse.Namespace) -> int:
     hook_point = args.hook_point or sae.metadata.get("hook_point")
     if hook_point is None:
         raise ValueError(f"{args.sae} does not name its hook point; pass --hook-point")
-    steering = SAESteering(sae, dict(args.feature), tokens=args.tokens or sae.metadata.get("tokens") or "all")
+    steering = SAESteering(
+        sae, dict(args.feature), tokens=args.tokens or sae.metadata.get("tokens") or "all"
+    )
     return show_steering(args, clip, dataset, hook_point, steering)

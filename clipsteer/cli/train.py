@@ -1,4 +1,5 @@
-"""``clipsteer train``: both towers of a CLIP on images with captions, alone or with a reference model."""
+"""``clipsteer train``: both towers of a CLIP on images with captions, alone or with a reference
+model."""
 
 from __future__ import annotations
 
@@ -15,7 +16,12 @@ DATA = "a .csv, .tsv or .jsonl with columns image and caption, .tar shards (WebD
 
 def add_parser(commands: Any, add: Any) -> None:
     """Add the command; ``add(parent, name, function, summary, examples)`` makes it."""
-    p = add(commands, "train", _train, "train a CLIP on images with captions, with or without a reference model", """
+    p = add(
+        commands,
+        "train",
+        _train,
+        "train a CLIP on images with captions, with or without a reference model",
+        """
 pairs.csv has a header line and a pair a line; image paths start from the folder that it is in:
   image,caption
   photos/0001.jpg,a cat asleep on a chair
@@ -39,53 +45,148 @@ examples:
   use what was trained, as the reference of the next run or anywhere else:
     clipsteer train --data pairs.csv --model ViT-B-32 --reference runs/b32 --out runs/next
     clipsteer finetune --model ViT-B-32 --pretrained runs/b32/model.safetensors --data photos/ --out runs/tuned
-""")  # fmt: skip
-    p.add_argument("--data", default="emoji", metavar="PATH", help=f"{DATA}, or emoji, the bundled drawings (default)")
-    p.add_argument("--val", action="append", default=[], metavar="PATH",
-                   help="measured every epoch, the same kinds; captions: recall at 1, classes: zero-shot accuracy; "
-                        "repeatable")  # fmt: skip
-    p.add_argument("--template", action="append", metavar="TEXT", help="prompt with {} for classes; repeatable")
-    p.add_argument("--out", type=Path, required=True, metavar="DIR",
-                   help="model.safetensors, config.json, log.jsonl, checkpoints/")  # fmt: skip
+""",
+    )
+    p.add_argument(
+        "--data",
+        default="emoji",
+        metavar="PATH",
+        help=f"{DATA}, or emoji, the bundled drawings (default)",
+    )
+    p.add_argument(
+        "--val",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="measured every epoch, the same kinds; captions: recall at 1, classes: zero-shot accuracy; "
+        "repeatable",
+    )
+    p.add_argument(
+        "--template", action="append", metavar="TEXT", help="prompt with {} for classes; repeatable"
+    )
+    p.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="model.safetensors, config.json, log.jsonl, checkpoints/",
+    )
     p.add_argument("--loss", choices=("drrho", "global", "clip", "distill"), default="drrho")
-    p.add_argument("--model", default="emoji-tiny", metavar="NAME",
-                   help="open_clip name, an architecture.json, hf-hub:org/repo or emoji-tiny (default)")  # fmt: skip
-    p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or weights file to start from (default: random)")
-    p.add_argument("--reference", metavar="NAME|FILE|DIR",
-                   help="open_clip name, an architecture.json, features kept in a .safetensors, or the --out of "
-                        "another run")  # fmt: skip
-    p.add_argument("--reference-pretrained", metavar="TAG", help="open_clip tag or a weights file of the reference")
-    p.add_argument("--reference-live", action="store_true",
-                   help="the reference sees the crops that the model sees; slower, and nothing is kept")  # fmt: skip
+    p.add_argument(
+        "--model",
+        default="emoji-tiny",
+        metavar="NAME",
+        help="open_clip name, an architecture.json, hf-hub:org/repo or emoji-tiny (default)",
+    )
+    p.add_argument(
+        "--pretrained",
+        metavar="TAG",
+        help="open_clip tag or weights file to start from (default: random)",
+    )
+    p.add_argument(
+        "--reference",
+        metavar="NAME|FILE|DIR",
+        help="open_clip name, an architecture.json, features kept in a .safetensors, or the --out of "
+        "another run",
+    )
+    p.add_argument(
+        "--reference-pretrained",
+        metavar="TAG",
+        help="open_clip tag or a weights file of the reference",
+    )
+    p.add_argument(
+        "--reference-live",
+        action="store_true",
+        help="the reference sees the crops that the model sees; slower, and nothing is kept",
+    )
     add_device(p)
-    p.add_argument("--batch-size", type=int, default=256, metavar="N", help="pairs a step, in all (default: 256)")
-    p.add_argument("--micro-batch", type=int, metavar="N",
-                   help="pairs in memory at a time; the result is that of the whole batch (default: all)")  # fmt: skip
+    p.add_argument(
+        "--batch-size",
+        type=int,
+        default=256,
+        metavar="N",
+        help="pairs a step, in all (default: 256)",
+    )
+    p.add_argument(
+        "--micro-batch",
+        type=int,
+        metavar="N",
+        help="pairs in memory at a time; the result is that of the whole batch (default: all)",
+    )
     length = p.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int, default=30, metavar="N", help="(default: 30)")
-    length.add_argument("--samples", type=lambda text: int(float(text)), metavar="N", help="pairs to see in all")
+    length.add_argument(
+        "--samples", type=lambda text: int(float(text)), metavar="N", help="pairs to see in all"
+    )
     p.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (default: 5e-4)")
     p.add_argument("--weight-decay", type=float, default=0.2)
     p.add_argument(
-        "--grad-clip", type=float, default=1.0, metavar="NORM", help="largest norm of the gradient (default: 1)"
+        "--grad-clip",
+        type=float,
+        default=1.0,
+        metavar="NORM",
+        help="largest norm of the gradient (default: 1)",
     )
-    p.add_argument("--warmup-steps", type=int, default=500, metavar="N", help="at most a tenth of the run")
-    p.add_argument("--temperature", type=float, metavar="T",
-                   help="or where a learnt one starts, at least 0.01 (default: 0.01; clip, distill: 0.07)")  # fmt: skip
-    p.add_argument("--learn-temperature", action=argparse.BooleanOptionalAction, help="(default: clip and distill)")
-    p.add_argument("--rho", type=float, default=0.0, help="keeps a learnt temperature up, for drrho and global")
-    p.add_argument("--gamma-min", type=float, metavar="G", help="share of the newest batch in the averages, at the end")
+    p.add_argument(
+        "--warmup-steps", type=int, default=500, metavar="N", help="at most a tenth of the run"
+    )
+    p.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="or where a learnt one starts, at least 0.01 (default: 0.01; clip, distill: 0.07)",
+    )
+    p.add_argument(
+        "--learn-temperature",
+        action=argparse.BooleanOptionalAction,
+        help="(default: clip and distill)",
+    )
+    p.add_argument(
+        "--rho", type=float, default=0.0, help="keeps a learnt temperature up, for drrho and global"
+    )
+    p.add_argument(
+        "--gamma-min",
+        type=float,
+        metavar="G",
+        help="share of the newest batch in the averages, at the end",
+    )
     p.add_argument("--gamma-epochs", type=int, metavar="N", help="until then (default: the run)")
-    p.add_argument("--distill", type=float, default=0.5, metavar="W", help="weight of the soft targets (default: 0.5)")
-    p.add_argument("--select", type=float, metavar="SHARE",
-                   help="train on this share of each batch, picked as learnable together (JEST)")  # fmt: skip
-    p.add_argument("--crop", type=float, default=0.9, help="smallest share of an image that is kept; 1: no crops")
+    p.add_argument(
+        "--distill",
+        type=float,
+        default=0.5,
+        metavar="W",
+        help="weight of the soft targets (default: 0.5)",
+    )
+    p.add_argument(
+        "--select",
+        type=float,
+        metavar="SHARE",
+        help="train on this share of each batch, picked as learnable together (JEST)",
+    )
+    p.add_argument(
+        "--crop",
+        type=float,
+        default=0.9,
+        help="smallest share of an image that is kept; 1: no crops",
+    )
     p.add_argument("--bf16", action="store_true", help="compute under bfloat16 autocast")
-    p.add_argument("--excess", type=Path, metavar="CSV", help="at the end, what each pair costs beside the reference")
+    p.add_argument(
+        "--excess",
+        type=Path,
+        metavar="CSV",
+        help="at the end, what each pair costs beside the reference",
+    )
     p.add_argument("--checkpoint-every", type=int, default=500, metavar="STEPS")
     p.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="(default: 10)")
     p.add_argument("--evaluate-every", type=int, metavar="STEPS", help="(default: an epoch)")
-    p.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    p.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that read images (default: 0)",
+    )
     p.add_argument("--seed", type=int, default=0)
 
 
@@ -135,7 +236,10 @@ def _reference(args: argparse.Namespace, dataset: Any, world: Any) -> tuple[Any,
     else:
         model = load(name, args.reference_pretrained, device=world.device)
         if args.reference_pretrained is None and name != EMOJICLIP and ":" not in name:
-            raise ValueError(f"--reference {name} needs --reference-pretrained, a tag of open_clip or a weights file")
+            raise ValueError(
+                f"--reference {name} needs --reference-pretrained, a tag of open_clip or a weights "
+                f"file"
+            )
     if args.reference_live:
         return model, None
     path = args.out / "reference.safetensors"
@@ -153,16 +257,35 @@ def _train(args: argparse.Namespace) -> int:
     from clipsteer.training.world import World
 
     config = ContrastiveConfig(
-        loss=args.loss, lr=args.lr, weight_decay=args.weight_decay, batch_size=args.batch_size,
-        micro_batch=args.micro_batch, epochs=args.epochs, samples=args.samples, warmup_steps=args.warmup_steps,
-        temperature=args.temperature, learnable_temperature=args.learn_temperature, rho=args.rho,
-        gamma_min=args.gamma_min, gamma_epochs=args.gamma_epochs, distill=args.distill, select=args.select,
-        crop=args.crop, bf16=args.bf16, seed=args.seed, checkpoint_every=args.checkpoint_every,
-        evaluate_every=args.evaluate_every, grad_clip=args.grad_clip, log_every=args.log_every,
-    )  # fmt: skip
+        loss=args.loss,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        batch_size=args.batch_size,
+        micro_batch=args.micro_batch,
+        epochs=args.epochs,
+        samples=args.samples,
+        warmup_steps=args.warmup_steps,
+        temperature=args.temperature,
+        learnable_temperature=args.learn_temperature,
+        rho=args.rho,
+        gamma_min=args.gamma_min,
+        gamma_epochs=args.gamma_epochs,
+        distill=args.distill,
+        select=args.select,
+        crop=args.crop,
+        bf16=args.bf16,
+        seed=args.seed,
+        checkpoint_every=args.checkpoint_every,
+        evaluate_every=args.evaluate_every,
+        grad_clip=args.grad_clip,
+        log_every=args.log_every,
+    )
     if args.reference is None and (config.wants_reference or args.excess is not None):
-        raise ValueError(f"--loss {args.loss}{' with --select or --excess' * (args.loss in ('clip', 'global'))} needs "
-                         "--reference; --loss clip and --loss global train without one")  # fmt: skip
+        raise ValueError(
+            f"--loss {args.loss}{' with --select or --excess' * (args.loss in ('clip', 'global'))} "
+            f"needs "
+            "--reference; --loss clip and --loss global train without one"
+        )
     # before anything is loaded: under torchrun each process has its own GPU
     world = World(args.device)
     dataset, validation = _pairs(args.data), _validation(args.val)
@@ -172,13 +295,22 @@ def _train(args: argparse.Namespace) -> int:
     clip = load(args.model, args.pretrained, device=world.device)
     shares: list[float] = []
     train_contrastive(
-        clip, dataset, config, reference=reference, out=args.out, validation=validation,
-        templates=tuple(args.template) if args.template else None, workers=args.workers, world=world,
+        clip,
+        dataset,
+        config,
+        reference=reference,
+        out=args.out,
+        validation=validation,
+        templates=tuple(args.template) if args.template else None,
+        workers=args.workers,
+        world=world,
         on_log=lambda line: shares.append(line["loss_share"]) if "loss_share" in line else None,
-    )  # fmt: skip
+    )
     excess = None
     if args.excess is not None:
-        kept = kept or reference_features.compute(reference, dataset, workers=args.workers, world=world)
+        kept = kept or reference_features.compute(
+            reference, dataset, workers=args.workers, world=world
+        )
         excess = excess_losses(clip, dataset, kept, workers=args.workers, world=world)
     if world.rank:
         return 0
@@ -188,5 +320,7 @@ def _train(args: argparse.Namespace) -> int:
     weights = args.out / "model.safetensors"
     share = f", the loss {100 * statistics.median(shares):.2g} % of a step" if shares else ""
     log = args.out / "log.jsonl"
-    sys.stdout.write(f"{weights}: {args.model} trained on {len(dataset)} pairs{share}; log in {log}\n")
+    sys.stdout.write(
+        f"{weights}: {args.model} trained on {len(dataset)} pairs{share}; log in {log}\n"
+    )
     return 0

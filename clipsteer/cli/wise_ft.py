@@ -18,7 +18,12 @@ DATA = "folder of class folders, captions .csv/.jsonl or .tar shards (captions a
 
 def add_parser(commands: Any, add: Any) -> None:
     """Add both commands; ``add(parent, name, function, summary, examples)`` makes one."""
-    p = add(commands, "finetune", _finetune, "fine-tune a CLIP image tower from its zero-shot head", """
+    p = add(
+        commands,
+        "finetune",
+        _finetune,
+        "fine-tune a CLIP image tower from its zero-shot head",
+        """
 examples:
   the bundled model on the 30 bundled classes, drawn by one vendor; a minute:
     clipsteer finetune --data classify30:noto:train --batch-size 64 --lr 1e-4 --out runs/noto
@@ -27,35 +32,77 @@ examples:
         --out runs/b32
   the head alone:
     clipsteer finetune --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/train --mode lc --out runs/b32-lc
-""")  # fmt: skip
-    p.add_argument("--model", default="emojiclip", metavar="NAME",
-                   help="open_clip name, hf-hub:org/repo, or emojiclip (the default)")  # fmt: skip
+""",
+    )
+    p.add_argument(
+        "--model",
+        default="emojiclip",
+        metavar="NAME",
+        help="open_clip name, hf-hub:org/repo, or emojiclip (the default)",
+    )
     p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or a local weights file")
     add_device(p)
     p.add_argument("--data", required=True, metavar="PATH", help=DATA)
-    p.add_argument("--val", metavar="PATH", help="measured after every epoch, with the running ensemble beside it")
-    p.add_argument("--names", type=Path, metavar="FILE", help="JSON object: class -> name for the prompts")
+    p.add_argument(
+        "--val",
+        metavar="PATH",
+        help="measured after every epoch, with the running ensemble beside it",
+    )
+    p.add_argument(
+        "--names", type=Path, metavar="FILE", help="JSON object: class -> name for the prompts"
+    )
     p.add_argument("--template", action="append", metavar="TEXT", help="prompt with {}; repeatable")
     p.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="zeroshot/, finetuned/, log.jsonl, checkpoints/"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="zeroshot/, finetuned/, log.jsonl, checkpoints/",
     )
-    p.add_argument("--mode", choices=("e2e", "lc"), default="e2e", help="end to end, or the linear classifier alone")
+    p.add_argument(
+        "--mode",
+        choices=("e2e", "lc"),
+        default="e2e",
+        help="end to end, or the linear classifier alone",
+    )
     p.add_argument("--lr", type=float, help="peak learning rate (default: 3e-5, for lc 1e-3)")
     p.add_argument("--weight-decay", type=float, default=0.1)
     p.add_argument("--batch-size", type=int, default=512, metavar="N")
     p.add_argument("--epochs", type=int, default=10, metavar="N")
     p.add_argument(
-        "--warmup-steps", type=int, default=500, metavar="N", help="at most a tenth of the run (default: 500)"
+        "--warmup-steps",
+        type=int,
+        default=500,
+        metavar="N",
+        help="at most a tenth of the run (default: 500)",
     )
     p.add_argument("--label-smoothing", type=float, default=0.0)
-    p.add_argument("--crop", type=float, default=0.9, help="smallest share of an image that is kept; 1: no crops")
-    p.add_argument("--alpha", type=float, default=0.5, help="of the running ensemble (default: 0.5)")
+    p.add_argument(
+        "--crop",
+        type=float,
+        default=0.9,
+        help="smallest share of an image that is kept; 1: no crops",
+    )
+    p.add_argument(
+        "--alpha", type=float, default=0.5, help="of the running ensemble (default: 0.5)"
+    )
     p.add_argument("--bf16", action="store_true", help="compute under bfloat16 autocast")
     p.add_argument("--checkpoint-every", type=int, default=500, metavar="STEPS")
-    p.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    p.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that read images (default: 0)",
+    )
     p.add_argument("--seed", type=int, default=0)
 
-    wise = add(commands, "wise-ft", None, "average zero-shot and fine-tuned weights, and see what it does", """
+    wise = add(
+        commands,
+        "wise-ft",
+        None,
+        "average zero-shot and fine-tuned weights, and see what it does",
+        """
 examples:
   tune, average, and look at the whole curve on the same set and on a shifted one:
     clipsteer finetune --data classify30:noto:train --out runs/noto
@@ -64,9 +111,15 @@ examples:
         --shifted classify30:twemoji:test --out runs/noto/curve
 
 each ACTION has --help with more
-""")  # fmt: skip
+""",
+    )
     actions = wise.add_subparsers(dest="action", metavar="ACTION", required=True)
-    p = add(actions, "merge", _merge, "average two checkpoints in weight space", """
+    p = add(
+        actions,
+        "merge",
+        _merge,
+        "average two checkpoints in weight space",
+        """
 examples:
   two weight files:
     clipsteer wise-ft merge zeroshot.safetensors finetuned.safetensors --alpha 0.5 --out merged.safetensors
@@ -74,34 +127,71 @@ examples:
     clipsteer wise-ft merge runs/b32/zeroshot runs/b32/finetuned --alpha 0.3 0.5 0.7 --out runs/b32/alpha-{alpha}
   by layer: all but the image tower's blocks stays zero-shot
     clipsteer wise-ft merge zs/ ft/ --layer 'visual.transformer.*=0.7' --layer '*=0' --out merged.safetensors
-""")  # fmt: skip
+""",
+    )
     _ends(p, "a weights file, an index of shards, or a folder")
     how = p.add_mutually_exclusive_group()
     how.add_argument(
-        "--alpha", type=float, nargs="+", default=[0.5], metavar="A", help="0 zero-shot, 1 fine-tuned (default: 0.5)"
+        "--alpha",
+        type=float,
+        nargs="+",
+        default=[0.5],
+        metavar="A",
+        help="0 zero-shot, 1 fine-tuned (default: 0.5)",
     )
-    how.add_argument("--layer", type=_layer, action="append", metavar="PATTERN=A",
-                     help="alpha of the tensors that match; the first match counts")  # fmt: skip
-    p.add_argument("--out", required=True, metavar="PATH", help="with {alpha} in it for several alphas")
+    how.add_argument(
+        "--layer",
+        type=_layer,
+        action="append",
+        metavar="PATTERN=A",
+        help="alpha of the tensors that match; the first match counts",
+    )
+    p.add_argument(
+        "--out", required=True, metavar="PATH", help="with {alpha} in it for several alphas"
+    )
 
-    p = add(actions, "curve", _curve, "measure accuracy along the line from zero-shot to fine-tuned", """
+    p = add(
+        actions,
+        "curve",
+        _curve,
+        "measure accuracy along the line from zero-shot to fine-tuned",
+        """
 examples:
   clipsteer wise-ft curve runs/noto/zeroshot runs/noto/finetuned --reference classify30:noto:test \\
       --shifted classify30:fluent:test --shifted classify30:twemoji:test --out runs/noto/curve
   your own sets, every tenth, with the trend of ordinary models for effective robustness:
     clipsteer wise-ft curve runs/b32/zeroshot runs/b32/finetuned --reference photos/val --shifted sketches/ \\
         --alphas 0 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 1 --baseline models.csv --out curve/
-""")  # fmt: skip
+""",
+    )
     _ends(p, "the folder zeroshot/ of a clipsteer finetune run, or one like it")
     p.add_argument("--reference", action="append", required=True, metavar="PATH", help=DATA)
-    p.add_argument("--shifted", action="append", required=True, metavar="PATH", help="repeatable; the same kinds")
+    p.add_argument(
+        "--shifted",
+        action="append",
+        required=True,
+        metavar="PATH",
+        help="repeatable; the same kinds",
+    )
     p.add_argument("--alphas", type=float, nargs="+", metavar="A", help="(default: 0, 0.05 … 1)")
-    p.add_argument("--baseline", type=Path, metavar="CSV",
-                   help="of models trained on the reference alone: the columns reference, reference_n, "
-                        "shifted, shifted_n")  # fmt: skip
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="for curve.html, .csv, .svg and .png")
+    p.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="CSV",
+        help="of models trained on the reference alone: the columns reference, reference_n, "
+        "shifted, shifted_n",
+    )
+    p.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="for curve.html, .csv, .svg and .png"
+    )
     add_device(p)
-    p.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    p.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that read images (default: 0)",
+    )
 
 
 def _ends(p: argparse.ArgumentParser, kind: str) -> None:
@@ -116,7 +206,9 @@ def _layer(text: str) -> tuple[str, float]:
             raise ValueError
         return pattern, float(alpha)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected PATTERN=ALPHA such as visual.*=0.5, got {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"expected PATTERN=ALPHA such as visual.*=0.5, got {text!r}"
+        ) from None
 
 
 def _dataset(spec: str) -> Any:
@@ -129,7 +221,9 @@ def _dataset(spec: str) -> Any:
     if len(rest) != 2 or rest[1] not in ("train", "test"):
         raise ValueError(f"expected classify30:STYLE:train or classify30:STYLE:test, got {spec!r}")
     emoji = EmojiStyles()
-    return emoji.dataset([(rest[0], i) for i in emoji.indices(rest[0], classify30=rest[1])], "subcategory")
+    return emoji.dataset(
+        [(rest[0], i) for i in emoji.indices(rest[0], classify30=rest[1])], "subcategory"
+    )
 
 
 def _finetune(args: argparse.Namespace) -> int:
@@ -140,10 +234,19 @@ def _finetune(args: argparse.Namespace) -> int:
     from clipsteer.io.files import read_json
 
     config = FinetuneConfig(
-        mode=args.mode, lr=args.lr, weight_decay=args.weight_decay, batch_size=args.batch_size, epochs=args.epochs,
-        warmup_steps=args.warmup_steps, label_smoothing=args.label_smoothing, crop=args.crop, alpha=args.alpha,
-        bf16=args.bf16, seed=args.seed, checkpoint_every=args.checkpoint_every,
-    )  # fmt: skip
+        mode=args.mode,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        batch_size=args.batch_size,
+        epochs=args.epochs,
+        warmup_steps=args.warmup_steps,
+        label_smoothing=args.label_smoothing,
+        crop=args.crop,
+        alpha=args.alpha,
+        bf16=args.bf16,
+        seed=args.seed,
+        checkpoint_every=args.checkpoint_every,
+    )
     images = _dataset(args.data)
     classes = images.classes or sorted(set(map(str, images.targets)))
     images = renamed(images, classes)
@@ -157,19 +260,25 @@ def _finetune(args: argparse.Namespace) -> int:
     finetune(clip, images, head, config, out=args.out, validation=validation, workers=args.workers)
     ends = f"{args.out / 'zeroshot'} {args.out / 'finetuned'}"
     sys.stdout.write(
-        f"{len(images)} images, {len(classes)} classes; next: clipsteer wise-ft curve {ends} --reference …\n"
+        f"{len(images)} images, {len(classes)} classes; next: clipsteer wise-ft curve {ends} "
+        f"--reference …\n"
     )
     return 0
 
 
 def _is_classifier(path: str | Path) -> bool:
-    return all((Path(path) / name).is_file() for name in ("config.json", "model.safetensors", "head.safetensors"))
+    return all(
+        (Path(path) / name).is_file()
+        for name in ("config.json", "model.safetensors", "head.safetensors")
+    )
 
 
 def _merge(args: argparse.Namespace) -> int:
     from clipsteer.ensembles.merging import wise_ft
 
-    alpha: Any = dict(args.layer) if args.layer else args.alpha if len(args.alpha) > 1 else args.alpha[0]
+    alpha: Any = (
+        dict(args.layer) if args.layer else args.alpha if len(args.alpha) > 1 else args.alpha[0]
+    )
     if not (_is_classifier(args.zeroshot) and _is_classifier(args.finetuned)):
         written = wise_ft(args.zeroshot, args.finetuned, alpha, args.out)
         written = written if isinstance(written, list) else [written]
@@ -177,16 +286,22 @@ def _merge(args: argparse.Namespace) -> int:
         if isinstance(alpha, list) and "{alpha}" not in args.out:
             raise ValueError(f"for several alphas --out needs {{alpha}} in it, got {args.out}")
         alphas = alpha if isinstance(alpha, list) else [alpha]
-        written = [Path(args.out if args.layer else args.out.replace("{alpha}", f"{a:g}")) for a in alphas]
+        written = [
+            Path(args.out if args.layer else args.out.replace("{alpha}", f"{a:g}")) for a in alphas
+        ]
         _merge_classifiers(Path(args.zeroshot), Path(args.finetuned), alphas, written)
     sys.stdout.writelines(f"{path}\n" for path in written)
     return 0
 
 
-def _merge_classifiers(zeroshot: Path, finetuned: Path, alphas: list[Any], folders: list[Path]) -> None:
-    """Average model and head of two run folders; no folder changes before every file of all of them is written.
+def _merge_classifiers(
+    zeroshot: Path, finetuned: Path, alphas: list[Any], folders: list[Path]
+) -> None:
+    """Average model and head of two run folders; no folder changes before every file of all of them
+    is written.
 
-    A process that is killed outright leaves a hidden folder, .NAME.….tmp, beside the one it was writing.
+    A process that is killed outright leaves a hidden folder, .NAME.….tmp, beside the one it was
+    writing.
     """
     from clipsteer.ensembles.merging import deciding, wise_ft
     from clipsteer.io.files import read_json, read_safetensors_header, write_json
@@ -196,23 +311,34 @@ def _merge_classifiers(zeroshot: Path, finetuned: Path, alphas: list[Any], folde
         raise ValueError(f"{zeroshot} and {finetuned} are classifiers of different classes")
     heads = models = alphas
     if isinstance(alphas[0], Mapping):
-        # patterns see one model, whose head is head.weight and head.bias; in a file of its own it has no prefix
+        # patterns see one model, whose head is head.weight and head.bias; in a file of its own it
+        # has no prefix
         layers = alphas[0]
-        names = {part: [e.name for e in read_safetensors_header(zeroshot / f"{part}.safetensors").entries]
-                 for part in ("head", "model")}  # fmt: skip
+        names = {
+            part: [
+                e.name for e in read_safetensors_header(zeroshot / f"{part}.safetensors").entries
+            ]
+            for part in ("head", "model")
+        }
         chosen = deciding(layers, [*(f"head.{name}" for name in names["head"]), *names["model"]])
         heads = [{name: layers[chosen[f"head.{name}"]] for name in names["head"]}]
         of_model = {chosen[name] for name in names["model"]}
         models = [{pattern: a for pattern, a in layers.items() if pattern in of_model}]
     unfinished = [
-        folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp") for folder in map(Path.resolve, folders)
+        folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+        for folder in map(Path.resolve, folders)
     ]
     try:
         for temporary in unfinished:
             temporary.mkdir(parents=True)
         for part, values in (("head", heads), ("model", models)):
             file = f"{part}.safetensors"
-            wise_ft(zeroshot / file, finetuned / file, values, [temporary / file for temporary in unfinished])
+            wise_ft(
+                zeroshot / file,
+                finetuned / file,
+                values,
+                [temporary / file for temporary in unfinished],
+            )
         for temporary, a in zip(unfinished, alphas):
             write_json(temporary / "config.json", {**config, "wise_ft_alpha": a})
         for temporary, folder in zip(unfinished, folders):
@@ -240,26 +366,39 @@ def _curve(args: argparse.Namespace) -> int:
     clip, classifier, classes = load_classifier(args.finetuned, device=device_of(args))
     _, start, same = load_classifier(args.zeroshot, device=device_of(args))
     if same != classes:
-        raise ValueError(f"{args.zeroshot} and {args.finetuned} are classifiers of different classes")
+        raise ValueError(
+            f"{args.zeroshot} and {args.finetuned} are classifiers of different classes"
+        )
     sets = []
     for role in ("reference", "shifted"):
         for spec in getattr(args, role):
             images = renamed(_dataset(spec), classes)
-            sets.append(robustness.EvalSet(spec, role, _kept(clip, images, args.workers), torch.tensor(images.targets)))
+            sets.append(
+                robustness.EvalSet(
+                    spec, role, _kept(clip, images, args.workers), torch.tensor(images.targets)
+                )
+            )
     zeroshot = {name: tensor.detach() for name, tensor in start.state_dict().items()}
     rows = robustness.curve(zeroshot, classifier, sets, args.alphas or robustness.ALPHAS)
     args.out.mkdir(parents=True, exist_ok=True)
     report.write_csv(args.out / "curve.csv", rows)
     subtitle = f"{clip.name}: from {args.zeroshot} to {args.finetuned}, {len(classes)} classes"
-    robustness_page.write_page(args.out / "curve.html", rows, subtitle=subtitle, baseline=baseline, models=models)
-    drawn = robustness_page.write_svg(args.out / "curve.svg", robustness_page.curve_charts(rows, baseline, models)[0])
+    robustness_page.write_page(
+        args.out / "curve.html", rows, subtitle=subtitle, baseline=baseline, models=models
+    )
+    drawn = robustness_page.write_svg(
+        args.out / "curve.svg", robustness_page.curve_charts(rows, baseline, models)[0]
+    )
     show(robustness.summary(rows, baseline))
-    sys.stdout.write("".join(f"{path}\n" for path in (args.out / "curve.html", *drawn, args.out / "curve.csv")))
+    sys.stdout.write(
+        "".join(f"{path}\n" for path in (args.out / "curve.html", *drawn, args.out / "curve.csv"))
+    )
     return 0
 
 
 def _kept(clip: Any, images: Any, workers: int) -> Any:
-    """Batches of a set for every alpha: read once while they fit into 1 GiB, read anew otherwise."""
+    """Batches of a set for every alpha: read once while they fit into 1 GiB, read anew
+    otherwise."""
     from clipsteer.clip.pixels import pixel_batches
 
     first = next(iter(pixel_batches(clip, images, 1)))
@@ -277,9 +416,17 @@ def _models(path: Path) -> list[tuple[float, int, float, int]]:
         try:
             rows = [tuple(float(row[c]) for c in columns) for row in csv.DictReader(file)]
         except (KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(f"{path}: expected numbers in the columns {', '.join(columns)}: {error}") from None
-    if bad := [row for row in rows if not (0 <= row[0] <= 1 and 0 <= row[2] <= 1 and row[1] >= 1 and row[3] >= 1)]:
-        raise FileFormatError(f"{path}: accuracies must be in [0, 1] and counts at least 1, got {bad[0]}")
+            raise FileFormatError(
+                f"{path}: expected numbers in the columns {', '.join(columns)}: {error}"
+            ) from None
+    if bad := [
+        row
+        for row in rows
+        if not (0 <= row[0] <= 1 and 0 <= row[2] <= 1 and row[1] >= 1 and row[3] >= 1)
+    ]:
+        raise FileFormatError(
+            f"{path}: accuracies must be in [0, 1] and counts at least 1, got {bad[0]}"
+        )
     return [(a, int(n), b, int(m)) for a, n, b, m in rows]
 
 
@@ -292,10 +439,15 @@ def show(found: Mapping[str, Any]) -> None:
         for end, title in ENDS.items():
             if end in found[method]:
                 row = found[method][end]
-                name = f"{method}-space, {title}" + (f" = {row['alpha']:g}" if end == "oracle" else "")
+                name = f"{method}-space, {title}" + (
+                    f" = {row['alpha']:g}" if end == "oracle" else ""
+                )
                 extra = (
                     f"  effective robustness {100 * row['effective_robustness']:+.1f}"
                     if "effective_robustness" in row
                     else ""
                 )
-                sys.stdout.write(f"{name:<30} {percent(row['reference']):>8}% {percent(row['shifted']):>8}%{extra}\n")
+                sys.stdout.write(
+                    f"{name:<30} {percent(row['reference']):>8}% "
+                    f"{percent(row['shifted']):>8}%{extra}\n"
+                )

@@ -1,4 +1,5 @@
-"""open_clip models: loading, hook points, captured and edited activations, zero-shot heads, classifiers."""
+"""open_clip models: loading, hook points, captured and edited activations, zero-shot heads,
+classifiers."""
 
 from __future__ import annotations
 

@@ -19,11 +19,14 @@ from clipsteer.clip.tokens import layout_at
 logger = logging.getLogger(__name__)
 
 
-def beside(cache: dict[Any, Any], x: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
+def beside(
+    cache: dict[Any, Any], x: Tensor, make: Callable[..., Tensor], *sources: Tensor
+) -> Tensor:
     """``make(*sources)`` in x's dtype on x's device.
 
-    If a source is on another device, the result is kept in ``cache`` until a source is changed: copying it anew would
-    stop the host in every pass, and cannot be captured in a CUDA graph. Sources that need a gradient are never cached.
+    If a source is on another device, the result is kept in ``cache`` until a source is changed:
+    copying it anew would stop the host in every pass, and cannot be captured in a CUDA graph.
+    Sources that need a gradient are never cached.
     """
     if all(s.device == x.device for s in sources) or any(s.requires_grad for s in sources):
         return make(*sources).to(x)
@@ -39,7 +42,8 @@ def beside(cache: dict[Any, Any], x: Tensor, make: Callable[..., Tensor], *sourc
 
 
 def hook_points(model: nn.Module, pattern: str = "*") -> list[str]:
-    """Names of the model's modules that match an fnmatch pattern, in the model's order ("*" also crosses dots)."""
+    """Names of the model's modules that match an fnmatch pattern, in the model's order ("*" also
+    crosses dots)."""
     return [name for name, _ in model.named_modules() if name and fnmatchcase(name, pattern)]
 
 
@@ -53,14 +57,18 @@ def _match(where: str, model: nn.Module, pattern: str) -> list[str]:
 
 
 _REMEDY = (
-    "steer the model that is not compiled, or set torch._dynamo.config.skip_nnmodule_hook_guards = False before it is "
+    "steer the model that is not compiled, or set torch._dynamo.config.skip_nnmodule_hook_guards = "
+    "False before it is "
     "compiled"
 )
 
 
 def _hook_points(where: str, model: nn.Module, patterns: Iterable[str]) -> list[str]:
-    """The modules that patterns match, each once. Raises where a compiled module would run without their hooks."""
-    names = list(dict.fromkeys(name for pattern in patterns for name in _match(where, model, pattern)))
+    """The modules that patterns match, each once. Raises where a compiled module would run without
+    their hooks."""
+    names = list(
+        dict.fromkeys(name for pattern in patterns for name in _match(where, model, pattern))
+    )
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None or not dynamo.config.skip_nnmodule_hook_guards:
         return names
@@ -73,7 +81,8 @@ def _hook_points(where: str, model: nn.Module, patterns: Iterable[str]) -> list[
             if wrapper or getattr(module, "_compiled_call_impl", None) is not None:
                 compiled = f"{'.'.join(parts[:end])!r}" if end else "the model"
                 raise RuntimeError(
-                    f"{where}: {compiled} is compiled, and torch.compile takes no notice of hooks such as the one at "
+                    f"{where}: {compiled} is compiled, and torch.compile takes no notice of hooks "
+                    f"such as the one at "
                     f"{name!r}; {_REMEDY}"
                 )
     if dynamo.utils.counters["frames"]["ok"]:
@@ -84,17 +93,22 @@ def _hook_points(where: str, model: nn.Module, patterns: Iterable[str]) -> list[
 @functools.cache
 def _warn_of_compilation(where: str) -> None:
     # a module does not know what was compiled around it, so this cannot be an error
-    logger.warning("%s: code that was compiled and calls this model leaves hooks out: %s", where, _REMEDY)
+    logger.warning(
+        "%s: code that was compiled and calls this model leaves hooks out: %s", where, _REMEDY
+    )
 
 
 def _batch_first(model: nn.Module, name: str) -> bool:
-    """Layout of a module's output: the innermost enclosing module that has a `batch_first` says it."""
+    """Layout of a module's output: the innermost enclosing module that has a `batch_first` says
+    it."""
     module, innermost = model, True
     for part in name.split("."):
         innermost = getattr(module, "batch_first", innermost)
         module = getattr(module, part)
     # a transformer transposes back on its way out; attention alone keeps its own layout to the end
-    return bool(module.batch_first) if isinstance(module, nn.MultiheadAttention) else bool(innermost)
+    return (
+        bool(module.batch_first) if isinstance(module, nn.MultiheadAttention) else bool(innermost)
+    )
 
 
 def _first(output: Any) -> Tensor:
@@ -107,11 +121,14 @@ def _channels_last(module: nn.Module) -> bool:
 
 
 def _as_tokens(name: str, output: Any, batch_first: bool, channels_last: bool) -> Tensor:
-    """A module's output as (B, T, d); of several outputs the first counts. A view where the layout allows it."""
+    """A module's output as (B, T, d); of several outputs the first counts. A view where the layout
+    allows it."""
     x = _first(output)
     if not isinstance(x, Tensor) or x.ndim not in (2, 3, 4):
         got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"hook point {name!r}: expected an output with 2, 3 or 4 dimensions, got {got}")
+        raise TypeError(
+            f"hook point {name!r}: expected an output with 2, 3 or 4 dimensions, got {got}"
+        )
     if x.ndim == 2:
         return x[:, None]
     if x.ndim == 4:
@@ -135,20 +152,23 @@ def _from_tokens(x: Tensor, output: Any, batch_first: bool, channels_last: bool)
 
 
 @contextmanager
-def apply_at(model: nn.Module, functions: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[nn.Module]:
+def apply_at(
+    model: nn.Module, functions: Mapping[str, Callable[[Tensor], Tensor]]
+) -> Iterator[nn.Module]:
     """Replace activations x by fn(x) at hook points while the block runs.
 
     Args:
         model: any module tree.
-        functions: fnmatch pattern of module names -> fn, (B, T, d) -> (B, T, d). Where several patterns match a
-            module, theirs are applied in the order given.
+        functions: fnmatch pattern of module names -> fn, (B, T, d) -> (B, T, d). Where several
+            patterns match a module, theirs are applied in the order given.
 
-    Yields the model. The hooks are gone afterwards, also after an error; weights are never touched, and an fn that
-    returns its argument leaves every output bit-identical.
+    Yields the model. The hooks are gone afterwards, also after an error; weights are never touched,
+    and an fn that returns its argument leaves every output bit-identical.
 
     Raises:
         ValueError: a pattern without a match; in the forward pass, an fn that changes the shape.
-        RuntimeError: the module, or one that it is part of, is compiled: torch.compile leaves hooks out.
+        RuntimeError: the module, or one that it is part of, is compiled: torch.compile leaves hooks
+            out.
     """
     with ExitStack() as stack:
         for pattern, fn in functions.items():
@@ -168,22 +188,27 @@ def _edit_hook(name: str, batch_first: bool, fn: Callable[[Tensor], Tensor]) -> 
             return None
         if not isinstance(y, Tensor) or y.shape != x.shape:
             got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(f"apply_at: at {name!r} the function must return shape {tuple(x.shape)}, got {got}")
+            raise ValueError(
+                f"apply_at: at {name!r} the function must return shape {tuple(x.shape)}, got {got}"
+            )
         return _from_tokens(y, output, batch_first, _channels_last(module))
 
     return hook
 
 
 @contextmanager
-def capture(model: nn.Module, patterns: str | Iterable[str], *, detach: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Collect activations while the block runs: yields a dict, module name -> (B, T, d) of its latest call.
+def capture(
+    model: nn.Module, patterns: str | Iterable[str], *, detach: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """Collect activations while the block runs: yields a dict, module name -> (B, T, d) of its
+    latest call.
 
     Args:
         patterns: one fnmatch pattern of module names or several.
         detach: cut the tensors from the graph; without it gradients flow through them.
 
-    A module that the forward pass does not call stays absent. Raises ValueError for a pattern without a match, and
-    RuntimeError for a module that is compiled or part of one.
+    A module that the forward pass does not call stays absent. Raises ValueError for a pattern
+    without a match, and RuntimeError for a module that is compiled or part of one.
     """
     found: dict[str, Tensor] = {}
 
@@ -197,7 +222,9 @@ def capture(model: nn.Module, patterns: str | Iterable[str], *, detach: bool = F
     names = _hook_points("capture", model, [patterns] if isinstance(patterns, str) else patterns)
     with ExitStack() as stack:
         for name in names:
-            handle = model.get_submodule(name).register_forward_hook(record(name, _batch_first(model, name)))
+            handle = model.get_submodule(name).register_forward_hook(
+                record(name, _batch_first(model, name))
+            )
             stack.callback(handle.remove)
         yield found
 
@@ -218,27 +245,36 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 def _float_dtype(model: nn.Module) -> torch.dtype:
     tower = getattr(model, "visual", model)
-    return next((p.dtype for p in tower.parameters() if p.is_floating_point() and p.ndim > 1), torch.float32)
+    return next(
+        (p.dtype for p in tower.parameters() if p.is_floating_point() and p.ndim > 1), torch.float32
+    )
 
 
-def harvest(model: nn.Module, loader: Iterable[Any], hook_point: str, tokens: str = "all") -> Iterator[Tensor]:
-    """Activations of one hook point over a loader, batch by batch, without gradients and in eval mode.
+def harvest(
+    model: nn.Module, loader: Iterable[Any], hook_point: str, tokens: str = "all"
+) -> Iterator[Tensor]:
+    """Activations of one hook point over a loader, batch by batch, without gradients and in eval
+    mode.
 
     Args:
-        loader: batches (B, 3, H, W) of preprocessed images, or (B, context) of token ids for the text tower; of a
-            tuple or list the first item counts.
+        loader: batches (B, 3, H, W) of preprocessed images, or (B, context) of token ids for the
+            text tower; of a tuple or list the first item counts.
         hook_point: one module name, or a pattern that matches exactly one.
-        tokens: "all", "cls" (the class token) or "patches" (what follows the class and register tokens).
+        tokens: "all", "cls" (the class token) or "patches" (what follows the class and register
+            tokens).
 
     Yields (N, d) tensors on the model's device, N = B times the tokens kept, image by image.
 
     Raises:
-        ValueError: unknown `tokens`, a hook point that is not one module, that the forward pass does not reach, or
-            that has no such tokens.
+        ValueError: unknown `tokens`, a hook point that is not one module, that the forward pass
+            does not reach, or that has no such tokens.
     """
     names = _match("harvest", model, hook_point)
     if len(names) != 1:
-        raise ValueError(f"harvest: hook_point must name one module, got {hook_point!r}, which matches {len(names)}")
+        raise ValueError(
+            f"harvest: hook_point must name one module, got {hook_point!r}, which matches "
+            f"{len(names)}"
+        )
     name, layout = names[0], layout_at(model, names[0])
     layout.check("harvest", [tokens])
     device, dtype = next(model.parameters()).device, _float_dtype(model)
@@ -251,7 +287,10 @@ def harvest(model: nn.Module, loader: Iterable[Any], hook_point: str, tokens: st
             else:
                 model.encode_text(x)
         if name not in found:
-            raise ValueError(f"harvest: the forward pass never calls {name!r} as a module; choose another hook point")
+            raise ValueError(
+                f"harvest: the forward pass never calls {name!r} as a module; choose another hook "
+                f"point"
+            )
         acts = found[name]  # (B, T, d)
         kept = acts[:, layout.where("harvest", tokens, acts.shape[1])]
         yield kept.reshape(-1, kept.shape[-1])

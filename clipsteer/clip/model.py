@@ -1,7 +1,9 @@
-"""open_clip models: loading, hook points by module name, capturing and editing activations, zero-shot heads.
+"""open_clip models: loading, hook points by module name, capturing and editing activations,
+zero-shot heads.
 
-Every activation is shown as (B, T, d), whatever the block's own layout is: sequence-first blocks are transposed,
-feature maps (B, C, H, W) flattened to (B, H*W, C), pooled outputs (B, d) given one token.
+Every activation is shown as (B, T, d), whatever the block's own layout is: sequence-first blocks
+are transposed, feature maps (B, C, H, W) flattened to (B, H*W, C), pooled outputs (B, d) given one
+token.
 """
 
 from __future__ import annotations
@@ -72,7 +74,8 @@ class CLIP:
         return torch.cat(out).to(self.dtype)
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """Preprocessed images (B, 3, H, W) -> unit image embeddings (B, e), at least float32; with gradients."""
+        """Preprocessed images (B, 3, H, W) -> unit image embeddings (B, e), at least float32; with
+        gradients."""
         features = _first(self.model.encode_image(pixels.to(self.device, self.dtype)))
         return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
@@ -82,13 +85,17 @@ def _open_clip() -> Any:
         import open_clip
     except ImportError as error:
         raise RuntimeError(
-            f"open_clip could not be imported ({error}); install it with: pip install open_clip_torch"
+            f"open_clip could not be imported ({error}); install it with: pip install "
+            f"open_clip_torch"
         ) from error
     except (RuntimeError, AttributeError, OSError) as error:
         raise RuntimeError(
-            f"open_clip could not be imported: {error}. torch is {torch.__version__}; its torchvision was most likely "
-            "built for another torch, so that its compiled operators do not load. Install the pair from one index, "
-            "for example: pip install --upgrade torch torchvision --index-url https://download.pytorch.org/whl/cpu"
+            f"open_clip could not be imported: {error}. torch is {torch.__version__}; its "
+            f"torchvision was most likely "
+            "built for another torch, so that its compiled operators do not load. Install the pair "
+            "from one index, "
+            "for example: pip install --upgrade torch torchvision --index-url "
+            "https://download.pytorch.org/whl/cpu"
         ) from error
     return open_clip
 
@@ -103,11 +110,12 @@ def load(
     """Load a model through open_clip.
 
     Args:
-        model: "emojiclip" (the small model that comes with clipsteer, for 64 px drawings), "emoji-tiny" (a fifth of
-            its size, without weights), an open_clip architecture ("ViT-B-32") or a .json file that describes one,
-            "hf-hub:org/repo" or "local-dir:path".
-        pretrained: for an architecture, one of its open_clip tags or a local weights file; None means random weights.
-            For "emojiclip", other weights than the bundled ones. Not for hf-hub: and local-dir: names.
+        model: "emojiclip" (the small model that comes with clipsteer, for 64 px drawings),
+            "emoji-tiny" (a fifth of its size, without weights), an open_clip architecture
+            ("ViT-B-32") or a .json file that describes one, "hf-hub:org/repo" or "local-dir:path".
+        pretrained: for an architecture, one of its open_clip tags or a local weights file; None
+            means random weights. For "emojiclip", other weights than the bundled ones. Not for
+            hf-hub: and local-dir: names.
         device, dtype: where and as what the weights are kept; None keeps open_clip's float32.
 
     Raises:
@@ -130,10 +138,14 @@ def load(
     if weights is None and ":" not in model:
         logger.warning("%s: no pretrained weights were asked for, so the weights are random", model)
     try:
-        module, _, preprocess = open_clip.create_model_and_transforms(known, pretrained=weights, device=device)
+        module, _, preprocess = open_clip.create_model_and_transforms(
+            known, pretrained=weights, device=device
+        )
     except Exception as error:
         if weights is not None and Path(weights).is_file():
-            raise FileFormatError(f"{weights}: cannot be loaded as weights of {model}: {error}") from error
+            raise FileFormatError(
+                f"{weights}: cannot be loaded as weights of {model}: {error}"
+            ) from error
         raise
     tokenizer = open_clip.get_tokenizer(known, **tokenizer_args)
     module = module.to(device=device, dtype=dtype).eval()
@@ -155,20 +167,27 @@ def _add_architecture(open_clip: Any, path: Path) -> str:
 def _check_names(open_clip: Any, model: str, pretrained: str | None) -> None:
     if model.startswith(("hf-hub:", "local-dir:")):
         if pretrained is not None:
-            raise ValueError(f"load: {model!r} brings its own weights; pretrained must be None, got {pretrained!r}")
+            raise ValueError(
+                f"load: {model!r} brings its own weights; pretrained must be None, got "
+                f"{pretrained!r}"
+            )
         return
     known = open_clip.list_models()
     if model.replace("/", "-") not in known:
         near = difflib.get_close_matches(model, known, n=3)
         hint = f"; did you mean {', '.join(near)}?" if near else "; see open_clip.list_models()"
-        raise ValueError(f"load: model must be 'emojiclip' or a name that open_clip knows, got {model!r}{hint}")
+        raise ValueError(
+            f"load: model must be 'emojiclip' or a name that open_clip knows, got {model!r}{hint}"
+        )
     if pretrained is None or Path(pretrained).is_file():
         return
     if Path(pretrained).suffix in _WEIGHT_SUFFIXES or len(Path(pretrained).parts) > 1:
         raise ValueError(f"load: pretrained names a file that does not exist: {pretrained}")
     tags = open_clip.list_pretrained_tags_by_model(model.replace("/", "-"))
     if pretrained.lower().replace("-", "_") not in tags:
-        raise ValueError(f"load: pretrained must be a file or one of {model}'s tags {tags}, got {pretrained!r}")
+        raise ValueError(
+            f"load: pretrained must be a file or one of {model}'s tags {tags}, got {pretrained!r}"
+        )
 
 
 def default_hook_point(clip: CLIP) -> str:

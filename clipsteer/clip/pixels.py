@@ -16,10 +16,14 @@ from clipsteer.clip.model import CLIP
 from clipsteer.data.dataset import ImageDataset
 
 
-def image_batches(clip: CLIP, dataset: Any, batch_size: int, what: str) -> Iterator[tuple[Tensor, Tensor]]:
+def image_batches(
+    clip: CLIP, dataset: Any, batch_size: int, what: str
+) -> Iterator[tuple[Tensor, Tensor]]:
     if len(dataset) == 0:
         raise ValueError("dataset: it is empty")
-    for pixels, labels in tqdm(image_loader(clip, dataset, batch_size), desc=what, unit="batch", disable=None):
+    for pixels, labels in tqdm(
+        image_loader(clip, dataset, batch_size), desc=what, unit="batch", disable=None
+    ):
         yield pixels.to(clip.device, clip.dtype), labels.to(clip.device)
 
 
@@ -31,8 +35,11 @@ def image_embeddings(clip: CLIP, dataset: Any, batch_size: int, what: str) -> It
 
 
 def image_loader(clip: Any, dataset: Any, batch_size: int, num_workers: int = 0) -> DataLoader:
-    """Batches of preprocessed images (B, 3, H, W) and labels (B,), -1 where there is no integer label."""
-    return DataLoader(_Images(dataset, clip.preprocess), batch_size=batch_size, num_workers=num_workers)
+    """Batches of preprocessed images (B, 3, H, W) and labels (B,), -1 where there is no integer
+    label."""
+    return DataLoader(
+        _Images(dataset, clip.preprocess), batch_size=batch_size, num_workers=num_workers
+    )
 
 
 class _Images(torch.utils.data.Dataset):
@@ -83,10 +90,13 @@ def loader(samples: Samples, keys: Iterable[Sequence[tuple[int, int]]], workers:
     return DataLoader(samples, batch_sampler=keys, num_workers=workers, generator=torch.Generator())
 
 
-def pixel_batches(clip: CLIP, dataset: ImageDataset, batch_size: int = 128, workers: int = 0) -> Iterator[Tensor]:
+def pixel_batches(
+    clip: CLIP, dataset: ImageDataset, batch_size: int = 128, workers: int = 0
+) -> Iterator[Tensor]:
     """Preprocessed images in their order, (B, 3, H, W) a batch, on the model's device."""
     keys = [
-        [(i, 0) for i in range(at, min(len(dataset), at + batch_size))] for at in range(0, len(dataset), batch_size)
+        [(i, 0) for i in range(at, min(len(dataset), at + batch_size))]
+        for at in range(0, len(dataset), batch_size)
     ]
     for pixels, _ in loader(Samples(dataset, clip.preprocess), keys, workers):
         yield pixels.to(clip.device, clip.dtype)

@@ -24,21 +24,24 @@ class Layout(NamedTuple):
     def before_patches(self, count: int) -> int | None:
         """How many of the `count` tokens that the module gives precede the patches.
 
-        None where they are neither the tower's tokens nor the patches alone: pooled outputs, attention pooling.
+        None where they are neither the tower's tokens nor the patches alone: pooled outputs,
+        attention pooling.
         """
         if self.patches is None:
             return self.prefix if count > self.prefix else None
         return {self.patches + self.prefix: self.prefix, self.patches: 0}.get(count)
 
     def where(self, what: str, tokens: str, count: int) -> slice:
-        """The part of `count` tokens that is meant. Raises ValueError, with `what` in front, where there is none."""
+        """The part of `count` tokens that is meant. Raises ValueError, with `what` in front, where
+        there is none."""
         if tokens == "all":
             return slice(None)
         prefix = self.before_patches(count)
         if prefix is None or (tokens == "cls" and prefix == 0):
             missing = "no class token" if tokens == "cls" else "no patch tokens"
             raise ValueError(
-                f"{what}: {self.hook_point!r} has {missing} among its {count}; tokens must be 'all', got {tokens!r}"
+                f"{what}: {self.hook_point!r} has {missing} among its {count}; tokens must be "
+                f"'all', got {tokens!r}"
             )
         return slice(0, 1) if tokens == "cls" else slice(prefix, None)
 
@@ -49,12 +52,14 @@ class Layout(NamedTuple):
                 raise ValueError(f"{what}: tokens must be one of {TOKENS}, got {tokens!r}")
             if tokens != "all" and self.prefix == 0:
                 raise ValueError(
-                    f"{what}: there is no class token at {self.hook_point!r}; tokens must be 'all', got {tokens!r}"
+                    f"{what}: there is no class token at {self.hook_point!r}; tokens must be "
+                    f"'all', got {tokens!r}"
                 )
 
 
 def layout_at(model: nn.Module, hook_point: str) -> Layout:
-    """The layout of the image tower that a module belongs to; text towers and ResNets have no class token.
+    """The layout of the image tower that a module belongs to; text towers and ResNets have no class
+    token.
 
     The tower is the module called "visual", wherever a wrapper has moved it to.
     """
@@ -62,18 +67,29 @@ def layout_at(model: nn.Module, hook_point: str) -> Layout:
     if "visual" not in parts:
         return Layout(hook_point, 0, None)
     visual: Any = model.get_submodule(".".join(parts[: parts.index("visual") + 1]))
-    while inner := next((visual._modules[name] for name in _WRAPPED if name in visual._modules), None):
+    while inner := next(
+        (visual._modules[name] for name in _WRAPPED if name in visual._modules), None
+    ):
         visual = inner
     if hasattr(visual, "trunk"):  # a timm model
         trunk = visual.trunk
         any_size = getattr(trunk, "dynamic_img_size", False)
-        grid = None if any_size else getattr(getattr(trunk, "patch_embed", None), "num_patches", None)
-        prefix = 0 if any_size and "patch_embed" in parts else int(getattr(trunk, "num_prefix_tokens", 0))
+        grid = (
+            None if any_size else getattr(getattr(trunk, "patch_embed", None), "num_patches", None)
+        )
+        prefix = (
+            0
+            if any_size and "patch_embed" in parts
+            else int(getattr(trunk, "num_prefix_tokens", 0))
+        )
         return Layout(hook_point, prefix, grid)
     grid = getattr(visual, "grid_size", None)
-    return Layout(hook_point, int(hasattr(visual, "class_embedding")), math.prod(grid) if grid else None)
+    return Layout(
+        hook_point, int(hasattr(visual, "class_embedding")), math.prod(grid) if grid else None
+    )
 
 
 def class_tokens(model: nn.Module, hook_point: str) -> int:
-    """How many class and register tokens precede the patches in a hook point's tower; 0 in text towers and ResNets."""
+    """How many class and register tokens precede the patches in a hook point's tower; 0 in text
+    towers and ResNets."""
     return layout_at(model, hook_point).prefix

@@ -39,16 +39,21 @@ EMOJI_TEMPLATES = (
 
 
 def zero_shot_head(
-    clip: CLIP, classnames: Sequence[str], templates: Sequence[str] | None = None, batch_size: int = 256
+    clip: CLIP,
+    classnames: Sequence[str],
+    templates: Sequence[str] | None = None,
+    batch_size: int = 256,
 ) -> Tensor:
-    """Classifier weights from class names: (C, e), unit rows; logits are `logit_scale.exp() * image_features @ head.T`.
+    """Classifier weights from class names: (C, e), unit rows; logits are `logit_scale.exp() *
+    image_features @ head.T`.
 
-    head_c = normalize(mean over templates of normalize(encode_text(template.format(name_c)))): the prompt ensemble of
-    Radford et al. 2021 (arXiv 2103.00020, section 3.1.4).
+    head_c = normalize(mean over templates of normalize(encode_text(template.format(name_c)))): the
+    prompt ensemble of Radford et al. 2021 (arXiv 2103.00020, section 3.1.4).
 
     Args:
         classnames: C names.
-        templates: strings with one "{}"; by default EMOJI_TEMPLATES for "emojiclip", CLIP_TEMPLATES otherwise.
+        templates: strings with one "{}"; by default EMOJI_TEMPLATES for "emojiclip", CLIP_TEMPLATES
+            otherwise.
 
     Raises:
         ValueError: no class name, no template, or a template without "{}".
@@ -56,14 +61,20 @@ def zero_shot_head(
     if templates is None:
         templates = EMOJI_TEMPLATES if clip.name == EMOJICLIP else CLIP_TEMPLATES
     if isinstance(classnames, str) or not classnames:
-        raise ValueError(f"zero_shot_head: classnames must be a non-empty list of strings, got {classnames!r}")
+        raise ValueError(
+            f"zero_shot_head: classnames must be a non-empty list of strings, got {classnames!r}"
+        )
     if isinstance(templates, str) or not templates or any("{}" not in t for t in templates):
-        raise ValueError(f"zero_shot_head: templates must be a list of strings with '{{}}', got {templates!r}")
+        raise ValueError(
+            f"zero_shot_head: templates must be a list of strings with '{{}}', got {templates!r}"
+        )
     texts = [template.format(name) for name in classnames for template in templates]
     with evaluating(clip.model):
         parts = [
             clip.model.encode_text(clip.tokenizer(texts[at : at + batch_size]).to(clip.device))
             for at in range(0, len(texts), batch_size)
         ]
-    features = F.normalize(torch.cat(parts), dim=-1).unflatten(0, (len(classnames), len(templates)))  # (C, n, e)
+    features = F.normalize(torch.cat(parts), dim=-1).unflatten(
+        0, (len(classnames), len(templates))
+    )  # (C, n, e)
     return F.normalize(features.mean(1), dim=-1)

@@ -2,8 +2,8 @@
 
     R = Σ (x - μ)(x - μ)ᵀ / N,   C = R (R + α⁻² I)⁻¹,   eigenvalues λ/(λ + α⁻²)
 
-Sources: Jaeger 2014 (arXiv 1403.3369), conceptors and the choice of an aperture by the gradient of ‖φ(C, γ)‖²;
-Postmus & Abreu 2024 (arXiv 2410.16314), mean-centring.
+Sources: Jaeger 2014 (arXiv 1403.3369), conceptors and the choice of an aperture by the gradient of
+‖φ(C, γ)‖²; Postmus & Abreu 2024 (arXiv 2410.16314), mean-centring.
 """
 
 from __future__ import annotations
@@ -27,27 +27,54 @@ def _batches(x: Any, labels: Tensor | None, wanted: bool) -> Iterable[tuple[Tens
         yield x, labels
         return
     if labels is not None:
-        raise ValueError("correlation: labels go with a tensor; an iterable yields (x, labels) pairs")
+        raise ValueError(
+            "correlation: labels go with a tensor; an iterable yields (x, labels) pairs"
+        )
     for batch in x:
         pair = batch if isinstance(batch, tuple | list) else (batch, None)
         if len(pair) != 2 or (pair[1] is None) == wanted:
-            expected = "(x, labels) pairs, as classes is given" if wanted else "tensors, as classes is not given"
-            raise ValueError(f"correlation: the iterable must yield {expected}, got {type(batch).__name__}")
+            expected = (
+                "(x, labels) pairs, as classes is given"
+                if wanted
+                else "tensors, as classes is not given"
+            )
+            raise ValueError(
+                f"correlation: the iterable must yield {expected}, got {type(batch).__name__}"
+            )
         yield pair
 
 
 def _rows(x: Any, labels: Any, d: int | None, classes: int | None) -> tuple[Tensor, Tensor | None]:
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or (d is not None and x.shape[-1] != d):
+    if (
+        not isinstance(x, Tensor)
+        or not x.is_floating_point()
+        or x.dim() < 2
+        or (d is not None and x.shape[-1] != d)
+    ):
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"correlation: x must be a floating tensor of shape (…, {d or 'd'}), got {got}")
+        raise ValueError(
+            f"correlation: x must be a floating tensor of shape (…, {d or 'd'}), got {got}"
+        )
     if classes is None:
         return x.detach().flatten(0, -2), None
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != x.shape[:-1]:
-        got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(f"correlation: labels must be int64 of shape {tuple(x.shape[:-1])}, got {got}")
+    if (
+        not isinstance(labels, Tensor)
+        or labels.dtype != torch.int64
+        or labels.shape != x.shape[:-1]
+    ):
+        got = (
+            f"{labels.dtype} {tuple(labels.shape)}"
+            if isinstance(labels, Tensor)
+            else type(labels).__name__
+        )
+        raise ValueError(
+            f"correlation: labels must be int64 of shape {tuple(x.shape[:-1])}, got {got}"
+        )
     labels = labels.flatten()
     if labels.numel() and not -1 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise ValueError(f"correlation: labels must be in [-1, {classes}), got {labels.unique().tolist()[:8]}")
+        raise ValueError(
+            f"correlation: labels must be in [-1, {classes}), got {labels.unique().tolist()[:8]}"
+        )
     return x.detach().flatten(0, -2), labels
 
 
@@ -61,21 +88,25 @@ def correlation(
     """R = Σ (x - mean)(x - mean)ᵀ / N in float64, in one pass over the rows.
 
     Args:
-        x: (…, d) activations, or an iterable of such batches; with ``classes``, of (x, labels) pairs.
+        x: (…, d) activations, or an iterable of such batches; with ``classes``, of (x, labels)
+            pairs.
         mean: (d,) background mean; None means 0 (no centring).
         labels: int64, x's leading shape; rows with -1 are passed over. Only with a tensor x.
-        classes: K, for one matrix a class; by default max(labels) + 1, over all processes, for a tensor with
-            labels.
+        classes: K, for one matrix a class; by default max(labels) + 1, over all processes, for a
+            tensor with labels.
 
     Returns:
-        (d, d), or (K, d, d) with labels. Under ``torchrun``, or in a process group that is there already, sums go over
-        all processes, each with its own rows: then every process must call this, with at least one batch.
+        (d, d), or (K, d, d) with labels. Under ``torchrun``, or in a process group that is there
+        already, sums go over all processes, each with its own rows: then every process must call
+            this, with at least one batch.
 
     Raises:
-        ValueError: no row (of some class), shapes that do not fit, labels out of range, values that are not finite.
+        ValueError: no row (of some class), shapes that do not fit, labels out of range, values that
+            are not finite.
     """
     if classes is None and isinstance(labels, Tensor) and isinstance(x, Tensor):
-        # over all processes: one may lack the last classes, and sums of different shapes do not add up
+        # over all processes: one may lack the last classes, and sums of different shapes do not add
+        # up
         last = int(labels.max()) if labels.numel() else -1
         classes = 1 - int(World(x.device).min_(torch.tensor(-last, device=x.device)))
     if classes is not None and classes < 1:
@@ -91,12 +122,16 @@ def correlation(
             if mean is not None:
                 if not isinstance(mean, Tensor) or mean.shape != (d,):
                     got = tuple(mean.shape) if isinstance(mean, Tensor) else type(mean).__name__
-                    raise ValueError(f"correlation: mean must be a tensor of shape ({d},), got {got}")
+                    raise ValueError(
+                        f"correlation: mean must be a tensor of shape ({d},), got {got}"
+                    )
                 shift = mean.detach().to(shift)
         for at in range(0, len(batch), _ROWS):
             part = batch[at : at + _ROWS].double() - shift
             for k in range(total.shape[0]):
-                chosen = part if marks is None else part[marks[at : at + _ROWS].to(part.device) == k]
+                chosen = (
+                    part if marks is None else part[marks[at : at + _ROWS].to(part.device) == k]
+                )
                 total[k].addmm_(chosen.mT, chosen)
                 counts[k] += len(chosen)
     if total is None:
@@ -105,7 +140,9 @@ def correlation(
     world.sum_(total)
     world.sum_(counts)
     if bool((counts == 0).any()):
-        which = "" if classes is None else f" of classes {(counts == 0).nonzero().flatten().tolist()}"
+        which = (
+            "" if classes is None else f" of classes {(counts == 0).nonzero().flatten().tolist()}"
+        )
         raise ValueError(f"correlation: there is no row{which}")
     R = total / counts[:, None, None]
     if not bool(R.isfinite().all()):
@@ -117,7 +154,8 @@ def correlation(
 def spectrum(R: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (…, d), descending, and eigenvectors (…, d, d) of a correlation matrix.
 
-    Eigenvalues below d · eps of the largest are rounding noise (always so where N < d) and become 0.
+    Eigenvalues below d · eps of the largest are rounding noise (always so where N < d) and become
+    0.
     """
     if not isinstance(R, Tensor) or R.dim() not in (2, 3) or R.shape[-1] != R.shape[-2]:
         got = tuple(R.shape) if isinstance(R, Tensor) else type(R).__name__
@@ -127,13 +165,22 @@ def spectrum(R: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = values.flip(-1), vectors.flip(-1)
     floor = R.shape[-1] * EPS * values[..., :1].clamp(min=0)
     if bool((values[..., -1:] < -20 * floor).any()):
-        raise ValueError(f"conceptor: R must be positive semi-definite, its least eigenvalue is {values.min():.3g}")
+        raise ValueError(
+            f"conceptor: R must be positive semi-definite, its least eigenvalue is "
+            f"{values.min():.3g}"
+        )
     return torch.where(values <= floor, 0.0, values), vectors
 
 
 def check_aperture(aperture: Any, name: str = "aperture") -> float:
-    if isinstance(aperture, bool) or not isinstance(aperture, int | float) or not 0 < aperture < math.inf:
-        raise ValueError(f"Conceptor: {name} must be a finite number above 0 or 'gradient', got {aperture!r}")
+    if (
+        isinstance(aperture, bool)
+        or not isinstance(aperture, int | float)
+        or not 0 < aperture < math.inf
+    ):
+        raise ValueError(
+            f"Conceptor: {name} must be a finite number above 0 or 'gradient', got {aperture!r}"
+        )
     return float(aperture)
 
 
@@ -146,7 +193,8 @@ def shares(values: Tensor, aperture: float) -> Tensor:
 class ApertureRow(NamedTuple):
     """What a conceptor of this aperture keeps. Means over classes where there are several.
 
-    quota: trace(C)/d. error: E‖x - Cx‖²/E‖x‖² on the data it was fitted to. gradient: d‖C‖²/d log α.
+    quota: trace(C)/d. error: E‖x - Cx‖²/E‖x‖² on the data it was fitted to. gradient: d‖C‖²/d log
+        α.
     """
 
     aperture: float
@@ -157,7 +205,9 @@ class ApertureRow(NamedTuple):
 
 def _row(values: Tensor, aperture: float) -> ApertureRow:
     mu = shares(values, aperture)
-    error = (values * (1 - mu).square()).sum(-1) / values.sum(-1).clamp(min=torch.finfo(torch.float64).tiny)
+    error = (values * (1 - mu).square()).sum(-1) / values.sum(-1).clamp(
+        min=torch.finfo(torch.float64).tiny
+    )
     gradient = (4 * mu.square() * (1 - mu)).sum(-1)
     return ApertureRow(aperture, *(float(v.mean()) for v in (mu.mean(-1), error, gradient)))
 
@@ -167,7 +217,8 @@ def aperture_sweep(R: Tensor, apertures: Sequence[float] | None = None) -> list[
 
     Args:
         R: (d, d) or (K, d, d), as ``correlation`` gives it.
-        apertures: by default one a factor of √10 from where the quota begins to where nearly everything is kept.
+        apertures: by default one a factor of √10 from where the quota begins to where nearly
+            everything is kept.
     """
     values = spectrum(R)[0]
     if apertures is None:
@@ -179,7 +230,8 @@ def aperture_sweep(R: Tensor, apertures: Sequence[float] | None = None) -> list[
 
 
 def _range(values: Tensor) -> tuple[float, float]:
-    """Apertures between which every direction goes from dropped to kept; noise below 1e-9 of the top is left out."""
+    """Apertures between which every direction goes from dropped to kept; noise below 1e-9 of the
+    top is left out."""
     top = float(values.max())
     if top <= 0:
         raise ValueError("conceptor: every row is zero, so no aperture is better than another")
@@ -188,10 +240,12 @@ def _range(values: Tensor) -> tuple[float, float]:
 
 
 def choose_aperture(R: Tensor, quota: float | None = None) -> float:
-    """An aperture from the data: where Jaeger's gradient criterion peaks, or where the mean quota is a given one.
+    """An aperture from the data: where Jaeger's gradient criterion peaks, or where the mean quota
+    is a given one.
 
-    The criterion takes the α at which ‖C‖² grows fastest with log α: the most directions are then on the verge of
-    being kept, so the conceptor tells signal from background most sharply. It is a heuristic: for steering, sweep.
+    The criterion takes the α at which ‖C‖² grows fastest with log α: the most directions are then
+    on the verge of being kept, so the conceptor tells signal from background most sharply. It is a
+    heuristic: for steering, sweep.
 
     Raises:
         ValueError: R is zero; ``quota`` is not between 0 and what R's rank allows.
@@ -203,9 +257,14 @@ def choose_aperture(R: Tensor, quota: float | None = None) -> float:
         return max((_row(values, a) for a in grid), key=lambda row: row.gradient).aperture
     reachable = float((values > 0).double().mean())
     if not 0 < quota < reachable:
-        raise ValueError(f"choose_aperture: quota must be above 0 and below {reachable:.4g} (rank/d), got {quota}")
+        raise ValueError(
+            f"choose_aperture: quota must be above 0 and below {reachable:.4g} (rank/d), got "
+            f"{quota}"
+        )
     low, high = low - 40, high + 40
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if _row(values, math.exp(middle)).quota < quota else (low, middle)
+        low, high = (
+            (middle, high) if _row(values, math.exp(middle)).quota < quota else (low, middle)
+        )
     return math.exp(high)

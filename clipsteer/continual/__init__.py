@@ -1,4 +1,5 @@
-"""Continual learning: towers that learn tasks in turn, and what keeps class prototypes and statistics true."""
+"""Continual learning: towers that learn tasks in turn, and what keeps class prototypes and
+statistics true."""
 
 from __future__ import annotations
 

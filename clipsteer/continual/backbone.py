@@ -1,7 +1,7 @@
 """The image tower that learns tasks one after another: an open_clip tower, or a ViT of timm.
 
-Features are what the tower gives: an open_clip tower's projected embedding, a timm model's pooled output; never
-normalised here.
+Features are what the tower gives: an open_clip tower's projected embedding, a timm model's pooled
+output; never normalised here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ TIMM = "timm:"
 
 
 class Tokens(NamedTuple):
-    """``features`` (B, d), and the last layer's normalised ``cls`` (B, w) and ``patches`` (B, P, w)."""
+    """``features`` (B, d), and the last layer's normalised ``cls`` (B, w) and ``patches`` (B, P,
+    w)."""
 
     features: Tensor
     cls: Tensor
@@ -38,7 +39,8 @@ class Encoder(nn.Module):
 
     Args:
         module: the tower, (B, 3, H, W) -> (B, d).
-        preprocess: PIL image -> (3, H, W), for evaluation; train_transform: the same with random crops.
+        preprocess: PIL image -> (3, H, W), for evaluation; train_transform: the same with random
+            crops.
         name: what to call it in files.
 
     Attributes:
@@ -61,42 +63,60 @@ class Encoder(nn.Module):
         self.preprocess, self.train_transform = preprocess, train_transform or preprocess
         self.blocks = [n for n, _ in module.named_modules() if _BLOCK.fullmatch(n)]
         if not self.blocks:
-            raise ValueError("Encoder: the tower has no transformer blocks called resblocks.N or blocks.N")
+            raise ValueError(
+                "Encoder: the tower has no transformer blocks called resblocks.N or blocks.N"
+            )
         trunk = getattr(module, "trunk", module)
         self.width = trunk.embed_dim if hasattr(trunk, "embed_dim") else module.conv1.out_channels
         self.prefix = int(getattr(trunk, "num_prefix_tokens", hasattr(module, "class_embedding")))
         self._last = self._normalised_tokens()
 
     def _normalised_tokens(self) -> str:
-        """The module after which tokens are normalised; the last block where pooling comes before the norm."""
+        """The module after which tokens are normalised; the last block where pooling comes before
+        the norm."""
         module = self.module
-        if hasattr(module, "ln_post") and module.attn_pool is None and not module.final_ln_after_pool:
+        if (
+            hasattr(module, "ln_post")
+            and module.attn_pool is None
+            and not module.final_ln_after_pool
+        ):
             return "ln_post"
         for name in ("norm", "trunk.norm"):
-            owner = module.trunk if name.startswith("trunk") and hasattr(module, "trunk") else module
-            if isinstance(getattr(owner, "norm", None), nn.LayerNorm) and name in dict(module.named_modules()):
+            owner = (
+                module.trunk if name.startswith("trunk") and hasattr(module, "trunk") else module
+            )
+            if isinstance(getattr(owner, "norm", None), nn.LayerNorm) and name in dict(
+                module.named_modules()
+            ):
                 return name
         return self.blocks[-1]
 
     @classmethod
     def from_clip(cls, clip: CLIP, *, crop: float = 0.9) -> Encoder:
-        """The image tower of a loaded CLIP, shared with it; crop: the least share of an image that crops keep."""
+        """The image tower of a loaded CLIP, shared with it; crop: the least share of an image that
+        crops keep."""
         from clipsteer.clip.pixels import train_transform
 
         return cls(clip.model.visual, clip.preprocess, train_transform(clip, crop), clip.name)
 
     @classmethod
     def from_timm(
-        cls, name: str, weights: str | Path | None = None, *, unit_range: bool = False, crop: float = 0.05,
+        cls,
+        name: str,
+        weights: str | Path | None = None,
+        *,
+        unit_range: bool = False,
+        crop: float = 0.05,
         device: str | torch.device = "cpu",
-    ) -> Encoder:  # fmt: skip
+    ) -> Encoder:
         """A ViT of timm without its classifier.
 
         Args:
             name: timm's, such as "vit_base_patch16_224.augreg_in21k".
-            weights: a safetensors file of timm's keys; None downloads timm's own, "random" leaves random ones.
-            unit_range: pixels in [0, 1] without mean and deviation, 256 px cut to 224: the published recipe of SLCA and
-                MACIL. False is what timm says of the model.
+            weights: a safetensors file of timm's keys; None downloads timm's own, "random" leaves
+                random ones.
+            unit_range: pixels in [0, 1] without mean and deviation, 256 px cut to 224: the
+                published recipe of SLCA and MACIL. False is what timm says of the model.
             crop: the least share of an image that a random crop keeps.
 
         Raises:
@@ -107,35 +127,56 @@ class Encoder(nn.Module):
         from torchvision import transforms
 
         if not timm.is_model(name.partition(".")[0]):
-            raise ValueError(f"Encoder.from_timm: timm has no model {name!r}; see timm.list_models('vit*')")
+            raise ValueError(
+                f"Encoder.from_timm: timm has no model {name!r}; see timm.list_models('vit*')"
+            )
         module = timm.create_model(name, pretrained=weights is None, num_classes=0)
         if weights not in (None, "random"):
-            tensors = {k: v for k, v in read_safetensors(weights).items() if not k.startswith("head.")}
+            tensors = {
+                k: v for k, v in read_safetensors(weights).items() if not k.startswith("head.")
+            }
             try:
                 module.load_state_dict(tensors)
             except RuntimeError as error:
-                raise FileFormatError(f"{weights}: cannot be loaded as weights of {name}: {error}") from error
+                raise FileFormatError(
+                    f"{weights}: cannot be loaded as weights of {name}: {error}"
+                ) from error
         config = resolve_model_data_config(module)
         if unit_range:
-            config |= {"mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_pct": 0.875, "interpolation": "bicubic"}
+            config |= {
+                "mean": (0.0,) * 3,
+                "std": (1.0,) * 3,
+                "crop_pct": 0.875,
+                "interpolation": "bicubic",
+            }
         # timm's own crops draw from Python's generator, which seeds of samples do not reach
-        train = transforms.Compose([
-            transforms.RandomResizedCrop(config["input_size"][-2:], scale=(crop, 1.0)),
-            transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-            transforms.Normalize(config["mean"], config["std"]),
-        ])  # fmt: skip
+        train = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(config["input_size"][-2:], scale=(crop, 1.0)),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(config["mean"], config["std"]),
+            ]
+        )
         return cls(module.to(device).eval(), create_transform(**config), train, TIMM + name)
 
     @classmethod
     def open(
-        cls, model: str, weights: str | Path | None = None, *, unit_range: bool = False,
+        cls,
+        model: str,
+        weights: str | Path | None = None,
+        *,
+        unit_range: bool = False,
         device: str | torch.device = "cpu",
-    ) -> tuple[Encoder, CLIP | None]:  # fmt: skip
-        """An encoder from a name: "timm:NAME" or whatever ``clip.load`` takes; with the CLIP where it is one."""
+    ) -> tuple[Encoder, CLIP | None]:
+        """An encoder from a name: "timm:NAME" or whatever ``clip.load`` takes; with the CLIP where
+        it is one."""
         if unit_range and not model.startswith(TIMM):
             raise ValueError(f"Encoder.open: pixels in [0, 1] are for timm models, got {model!r}")
         if model.startswith(TIMM):
-            return cls.from_timm(model[len(TIMM) :], weights, unit_range=unit_range, device=device), None
+            return cls.from_timm(
+                model[len(TIMM) :], weights, unit_range=unit_range, device=device
+            ), None
         clip = load(model, weights, device=device)
         return cls.from_clip(clip), clip
 
@@ -156,7 +197,8 @@ class Encoder(nn.Module):
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
     def tokens(self, pixels: Tensor) -> Tokens:
-        """Features with the tokens that they were pooled from. Raises ValueError for a tower without a class token."""
+        """Features with the tokens that they were pooled from. Raises ValueError for a tower
+        without a class token."""
         if not self.prefix:
             raise ValueError(f"Encoder: {self.name or 'the tower'} has no class token")
         with capture(self.module, self._last) as found:

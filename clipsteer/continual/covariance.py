@@ -1,7 +1,8 @@
 """Statistics of each class, and the precision factors that the covariance loss takes.
 
-Means and covariances are streamed and merged in float64 (Chan, Golub & LeVeque 1983). Shrinkage as Wu et al. 2025
-(MACIL, arXiv 2502.07560): S + γ₁·mean(diag)·I + γ₂·mean(offdiag)·(1 − I), then + 1e-3·I; P = S⁻¹ + 1e-6·I = L Lᵀ.
+Means and covariances are streamed and merged in float64 (Chan, Golub & LeVeque 1983). Shrinkage as
+Wu et al. 2025 (MACIL, arXiv 2502.07560): S + γ₁·mean(diag)·I + γ₂·mean(offdiag)·(1 − I), then +
+1e-3·I; P = S⁻¹ + 1e-6·I = L Lᵀ.
 """
 
 from __future__ import annotations
@@ -13,51 +14,68 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clipsteer.io.files import FileFormatError, read_safetensors, read_safetensors_header, refuse_nan, write_safetensors
+from clipsteer.io.files import (
+    FileFormatError,
+    read_safetensors,
+    read_safetensors_header,
+    refuse_nan,
+    write_safetensors,
+)
 from clipsteer.training.world import World
 
 __all__ = ["ClassStatistics", "Compressed", "Factor", "compress", "precision_factor", "shrink"]
 
 _FORMAT, _FORMAT_VERSION = "clipsteer-class-statistics", "1"
-# Jitter relative to the mean of the diagonal, by tens: from where rounding acts to what must not be hidden.
+# Jitter relative to the mean of the diagonal, by tens: from where rounding acts to what must not be
+# hidden.
 _JITTERS = (0.0, *(10.0**e for e in range(-14, -5)))
 
 
 class ClassStatistics:
-    """Counts, means and covariances of C classes of d-dimensional features, from batches in any order.
+    """Counts, means and covariances of C classes of d-dimensional features, from batches in any
+    order.
 
     Args:
         num_classes, d: sizes; the state takes 8·C·d² bytes.
         device: where it is kept and merged.
 
     Attributes:
-        count: (C,) int64; mean: (C, d) float64, 0 for a class without rows; scatter: (C, d, d) float64, the sum of
-            (x − mean)(x − mean)ᵀ.
+        count: (C,) int64; mean: (C, d) float64, 0 for a class without rows; scatter: (C, d, d)
+            float64, the sum of (x − mean)(x − mean)ᵀ.
     """
 
     def __init__(self, num_classes: int, d: int, *, device: torch.device | str = "cpu") -> None:
         if num_classes < 0 or d < 1:
-            raise ValueError(f"ClassStatistics: expected num_classes >= 0 and d >= 1, got {num_classes} and {d}")
+            raise ValueError(
+                f"ClassStatistics: expected num_classes >= 0 and d >= 1, got {num_classes} and {d}"
+            )
         self.count = torch.zeros(num_classes, dtype=torch.int64, device=device)
         self.mean = torch.zeros(num_classes, d, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(num_classes, d, d, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> ClassStatistics:
-        """Add features (B, d), floating point, of labels (B,) int64 in [0, C); rows labelled −1 are left out."""
+        """Add features (B, d), floating point, of labels (B,) int64 in [0, C); rows labelled −1 are
+        left out."""
         C, d = self.mean.shape
         if features.dim() != 2 or features.shape[1] != d or not features.is_floating_point():
             got = f"{tuple(features.shape)} of {features.dtype}"
-            raise ValueError(f"ClassStatistics: features must be of shape (B, d = {d}) and floating point, got {got}")
+            raise ValueError(
+                f"ClassStatistics: features must be of shape (B, d = {d}) and floating point, got "
+                f"{got}"
+            )
         if labels.dtype != torch.int64:
             raise TypeError(f"ClassStatistics: labels must be int64, got {labels.dtype}")
         if labels.shape != features.shape[:1]:
             raise ValueError(
-                f"ClassStatistics: labels must be of shape {tuple(features.shape[:1])}, got {tuple(labels.shape)}"
+                f"ClassStatistics: labels must be of shape {tuple(features.shape[:1])}, got "
+                f"{tuple(labels.shape)}"
             )
         seen = labels.unique().tolist()
         if seen and (seen[0] < -1 or seen[-1] >= C):
-            raise ValueError(f"ClassStatistics: labels must be in [0, {C}), or -1, got {seen[0]} to {seen[-1]}")
+            raise ValueError(
+                f"ClassStatistics: labels must be in [0, {C}), or -1, got {seen[0]} to {seen[-1]}"
+            )
         for c in seen:
             if c >= 0:
                 rows = features[labels == c].to(self.mean)
@@ -72,7 +90,9 @@ class ClassStatistics:
             sizes = f"{tuple(self.mean.shape)} and {tuple(other.mean.shape)}"
             raise ValueError(f"ClassStatistics: expected equal (C, d) to merge, got {sizes}")
         for c in other.count.nonzero().flatten().tolist():
-            self._add(c, int(other.count[c]), other.mean[c].to(self.mean), other.scatter[c].to(self.mean))
+            self._add(
+                c, int(other.count[c]), other.mean[c].to(self.mean), other.scatter[c].to(self.mean)
+            )
         return self
 
     def _add(self, c: int, count: int, mean: Tensor, scatter: Tensor) -> None:
@@ -84,18 +104,22 @@ class ClassStatistics:
         self.count[c] = after
 
     def all_reduce(self, world: World | None = None) -> ClassStatistics:
-        """What all processes have seen together, in every process; these statistics stay as they are."""
+        """What all processes have seen together, in every process; these statistics stay as they
+        are."""
         world = world or World(self.mean.device)
         joint = ClassStatistics(*self.mean.shape, device=self.mean.device)
         joint.count = world.sum_(self.count.clone())
         weight = self.count.double().unsqueeze(1)
         joint.mean = world.sum_(self.mean * weight) / joint.count.clamp(min=1).unsqueeze(1)
         step = self.mean - joint.mean
-        joint.scatter = world.sum_(self.scatter + weight.unsqueeze(2) * step.unsqueeze(2) * step.unsqueeze(1))
+        joint.scatter = world.sum_(
+            self.scatter + weight.unsqueeze(2) * step.unsqueeze(2) * step.unsqueeze(1)
+        )
         return joint
 
     def covariance(self, classes: Tensor | slice = slice(None)) -> Tensor:
-        """(C, d, d) unbiased covariances in float64, of ``classes`` if given; 0 for a class of fewer than 2 rows."""
+        """(C, d, d) unbiased covariances in float64, of ``classes`` if given; 0 for a class of
+        fewer than 2 rows."""
         return self.scatter[classes] / (self.count[classes] - 1).clamp(min=1)[..., None, None]
 
     def save(self, path: str | Path) -> Path:
@@ -108,11 +132,14 @@ class ClassStatistics:
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> ClassStatistics:
-        """Read what ``save`` wrote. Raises FileNotFoundError, or FileFormatError for anything else that is there."""
+        """Read what ``save`` wrote. Raises FileNotFoundError, or FileFormatError for anything else
+        that is there."""
         path = Path(path)
         head = read_safetensors_header(path).metadata
         if head.get("format") != _FORMAT or head.get("format_version") != _FORMAT_VERSION:
-            raise FileFormatError(f"{path}: not class statistics of format_version {_FORMAT_VERSION}")
+            raise FileFormatError(
+                f"{path}: not class statistics of format_version {_FORMAT_VERSION}"
+            )
         tensors = read_safetensors(path)
         refuse_nan(path, tensors)
         mean = tensors.get("mean", torch.empty(0))
@@ -123,7 +150,9 @@ class ClassStatistics:
             "scatter": (torch.float64, (C, d, d)),
         }
         if d == 0 or {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} != expected:
-            raise FileFormatError(f"{path}: expected count (C,) int64, mean (C, d) and scatter (C, d, d) float64")
+            raise FileFormatError(
+                f"{path}: expected count (C,) int64, mean (C, d) and scatter (C, d, d) float64"
+            )
         if bool((tensors["count"] < 0).any()):
             raise FileFormatError(f"{path}: holds a negative count")
         loaded = cls(0, 1)
@@ -131,22 +160,28 @@ class ClassStatistics:
         return loaded
 
 
-def shrink(covariance: Tensor, gamma1: float = 10.0, gamma2: float = 10.0, ridge: float = 1e-3) -> Tensor:
+def shrink(
+    covariance: Tensor, gamma1: float = 10.0, gamma2: float = 10.0, ridge: float = 1e-3
+) -> Tensor:
     """S + γ₁·mean(diag S)·I + γ₂·mean(offdiag S)·(1 − I) + ridge·I, of (…, d, d) covariances.
 
-    With γ₁ ≥ γ₂ ≥ 0 a covariance stays positive definite. Source: Wu et al. 2025 (arXiv 2502.07560).
+    With γ₁ ≥ γ₂ ≥ 0 a covariance stays positive definite. Source: Wu et al. 2025 (arXiv
+    2502.07560).
     """
     d = _square("shrink", "covariance", covariance)
     diagonal = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
     total = covariance.sum((-2, -1))
     off = (total - d * diagonal) / max(d * (d - 1), 1)
     eye = torch.eye(d, dtype=covariance.dtype, device=covariance.device)
-    diagonal, off = ((gamma * t)[..., None, None] for gamma, t in ((gamma1, diagonal), (gamma2, off)))
+    diagonal, off = (
+        (gamma * t)[..., None, None] for gamma, t in ((gamma1, diagonal), (gamma2, off))
+    )
     return covariance + (diagonal + ridge) * eye + off * (1 - eye)
 
 
 class Factor(NamedTuple):
-    """``L`` (…, d, d) with P = L Lᵀ; ``jitter`` (…,): what had to be added to the diagonal of S, 0 where nothing."""
+    """``L`` (…, d, d) with P = L Lᵀ; ``jitter`` (…,): what had to be added to the diagonal of S, 0
+    where nothing."""
 
     L: Tensor
     jitter: Tensor
@@ -159,12 +194,13 @@ def precision_factor(covariance: Tensor, *, ridge: float = 1e-6) -> Factor:
         covariance: S (…, d, d), symmetric; usually shrunk.
         ridge: added to the precision.
 
-    A matrix whose Cholesky factorisation fails is tried again with 1e-14, 1e-13, … 1e-6 times its mean diagonal added;
-    ``jitter`` says what was. Only rounding is mended so: a matrix that is truly indefinite, or singular beyond that,
-    raises.
+    A matrix whose Cholesky factorisation fails is tried again with 1e-14, 1e-13, … 1e-6 times its
+    mean diagonal added; ``jitter`` says what was. Only rounding is mended so: a matrix that is
+    truly indefinite, or singular beyond that, raises.
 
     Raises:
-        ValueError: not square, not finite, or not positive definite even then, with the numbers of the classes.
+        ValueError: not square, not finite, or not positive definite even then, with the numbers of
+            the classes.
     """
     d = _square("precision_factor", "covariance", covariance)
     S = covariance.double()
@@ -187,8 +223,10 @@ def precision_factor(covariance: Tensor, *, ridge: float = 1e-6) -> Factor:
     else:
         smallest = float(torch.linalg.eigvalsh(flat[left[0]])[0])
         raise ValueError(
-            f"precision_factor: covariance must be positive definite, matrices {left.tolist()} are not, even with "
-            f"{_JITTERS[-1]:g} of their mean diagonal added (the first one's smallest eigenvalue is {smallest:.3g}); "
+            f"precision_factor: covariance must be positive definite, matrices {left.tolist()} are "
+            f"not, even with "
+            f"{_JITTERS[-1]:g} of their mean diagonal added (the first one's smallest eigenvalue "
+            f"is {smallest:.3g}); "
             "shrink them first"
         )
     # P = A⁻ᵀA⁻¹ + ridge·I with S = A Aᵀ is at least ridge·I and needs no jitter of its own
@@ -197,8 +235,8 @@ def precision_factor(covariance: Tensor, *, ridge: float = 1e-6) -> Factor:
 
 
 class Compressed(NamedTuple):
-    """P ≈ P̂ = diag + U diag(s) Uᵀ: U (C, d, r), s (C, r), of either sign, diag (C, d), in the order of
-    ``ops.LowRankDiag``; ``error`` (C,) = ‖P − P̂‖₂/‖P‖₂."""
+    """P ≈ P̂ = diag + U diag(s) Uᵀ: U (C, d, r), s (C, r), of either sign, diag (C, d), in the
+    order of ``ops.LowRankDiag``; ``error`` (C,) = ‖P − P̂‖₂/‖P‖₂."""
 
     U: Tensor
     s: Tensor
@@ -207,16 +245,20 @@ class Compressed(NamedTuple):
 
 
 def compress(precision: Tensor, rank: int, *, sweeps: int = 3) -> Compressed:
-    """The low-rank + diagonal form of precisions (C, d, d), symmetric and positive semidefinite, in float64.
+    """The low-rank + diagonal form of precisions (C, d, d), symmetric and positive semidefinite, in
+    float64.
 
-    The r largest eigenvalues, in size, of what the diagonal leaves, and the diagonal of what they leave, in turn: in
-    each of ``sweeps`` the Frobenius error falls. Then the diagonal is raised, if need be, until P̂ is positive
-    semidefinite, as distances under it must be. For every x, |xᵀ(P − P̂)x| ≤ error·‖P‖₂·‖x‖².
+    The r largest eigenvalues, in size, of what the diagonal leaves, and the diagonal of what they
+    leave, in turn: in each of ``sweeps`` the Frobenius error falls. Then the diagonal is raised, if
+    need be, until P̂ is positive semidefinite, as distances under it must be. For every x, |xᵀ(P −
+    P̂)x| ≤ error·‖P‖₂·‖x‖².
     """
     d = _square("compress", "precision", precision)
     if precision.dim() != 3 or not 0 <= rank <= d or sweeps < 1:
         got = f"{tuple(precision.shape)}, rank {rank}, sweeps {sweeps}"
-        raise ValueError(f"compress: expected precision (C, d, d), 0 <= rank <= d and sweeps >= 1, got {got}")
+        raise ValueError(
+            f"compress: expected precision (C, d, d), 0 <= rank <= d and sweeps >= 1, got {got}"
+        )
     P = precision.double()
     spectrum = torch.linalg.eigvalsh(P)
     # most eigenvalues of a shrunk class are alike: what is left of the others is of low rank
@@ -262,4 +304,6 @@ def class_means(features: Tensor, labels: Sequence[int], classes: list[int]) -> 
 def by_class(features: Tensor, labels: Sequence[int], classes: list[int]) -> ClassStatistics:
     """Statistics in the order of ``classes``."""
     local = _places(labels, classes, features.device)
-    return ClassStatistics(len(classes), features.shape[1], device=features.device).update(features, local)
+    return ClassStatistics(len(classes), features.shape[1], device=features.device).update(
+        features, local
+    )

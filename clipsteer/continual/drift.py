@@ -1,4 +1,5 @@
-"""Prototype drift from batches and from several processes: the sums of ``ops.semantic_drift``, kept apart.
+"""Prototype drift from batches and from several processes: the sums of ``ops.semantic_drift``, kept
+apart.
 
 Source: Yu et al. 2020 (SDC, arXiv 2004.00440); Wu et al. 2025 (arXiv 2502.07560).
 """
@@ -20,22 +21,36 @@ class DriftAccumulator:
 
     Args:
         prototypes: (C, d) class means under the old network.
-        sigma, floor, backend: as in ``ops.semantic_drift``; sigma is a number here, as no batch knows the median of
-            all: ``float(median_sigma(rows, prototypes))`` takes it from the first 4,096 rows.
+        sigma, floor, backend: as in ``ops.semantic_drift``; sigma is a number here, as no batch
+            knows the median of all: ``float(median_sigma(rows, prototypes))`` takes it from the
+                first 4,096 rows.
 
-    Sums are kept relative to each prototype's largest log-weight, in float64 beyond a batch: batches, accumulators and
-    processes may come in any order, and give the result of one call on all rows but for rounding.
+    Sums are kept relative to each prototype's largest log-weight, in float64 beyond a batch:
+    batches, accumulators and processes may come in any order, and give the result of one call on
+    all rows but for rounding.
     """
 
-    def __init__(self, prototypes: Tensor, sigma: float = 1.0, floor: float = 0.0, *, backend: str = "auto") -> None:
-        check_arguments("DriftAccumulator", *([prototypes[:0]] * 2 if isinstance(prototypes, Tensor) else [None] * 2),
-                        prototypes, sigma, floor)  # fmt: skip
+    def __init__(
+        self, prototypes: Tensor, sigma: float = 1.0, floor: float = 0.0, *, backend: str = "auto"
+    ) -> None:
+        check_arguments(
+            "DriftAccumulator",
+            *([prototypes[:0]] * 2 if isinstance(prototypes, Tensor) else [None] * 2),
+            prototypes,
+            sigma,
+            floor,
+        )
         if isinstance(sigma, str):
             raise ValueError(
                 'DriftAccumulator: sigma must be a number, got "median"; float(median_sigma(rows, prototypes)) of the '
                 "first rows is one"
             )
-        self.prototypes, self.sigma, self.floor, self.backend = prototypes.detach(), sigma, floor, backend
+        self.prototypes, self.sigma, self.floor, self.backend = (
+            prototypes.detach(),
+            sigma,
+            floor,
+            backend,
+        )
         C, wide = prototypes.shape[0], {"dtype": torch.float64, "device": prototypes.device}
         self.peak = torch.full((C,), -float("inf"), **wide)
         self.total, self.moved = torch.zeros(C, **wide), torch.zeros(prototypes.shape, **wide)
@@ -43,8 +58,11 @@ class DriftAccumulator:
 
     @torch.no_grad()
     def update(self, old: Tensor, new: Tensor) -> DriftAccumulator:
-        """Add (N, d) features of the same images, in the same order, under the old and the new network."""
-        check_arguments("DriftAccumulator.update", old, new, self.prototypes, self.sigma, self.floor)
+        """Add (N, d) features of the same images, in the same order, under the old and the new
+        network."""
+        check_arguments(
+            "DriftAccumulator.update", old, new, self.prototypes, self.sigma, self.floor
+        )
         if old.shape[0] and self.prototypes.numel():
             backend = choose("semantic_drift", self.backend, old)
             self._add(*drift_sums(old, new, self.prototypes, self.sigma, self.floor, backend))
@@ -53,14 +71,19 @@ class DriftAccumulator:
 
     def merge(self, other: DriftAccumulator) -> DriftAccumulator:
         """Add what ``other``, of the same prototypes, sigma and floor, has seen."""
-        if (self.sigma, self.floor) != (other.sigma, other.floor) or not torch.equal(self.prototypes, other.prototypes):
-            raise ValueError("DriftAccumulator.merge: expected the same prototypes, sigma and floor")
+        if (self.sigma, self.floor) != (other.sigma, other.floor) or not torch.equal(
+            self.prototypes, other.prototypes
+        ):
+            raise ValueError(
+                "DriftAccumulator.merge: expected the same prototypes, sigma and floor"
+            )
         self._add(other.peak, other.total, other.moved)
         self.rows += other.rows
         return self
 
     def all_reduce(self, world: World | None = None) -> DriftAccumulator:
-        """What all processes have seen together, in every process; this accumulator stays as it is."""
+        """What all processes have seen together, in every process; this accumulator stays as it
+        is."""
         world = world or World(self.prototypes.device)
         joint = DriftAccumulator(self.prototypes, self.sigma, self.floor, backend=self.backend)
         joint.peak = -world.min_(-self.peak)

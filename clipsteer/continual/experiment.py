@@ -1,4 +1,5 @@
-"""Runs of class-incremental learning: one strategy and seed over all tasks, and many of them side by side."""
+"""Runs of class-incremental learning: one strategy and seed over all tasks, and many of them side
+by side."""
 
 from __future__ import annotations
 
@@ -31,24 +32,39 @@ __all__ = ["run_all", "run_tasks"]
 
 
 def run_tasks(
-    scenario: Scenario, encoder: Callable[[], Encoder], config: CILConfig, *, zero_shot: Tensor | None = None,
-    plasticity: Plasticity | None = None, out: str | Path | None = None, workers: int = 0,
-) -> Run:  # fmt: skip
-    """Learn the scenario's tasks with one strategy, measuring after each on the test images of all tasks so far.
+    scenario: Scenario,
+    encoder: Callable[[], Encoder],
+    config: CILConfig,
+    *,
+    zero_shot: Tensor | None = None,
+    plasticity: Plasticity | None = None,
+    out: str | Path | None = None,
+    workers: int = 0,
+) -> Run:
+    """Learn the scenario's tasks with one strategy, measuring after each on the test images of all
+    tasks so far.
 
     Args:
         encoder: gives the tower to start from, a fresh one at each call.
         zero_shot, plasticity, workers: see `ClassIncrementalLearner`.
-        out: folder for checkpoints and run.json. A run that was stopped there goes on, and on a CPU with as many
-            threads ends with the same matrix; seconds are then of the last process alone.
+        out: folder for checkpoints and run.json. A run that was stopped there goes on, and on a CPU
+            with as many threads ends with the same matrix; seconds are then of the last process
+            alone.
     """
     out = Path(out) if out is not None else None
     settings = {**config.outcome(), "data": _identity(scenario)}
     run = Run(config.name, config.seed, scenario.tasks, settings)
     if out is not None and (out / "run.json").exists():
         found = Run.from_json(read_json(out / "run.json"))
-        if (found.strategy, found.seed, found.tasks, found.settings) != (run.strategy, run.seed, run.tasks, settings):
-            raise ValueError(f"{out} holds a run with other settings, tasks or images; use another folder")
+        if (found.strategy, found.seed, found.tasks, found.settings) != (
+            run.strategy,
+            run.seed,
+            run.tasks,
+            settings,
+        ):
+            raise ValueError(
+                f"{out} holds a run with other settings, tasks or images; use another folder"
+            )
         run = found
     if len(run.records) == len(scenario.tasks):
         return run
@@ -73,7 +89,8 @@ def run_tasks(
         learned = len(current.tasks)
         if current.tasks != scenario.tasks[:learned] or learned > len(run.records) + 1:
             raise ValueError(
-                f"{out} holds checkpoints of tasks {current.tasks} and figures of {len(run.records)}, which do not "
+                f"{out} holds checkpoints of tasks {current.tasks} and figures of "
+                f"{len(run.records)}, which do not "
                 "belong together; use another folder"
             )
         # a damaged checkpoint was passed over: what it held is learned and measured again
@@ -97,7 +114,14 @@ def run_tasks(
         if t and not config.cumulative:
             drift = current.drift_errors(scenario.train.subset(scenario.rows("train", *range(t))))
         predicted = current.predict(tested)
-        run.add(t, predicted, torch.tensor(tested.targets), seconds, None if peak is None else peak / 2**20, drift)
+        run.add(
+            t,
+            predicted,
+            torch.tensor(tested.targets),
+            seconds,
+            None if peak is None else peak / 2**20,
+            drift,
+        )
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / "run.json", run.to_json())
@@ -110,21 +134,33 @@ def _identity(scenario: Scenario) -> str:
 
 
 def run_all(
-    jobs: Sequence[tuple[Callable[..., Run], Mapping[str, Any]]], *, workers: int = 1, title: str = "runs"
+    jobs: Sequence[tuple[Callable[..., Run], Mapping[str, Any]]],
+    *,
+    workers: int = 1,
+    title: str = "runs",
 ) -> list[Run]:
-    """Call function(**arguments) of each job, in ``workers`` processes with an equal share of the cores.
+    """Call function(**arguments) of each job, in ``workers`` processes with an equal share of the
+    cores.
 
     With one worker they are called here. Functions and arguments must be picklable for more.
     """
     if workers == 1:
-        return [function(**arguments) for function, arguments in tqdm(jobs, desc=title, unit="run", disable=None)]
+        return [
+            function(**arguments)
+            for function, arguments in tqdm(jobs, desc=title, unit="run", disable=None)
+        ]
     threads = max(1, torch.get_num_threads() // workers)
     found: dict[int, Run] = {}
     pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start, initargs=(threads, os.getpid())
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start,
+        initargs=(threads, os.getpid()),
     )
     with pool, tqdm(total=len(jobs), desc=title, unit="run", disable=None) as bar:
-        waiting = {pool.submit(function, **arguments): i for i, (function, arguments) in enumerate(jobs)}
+        waiting = {
+            pool.submit(function, **arguments): i for i, (function, arguments) in enumerate(jobs)
+        }
         try:
             for done in as_completed(waiting):
                 found[waiting[done]] = done.result()
@@ -136,7 +172,8 @@ def run_all(
 
 
 def _start(threads: int, parent: int) -> None:
-    """Set a worker up; it ends with its parent, even a killed one, before the next call resumes in the same folders."""
+    """Set a worker up; it ends with its parent, even a killed one, before the next call resumes in
+    the same folders."""
     torch.set_num_threads(threads)
 
     def watch() -> None:

@@ -1,4 +1,5 @@
-"""Classifiers over features that grow with every task: a head per task, class means, ridge on a random projection."""
+"""Classifiers over features that grow with every task: a head per task, class means, ridge on a
+random projection."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ class TaskHeads(nn.Module):
     """One linear head per task; logits of several stand side by side.
 
     Args:
-        cosine: logits are ``scale`` · cos(feature, weight), the heads of Wu et al. 2025 (arXiv 2502.07560); False is
-            W f + b, as in SLCA (Zhang et al. 2023, arXiv 2303.05118).
+        cosine: logits are ``scale`` · cos(feature, weight), the heads of Wu et al. 2025 (arXiv
+            2502.07560); False is W f + b, as in SLCA (Zhang et al. 2023, arXiv 2303.05118).
     """
 
     def __init__(self, width: int, *, cosine: bool = True, scale: float = 20.0) -> None:
@@ -31,7 +32,9 @@ class TaskHeads(nn.Module):
 
     def add(self, classes: int, *, device: torch.device | str = "cpu") -> None:
         """A head of so many classes, from a normal distribution of deviation 0.02."""
-        self.weights.append(nn.Parameter(torch.empty(classes, self.width).normal_(0, 0.02).to(device)))
+        self.weights.append(
+            nn.Parameter(torch.empty(classes, self.width).normal_(0, 0.02).to(device))
+        )
         if not self.cosine:
             self.biases.append(nn.Parameter(torch.zeros(classes, device=device)))
 
@@ -57,20 +60,27 @@ def nearest_mean(features: Tensor, prototypes: Tensor) -> Tensor:
 
 
 class RandomProjection(nn.Module):
-    """Ridge regression to one-hot classes on relu(features · R), from sums that are kept: nothing is forgotten.
+    """Ridge regression to one-hot classes on relu(features · R), from sums that are kept: nothing
+    is forgotten.
 
-    After McDonnell et al. 2023 (RanPAC, arXiv 2307.02251): with H = relu(F R), G = Σ HᵀH and Q = Σ HᵀY over all tasks,
-    logits are H (G + λI)⁻¹ Q. λ is the one of 1e-8 … 1e8 with the least squared error on a fifth of the latest task's
-    rows, from the sums without them. The paper's first-session adaptation of the tower is not done.
+    After McDonnell et al. 2023 (RanPAC, arXiv 2307.02251): with H = relu(F R), G = Σ HᵀH and Q = Σ
+    HᵀY over all tasks, logits are H (G + λI)⁻¹ Q. λ is the one of 1e-8 … 1e8 with the least squared
+    error on a fifth of the latest task's rows, from the sums without them. The paper's
+    first-session adaptation of the tower is not done.
 
     Args:
-        width: d; projections: M (about 40 M² bytes while a task is added); num_classes: C; seed: of R, standard normal.
+        width: d; projections: M (about 40 M² bytes while a task is added); num_classes: C; seed: of
+            R, standard normal.
     """
 
-    def __init__(self, width: int, num_classes: int, *, projections: int = 10_000, seed: int = 0) -> None:
+    def __init__(
+        self, width: int, num_classes: int, *, projections: int = 10_000, seed: int = 0
+    ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("R", torch.randn(width, projections, generator=generator), persistent=False)
+        self.register_buffer(
+            "R", torch.randn(width, projections, generator=generator), persistent=False
+        )
         self.register_buffer("G", torch.zeros(projections, projections, dtype=torch.float64))
         self.register_buffer("Q", torch.zeros(projections, num_classes, dtype=torch.float64))
         self.register_buffer("W", torch.zeros(projections, num_classes))
@@ -103,7 +113,10 @@ class RandomProjection(nn.Module):
         # one eigendecomposition serves every λ
         values, vectors = torch.linalg.eigh(G)
         HV, VQ = H @ vectors, vectors.T @ Q
-        errors = [float((HV @ (VQ / (values.clamp(min=0) + r).unsqueeze(1)) - Y).square().mean()) for r in RIDGES]
+        errors = [
+            float((HV @ (VQ / (values.clamp(min=0) + r).unsqueeze(1)) - Y).square().mean())
+            for r in RIDGES
+        ]
         return RIDGES[min(range(len(RIDGES)), key=errors.__getitem__)]
 
     def forward(self, features: Tensor) -> Tensor:
@@ -130,11 +143,14 @@ class AlignConfig:
 
 
 def shrunken_means(means: Tensor, task_of: Tensor) -> Tensor:
-    """μ_c · (0.9 + 0.1 (t_c + 1)/(t + 1)): older classes (task_of (C,), from 0) are drawn nearer to the origin."""
+    """μ_c · (0.9 + 0.1 (t_c + 1)/(t + 1)): older classes (task_of (C,), from 0) are drawn nearer to
+    the origin."""
     return means * (0.9 + 0.1 * (task_of + 1) / (task_of.max() + 1)).unsqueeze(1).to(means)
 
 
-def sample_gaussians(means: Tensor, roots: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+def sample_gaussians(
+    means: Tensor, roots: Tensor, samples: int, generator: torch.Generator
+) -> Tensor:
     """(C, samples, d) draws from N(means (C, d), roots rootsᵀ), roots (C, d, d)."""
     C, d = means.shape
     noise = torch.randn(C, samples, d, generator=generator).to(means)
@@ -142,7 +158,8 @@ def sample_gaussians(means: Tensor, roots: Tensor, samples: int, generator: torc
 
 
 def normalized_logits(logits: Tensor, sizes: list[int], temperature: float) -> Tensor:
-    """Logits over the mean over tasks of the norm of each task's logits, over the temperature (SLCA, equation 6)."""
+    """Logits over the mean over tasks of the norm of each task's logits, over the temperature
+    (SLCA, equation 6)."""
     norms = torch.stack([part.norm(dim=-1) + 1e-7 for part in logits.split(sizes, dim=-1)], -1)
     return logits / norms.mean(-1, keepdim=True) / temperature
 
@@ -155,7 +172,8 @@ def align(
     config: AlignConfig,
     generator: torch.Generator,
 ) -> float:
-    """Train every head on samples of N(μ_c (0.9 + 0.1 (t_c + 1)/(t + 1)), Σ_c + ridge·I) of every class seen.
+    """Train every head on samples of N(μ_c (0.9 + 0.1 (t_c + 1)/(t + 1)), Σ_c + ridge·I) of every
+    class seen.
 
     Args:
         means (C, d), covariances (C, d, d), task_of (C,): in the order of the heads' logits.

@@ -1,9 +1,11 @@
-"""Low-rank adapters on the attention weights of a vision transformer, one pair a task: W = W₀ + α/r · Σ_i B_i A_i.
+"""Low-rank adapters on the attention weights of a vision transformer, one pair a task: W = W₀ + α/r
+· Σ_i B_i A_i.
 
-Any tower with transformer blocks: open_clip's (``nn.MultiheadAttention`` and open_clip's own ``Attention``, with their
-fused ``in_proj_weight``), timm's fused ``qkv`` and separate ``q_proj``/``k_proj``/``v_proj`` layers. The weights are
-parametrised (torch.nn.utils.parametrize), so every way of reading them, the fast paths of attention included, sees W.
-Sources: Hu et al. 2022 (LoRA, arXiv 2106.09685); Wu et al. 2025 (MACIL, arXiv 2502.07560): on K and V, B·A unscaled.
+Any tower with transformer blocks: open_clip's (``nn.MultiheadAttention`` and open_clip's own
+``Attention``, with their fused ``in_proj_weight``), timm's fused ``qkv`` and separate
+``q_proj``/``k_proj``/``v_proj`` layers. The weights are parametrised (torch.nn.utils.parametrize),
+so every way of reading them, the fast paths of attention included, sees W. Sources: Hu et al. 2022
+(LoRA, arXiv 2106.09685); Wu et al. 2025 (MACIL, arXiv 2502.07560): on K and V, B·A unscaled.
 """
 
 from __future__ import annotations
@@ -18,7 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from clipsteer.io.files import FileFormatError, read_safetensors, read_safetensors_header, write_json, write_safetensors
+from clipsteer.io.files import (
+    FileFormatError,
+    read_safetensors,
+    read_safetensors_header,
+    write_json,
+    write_safetensors,
+)
 
 __all__ = ["LoRA"]
 
@@ -44,13 +52,19 @@ class _LowRank(nn.Module):
             moved = parts[list(self.chosen)]
             # one after the other: a new pair, whose B is 0, changes no bit
             for i, B in enumerate(self.B):
-                moved = torch.baddbmm(moved, B.to(wide), self.A[i % len(self.A)].to(wide), alpha=self.scaling)
-            rows = [moved[self.chosen.index(i)] if i in self.chosen else part for i, part in enumerate(parts)]
+                moved = torch.baddbmm(
+                    moved, B.to(wide), self.A[i % len(self.A)].to(wide), alpha=self.scaling
+                )
+            rows = [
+                moved[self.chosen.index(i)] if i in self.chosen else part
+                for i, part in enumerate(parts)
+            ]
             return torch.cat(rows).to(W.dtype)
 
 
 class _Site(NamedTuple):
-    """A weight that pairs are added to: parameter ``weight`` of module ``owner``, part of ``block``."""
+    """A weight that pairs are added to: parameter ``weight`` of module ``owner``, part of
+    ``block``."""
 
     owner: str
     weight: str
@@ -63,7 +77,9 @@ def _sites(module: nn.Module, targets: Sequence[str]) -> Iterator[_Site]:
     fused = (3, tuple("qkv".index(target) for target in targets))
     for name, child in module.named_modules():
         parts = name.split(".")
-        block = ".".join(parts[: max((i + 1 for i, part in enumerate(parts) if part.isdecimal()), default=0)])
+        block = ".".join(
+            parts[: max((i + 1 for i, part in enumerate(parts) if part.isdecimal()), default=0)]
+        )
         # poolers and the like stand outside of the numbered blocks
         if not block:
             continue
@@ -75,7 +91,9 @@ def _sites(module: nn.Module, targets: Sequence[str]) -> Iterator[_Site]:
         elif isinstance(getattr(child, "qkv", None), nn.Linear) and child.qkv.out_features % 3 == 0:
             yield _Site(f"{name}.qkv", "weight", block, *fused)
         elif all(isinstance(projection, nn.Linear) for projection in projections):
-            yield from (_Site(f"{name}.{target}_proj", "weight", block, 1, (0,)) for target in targets)
+            yield from (
+                _Site(f"{name}.{target}_proj", "weight", block, 1, (0,)) for target in targets
+            )
 
 
 def _check_config(rank: int, variant: str, targets: Sequence[str], alpha: float | None) -> None:
@@ -90,30 +108,34 @@ def _check_config(rank: int, variant: str, targets: Sequence[str], alpha: float 
 
 
 class LoRA:
-    """Adds a low-rank pair a task to the attention weights of ``module``, and trains the newest alone.
+    """Adds a low-rank pair a task to the attention weights of ``module``, and trains the newest
+    alone.
 
         lora = LoRA(model.visual, rank=32)
         lora.begin_task()
         optimizer = torch.optim.SGD(lora.parameters(), lr=0.01)
 
     Args:
-        module: the tower. Changed in place: all of its parameters are frozen, its attention weights parametrised.
+        module: the tower. Changed in place: all of its parameters are frozen, its attention weights
+            parametrised.
         rank: r of each pair, for each of the targets.
-        variant: "task" (a pair A, B a task; earlier ones are frozen), "shared" (one pair for all tasks) or "shared_a"
-            (a B a task, one A, which goes on training in each task as in the MACIL authors' code; so earlier tasks'
-            products move with it).
+        variant: "task" (a pair A, B a task; earlier ones are frozen), "shared" (one pair for all
+            tasks) or "shared_a" (a B a task, one A, which goes on training in each task as in the
+            MACIL authors' code; so earlier tasks' products move with it).
         targets: which of "q", "k", "v". The rows of the others stay untouched.
         alpha: pairs are scaled by alpha / rank; None means 1.
 
-    A is drawn uniformly (Kaiming, a = √5), B is 0. Pairs are float32 on 16-bit weights. ``copy.deepcopy`` of the module
-    gives an independent tower. ``nn.MultiheadAttention`` reads its weight three to five times a forward pass; a pass
-    under ``with torch.nn.utils.parametrize.cached():`` computes it once, gradients included.
+    A is drawn uniformly (Kaiming, a = √5), B is 0. Pairs are float32 on 16-bit weights.
+    ``copy.deepcopy`` of the module gives an independent tower. ``nn.MultiheadAttention`` reads its
+    weight three to five times a forward pass; a pass under ``with
+    torch.nn.utils.parametrize.cached():`` computes it once, gradients included.
 
     Attributes:
         tasks: how many have begun.
 
     Raises:
-        ValueError: arguments out of range, no attention weights, or a module that has pairs already.
+        ValueError: arguments out of range, no attention weights, or a module that has pairs
+            already.
     """
 
     def __init__(
@@ -126,12 +148,21 @@ class LoRA:
     ) -> None:
         _check_config(rank, variant, targets, alpha)
         if any(isinstance(child, _LowRank) for child in module.modules()):
-            raise ValueError("LoRA: this module has pairs already; merge them first, or go on with their LoRA")
-        self.module, self.rank, self.variant, self.targets, self.alpha = module, rank, variant, tuple(targets), alpha
+            raise ValueError(
+                "LoRA: this module has pairs already; merge them first, or go on with their LoRA"
+            )
+        self.module, self.rank, self.variant, self.targets, self.alpha = (
+            module,
+            rank,
+            variant,
+            tuple(targets),
+            alpha,
+        )
         self.sites = tuple(_sites(module, self.targets))
         if not self.sites:
             raise ValueError(
-                f"LoRA: {type(module).__name__} has no numbered blocks with attention weights; looked for "
+                f"LoRA: {type(module).__name__} has no numbered blocks with attention weights; "
+                f"looked for "
                 "in_proj_weight, qkv and q_proj, k_proj, v_proj"
             )
         self.tasks = 0
@@ -139,7 +170,9 @@ class LoRA:
         module.requires_grad_(False)
         for site in self.sites:
             adapter = _LowRank(site.panels, site.chosen, scaling)
-            parametrize.register_parametrization(module.get_submodule(site.owner), site.weight, adapter)
+            parametrize.register_parametrization(
+                module.get_submodule(site.owner), site.weight, adapter
+            )
 
     def _weight(self, site: _Site) -> tuple[_LowRank, Tensor]:
         chain = self.module.get_submodule(site.owner).parametrizations[site.weight]
@@ -152,7 +185,9 @@ class LoRA:
     def _counts(self, tasks: int) -> tuple[int, int]:
         """How many A and B there are after so many tasks."""
         one = min(tasks, 1)
-        return {"task": (tasks, tasks), "shared": (one, one), "shared_a": (one, tasks)}[self.variant]
+        return {"task": (tasks, tasks), "shared": (one, one), "shared_a": (one, tasks)}[
+            self.variant
+        ]
 
     def _resize(self, tasks: int) -> None:
         for site in self.sites:
@@ -197,7 +232,8 @@ class LoRA:
         return [parameter for group in self.groups().values() for parameter in group]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All pairs, detached: "<weight>.A.<i>" (m, r, d) and "<weight>.B.<i>" (m, s, r) for m targets; and "tasks"."""
+        """All pairs, detached: "<weight>.A.<i>" (m, r, d) and "<weight>.B.<i>" (m, s, r) for m
+        targets; and "tasks"."""
         state = {"tasks": torch.tensor(self.tasks)}
         for site in self.sites:
             pairs = self._weight(site)[0].named_parameters(f"{site.owner}.{site.weight}")
@@ -205,21 +241,29 @@ class LoRA:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over pairs of a LoRA of the same settings on the same tower; the newest trains. All or nothing.
+        """Take over pairs of a LoRA of the same settings on the same tower; the newest trains. All
+        or nothing.
 
         Raises ValueError where tensors are missing, left over, or of another shape.
         """
         tasks = int(state["tasks"]) if "tasks" in state and state["tasks"].numel() == 1 else -1
         if tasks < 0 or max(self._counts(tasks)) > len(state):
-            raise ValueError(f"LoRA.load_state_dict: expected the number of tasks in 'tasks', got {state.get('tasks')}")
+            raise ValueError(
+                f"LoRA.load_state_dict: expected the number of tasks in 'tasks', got "
+                f"{state.get('tasks')}"
+            )
         wanted: dict[str, tuple[int, ...]] = {"tasks": ()}
         for site in self.sites:
             for letter, shape, count in zip("AB", self._shapes(site), self._counts(tasks)):
-                wanted.update((f"{site.owner}.{site.weight}.{letter}.{i}", shape) for i in range(count))
+                wanted.update(
+                    (f"{site.owner}.{site.weight}.{letter}.{i}", shape) for i in range(count)
+                )
         for name in sorted({*wanted, *state}):
             got = tuple(state[name].shape) if name in state else None
             if name not in wanted or got != wanted[name]:
-                raise ValueError(f"LoRA.load_state_dict: {name}: expected shape {wanted.get(name)}, got {got}")
+                raise ValueError(
+                    f"LoRA.load_state_dict: {name}: expected shape {wanted.get(name)}, got {got}"
+                )
         self._resize(tasks)
         for name, parameter in self.state_dict().items():
             if name != "tasks":
@@ -228,22 +272,34 @@ class LoRA:
     @property
     def config(self) -> dict[str, Any]:
         """The arguments that rebuild this LoRA on a module."""
-        return {"rank": self.rank, "variant": self.variant, "targets": list(self.targets), "alpha": self.alpha}
+        return {
+            "rank": self.rank,
+            "variant": self.variant,
+            "targets": list(self.targets),
+            "alpha": self.alpha,
+        }
 
     def save(self, path: str | Path) -> None:
         """Write all pairs and the settings to a safetensors file."""
-        about = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "config": json.dumps(self.config)}
+        about = {
+            "format": _FORMAT,
+            "format_version": _FORMAT_VERSION,
+            "config": json.dumps(self.config),
+        }
         write_safetensors(path, self.state_dict(), about)
 
     @classmethod
     def load(cls, module: nn.Module, path: str | Path) -> LoRA:
         """Put what ``save`` wrote on an equal module, which is left as it was if that fails.
 
-        Raises FileFormatError for another or a damaged file, ValueError for a module that the pairs do not fit.
+        Raises FileFormatError for another or a damaged file, ValueError for a module that the pairs
+        do not fit.
         """
         about = read_safetensors_header(path).metadata
         if (about.get("format"), about.get("format_version")) != (_FORMAT, _FORMAT_VERSION):
-            raise FileFormatError(f"{path}: not a LoRA file of this version, but {about.get('format')!r}")
+            raise FileFormatError(
+                f"{path}: not a LoRA file of this version, but {about.get('format')!r}"
+            )
         state = read_safetensors(path, allow_nan=False)
         try:
             config = json.loads(about.get("config", ""))
@@ -263,13 +319,19 @@ class LoRA:
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """Fold all pairs into plain weights, frozen ones, and return the module; this LoRA is then spent."""
+        """Fold all pairs into plain weights, frozen ones, and return the module; this LoRA is then
+        spent."""
         self._check("merge")
         for site in self.sites:
             owner = self.module.get_submodule(site.owner)
-            # copies of a module share its injected class, from which removal takes the property: give this one its own
+            # copies of a module share its injected class, from which removal takes the property:
+            # give this one its own
             kind = type(owner)
-            own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+            own = {
+                name: value
+                for name, value in vars(kind).items()
+                if name not in ("__dict__", "__weakref__")
+            }
             owner.__class__ = type(kind.__name__, kind.__bases__, own)
             parametrize.remove_parametrizations(owner, site.weight)
         self.sites = ()
@@ -277,14 +339,16 @@ class LoRA:
 
     @torch.no_grad()
     def export_peft(self, folder: str | Path) -> None:
-        """Write the sum of all pairs as an adapter for PEFT: ``PeftModel.from_pretrained(tower, folder)``.
+        """Write the sum of all pairs as an adapter for PEFT: ``PeftModel.from_pretrained(tower,
+        folder)``.
 
-        A fused weight becomes one pair of the rank of all its pairs together, whose B is 0 in the rows of the others.
-        Fused parameters of attention modules are "target_parameters", which PEFT has from 0.17 on; linear layers are
-        "target_modules", for any PEFT.
+        A fused weight becomes one pair of the rank of all its pairs together, whose B is 0 in the
+        rows of the others. Fused parameters of attention modules are "target_parameters", which
+        PEFT has from 0.17 on; linear layers are "target_modules", for any PEFT.
 
-        Raises ValueError before the first task, for separate K and V parameters in one ``nn.MultiheadAttention``, which
-        PEFT cannot express, and for towers that mix fused and separate weights.
+        Raises ValueError before the first task, for separate K and V parameters in one
+        ``nn.MultiheadAttention``, which PEFT cannot express, and for towers that mix fused and
+        separate weights.
         """
         self._check("export_peft")
         if not self.tasks:
@@ -295,7 +359,9 @@ class LoRA:
             As, Bs = list(adapter.A), list(adapter.B)
             if len(As) < len(Bs):
                 Bs = [torch.stack(Bs).sum(0)]
-            B = torch.cat([panels(part * adapter.scaling, site.panels, site.chosen) for part in Bs], 1)
+            B = torch.cat(
+                [panels(part * adapter.scaling, site.panels, site.chosen) for part in Bs], 1
+            )
             adapted.append(Adapted(site.owner, site.weight, torch.cat(As).flatten(0, 1), B))
         write_adapter(folder, adapted)
 
@@ -314,7 +380,8 @@ class Adapted(NamedTuple):
 
 
 def panels(B: Tensor, count: int, chosen: Sequence[int]) -> Tensor:
-    """B (m, s, r) of m targets as one matrix (count·s, m·r) that is 0 wherever a panel and a target do not meet."""
+    """B (m, s, r) of m targets as one matrix (count·s, m·r) that is 0 wherever a panel and a target
+    do not meet."""
     m, s, r = B.shape
     whole = B.new_zeros(count, s, m, r)
     for j, panel in enumerate(chosen):
@@ -323,12 +390,18 @@ def panels(B: Tensor, count: int, chosen: Sequence[int]) -> Tensor:
 
 
 def write_adapter(folder: str | Path, adapted: Sequence[Adapted]) -> None:
-    """Write adapter_model.safetensors and adapter_config.json. Raises ValueError for what PEFT cannot express."""
+    """Write adapter_model.safetensors and adapter_config.json. Raises ValueError for what PEFT
+    cannot express."""
     if any(each.weight not in ("weight", "in_proj_weight") for each in adapted):
-        raise ValueError("export_peft: PEFT adapts no separate K and V parameters of nn.MultiheadAttention")
+        raise ValueError(
+            "export_peft: PEFT adapts no separate K and V parameters of nn.MultiheadAttention"
+        )
     ranks = {each.A.shape[0] for each in adapted}
     if len(ranks) > 1:
-        raise ValueError(f"export_peft: fused and separate weights in one tower need several ranks, {sorted(ranks)}")
+        raise ValueError(
+            f"export_peft: fused and separate weights in one tower need several ranks, "
+            f"{sorted(ranks)}"
+        )
     rank = ranks.pop()
     tensors: dict[str, Tensor] = {}
     for each in adapted:

@@ -1,12 +1,14 @@
-"""How fast each block may learn a new task, read from the features that its sparse autoencoder finds in the task.
+"""How fast each block may learn a new task, read from the features that its sparse autoencoder
+finds in the task.
 
-    usage_b(t) = mean activation of every feature of block b over the images and tokens of task t       (d_sae,)
-    overlap_b  = the largest cosine of usage_b(t) with usage_b(s) of an earlier task s
+    usage_b(t) = mean activation of every feature of block b over the images and tokens of task t
+    (d_sae,) overlap_b  = the largest cosine of usage_b(t) with usage_b(s) of an earlier task s
     lr_b       = lr · (floor + (1 − floor) · overlap_b)
 
-A block that a new task uses as an earlier one did learns at the full rate, another slowly (as the slow learner of
-Zhang et al. 2023, SLCA, arXiv 2303.05118). The idea is clipsteer's own and an experiment; ``usage`` compares tasks only
-when it is read from one network, the one that the autoencoders were trained on.
+A block that a new task uses as an earlier one did learns at the full rate, another slowly (as the
+slow learner of Zhang et al. 2023, SLCA, arXiv 2303.05118). The idea is clipsteer's own and an
+experiment; ``usage`` compares tasks only when it is read from one network, the one that the
+autoencoders were trained on.
 """
 
 from __future__ import annotations
@@ -36,13 +38,18 @@ class Plasticity:
     """Learning-rate factors of blocks from the similarity of tasks.
 
     Args:
-        saes: block name, relative to the tower -> an SAE of that block's output, as ``fit_saes`` gives them.
-        floor: the factor of a block whose features a new task shares with no earlier one, in [0, 1].
-        background: usage by images of all kinds, subtracted from both sides of every cosine (negative ones count as 0).
-            Without it features that every image uses keep all cosines near 1, and with them all factors.
+        saes: block name, relative to the tower -> an SAE of that block's output, as ``fit_saes``
+            gives them.
+        floor: the factor of a block whose features a new task shares with no earlier one, in [0,
+            1].
+        background: usage by images of all kinds, subtracted from both sides of every cosine
+            (negative ones count as 0). Without it features that every image uses keep all cosines
+            near 1, and with them all factors.
     """
 
-    def __init__(self, saes: Mapping[str, SAE], floor: float = 0.1, background: Usage | None = None) -> None:
+    def __init__(
+        self, saes: Mapping[str, SAE], floor: float = 0.1, background: Usage | None = None
+    ) -> None:
         if not saes or not all(isinstance(sae, SAE) for sae in saes.values()):
             raise ValueError("Plasticity: saes must map block names to SAEs, one at least")
         if not 0 <= floor <= 1:
@@ -50,7 +57,9 @@ class Plasticity:
         self.saes, self.floor = dict(saes), floor
         if background is not None:
             self._check("background", [background])
-        self.background = background or {block: torch.zeros(sae.d_sae) for block, sae in saes.items()}
+        self.background = background or {
+            block: torch.zeros(sae.d_sae) for block, sae in saes.items()
+        }
 
     def usage(self, module: nn.Module, pixel_batches: Iterable[Any]) -> Usage:
         """Mean activation (d_sae,), float64 on the CPU, of every feature of every block.
@@ -70,19 +79,26 @@ class Plasticity:
         return {block: total[block] / rows[block] for block in self.saes}
 
     def overlaps(self, usage: Usage, history: Sequence[Usage]) -> dict[str, float]:
-        """Largest cosine, in [0, 1], with an earlier task at each block; without any earlier task, 1."""
+        """Largest cosine, in [0, 1], with an earlier task at each block; without any earlier task,
+        1."""
         self._check("overlaps", [usage, *history])
         if not history:
             return dict.fromkeys(self.saes, 1.0)
-        return {block: max(self._cosine(block, usage, old) for old in history) for block in self.saes}
+        return {
+            block: max(self._cosine(block, usage, old) for old in history) for block in self.saes
+        }
 
     def multipliers(self, usage: Usage, history: Sequence[Usage]) -> dict[str, float]:
-        """The factor of each block's learning rate for a task of this usage after tasks of those; all 1 for the first.
+        """The factor of each block's learning rate for a task of this usage after tasks of those;
+        all 1 for the first.
 
-        Raises ValueError for usages of other blocks or widths, or that are not finite and non-negative.
+        Raises ValueError for usages of other blocks or widths, or that are not finite and
+        non-negative.
         """
         overlaps = self.overlaps(usage, history)
-        return {block: self.floor + (1 - self.floor) * overlap for block, overlap in overlaps.items()}
+        return {
+            block: self.floor + (1 - self.floor) * overlap for block, overlap in overlaps.items()
+        }
 
     def _cosine(self, block: str, *usages: Usage) -> float:
         a, b = (usage[block].double() - self.background[block].double() for usage in usages)
@@ -93,13 +109,23 @@ class Plasticity:
         for usage in usages:
             for block, sae in self.saes.items():
                 got = usage.get(block)
-                if got is None or got.shape != (sae.d_sae,) or not bool((got.isfinite() & (got >= 0)).all()):
-                    what = "none" if got is None else f"{tuple(got.shape)}, from {got.min()} to {got.max()}"
+                if (
+                    got is None
+                    or got.shape != (sae.d_sae,)
+                    or not bool((got.isfinite() & (got >= 0)).all())
+                ):
+                    what = (
+                        "none"
+                        if got is None
+                        else f"{tuple(got.shape)}, from {got.min()} to {got.max()}"
+                    )
                     wanted = f"finite usage >= 0 of shape ({sae.d_sae},) at {block!r}"
                     raise ValueError(f"Plasticity.{name}: expected {wanted}, got {what}")
 
 
-def _outputs(module: nn.Module, blocks: Sequence[str], pixel_batches: Iterable[Any]) -> Iterator[dict[str, Tensor]]:
+def _outputs(
+    module: nn.Module, blocks: Sequence[str], pixel_batches: Iterable[Any]
+) -> Iterator[dict[str, Tensor]]:
     """Outputs of blocks, (B·T, d) each, batch by batch."""
     like, count = next(module.parameters()), 0
     for batch in pixel_batches:
@@ -132,14 +158,18 @@ def fit_saes(
     Args:
         module, pixel_batches: as for ``Plasticity.usage``. blocks: names relative to ``module``.
         d_sae, k, steps, seed: of each SAE; ``sae_train.TrainConfig``.
-        max_rows: tokens kept of each block, a uniform sample; up to twice as many are held in memory, for all blocks.
-        settings: other fields of ``TrainConfig``; by default rows are layer-normalised, a batch has at most 1,024 and
-            a tenth of the steps are warm-up.
+        max_rows: tokens kept of each block, a uniform sample; up to twice as many are held in
+            memory, for all blocks.
+        settings: other fields of ``TrainConfig``; by default rows are layer-normalised, a batch has
+            at most 1,024 and a tenth of the steps are warm-up.
 
     torch's own generator is neither used nor moved.
     """
     if not blocks or max_rows < 2:
-        raise ValueError(f"fit_saes: expected blocks and max_rows of at least 2, got {list(blocks)} and {max_rows}")
+        raise ValueError(
+            f"fit_saes: expected blocks and max_rows of at least 2, got {list(blocks)} and "
+            f"{max_rows}"
+        )
     generator = torch.Generator().manual_seed(seed)
     pieces: dict[str, list[Tensor]] = {block: [] for block in blocks}
     keys: list[Tensor] = []
@@ -155,42 +185,65 @@ def fit_saes(
     for found in _outputs(module, blocks, pixel_batches):
         counts = {block: len(x) for block, x in found.items()}
         if len(set(counts.values())) > 1:
-            raise ValueError(f"fit_saes: expected blocks that give as many tokens each, got {counts}")
+            raise ValueError(
+                f"fit_saes: expected blocks that give as many tokens each, got {counts}"
+            )
         keys.append(torch.rand(counts[blocks[0]], generator=generator))
         for block, x in found.items():
             pieces[block].append(x.cpu())
         if sum(map(len, keys)) >= 2 * max_rows:
             prune()
     rows = prune()
-    defaults = {"normalize": "layer_norm", "batch_size": min(1024, rows), "warmup_steps": steps // 10}
-    config = TrainConfig(**{**defaults, "d_sae": d_sae, "k": k, "steps": steps, "seed": seed, **settings})
+    defaults = {
+        "normalize": "layer_norm",
+        "batch_size": min(1024, rows),
+        "warmup_steps": steps // 10,
+    }
+    config = TrainConfig(
+        **{**defaults, "d_sae": d_sae, "k": k, "steps": steps, "seed": seed, **settings}
+    )
     device = next(module.parameters()).device
     return {
-        block: train_sae(pieces.pop(block)[0].float(), config, device=device, metadata={"hook_point": block})
+        block: train_sae(
+            pieces.pop(block)[0].float(), config, device=device, metadata={"hook_point": block}
+        )
         for block in blocks
     }
 
 
 def save_saes(folder: str | Path, saes: Mapping[str, SAE]) -> None:
     """Write each SAE to its own folder, named after its block."""
-    if unusable := [block for block in saes if not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", block)]:
+    if unusable := [
+        block for block in saes if not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", block)
+    ]:
         raise ValueError(f"save_saes: not a module's name: {unusable[0]!r}")
     for block, sae in saes.items():
         sae.save_pretrained(Path(folder) / block)
 
 
 def load_saes(folder: str | Path, *, device: torch.device | str = "cpu") -> dict[str, SAE]:
-    """What ``save_saes`` wrote, in the order of the blocks' numbers. Raises FileFormatError where there is nothing."""
-    found = [path for path in Path(folder).iterdir() if path.is_dir() and (path / "cfg.json").is_file()]
+    """What ``save_saes`` wrote, in the order of the blocks' numbers. Raises FileFormatError where
+    there is nothing."""
+    found = [
+        path for path in Path(folder).iterdir() if path.is_dir() and (path / "cfg.json").is_file()
+    ]
     if not found:
         raise FileFormatError(f"{folder}: no folder of an SAE in here")
-    found.sort(key=lambda path: [(int(part), "") if part.isdecimal() else (-1, part) for part in path.name.split(".")])
+    found.sort(
+        key=lambda path: [
+            (int(part), "") if part.isdecimal() else (-1, part) for part in path.name.split(".")
+        ]
+    )
     return {path.name: SAE.from_pretrained(path, device=device) for path in found}
 
 
 def pack_history(history: Sequence[Usage]) -> dict[str, Tensor]:
     """Usages of past tasks as tensors "<task>/<block>", for a checkpoint."""
-    return {f"{task}/{block}": usage for task, found in enumerate(history) for block, usage in found.items()}
+    return {
+        f"{task}/{block}": usage
+        for task, found in enumerate(history)
+        for block, usage in found.items()
+    }
 
 
 def unpack_history(tensors: Mapping[str, Tensor]) -> list[Usage]:
@@ -202,5 +255,7 @@ def unpack_history(tensors: Mapping[str, Tensor]) -> list[Usage]:
             raise ValueError(f"unpack_history: expected names '<task>/<block>', got {name!r}")
         history.setdefault(int(task), {})[block] = usage
     if sorted(history) != list(range(len(history))):
-        raise ValueError(f"unpack_history: expected tasks 0 … {len(history) - 1}, got {sorted(history)}")
+        raise ValueError(
+            f"unpack_history: expected tasks 0 … {len(history) - 1}, got {sorted(history)}"
+        )
     return [history[task] for task in range(len(history))]

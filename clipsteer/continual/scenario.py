@@ -1,7 +1,9 @@
-"""Class-incremental scenarios: the classes of a data set, cut into tasks that are learnt one after the other.
+"""Class-incremental scenarios: the classes of a data set, cut into tasks that are learnt one after
+the other.
 
-Class order and task sizes are those of PyCIL and PILOT (arXiv 2309.07117): ``RandomState(seed).permutation(C)``, first
-``init_cls`` classes, then ``increment`` at a time, and what remains in the last task.
+Class order and task sizes are those of PyCIL and PILOT (arXiv 2309.07117):
+``RandomState(seed).permutation(C)``, first ``init_cls`` classes, then ``increment`` at a time, and
+what remains in the last task.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ class Scenario:
         classes: C names.
         class_order: all class ids in the order in which they come; follows from the tasks.
 
-    Raises ValueError where tasks and classes do not fit together, or a class without training image or a task without
-    test image.
+    Raises ValueError where tasks and classes do not fit together, or a class without training image
+    or a task without test image.
     """
 
     train: ImageDataset
@@ -47,16 +49,23 @@ class Scenario:
         order = [c for task in self.tasks for c in task]
         if sorted(order) != list(range(len(self.classes))) or not all(self.tasks):
             raise ValueError(
-                f"Scenario: tasks must hold each class id below {len(self.classes)} once, and none be empty, got "
+                f"Scenario: tasks must hold each class id below {len(self.classes)} once, and none "
+                f"be empty, got "
                 f"{self.tasks}"
             )
         if self.class_order not in (None, order):
-            raise ValueError(f"Scenario: class_order must be that of the tasks, {order}, got {self.class_order}")
+            raise ValueError(
+                f"Scenario: class_order must be that of the tasks, {order}, got {self.class_order}"
+            )
         object.__setattr__(self, "class_order", order)
         for part in ("train", "validation", "test"):
-            if strange := {t for t in getattr(self, part).targets if t not in range(len(self.classes))}:
+            if strange := {
+                t for t in getattr(self, part).targets if t not in range(len(self.classes))
+            }:
                 some = sorted(map(str, strange))[:5]
-                raise ValueError(f"Scenario: targets of {part} must be class ids below {len(order)}, got {some}")
+                raise ValueError(
+                    f"Scenario: targets of {part} must be class ids below {len(order)}, got {some}"
+                )
         if lacking := sorted(set(order) - set(self.train.targets)):
             raise ValueError(f"Scenario: no training image of {[self.classes[c] for c in lacking]}")
         if lacking := [t for t in range(len(self.tasks)) if not self.rows("test", t)]:
@@ -72,33 +81,47 @@ class Scenario:
         return [c for classes in self.tasks[: range(len(self.tasks))[task] + 1] for c in classes]
 
     def on_validation(self) -> Scenario:
-        """The same tasks, measured on the validation images: for choosing settings without a look at the test."""
+        """The same tasks, measured on the validation images: for choosing settings without a look
+        at the test."""
         if not len(self.validation):
-            raise ValueError("Scenario.on_validation: there is no validation image; hold some out (validation=0.2)")
+            raise ValueError(
+                "Scenario.on_validation: there is no validation image; hold some out "
+                "(validation=0.2)"
+            )
         return replace(self, test=self.validation)
 
 
 def task_sizes(
-    classes: int, tasks: int | None = None, init_cls: int | None = None, increment: int | None = None
+    classes: int,
+    tasks: int | None = None,
+    init_cls: int | None = None,
+    increment: int | None = None,
 ) -> list[int]:
-    """How many classes each task has: ``tasks`` nearly equal parts, or PILOT's ``init_cls`` and ``increment``.
+    """How many classes each task has: ``tasks`` nearly equal parts, or PILOT's ``init_cls`` and
+    ``increment``.
 
-    ``init_cls`` is by default ``increment``. Parts that cannot be equal differ by one, the larger first. Raises
-    ValueError unless exactly one of the two is given, or where it does not fit the classes.
+    ``init_cls`` is by default ``increment``. Parts that cannot be equal differ by one, the larger
+    first. Raises ValueError unless exactly one of the two is given, or where it does not fit the
+    classes.
     """
     if (tasks is None) == (increment is None) or (init_cls is not None and increment is None):
         raise ValueError(
-            f"task_sizes: expected tasks, or increment with or without init_cls, got tasks={tasks}, "
+            f"task_sizes: expected tasks, or increment with or without init_cls, got "
+            f"tasks={tasks}, "
             f"init_cls={init_cls}, increment={increment}"
         )
     if tasks is not None:
         if not 1 <= tasks <= classes:
-            raise ValueError(f"task_sizes: tasks must be between 1 and {classes}, the number of classes, got {tasks}")
+            raise ValueError(
+                f"task_sizes: tasks must be between 1 and {classes}, the number of classes, got "
+                f"{tasks}"
+            )
         return [classes // tasks + (t < classes % tasks) for t in range(tasks)]
     first = increment if init_cls is None else init_cls
     if increment < 1 or not 1 <= first <= classes:
         raise ValueError(
-            f"task_sizes: init_cls must be between 1 and {classes}, the number of classes, and increment at least 1, "
+            f"task_sizes: init_cls must be between 1 and {classes}, the number of classes, and "
+            f"increment at least 1, "
             f"got {first} and {increment}"
         )
     later, rest = divmod(classes - first, increment)
@@ -115,20 +138,26 @@ def _order(n: int, seed: int) -> list[int]:
 
 
 def emoji_scenario(
-    tasks: int | Literal["categories"] = 5, seed: int = SEED, styles: Sequence[str] = EmojiStyles.styles,
-    validation: float = 0.2, split: Literal["concepts", "styles"] = "concepts",
-) -> Scenario:  # fmt: skip
-    """Classify-30: 30 kinds of things, 507 concepts to learn from and 218 others to test on, each drawn in every style.
+    tasks: int | Literal["categories"] = 5,
+    seed: int = SEED,
+    styles: Sequence[str] = EmojiStyles.styles,
+    validation: float = 0.2,
+    split: Literal["concepts", "styles"] = "concepts",
+) -> Scenario:
+    """Classify-30: 30 kinds of things, 507 concepts to learn from and 218 others to test on, each
+    drawn in every style.
 
     Args:
-        tasks: into how many tasks the shuffled classes are cut; "categories" makes each of the five categories (of 3 to
-            9 classes) a task, in shuffled order.
+        tasks: into how many tasks the shuffled classes are cut; "categories" makes each of the five
+            categories (of 3 to 9 classes) a task, in shuffled order.
         seed: of that order alone.
         styles: drawings to learn from and to test on.
-        validation: the share of each class's training concepts that is held out, 0 for none; the same for every seed.
-        split: "styles" tests on a new style instead of new concepts: all 725 concepts are learned from the drawings of
-            ``TRAINED_STYLES`` and tested in ``HELD_OUT_STYLE``, but for a fifth of the 507 there, which are for
-            validation. ``styles`` and ``validation`` then do not count.
+        validation: the share of each class's training concepts that is held out, 0 for none; the
+            same for every seed.
+        split: "styles" tests on a new style instead of new concepts: all 725 concepts are learned
+            from the drawings of ``TRAINED_STYLES`` and tested in ``HELD_OUT_STYLE``, but for a
+            fifth of the 507 there, which are for validation. ``styles`` and ``validation`` then do
+            not count.
     """
     _check_share("emoji_scenario", validation)
     if split not in ("concepts", "styles"):
@@ -145,22 +174,31 @@ def emoji_scenario(
     if tasks == "categories":
         category = {concept.subcategory: concept.category for concept in EmojiStyles().concepts}
         names = sorted({category[name] for name in test.classes})
-        cut = [[c for c, name in enumerate(test.classes) if category[name] == names[k]] for k in _order(5, seed)]
+        cut = [
+            [c for c, name in enumerate(test.classes) if category[name] == names[k]]
+            for k in _order(5, seed)
+        ]
     else:
         cut = _cut(_order(len(test.classes), seed), task_sizes(len(test.classes), tasks))
     return Scenario(train, held_out, test, cut, test.classes)
 
 
 def folder_scenario(
-    path: str | Path, tasks: int | None = None, seed: int = SEED, *, init_cls: int | None = None,
-    increment: int | None = None, validation: float = 0.0,
-) -> Scenario:  # fmt: skip
+    path: str | Path,
+    tasks: int | None = None,
+    seed: int = SEED,
+    *,
+    init_cls: int | None = None,
+    increment: int | None = None,
+    validation: float = 0.0,
+) -> Scenario:
     """PILOT's layout: ``path``/train/<class>/… and ``path``/test/<class>/….
 
     Args:
         tasks, init_cls, increment: see `task_sizes`.
         seed: of the class order alone.
-        validation: the share of each class's training images that is held out; the same for every seed.
+        validation: the share of each class's training images that is held out; the same for every
+            seed.
 
     Raises ValueError where a folder is missing, or train and test have different classes.
     """
@@ -168,7 +206,10 @@ def folder_scenario(
     whole, test = (image_folder(Path(path) / part) for part in ("train", "test"))
     if whole.classes != test.classes:
         differing = sorted(set(whole.classes) ^ set(test.classes))[:5]
-        raise ValueError(f"folder_scenario: train and test must have the same classes, they differ in {differing}")
+        raise ValueError(
+            f"folder_scenario: train and test must have the same classes, they differ in "
+            f"{differing}"
+        )
     kept, held_out = stratified(whole.targets, share=validation)
     n = len(whole.classes)
     cut = _cut(_order(n, seed), task_sizes(n, tasks, init_cls, increment))

@@ -18,20 +18,25 @@ class CILConfig:
 
     Attributes:
         train: what each task changes: LoRA pairs on keys and values, the full tower, or nothing.
-        lora, rank: the variant ("task", "shared", "shared_a") and the rank of ``continual.lora.LoRA``.
-        classifier: task heads; nearest class mean; the zero-shot head; ridge on a random projection (RanPAC).
+        lora, rank: the variant ("task", "shared", "shared_a") and the rank of
+            ``continual.lora.LoRA``.
+        classifier: task heads; nearest class mean; the zero-shot head; ridge on a random projection
+            (RanPAC).
         cosine: cosine heads (scale 20), or linear ones.
         softmax: over the current task's classes alone, or over all seen.
-        covariance: weight of the Mahalanobis covariance loss; consistent: under the covariance of normalised features,
-            over the mean norm of old ones (the published form mixes the two).
+        covariance: weight of the Mahalanobis covariance loss; consistent: under the covariance of
+            normalised features, over the mean norm of old ones (the published form mixes the two).
         distill: weight of patch distillation.
-        compensation: moves the class means of earlier tasks: "none", "sdc" (unit features), "mean_shift" (MACIL).
+        compensation: moves the class means of earlier tasks: "none", "sdc" (unit features),
+            "mean_shift" (MACIL).
         sigma, floor: of the drift weights.
         transport: earlier covariances follow the linear map fitted from old features to new ones.
         align: classifier alignment on Gaussian samples.
         plasticity: learning rates per block from SAE features that task and earlier tasks share.
-        cumulative: every task is learned anew with the data of all tasks so far (joint training, the upper bound).
-        lr: of SGD at the start of each task. slow: the tower's rate over that of the heads (SLCA's slow learner).
+        cumulative: every task is learned anew with the data of all tasks so far (joint training,
+            the upper bound).
+        lr: of SGD at the start of each task. slow: the tower's rate over that of the heads (SLCA's
+            slow learner).
         first_epochs, epochs: of the first task, and of each later one.
     """
 
@@ -69,33 +74,63 @@ class CILConfig:
 
     def __post_init__(self) -> None:
         choices = {
-            "train": ("lora", "full", "none"), "lora": ("task", "shared", "shared_a"), "softmax": ("task", "seen"),
-            "classifier": ("heads", "ncm", "zero_shot", "ridge"), "compensation": ("none", "sdc", "mean_shift"),
-        }  # fmt: skip
+            "train": ("lora", "full", "none"),
+            "lora": ("task", "shared", "shared_a"),
+            "softmax": ("task", "seen"),
+            "classifier": ("heads", "ncm", "zero_shot", "ridge"),
+            "compensation": ("none", "sdc", "mean_shift"),
+        }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
-                raise ValueError(f"CILConfig: {field} must be one of {allowed}, got {getattr(self, field)!r}")
-        for field in ("rank", "batch_size", "first_epochs", "epochs", "projections", "align_samples",
-                      "align_epochs", "checkpoint_every"):  # fmt: skip
+                raise ValueError(
+                    f"CILConfig: {field} must be one of {allowed}, got {getattr(self, field)!r}"
+                )
+        for field in (
+            "rank",
+            "batch_size",
+            "first_epochs",
+            "epochs",
+            "projections",
+            "align_samples",
+            "align_epochs",
+            "checkpoint_every",
+        ):
             if getattr(self, field) < 1:
-                raise ValueError(f"CILConfig: {field} must be at least 1, got {getattr(self, field)}")
+                raise ValueError(
+                    f"CILConfig: {field} must be at least 1, got {getattr(self, field)}"
+                )
         for field in ("lr", "slow", "align_lr"):
             if not 0 < getattr(self, field) < float("inf"):
                 raise ValueError(f"CILConfig: {field} must be positive, got {getattr(self, field)}")
         for field in ("covariance", "distill", "floor", "weight_decay"):
             if not 0 <= getattr(self, field) < float("inf"):
-                raise ValueError(f"CILConfig: {field} must be at least 0, got {getattr(self, field)}")
-        if self.sigma != "median" and not (isinstance(self.sigma, float | int) and 0 < self.sigma < float("inf")):
+                raise ValueError(
+                    f"CILConfig: {field} must be at least 0, got {getattr(self, field)}"
+                )
+        if self.sigma != "median" and not (
+            isinstance(self.sigma, float | int) and 0 < self.sigma < float("inf")
+        ):
             raise ValueError(f"CILConfig: sigma must be positive, or 'median', got {self.sigma!r}")
-        if self.train == "none" and (self.classifier == "heads" or self.compensation != "none" or self.plasticity
-                                     or self.covariance or self.distill):  # fmt: skip
-            raise ValueError("CILConfig: a frozen tower takes no heads, losses, compensation or plasticity")
+        if self.train == "none" and (
+            self.classifier == "heads"
+            or self.compensation != "none"
+            or self.plasticity
+            or self.covariance
+            or self.distill
+        ):
+            raise ValueError(
+                "CILConfig: a frozen tower takes no heads, losses, compensation or plasticity"
+            )
         if self.transport and not (self.compensation != "none" and self.align):
-            raise ValueError("CILConfig: transport needs compensation, and align, which uses what it moves")
+            raise ValueError(
+                "CILConfig: transport needs compensation, and align, which uses what it moves"
+            )
         if self.align and self.classifier != "heads":
             raise ValueError(f"CILConfig: align needs classifier 'heads', got {self.classifier!r}")
         if self.train != "none" and self.classifier in ("zero_shot", "ridge"):
-            raise ValueError(f"CILConfig: classifier {self.classifier!r} needs train 'none', got {self.train!r}")
+            raise ValueError(
+                f"CILConfig: classifier {self.classifier!r} needs train 'none', got {self.train!r}"
+            )
 
     def outcome(self) -> dict[str, Any]:
         """The settings that change what a run ends in, as JSON gives them back."""
@@ -118,11 +153,12 @@ STRATEGIES: Mapping[str, Mapping[str, Any]] = {
     # sequential fine-tuning, and what MACIL adds to it
     "finetune": {},
     "macil": _MACIL,
-    # slow learner on the whole tower, fast heads, alignment (Zhang et al. 2023); schedule and epochs are MACIL's here,
-    # and the ridge of the covariances 1e-3, where SLCA's authors have steps, as many epochs in each task and 1e-4
+    # slow learner on the whole tower, fast heads, alignment (Zhang et al. 2023); schedule and
+    # epochs are MACIL's here, and the ridge of the covariances 1e-3, where SLCA's authors have
+    # steps, as many epochs in each task and 1e-4
     "slca": {"train": "full", "cosine": False, "align": True, "slow": 0.01},
-    # SDC's compensation and nearest means (Yu et al. 2020) on an embedding that is trained through cosine heads, where
-    # the paper has metric learning, and compared by angle
+    # SDC's compensation and nearest means (Yu et al. 2020) on an embedding that is trained through
+    # cosine heads, where the paper has metric learning, and compared by angle
     "sdc": {"classifier": "ncm", "compensation": "sdc", "sigma": 0.3, "floor": 0.0},
     "ncm": {"train": "none", "classifier": "ncm"},
     "zero_shot": {"train": "none", "classifier": "zero_shot"},
@@ -132,11 +168,20 @@ STRATEGIES: Mapping[str, Mapping[str, Any]] = {
 }
 # MACIL built up part by part, each part taken away, and what may stand in its place
 ABLATION = (
-    "macil", "macil:covariance=0,distill=0,compensation=none,align=0", "macil:covariance=0,distill=0,compensation=none",
-    "macil:covariance=0,distill=0", "macil:distill=0", "macil:covariance=0", "macil:compensation=none",
-    "macil:transport=1", "macil:consistent=1", "macil:lora=shared", "macil:lora=shared_a", "macil:plasticity=1",
+    "macil",
+    "macil:covariance=0,distill=0,compensation=none,align=0",
+    "macil:covariance=0,distill=0,compensation=none",
+    "macil:covariance=0,distill=0",
+    "macil:distill=0",
+    "macil:covariance=0",
+    "macil:compensation=none",
+    "macil:transport=1",
+    "macil:consistent=1",
+    "macil:lora=shared",
+    "macil:lora=shared_a",
+    "macil:plasticity=1",
     "macil:slow=0.01",
-)  # fmt: skip
+)
 
 
 def strategy(spec: str, **settings: Any) -> CILConfig:
@@ -152,7 +197,9 @@ def strategy(spec: str, **settings: Any) -> CILConfig:
     for change in filter(None, changes.split(",")):
         field, sign, text = change.partition("=")
         if field not in known or field == "name" or not sign:
-            raise ValueError(f"strategy: {change!r} in {spec!r} is not field=value with a field of CILConfig")
+            raise ValueError(
+                f"strategy: {change!r} in {spec!r} is not field=value with a field of CILConfig"
+            )
         own[field] = _value(spec, field, text, known[field])
     return replace(CILConfig(), **{**settings, **own, "name": spec})
 

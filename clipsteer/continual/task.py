@@ -1,4 +1,5 @@
-"""The training of one task: what is kept of the network before it, the loss, the loop and its checkpoints."""
+"""The training of one task: what is kept of the network before it, the loss, the loop and its
+checkpoints."""
 
 from __future__ import annotations
 
@@ -34,9 +35,11 @@ def patch_distillation(cls: Tensor, patches: Tensor, old_patches: Tensor) -> Ten
     """Mean over images and patches of (angle(cls, patch)/π) · ‖p̂_new − p̂_old‖, p̂ = p/‖p‖.
 
     Args:
-        cls: (B, w) and patches: (B, P, w) of the new network; old_patches: (B, P, w) of the old one, without gradient.
+        cls: (B, w) and patches: (B, P, w) of the new network; old_patches: (B, P, w) of the old
+            one, without gradient.
 
-    The angle is a weight without gradient: patches that say little of the class may move least. Source: Wu et al. 2025.
+    The angle is a weight without gradient: patches that say little of the class may move least.
+        Source: Wu et al. 2025.
     """
     new, old = F.normalize(patches, dim=-1), F.normalize(old_patches.detach(), dim=-1)
     with torch.no_grad():
@@ -47,17 +50,23 @@ def patch_distillation(cls: Tensor, patches: Tensor, old_patches: Tensor) -> Ten
 
 
 class TaskRun:
-    """One task of a learner: make it while the learner is as the task finds it, ``train`` once its parts are there.
+    """One task of a learner: make it while the learner is as the task finds it, ``train`` once its
+    parts are there.
 
     Attributes:
-        features: (N, d) of the task's images under the network before it; None where nobody needs them.
+        features: (N, d) of the task's images under the network before it; None where nobody needs
+            them.
     """
 
-    def __init__(self, learner: ClassIncrementalLearner, images: ImageDataset, classes: list[int]) -> None:
+    def __init__(
+        self, learner: ClassIncrementalLearner, images: ImageDataset, classes: list[int]
+    ) -> None:
         self.learner, self.images, self.classes = learner, images, classes
         self.config, self.task, self.device = learner.config, len(learner.tasks), learner.device
         self.per_epoch = math.ceil(len(images) / self.config.batch_size)
-        self.total = self.per_epoch * (self.config.epochs if self.task else self.config.first_epochs)
+        self.total = self.per_epoch * (
+            self.config.epochs if self.task else self.config.first_epochs
+        )
         self.compares = self.task > 0 and (self.config.distill > 0 or self.config.covariance > 0)
         measured = self.task > 0 and (self.config.covariance > 0 or learner.compensates)
         self.features = learner.features(images) if measured else None
@@ -69,7 +78,9 @@ class TaskRun:
             rows = F.normalize(self.features, dim=-1) if consistent else self.features
             covariance = by_class(rows, images.targets, classes).covariance()
             self.factor = precision_factor(shrink(covariance)).L.float()
-            self.weight = self.config.covariance / (float(self.features.norm(dim=1).mean()) if consistent else 1.0)
+            self.weight = self.config.covariance / (
+                float(self.features.norm(dim=1).mean()) if consistent else 1.0
+            )
 
     def _groups(self) -> list[dict[str, Any]]:
         """Parameters with their learning rates, a block a group where blocks differ."""
@@ -77,13 +88,20 @@ class TaskRun:
         # what is in no block is no part that a task is known to live in
         factors, rest = {}, 1.0
         if config.plasticity:
-            factors, rest = learner.multipliers[self.task], learner.plasticity.floor if self.task else 1.0
+            factors, rest = (
+                learner.multipliers[self.task],
+                learner.plasticity.floor if self.task else 1.0,
+            )
         blocks = learner.lora.groups() if learner.lora is not None else _by_block(learner.encoder)
         groups = [
             {"params": list(parameters), "lr": config.lr * config.slow * factors.get(block, rest)}
             for block, parameters in blocks.items()
         ]
-        head = learner.heads.of_task(self.task) if config.softmax == "task" else list(learner.heads.parameters())
+        head = (
+            learner.heads.of_task(self.task)
+            if config.softmax == "task"
+            else list(learner.heads.parameters())
+        )
         groups.append({"params": head, "lr": config.lr})
         return [group for group in groups if group["params"]]
 
@@ -91,7 +109,9 @@ class TaskRun:
         config, learner = self.config, self.learner
         groups = self._groups()
         peaks = [group["lr"] for group in groups]
-        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        optimizer = torch.optim.SGD(
+            groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         begun = self._restore(optimizer)
         name = f"{config.name}, task {self.task + 1}"
@@ -108,12 +128,26 @@ class TaskRun:
                 optimizer.step()
                 bar.update()
                 done, last = step + 1, step + 1 == self.total
-                if (last or done % config.checkpoint_every == 0 or stop.asked) and not math.isfinite(loss.item()):
-                    raise RuntimeError(f"{name}: the loss is {loss.item()} at step {done}; lower lr")
-                if learner.out is not None and not last and (done % config.checkpoint_every == 0 or stop.asked):
+                if (
+                    last or done % config.checkpoint_every == 0 or stop.asked
+                ) and not math.isfinite(loss.item()):
+                    raise RuntimeError(
+                        f"{name}: the loss is {loss.item()} at step {done}; lower lr"
+                    )
+                if (
+                    learner.out is not None
+                    and not last
+                    and (done % config.checkpoint_every == 0 or stop.asked)
+                ):
                     self._save(done, optimizer)
                 if stop.asked and not last:
-                    logger.warning("SIGTERM: %s, step %d of %d is saved in %s", name, done, self.total, learner.out)
+                    logger.warning(
+                        "SIGTERM: %s, step %d of %d is saved in %s",
+                        name,
+                        done,
+                        self.total,
+                        learner.out,
+                    )
                     raise SystemExit(EXIT_TERMINATED)
             self.stopped = stop.asked
         learner.encoder.eval()
@@ -125,7 +159,13 @@ class TaskRun:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
             new = learner.encoder.tokens(pixels) if distils else learner.encoder(pixels)
             with torch.no_grad():
-                old = self.old.tokens(pixels) if distils else self.old(pixels) if self.compares else None
+                old = (
+                    self.old.tokens(pixels)
+                    if distils
+                    else self.old(pixels)
+                    if self.compares
+                    else None
+                )
         features = (new.features if distils else new).float()
         if config.softmax == "seen":
             logits, target = learner.heads(features), local + len(learner.seen) - len(self.classes)
@@ -134,19 +174,24 @@ class TaskRun:
         loss = F.cross_entropy(logits, target)
         if self.compares and config.covariance:
             before = (old.features if distils else old).float()
-            loss = loss + self.weight * ops.mahalanobis_covariance_loss(features, before, local, self.factor)
+            loss = loss + self.weight * ops.mahalanobis_covariance_loss(
+                features, before, local, self.factor
+            )
         if distils:
             moved = patch_distillation(new.cls.float(), new.patches.float(), old.patches.float())
             loss = loss + config.distill * moved
         return loss
 
     def _batches(self, begun: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(step, pixels, targets); what a step sees depends on the seed, the task and its number alone."""
+        """(step, pixels, targets); what a step sees depends on the seed, the task and its number
+        alone."""
         config, n, encoder = self.config, len(self.images), self.learner.encoder
 
         @lru_cache(maxsize=1)
         def order(epoch: int) -> Tensor:
-            return torch.randperm(n, generator=torch.Generator().manual_seed(mix(config.seed, self.task, epoch)))
+            return torch.randperm(
+                n, generator=torch.Generator().manual_seed(mix(config.seed, self.task, epoch))
+            )
 
         def keys(step: int) -> list[tuple[int, int]]:
             epoch, at = divmod(step, self.per_epoch)
@@ -164,7 +209,12 @@ class TaskRun:
         for i, p in enumerate(self.parameters):
             if (buffer := optimizer.state[p].get("momentum_buffer")) is not None:
                 tensors[f"momentum.{i}"] = buffer
-        meta = {**self.learner.meta(), "task": self.task, "classes": self.classes, "images": len(self.images)}
+        meta = {
+            **self.learner.meta(),
+            "task": self.task,
+            "classes": self.classes,
+            "images": len(self.images),
+        }
         checkpoint.save_state(self._folder, step, tensors, meta)
 
     @property
@@ -181,7 +231,9 @@ class TaskRun:
         self.learner.check(found.meta)
         here = (self.classes, len(self.images))
         if (there := (found.meta["classes"], found.meta["images"])) != here:
-            raise ValueError(f"{self._folder} is of a task with other classes and images: {there}, not {here}")
+            raise ValueError(
+                f"{self._folder} is of a task with other classes and images: {there}, not {here}"
+            )
         with torch.no_grad():
             for i, p in enumerate(self.parameters):
                 p.copy_(found.tensors[f"parameter.{i}"])

@@ -1,4 +1,5 @@
-"""Images with names: the bundled EmojiStyles, image folders, caption tables and WebDataset shards."""
+"""Images with names: the bundled EmojiStyles, image folders, caption tables and WebDataset
+shards."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Images with names: the bundled EmojiStyles set, image folders, caption tables and WebDataset shards.
+"""Images with names: the bundled EmojiStyles set, image folders, caption tables and WebDataset
+shards.
 
-Every data set is map-style and yields (PIL RGB image, target). Transparent images are laid on white.
+Every data set is map-style and yields (PIL RGB image, target). Transparent images are laid on
+white.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 
 # Pillow's own default, at which it begins to warn of decompression bombs
 MAX_PIXELS = 89_478_485
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+)
 
 
 class ImageDataset(Dataset):
@@ -35,7 +39,10 @@ class ImageDataset(Dataset):
     """
 
     def __init__(
-        self, read: Callable[[int], Image], targets: Sequence[int] | Sequence[str], classes: Sequence[str] | None = None
+        self,
+        read: Callable[[int], Image],
+        targets: Sequence[int] | Sequence[str],
+        classes: Sequence[str] | None = None,
     ) -> None:
         self._read, self.targets = read, list(targets)
         self.classes = list(classes) if classes is not None else None
@@ -48,18 +55,22 @@ class ImageDataset(Dataset):
 
     @property
     def sources(self) -> list[Any]:
-        """What each sample is read from, its row where that is not known: equal ones are the same image."""
+        """What each sample is read from, its row where that is not known: equal ones are the same
+        image."""
         if not isinstance(self._read, _Reader):
             return list(range(len(self)))
         return [self._read.source(row) for row in range(len(self))]
 
     def subset(self, rows: Sequence[int]) -> ImageDataset:
         """These rows, in this order, with the same classes."""
-        return ImageDataset(_Reader(self._read, [(i,) for i in rows]), [self.targets[i] for i in rows], self.classes)
+        return ImageDataset(
+            _Reader(self._read, [(i,) for i in rows]), [self.targets[i] for i in rows], self.classes
+        )
 
 
 class _Reader:
-    """Reads sample i of a list; a class, not a closure, so that loader processes can be spawned with it."""
+    """Reads sample i of a list; a class, not a closure, so that loader processes can be spawned
+    with it."""
 
     def __init__(self, function: Callable[..., Image], arguments: list[tuple[Any, ...]]) -> None:
         self.function, self.arguments = function, arguments
@@ -77,7 +88,8 @@ def read_image(source: str | Path | bytes, name: str | None = None) -> Image:
     """An image file, or its bytes, as RGB, upright, on white.
 
     Raises:
-        FileFormatError: not an image, damaged, or of more than MAX_PIXELS pixels; the message names `name`.
+        FileFormatError: not an image, damaged, or of more than MAX_PIXELS pixels; the message names
+            `name`.
     """
     from PIL import Image, ImageOps
 
@@ -86,7 +98,9 @@ def read_image(source: str | Path | bytes, name: str | None = None) -> Image:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise FileFormatError(f"{name}: {width} × {height} pixels; at most {MAX_PIXELS:,} are read")
+                raise FileFormatError(
+                    f"{name}: {width} × {height} pixels; at most {MAX_PIXELS:,} are read"
+                )
             image = ImageOps.exif_transpose(image)
             if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
                 image = image.convert("RGBA")
@@ -108,7 +122,8 @@ def captions_of(dataset: ImageDataset) -> list[str]:
 
 
 def data_digest(dataset: ImageDataset) -> str:
-    """Of the number of samples, all captions and the pixels of 16 images: the same wherever the files lie."""
+    """Of the number of samples, all captions and the pixels of 16 images: the same wherever the
+    files lie."""
     digest = hashlib.sha256(digest_of(captions_of(dataset)).encode())
     for row in np.linspace(0, len(dataset) - 1, min(16, len(dataset))).round().astype(int).tolist():
         digest.update(np.asarray(dataset[row][0]).tobytes())
@@ -128,8 +143,14 @@ def renamed(dataset: ImageDataset, classes: Sequence[str]) -> ImageDataset:
     Raises ValueError for an image of a class that is not among them.
     """
     rank = {name: i for i, name in enumerate(classes)}
-    names = dataset.targets if dataset.classes is None else [dataset.classes[t] for t in dataset.targets]
+    names = (
+        dataset.targets
+        if dataset.classes is None
+        else [dataset.classes[t] for t in dataset.targets]
+    )
     if unknown := sorted(set(map(str, names)) - rank.keys()):
         some = ", ".join(unknown[:5]) + (" …" if len(unknown) > 5 else "")
-        raise ValueError(f"the images have {len(unknown)} class(es) that the classifier lacks: {some}")
+        raise ValueError(
+            f"the images have {len(unknown)} class(es) that the classifier lacks: {some}"
+        )
     return ImageDataset(dataset._read, [rank[str(name)] for name in names], classes)

@@ -36,7 +36,8 @@ class Concept:
         label, tags: names and keywords in English.
         category, subcategory: Unicode's groups ("animals-nature", "animal-mammal").
         seen: whether EmojiCLIP was trained on it.
-        classify30: its part in Classify-30 ("train" or "test"; every test concept is unseen), or None.
+        classify30: its part in Classify-30 ("train" or "test"; every test concept is unseen), or
+            None.
     """
 
     id: str
@@ -63,7 +64,9 @@ def _atlas(style: str) -> np.ndarray:
     size, columns, n = head["tile"], head["columns"], len(head["concepts"])
     sheet = np.asarray(read_image(_EMOJI / f"{style}.webp"))
     rows = sheet.shape[0] // size
-    tiles = sheet.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)[:n]
+    tiles = (
+        sheet.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)[:n]
+    )
     tiles.flags.writeable = False
     return tiles
 
@@ -79,10 +82,12 @@ def _emoji_tile(style: str, index: int) -> Image:
 
 
 class EmojiStyles:
-    """857 concrete concepts as 64 px drawings on white in three vendors' styles, with names, tags and one fixed split.
+    """857 concrete concepts as 64 px drawings on white in three vendors' styles, with names, tags
+    and one fixed split.
 
-    EmojiCLIP was trained on TRAINED_STYLES (and OpenMoji) of the `seen` concepts; HELD_OUT_STYLE is new to it. The
-    four cells trained/held-out style × seen/unseen concept measure the two shifts apart. Fluent lacks eight concepts.
+    EmojiCLIP was trained on TRAINED_STYLES (and OpenMoji) of the `seen` concepts; HELD_OUT_STYLE is
+    new to it. The four cells trained/held-out style × seen/unseen concept measure the two shifts
+    apart. Fluent lacks eight concepts.
     """
 
     styles = (*TRAINED_STYLES, HELD_OUT_STYLE)
@@ -94,7 +99,8 @@ class EmojiStyles:
 
     @cached_property
     def undrawn(self) -> list[Concept]:
-        """The 1,049 other concepts of the split (people, symbols, flags …): names and tags without a drawing."""
+        """The 1,049 other concepts of the split (people, symbols, flags …): names and tags without
+        a drawing."""
         return [_concept(row) for row in _labels()["undrawn"]]
 
     def __len__(self) -> int:
@@ -106,7 +112,8 @@ class EmojiStyles:
         return style
 
     def array(self, style: str) -> np.ndarray:
-        """(857, 64, 64, 3) uint8, read-only; a concept that the style lacks is white (see `drawn`)."""
+        """(857, 64, 64, 3) uint8, read-only; a concept that the style lacks is white (see
+        `drawn`)."""
         return _atlas(self._style(style))
 
     def drawn(self, style: str) -> np.ndarray:
@@ -117,7 +124,10 @@ class EmojiStyles:
     def image(self, style: str, index: int) -> Image:
         """One drawing, RGB, 64 × 64. Raises ValueError where the style lacks the concept."""
         if not self.drawn(style)[index]:
-            raise ValueError(f"EmojiStyles: {style} has no drawing of {self.concepts[index].label!r} (index {index})")
+            raise ValueError(
+                f"EmojiStyles: {style} has no drawing of {self.concepts[index].label!r} (index "
+                f"{index})"
+            )
         return _emoji_tile(style, index)
 
     def indices(
@@ -140,7 +150,8 @@ class EmojiStyles:
         ]
 
     def cells(self) -> dict[tuple[str, bool], list[tuple[str, int]]]:
-        """(“trained” or “held-out” style, seen concept?) -> its drawings as (style, index) pairs."""
+        """(“trained” or “held-out” style, seen concept?) -> its drawings as (style, index)
+        pairs."""
         groups = {"trained": TRAINED_STYLES, "held-out": (HELD_OUT_STYLE,)}
         return {
             (name, seen): [(style, i) for style in styles for i in self.indices(style, seen=seen)]
@@ -149,12 +160,17 @@ class EmojiStyles:
         }
 
     def dataset(
-        self, drawings: Iterable[tuple[str, int]], target: Literal["label", "category", "subcategory"] = "label"
+        self,
+        drawings: Iterable[tuple[str, int]],
+        target: Literal["label", "category", "subcategory"] = "label",
     ) -> ImageDataset:
-        """A data set of (style, index) pairs, as `cells` gives them; its classes are the distinct names of `target`."""
+        """A data set of (style, index) pairs, as `cells` gives them; its classes are the distinct
+        names of `target`."""
         pairs = [(self._style(style), range(len(self))[index]) for style, index in drawings]
         if target not in ("label", "category", "subcategory"):
-            raise ValueError(f"EmojiStyles: target must be 'label', 'category' or 'subcategory', got {target!r}")
+            raise ValueError(
+                f"EmojiStyles: target must be 'label', 'category' or 'subcategory', got {target!r}"
+            )
         for style in {style for style, _ in pairs}:
             drawn = self.drawn(style)
             if lacking := [i for s, i in pairs if s == style and not drawn[i]]:
@@ -164,10 +180,13 @@ class EmojiStyles:
         rank = {name: i for i, name in enumerate(classes)}
         return ImageDataset(_Reader(_emoji_tile, pairs), [rank[name] for name in names], classes)
 
-    def captioned(self, drawings: Iterable[tuple[str, int]], captions: Literal["label", "noisy"]) -> ImageDataset:
+    def captioned(
+        self, drawings: Iterable[tuple[str, int]], captions: Literal["label", "noisy"]
+    ) -> ImageDataset:
         """Image–caption pairs: each drawing with its label, or with all that is said of it.
 
-        "noisy": the label, the label with each tag, and each tag alone, which may name many other things ("animal").
+        "noisy": the label, the label with each tag, and each tag alone, which may name many other
+        things ("animal").
         """
         if captions not in ("label", "noisy"):
             raise ValueError(f"EmojiStyles: captions must be 'label' or 'noisy', got {captions!r}")
@@ -189,8 +208,11 @@ class Split(NamedTuple):
     test: list[int]
 
 
-def stratified(labels: Sequence[Any], seed: int = 0, share: float = 0.2) -> tuple[list[int], list[int]]:
-    """Positions (kept, held out): of each label about ``share``, at least one and never all; with share 0, none."""
+def stratified(
+    labels: Sequence[Any], seed: int = 0, share: float = 0.2
+) -> tuple[list[int], list[int]]:
+    """Positions (kept, held out): of each label about ``share``, at least one and never all; with
+    share 0, none."""
     groups: dict[Any, list[int]] = {}
     for i, label in enumerate(labels):
         groups.setdefault(label, []).append(i)
@@ -204,7 +226,8 @@ def stratified(labels: Sequence[Any], seed: int = 0, share: float = 0.2) -> tupl
 
 
 def split(seed: int = 0, share: float = 0.2) -> Split:
-    """A fifth of each subcategory's training concepts is for validation; the same in every style."""
+    """A fifth of each subcategory's training concepts is for validation; the same in every
+    style."""
     emoji = EmojiStyles()
     training = emoji.indices(classify30="train")
     parts = stratified([emoji.concepts[i].subcategory for i in training], seed, share)
@@ -212,9 +235,12 @@ def split(seed: int = 0, share: float = 0.2) -> Split:
 
 
 def classify30(styles: str | Sequence[str], concepts: Sequence[int]) -> ImageDataset:
-    """Drawings of the concepts that the style, or each of the styles, has; classes: Classify-30's subcategories."""
+    """Drawings of the concepts that the style, or each of the styles, has; classes: Classify-30's
+    subcategories."""
     emoji = EmojiStyles()
-    pairs = [(style, i) for style in ([styles] if isinstance(styles, str) else styles) for i in concepts]
+    pairs = [
+        (style, i) for style in ([styles] if isinstance(styles, str) else styles) for i in concepts
+    ]
     drawn = {style: emoji.drawn(style) for style, _ in pairs}
     classes = sorted({concept.subcategory for concept in emoji.concepts if concept.classify30})
     return renamed(emoji.dataset([(s, i) for s, i in pairs if drawn[s][i]], "subcategory"), classes)

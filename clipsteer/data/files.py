@@ -25,7 +25,8 @@ _CAPTION_KEYS = ("caption", "text", "title", "label")
 
 
 def image_folder(path: str | Path) -> ImageDataset:
-    """A folder of class folders, as torchvision's ImageFolder; images straight in it form one class of its name.
+    """A folder of class folders, as torchvision's ImageFolder; images straight in it form one class
+    of its name.
 
     Raises:
         ValueError: not a folder, or no image in it.
@@ -34,13 +35,18 @@ def image_folder(path: str | Path) -> ImageDataset:
     if not root.is_dir():
         raise ValueError(f"image_folder: path must be a folder, got {path}")
     folders = sorted(p for p in root.iterdir() if p.is_dir())
-    groups = {p.name: sorted(f for f in p.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES) for p in folders}
+    groups = {
+        p.name: sorted(f for f in p.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+        for p in folders
+    }
     groups[root.resolve().name] = groups.get(root.resolve().name, []) + sorted(
         f for f in root.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()
     )
     groups = {name: files for name, files in groups.items() if files}
     if not groups:
-        raise ValueError(f"image_folder: no image ({', '.join(sorted(IMAGE_SUFFIXES))}) under {path}")
+        raise ValueError(
+            f"image_folder: no image ({', '.join(sorted(IMAGE_SUFFIXES))}) under {path}"
+        )
     classes = sorted(groups)
     files = [(f,) for name in classes for f in groups[name]]
     targets = [i for i, name in enumerate(classes) for _ in groups[name]]
@@ -54,11 +60,13 @@ def captions(
     image_key: str | None = None,
     caption_key: str | None = None,
 ) -> ImageDataset:
-    """Images with captions from a table: .csv or .tsv with a header line, or .jsonl with an object a line.
+    """Images with captions from a table: .csv or .tsv with a header line, or .jsonl with an object
+    a line.
 
     Args:
         image_root: folder that relative image paths start from; by default the table's.
-        image_key, caption_key: columns; by default the first of image, filepath, file_name, … and caption, text, ….
+        image_key, caption_key: columns; by default the first of image, filepath, file_name, … and
+            caption, text, ….
 
     Raises:
         ValueError: no such file, or another suffix.
@@ -77,7 +85,9 @@ def captions(
     for line, row in rows:
         image, text = row.get(image_key), row.get(caption_key)
         if not isinstance(image, str) or not isinstance(text, str):
-            raise FileFormatError(f"{path}, line {line}: {image_key!r} and {caption_key!r} must be strings, got {row}")
+            raise FileFormatError(
+                f"{path}, line {line}: {image_key!r} and {caption_key!r} must be strings, got {row}"
+            )
         files.append((root / image,))
         texts.append(text)
     return ImageDataset(_Reader(read_image, files), texts)
@@ -98,7 +108,9 @@ def _table(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
                         continue
                     row = json.loads(line)
                     if not isinstance(row, dict):
-                        raise FileFormatError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
+                        raise FileFormatError(
+                            f"{path}, line {number}: expected an object, got {type(row).__name__}"
+                        )
                     yield number, row
             else:
                 raise ValueError(f"captions: expected a .csv, .tsv or .jsonl file, got {path}")
@@ -112,20 +124,24 @@ def _column(path: Path, row: dict[str, Any], wanted: str | None, known: Sequence
     for key in [wanted] if wanted is not None else known:
         if key in row:
             return key
-    raise FileFormatError(f"{path}: expected a column {wanted or ' or '.join(known)}, got {sorted(map(str, row))}")
+    raise FileFormatError(
+        f"{path}: expected a column {wanted or ' or '.join(known)}, got {sorted(map(str, row))}"
+    )
 
 
 def shards(pattern: str | Path) -> ImageDataset:
-    """WebDataset shards: uncompressed .tar files whose members KEY.jpg and KEY.txt (or KEY.json) belong together.
+    """WebDataset shards: uncompressed .tar files whose members KEY.jpg and KEY.txt (or KEY.json)
+    belong together.
 
     Args:
         pattern: one file, a glob, or a brace range ("data-{0000..0099}.tar").
 
-    The headers are read once; samples are then read by their offset, in any order. A sample without a caption is
-    left out.
+    The headers are read once; samples are then read by their offset, in any order. A sample without
+    a caption is left out.
 
     Raises:
-        ValueError: no such file. FileFormatError: not an uncompressed tar, or no sample with a caption in it.
+        ValueError: no such file. FileFormatError: not an uncompressed tar, or no sample with a
+            caption in it.
     """
     files = [Path(f) for text in _braces(str(pattern)) for f in (sorted(glob.glob(text)) or [text])]
     places, texts = [], []
@@ -136,7 +152,9 @@ def shards(pattern: str | Path) -> ImageDataset:
             places.append((file, *image))
             texts.append(caption)
     if not places:
-        raise FileFormatError(f"{pattern}: no image with a caption (KEY.jpg with KEY.txt or KEY.json)")
+        raise FileFormatError(
+            f"{pattern}: no image with a caption (KEY.jpg with KEY.txt or KEY.json)"
+        )
     return ImageDataset(_Reader(_read_member, places), texts)
 
 
@@ -146,7 +164,9 @@ def _braces(text: str) -> list[str]:
         return [text]
     low, high = found.groups()
     numbers = (str(n).zfill(len(low)) for n in range(int(low), int(high) + 1))
-    return [part for n in numbers for part in _braces(text[: found.start()] + n + text[found.end() :])]
+    return [
+        part for n in numbers for part in _braces(text[: found.start()] + n + text[found.end() :])
+    ]
 
 
 def _members(file: Path) -> list[tuple[tuple[str, int, int], str]]:
@@ -156,7 +176,10 @@ def _members(file: Path) -> list[tuple[tuple[str, int, int], str]]:
         with tarfile.open(file, "r:") as tar:
             for member in tar:
                 stem, dot, suffix = member.name.rpartition("/")[2].partition(".")
-                key, suffix = member.name[: len(member.name) - len(dot + suffix)], f".{suffix.lower()}"
+                key, suffix = (
+                    member.name[: len(member.name) - len(dot + suffix)],
+                    f".{suffix.lower()}",
+                )
                 if not member.isfile() or not stem:
                     continue
                 if suffix in IMAGE_SUFFIXES:
@@ -180,7 +203,8 @@ def _read_member(file: Path, name: str, offset: int, size: int) -> Image:
 
 
 def open_dataset(path: str | Path) -> ImageDataset:
-    """A folder with `image_folder`, a .tar name or pattern with `shards`, anything else with `captions`."""
+    """A folder with `image_folder`, a .tar name or pattern with `shards`, anything else with
+    `captions`."""
     if Path(path).is_dir():
         return image_folder(path)
     return shards(path) if str(path).endswith(".tar") else captions(path)

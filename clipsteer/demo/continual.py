@@ -1,4 +1,5 @@
-"""The demo's section on class-incremental learning: two runs that differ in the mean-shift compensation alone."""
+"""The demo's section on class-incremental learning: two runs that differ in the mean-shift
+compensation alone."""
 
 from __future__ import annotations
 
@@ -19,25 +20,38 @@ from clipsteer.report import Html, charts, stats, table, text
 from clipsteer.report import percent as tenths
 
 ELSEWHERE = (
-    "The demo does this for EmojiCLIP and the bundled drawings alone. For your own model and images: clipsteer cil, "
+    "The demo does this for EmojiCLIP and the bundled drawings alone. For your own model and "
+    "images: clipsteer cil, "
     "which has examples under --help."
 )
 
 
-# a rate at which features drift enough to be seen; figures with settings chosen on validation images are in the results
+# a rate at which features drift enough to be seen; figures with settings chosen on validation
+# images are in the results
 SETTINGS = {"lr": 0.1, "first_epochs": 3, "epochs": 3, "align_epochs": 20}
 STRATEGIES = {"without compensation": "macil:compensation=none", "with compensation": "macil"}
 
 
 def measure(seed: int, device: str = "cpu", scenario: Scenario | None = None) -> dict[str, Any]:
-    """Two runs of MACIL, as plain data; by default over Classify-30 in the style that EmojiCLIP does not know."""
+    """Two runs of MACIL, as plain data; by default over Classify-30 in the style that EmojiCLIP
+    does not know."""
     scenario = scenario or emoji_scenario(5, seed, (HELD_OUT_STYLE,), validation=0)
     runs = {
-        title: run_tasks(scenario, lambda: Encoder.open("emojiclip", device=device)[0],
-                         strategy(spec, **SETTINGS, seed=seed)).untimed().to_json()
+        title: run_tasks(
+            scenario,
+            lambda: Encoder.open("emojiclip", device=device)[0],
+            strategy(spec, **SETTINGS, seed=seed),
+        )
+        .untimed()
+        .to_json()
         for title, spec in STRATEGIES.items()
-    }  # fmt: skip
-    return {"runs": runs, "classes": scenario.classes, "images": len(scenario.train), "tested": len(scenario.test)}
+    }
+    return {
+        "runs": runs,
+        "classes": scenario.classes,
+        "images": len(scenario.train),
+        "tested": len(scenario.test),
+    }
 
 
 def of_measured(found: Mapping[str, Any]) -> list[Html]:
@@ -46,10 +60,14 @@ def of_measured(found: Mapping[str, Any]) -> list[Html]:
         return [text(found["skipped"])]
     runs = {title: Run.from_json(run) for title, run in found["runs"].items()}
     about = (
-        f"Here EmojiCLIP learns the {len(found['classes'])} kinds of Classify-30 in {HELD_OUT_STYLE} drawings, "
-        f"{found['images']} to learn from and {found['tested']} others to be tested on, with MACIL (Wu et al. 2025): "
-        f"LoRA pairs on keys and values, {SETTINGS['epochs']} epochs a task, and at its end heads that are aligned on "
-        "Gaussian samples around the prototypes of all classes seen. The learning rate is one at which features drift "
+        f"Here EmojiCLIP learns the {len(found['classes'])} kinds of Classify-30 in "
+        f"{HELD_OUT_STYLE} drawings, "
+        f"{found['images']} to learn from and {found['tested']} others to be tested on, with MACIL "
+        f"(Wu et al. 2025): "
+        f"LoRA pairs on keys and values, {SETTINGS['epochs']} epochs a task, and at its end heads "
+        f"that are aligned on "
+        "Gaussian samples around the prototypes of all classes seen. The learning rate is one at "
+        "which features drift "
         "visibly, not the best one."
     )
     return section(runs, found["classes"], about)
@@ -59,28 +77,44 @@ def section(runs: Mapping[str, Run], classes: Sequence[str], about: str) -> list
     """Curves, matrices and prototype errors of two finished runs.
 
     Args:
-        runs: "without compensation" -> run, "with compensation" -> run, or the like; of the same tasks.
+        runs: "without compensation" -> run, "with compensation" -> run, or the like; of the same
+            tasks.
         classes: names by class id.
         about: what is learnt and how, in a sentence or two.
 
-    Nothing in it depends on time or memory. Raises ValueError unless there are two runs, finished and of the same
-    tasks.
+    Nothing in it depends on time or memory. Raises ValueError unless there are two runs, finished
+    and of the same tasks.
     """
     if len(runs) != 2 or len({str(run.tasks) for run in runs.values()}) != 1:
-        raise ValueError(f"demo_continual.section: expected two runs of the same tasks, got {list(runs)}")
+        raise ValueError(
+            f"demo_continual.section: expected two runs of the same tasks, got {list(runs)}"
+        )
     if any(len(run.records) < len(run.tasks) for run in runs.values()):
-        raise ValueError("demo_continual.section: expected finished runs, with a record for every task")
+        raise ValueError(
+            "demo_continual.section: expected finished runs, with a record for every task"
+        )
     plain, compensated = runs.values()
-    figures = [(f"all classes at the end, {title}", percent(run.A_last)) for title, run in runs.items()]
-    figures += [(f"forgetting, {title}", f"{100 * run.forgetting:.1f} points") for title, run in runs.items()]
+    figures = [
+        (f"all classes at the end, {title}", percent(run.A_last)) for title, run in runs.items()
+    ]
+    figures += [
+        (f"forgetting, {title}", f"{100 * run.forgetting:.1f} points")
+        for title, run in runs.items()
+    ]
     seen = {title: [100 * run.seen] for title, run in runs.items()}
-    tasks = [[str(t + 1), ", ".join(classes[c] for c in task)] for t, task in enumerate(plain.tasks)]
+    tasks = [
+        [str(t + 1), ", ".join(classes[c] for c in task)] for t, task in enumerate(plain.tasks)
+    ]
     return [
         text(
-            "In class-incremental learning the classes come in tasks, one after the other; when a task is learnt, the "
-            "images of the earlier ones are gone, and still the model has to tell all classes apart. What is kept of "
-            "an old class is its prototype, the mean of its features. As the network learns on, features drift and "
-            "prototypes grow stale. Mean-shift compensation (SDC, Yu et al. 2020) watches how the features of the new "
+            "In class-incremental learning the classes come in tasks, one after the other; when a "
+            "task is learnt, the "
+            "images of the earlier ones are gone, and still the model has to tell all classes "
+            "apart. What is kept of "
+            "an old class is its prototype, the mean of its features. As the network learns on, "
+            "features drift and "
+            "prototypes grow stale. Mean-shift compensation (SDC, Yu et al. 2020) watches how the "
+            "features of the new "
             "task's images move, and moves the prototypes along."
         ),
         text(about),
@@ -88,11 +122,14 @@ def section(runs: Mapping[str, Run], classes: Sequence[str], about: str) -> list
         stats(figures),
         charts(
             curves(seen, title="Accuracy on all classes seen so far, %", y_label="accuracy, %"),
-            *drift_curves({"How far old prototypes are off, relative to their length": [compensated]}),
+            *drift_curves(
+                {"How far old prototypes are off, relative to their length": [compensated]}
+            ),
         ),
         _after_each_task(runs),
         text(
-            "Each row of a matrix is one more task learnt, each column a task to be tested on: down a column is how it "
+            "Each row of a matrix is one more task learnt, each column a task to be tested on: "
+            "down a column is how it "
             "is forgotten."
         ),
         matrix_maps({title: [run] for title, run in runs.items()}),
@@ -112,10 +149,13 @@ def _after_each_task(runs: Mapping[str, Run]) -> Html:
         for t in range(len(first.tasks))
     ]
     return table(
-        ["after task", "test images", *runs], body,
-        "Accuracy in % on all classes seen so far, with 95 % Clopper–Pearson intervals: one run each. More seeds, more "
-        "strategies and paired differences: benchmarks/results in the repository, made by clipsteer cil.",
-    )  # fmt: skip
+        ["after task", "test images", *runs],
+        body,
+        "Accuracy in % on all classes seen so far, with 95 % Clopper–Pearson intervals: one run "
+        "each. More seeds, more "
+        "strategies and paired differences: benchmarks/results in the repository, made by "
+        "clipsteer cil.",
+    )
 
 
 def _verdict(plain: tuple[str, Run], compensated: tuple[str, Run]) -> str:
@@ -123,11 +163,15 @@ def _verdict(plain: tuple[str, Run], compensated: tuple[str, Run]) -> str:
     (without, before), (with_, after) = plain, compensated
     gap, n = 100 * (after.A_last - before.A_last), sum(before.records[len(before.tasks) - 1].count)
     way = f"{abs(gap):.1f} points {'higher' if gap > 0 else 'lower'} {with_} than {without}"
-    parts = [f"In this run the accuracy on all classes at the end is {way if gap else 'the same'}, on {n} images."]
+    parts = [
+        f"In this run the accuracy on all classes at the end is {way if gap else 'the same'}, on "
+        f"{n} images."
+    ]
     kept, stale = (after.value(f"drift_{kind}") for kind in ("compensated", "uncompensated"))
     if not math.isnan(kept + stale):
         parts.append(
-            f"Its prototypes are off by {kept:.3f} of their length {with_}, on average; left where they were they "
+            f"Its prototypes are off by {kept:.3f} of their length {with_}, on average; left where "
+            f"they were they "
             f"would be off by {stale:.3f}."
         )
     return " ".join([*parts, "One run does not tell chance from effect."])

@@ -1,7 +1,9 @@
-"""Looking into a CLIP model through a sparse autoencoder: zero-shot accuracy, features, and what they steer.
+"""Looking into a CLIP model through a sparse autoencoder: zero-shot accuracy, features, and what
+they steer.
 
-Steerability of a feature over a text vocabulary: p = softmax(100 · image · textᵀ), Δ_c the mean change of p_c over
-images when the feature is set to a strength, S = Σ_c Δ_c² (Joseph et al. 2025, arXiv 2504.08729).
+Steerability of a feature over a text vocabulary: p = softmax(100 · image · textᵀ), Δ_c the mean
+change of p_c over images when the feature is set to a strength, S = Σ_c Δ_c² (Joseph et al. 2025,
+arXiv 2504.08729).
 """
 
 from __future__ import annotations
@@ -35,9 +37,11 @@ class Pictures:
     """Images to explore.
 
     Attributes:
-        dataset: N images; groups: name -> rows of it; train: the rows whose tokens the SAE learns from.
+        dataset: N images; groups: name -> rows of it; train: the rows whose tokens the SAE learns
+            from.
         names: (N,) what each image shows, for captions.
-        classes, truth: class names and the (N,) class of each image, or None where there are no classes.
+        classes, truth: class names and the (N,) class of each image, or None where there are no
+            classes.
         vocabulary: the texts among which predictions are made.
     """
 
@@ -51,7 +55,8 @@ class Pictures:
 
     @property
     def held_out(self) -> list[int]:
-        """The group to show and to try things on: of the four cells known concepts in a new style, else the last."""
+        """The group to show and to try things on: of the four cells known concepts in a new style,
+        else the last."""
         groups = list(self.groups.values())
         return groups[2 if len(groups) == 4 else -1]
 
@@ -76,14 +81,21 @@ class Feature:
     peak: float  # largest activation over all images
     density: float  # share of images on which it is active
     top: list[int]  # rows of the images that activate it most
-    looks_like: list[tuple[str, float]]  # the texts that those images are made of, and their mean weights
+    looks_like: list[
+        tuple[str, float]
+    ]  # the texts that those images are made of, and their mean weights
     steerability: float = 0.0
-    effect: list[tuple[str, float]] = field(default_factory=list)  # (text, Δp) steered up, on the probe images
-    removed: list[tuple[str, float]] = field(default_factory=list)  # (text, Δp) suppressed, on its top images
+    effect: list[tuple[str, float]] = field(
+        default_factory=list
+    )  # (text, Δp) steered up, on the probe images
+    removed: list[tuple[str, float]] = field(
+        default_factory=list
+    )  # (text, Δp) suppressed, on its top images
 
 
 def emoji_pictures(max_images: int | None = None, emojiclip: bool = True) -> Pictures:
-    """The bundled drawings in four cells: trained or held-out style × concepts that EmojiCLIP has seen or not.
+    """The bundled drawings in four cells: trained or held-out style × concepts that EmojiCLIP has
+    seen or not.
 
     For another model (``emojiclip=False``) the cells are the same, and named by what they hold.
     """
@@ -106,20 +118,28 @@ def emoji_pictures(max_images: int | None = None, emojiclip: bool = True) -> Pic
 
 
 def folder_pictures(path: str | Path, seed: int, max_images: int) -> Pictures:
-    """A user's images, four fifths for the SAE. Vocabulary: class names, if any, and bundled ones."""
+    """A user's images, four fifths for the SAE. Vocabulary: class names, if any, and bundled
+    ones."""
     dataset = open_dataset(path)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()[:max_images]
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()[
+        :max_images
+    ]
     if len(order) < 10:
         raise ValueError(f"data must hold at least 10 images, got {len(order)} in {path}")
     cut = len(order) * 4 // 5
     rows = sorted(order[:cut]) + sorted(order[cut:])
     chosen = dataset.subset(rows)
-    groups = {"images the SAE learns from": list(range(cut)), "held-out images": list(range(cut, len(rows)))}
+    groups = {
+        "images the SAE learns from": list(range(cut)),
+        "held-out images": list(range(cut, len(rows))),
+    }
     # a full-size text tower takes a minute or two for all of them
     concepts = spread([c.label for c in EmojiStyles().concepts], 300)
     if dataset.classes is None:
         names = [str(t)[:60] for t in chosen.targets]
-        return Pictures(chosen, groups, groups["images the SAE learns from"], names, None, None, concepts)
+        return Pictures(
+            chosen, groups, groups["images the SAE learns from"], names, None, None, concepts
+        )
     classes = [c.replace("_", " ") for c in dataset.classes]
     names = [classes[t] for t in chosen.targets]
     vocabulary = [*classes, *(c for c in concepts if c not in set(classes))]
@@ -138,29 +158,40 @@ def batches(rows: Sequence[int], size: int, label: str) -> Iterator[Sequence[int
 
 def pixels(clip: CLIP, pictures: Pictures, rows: Sequence[int]) -> Tensor:
     """Preprocessed images (B, 3, H, W)."""
-    return torch.stack([clip.preprocess(pictures.dataset[i][0]) for i in rows]).to(clip.device, clip.dtype)
+    return torch.stack([clip.preprocess(pictures.dataset[i][0]) for i in rows]).to(
+        clip.device, clip.dtype
+    )
 
 
 @torch.no_grad()
 def look(
-    clip: CLIP, pictures: Pictures, hook_point: str, *, batch: int = 64, label: str = "look at images"
+    clip: CLIP,
+    pictures: Pictures,
+    hook_point: str,
+    *,
+    batch: int = 64,
+    label: str = "look at images",
 ) -> tuple[Tensor, Tensor]:
-    """Tokens at the hook point (N, T, d) and unit image embeddings (N, e) of every image, on the CPU in float32."""
+    """Tokens at the hook point (N, T, d) and unit image embeddings (N, e) of every image, on the
+    CPU in float32."""
     tokens, embeddings = [], []
     for rows in batches(range(len(pictures.dataset)), batch, label):
         with capture(clip.model, hook_point, detach=True) as found:
             embeddings.append(clip.embed(pixels(clip, pictures, rows)).float().cpu())
         tokens.append(found[hook_point].float().cpu())
         if len(tokens) * tokens[0].nbytes > 4 * _MAX_TOKEN_BYTES:
-            raise ValueError(f"tokens of {len(pictures.dataset)} images take too much memory; pass --max-images")
+            raise ValueError(
+                f"tokens of {len(pictures.dataset)} images take too much memory; pass --max-images"
+            )
     return torch.cat(tokens), torch.cat(embeddings)
 
 
 def n_way(scores: Tensor, truth: Tensor, ways: int) -> Tensor:
-    """Expected accuracy of each image (N,) over every draw of ``ways`` - 1 wrong candidates: exact, nothing is drawn.
+    """Expected accuracy of each image (N,) over every draw of ``ways`` - 1 wrong candidates: exact,
+    nothing is drawn.
 
-    scores (N, M) over the candidates, truth (N,) the right one. With w of the M - 1 others at least as high, a draw is
-    won when it avoids those w: C(M-1-w, ways-1) / C(M-1, ways-1).
+    scores (N, M) over the candidates, truth (N,) the right one. With w of the M - 1 others at least
+    as high, a draw is won when it avoids those w: C(M-1-w, ways-1) / C(M-1, ways-1).
     """
     own = scores.gather(1, truth[:, None])
     above = ((scores >= own).sum(1) - 1).double()  # (N,)
@@ -184,14 +215,19 @@ def zero_shot(pictures: Pictures, embeddings: Tensor, head: Tensor) -> list[dict
             won = n_way(scores, truth, ways)
             sem = float(won.std() / math.sqrt(len(won))) if len(won) > 1 else 0.0
             accuracy[ways] = {"accuracy": float(won.mean()), "sem": sem, "chance": 1 / ways}
-        rows.append({"group": group, "images": len(members), "candidates": len(present), "ways": accuracy})
+        rows.append(
+            {"group": group, "images": len(members), "candidates": len(present), "ways": accuracy}
+        )
     return rows
 
 
 @torch.no_grad()
 def feature_heat(sae: SAE, tokens: Tensor, feature: int, prefix: int) -> Tensor | None:
-    """A feature's activation over the patch grid of one image, tokens (T, d) -> (g, g), or None without a square."""
-    acts = sae.feature_acts(tokens[prefix:].to(sae.W_enc.device), torch.tensor([feature], device=sae.W_enc.device))[0]
+    """A feature's activation over the patch grid of one image, tokens (T, d) -> (g, g), or None
+    without a square."""
+    acts = sae.feature_acts(
+        tokens[prefix:].to(sae.W_enc.device), torch.tensor([feature], device=sae.W_enc.device)
+    )[0]
     side = grid_side(len(acts))
     return acts.reshape(side, side).float().cpu() if side else None
 
@@ -225,15 +261,20 @@ def few(images: int) -> tuple[int, int]:
     return least, max(least, images * 3 // 20)
 
 
-def describe(peaks: Tensor, embeddings: Tensor, dictionary: ConceptDictionary, limit: int) -> list[Feature]:
-    """Features active on a few images, the strongest first, named by the images that activate them most."""
+def describe(
+    peaks: Tensor, embeddings: Tensor, dictionary: ConceptDictionary, limit: int
+) -> list[Feature]:
+    """Features active on a few images, the strongest first, named by the images that activate them
+    most."""
     density = (peaks > 0).float().mean(0)
     count = (peaks > 0).sum(0)
     top, most = few(len(peaks))
     usable = (count >= top) & (count <= most)
     strength = torch.where(usable, peaks.topk(min(top, len(peaks)), dim=0).values.mean(0), 0.0)
     order = strength.argsort(descending=True, stable=True)[: min(limit, int(usable.sum()))].tolist()
-    groups = [peaks[:, index].argsort(descending=True, stable=True)[:top].tolist() for index in order]
+    groups = [
+        peaks[:, index].argsort(descending=True, stable=True)[:top].tolist() for index in order
+    ]
     return [
         Feature(index, float(peaks[:, index].max()), float(density[index]), rows, names)
         for index, rows, names in zip(order, groups, dictionary.name_groups(embeddings, groups))
@@ -242,22 +283,37 @@ def describe(peaks: Tensor, embeddings: Tensor, dictionary: ConceptDictionary, l
 
 
 def probe(
-    predictor: Predictor, pictures: Pictures, rows: Sequence[int], features: list[Feature], multiple: float
+    predictor: Predictor,
+    pictures: Pictures,
+    rows: Sequence[int],
+    features: list[Feature],
+    multiple: float,
 ) -> None:
-    """Fill in steerability and effect: every feature set to ``multiple`` times its peak on the images of ``rows``."""
+    """Fill in steerability and effect: every feature set to ``multiple`` times its peak on the
+    images of ``rows``."""
     dataset = ImageDataset(lambda i: pictures.dataset[rows[i]][0], [""] * len(rows))
     found = steerability(
-        predictor.sae, predictor.clip, dataset, predictor.head, features=[f.index for f in features],
-        strength=torch.tensor([multiple * f.peak for f in features]), hook_point=predictor.hook_point, tokens="all",
-    )  # fmt: skip
+        predictor.sae,
+        predictor.clip,
+        dataset,
+        predictor.head,
+        features=[f.index for f in features],
+        strength=torch.tensor([multiple * f.peak for f in features]),
+        hook_point=predictor.hook_point,
+        tokens="all",
+    )
     for feature, score, change in zip(features, found.score.tolist(), found.change.float().cpu()):
         feature.steerability, feature.effect = score, largest(change, pictures.vocabulary, 6)
 
 
 def count_steerable(
-    predictor: Predictor, pictures: Pictures, rows: Sequence[int], features: Sequence[Feature], multiple: float,
+    predictor: Predictor,
+    pictures: Pictures,
+    rows: Sequence[int],
+    features: Sequence[Feature],
+    multiple: float,
     threshold: float,
-) -> int:  # fmt: skip
+) -> int:
     """How many of the features have S above the threshold at another multiple of their peak."""
     copies = [replace(f) for f in features]
     probe(predictor, pictures, rows, copies, multiple)
@@ -270,7 +326,9 @@ def choose(features: list[Feature], count: int) -> list[Feature]:
     Those that push towards what they look like (one of their texts) come first.
     """
     chosen: dict[str, Feature] = {}
-    for feature in sorted(features, key=lambda f: (f.effect[0][0] not in dict(f.looks_like), -f.steerability)):
+    for feature in sorted(
+        features, key=lambda f: (f.effect[0][0] not in dict(f.looks_like), -f.steerability)
+    ):
         chosen.setdefault(feature.effect[0][0], feature)
     return list(chosen.values())[:count]
 
@@ -279,12 +337,17 @@ def choose(features: list[Feature], count: int) -> list[Feature]:
 def response(
     predictor: Predictor, feature: Feature, images: Tensor, target: int, multiples: Sequence[float]
 ) -> list[float]:
-    """Mean probability of one text on the images, with the feature set to each multiple of its peak."""
-    return [float(predictor.steered(images, feature.index, m * feature.peak)[:, target].mean()) for m in multiples]
+    """Mean probability of one text on the images, with the feature set to each multiple of its
+    peak."""
+    return [
+        float(predictor.steered(images, feature.index, m * feature.peak)[:, target].mean())
+        for m in multiples
+    ]
 
 
 def augmented(image: Any, generator: torch.Generator) -> Any:
-    """A slightly moved, scaled, turned and perhaps mirrored PIL image, on white: more tokens from few pictures."""
+    """A slightly moved, scaled, turned and perhaps mirrored PIL image, on white: more tokens from
+    few pictures."""
     from PIL import Image, ImageOps
 
     zoom, turn, dx, dy, mirror = torch.rand(5, generator=generator).tolist()

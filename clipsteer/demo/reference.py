@@ -1,4 +1,5 @@
-"""The demo's curves of training with a reference model: drawn from committed results, not measured by the demo."""
+"""The demo's curves of training with a reference model: drawn from committed results, not measured
+by the demo."""
 
 from __future__ import annotations
 
@@ -19,8 +20,11 @@ def chart(means: Mapping[str, Any], title: str) -> Html:
     lines = means["metrics"][title]
     return line_chart(
         {name: (means["samples"], [100 * v for v in values]) for name, values in lines.items()},
-        title=title, x_label="samples seen", y_label="%", y_from=0,
-    )  # fmt: skip
+        title=title,
+        x_label="samples seen",
+        y_label="%",
+        y_from=0,
+    )
 
 
 def section() -> list[Html]:
@@ -29,19 +33,26 @@ def section() -> list[Html]:
     seeds = len(means["seeds"])
     return [
         text(
-            "A frozen reference model can say which pairs are worth learning: DRRho-CLIP (Wei et al. 2025) pushes a "
-            "model only where it is further from right than the reference, so that captions that fit many images "
-            "weigh less. The curves show a model a fifth of EmojiCLIP's size, trained from scratch on drawings with "
-            "noisy captions. Here the reference's weights do not help; learning its features (distillation) "
+            "A frozen reference model can say which pairs are worth learning: DRRho-CLIP (Wei et "
+            "al. 2025) pushes a "
+            "model only where it is further from right than the reference, so that captions that "
+            "fit many images "
+            "weigh less. The curves show a model a fifth of EmojiCLIP's size, trained from scratch "
+            "on drawings with "
+            "noisy captions. Here the reference's weights do not help; learning its features "
+            "(distillation) "
             "does."
         ),
         text(
-            f"These curves were not measured for this page: they are committed results, means over {seeds} seeds of "
+            f"These curves were not measured for this page: they are committed results, means over "
+            f"{seeds} seeds of "
             f"{means['date']}. How they were made, what can be told apart and what not: "
             "benchmarks/results/reference_model.md in the repository."
         ),
         charts(*(chart(means, title) for title in SHOWN)),
         text("The same for your own pairs:"),
-        code("clipsteer train --data pairs.csv --model ViT-B-32 --reference ViT-B-16 \\\n"
-             "    --reference-pretrained laion2b_s34b_b88k --out runs/b32"),
-    ]  # fmt: skip
+        code(
+            "clipsteer train --data pairs.csv --model ViT-B-32 --reference ViT-B-16 \\\n"
+            "    --reference-pretrained laion2b_s34b_b88k --out runs/b32"
+        ),
+    ]

@@ -1,7 +1,8 @@
-"""The demo: what a CLIP model sees, a sparse autoencoder trained on its tokens, what steering a feature does,
-conceptors, and a WiSE-FT curve.
+"""The demo: what a CLIP model sees, a sparse autoencoder trained on its tokens, what steering a
+feature does, conceptors, and a WiSE-FT curve.
 
-``run`` leaves a page, the SAE and the figures in a folder. The same seed on the same machine gives the same figures.
+``run`` leaves a page, the SAE and the figures in a folder. The same seed on the same machine gives
+the same figures.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ from clipsteer.io.files import write_json
 from clipsteer.sae.features import feature_peaks
 from clipsteer.sae.model import SAE
 
-# multiply-adds of SAE training that two CPU cores do in a minute: what turns --minutes into a number of steps
+# multiply-adds of SAE training that two CPU cores do in a minute: what turns --minutes into a
+# number of steps
 _WORK_PER_MINUTE = 1e12
 # wide models get more time than that: with fewer steps a minute there would be little to see
 _LEAST_STEPS_PER_MINUTE = 800
@@ -81,17 +83,30 @@ class Demo:
         if rows := self.figures["conceptors"].get("conceptors"):
             before, after = (
                 sum(way["mass"][k] for k, way in enumerate(ways)) / len(rows)
-                for ways in ([self.figures["conceptors"]["probability"]["unsteered"]] * len(rows),
-                             [row["effect"]["itself"] for row in rows])
-            )  # fmt: skip
-            out.append(f"conceptors, probability of their own kind: {before:.1%} unsteered, {after:.1%} steered")
+                for ways in (
+                    [self.figures["conceptors"]["probability"]["unsteered"]] * len(rows),
+                    [row["effect"]["itself"] for row in rows],
+                )
+            )
+            out.append(
+                f"conceptors, probability of their own kind: {before:.1%} unsteered, {after:.1%} "
+                f"steered"
+            )
         if rows := self.figures["wise_ft"].get("rows"):
-            line = {row["alpha"]: row["shifted"] for row in averages(rows) if row["method"] == "weight"}
+            line = {
+                row["alpha"]: row["shifted"] for row in averages(rows) if row["method"] == "weight"
+            }
             shown = ", ".join(f"{line[a]:.1%} at alpha {a:g}" for a in (0.0, 0.5, 1.0) if a in line)
             out.append(f"WiSE-FT, shifted styles: {shown}")
         for title, run in self.figures["continual"].get("runs", {}).items():
-            out.append(f"class-incremental, {title}: {Run.from_json(run).A_last:.1%} on all classes at the end")
-        out.append(f"steerable (S > {STEERABLE}): {share['steerable']} of {share['probed']} features probed")
+            out.append(
+                f"class-incremental, {title}: {Run.from_json(run).A_last:.1%} on all classes at "
+                f"the end"
+            )
+        out.append(
+            f"steerable (S > {STEERABLE}): {share['steerable']} of {share['probed']} features "
+            f"probed"
+        )
         return out
 
 
@@ -107,17 +122,19 @@ def run(
     max_images: int | None = None,
     device: str = "cpu",
 ) -> Demo:
-    """Run the demo into the folder ``out``: report.html, metrics.json, sae/ and, where the images have a few
-    classes, conceptors.safetensors.
+    """Run the demo into the folder ``out``: report.html, metrics.json, sae/ and, where the images
+    have a few classes, conceptors.safetensors.
 
     Args:
         seed: of the SAE, its batches and what is drawn.
-        model, pretrained: as in ``clipsteer.clip.load``; data: a folder, caption table or shards, else the bundled
-            drawings.
+        model, pretrained: as in ``clipsteer.clip.load``; data: a folder, caption table or shards,
+            else the bundled drawings.
         hook_point: a block's module name; by default the last but one of the image tower.
-        minutes: SAE training, in nominal minutes of two CPU cores. It sets the number of steps, so that the result
-            does not depend on how fast the machine is; wide models get at least 800 a minute, which takes longer.
-        max_images: at most so many; by default all bundled drawings for EmojiCLIP and 1000 otherwise.
+        minutes: SAE training, in nominal minutes of two CPU cores. It sets the number of steps, so
+            that the result does not depend on how fast the machine is; wide models get at least 800
+            a minute, which takes longer.
+        max_images: at most so many; by default all bundled drawings for EmojiCLIP and 1000
+            otherwise.
     """
     if not 0 < minutes < math.inf:
         raise ValueError(f"demo: minutes must be positive, got {minutes}")
@@ -126,16 +143,23 @@ def run(
     out = Path(out)
     clip = load(model, pretrained, device=device)
     limit = max_images if model == EMOJICLIP and data is None else max_images or 1000
-    pictures = emoji_pictures(limit, model == EMOJICLIP) if data is None else folder_pictures(data, seed, limit or 1000)
+    pictures = (
+        emoji_pictures(limit, model == EMOJICLIP)
+        if data is None
+        else folder_pictures(data, seed, limit or 1000)
+    )
     hook_point = hook_point or default_hook_point(clip)
     tokens, embeddings = look(clip, pictures, hook_point)
     # the prompts of a large vocabulary cost a real text tower minutes, so one template does for it
-    head = zero_shot_head(clip, pictures.vocabulary, EMOJI_TEMPLATES if model == EMOJICLIP else SIMPLE_TEMPLATES).cpu()
+    head = zero_shot_head(
+        clip, pictures.vocabulary, EMOJI_TEMPLATES if model == EMOJICLIP else SIMPLE_TEMPLATES
+    ).cpu()
     figures: dict[str, Any] = {
         "model": {"name": model, "pretrained": pretrained, "hook_point": hook_point},
         "data": {"path": str(data) if data else "EmojiStyles", "images": len(pictures.dataset)},
-        "seed": seed, "vocabulary": len(pictures.vocabulary),
-    }  # fmt: skip
+        "seed": seed,
+        "vocabulary": len(pictures.vocabulary),
+    }
     if pictures.truth is not None:
         figures["zero_shot"] = zero_shot(pictures, embeddings, head[: len(pictures.classes)])
     sae, history = train(clip, pictures, tokens, hook_point, seed, minutes, out)
@@ -151,7 +175,8 @@ def run(
     if not features:
         least, most = few(len(tokens))
         raise RuntimeError(
-            f"demo: no SAE feature is active on {least} to {most} of the {len(tokens)} images; take more images "
+            f"demo: no SAE feature is active on {least} to {most} of the {len(tokens)} images; "
+            f"take more images "
             "(--max-images, --data), or train longer (--minutes)"
         )
     probe(predictor, pictures, probe_rows, features, PROBE)
@@ -159,14 +184,21 @@ def run(
     shown = [study(predictor, pictures, embeddings, feature, probed) for feature in chosen]
     steerable = {PROBE: sum(f.steerability > STEERABLE for f in features)}
     for multiple in OTHER_PROBES:
-        steerable[multiple] = count_steerable(predictor, pictures, probe_rows, features, multiple, STEERABLE)
+        steerable[multiple] = count_steerable(
+            predictor, pictures, probe_rows, features, multiple, STEERABLE
+        )
     figures["steering"] = {
-        "probed": len(features), "probe_images": len(probed), "probe_rows": probe_rows,
-        "multiple_of_peak": PROBE, "threshold": STEERABLE, "active_on": few(len(tokens)),
-        "steerable": steerable[PROBE], "steerable_by_multiple": {f"{m:g}": steerable[m] for m in sorted(steerable)},
+        "probed": len(features),
+        "probe_images": len(probed),
+        "probe_rows": probe_rows,
+        "multiple_of_peak": PROBE,
+        "threshold": STEERABLE,
+        "active_on": few(len(tokens)),
+        "steerable": steerable[PROBE],
+        "steerable_by_multiple": {f"{m:g}": steerable[m] for m in sorted(steerable)},
         "scores": sorted((f.steerability for f in features), reverse=True),
         "features": [{**asdict(f), "response": s} for f, s in zip(chosen, shown)],
-    }  # fmt: skip
+    }
     figures["conceptors"] = demo_conceptors.measure(
         predictor, pictures, tokens, embeddings, data is None, out / "conceptors.safetensors"
     )
@@ -188,9 +220,16 @@ def steps_in(minutes: float, batch: int, d_in: int) -> int:
 
 
 def train(
-    clip: CLIP, pictures: Pictures, tokens: Tensor, hook_point: str, seed: int, minutes: float, out: Path
+    clip: CLIP,
+    pictures: Pictures,
+    tokens: Tensor,
+    hook_point: str,
+    seed: int,
+    minutes: float,
+    out: Path,
 ) -> tuple[SAE, list[dict[str, float]]]:
-    """Train a top-k SAE on the tokens of the training rows and save it; few pictures are seen in several variants."""
+    """Train a top-k SAE on the tokens of the training rows and save it; few pictures are seen in
+    several variants."""
     rows = tokens[pictures.train]
     parts = [rows.flatten(0, 1)]
     views = min(3, _TRAIN_TOKENS // len(parts[0]))
@@ -203,12 +242,27 @@ def train(
     batch = min(_BATCH, len(activations))
     steps = steps_in(minutes, batch, d_in)
     config = clipsteer.TrainConfig(
-        expansion=_EXPANSION, k=min(_K, d_in), batch_size=batch, steps=steps, lr=1e-3, warmup_steps=steps // 20,
-        seed=seed, dead_after=4 * len(activations), log_every=max(1, steps // 60), normalize="layer_norm",
-    )  # fmt: skip
-    metadata = {"clip_model": clip.name, "pretrained": clip.pretrained, "hook_point": hook_point, "tokens": "all"}
+        expansion=_EXPANSION,
+        k=min(_K, d_in),
+        batch_size=batch,
+        steps=steps,
+        lr=1e-3,
+        warmup_steps=steps // 20,
+        seed=seed,
+        dead_after=4 * len(activations),
+        log_every=max(1, steps // 60),
+        normalize="layer_norm",
+    )
+    metadata = {
+        "clip_model": clip.name,
+        "pretrained": clip.pretrained,
+        "hook_point": hook_point,
+        "tokens": "all",
+    }
     history: list[dict[str, float]] = []
-    sae = clipsteer.train_sae(activations, config, metadata=metadata, on_log=history.append, device=clip.device)
+    sae = clipsteer.train_sae(
+        activations, config, metadata=metadata, on_log=history.append, device=clip.device
+    )
     sae.save_pretrained(out / "sae")
     return sae, history
 
@@ -216,17 +270,21 @@ def train(
 def study(
     predictor: Predictor, pictures: Pictures, embeddings: Tensor, feature: Feature, probed: Tensor
 ) -> dict[str, Any]:
-    """What one feature does: its target's mean probability by strength, and its top images without it."""
+    """What one feature does: its target's mean probability by strength, and its top images without
+    it."""
     target = pictures.vocabulary.index(feature.effect[0][0])
     curve = response(predictor, feature, probed, target, MULTIPLES)
     own = pixels(predictor.clip, pictures, feature.top)
     clean = predictor.of(embeddings[feature.top])
-    feature.removed = largest((predictor.steered(own, feature.index, 0.0) - clean).mean(0), pictures.vocabulary, 6)
+    feature.removed = largest(
+        (predictor.steered(own, feature.index, 0.0) - clean).mean(0), pictures.vocabulary, 6
+    )
     return {"target": feature.effect[0][0], "multiples": list(MULTIPLES), "probability": curve}
 
 
 def evaluate(clip: CLIP, pictures: Pictures, sae: SAE) -> dict[str, dict[str, Any]]:
-    """What the SAE preserves, on a part of every group; the classes are the group's own, with one prompt each."""
+    """What the SAE preserves, on a part of every group; the classes are the group's own, with one
+    prompt each."""
     found = {}
     for group, members in pictures.groups.items():
         rows = spread(members, _EVALUATED)

@@ -16,7 +16,9 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}\u00a0%"
 
 
-def conceptors(pictures: Pictures, found: Mapping[str, Any], hook_point: str, saved: Path) -> list[Html]:
+def conceptors(
+    pictures: Pictures, found: Mapping[str, Any], hook_point: str, saved: Path
+) -> list[Html]:
     """``found`` is what ``demo_conceptors.measure`` gives, ``saved`` the file of the conceptors."""
     if "skipped" in found:
         return [text(found["skipped"])]
@@ -26,24 +28,35 @@ def conceptors(pictures: Pictures, found: Mapping[str, Any], hook_point: str, sa
     pair = f"{rows[shown]['name']} AND NOT {rows[other]['name']}"
     return [
         text(
-            "A conceptor is a soft projection, made from the tokens of some images: directions that these images use "
-            "much pass nearly unchanged, the others are damped. Conceptors combine as sets do: NOT keeps what was "
-            "damped, AND what both keep, OR what either keeps (Jaeger 2014; Postmus & Abreu 2024). Here each "
-            f"{what} has one, made from the images that the autoencoder learns from. The quota is the "
+            "A conceptor is a soft projection, made from the tokens of some images: directions "
+            "that these images use "
+            "much pass nearly unchanged, the others are damped. Conceptors combine as sets do: NOT "
+            "keeps what was "
+            "damped, AND what both keep, OR what either keeps (Jaeger 2014; Postmus & Abreu 2024). "
+            "Here each "
+            f"{what} has one, made from the images that the autoencoder learns from. The quota is "
+            f"the "
             "share of all directions that passes; the aperture sets it, and is one for all: "
             f"α = {found['aperture']:.3g}, by which a direction of average energy passes by half."
         ),
         text(
-            f"Which held-out images each keeps most and least, as ‖Ch‖²/‖h‖² over the tokens against the same of a "
-            f"conceptor of all images together (quota {found['quota_everything']:.2f}). Taking for each of the "
-            f"{found['held_out']} images the {what} whose conceptor keeps most in this sense is right for "
-            f"{percent(apart['accuracy'])}; the largest {what} makes up {percent(apart['largest_share'])}."
+            f"Which held-out images each keeps most and least, as ‖Ch‖²/‖h‖² over the tokens "
+            f"against the same of a "
+            f"conceptor of all images together (quota {found['quota_everything']:.2f}). Taking for "
+            f"each of the "
+            f"{found['held_out']} images the {what} whose conceptor keeps most in this sense is "
+            f"right for "
+            f"{percent(apart['accuracy'])}; the largest {what} makes up "
+            f"{percent(apart['largest_share'])}."
         ),
         cards(*(_kept(pictures, row, found) for row in rows)),
         text(
-            f"Steering: every token of {found['steered_images']} held-out images of all kinds goes through a "
-            "conceptor, and the model names what comes out. The table gives the probability that falls on names of "
-            f"the {what} in the first column, mean over the images. Compare with the column of the conceptor of all "
+            f"Steering: every token of {found['steered_images']} held-out images of all kinds goes "
+            f"through a "
+            "conceptor, and the model names what comes out. The table gives the probability that "
+            "falls on names of "
+            f"the {what} in the first column, mean over the images. Compare with the column of the "
+            f"conceptor of all "
             "images, which shows what damping alone does."
         ),
         _effects(found),
@@ -52,7 +65,8 @@ def conceptors(pictures: Pictures, found: Mapping[str, Any], hook_point: str, sa
             "import clipsteer\n\n"
             f"conceptors = clipsteer.Conceptor.load({str(saved)!r})\n"
             f"wanted = conceptors[{shown}] & ~conceptors[{other}]  # {pair}\n"
-            f"steering = clipsteer.ConceptorSteering(wanted)  # for clipsteer.steer, at {hook_point!r}"
+            f"steering = clipsteer.ConceptorSteering(wanted)  # for clipsteer.steer, at "
+            f"{hook_point!r}"
         ),
     ]
 
@@ -63,13 +77,20 @@ def _kept(pictures: Pictures, row: Mapping[str, Any], found: Mapping[str, Any]) 
         return f"{name.rpartition(' (')[0] if found['minus'] == 'style' else name}, ×{ratio:.2f}"
 
     def grid(pairs: Sequence[tuple[int, float]]) -> Html:
-        return figures([(pictures.thumb(i, 96), caption(pictures.names[i], r)) for i, r in pairs], size="4.6rem")
+        return figures(
+            [(pictures.thumb(i, 96), caption(pictures.names[i], r)) for i, r in pairs],
+            size="4.6rem",
+        )
 
     own = f"{row['most_of_its_own']} of these {len(row['most'])} are of this {found['what']}"
     return card(
-        row["name"], text(f"From {row['images']} images; quota {row['quota']:.3f}.", css="note"),
-        text(f"Kept most ({own}):"), grid(row["most"]), text("Kept least:"), grid(row["least"]),
-    )  # fmt: skip
+        row["name"],
+        text(f"From {row['images']} images; quota {row['quota']:.3f}.", css="note"),
+        text(f"Kept most ({own}):"),
+        grid(row["most"]),
+        text("Kept least:"),
+        grid(row["least"]),
+    )
 
 
 def _minus(found: Mapping[str, Any]) -> str:
@@ -80,22 +101,40 @@ def _effects(found: Mapping[str, Any]) -> Html:
     plain = found["probability"]
     body = []
     for k, row in enumerate(found["conceptors"]):
-        ways = [plain["unsteered"], plain["everything"], *(row["effect"][way] for way in ("itself", "and_not", "not"))]
+        ways = [
+            plain["unsteered"],
+            plain["everything"],
+            *(row["effect"][way] for way in ("itself", "and_not", "not")),
+        ]
         body.append([row["name"], *(percent(way["mass"][k]) for way in ways)])
-    mean = lambda way: sum(row["effect"][way]["right_name"] for row in found["conceptors"]) / len(found["conceptors"])
+    mean = lambda way: (
+        sum(row["effect"][way]["right_name"] for row in found["conceptors"])
+        / len(found["conceptors"])
+    )
     names = [plain[way]["right_name"] for way in ("unsteered", "everything")]
-    body.append(["images named right", *map(percent, [*names, *map(mean, ("itself", "and_not", "not"))])])
+    body.append(
+        ["images named right", *map(percent, [*names, *map(mean, ("itself", "and_not", "not"))])]
+    )
     what = found["what"]
     if found["minus"] == "style":
         minus = "Style is a conceptor of the differences between two drawings of one thing."
     else:
         minus = f"The others are a conceptor of the images of every other {what}."
     return table(
-        [f"probability of the {what}", "unsteered", "conceptor of all images", f"the {what}'s own",
-         f"own AND NOT {_minus(found)}", "NOT its own"], body,
-        f"{minus} The last row is the share of images that still get their own name, among all names; in the last "
-        "three columns it is the mean over the conceptors. The images below are picked evenly, not by their effect.",
-    )  # fmt: skip
+        [
+            f"probability of the {what}",
+            "unsteered",
+            "conceptor of all images",
+            f"the {what}'s own",
+            f"own AND NOT {_minus(found)}",
+            "NOT its own",
+        ],
+        body,
+        f"{minus} The last row is the share of images that still get their own name, among all "
+        f"names; in the last "
+        "three columns it is the mean over the conceptors. The images below are picked evenly, not "
+        "by their effect.",
+    )
 
 
 def _examples(pictures: Pictures, found: Mapping[str, Any]) -> Html:
@@ -104,13 +143,19 @@ def _examples(pictures: Pictures, found: Mapping[str, Any]) -> Html:
 
     def rows(way: str) -> list[list[Any]]:
         return [
-            [figures([(pictures.thumb(e["row"]), "", pictures.names[e["row"]])], size="3.2rem"),
-             words(e["before"]), words(e["after"])]
+            [
+                figures([(pictures.thumb(e["row"]), "", pictures.names[e["row"]])], size="3.2rem"),
+                words(e["before"]),
+                words(e["after"]),
+            ]
             for e in found["examples"][way]
-        ]  # fmt: skip
+        ]
 
     return cards(
-        card(f"Keep {name}, on other images", table(["image", "seen as", "steered"], rows("itself"), words=True)),
+        card(
+            f"Keep {name}, on other images",
+            table(["image", "seen as", "steered"], rows("itself"), words=True),
+        ),
         card(
             f"NOT {name}, on images of that {found['what']}",
             table(["image", "seen as", "steered"], rows("not"), words=True),
@@ -121,9 +166,12 @@ def _examples(pictures: Pictures, found: Mapping[str, Any]) -> Html:
 def wise_ft(found: Mapping[str, Any]) -> list[Html]:
     """``found`` is what ``demo_wise_ft.measure`` gives."""
     intro = text(
-        "Fine-tuning makes a model better at what it is tuned on, and often worse at everything else. WiSE-FT "
-        "(Wortsman et al. 2022) averages the weights of before and after, tensor by tensor: (1 − α) · zero-shot + "
-        "α · fine-tuned. Often some α in between is better than both ends, at no cost when the model runs."
+        "Fine-tuning makes a model better at what it is tuned on, and often worse at everything "
+        "else. WiSE-FT "
+        "(Wortsman et al. 2022) averages the weights of before and after, tensor by tensor: (1 − "
+        "α) · zero-shot + "
+        "α · fine-tuned. Often some α in between is better than both ends, at no cost when the "
+        "model runs."
     )
     if "skipped" in found:
         return [intro, text(found["skipped"])]
@@ -137,45 +185,74 @@ def wise_ft(found: Mapping[str, Any]) -> list[Html]:
     body = [[f"{alpha:g}", *(cell(at[alpha, name]) for name in names)] for alpha in line]
     shifted = [name.capitalize() for name in names[1:]]
     own = found["style"].capitalize()
-    middle = [(f"α = {alpha:g}, other styles", percent(line[alpha]["shifted"])) for alpha in (0.5,) if alpha in line]
+    middle = [
+        (f"α = {alpha:g}, other styles", percent(line[alpha]["shifted"]))
+        for alpha in (0.5,)
+        if alpha in line
+    ]
     return [
         intro,
         text(
-            f"Here EmojiCLIP, which was trained on {' and '.join(shifted)} drawings, is tuned to {own}, a style new to "
-            f"it: {found['training_concepts']} things in 30 classes, {found['epochs']} epochs. Tested are the drawings "
-            f"of {found['test_concepts']} other things, which it saw in no style: in {own} (reference), and in "
+            f"Here EmojiCLIP, which was trained on {' and '.join(shifted)} drawings, is tuned to "
+            f"{own}, a style new to "
+            f"it: {found['training_concepts']} things in 30 classes, {found['epochs']} epochs. "
+            f"Tested are the drawings "
+            f"of {found['test_concepts']} other things, which it saw in no style: in {own} "
+            f"(reference), and in "
             f"{' and '.join(shifted)} (shifted)."
         ),
-        stats([
-            ("before tuning, other styles", percent(line[0.0]["shifted"])), *middle,
-            ("after tuning, other styles", percent(line[1.0]["shifted"])),
-            (f"before and after, {own}", f"{percent(line[0.0]['reference'])} → {percent(line[1.0]['reference'])}"),
-        ]),
+        stats(
+            [
+                ("before tuning, other styles", percent(line[0.0]["shifted"])),
+                *middle,
+                ("after tuning, other styles", percent(line[1.0]["shifted"])),
+                (
+                    f"before and after, {own}",
+                    f"{percent(line[0.0]['reference'])} → {percent(line[1.0]['reference'])}",
+                ),
+            ]
+        ),
         text(
-            f"In the left chart a line runs from before tuning (○) to after (■): further right is better on {own}, "
-            "further up is better on the other styles. The axes are in log odds, which stretch the scale towards 0 "
-            "and 100 %. The output-space ensemble averages the answers of both models instead, and has to run both."
+            f"In the left chart a line runs from before tuning (○) to after (■): further right is "
+            f"better on {own}, "
+            "further up is better on the other styles. The axes are in log odds, which stretch the "
+            "scale towards 0 "
+            "and 100 %. The output-space ensemble averages the answers of both models instead, and "
+            "has to run both."
         ),
         charts(*curve_charts(rows)),
         text(_verdict(rows)),
         summary_table(rows, None),
         table(
-            ["α", *names], body,
-            f"Accuracy in % with 95 % Clopper–Pearson intervals, one fine-tuning seed ({found['seed']}). The intervals "
-            f"reach up to {100 * widest:.0f} points either way: read the shape, not the last digit. Every style, three "
-            "seeds, and gains over both ends: benchmarks/results/wise_ft_emoji in the repository, made by "
+            ["α", *names],
+            body,
+            f"Accuracy in % with 95 % Clopper–Pearson intervals, one fine-tuning seed "
+            f"({found['seed']}). The intervals "
+            f"reach up to {100 * widest:.0f} points either way: read the shape, not the last "
+            f"digit. Every style, three "
+            "seeds, and gains over both ends: benchmarks/results/wise_ft_emoji in the repository, "
+            "made by "
             "benchmarks/wise_ft.py. For your own models and data: clipsteer wise-ft curve.",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _verdict(rows: Sequence[Mapping[str, Any]]) -> str:
     """How many alphas beat both ends on the shifted sets, by both measures."""
     parts = []
-    for measure, name in (("accuracy", "accuracy"), ("balanced", "balanced accuracy (the mean over classes)")):
-        line = {row["alpha"]: row["shifted"] for row in averages(rows, measure) if row["method"] == "weight"}
+    for measure, name in (
+        ("accuracy", "accuracy"),
+        ("balanced", "balanced accuracy (the mean over classes)"),
+    ):
+        line = {
+            row["alpha"]: row["shifted"]
+            for row in averages(rows, measure)
+            if row["method"] == "weight"
+        }
         inner = [alpha for alpha in line if 0 < alpha < 1]
         above = [alpha for alpha in inner if line[alpha] > max(line[0.0], line[1.0])]
-        which = f" (α = {', '.join(f'{a:g}' for a in above)})" if 0 < len(above) < len(inner) else ""
+        which = (
+            f" (α = {', '.join(f'{a:g}' for a in above)})" if 0 < len(above) < len(inner) else ""
+        )
         parts.append(f"by {name} {len(above)} of the {len(inner)} averages in between{which}")
     return f"What beats both ends on the mean of the other styles, in this run: {'; '.join(parts)}."

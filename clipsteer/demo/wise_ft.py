@@ -1,4 +1,5 @@
-"""The demo's WiSE-FT curve: EmojiCLIP tuned to the one style it was not trained on, and averaged with what it was."""
+"""The demo's WiSE-FT curve: EmojiCLIP tuned to the one style it was not trained on, and averaged
+with what it was."""
 
 from __future__ import annotations
 
@@ -21,11 +22,14 @@ from clipsteer.ensembles import robustness
 from clipsteer.ensembles.finetuning import FinetuneConfig, finetune
 from clipsteer.ensembles.robustness import EvalSet, curve
 
-# what benchmarks/wise_ft.py took on validation concepts for this style: benchmarks/results/wise_ft_emoji
+# what benchmarks/wise_ft.py took on validation concepts for this style:
+# benchmarks/results/wise_ft_emoji
 HEAD, LR, EPOCHS = "labels", 1e-3, 5
 ELSEWHERE = (
-    "The demo does this for EmojiCLIP and the bundled drawings alone. For your own: clipsteer finetune tunes a model, "
-    "and clipsteer wise-ft curve draws the curve from what that leaves; both have examples under --help."
+    "The demo does this for EmojiCLIP and the bundled drawings alone. For your own: clipsteer "
+    "finetune tunes a model, "
+    "and clipsteer wise-ft curve draws the curve from what that leaves; both have examples under "
+    "--help."
 )
 ALPHAS = tuple(i / 10 for i in range(11))
 
@@ -38,15 +42,23 @@ def measure(
     epochs: int = EPOCHS,
     alphas: Sequence[float] = ALPHAS,
 ) -> dict[str, Any]:
-    """The rows of ``robustness.curve`` for one seed, and the settings; ``parts`` is by default Classify-30 whole."""
+    """The rows of ``robustness.curve`` for one seed, and the settings; ``parts`` is by default
+    Classify-30 whole."""
     parts = parts or split()
     chosen = {"lr": LR, "epochs": epochs, "batch_size": BATCH}
     tests = evaluation_sets(HELD_OUT_STYLE, parts.test, device)
-    rows = tuned_curve(HELD_OUT_STYLE, parts, HEAD, chosen, tests, seed=seed, alphas=alphas, device=device)
+    rows = tuned_curve(
+        HELD_OUT_STYLE, parts, HEAD, chosen, tests, seed=seed, alphas=alphas, device=device
+    )
     return {
-        "style": HELD_OUT_STYLE, "seed": seed, "head": HEAD, **chosen,
-        "training_concepts": len(parts.fit + parts.validation), "test_concepts": len(parts.test), "rows": rows,
-    }  # fmt: skip
+        "style": HELD_OUT_STYLE,
+        "seed": seed,
+        "head": HEAD,
+        **chosen,
+        "training_concepts": len(parts.fit + parts.validation),
+        "test_concepts": len(parts.test),
+        "rows": rows,
+    }
 
 
 BATCH = 64
@@ -56,13 +68,16 @@ STYLES = EmojiStyles.styles
 
 
 def heads(clip: CLIP, concepts: Sequence[int]) -> dict[str, Tensor]:
-    """Two zero-shot heads (30, e): from the subcategories' names, and the mean over the labels of their concepts."""
+    """Two zero-shot heads (30, e): from the subcategories' names, and the mean over the labels of
+    their concepts."""
     emoji = EmojiStyles()
     owner = [emoji.concepts[i].subcategory for i in concepts]
     classes = sorted(set(owner))
     labels = zero_shot_head(clip, [emoji.concepts[i].label for i in concepts])
     rows = torch.tensor([classes.index(name) for name in owner], device=labels.device)
-    sums = torch.zeros(len(classes), labels.shape[1], device=labels.device).index_add_(0, rows, labels)
+    sums = torch.zeros(len(classes), labels.shape[1], device=labels.device).index_add_(
+        0, rows, labels
+    )
     names = zero_shot_head(clip, [name.replace("-", " ") for name in classes])
     return {"names": names, "labels": F.normalize(sums, dim=-1)}
 
@@ -74,7 +89,8 @@ def tune(clip: CLIP, dataset: ImageDataset, head: Tensor, **settings: Any) -> Im
 
 
 def evaluation_sets(style: str, concepts: Sequence[int], device: str = "cpu") -> list[EvalSet]:
-    """Classify-30's drawings of the concepts: in `style` for reference, in each other style as a shift."""
+    """Classify-30's drawings of the concepts: in `style` for reference, in each other style as a
+    shift."""
     clip, sets = load(EMOJICLIP, device=device), []
     for other in (style, *(s for s in STYLES if s != style)):
         images = classify30(other, concepts)
@@ -85,13 +101,23 @@ def evaluation_sets(style: str, concepts: Sequence[int], device: str = "cpu") ->
 
 
 def tuned_curve(
-    style: str, parts: Split, head_name: str, settings: dict[str, Any], tests: Sequence[EvalSet], *, seed: int = 0,
-    alphas: Sequence[float] = robustness.ALPHAS, device: str = "cpu",
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Tune EmojiCLIP on the training concepts in one style, with one seed: the rows of `robustness.curve`."""
+    style: str,
+    parts: Split,
+    head_name: str,
+    settings: dict[str, Any],
+    tests: Sequence[EvalSet],
+    *,
+    seed: int = 0,
+    alphas: Sequence[float] = robustness.ALPHAS,
+    device: str = "cpu",
+) -> list[dict[str, Any]]:
+    """Tune EmojiCLIP on the training concepts in one style, with one seed: the rows of
+    `robustness.curve`."""
     training = sorted(parts.fit + parts.validation)
     clip = load(EMOJICLIP, device=device)
     head = heads(clip, training)[head_name]
-    zeroshot = {k: v.detach().clone() for k, v in zero_shot_classifier(clip, head).state_dict().items()}
+    zeroshot = {
+        k: v.detach().clone() for k, v in zero_shot_classifier(clip, head).state_dict().items()
+    }
     tuned = tune(clip, classify30(style, training), head, **settings, seed=seed)
     return curve(zeroshot, tuned, tests, alphas)

@@ -1,8 +1,9 @@
 """Fine-tuning a CLIP image tower from its zero-shot head: end to end, or the head alone.
 
-Defaults are the recipe of Wortsman et al. 2022 (arXiv 2109.01903, appendix): AdamW, weight decay 0.1, learning rate
-3e-5, 10 epochs of batches of 512, cosine decay after a linear warm-up of 500 steps, gradient norm at most 1, crops of
-at least 0.9 of the image. The head starts as the zero-shot head times the logit scale, with a bias of zero.
+Defaults are the recipe of Wortsman et al. 2022 (arXiv 2109.01903, appendix): AdamW, weight decay
+0.1, learning rate 3e-5, 10 epochs of batches of 512, cosine decay after a linear warm-up of 500
+steps, gradient norm at most 1, crops of at least 0.9 of the image. The head starts as the zero-shot
+head times the logit scale, with a bias of zero.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipsteer.clip.classifier import ImageClassifier, predict, save_classifier, zero_shot_classifier
+from clipsteer.clip.classifier import (
+    ImageClassifier,
+    predict,
+    save_classifier,
+    zero_shot_classifier,
+)
 from clipsteer.clip.model import CLIP
 from clipsteer.clip.pixels import Samples, loader, pixel_batches, train_transform
 from clipsteer.data.dataset import ImageDataset
@@ -33,7 +39,8 @@ class FinetuneConfig:
     """Settings of a run.
 
     Attributes:
-        mode: "e2e" trains image tower and head, "lc" the head alone, on features computed once and without crops.
+        mode: "e2e" trains image tower and head, "lc" the head alone, on features computed once and
+            without crops.
         lr: peak learning rate; None is 3e-5 for e2e and 1e-3 for lc.
         warmup_steps: at most a tenth of the run is warm-up, so that short runs reach their peak.
         crop: smallest share of the image's area that a random crop keeps; 1 turns cropping off.
@@ -61,9 +68,14 @@ class FinetuneConfig:
             raise ValueError(f"FinetuneConfig: mode must be 'e2e' or 'lc', got {self.mode!r}")
         for name in ("batch_size", "epochs", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"FinetuneConfig: {name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(
+                    f"FinetuneConfig: {name} must be at least 1, got {getattr(self, name)}"
+                )
         if not 0 < self.peak < math.inf or not 0 < self.crop <= 1:
-            raise ValueError(f"FinetuneConfig: lr must be positive and crop in (0, 1], got {self.peak} and {self.crop}")
+            raise ValueError(
+                f"FinetuneConfig: lr must be positive and crop in (0, 1], got {self.peak} and "
+                f"{self.crop}"
+            )
 
     @property
     def peak(self) -> float:
@@ -91,24 +103,26 @@ def finetune(
     Args:
         dataset: images with classes; targets index the rows of `head`.
         head: (C, e) unit rows, the zero-shot head; the logit scale is applied here.
-        out: folder for zeroshot/ and finetuned/ (see `save_classifier`), log.jsonl and checkpoints/. A run that was
-            stopped there, by SIGTERM or otherwise, goes on from its last checkpoint, on a CPU bit for bit; `clip` and
-            `head` must then be what it started from.
-        validation: measured after every epoch, with the current weights and with their running ensemble.
-        on_step: called after each step with the classifier and the number of steps taken, for instance to update a
-            `RunningEnsemble`.
+        out: folder for zeroshot/ and finetuned/ (see `save_classifier`), log.jsonl and
+            checkpoints/. A run that was stopped there, by SIGTERM or otherwise, goes on from its
+            last checkpoint, on a CPU bit for bit; `clip` and `head` must then be what it started
+            from.
+        validation: measured after every epoch, with the current weights and with their running
+            ensemble.
+        on_step: called after each step with the classifier and the number of steps taken, for
+            instance to update a `RunningEnsemble`.
 
     Returns the classifier, in eval mode; its tower is `clip`'s.
 
     Raises:
-        ValueError: no classes, targets outside the head, nothing to train, or a run in `out` with other settings,
-            classes or starting weights.
+        ValueError: no classes, targets outside the head, nothing to train, or a run in `out` with
+            other settings, classes or starting weights.
         RuntimeError: the loss is not finite. SystemExit(143): SIGTERM came and the state is saved.
     """
     config = config or FinetuneConfig()
-    return _Run(clip, dataset, head, config, Path(out) if out is not None else None, validation, workers).run(
-        on_step, resume
-    )
+    return _Run(
+        clip, dataset, head, config, Path(out) if out is not None else None, validation, workers
+    ).run(on_step, resume)
 
 
 class _Run(TrainingRun):
@@ -116,15 +130,24 @@ class _Run(TrainingRun):
     cosmetic = (*TrainingRun.cosmetic, "alpha")
 
     def __init__(
-        self, clip: CLIP, dataset: ImageDataset, head: Tensor, config: FinetuneConfig, out: Path | None,
-        validation: ImageDataset | None, workers: int,
-    ) -> None:  # fmt: skip
+        self,
+        clip: CLIP,
+        dataset: ImageDataset,
+        head: Tensor,
+        config: FinetuneConfig,
+        out: Path | None,
+        validation: ImageDataset | None,
+        workers: int,
+    ) -> None:
         if (
             dataset.classes is None
             or not len(dataset)
             or not 0 <= min(dataset.targets) <= max(dataset.targets) < len(head)
         ):
-            raise ValueError(f"finetune: dataset must hold images of classes 0 … {len(head) - 1}, the rows of head")
+            raise ValueError(
+                f"finetune: dataset must hold images of classes 0 … {len(head) - 1}, the rows of "
+                f"head"
+            )
         self.clip, self.dataset, self.validation, self.workers = clip, dataset, validation, workers
         self.classes = list(dataset.classes)
         self.classifier = zero_shot_classifier(clip, head)
@@ -132,18 +155,32 @@ class _Run(TrainingRun):
         self.order = Order(len(dataset), config.batch_size, config.seed)
         parameters = {name: p for name, p in self.trained.named_parameters() if p.requires_grad}
         if not parameters:
-            raise ValueError("finetune: no parameter of the image tower or head requires a gradient")
-        optimizer = torch.optim.AdamW(parameters.values(), lr=config.peak, weight_decay=config.weight_decay)
+            raise ValueError(
+                "finetune: no parameter of the image tower or head requires a gradient"
+            )
+        optimizer = torch.optim.AdamW(
+            parameters.values(), lr=config.peak, weight_decay=config.weight_decay
+        )
         settings = {**asdict(config), "model": clip.name, "images": len(dataset)}
         if out is not None:
             # what would mix two runs in one folder if it changed between them
             settings["data"] = digest_of([self.classes, list(dataset.targets)])
             settings["weights"] = weights_digest(clip.model)
-            settings["frozen"] = [name for name, p in self.trained.named_parameters() if not p.requires_grad]
-        super().__init__(config, self.order.per_epoch * config.epochs, parameters, optimizer, settings, out)
+            settings["frozen"] = [
+                name for name, p in self.trained.named_parameters() if not p.requires_grad
+            ]
+        super().__init__(
+            config, self.order.per_epoch * config.epochs, parameters, optimizer, settings, out
+        )
 
-    def run(self, on_step: Callable[[ImageClassifier, int], None] | None, resume: bool) -> ImageClassifier:
-        self.ensemble = RunningEnsemble(self.trained, self.config.alpha) if self.validation is not None else None
+    def run(
+        self, on_step: Callable[[ImageClassifier, int], None] | None, resume: bool
+    ) -> ImageClassifier:
+        self.ensemble = (
+            RunningEnsemble(self.trained, self.config.alpha)
+            if self.validation is not None
+            else None
+        )
         if self.out is not None and not self.restore(self.clip.device, resume):
             save_classifier(self.out / "zeroshot", self.clip, self.classifier, self.classes)
         if self.config.mode == "lc":
@@ -156,7 +193,13 @@ class _Run(TrainingRun):
             self.loop(None if on_step is None else lambda: on_step(self.classifier, self.step))
         self.classifier.eval()
         if self.out is not None:
-            save_classifier(self.out / "finetuned", self.clip, self.classifier, self.classes, finetune=self.settings)
+            save_classifier(
+                self.out / "finetuned",
+                self.clip,
+                self.classifier,
+                self.classes,
+                finetune=self.settings,
+            )
         return self.classifier
 
     def tensors(self) -> dict[str, Tensor]:
@@ -164,18 +207,24 @@ class _Run(TrainingRun):
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         self._check_head()
-        self.trained.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        self.trained.load_state_dict(
+            {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
+        )
 
     def _check_head(self) -> None:
-        """Refuse a head other than the run's. The last bits may differ: it is computed anew, on whatever machine."""
+        """Refuse a head other than the run's. The last bits may differ: it is computed anew, on
+        whatever machine."""
         path = self.out / "zeroshot" / "head.safetensors"
         there, here = read_safetensors(path), self.classifier.head.state_dict()
-        if there.keys() != here.keys() or any(there[name].shape != here[name].shape for name in here):
+        if there.keys() != here.keys() or any(
+            there[name].shape != here[name].shape for name in here
+        ):
             raise FileFormatError(f"{path}: not the head that this run started from")
         old, new = there["weight"].float(), here["weight"].float().cpu()
         if not bool(((new - old).norm(dim=1) <= 0.01 * old.norm(dim=1)).all()):
             raise ValueError(
-                f"finetune: {self.out} holds a run from another head (class names or templates); use another folder"
+                f"finetune: {self.out} holds a run from another head (class names or templates); "
+                f"use another folder"
             )
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -188,7 +237,9 @@ class _Run(TrainingRun):
                 yield self.features[picked], targets[picked]
             return
         samples = Samples(self.dataset, train_transform(self.clip, self.config.crop))
-        for pixels, targets in loader(samples, Keys(map(self.order.keys, steps), len(steps)), self.workers):
+        for pixels, targets in loader(
+            samples, Keys(map(self.order.keys, steps), len(steps)), self.workers
+        ):
             yield pixels.to(self.clip.device, self.clip.dtype), targets.to(self.clip.device)
 
     def train_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor | float]:
@@ -197,7 +248,9 @@ class _Run(TrainingRun):
         lr = config.lr_at(self.step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(seed_of(config.seed * 1_000_003 + self.step))  # for dropout and patch dropout
+        torch.manual_seed(
+            seed_of(config.seed * 1_000_003 + self.step)
+        )  # for dropout and patch dropout
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.clip.device.type, torch.bfloat16, enabled=config.bf16):
             logits = self.trained(inputs)
@@ -213,10 +266,16 @@ class _Run(TrainingRun):
         truth = torch.tensor(self.validation.targets)
 
         def accuracy() -> float:
-            logits = predict(self.classifier, pixel_batches(self.clip, self.validation, workers=self.workers))
+            logits = predict(
+                self.classifier, pixel_batches(self.clip, self.validation, workers=self.workers)
+            )
             return float((logits.argmax(1) == truth).float().mean())
 
         self.ensemble.update(self.trained)
         now = accuracy()
         with self.ensemble.applied(self.trained):
-            return {"epoch": self.step // self.order.per_epoch, "validation": now, "validation_ensemble": accuracy()}
+            return {
+                "epoch": self.step // self.order.per_epoch,
+                "validation": now,
+                "validation_ensemble": accuracy(),
+            }

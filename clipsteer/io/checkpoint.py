@@ -1,7 +1,9 @@
-"""Atomic, resumable training state: one safetensors file and one JSON file a step, the two newest kept.
+"""Atomic, resumable training state: one safetensors file and one JSON file a step, the two newest
+kept.
 
-The JSON is written last and holds the size and SHA-256 of the tensors, so a checkpoint either is whole or is passed
-over: a crash, a full disk or a damaged file costs at most the steps since the checkpoint before.
+The JSON is written last and holds the size and SHA-256 of the tensors, so a checkpoint either is
+whole or is passed over: a crash, a full disk or a damaged file costs at most the steps since the
+    checkpoint before.
 """
 
 from __future__ import annotations
@@ -15,7 +17,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from clipsteer.io.files import FileFormatError, read_json, read_safetensors, write_json, write_safetensors
+from clipsteer.io.files import (
+    FileFormatError,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +43,11 @@ def _paths(directory: Path, step: int) -> tuple[Path, Path]:
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _sha256(file)
+        )
 
 
 def _sha256(file: Any) -> str:
@@ -56,11 +68,18 @@ def _steps(directory: Path) -> dict[int, set[str]]:
 
 
 def save_state(
-    directory: str | Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, keep: int = 2
+    directory: str | Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    *,
+    keep: int = 2,
 ) -> Path:
-    """Save `tensors` and JSON-able `meta` as the checkpoint of `step`; then all but the `keep` newest up to it go.
+    """Save `tensors` and JSON-able `meta` as the checkpoint of `step`; then all but the `keep`
+    newest up to it go.
 
-    Nothing old is touched before the new checkpoint is on disk. Raises OSError when it cannot be written.
+    Nothing old is touched before the new checkpoint is on disk. Raises OSError when it cannot be
+    written.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
@@ -69,8 +88,13 @@ def save_state(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     data, index = _paths(directory, step)
-    write_safetensors(data, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    write_json(index, {"step": step, "bytes": data.stat().st_size, "sha256": _digest(data), "meta": dict(meta)})
+    write_safetensors(
+        data, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    )
+    write_json(
+        index,
+        {"step": step, "bytes": data.stat().st_size, "sha256": _digest(data), "meta": dict(meta)},
+    )
     found = _steps(directory)
     older = sorted((s for s, kinds in found.items() if s < step and "json" in kinds), reverse=True)
     # later steps belong to a branch that this save has left
@@ -81,7 +105,8 @@ def save_state(
 
 
 def load_latest(directory: str | Path, *, device: str = "cpu") -> Checkpoint | None:
-    """The newest whole checkpoint of `directory`, or None; damaged ones are logged and passed over."""
+    """The newest whole checkpoint of `directory`, or None; damaged ones are logged and passed
+    over."""
     directory = Path(directory)
     for step, kinds in sorted(_steps(directory).items(), reverse=True):
         if kinds != {"json", "safetensors"}:
@@ -96,8 +121,14 @@ def load_latest(directory: str | Path, *, device: str = "cpu") -> Checkpoint | N
 def _load(directory: Path, step: int, device: str) -> Checkpoint:
     data, index = _paths(directory, step)
     head = read_json(index)
-    if not isinstance(head, dict) or not {"step", "bytes", "sha256", "meta"} <= head.keys() or head["step"] != step:
+    if (
+        not isinstance(head, dict)
+        or not {"step", "bytes", "sha256", "meta"} <= head.keys()
+        or head["step"] != step
+    ):
         raise FileFormatError(f"{index}: not a checkpoint index")
     if data.stat().st_size != head["bytes"] or _digest(data) != head["sha256"]:
         raise FileFormatError(f"{data}: truncated or damaged")
-    return Checkpoint(step, {k: v.to(device) for k, v in read_safetensors(data).items()}, head["meta"])
+    return Checkpoint(
+        step, {k: v.to(device) for k, v in read_safetensors(data).items()}, head["meta"]
+    )

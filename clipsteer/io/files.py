@@ -1,7 +1,9 @@
-"""Files in and out: JSON and safetensors written atomically, and readers that distrust what they read.
+"""Files in and out: JSON and safetensors written atomically, and readers that distrust what they
+read.
 
-A reader of this module returns, or raises ``FileFormatError`` (``FileNotFoundError`` where nothing is there); what it
-allocates is bounded by the size of the file. Format: https://huggingface.co/docs/safetensors, "Format".
+A reader of this module returns, or raises ``FileFormatError`` (``FileNotFoundError`` where nothing
+is there); what it allocates is bounded by the size of the file. Format:
+https://huggingface.co/docs/safetensors, "Format".
 """
 
 from __future__ import annotations
@@ -42,14 +44,17 @@ _MAX_DIMS = 32
 
 
 class FileFormatError(Exception):
-    """A file is not what it should be: damaged, truncated, or of another format. The message names the path."""
+    """A file is not what it should be: damaged, truncated, or of another format. The message names
+    the path."""
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
-    """Replace ``path`` by what ``write`` puts into the open file: all of it, or none of it when anything fails.
+    """Replace ``path`` by what ``write`` puts into the open file: all of it, or none of it when
+    anything fails.
 
-    Raises OSError (a full disk, no permission); then the old file is as it was and no temporary file stays behind.
-    What a killed process left is removed by the next write of the same file, where the system has file locks.
+    Raises OSError (a full disk, no permission); then the old file is as it was and no temporary
+    file stays behind. What a killed process left is removed by the next write of the same file,
+    where the system has file locks.
     """
     path = Path(path)
     _remove_abandoned(path)
@@ -78,7 +83,8 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], None]) -> Non
 
 
 def _lock(file: BinaryIO, wait: bool = True) -> bool:
-    """Take the lock that says "being written", which ends with its process; False when it is taken or there is none."""
+    """Take the lock that says "being written", which ends with its process; False when it is taken
+    or there is none."""
     try:
         import fcntl
 
@@ -99,19 +105,23 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write ``value`` as indented JSON. Raises ValueError for NaN and infinity, TypeError for what JSON has not."""
+    """Write ``value`` as indented JSON. Raises ValueError for NaN and infinity, TypeError for what
+    JSON has not."""
     data = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False).encode() + b"\n"
     write_atomically(path, lambda file: file.write(data))
 
 
 def safetensors_layout(
-    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    metadata: Mapping[str, str] | None = None,
 ) -> tuple[bytes, list[str]]:
-    """The opening bytes of a file that holds tensors of these dtypes and shapes, and the order of their data."""
+    """The opening bytes of a file that holds tensors of these dtypes and shapes, and the order of
+    their data."""
     header: dict[str, Any] = {}
     if metadata:
         header["__metadata__"] = {str(key): str(value) for key, value in metadata.items()}
-    # widest elements first, then by name: every tensor is aligned and the bytes do not depend on the order given
+    # widest elements first, then by name: every tensor is aligned and the bytes do not depend on
+    # the order given
     order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
     end = 0
     for name in order:
@@ -123,7 +133,10 @@ def safetensors_layout(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_JSON_BYTES:
-        raise ValueError(f"write_safetensors: a header of {len(text)} bytes, at most {MAX_JSON_BYTES} can be read back")
+        raise ValueError(
+            f"write_safetensors: a header of {len(text)} bytes, at most {MAX_JSON_BYTES} can be "
+            f"read back"
+        )
     return len(text).to_bytes(8, "little") + text, order
 
 
@@ -139,8 +152,13 @@ def write_safetensors(
     """Write dense tensors of any device and layout; they are streamed, one on the CPU at a time."""
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided:
-            raise TypeError(f"write_safetensors: {name!r} is {tensor.layout} {tensor.dtype}, which the format lacks")
-    head, order = safetensors_layout({name: (t.dtype, t.shape) for name, t in tensors.items()}, metadata)
+            raise TypeError(
+                f"write_safetensors: {name!r} is {tensor.layout} {tensor.dtype}, which the format "
+                f"lacks"
+            )
+    head, order = safetensors_layout(
+        {name: (t.dtype, t.shape) for name, t in tensors.items()}, metadata
+    )
 
     def write(file: BinaryIO) -> None:
         file.write(head)
@@ -151,7 +169,8 @@ def write_safetensors(
 
 
 def _open(path: Path) -> tuple[BinaryIO, int]:
-    """An open regular file and its size. Anything else (a folder, a pipe that would block) is refused."""
+    """An open regular file and its size. Anything else (a folder, a pipe that would block) is
+    refused."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
         raise FileFormatError(f"{path}: not a regular file")
@@ -174,7 +193,8 @@ def _parse(path: Path, data: bytes) -> Any:
 
 
 def read_json(path: str | Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """The value in a JSON file of at most ``max_bytes``. A name that occurs twice in an object is an error."""
+    """The value in a JSON file of at most ``max_bytes``. A name that occurs twice in an object is
+    an error."""
     path = Path(path)
     file, size = _open(path)
     with file:
@@ -206,35 +226,52 @@ def _is_sizes(value: Any) -> bool:
 
 def _entry(path: Path, name: str, value: Any) -> _Entry:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise FileFormatError(f"{path}: tensor {name!r} needs exactly dtype, shape and data_offsets")
+        raise FileFormatError(
+            f"{path}: tensor {name!r} needs exactly dtype, shape and data_offsets"
+        )
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise FileFormatError(f"{path}: tensor {name!r} has unsupported dtype {dtype!r:.40}")
-    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2 or len(shape) > _MAX_DIMS:
+    if (
+        not _is_sizes(shape)
+        or not _is_sizes(offsets)
+        or len(offsets) != 2
+        or len(shape) > _MAX_DIMS
+    ):
         raise FileFormatError(f"{path}: tensor {name!r} has a malformed shape or malformed offsets")
     if offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[dtype].itemsize:
-        raise FileFormatError(f"{path}: tensor {name!r} of shape {shape} does not fit its data_offsets {offsets}")
+        raise FileFormatError(
+            f"{path}: tensor {name!r} of shape {shape} does not fit its data_offsets {offsets}"
+        )
     return _Entry(name, _DTYPES[dtype], tuple(shape), *offsets)
 
 
 def _header(path: Path, file: BinaryIO, size: int) -> Header:
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(size - 8, MAX_JSON_BYTES):
-        raise FileFormatError(f"{path}: a header of {length} bytes in a file of {size} (limit {MAX_JSON_BYTES})")
+        raise FileFormatError(
+            f"{path}: a header of {length} bytes in a file of {size} (limit {MAX_JSON_BYTES})"
+        )
     value = _parse(path, file.read(length))
     if not isinstance(value, dict):
         raise FileFormatError(f"{path}: the header is not a JSON object")
     metadata = value.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FileFormatError(f"{path}: __metadata__ must map text to text")
-    entries = sorted((_entry(path, *item) for item in value.items()), key=lambda e: (e.begin, e.end))
+    entries = sorted(
+        (_entry(path, *item) for item in value.items()), key=lambda e: (e.begin, e.end)
+    )
     position = 0
     for entry in entries:
         if entry.begin != position:
-            raise FileFormatError(f"{path}: data of {entry.name!r} overlap their neighbour or leave a gap")
+            raise FileFormatError(
+                f"{path}: data of {entry.name!r} overlap their neighbour or leave a gap"
+            )
         position = entry.end
     if 8 + length + position != size:
-        raise FileFormatError(f"{path}: {size - 8 - length} bytes of data, the header describes {position}")
+        raise FileFormatError(
+            f"{path}: {size - 8 - length} bytes of data, the header describes {position}"
+        )
     return Header(tuple(entries), metadata, 8 + length)
 
 
@@ -250,7 +287,9 @@ def _read_tensor(path: Path, file: BinaryIO, entry: _Entry) -> Tensor:
     try:
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
     except (RuntimeError, MemoryError) as error:
-        raise FileFormatError(f"{path}: cannot hold {entry.name!r} of shape {entry.shape}: {error}") from None
+        raise FileFormatError(
+            f"{path}: cannot hold {entry.name!r} of shape {entry.shape}: {error}"
+        ) from None
     if not tensor.numel():
         return tensor
     raw = tensor.view(-1).view(torch.uint8)
@@ -262,12 +301,15 @@ def _read_tensor(path: Path, file: BinaryIO, entry: _Entry) -> Tensor:
             raise FileFormatError(f"{path}: ends inside the data of {entry.name!r}")
         position += count
     if entry.dtype == torch.bool and int(raw.max()) > 1:
-        raise FileFormatError(f"{path}: {entry.name!r} is boolean but holds a byte other than 0 and 1")
+        raise FileFormatError(
+            f"{path}: {entry.name!r} is boolean but holds a byte other than 0 and 1"
+        )
     return tensor
 
 
 def refuse_nan(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise FileFormatError when a tensor holds a NaN of any payload; infinities are let through."""
+    """Raise FileFormatError when a tensor holds a NaN of any payload; infinities are let
+    through."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and bool(tensor.isnan().any()):
             raise FileFormatError(f"{path}: {name!r} holds NaN")
@@ -278,7 +320,8 @@ def read_safetensors(path: str | Path, *, allow_nan: bool = True) -> dict[str, T
 
     Args:
         path: the file. Its header may take 16 MiB; offsets must tile the data exactly.
-        allow_nan: False refuses a file with NaN anywhere: what model weights want, and checkpoints do not.
+        allow_nan: False refuses a file with NaN anywhere: what model weights want, and checkpoints
+            do not.
     """
     path = Path(path)
     file, size = _open(path)
@@ -298,8 +341,13 @@ def _check_archive(path: Path) -> None:
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
         raise FileFormatError(f"{path}: not an archive written by torch.save: {error}") from None
-    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
-        raise FileFormatError(f"{path}: a compressed or inconsistent archive, not one written by torch.save")
+    if (
+        any(m.compress_type != zipfile.ZIP_STORED for m in members)
+        or sum(m.file_size for m in members) > size
+    ):
+        raise FileFormatError(
+            f"{path}: a compressed or inconsistent archive, not one written by torch.save"
+        )
 
 
 def _stand_in(qualified_name: str) -> type:
@@ -313,16 +361,20 @@ def _stand_in(qualified_name: str) -> type:
             self.__dict__.update({k: v for k, v in state.items() if isinstance(k, str)})
 
     module, _, name = qualified_name.rpartition(".")
-    return type(name, (), {"__init__": __init__, "__setstate__": __setstate__, "__module__": module})
+    return type(
+        name, (), {"__init__": __init__, "__setstate__": __setstate__, "__module__": module}
+    )
 
 
 def read_torch_weights_only(path: str | Path, *, stand_in_modules: Sequence[str] = ()) -> Any:
     """A foreign file of torch.save, through weights-only loading alone.
 
     Args:
-        path: the file; only the archive format (torch ≥ 1.6), whose tensors are mapped rather than copied.
-        stand_in_modules: packages whose classes may occur in it. Each becomes an inert stand-in that holds attributes;
-            nothing of the package is imported and none of its code runs. Every other class is refused.
+        path: the file; only the archive format (torch ≥ 1.6), whose tensors are mapped rather than
+            copied.
+        stand_in_modules: packages whose classes may occur in it. Each becomes an inert stand-in
+            that holds attributes; nothing of the package is imported and none of its code runs.
+            Every other class is refused.
     """
     path = Path(path)
     _open(path)[0].close()

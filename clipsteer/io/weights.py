@@ -1,4 +1,5 @@
-"""Named tensors to read piece by piece: safetensors files and their shards, weights-only torch files, modules."""
+"""Named tensors to read piece by piece: safetensors files and their shards, weights-only torch
+files, modules."""
 
 from __future__ import annotations
 
@@ -10,14 +11,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clipsteer.io.files import FileFormatError, read_json, read_safetensors_header, read_torch_weights_only
+from clipsteer.io.files import (
+    FileFormatError,
+    read_json,
+    read_safetensors_header,
+    read_torch_weights_only,
+)
 
 Weights = str | Path | nn.Module | Mapping[str, Tensor]
 
 _FOLDER = (
-    "model.safetensors.index.json", "open_clip_model.safetensors.index.json", "model.safetensors",
-    "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin",
-)  # fmt: skip
+    "model.safetensors.index.json",
+    "open_clip_model.safetensors.index.json",
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+)
 
 
 class Entry(NamedTuple):
@@ -32,13 +42,17 @@ class Source(NamedTuple):
 
 
 def open_weights(argument: str, weights: Weights, stack: ExitStack) -> Source:
-    """The tensors of what `wise_ft` was given as `argument`; files stay open until the stack closes."""
+    """The tensors of what `wise_ft` was given as `argument`; files stay open until the stack
+    closes."""
     if isinstance(weights, nn.Module):
         return Source(argument, _tensors(argument, weights.state_dict()))
     if isinstance(weights, Mapping):
         return Source(argument, _tensors(argument, weights))
     if not isinstance(weights, (str, Path)):
-        raise TypeError(f"wise_ft: {argument} must be a path, a state dict or a module, got {type(weights).__name__}")
+        raise TypeError(
+            f"wise_ft: {argument} must be a path, a state dict or a module, got "
+            f"{type(weights).__name__}"
+        )
     path = Path(weights)
     if path.is_dir():
         found = next((path / name for name in _FOLDER if (path / name).is_file()), None)
@@ -50,13 +64,21 @@ def open_weights(argument: str, weights: Weights, stack: ExitStack) -> Source:
     if path.suffix == ".safetensors":
         return Source(str(path), _file(path, stack))
     if path.suffix not in (".pt", ".pth", ".bin"):
-        raise ValueError(f"wise_ft: {argument} must be .safetensors, .index.json, .pt, .pth or .bin, got {path}")
+        raise ValueError(
+            f"wise_ft: {argument} must be .safetensors, .index.json, .pt, .pth or .bin, got {path}"
+        )
     value = read_torch_weights_only(path)
     if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
         value = value["state_dict"]
-    if not isinstance(value, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()):
-        raise FileFormatError(f"{path}: not a state dict, nor a checkpoint with one under 'state_dict'")
-    if value and all(name.startswith("module.") for name in value):  # as DistributedDataParallel saves it
+    if not isinstance(value, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()
+    ):
+        raise FileFormatError(
+            f"{path}: not a state dict, nor a checkpoint with one under 'state_dict'"
+        )
+    if value and all(
+        name.startswith("module.") for name in value
+    ):  # as DistributedDataParallel saves it
         value = {name[7:]: tensor for name, tensor in value.items()}
     return Source(str(path), _tensors(str(path), value))
 
@@ -64,11 +86,16 @@ def open_weights(argument: str, weights: Weights, stack: ExitStack) -> Source:
 def _tensors(where: str, weights: Mapping[str, Tensor]) -> dict[str, Entry]:
     def entry(name: str, tensor: Any) -> Entry:
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_complex():
-            got = f"{tensor.layout} {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            got = (
+                f"{tensor.layout} {tensor.dtype}"
+                if isinstance(tensor, Tensor)
+                else type(tensor).__name__
+            )
             raise TypeError(f"wise_ft: {where}: {name!r} must be a dense real tensor, got {got}")
         if tensor.is_quantized or (tensor.is_floating_point() and tensor.dtype.itemsize < 2):
             raise TypeError(
-                f"wise_ft: {where}: {name!r} is {tensor.dtype}; float16, bfloat16, float32 and float64 can be averaged"
+                f"wise_ft: {where}: {name!r} is {tensor.dtype}; float16, bfloat16, float32 and "
+                f"float64 can be averaged"
             )
         flat = tensor.detach().reshape(-1)
         return Entry(tensor.dtype, tuple(tensor.shape), lambda start, stop: flat[start:stop])
@@ -94,13 +121,20 @@ def _file(path: Path, stack: ExitStack) -> dict[str, Entry]:
 
         return read
 
-    return {e.name: Entry(e.dtype, e.shape, reader(e.name, e.dtype, header.start + e.begin)) for e in header.entries}
+    return {
+        e.name: Entry(e.dtype, e.shape, reader(e.name, e.dtype, header.start + e.begin))
+        for e in header.entries
+    }
 
 
 def _shards(index: Path, stack: ExitStack) -> dict[str, Entry]:
     value = read_json(index)
     places = value.get("weight_map") if isinstance(value, dict) else None
-    if not isinstance(places, dict) or not places or not all(isinstance(f, str) for f in places.values()):
+    if (
+        not isinstance(places, dict)
+        or not places
+        or not all(isinstance(f, str) for f in places.values())
+    ):
         raise FileFormatError(f"{index}: expected a weight_map from tensor names to file names")
     files = {}
     for name in sorted(set(places.values())):

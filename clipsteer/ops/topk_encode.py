@@ -16,7 +16,13 @@ from torch import Tensor
 from clipsteer.ops import _check
 from clipsteer.ops._dispatch import call, choose, tracked
 from clipsteer.ops._spec import ACCUMULATE, OpSpec, draw, fraction_of_bound, operand_error
-from clipsteer.ops.sparse_decode import check_gradient_options, decode, decode_truth, outer_truth, weight_gradient
+from clipsteer.ops.sparse_decode import (
+    check_gradient_options,
+    decode,
+    decode_truth,
+    outer_truth,
+    weight_gradient,
+)
 
 
 def topk_encode_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None, *, k: int) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,11 @@
-"""Contrastive training relative to a frozen reference model: the loss with its memory of every sample.
+"""Contrastive training relative to a frozen reference model: the loss with its memory of every
+sample.
 
-Over several processes the batch is the joint one: each has its rows against all columns, which it holds once, and of
-the rows' memory its share by sample id.
+Over several processes the batch is the joint one: each has its rows against all columns, which it
+holds once, and of the rows' memory its share by sample id.
 
-Sources: Wei et al. 2025 (DRRho-CLIP, arXiv 2505.06699), Wei et al. 2024 (FastCLIP, arXiv 2407.01445).
+Sources: Wei et al. 2025 (DRRho-CLIP, arXiv 2505.06699), Wei et al. 2024 (FastCLIP, arXiv
+    2407.01445).
 """
 
 from __future__ import annotations
@@ -24,13 +26,16 @@ SLOW_TEMPERATURE = 0.03
 
 
 def gamma_schedule(epoch: int, epochs: int, gamma_min: float) -> float:
-    """FastCLIP's share γ of the newest batch: from 1 in epoch 0 by half a cosine to ``gamma_min`` in ``epochs``.
+    """FastCLIP's share γ of the newest batch: from 1 in epoch 0 by half a cosine to ``gamma_min``
+    in ``epochs``.
 
     FastCLIP lets ``epochs`` be half of the training; DRRho-CLIP all of it, with
     γ_min = min(1, 4.177·E^−0.7265) for E epochs.
     """
     if epochs < 1 or epoch < 0:
-        raise ValueError(f"gamma_schedule: expected epoch >= 0 and epochs >= 1, got {epoch} and {epochs}")
+        raise ValueError(
+            f"gamma_schedule: expected epoch >= 0 and epochs >= 1, got {epoch} and {epochs}"
+        )
     if not 0 < gamma_min <= 1:
         raise ValueError(f"gamma_schedule: gamma_min must be in (0, 1], got {gamma_min}")
     progress = min(epoch / epochs, 1.0)
@@ -40,28 +45,33 @@ def gamma_schedule(epoch: int, epochs: int, gamma_min: float) -> float:
 class DRRhoLoss(nn.Module):
     """``ops.drrho_loss`` that remembers u for each of ``num_samples`` training samples.
 
-    Without reference features it is FastCLIP's global contrastive loss. Features are given normalised.
+    Without reference features it is FastCLIP's global contrastive loss. Features are given
+    normalised.
 
-    A learnable temperature follows FastCLIP-v3: the parameter ``logit_scale`` = log(1/τ), trained by AdamW in a group
-    of its own without weight decay or warm-up, at a constant learning rate (2e-4 beside 1e-3 for the model, a quarter
-    of it in DRRho-CLIP's runs), a third of that once τ ≤ 0.03; call ``settle_temperature_`` after every optimiser step.
-    It starts at 0.07 there, with ρ of 6.5 to 11; a fixed one is 0.01.
+    A learnable temperature follows FastCLIP-v3: the parameter ``logit_scale`` = log(1/τ), trained
+    by AdamW in a group of its own without weight decay or warm-up, at a constant learning rate
+    (2e-4 beside 1e-3 for the model, a quarter of it in DRRho-CLIP's runs), a third of that once τ ≤
+    0.03; call ``settle_temperature_`` after every optimiser step. It starts at 0.07 there, with ρ
+    of 6.5 to 11; a fixed one is 0.01.
 
-    With a ``World`` of several processes (by default that of an initialised process group) the loss is that of the
-    joint batch, of which each process gives its rows, as many as it has. Each returns the whole value; the gradient in
-    its features is complete, and times the number of processes, as ``DistributedDataParallel`` averages over them. The
-    gradient of ``logit_scale`` is the whole one everywhere.
+    With a ``World`` of several processes (by default that of an initialised process group) the loss
+    is that of the joint batch, of which each process gives its rows, as many as it has. Each
+    returns the whole value; the gradient in its features is complete, and times the number of
+    processes, as ``DistributedDataParallel`` averages over them. The gradient of ``logit_scale`` is
+    the whole one everywhere.
 
     Args:
         num_samples: ids are in [0, num_samples).
-        temperature: τ, or where it starts; temperature_min: the least that ``settle_temperature_`` leaves of a
-            learnable one.
-        rho, backend: see ``ops.drrho_loss``. eps: the same, in float32: 0 or one of its normal numbers.
+        temperature: τ, or where it starts; temperature_min: the least that ``settle_temperature_``
+            leaves of a learnable one.
+        rho, backend: see ``ops.drrho_loss``. eps: the same, in float32: 0 or one of its normal
+            numbers.
 
     Buffers:
-        u: (2, num_samples) float32, image side and text side, NaN until a sample is visited. Of several processes each
-            has the samples whose id leaves its rank when divided by their number, and none of it is in the
-            ``state_dict``: ``gather_u`` and ``load_u`` serve checkpoints whatever that number.
+        u: (2, num_samples) float32, image side and text side, NaN until a sample is visited. Of
+            several processes each has the samples whose id leaves its rank when divided by their
+            number, and none of it is in the ``state_dict``: ``gather_u`` and ``load_u`` serve
+                checkpoints whatever that number.
     """
 
     def __init__(
@@ -80,21 +90,34 @@ class DRRhoLoss(nn.Module):
         if num_samples < 1:
             raise ValueError(f"DRRhoLoss: num_samples must be at least 1, got {num_samples}")
         if not 0 < temperature < math.inf:
-            raise ValueError(f"DRRhoLoss: temperature must be positive and finite, got {temperature}")
+            raise ValueError(
+                f"DRRhoLoss: temperature must be positive and finite, got {temperature}"
+            )
         if learnable_temperature and not 0 < temperature_min <= temperature:
             expected = "0 < temperature_min <= temperature where it is learnable"
-            raise ValueError(f"DRRhoLoss: expected {expected}, got {temperature_min} and {temperature}")
+            raise ValueError(
+                f"DRRhoLoss: expected {expected}, got {temperature_min} and {temperature}"
+            )
         least = torch.finfo(torch.float32).tiny
         if eps != 0 and not least <= eps < math.inf:
-            raise ValueError(f"DRRhoLoss: eps must be 0 or at least {least:.2g}, what float32 resolves, got {eps}")
+            raise ValueError(
+                f"DRRhoLoss: eps must be 0 or at least {least:.2g}, what float32 resolves, got "
+                f"{eps}"
+            )
         if not math.isfinite(rho):
             raise ValueError(f"DRRhoLoss: rho must be finite, got {rho}")
         self.num_samples, self.rho, self.eps, self.backend = num_samples, rho, eps, backend
         self.temperature_min, self.fixed_temperature = temperature_min, temperature
-        self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature))) if learnable_temperature else None
+        self.logit_scale = (
+            nn.Parameter(torch.tensor(-math.log(temperature))) if learnable_temperature else None
+        )
         self.world = training_world(world)
         rank, size = (0, 1) if self.world is None else (self.world.rank, self.world.size)
-        self.register_buffer("u", torch.full((2, len(range(rank, num_samples, size))), torch.nan), persistent=size == 1)
+        self.register_buffer(
+            "u",
+            torch.full((2, len(range(rank, num_samples, size))), torch.nan),
+            persistent=size == 1,
+        )
 
     @property
     def temperature(self) -> Tensor | float:
@@ -103,17 +126,23 @@ class DRRhoLoss(nn.Module):
 
     @torch.no_grad()
     def settle_temperature_(self, before: Tensor | None = None) -> None:
-        """After an optimiser step: keep a learnt τ in [temperature_min, 1]; does nothing to a fixed one.
+        """After an optimiser step: keep a learnt τ in [temperature_min, 1]; does nothing to a fixed
+        one.
 
-        before: () a copy of ``logit_scale`` from before that step, of which a third is kept where τ was ≤ 0.03. AdamW's
-        step being linear in its learning rate, that is FastCLIP's rate, and no GPU has to say first where τ is.
+        before: () a copy of ``logit_scale`` from before that step, of which a third is kept where τ
+        was ≤ 0.03. AdamW's step being linear in its learning rate, that is FastCLIP's rate, and no
+        GPU has to say first where τ is.
         """
         if self.logit_scale is None:
             return
         if before is not None:
             slow = before >= -math.log(SLOW_TEMPERATURE)
-            self.logit_scale.copy_(torch.where(slow, before + (self.logit_scale - before) / 3, self.logit_scale))
-        self.logit_scale.clamp_(min(0.0, -math.log(self.fixed_temperature)), -math.log(self.temperature_min))
+            self.logit_scale.copy_(
+                torch.where(slow, before + (self.logit_scale - before) / 3, self.logit_scale)
+            )
+        self.logit_scale.clamp_(
+            min(0.0, -math.log(self.fixed_temperature)), -math.log(self.temperature_min)
+        )
 
     def forward(
         self,
@@ -128,8 +157,10 @@ class DRRhoLoss(nn.Module):
         """The loss of a batch; in training mode the samples' u move too.
 
         Args:
-            image, text: (B, d) normalised features. ref_image, ref_text: (B, d_ref) the reference's, or None.
-            ids: (B,) int64, which samples these are. Of a sample that comes twice the later pair is remembered.
+            image, text: (B, d) normalised features. ref_image, ref_text: (B, d_ref) the
+                reference's, or None.
+            ids: (B,) int64, which samples these are. Of a sample that comes twice the later pair is
+                remembered.
             gamma: share of this batch in u, see ``gamma_schedule``.
 
         Returns:
@@ -142,16 +173,28 @@ class DRRhoLoss(nn.Module):
         options = {"gamma": gamma, "eps": self.eps, "rho": self.rho}
         if self.world is None:
             loss, u = ops.drrho_loss(
-                image, text, ref_image, ref_text, temperature=self.temperature, u=self.u[:, ids], backend=self.backend,
+                image,
+                text,
+                ref_image,
+                ref_text,
+                temperature=self.temperature,
+                u=self.u[:, ids],
+                backend=self.backend,
                 **options,
-            )  # fmt: skip
+            )
         else:
             batch = JointBatch(self.world, len(image), image.device)
             mine, ids = slice(batch.offset, batch.offset + len(image)), batch.join(ids)
             *features, tau, u = checked(
-                image, text, ref_image, ref_text, self.temperature, u=self._recall(ids)[:, mine], rows=batch.rows,
+                image,
+                text,
+                ref_image,
+                ref_text,
+                self.temperature,
+                u=self._recall(ids)[:, mine],
+                rows=batch.rows,
                 **options,
-            )  # fmt: skip
+            )
             backend = choose("drrho_loss", self.backend, features[0])
             loss, u = run(*features, tau, u, *options.values(), backend, batch)
             u = batch.join(u.T).T
@@ -164,7 +207,10 @@ class DRRhoLoss(nn.Module):
             got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
             raise TypeError(f"DRRhoLoss: ids must be an int64 tensor, got {got}")
         if tuple(ids.shape) != tuple(image.shape[:1]):
-            raise ValueError(f"DRRhoLoss: ids must be of shape (B,) = {tuple(image.shape[:1])}, got {tuple(ids.shape)}")
+            raise ValueError(
+                f"DRRhoLoss: ids must be of shape (B,) = {tuple(image.shape[:1])}, got "
+                f"{tuple(ids.shape)}"
+            )
         _check.check_indices("DRRhoLoss", ids, self.num_samples, {"ids": ids}, "ids")
 
     @torch.no_grad()
@@ -182,14 +228,20 @@ class DRRhoLoss(nn.Module):
     def load_u(self, u: Tensor) -> None:
         """Take what ``gather_u`` gave, of any number of processes."""
         if tuple(u.shape) != (2, self.num_samples):
-            raise ValueError(f"DRRhoLoss: u must be of shape (2, {self.num_samples}), got {tuple(u.shape)}")
+            raise ValueError(
+                f"DRRhoLoss: u must be of shape (2, {self.num_samples}), got {tuple(u.shape)}"
+            )
         self.u.copy_(u if self.world is None else u[:, self.world.rank :: self.world.size])
 
     @torch.no_grad()
     def _recall(self, ids: Tensor) -> Tensor:
         """u of a joint batch, every process giving what it has of it."""
         here = ids % self.world.size == self.world.rank
-        own = self.u[:, torch.where(here, ids // self.world.size, 0)] if self.u.shape[1] else self.u.new_zeros(2, 1)
+        own = (
+            self.u[:, torch.where(here, ids // self.world.size, 0)]
+            if self.u.shape[1]
+            else self.u.new_zeros(2, 1)
+        )
         return self.world.sum_(torch.where(here, own, 0.0))
 
     @torch.no_grad()
@@ -197,7 +249,8 @@ class DRRhoLoss(nn.Module):
         if self.world is not None:
             here = ids % self.world.size == self.world.rank
             ids, u = ids[here] // self.world.size, u[:, here]
-        # equal ids all write what the last of them has, so that no write depends on the order of another
+        # equal ids all write what the last of them has, so that no write depends on the order of
+        # another
         ordered, order = ids.sort(stable=True)
         last = torch.searchsorted(ordered, ordered, right=True) - 1
         self.u[:, ordered] = u[:, order[last]].to(self.u.dtype)

@@ -1,4 +1,5 @@
-"""What a contrastively trained CLIP can do, and what each pair still costs it beside a reference."""
+"""What a contrastively trained CLIP can do, and what each pair still costs it beside a
+reference."""
 
 from __future__ import annotations
 
@@ -20,15 +21,19 @@ from clipsteer.training.world import World
 
 
 def evaluate(
-    clip: CLIP, dataset: ImageDataset, *, templates: tuple[str, ...] | None = None, workers: int = 0,
+    clip: CLIP,
+    dataset: ImageDataset,
+    *,
+    templates: tuple[str, ...] | None = None,
+    workers: int = 0,
     world: World | None = None,
-) -> dict[str, float]:  # fmt: skip
-    """Zero-shot accuracy where the images have classes; where they have captions, recall at 1 in both directions and
-    the mean reciprocal rank of an image's caption.
+) -> dict[str, float]:
+    """Zero-shot accuracy where the images have classes; where they have captions, recall at 1 in
+    both directions and the mean reciprocal rank of an image's caption.
 
-    Retrieval is among the data set's distinct images and captions; every caption of an image, and every image of a
-    caption, counts as right, of several the best-placed one. Equal scores share their places. With `world` the
-    processes share the work, and each gets the figures.
+    Retrieval is among the data set's distinct images and captions; every caption of an image, and
+    every image of a caption, counts as right, of several the best-placed one. Equal scores share
+    their places. With `world` the processes share the work, and each gets the figures.
 
     Raises ValueError where features are not finite.
     """
@@ -36,7 +41,9 @@ def evaluate(
     if not bool(images.isfinite().all()):
         raise ValueError("evaluate: the model's image features are not finite")
     if dataset.classes is not None:
-        head = zero_shot_head(clip, [name.replace("_", " ").replace("-", " ") for name in dataset.classes], templates)
+        head = zero_shot_head(
+            clip, [name.replace("_", " ").replace("-", " ") for name in dataset.classes], templates
+        )
         right = (images @ head.T.to(images.dtype)).argmax(1).cpu() == torch.tensor(dataset.targets)
         return {"zero_shot": float(right.float().mean())}
     texts = list(dict.fromkeys(captions_of(dataset)))
@@ -62,15 +69,23 @@ def evaluate(
 
 @torch.no_grad()
 def excess_losses(
-    clip: CLIP, dataset: ImageDataset, reference: ReferenceFeatures, *, temperature: float = 0.05, chunk: int = 2048,
-    seed: int = 0, workers: int = 0, world: World | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
+    clip: CLIP,
+    dataset: ImageDataset,
+    reference: ReferenceFeatures,
+    *,
+    temperature: float = 0.05,
+    chunk: int = 2048,
+    seed: int = 0,
+    workers: int = 0,
+    world: World | None = None,
+) -> dict[str, Tensor]:
     """What every pair still costs: (N,) "learner", "reference" and "excess", images whole.
 
-    learner_i = τ/2·(u_i^image + u_i^text), DRRho's term without a reference: how close other pairs come to this one,
-    against `chunk` pairs drawn with it (all when there are no more). reference_i is the same of the reference; excess_i
-    has the reference in it, Σ_j exp([(s_ij - s_ii) - (r_ij - r_ii)]/τ): large where the pair is hard for the learner
-    and easy for the reference, so worth learning; small where it is learnt, or noise. `world` as in `evaluate`.
+    learner_i = τ/2·(u_i^image + u_i^text), DRRho's term without a reference: how close other pairs
+    come to this one, against `chunk` pairs drawn with it (all when there are no more). reference_i
+    is the same of the reference; excess_i has the reference in it, Σ_j exp([(s_ij - s_ii) - (r_ij -
+    r_ii)]/τ): large where the pair is hard for the learner and easy for the reference, so worth
+    learning; small where it is learnt, or noise. `world` as in `evaluate`.
     """
     image = encode_dataset(clip, dataset, workers=workers, world=world)
     text = encode_texts(clip, captions_of(dataset), world=world)
@@ -80,12 +95,16 @@ def excess_losses(
     for rows in order.tensor_split(-(-len(dataset) // chunk)):
         mine, ref = (image[rows], text[rows]), (theirs[0][rows], theirs[1][rows])
         for name, features in (("learner", mine), ("reference", ref), ("excess", (*mine, *ref))):
-            out[name][rows] = temperature * ops.drrho_loss(*features, temperature=temperature)[1].mean(0).float().cpu()
+            out[name][rows] = (
+                temperature
+                * ops.drrho_loss(*features, temperature=temperature)[1].mean(0).float().cpu()
+            )
     return out
 
 
 def write_excess(path: str | Path, losses: dict[str, Tensor], captions: list[str]) -> None:
-    """A CSV with a row a pair, the largest excess first: sample, learner, reference, excess, caption."""
+    """A CSV with a row a pair, the largest excess first: sample, learner, reference, excess,
+    caption."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["sample", *losses, "caption"])

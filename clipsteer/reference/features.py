@@ -1,4 +1,5 @@
-"""What a frozen reference model says about a data set: features computed once and kept, or as they are needed."""
+"""What a frozen reference model says about a data set: features computed once and kept, or as they
+are needed."""
 
 from __future__ import annotations
 
@@ -16,7 +17,13 @@ from clipsteer.clip.model import CLIP, load
 from clipsteer.clip.pixels import pixel_batches
 from clipsteer.data.dataset import ImageDataset, captions_of, data_digest
 from clipsteer.io.digests import described, digest_of, tensors_digest, weights_digest
-from clipsteer.io.files import FileFormatError, read_json, read_safetensors, read_safetensors_header, write_safetensors
+from clipsteer.io.files import (
+    FileFormatError,
+    read_json,
+    read_safetensors,
+    read_safetensors_header,
+    write_safetensors,
+)
 from clipsteer.training.world import JointBatch, World
 
 KIND = "clipsteer reference features"
@@ -25,8 +32,8 @@ KIND = "clipsteer reference features"
 class ReferenceFeatures(NamedTuple):
     """Unit features of every pair of a data set; row i belongs to sample i.
 
-    image (N, d_ref), text (N, d_ref); name says whose they are; data and weights are digests of what they came from,
-    empty where that is not known.
+    image (N, d_ref), text (N, d_ref); name says whose they are; data and weights are digests of
+    what they came from, empty where that is not known.
     """
 
     image: Tensor
@@ -45,25 +52,32 @@ class ReferenceFeatures(NamedTuple):
 
 
 def model_digest(clip: CLIP) -> str:
-    """Of the weights, the modules that use them (activations have no weights), preprocessing and context length."""
+    """Of the weights, the modules that use them (activations have no weights), preprocessing and
+    context length."""
     parts = [weights_digest(clip.model), described(clip.model), described(clip.preprocess)]
     return digest_of([*parts, getattr(clip.tokenizer, "context_length", None)])
 
 
-def _divided(n: int, batch_size: int, world: World | None, encode: Callable[[Sequence[int]], Tensor]) -> Tensor:
-    """`encode` of the rows 0 … n-1 of something, (n, e): of several processes each takes every size-th of the batches
-    that one would have, and all get all."""
+def _divided(
+    n: int, batch_size: int, world: World | None, encode: Callable[[Sequence[int]], Tensor]
+) -> Tensor:
+    """`encode` of the rows 0 … n-1 of something, (n, e): of several processes each takes every
+    size-th of the batches that one would have, and all get all."""
     if world is None or world.size == 1:
         return encode(range(n))
     rows = torch.arange(n).split(batch_size)
     shares = [torch.cat([rows[0][:0], *rows[rank :: world.size]]) for rank in range(world.size)]
     own = shares[world.rank].tolist()
-    part = encode(own or [0])[: len(own)]  # without a batch of its own a process still has to know e
+    part = encode(own or [0])[
+        : len(own)
+    ]  # without a batch of its own a process still has to know e
     joined = JointBatch(world, len(own), part.device).join(part)
     return joined[torch.cat(shares).argsort().to(part.device)]
 
 
-def encode_texts(clip: CLIP, texts: Sequence[str], batch_size: int = 256, world: World | None = None) -> Tensor:
+def encode_texts(
+    clip: CLIP, texts: Sequence[str], batch_size: int = 256, world: World | None = None
+) -> Tensor:
     """Unit embeddings (N, e), at least float32, without gradients; equal texts are encoded once.
 
     With `world` the processes, which all have to call it with the same arguments, share the work.
@@ -75,7 +89,9 @@ def encode_texts(clip: CLIP, texts: Sequence[str], batch_size: int = 256, world:
         for at in range(0, len(rows), batch_size):
             tokens = clip.tokenizer([distinct[row] for row in rows[at : at + batch_size]])
             found = clip.model.encode_text(tokens.to(clip.device))
-            parts.append(F.normalize(found.to(torch.promote_types(found.dtype, torch.float32)), dim=-1))
+            parts.append(
+                F.normalize(found.to(torch.promote_types(found.dtype, torch.float32)), dim=-1)
+            )
         return torch.cat(parts)
 
     place = {text: i for i, text in enumerate(distinct)}
@@ -84,9 +100,15 @@ def encode_texts(clip: CLIP, texts: Sequence[str], batch_size: int = 256, world:
 
 
 def encode_dataset(
-    clip: CLIP, dataset: ImageDataset, *, batch_size: int = 128, workers: int = 0, world: World | None = None
+    clip: CLIP,
+    dataset: ImageDataset,
+    *,
+    batch_size: int = 128,
+    workers: int = 0,
+    world: World | None = None,
 ) -> Tensor:
-    """Unit image embeddings (N, e), at least float32, without gradients; `world` as in `encode_texts`."""
+    """Unit image embeddings (N, e), at least float32, without gradients; `world` as in
+    `encode_texts`."""
 
     def encode(rows: Sequence[int]) -> Tensor:
         batches = pixel_batches(clip, dataset.subset(rows), batch_size, workers)
@@ -99,10 +121,15 @@ def encode_dataset(
 
 
 def compute(
-    clip: CLIP, dataset: ImageDataset, *, batch_size: int = 128, workers: int = 0, world: World | None = None
+    clip: CLIP,
+    dataset: ImageDataset,
+    *,
+    batch_size: int = 128,
+    workers: int = 0,
+    world: World | None = None,
 ) -> ReferenceFeatures:
-    """Features of whole images, without crops, and of their captions, on the CPU in float32; `world` as in
-    `encode_texts`."""
+    """Features of whole images, without crops, and of their captions, on the CPU in float32;
+    `world` as in `encode_texts`."""
     image = encode_dataset(clip, dataset, batch_size=batch_size, workers=workers, world=world)
     text = encode_texts(clip, captions_of(dataset), world=world)
     return ReferenceFeatures(
@@ -113,24 +140,35 @@ def compute(
 def read(path: str | Path, dataset: ImageDataset) -> ReferenceFeatures:
     """Features that `compute` or another tool left in a safetensors file.
 
-    The file holds "image" and "text", (N, d_ref) each, and the metadata of `ReferenceFeatures.save`; without a digest
-    of the data in it the number of samples alone is checked.
+    The file holds "image" and "text", (N, d_ref) each, and the metadata of
+    `ReferenceFeatures.save`; without a digest of the data in it the number of samples alone is
+    checked.
 
     Raises:
-        ValueError: the features of another data set. FileFormatError: no features of pairs. FileNotFoundError.
+        ValueError: the features of another data set. FileFormatError: no features of pairs.
+            FileNotFoundError.
     """
-    tensors, metadata = read_safetensors(path, allow_nan=False), read_safetensors_header(path).metadata
+    tensors, metadata = (
+        read_safetensors(path, allow_nan=False),
+        read_safetensors_header(path).metadata,
+    )
     image, text = tensors.get("image"), tensors.get("text")
     if (
-        image is None or text is None or image.ndim != 2 or image.shape != text.shape
+        image is None
+        or text is None
+        or image.ndim != 2
+        or image.shape != text.shape
         or not (image.is_floating_point() and text.is_floating_point())
-    ):  # fmt: skip
+    ):
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        raise FileFormatError(f'{path}: expected features "image" and "text" of one shape (N, d), got {shapes}')
+        raise FileFormatError(
+            f'{path}: expected features "image" and "text" of one shape (N, d), got {shapes}'
+        )
     data = metadata.get("data", "")
     if len(image) != len(dataset) or (data and data != data_digest(dataset)):
         raise ValueError(
-            f"{path}: reference features of {len(image)} other pairs; this data set has {len(dataset)}. Compute them "
+            f"{path}: reference features of {len(image)} other pairs; this data set has "
+            f"{len(dataset)}. Compute them "
             "anew, on the same captions and images in the same order"
         )
     name, weights = metadata.get("model", str(path)), metadata.get("weights", "")
@@ -143,12 +181,18 @@ def _unit(features: ReferenceFeatures) -> ReferenceFeatures:
 
 
 def cached(
-    path: str | Path, clip: CLIP, dataset: ImageDataset, *, workers: int = 0, world: World | None = None
+    path: str | Path,
+    clip: CLIP,
+    dataset: ImageDataset,
+    *,
+    workers: int = 0,
+    world: World | None = None,
 ) -> ReferenceFeatures:
-    """The features in `path` where they are this model's of this data set; otherwise computed and written there.
+    """The features in `path` where they are this model's of this data set; otherwise computed and
+    written there.
 
-    The data set is known by its captions and 16 of its images (`data_digest`). With `world` the processes compute them
-    together and the first one writes; the file must be where all see it.
+    The data set is known by its captions and 16 of its images (`data_digest`). With `world` the
+    processes compute them together and the first one writes; the file must be where all see it.
     """
     path, lead = Path(path), world is None or world.rank == 0
     there = path.exists()
@@ -156,7 +200,8 @@ def cached(
         found = read(path, dataset)
         if found.weights != model_digest(clip):
             raise ValueError(
-                f"{path}: features of {found.name} with other weights, activations or preprocessing; remove the file "
+                f"{path}: features of {found.name} with other weights, activations or "
+                f"preprocessing; remove the file "
                 "to compute them anew"
             )
         return found
@@ -175,4 +220,8 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> CLIP:
         raise FileFormatError(f"{folder / 'config.json'}: expected the name of a model")
     name = config["model"]
     # an architecture lies in the folder
-    return load(str(folder / name) if name.endswith(".json") else name, folder / "model.safetensors", device=device)
+    return load(
+        str(folder / name) if name.endswith(".json") else name,
+        folder / "model.safetensors",
+        device=device,
+    )

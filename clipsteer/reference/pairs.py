@@ -1,4 +1,5 @@
-"""Image–caption pairs as a contrastive trainer sees them: captions, square crops, tokens for one or two models."""
+"""Image–caption pairs as a contrastive trainer sees them: captions, square crops, tokens for one or
+two models."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from clipsteer.data.dataset import ImageDataset, captions_of
 
 
 class Pairs(Dataset):
-    """(row, seed) -> (row, pixels, tokens), and the same crop's pixels and tokens for a second model where one is."""
+    """(row, seed) -> (row, pixels, tokens), and the same crop's pixels and tokens for a second
+    model where one is."""
 
     def __init__(self, dataset: ImageDataset, crop: float, *models: CLIP) -> None:
         self.dataset, self.texts, self.crop = dataset, captions_of(dataset), crop
@@ -25,7 +27,10 @@ class Pairs(Dataset):
         image = self.dataset[row][0]
         if self.crop < 1:
             image = _square_crop(image, self.crop, seed)
-        both = ((preprocess(image), tokenizer([self.texts[row]])[0]) for preprocess, tokenizer in self.models)
+        both = (
+            (preprocess(image), tokenizer([self.texts[row]])[0])
+            for preprocess, tokenizer in self.models
+        )
         return (row, *(tensor for pair in both for tensor in pair))
 
 

@@ -1,7 +1,9 @@
-"""Training both towers of a CLIP on images with captions, alone or with a frozen reference model beside it.
+"""Training both towers of a CLIP on images with captions, alone or with a frozen reference model
+beside it.
 
-Losses: "drrho" (Wei et al. 2025, arXiv 2505.06699), "global" (FastCLIP's global contrastive loss, arXiv 2407.01445),
-"clip" (Radford et al. 2021), "distill" (CLIP's loss and the reference's similarities as soft targets).
+Losses: "drrho" (Wei et al. 2025, arXiv 2505.06699), "global" (FastCLIP's global contrastive loss,
+arXiv 2407.01445), "clip" (Radford et al. 2021), "distill" (CLIP's loss and the reference's
+similarities as soft targets).
 """
 
 from __future__ import annotations
@@ -50,32 +52,43 @@ def train_contrastive(
     resume: bool = True,
     world: World | None = None,
 ) -> CLIP:
-    """Train `clip`, in place, on a data set of images with captions (or with classes, whose names are the captions).
+    """Train `clip`, in place, on a data set of images with captions (or with classes, whose names
+    are the captions).
 
     Args:
-        reference: frozen. Kept features of the whole images, or a model that sees the very crops that `clip` sees.
-            Needed for drrho and distill, and for `select`.
-        out: folder for the trained model (model.safetensors, config.json, and architecture.json where the architecture
-            came from a file), log.jsonl and checkpoints/. A run that was stopped there, by SIGTERM or otherwise, goes
-            on from its last checkpoint, on a CPU bit for bit; `clip` must then be what it started from.
-        validation: name -> data set, measured by `evaluate` every `evaluate_every` steps (None: every epoch) and at
-            the end.
+        reference: frozen. Kept features of the whole images, or a model that sees the very crops
+            that `clip` sees. Needed for drrho and distill, and for `select`.
+        out: folder for the trained model (model.safetensors, config.json, and architecture.json
+            where the architecture came from a file), log.jsonl and checkpoints/. A run that was
+            stopped there, by SIGTERM or otherwise, goes on from its last checkpoint, on a CPU bit
+            for bit; `clip` must then be what it started from.
+        validation: name -> data set, measured by `evaluate` every `evaluate_every` steps (None:
+            every epoch) and at the end.
         templates: prompts for data sets with classes; see `clip.zero_shot_head`.
-        on_log: called with every line of the log. "loss_share" is the part of the last step's time, reading data not
-            counted, that went into the loss and its gradient in the features; of several processes, waiting included.
-        world: under torchrun; every process is given the same `clip`, the batch is divided among them.
+        on_log: called with every line of the log. "loss_share" is the part of the last step's time,
+            reading data not counted, that went into the loss and its gradient in the features; of
+            several processes, waiting included.
+        world: under torchrun; every process is given the same `clip`, the batch is divided among
+            them.
 
     Returns `clip`, in eval mode, its logit_scale set to 1/τ.
 
     Raises:
-        ValueError: a data set of less than a batch, no reference where one is needed or one of other pairs, or a run
-            in `out` with other settings, data or starting weights.
+        ValueError: a data set of less than a batch, no reference where one is needed or one of
+            other pairs, or a run in `out` with other settings, data or starting weights.
         RuntimeError: the loss is not finite. SystemExit(143): SIGTERM came and the state is saved.
     """
     run = _Run(
-        clip, dataset, config or ContrastiveConfig(), reference, Path(out) if out is not None else None,
-        dict(validation or {}), templates, workers, world or World(clip.device),
-    )  # fmt: skip
+        clip,
+        dataset,
+        config or ContrastiveConfig(),
+        reference,
+        Path(out) if out is not None else None,
+        dict(validation or {}),
+        templates,
+        workers,
+        world or World(clip.device),
+    )
     return run.run(on_log, resume)
 
 
@@ -85,39 +98,65 @@ class _Run(TrainingRun):
     shown = ("loss", "loss_share")
 
     def __init__(
-        self, clip: CLIP, dataset: ImageDataset, config: ContrastiveConfig, reference: ReferenceFeatures | CLIP | None,
-        out: Path | None, validation: dict[str, ImageDataset], templates: tuple[str, ...] | None, workers: int,
+        self,
+        clip: CLIP,
+        dataset: ImageDataset,
+        config: ContrastiveConfig,
+        reference: ReferenceFeatures | CLIP | None,
+        out: Path | None,
+        validation: dict[str, ImageDataset],
+        templates: tuple[str, ...] | None,
+        workers: int,
         world: World,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if reference is None and config.wants_reference:
-            raise ValueError(f"train: loss={config.loss!r}, select={config.select} need a reference")
+            raise ValueError(
+                f"train: loss={config.loss!r}, select={config.select} need a reference"
+            )
         if isinstance(reference, ReferenceFeatures) and (
             len(reference.image) != len(dataset) or reference.data not in ("", data_digest(dataset))
         ):
             raise ValueError(
-                f"train: the reference features are of {len(reference.image)} other pairs than these {len(dataset)}"
+                f"train: the reference features are of {len(reference.image)} other pairs than "
+                f"these {len(dataset)}"
             )
         config.check_batches(len(dataset), world.size)
-        self.clip, self.dataset, self.reference = clip, dataset, reference if config.wants_reference else None
+        self.clip, self.dataset, self.reference = (
+            clip,
+            dataset,
+            reference if config.wants_reference else None,
+        )
         self.validation, self.templates, self.workers = validation, templates, workers
         self.order = Order(len(dataset), config.batch_size, config.seed, drop_last=True)
-        total = -(-config.samples // config.batch_size) if config.samples else self.order.per_epoch * config.epochs
+        total = (
+            -(-config.samples // config.batch_size)
+            if config.samples
+            else self.order.per_epoch * config.epochs
+        )
         self.loss = config.make_loss(len(dataset), world).to(clip.device)
         # τ is the loss's own, and none of the losses has a bias
         for parameter in (clip.model.logit_scale, getattr(clip.model, "logit_bias", None)):
             if parameter is not None:
                 parameter.requires_grad_(False)
-        parameters = {f"model.{name}": p for name, p in clip.model.named_parameters() if p.requires_grad}
+        parameters = {
+            f"model.{name}": p for name, p in clip.model.named_parameters() if p.requires_grad
+        }
         self.trained = list(parameters.values())
         self.scale = [p for p in self.loss.parameters() if p.requires_grad]
-        parameters |= {f"loss.{name}": p for name, p in self.loss.named_parameters() if p.requires_grad}
+        parameters |= {
+            f"loss.{name}": p for name, p in self.loss.named_parameters() if p.requires_grad
+        }
         groups = [
-            {"params": [p for p in self.trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {
+                "params": [p for p in self.trained if p.ndim >= 2],
+                "weight_decay": config.weight_decay,
+            },
             {"params": [p for p in self.trained if p.ndim < 2], "weight_decay": 0.0},
             {"params": self.scale, "weight_decay": 0.0},
         ]
         if config.remembers:
-            # FastCLIP's rule for τ: a quarter of the peak, constant; `settle_temperature_` has the rest of it
+            # FastCLIP's rule for τ: a quarter of the peak, constant; `settle_temperature_` has the
+            # rest of it
             groups[2]["lr"] = config.lr / 4
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6)
         settings = {**asdict(config), "pairs": len(dataset)}
@@ -125,7 +164,9 @@ class _Run(TrainingRun):
             # an architecture that a file describes is known by what stands there
             settings["model"] = read_json(clip.name) if clip.name.endswith(".json") else clip.name
             settings |= {"data": data_digest(dataset), "weights": weights_digest(clip.model)}
-            settings["frozen"] = [name for name, p in clip.model.named_parameters() if not p.requires_grad]
+            settings["frozen"] = [
+                name for name, p in clip.model.named_parameters() if not p.requires_grad
+            ]
             if isinstance(self.reference, CLIP):
                 settings["reference"] = model_digest(self.reference)
             elif self.reference is not None:
@@ -146,14 +187,17 @@ class _Run(TrainingRun):
                 self.loop(on_log=on_log)
         finally:
             if self.world.size > 1:
-                # what a failed run's traceback and DDP's cycles keep would hold the process group beyond its end
+                # what a failed run's traceback and DDP's cycles keep would hold the process group
+                # beyond its end
                 self.model = self.clip.model
                 gc.collect()
         self.clip.model.eval()
         with torch.no_grad():
             self.clip.model.logit_scale.fill_(-math.log(float(self._temperature())))
         if self.out is not None and self.lead:
-            write_safetensors(self.out / "model.safetensors", self.clip.model.state_dict(), {"format": "pt"})
+            write_safetensors(
+                self.out / "model.safetensors", self.clip.model.state_dict(), {"format": "pt"}
+            )
             name = self.settings["model"]
             if not isinstance(name, str):
                 write_json(self.out / "architecture.json", name)
@@ -172,7 +216,9 @@ class _Run(TrainingRun):
         return found | ({"loss.u": self.loss.gather_u()} if self.config.remembers else {})
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        self.clip.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        self.clip.model.load_state_dict(
+            {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
+        )
         with torch.no_grad():
             for name, parameter in self.loss.named_parameters():
                 parameter.copy_(tensors[f"loss.{name}"])
@@ -186,7 +232,9 @@ class _Run(TrainingRun):
         share = self.config.batch_size // self.world.size
         mine = slice(self.world.rank * share, (self.world.rank + 1) * share)
         steps = range(self.step, self.total)
-        return iter(loader(pairs, Keys((self.order.keys(s)[mine] for s in steps), len(steps)), self.workers))
+        return iter(
+            loader(pairs, Keys((self.order.keys(s)[mine] for s in steps), len(steps)), self.workers)
+        )
 
     def _features(self, pixels: Tensor, tokens: Tensor, part: int) -> tuple[Tensor, Tensor]:
         # the same dropout when a part of the batch is computed a second time
@@ -194,9 +242,15 @@ class _Run(TrainingRun):
         torch.manual_seed(seed_of(number * 65_537 + part))
         with torch.autocast(self.clip.device.type, torch.bfloat16, enabled=self.config.bf16):
             found = self.model(pixels, tokens)
-        pair = (found["image_features"], found["text_features"]) if isinstance(found, dict) else found[:2]
+        pair = (
+            (found["image_features"], found["text_features"])
+            if isinstance(found, dict)
+            else found[:2]
+        )
         # unit rows in bfloat16 are off by its rounding
-        image, text = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in pair)
+        image, text = (
+            F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in pair
+        )
         return image, text
 
     def _referred(self, ids: Tensor, theirs: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
@@ -238,16 +292,19 @@ class _Run(TrainingRun):
         self.optimizer.step()
         self.loss.settle_temperature_(before)
         values = {"loss": loss, "grad_norm": norm, "lr": lr, "temperature": self._temperature()}
-        return values | ({"loss_share": self.loss_seconds / (self._now() - began)} if self.timed else {})
+        return values | (
+            {"loss_share": self.loss_seconds / (self._now() - began)} if self.timed else {}
+        )
 
     def _backward(
         self, ids: Tensor, inputs: tuple[Tensor, Tensor], refs: tuple[Tensor | None, Tensor | None]
     ) -> Tensor:
-        """Gradients of the whole batch's loss, the model seeing at most micro_batch pairs at a time.
+        """Gradients of the whole batch's loss, the model seeing at most micro_batch pairs at a
+        time.
 
-        In parts: features of all pairs without a graph, the loss and its gradient in them, then each part again with a
-        graph (Gao et al. 2021, GradCache, arXiv 2101.06983). For models without batch statistics that is the gradient
-        of the whole.
+        In parts: features of all pairs without a graph, the loss and its gradient in them, then
+        each part again with a graph (Gao et al. 2021, GradCache, arXiv 2101.06983). For models
+        without batch statistics that is the gradient of the whole.
         """
         config, size = self.config, self.config.micro_batch or len(ids)
         longest = len(ids)
@@ -261,7 +318,9 @@ class _Run(TrainingRun):
         features = [x[: len(ids)] for x in features]
         image, text = (x.detach().requires_grad_() for x in features)
         began = self._now()
-        loss = self.loss(image, text, ids, *refs, gamma=self._gamma(self.step // self.order.per_epoch))
+        loss = self.loss(
+            image, text, ids, *refs, gamma=self._gamma(self.step // self.order.per_epoch)
+        )
         loss.backward()
         self.loss_seconds = self._now() - began
         if whole:
@@ -285,13 +344,17 @@ class _Run(TrainingRun):
     def _select(
         self, ids: Tensor, inputs: tuple[Tensor, Tensor], refs: tuple[Tensor, Tensor], size: int
     ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor], int]:
-        """This process's pairs of those that are picked from the joint batch, and the most that a process has.
+        """This process's pairs of those that are picked from the joint batch, and the most that a
+        process has.
 
-        Where it has none its inputs are one pair still, as models take no empty batch and DDP waits for every process.
+        Where it has none its inputs are one pair still, as models take no empty batch and DDP waits
+        for every process.
         """
         batch = JointBatch(self.world, len(ids), ids.device)
         features = [batch.join(x) for x in (*self._seen(inputs, size), *refs)]
-        draws = torch.Generator(ids.device).manual_seed(seed_of(self.config.seed * 1_000_003 + self.step))
+        draws = torch.Generator(ids.device).manual_seed(
+            seed_of(self.config.seed * 1_000_003 + self.step)
+        )
         keep = max(1, round(self.config.select * batch.rows))
         kept = select_learnable(*features, keep, temperature=self._temperature(), generator=draws)
         self.world.broadcast_(kept)  # GPUs of two kinds may round differently
@@ -318,6 +381,6 @@ class _Run(TrainingRun):
         for name, dataset in self.validation.items():
             scores = evaluate(
                 self.clip, dataset, templates=self.templates, workers=self.workers, world=self.world
-            )  # fmt: skip
+            )
             found |= {f"{name}/{key}": value for key, value in scores.items()}
         return found

@@ -1,7 +1,9 @@
-"""Activations of a CLIP model as training data: a resumable store of shards on disk, or the model run on the fly.
+"""Activations of a CLIP model as training data: a resumable store of shards on disk, or the model
+run on the fly.
 
-Both are sources in the sense of ``clipsteer.sae.sources``: shuffled batches whose whole state is (epoch, row). A store
-permutes its shards and shuffles a few of them together; a harvest permutes the images and shuffles the rows of a group.
+Both are sources in the sense of ``clipsteer.sae.sources``: shuffled batches whose whole state is
+(epoch, row). A store permutes its shards and shuffles a few of them together; a harvest permutes
+the images and shuffles the rows of a group.
 """
 
 from __future__ import annotations
@@ -18,8 +20,22 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from clipsteer.clip.pixels import image_loader
-from clipsteer.io.files import FileFormatError, read_json, read_safetensors, write_json, write_safetensors
-from clipsteer.sae.sources import ActivationSource, Batch, IterableSource, Position, TensorSource, as_source, generator
+from clipsteer.io.files import (
+    FileFormatError,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
+from clipsteer.sae.sources import (
+    ActivationSource,
+    Batch,
+    IterableSource,
+    Position,
+    TensorSource,
+    as_source,
+    generator,
+)
 from clipsteer.training.world import World
 
 __all__ = [
@@ -41,10 +57,12 @@ _PROVENANCE = ("clip_model", "pretrained", "hook_point", "tokens")
 
 
 class HarvestSource(ActivationSource):
-    """A CLIP model run on the fly: an epoch permutes the images, and `images_per_group` of them fill a group.
+    """A CLIP model run on the fly: an epoch permutes the images, and `images_per_group` of them
+    fill a group.
 
-    A larger group shuffles better and holds images_per_group · tokens rows in memory. Random augmentations draw from
-    torch's generator, which is seeded per (seed, epoch, group), so a resumed run sees the same ones.
+    A larger group shuffles better and holds images_per_group · tokens rows in memory. Random
+    augmentations draw from torch's generator, which is seeded per (seed, epoch, group), so a
+    resumed run sees the same ones.
     """
 
     def __init__(
@@ -59,7 +77,11 @@ class HarvestSource(ActivationSource):
         num_workers: int = 0,
     ) -> None:
         self.clip, self.dataset, self.hook_point, self.tokens = clip, dataset, hook_point, tokens
-        self.images_per_group, self.batch_size, self.num_workers = images_per_group, batch_size, num_workers
+        self.images_per_group, self.batch_size, self.num_workers = (
+            images_per_group,
+            batch_size,
+            num_workers,
+        )
         self.provenance = _provenance(clip, hook_point, tokens)
         probe = self._run([0])
         self.tokens_per_image, self.d_in = probe.shape
@@ -67,8 +89,12 @@ class HarvestSource(ActivationSource):
     def _run(self, images: Sequence[int]) -> Tensor:
         from clipsteer.clip.hooks import harvest
 
-        loader = image_loader(self.clip, Subset(self.dataset, images), self.batch_size, self.num_workers)
-        return torch.cat(list(harvest(self.clip.model, loader, self.hook_point, tokens=self.tokens)))
+        loader = image_loader(
+            self.clip, Subset(self.dataset, images), self.batch_size, self.num_workers
+        )
+        return torch.cat(
+            list(harvest(self.clip.model, loader, self.hook_point, tokens=self.tokens))
+        )
 
     def group_sizes(self, seed: int, epoch: int) -> list[int]:
         total, step = len(self.dataset), self.images_per_group
@@ -84,17 +110,22 @@ class HarvestSource(ActivationSource):
 
 
 class ActivationStore(ActivationSource):
-    """A directory of activation shards written by `harvest_to_store`; complete shards alone are read.
+    """A directory of activation shards written by `harvest_to_store`; complete shards alone are
+    read.
 
-    An epoch permutes the shards; `buffer_shards` of them at a time are read and their rows permuted together (all of
-    them, hence a full permutation, when `buffer_shards` is None). Memory: the buffer in the stored dtype.
+    An epoch permutes the shards; `buffer_shards` of them at a time are read and their rows permuted
+    together (all of them, hence a full permutation, when `buffer_shards` is None). Memory: the
+    buffer in the stored dtype.
     """
 
     def __init__(self, directory: str | Path, *, buffer_shards: int | None = 4) -> None:
         self.directory = Path(directory)
         path = self.directory / "store.json"
         self.metadata: dict[str, Any] = read_json(path)
-        sizes = [self.metadata.get(name) if isinstance(self.metadata, dict) else None for name in ("shards", "d_in")]
+        sizes = [
+            self.metadata.get(name) if isinstance(self.metadata, dict) else None
+            for name in ("shards", "d_in")
+        ]
         if not all(type(size) is int and size > 0 for size in sizes):
             raise FileFormatError(f"{path}: not the description of an activation store")
         total, self.d_in = sizes
@@ -106,7 +137,9 @@ class ActivationStore(ActivationSource):
                 self.shards.append(path)
                 self._sizes.append(entry["rows"])
         if not self.shards:
-            raise FileFormatError(f"{self.directory}: no complete shard; run harvest_to_store again to go on with it")
+            raise FileFormatError(
+                f"{self.directory}: no complete shard; run harvest_to_store again to go on with it"
+            )
         if not self.complete:
             logger.warning("%s: %d of %d shards are there", self.directory, len(self.shards), total)
         self.provenance = {name: self.metadata.get(name) for name in _PROVENANCE}
@@ -128,12 +161,16 @@ class ActivationStore(ActivationSource):
         rows = read_safetensors(path).get("activations")
         if rows is None or tuple(rows.shape) != (self._sizes[index], self.d_in):
             got = None if rows is None else tuple(rows.shape)
-            raise FileFormatError(f"{path}: expected activations {(self._sizes[index], self.d_in)}, got {got}")
+            raise FileFormatError(
+                f"{path}: expected activations {(self._sizes[index], self.d_in)}, got {got}"
+            )
         return rows
 
     def _order(self, seed: int, epoch: int) -> list[list[int]]:
         order = torch.randperm(len(self.shards), generator=generator(seed, epoch)).tolist()
-        return [order[at : at + self.buffer_shards] for at in range(0, len(order), self.buffer_shards)]
+        return [
+            order[at : at + self.buffer_shards] for at in range(0, len(order), self.buffer_shards)
+        ]
 
     def group_sizes(self, seed: int, epoch: int) -> list[int]:
         return [sum(self._sizes[shard] for shard in group) for group in self._order(seed, epoch)]
@@ -154,14 +191,16 @@ def harvest_to_store(
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> ActivationStore:
-    """Write the activations of `hook_point` over a map-style data set to shards under `directory`; resumable.
+    """Write the activations of `hook_point` over a map-style data set to shards under `directory`;
+    resumable.
 
-    A shard holds the rows of a fixed run of images (about `shard_rows` rows) and counts once its index file, written
-    after it, is there; a second call with the same settings does only what is missing.
-    `tokens` is "all", "cls" or "patches"; `dtype` "float16", "bfloat16" or "float32" (float16 overflows at 65504 and
-    raises then). Another model, data set length or setting in the same directory raises ValueError.
-    Under ``torchrun`` every process must call it: each writes its share of the shards, and none returns before all are
-    there; the directory must be one that they all see.
+    A shard holds the rows of a fixed run of images (about `shard_rows` rows) and counts once its
+    index file, written after it, is there; a second call with the same settings does only what is
+    missing. `tokens` is "all", "cls" or "patches"; `dtype` "float16", "bfloat16" or "float32"
+    (float16 overflows at 65504 and raises then). Another model, data set length or setting in the
+    same directory raises ValueError. Under ``torchrun`` every process must call it: each writes its
+    share of the shards, and none returns before all are there; the directory must be one that they
+    all see.
     """
     from clipsteer.clip.hooks import harvest
 
@@ -191,10 +230,15 @@ def harvest_to_store(
     for index in tqdm(todo, desc=f"harvest {hook_point}", unit="shard", disable=None):
         span = range(index * images, min((index + 1) * images, len(dataset)))
         loader = image_loader(clip, Subset(dataset, span), batch_size, num_workers)
-        parts = [part.to("cpu", _DTYPES[dtype]) for part in harvest(clip.model, loader, hook_point, tokens=tokens)]
+        parts = [
+            part.to("cpu", _DTYPES[dtype])
+            for part in harvest(clip.model, loader, hook_point, tokens=tokens)
+        ]
         rows = torch.cat(parts).contiguous()
         if not torch.isfinite(rows).all():
-            raise ValueError(f"{hook_point}: activations are not finite in {dtype}; pass dtype='float32'")
+            raise ValueError(
+                f"{hook_point}: activations are not finite in {dtype}; pass dtype='float32'"
+            )
         path = _shard_path(directory, index)
         write_safetensors(path, {"activations": rows})
         entry = {"rows": len(rows), "images": [span.start, span.stop], "bytes": path.stat().st_size}
@@ -202,7 +246,10 @@ def harvest_to_store(
     world.any(False)  # wait for the others
     store = ActivationStore(directory)
     if not store.complete:
-        raise RuntimeError(f"{directory}: shards that other processes wrote are not seen here; use a shared directory")
+        raise RuntimeError(
+            f"{directory}: shards that other processes wrote are not seen here; use a shared "
+            f"directory"
+        )
     return store
 
 
@@ -217,7 +264,9 @@ def _claim(directory: Path, settings: dict[str, Any]) -> None:
     changed = [key for key, value in settings.items() if found.get(key) != value]
     differing = [f"{key}: {found.get(key)!r} there, {settings[key]!r} asked for" for key in changed]
     if differing:
-        raise ValueError(f"{directory} holds another harvest ({'; '.join(differing)}); choose another directory")
+        raise ValueError(
+            f"{directory} holds another harvest ({'; '.join(differing)}); choose another directory"
+        )
 
 
 def _provenance(clip: Any, hook_point: str, tokens: str) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""Adam for an SAE whose decoder rows keep norm 1; each dictionary takes one pass over memory where a kernel serves it,
-in C++ on a CPU and in Triton on a GPU."""
+"""Adam for an SAE whose decoder rows keep norm 1; each dictionary takes one pass over memory where
+a kernel serves it, in C++ on a CPU and in Triton on a GPU."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from clipsteer.sae.model import SAE
 
 
 class UnitRowAdam(torch.optim.Adam):
-    """torch's Adam (dense: moments decay where the gradient is 0) on ``sae``'s parameters. From W_dec's gradient the
-    component along each row is taken before, and the rows are scaled to norm 1 after.
+    """torch's Adam (dense: moments decay where the gradient is 0) on ``sae``'s parameters. From
+    W_dec's gradient the component along each row is taken before, and the rows are scaled to norm 1
+    after.
 
-    Where ``one_pass`` names a backend for W_enc or W_dec, its gradient's projection, Adam and the scaling of its rows
-    are one kernel; where ``takes_row_sparse`` says so, its gradient may be row-sparse.
+    Where ``one_pass`` names a backend for W_enc or W_dec, its gradient's projection, Adam and the
+    scaling of its rows are one kernel; where ``takes_row_sparse`` says so, its gradient may be
+    row-sparse.
     """
 
     def __init__(self, sae: SAE, lr: float) -> None:
@@ -29,7 +31,8 @@ class UnitRowAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: Any = None, factor: Tensor | None = None) -> None:
-        """One step with all gradients times ``factor``, a scalar tensor; not all of them are multiplied in place."""
+        """One step with all gradients times ``factor``, a scalar tensor; not all of them are
+        multiplied in place."""
         if closure is not None:
             raise ValueError("UnitRowAdam.step: takes no closure")
         sae, taken = self.sae, {}
@@ -55,11 +58,16 @@ class UnitRowAdam(torch.optim.Adam):
         for parameter, (grad, _) in taken.items():
             parameter.grad = grad
 
-    def _one_pass(self, parameter: Tensor, grad: Tensor, backend: str, factor: Tensor | None) -> None:
+    def _one_pass(
+        self, parameter: Tensor, grad: Tensor, backend: str, factor: Tensor | None
+    ) -> None:
         state, group = self.state[parameter], self.param_groups[0]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            state["exp_avg"], state["exp_avg_sq"] = (
+                torch.zeros_like(parameter),
+                torch.zeros_like(parameter),
+            )
         state["step"] += 1
         moments, unit = (state["exp_avg"], state["exp_avg_sq"]), parameter is self.sae.W_dec
         settings = unit, group["lr"], *group["betas"], group["eps"]
@@ -70,7 +78,8 @@ class UnitRowAdam(torch.optim.Adam):
         else:
             features = None
             if grad.is_sparse:
-                # in ascending order, each once, as the ops give them; autograd does not keep the mark of it
+                # in ascending order, each once, as the ops give them; autograd does not keep the
+                # mark of it
                 features, grad = grad._indices()[0], grad._values()
             step = torch.ops.clipsteer_cpp.adam_rows
             step(parameter, *moments, state["step"], grad.contiguous(), features, *settings)
@@ -78,7 +87,8 @@ class UnitRowAdam(torch.optim.Adam):
 
 
 def one_pass(parameter: Tensor) -> str | None:
-    """The backend whose kernel updates a dictionary in one pass over memory; None: torch does, in several."""
+    """The backend whose kernel updates a dictionary in one pass over memory; None: torch does, in
+    several."""
     asked = os.environ.get("CLIPSTEER_BACKEND", "auto").lower() or "auto"
     device, dtype = parameter.device, parameter.dtype
     if not parameter.is_contiguous():
@@ -94,9 +104,15 @@ def one_pass(parameter: Tensor) -> str | None:
 
     if parameter.shape[1] > MAX_COLUMNS:
         return None
-    failure = _dispatch.self_check("adam_rows", "triton", device, dtype, _verdict) if asked == "auto" else None
+    failure = (
+        _dispatch.self_check("adam_rows", "triton", device, dtype, _verdict)
+        if asked == "auto"
+        else None
+    )
     if failure is not None:
-        _dispatch._warn_once(f"clipsteer: triton adam_rows is not trusted on {device} for {dtype}: {failure}")
+        _dispatch._warn_once(
+            f"clipsteer: triton adam_rows is not trusted on {device} for {dtype}: {failure}"
+        )
         return None
     return "triton"
 

@@ -1,7 +1,8 @@
-"""What an SAE preserves of a CLIP model: variance explained, sparsity, and zero-shot predictions under substitution.
+"""What an SAE preserves of a CLIP model: variance explained, sparsity, and zero-shot predictions
+under substitution.
 
-Everything streams over a data set, one batch of images at a time. Definitions follow Joseph et al. 2025
-(arXiv 2504.08729): EV = mean over tokens of 1 - ‖x̂ - x‖² / ‖x - mean_batch x‖²; CE recovered
+Everything streams over a data set, one batch of images at a time. Definitions follow Joseph et al.
+2025 (arXiv 2504.08729): EV = mean over tokens of 1 - ‖x̂ - x‖² / ‖x - mean_batch x‖²; CE recovered
 = (CE_zero - CE_sae) / (CE_zero - CE_clean), with logits 100 · cosine and prompt templates.
 """
 
@@ -29,7 +30,15 @@ from clipsteer.sae.features import (
     top_images,
 )
 from clipsteer.sae.model import SAE
-from clipsteer.sae.site import LOGIT_SCALE, Site, chunks, clean_pass, find_site, from_site, grid_side
+from clipsteer.sae.site import (
+    LOGIT_SCALE,
+    Site,
+    chunks,
+    clean_pass,
+    find_site,
+    from_site,
+    grid_side,
+)
 
 __all__ = [
     "FeatureStatistics",
@@ -54,19 +63,23 @@ def evaluate_sae(
     templates: Sequence[str] | None = None,
     batch_size: int = 64,
 ) -> dict[str, Any]:
-    """Metrics of an SAE over a map-style data set of images or (image, label) pairs, as plain JSON-able values.
+    """Metrics of an SAE over a map-style data set of images or (image, label) pairs, as plain
+    JSON-able values.
 
     Args:
         hook_point, tokens: by default what the SAE's metadata say.
-        classnames, templates: classes that integer labels index; by default those of ``dataset.classes``. Without
-            classes, or with captions as labels, the substitution metrics are left out.
-        batch_size: images a batch. EV is centred on the batch's mean, so it depends on this; FVU does not.
+        classnames, templates: classes that integer labels index; by default those of
+            ``dataset.classes``. Without classes, or with captions as labels, the substitution
+            metrics are left out.
+        batch_size: images a batch. EV is centred on the batch's mean, so it depends on this; FVU
+            does not.
 
     Returns a dict with
         ev, fvu, l0, dead (share of features never active), images, tokens;
-        l0_per_token: one value a token position; l0_map: the same over the patch grid, row by row, if square;
-        ce_clean, ce_sae, ce_zero (nats), ce_recovered, and top1_clean, top1_sae, top1_zero, top1_recovered.
-        A ratio whose denominator is 0 is None, and so is ev where a batch has no variance.
+        l0_per_token: one value a token position; l0_map: the same over the patch grid, row by row,
+        if square; ce_clean, ce_sae, ce_zero (nats), ce_recovered, and top1_clean, top1_sae,
+        top1_zero, top1_recovered. A ratio whose denominator is 0 is None, and so is ev where a
+        batch has no variance.
     """
     site = find_site(sae, clip, hook_point, tokens)
     classnames = classnames if classnames is not None else getattr(dataset, "classes", None)
@@ -83,14 +96,18 @@ def evaluate_sae(
             if head is None or not bool(known.any()):
                 continue
             if int(labels.max()) >= len(head):
-                raise ValueError(f"dataset: label {int(labels.max())} is not below the {len(head)} classes")
+                raise ValueError(
+                    f"dataset: label {int(labels.max())} is not below the {len(head)} classes"
+                )
             labelled += int(known.sum())
             replaced, zeroed = site.put(x, x_hat.to(x.dtype)), site.put(x, torch.zeros_like(chosen))
             go_on = from_site(clip, pixels, site, x, embedded)
             variants = {"clean": embedded, "sae": go_on(replaced), "zero": go_on(zeroed)}
             for name, features in variants.items():
                 logits = LOGIT_SCALE * features[known] @ head.to(features.dtype).T  # (b, C)
-                scores[name][0] += float(F.cross_entropy(logits.double(), labels[known], reduction="sum"))
+                scores[name][0] += float(
+                    F.cross_entropy(logits.double(), labels[known], reduction="sum")
+                )
                 scores[name][1] += int((logits.argmax(-1) == labels[known]).sum())
     result = totals.result(site)
     if labelled:
@@ -143,7 +160,10 @@ class _Totals:
         self._merge(mean, float(spread.sum()), len(rows))
         per_position = torch.cat(l0).reshape(images, positions).double().sum(0)
         if self.l0 is not None and len(self.l0) != positions:
-            raise ValueError(f"dataset: images give {len(self.l0)} and {positions} tokens; all must have one size")
+            raise ValueError(
+                f"dataset: images give {len(self.l0)} and {positions} tokens; all must have one "
+                f"size"
+            )
         self.l0 = per_position if self.l0 is None else self.l0 + per_position
         self.images += images
         return x_hat.reshape(x.shape)

@@ -1,4 +1,5 @@
-"""What the features of an SAE do in a CLIP model: how often they fire, on which images and where, what they steer."""
+"""What the features of an SAE do in a CLIP model: how often they fire, on which images and where,
+what they steer."""
 
 from __future__ import annotations
 
@@ -15,7 +16,16 @@ from clipsteer.clip.model import CLIP
 from clipsteer.clip.pixels import image_batches, image_embeddings
 from clipsteer.clip.zero_shot import zero_shot_head
 from clipsteer.sae.model import SAE
-from clipsteer.sae.site import BLOCK, LOGIT_SCALE, chunks, clean_pass, find_site, from_site, grid_side, set_features
+from clipsteer.sae.site import (
+    BLOCK,
+    LOGIT_SCALE,
+    chunks,
+    clean_pass,
+    find_site,
+    from_site,
+    grid_side,
+    set_features,
+)
 
 if TYPE_CHECKING:
     from clipsteer.splice.dictionary import ConceptDictionary
@@ -25,7 +35,8 @@ _FEATURES = 256
 
 
 class FeatureStatistics(NamedTuple):
-    """Per feature, over all tokens evaluated: share of tokens on which it is active, mean and largest activation."""
+    """Per feature, over all tokens evaluated: share of tokens on which it is active, mean and
+    largest activation."""
 
     frequency: Tensor  # (d_sae,) float64
     mean: Tensor  # (d_sae,) float64, over all tokens
@@ -33,16 +44,19 @@ class FeatureStatistics(NamedTuple):
 
 
 class TopImages(NamedTuple):
-    """The images on which features are most active, strongest first; unused places have image -1 and activation 0."""
+    """The images on which features are most active, strongest first; unused places have image -1
+    and activation 0."""
 
     features: Tensor  # (m,) int64
     images: Tensor  # (m, count) int64, index into the data set
     activations: Tensor  # (m, count), largest activation over the image's tokens
-    maps: Tensor  # (m, count, h, w) over the patch grid; (m, count, 1, tokens) where there is no square grid
+    # (m, count, h, w) over the patch grid; (m, count, 1, tokens) where there is no square grid
+    maps: Tensor
 
 
 class Steerability(NamedTuple):
-    """Per feature S = Σ_c Δ_c², power = max_c Δ_c and its concept; Δ is the mean change in probability."""
+    """Per feature S = Σ_c Δ_c², power = max_c Δ_c and its concept; Δ is the mean change in
+    probability."""
 
     features: Tensor  # (m,) int64
     score: Tensor  # (m,)
@@ -57,7 +71,10 @@ def _checked(sae: SAE, features: Sequence[int] | Tensor | None) -> Tensor:
         return torch.arange(sae.d_sae, device=sae.W_enc.device)
     chosen = torch.as_tensor(features, dtype=torch.int64, device=sae.W_enc.device)
     if chosen.ndim != 1 or len(chosen) == 0:
-        raise ValueError(f"features: expected a non-empty list of feature indices, got shape {tuple(chosen.shape)}")
+        raise ValueError(
+            f"features: expected a non-empty list of feature indices, got shape "
+            f"{tuple(chosen.shape)}"
+        )
     if int(chosen.min()) < 0 or int(chosen.max()) >= sae.d_sae:
         raise ValueError(f"features: expected indices in [0, d_sae = {sae.d_sae}), got {features}")
     if len(chosen.unique()) != len(chosen):
@@ -79,11 +96,14 @@ def _selected_acts(sae: SAE, x: Tensor, features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def feature_peaks(sae: SAE, tokens: Tensor) -> Tensor:
-    """Largest activation of every feature on every image: tokens (N, T, d) -> (N, d_sae), on the CPU in float32."""
+    """Largest activation of every feature on every image: tokens (N, T, d) -> (N, d_sae), on the
+    CPU in float32."""
     every = torch.arange(sae.d_sae, device=sae.W_enc.device)
     parts = tokens.split(max(1, BLOCK // (tokens.shape[1] * sae.d_sae)))
     bar = tqdm(parts, desc="encode tokens", disable=None)
-    return torch.cat([_selected_acts(sae, part.to(every.device), every).amax(1).float().cpu() for part in bar])
+    return torch.cat(
+        [_selected_acts(sae, part.to(every.device), every).amax(1).float().cpu() for part in bar]
+    )
 
 
 def feature_statistics(
@@ -125,9 +145,11 @@ def top_images(
     tokens: str | None = None,
     batch_size: int = 64,
 ) -> TopImages:
-    """The `count` images that activate each of m features most, with the feature's activation over the patches.
+    """The `count` images that activate each of m features most, with the feature's activation over
+    the patches.
 
-    Of equal activations the earlier image comes first. Holds m · (count + batch_size) · tokens activations.
+    Of equal activations the earlier image comes first. Holds m · (count + batch_size) · tokens
+    activations.
     """
     if count < 1:
         raise ValueError(f"count: expected at least 1, got {count}")
@@ -143,17 +165,25 @@ def top_images(
                 best = acts.new_zeros(len(chosen), count)
                 images = torch.full((len(chosen), count), -1, device=acts.device)
                 maps = acts.new_zeros(len(chosen), count, acts.shape[-1])
-            here = torch.arange(seen, seen + len(pixels), device=acts.device).expand(len(chosen), -1)
-            best, order = torch.cat([best, acts.amax(-1)], 1).sort(dim=1, descending=True, stable=True)
+            here = torch.arange(seen, seen + len(pixels), device=acts.device).expand(
+                len(chosen), -1
+            )
+            best, order = torch.cat([best, acts.amax(-1)], 1).sort(
+                dim=1, descending=True, stable=True
+            )
             best, order = best[:, :count], order[:, :count]
             images = torch.cat([images, here], 1).gather(1, order)
-            maps = torch.cat([maps, acts], 1).gather(1, order[..., None].expand(-1, -1, acts.shape[-1]))
+            maps = torch.cat([maps, acts], 1).gather(
+                1, order[..., None].expand(-1, -1, acts.shape[-1])
+            )
             seen += len(pixels)
     assert maps is not None
     patches = site.patches(maps)
     side = grid_side(patches.shape[-1])
     maps = (
-        patches.unflatten(-1, (side, side)) if side else (patches if patches.shape[-1] else maps).unflatten(-1, (1, -1))
+        patches.unflatten(-1, (side, side))
+        if side
+        else (patches if patches.shape[-1] else maps).unflatten(-1, (1, -1))
     )
     return TopImages(chosen, images, best, maps)
 
@@ -171,13 +201,21 @@ def name_features(
     tokens: str | None = None,
     batch_size: int = 64,
 ) -> list[list[tuple[str, float]]]:
-    """What each of m features stands for, in text concepts: at most `count` (concept, weight) pairs, heaviest first.
+    """What each of m features stands for, in text concepts: at most `count` (concept, weight)
+    pairs, heaviest first.
 
-    The `images` images that activate a feature most are decomposed one by one, and their weights averaged
-    (`ConceptDictionary.name_groups`). A feature that is never active has no names.
+    The `images` images that activate a feature most are decomposed one by one, and their weights
+    averaged (`ConceptDictionary.name_groups`). A feature that is never active has no names.
     """
     top = top_images(
-        sae, clip, dataset, features, count=images, hook_point=hook_point, tokens=tokens, batch_size=batch_size
+        sae,
+        clip,
+        dataset,
+        features,
+        count=images,
+        hook_point=hook_point,
+        tokens=tokens,
+        batch_size=batch_size,
     )
     used = sorted({image for row in top.images.tolist() for image in row if image >= 0})
     if not used:
@@ -201,21 +239,29 @@ def steerability(
     threshold: float = 0.10,
     batch_size: int = 64,
 ) -> Steerability:
-    """How far each feature, set to `strength`, moves CLIP's distribution over a vocabulary of concepts.
+    """How far each feature, set to `strength`, moves CLIP's distribution over a vocabulary of
+    concepts.
 
-    p = softmax(100 · image · textᵀ), Δ_c = mean over images of p_steered - p_clean; S = Σ_c Δ_c², power = max_c Δ_c; a
-    feature is steerable when S > threshold (Joseph et al. 2025, arXiv 2504.08729).
+    p = softmax(100 · image · textᵀ), Δ_c = mean over images of p_steered - p_clean; S = Σ_c Δ_c²,
+    power = max_c Δ_c; a feature is steerable when S > threshold (Joseph et al. 2025, arXiv
+    2504.08729).
 
     Args:
         vocabulary: C concepts as texts, or their unit embeddings (C, e).
         strength: one activation for all features, or one a feature, (m,).
-        features: m indices; None means all of them. A feature costs a pass over the data set through what follows
-            the hook point.
+        features: m indices; None means all of them. A feature costs a pass over the data set
+            through what follows the hook point.
     """
     site = find_site(sae, clip, hook_point, tokens)
     chosen = _checked(sae, features)
-    strengths = torch.as_tensor(strength, dtype=sae.W_dec.dtype, device=sae.W_dec.device).expand(len(chosen))
-    text = vocabulary if isinstance(vocabulary, Tensor) else zero_shot_head(clip, vocabulary, templates)
+    strengths = torch.as_tensor(strength, dtype=sae.W_dec.dtype, device=sae.W_dec.device).expand(
+        len(chosen)
+    )
+    text = (
+        vocabulary
+        if isinstance(vocabulary, Tensor)
+        else zero_shot_head(clip, vocabulary, templates)
+    )
     text = text.to(clip.device)
     change = torch.zeros(len(chosen), len(text), dtype=torch.float64, device=clip.device)
     images = 0
@@ -228,17 +274,25 @@ def steerability(
             scale = torch.ones_like(rows[..., :1]) if scale is None else scale
             go_on = from_site(clip, pixels, site, x, embedded)
             images += len(pixels)
-            for first in tqdm(range(0, len(chosen), _FEATURES), desc="features", leave=False, disable=None):
+            for first in tqdm(
+                range(0, len(chosen), _FEATURES), desc="features", leave=False, disable=None
+            ):
                 group = chosen[first : first + _FEATURES]
                 acts = _selected_acts(sae, rows, group)  # (B, T, m)
                 for i in range(len(group)):
                     one = slice(first + i, first + i + 1)
-                    new = set_features(rows, acts[..., i : i + 1], strengths[one], sae.W_dec[chosen[one]], scale)
-                    change[first + i] += (_probabilities(go_on(site.put(x, new)), text) - clean).sum(0)
+                    new = set_features(
+                        rows, acts[..., i : i + 1], strengths[one], sae.W_dec[chosen[one]], scale
+                    )
+                    change[first + i] += (
+                        _probabilities(go_on(site.put(x, new)), text) - clean
+                    ).sum(0)
     change /= images
     score = change.square().sum(1)
     power, concept = change.max(1)
-    return Steerability(chosen, score, power, concept, change, float((score > threshold).double().mean()))
+    return Steerability(
+        chosen, score, power, concept, change, float((score > threshold).double().mean())
+    )
 
 
 def _probabilities(embedded: Tensor, text: Tensor) -> Tensor:

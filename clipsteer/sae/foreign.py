@@ -1,7 +1,8 @@
 """The layouts of SAELens and sparsify, both ways, and what they share with ViT-Prisma's reader.
 
-A reader turns a configuration and the tensors of a file into a ``Described``, a writer turns one into theirs.
-Checked against sae-lens 6.54 and eai-sparsify 1.3, which also wrote the golden files of the tests.
+A reader turns a configuration and the tensors of a file into a ``Described``, a writer turns one
+into theirs. Checked against sae-lens 6.54 and eai-sparsify 1.3, which also wrote the golden files
+of the tests.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ _SAELENS_NORMS = {
 
 
 class Described(NamedTuple):
-    """An SAE in clipsteer's terms: the arguments of ``clipsteer.SAE``, its state dict, its metadata; nothing built."""
+    """An SAE in clipsteer's terms: the arguments of ``clipsteer.SAE``, its state dict, its
+    metadata; nothing built."""
 
     config: dict[str, Any]
     weights: Mapping[str, Any]
@@ -40,9 +42,11 @@ class Described(NamedTuple):
 
 
 def open_clip_name(hook_name: str) -> str | None:
-    """The open_clip module of a TransformerLens or ViT-Prisma hook name; None where no module has that output.
+    """The open_clip module of a TransformerLens or ViT-Prisma hook name; None where no module has
+    that output.
 
-    "blocks.9.hook_resid_post" -> "visual.transformer.resblocks.9". Names of open_clip modules pass through.
+    "blocks.9.hook_resid_post" -> "visual.transformer.resblocks.9". Names of open_clip modules pass
+    through.
     """
     if hook_name.startswith(("visual.", "transformer.")):
         return hook_name
@@ -94,7 +98,9 @@ def lookup(path: Path, what: str, value: Any, table: Mapping[Any, str]) -> str:
         return table[value]
     except (KeyError, TypeError):
         known = ", ".join(str(key) for key in table if isinstance(key, str))
-        raise FileFormatError(f"{path}: {what} {value!r:.60} is not supported; supported: {known}") from None
+        raise FileFormatError(
+            f"{path}: {what} {value!r:.60} is not supported; supported: {known}"
+        ) from None
 
 
 def read_saelens(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> Described:
@@ -109,13 +115,28 @@ def read_saelens(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) 
         architecture, k = "topk", kwargs.get("k") if isinstance(kwargs, dict) else None
     elif activation not in ("relu", "topk"):
         raise FileFormatError(f"{folder}: activation function {activation!r:.60} is not supported")
-    table = {"standard": "relu", "topk": "topk", "batchtopk": "batch_topk", "jumprelu": "jumprelu", "gated": "gated"}
+    table = {
+        "standard": "relu",
+        "topk": "topk",
+        "batchtopk": "batch_topk",
+        "jumprelu": "jumprelu",
+        "gated": "gated",
+    }
     architecture = lookup(folder, "architecture", architecture, table)
     normalize = cfg.get("normalize_activations")
     if normalize in ("expected_average_only_in", True):
-        logger.warning("%s: %s is taken as folded into the weights, as SAELens does at inference", folder, normalize)
+        logger.warning(
+            "%s: %s is taken as folded into the weights, as SAELens does at inference",
+            folder,
+            normalize,
+        )
         normalize = "none"
-    lookup(folder, "reshape_activations", cfg.get("reshape_activations"), {None: "none", "none": "none"})
+    lookup(
+        folder,
+        "reshape_activations",
+        cfg.get("reshape_activations"),
+        {None: "none", "none": "none"},
+    )
     scaling = weights.pop("scaling_factor", None)
     if scaling is not None and not bool((scaling == 1).all()):
         raise FileFormatError(f"{folder}: a fine-tuning scaling_factor is not supported")
@@ -135,7 +156,9 @@ def read_saelens(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) 
     }
     hook = meta.get("hook_name", meta.get("hook_point"))
     own = meta.get("clipsteer")
-    metadata = own if isinstance(own, dict) else metadata_of("saelens", meta.get("model_name"), hook)
+    metadata = (
+        own if isinstance(own, dict) else metadata_of("saelens", meta.get("model_name"), hook)
+    )
     return Described(config, weights, metadata)
 
 
@@ -146,7 +169,8 @@ def _need_matrices(folder: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def _fold_decoder_norm(folder: Path, weights: dict[str, Tensor]) -> None:
-    """Selecting by pre · ‖W_dec‖ and decoding acts / ‖W_dec‖ is a plain top-k of rescaled weights."""
+    """Selecting by pre · ‖W_dec‖ and decoding acts / ‖W_dec‖ is a plain top-k of rescaled
+    weights."""
     if "b_enc" not in weights or weights["b_enc"].shape != weights["W_dec"].shape[:1]:
         raise FileFormatError(f"{folder}: no b_enc of one number a feature")
     if weights["W_enc"].shape != weights["W_dec"].shape:
@@ -165,13 +189,19 @@ def read_sparsify(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor])
     lookup(folder, "activation", cfg.get("activation", "topk"), {"topk": "topk"})
     d_in = positive(folder, cfg, "d_in")
     # num_latents 0 or absent: the expansion factor says
-    d_sae = cfg["num_latents"] if cfg.get("num_latents") else d_in * positive(folder, cfg, "expansion_factor")
+    d_sae = (
+        cfg["num_latents"]
+        if cfg.get("num_latents")
+        else d_in * positive(folder, cfg, "expansion_factor")
+    )
     renamed = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
     weights = {renamed.get(name, name): tensor for name, tensor in weights.items()}
     config = {"d_in": d_in, "d_sae": d_sae, "architecture": "topk", "k": cfg.get("k")}
     own = cfg.get("clipsteer")
     # sparsify names the folder after the module it hooked
-    metadata = own if isinstance(own, dict) else metadata_of("sparsify", None, folder.resolve().name)
+    metadata = (
+        own if isinstance(own, dict) else metadata_of("sparsify", None, folder.resolve().name)
+    )
     return Described(config, weights, metadata)
 
 
@@ -210,7 +240,8 @@ def export_sparsify(sae: Described) -> tuple[dict[str, Tensor], dict[str, Any]]:
     weights, config = dict(sae.weights), sae.config
     if config["architecture"] != "topk" or config["normalize"] != "none":
         raise ValueError(
-            f"export: sparsify knows topk without input normalisation, this is {config['architecture']} with "
+            f"export: sparsify knows topk without input normalisation, this is "
+            f"{config['architecture']} with "
             f"normalize={config['normalize']!r}; use format='saelens'"
         )
     W_enc, b_enc = weights.pop("W_enc"), weights.pop("b_enc")
@@ -233,7 +264,8 @@ def export_sparsify(sae: Described) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return weights, cfg
 
 
-# packages whose configuration classes occur inside the checkpoints; they are replaced by inert stand-ins
+# packages whose configuration classes occur inside the checkpoints; they are replaced by inert
+# stand-ins
 _STAND_INS = ("vit_prisma", "sae", "sae_lens", "sae_training")
 
 
@@ -266,7 +298,11 @@ def _as_dict(path: Path, cfg: Any) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise FileFormatError(f"{path}: the configuration is a {type(cfg).__name__}")
     # what could not stand in a JSON file (a device, a dtype, a tensor) says nothing about the SAE
-    return {key: value for key, value in values.items() if isinstance(value, (str, int, float, list, dict))}
+    return {
+        key: value
+        for key, value in values.items()
+        if isinstance(value, (str, int, float, list, dict))
+    }
 
 
 def _single(value: Any) -> Any:
@@ -281,7 +317,8 @@ def _is_whole(tensor: Tensor) -> bool:
 
 
 def read_prisma(path: Path) -> Described:
-    """The SAE in a ``.pt`` file, or in a folder that holds one. Raises FileFormatError, FileNotFoundError."""
+    """The SAE in a ``.pt`` file, or in a folder that holds one. Raises FileFormatError,
+    FileNotFoundError."""
     file = _weights_file(path) if path.is_dir() else path
     value = read_torch_weights_only(file, stand_in_modules=_STAND_INS)
     if not isinstance(value, dict):
@@ -294,20 +331,28 @@ def read_prisma(path: Path) -> Described:
         cfg = _as_dict(beside, read_json(beside))
     else:
         raise FileFormatError(f"{file}: no configuration inside, and no config.json beside it")
-    if not isinstance(weights, dict) or not all(isinstance(weights.get(n), Tensor) for n in ("W_enc", "W_dec")):
+    if not isinstance(weights, dict) or not all(
+        isinstance(weights.get(n), Tensor) for n in ("W_enc", "W_dec")
+    ):
         raise FileFormatError(f"{file}: no W_enc and W_dec")
     if weights["W_enc"].dim() != 2:
-        raise FileFormatError(f"{file}: W_enc is of shape {tuple(weights['W_enc'].shape)}, not a matrix")
+        raise FileFormatError(
+            f"{file}: W_enc is of shape {tuple(weights['W_enc'].shape)}, not a matrix"
+        )
     if cfg.get("is_transcoder"):
         raise FileFormatError(f"{file}: a transcoder, not an autoencoder")
     hook = cfg.get("hook_point")
     layer, subtype = _single(cfg.get("hook_point_layer")), cfg.get("layer_subtype")
     if not isinstance(hook, str) and type(layer) is int and isinstance(subtype, str):
         hook = f"blocks.{layer}.{subtype}"
-    tokens = "cls" if cfg.get("cls_token_only") else "patches" if cfg.get("use_patches_only") else "all"
+    tokens = (
+        "cls" if cfg.get("cls_token_only") else "patches" if cfg.get("use_patches_only") else "all"
+    )
     metadata = metadata_of("prisma", cfg.get("model_name"), hook, tokens=tokens)
     # copies: the file is only mapped, and two names may share one storage
-    copies = {n: t.detach().clone() for n, t in weights.items() if isinstance(t, Tensor) and _is_whole(t)}
+    copies = {
+        n: t.detach().clone() for n, t in weights.items() if isinstance(t, Tensor) and _is_whole(t)
+    }
     if "W_enc" not in copies:
         raise FileFormatError(f"{file}: W_enc is not a dense matrix with storage of its own")
     return Described(_config(file, cfg), {**copies, "W_enc": copies["W_enc"].T}, metadata)
@@ -316,7 +361,11 @@ def read_prisma(path: Path) -> Described:
 def _config(path: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     cfg = {key: _single(value) for key, value in cfg.items()}
     d_in = positive(path, cfg, "d_in")
-    d_sae = d_in * positive(path, cfg, "expansion_factor") if cfg.get("d_sae") is None else positive(path, cfg, "d_sae")
+    d_sae = (
+        d_in * positive(path, cfg, "expansion_factor")
+        if cfg.get("d_sae") is None
+        else positive(path, cfg, "d_sae")
+    )
     kinds = {"standard relu": "relu", "standard topk": "topk", "gated relu": "gated"}
     kind = f"{cfg.get('architecture', 'standard')} {cfg.get('activation_fn_str', 'relu')}"
     kwargs = cfg.get("activation_fn_kwargs")
@@ -325,5 +374,7 @@ def _config(path: Path, cfg: dict[str, Any]) -> dict[str, Any]:
         "d_sae": d_sae,
         "architecture": lookup(path, "architecture and activation", kind, kinds),
         "k": kwargs.get("k") if isinstance(kwargs, dict) else None,
-        "normalize": lookup(path, "normalize_activations", cfg.get("normalize_activations"), _NORMS),
+        "normalize": lookup(
+            path, "normalize_activations", cfg.get("normalize_activations"), _NORMS
+        ),
     }

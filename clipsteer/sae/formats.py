@@ -1,12 +1,14 @@
-"""SAE folders: clipsteer's own, and those of SAELens, sparsify and ViT-Prisma, told apart by what lies in them.
+"""SAE folders: clipsteer's own, and those of SAELens, sparsify and ViT-Prisma, told apart by what
+lies in them.
 
-    clipsteer   cfg.json ("format": "clipsteer-sae"), model.safetensors     W_enc, W_dec (d_sae, d_in)
-    saelens     cfg.json, sae_weights.safetensors                           W_enc (d_in, d_sae), W_dec (d_sae, d_in)
-    sparsify    cfg.json, sae.safetensors                                   encoder.weight, W_dec (d_sae, d_in)
-    prisma      config.json or a config inside the .pt, *.pt                W_enc (d_in, d_sae), W_dec (d_sae, d_in)
+    clipsteer   cfg.json ("format": "clipsteer-sae"), model.safetensors     W_enc, W_dec (d_sae,
+    d_in) saelens     cfg.json, sae_weights.safetensors                           W_enc (d_in,
+    d_sae), W_dec (d_sae, d_in) sparsify    cfg.json, sae.safetensors
+    encoder.weight, W_dec (d_sae, d_in) prisma      config.json or a config inside the .pt, *.pt
+    W_enc (d_in, d_sae), W_dec (d_sae, d_in)
 
-Here an SAE is a plain description, ``Described``: ``SAE.from_pretrained`` builds the module from it, and checks the
-weights against the configuration before anything is allocated.
+Here an SAE is a plain description, ``Described``: ``SAE.from_pretrained`` builds the module from
+it, and checks the weights against the configuration before anything is allocated.
 """
 
 from __future__ import annotations
@@ -40,7 +42,15 @@ from clipsteer.sae.foreign import open_clip_name as open_clip_name
 
 _FORMAT, _FORMAT_VERSION = "clipsteer-sae", 1
 _OWN_FILE = "model.safetensors"
-_HUB_FILES = ("cfg.json", "config.json", _OWN_FILE, SAELENS_FILE, SPARSIFY_FILE, "weights.pt", "n_images_*.pt")
+_HUB_FILES = (
+    "cfg.json",
+    "config.json",
+    _OWN_FILE,
+    SAELENS_FILE,
+    SPARSIFY_FILE,
+    "weights.pt",
+    "n_images_*.pt",
+)
 _HUB = "hf-hub:"
 
 
@@ -53,13 +63,18 @@ class Describable(Protocol):
 def _read_own(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> Described:
     path = folder / "cfg.json"
     if cfg.get("format_version") != _FORMAT_VERSION:
-        raise FileFormatError(f"{path}: format_version {cfg.get('format_version')!r:.40}, this reads {_FORMAT_VERSION}")
+        raise FileFormatError(
+            f"{path}: format_version {cfg.get('format_version')!r:.40}, this reads "
+            f"{_FORMAT_VERSION}"
+        )
     names = ("d_in", "d_sae", "architecture", "k", "normalize", "apply_b_dec_to_input")
     if missing := [name for name in names if name not in cfg]:
         raise FileFormatError(f"{path}: no {missing[0]!r}")
     if not isinstance(cfg["apply_b_dec_to_input"], bool):
         raise FileFormatError(f"{path}: apply_b_dec_to_input must be true or false")
-    return Described({name: cfg[name] for name in names}, weights, json_object(path, cfg.get("metadata", {})))
+    return Described(
+        {name: cfg[name] for name in names}, weights, json_object(path, cfg.get("metadata", {}))
+    )
 
 
 _READERS = {
@@ -71,7 +86,8 @@ _WRITERS = {"saelens": (SAELENS_FILE, export_saelens), "sparsify": (SPARSIFY_FIL
 
 
 def detect(folder: str | Path) -> str:
-    """ "clipsteer", "saelens", "sparsify" or "prisma". Raises FileNotFoundError or FileFormatError."""
+    """ "clipsteer", "saelens", "sparsify" or "prisma". Raises FileNotFoundError or
+    FileFormatError."""
     folder = Path(folder)
     if folder.is_file() and folder.suffix == ".pt":
         return "prisma"
@@ -88,7 +104,8 @@ def detect(folder: str | Path) -> str:
     elif folder.is_dir() and any(folder.glob("*.pt")):
         return "prisma"
     raise FileFormatError(
-        f"{folder}: no SAE in here; looked for cfg.json with {_OWN_FILE} (clipsteer), {SAELENS_FILE} (SAELens) or "
+        f"{folder}: no SAE in here; looked for cfg.json with {_OWN_FILE} (clipsteer), "
+        f"{SAELENS_FILE} (SAELens) or "
         f"{SPARSIFY_FILE} (sparsify), and for *.pt (ViT-Prisma)"
     )
 
@@ -98,7 +115,8 @@ def parse_hub(path: str) -> tuple[str, str]:
     parts = path.removeprefix(_HUB).split("/")
     if len(parts) < 2 or not all(parts) or any(part in (".", "..") for part in parts):
         raise ValueError(
-            f"SAE.from_pretrained: expected 'hf-hub:org/repo' or 'hf-hub:org/repo/subfolder', got {path!r}"
+            f"SAE.from_pretrained: expected 'hf-hub:org/repo' or 'hf-hub:org/repo/subfolder', got "
+            f"{path!r}"
         )
     return "/".join(parts[:2]), "/".join(parts[2:])
 
@@ -109,12 +127,16 @@ def _download(path: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise RuntimeError(f"reading {path!r} needs huggingface_hub; install it, or {alternative}") from error
+        raise RuntimeError(
+            f"reading {path!r} needs huggingface_hub; install it, or {alternative}"
+        ) from error
     patterns = [str(PurePosixPath(subfolder, name)) for name in _HUB_FILES]
     try:
         root = snapshot_download(repo, allow_patterns=patterns)
     except Exception as error:
-        raise RuntimeError(f"the hub did not give {repo!r} ({type(error).__name__}: {error}); {alternative}") from error
+        raise RuntimeError(
+            f"the hub did not give {repo!r} ({type(error).__name__}: {error}); {alternative}"
+        ) from error
     folder = Path(root) / subfolder
     if not folder.is_dir():
         raise FileNotFoundError(f"the hub repository {repo!r} has no SAE in {subfolder!r}")
@@ -122,7 +144,8 @@ def _download(path: str) -> Path:
 
 
 def read(path: str | Path) -> tuple[Path, Described]:
-    """The SAE at `path` (see ``SAE.from_pretrained``) as it was written, and the folder that it was found in."""
+    """The SAE at `path` (see ``SAE.from_pretrained``) as it was written, and the folder that it was
+    found in."""
     folder = _download(path) if isinstance(path, str) and path.startswith(_HUB) else Path(path)
     kind = detect(folder)
     if kind == "prisma":
@@ -133,10 +156,13 @@ def read(path: str | Path) -> tuple[Path, Described]:
 
 
 def _checked(sae: Describable) -> Described:
-    """What is about to be written; whatever could not be read again shows here, before a file is touched."""
+    """What is about to be written; whatever could not be read again shows here, before a file is
+    touched."""
     config, weights, metadata = sae.described()
     if broken := [name for name, tensor in weights.items() if bool(tensor.isnan().any())]:
-        raise ValueError(f"SAE: {', '.join(broken)} hold NaN; such a file could not be loaded again")
+        raise ValueError(
+            f"SAE: {', '.join(broken)} hold NaN; such a file could not be loaded again"
+        )
     metadata = {**metadata, "clipsteer_version": __version__}
     return Described(config, weights, json.loads(json.dumps(metadata, allow_nan=False)))
 
@@ -157,11 +183,12 @@ def save(sae: Describable, directory: str | Path) -> Path:
 def export(sae: Describable, directory: str | Path, format: str) -> Path:
     """Write the SAE for another library: ``format`` is "saelens" or "sparsify".
 
-    SAELens takes every architecture; batch_topk becomes the jumprelu it is at inference. sparsify takes topk without
-    normalisation; apply_b_dec_to_input=False is folded into the encoder's bias.
+    SAELens takes every architecture; batch_topk becomes the jumprelu it is at inference. sparsify
+    takes topk without normalisation; apply_b_dec_to_input=False is folded into the encoder's bias.
 
     Raises:
-        ValueError: a format that cannot say what this SAE does, an unknown format, NaN among the weights.
+        ValueError: a format that cannot say what this SAE does, an unknown format, NaN among the
+            weights.
     """
     if format not in _WRITERS:
         raise ValueError(f"export: format must be one of {tuple(_WRITERS)}, got {format!r}")

@@ -1,8 +1,10 @@
-"""Training losses of the sparse autoencoder, as sums over this process's rows that add up to the loss of all.
+"""Training losses of the sparse autoencoder, as sums over this process's rows that add up to the
+loss of all.
 
-Statistics of the batch (mean, total variance) are those of the joint batch of all processes, so summing the gradients
-gives exactly the gradient of one process that holds every row.
-Sources: Joseph et al. 2025 (arXiv 2504.08729) for relu, Gao et al. 2024 (2406.04093) for FVU and AuxK.
+Statistics of the batch (mean, total variance) are those of the joint batch of all processes, so
+summing the gradients gives exactly the gradient of one process that holds every row.
+Sources: Joseph et al. 2025 (arXiv 2504.08729) for relu, Gao et al. 2024 (2406.04093) for FVU and
+    AuxK.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from clipsteer.training.world import World
 
 
 class BatchStats(NamedTuple):
-    """What the losses divide by: the joint batch's rows, each row's distance from their mean, the total variance."""
+    """What the losses divide by: the joint batch's rows, each row's distance from their mean, the
+    total variance."""
 
     count: int
     distance: Tensor  # (B,) ‖x - mean‖ of this process's rows
@@ -44,7 +47,8 @@ def fvu(x: Tensor, x_hat: Tensor, stats: BatchStats) -> Tensor:
 
 
 def scaled_mse(x: Tensor, x_hat: Tensor, stats: BatchStats) -> Tensor:
-    """Mean over tokens and dimensions of (x̂ - x)² / ‖x - mean‖₂ (Joseph et al. 2025: the norm, not its square)."""
+    """Mean over tokens and dimensions of (x̂ - x)² / ‖x - mean‖₂ (Joseph et al. 2025: the norm, not
+    its square)."""
     per_token = (x_hat - x).square().sum(-1) / stats.distance
     return per_token.sum() / (stats.count * x.shape[-1])
 
@@ -54,13 +58,15 @@ def l1(acts: Tensor, stats: BatchStats) -> Tensor:
     return acts.abs().sum() / stats.count
 
 
-def auxk(sae: SAE, x: Tensor, out: SAEOutput, stats: BatchStats, dead: Tensor, sparse_grad: bool = False) -> Tensor:
+def auxk(
+    sae: SAE, x: Tensor, out: SAEOutput, stats: BatchStats, dead: Tensor, sparse_grad: bool = False
+) -> Tensor:
     """AuxK: how much of the residual x - x̂ the dead features leave, over the total variance.
 
-    The k_aux = min(d_in / 2, n_dead) largest of the dead features decode the residual, without b_dec and in x's own
-    scale; with fewer than d_in / 2 dead features the loss shrinks in proportion. The residual is a constant; the
-    gradient reaches encoder and decoder of the dead features, as rows alone if ``sparse_grad``. dead: (n_dead,) int64,
-    not empty.
+    The k_aux = min(d_in / 2, n_dead) largest of the dead features decode the residual, without
+    b_dec and in x's own scale; with fewer than d_in / 2 dead features the loss shrinks in
+    proportion. The residual is a constant; the gradient reaches encoder and decoder of the dead
+    features, as rows alone if ``sparse_grad``. dead: (n_dead,) int64, not empty.
     """
     half = max(sae.d_in // 2, 1)
     k = min(half, len(dead))
@@ -71,11 +77,16 @@ def auxk(sae: SAE, x: Tensor, out: SAEOutput, stats: BatchStats, dead: Tensor, s
     if out.stats.scale is not None:
         guess = guess * out.stats.scale
     residual = (x - out.x_hat).detach()
-    return (guess.to(x.dtype) - residual).square().sum() / stats.total_variance * min(len(dead) / half, 1.0)
+    return (
+        (guess.to(x.dtype) - residual).square().sum()
+        / stats.total_variance
+        * min(len(dead) / half, 1.0)
+    )
 
 
 def forward(sae: SAE, x: Tensor, world: World, sparse_grad: bool = False) -> SAEOutput:
-    """The SAE's forward pass in training mode; batch_topk selects over the joint batch of all processes."""
+    """The SAE's forward pass in training mode; batch_topk selects over the joint batch of all
+    processes."""
     if sae.architecture != "batch_topk" or world.size == 1:
         return sae(x, sparse_grad=sparse_grad)
     centred, stats = sae._centred(x)

@@ -3,9 +3,10 @@
     x' = (x - mean) / scale,  pre = (x' - b_dec) W_encᵀ + b_enc,  f = activation(pre),
     x̂ = (f W_dec + b_dec) · scale + mean
 
-Both dictionaries are (d_sae, d_in), a feature a row. Sources: Gao et al. 2024 (arXiv 2406.04093) for topk, Bussmann et
-al. 2024 (2412.06410) for batch_topk, Rajamanoharan et al. 2024 (2407.14435, 2404.16014) for jumprelu and gated, Joseph
-et al. 2025 (2504.08729) for the normalisations and the initialisation.
+Both dictionaries are (d_sae, d_in), a feature a row. Sources: Gao et al. 2024 (arXiv 2406.04093)
+for topk, Bussmann et al. 2024 (2412.06410) for batch_topk, Rajamanoharan et al. 2024 (2407.14435,
+2404.16014) for jumprelu and gated, Joseph et al. 2025 (2504.08729) for the normalisations and the
+initialisation.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ _THRESHOLD_RATE = 0.01
 
 
 class InputStats(NamedTuple):
-    """What the normalisation took out of each row and the decoder puts back; None where there is nothing to do."""
+    """What the normalisation took out of each row and the decoder puts back; None where there is
+    nothing to do."""
 
     mean: Tensor | None  # (..., 1)
     scale: Tensor | None  # (..., 1)
@@ -41,8 +43,9 @@ class InputStats(NamedTuple):
 class SAEOutput(NamedTuple):
     """What a forward pass gives.
 
-    x_hat (..., d_in), in x's dtype. acts and indices: for topk (..., k) each, descending; for the other architectures
-    acts is dense (..., d_sae) and indices is None. stats: the input normalisation, as ``decode`` takes it.
+    x_hat (..., d_in), in x's dtype. acts and indices: for topk (..., k) each, descending; for the
+    other architectures acts is dense (..., d_sae) and indices is None. stats: the input
+    normalisation, as ``decode`` takes it.
     """
 
     x_hat: Tensor
@@ -71,18 +74,24 @@ class SAE(nn.Module):
     Args:
         d_in: width of the activations.
         d_sae: number of features.
-        architecture: "relu"; "topk" (``ops.topk_encode`` and ``ops.sparse_decode``: no dense code is built);
-            "batch_topk" (in training the k·rows largest of the batch, else all above a saved running threshold);
-            "jumprelu" and "gated" (made to load and run what others trained).
-        k: active features a row, for topk and batch_topk (where it is an average and may be fractional); else unused.
-        normalize: "none"; "layer_norm" (mean and unbiased standard deviation of the row, plus 1e-5);
-            "constant_norm" (rows scaled to norm √d_in). The output is un-normalised with the same values.
+        architecture: "relu"; "topk" (``ops.topk_encode`` and ``ops.sparse_decode``: no dense code
+            is built); "batch_topk" (in training the k·rows largest of the batch, else all above a
+            saved running threshold); "jumprelu" and "gated" (made to load and run what others
+            trained).
+        k: active features a row, for topk and batch_topk (where it is an average and may be
+            fractional); else unused.
+        normalize: "none"; "layer_norm" (mean and unbiased standard deviation of the row, plus
+            1e-5); "constant_norm" (rows scaled to norm √d_in). The output is un-normalised with the
+            same values.
         apply_b_dec_to_input: subtract the decoder bias before encoding.
-        dtype, device: of the parameters. Rows of another dtype are cast to it; x_hat comes back in theirs.
-        metadata: what it was trained on: "clip_model", "pretrained", "hook_point", "tokens" and whatever else is JSON.
+        dtype, device: of the parameters. Rows of another dtype are cast to it; x_hat comes back in
+            theirs.
+        metadata: what it was trained on: "clip_model", "pretrained", "hook_point", "tokens" and
+            whatever else is JSON.
 
-    Parameters W_enc and W_dec (d_sae, d_in), b_dec (d_in,), b_enc (d_sae,); gated has b_gate, b_mag and r_mag (d_sae,)
-    in place of b_enc; buffer ``threshold``: (d_sae,) for jumprelu, () for batch_topk (negative until trained).
+    Parameters W_enc and W_dec (d_sae, d_in), b_dec (d_in,), b_enc (d_sae,); gated has b_gate, b_mag
+    and r_mag (d_sae,) in place of b_enc; buffer ``threshold``: (d_sae,) for jumprelu, () for
+    batch_topk (negative until trained).
 
     Raises:
         ValueError, TypeError: unknown names, sizes or k out of range.
@@ -104,7 +113,9 @@ class SAE(nn.Module):
         super().__init__()
         self.d_in, self.d_sae = _positive_int("d_in", d_in), _positive_int("d_sae", d_sae)
         if architecture not in ARCHITECTURES:
-            raise ValueError(f"SAE: architecture must be one of {ARCHITECTURES}, got {architecture!r}")
+            raise ValueError(
+                f"SAE: architecture must be one of {ARCHITECTURES}, got {architecture!r}"
+            )
         if normalize not in NORMALIZATIONS:
             raise ValueError(f"SAE: normalize must be one of {NORMALIZATIONS}, got {normalize!r}")
         if normalize == "layer_norm" and d_in < 2:
@@ -134,14 +145,17 @@ class SAE(nn.Module):
             return None
         fractional = self.architecture == "batch_topk"
         if isinstance(k, bool) or not isinstance(k, (int, float) if fractional else int):
-            raise TypeError(f"SAE: k must be an int for {self.architecture}, got {type(k).__name__}")
+            raise TypeError(
+                f"SAE: k must be an int for {self.architecture}, got {type(k).__name__}"
+            )
         if not (0 if fractional else 1) <= k <= self.d_sae or k == 0:
             raise ValueError(f"SAE: k must be in [1, d_sae = {self.d_sae}], got {k}")
         return int(k) if k == int(k) else k
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Decoder rows uniform, then of unit norm; W_enc = W_dec; biases 0; the threshold of batch_topk unset (-1)."""
+        """Decoder rows uniform, then of unit norm; W_enc = W_dec; biases 0; the threshold of
+        batch_topk unset (-1)."""
         self.W_dec.uniform_(-1, 1)
         self.W_dec.copy_(_unit_rows(self.W_dec))
         self.W_enc.copy_(self.W_dec)
@@ -158,17 +172,26 @@ class SAE(nn.Module):
         return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.config.items() if value is not None)
+        return ", ".join(
+            f"{name}={value!r}" for name, value in self.config.items() if value is not None
+        )
 
     def normalize_input(self, x: Tensor) -> tuple[Tensor, InputStats]:
-        """(..., d_in) -> the normalised rows in the parameters' dtype, and what it takes to undo that.
+        """(..., d_in) -> the normalised rows in the parameters' dtype, and what it takes to undo
+        that.
 
-        Statistics of 16-bit rows are taken in float32. A constant row is mapped to 0, and so is a row of zeros.
+        Statistics of 16-bit rows are taken in float32. A constant row is mapped to 0, and so is a
+        row of zeros.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"SAE: x must be a floating tensor, got {x.dtype if isinstance(x, Tensor) else type(x)}")
+            raise TypeError(
+                f"SAE: x must be a floating tensor, got "
+                f"{x.dtype if isinstance(x, Tensor) else type(x)}"
+            )
         if x.dim() == 0 or x.shape[-1] != self.d_in:
-            raise ValueError(f"SAE: x must be of shape (..., d_in = {self.d_in}), got {tuple(x.shape)}")
+            raise ValueError(
+                f"SAE: x must be of shape (..., d_in = {self.d_in}), got {tuple(x.shape)}"
+            )
         if self.normalize == "none":
             return x.to(self.W_enc.dtype), InputStats(None, None)
         wide = torch.promote_types(torch.promote_types(x.dtype, self.W_enc.dtype), torch.float32)
@@ -180,14 +203,17 @@ class SAE(nn.Module):
             scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / (self.d_in - 1) ** 0.5
             return (x / (scale + _LAYER_NORM_EPS)).to(self.W_enc.dtype), InputStats(mean, scale)
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / self.d_in**0.5
-        return (x / scale.clamp_min(torch.finfo(wide).tiny)).to(self.W_enc.dtype), InputStats(None, scale)
+        return (x / scale.clamp_min(torch.finfo(wide).tiny)).to(self.W_enc.dtype), InputStats(
+            None, scale
+        )
 
     def _centred(self, x: Tensor) -> tuple[Tensor, InputStats]:
         x, stats = self.normalize_input(x)
         return x - self.b_dec if self.apply_b_dec_to_input else x, stats
 
     def _dense_acts(self, x: Tensor, features: Tensor | None = None, batch: bool = False) -> Tensor:
-        """Activations of all or some features, for every architecture but topk; x normalised and centred."""
+        """Activations of all or some features, for every architecture but topk; x normalised and
+        centred."""
 
         def of(parameter: Tensor) -> Tensor:
             return parameter if features is None else parameter[features]
@@ -209,7 +235,9 @@ class SAE(nn.Module):
         if flat.numel() == 0:
             return acts
         count = self.k * (flat.shape[0] // self.d_sae)
-        values, positions = torch.topk(flat, count if isinstance(self.k, int) else max(1, int(count)), sorted=False)
+        values, positions = torch.topk(
+            flat, count if isinstance(self.k, int) else max(1, int(count)), sorted=False
+        )
         return torch.zeros_like(flat).scatter(0, positions, values).reshape(acts.shape)
 
     @torch.no_grad()
@@ -218,17 +246,24 @@ class SAE(nn.Module):
         if acts.numel() == 0:
             return
         least = torch.where(acts > 0, acts, torch.inf).amin().to(self.threshold.dtype)
-        running = torch.where(self.threshold < 0, least, torch.lerp(self.threshold, least, _THRESHOLD_RATE))
+        running = torch.where(
+            self.threshold < 0, least, torch.lerp(self.threshold, least, _THRESHOLD_RATE)
+        )
         self.threshold.copy_(torch.where(least.isfinite(), running, self.threshold))
 
     def encode_topk(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., d_in) -> acts (..., k), descending, and indices (..., k) int64. For architecture "topk" alone."""
+        """(..., d_in) -> acts (..., k), descending, and indices (..., k) int64. For architecture
+        "topk" alone."""
         if self.architecture != "topk":
-            raise ValueError(f"SAE.encode_topk: needs architecture 'topk', this is {self.architecture!r}; use encode")
+            raise ValueError(
+                f"SAE.encode_topk: needs architecture 'topk', this is {self.architecture!r}; use "
+                f"encode"
+            )
         return ops.topk_encode(self._centred(x)[0], self.W_enc, self.b_enc, k=self.k)
 
     def encode(self, x: Tensor) -> Tensor:
-        """(..., d_in) -> dense activations (..., d_sae). batch_topk selects over the batch in training mode."""
+        """(..., d_in) -> dense activations (..., d_sae). batch_topk selects over the batch in
+        training mode."""
         if self.architecture == "topk":
             acts, indices = self.encode_topk(x)
             return acts.new_zeros(*acts.shape[:-1], self.d_sae).scatter(-1, indices, acts)
@@ -236,10 +271,12 @@ class SAE(nn.Module):
         return self._dense_acts(self._centred(x)[0], batch=batch)
 
     def feature_acts(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Activations of some features and the factor that brings a decoder row back to the scale of x.
+        """Activations of some features and the factor that brings a decoder row back to the scale
+        of x.
 
-        x (..., d_in), features (m,) int64 -> acts (..., m), scale (..., 1). Only these features are encoded, except for
-        topk, where whether one is active depends on all; batch_topk uses its threshold in training mode too.
+        x (..., d_in), features (m,) int64 -> acts (..., m), scale (..., 1). Only these features are
+        encoded, except for topk, where whether one is active depends on all; batch_topk uses its
+        threshold in training mode too.
         """
         centred, stats = self._centred(x)
         scale = torch.ones_like(centred[..., :1]) if stats.scale is None else stats.scale
@@ -250,16 +287,26 @@ class SAE(nn.Module):
         return torch.where(chosen, acts.unsqueeze(-2), 0).sum(-1), scale
 
     def decode(
-        self, acts: Tensor | tuple[Tensor, Tensor], stats: InputStats | None = None, *, sparse_grad: bool = False
+        self,
+        acts: Tensor | tuple[Tensor, Tensor],
+        stats: InputStats | None = None,
+        *,
+        sparse_grad: bool = False,
     ) -> Tensor:
-        """Dense activations (..., d_sae), or a pair (acts, indices) of (..., k) each -> (..., d_in).
+        """Dense activations (..., d_sae), or a pair (acts, indices) of (..., k) each -> (...,
+        d_in).
 
-        Without ``stats`` the result is in the normalised space; with those of ``normalize_input`` it is in x's own.
+        Without ``stats`` the result is in the normalised space; with those of ``normalize_input``
+        it is in x's own.
         """
         if isinstance(acts, tuple):
-            x_hat = ops.sparse_decode(acts[0], acts[1], self.W_dec, self.b_dec, sparse_grad=sparse_grad)
+            x_hat = ops.sparse_decode(
+                acts[0], acts[1], self.W_dec, self.b_dec, sparse_grad=sparse_grad
+            )
         elif acts.dim() == 0 or acts.shape[-1] != self.d_sae:
-            raise ValueError(f"SAE.decode: acts must be (..., d_sae = {self.d_sae}), got {tuple(acts.shape)}")
+            raise ValueError(
+                f"SAE.decode: acts must be (..., d_sae = {self.d_sae}), got {tuple(acts.shape)}"
+            )
         else:
             x_hat = F.linear(acts.to(self.W_dec.dtype), self.W_dec.T, self.b_dec)
         if stats is None:
@@ -269,14 +316,18 @@ class SAE(nn.Module):
         return x_hat if stats.mean is None else x_hat + stats.mean
 
     def forward(self, x: Tensor, *, sparse_grad: bool = False) -> SAEOutput:
-        """(..., d_in) -> ``SAEOutput``. Gradients reach x and every parameter the architecture uses.
+        """(..., d_in) -> ``SAEOutput``. Gradients reach x and every parameter the architecture
+        uses.
 
-        sparse_grad: for topk, the gradients of both dictionaries are sparse COO tensors of the rows in use, as in
-        ``ops.sparse_decode`` (a compiled backend is needed); without effect on the other architectures.
+        sparse_grad: for topk, the gradients of both dictionaries are sparse COO tensors of the rows
+        in use, as in ``ops.sparse_decode`` (a compiled backend is needed); without effect on the
+        other architectures.
         """
         centred, stats = self._centred(x)
         if self.architecture == "topk":
-            acts, indices = ops.topk_encode(centred, self.W_enc, self.b_enc, k=self.k, sparse_grad=sparse_grad)
+            acts, indices = ops.topk_encode(
+                centred, self.W_enc, self.b_enc, k=self.k, sparse_grad=sparse_grad
+            )
             x_hat = self.decode((acts, indices), stats, sparse_grad=sparse_grad)
             return SAEOutput(x_hat.to(x.dtype), acts, indices, stats)
         batch = self.architecture == "batch_topk" and self.training
@@ -287,9 +338,11 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def init_b_dec_(self, x: Tensor, *, max_iterations: int = 200, tolerance: float = 1e-7) -> None:
-        """Set b_dec to the geometric median of the normalised rows of x (..., d_in), the point of least total distance.
+        """Set b_dec to the geometric median of the normalised rows of x (..., d_in), the point of
+        least total distance.
 
-        Weiszfeld's iteration in float64 with Vardi and Zhang's step (2000) at a data point, where the plain one stops.
+        Weiszfeld's iteration in float64 with Vardi and Zhang's step (2000) at a data point, where
+        the plain one stops.
         """
         rows = self.normalize_input(x)[0].reshape(-1, self.d_in).double()
         if rows.shape[0] == 0:
@@ -317,38 +370,47 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def remove_parallel_gradient_(self) -> None:
-        """Take from W_dec's gradient, row by row, its component along the row; nothing to do without a gradient."""
+        """Take from W_dec's gradient, row by row, its component along the row; nothing to do
+        without a gradient."""
         if self.W_dec.grad is None:
             return
         unit = _unit_rows(self.W_dec)
         self.W_dec.grad.sub_((self.W_dec.grad * unit).sum(-1, keepdim=True) * unit)
 
     def described(self) -> Described:
-        """What is written to a file: the arguments that rebuild this module, its tensors on the CPU, its metadata."""
+        """What is written to a file: the arguments that rebuild this module, its tensors on the
+        CPU, its metadata."""
         weights = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
         return Described(self.config, weights, self.metadata)
 
     def save_pretrained(self, directory: str | Path) -> Path:
-        """Write ``cfg.json`` and ``model.safetensors`` into a folder (made if missing), each in one atomic step.
+        """Write ``cfg.json`` and ``model.safetensors`` into a folder (made if missing), each in one
+        atomic step.
 
-        Raises ValueError when a weight is NaN (it could not be loaded again), OSError when the disk refuses.
+        Raises ValueError when a weight is NaN (it could not be loaded again), OSError when the disk
+        refuses.
         """
         return formats.save(self, directory)
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
     ) -> SAE:
         """Load an SAE, in evaluation mode, from a folder or from the Hugging Face hub.
 
         Args:
-            path: a folder as written by clipsteer, SAELens, sparsify or ViT-Prisma (found out by looking), a ViT-Prisma
-                ``.pt`` file, or ``"hf-hub:org/repo/subfolder"``. No code from the file or the hub is run.
+            path: a folder as written by clipsteer, SAELens, sparsify or ViT-Prisma (found out by
+                looking), a ViT-Prisma ``.pt`` file, or ``"hf-hub:org/repo/subfolder"``. No code
+                from the file or the hub is run.
             device, dtype: where and as what; by default the file's dtype.
 
         Raises:
-            FileNotFoundError: nothing there. clipsteer.FileFormatError: not a readable SAE, or one that cannot be run
-            here. RuntimeError: the hub cannot be reached.
+            FileNotFoundError: nothing there. clipsteer.FileFormatError: not a readable SAE, or one
+            that cannot be run here. RuntimeError: the hub cannot be reached.
         """
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"SAE.from_pretrained: dtype must be a floating type, got {dtype}")
@@ -356,7 +418,8 @@ class SAE(nn.Module):
 
 
 def _build(path: Path, found: Described, dtype: torch.dtype | None) -> SAE:
-    """An SAE of these tensors, or FileFormatError. Keys that the architecture has no use for are passed over."""
+    """An SAE of these tensors, or FileFormatError. Keys that the architecture has no use for are
+    passed over."""
     try:
         # on "meta" nothing is allocated, whatever sizes the file claims
         sae = SAE(**found.config, device="meta", metadata=found.metadata)
@@ -366,7 +429,9 @@ def _build(path: Path, found: Described, dtype: torch.dtype | None) -> SAE:
     for name, wanted in sae.state_dict().items():
         tensor = found.weights.get(name)
         if not isinstance(tensor, Tensor):
-            raise FileFormatError(f"{path}: no tensor {name!r}; there are {sorted(map(str, found.weights))}")
+            raise FileFormatError(
+                f"{path}: no tensor {name!r}; there are {sorted(map(str, found.weights))}"
+            )
         if tensor.shape != wanted.shape or tensor.dtype not in _FLOATS:
             raise FileFormatError(
                 f"{path}: {name} must be a floating tensor of shape {tuple(wanted.shape)}, "
@@ -375,5 +440,7 @@ def _build(path: Path, found: Described, dtype: torch.dtype | None) -> SAE:
         chosen[name] = tensor.detach()
     refuse_nan(path, chosen)
     dtype = dtype or chosen["W_enc"].dtype
-    sae.load_state_dict({name: tensor.to(dtype).contiguous() for name, tensor in chosen.items()}, assign=True)
+    sae.load_state_dict(
+        {name: tensor.to(dtype).contiguous() for name, tensor in chosen.items()}, assign=True
+    )
     return sae.requires_grad_(True).eval()

@@ -1,4 +1,5 @@
-"""An SAE at its place in a CLIP model: which module, which tokens, and passes that look at or replace what is there."""
+"""An SAE at its place in a CLIP model: which module, which tokens, and passes that look at or
+replace what is there."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class Site(NamedTuple):
     layout: Layout
 
     def select(self, x: Tensor) -> Tensor:
-        """(B, T, d) -> (B, T', d), a view of the tokens that the SAE is for. Raises ValueError where there are none."""
+        """(B, T, d) -> (B, T', d), a view of the tokens that the SAE is for. Raises ValueError
+        where there are none."""
         return x[:, self.layout.where("tokens", self.tokens, x.shape[1])]
 
     def put(self, x: Tensor, new: Tensor) -> Tensor:
@@ -38,7 +40,9 @@ class Site(NamedTuple):
         if self.tokens == "all":
             return new
         where = self.layout.where("tokens", self.tokens, x.shape[1])
-        return torch.cat([x[:, : where.start], new, *([] if where.stop is None else [x[:, where.stop :]])], dim=1)
+        return torch.cat(
+            [x[:, : where.start], new, *([] if where.stop is None else [x[:, where.stop :]])], dim=1
+        )
 
     def patches(self, per_token: Tensor) -> Tensor:
         """Of values (..., T') at the selected tokens those of patches; empty where none is."""
@@ -54,14 +58,18 @@ def find_site(sae: SAE, clip: CLIP, hook_point: str | None, tokens: str | None) 
         raise ValueError("hook_point: the SAE's metadata do not name one; pass it")
     names = hook_points(clip.model, hook_point)
     if len(names) != 1:
-        raise ValueError(f"hook_point: {hook_point!r} must name one module of {clip.name}, it matches {len(names)}")
+        raise ValueError(
+            f"hook_point: {hook_point!r} must name one module of {clip.name}, it matches "
+            f"{len(names)}"
+        )
     layout = layout_at(clip.model, names[0])
     layout.check("tokens", [tokens])
     return Site(names[0], tokens, layout)
 
 
 def embed(clip: CLIP, pixels: Tensor, site: Site, edit: Callable[[Tensor], Tensor]) -> Tensor:
-    """Unit image embeddings (B, e), at least float32, with the activations at the site replaced by edit(x)."""
+    """Unit image embeddings (B, e), at least float32, with the activations at the site replaced by
+    edit(x)."""
     with apply_at(clip.model, {site.hook_point: edit}):
         return clip.embed(pixels)
 
@@ -80,12 +88,16 @@ def clean_pass(clip: CLIP, pixels: Tensor, site: Site) -> tuple[Tensor, Tensor]:
     return kept[-1], embedded
 
 
-def from_site(clip: CLIP, pixels: Tensor, site: Site, x: Tensor, embedded: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function from activations (B, T, d) at the site to unit embeddings (B, e) of the same images.
+def from_site(
+    clip: CLIP, pixels: Tensor, site: Site, x: Tensor, embedded: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """A function from activations (B, T, d) at the site to unit embeddings (B, e) of the same
+    images.
 
-    Where the site is one of a chain of blocks, it runs what follows and nothing before: a copy of the module tree
-    (the weights are shared, the model is not touched) hands the activations past the blocks up to the site. That the
-    blocks are such a chain is found out by trying: x must give `embedded` again, or the whole tower runs every time.
+    Where the site is one of a chain of blocks, it runs what follows and nothing before: a copy of
+    the module tree (the weights are shared, the model is not touched) hands the activations past
+    the blocks up to the site. That the blocks are such a chain is found out by trying: x must give
+    `embedded` again, or the whole tower runs every time.
     """
 
     def whole(new: Tensor) -> Tensor:
@@ -103,7 +115,8 @@ def from_site(clip: CLIP, pixels: Tensor, site: Site, x: Tensor, embedded: Tenso
 
 
 def _without_blocks_up_to(model: nn.Module, hook_point: str) -> nn.Module | None:
-    """A copy of the module tree where the block at the hook point and its elder siblings return their input."""
+    """A copy of the module tree where the block at the hook point and its elder siblings return
+    their input."""
     *path, last = hook_point.split(".")
     if not last.isdecimal():
         return None
@@ -131,6 +144,9 @@ def grid_side(patches: int) -> int:
     return side if side > 1 and side * side == patches else 0
 
 
-def set_features(x: Tensor, acts: Tensor, wanted: Tensor, directions: Tensor, scale: Tensor) -> Tensor:
-    """The formula above: x (…, d), acts (…, m), wanted (m,), directions (m, d), scale (…, 1) -> (…, d)."""
+def set_features(
+    x: Tensor, acts: Tensor, wanted: Tensor, directions: Tensor, scale: Tensor
+) -> Tensor:
+    """The formula above: x (…, d), acts (…, m), wanted (m,), directions (m, d), scale (…, 1) -> (…,
+    d)."""
     return (x + (wanted - acts) @ directions * scale).to(x.dtype)

@@ -1,8 +1,10 @@
-"""Rows in shuffled batches, from a tensor or an iterable; the base of the sources in ``clipsteer.sae.activations``.
+"""Rows in shuffled batches, from a tensor or an iterable; the base of the sources in
+``clipsteer.sae.activations``.
 
-Every source is a list of *groups* of rows, each small enough for memory. An epoch visits the groups in a permuted
-order and the rows of a group in a permuted order; both permutations are functions of (seed, epoch, group) alone, so
-the pair (epoch, row) is the complete state of the shuffle and any position can be reached without replaying.
+Every source is a list of *groups* of rows, each small enough for memory. An epoch visits the groups
+in a permuted order and the rows of a group in a permuted order; both permutations are functions of
+(seed, epoch, group) alone, so the pair (epoch, row) is the complete state of the shuffle and any
+position can be reached without replaying.
 """
 
 from __future__ import annotations
@@ -38,10 +40,13 @@ def generator(*key: int) -> torch.Generator:
 
 
 class ActivationSource:
-    """Rows (N, d) served in shuffled batches. Subclasses say how rows fall into groups and how a group is read."""
+    """Rows (N, d) served in shuffled batches. Subclasses say how rows fall into groups and how a
+    group is read."""
 
     d_in: int
-    provenance: dict[str, Any] = {}  # what is known of the model, under the names of ``SAE.metadata``
+    provenance: dict[
+        str, Any
+    ] = {}  # what is known of the model, under the names of ``SAE.metadata``
 
     def group_sizes(self, seed: int, epoch: int) -> list[int]:
         """Rows of each group in the order in which this epoch visits them."""
@@ -56,14 +61,23 @@ class ActivationSource:
         return sum(self.group_sizes(0, 0))
 
     def batches(
-        self, batch_size: int, *, seed: int = 0, start: Position = START, rank: int = 0, world: int = 1
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        start: Position = START,
+        rank: int = 0,
+        world: int = 1,
     ) -> Iterator[Batch]:
-        """Endless shuffled batches from `start` on; with `world` processes each yields its equal slice of the batch.
+        """Endless shuffled batches from `start` on; with `world` processes each yields its equal
+        slice of the batch.
 
         The rows left over at the end of an epoch that do not fill a batch are dropped.
         """
         if batch_size < 1 or batch_size % world:
-            raise ValueError(f"batch_size must be a positive multiple of the {world} processes, got {batch_size}")
+            raise ValueError(
+                f"batch_size must be a positive multiple of the {world} processes, got {batch_size}"
+            )
         share = batch_size // world
         epoch, row = start
         while True:
@@ -72,7 +86,9 @@ class ActivationSource:
                 raise ValueError(f"batch_size is {batch_size}, but an epoch has only {total} rows")
             for rows in self._epoch(batch_size, seed, epoch, row):
                 row += batch_size
-                following = Position(epoch, row) if row + batch_size <= total else Position(epoch + 1, 0)
+                following = (
+                    Position(epoch, row) if row + batch_size <= total else Position(epoch + 1, 0)
+                )
                 yield Batch(rows[rank * share : (rank + 1) * share], following)
             epoch, row = epoch + 1, 0
 
@@ -88,7 +104,9 @@ class ActivationSource:
                 continue
             rows = self.load_group(seed, epoch, group)
             if len(rows) != size:
-                raise RuntimeError(f"group {group} of epoch {epoch} has {len(rows)} rows, {size} were promised")
+                raise RuntimeError(
+                    f"group {group} of epoch {epoch} has {len(rows)} rows, {size} were promised"
+                )
             order = torch.randperm(size, generator=generator(seed, epoch, group))
             while at < size:
                 chosen = order[at : at + need].to(rows.device)
@@ -107,7 +125,8 @@ class TensorSource(ActivationSource):
     def __init__(self, rows: Tensor) -> None:
         if rows.ndim < 2 or not rows.is_floating_point():
             raise ValueError(
-                f"activations: expected a floating-point tensor (..., d_in), got {rows.dtype} {tuple(rows.shape)}"
+                f"activations: expected a floating-point tensor (..., d_in), got {rows.dtype} "
+                f"{tuple(rows.shape)}"
             )
         self.rows = rows.detach().reshape(-1, rows.shape[-1])
         self.d_in = self.rows.shape[1]
@@ -144,14 +163,25 @@ class IterableSource(ActivationSource):
                 yield first
             yield from self._iterator
             if self._again is None:
-                raise ValueError("activations: the iterator ended before training did; pass more rows or fewer steps")
+                raise ValueError(
+                    "activations: the iterator ended before training did; pass more rows or fewer "
+                    "steps"
+                )
             self._iterator = iter(self._again)
 
     def batches(
-        self, batch_size: int, *, seed: int = 0, start: Position = START, rank: int = 0, world: int = 1
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        start: Position = START,
+        rank: int = 0,
+        world: int = 1,
     ) -> Iterator[Batch]:
         if batch_size < 1 or batch_size % world:
-            raise ValueError(f"batch_size must be a positive multiple of the {world} processes, got {batch_size}")
+            raise ValueError(
+                f"batch_size must be a positive multiple of the {world} processes, got {batch_size}"
+            )
         share = batch_size // world
         held: list[Tensor] = []
         count, skip, row = 0, start.row, start.row
@@ -168,7 +198,9 @@ class IterableSource(ActivationSource):
             while used + batch_size <= count:
                 row += batch_size
                 used += batch_size
-                mine = rows[used - batch_size + rank * share : used - batch_size + (rank + 1) * share]
+                mine = rows[
+                    used - batch_size + rank * share : used - batch_size + (rank + 1) * share
+                ]
                 yield Batch(mine, Position(0, row))
             held = [rows[used:]]
             count -= used
@@ -183,5 +215,6 @@ def as_source(activations: Tensor | ActivationSource | Iterable[Tensor]) -> Acti
     if isinstance(activations, Iterable) and not isinstance(activations, str | bytes | dict):
         return IterableSource(activations)
     raise TypeError(
-        f"activations: expected a tensor, an ActivationStore or an iterable of tensors, got {type(activations)}"
+        f"activations: expected a tensor, an ActivationStore or an iterable of tensors, got "
+        f"{type(activations)}"
     )

@@ -23,8 +23,10 @@ class TrainConfig:
 
     Attributes:
         d_sae, expansion: number of features; None means expansion · d_in.
-        architecture, k, normalize, apply_b_dec_to_input, dtype: as in ``SAE``; k is not used by relu.
-        loss: "auto" (relu: "scaled_mse", otherwise "fvu"), "scaled_mse" or "fvu"; relu adds the L1 term to either.
+        architecture, k, normalize, apply_b_dec_to_input, dtype: as in ``SAE``; k is not used by
+            relu.
+        loss: "auto" (relu: "scaled_mse", otherwise "fvu"), "scaled_mse" or "fvu"; relu adds the L1
+            term to either.
         lr: peak learning rate; None means 4e-4 for relu, 2e-4 otherwise (the papers' settings).
         batch_size: tokens a step, over all processes.
         tokens, steps: how long to train; at most one of them, neither means one pass.
@@ -34,7 +36,8 @@ class TrainConfig:
         grad_clip: largest norm of the whole gradient, or None.
         seed: of the initial weights and of the shuffle.
         autocast: "auto" (bfloat16 on CUDA), "bfloat16" or "none".
-        sync_every: steps between refreshes of the list of dead features; the host waits for the device only then.
+        sync_every: steps between refreshes of the list of dead features; the host waits for the
+            device only then.
         log_every, checkpoint_every: in steps.
     """
 
@@ -71,20 +74,45 @@ class TrainConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"TrainConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}")
-        counts = ("d_sae", "expansion", "batch_size", "tokens", "steps", "sync_every", "log_every", "checkpoint_every")
+                raise ValueError(
+                    f"TrainConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}"
+                )
+        counts = (
+            "d_sae",
+            "expansion",
+            "batch_size",
+            "tokens",
+            "steps",
+            "sync_every",
+            "log_every",
+            "checkpoint_every",
+        )
         for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"TrainConfig: {name} must be at least 1, got {value}")
-        for name in ("warmup_steps", "l1_coefficient", "auxk_coefficient", "dead_after", "lr", "grad_clip"):
+        for name in (
+            "warmup_steps",
+            "l1_coefficient",
+            "auxk_coefficient",
+            "dead_after",
+            "lr",
+            "grad_clip",
+        ):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"TrainConfig: {name} must be finite and not negative, got {value}")
+                raise ValueError(
+                    f"TrainConfig: {name} must be finite and not negative, got {value}"
+                )
         if self.batch_size < 2:
-            raise ValueError("TrainConfig: batch_size must be at least 2, the loss divides by the batch's variance")
+            raise ValueError(
+                "TrainConfig: batch_size must be at least 2, the loss divides by the batch's "
+                "variance"
+            )
         if self.tokens is not None and self.steps is not None:
-            raise ValueError(f"TrainConfig: give tokens or steps, not both, got {self.tokens} and {self.steps}")
+            raise ValueError(
+                f"TrainConfig: give tokens or steps, not both, got {self.tokens} and {self.steps}"
+            )
 
     def total_steps(self, rows: int | None) -> int:
         """Steps of the run, given the rows of one pass (None: not known)."""
@@ -92,9 +120,14 @@ class TrainConfig:
             return self.steps
         wanted = self.tokens if self.tokens is not None else rows
         if wanted is None:
-            raise ValueError("TrainConfig: the length of the activations is not known; give tokens or steps")
+            raise ValueError(
+                "TrainConfig: the length of the activations is not known; give tokens or steps"
+            )
         if wanted < self.batch_size:
-            raise ValueError(f"TrainConfig: {wanted} tokens do not fill one batch; batch_size is {self.batch_size}")
+            raise ValueError(
+                f"TrainConfig: {wanted} tokens do not fill one batch; batch_size is "
+                f"{self.batch_size}"
+            )
         return wanted // self.batch_size
 
     @property
@@ -122,9 +155,13 @@ class SAETrainer:
         total_steps: for the learning rate.
     """
 
-    def __init__(self, sae: SAE, config: TrainConfig, total_steps: int, world: World | None = None) -> None:
+    def __init__(
+        self, sae: SAE, config: TrainConfig, total_steps: int, world: World | None = None
+    ) -> None:
         if sae.architecture not in TRAINABLE:
-            raise ValueError(f"train_sae: architecture must be one of {TRAINABLE}, got {sae.architecture!r}")
+            raise ValueError(
+                f"train_sae: architecture must be one of {TRAINABLE}, got {sae.architecture!r}"
+            )
         self.sae, self.config, self.total_steps = sae.train(), config, total_steps
         self.device = sae.W_enc.device
         self.world = world if world is not None else World(self.device)
@@ -132,9 +169,17 @@ class SAETrainer:
         self.optimizer = UnitRowAdam(sae, config.peak_lr)
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)
         self.dead = torch.zeros(0, dtype=torch.int64, device=self.device)
-        self._loss = "fvu" if config.loss == "fvu" or (config.loss == "auto" and sae.architecture != "relu") else "mse"
-        bf16 = config.autocast == "bfloat16" or (config.autocast == "auto" and self.device.type == "cuda")
-        self._autocast = (lambda: torch.autocast(self.device.type, torch.bfloat16)) if bf16 else nullcontext
+        self._loss = (
+            "fvu"
+            if config.loss == "fvu" or (config.loss == "auto" and sae.architecture != "relu")
+            else "mse"
+        )
+        bf16 = config.autocast == "bfloat16" or (
+            config.autocast == "auto" and self.device.type == "cuda"
+        )
+        self._autocast = (
+            (lambda: torch.autocast(self.device.type, torch.bfloat16)) if bf16 else nullcontext
+        )
         # gradients are summed over processes, and cast under autocast, as dense tensors
         self._sparse = sae.architecture == "topk" and not bf16 and self.world.size == 1
         self._sparse = self._sparse and takes_row_sparse(sae.W_enc) and takes_row_sparse(sae.W_dec)
@@ -142,8 +187,8 @@ class SAETrainer:
     def step(self, x: Tensor) -> Tensor:
         """One optimisation step on this process's rows x (B, d_in).
 
-        Returns (5,): loss, FVU, L0 and AuxK, this process's shares (which add up over the processes), and the dead
-        share divided by the number of processes. They stay on the device.
+        Returns (5,): loss, FVU, L0 and AuxK, this process's shares (which add up over the
+        processes), and the dead share divided by the number of processes. They stay on the device.
         """
         sae, config, world = self.sae, self.config, self.world
         if self.step_count % config.sync_every == 0:
@@ -184,20 +229,25 @@ class SAETrainer:
         factor = None
         if self.config.grad_clip is not None:
             grads = [p.grad._values() if p.grad.is_sparse else p.grad for p in parameters]
-            factor = (self.config.grad_clip / (torch.nn.utils.get_total_norm(grads) + 1e-6)).clamp(max=1.0)
+            factor = (self.config.grad_clip / (torch.nn.utils.get_total_norm(grads) + 1e-6)).clamp(
+                max=1.0
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step(factor=factor)
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything that changes from step to step: weights, both moments, dead-feature counts, generator states."""
+        """Everything that changes from step to step: weights, both moments, dead-feature counts,
+        generator states."""
         tensors = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
         for name, parameter in self.sae.named_parameters():
             state = self.optimizer.state.get(parameter, {})
             for moment in ("exp_avg", "exp_avg_sq"):
                 value = state.get(moment)
-                tensors[f"{moment}.{name}"] = torch.zeros_like(parameter) if value is None else value
+                tensors[f"{moment}.{name}"] = (
+                    torch.zeros_like(parameter) if value is None else value
+                )
         mask = torch.zeros(self.sae.d_sae, dtype=torch.uint8, device=self.device)
         tensors["tokens_since_fired"] = self.tokens_since_fired
         tensors["dead"] = mask.index_fill(0, self.dead, 1)

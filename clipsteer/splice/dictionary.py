@@ -1,10 +1,11 @@
-"""Names for embeddings: sparse, non-negative sums of text concepts (SpLiCE, Bhalla et al. 2024, arXiv 2402.10376).
+"""Names for embeddings: sparse, non-negative sums of text concepts (SpLiCE, Bhalla et al. 2024,
+arXiv 2402.10376).
 
     z = norm(norm(image) - μ),   rows of C = norm(norm(text) - mean of the texts)
     w* = argmin over w >= 0 of ‖wC - z‖² + λ Σ w
 
-Images and texts are each centred on their own mean, which closes the gap between the two. The solver is in
-``clipsteer.splice.lasso``.
+Images and texts are each centred on their own mean, which closes the gap between the two. The
+solver is in ``clipsteer.splice.lasso``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ from clipsteer.clip.model import CLIP
 from clipsteer.clip.pixels import image_embeddings
 from clipsteer.clip.zero_shot import zero_shot_head
 from clipsteer.data.emoji import EmojiStyles
-from clipsteer.io.files import FileFormatError, read_json, read_safetensors, write_json, write_safetensors
+from clipsteer.io.files import (
+    FileFormatError,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
 from clipsteer.splice.lasso import Decomposition, nonnegative_lasso
 
 __all__ = ["ConceptDictionary", "Decomposition", "mean_embedding", "nonnegative_lasso"]
@@ -32,7 +39,8 @@ _TENSORS, _INDEX = "concepts.safetensors", "concepts.json"
 
 
 def mean_embedding(clip: CLIP, dataset: Any, batch_size: int = 64) -> Tensor:
-    """μ: the mean (e,) of the unit embeddings of a map-style data set of images or (image, target) pairs, on the CPU.
+    """μ: the mean (e,) of the unit embeddings of a map-style data set of images or (image, target)
+    pairs, on the CPU.
 
     Summed in float64, one batch at a time. Raises ValueError for an empty data set.
     """
@@ -43,61 +51,107 @@ def mean_embedding(clip: CLIP, dataset: Any, batch_size: int = 64) -> Tensor:
 
 
 class ConceptDictionary:
-    """n concepts in the embedding space of a CLIP model, into which its image embeddings are decomposed.
+    """n concepts in the embedding space of a CLIP model, into which its image embeddings are
+    decomposed.
 
     Args:
-        concepts: n >= 2 texts. text_embeddings: (n, e), one a concept, of any length; they are normalised here.
-        image_mean: μ (e,), the mean of the unit embeddings of images of the kind that will be decomposed.
+        concepts: n >= 2 texts. text_embeddings: (n, e), one a concept, of any length; they are
+            normalised here.
+        image_mean: μ (e,), the mean of the unit embeddings of images of the kind that will be
+            decomposed.
         metadata: JSON-able facts to keep with it.
 
     Attributes:
-        concepts: list of n texts. matrix: C (n, e), unit rows, float32 or float64. image_mean: μ (e,).
+        concepts: list of n texts. matrix: C (n, e), unit rows, float32 or float64. image_mean: μ
+            (e,).
 
     Raises:
-        ValueError: shapes, values that are not finite, fewer than two concepts, texts that all embed alike.
+        ValueError: shapes, values that are not finite, fewer than two concepts, texts that all
+            embed alike.
 
         >>> dictionary = ConceptDictionary.from_clip(clip, image_mean=photos)
-        >>> weights = dictionary.decompose(clip.encode_images(images)).weights       # (B, n), a few above 0 in each row
-        >>> dictionary.name(clip.encode_images(images), count=3)                      # [[("cat", 0.31), …], …]
+        >>> weights = dictionary.decompose(clip.encode_images(images)).weights       # (B, n), a few
+        above 0 in each row
+        >>> dictionary.name(clip.encode_images(images), count=3)                      # [[("cat",
+        0.31), …], …]
     """
 
     def __init__(
-        self, concepts: Sequence[str], text_embeddings: Tensor, image_mean: Tensor,
+        self,
+        concepts: Sequence[str],
+        text_embeddings: Tensor,
+        image_mean: Tensor,
         metadata: Mapping[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         concepts = list(concepts)
-        texts, mean = torch.as_tensor(text_embeddings).detach(), torch.as_tensor(image_mean).detach()
+        texts, mean = (
+            torch.as_tensor(text_embeddings).detach(),
+            torch.as_tensor(image_mean).detach(),
+        )
         shapes = f"{len(concepts)} concepts, text_embeddings {tuple(texts.shape)}, image_mean {tuple(mean.shape)}"
-        if texts.ndim != 2 or len(concepts) != len(texts) or len(texts) < 2 or mean.shape != texts.shape[1:]:
-            raise ValueError(f"ConceptDictionary: expected n >= 2 concepts, (n, e) and (e,); got {shapes}")
+        if (
+            texts.ndim != 2
+            or len(concepts) != len(texts)
+            or len(texts) < 2
+            or mean.shape != texts.shape[1:]
+        ):
+            raise ValueError(
+                f"ConceptDictionary: expected n >= 2 concepts, (n, e) and (e,); got {shapes}"
+            )
         if not bool(texts.isfinite().all() & mean.isfinite().all()):
-            raise ValueError(f"ConceptDictionary: text_embeddings and image_mean must be finite; {shapes}")
+            raise ValueError(
+                f"ConceptDictionary: text_embeddings and image_mean must be finite; {shapes}"
+            )
         unit = F.normalize(texts.double(), dim=1)
         centred = unit - unit.mean(0)
         if float(centred.norm(dim=1).max()) < 1e-6:
-            raise ValueError("ConceptDictionary: the texts all embed alike, so that nothing tells them apart")
+            raise ValueError(
+                "ConceptDictionary: the texts all embed alike, so that nothing tells them apart"
+            )
         dtype = torch.promote_types(texts.dtype, torch.float32)
-        self._set(concepts, F.normalize(centred, dim=1).to(dtype), mean.to(texts.device, dtype), dict(metadata or {}))
+        self._set(
+            concepts,
+            F.normalize(centred, dim=1).to(dtype),
+            mean.to(texts.device, dtype),
+            dict(metadata or {}),
+        )
 
-    def _set(self, concepts: list[str], matrix: Tensor, image_mean: Tensor, metadata: dict[str, Any]) -> None:
-        self.concepts, self.matrix, self.image_mean, self.metadata = concepts, matrix, image_mean, metadata
+    def _set(
+        self, concepts: list[str], matrix: Tensor, image_mean: Tensor, metadata: dict[str, Any]
+    ) -> None:
+        self.concepts, self.matrix, self.image_mean, self.metadata = (
+            concepts,
+            matrix,
+            image_mean,
+            metadata,
+        )
 
     @classmethod
     def from_clip(
-        cls, clip: CLIP, concepts: Sequence[str] | None = None, *, image_mean: Any, templates: Sequence[str] = ("{}",)
+        cls,
+        clip: CLIP,
+        concepts: Sequence[str] | None = None,
+        *,
+        image_mean: Any,
+        templates: Sequence[str] = ("{}",),
     ) -> ConceptDictionary:
         """A dictionary of the model's own text embeddings.
 
         Args:
             concepts: texts; by default the names of the 857 bundled drawings.
             image_mean: μ (e,), or a data set of images to take it from (see `mean_embedding`).
-            templates: prompts with one "{}" that each concept's embedding is averaged over; by default it stands alone.
+            templates: prompts with one "{}" that each concept's embedding is averaged over; by
+                default it stands alone.
         """
         concepts = [c.label for c in EmojiStyles().concepts] if concepts is None else list(concepts)
         texts = zero_shot_head(clip, concepts, templates)
         mean = image_mean if isinstance(image_mean, Tensor) else mean_embedding(clip, image_mean)
-        return cls(concepts, texts.to(torch.promote_types(texts.dtype, torch.float32)), mean,
-                   {"clip_model": clip.name, "pretrained": clip.pretrained, "templates": list(templates)})  # fmt: skip
+        return cls(
+            concepts,
+            texts.to(torch.promote_types(texts.dtype, torch.float32)),
+            mean,
+            {"clip_model": clip.name, "pretrained": clip.pretrained, "templates": list(templates)},
+        )
 
     def __len__(self) -> int:
         return len(self.concepts)
@@ -105,7 +159,9 @@ class ConceptDictionary:
     def __repr__(self) -> str:
         return f"ConceptDictionary({len(self)} concepts, e = {self.matrix.shape[1]}, {self.matrix.dtype})"
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ConceptDictionary:
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> ConceptDictionary:
         """A copy elsewhere, or in float32 or float64."""
         if dtype not in (None, torch.float32, torch.float64):
             raise TypeError(f"ConceptDictionary.to: dtype must be float32 or float64, got {dtype}")
@@ -116,26 +172,37 @@ class ConceptDictionary:
 
     def _rows(self, x: Tensor, width: int, what: str) -> Tensor:
         if x.ndim not in (1, 2) or x.shape[-1] != width:
-            raise ValueError(f"ConceptDictionary: {what} must be ({width},) or (B, {width}), got {tuple(x.shape)}")
+            raise ValueError(
+                f"ConceptDictionary: {what} must be ({width},) or (B, {width}), got "
+                f"{tuple(x.shape)}"
+            )
         return torch.atleast_2d(x.detach()).to(self.matrix)
 
     def align(self, embeddings: Tensor) -> Tensor:
-        """z (B, e) of image embeddings (B, e) of any length: norm(norm(embedding) - μ). A row equal to μ becomes 0."""
+        """z (B, e) of image embeddings (B, e) of any length: norm(norm(embedding) - μ). A row equal
+        to μ becomes 0."""
         rows = self._rows(embeddings, self.matrix.shape[1], "embeddings")
         return F.normalize(F.normalize(rows, dim=1) - self.image_mean, dim=1)
 
     def decompose(
-        self, embeddings: Tensor, l1: float | Tensor = 0.25, *, relative: bool = False, direction: bool = False,
-        tol: float = 1e-6, max_iterations: int = 200,
-    ) -> Decomposition:  # fmt: skip
+        self,
+        embeddings: Tensor,
+        l1: float | Tensor = 0.25,
+        *,
+        relative: bool = False,
+        direction: bool = False,
+        tol: float = 1e-6,
+        max_iterations: int = 200,
+    ) -> Decomposition:
         """Image embeddings (B, e), or one (e,), as non-negative sums of concepts.
 
         Args:
             l1: λ, one for all or one a row.
-            relative: l1 is a share in (0, 1) of 2·max_i ⟨C_i, z⟩, the λ from which on a row has no concept left: then
-                every row has one at least, whatever its size. (A row that is 0, or orthogonal to all, has none.)
-            direction: the rows are directions in embedding space (a difference of embeddings, an axis of a conceptor,
-                the effect of steering), from which no mean is taken off.
+            relative: l1 is a share in (0, 1) of 2·max_i ⟨C_i, z⟩, the λ from which on a row has no
+                concept left: then every row has one at least, whatever its size. (A row that is 0,
+                    or orthogonal to all, has none.)
+            direction: the rows are directions in embedding space (a difference of embeddings, an
+                axis of a conceptor, the effect of steering), from which no mean is taken off.
             tol, max_iterations: as in `nonnegative_lasso`; see `Decomposition.converged`.
         """
         rows = self._rows(embeddings, self.matrix.shape[1], "embeddings")
@@ -144,14 +211,17 @@ class ConceptDictionary:
             share = torch.as_tensor(l1, dtype=z.dtype, device=z.device)
             if not bool(((share > 0) & (share < 1)).all()):
                 raise ValueError(f"ConceptDictionary: a relative l1 must lie in (0, 1), got {l1!r}")
-            l1 = share * torch.cat([2 * (part @ self.matrix.T).amax(1).clamp_min(0) for part in z.split(1024)])
+            l1 = share * torch.cat(
+                [2 * (part @ self.matrix.T).amax(1).clamp_min(0) for part in z.split(1024)]
+            )
         return nonnegative_lasso(z, self.matrix, l1, tol=tol, max_iterations=max_iterations)
 
     def reconstruct(self, weights: Tensor) -> Tensor:
-        """Unit embeddings (B, e) of weights (B, n): where the unit sphere is met from μ in the direction of wC.
+        """Unit embeddings (B, e) of weights (B, n): where the unit sphere is met from μ in the
+        direction of wC.
 
-        It undoes `align`: where wC = z, the embedding itself comes back. (The paper's code adds norm(wC) to μ and
-        normalises; that overstates how far an image is from the mean.)
+        It undoes `align`: where wC = z, the embedding itself comes back. (The paper's code adds
+        norm(wC) to μ and normalises; that overstates how far an image is from the mean.)
         """
         ray = F.normalize(self._rows(weights, len(self), "weights") @ self.matrix, dim=1)
         along = ray @ self.image_mean
@@ -159,33 +229,53 @@ class ConceptDictionary:
         return F.normalize(self.image_mean + (inside.sqrt() - along)[:, None] * ray, dim=1)
 
     def name(
-        self, embeddings: Tensor, count: int = 5, *, l1: float = 0.5, relative: bool = True, direction: bool = False
+        self,
+        embeddings: Tensor,
+        count: int = 5,
+        *,
+        l1: float = 0.5,
+        relative: bool = True,
+        direction: bool = False,
     ) -> list[list[tuple[str, float]]]:
-        """The heaviest concepts of each row's decomposition, as in `heaviest`; the arguments are `decompose`'s."""
+        """The heaviest concepts of each row's decomposition, as in `heaviest`; the arguments are
+        `decompose`'s."""
         rows = torch.atleast_2d(embeddings).split(1024)
-        parts = [self.decompose(part, l1, relative=relative, direction=direction).weights for part in rows]
+        parts = [
+            self.decompose(part, l1, relative=relative, direction=direction).weights
+            for part in rows
+        ]
         return [names for weights in parts for names in self.heaviest(weights, count)]
 
     def heaviest(self, weights: Tensor, count: int = 5) -> list[list[tuple[str, float]]]:
-        """The at most `count` heaviest concepts of each row of weights (B, n), as (text, weight), heaviest first.
+        """The at most `count` heaviest concepts of each row of weights (B, n), as (text, weight),
+        heaviest first.
 
         Weights may be means over several images: what these have in common adds up.
         """
         if count < 1:
             raise ValueError(f"ConceptDictionary: count must be at least 1, got {count}")
-        values, places = self._rows(weights, len(self), "weights").sort(dim=1, descending=True, stable=True)
+        values, places = self._rows(weights, len(self), "weights").sort(
+            dim=1, descending=True, stable=True
+        )
         return [
             [(self.concepts[i], v) for v, i in zip(row, at) if v > 0]
             for row, at in zip(values[:, :count].tolist(), places[:, :count].tolist())
         ]
 
     def name_groups(
-        self, embeddings: Tensor, groups: Sequence[Sequence[int]], count: int = 5, *, l1: float = 0.3
+        self,
+        embeddings: Tensor,
+        groups: Sequence[Sequence[int]],
+        count: int = 5,
+        *,
+        l1: float = 0.3,
     ) -> list[list[tuple[str, float]]]:
-        """What groups of images have in common: `heaviest` of the mean weights of each, [] for an empty group.
+        """What groups of images have in common: `heaviest` of the mean weights of each, [] for an
+        empty group.
 
         Args:
-            embeddings: (N, e) image embeddings. groups: rows of them, such as the top images of each SAE feature.
+            embeddings: (N, e) image embeddings. groups: rows of them, such as the top images of
+                each SAE feature.
             l1: relative, as in `decompose`. Every row that occurs is decomposed once.
         """
         used = sorted({row for group in groups for row in group})
@@ -196,7 +286,8 @@ class ConceptDictionary:
         return [names for mean in means for names in self.heaviest(mean, count)]
 
     def save(self, folder: str | Path) -> Path:
-        """Write concepts.safetensors and concepts.json into a folder (made if missing), each in one atomic step."""
+        """Write concepts.safetensors and concepts.json into a folder (made if missing), each in one
+        atomic step."""
         folder = Path(folder)
         head = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "metadata": self.metadata}
         json.dumps(head, allow_nan=False)  # what is not JSON shows before a file is touched
@@ -207,22 +298,41 @@ class ConceptDictionary:
 
     @classmethod
     def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> ConceptDictionary:
-        """Read what `save` wrote. Raises FileNotFoundError, or FileFormatError where the files do not fit together."""
+        """Read what `save` wrote. Raises FileNotFoundError, or FileFormatError where the files do
+        not fit together."""
         folder = Path(folder)
-        index, tensors = read_json(folder / _INDEX), read_safetensors(folder / _TENSORS, allow_nan=False)
+        index, tensors = (
+            read_json(folder / _INDEX),
+            read_safetensors(folder / _TENSORS, allow_nan=False),
+        )
         if not isinstance(index, dict) or (index.get("format"), index.get("format_version")) != (
-            _FORMAT, _FORMAT_VERSION,
-        ):  # fmt: skip
-            raise FileFormatError(f"{folder / _INDEX}: not a {_FORMAT} file of version {_FORMAT_VERSION}")
+            _FORMAT,
+            _FORMAT_VERSION,
+        ):
+            raise FileFormatError(
+                f"{folder / _INDEX}: not a {_FORMAT} file of version {_FORMAT_VERSION}"
+            )
         concepts, metadata = index.get("concepts"), index.get("metadata")
         texts = isinstance(concepts, list) and all(isinstance(c, str) for c in concepts)
         if not texts or not isinstance(metadata, dict):
-            raise FileFormatError(f"{folder / _INDEX}: concepts must be a list of texts and metadata an object")
+            raise FileFormatError(
+                f"{folder / _INDEX}: concepts must be a list of texts and metadata an object"
+            )
         matrix, mean = tensors.get("matrix"), tensors.get("image_mean")
-        if matrix is None or mean is None or matrix.ndim != 2 or mean.shape != matrix.shape[1:] or 0 in matrix.shape:
-            raise FileFormatError(f"{folder / _TENSORS}: expected matrix (n, e) and image_mean (e,)")
+        if (
+            matrix is None
+            or mean is None
+            or matrix.ndim != 2
+            or mean.shape != matrix.shape[1:]
+            or 0 in matrix.shape
+        ):
+            raise FileFormatError(
+                f"{folder / _TENSORS}: expected matrix (n, e) and image_mean (e,)"
+            )
         if len(matrix) != len(concepts) or matrix.dtype not in (torch.float32, torch.float64):
-            raise FileFormatError(f"{folder}: {len(concepts)} concepts, matrix {tuple(matrix.shape)} {matrix.dtype}")
+            raise FileFormatError(
+                f"{folder}: {len(concepts)} concepts, matrix {tuple(matrix.shape)} {matrix.dtype}"
+            )
         if not bool(matrix.isfinite().all() & mean.isfinite().all()):
             raise FileFormatError(f"{folder / _TENSORS}: holds infinities")
         self = object.__new__(cls)

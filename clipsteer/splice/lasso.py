@@ -1,13 +1,16 @@
-"""The non-negative lasso for many targets over one dictionary, solved exactly: a batched active-set method.
+"""The non-negative lasso for many targets over one dictionary, solved exactly: a batched active-set
+method.
 
     w* = argmin over w >= 0 of ‖wC - z‖² + λ Σ w          C (n, e), z (e,)
 
-The optimality conditions: slack = λ - 2(z - wC)Cᵀ is 0 where w > 0 and not negative elsewhere. From w = 0, each round
-lets the concepts enter that miss them most, and minimises over those in use: Newton steps, each as far as the first
-weight that would turn negative, which then leaves (Lawson & Hanson 1974, chapter 23; here several concepts enter at a
-time, and all rows move at once). The objective falls in every round, so that no set of concepts comes back. A round
-costs one product with the dictionary, and a sparse row needs few; the ADMM of SpLiCE (Bhalla et al. 2024, arXiv
-2402.10376) needs two products a step and hundreds of steps, and ends near the zeros that are exact here.
+The optimality conditions: slack = λ - 2(z - wC)Cᵀ is 0 where w > 0 and not negative elsewhere. From
+    w = 0, each round
+lets the concepts enter that miss them most, and minimises over those in use: Newton steps, each as
+far as the first weight that would turn negative, which then leaves (Lawson & Hanson 1974, chapter
+23; here several concepts enter at a time, and all rows move at once). The objective falls in every
+round, so that no set of concepts comes back. A round costs one product with the dictionary, and a
+sparse row needs few; the ADMM of SpLiCE (Bhalla et al. 2024, arXiv 2402.10376) needs two products a
+step and hundreds of steps, and ends near the zeros that are exact here.
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# bytes for a block of rows against the whole dictionary, and for the concepts in use by a group of rows
+# bytes for a block of rows against the whole dictionary, and for the concepts in use by a group of
+# rows
 _BLOCK_BYTES, _GROUP_BYTES = 256 << 20, 32 << 20
 _ENTER = 8
-# of the diagonal of a Gram matrix: concepts that depend on each other share a weight rather than fail
+# of the diagonal of a Gram matrix: concepts that depend on each other share a weight rather than
+# fail
 _JITTER = 1e-11
 
 
@@ -29,9 +34,11 @@ class Decomposition(NamedTuple):
 
     Attributes:
         weights: (B, n), none negative, exactly 0 off the support.
-        violation: (B,) by how much the optimality conditions are missed: the largest |slack| on the support or negative
-            slack elsewhere. The objective is at most violation · (Σ w + Σ w*) above its minimum.
-        converged: (B,) whether violation <= tol; the other rows are the best that max_iterations rounds gave.
+        violation: (B,) by how much the optimality conditions are missed: the largest |slack| on the
+            support or negative slack elsewhere. The objective is at most violation · (Σ w + Σ w*)
+            above its minimum.
+        converged: (B,) whether violation <= tol; the other rows are the best that max_iterations
+            rounds gave.
     """
 
     weights: Tensor
@@ -47,15 +54,26 @@ class Decomposition(NamedTuple):
 def _checked(z: Tensor, C: Tensor, l1: float | Tensor, tol: float, max_iterations: int) -> Tensor:
     shapes = f"z is {tuple(z.shape)}, C {tuple(C.shape)}"
     if z.ndim != 2 or C.ndim != 2 or z.shape[1] != C.shape[1] or 0 in C.shape:
-        raise ValueError(f"nonnegative_lasso: expected z (B, e) and C (n, e) with n, e >= 1; {shapes}")
+        raise ValueError(
+            f"nonnegative_lasso: expected z (B, e) and C (n, e) with n, e >= 1; {shapes}"
+        )
     if z.dtype != C.dtype or z.dtype not in (torch.float32, torch.float64) or z.device != C.device:
         got = f"z is {z.dtype} on {z.device}, C {C.dtype} on {C.device}"
-        raise TypeError(f"nonnegative_lasso: z and C must share float32 or float64 and a device; {got}")
+        raise TypeError(
+            f"nonnegative_lasso: z and C must share float32 or float64 and a device; {got}"
+        )
     if not (tol > 0 and max_iterations >= 1):
-        raise ValueError(f"nonnegative_lasso: tol > 0 and max_iterations >= 1, got {tol} and {max_iterations}")
+        raise ValueError(
+            f"nonnegative_lasso: tol > 0 and max_iterations >= 1, got {tol} and {max_iterations}"
+        )
     penalty = torch.as_tensor(l1, dtype=z.dtype, device=z.device)
-    if penalty.shape not in ((), (len(z),)) or not bool((penalty >= 0).all() & penalty.isfinite().all()):
-        raise ValueError(f"nonnegative_lasso: l1 must be finite, not negative, one or one a row; got {l1!r}; {shapes}")
+    if penalty.shape not in ((), (len(z),)) or not bool(
+        (penalty >= 0).all() & penalty.isfinite().all()
+    ):
+        raise ValueError(
+            f"nonnegative_lasso: l1 must be finite, not negative, one or one a row; got {l1!r}; "
+            f"{shapes}"
+        )
     if not bool(z.isfinite().all() & C.isfinite().all()):
         raise ValueError(f"nonnegative_lasso: z and C must be finite; {shapes}")
     return penalty.expand(len(z))
@@ -69,14 +87,16 @@ def nonnegative_lasso(
 
     Args:
         z: (B, e) targets, float32 or float64; B may be 0. C: (n, e) dictionary, a concept a row.
-        l1: λ, one number or one a row, (B,). Row b is all zero exactly when λ_b >= 2 max_i ⟨C_i, z_b⟩.
-        tol: by how much the optimality conditions may be missed, on the scale of unit rows; float32 cannot do much
-            better than the default, float64 can.
-        max_iterations: rounds, each of one product (B, e) × (e, n) over the rows not yet done. A sparse row takes about
-            a quarter as many rounds as it has concepts. Made for sparse rows: with hundreds of concepts in use, a row
-            takes a second.
+        l1: λ, one number or one a row, (B,). Row b is all zero exactly when λ_b >= 2 max_i ⟨C_i,
+            z_b⟩.
+        tol: by how much the optimality conditions may be missed, on the scale of unit rows; float32
+            cannot do much better than the default, float64 can.
+        max_iterations: rounds, each of one product (B, e) × (e, n) over the rows not yet done. A
+            sparse row takes about a quarter as many rounds as it has concepts. Made for sparse
+            rows: with hundreds of concepts in use, a row takes a second.
 
-    Deterministic. About 300 MB are held beyond the result, whatever B. Where several w are optimal, one is returned.
+    Deterministic. About 300 MB are held beyond the result, whatever B. Where several w are optimal,
+    one is returned.
 
     Raises:
         ValueError: shapes, values that are not finite, a negative λ. TypeError: dtypes or devices.
@@ -85,17 +105,28 @@ def nonnegative_lasso(
     weights, violation = z.new_zeros(len(z), len(C)), z.new_zeros(len(z))
     # reduced precision that a caller allows elsewhere has no place here
     with torch.autocast(z.device.type, enabled=False):
-        for rows in torch.arange(len(z), device=z.device).split(max(1, _BLOCK_BYTES // (4 * C[:, 0].nbytes))):
+        for rows in torch.arange(len(z), device=z.device).split(
+            max(1, _BLOCK_BYTES // (4 * C[:, 0].nbytes))
+        ):
             _solve(weights, violation, rows, z, C, penalty, tol, max_iterations)
     return Decomposition(weights, violation, violation <= tol)
 
 
 def _solve(
-    weights: Tensor, violation: Tensor, rows: Tensor, z: Tensor, C: Tensor, penalty: Tensor, tol: float, rounds: int
+    weights: Tensor,
+    violation: Tensor,
+    rows: Tensor,
+    z: Tensor,
+    C: Tensor,
+    penalty: Tensor,
+    tol: float,
+    rounds: int,
 ) -> None:
     """Fill in some rows of weights and violation. A row leaves when it is done."""
     index = rows.new_zeros(len(rows), 0)  # (b, k) concepts in use, and
-    w = z.new_zeros(len(rows), 0, dtype=torch.float64)  # their weights; where a weight is 0 the place is free
+    w = z.new_zeros(
+        len(rows), 0, dtype=torch.float64
+    )  # their weights; where a weight is 0 the place is free
     residual = z[rows]
     for remaining in range(rounds, -1, -1):
         slack = torch.addmm(penalty[rows, None], residual, C.T, alpha=-2)
@@ -104,7 +135,9 @@ def _solve(
             missed = torch.maximum(missed, (slack.gather(1, index).abs() * (w > 0)).amax(1))
         done = missed <= tol if remaining else torch.ones_like(missed, dtype=torch.bool)
         if bool(done.any()):
-            weights[rows[done]] = slack[done].zero_().scatter_add_(1, index[done], w[done].to(z.dtype))
+            weights[rows[done]] = (
+                slack[done].zero_().scatter_add_(1, index[done], w[done].to(z.dtype))
+            )
             violation[rows[done]] = missed[done]
             rows, index, w, slack = rows[~done], index[~done], w[~done], slack[~done]
         if not len(rows):
@@ -120,7 +153,8 @@ def _solve(
 def _minimise(
     index: Tensor, w: Tensor, on: Tensor, z: Tensor, C: Tensor, penalty: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Minimise over the concepts that are on: their indices and weights (b, k), and the residual z - wC (b, e)."""
+    """Minimise over the concepts that are on: their indices and weights (b, k), and the residual z
+    - wC (b, e)."""
     on, places = on.sort(dim=1, descending=True, stable=True)
     index, w, residual = index.gather(1, places), w.gather(1, places), torch.empty_like(z)
     count = on.sum(1)
@@ -139,22 +173,29 @@ def _minimise(
 
 
 def _newton(w: Tensor, on: Tensor, gram: Tensor, linear: Tensor) -> Tensor:
-    """argmin over w >= 0 of w·gram·w - 2 w·linear with w zero where not on, from a w that is: (b, k), (b, k, k).
+    """argmin over w >= 0 of w·gram·w - 2 w·linear with w zero where not on, from a w that is: (b,
+    k), (b, k, k).
 
-    As in Lawson & Hanson, a weight that leaves does not come back in the same round; at least one that has just entered
-    stays, since the step descends.
+    As in Lawson & Hanson, a weight that leaves does not come back in the same round; at least one
+    that has just entered stays, since the step descends.
     """
     k = w.shape[1]
     # above the rounding of a k × k factorisation, so that it exists
-    ridge = (_JITTER + k * k * 2.0**-52) * gram.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)  # (b, 1)
+    ridge = (_JITTER + k * k * 2.0**-52) * gram.diagonal(dim1=1, dim2=2).amax(
+        1, keepdim=True
+    )  # (b, 1)
     for _ in range(k + 1):
         free = on.double()
         short = free * (linear - (gram @ w[..., None])[..., 0])
         factor, failed = torch.linalg.cholesky_ex(
             gram * free[:, :, None] * free[:, None] + torch.diag_embed(torch.where(on, ridge, 1.0))
         )
-        step = torch.where(failed[:, None] == 0, torch.cholesky_solve(short[..., None], factor)[..., 0] * free, 0.0)
-        share = torch.where(w + step < 0, w / -step, 1.0)  # below 1 where a weight would turn negative
+        step = torch.where(
+            failed[:, None] == 0, torch.cholesky_solve(short[..., None], factor)[..., 0] * free, 0.0
+        )
+        share = torch.where(
+            w + step < 0, w / -step, 1.0
+        )  # below 1 where a weight would turn negative
         first = share.amin(1, keepdim=True)
         leaving = (share == first) & (first < 1)
         w, on = torch.where(leaving, 0.0, w + first * step).clamp_min(0), on & ~leaving

@@ -16,7 +16,8 @@ def seed_of(number: int) -> int:
 
 
 def cosine_lr(step: int, total: int, peak: float, warmup_steps: int) -> float:
-    """Learning rate of step 0 … total-1: linear warm-up, at most a tenth of the run, then half a cosine."""
+    """Learning rate of step 0 … total-1: linear warm-up, at most a tenth of the run, then half a
+    cosine."""
     warmup = min(warmup_steps, total // 10)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -24,7 +25,8 @@ def cosine_lr(step: int, total: int, peak: float, warmup_steps: int) -> float:
 
 
 class Order:
-    """Rows of a data set, step by step: each epoch is a permutation that the seed and its number determine."""
+    """Rows of a data set, step by step: each epoch is a permutation that the seed and its number
+    determine."""
 
     def __init__(self, n: int, batch_size: int, seed: int, *, drop_last: bool = False) -> None:
         self.n, self.batch_size, self.seed = n, batch_size, seed
@@ -41,7 +43,9 @@ class Order:
 
     def keys(self, step: int) -> list[tuple[int, int]]:
         """(row, seed) pairs; the seed is the sample's own in this step."""
-        return [(row, seed_of((self.seed * 1_000_003 + step) * self.n + row)) for row in self.rows(step)]
+        return [
+            (row, seed_of((self.seed * 1_000_003 + step) * self.n + row)) for row in self.rows(step)
+        ]
 
 
 class Keys:

@@ -17,7 +17,9 @@ class _Reporter:
 
     def __init__(self, out: Path | None, track: str | None, config: TrainConfig) -> None:
         if track not in (None, "wandb", "tensorboard"):
-            raise ValueError(f"train_sae: track must be 'wandb', 'tensorboard' or None, got {track!r}")
+            raise ValueError(
+                f"train_sae: track must be 'wandb', 'tensorboard' or None, got {track!r}"
+            )
         self.out, self.track, self.config = out, track, config
 
     def __enter__(self) -> _Reporter:
@@ -49,11 +51,17 @@ def _tracker(
         if track == "wandb":
             import wandb
 
-            run = wandb.init(project="clipsteer", config=asdict(config), dir=str(out) if out is not None else None)
+            run = wandb.init(
+                project="clipsteer",
+                config=asdict(config),
+                dir=str(out) if out is not None else None,
+            )
             return lambda record: run.log(record, step=int(record["step"])), run.finish
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise RuntimeError(f"track={track!r}: {error}; install it with: pip install 'clipsteer[track]'") from error
+        raise RuntimeError(
+            f"track={track!r}: {error}; install it with: pip install 'clipsteer[track]'"
+        ) from error
     writer = SummaryWriter(str(out) if out is not None else None)
 
     def send(record: dict[str, float]) -> None:

@@ -1,4 +1,5 @@
-"""The processes that train together. With one process every method does nothing, so callers need no second path."""
+"""The processes that train together. With one process every method does nothing, so callers need no
+second path."""
 
 from __future__ import annotations
 
@@ -11,14 +12,16 @@ from torch import Tensor
 
 
 def _join(backend: str) -> None:
-    # Not at the top: absent from builds of torch without distributed. The functions of torch.distributed.nn take the
-    # group there is when they are imported (an optimizer does that) as their default, and would keep it, and with it
-    # threads that still let go of tensors while the interpreter ends: that aborts the process.
+    # Not at the top: absent from builds of torch without distributed. The functions of
+    # torch.distributed.nn take the group there is when they are imported (an optimizer does that)
+    # as their default, and would keep it, and with it threads that still let go of tensors while
+    # the interpreter ends: that aborts the process.
     import torch.distributed.nn.functional  # noqa: F401
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, size = next(rendezvous("env://"))
-    # torchrun keeps one store over restarts: without this, processes look for addresses of their dead predecessors
+    # torchrun keeps one store over restarts: without this, processes look for addresses of their
+    # dead predecessors
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"clipsteer/{attempt}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
@@ -33,8 +36,9 @@ def _leave() -> None:
 class World:
     """A view of torch.distributed: sums, gathers and broadcasts over all processes, in rank order.
 
-    Under ``torchrun`` the process group is made here (nccl for CUDA devices, gloo otherwise) and closed when Python
-    ends, since a process cannot join its job a second time; a group that the caller made is used and left alone.
+    Under ``torchrun`` the process group is made here (nccl for CUDA devices, gloo otherwise) and
+    closed when Python ends, since a process cannot join its job a second time; a group that the
+    caller made is used and left alone.
     """
 
     def __init__(self, device: torch.device | str | None = None) -> None:
@@ -79,11 +83,16 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process; waits for all of them."""
-        return flag if self.size == 1 else bool(self.sum_(torch.tensor(float(flag), device=self.device)))
+        return (
+            flag
+            if self.size == 1
+            else bool(self.sum_(torch.tensor(float(flag), device=self.device)))
+        )
 
 
 def training_world(world: World | None) -> World | None:
-    """The processes of a loss, None for a single one; by default those of an initialised process group."""
+    """The processes of a loss, None for a single one; by default those of an initialised process
+    group."""
     if world is None and torch.distributed.is_available() and torch.distributed.is_initialized():
         world = World("cpu")
     return world if world is not None and world.size > 1 else None
@@ -101,7 +110,9 @@ class JointBatch:
         """Every process's rows, in rank order."""
         padded = x.new_zeros(max(self.counts), *x.shape[1:])
         padded[: len(x)] = x
-        return torch.cat([part[:n] for part, n in zip(self.world.gather(padded).chunk(self.size), self.counts)])
+        return torch.cat(
+            [part[:n] for part, n in zip(self.world.gather(padded).chunk(self.size), self.counts)]
+        )
 
     def logsumexp(self, x: Tensor) -> Tensor:
         return self.world.gather(x.unsqueeze(0)).logsumexp(0)

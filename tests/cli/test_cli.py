@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
-from _command import run
 from PIL import Image
 
+from _command import run
 from clipsteer import SAE, bench, testing
 from clipsteer.cli import main as cli
 from clipsteer.cli import ops as cli_ops

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from _command import run
 from PIL import Image
 
+from _command import run
 from clipsteer.cli import cil as cli_continual
 from clipsteer.continual.backbone import Encoder
 from clipsteer.continual.plasticity import fit_saes, save_saes

@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 import torch
-from _command import run
 from PIL import Image
 
+from _command import run
 from benchmarks import wise_ft as style_shift
 from clipsteer import wise_ft
 from clipsteer.cli import main as cli

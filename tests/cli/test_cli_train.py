@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
-from _command import run
 from PIL import Image
 
+from _command import run
 from clipsteer.cli import main as cli
 from clipsteer.cli.train import _validation
 from clipsteer.data.files import captions

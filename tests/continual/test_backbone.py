@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _tiny import encoder, images, pixels
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from _tiny import encoder, images, pixels
 from clipsteer import FileFormatError
 from clipsteer.clip.model import load
 from clipsteer.clip.pixels import Samples

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _pytest.monkeypatch import MonkeyPatch
-from _tiny import CLASSES, TASKS, encoder, images, scenario, seeded_run
 
+from _tiny import CLASSES, TASKS, encoder, images, scenario, seeded_run
 from clipsteer import ops
 from clipsteer.continual.covariance import precision_factor, shrink
 from clipsteer.continual.experiment import run_all, run_tasks

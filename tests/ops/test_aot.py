@@ -163,6 +163,8 @@ INSTRUCTIONS = {
 def compile_all(target_name: str) -> dict[str, list[dict]]:
     import torch
     import triton
+    from triton.backends.compiler import GPUTarget
+
     from clipsteer.kernels import (
         _launch,
         adam_rows,
@@ -173,7 +175,6 @@ def compile_all(target_name: str) -> dict[str, list[dict]]:
         sparse_decode,
         topk_encode,
     )
-    from triton.backends.compiler import GPUTarget
 
     modules = (
         adam_rows, conceptor_project, drrho_loss, mahalanobis_covariance_loss, semantic_drift, sparse_decode,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from _command import run
 
+from _command import run
 from clipsteer import FileFormatError, bench, bench_table
 from clipsteer.ops import REGISTRY, _dispatch
 
