@@ -3,11 +3,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+# Before torch is imported, here and in every process that a test starts. On one thread torch's own products repeat bit
+# for bit; on several they are divided anew on a busy machine.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import hypothesis
 import pytest
 import torch
+
+torch.set_num_threads(1)
 
 hypothesis.settings.register_profile(
     "ci", derandomize=True, deadline=None, max_examples=25, database=None,
@@ -27,6 +33,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Our own loops are divided between two threads."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
 CAN_INTERPRET = """
 import sys
 from clipsteer.ops import _dispatch
@@ -42,9 +56,10 @@ def interpret() -> Callable[[str], None]:
 
     def run(code: str) -> None:
         pytest.importorskip("triton")
-        env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", CAN_INTERPRET + code]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+        done = subprocess.run(
+            command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900
+        )
         if done.returncode == 77:
             pytest.skip(done.stdout)
         assert done.returncode == 0, done.stdout + done.stderr[-4000:]
