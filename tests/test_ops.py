@@ -67,6 +67,7 @@ def gradients(name: str, live: dict, seed: int = 0, **options) -> dict[str, Tens
     return {n: t.detach() for n, t in found.items()} | {f"d {n}": t for n, t in zip(leaves, grads)}
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("prop", testing.PROPERTIES)
 @pytest.mark.parametrize(("name", "backend", "dtype"), ON_CPU, ids=label)
 def test_property(name, backend, dtype, prop):
@@ -361,19 +362,21 @@ def test_same_bits_tells_zeros_and_numbers_apart():
 ISA = """
 import sys, torch
 from clipsteer import testing
-rows = testing.validate(backends=["cpp"], cases=15)
+rows = testing.validate(backends=["cpp"], cases=int(sys.argv[2]))
 print(testing.table(rows))
 level = torch.ops.clipsteer_cpp.isa_level()
 sys.exit(any(r.verdict != "pass" for r in rows) or level > int(sys.argv[1]))
 """
 
 
+@pytest.mark.parametrize("cases", [5, pytest.param(15, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(("isa", "level"), [("portable", 0), ("avx2", 1), ("avx512", 2)])
-def test_every_instruction_set(isa, level):
+def test_every_instruction_set(isa, level, cases):
     if not testing.supported("cpp"):
         pytest.skip("the C++ library is not built")
     env = {**os.environ, "CLIPSTEER_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", ISA, str(level)], env=env, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-c", ISA, str(level), str(cases)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
