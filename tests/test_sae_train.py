@@ -328,8 +328,11 @@ def test_the_optimiser_gives_the_same_bits_on_any_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
-    # a gradient of 0 need not be a missing one to the last bit
-    torch.testing.assert_close(results[0], results[2], rtol=0, atol=1e-6)
+    # A gradient of 0 need not be a missing one to the last bit: three roundings a step of either moment, six of a
+    # step of at most 7.3 lr, in three steps; then the norms of rows that differ so.
+    u = torch.finfo(torch.float32).eps / 2
+    atol = 3 * (3 * (3 + 1.5) + 6) * u * 7.3 * 1e-2
+    torch.testing.assert_close(results[0], results[2], rtol=3 * norm_bound(sae.W_dec), atol=atol)
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
