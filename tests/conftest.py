@@ -45,7 +45,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         and getattr(option, "numprocesses", 0) is None
         and not option.usepdb
     ):
-        option.numprocesses, option.dist = min(cores(), 16), "worksteal"
+        option.numprocesses, option.dist = min(cores(), 8), "worksteal"  # a gigabyte each
         option.benchmark_disable = True
 
 

@@ -261,7 +261,13 @@ def _process(folder: Path, spec: str, limit: int, sign: str = "SIGKILL") -> int:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX")
-@pytest.mark.parametrize("spec", ["macil:lora=shared_a,plasticity=1", "slca:slow=0.3", "joint"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "macil:lora=shared_a,plasticity=1",
+        *(pytest.param(spec, marks=pytest.mark.nightly) for spec in ("slca:slow=0.3", "joint")),
+    ],
+)
 def test_a_run_killed_in_the_middle_of_a_task_ends_in_the_same_numbers(tmp_path, spec):
     where = scenario()
     given = {"plasticity": plasticity()} if "plasticity" in spec else {}
