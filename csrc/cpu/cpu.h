@@ -1,7 +1,7 @@
 // What the CPU sources share: the ops, the table of kernels per instruction set, ranked keys, and argument checks.
 #pragma once
 
-#include "stable.h"
+#include "../stable.h"
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>

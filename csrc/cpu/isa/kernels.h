@@ -1,4 +1,4 @@
-// The inner loops, included once per instruction set by kernels.cpp with ISA (a namespace) and TARGET (a function
+// The inner loops, included once per instruction set by isa.cpp with ISA (a namespace) and TARGET (a function
 // attribute) defined: the plain loops are vectorised by the compiler for each target, the filter has intrinsics.
 // No include guard on purpose.
 

@@ -1,11 +1,11 @@
 // The fused encode on Hopper: TMA feeds shared memory, wgmma multiplies, and only values that reach a row's threshold
 // leave the registers. Six launches: a product with a sample of the columns, every row's threshold from it, the product
 // itself, the k largest of what it listed, and for rows whose lists cannot be trusted product and selection once more.
-// See encode_plan.h for how the threshold is chosen and when lists cannot be trusted.
+// See plan.h for how the threshold is chosen and when lists cannot be trusted.
 #pragma once
 
-#include "encode_plan.h"
-#include "select.cuh"
+#include "../select.cuh"
+#include "plan.h"
 
 #include <cuda.h>
 #include <cuda_bf16.h>

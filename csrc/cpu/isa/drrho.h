@@ -1,5 +1,5 @@
 // Exponentials along a row of similarities S and down its columns at once, t = (S - S_ii) scale of either side; included
-// by kernels.cpp after weights.h. No include guard on purpose.
+// by isa.cpp after drift.h. No include guard on purpose.
 
 namespace clipsteer::ISA {
 

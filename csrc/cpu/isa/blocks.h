@@ -1,4 +1,4 @@
-// Blocks of a matrix product in registers; included by kernels.cpp as kernels.h is, for AVX2 and AVX-512. No include
+// Blocks of a matrix product in registers; included by isa.cpp as kernels.h is, for AVX2 and AVX-512. No include
 // guard on purpose.
 
 namespace clipsteer::ISA {

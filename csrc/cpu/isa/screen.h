@@ -1,5 +1,5 @@
 // int8 screening of a product, for AVX-512 with VNNI and for AMX: rows as signed bytes with what the rounding cost, upper
-// bounds of pre-activations, and blocks computed whole. Included by kernels.cpp; topk_screen.cpp derives the bound.
+// bounds of pre-activations, and blocks computed whole. Included by isa.cpp; topk_screen.cpp derives the bound.
 #pragma once
 
 namespace clipsteer::vnni {

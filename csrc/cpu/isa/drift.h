@@ -1,4 +1,4 @@
-// Gaussian weights in log space; included by kernels.cpp as kernels.h is. No include guard on purpose.
+// Gaussian weights in log space; included by isa.cpp as kernels.h is. No include guard on purpose.
 
 #include <bit>
 

@@ -1,4 +1,4 @@
-// Adam's rule on a row; included by kernels.cpp as kernels.h is. No include guard on purpose.
+// Adam's rule on a row; included by isa.cpp as kernels.h is. No include guard on purpose.
 
 namespace clipsteer::ISA {
 

@@ -1,6 +1,5 @@
-// Builds kernels.h, weights.h, pairs.h, adam.h, blocks.h and screen.h for each instruction set and picks one when the
-// library is first used.
-#include "cpu.h"
+// Builds the headers of this folder for each instruction set and picks one set when the library is first used.
+#include "../cpu.h"
 
 #include <cstdlib>
 #include <functional>
@@ -20,8 +19,8 @@
 #define ISA portable
 #define TARGET
 #include "kernels.h"
-#include "weights.h"
-#include "pairs.h"
+#include "drift.h"
+#include "drrho.h"
 #include "adam.h"
 #undef CLIPSTEER_LEVEL
 #undef ISA
@@ -32,8 +31,8 @@
 #define ISA avx2
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #include "kernels.h"
-#include "weights.h"
-#include "pairs.h"
+#include "drift.h"
+#include "drrho.h"
 #include "adam.h"
 #include "blocks.h"
 #undef CLIPSTEER_LEVEL
@@ -44,8 +43,8 @@
 #define ISA avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #include "kernels.h"
-#include "weights.h"
-#include "pairs.h"
+#include "drift.h"
+#include "drrho.h"
 #include "adam.h"
 #include "blocks.h"
 #undef CLIPSTEER_LEVEL
