@@ -1,4 +1,4 @@
-// Adam's rule on a row; included by isa.cpp as kernels.h is. No include guard on purpose.
+// Adam's rule on a row; included by table.h. No include guard on purpose.
 
 namespace clipsteer::ISA {
 
@@ -25,13 +25,6 @@ TARGET static inline void adam(V* __restrict p, V* __restrict m, V* __restrict v
       p[i] -= lr * (m[i] / (std::sqrt(v[i]) / scale + eps));
     }
   }
-}
-
-TARGET void adam32(float* p, float* m, float* v, const float* g, const AdamStep<float>& at, int64_t n) {
-  adam<float>(p, m, v, g, at, n);
-}
-TARGET void adam64(double* p, double* m, double* v, const double* g, const AdamStep<double>& at, int64_t n) {
-  adam<double>(p, m, v, g, at, n);
 }
 
 }  // namespace clipsteer::ISA

@@ -1,10 +1,12 @@
-// Blocks of a matrix product in registers; included by isa.cpp as kernels.h is, for AVX2 and AVX-512. No include
-// guard on purpose.
+// Blocks of a matrix product in registers; included by table.h for AVX2 and AVX-512. No include guard on purpose.
 
 namespace clipsteer::ISA {
 
+constexpr int kVectorBytes = CLIPSTEER_LEVEL == 2 ? 64 : 32;
+constexpr int kBlockBytes = CLIPSTEER_LEVEL == 2 ? 256 : 64;
+
 template <class V>
-using Lanes __attribute__((vector_size(kVectorBytes<CLIPSTEER_LEVEL>), aligned(sizeof(V)), may_alias)) = V;
+using Lanes __attribute__((vector_size(kVectorBytes), aligned(sizeof(V)), may_alias)) = V;
 
 // A block of a matrix product in registers: c[i] = or += a[i] (k numbers, `step` apart) times the columns of b, whose
 // rows lie `stride` apart.
@@ -12,7 +14,7 @@ template <class V, int ROWS>
 TARGET static inline void block(const V* const* a, int64_t step, const V* b, int64_t stride, int64_t k, V* const* c,
                                 bool add) {
   using Vec = Lanes<V>;
-  constexpr int kVectors = kBlockBytes<CLIPSTEER_LEVEL> / kVectorBytes<CLIPSTEER_LEVEL>;
+  constexpr int kVectors = kBlockBytes / kVectorBytes;
   Vec sum[ROWS][kVectors] = {};
   const V* left[ROWS];
   for (int i = 0; i < ROWS; ++i) left[i] = a[i];
@@ -43,16 +45,6 @@ TARGET static inline void block(const V* const* a, int64_t step, const V* b, int
     case 5: return block<V, 5>(a, step, b, stride, k, c, add);
     default: return block<V, 6>(a, step, b, stride, k, c, add);
   }
-}
-
-TARGET void block32(const float* const* a, int64_t step, const float* b, int64_t stride, int64_t k, int rows,
-                    float* const* c, bool add) {
-  block<float>(a, step, b, stride, k, rows, c, add);
-}
-
-TARGET void block64(const double* const* a, int64_t step, const double* b, int64_t stride, int64_t k, int rows,
-                    double* const* c, bool add) {
-  block<double>(a, step, b, stride, k, rows, c, add);
 }
 
 // Half as many sums of neighbours: those of a, then those of b.
@@ -126,16 +118,6 @@ TARGET static inline void inner(const V* const* a, int64_t rows, const V* w, int
   for (; j < columns; ++j) inner_rows<V, 1>(a, rows, w + j * stride, stride, k, c, j);
 }
 
-TARGET void inner32(const float* const* a, int64_t rows, const float* w, int64_t stride, int64_t columns, int64_t k,
-                    float* const* c) {
-  inner<float>(a, rows, w, stride, columns, k, c);
-}
-
-TARGET void inner64(const double* const* a, int64_t rows, const double* w, int64_t stride, int64_t columns, int64_t k,
-                    double* const* c) {
-  inner<double>(a, rows, w, stride, columns, k, c);
-}
-
 #if CLIPSTEER_LEVEL == 2
 using Floats = __m512;
 TARGET static inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
@@ -172,7 +154,7 @@ TARGET static inline void transpose(const float* u, int64_t stride, float* out, 
 // out[q * width + l] = u[l * stride + q] for `columns` values of l (the rest of width: 0) and k of q.
 template <class V>
 TARGET static inline void pack(const V* u, int64_t stride, int64_t columns, int64_t k, V* __restrict out) {
-  constexpr int64_t width = kBlockBytes<CLIPSTEER_LEVEL> / sizeof(V), kSide = sizeof(Floats) / sizeof(float);
+  constexpr int64_t width = kBlockBytes / sizeof(V), kSide = sizeof(Floats) / sizeof(float);
   int64_t l = 0;
   if constexpr (sizeof(V) == 4) {
     for (; l + kSide <= columns; l += kSide) {
@@ -189,14 +171,6 @@ TARGET static inline void pack(const V* u, int64_t stride, int64_t columns, int6
   for (; l < width; ++l) {
     for (int64_t q = 0; q < k; ++q) out[q * width + l] = 0;
   }
-}
-
-TARGET void pack32(const float* u, int64_t stride, int64_t columns, int64_t k, float* out) {
-  pack<float>(u, stride, columns, k, out);
-}
-
-TARGET void pack64(const double* u, int64_t stride, int64_t columns, int64_t k, double* out) {
-  pack<double>(u, stride, columns, k, out);
 }
 
 }  // namespace clipsteer::ISA

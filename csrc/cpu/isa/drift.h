@@ -1,4 +1,4 @@
-// Gaussian weights in log space; included by isa.cpp as kernels.h is. No include guard on purpose.
+// Gaussian weights in log space; included by table.h. No include guard on purpose.
 
 #include <bit>
 
@@ -76,19 +76,6 @@ TARGET static inline V weights(V* __restrict log_w, V peak, V floor, int64_t n) 
     for (int l = 0; l < half; ++l) sum[l] += sum[l + half];
   }
   return sum[0];
-}
-
-TARGET float log_weights32(float* dot, const float* square, float own, float kappa, int64_t n) {
-  return log_weights<float>(dot, square, own, kappa, n);
-}
-TARGET double log_weights64(double* dot, const double* square, double own, double kappa, int64_t n) {
-  return log_weights<double>(dot, square, own, kappa, n);
-}
-TARGET float weights32(float* log_w, float peak, float floor, int64_t n) {
-  return weights<float>(log_w, peak, floor, n);
-}
-TARGET double weights64(double* log_w, double peak, double floor, int64_t n) {
-  return weights<double>(log_w, peak, floor, n);
 }
 
 }  // namespace clipsteer::ISA

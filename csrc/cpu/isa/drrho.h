@@ -1,5 +1,5 @@
 // Exponentials along a row of similarities S and down its columns at once, t = (S - S_ii) scale of either side; included
-// by isa.cpp after drift.h. No include guard on purpose.
+// by table.h after drift.h. No include guard on purpose.
 
 namespace clipsteer::ISA {
 
@@ -90,25 +90,6 @@ TARGET static inline V pair_weights(const V* S, V* P, V row_diag, V row_u, const
     sum[l] += pair_weight((one - row_diag) * scale, (one - diag[i + l]) * scale, row_u, u[i + l], P[i + l]);
   }
   return fold(sum);
-}
-
-TARGET float maxima32(const float* S, float* highest, int64_t n) { return maxima<float>(S, highest, n); }
-TARGET double maxima64(const double* S, double* highest, int64_t n) { return maxima<double>(S, highest, n); }
-TARGET float pair_sums32(const float* S, float row_diag, float row_peak, const float* diag, const float* peak,
-                         float scale, float* total, int64_t n) {
-  return pair_sums<float>(S, row_diag, row_peak, diag, peak, scale, total, n);
-}
-TARGET double pair_sums64(const double* S, double row_diag, double row_peak, const double* diag, const double* peak,
-                          double scale, double* total, int64_t n) {
-  return pair_sums<double>(S, row_diag, row_peak, diag, peak, scale, total, n);
-}
-TARGET float pair_weights32(const float* S, float* P, float row_diag, float row_u, const float* diag, const float* u,
-                            float scale, int64_t n) {
-  return pair_weights<float>(S, P, row_diag, row_u, diag, u, scale, n);
-}
-TARGET double pair_weights64(const double* S, double* P, double row_diag, double row_u, const double* diag,
-                             const double* u, double scale, int64_t n) {
-  return pair_weights<double>(S, P, row_diag, row_u, diag, u, scale, n);
 }
 
 }  // namespace clipsteer::ISA
