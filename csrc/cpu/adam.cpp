@@ -32,7 +32,8 @@ void adam(V* w, V* m, V* v, const V* g, const int64_t* features, int64_t count, 
       kernel.adam(row, m + r * d, v + r * d, grad, at, d);
       if (unit) {
         // a row of zeros stays
-        const V scale = 1 / std::max(std::sqrt(kernel.dot(row, row, nullptr, d)), std::numeric_limits<V>::min());
+        const V norm = std::sqrt(kernel.dot(row, row, nullptr, d));
+        const V scale = 1 / std::max(norm, std::numeric_limits<V>::min());
         for (int64_t i = 0; i < d; ++i) row[i] *= scale;
       }
     }

@@ -87,8 +87,9 @@ class Sweep {
           V sum = 0;
           for (int side = 0; side < 2; ++side) {
             const int64_t j = starts[side];
-            sum += kernels<V>().pair_sums(S + i * stride_ + j, diag_[self], row_peak.get()[i], diag_ + j,
-                                       peaks.get() + j, scale_, total.get() + j, ends[side] - j);
+            sum += kernels<V>().pair_sums(S + i * stride_ + j, diag_[self], row_peak.get()[i],
+                                          diag_ + j, peaks.get() + j, scale_, total.get() + j,
+                                          ends[side] - j);
           }
           partial.get()[c * tile_rows_ + i] = sum;
         }
@@ -127,8 +128,9 @@ class Sweep {
           moments[i] = 0;
           for (int side = 0; side < 2; ++side) {
             const int64_t j = starts[side];
-            moments[i] += double(kernels<V>().pair_weights(S + j, P + i * stride_ + j, diag_[self], row_u[at + i],
-                                                        diag_ + j, col_u + j, scale_, ends[side] - j));
+            moments[i] += double(kernels<V>().pair_weights(S + j, P + i * stride_ + j, diag_[self],
+                                                           row_u[at + i], diag_ + j, col_u + j,
+                                                           scale_, ends[side] - j));
           }
           P[i * stride_ + self] = own[at + i];
         }

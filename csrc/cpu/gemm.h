@@ -49,7 +49,8 @@ void multiply_panel(const V* a, int64_t a_row, int64_t a_step, int64_t rows, con
         left[l] = a + (i + l) * a_row + q * a_step;
         target[l] = c + (i + l) * c_row;
       }
-      kernels<V>().block(left, a_step, panel + q * width, width, std::min(terms, k - q), count, target, add || q > 0);
+      kernels<V>().block(left, a_step, panel + q * width, width, std::min(terms, k - q), count,
+                         target, add || q > 0);
     }
   }
 }

@@ -117,14 +117,16 @@ class Pass {
   }
 
   void weigh(int64_t c, V* dot, int64_t rows, const Sums<V>& sums) {
-    const V highest = kernels<V>().log_weights(dot, square_.get(), all_.square[c], all_.kappa, rows);
+    const V highest =
+        kernels<V>().log_weights(dot, square_.get(), all_.square[c], all_.kappa, rows);
     if (highest > sums.peak[c]) {
       const V shrink = std::exp(sums.peak[c] - highest);
       sums.peak[c] = highest;
       sums.total[c] *= shrink;
       for (int64_t j = 0; j < all_.d; ++j) sums.moved[c * all_.d + j] *= shrink;
     }
-    sums.total[c] += kernels<V>().weights(dot, sums.peak[c], std::exp(all_.log_floor - sums.peak[c]), rows);
+    const V floor = std::exp(all_.log_floor - sums.peak[c]);
+    sums.total[c] += kernels<V>().weights(dot, sums.peak[c], floor, rows);
   }
 
   void move(int64_t c, int64_t count, int64_t rows, V* moved) {

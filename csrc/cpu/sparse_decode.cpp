@@ -131,7 +131,8 @@ void dots(const T* rows, const int64_t* indices, const T* w, int64_t count, int6
         const int64_t at = r * k + j;
         const bool more = at + kAhead < count * k;
         const Ahead next{{more ? reinterpret_cast<const char*>(w + indices[at + kAhead] * d) : nullptr}, sizeof(T)};
-        buffer[j] = kernel.dot(row, widened(w + indices[at] * d, wide_w.data(), d), more ? &next : nullptr, d);
+        const V* feature = widened(w + indices[at] * d, wide_w.data(), d);
+        buffer[j] = kernel.dot(row, feature, more ? &next : nullptr, d);
       }
       store<T>(buffer.data(), out + r * k, k);
     }

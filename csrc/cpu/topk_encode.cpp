@@ -50,7 +50,8 @@ void encode(const T* x, const T* w, const T* b, int64_t rows, int64_t n, int64_t
             std::fill_n(out, count * columns, V(0));
           }
           for (int64_t r = 0; r < count; ++r) {
-            if (!slot[r].nan) kernel.filter(out + r * columns, bias ? bias + first : nullptr, columns, first, slot[r]);
+            if (slot[r].nan) continue;
+            kernel.filter(out + r * columns, bias ? bias + first : nullptr, columns, first, slot[r]);
           }
         }
       }
@@ -147,7 +148,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_encode_screened(Tensor x, Tensor w_enc, 
   check(op, "W_enc", w_enc, ScalarType::Float, {n, d});
   if (b_enc) check(op, "b_enc", *b_enc, ScalarType::Float, {n});
   check_k(op, k, n);
-  require(isa().screen, op, "this processor (or CLIPSTEER_CPU_ISA) has no AVX512-VNNI; topk_encode always runs");
+  require(isa().screen, op,
+          "this processor (or CLIPSTEER_CPU_ISA) has no AVX512-VNNI; topk_encode always runs");
   require(k > 0, op, "expected k > 0");
   require(0 < d && d <= kScreenMaxDim, op, "expected 0 < d_in <= 8192, got " + std::to_string(d));
   auto [acts, indices] = outputs(x, rows, k);

@@ -54,9 +54,10 @@ struct Greatest {
 // 30 u (|x'| |w'| + |b|). Elements are at most 2^24 and the largest of a row at least 2^-24 (other rows are not
 // screened), |log2 s| <= 12 and d <= 8192. So norms are good to 2^-10, and underflow, even if denormal numbers are read
 // as zero, is below d 2^-89, against d 2^-71 of the second term. Hence rounding() and kWiden.
-// Columns come in ascending order: one whose upper bound equals the k-th value has lost its tie. A column that is not
-// screened always passes, so that no NaN is missed. Every float32 product is summed in one order, that of dot<float>, so the
-// result does not depend on what was ruled out, nor on threads or the other rows.
+// Columns come in ascending order: one whose upper bound equals the k-th value has lost its tie. A
+// column that is not screened always passes, so that no NaN is missed. Every float32 product is
+// summed in one order, that of dot<float>, so the result does not depend on what was ruled out, nor
+// on threads or the other rows.
 constexpr float kWiden = 1 + 1.0f / 256, kBiasMargin = 1.0f / (1 << 18);
 constexpr int64_t kScreenRows = 512;
 
@@ -144,7 +145,8 @@ void screened(const float* x, const float* w, const float* b, int64_t rows, int6
             column.base[c] = bias * (1 + (bias > 0 ? kBiasMargin : -kBiasMargin));
             column.offset[c] = -128 * row.sum;
           }
-          kernels<float>().pack(reinterpret_cast<const float*>(bytes), quads, columns, quads, reinterpret_cast<float*>(panel));
+          kernels<float>().pack(reinterpret_cast<const float*>(bytes), quads, columns, quads,
+                                reinterpret_cast<float*>(panel));
           // The next rows of W come from memory meanwhile.
           const int64_t coming = p + 1 < end_of_slot ? std::min<int64_t>(64, n - first - columns) * d / 16 : 0;
           int8.screen(codes.get(), width, lines.data(), count, panel, column,

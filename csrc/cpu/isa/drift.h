@@ -4,8 +4,9 @@
 
 namespace clipsteer::ISA {
 
-// exp(x) for x <= 0: x = n log 2 + r, a polynomial of degree 7 in |r| <= log(2)/2 (off by less than r^8/8!, an eighth
-// of a rounding), and n into the exponent. Below -87, where numbers stop being normal, 0; NaN stays.
+// exp(x) for x <= 0: x = n log 2 + r, a polynomial of degree 7 in |r| <= log(2)/2 (off by less than
+// r^8/8!, an eighth of a rounding), and n into the exponent. Below -87, where numbers stop being
+// normal, 0; NaN stays.
 TARGET static inline float exponential(float x) {
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
   const float z = x * 1.442695041f + kShift;
@@ -34,7 +35,8 @@ TARGET static inline V log_weight(V dot, V square, V own, V kappa) {
 }
 
 template <class V>
-TARGET static inline V log_weights(V* __restrict dot, const V* __restrict square, V own, V kappa, int64_t n) {
+TARGET static inline V log_weights(V* __restrict dot, const V* __restrict square, V own, V kappa,
+                                   int64_t n) {
   constexpr int kLanes = 32;
   V best[kLanes];
   for (int l = 0; l < kLanes; ++l) best[l] = -std::numeric_limits<V>::infinity();

@@ -1,11 +1,13 @@
-// Sums along rows and of rows, and rows of 16-bit numbers; included by table.h. No include guard on purpose.
+// Sums along rows and of rows, and rows of 16-bit numbers; included by table.h.
+// No include guard on purpose.
 
 namespace clipsteer::ISA {
 
-// Fetching the terms of the next call while this one is summed keeps several rows of W on their way at any time.
+// Fetching the terms of the next call while this one is summed keeps several rows of W on their way
+// at any time.
 template <class V>
-TARGET static inline void axpy(V* __restrict y, const V* c, const V* const* w, const Ahead* next, int terms,
-                               int64_t n) {
+TARGET static inline void axpy(V* __restrict y, const V* c, const V* const* w, const Ahead* next,
+                               int terms, int64_t n) {
   if (terms < 4) {
     for (int m = 0; m < terms; ++m) {
       const V cm = c[m];
@@ -25,14 +27,17 @@ TARGET static inline void axpy(V* __restrict y, const V* c, const V* const* w, c
     if (next) {
       for (int m = 0; m < 4; ++m) next->fetch(m, i);
     }
-    for (int64_t l = i; l < i + kBlock; ++l) y[l] = (((y[l] + c0 * w0[l]) + c1 * w1[l]) + c2 * w2[l]) + c3 * w3[l];
+    for (int64_t l = i; l < i + kBlock; ++l) {
+      y[l] = (((y[l] + c0 * w0[l]) + c1 * w1[l]) + c2 * w2[l]) + c3 * w3[l];
+    }
   }
   for (; i < n; ++i) y[i] = (((y[i] + c0 * w0[i]) + c1 * w1[i]) + c2 * w2[i]) + c3 * w3[i];
 }
 
 // 64 partial sums let the compiler use whole vectors without reordering what is written here.
 template <class V>
-TARGET static inline V dot(const V* __restrict a, const V* __restrict b, const Ahead* next, int64_t n) {
+TARGET static inline V dot(const V* __restrict a, const V* __restrict b, const Ahead* next,
+                           int64_t n) {
   constexpr int kLanes = 64;
   V sum[kLanes] = {};
   int64_t i = 0;
@@ -49,13 +54,16 @@ TARGET static inline V dot(const V* __restrict a, const V* __restrict b, const A
 
 // The sum of weight * (a - b)^2, weights of 1 where there are none.
 template <class V>
-TARGET static inline V distance(const V* __restrict a, const V* __restrict b, const V* __restrict weight, int64_t n) {
+TARGET static inline V distance(const V* __restrict a, const V* __restrict b,
+                                const V* __restrict weight, int64_t n) {
   constexpr int kLanes = 64;
   V sum[kLanes] = {};
   int64_t i = 0;
   if (weight) {
     for (; i + kLanes <= n; i += kLanes) {
-      for (int l = 0; l < kLanes; ++l) sum[l] += weight[i + l] * ((a[i + l] - b[i + l]) * (a[i + l] - b[i + l]));
+      for (int l = 0; l < kLanes; ++l) {
+        sum[l] += weight[i + l] * ((a[i + l] - b[i + l]) * (a[i + l] - b[i + l]));
+      }
     }
   } else {
     for (; i + kLanes <= n; i += kLanes) {
@@ -72,7 +80,8 @@ TARGET static inline V distance(const V* __restrict a, const V* __restrict b, co
 }
 
 template <class V>
-TARGET static inline void repel(V* __restrict y, V c, const V* __restrict a, const V* __restrict b, int64_t n) {
+TARGET static inline void repel(V* __restrict y, V c, const V* __restrict a, const V* __restrict b,
+                                int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] += c * (a[i] - b[i]);
 }
 
@@ -99,7 +108,8 @@ TARGET static inline void widen(const Half* src, float* dst, int64_t n) {
   int64_t i = 0;
 #if CLIPSTEER_LEVEL > 0
   for (; i + 8 <= n; i += 8) {
-    _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i))));
+    _mm256_storeu_ps(dst + i,
+                     _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i))));
   }
 #endif
   for (; i < n; ++i) dst[i] = float(src[i]);

@@ -1,6 +1,6 @@
-// The kernels of one instruction set: isa.cpp includes this once for each, with CLIPSTEER_LEVEL, ISA (a namespace) and
-// TARGET (a function attribute) defined. The loops are vectorised by the compiler for each target. No include guard on
-// purpose.
+// The kernels of one instruction set: isa.cpp includes this once for each, with CLIPSTEER_LEVEL,
+// ISA (a namespace) and TARGET (a function attribute) defined. The loops are vectorised by the
+// compiler for each target. No include guard on purpose.
 
 #include "topk.h"
 #include "rows.h"

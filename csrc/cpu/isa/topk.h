@@ -1,5 +1,6 @@
-// The columns of a row that may be among its k largest; included by table.h. The plain loops here and in its other
-// headers are vectorised by the compiler for each target. No include guard on purpose.
+// The columns of a row that may be among its k largest; included by table.h. The plain loops here
+// and in its other headers are vectorised by the compiler for each target.
+// No include guard on purpose.
 
 namespace clipsteer::ISA {
 
@@ -29,7 +30,8 @@ TARGET static inline bool any_passes(const V* value, const V* bias, V bound) {
 }
 
 template <class V>
-TARGET static inline void filter(const V* value, const V* bias, int64_t columns, uint32_t first, Candidates<V>& row) {
+TARGET static inline void filter(const V* value, const V* bias, int64_t columns, uint32_t first,
+                                 Candidates<V>& row) {
   for (int64_t c = 0; c < columns; c += 32) {
     const int64_t end = std::min<int64_t>(c + 32, columns);
     if (end == c + 32 && !any_passes(value + c, bias ? bias + c : nullptr, row.bound)) continue;
@@ -48,8 +50,8 @@ TARGET static inline void filter(const V* value, const V* bias, int64_t columns,
 
 #if CLIPSTEER_LEVEL == 2
 // Of float32 these instructions take the place of the loops.
-TARGET static inline void filter(const float* value, const float* bias, int64_t columns, uint32_t first,
-                                 Candidates<float>& row) {
+TARGET static inline void filter(const float* value, const float* bias, int64_t columns,
+                                 uint32_t first, Candidates<float>& row) {
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
@@ -73,10 +75,12 @@ TARGET static inline void filter(const float* value, const float* bias, int64_t 
         return;
       }
       __m512i u = _mm512_castps_si512(_mm512_add_ps(v[j], _mm512_setzero_ps()));
-      u = _mm512_xor_epi32(u, _mm512_or_epi32(_mm512_srai_epi32(u, 31), _mm512_set1_epi32(INT32_MIN)));
+      u = _mm512_xor_epi32(u,
+                           _mm512_or_epi32(_mm512_srai_epi32(u, 31), _mm512_set1_epi32(INT32_MIN)));
       u = _mm512_maskz_compress_epi32(pass[j], u);
       __m512i column = _mm512_add_epi32(lanes, _mm512_set1_epi32(int32_t(first + c + 16 * j)));
-      column = _mm512_maskz_compress_epi32(pass[j], _mm512_xor_epi32(column, _mm512_set1_epi32(-1)));
+      column =
+          _mm512_maskz_compress_epi32(pass[j], _mm512_xor_epi32(column, _mm512_set1_epi32(-1)));
       _mm512_storeu_si512(row.keys + row.count, _mm512_permutex2var_epi32(column, low, u));
       _mm512_storeu_si512(row.keys + row.count + 8, _mm512_permutex2var_epi32(column, high, u));
       row.count += __builtin_popcount(pass[j]);
@@ -90,8 +94,9 @@ TARGET static inline void filter(const float* value, const float* bias, int64_t 
 
 #endif
 
-// A lower bound of the k-th largest value: the k-th largest of the maxima of disjoint groups of columns, a group
-// being one of 64 lanes over `height` steps. A NaN counts for nothing. NaN is returned when k is too large to bound.
+// A lower bound of the k-th largest value: the k-th largest of the maxima of disjoint groups of
+// columns, a group being one of 64 lanes over `height` steps. A NaN counts for nothing. NaN is
+// returned when k is too large to bound.
 template <class V, class Int>
 TARGET static inline V seed(const V* value, int64_t columns, int64_t k, Int* rank) {
   constexpr int kLanes = 64;

@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
     };
-    // The tensor cores are busy with a tile while `meanwhile` looks at the values of the previous one.
+    // The tensor cores work on a tile while `meanwhile` looks at the values of the one before it.
     const auto tile_product = [&](Accumulators& acc, int tile, auto meanwhile) {
       float tile_biases[2];  // on their way while the first steps run
 #pragma unroll
