@@ -1,4 +1,4 @@
-"""Differentiable products of rows with the matrix of their group; the low-level ops of ``csrc/conceptor_project.cpp``.
+"""Differentiable products of rows with the matrix of their group; low-level ops of ``csrc/cpu/conceptor_project.cpp``.
 
 Row b belongs to group ``index[b]`` (None: all to the only one). ``matmul``, ``outer`` and ``low_rank`` are closed under
 differentiation, so derivatives of any order run on the same kernels. Halves keep β and s, and every sum over rows of a

@@ -10,7 +10,7 @@ using torch::stable::parallel_for;
 template <class V>
 void adam(V* w, V* m, V* v, const V* g, const int64_t* features, int64_t count, int64_t n, int64_t d, bool unit,
           const AdamStep<V>& at) {
-  const Kernels& isa = kernels();
+  const Kernels<V>& kernel = kernels<V>();
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, d));
   parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
     std::vector<V> across(unit ? d : 0);
@@ -24,15 +24,16 @@ void adam(V* w, V* m, V* v, const V* g, const int64_t* features, int64_t count, 
         grad = g + (next++ - features) * d;
       }
       if (unit && grad) {
-        const V along = -isa.dot(row, grad, nullptr, d);
+        const V along = -kernel.dot(row, grad, nullptr, d);
         std::copy_n(grad, d, across.data());
-        isa.axpy(across.data(), &along, &row, nullptr, 1, d);
+        kernel.axpy(across.data(), &along, &row, nullptr, 1, d);
         grad = across.data();
       }
-      isa.adam(row, m + r * d, v + r * d, grad, at, d);
+      kernel.adam(row, m + r * d, v + r * d, grad, at, d);
       if (unit) {
         // a row of zeros stays
-        const V scale = 1 / std::max(std::sqrt(isa.dot(row, row, nullptr, d)), std::numeric_limits<V>::min());
+        const V norm = std::sqrt(kernel.dot(row, row, nullptr, d));
+        const V scale = 1 / std::max(norm, std::numeric_limits<V>::min());
         for (int64_t i = 0; i < d; ++i) row[i] *= scale;
       }
     }

@@ -72,7 +72,7 @@ const Compute<T>* sorted(const T* x, int64_t rows, int64_t d, const Groups& grou
   parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if constexpr (kNarrow<T>) {
-        kernels().widen(x + groups.row(i) * d, buffer + i * d, d);
+        kernels<T>().widen(x + groups.row(i) * d, buffer + i * d, d);
       } else {
         std::copy_n(x + groups.row(i) * d, d, buffer + i * d);
       }
@@ -108,7 +108,7 @@ void outer(const T* a, const T* b, const Groups& groups, int64_t rows, int64_t m
       }
       multiply(matrix(left + from * m + first, height, terms, 1, m), matrix(right + from * n, terms, n, n, 1),
                matrix(result, height, n, n, 1));
-      if constexpr (kNarrow<T>) kernels().narrow(result, target, height * n);
+      if constexpr (kNarrow<T>) kernels<T>().narrow(result, target, height * n);
     }
   });
 }

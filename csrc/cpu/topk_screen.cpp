@@ -54,9 +54,10 @@ struct Greatest {
 // 30 u (|x'| |w'| + |b|). Elements are at most 2^24 and the largest of a row at least 2^-24 (other rows are not
 // screened), |log2 s| <= 12 and d <= 8192. So norms are good to 2^-10, and underflow, even if denormal numbers are read
 // as zero, is below d 2^-89, against d 2^-71 of the second term. Hence rounding() and kWiden.
-// Columns come in ascending order: one whose upper bound equals the k-th value has lost its tie. A column that is not
-// screened always passes, so that no NaN is missed. Every float32 product is summed in one order, that of dot32, so the
-// result does not depend on what was ruled out, nor on threads or the other rows.
+// Columns come in ascending order: one whose upper bound equals the k-th value has lost its tie. A
+// column that is not screened always passes, so that no NaN is missed. Every float32 product is
+// summed in one order, that of dot<float>, so the result does not depend on what was ruled out, nor
+// on threads or the other rows.
 constexpr float kWiden = 1 + 1.0f / 256, kBiasMargin = 1.0f / (1 << 18);
 constexpr int64_t kScreenRows = 512;
 
@@ -66,7 +67,7 @@ float rounding(int64_t d) { return float(2 * d + 64) / (1 << 24); }
 
 void screened(const float* x, const float* w, const float* b, int64_t rows, int64_t n, int64_t d, int64_t k,
               float* acts, int64_t* indices, int64_t* computed) {
-  const Kernels& isa = kernels();
+  const Screening& int8 = isa();
   const int64_t width = (d + 63) / 64 * 64, quads = width / 4, panels = (n + 63) / 64;
   const int64_t slots = std::min<int64_t>(torch::stable::get_num_threads(), panels);
   const int64_t room = kScratchBytes / (slots * k * int64_t(sizeof(Key32)));
@@ -89,7 +90,7 @@ void screened(const float* x, const float* w, const float* b, int64_t rows, int6
     for (int64_t r = 0; r < count; ++r) {
       Digits row;
       uint8_t* code = codes.get() + r * width;
-      isa.quantise(input + r * d, scale_x.data(), d, width, reinterpret_cast<int8_t*>(code), row);
+      int8.quantise(input + r * d, scale_x.data(), d, width, reinterpret_cast<int8_t*>(code), row);
       for (int64_t i = 0; i < width; ++i) code[i] ^= 0x80;
       usable[r] = row.usable;
       bounds[r] = {row.step, (row.error + rounding(d) * row.norm) * kWiden, (row.norm + row.error) * kWiden, 0, false};
@@ -110,7 +111,7 @@ void screened(const float* x, const float* w, const float* b, int64_t rows, int6
           for (int64_t at = 0; at < chosen; at += kDotRows) {
             const int together = int(std::min<int64_t>(kDotRows, chosen - at));
             for (int i = 0; i < together; ++i) left[i] = input + which[at + i] * d;
-            isa.dots(left, together, w + first * d, d, columns, value);
+            int8.dots(left, together, w + first * d, d, columns, value);
             for (int i = 0; i < together; ++i) {
               for (int64_t c = 0; c < columns; ++c) {
                 slot[which[at + i]].take(value[i][c] + (b ? b[first + c] : 0), first + c);
@@ -136,7 +137,7 @@ void screened(const float* x, const float* w, const float* b, int64_t rows, int6
           ScreenColumns column = {};
           for (int64_t c = 0; c < columns; ++c) {
             Digits row;
-            isa.quantise(w + (first + c) * d, scale_w.data(), d, width, bytes + c * width, row);
+            int8.quantise(w + (first + c) * d, scale_w.data(), d, width, bytes + c * width, row);
             column.step[c] = row.usable ? row.step : 0;
             column.norm[c] = row.usable ? row.norm * kWiden : std::numeric_limits<float>::quiet_NaN();
             column.error[c] = row.usable ? row.error * kWiden : 0;
@@ -144,10 +145,11 @@ void screened(const float* x, const float* w, const float* b, int64_t rows, int6
             column.base[c] = bias * (1 + (bias > 0 ? kBiasMargin : -kBiasMargin));
             column.offset[c] = -128 * row.sum;
           }
-          isa.pack32(reinterpret_cast<const float*>(bytes), quads, columns, quads, reinterpret_cast<float*>(panel));
+          kernels<float>().pack(reinterpret_cast<const float*>(bytes), quads, columns, quads,
+                                reinterpret_cast<float*>(panel));
           // The next rows of W come from memory meanwhile.
           const int64_t coming = p + 1 < end_of_slot ? std::min<int64_t>(64, n - first - columns) * d / 16 : 0;
-          isa.screen(codes.get(), width, lines.data(), count, panel, column,
+          int8.screen(codes.get(), width, lines.data(), count, panel, column,
                      reinterpret_cast<const char*>(w + (first + columns) * d), coming, pass.data());
           const uint64_t inside = columns == 64 ? ~uint64_t(0) : (uint64_t(1) << columns) - 1;
           int64_t hit[64] = {};

@@ -102,7 +102,7 @@ class Loss {
  private:
   static void copy_wide(const T* source, V* target, int64_t n) {
     if constexpr (kNarrow<T>) {
-      kernels().widen(source, target, n);
+      kernels<T>().widen(source, target, n);
     } else {
       std::copy_n(source, n, target);
     }
@@ -143,7 +143,7 @@ class Loss {
   std::vector<Panel> panels() const {
     std::vector<Panel> found;
     // A product of torch's may treat a row by its place: there new and old rows go the same way, apart.
-    const int sides = kernels().block_bytes > 0 ? 1 : 2;
+    const int sides = kernels<V>().block_columns > 0 ? 1 : 2;
     for (int64_t k = 0; k + 1 < int64_t(pairs_.groups.offsets.size()); ++k) {
       const int64_t from = pairs_.groups.offsets[k], n = pairs_.groups.offsets[k + 1] - from;
       const int64_t rows = 2 * (n - 1) / sides, parts = (rows + kPanelRows - 1) / kPanelRows;
@@ -190,16 +190,16 @@ class Loss {
   }
 
   V square_distance(int64_t a, int64_t b, int64_t group) {
-    const Kernels& isa = kernels();
-    if (!low_rank_) return isa.distance(z(a), z(b), nullptr, r_);
-    return isa.distance(x(a), x(b), diag_ + group * d_, d_) +
-           isa.distance(z(a), z(b), s_ + group * r_, r_);
+    const Kernels<V>& kernel = kernels<V>();
+    if (!low_rank_) return kernel.distance(z(a), z(b), nullptr, r_);
+    return kernel.distance(x(a), x(b), diag_ + group * d_, d_) +
+           kernel.distance(z(a), z(b), s_ + group * r_, r_);
   }
 
   // Sums |D_new - D_old| over the pairs of each row, and what they do to the row.
   double distances(V* dx, V* dz) {
     constexpr V kFloor = V(1e-8);
-    const Kernels& isa = kernels();
+    const Kernels<V>& kernel = kernels<V>();
     const int64_t count = pairs_.size();
     std::vector<double> sums(count, 0.0);
     parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
@@ -219,8 +219,8 @@ class Loss {
           if (j > at) sums[at] += std::abs(double(change));
           if (!dx || square < 0 || change == 0) continue;
           const V c = (change > 0 ? V(1) : change < 0 ? V(-1) : change) / (distance * V(batch_));
-          isa.repel(gz, c, z(here), z(pairs_.fresh(j)), r_);
-          if (low_rank_) isa.repel(gx, c, x(here), x(pairs_.fresh(j)), d_);
+          kernel.repel(gz, c, z(here), z(pairs_.fresh(j)), r_);
+          if (low_rank_) kernel.repel(gx, c, x(here), x(pairs_.fresh(j)), d_);
         }
         if (!dx || !low_rank_) continue;
         for (int64_t k = 0; k < r_; ++k) gz[k] *= s_[group * r_ + k];

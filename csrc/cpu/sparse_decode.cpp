@@ -71,7 +71,7 @@ void prefer_huge_pages(void* data, int64_t bytes) {
 template <class T>
 void store(const Compute<T>* src, T* dst, int64_t n) {
   if constexpr (kNarrow<T>) {
-    kernels().narrow(src, dst, n);
+    kernels<T>().narrow(src, dst, n);
   } else {
     std::copy_n(src, n, dst);
   }
@@ -80,7 +80,7 @@ void store(const Compute<T>* src, T* dst, int64_t n) {
 template <class T>
 void decode(const T* acts, const int64_t* indices, const T* w, const T* b, int64_t rows, int64_t k, int64_t d, T* y) {
   using V = Compute<T>;
-  const Kernels& isa = kernels();
+  const Kernels<V>& kernel = kernels<V>();
   const int64_t* indices_end = indices + rows * k;
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, k * d));
   parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
@@ -106,11 +106,11 @@ void decode(const T* acts, const int64_t* indices, const T* w, const T* b, int64
           for (int m = 0; m < 4 && more; ++m) {
             next.row[m] = reinterpret_cast<const char*>(w + index[j + 4 + m] * d + c0);
           }
-          isa.axpy(sum, c + j, source, more ? &next : nullptr, terms, columns);
+          kernel.axpy(sum, c + j, source, more ? &next : nullptr, terms, columns);
         }
         if (b) {
           const V* bias = widened(b + c0, wide, columns);
-          isa.axpy(sum, &one, &bias, nullptr, 1, columns);
+          kernel.axpy(sum, &one, &bias, nullptr, 1, columns);
         }
         store<T>(sum, y + r * d + c0, columns);
       }
@@ -121,7 +121,7 @@ void decode(const T* acts, const int64_t* indices, const T* w, const T* b, int64
 template <class T>
 void dots(const T* rows, const int64_t* indices, const T* w, int64_t count, int64_t k, int64_t d, T* out) {
   using V = Compute<T>;
-  const Kernels& isa = kernels();
+  const Kernels<V>& kernel = kernels<V>();
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, k * d));
   parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     std::vector<V> wide_row(kNarrow<T> ? d : 0), wide_w(kNarrow<T> ? d : 0), buffer(k);
@@ -131,7 +131,8 @@ void dots(const T* rows, const int64_t* indices, const T* w, int64_t count, int6
         const int64_t at = r * k + j;
         const bool more = at + kAhead < count * k;
         const Ahead next{{more ? reinterpret_cast<const char*>(w + indices[at + kAhead] * d) : nullptr}, sizeof(T)};
-        buffer[j] = isa.dot(row, widened(w + indices[at] * d, wide_w.data(), d), more ? &next : nullptr, d);
+        const V* feature = widened(w + indices[at] * d, wide_w.data(), d);
+        buffer[j] = kernel.dot(row, feature, more ? &next : nullptr, d);
       }
       store<T>(buffer.data(), out + r * k, k);
     }
@@ -144,7 +145,7 @@ template <class T>
 void outer(const T* coeff, const int64_t* indices, const T* rows, int64_t count, int64_t k, int64_t d, int64_t n,
            T* dw, T* db) {
   using V = Compute<T>;
-  const Kernels& isa = kernels();
+  const Kernels<V>& kernel = kernels<V>();
   const int64_t pairs = count * k;
   std::vector<int64_t> end_of(n + 1, 0), order(pairs);
   for (int64_t p = 0; p < pairs; ++p) ++end_of[indices[p] + 1];
@@ -188,10 +189,10 @@ void outer(const T* coeff, const int64_t* indices, const T* rows, int64_t count,
           source[m] = x + order[p + m] / k * d;
           total += factor[m];
         }
-        isa.axpy(sum.data(), factor, source, nullptr, terms, d);
+        kernel.axpy(sum.data(), factor, source, nullptr, terms, d);
       }
       if constexpr (kNarrow<T>) {
-        kernels().narrow(sum.data(), narrow.data(), d);
+        kernels<T>().narrow(sum.data(), narrow.data(), d);
         stream_copy(dw + i * d, narrow.data(), d * sizeof(T));
       } else {
         stream_copy(dw + i * d, sum.data(), d * sizeof(T));

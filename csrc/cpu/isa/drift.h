@@ -1,11 +1,12 @@
-// Gaussian weights in log space; included by kernels.cpp as kernels.h is. No include guard on purpose.
+// Gaussian weights in log space; included by table.h. No include guard on purpose.
 
 #include <bit>
 
 namespace clipsteer::ISA {
 
-// exp(x) for x <= 0: x = n log 2 + r, a polynomial of degree 7 in |r| <= log(2)/2 (off by less than r^8/8!, an eighth
-// of a rounding), and n into the exponent. Below -87, where numbers stop being normal, 0; NaN stays.
+// exp(x) for x <= 0: x = n log 2 + r, a polynomial of degree 7 in |r| <= log(2)/2 (off by less than
+// r^8/8!, an eighth of a rounding), and n into the exponent. Below -87, where numbers stop being
+// normal, 0; NaN stays.
 TARGET static inline float exponential(float x) {
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
   const float z = x * 1.442695041f + kShift;
@@ -34,7 +35,8 @@ TARGET static inline V log_weight(V dot, V square, V own, V kappa) {
 }
 
 template <class V>
-TARGET static inline V log_weights(V* __restrict dot, const V* __restrict square, V own, V kappa, int64_t n) {
+TARGET static inline V log_weights(V* __restrict dot, const V* __restrict square, V own, V kappa,
+                                   int64_t n) {
   constexpr int kLanes = 32;
   V best[kLanes];
   for (int l = 0; l < kLanes; ++l) best[l] = -std::numeric_limits<V>::infinity();
@@ -76,19 +78,6 @@ TARGET static inline V weights(V* __restrict log_w, V peak, V floor, int64_t n) 
     for (int l = 0; l < half; ++l) sum[l] += sum[l + half];
   }
   return sum[0];
-}
-
-TARGET float log_weights32(float* dot, const float* square, float own, float kappa, int64_t n) {
-  return log_weights<float>(dot, square, own, kappa, n);
-}
-TARGET double log_weights64(double* dot, const double* square, double own, double kappa, int64_t n) {
-  return log_weights<double>(dot, square, own, kappa, n);
-}
-TARGET float weights32(float* log_w, float peak, float floor, int64_t n) {
-  return weights<float>(log_w, peak, floor, n);
-}
-TARGET double weights64(double* log_w, double peak, double floor, int64_t n) {
-  return weights<double>(log_w, peak, floor, n);
 }
 
 }  // namespace clipsteer::ISA

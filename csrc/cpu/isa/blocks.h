@@ -1,18 +1,21 @@
-// Blocks of a matrix product in registers; included by kernels.cpp as kernels.h is, for AVX2 and AVX-512. No include
-// guard on purpose.
+// Blocks of a matrix product in registers; included by table.h for AVX2 and AVX-512.
+// No include guard on purpose.
 
 namespace clipsteer::ISA {
 
-template <class V>
-using Lanes __attribute__((vector_size(kVectorBytes<CLIPSTEER_LEVEL>), aligned(sizeof(V)), may_alias)) = V;
+constexpr int kVectorBytes = CLIPSTEER_LEVEL == 2 ? 64 : 32;
+constexpr int kBlockBytes = CLIPSTEER_LEVEL == 2 ? 256 : 64;
 
-// A block of a matrix product in registers: c[i] = or += a[i] (k numbers, `step` apart) times the columns of b, whose
-// rows lie `stride` apart.
+template <class V>
+using Lanes __attribute__((vector_size(kVectorBytes), aligned(sizeof(V)), may_alias)) = V;
+
+// A block of a matrix product in registers: c[i] = or += a[i] (k numbers, `step` apart) times the
+// columns of b, whose rows lie `stride` apart.
 template <class V, int ROWS>
-TARGET static inline void block(const V* const* a, int64_t step, const V* b, int64_t stride, int64_t k, V* const* c,
-                                bool add) {
+TARGET static inline void block(const V* const* a, int64_t step, const V* b, int64_t stride,
+                                int64_t k, V* const* c, bool add) {
   using Vec = Lanes<V>;
-  constexpr int kVectors = kBlockBytes<CLIPSTEER_LEVEL> / kVectorBytes<CLIPSTEER_LEVEL>;
+  constexpr int kVectors = kBlockBytes / kVectorBytes;
   Vec sum[ROWS][kVectors] = {};
   const V* left[ROWS];
   for (int i = 0; i < ROWS; ++i) left[i] = a[i];
@@ -33,8 +36,8 @@ TARGET static inline void block(const V* const* a, int64_t step, const V* b, int
 }
 
 template <class V>
-TARGET static inline void block(const V* const* a, int64_t step, const V* b, int64_t stride, int64_t k, int rows,
-                                V* const* c, bool add) {
+TARGET static inline void block(const V* const* a, int64_t step, const V* b, int64_t stride,
+                                int64_t k, int rows, V* const* c, bool add) {
   switch (rows) {
     case 1: return block<V, 1>(a, step, b, stride, k, c, add);
     case 2: return block<V, 2>(a, step, b, stride, k, c, add);
@@ -43,16 +46,6 @@ TARGET static inline void block(const V* const* a, int64_t step, const V* b, int
     case 5: return block<V, 5>(a, step, b, stride, k, c, add);
     default: return block<V, 6>(a, step, b, stride, k, c, add);
   }
-}
-
-TARGET void block32(const float* const* a, int64_t step, const float* b, int64_t stride, int64_t k, int rows,
-                    float* const* c, bool add) {
-  block<float>(a, step, b, stride, k, rows, c, add);
-}
-
-TARGET void block64(const double* const* a, int64_t step, const double* b, int64_t stride, int64_t k, int rows,
-                    double* const* c, bool add) {
-  block<double>(a, step, b, stride, k, rows, c, add);
 }
 
 // Half as many sums of neighbours: those of a, then those of b.
@@ -66,11 +59,12 @@ TARGET static inline Lanes<V> neighbours(Lanes<V> a, Lanes<V> b, std::integer_se
 #endif
 }
 
-// c[i][j] = the inner product of a[i] and row j of w, for ROWS and COLUMNS of them: lanes first, then neighbouring lanes,
-// then what k has beyond whole vectors, so that a sum does not depend on the others.
+// c[i][j] = the inner product of a[i] and row j of w, for ROWS and COLUMNS of them: lanes first,
+// then neighbouring lanes, then what k has beyond whole vectors, so that a sum does not depend on
+// the others.
 template <class V, int ROWS, int COLUMNS>
-TARGET static inline void inner_block(const V* const* a, const V* w, int64_t stride, int64_t k, V* const* c,
-                                      int64_t first) {
+TARGET static inline void inner_block(const V* const* a, const V* w, int64_t stride, int64_t k,
+                                      V* const* c, int64_t first) {
   using Vec = Lanes<V>;
   constexpr int kLanes = sizeof(Vec) / sizeof(V);
   constexpr auto kAll = std::make_integer_sequence<int, kLanes>();
@@ -89,7 +83,8 @@ TARGET static inline void inner_block(const V* const* a, const V* w, int64_t str
     Vec total = sum[i][0];
     int lanes = kLanes;
     if constexpr (COLUMNS == 4) {
-      total = neighbours<V>(neighbours<V>(sum[i][0], sum[i][1], kAll), neighbours<V>(sum[i][2], sum[i][3], kAll), kAll);
+      total = neighbours<V>(neighbours<V>(sum[i][0], sum[i][1], kAll),
+                            neighbours<V>(sum[i][2], sum[i][3], kAll), kAll);
       lanes /= 4;
     }
     for (; lanes > 1; lanes /= 2) total = neighbours<V>(total, total, kAll);
@@ -103,8 +98,8 @@ TARGET static inline void inner_block(const V* const* a, const V* w, int64_t str
 
 // All rows, in blocks of as many as sums of four columns fit into the registers.
 template <class V, int COLUMNS>
-TARGET static inline void inner_rows(const V* const* a, int64_t rows, const V* w, int64_t stride, int64_t k,
-                                     V* const* c, int64_t first) {
+TARGET static inline void inner_rows(const V* const* a, int64_t rows, const V* w, int64_t stride,
+                                     int64_t k, V* const* c, int64_t first) {
   constexpr int kMost = CLIPSTEER_LEVEL == 2 ? 6 : 3;
   for (; rows > 0; rows -= kMost, a += kMost, c += kMost) {
     switch (std::min<int64_t>(rows, kMost)) {
@@ -119,21 +114,11 @@ TARGET static inline void inner_rows(const V* const* a, int64_t rows, const V* w
 }
 
 template <class V>
-TARGET static inline void inner(const V* const* a, int64_t rows, const V* w, int64_t stride, int64_t columns, int64_t k,
-                                V* const* c) {
+TARGET static inline void inner(const V* const* a, int64_t rows, const V* w, int64_t stride,
+                                int64_t columns, int64_t k, V* const* c) {
   int64_t j = 0;
   for (; j + 4 <= columns; j += 4) inner_rows<V, 4>(a, rows, w + j * stride, stride, k, c, j);
   for (; j < columns; ++j) inner_rows<V, 1>(a, rows, w + j * stride, stride, k, c, j);
-}
-
-TARGET void inner32(const float* const* a, int64_t rows, const float* w, int64_t stride, int64_t columns, int64_t k,
-                    float* const* c) {
-  inner<float>(a, rows, w, stride, columns, k, c);
-}
-
-TARGET void inner64(const double* const* a, int64_t rows, const double* w, int64_t stride, int64_t columns, int64_t k,
-                    double* const* c) {
-  inner<double>(a, rows, w, stride, columns, k, c);
 }
 
 #if CLIPSTEER_LEVEL == 2
@@ -157,27 +142,34 @@ TARGET static inline void interleave(Floats a, Floats b, Floats& low, Floats& hi
 }
 #endif
 
-// A square of floats, transposed by as many rounds of interleaving rows half a square apart as its side has bits.
+// A square of floats, transposed by as many rounds of interleaving rows half a square apart as its
+// side has bits.
 TARGET static inline void transpose(const float* u, int64_t stride, float* out, int64_t width) {
   constexpr int kSide = sizeof(Floats) / sizeof(float);
   Floats row[kSide], next[kSide];
   for (int i = 0; i < kSide; ++i) row[i] = load(u + i * stride);
   for (int bits = kSide; bits > 1; bits /= 2) {
-    for (int i = 0; i < kSide / 2; ++i) interleave(row[i], row[i + kSide / 2], next[2 * i], next[2 * i + 1]);
+    for (int i = 0; i < kSide / 2; ++i) {
+      interleave(row[i], row[i + kSide / 2], next[2 * i], next[2 * i + 1]);
+    }
     for (int i = 0; i < kSide; ++i) row[i] = next[i];
   }
   for (int i = 0; i < kSide; ++i) store(out + i * width, row[i]);
 }
 
-// out[q * width + l] = u[l * stride + q] for `columns` values of l (the rest of width: 0) and k of q.
+// out[q * width + l] = u[l * stride + q] for `columns` values of l (the rest of width: 0)
+// and k of q.
 template <class V>
-TARGET static inline void pack(const V* u, int64_t stride, int64_t columns, int64_t k, V* __restrict out) {
-  constexpr int64_t width = kBlockBytes<CLIPSTEER_LEVEL> / sizeof(V), kSide = sizeof(Floats) / sizeof(float);
+TARGET static inline void pack(const V* u, int64_t stride, int64_t columns, int64_t k,
+                               V* __restrict out) {
+  constexpr int64_t width = kBlockBytes / sizeof(V), kSide = sizeof(Floats) / sizeof(float);
   int64_t l = 0;
   if constexpr (sizeof(V) == 4) {
     for (; l + kSide <= columns; l += kSide) {
       int64_t q = 0;
-      for (; q + kSide <= k; q += kSide) transpose(u + l * stride + q, stride, out + q * width + l, width);
+      for (; q + kSide <= k; q += kSide) {
+        transpose(u + l * stride + q, stride, out + q * width + l, width);
+      }
       for (; q < k; ++q) {
         for (int64_t i = l; i < l + kSide; ++i) out[q * width + i] = u[i * stride + q];
       }
@@ -189,14 +181,6 @@ TARGET static inline void pack(const V* u, int64_t stride, int64_t columns, int6
   for (; l < width; ++l) {
     for (int64_t q = 0; q < k; ++q) out[q * width + l] = 0;
   }
-}
-
-TARGET void pack32(const float* u, int64_t stride, int64_t columns, int64_t k, float* out) {
-  pack<float>(u, stride, columns, k, out);
-}
-
-TARGET void pack64(const double* u, int64_t stride, int64_t columns, int64_t k, double* out) {
-  pack<double>(u, stride, columns, k, out);
 }
 
 }  // namespace clipsteer::ISA

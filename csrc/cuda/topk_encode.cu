@@ -1,8 +1,8 @@
-// topk_encode: fused on Hopper (encode_sm90.cuh); else torch's matrix product a few rows at a time, then one block a row
-// picks the k largest.
+// topk_encode: fused on Hopper (sm90/encode.cuh); else torch's matrix product a few rows at a time, then one block
+// a row picks the k largest.
 #include "cuda.cuh"
-#include "encode_sm90.cuh"
 #include "select.cuh"
+#include "sm90/encode.cuh"
 
 namespace clipsteer::cuda {
 namespace {

@@ -30,8 +30,8 @@ class Sweep {
         d_(d),
         offset_(offset),
         stride_(row_stride(n)),
-        own_(kernels().block_bytes > 0),
-        width_(own_ ? kernels().block_bytes / int64_t(sizeof(V)) : 64),
+        own_(kernels<V>().block_columns > 0),
+        width_(own_ ? kernels<V>().block_columns : 64),
         panels_((n + width_ - 1) / width_),
         tile_rows_(std::max<int64_t>(kBlockRows, std::min(kTileRows, kTileBytes / int64_t(sizeof(V)) / stride_ /
                                                                          kBlockRows * kBlockRows))),
@@ -63,7 +63,7 @@ class Sweep {
       each_chunk(chunk, [&](int64_t c, int64_t first, int64_t columns) {
         for (int64_t i = 0; i < rows; ++i) {
           partial.get()[c * tile_rows_ + i] =
-              kernels().maxima(S + i * stride_ + first, highest.get() + first, columns);
+              kernels<V>().maxima(S + i * stride_ + first, highest.get() + first, columns);
         }
       });
       for (int64_t i = 0; i < rows; ++i) {
@@ -87,8 +87,9 @@ class Sweep {
           V sum = 0;
           for (int side = 0; side < 2; ++side) {
             const int64_t j = starts[side];
-            sum += kernels().pair_sums(S + i * stride_ + j, diag_[self], row_peak.get()[i], diag_ + j,
-                                       peaks.get() + j, scale_, total.get() + j, ends[side] - j);
+            sum += kernels<V>().pair_sums(S + i * stride_ + j, diag_[self], row_peak.get()[i],
+                                          diag_ + j, peaks.get() + j, scale_, total.get() + j,
+                                          ends[side] - j);
           }
           partial.get()[c * tile_rows_ + i] = sum;
         }
@@ -127,8 +128,9 @@ class Sweep {
           moments[i] = 0;
           for (int side = 0; side < 2; ++side) {
             const int64_t j = starts[side];
-            moments[i] += double(kernels().pair_weights(S + j, P + i * stride_ + j, diag_[self], row_u[at + i],
-                                                        diag_ + j, col_u + j, scale_, ends[side] - j));
+            moments[i] += double(kernels<V>().pair_weights(S + j, P + i * stride_ + j, diag_[self],
+                                                           row_u[at + i], diag_ + j, col_u + j,
+                                                           scale_, ends[side] - j));
           }
           P[i * stride_ + self] = own[at + i];
         }
@@ -170,7 +172,7 @@ class Sweep {
 
   void pack_columns() {
     if (!own_) {
-      if constexpr (kNarrow<T>) kernels().widen(cols_, wide_cols_.get(), n_ * d_);
+      if constexpr (kNarrow<T>) kernels<T>().widen(cols_, wide_cols_.get(), n_ * d_);
       return;
     }
     for_each(panels_, [&](int64_t begin, int64_t end) {
@@ -178,7 +180,7 @@ class Sweep {
       for (int64_t p = begin; p < end; ++p) {
         const int64_t columns = std::min(width_, n_ - p * width_);
         const V* from = widened(cols_ + p * width_ * d_, wide.get(), columns * d_);
-        kernels().pack(from, d_, columns, d_, packed_.get() + p * width_ * d_);
+        kernels<V>().pack(from, d_, columns, d_, packed_.get() + p * width_ * d_);
       }
     });
   }

@@ -60,8 +60,8 @@ class Worker {
 
   Worker(const Groups& groups, int64_t rows, int64_t depth, const V* beta, const T* mean)
       : groups_(groups),
-        own_(kernels().block_bytes > 0),
-        width_(own_ ? kernels().block_bytes / int64_t(sizeof(V)) : kTaskColumns),
+        own_(kernels<V>().block_columns > 0),
+        width_(own_ ? kernels<V>().block_columns : kTaskColumns),
         beta_(beta),
         mean_(mean),
         packed_(own_ || kNarrow<T> ? depth * width_ : 0),
@@ -83,7 +83,7 @@ class Worker {
       const T* source = x + groups_.row(panel.first + i) * d;
       V* row = buffer.get() + i * d;
       if constexpr (kNarrow<T>) {
-        kernels().widen(source, row, d);
+        kernels<T>().widen(source, row, d);
       } else {
         if (!mu && own_) {
           rows_[i] = source;
@@ -92,7 +92,7 @@ class Worker {
         std::copy_n(source, d, row);
       }
       const V minus = -1;
-      if (mu) kernels().axpy(row, &minus, &mu, nullptr, 1, d);
+      if (mu) kernels<V>().axpy(row, &minus, &mu, nullptr, 1, d);
       rows_[i] = row;
     }
     return rows_.data();
@@ -105,7 +105,7 @@ class Worker {
     int64_t whole = 0;
     if constexpr (!kNarrow<T>) {
       if (own_ && transpose && k >= kInnerTerms && count < kInnerRows) {
-        kernels().inner(a, count, w + first * k, k, last - first, k, c);
+        kernels<V>().inner(a, count, w + first * k, k, last - first, k, c);
         return;
       }
       if (own_ && !transpose && k > 0) whole = (last - first) / width_ * width_;
@@ -162,10 +162,10 @@ class Worker {
         if (beta_) {
           for (int64_t j = 0; j < columns; ++j) row[j] *= beta_[panel.group];
         }
-        if (mu) kernels().axpy(row, &one, &mu, nullptr, 1, columns);
+        if (mu) kernels<V>().axpy(row, &one, &mu, nullptr, 1, columns);
         T* target = y + groups_.row(panel.first + i) * n + at;
         if constexpr (kNarrow<T>) {
-          kernels().narrow(row, target, columns);
+          kernels<T>().narrow(row, target, columns);
         } else if (!direct) {
           std::copy_n(row, columns, target);
         }
@@ -196,7 +196,7 @@ class Worker {
         if (new_rows) fetch<2>(a[l] + q, terms);
         if (q == 0) fetch<3, 1>(c[l] + at, width_);
       }
-      kernels().block(left, 1, tile, stride, terms, int(rows), target, q > 0);
+      kernels<V>().block(left, 1, tile, stride, terms, int(rows), target, q > 0);
     }
   }
 
@@ -204,7 +204,7 @@ class Worker {
   const V* packed(const T* w, bool transpose, int64_t k, int64_t n, int64_t first, int64_t columns) {
     V* out = packed_.get();
     if (transpose && own_) {
-      kernels().pack(widened(w + first * k, wide_.get(), columns * k), k, columns, k, out);
+      kernels<V>().pack(widened(w + first * k, wide_.get(), columns * k), k, columns, k, out);
       return out;
     }
     const V* rows = transpose ? widened(w + first * k, wide_.get(), columns * k) : nullptr;
@@ -212,7 +212,7 @@ class Worker {
       if (transpose) {
         for (int64_t j = 0; j < columns; ++j) out[j] = rows[j * k + q];
       } else if constexpr (kNarrow<T>) {
-        kernels().widen(w + q * n + first, out, columns);
+        kernels<T>().widen(w + q * n + first, out, columns);
       } else {
         std::copy_n(w + q * n + first, columns, out);
       }

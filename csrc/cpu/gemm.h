@@ -39,7 +39,7 @@ inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
 template <class V>
 void multiply_panel(const V* a, int64_t a_row, int64_t a_step, int64_t rows, const V* panel, int64_t k, int64_t terms,
                     V* c, int64_t c_row, bool add) {
-  const int64_t width = kernels().block_bytes / int64_t(sizeof(V));
+  const int64_t width = kernels<V>().block_columns;
   for (int64_t q = 0; q < k; q += terms) {
     for (int64_t i = 0; i < rows; i += kBlockRows) {
       const int count = int(std::min<int64_t>(kBlockRows, rows - i));
@@ -49,7 +49,8 @@ void multiply_panel(const V* a, int64_t a_row, int64_t a_step, int64_t rows, con
         left[l] = a + (i + l) * a_row + q * a_step;
         target[l] = c + (i + l) * c_row;
       }
-      kernels().block(left, a_step, panel + q * width, width, std::min(terms, k - q), count, target, add || q > 0);
+      kernels<V>().block(left, a_step, panel + q * width, width, std::min(terms, k - q), count,
+                         target, add || q > 0);
     }
   }
 }

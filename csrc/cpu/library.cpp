@@ -1,6 +1,14 @@
 // The schemas of the C++ backend, and what the CPU runs for them.
 #include "cpu.h"
 
+namespace clipsteer {
+namespace {
+
+int64_t isa_level() { return isa().level; }
+
+}  // namespace
+}  // namespace clipsteer
+
 STABLE_TORCH_LIBRARY(clipsteer_cpp, m) {
   m.def("topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, int k, bool screen=True) -> (Tensor acts, Tensor indices)");
   m.def(

@@ -1,5 +1,5 @@
 // int8 screening of a product, for AVX-512 with VNNI and for AMX: rows as signed bytes with what the rounding cost, upper
-// bounds of pre-activations, and blocks computed whole. Included by kernels.cpp; topk_screen.cpp derives the bound.
+// bounds of pre-activations, and blocks computed whole. Included by isa.cpp; topk_screen.cpp derives the bound.
 #pragma once
 
 namespace clipsteer::vnni {
@@ -170,7 +170,7 @@ VNNI static inline void add_products(const float* const* x, const float* const* 
   }
 }
 
-// out[i * stride + j] = x[i] . w[j], to the bit what dot32 (kernels.h) makes of it.
+// out[i * stride + j] = x[i] . w[j], to the bit what dot<float> (rows.h) makes of it.
 template <int ROWS, int COLUMNS>
 VNNI static inline void products(const float* const* x, const float* const* w, int64_t d, float* out, int64_t stride) {
   __m512 sum[4][ROWS][COLUMNS] = {};

@@ -213,3 +213,19 @@ CLIPSTEER_HD void select_row(const Team& team, ValueAt value, uint32_t n, uint32
 }
 
 }  // namespace clipsteer
+
+#ifdef __CUDACC__
+namespace clipsteer::cuda {
+
+// A block of threads as such a team.
+struct Block {
+  __device__ uint32_t rank() const { return threadIdx.x; }
+  __device__ uint32_t size() const { return blockDim.x; }
+  __device__ void sync() const { __syncthreads(); }
+  __device__ uint32_t add(uint32_t& counter, uint32_t amount) const {
+    return atomicAdd(&counter, amount);
+  }
+};
+
+}  // namespace clipsteer::cuda
+#endif

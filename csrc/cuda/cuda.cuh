@@ -1,7 +1,7 @@
 // What the CUDA sources share: the ops, the stream, typed access, and calls back into torch. LibTorch stable ABI only.
 #pragma once
 
-#include "stable.h"
+#include "../stable.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -31,7 +31,7 @@ inline void select(Key<V>* keys, int64_t count, int64_t k, bool nan, bool relu, 
     indices[j] = keys[j].column();
   }
   if constexpr (kNarrow<T>) {
-    kernels().narrow(buffer, values, k);
+    kernels<T>().narrow(buffer, values, k);
   } else {
     std::copy_n(buffer, k, values);
   }

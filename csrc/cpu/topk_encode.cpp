@@ -14,7 +14,7 @@ template <class T>
 void encode(const T* x, const T* w, const T* b, int64_t rows, int64_t n, int64_t d, int64_t k, T* acts,
             int64_t* indices) {
   using V = Compute<T>;
-  const Kernels& isa = kernels();
+  const Kernels<V>& kernel = kernels<V>();
   const int64_t panels = (n + kPanelColumns - 1) / kPanelColumns;
   // Each slot takes a run of panels with its own bounds, so one thread makes each GEMM, whatever the thread count.
   const int64_t slots = std::min<int64_t>(torch::stable::get_num_threads(), panels);
@@ -50,7 +50,8 @@ void encode(const T* x, const T* w, const T* b, int64_t rows, int64_t n, int64_t
             std::fill_n(out, count * columns, V(0));
           }
           for (int64_t r = 0; r < count; ++r) {
-            if (!slot[r].nan) isa.filter(out + r * columns, bias ? bias + first : nullptr, columns, first, slot[r]);
+            if (slot[r].nan) continue;
+            kernel.filter(out + r * columns, bias ? bias + first : nullptr, columns, first, slot[r]);
           }
         }
       }
@@ -75,7 +76,7 @@ void encode(const T* x, const T* w, const T* b, int64_t rows, int64_t n, int64_t
 
 // Where screening pays: enough rows for the price of making bytes of W, few winners among many columns.
 bool worth_screening(int64_t rows, int64_t n, int64_t d, int64_t k) {
-  return kernels().screen && rows >= 48 && n >= 4096 && d >= 128 && d <= kScreenMaxDim && k <= n / 128;
+  return isa().screen && rows >= 48 && n >= 4096 && d >= 128 && d <= kScreenMaxDim && k <= n / 128;
 }
 
 template <class T>
@@ -84,14 +85,14 @@ void select_rows(const T* pre, int64_t rows, int64_t n, int64_t k, T* values, in
   const int64_t limit = Candidates<V>::limit_for(k, n);
   parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     std::unique_ptr<Key<V>[]> keys(new Key<V>[limit + Candidates<V>::kSlack]);
-    std::vector<std::conditional_t<sizeof(V) == 4, int32_t, int64_t>> rank(n);
+    std::vector<Rank<V>> rank(n);
     std::vector<V> wide(kNarrow<T> ? n : 0), buffer(k);
     for (int64_t r = begin; r < end; ++r) {
       const V* row = widened(pre + r * n, wide.data(), n);
       Candidates<V> found;
       found.reset(keys.get(), limit, k);
-      found.start_from(kernels().seed(row, n, k, rank.data()));
-      kernels().filter(row, nullptr, n, 0, found);
+      found.start_from(kernels<V>().seed(row, n, k, rank.data()));
+      kernels<V>().filter(row, nullptr, n, 0, found);
       select<T, V>(found.keys, found.count, k, found.nan, false, buffer.data(), values + r * k, indices + r * k);
     }
   });
@@ -147,7 +148,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_encode_screened(Tensor x, Tensor w_enc, 
   check(op, "W_enc", w_enc, ScalarType::Float, {n, d});
   if (b_enc) check(op, "b_enc", *b_enc, ScalarType::Float, {n});
   check_k(op, k, n);
-  require(kernels().screen, op, "this processor (or CLIPSTEER_CPU_ISA) has no AVX512-VNNI; topk_encode always runs");
+  require(isa().screen, op,
+          "this processor (or CLIPSTEER_CPU_ISA) has no AVX512-VNNI; topk_encode always runs");
   require(k > 0, op, "expected k > 0");
   require(0 < d && d <= kScreenMaxDim, op, "expected 0 < d_in <= 8192, got " + std::to_string(d));
   auto [acts, indices] = outputs(x, rows, k);

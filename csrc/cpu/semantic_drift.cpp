@@ -29,7 +29,7 @@ struct Prototypes {
 // |row|^2 of a row in units; a row past kFar is made 0, so that its products are, and counts as that far.
 template <class V>
 V measured(V* row, int64_t d) {
-  const V square = kernels().dot(row, row, nullptr, d);
+  const V square = kernels<V>().dot(row, row, nullptr, d);
   if (!(square > kFar<V>)) return square;
   std::fill_n(row, d, V(0));
   return kFar<V>;
@@ -48,8 +48,8 @@ class Pass {
 
   explicit Pass(const Prototypes<V>& prototypes)
       : all_(prototypes),
-        own_(kernels().block_bytes > 0),
-        width_(own_ ? kernels().block_bytes / int64_t(sizeof(V)) : prototypes.d),
+        own_(kernels<V>().block_columns > 0),
+        width_(own_ ? kernels<V>().block_columns : prototypes.d),
         panels_((prototypes.d + width_ - 1) / width_),
         tile_(kRows * prototypes.d),
         packed_(own_ ? kRows * prototypes.d : 0),
@@ -98,7 +98,7 @@ class Pass {
       square_.get()[i] = measured(row, d);
     }
     for (int64_t i = 0; own_ && i < rows; i += width_) {
-      kernels().pack(tile + i * d, d, std::min(width_, rows - i), d, packed_.get() + i * d);
+      kernels<V>().pack(tile + i * d, d, std::min(width_, rows - i), d, packed_.get() + i * d);
     }
   }
 
@@ -117,14 +117,16 @@ class Pass {
   }
 
   void weigh(int64_t c, V* dot, int64_t rows, const Sums<V>& sums) {
-    const V highest = kernels().log_weights(dot, square_.get(), all_.square[c], all_.kappa, rows);
+    const V highest =
+        kernels<V>().log_weights(dot, square_.get(), all_.square[c], all_.kappa, rows);
     if (highest > sums.peak[c]) {
       const V shrink = std::exp(sums.peak[c] - highest);
       sums.peak[c] = highest;
       sums.total[c] *= shrink;
       for (int64_t j = 0; j < all_.d; ++j) sums.moved[c * all_.d + j] *= shrink;
     }
-    sums.total[c] += kernels().weights(dot, sums.peak[c], std::exp(all_.log_floor - sums.peak[c]), rows);
+    const V floor = std::exp(all_.log_floor - sums.peak[c]);
+    sums.total[c] += kernels<V>().weights(dot, sums.peak[c], floor, rows);
   }
 
   void move(int64_t c, int64_t count, int64_t rows, V* moved) {

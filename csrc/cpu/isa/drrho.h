@@ -1,5 +1,5 @@
-// Exponentials along a row of similarities S and down its columns at once, t = (S - S_ii) scale of either side; included
-// by kernels.cpp after weights.h. No include guard on purpose.
+// Exponentials along a row of similarities S and down its columns at once, t = (S - S_ii) scale of
+// either side; included by table.h after drift.h. No include guard on purpose.
 
 namespace clipsteer::ISA {
 
@@ -43,8 +43,9 @@ TARGET static inline V fold(V* sum) {
 }
 
 template <class V>
-TARGET static inline V pair_sums(const V* __restrict S, V row_diag, V row_peak, const V* __restrict diag,
-                                 const V* __restrict peak, V scale, V* __restrict total, int64_t n) {
+TARGET static inline V pair_sums(const V* __restrict S, V row_diag, V row_peak,
+                                 const V* __restrict diag, const V* __restrict peak, V scale,
+                                 V* __restrict total, int64_t n) {
   V sum[kPairLanes] = {};
   for (int64_t i = 0; i < n; i += kPairLanes) {
     const int lanes = int(std::min<int64_t>(kPairLanes, n - i));
@@ -81,34 +82,17 @@ TARGET static inline V pair_weights(const V* S, V* P, V row_diag, V row_u, const
     // through arrays of its own, as S may be P
     for (int l = 0; l < kPairLanes; ++l) s[l] = S[i + l];
     for (int l = 0; l < kPairLanes; ++l) {
-      sum[l] += pair_weight((s[l] - row_diag) * scale, (s[l] - diag[i + l]) * scale, row_u, u[i + l], w[l]);
+      sum[l] += pair_weight((s[l] - row_diag) * scale, (s[l] - diag[i + l]) * scale, row_u,
+                            u[i + l], w[l]);
     }
     for (int l = 0; l < kPairLanes; ++l) P[i + l] = w[l];
   }
   for (int l = 0; i + l < n; ++l) {
     const V one = S[i + l];
-    sum[l] += pair_weight((one - row_diag) * scale, (one - diag[i + l]) * scale, row_u, u[i + l], P[i + l]);
+    sum[l] += pair_weight((one - row_diag) * scale, (one - diag[i + l]) * scale, row_u, u[i + l],
+                          P[i + l]);
   }
   return fold(sum);
-}
-
-TARGET float maxima32(const float* S, float* highest, int64_t n) { return maxima<float>(S, highest, n); }
-TARGET double maxima64(const double* S, double* highest, int64_t n) { return maxima<double>(S, highest, n); }
-TARGET float pair_sums32(const float* S, float row_diag, float row_peak, const float* diag, const float* peak,
-                         float scale, float* total, int64_t n) {
-  return pair_sums<float>(S, row_diag, row_peak, diag, peak, scale, total, n);
-}
-TARGET double pair_sums64(const double* S, double row_diag, double row_peak, const double* diag, const double* peak,
-                          double scale, double* total, int64_t n) {
-  return pair_sums<double>(S, row_diag, row_peak, diag, peak, scale, total, n);
-}
-TARGET float pair_weights32(const float* S, float* P, float row_diag, float row_u, const float* diag, const float* u,
-                            float scale, int64_t n) {
-  return pair_weights<float>(S, P, row_diag, row_u, diag, u, scale, n);
-}
-TARGET double pair_weights64(const double* S, double* P, double row_diag, double row_u, const double* diag,
-                             const double* u, double scale, int64_t n) {
-  return pair_weights<double>(S, P, row_diag, row_u, diag, u, scale, n);
 }
 
 }  // namespace clipsteer::ISA

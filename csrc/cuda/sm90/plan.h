@@ -1,9 +1,11 @@
-// How a fused encode is laid out: tiles, sample, threshold rank and list capacities. Plain C++, tested on the CPU.
+// How a fused encode is laid out: tiles, sample, threshold rank and list capacities. Plain C++,
+// tested on the CPU.
 //
-// A row's threshold is the rank-th largest of the maxima of groups of 8 sampled columns, every stride-th one. It need
-// not be proven: a row whose lists hold at least k entries, all of them, holds the k largest. The rank makes fewer than
-// k (and the capacities make an overflow) so rare on columns in no special order that such rows cost nothing on
-// average; they are computed again, exactly.
+// A row's threshold is the rank-th largest of the maxima of groups of 8 sampled columns, every
+// stride-th one. It need not be proven: a row whose lists hold at least k entries, all of them,
+// holds the k largest. The rank makes fewer than k (and the capacities make an overflow) so rare on
+// columns in no special order that such rows cost nothing on average; they are computed again,
+// exactly.
 #pragma once
 
 #include <algorithm>
@@ -26,18 +28,18 @@ constexpr double kRankSigmas = 4;
 constexpr int64_t kMaxBytes = int64_t(29) << 20;  // of one go, beside the results
 
 struct EncodePlan {
-  int64_t rows = 0;          // of x in one go, the last go may have fewer; 0: not for this shape
+  int64_t rows = 0;  // of x in one go, the last go may have fewer; 0: not for this shape
   int64_t n = 0, d = 0;
   int k = 0;
-  int stride = 0;            // of the sampled columns
+  int stride = 0;  // of the sampled columns
   int rank = 0;
-  int maxima = 0;            // a row
+  int maxima = 0;  // a row
   int sample_segments = 0, segments = 0;  // column ranges, a block each
   int sample_tiles = 0, tiles = 0;        // of a segment
-  int pitch = 0;             // entries of one thread's list: one of 4 a row and segment
-  int max_listed = 0;        // keys of a row that are sorted, a power of two
-  int redo_segments = 0;     // column ranges of a row that is computed again
-  int redo_buffer = 0;       // keys, a power of two
+  int pitch = 0;          // entries of one thread's list: one of 4 a row and segment
+  int max_listed = 0;     // keys of a row that are sorted, a power of two
+  int redo_segments = 0;  // column ranges of a row that is computed again
+  int redo_buffer = 0;    // keys, a power of two
 
   int64_t row_tiles() const { return (rows + kTileRows - 1) / kTileRows; }
   int64_t padded_rows() const { return row_tiles() * kTileRows; }
@@ -45,8 +47,10 @@ struct EncodePlan {
   int64_t entry_bytes() const {
     return padded_rows() * std::max<int64_t>(int64_t(lists()) * pitch * 8, int64_t(maxima) * 4);
   }
-  // Entries (or maxima, before there are any), counts, thresholds, rows to do again and their number.
-  int64_t bytes() const { return entry_bytes() + padded_rows() * (4 * int64_t(lists()) + 4 + 4) + 4; }
+  // Entries (or maxima, before there are any), counts, thresholds, rows to do again, their number.
+  int64_t bytes() const {
+    return entry_bytes() + padded_rows() * (4 * int64_t(lists()) + 4 + 4) + 4;
+  }
 };
 
 constexpr int power_of_two(int64_t at_least) {
@@ -61,7 +65,8 @@ inline int best_segments(int64_t row_tiles, int64_t tiles, int processors) {
   int chosen = 1;
   for (int64_t s = 1; s <= std::min<int64_t>(tiles, 4 * processors); ++s) {
     const int64_t waves = (row_tiles * s + processors - 1) / processors;
-    const int64_t cost = waves * (4 * ((tiles + s - 1) / s) + 1);  // a block costs about a quarter of a tile to begin
+    // A block costs about a quarter of a tile to begin.
+    const int64_t cost = waves * (4 * ((tiles + s - 1) / s) + 1);
     if (cost < best) {
       best = cost;
       chosen = int(s);
@@ -110,7 +115,8 @@ inline EncodePlan encode_plan(int64_t batch, int64_t n, int64_t d, int64_t k, in
     p.pitch = std::max(p.pitch, 8);
     if (p.bytes() <= kMaxBytes || p.rows <= kTileRows) break;
   }
-  p.redo_segments = int(std::min<int64_t>({int64_t(p.lists()) * p.pitch / k, p.lists(), kMaxListed / k, tiles}));
+  p.redo_segments =
+      int(std::min<int64_t>({int64_t(p.lists()) * p.pitch / k, p.lists(), kMaxListed / k, tiles}));
   if (p.redo_segments < 1) p.rows = 0;
   return p;
 }
