@@ -32,12 +32,12 @@ from reference_model_report import write
 from torch import Tensor
 
 from clipsteer._files import read_json, read_safetensors, write_json
-from clipsteer.bench import machine
 from clipsteer.clip import CLIP, EMOJI_TINY, load
 from clipsteer.contrastive_data import captions_of
 from clipsteer.contrastive_train import ContrastiveConfig, train_contrastive
 from clipsteer.data import HELD_OUT_STYLE
 from clipsteer.style_shift import classify30
+from clipsteer.testing.machine import machine
 
 # method -> loss, reference
 METHODS = {

@@ -60,8 +60,8 @@ def environment() -> dict[str, Any]:
     import torch
 
     import clipsteer
-    from clipsteer import bench
     from clipsteer.ops import _dispatch
+    from clipsteer.testing.machine import chip
 
     code = "not built"
     if _dispatch.missing("cpp") is None:
@@ -74,7 +74,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         **{name: _version_of(name) for name in packages},
-        "cpu": f"{bench.chip()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "cpu": f"{chip()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "C++ code path": code,
         "gpu": ", ".join(gpus) or "none visible to torch",
         "backends": [{"backend": s.backend, "usable": s.usable, "reason": s.reason} for s in _dispatch.status()],
@@ -120,14 +120,14 @@ def _validate(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     if args.markdown:
-        from clipsteer import bench_table
+        from clipsteer.testing.table import markdown, put
 
-        table = bench_table.markdown(args.markdown)
-        bench_table.put(args.into, table) if args.into is not None else _text(table)
+        table = markdown(args.markdown)
+        put(args.into, table) if args.into is not None else _text(table)
         return 0
     import torch
 
-    from clipsteer import bench
+    from clipsteer.testing import bench
 
     records = bench.run(
         args.ops, args.backends, shape=args.shape, dtype=_dtype(args.dtype), device=args.device,

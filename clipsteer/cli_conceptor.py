@@ -234,10 +234,10 @@ def _eval(args: argparse.Namespace) -> int:
     import time
 
     from clipsteer._files import write_json
-    from clipsteer.bench import machine
     from clipsteer.clip import load
     from clipsteer.conceptor_eval import evaluate
     from clipsteer.conceptor_report import lines, page
+    from clipsteer.testing.machine import machine
 
     begin = time.monotonic(), time.process_time()
     result = evaluate(load(args.model, args.pretrained, device=device_of(args)), args.seeds)

@@ -21,13 +21,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipsteer._files import write_json
 from clipsteer._intervals import mean_interval
-from clipsteer.bench import machine
 from clipsteer.classifier import ImageClassifier, pixel_batches, predict, renamed, zero_shot_classifier
 from clipsteer.clip import CLIP, EMOJICLIP, load, zero_shot_head
 from clipsteer.data import EmojiStyles, ImageDataset
 from clipsteer.finetuning import FinetuneConfig, finetune
 from clipsteer.merging import wise_ft
 from clipsteer.robustness import ALPHAS, DEFAULT_ALPHA, Baseline, EvalSet, averages, curve, fit_baseline, summary
+from clipsteer.testing.machine import machine
 
 logger = logging.getLogger(__name__)
 

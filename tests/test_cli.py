@@ -11,7 +11,8 @@ import torch
 from _command import run
 from PIL import Image
 
-from clipsteer import SAE, bench, cli, testing
+from clipsteer import SAE, cli, testing
+from clipsteer.testing import bench
 
 TINY = {
     "embed_dim": 16,

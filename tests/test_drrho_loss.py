@@ -309,7 +309,8 @@ def test_autocast_rounds_the_features_and_nothing_else(backend):
 
 MEMORY = """
 import torch
-from clipsteer import bench, ops
+from clipsteer import ops
+from clipsteer.testing import bench
 B, d, r = {B}, {d}, {r}
 image, text, ref_image, ref_text = (torch.randn(B, n) / n**0.5 for n in (d, d, r, r))
 live = [x.requires_grad_() for x in (image, text)]

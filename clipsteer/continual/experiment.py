@@ -19,13 +19,13 @@ from tqdm import tqdm
 
 from clipsteer._files import read_json, write_json
 from clipsteer._training import digest_of
-from clipsteer.bench import extra_memory
 from clipsteer.continual.backbone import Encoder
 from clipsteer.continual.learner import ClassIncrementalLearner
 from clipsteer.continual.metrics import Run
 from clipsteer.continual.plasticity import Plasticity
 from clipsteer.continual.scenario import Scenario
 from clipsteer.continual.strategies import CILConfig
+from clipsteer.testing.machine import extra_memory
 
 __all__ = ["run_all", "run_tasks"]
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from clipsteer.kernels._precision import tf32_allowed
 
-BACKENDS = ("reference", "cpp", "triton", "cuda")
 # Unit roundoff of the output, and of the arithmetic that accumulates it (halves accumulate in float32).
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 ACCUMULATE = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-24}
@@ -45,9 +44,6 @@ class OpSpec:
     bench_shapes: dict[str, dict[str, int]]  # on one CPU core
     gpu_bench_shapes: dict[str, dict[str, int]]
     device_shapes: tuple[dict[str, int], ...] = ()  # these take a GPU kernel through the branches of its main shapes
-    backends: tuple[str, ...] = BACKENDS
-    # what ``auto`` tries on a GPU of this compute capability, the faster first
-    gpu_order: Callable[[tuple[int, int], torch.dtype], tuple[str, ...]] = lambda capability, dtype: ("triton", "cuda")
     rows: tuple[str, ...] = ()  # inputs (and so outputs) that lead with the batch, which may have any shape
     gate: tuple[str, ...] = ()  # inputs that may be cut to a few before the benchmark's check, where ``rows`` may not
     # what larger sizes are cut to for that check, in a case of its own
@@ -124,3 +120,41 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator,
     if exact:
         return torch.randint(-2, 3, shape, generator=generator).to(dtype)
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+def spec_errors(
+    spec: Any, shape: dict[str, int], dtype: torch.dtype, *, seed: int, backend: str, device: Any = "cpu",
+    scale: float = 1.0, exact: bool = False, arrange: Callable[[Tensor], Tensor] = lambda t: t,
+) -> dict[str, float]:  # fmt: skip
+    """Worst error of every output and gradient of one drawn case, as a fraction of its bound.
+
+    ``arrange`` may lay an input out anew (strides, fences) but not change its values.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = spec.make(shape, dtype, generator, scale, exact)
+    moved = {name: arrange(v.detach().to(device)) if isinstance(v, Tensor) else v for name, v in drawn.items()}
+    leaves = spec.leaves(moved)
+    for name in leaves:
+        moved[name].requires_grad_()
+    result = spec.function(**moved, backend=backend)
+    outputs = dict(zip(spec.outputs, result if isinstance(result, tuple) else (result,)))
+    host = {name: value.detach().cpu() for name, value in outputs.items()}
+    with measured_on(device):
+        errors = spec.check(drawn, host)
+    smooth = [name for name, value in outputs.items() if value.requires_grad]
+    grad_out = {
+        name: torch.randn(host[name].shape, generator=generator, dtype=torch.float64).to(dtype) for name in smooth
+    }
+    if exact:
+        grad_out = {name: (2 * value).round() for name, value in grad_out.items()}
+    if not leaves:
+        return errors
+    grads = torch.autograd.grad(
+        [outputs[name] for name in smooth],
+        [moved[name] for name in leaves],
+        [grad_out[name].to(device) for name in smooth],
+    )
+    host_grads = {name: g.detach().cpu() for name, g in zip(leaves, grads)}
+    with measured_on(device):
+        found = spec.check_grads(drawn, host, grad_out, host_grads)
+    return errors | {f"d {name}": e for name, e in found.items()}

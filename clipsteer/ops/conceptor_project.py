@@ -7,15 +7,15 @@ Source: Jaeger 2014 (arXiv 1403.3369); Postmus & Abreu 2024 (arXiv 2410.16314), 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from clipsteer.ops import _check, _grouped
-from clipsteer.ops._conceptor_bounds import check_grads, check_values
 from clipsteer.ops._dispatch import choose
-from clipsteer.ops._spec import OpSpec, draw
+
+__all__ = ["LowRank", "conceptor_project", "conceptor_project_reference"]
 
 
 class LowRank(NamedTuple):
@@ -147,126 +147,3 @@ def conceptor_project(
             beta = None if beta == 1 else torch.full((C.shape[0],), beta, dtype=wide, device=h.device)
         y = _grouped.matmul(rows, C, index, beta, mean, True, backend)
     return y if flat else y.reshape(h.shape)
-
-
-def _low_rank(
-    h: Tensor, U: Tensor, s: Tensor, index: Tensor | None, *, backend: str = "auto", **options: Any
-) -> Tensor:
-    return conceptor_project(h, LowRank(U, s), index, backend=backend, **options)
-
-
-def _low_rank_reference(h: Tensor, U: Tensor, s: Tensor, index: Tensor | None, **options: Any) -> Tensor:
-    return conceptor_project_reference(h, LowRank(U, s), index, **options)
-
-
-def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator, scale: float, exact: bool) -> dict:
-    """Keys B, K, d, and r in low rank; plain=1 leaves out β and μ, and K=1 the index."""
-    B, K, d, r = (shape.get(s) for s in ("B", "K", "d", "r"))
-    sizes = {"C": (K, d, d)} if r is None else {"U": (K, d, r), "s": (K, r)}
-    inputs: dict[str, Any] = {"h": draw((B, d), dtype, generator, scale, exact)}
-    inputs |= {name: draw(size, dtype, generator, 1.0, exact) for name, size in sizes.items()}
-    inputs["index"] = None if K == 1 else torch.randint(0, K, (B,), generator=generator)
-    if shape.get("plain"):
-        return inputs | {"beta": 1.0, "mean": None}
-    beta, mean = draw((K,), dtype, generator, 1.0, exact), draw((K, d), dtype, generator, scale, exact)
-    return inputs | {"beta": beta, "mean": mean}
-
-
-def _grouped_loop(
-    h: Tensor, factors: Any, product: Any, index: Tensor | None, beta: Any, mean: Tensor | None
-) -> Tensor:
-    out = torch.empty_like(h)
-    # C[k] would make a gradient of C's full size for every k
-    for k, part in enumerate(zip(*(f.unbind(0) for f in factors))):
-        rows = slice(None) if index is None else (index == k).nonzero().squeeze(1)
-        y = product(h[rows] if mean is None else h[rows] - mean[k], *part)
-        y = y * beta[k] if isinstance(beta, Tensor) else y if beta == 1 else y * beta
-        out[rows] = y if mean is None else y + mean[k]
-    return out
-
-
-def _loop(h: Tensor, C: Tensor, index: Tensor | None, **options: Any) -> Tensor:
-    return _grouped_loop(h, (C,), lambda x, C: x @ C.T, index, **options)
-
-
-def _low_rank_loop(h: Tensor, U: Tensor, s: Tensor, index: Tensor | None, **options: Any) -> Tensor:
-    return _grouped_loop(h, (U, s), lambda x, U, s: (x @ U * s) @ U.T, index, **options)
-
-
-def _one_product(h: Tensor, C: Tensor, index: Tensor | None, *, beta: Any, mean: Tensor | None) -> Tensor:
-    """As many operations in one GEMM: the wrong answer unless K = 1, and the time to stay near."""
-    return h @ C[0].T
-
-
-def _low_rank_floor(s: dict[str, int]) -> tuple[float, float]:
-    return 4.0 * s["B"] * s["d"] * s["r"], 4.0 * (2 * s["B"] * s["d"] + s["K"] * (s["d"] + 1) * s["r"])
-
-
-_EDGES = (
-    {"B": 7, "K": 3, "d": 33, "r": 5},
-    {"B": 33, "K": 5, "d": 31, "r": 8},
-    {"B": 4, "K": 9, "d": 127, "r": 129},
-    {"B": 1, "K": 1, "d": 1, "r": 1, "plain": 1},
-    {"B": 0, "K": 2, "d": 8, "r": 4},
-    {"B": 129, "K": 2, "d": 32, "r": 33, "plain": 1},
-    {"B": 31, "K": 1, "d": 129, "r": 32},
-    {"B": 32, "K": 3, "d": 128, "r": 64},
-    {"B": 31, "K": 2, "d": 203, "r": 197},
-)
-# several blocks of rows a group and several tiles of columns, small ones with β and μ and large ones without; more than
-# one launch's rank
-_ON_DEVICE = (
-    {"B": 300, "K": 4, "d": 384, "r": 64},
-    {"B": 600, "K": 4, "d": 384, "r": 64, "plain": 1},
-    {"B": 70, "K": 2, "d": 200, "r": 300},
-)
-_COMMON: dict[str, Any] = {
-    "outputs": ("h_new",),
-    "make": _make,
-    "check": check_values,
-    "check_grads": check_grads,
-    "backends": ("reference", "cpp", "triton"),
-    "rows": ("h", "index"),
-    "optional": ("mean",),
-    "scalable": ("h", "mean"),
-}
-
-
-def _dense(shape: dict[str, int]) -> dict[str, int]:
-    return {name: size for name, size in shape.items() if name != "r"}
-
-
-SPEC = OpSpec(
-    name="conceptor_project",
-    function=conceptor_project,
-    reference=conceptor_project_reference,
-    differentiable=("h", "C", "beta", "mean"),
-    shapes=tuple(map(_dense, _EDGES)),
-    device_shapes=tuple(map(_dense, _ON_DEVICE)),
-    small_shape={"B": 4, "K": 2, "d": 3},
-    repeat_shape={"B": 300, "K": 5, "d": 40},
-    bench_shapes={"B1024-K16": {"B": 1024, "K": 16, "d": 768, "plain": 1}},
-    gpu_bench_shapes={"B4096-K16": {"B": 4096, "K": 16, "d": 768, "plain": 1}},
-    # A gathered C for each row would take 2.4 GB here.
-    baselines={"loop": _loop, "one GEMM": _one_product},
-    floor=lambda s: (2.0 * s["B"] * s["d"] ** 2, 4.0 * (2 * s["B"] * s["d"] + s["K"] * s["d"] ** 2)),
-    **_COMMON,
-)
-LOW_RANK_SPEC = OpSpec(
-    name="conceptor_project_low_rank",
-    function=_low_rank,
-    reference=_low_rank_reference,
-    differentiable=("h", "U", "s", "beta", "mean"),
-    shapes=_EDGES,
-    device_shapes=_ON_DEVICE,
-    small_shape={"B": 4, "K": 2, "d": 3, "r": 2},
-    repeat_shape={"B": 300, "K": 5, "d": 40, "r": 17},
-    bench_shapes={
-        "B1024-K16-r64": {"B": 1024, "K": 16, "d": 768, "r": 64, "plain": 1},
-        "B1024-K16-r64-mean": {"B": 1024, "K": 16, "d": 768, "r": 64},
-    },
-    gpu_bench_shapes={"B4096-K16-r64": {"B": 4096, "K": 16, "d": 768, "r": 64, "plain": 1}},
-    baselines={"loop": _low_rank_loop, "gather + bmm": _low_rank_reference},
-    floor=_low_rank_floor,
-    **_COMMON,
-)

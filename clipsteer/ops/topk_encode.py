@@ -7,16 +7,15 @@ Source: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._dispatch import call, choose, tracked
-from clipsteer.ops._spec import ACCUMULATE, OpSpec, draw, fraction_of_bound, operand_error
-from clipsteer.ops.sparse_decode import check_gradient_options, decode, decode_truth, outer_truth, weight_gradient
+from clipsteer.ops.sparse_decode import check_gradient_options, decode, weight_gradient
+
+__all__ = ["topk_encode", "topk_encode_reference"]
 
 
 def topk_encode_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None, *, k: int) -> tuple[Tensor, Tensor]:
@@ -122,119 +121,3 @@ def topk_encode(
     b = None if b_enc is None else b_enc.contiguous()
     acts, indices = _TopkEncode.apply(flat, W, b, k, backend, grad_backend, sparse_grad, grad_buffer, screen == "auto")
     return acts.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)
-
-
-def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator, scale: float, exact: bool) -> dict:
-    B, d, n, k = (shape[s] for s in ("B", "d", "n", "k"))
-    x = draw((B, d), dtype, generator, scale, exact)
-    W_enc, b_enc = draw((n, d), dtype, generator, 1.0, exact), draw((n,), dtype, generator, scale, exact)
-    if shape.get("crowded"):  # every row's winners are neighbours: more than one bucket's share of them
-        first, x[:, 0] = n // 2 - k // 2, 4 if exact else 4 * scale
-        W_enc[first : first + k, 0] += 64
-    return {"x": x, "W_enc": W_enc, "b_enc": b_enc, "k": k}
-
-
-def _check_values(inputs: dict[str, Any], outputs: dict[str, Tensor]) -> dict[str, float]:
-    x, W, b, k = (inputs[name] for name in ("x", "W_enc", "b_enc", "k"))
-    acts, indices = outputs["acts"], outputs["indices"]
-    if acts.shape != (x.shape[0], k) or acts.dtype != x.dtype or indices.dtype != torch.int64:
-        return {"acts": float("inf")}
-    if x.shape[0] == 0:
-        return {"acts": 0.0, "indices": 0.0}
-    in_range = bool(((indices >= 0) & (indices < W.shape[0])).all())
-    unique = in_range and bool((indices.sort(-1).values.diff(dim=-1) > 0).all())
-    if not unique:
-        return {"acts": 0.0, "indices": float("inf")}
-    pre = x.double() @ W.double().T + b.double()
-    magnitude = x.double().abs() @ W.double().abs().T + b.double().abs()
-    extra = operand_error(x.dtype)
-    nan = pre.isnan().any(-1)
-    if not bool(acts[nan].isnan().all()) or not bool((acts[~nan] >= 0).all()):
-        return {"acts": float("inf"), "indices": 0.0}
-    pre, magnitude, acts, indices = pre[~nan], magnitude[~nan], acts[~nan], indices[~nan]
-    gamma = (x.shape[1] + 1) * ACCUMULATE[x.dtype] + extra
-    floor = torch.finfo(x.dtype if x.dtype == torch.float64 else torch.float32).smallest_normal * (x.shape[1] + 2)
-    slack = torch.where(pre.isinf(), 0.0, gamma * magnitude + floor)
-    chosen = torch.zeros_like(pre, dtype=torch.bool).scatter_(-1, indices, True)
-    least = (pre + slack).masked_fill(~chosen, float("inf")).amin(-1)
-    most = (pre - slack).masked_fill(chosen, -float("inf")).amax(-1)
-    ordered = bool((acts[:, :-1] >= acts[:, 1:]).all())
-    truth, size = pre.gather(-1, indices).relu(), magnitude.gather(-1, indices)
-    return {
-        "acts": fraction_of_bound(acts, truth, size, x.shape[1], extra),
-        "indices": 0.0 if ordered and bool((least >= most).all()) else float("inf"),
-    }
-
-
-def _check_grads(
-    inputs: dict[str, Any], outputs: dict[str, Tensor], grad_out: dict[str, Tensor], grads: dict[str, Tensor]
-) -> dict[str, float]:
-    x, W, k = inputs["x"], inputs["W_enc"], inputs["k"]
-    indices = outputs["indices"]
-    g = torch.where(outputs["acts"] > 0, grad_out["acts"], 0)
-    d_x, d_x_size = decode_truth(g, indices, W)
-    d_W, d_W_size, terms = outer_truth(g, indices, x, W.shape[0])
-    ones = torch.ones(x.shape[0], 1)
-    d_b, d_b_size, _ = outer_truth(g, indices, ones, W.shape[0])
-    return {
-        "x": fraction_of_bound(grads["x"], d_x, d_x_size, k),
-        "W_enc": fraction_of_bound(grads["W_enc"], d_W, d_W_size, terms[:, None]),
-        "b_enc": fraction_of_bound(grads["b_enc"], d_b[:, 0], d_b_size[:, 0], terms),
-    }
-
-
-def _linear_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
-    return torch.topk(torch.relu(F.linear(x, W_enc, b_enc)), k, dim=-1)
-
-
-SPEC = OpSpec(
-    name="topk_encode",
-    function=topk_encode,
-    reference=topk_encode_reference,
-    outputs=("acts", "indices"),
-    differentiable=("x", "W_enc", "b_enc"),
-    make=_make,
-    check=_check_values,
-    check_grads=_check_grads,
-    shapes=tuple(
-        {"B": B, "d": d, "n": n, "k": k}
-        for B, d, n, k in (
-            (5, 33, 65, 4),
-            (33, 31, 129, 8),
-            (2, 128, 127, 127),
-            (1, 1, 1, 1),
-            (0, 8, 16, 4),
-            (3, 127, 300, 32),
-            (31, 129, 33, 1),
-            (2, 16, 32, 32),
-        )
-    ),
-    small_shape={"B": 3, "d": 4, "n": 9, "k": 3},
-    repeat_shape={"B": 70, "d": 40, "n": 300, "k": 9},
-    rows=("x",),
-    optional=("b_enc",),
-    scalable=("x", "b_enc"),
-    grad_buffer="W_enc",
-    torch_sums=("acts",),
-    # many buckets, the last one partial; whole tiles along d and not; buckets that hide winners; whole rows sorted
-    device_shapes=(
-        {"B": 130, "d": 128, "n": 6000, "k": 32},
-        {"B": 33, "d": 200, "n": 6000, "k": 48, "crowded": 1},
-        {"B": 33, "d": 128, "n": 6000, "k": 600},
-        {"B": 1499, "d": 72, "n": 6001, "k": 32},  # several tiles a block
-    ),
-    # CUDA C++ has a fused kernel for Hopper's tensor cores; elsewhere it makes the whole product
-    gpu_order=lambda capability, dtype: (
-        ("cuda", "triton") if capability == (9, 0) and dtype != torch.float32 else ("triton", "cuda")
-    ),
-    bench_shapes={
-        "B256-k32": {"B": 256, "d": 768, "n": 49152, "k": 32},
-        "B256-k64": {"B": 256, "d": 768, "n": 49152, "k": 64},
-    },
-    gpu_bench_shapes={
-        "B4096-k32": {"B": 4096, "d": 768, "n": 49152, "k": 32},
-        "B4096-k64": {"B": 4096, "d": 768, "n": 49152, "k": 64},
-    },
-    baselines={"linear+relu+topk": _linear_topk},
-    floor=lambda s: (2.0 * s["B"] * s["n"] * s["d"], 4.0 * (s["n"] * (s["d"] + 1) + s["B"] * (s["d"] + 3 * s["k"]))),
-)

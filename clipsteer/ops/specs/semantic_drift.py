@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsteer.ops._spec import ACCUMULATE, fraction_of_bound, operand_error
+from clipsteer.ops._spec import ACCUMULATE, OpSpec, draw, fraction_of_bound, operand_error
+from clipsteer.ops.semantic_drift import semantic_drift, semantic_drift_reference
 
 # e^x in roundings: 1 for the reduced argument, 2 for the polynomial and its last step, 1 for the scaling.
 EXP = 4
@@ -72,3 +73,66 @@ def check_values(inputs: dict[str, Any], outputs: dict[str, Tensor]) -> dict[str
     # the roundings of v, of a product and of both sums
     terms = 2 * depth(rows) + 4
     return {"prototypes": fraction_of_bound(value, truth, size, terms, extra, (spread + lost).nan_to_num(posinf=0.0))}
+
+
+def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator, scale: float, exact: bool) -> dict:
+    """Keys N, C, d; floor=1 has one. σ is such that a few rows share each prototype's weight. ``exact`` has a tiny σ:
+    the nearest rows alone count, ties alike, so that sums of integers stay integers."""
+    N, C, d = shape["N"], shape["C"], shape["d"]
+    old, step = (draw((N, d), dtype, generator, scale, exact) for _ in range(2))
+    prototypes = draw((C, d), dtype, generator, scale, exact)
+    sigma = 2.0**-6 if exact else scale * (d / 4) ** 0.5
+    floor = 1e-3 if shape.get("floor") and not exact else 0.0
+    return {"old": old, "new": old + step, "prototypes": prototypes, "sigma": sigma, "floor": floor}
+
+
+@torch.no_grad()
+def _whole(old: Tensor, new: Tensor, prototypes: Tensor, sigma: float, floor: float) -> Tensor:
+    """addmm + exp + mm over the whole (C, N) matrix, in place where it can be: the best plain torch does."""
+    inverse = 1 / (2 * sigma**2)
+    w = torch.addmm(old.square().sum(1).mul_(-inverse), prototypes, old.T, alpha=2 * inverse)
+    w.sub_(prototypes.square().sum(1, keepdim=True).mul_(inverse)).exp_().add_(floor)
+    return prototypes + (w @ (new - old)) / w.sum(1, keepdim=True)
+
+
+@torch.no_grad()
+def _softmax(old: Tensor, new: Tensor, prototypes: Tensor, sigma: float, floor: float) -> Tensor:
+    """The same, safe from underflow (floor 0)."""
+    inverse = 1 / (2 * sigma**2)
+    log_w = torch.addmm(old.square().sum(1).mul_(-inverse), prototypes, old.T, alpha=2 * inverse)
+    return prototypes + log_w.softmax(1) @ (new - old)
+
+
+SPEC = OpSpec(
+    name="semantic_drift",
+    function=semantic_drift,
+    reference=semantic_drift_reference,
+    outputs=("prototypes",),
+    differentiable=(),
+    make=_make,
+    check=check_values,
+    check_grads=lambda *_: {},
+    shapes=(
+        {"N": 37, "C": 7, "d": 24},
+        {"N": 33, "C": 5, "d": 31, "floor": 1},
+        {"N": 129, "C": 9, "d": 127},
+        {"N": 1, "C": 1, "d": 1},
+        {"N": 0, "C": 3, "d": 8},
+        {"N": 300, "C": 3, "d": 32, "floor": 1},
+        {"N": 31, "C": 0, "d": 8},
+        {"N": 128, "C": 129, "d": 64},
+    ),
+    small_shape={"N": 5, "C": 3, "d": 4},
+    repeat_shape={"N": 5000, "C": 40, "d": 48},
+    bench_shapes={
+        "N10k-C1000": {"N": 10_000, "C": 1000, "d": 768},
+        "N50k-C1000": {"N": 50_000, "C": 1000, "d": 768},
+    },
+    gpu_bench_shapes={"N50k-C1000": {"N": 50_000, "C": 1000, "d": 768}},
+    device_shapes=({"N": 5000, "C": 70, "d": 200, "floor": 1},),
+    gate=("prototypes",),
+    baselines={"addmm + exp + mm": _whole, "addmm + softmax + mm": _softmax},
+    floor=lambda s: (4.0 * s["N"] * s["C"] * s["d"], 4.0 * (2 * s["N"] + 2 * s["C"]) * s["d"]),
+)
+
+SPECS = (SPEC,)

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsteer.ops._spec import ACCUMULATE, fraction_of_bound, operand_error
+from clipsteer.ops._spec import ACCUMULATE, OpSpec, draw, fraction_of_bound, operand_error
+from clipsteer.ops.drrho_loss import drrho_loss, drrho_loss_reference
 
-# An exponential, or a logarithm, in roundings of its result; see _drift_bounds.
+# An exponential, or a logarithm, in roundings of its result; see specs/semantic_drift.py.
 EXP = 4
 
 
@@ -112,3 +113,107 @@ def check_grads(
         values = (grads["temperature"], g * (mean - moment), g.abs() * (u_mean + size))
         found["temperature"] = fraction_of_bound(*(v.reshape(1) for v in values), 2 * x.B + 16, 0.0, g.abs() * bound)
     return found
+
+
+def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator, scale: float, exact: bool) -> dict:
+    """Keys B, d, r (none: no reference); percent: τ, 25 if not given; past=1: γ = 0.6 and some u. Rows have unit norm
+    (images times ``scale`` and texts over it), texts lean towards their images; numbers that are not features are exact
+    in bfloat16."""
+    B, d, r = shape["B"], shape["d"], shape.get("r")
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def pairs(n: int) -> tuple[Tensor, Tensor]:
+        a, b = (draw((B, n), torch.float64, generator, 1.0, exact) for _ in range(2))
+        if not exact:
+            unit = lambda x: x / torch.linalg.vector_norm(x, dim=1, keepdim=True)
+            a, b = unit(a) * scale, unit(unit(a) + b / n**0.5) / scale
+        return a.to(dtype), b.to(dtype)
+
+    inputs: dict[str, Any] = dict(zip(("image", "text"), pairs(d)))
+    inputs |= dict(zip(("ref_image", "ref_text"), pairs(r) if r else (None, None)))
+    tau = 2.0 if exact else shape.get("percent", 25) / 100
+    inputs["temperature"] = torch.tensor(tau).bfloat16().to(wide)
+    past = draw((2, B), torch.float64, generator, 2.0, False).bfloat16().to(wide)
+    past[:, ::3] = torch.nan
+    inputs |= {"gamma": 0.6, "u": past} if shape.get("past") else {"gamma": 1.0, "u": None}
+    return inputs | {"eps": 2.0**-8 if shape.get("past") else 1e-14, "rho": 0.5}
+
+
+def _whole(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho):
+    """The B×B matrices as one writes them, by autograd, each side of its own."""
+    s, own = image @ text.T, torch.eye(len(image), dtype=torch.bool, device=image.device)
+    apart = lambda x: x - x.diagonal().unsqueeze(1)
+    d, d_text = apart(s), apart(s.T)
+    if ref_image is not None:
+        r = ref_image @ ref_text.T
+        d, d_text = d - apart(r), d_text - apart(r.T)
+    d, d_text = d / temperature, d_text / temperature
+    sides = [x.masked_fill(own, -torch.inf).logsumexp(1) - math.log(len(image)) for x in (d, d_text)]
+    sides = [torch.logaddexp(x, torch.full_like(x, eps).log()) for x in sides]
+    return temperature * (sum(x.mean() for x in sides) / 2 + rho)
+
+
+def _product_a_side(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho):
+    """As the published training code goes about it: a product a side, detached weights, a mask for the diagonal."""
+    B, mask, means, moving = len(image), 1 - torch.eye(len(image), device=image.device), [], []
+    sides = ((image, text, ref_image, ref_text), (text, image, ref_text, ref_image))
+    for a, b, ref_a, ref_b in sides:
+        d = (a @ b.T - (a * b).sum(1, keepdim=True)) / temperature
+        if ref_a is not None:
+            d = d - (ref_a @ ref_b.T - (ref_a * ref_b).sum(1, keepdim=True)) / temperature
+        with torch.no_grad():
+            log_G = (d + mask.sub(1).mul(1e9)).logsumexp(1, keepdim=True) - math.log(B)
+            u = torch.logaddexp(log_G, torch.full_like(log_G, eps).log())
+            weights = (d - u).exp()
+        means.append(u.mean())
+        moving.append((d * weights * mask).sum(1).mean() / B)
+    m = temperature.detach() / 2 * sum(moving)
+    return m - m.detach() + temperature * (sum(means) / 2 + rho)
+
+
+def _clip_loss(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho):
+    """open_clip's loss, which knows no reference and holds both matrices of logits."""
+    from open_clip.loss import ClipLoss
+
+    return ClipLoss()(image, text, 1 / temperature)
+
+
+SPEC = OpSpec(
+    name="drrho_loss",
+    function=drrho_loss,
+    reference=drrho_loss_reference,
+    outputs=("loss", "u"),
+    differentiable=("image", "text", "temperature"),
+    make=_make,
+    check=check_values,
+    check_grads=check_grads,
+    shapes=(
+        {"B": 37, "d": 24, "r": 16},
+        {"B": 33, "d": 31, "past": 1},
+        {"B": 129, "d": 32, "r": 33, "percent": 7},
+        {"B": 1, "d": 5, "r": 3},
+        {"B": 2, "d": 1, "r": 1, "past": 1},
+        {"B": 31, "d": 129, "percent": 1},
+        {"B": 128, "d": 64, "r": 64, "past": 1, "percent": 4},
+        {"B": 200, "d": 127, "r": 40, "percent": 10},
+    ),
+    small_shape={"B": 5, "d": 3, "r": 2},
+    repeat_shape={"B": 500, "d": 48, "r": 24, "past": 1},
+    bench_shapes={
+        "B2048-d512-r512": {"B": 2048, "d": 512, "r": 512, "percent": 1},
+        "B2048-d512": {"B": 2048, "d": 512, "percent": 1},
+    },
+    gpu_bench_shapes={
+        "B8192-d512-r512": {"B": 8192, "d": 512, "r": 512, "percent": 1},
+        "B32768-d512-r512": {"B": 32768, "d": 512, "r": 512, "percent": 1},
+    },
+    wide=True,
+    opaque=False,
+    exact=False,
+    device_shapes=({"B": 300, "d": 64, "r": 64},),  # tiles that touch neither an end nor the diagonal
+    gate_sizes={"B": 2048},  # the check has B×B matrices in float64
+    baselines={"B×B torch": _whole, "a product a side": _product_a_side, "ClipLoss, no reference": _clip_loss},
+    floor=lambda s: (2.0 * s["B"] ** 2 * (s["d"] + s.get("r", 0)), 8.0 * s["B"] * (s["d"] + s.get("r", 0))),
+)
+
+SPECS = (SPEC,)

@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clipsteer.ops import BACKENDS, REGISTRY, _dispatch
-from clipsteer.ops._dispatch import spec_errors
-from clipsteer.ops._spec import OpSpec, measured_on
+from clipsteer.ops._lowlevel import DTYPES
+from clipsteer.ops._spec import OpSpec, measured_on, spec_errors
 
 __all__ = ["PROPERTIES", "Case", "Row", "cases", "fenced", "poisoned", "strided", "supported", "table", "validate"]
 
@@ -195,7 +195,7 @@ def supported(backend: str, device: str = "cpu") -> tuple[torch.dtype, ...]:
     Not among them: the reference in half precision (torch rounds its intermediates), and interpreted bf16 Triton
     arithmetic is exercised in float32 only where the interpreter itself is wrong.
     """
-    found = [d for d in _dispatch.DTYPES[backend] if _dispatch.unusable(backend, torch.device(device), d) is None]
+    found = [d for d in DTYPES[backend] if _dispatch.unusable(backend, torch.device(device), d) is None]
     if backend == "reference":
         found = [d for d in found if d in (torch.float32, torch.float64)]
     return tuple(found)

@@ -1,4 +1,4 @@
-"""The table of speeds in the README, made from the files that `clipsteer.bench` and the scripts in benchmarks/ write.
+"""The table of speeds in the README, made from the files that ``bench`` and the scripts in benchmarks/ write.
 
 clipsteer bench --markdown benchmarks/results/cpu-*.json --into README.md
 """

@@ -18,7 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsteer.ops._spec import ACCUMULATE, UNIT, fraction_of_bound, operand_error
+from clipsteer.ops._spec import ACCUMULATE, UNIT, OpSpec, draw, fraction_of_bound, operand_error
+from clipsteer.ops.mahalanobis_covariance_loss import (
+    LowRankDiag,
+    mahalanobis_covariance_loss,
+    mahalanobis_covariance_loss_reference,
+)
 
 FLOOR = 1e-8
 
@@ -142,3 +147,140 @@ def _class_gradient(t: Truth, c: int, at: Tensor) -> tuple[Tensor, Tensor, Tenso
         size[i] = back_size(summed)
         width[i] = kinks + back_size(off.sum(0) * w.abs()) + ((W.shape[1] + 3) * u + t.extra) * size[i]
     return middle, width, size
+
+
+def _low_rank(
+    new: Tensor, old: Tensor, labels: Tensor, U: Tensor, s: Tensor, diag: Tensor, *, backend: str = "auto", **kw: Any
+) -> Tensor:
+    return mahalanobis_covariance_loss(new, old, labels, LowRankDiag(U, s, diag), backend=backend, **kw)
+
+
+def _low_rank_reference(
+    new: Tensor, old: Tensor, labels: Tensor, U: Tensor, s: Tensor, diag: Tensor, **kw: Any
+) -> Tensor:
+    return mahalanobis_covariance_loss_reference(new, old, labels, LowRankDiag(U, s, diag), **kw)
+
+
+def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator, scale: float, exact: bool) -> dict:
+    """Keys B, C, d, and r in low rank; plain=1 does not normalise. About one row in eight is ignored."""
+    B, C, d, r = (shape.get(s) for s in ("B", "C", "d", "r"))
+    normalize = not shape.get("plain")
+    size = scale if normalize else min(scale, 1.0)  # squares have to stay in range
+    inputs: dict[str, Any] = {n: draw((B, d), dtype, generator, size, exact) for n in ("new", "old")}
+    labels = torch.randint(0, C, (B,), generator=generator)
+    inputs["labels"] = torch.where(torch.rand(B, generator=generator) < 0.125, -1, labels)
+    if r is None:
+        return inputs | {"factor": draw((C, d, d), dtype, generator, d**-0.5, exact), "normalize": normalize}
+    # I - U s Uᵀ with ‖U‖ near 1 and s in (0, 1/2): a precision in Woodbury's form
+    inputs["U"] = draw((C, d, r), dtype, generator, (d**0.5 + r**0.5) ** -1, exact)
+    inputs["s"] = -torch.rand(C, r, generator=generator).div(2).to(dtype)
+    inputs["diag"] = (1 + torch.rand(C, d, generator=generator)).to(dtype)
+    if exact:
+        inputs["s"], inputs["diag"] = -torch.ones(C, r, dtype=dtype), torch.full((C, d), 4.0, dtype=dtype)
+    return inputs | {"normalize": normalize}
+
+
+def _unit_rows(x: Tensor, normalize: bool) -> Tensor:
+    return torch.nn.functional.normalize(x, dim=-1) if normalize else x
+
+
+def _whitened(new: Tensor, old: Tensor, labels: Tensor, product: Any, C: int, normalize: bool) -> Tensor:
+    """What one would write instead of the pair loop: each class's rows through its factor, then their distances."""
+    new, old, total = _unit_rows(new, normalize), _unit_rows(old, normalize), new.new_zeros(())
+    for c in range(C):
+        rows = (labels == c).nonzero().squeeze(1)
+        if len(rows) > 1:
+            i, j = torch.triu_indices(len(rows), len(rows), 1)
+            after, before = ((product(x[rows], i, j, c) + 1e-8).sqrt() for x in (new, old))
+            total = total + (before - after).abs().sum()
+    return total / len(new)
+
+
+def _vectorised(new: Tensor, old: Tensor, labels: Tensor, factor: Tensor, normalize: bool) -> Tensor:
+    def square(x: Tensor, i: Tensor, j: Tensor, c: int) -> Tensor:
+        z = x @ factor[c]
+        return (z[i] - z[j]).square().sum(-1)
+
+    return _whitened(new, old, labels, square, factor.shape[0], normalize)
+
+
+def _vectorised_low_rank(
+    new: Tensor, old: Tensor, labels: Tensor, U: Tensor, s: Tensor, diag: Tensor, normalize: bool
+) -> Tensor:
+    def square(x: Tensor, i: Tensor, j: Tensor, c: int) -> Tensor:
+        p = x @ U[c]
+        return (x[i] - x[j]).square() @ diag[c] + (p[i] - p[j]).square() @ s[c]
+
+    return _whitened(new, old, labels, square, U.shape[0], normalize)
+
+
+def _pair_loop(new: Tensor, old: Tensor, labels: Tensor, factor: Tensor, normalize: bool) -> Tensor:
+    """The textbook's: class by class, pair by pair, a vector times a matrix for each distance."""
+    new, old, total = _unit_rows(new, normalize), _unit_rows(old, normalize), new.new_zeros(())
+    for c in labels[labels >= 0].unique().tolist():
+        rows = (labels == c).nonzero().squeeze(1).tolist()
+        for at, i in enumerate(rows):
+            for j in rows[at + 1 :]:
+                before, after = (
+                    ((a @ factor[c]).square().sum() + 1e-8).sqrt() for a in (old[i] - old[j], new[i] - new[j])
+                )
+                total = total + (before - after).abs()
+    return total / len(new)
+
+
+_EDGES = (
+    {"B": 7, "C": 2, "d": 33, "r": 5},
+    {"B": 33, "C": 5, "d": 31, "r": 8},
+    {"B": 4, "C": 9, "d": 127, "r": 129},
+    {"B": 1, "C": 1, "d": 1, "r": 1, "plain": 1},
+    {"B": 0, "C": 2, "d": 8, "r": 4},
+    {"B": 129, "C": 2, "d": 32, "r": 33, "plain": 1},
+    {"B": 31, "C": 1, "d": 129, "r": 32},
+    {"B": 32, "C": 3, "d": 128, "r": 64},
+    {"B": 31, "C": 2, "d": 203, "r": 197},
+)
+_ON_DEVICE = ({"B": 150, "C": 6, "d": 320, "r": 40},)  # several blocks of rows a class, several tiles of columns
+_COMMON: dict[str, Any] = {
+    "outputs": ("loss",),
+    "differentiable": ("new",),
+    "make": _make,
+    "check": check_values,
+    "check_grads": check_grads,
+    "exact": False,
+}
+
+
+def _dense(shape: dict[str, int]) -> dict[str, int]:
+    return {name: size for name, size in shape.items() if name != "r"}
+
+
+SPEC = OpSpec(
+    name="mahalanobis_covariance_loss",
+    function=mahalanobis_covariance_loss,
+    reference=mahalanobis_covariance_loss_reference,
+    shapes=tuple(map(_dense, _EDGES)),
+    device_shapes=tuple(map(_dense, _ON_DEVICE)),
+    small_shape={"B": 6, "C": 2, "d": 3},
+    repeat_shape={"B": 200, "C": 5, "d": 40},
+    bench_shapes={"B48-C20": {"B": 48, "C": 20, "d": 768}, "B256-C20": {"B": 256, "C": 20, "d": 768}},
+    gpu_bench_shapes={"B48-C20": {"B": 48, "C": 20, "d": 768}, "B256-C20": {"B": 256, "C": 20, "d": 768}},
+    baselines={"vectorised": _vectorised, "pair loop": _pair_loop},
+    floor=lambda s: (4.0 * s["B"] * s["d"] ** 2, 4.0 * (2 * s["B"] * s["d"] + s["C"] * s["d"] ** 2)),
+    **_COMMON,
+)
+LOW_RANK_SPEC = OpSpec(
+    name="mahalanobis_covariance_loss_low_rank",
+    function=_low_rank,
+    reference=_low_rank_reference,
+    shapes=_EDGES,
+    device_shapes=_ON_DEVICE,
+    small_shape={"B": 6, "C": 2, "d": 3, "r": 2},
+    repeat_shape={"B": 200, "C": 5, "d": 40, "r": 17},
+    bench_shapes={"B256-C20-r64": {"B": 256, "C": 20, "d": 768, "r": 64}},
+    gpu_bench_shapes={"B256-C20-r64": {"B": 256, "C": 20, "d": 768, "r": 64}},
+    baselines={"vectorised": _vectorised_low_rank},
+    floor=lambda s: (4.0 * s["B"] * s["d"] * s["r"], 4.0 * (2 * s["B"] + s["C"] * (s["r"] + 1)) * s["d"]),
+    **_COMMON,
+)
+
+SPECS = (SPEC, LOW_RANK_SPEC)
