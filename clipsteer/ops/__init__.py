@@ -1,4 +1,5 @@
-"""The public ops. Each has a plain torch reference that defines it and fast paths that are held to it."""
+"""The public ops. Each has a plain torch reference that defines it and fast paths that are held to
+it."""
 
 from __future__ import annotations
 
@@ -15,11 +16,15 @@ from clipsteer.ops._lowlevel import RECORDS
 if TYPE_CHECKING:  # at run time the loop below takes what each op's file names
     from clipsteer.ops.conceptor_project import LowRank as LowRank
     from clipsteer.ops.conceptor_project import conceptor_project as conceptor_project
-    from clipsteer.ops.conceptor_project import conceptor_project_reference as conceptor_project_reference
+    from clipsteer.ops.conceptor_project import (
+        conceptor_project_reference as conceptor_project_reference,
+    )
     from clipsteer.ops.drrho_loss import drrho_loss as drrho_loss
     from clipsteer.ops.drrho_loss import drrho_loss_reference as drrho_loss_reference
     from clipsteer.ops.mahalanobis_covariance_loss import LowRankDiag as LowRankDiag
-    from clipsteer.ops.mahalanobis_covariance_loss import mahalanobis_covariance_loss as mahalanobis_covariance_loss
+    from clipsteer.ops.mahalanobis_covariance_loss import (
+        mahalanobis_covariance_loss as mahalanobis_covariance_loss,
+    )
     from clipsteer.ops.mahalanobis_covariance_loss import (
         mahalanobis_covariance_loss_reference as mahalanobis_covariance_loss_reference,
     )

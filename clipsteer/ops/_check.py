@@ -31,31 +31,55 @@ def check_tensors(op: str, named: dict[str, Any], integer: tuple[str, ...] = ())
         elif not t.is_floating_point():
             raise TypeError(mistake(op, name, "floating point", t.dtype, named))
         if first is None:
-            first, device, dtype = name, t.device, t.dtype
+            first = name
+            device = t.device
+            dtype = t.dtype
         elif t.device != device:
             raise ValueError(mistake(op, name, f"on {first}'s device {device}", t.device, named))
         elif t.dtype != dtype and name not in integer:
             raise TypeError(mistake(op, name, f"of {first}'s dtype {dtype}", t.dtype, named))
 
 
-def check_shape(op: str, named: dict[str, Any], name: str, shape: tuple[int, ...], symbols: str) -> None:
+def check_shape(
+    op: str,
+    named: dict[str, Any],
+    name: str,
+    shape: tuple[int, ...],
+    symbols: str,
+) -> None:
     if named[name] is not None and named[name].shape != shape:
-        raise ValueError(mistake(op, name, f"of shape {symbols} = {shape}", tuple(named[name].shape), named))
+        raise ValueError(
+            mistake(op, name, f"of shape {symbols} = {shape}", tuple(named[name].shape), named)
+        )
 
 
 def check_indices(
-    op: str, indices: Tensor, n: int, named: dict[str, Any], name: str = "indices", lowest: int = 0
+    op: str,
+    indices: Tensor,
+    n: int,
+    named: dict[str, Any],
+    name: str = "indices",
+    lowest: int = 0,
 ) -> None:
-    """Raise on an index outside [lowest, n): always on the CPU; on a GPU, where it costs a synchronisation, only under
-    ``CLIPSTEER_CHECK_INDICES=1``. Compiled CPU code relies on the kernels' own check."""
-    # a tensor subclass may have no values to look at (fake tensors); the kernels check for themselves
-    if torch.compiler.is_compiling() or type(indices) is not Tensor or indices.is_meta or indices.numel() == 0:
+    """Raise on an index outside [lowest, n): always on the CPU; on a GPU, where it costs a
+    synchronisation, only under ``CLIPSTEER_CHECK_INDICES=1``. Compiled CPU code relies on the
+    kernels' own check."""
+    # a tensor subclass may have no values to look at (fake tensors); the kernels check for
+    # themselves
+    if (
+        torch.compiler.is_compiling()
+        or type(indices) is not Tensor
+        or indices.is_meta
+        or indices.numel() == 0
+    ):
         return
     if indices.device.type != "cpu" and os.environ.get("CLIPSTEER_CHECK_INDICES", "0") != "1":
         return
     low, high = (int(v) for v in indices.aminmax())
     if low < lowest or high >= n:
-        raise ValueError(mistake(op, name, f"in [{lowest}, {n})", f"values from {low} to {high}", named))
+        raise ValueError(
+            mistake(op, name, f"in [{lowest}, {n})", f"values from {low} to {high}", named)
+        )
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -39,7 +39,8 @@ def _load_binary(backend: str, how: str) -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors
+    (``TRITON_INTERPRET=1``)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
@@ -50,8 +51,12 @@ def _load_triton() -> str | None:
         from clipsteer.kernels import _launch as launch
 
         served = [op for op in RECORDS if "triton" in op.backends]
-        modules = {op.stem: importlib.import_module(f"clipsteer.kernels.{op.stem}") for op in served}
-    except Exception as error:  # another triton than the kernels were written for may lack any name they use
+        modules = {
+            op.stem: importlib.import_module(f"clipsteer.kernels.{op.stem}") for op in served
+        }
+    except (
+        Exception
+    ) as error:  # another triton than the kernels were written for may lack any name they use
         return f"triton cannot be imported ({error}); install the triton that belongs to this torch build"
     library = torch.library.Library("clipsteer_triton", "DEF")
     _LIBRARIES.append(library)
@@ -68,10 +73,15 @@ def _load_triton() -> str | None:
 
 @functools.cache
 def missing(backend: str) -> str | None:
-    """Why ``backend`` cannot run at all in this process (and how to get it), or None when it can."""
+    """Why ``backend`` cannot run at all in this process (and how to get it), or None when it
+    can."""
     if backend == "cpp":
         return _load_binary("cpp", "reinstall clipsteer with a C++20 compiler on the PATH")
-    if backend in ("triton", "cuda") and not torch.cuda.is_available() and not (backend == "triton" and interpreted()):
+    if (
+        backend in ("triton", "cuda")
+        and not torch.cuda.is_available()
+        and not (backend == "triton" and interpreted())
+    ):
         return "no GPU is visible to torch" + (
             "; TRITON_INTERPRET=1 runs it on the CPU, slowly" * (backend == "triton")
         )
@@ -82,8 +92,14 @@ def missing(backend: str) -> str | None:
     return None
 
 
-def unusable(backend: str, device: torch.device, dtype: torch.dtype, op: str | None = None) -> str | None:
-    """Why ``backend`` cannot serve (public op ``op`` on) tensors of this device and dtype, or None when it can."""
+def unusable(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    op: str | None = None,
+) -> str | None:
+    """Why ``backend`` cannot serve (public op ``op`` on) tensors of this device and dtype, or None
+    when it can."""
     if op is not None and backend not in OPS[op].backends:
         return f"it has no kernel for {op}, which {', '.join(OPS[op].backends)} serve"
     if (reason := missing(backend)) is not None:
@@ -92,7 +108,11 @@ def unusable(backend: str, device: torch.device, dtype: torch.dtype, op: str | N
         return f"it has no {str(dtype).removeprefix('torch.')} kernels"
     if backend == "cpp" and device.type != "cpu":
         return f"it serves CPU tensors, these are on {device}"
-    if backend in ("triton", "cuda") and device.type != "cuda" and not (backend == "triton" and interpreted()):
+    if (
+        backend in ("triton", "cuda")
+        and device.type != "cuda"
+        and not (backend == "triton" and interpreted())
+    ):
         return f"it serves CUDA tensors, these are on {device}"
     return None
 
@@ -103,20 +123,26 @@ _ops_verdict: Verdict | None = None
 
 
 def set_verdict(function: Verdict) -> None:
-    """``function`` says of an op's kernel what is wrong with it here, None when nothing is: ops/__init__ hands it in,
-    as it draws cases from the ops' specs, and they stand above this file."""
+    """``function`` says of an op's kernel what is wrong with it here, None when nothing is:
+    ops/__init__ hands it in, as it draws cases from the ops' specs, and they stand above this
+    file."""
     global _ops_verdict
     _ops_verdict = function
 
 
 def self_check(
-    op: str, backend: str, device: torch.device, dtype: torch.dtype, verdict: Verdict | None = None
+    op: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    verdict: Verdict | None = None,
 ) -> str | None:
-    """Run a GPU kernel against its bound on the device at hand; None when it passed, else what went wrong.
-    ``verdict`` says it of a kernel that is none of the ops'.
+    """Run a GPU kernel against its bound on the device at hand; None when it passed, else what went
+    wrong. ``verdict`` says it of a kernel that is none of the ops'.
 
-    The verdict is kept, unless it says nothing about the kernel: no memory was left, or a CUDA graph is being captured.
-    The caller's modes (inference, autocast, a default device) do not reach it.
+    The verdict is kept, unless it says nothing about the kernel: no memory was left, or a CUDA
+    graph is being captured. The caller's modes (inference, autocast, a default device) do not reach
+    it.
     """
     key = (op, backend, device, dtype)
     if key in _VERDICTS:
@@ -125,13 +151,17 @@ def self_check(
         return "it cannot be checked while a CUDA graph is captured; run the op once before"
     try:
         with (
-            torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
             torch.device("cpu"),
-        ):  # fmt: skip
+        ):
             _VERDICTS[key] = (verdict or _ops_verdict)(op, backend, device, dtype)
     except torch.OutOfMemoryError as error:
         return f"its self-check ran out of memory: {error}"
-    except Exception as error:  # a kernel that cannot launch must not take the caller's program down
+    except (
+        Exception
+    ) as error:  # a kernel that cannot launch must not take the caller's program down
         _VERDICTS[key] = f"self-check raised {type(error).__name__}: {error}"
     return _VERDICTS[key]
 
@@ -141,16 +171,29 @@ def _gpu_order(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, 
     return OPS[op].gpu_order(torch.cuda.get_device_capability(device) if known else (0, 0), dtype)
 
 
-def resolve(op: str, backend: str, device_type: str, device_index: int | None, dtype: torch.dtype) -> str:
-    """The backend that runs: the keyword, then ``CLIPSTEER_BACKEND``, then the fastest one that is trusted here."""
+def resolve(
+    op: str,
+    backend: str,
+    device_type: str,
+    device_index: int | None,
+    dtype: torch.dtype,
+) -> str:
+    """The backend that runs: the keyword, then ``CLIPSTEER_BACKEND``, then the fastest one that is
+    trusted here."""
     if backend == "auto":
         backend = os.environ.get("CLIPSTEER_BACKEND", "auto").lower() or "auto"
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"{op}: backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
-    device = torch.device(device_type, device_index) if device_index is not None else torch.device(device_type)
+    device = (
+        torch.device(device_type, device_index)
+        if device_index is not None
+        else torch.device(device_type)
+    )
     if backend != "auto":
         if (reason := unusable(backend, device, dtype, op)) is not None:
-            raise RuntimeError(f'{op}: backend "{backend}" cannot run: {reason}. backend="reference" always can.')
+            raise RuntimeError(
+                f'{op}: backend "{backend}" cannot run: {reason}. backend="reference" always can.'
+            )
         return backend
     if device.type == "cpu":
         return "cpp" if unusable("cpp", device, dtype, op) is None else "reference"
@@ -158,11 +201,14 @@ def resolve(op: str, backend: str, device_type: str, device_index: int | None, d
         if unusable(candidate, device, dtype, op) is None:
             if (failure := self_check(op, candidate, device, dtype)) is None:
                 return candidate
-            _warn_once(f"clipsteer: {candidate} {op} is not trusted on {device} for {dtype}: {failure}")
+            _warn_once(
+                f"clipsteer: {candidate} {op} is not trusted on {device} for {dtype}: {failure}"
+            )
     return "reference"
 
 
-# What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo here.
+# What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo
+# here.
 resolve._dynamo_marked_constant = True
 
 
@@ -196,20 +242,28 @@ class Explanation(tuple[BackendStatus, ...]):
     """The backends of one call, readable when printed."""
 
     def __str__(self) -> str:
-        return "\n".join(f"{s.backend:<10}{'usable' if s.usable else 'not usable':<12}{s.reason}" for s in self)
+        return "\n".join(
+            f"{s.backend:<10}{'usable' if s.usable else 'not usable':<12}{s.reason}" for s in self
+        )
 
     __repr__ = __str__
 
 
 def explain(op: str, *tensors: Any, **named: Any) -> Explanation:
-    """List every backend of ``op``, usable or why not, for these arguments (CPU float32 when none are given).
+    """List every backend of ``op``, usable or why not, for these arguments (CPU float32 when none
+    are given).
 
-    ``explain("topk_encode", x, W_enc)`` prints as a table; the line of the backend that ``auto`` takes says so.
+    ``explain("topk_encode", x, W_enc)`` prints as a table; the line of the backend that ``auto``
+    takes says so.
     """
     if op not in OPS:
         raise ValueError(f"explain: op must be one of {sorted(OPS)}, got {op!r}")
-    found = [t for t in (*tensors, *named.values()) if isinstance(t, Tensor) and t.is_floating_point()]
-    device, dtype = (found[0].device, found[0].dtype) if found else (torch.device("cpu"), torch.float32)
+    found = [
+        t for t in (*tensors, *named.values()) if isinstance(t, Tensor) and t.is_floating_point()
+    ]
+    device, dtype = (
+        (found[0].device, found[0].dtype) if found else (torch.device("cpu"), torch.float32)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         chosen = resolve(op, "auto", device.type, device.index, dtype)
@@ -218,7 +272,13 @@ def explain(op: str, *tensors: Any, **named: Any) -> Explanation:
         reason = unusable(backend, device, dtype, op)
         if reason is None and backend in ("triton", "cuda") and device.type == "cuda":
             reason = self_check(op, backend, device, dtype)
-        rows.append(BackendStatus(backend, reason is None, reason or ("chosen by auto" if backend == chosen else "")))
+        rows.append(
+            BackendStatus(
+                backend,
+                reason is None,
+                reason or ("chosen by auto" if backend == chosen else ""),
+            )
+        )
     return Explanation(rows)
 
 

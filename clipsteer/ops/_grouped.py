@@ -1,8 +1,10 @@
-"""Differentiable products of rows with the matrix of their group; the low-level ops of ``csrc/conceptor_project.cpp``.
+"""Differentiable products of rows with the matrix of their group; the low-level ops of
+``csrc/conceptor_project.cpp``.
 
-Row b belongs to group ``index[b]`` (None: all to the only one). ``matmul``, ``outer`` and ``low_rank`` are closed under
-differentiation, so derivatives of any order run on the same kernels. Halves keep β and s, and every sum over rows of a
-product of two stored vectors, in float32. Nothing is checked here.
+Row b belongs to group ``index[b]`` (None: all to the only one). ``matmul``, ``outer`` and
+``low_rank`` are closed under differentiation, so derivatives of any order run on the same kernels.
+Halves keep β and s, and every sum over rows of a product of two stored vectors, in float32. Nothing
+is checked here.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ class _Matmul(torch.autograd.Function):
         if need_mean:
             d_mean = _mean_gradient(grad, d_x, index, mean, backend)
         if need_W:
-            scaled = grad if beta is None else (grad * _of_rows(beta.unsqueeze(-1), index)).to(x.dtype)
+            scaled = (
+                grad if beta is None else (grad * _of_rows(beta.unsqueeze(-1), index)).to(x.dtype)
+            )
             pair = (scaled, centred) if transpose else (centred, scaled)
             d_W = outer(*pair, index, W.shape[0], backend)
         return d_x if need_x else None, d_W, None, d_beta, d_mean, None, None
@@ -95,12 +99,15 @@ class _LowRank(torch.autograd.Function):
         if need_mean:
             d_mean = _mean_gradient(grad, d_x, index, mean, ctx.backend)
         if need_U or need_s:
-            rows, K, wide = x.shape[0], U.shape[0], compute_dtype(x.dtype)
+            rows = x.shape[0]
+            K = U.shape[0]
+            wide = compute_dtype(x.dtype)
             # x and the gradient take the same way through U: one product for both
             both = torch.cat([_centred(x, index, mean), grad])
             twice = None if index is None else torch.cat([index, index])
             in_U = matmul(both, U, twice, None, None, False, ctx.backend).to(wide)  # (2 B, r)
-            p, q = in_U[:rows], in_U[rows:]
+            p = in_U[:rows]
+            q = in_U[rows:]
             if need_s:
                 d_s = group_sum(p * q, index, K, ctx.backend).to(s.dtype)
             if need_U:
@@ -109,15 +116,28 @@ class _LowRank(torch.autograd.Function):
         return d_x if need_x else None, d_U, d_s, None, d_mean, None
 
 
-def _mean_gradient(grad: Tensor, d_x: Tensor, index: Tensor | None, mean: Tensor, backend: str) -> Tensor:
+def _mean_gradient(
+    grad: Tensor,
+    d_x: Tensor,
+    index: Tensor | None,
+    mean: Tensor,
+    backend: str,
+) -> Tensor:
     wide = compute_dtype(grad.dtype)
     return group_sum(grad.to(wide) - d_x.to(wide), index, mean.shape[0], backend).to(mean.dtype)
 
 
 def matmul(
-    x: Tensor, W: Tensor, index: Tensor | None, beta: Tensor | None, mean: Tensor | None, transpose: bool, backend: str
+    x: Tensor,
+    W: Tensor,
+    index: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    transpose: bool,
+    backend: str,
 ) -> Tensor:
-    """β_k (x_b − μ_k) W_k + μ_k, W_kᵀ if ``transpose``: (B, m), (K, m, n), (B,), (K,), (K, m) → (B, n)."""
+    """β_k (x_b − μ_k) W_k + μ_k, W_kᵀ if ``transpose``: (B, m), (K, m, n), (B,), (K,), (K, m) → (B,
+    n)."""
     args = (*map(_contiguous, (x, W, index, beta, mean)), transpose)
     if tracked(x, W, beta, mean):
         return _Matmul.apply(*args, backend)
@@ -125,7 +145,8 @@ def matmul(
 
 
 def outer(a: Tensor, b: Tensor, index: Tensor | None, groups: int, backend: str) -> Tensor:
-    """Σ over the rows of each group of a_b ⊗ b_b, in ascending order: (B, m), (B, n), (B,) → (K, m, n)."""
+    """Σ over the rows of each group of a_b ⊗ b_b, in ascending order: (B, m), (B, n), (B,) → (K, m,
+    n)."""
     args = (*map(_contiguous, (a, b, index)), groups)
     if tracked(a, b):
         return _Outer.apply(*args, backend)
@@ -137,8 +158,16 @@ def group_sum(v: Tensor, index: Tensor | None, groups: int, backend: str) -> Ten
     return outer(v.new_ones(v.shape[0], 1), v, index, groups, backend).squeeze(1)
 
 
-def low_rank(x: Tensor, U: Tensor, s: Tensor, index: Tensor | None, mean: Tensor | None, backend: str) -> Tensor:
-    """U_k (s_k ∘ U_kᵀ(x_b − μ_k)) + μ_k: (B, d), (K, d, r), (K, r) of x's or a wider dtype, (B,), (K, d) → (B, d)."""
+def low_rank(
+    x: Tensor,
+    U: Tensor,
+    s: Tensor,
+    index: Tensor | None,
+    mean: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """U_k (s_k ∘ U_kᵀ(x_b − μ_k)) + μ_k: (B, d), (K, d, r), (K, r) of x's or a wider dtype, (B,),
+    (K, d) → (B, d)."""
     args = tuple(map(_contiguous, (x, U, s, index, mean)))
     if tracked(x, U, s, mean):
         return _LowRank.apply(*args, backend)

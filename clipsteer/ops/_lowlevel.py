@@ -1,7 +1,9 @@
-"""One record an op: the low-level ops beneath it, who serves them, and which backend a GPU tries first.
+"""One record an op: the low-level ops beneath it, who serves them, and which backend a GPU tries
+first.
 
-Every backend registers the same low-level ops under a namespace of its own, ``torch.ops.clipsteer_<backend>``. A record
-is all that dispatch, the registry of specs and the public page know of an op; the rest is in the files of its name.
+Every backend registers the same low-level ops under a namespace of its own,
+``torch.ops.clipsteer_<backend>``. A record is all that dispatch, the registry of specs and the
+public page know of an op; the rest is in the files of its name.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ DTYPES = {
 
 
 class LowLevel(NamedTuple):
-    """What torch has to know of a low-level op: its arguments, and its outputs without their values."""
+    """What torch has to know of a low-level op: its arguments, and its outputs without their
+    values."""
 
     schema: str
     fake: Callable[..., Any]
@@ -40,7 +43,9 @@ class Op:
 
     stem: str
     low_level: dict[str, LowLevel]
-    variants: tuple[str, ...] = ()  # what dispatch and the registry tell apart besides the stem itself
+    variants: tuple[
+        str, ...
+    ] = ()  # what dispatch and the registry tell apart besides the stem itself
     backends: tuple[str, ...] = BACKENDS
     # what ``auto`` tries on a GPU of this compute capability, the faster first
     gpu_order: Callable[[tuple[int, int], torch.dtype], tuple[str, ...]] = triton_first
@@ -53,12 +58,19 @@ class Op:
 # ---------------------------------------------------------------- topk_encode
 
 
-def _topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, screen: bool = True) -> tuple[Tensor, Tensor]:
+def _topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    screen: bool = True,
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
 
 
 def _hopper_takes_cuda(capability: tuple[int, int], dtype: torch.dtype) -> tuple[str, ...]:
-    """CUDA C++ has a fused kernel for Hopper's tensor cores; elsewhere it makes the whole product."""
+    """CUDA C++ has a fused kernel for Hopper's tensor cores; elsewhere it makes the whole
+    product."""
     if capability == (9, 0) and dtype != torch.float32:
         return ("cuda", "triton")
     return ("triton", "cuda")
@@ -101,7 +113,13 @@ def _grouped_outer(a: Tensor, b: Tensor, index: Tensor | None, groups: int) -> T
     return a.new_empty(groups, a.shape[1], b.shape[1])
 
 
-def _low_rank_project(x: Tensor, U: Tensor, s: Tensor, index: Tensor | None, mean: Tensor | None) -> Tensor:
+def _low_rank_project(
+    x: Tensor,
+    U: Tensor,
+    s: Tensor,
+    index: Tensor | None,
+    mean: Tensor | None,
+) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -126,7 +144,12 @@ def _mahalanobis_covariance_loss(
 # ---------------------------------------------------------------- semantic_drift
 
 
-def _drift_sums(old: Tensor, new: Tensor, prototypes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _drift_sums(
+    old: Tensor,
+    new: Tensor,
+    prototypes: Tensor,
+    scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     C = prototypes.shape[0]
     wide = torch.promote_types(old.dtype, torch.float32)
     peak = prototypes.new_empty(C, dtype=wide)
@@ -138,7 +161,12 @@ def _drift_sums(old: Tensor, new: Tensor, prototypes: Tensor, scale: Tensor) -> 
 
 
 def _drrho_sums(
-    rows: Tensor, cols: Tensor, diag: Tensor, scale: Tensor, offset: int, keep: bool
+    rows: Tensor,
+    cols: Tensor,
+    diag: Tensor,
+    scale: Tensor,
+    offset: int,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     M = rows.shape[0]
     N = cols.shape[0]

@@ -1,8 +1,9 @@
 """``conceptor_project``: h' = β·C(h − μ) + μ, each row through the conceptor its index names.
 
-Fused: rows are grouped by conceptor, so that each one is read once and applied as a matrix product, without a copy of
-it per row; in low rank C = U diag(s) Uᵀ the r numbers between the two products never leave the cache.
-Source: Jaeger 2014 (arXiv 1403.3369); Postmus & Abreu 2024 (arXiv 2410.16314), steering and mean-centring.
+Fused: rows are grouped by conceptor, so that each one is read once and applied as a matrix product,
+without a copy of it per row; in low rank C = U diag(s) Uᵀ the r numbers between the two products
+never leave the cache. Source: Jaeger 2014 (arXiv 1403.3369); Postmus & Abreu 2024 (arXiv
+2410.16314), steering and mean-centring.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ __all__ = ["LowRank", "conceptor_project", "conceptor_project_reference"]
 
 
 class LowRank(NamedTuple):
-    """C = U diag(s) Uᵀ: ``U`` (K, d, r) with ``s`` (K, r), or (d, r) with (r,) for a single conceptor."""
+    """C = U diag(s) Uᵀ: ``U`` (K, d, r) with ``s`` (K, r), or (d, r) with (r,) for a single
+    conceptor."""
 
     U: Tensor
     s: Tensor
@@ -33,14 +35,20 @@ def conceptor_project_reference(
     beta: float | Tensor = 1.0,
     mean: Tensor | None = None,
 ) -> Tensor:
-    """The definition in plain torch, row by row; twice differentiable. With an index it gathers a C for each row."""
+    """The definition in plain torch, row by row; twice differentiable. With an index it gathers a C
+    for each row."""
     single = C[0].dim() == 2 if isinstance(C, LowRank) else C.dim() == 2
-    pick = (lambda t, dims: t[(0,) * (t.dim() - dims)]) if index is None else (lambda t, dims: t[index])
+    pick = (
+        (lambda t, dims: t[(0,) * (t.dim() - dims)])
+        if index is None
+        else (lambda t, dims: t[index])
+    )
     factors = [t.unsqueeze(0) if single else t for t in (C if isinstance(C, LowRank) else (C,))]
     mu = 0.0 if mean is None else pick(mean, 1) if mean.dim() == 2 else mean
     x = (h - mu).unsqueeze(-1)  # (..., d, 1)
     if isinstance(C, LowRank):
-        U, s = pick(factors[0], 2), pick(factors[1], 1)
+        U = pick(factors[0], 2)
+        s = pick(factors[1], 1)
         y = U @ (s.unsqueeze(-1) * (U.mT @ x))
     else:
         y = pick(factors[0], 2) @ x
@@ -50,7 +58,8 @@ def conceptor_project_reference(
 
 
 def _checked(h, C, index, beta, mean):
-    """Every argument in its full form: factors (K, …), index or None, β a number or (K,), μ (K, d) or None."""
+    """Every argument in its full form: factors (K, …), index or None, β a number or (K,), μ (K, d)
+    or None."""
     op = "conceptor_project"
     low_rank = isinstance(C, LowRank)
     names = ("U", "s") if low_rank else ("C",)
@@ -58,7 +67,9 @@ def _checked(h, C, index, beta, mean):
     learnt = isinstance(beta, Tensor)
     if not learnt:
         if isinstance(beta, bool) or not isinstance(beta, (int, float, torch.SymFloat)):
-            raise TypeError(_check.mistake(op, "beta", "a number or a (K,) tensor", type(beta).__name__, named))
+            raise TypeError(
+                _check.mistake(op, "beta", "a number or a (K,) tensor", type(beta).__name__, named)
+            )
         named["beta"] = None
     if all(isinstance(t, Tensor) for t in named.values() if t is not None):
         named = dict(zip(named, _check.autocast(*named.values())))
@@ -78,7 +89,9 @@ def _checked(h, C, index, beta, mean):
         raise ValueError(_check.mistake(op, "h", f"of shape (..., d = {d})", tuple(h.shape), named))
     if index is None:
         if K != 1:
-            raise ValueError(_check.mistake(op, "index", f"given, as there are K = {K} conceptors", None, named))
+            raise ValueError(
+                _check.mistake(op, "index", f"given, as there are K = {K} conceptors", None, named)
+            )
     else:
         _check.check_shape(op, named, "index", tuple(h.shape[:-1]), "h's leading shape")
         _check.check_indices(op, index, K, named, "index")
@@ -107,43 +120,55 @@ def conceptor_project(
 
     Args:
         h: (..., d) activations, float32, bfloat16, float16 or (reference, cpp) float64.
-        C: (K, d, d) conceptors, or (d, d) for one; they need not be symmetric. In low rank ``LowRank(U, s)`` with U
-            (K, d, r) and s (K, r), or (d, r) and (r,), which stands for U diag(s) Uᵀ.
-        index: (...) int64, h's leading shape: which conceptor each row takes, in [0, K). None when there is only one.
+        C: (K, d, d) conceptors, or (d, d) for one; they need not be symmetric. In low rank
+            ``LowRank(U, s)`` with U (K, d, r) and s (K, r), or (d, r) and (r,), which stands for U
+            diag(s) Uᵀ.
+        index: (...) int64, h's leading shape: which conceptor each row takes, in [0, K). None when
+            there is only one.
         beta: strength, a number or a tensor (K,) or ().
         mean: (K, d) or (d,) background mean μ, or None for 0.
         backend: ``"auto" | "reference" | "cpp" | "triton"``; ``ops.explain`` says which can run.
 
     Returns:
-        (..., d), of h's dtype. Gradients reach h, C (or U and s), beta and mean, to any order. Extra memory is
-        O(rows · d); the reference alone gathers a conceptor for each row.
+        (..., d), of h's dtype. Gradients reach h, C (or U and s), beta and mean, to any order.
+        Extra memory is O(rows · d); the reference alone gathers a conceptor for each row.
 
     Raises:
-        ValueError: shapes or devices that do not fit; an index outside [0, K) (on a GPU, where the check would
-            synchronise, only under ``CLIPSTEER_CHECK_INDICES=1``; such rows are undefined there).
+        ValueError: shapes or devices that do not fit; an index outside [0, K) (on a GPU, where the
+            check would synchronise, only under ``CLIPSTEER_CHECK_INDICES=1``; such rows are
+            undefined there).
         TypeError: not tensors, dtypes that differ outside autocast, an index that is not int64.
         RuntimeError: the backend asked for cannot run here.
 
     Source: Jaeger 2014 (arXiv 1403.3369); Postmus & Abreu 2024 (arXiv 2410.16314).
     """
     h, C, index, beta, mean = _checked(h, C, index, beta, mean)
-    backend = choose("conceptor_project_low_rank" if isinstance(C, LowRank) else "conceptor_project", backend, h)
+    backend = choose(
+        "conceptor_project_low_rank" if isinstance(C, LowRank) else "conceptor_project",
+        backend,
+        h,
+    )
     if backend == "reference":
         return conceptor_project_reference(h, C, index, beta=beta, mean=mean)
-    flat, wide = h.dim() == 2, _grouped.compute_dtype(h.dtype)
+    flat = h.dim() == 2
+    wide = _grouped.compute_dtype(h.dtype)
     rows = h if flat else h.reshape(-1, h.shape[-1])
     index = index if flat or index is None else index.reshape(-1)
     if isinstance(beta, Tensor):
         beta = beta.to(wide)
     if isinstance(C, LowRank):
         s = C.s
-        if backend == "cpp" or isinstance(beta, Tensor) or beta != 1:  # Triton's kernel widens s itself
+        if (
+            backend == "cpp" or isinstance(beta, Tensor) or beta != 1
+        ):  # Triton's kernel widens s itself
             s = s.to(wide)
         if isinstance(beta, Tensor) or beta != 1:
             s = s * (beta.unsqueeze(-1) if isinstance(beta, Tensor) else beta)
         y = _grouped.low_rank(rows, C.U, s, index, mean, backend)
     else:
         if not isinstance(beta, Tensor):
-            beta = None if beta == 1 else torch.full((C.shape[0],), beta, dtype=wide, device=h.device)
+            beta = (
+                None if beta == 1 else torch.full((C.shape[0],), beta, dtype=wide, device=h.device)
+            )
         y = _grouped.matmul(rows, C, index, beta, mean, True, backend)
     return y if flat else y.reshape(h.shape)

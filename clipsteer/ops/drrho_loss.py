@@ -1,9 +1,11 @@
-"""``drrho_loss``: (τ/2)·mean_i(u_i^image + u_i^text) + ρτ, u_i a running log(ε + (1/B)·Σ_{j≠i} exp d_ij).
+"""``drrho_loss``: (τ/2)·mean_i(u_i^image + u_i^text) + ρτ, u_i a running log(ε + (1/B)·Σ_{j≠i} exp
+d_ij).
 
-d_ij = [(s_ij − s_ii) − (r_ij − r_ii)]/τ for similarities s of the model and r of a frozen reference; the text side has
-rows and columns exchanged. Fused: one product of [image, −ref_image] and [text, ref_text] gives s − r a tile at a time,
-both sides take their sums from it in log space, and the gradient goes back in the same call: no B×B matrix.
-Source: Wei et al. 2025 (DRRho-CLIP, arXiv 2505.06699); Wei et al. 2024 (FastCLIP, arXiv 2407.01445) for u, γ and ρ.
+d_ij = [(s_ij − s_ii) − (r_ij − r_ii)]/τ for similarities s of the model and r of a frozen
+reference; the text side has rows and columns exchanged. Fused: one product of [image, −ref_image]
+and [text, ref_text] gives s − r a tile at a time, both sides take their sums from it in log space,
+and the gradient goes back in the same call: no B×B matrix. Source: Wei et al. 2025 (DRRho-CLIP,
+arXiv 2505.06699); Wei et al. 2024 (FastCLIP, arXiv 2407.01445) for u, γ and ρ.
 """
 
 from __future__ import annotations
@@ -23,12 +25,21 @@ __all__ = ["drrho_loss", "drrho_loss_reference"]
 
 
 def drrho_loss_reference(
-    image: Tensor, text: Tensor, ref_image: Tensor | None = None, ref_text: Tensor | None = None, *,
-    temperature: float | Tensor = 0.01, gamma: float = 1.0, u: Tensor | None = None, eps: float = 1e-14,
+    image: Tensor,
+    text: Tensor,
+    ref_image: Tensor | None = None,
+    ref_text: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.01,
+    gamma: float = 1.0,
+    u: Tensor | None = None,
+    eps: float = 1e-14,
     rho: float = 0.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The definition in plain torch; twice differentiable. e^{-u}·∇G, G averaged by γ in u, is ∇u/γ."""
-    wide, B = torch.promote_types(image.dtype, torch.float32), image.shape[0]
+) -> tuple[Tensor, Tensor]:
+    """The definition in plain torch; twice differentiable. e^{-u}·∇G, G averaged by γ in u, is
+    ∇u/γ."""
+    wide = torch.promote_types(image.dtype, torch.float32)
+    B = image.shape[0]
     s = image.to(wide) @ text.to(wide).T
     if ref_image is not None:
         s = s - ref_image.detach().to(wide) @ ref_text.detach().to(wide).T
@@ -50,8 +61,10 @@ class Loss(torch.autograd.Function):
         loss, new, *grads = evaluate(*inputs, gamma, eps, rho, needs, backend, world)
         ctx.save_for_backward(*grads, *inputs)
         B, size = (image.shape[0], 1) if world is None else (world.rows, world.size)
-        # data-parallel training averages gradients over the processes, each of which has those of its rows
-        ctx.options, ctx.factor = (gamma, eps, rho), size / (2 * B * B)
+        # data-parallel training averages gradients over the processes, each of which has those of
+        # its rows
+        ctx.options = (gamma, eps, rho)
+        ctx.factor = size / (2 * B * B)
         ctx.mark_non_differentiable(new)
         ctx.together = world is not None
         return loss, new
@@ -59,7 +72,14 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         flags = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
-        result = _Gradient.apply(grad, *ctx.saved_tensors, ctx.options, ctx.factor, flags, ctx.together)
+        result = _Gradient.apply(
+            grad,
+            *ctx.saved_tensors,
+            ctx.options,
+            ctx.factor,
+            flags,
+            ctx.together,
+        )
         d_image, d_text, d_tau = (g if f else None for g, f in zip(result, flags))
         return d_image, d_text, None, None, d_tau, *[None] * 6
 
@@ -68,23 +88,52 @@ class _Gradient(torch.autograd.Function):
     """grad times each gradient; the derivatives of that are the reference's."""
 
     @staticmethod
-    def forward(ctx, grad, d_image, d_text, d_tau, image, text, ref_image, ref_text, tau, u, options, factor, flags,
-                together):  # fmt: skip
+    def forward(
+        ctx,
+        grad,
+        d_image,
+        d_text,
+        d_tau,
+        image,
+        text,
+        ref_image,
+        ref_text,
+        tau,
+        u,
+        options,
+        factor,
+        flags,
+        together,
+    ):
         ctx.save_for_backward(grad, image, text, ref_image, ref_text, tau, u)
-        ctx.options, ctx.flags, ctx.together = options, flags, together
+        ctx.options = options
+        ctx.flags = flags
+        ctx.together = together
         scaled = grad * factor
         return (scaled * d_image).to(image.dtype), (scaled * d_text).to(text.dtype), grad * d_tau
 
     @staticmethod
     def backward(ctx, *outer):
         if ctx.together:
-            raise RuntimeError("drrho_loss: over several processes it has first derivatives only; use a single one")
+            raise RuntimeError(
+                "drrho_loss: over several processes it has first derivatives only; use a single one"
+            )
         grad, image, text, ref_image, ref_text, tau, u = ctx.saved_tensors
         gamma, eps, rho = ctx.options
         with torch.enable_grad():
-            leaves = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in (image, text, tau)]
+            leaves = [
+                x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+                for x in (image, text, tau)
+            ]
             loss, _ = drrho_loss_reference(
-                *leaves[:2], ref_image, ref_text, temperature=leaves[2], gamma=gamma, u=u, eps=eps, rho=rho
+                *leaves[:2],
+                ref_image,
+                ref_text,
+                temperature=leaves[2],
+                gamma=gamma,
+                u=u,
+                eps=eps,
+                rho=rho,
             )
             wanted = [(x, o) for x, o, flag in zip(leaves, outer, ctx.flags) if flag]
             once = torch.autograd.grad(loss, [x for x, _ in wanted], create_graph=True)
@@ -94,9 +143,10 @@ class _Gradient(torch.autograd.Function):
 
 
 def checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho, rows=None):
-    """The features in one dtype, the temperature as a tensor of the wide one, u detached or None. ``rows``: of all
-    processes, one of which may have none."""
-    op, numbers = "drrho_loss", {"gamma": gamma, "eps": eps, "rho": rho}
+    """The features in one dtype, the temperature as a tensor of the wide one, u detached or None.
+    ``rows``: of all processes, one of which may have none."""
+    op = "drrho_loss"
+    numbers = {"gamma": gamma, "eps": eps, "rho": rho}
     named = {"image": image, "text": text, "ref_image": ref_image, "ref_text": ref_text}
     for name in ("image", "text"):
         if not isinstance(named[name], Tensor):
@@ -104,19 +154,34 @@ def checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho, r
     named = dict(zip(named, _check.autocast(*named.values())))
     _check.check_tensors(op, named)
     if image.dim() != 2 or 0 in (image.shape[0] if rows is None else rows, image.shape[1]):
-        raise ValueError(_check.mistake(op, "image", "of shape (B, d), neither of them 0", tuple(image.shape), named))
+        raise ValueError(
+            _check.mistake(
+                op,
+                "image",
+                "of shape (B, d), neither of them 0",
+                tuple(image.shape),
+                named,
+            )
+        )
     B = image.shape[0]
     _check.check_shape(op, named, "text", tuple(image.shape), "image's (B, d)")
     if (ref_image is None) != (ref_text is None):
         name = "ref_image" if ref_image is None else "ref_text"
-        raise ValueError(_check.mistake(op, name, "given when the other reference features are", None, named))
+        raise ValueError(
+            _check.mistake(op, name, "given when the other reference features are", None, named)
+        )
     if ref_image is not None:
         if ref_image.dim() != 2 or ref_image.shape[0] != B:
             expected = f"of shape (B = {B}, d_ref)"
-            raise ValueError(_check.mistake(op, "ref_image", expected, tuple(ref_image.shape), named))
+            raise ValueError(
+                _check.mistake(op, "ref_image", expected, tuple(ref_image.shape), named)
+            )
         _check.check_shape(op, named, "ref_text", tuple(ref_image.shape), "ref_image's (B, d_ref)")
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        if isinstance(value, bool) or not isinstance(
+            value,
+            (int, float, torch.SymFloat, torch.SymInt),
+        ):
             raise TypeError(_check.mistake(op, name, "a number", type(value).__name__, named))
     if not 0 < gamma <= 1:
         raise ValueError(_check.mistake(op, "gamma", "in (0, 1]", gamma, named))
@@ -129,26 +194,44 @@ def checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho, r
     if isinstance(temperature, Tensor):
         scalar = {**named, "temperature": temperature}
         if not temperature.is_floating_point():
-            raise TypeError(_check.mistake(op, "temperature", "floating point", temperature.dtype, scalar))
+            raise TypeError(
+                _check.mistake(op, "temperature", "floating point", temperature.dtype, scalar)
+            )
         if temperature.numel() != 1 or temperature.device != image.device:
-            expected, got = f"one number on {image.device}", f"{tuple(temperature.shape)} on {temperature.device}"
+            expected = f"one number on {image.device}"
+            got = f"{tuple(temperature.shape)} on {temperature.device}"
             raise ValueError(_check.mistake(op, "temperature", expected, got, scalar))
         # a value is looked at where that costs no synchronisation
-        plain = not torch.compiler.is_compiling() and type(temperature) in (Tensor, torch.nn.Parameter)
+        plain = not torch.compiler.is_compiling() and type(temperature) in (
+            Tensor,
+            torch.nn.Parameter,
+        )
         wrong = plain and temperature.device.type == "cpu" and float(temperature.detach()) <= 0
         tau = temperature.reshape(()).to(wide)
     elif isinstance(temperature, bool) or not isinstance(temperature, (int, float, torch.SymFloat)):
-        raise TypeError(_check.mistake(op, "temperature", "a number or a tensor", type(temperature).__name__, named))
+        raise TypeError(
+            _check.mistake(
+                op,
+                "temperature",
+                "a number or a tensor",
+                type(temperature).__name__,
+                named,
+            )
+        )
     else:
-        wrong, tau = not 0 < temperature < float("inf"), torch.full((), temperature, dtype=wide, device=image.device)
+        wrong = not 0 < temperature < float("inf")
+        tau = torch.full((), temperature, dtype=wide, device=image.device)
     if wrong:
-        raise ValueError(_check.mistake(op, "temperature", "positive and finite", temperature, named))
+        raise ValueError(
+            _check.mistake(op, "temperature", "positive and finite", temperature, named)
+        )
     if u is not None:
         if not isinstance(u, Tensor) or not u.is_floating_point():
             got = u.dtype if isinstance(u, Tensor) else type(u).__name__
             raise TypeError(_check.mistake(op, "u", "a floating-point tensor", got, named))
         if tuple(u.shape) != (2, B) or u.device != image.device:
-            expected, got = f"of shape (2, B = {B}) on {image.device}", f"{tuple(u.shape)} on {u.device}"
+            expected = f"of shape (2, B = {B}) on {image.device}"
+            got = f"{tuple(u.shape)} on {u.device}"
             raise ValueError(_check.mistake(op, "u", expected, got, named))
         u = u.detach()
     return *named.values(), tau, u
@@ -170,35 +253,38 @@ def drrho_loss(
     """The contrastive loss of a batch relative to a frozen reference model, or without one.
 
     Args:
-        image, text: (B, d) features of B pairs, as a rule of unit norm (the op does not normalise them); float32,
-            bfloat16, float16 or (reference, cpp) float64.
-        ref_image, ref_text: (B, d_ref) features of the same pairs under the reference, of any width and without
-            gradient; None for both is r = 0, FastCLIP's global contrastive loss.
+        image, text: (B, d) features of B pairs, as a rule of unit norm (the op does not normalise
+            them); float32, bfloat16, float16 or (reference, cpp) float64.
+        ref_image, ref_text: (B, d_ref) features of the same pairs under the reference, of any width
+            and without gradient; None for both is r = 0, FastCLIP's global contrastive loss.
         temperature: τ > 0, a number or a tensor with one element, which then has its gradient.
         gamma: share γ in (0, 1] of this batch in u; 1 forgets the past.
-        u: (2, B) what earlier calls returned for these samples, image side and text side; NaN: never visited, as all
-            are when it is None.
+        u: (2, B) what earlier calls returned for these samples, image side and text side; NaN:
+            never visited, as all are when it is None.
         eps: ε ≥ 0 inside the logarithm.
         rho: weight of the ρτ term, which holds a learnable τ up; it moves no feature.
         backend: ``"auto" | "reference" | "cpp" | "triton"``; ``ops.explain`` says which can run.
 
     Returns:
-        loss (), float32 (float64 for float64 features), and u (2, B) of the same dtype, without gradient: where γ = 1
-        or never visited log(ε + G_i), else logaddexp(u_i + log(1 − γ), log(ε + G_i) + log γ) with
-        G_i = (1/B)·Σ_{j≠i} exp d_ij, in log space throughout.
-        The gradient in the features is (τ/2)·mean_i Σ_{j≠i} (w_ij/B)·∇d_ij, both sides, with w_ij = exp(d_ij − u_i)
-        held fixed: for γ = 1 that of the value, for γ < 1 its denominator is the average over earlier batches. The
-        gradient in τ is ½·mean(u^image + u^text) + ρ − ½·mean_i Σ_j (w_ij/B)·d_ij. Second derivatives, exact for γ = 1,
-        are those of (τ/2γ)·mean u, by the reference. Deterministic. Extra memory is O(B·(d + d_ref)), on a GPU also
-        1,300·B numbers and 256 MiB at most; the reference holds several B×B matrices.
+        loss (), float32 (float64 for float64 features), and u (2, B) of the same dtype, without
+        gradient: where γ = 1 or never visited log(ε + G_i), else logaddexp(u_i + log(1 − γ), log(ε
+        + G_i) + log γ) with G_i = (1/B)·Σ_{j≠i} exp d_ij, in log space throughout. The gradient in
+        the features is (τ/2)·mean_i Σ_{j≠i} (w_ij/B)·∇d_ij, both sides, with w_ij = exp(d_ij − u_i)
+        held fixed: for γ = 1 that of the value, for γ < 1 its denominator is the average over
+        earlier batches. The gradient in τ is ½·mean(u^image + u^text) + ρ − ½·mean_i Σ_j
+        (w_ij/B)·d_ij. Second derivatives, exact for γ = 1, are those of (τ/2γ)·mean u, by the
+        reference. Deterministic. Extra memory is O(B·(d + d_ref)), on a GPU also 1,300·B numbers
+        and 256 MiB at most; the reference holds several B×B matrices.
 
     Raises:
-        ValueError: shapes or devices that do not fit; only one of the reference's features; an empty batch; gamma,
-            eps or temperature out of range (a tensor's value is looked at on the CPU only); B = 1 with eps = 0.
+        ValueError: shapes or devices that do not fit; only one of the reference's features; an
+            empty batch; gamma, eps or temperature out of range (a tensor's value is looked at on
+            the CPU only); B = 1 with eps = 0.
         TypeError: not tensors or numbers, dtypes that differ outside autocast.
         RuntimeError: the backend asked for cannot run here.
 
-    Source: Wei et al. 2025 (arXiv 2505.06699); Wei et al. 2024 (arXiv 2407.01445), equations of u and of RGCL-g.
+    Source: Wei et al. 2025 (arXiv 2505.06699); Wei et al. 2024 (arXiv 2407.01445), equations of u
+    and of RGCL-g.
     """
     *features, tau, u = checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho)
     backend = choose("drrho_loss", backend, features[0])
@@ -206,17 +292,35 @@ def drrho_loss(
 
 
 def run(
-    image: Tensor, text: Tensor, ref_image: Tensor | None, ref_text: Tensor | None, tau: Tensor, u: Tensor | None,
-    gamma: float, eps: float, rho: float, backend: str, world: Any = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Checked arguments through the definition or the sweeps, differentiable if something asks for it."""
+    image: Tensor,
+    text: Tensor,
+    ref_image: Tensor | None,
+    ref_text: Tensor | None,
+    tau: Tensor,
+    u: Tensor | None,
+    gamma: float,
+    eps: float,
+    rho: float,
+    backend: str,
+    world: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Checked arguments through the definition or the sweeps, differentiable if something asks for
+    it."""
     ref_image, ref_text = (t if t is None else t.detach() for t in (ref_image, ref_text))
-    features, kind = (image, text, ref_image, ref_text), image.device.type
+    features = (image, text, ref_image, ref_text)
+    kind = image.device.type
     # inside its region autocast would take the reference's float32 products to halves
     casting = kind != "meta" and torch.is_autocast_enabled(kind)
     with torch.autocast(kind, enabled=False) if casting else contextlib.nullcontext():
         if backend == "reference" and world is None:
-            return drrho_loss_reference(*features, temperature=tau, gamma=gamma, u=u, eps=eps, rho=rho)
+            return drrho_loss_reference(
+                *features,
+                temperature=tau,
+                gamma=gamma,
+                u=u,
+                eps=eps,
+                rho=rho,
+            )
         if tracked(image, text, tau):
             return Loss.apply(*features, tau, u, gamma, eps, rho, backend, world)
         return evaluate(*features, tau, u, gamma, eps, rho, (False,) * 3, backend, world)[:2]

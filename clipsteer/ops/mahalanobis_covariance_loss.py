@@ -1,8 +1,10 @@
-"""``mahalanobis_covariance_loss``: (1/B) Σ_c Σ_{i<j of class c} |D_c(old_i, old_j) − D_c(new_i, new_j)|.
+"""``mahalanobis_covariance_loss``: (1/B) Σ_c Σ_{i<j of class c} |D_c(old_i, old_j) − D_c(new_i,
+new_j)|.
 
-D_c(a, b) = sqrt((a − b) P_c (a − b)ᵀ + 1e-8) with P_c = L_c L_cᵀ, or diag + U diag(s) Uᵀ. Fused: a class's rows are
-whitened by one product, distances are taken from the whitened rows, and the gradient goes back in the same call: no
-loop over pairs, no B × B × d tensor. Source: Wu et al. 2025 (arXiv 2502.07560), covariance calibration.
+D_c(a, b) = sqrt((a − b) P_c (a − b)ᵀ + 1e-8) with P_c = L_c L_cᵀ, or diag + U diag(s) Uᵀ. Fused: a
+class's rows are whitened by one product, distances are taken from the whitened rows, and the
+gradient goes back in the same call: no loop over pairs, no B × B × d tensor. Source: Wu et al. 2025
+(arXiv 2502.07560), covariance calibration.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ __all__ = ["LowRankDiag", "mahalanobis_covariance_loss", "mahalanobis_covariance
 
 
 class LowRankDiag(NamedTuple):
-    """P = diag(diag) + U diag(s) Uᵀ for every class: ``U`` (C, d, r), ``s`` (C, r), ``diag`` (C, d); s may be
-    negative, as it is when P is the inverse (Woodbury) of a covariance of that form."""
+    """P = diag(diag) + U diag(s) Uᵀ for every class: ``U`` (C, d, r), ``s`` (C, r), ``diag`` (C,
+    d); s may be negative, as it is when P is the inverse (Woodbury) of a covariance of that
+    form."""
 
     U: Tensor
     s: Tensor
@@ -28,26 +31,35 @@ class LowRankDiag(NamedTuple):
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Rows over their norms, taken in float64 lest they overflow; a row of zeros stays, with gradient zero."""
+    """Rows over their norms, taken in float64 lest they overflow; a row of zeros stays, with
+    gradient zero."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
     return (x / torch.where(norm > 0, norm, torch.inf)).to(x.dtype)
 
 
 def mahalanobis_covariance_loss_reference(
-    new: Tensor, old: Tensor, labels: Tensor, factor: Tensor | LowRankDiag, normalize: bool = True
+    new: Tensor,
+    old: Tensor,
+    labels: Tensor,
+    factor: Tensor | LowRankDiag,
+    normalize: bool = True,
 ) -> Tensor:
-    """The definition in plain torch; twice differentiable. It gathers a factor for each row, and all B² / 2 pairs."""
+    """The definition in plain torch; twice differentiable. It gathers a factor for each row, and
+    all B² / 2 pairs."""
     B = new.shape[0]
     if B == 0:
         return new.sum()
     i, j = torch.triu_indices(B, B, 1, device=new.device)
-    same, c = ((labels[i] == labels[j]) & (labels[i] >= 0)).unsqueeze(1), labels.clamp(min=0)
+    same = ((labels[i] == labels[j]) & (labels[i] >= 0)).unsqueeze(1)
+    c = labels.clamp(min=0)
     first = (labels.unsqueeze(1) == labels).int().argmax(1)  # of the row's class
 
     def distances(x: Tensor) -> Tensor:
         x = torch.where(labels.unsqueeze(1) >= 0, x, 0)
         x = _unit(x) if normalize else x
-        x = x - x[first].detach()  # moves a class, changes no difference, and near pairs keep their digits
+        x = (
+            x - x[first].detach()
+        )  # moves a class, changes no difference, and near pairs keep their digits
         squares = lambda z: torch.where(same, z[i] - z[j], 0).square()
         through = lambda W: (x.unsqueeze(1) @ W[c].detach()).squeeze(1)
         if isinstance(factor, LowRankDiag):
@@ -65,7 +77,18 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, new, old, labels, factor, s, diag, normalize, backend):
-        loss, d_new = call(backend, "mahalanobis_covariance_loss", new, old, labels, factor, s, diag, normalize, True)
+        loss, d_new = call(
+            backend,
+            "mahalanobis_covariance_loss",
+            new,
+            old,
+            labels,
+            factor,
+            s,
+            diag,
+            normalize,
+            True,
+        )
         ctx.save_for_backward(d_new, new, old, labels, factor, s, diag)
         ctx.normalize = normalize
         return loss.to(new.dtype)
@@ -83,7 +106,11 @@ class _Gradient(torch.autograd.Function):
     def forward(ctx, grad, d_new, new, old, labels, factor, s, diag, normalize):
         ctx.save_for_backward(grad, d_new, new, old, labels, factor, s, diag)
         ctx.normalize = normalize
-        return torch.mul(d_new, grad, out=torch.empty_like(new))  # in float32 or wider, rounded once
+        return torch.mul(
+            d_new,
+            grad,
+            out=torch.empty_like(new),
+        )  # in float32 or wider, rounded once
 
     @staticmethod
     def backward(ctx, outer):
@@ -97,13 +124,20 @@ class _Gradient(torch.autograd.Function):
             (once,) = torch.autograd.grad(loss, x, create_graph=True)
             twice = None
             if once.requires_grad:
-                (twice,) = torch.autograd.grad(once, x, outer * grad, create_graph=True, allow_unused=True)
+                (twice,) = torch.autograd.grad(
+                    once,
+                    x,
+                    outer * grad,
+                    create_graph=True,
+                    allow_unused=True,
+                )
         return (once * outer).sum(), None, twice, *[None] * 6
 
 
 def _checked(new, old, labels, factor, normalize):
     """All tensors in one dtype; the factor as (L, None, None) or (U, s, diag)."""
-    op, low_rank = "mahalanobis_covariance_loss", isinstance(factor, LowRankDiag)
+    op = "mahalanobis_covariance_loss"
+    low_rank = isinstance(factor, LowRankDiag)
     named = {"new": new, "old": old, **(factor._asdict() if low_rank else {"factor": factor})}
     for name, t in (*named.items(), ("labels", labels)):
         if not isinstance(t, Tensor):
@@ -116,19 +150,34 @@ def _checked(new, old, labels, factor, normalize):
         raise TypeError(_check.mistake(op, "normalize", "a bool", type(normalize).__name__, named))
     if new.dim() != 2:
         raise ValueError(_check.mistake(op, "new", "of shape (B, d)", tuple(new.shape), named))
-    (B, d), first = new.shape, named["U" if low_rank else "factor"]
+    (B, d) = new.shape
+    first = named["U" if low_rank else "factor"]
     _check.check_shape(op, named, "old", (B, d), "new's")
     _check.check_shape(op, named, "labels", (B,), "(B,)")
-    if first.dim() != 3 or first.shape[0] == 0 or first.shape[1] != d or not (low_rank or first.shape[2] == d):
-        name, expected = ("U", f"(C, d = {d}, r)") if low_rank else ("factor", f"(C, d, d) with d = {d}")
-        raise ValueError(_check.mistake(op, name, f"of shape {expected} and C > 0", tuple(first.shape), named))
+    if (
+        first.dim() != 3
+        or first.shape[0] == 0
+        or first.shape[1] != d
+        or not (low_rank or first.shape[2] == d)
+    ):
+        name, expected = (
+            ("U", f"(C, d = {d}, r)") if low_rank else ("factor", f"(C, d, d) with d = {d}")
+        )
+        raise ValueError(
+            _check.mistake(op, name, f"of shape {expected} and C > 0", tuple(first.shape), named)
+        )
     C, _, r = first.shape
     if low_rank:
         _check.check_shape(op, named, "s", (C, r), "(C, r)")
         _check.check_shape(op, named, "diag", (C, d), "(C, d)")
     _check.check_indices(op, labels, C, named, "labels", lowest=-1)
-    return named["new"], named["old"], labels, first.detach(), *(t if t is None else t.detach() for t in (
-        named.get("s"), named.get("diag")))  # fmt: skip
+    return (
+        named["new"],
+        named["old"],
+        labels,
+        first.detach(),
+        *(t if t is None else t.detach() for t in (named.get("s"), named.get("diag"))),
+    )
 
 
 def mahalanobis_covariance_loss(
@@ -142,24 +191,27 @@ def mahalanobis_covariance_loss(
     """How far training has moved the Mahalanobis distances between rows of one class.
 
     Args:
-        new, old: (B, d) features of the same images under the network in training and under the frozen one before it;
-            float32, bfloat16, float16 or (reference, cpp) float64.
+        new, old: (B, d) features of the same images under the network in training and under the
+            frozen one before it; float32, bfloat16, float16 or (reference, cpp) float64.
         labels: (B,) int64 in [0, C), or -1 for rows to ignore.
-        factor: (C, d, d) any L with L Lᵀ the class's precision, or ``LowRankDiag(U, s, diag)``. A P that is not
-            positive semi-definite may make a square negative: it counts as 0, without a gradient.
-        normalize: compare rows over their L2 norms (a row of zeros stays one). Without it, squared distances beyond the
-            dtype's range overflow.
+        factor: (C, d, d) any L with L Lᵀ the class's precision, or ``LowRankDiag(U, s, diag)``. A P
+            that is not positive semi-definite may make a square negative: it counts as 0, without a
+            gradient.
+        normalize: compare rows over their L2 norms (a row of zeros stays one). Without it, squared
+            distances beyond the dtype's range overflow.
         backend: ``"auto" | "reference" | "cpp" | "triton"``; ``ops.explain`` says which can run.
 
     Returns:
-        () of new's dtype: (1/B) Σ |D(old_i, old_j) − D(new_i, new_j)| over the pairs i < j of every class, with
-        D(a, b) = sqrt((a − b) P (a − b)ᵀ + 1e-8); 0, with a gradient of zeros, when no class has two rows. The gradient
-        reaches ``new`` alone (where the two distances are equal it is 0); derivatives of it run on the reference.
-        Deterministic; extra memory is O(B · d), the reference takes O(B² · d + B · d²).
+        () of new's dtype: (1/B) Σ |D(old_i, old_j) − D(new_i, new_j)| over the pairs i < j of every
+        class, with D(a, b) = sqrt((a − b) P (a − b)ᵀ + 1e-8); 0, with a gradient of zeros, when no
+        class has two rows. The gradient reaches ``new`` alone (where the two distances are equal it
+        is 0); derivatives of it run on the reference. Deterministic; extra memory is O(B · d), the
+        reference takes O(B² · d + B · d²).
 
     Raises:
-        ValueError: shapes or devices that do not fit; a label outside [-1, C) (on a GPU, where the check would
-            synchronise, only under ``CLIPSTEER_CHECK_INDICES=1``; such rows are ignored there).
+        ValueError: shapes or devices that do not fit; a label outside [-1, C) (on a GPU, where the
+            check would synchronise, only under ``CLIPSTEER_CHECK_INDICES=1``; such rows are ignored
+            there).
         TypeError: not tensors, dtypes that differ outside autocast, labels that are not int64.
         RuntimeError: the backend asked for cannot run here.
 
@@ -171,7 +223,11 @@ def mahalanobis_covariance_loss(
     if backend == "reference":
         given = first if s is None else LowRankDiag(first, s, diag)
         return mahalanobis_covariance_loss_reference(new, old, labels, given, normalize)
-    contiguous = [t if t is None else t.contiguous() for t in (new, old.detach(), labels, first, s, diag)]
+    contiguous = [
+        t if t is None else t.contiguous() for t in (new, old.detach(), labels, first, s, diag)
+    ]
     if torch.is_grad_enabled() and new.requires_grad:
         return _Loss.apply(*contiguous, normalize, backend)
-    return call(backend, "mahalanobis_covariance_loss", *contiguous, normalize, False)[0].to(new.dtype)
+    return call(backend, "mahalanobis_covariance_loss", *contiguous, normalize, False)[0].to(
+        new.dtype
+    )

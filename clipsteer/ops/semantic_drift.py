@@ -1,9 +1,11 @@
-"""``semantic_drift``: μ_c += Σ_i w_ci (new_i − old_i) / Σ_i w_ci with w_ci = exp(−‖old_i − μ_c‖²/2σ²) + floor.
+"""``semantic_drift``: μ_c += Σ_i w_ci (new_i − old_i) / Σ_i w_ci with w_ci = exp(−‖old_i −
+μ_c‖²/2σ²) + floor.
 
-Prototypes follow the rows around them as a network changes. Fused: rows stream past in tiles; a product of prototypes
-and rows gives the distances, each prototype keeps its largest log-weight and sums relative to it, a second product adds
-the tile's movement. So nothing underflows, and no N×C matrix is ever whole. A statistic, without gradient.
-Source: Yu et al. 2020 (SDC, arXiv 2004.00440), equations 8–10; Wu et al. 2025 (arXiv 2502.07560), the floor.
+Prototypes follow the rows around them as a network changes. Fused: rows stream past in tiles; a
+product of prototypes and rows gives the distances, each prototype keeps its largest log-weight and
+sums relative to it, a second product adds the tile's movement. So nothing underflows, and no N×C
+matrix is ever whole. A statistic, without gradient. Source: Yu et al. 2020 (SDC, arXiv 2004.00440),
+equations 8–10; Wu et al. 2025 (arXiv 2502.07560), the floor.
 """
 
 from __future__ import annotations
@@ -21,11 +23,18 @@ __all__ = ["semantic_drift", "semantic_drift_reference"]
 MEDIAN_ROWS = 4096
 
 
-def _reference_sums(old: Tensor, new: Tensor, prototypes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _reference_sums(
+    old: Tensor,
+    new: Tensor,
+    prototypes: Tensor,
+    scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     unit, kappa, log_floor = scale.unbind()
     old, new, prototypes = (t.double() for t in (old, new, prototypes))
     # differences first: no cancellation, and no N×C×d
-    distance = torch.cdist(prototypes, old, compute_mode="donot_use_mm_for_euclid_dist") * unit  # (C, N)
+    distance = (
+        torch.cdist(prototypes, old, compute_mode="donot_use_mm_for_euclid_dist") * unit
+    )  # (C, N)
     log_w = (-kappa * distance.square()).clamp(min=-torch.finfo(torch.float64).max)
     log_w = torch.logaddexp(log_w, log_floor)
     peak = log_w.amax(1)
@@ -35,12 +44,20 @@ def _reference_sums(old: Tensor, new: Tensor, prototypes: Tensor, scale: Tensor)
 
 @torch.no_grad()
 def semantic_drift_reference(
-    old: Tensor, new: Tensor, prototypes: Tensor, sigma: float | str = 1.0, floor: float = 0.0
+    old: Tensor,
+    new: Tensor,
+    prototypes: Tensor,
+    sigma: float | str = 1.0,
+    floor: float = 0.0,
 ) -> Tensor:
-    """The definition in plain torch: a softmax over rows of −‖old_i − μ_c‖²/2σ² (floor 0), all in float64."""
+    """The definition in plain torch: a softmax over rows of −‖old_i − μ_c‖²/2σ² (floor 0), all in
+    float64."""
     if 0 in old.shape or 0 in prototypes.shape:
         return prototypes.clone()
-    return moved_by(prototypes, *_reference_sums(old, new, prototypes, _scale(old, prototypes, sigma, floor)))
+    return moved_by(
+        prototypes,
+        *_reference_sums(old, new, prototypes, _scale(old, prototypes, sigma, floor)),
+    )
 
 
 def moved_by(prototypes: Tensor, peak: Tensor, total: Tensor, moved: Tensor) -> Tensor:
@@ -49,21 +66,26 @@ def moved_by(prototypes: Tensor, peak: Tensor, total: Tensor, moved: Tensor) -> 
 
 
 def median_sigma(old: Tensor, prototypes: Tensor) -> Tensor:
-    """σ with σ² = ½·median of ‖old_i − μ_c‖², over every prototype and the first 4,096 rows: a float64 scalar.
+    """σ with σ² = ½·median of ‖old_i − μ_c‖², over every prototype and the first 4,096 rows: a
+    float64 scalar.
 
-    old (N, d), prototypes (C, d), neither empty. Of an even number of distances the lower middle one is taken; where
-    it is 0, σ is the smallest normal number, so that only rows on a prototype count for it.
+    old (N, d), prototypes (C, d), neither empty. Of an even number of distances the lower middle
+    one is taken; where it is 0, σ is the smallest normal number, so that only rows on a prototype
+    count for it.
     """
     rows = old[:MEDIAN_ROWS].to(torch.promote_types(old.dtype, torch.float32))
     means = prototypes.to(rows.dtype)
     # squares of numbers up to 1 neither overflow nor, where it matters, underflow
-    unit = torch.maximum(rows.abs().amax(), means.abs().amax()).clamp(min=torch.finfo(rows.dtype).tiny)
+    unit = torch.maximum(rows.abs().amax(), means.abs().amax()).clamp(
+        min=torch.finfo(rows.dtype).tiny
+    )
     half = torch.cdist(rows / unit, means / unit).flatten().median().double() * 0.5**0.5
     return (half * unit.double()).clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def _scale(old: Tensor, prototypes: Tensor, sigma: float | str | Tensor, floor: float) -> Tensor:
-    """[unit, κ, log floor] (3,) float64 on the device: κ (unit·‖·‖)² = ‖·‖²/2σ², unit a power of two, ½ ≤ κ ≤ 2.
+    """[unit, κ, log floor] (3,) float64 on the device: κ (unit·‖·‖)² = ‖·‖²/2σ², unit a power of
+    two, ½ ≤ κ ≤ 2.
 
     In units of about √2 σ no distance that counts overflows or underflows, and scaling is exact.
     """
@@ -82,10 +104,20 @@ def _scale(old: Tensor, prototypes: Tensor, sigma: float | str | Tensor, floor: 
 
 
 def drift_sums(
-    old: Tensor, new: Tensor, prototypes: Tensor, sigma: float | str | Tensor, floor: float, backend: str
+    old: Tensor,
+    new: Tensor,
+    prototypes: Tensor,
+    sigma: float | str | Tensor,
+    floor: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a batch says: the largest log-weight (C,), and Σ w (C,) and Σ w (new − old) (C, d) relative to it."""
-    sums = _reference_sums if backend == "reference" else lambda *args: call(backend, "drift_sums", *args)
+    """What a batch says: the largest log-weight (C,), and Σ w (C,) and Σ w (new − old) (C, d)
+    relative to it."""
+    sums = (
+        _reference_sums
+        if backend == "reference"
+        else lambda *args: call(backend, "drift_sums", *args)
+    )
     scale = _scale(old, prototypes, sigma, floor)
     return sums(old.contiguous(), new.contiguous(), prototypes.contiguous(), scale)
 
@@ -104,11 +136,15 @@ def check_arguments(op: str, old: Any, new: Any, prototypes: Any, sigma: Any, fl
             raise TypeError(_check.mistake(op, name, "a number", type(value).__name__, named))
     if isinstance(sigma, str):
         if sigma != "median":
-            raise ValueError(_check.mistake(op, "sigma", 'a number or "median"', repr(sigma), named))
+            raise ValueError(
+                _check.mistake(op, "sigma", 'a number or "median"', repr(sigma), named)
+            )
     elif not 0 < sigma < float("inf"):
         raise ValueError(_check.mistake(op, "sigma", "positive and finite", sigma, named))
     if isinstance(floor, str) or not 0 <= floor < float("inf"):
-        raise ValueError(_check.mistake(op, "floor", "a finite number of at least 0", repr(floor), named))
+        raise ValueError(
+            _check.mistake(op, "floor", "a finite number of at least 0", repr(floor), named)
+        )
 
 
 @torch.no_grad()
@@ -123,21 +159,22 @@ def semantic_drift(
     """Move class prototypes by the drift of the rows near them.
 
     Args:
-        old: (N, d) features of some images under the old network, float32, bfloat16, float16 or (reference, cpp)
-            float64.
+        old: (N, d) features of some images under the old network, float32, bfloat16, float16 or
+            (reference, cpp) float64.
         new: (N, d) features of the SAME images, in the same order, under the new network.
         prototypes: (C, d) class means under the old network.
-        sigma: width of the Gaussian, in the features' unit; SDC takes 0.3 (0.2 on CIFAR-100) for unit-norm features,
-            MACIL 1. ``"median"``: σ² is half the median of ‖old_i − μ_c‖² over c and the first min(N, 4096) rows, for
-            features that are not normalised.
-        floor: added to every weight; 0 makes the weights exactly a softmax over rows, MACIL takes 1e-5.
+        sigma: width of the Gaussian, in the features' unit; SDC takes 0.3 (0.2 on CIFAR-100) for
+            unit-norm features, MACIL 1. ``"median"``: σ² is half the median of ‖old_i − μ_c‖² over
+            c and the first min(N, 4096) rows, for features that are not normalised.
+        floor: added to every weight; 0 makes the weights exactly a softmax over rows, MACIL takes
+            1e-5.
         backend: ``"auto" | "reference" | "cpp" | "triton"``; ``ops.explain`` says which can run.
 
     Returns:
-        (C, d), of the prototypes' dtype, without gradient; N = 0 returns the prototypes. Never NaN while sums of
-        new − old are finite, however far the rows are: distances saturate at about 4e18 σ in float32 (the reference:
-        1e154 σ), and rows beyond that count as equally far. Extra memory is O((tile + C)·d). Autocast leaves the op
-        alone.
+        (C, d), of the prototypes' dtype, without gradient; N = 0 returns the prototypes. Never NaN
+        while sums of new − old are finite, however far the rows are: distances saturate at about
+        4e18 σ in float32 (the reference: 1e154 σ), and rows beyond that count as equally far. Extra
+        memory is O((tile + C)·d). Autocast leaves the op alone.
 
     Raises:
         ValueError: shapes or devices that do not fit, sigma not positive, floor negative.

@@ -1,9 +1,10 @@
-"""``sparse_decode``: x_hat = Σ_j acts_j · W_dec[indices_j] + b_dec, a gather that never builds the dense code.
+"""``sparse_decode``: x_hat = Σ_j acts_j · W_dec[indices_j] + b_dec, a gather that never builds the
+dense code.
 
-Fused: the gathered rows are summed as they are read, so the (B, k, d_in) intermediate does not exist. Its gradients,
-``gather_dot`` (for acts) and ``sparse_outer`` (for the dictionary), are sums of the same kind, and the three are closed
-under differentiation: every derivative of any order runs on the same kernels.
-Source: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
+Fused: the gathered rows are summed as they are read, so the (B, k, d_in) intermediate does not
+exist. Its gradients, ``gather_dot`` (for acts) and ``sparse_outer`` (for the dictionary), are sums
+of the same kind, and the three are closed under differentiation: every derivative of any order runs
+on the same kernels. Source: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from clipsteer.ops._dispatch import call, choose, tracked
 __all__ = ["sparse_decode", "sparse_decode_reference"]
 
 
-def sparse_decode_reference(acts: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+def sparse_decode_reference(
+    acts: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None = None,
+) -> Tensor:
     """The definition in plain torch; any leading shape, any float dtype, twice differentiable."""
     x_hat = (acts.unsqueeze(-1) * F.embedding(indices, W_dec)).sum(-2)
     return x_hat if b_dec is None else x_hat + b_dec
@@ -98,7 +104,13 @@ def gather_dot(rows: Tensor, indices: Tensor, W: Tensor, backend: str) -> Tensor
     return call(backend, "gather_dot", rows, indices, W)
 
 
-def sparse_outer(coeff: Tensor, indices: Tensor, rows: Tensor, n: int, backend: str) -> tuple[Tensor, Tensor]:
+def sparse_outer(
+    coeff: Tensor,
+    indices: Tensor,
+    rows: Tensor,
+    n: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     """Segment sums Σ coeff·rows and Σ coeff over the pairs of each feature: (n, d), (n,)."""
     if tracked(coeff, rows):
         return _SparseOuter.apply(coeff, indices, rows, n, backend)
@@ -106,17 +118,36 @@ def sparse_outer(coeff: Tensor, indices: Tensor, rows: Tensor, n: int, backend: 
 
 
 def weight_gradient(
-    coeff: Tensor, indices: Tensor, rows: Tensor, W: Tensor, backend: str, sparse: bool, buffer: Tensor | None
+    coeff: Tensor,
+    indices: Tensor,
+    rows: Tensor,
+    W: Tensor,
+    backend: str,
+    sparse: bool,
+    buffer: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``sparse_outer`` as the caller wants it: dense, row-sparse, or written into a kept buffer."""
     n = W.shape[0]
     if (sparse or buffer is not None) and tracked(coeff, rows):
-        raise RuntimeError("sparse_grad and grad_buffer give first derivatives only; leave them out to go further")
+        raise RuntimeError(
+            "sparse_grad and grad_buffer give first derivatives only; leave them out to go further"
+        )
     if sparse:
         features, compact = torch.unique(indices, return_inverse=True)
-        d_W, d_b = call(backend, "sparse_outer", coeff, compact.contiguous(), rows, features.numel())
+        d_W, d_b = call(
+            backend,
+            "sparse_outer",
+            coeff,
+            compact.contiguous(),
+            rows,
+            features.numel(),
+        )
         d_W = torch.sparse_coo_tensor(
-            features[None], d_W, (n, rows.shape[1]), is_coalesced=True, check_invariants=False
+            features[None],
+            d_W,
+            (n, rows.shape[1]),
+            is_coalesced=True,
+            check_invariants=False,
         )
         return d_W, torch.zeros(n, dtype=d_b.dtype, device=d_b.device).index_copy(0, features, d_b)
     if buffer is not None and not torch.compiler.is_compiling() and not _holds_gradient(buffer, W):
@@ -127,11 +158,18 @@ def weight_gradient(
 
 
 def _holds_gradient(buffer: Tensor, W: Tensor) -> bool:
-    """Whether the gradient of an earlier backward pass still lives in ``buffer``: then it has to be added to."""
+    """Whether the gradient of an earlier backward pass still lives in ``buffer``: then it has to be
+    added to."""
     return W.is_leaf and W.grad is not None and W.grad.data_ptr() == buffer.data_ptr()
 
 
-def check_gradient_options(op: str, W: Tensor, sparse_grad: bool, grad_buffer: Tensor | None, backend: str) -> None:
+def check_gradient_options(
+    op: str,
+    W: Tensor,
+    sparse_grad: bool,
+    grad_buffer: Tensor | None,
+    backend: str,
+) -> None:
     if grad_buffer is not None:
         if sparse_grad:
             raise ValueError(f"{op}: sparse_grad and grad_buffer exclude each other")
@@ -160,42 +198,53 @@ def sparse_decode(
     sparse_grad: bool = False,
     grad_buffer: Tensor | None = None,
 ) -> Tensor:
-    """Decode sparse codes: ``x_hat[b] = Σ_j acts[b, j] · W_dec[indices[b, j]] + b_dec`` (duplicate indices add up).
+    """Decode sparse codes: ``x_hat[b] = Σ_j acts[b, j] · W_dec[indices[b, j]] + b_dec`` (duplicate
+    indices add up).
 
     Args:
         acts: (..., k) activations, float32, bfloat16, float16 or (reference, cpp) float64.
         indices: (..., k) int64 feature numbers in [0, d_sae).
         W_dec: (d_sae, d_in) dictionary, a feature a row, of ``acts``' dtype.
         b_dec: (d_in,) or None.
-        backend: ``"auto" | "reference" | "cpp" | "triton" | "cuda"``; ``ops.explain`` says which can run.
-        sparse_grad: the gradient of ``W_dec`` is a sparse COO tensor of the rows in use, as in ``F.embedding``; not
-            under ``torch.compile`` or DistributedDataParallel, which refuse such gradients.
-        grad_buffer: a (d_sae, d_in) tensor that the gradient of ``W_dec`` is written into and returned as; keep it from
-            step to step to avoid the page faults of a fresh one. Each dictionary and each use of it in one step needs
-            its own. While ``W_dec.grad`` still lives in it (gradients are accumulated), a fresh tensor is added to it.
-            Ignored under ``torch.compile``.
+        backend: ``"auto" | "reference" | "cpp" | "triton" | "cuda"``; ``ops.explain`` says which
+            can run.
+        sparse_grad: the gradient of ``W_dec`` is a sparse COO tensor of the rows in use, as in
+            ``F.embedding``; not under ``torch.compile`` or DistributedDataParallel, which refuse
+            such gradients.
+        grad_buffer: a (d_sae, d_in) tensor that the gradient of ``W_dec`` is written into and
+            returned as; keep it from step to step to avoid the page faults of a fresh one. Each
+            dictionary and each use of it in one step needs its own. While ``W_dec.grad`` still
+            lives in it (gradients are accumulated), a fresh tensor is added to it. Ignored under
+            ``torch.compile``.
 
     Returns:
-        (..., d_in), rounded once from float32 accumulation for half precisions. All gradients, of any order (with
-        ``sparse_grad`` and ``grad_buffer``: of the first), are exact derivatives and repeat bit for bit.
+        (..., d_in), rounded once from float32 accumulation for half precisions. All gradients, of
+        any order (with ``sparse_grad`` and ``grad_buffer``: of the first), are exact derivatives
+        and repeat bit for bit.
 
     Raises:
-        ValueError: shapes, devices or indices that do not fit (on a GPU indices are checked only under
-            ``CLIPSTEER_CHECK_INDICES=1``, because the check synchronises; compiled code raises IndexError).
+        ValueError: shapes, devices or indices that do not fit (on a GPU indices are checked only
+            under ``CLIPSTEER_CHECK_INDICES=1``, because the check synchronises; compiled code
+            raises IndexError).
         TypeError: not tensors, or dtypes that differ outside autocast.
         RuntimeError: the backend asked for cannot run here.
 
     Source: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
     """
-    op, named = "sparse_decode", {"acts": acts, "indices": indices, "W_dec": W_dec, "b_dec": b_dec}
+    op = "sparse_decode"
+    named = {"acts": acts, "indices": indices, "W_dec": W_dec, "b_dec": b_dec}
     if all(isinstance(t, Tensor) for t in (acts, W_dec)):
         acts, W_dec, b_dec = _check.autocast(acts, W_dec, b_dec)
         named.update(acts=acts, W_dec=W_dec, b_dec=b_dec)
     _check.check_tensors(op, named, integer=("indices",))
     if W_dec.dim() != 2:
-        raise ValueError(_check.mistake(op, "W_dec", "of shape (d_sae, d_in)", tuple(W_dec.shape), named))
+        raise ValueError(
+            _check.mistake(op, "W_dec", "of shape (d_sae, d_in)", tuple(W_dec.shape), named)
+        )
     if acts.dim() == 0 or acts.shape != indices.shape:
-        raise ValueError(_check.mistake(op, "acts", "of indices' shape (..., k)", tuple(acts.shape), named))
+        raise ValueError(
+            _check.mistake(op, "acts", "of indices' shape (..., k)", tuple(acts.shape), named)
+        )
     _check.check_shape(op, named, "b_dec", (W_dec.shape[1],), "(d_in,)")
     _check.check_indices(op, indices, W_dec.shape[0], named)
     backend = choose(op, backend, acts)
@@ -203,7 +252,9 @@ def sparse_decode(
     if backend == "reference":
         return sparse_decode_reference(acts, indices, W_dec, b_dec)
     shape = (acts.shape[:-1].numel(), acts.shape[-1])
-    flat, flat_indices = acts.reshape(shape).contiguous(), indices.reshape(shape).contiguous()
-    W, b = W_dec.contiguous(), None if b_dec is None else b_dec.contiguous()
+    flat = acts.reshape(shape).contiguous()
+    flat_indices = indices.reshape(shape).contiguous()
+    W = W_dec.contiguous()
+    b = None if b_dec is None else b_dec.contiguous()
     x_hat = _SparseDecode.apply(flat, flat_indices, W, b, backend, sparse_grad, grad_buffer)
     return x_hat.reshape(*acts.shape[:-1], W_dec.shape[1])

@@ -1,8 +1,9 @@
-"""``topk_encode``: acts, indices = relu and positions of the k largest of x W_encᵀ + b_enc, per row.
+"""``topk_encode``: acts, indices = relu and positions of the k largest of x W_encᵀ + b_enc, per
+row.
 
-Fused: the matrix product is filtered panel by panel while it is in cache (or in the tile that made it), so the
-(B, d_sae) pre-activations are never stored. The filter is exact: a value is dropped only when k others are larger.
-Source: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
+Fused: the matrix product is filtered panel by panel while it is in cache (or in the tile that made
+it), so the (B, d_sae) pre-activations are never stored. The filter is exact: a value is dropped
+only when k others are larger. Source: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
 """
 
 from __future__ import annotations
@@ -18,19 +19,35 @@ from clipsteer.ops.sparse_decode import check_gradient_options, decode, weight_g
 __all__ = ["topk_encode", "topk_encode_reference"]
 
 
-def topk_encode_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None, *, k: int) -> tuple[Tensor, Tensor]:
-    """The definition in plain torch; ties go to the lower index, a NaN anywhere in a row makes its acts NaN."""
+def topk_encode_reference(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None = None,
+    *,
+    k: int,
+) -> tuple[Tensor, Tensor]:
+    """The definition in plain torch; ties go to the lower index, a NaN anywhere in a row makes its
+    acts NaN."""
     pre = F.linear(x, W_enc, b_enc)  # (..., d_sae)
     # a stable sort orders equal values by index, and -0 + 0 is +0
     values, order = torch.sort(pre + 0.0, dim=-1, descending=True, stable=True)
-    values, indices = values[..., :k], order[..., :k]
+    values = values[..., :k]
+    indices = order[..., :k]
     return torch.relu(values.masked_fill(pre.isnan().any(-1, keepdim=True), float("nan"))), indices
 
 
 class _TopkEncode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, b, k, backend, grad_backend, sparse_grad, grad_buffer, screen):
-        acts, indices = call(backend, "topk_encode", x, W, b, k, *((screen,) if backend == "cpp" else ()))
+        acts, indices = call(
+            backend,
+            "topk_encode",
+            x,
+            W,
+            b,
+            k,
+            *((screen,) if backend == "cpp" else ()),
+        )
         ctx.save_for_backward(x, W, acts, indices)
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
@@ -69,23 +86,29 @@ def topk_encode(
     Args:
         x: (..., d_in) activations, float32, bfloat16, float16 or (reference, cpp) float64.
         W_enc: (d_sae, d_in) dictionary, a feature a row, of ``x``'s dtype.
-        b_enc: (d_sae,) or None. A decoder bias that is subtracted from x is folded in by the caller.
+        b_enc: (d_sae,) or None. A decoder bias that is subtracted from x is folded in by the
+            caller.
         k: how many, 1 ≤ k ≤ d_sae.
-        backend: ``"auto" | "reference" | "cpp" | "triton" | "cuda"``; ``ops.explain`` says which can run. ``"auto"``
-            takes sparse_decode's for the gradient.
-        sparse_grad: the gradient of ``W_enc`` is a sparse COO tensor of the rows in use, as in ``F.embedding``.
-        grad_buffer: a kept (d_sae, d_in) buffer for the gradient of ``W_enc``; see ``sparse_decode``.
-        screen: ``"auto" | "off"``. On CPUs with AMX or AVX512-VNNI the cpp backend rules most columns of a large
-            float32 product out by int8 products and a proven bound of their error, and computes the rest in float32.
-            The result is held to the same bound as without; only pre-activations closer than their rounding may change
-            places, as between any two orders of summation. Its bits depend neither on the thread count nor on the
-            other rows. Nothing is kept between calls. ``torch.ops.clipsteer_cpp.topk_encode_screened(x, W_enc, b_enc,
-            k)`` (x of two dimensions) also returns how many columns of each row were computed in float32.
+        backend: ``"auto" | "reference" | "cpp" | "triton" | "cuda"``; ``ops.explain`` says which
+            can run. ``"auto"`` takes sparse_decode's for the gradient.
+        sparse_grad: the gradient of ``W_enc`` is a sparse COO tensor of the rows in use, as in
+            ``F.embedding``.
+        grad_buffer: a kept (d_sae, d_in) buffer for the gradient of ``W_enc``; see
+            ``sparse_decode``.
+        screen: ``"auto" | "off"``. On CPUs with AMX or AVX512-VNNI the cpp backend rules most
+            columns of a large float32 product out by int8 products and a proven bound of their
+            error, and computes the rest in float32. The result is held to the same bound as
+            without; only pre-activations closer than their rounding may change places, as between
+            any two orders of summation. Its bits depend neither on the thread count nor on the
+            other rows. Nothing is kept between calls.
+            ``torch.ops.clipsteer_cpp.topk_encode_screened(x, W_enc, b_enc, k)`` (x of two
+            dimensions) also returns how many columns of each row were computed in float32.
 
     Returns:
-        acts (..., k) in descending order, not negative; indices (..., k) int64. Equal pre-activations go to the lower
-        index on every backend. A row with a NaN pre-activation has NaN acts; its indices stay in range and unique.
-        The gradient holds the index set fixed and is 0 where the pre-activation is not positive.
+        acts (..., k) in descending order, not negative; indices (..., k) int64. Equal
+        pre-activations go to the lower index on every backend. A row with a NaN pre-activation has
+        NaN acts; its indices stay in range and unique. The gradient holds the index set fixed and
+        is 0 where the pre-activation is not positive.
 
     Raises:
         ValueError: shapes, devices or k that do not fit.
@@ -94,15 +117,26 @@ def topk_encode(
 
     Source: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
     """
-    op, named = "topk_encode", {"x": x, "W_enc": W_enc, "b_enc": b_enc}
+    op = "topk_encode"
+    named = {"x": x, "W_enc": W_enc, "b_enc": b_enc}
     if all(isinstance(t, Tensor) for t in (x, W_enc)):
         x, W_enc, b_enc = _check.autocast(x, W_enc, b_enc)
         named.update(x=x, W_enc=W_enc, b_enc=b_enc)
     _check.check_tensors(op, named)
     if W_enc.dim() != 2:
-        raise ValueError(_check.mistake(op, "W_enc", "of shape (d_sae, d_in)", tuple(W_enc.shape), named))
+        raise ValueError(
+            _check.mistake(op, "W_enc", "of shape (d_sae, d_in)", tuple(W_enc.shape), named)
+        )
     if x.dim() == 0 or x.shape[-1] != W_enc.shape[1]:
-        raise ValueError(_check.mistake(op, "x", f"of shape (..., d_in = {W_enc.shape[1]})", tuple(x.shape), named))
+        raise ValueError(
+            _check.mistake(
+                op,
+                "x",
+                f"of shape (..., d_in = {W_enc.shape[1]})",
+                tuple(x.shape),
+                named,
+            )
+        )
     _check.check_shape(op, named, "b_enc", (W_enc.shape[0],), "(d_sae,)")
     if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
         raise TypeError(_check.mistake(op, "k", "an int", type(k).__name__, named))
@@ -110,14 +144,26 @@ def topk_encode(
         raise ValueError(_check.mistake(op, "k", f"in [1, d_sae = {W_enc.shape[0]}]", k, named))
     if screen not in ("auto", "off"):
         raise ValueError(f'{op}: screen must be "auto" or "off", got {screen!r}')
-    asked, backend = backend, choose(op, backend, x)
+    asked = backend
+    backend = choose(op, backend, x)
     check_gradient_options(op, W_enc, sparse_grad, grad_buffer, backend)
     if backend == "reference":
         return topk_encode_reference(x, W_enc, b_enc, k=k)
     # the gradient is made of sparse_decode's operations, which another backend may be faster at
     grad_backend = choose("sparse_decode", asked, x) if tracked(x, W_enc, b_enc) else backend
     grad_backend = backend if grad_backend == "reference" else grad_backend
-    flat, W = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous(), W_enc.contiguous()
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+    W = W_enc.contiguous()
     b = None if b_enc is None else b_enc.contiguous()
-    acts, indices = _TopkEncode.apply(flat, W, b, k, backend, grad_backend, sparse_grad, grad_buffer, screen == "auto")
+    acts, indices = _TopkEncode.apply(
+        flat,
+        W,
+        b,
+        k,
+        backend,
+        grad_backend,
+        sparse_grad,
+        grad_buffer,
+        screen == "auto",
+    )
     return acts.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)

@@ -36,8 +36,16 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         import triton
 
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.split() if shutil.which(query[0]) else []
-        facts |= {"chip": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": triton.__version__}
+        driver = (
+            subprocess.run(query, capture_output=True, text=True).stdout.split()
+            if shutil.which(query[0])
+            else []
+        )
+        facts |= {
+            "chip": torch.cuda.get_device_name(),
+            "cuda": torch.version.cuda,
+            "triton": triton.__version__,
+        }
         facts["driver"] = driver[0] if driver else "unknown"
     return facts | {"device": device, "date": time.strftime("%Y-%m-%d")}
 
@@ -49,7 +57,8 @@ def resident(field: str) -> int:
 
 
 def extra_memory(call: Callable[[], Any], device: str) -> int:
-    """Peak bytes that a call needs beyond what was there: allocator statistics on a GPU, resident pages on the CPU."""
+    """Peak bytes that a call needs beyond what was there: allocator statistics on a GPU, resident
+    pages on the CPU."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -57,7 +66,9 @@ def extra_memory(call: Callable[[], Any], device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     status = Path("/proc/self/clear_refs")
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left in glibc's heap would hide what this one needs
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # what earlier calls left in glibc's heap would hide what this one needs
     try:
         status.write_text("5")  # resets the high-water mark of resident memory
         before = resident("VmRSS")

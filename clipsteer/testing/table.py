@@ -1,4 +1,5 @@
-"""The table of speeds in the README, made from the files that ``bench`` and the scripts in benchmarks/ write.
+"""The table of speeds in the README, made from the files that ``bench`` and the scripts in
+benchmarks/ write.
 
 clipsteer bench --markdown benchmarks/results/cpu-*.json --into README.md
 """
@@ -14,7 +15,8 @@ from clipsteer.ops import BACKENDS
 
 __all__ = ["markdown", "put"]
 
-BEGIN, END = "<!-- bench -->\n", "<!-- /bench -->\n"
+BEGIN = "<!-- bench -->\n"
+END = "<!-- /bench -->\n"
 # ways of ours that a stage's contenders are named by
 _STAGES = ("kept buffer", "row-sparse", "fresh")
 # yardsticks, which do not compute the op's result
@@ -31,9 +33,9 @@ def ours(contender: str) -> bool:
 
 
 def markdown(files: Sequence[str | Path]) -> str:
-    """A table for each machine and number of threads, in the order of the files: each way of ours to run an op, next to
-    the fastest of the others, and the share of the floor that it reaches (where the file says). Of an op, shape and
-    pass that two files hold, the later one counts.
+    """A table for each machine and number of threads, in the order of the files: each way of ours
+    to run an op, next to the fastest of the others, and the share of the floor that it reaches
+    (where the file says). Of an op, shape and pass that two files hold, the later one counts.
 
     Raises FileFormatError for other files.
     """
@@ -50,13 +52,17 @@ def markdown(files: Sequence[str | Path]) -> str:
             machines.setdefault(where, {}).update(new)
         except (KeyError, TypeError, AttributeError) as error:
             raise FileFormatError(f"{file}: not a file of clipsteer bench: {error!r}") from error
-    return "\n".join(f"{where}:\n\n{_best(groups)}{_peers(groups)}" for where, groups in machines.items())
+    return "\n".join(
+        f"{where}:\n\n{_best(groups)}{_peers(groups)}" for where, groups in machines.items()
+    )
 
 
 def _best(groups: Groups) -> str:
     rows = []
     for (op, shape, kind), found in groups.items():
-        rivals = [r for name, r in found.items() if not ours(name) and (op, shape, name) not in _NO_RIVALS]
+        rivals = [
+            r for name, r in found.items() if not ours(name) and (op, shape, name) not in _NO_RIVALS
+        ]
         mine = [r for name, r in found.items() if ours(name)]
         if not mine or not rivals:
             continue
@@ -65,11 +71,15 @@ def _best(groups: Groups) -> str:
             way = f" ({r['contender']})" if len(mine) > 1 else ""
             floor = share = ""
             if "floor_share" in r:
-                floor, share = _time(r["seconds"] * r["floor_share"]), f"{r['floor_share']:.0%}"
+                floor = _time(r["seconds"] * r["floor_share"])
+                share = f"{r['floor_share']:.0%}"
             baseline = f"{_time(best['seconds'])} ({best['contender']})"
             ratio = f"{best['seconds'] / r['seconds']:.2f}×"
             rows.append((op, shape, kind, _time(r["seconds"]) + way, baseline, ratio, floor, share))
-    return _table(("op", "shape", "pass", "ours", "best baseline", "ratio", "floor", "of floor"), rows)
+    return _table(
+        ("op", "shape", "pass", "ours", "best baseline", "ratio", "floor", "of floor"),
+        rows,
+    )
 
 
 def _peers(groups: Groups) -> str:
@@ -104,4 +114,7 @@ def put(file: str | Path, table: str) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"bench: {file} has no lines {BEGIN.strip()} and {END.strip()}")
-    write_atomically(file, lambda target: target.write((before + begin + table + end + after).encode()))
+    write_atomically(
+        file,
+        lambda target: target.write((before + begin + table + end + after).encode()),
+    )

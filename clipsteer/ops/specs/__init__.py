@@ -1,6 +1,8 @@
-"""What each op promises: how cases are drawn, derived bounds, edge and benchmark shapes, baselines. One file an op.
+"""What each op promises: how cases are drawn, derived bounds, edge and benchmark shapes, baselines.
+One file an op.
 
-Loaded when ``ops.REGISTRY`` is asked for, or a GPU kernel has to prove itself; running an op needs none of it.
+Loaded when ``ops.REGISTRY`` is asked for, or a GPU kernel has to prove itself; running an op needs
+none of it.
 """
 
 from __future__ import annotations

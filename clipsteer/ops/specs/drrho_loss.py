@@ -1,9 +1,10 @@
 """What ``drrho_loss`` may be off by.
 
-S = s − r is a sum of D products, off by δS ≤ (D + 6)·u·|rows||cols|ᵀ; t = (S − S_ii)/τ is off by
-δ ≤ (δS + δS_ii)/τ and its own roundings. A sum of exponentials of t' ∈ [t − δ, t + δ] has its logarithm in
-[lse(t − δ), lse(t + δ)], and u, which rises with it, stays in the image of that interval. A weight exp(t − u) is then
-off by a factor of at most exp(δ + δu), and the gradients are sums of weights times features.
+S = s − r is a sum of D products, off by δS ≤ (D + 6)·u·|rows||cols|ᵀ; t = (S − S_ii)/τ is off by δ
+≤ (δS + δS_ii)/τ and its own roundings. A sum of exponentials of t' ∈ [t − δ, t + δ] has its
+logarithm in [lse(t − δ), lse(t + δ)], and u, which rises with it, stays in the image of that
+interval. A weight exp(t − u) is then off by a factor of at most exp(δ + δu), and the gradients are
+sums of weights times features.
 """
 
 from __future__ import annotations
@@ -22,22 +23,31 @@ EXP = 4
 
 
 class Truth:
-    """A drawn case in float64: per side (image, text) t, its error δ, u and its error, all (2, B, B) or (2, B)."""
+    """A drawn case in float64: per side (image, text) t, its error δ, u and its error, all (2, B,
+    B) or (2, B)."""
 
     def __init__(self, inputs: dict[str, Any]) -> None:
         wide = {n: v.detach().double() if isinstance(v, Tensor) else v for n, v in inputs.items()}
         dtype = inputs["image"].dtype
-        self.unit, self.operand = ACCUMULATE[dtype], operand_error(dtype)
+        self.unit = ACCUMULATE[dtype]
+        self.operand = operand_error(dtype)
         # weights on tensor cores are sums of two halves
         self.split = 2.0**-15 if dtype in (torch.float16, torch.bfloat16) else 0.0
-        self.image, self.text, self.tau = wide["image"], wide["text"], wide["temperature"]
-        rows, cols = self.image, self.text
+        self.image = wide["image"]
+        self.text = wide["text"]
+        self.tau = wide["temperature"]
+        rows = self.image
+        cols = self.text
         if wide["ref_image"] is not None:
-            rows, cols = torch.cat([rows, -wide["ref_image"]], 1), torch.cat([cols, wide["ref_text"]], 1)
-        self.B, self.rho = rows.shape[0], wide["rho"]
-        own, u = torch.eye(self.B, dtype=torch.bool), self.unit
+            rows = torch.cat([rows, -wide["ref_image"]], 1)
+            cols = torch.cat([cols, wide["ref_text"]], 1)
+        self.B = rows.shape[0]
+        self.rho = wide["rho"]
+        own = torch.eye(self.B, dtype=torch.bool)
+        u = self.unit
         tiny = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).tiny
-        S, size = rows @ cols.T, rows.abs() @ cols.abs().T
+        S = rows @ cols.T
+        size = rows.abs() @ cols.abs().T
         off = ((rows.shape[1] + 6) * u + self.operand) * size + rows.shape[1] * tiny
         both = lambda x: torch.stack([x, x.T]) + x.diagonal().unsqueeze(1)
         t = (torch.stack([S, S.T]) - S.diagonal().unsqueeze(1)) / self.tau
@@ -47,18 +57,26 @@ class Truth:
         self.t = t.masked_fill(own, -torch.inf)
         self.lse = self.t.logsumexp(2)
         peak = self.t.amax(2).nan_to_num(posinf=0.0, neginf=0.0, nan=0.0)
-        # a term's distance from the peak, the exponential, B sums, a rescaling for each tile of 16, the logarithm
-        step = self.delta + 2 * u * (t.abs().nan_to_num(posinf=0.0, nan=0.0) + peak.abs().unsqueeze(2))
+        # a term's distance from the peak, the exponential, B sums, a rescaling for each tile of 16,
+        # the logarithm
+        step = self.delta + 2 * u * (
+            t.abs().nan_to_num(posinf=0.0, nan=0.0) + peak.abs().unsqueeze(2)
+        )
         steps = (self.B + (EXP + 2) * (self.B / 16 + 1) + 2 * EXP + 4) * u
         ends = [(self.t + sign * step).logsumexp(2) + sign * steps for sign in (-1, 1)]
         self.u, self.share = self.averaged(self.lse, wide)
-        sizes = 8 * u * (self.lse.abs().nan_to_num(posinf=0.0) + math.log(self.B) + self.u.abs() + 1)
+        sizes = (
+            8 * u * (self.lse.abs().nan_to_num(posinf=0.0) + math.log(self.B) + self.u.abs() + 1)
+        )
         if wide["eps"] > 0:
             sizes = sizes + 4 * u * abs(math.log(wide["eps"]))
         if wide["u"] is not None:
             sizes = sizes + 4 * u * (wide["u"].nan_to_num(0.0).abs() + abs(math.log(wide["gamma"])))
         low, high = (self.averaged(end, wide)[0] for end in ends)
-        self.u_off = (torch.maximum(high - self.u, self.u - low) + sizes).nan_to_num(nan=0.0, posinf=0.0)
+        self.u_off = (torch.maximum(high - self.u, self.u - low) + sizes).nan_to_num(
+            nan=0.0,
+            posinf=0.0,
+        )
 
     def averaged(self, lse: Tensor, wide: dict[str, Any]) -> tuple[Tensor, Tensor]:
         log_G = torch.logaddexp(lse - math.log(self.B), torch.full_like(lse, wide["eps"]).log())
@@ -67,7 +85,8 @@ class Truth:
         return torch.logaddexp(past.nan_to_num(0.0) + (1 - share).log(), log_G + share.log()), share
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """exp(t − u) / 2B² of both sides, its error, and t with 0 where a pair is its own: (2, B, B)."""
+        """exp(t − u) / 2B² of both sides, its error, and t with 0 where a pair is its own: (2, B,
+        B)."""
         w = (self.t - self.u.unsqueeze(2)).exp() / (2 * self.B**2)
         t = self.t.masked_fill(torch.eye(self.B, dtype=torch.bool), 0.0)
         rounding = self.unit * (2 * t.abs() + 2 * self.u.abs().unsqueeze(2) + 2 * EXP + 4)
@@ -80,46 +99,84 @@ def check_values(inputs: dict[str, Any], outputs: dict[str, Tensor]) -> dict[str
     loss = x.tau * (x.u.mean(1).sum() / 2 + x.rho)
     size = x.tau * (x.u.abs().mean(1).sum() / 2 + abs(x.rho))
     off = (x.tau * x.u_off.mean(1).sum() / 2).nan_to_num(nan=0.0, posinf=0.0)
-    found["loss"] = fraction_of_bound(*(v.reshape(1) for v in (outputs["loss"], loss, size)), 2 * x.B + 6, 0.0, off)
+    found["loss"] = fraction_of_bound(
+        *(v.reshape(1) for v in (outputs["loss"], loss, size)),
+        2 * x.B + 6,
+        0.0,
+        off,
+    )
     return found
 
 
 def check_grads(
-    inputs: dict[str, Any], outputs: dict[str, Tensor], grad_out: dict[str, Tensor], grads: dict[str, Tensor]
+    inputs: dict[str, Any],
+    outputs: dict[str, Tensor],
+    grad_out: dict[str, Tensor],
+    grads: dict[str, Tensor],
 ) -> dict[str, float]:
-    x, g, found = Truth(inputs), grad_out["loss"].double(), {}
+    x = Truth(inputs)
+    g = grad_out["loss"].double()
+    found = {}
     w, off, t = x.weights()
-    P, P_off = w[0] + w[1].T, off[0] + off[1].T
-    own, own_off = w.sum(2).sum(0), off.sum(2).sum(0) + (x.B + 4) * x.unit * w.sum(2).sum(0)
+    P = w[0] + w[1].T
+    P_off = off[0] + off[1].T
+    own = w.sum(2).sum(0)
+    own_off = off.sum(2).sum(0) + (x.B + 4) * x.unit * w.sum(2).sum(0)
     # a sum of B weights in log space, then out of it
-    own_off = own_off + own * x.unit * (x.lse.abs() + x.u.abs()).nan_to_num(neginf=0.0, posinf=0.0).amax(0) * 2
-    full, full_off = P - own.diag(), P_off + own_off.diag()
+    own_off = (
+        own_off
+        + own * x.unit * (x.lse.abs() + x.u.abs()).nan_to_num(neginf=0.0, posinf=0.0).amax(0) * 2
+    )
+    full = P - own.diag()
+    full_off = P_off + own_off.diag()
     size = P + own.diag()
     for name, left, left_off, sizes, right in (
-        ("image", full, full_off, size, x.text), ("text", full.T, full_off.T, size.T, x.image),
-    ):  # fmt: skip
+        ("image", full, full_off, size, x.text),
+        ("text", full.T, full_off.T, size.T, x.image),
+    ):
         if name not in grads:
             continue
-        truth, magnitude = left @ right, (sizes + left_off) @ right.abs()
+        truth = left @ right
+        magnitude = (sizes + left_off) @ right.abs()
         bound = left_off @ right.abs()
         extra = x.operand + x.split
         found[name] = fraction_of_bound(
-            grads[name], g * truth, g.abs() * magnitude, 2 * x.B + 8, extra, g.abs() * bound
+            grads[name],
+            g * truth,
+            g.abs() * magnitude,
+            2 * x.B + 8,
+            extra,
+            g.abs() * bound,
         )
     if "temperature" in grads:
-        mean, u_mean = x.u.mean(1).sum() / 2 + x.rho, x.u.abs().mean(1).sum() / 2 + abs(x.rho)
-        moment, size = (w * t).sum(), (w * t.abs()).sum()
+        mean = x.u.mean(1).sum() / 2 + x.rho
+        u_mean = x.u.abs().mean(1).sum() / 2 + abs(x.rho)
+        moment = (w * t).sum()
+        size = (w * t.abs()).sum()
         bound = x.u_off.mean(1).sum() / 2 + (off * (t.abs() + x.delta) + w * x.delta).sum()
         values = (grads["temperature"], g * (mean - moment), g.abs() * (u_mean + size))
-        found["temperature"] = fraction_of_bound(*(v.reshape(1) for v in values), 2 * x.B + 16, 0.0, g.abs() * bound)
+        found["temperature"] = fraction_of_bound(
+            *(v.reshape(1) for v in values),
+            2 * x.B + 16,
+            0.0,
+            g.abs() * bound,
+        )
     return found
 
 
-def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator, scale: float, exact: bool) -> dict:
-    """Keys B, d, r (none: no reference); percent: τ, 25 if not given; past=1: γ = 0.6 and some u. Rows have unit norm
-    (images times ``scale`` and texts over it), texts lean towards their images; numbers that are not features are exact
-    in bfloat16."""
-    B, d, r = shape["B"], shape["d"], shape.get("r")
+def _make(
+    shape: dict[str, int],
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    scale: float,
+    exact: bool,
+) -> dict:
+    """Keys B, d, r (none: no reference); percent: τ, 25 if not given; past=1: γ = 0.6 and some u.
+    Rows have unit norm (images times ``scale`` and texts over it), texts lean towards their images;
+    numbers that are not features are exact in bfloat16."""
+    B = shape["B"]
+    d = shape["d"]
+    r = shape.get("r")
     wide = torch.promote_types(dtype, torch.float32)
 
     def pairs(n: int) -> tuple[Tensor, Tensor]:
@@ -141,21 +198,31 @@ def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator,
 
 def _whole(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho):
     """The B×B matrices as one writes them, by autograd, each side of its own."""
-    s, own = image @ text.T, torch.eye(len(image), dtype=torch.bool, device=image.device)
+    s = image @ text.T
+    own = torch.eye(len(image), dtype=torch.bool, device=image.device)
     apart = lambda x: x - x.diagonal().unsqueeze(1)
-    d, d_text = apart(s), apart(s.T)
+    d = apart(s)
+    d_text = apart(s.T)
     if ref_image is not None:
         r = ref_image @ ref_text.T
-        d, d_text = d - apart(r), d_text - apart(r.T)
-    d, d_text = d / temperature, d_text / temperature
-    sides = [x.masked_fill(own, -torch.inf).logsumexp(1) - math.log(len(image)) for x in (d, d_text)]
+        d = d - apart(r)
+        d_text = d_text - apart(r.T)
+    d = d / temperature
+    d_text = d_text / temperature
+    sides = [
+        x.masked_fill(own, -torch.inf).logsumexp(1) - math.log(len(image)) for x in (d, d_text)
+    ]
     sides = [torch.logaddexp(x, torch.full_like(x, eps).log()) for x in sides]
     return temperature * (sum(x.mean() for x in sides) / 2 + rho)
 
 
 def _product_a_side(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho):
-    """As the published training code goes about it: a product a side, detached weights, a mask for the diagonal."""
-    B, mask, means, moving = len(image), 1 - torch.eye(len(image), device=image.device), [], []
+    """As the published training code goes about it: a product a side, detached weights, a mask for
+    the diagonal."""
+    B = len(image)
+    mask = 1 - torch.eye(len(image), device=image.device)
+    means = []
+    moving = []
     sides = ((image, text, ref_image, ref_text), (text, image, ref_text, ref_image))
     for a, b, ref_a, ref_b in sides:
         d = (a @ b.T - (a * b).sum(1, keepdim=True)) / temperature
@@ -210,10 +277,19 @@ SPEC = OpSpec(
     wide=True,
     opaque=False,
     exact=False,
-    device_shapes=({"B": 300, "d": 64, "r": 64},),  # tiles that touch neither an end nor the diagonal
+    device_shapes=(
+        {"B": 300, "d": 64, "r": 64},
+    ),  # tiles that touch neither an end nor the diagonal
     gate_sizes={"B": 2048},  # the check has B×B matrices in float64
-    baselines={"B×B torch": _whole, "a product a side": _product_a_side, "ClipLoss, no reference": _clip_loss},
-    floor=lambda s: (2.0 * s["B"] ** 2 * (s["d"] + s.get("r", 0)), 8.0 * s["B"] * (s["d"] + s.get("r", 0))),
+    baselines={
+        "B×B torch": _whole,
+        "a product a side": _product_a_side,
+        "ClipLoss, no reference": _clip_loss,
+    },
+    floor=lambda s: (
+        2.0 * s["B"] ** 2 * (s["d"] + s.get("r", 0)),
+        8.0 * s["B"] * (s["d"] + s.get("r", 0)),
+    ),
 )
 
 SPECS = (SPEC,)

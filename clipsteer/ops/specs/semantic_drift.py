@@ -1,11 +1,12 @@
 """What ``semantic_drift`` may be off by.
 
-With Δ = Σ p_i v_i, Σ p_i = 1, an error ε_i of each log-weight gives p'_i ∝ p_i e^{ε_i} and, as Σ p_i (v_i − Δ) = 0,
-|Δ' − Δ| ≤ Σ |p'_i − p_i| |v_i − Δ|. From |ε_i| ≤ δ_i alone p'_i lies in [low_i, high_i],
-high_i = min(1, e^{δ_i} p_i / Σ_j p_j e^{-δ_j}) and low_i its mirror image, so the bound stays true, and finite, when
-the exponent makes δ useless: then it says no more than that Δ' is an average of the rows that can be nearest. δ is the
-error of ‖old − μ‖²/2σ², expanded into three sums of d products, which is relative to (‖old‖ + ‖μ‖)² and not to the
-distance: about d·u·(‖old‖ + ‖μ‖)²/2σ².
+With Δ = Σ p_i v_i, Σ p_i = 1, an error ε_i of each log-weight gives p'_i ∝ p_i e^{ε_i} and, as Σ
+p_i (v_i − Δ) = 0, |Δ' − Δ| ≤ Σ |p'_i − p_i| |v_i − Δ|. From |ε_i| ≤ δ_i alone p'_i lies in [low_i,
+high_i], high_i = min(1, e^{δ_i} p_i / Σ_j p_j e^{-δ_j}) and low_i its mirror image, so the bound
+stays true, and finite, when the exponent makes δ useless: then it says no more than that Δ' is an
+average of the rows that can be nearest. δ is the error of ‖old − μ‖²/2σ², expanded into three sums
+of d products, which is relative to (‖old‖ + ‖μ‖)² and not to the distance: about d·u·(‖old‖ +
+‖μ‖)²/2σ².
 """
 
 from __future__ import annotations
@@ -19,43 +20,59 @@ from torch import Tensor
 from clipsteer.ops._spec import ACCUMULATE, OpSpec, draw, fraction_of_bound, operand_error
 from clipsteer.ops.semantic_drift import semantic_drift, semantic_drift_reference
 
-# e^x in roundings: 1 for the reduced argument, 2 for the polynomial and its last step, 1 for the scaling.
+# e^x in roundings: 1 for the reduced argument, 2 for the polynomial and its last step, 1 for the
+# scaling.
 EXP = 4
 
 
 def depth(rows: int) -> int:
-    """No backend adds more terms one after the other: within a tile, tile by tile of a part, part by part."""
+    """No backend adds more terms one after the other: within a tile, tile by tile of a part, part
+    by part."""
     return min(rows, 512 + rows // 64)
 
 
 def log_weights(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """−‖·‖²/2σ², its log-weight, and what the former may be off by: (C, N) in float64."""
-    old, mu = inputs["old"].double(), inputs["prototypes"].double()
-    u, d = ACCUMULATE[inputs["old"].dtype], old.shape[1]
+    old = inputs["old"].double()
+    mu = inputs["prototypes"].double()
+    u = ACCUMULATE[inputs["old"].dtype]
+    d = old.shape[1]
     width = 2**0.5 * inputs["sigma"]
     t = -(torch.cdist(mu, old, compute_mode="donot_use_mm_for_euclid_dist") / width).square()
-    a, b = old.abs() / width, mu.abs() / width
+    a = old.abs() / width
+    b = mu.abs() / width
     cross = b @ a.T
     size = a.square().sum(1) + b.square().sum(1, keepdim=True) + 2 * cross
-    # d products, two sums of the three parts, κ and its rounding; then t − peak and the telescoped peaks
+    # d products, two sums of the three parts, κ and its rounding; then t − peak and the telescoped
+    # peaks
     delta = (d + 6) * u * size + 2 * operand_error(inputs["old"].dtype) * cross + 4 * u * t.abs()
     floor = math.log(inputs["floor"]) if inputs["floor"] else -math.inf
     delta = delta + (u * abs(floor) if inputs["floor"] else 0.0)
     # a row at infinity has no weight whatever its distance is rounded to
     far = t == -math.inf
     t = t.clamp(min=-torch.finfo(torch.float64).max)
-    return t, torch.logaddexp(t, torch.tensor(floor, dtype=torch.float64)), torch.where(far, 0.0, delta)
+    return (
+        t,
+        torch.logaddexp(t, torch.tensor(floor, dtype=torch.float64)),
+        torch.where(far, 0.0, delta),
+    )
 
 
 def check_values(inputs: dict[str, Any], outputs: dict[str, Tensor]) -> dict[str, float]:
-    mu, value = inputs["prototypes"], outputs["prototypes"]
+    mu = inputs["prototypes"]
+    value = outputs["prototypes"]
     rows = inputs["old"].shape[0]
     if 0 in inputs["old"].shape or 0 in mu.shape:
-        return {"prototypes": 0.0 if torch.allclose(value, mu, rtol=0, atol=0, equal_nan=True) else math.inf}
-    u, half = ACCUMULATE[mu.dtype], mu.dtype in (torch.float16, torch.bfloat16)
+        return {
+            "prototypes": 0.0
+            if torch.allclose(value, mu, rtol=0, atol=0, equal_nan=True)
+            else math.inf
+        }
+    u = ACCUMULATE[mu.dtype]
+    half = mu.dtype in (torch.float16, torch.bfloat16)
     t, log_w, delta = log_weights(inputs)
-    # two exponentials; the sums are multiplied by one whenever a tile (of at least 64 rows) or a part raises the peak;
-    # on tensor cores weights and movements are sums of two bfloat16 each
+    # two exponentials; the sums are multiplied by one whenever a tile (of at least 64 rows) or a
+    # part raises the peak; on tensor cores weights and movements are sums of two bfloat16 each
     steps = (2 * EXP + 2 + (EXP + 1) * (rows // 32 + 1)) * u + (2.0**-16 if half else 0.0)
     delta = delta + steps
     v = inputs["new"].double() - inputs["old"].double()
@@ -65,20 +82,44 @@ def check_values(inputs: dict[str, Any], outputs: dict[str, Tensor]) -> dict[str
     high = (log_w + delta - (log_w - delta).logsumexp(1, keepdim=True)).exp().clamp(max=1.0)
     low = (log_w - delta - (log_w + delta).logsumexp(1, keepdim=True)).exp()
     moves = torch.maximum(high - p, p - low)
-    spread = torch.stack([m @ (v - mean).abs().nan_to_num(posinf=0.0) for m, mean in zip(moves, drift)])
+    spread = torch.stack(
+        [m @ (v - mean).abs().nan_to_num(posinf=0.0) for m, mean in zip(moves, drift)]
+    )
     size = high @ v.abs()
     # weights below the normal range are lost
-    lost = 4 * torch.finfo(torch.float64 if mu.dtype == torch.float64 else torch.float32).tiny * v.abs().sum(0)
+    lost = (
+        4
+        * torch.finfo(torch.float64 if mu.dtype == torch.float64 else torch.float32).tiny
+        * v.abs().sum(0)
+    )
     extra = operand_error(mu.dtype) + (2.0**-15 if half else 0.0)
     # the roundings of v, of a product and of both sums
     terms = 2 * depth(rows) + 4
-    return {"prototypes": fraction_of_bound(value, truth, size, terms, extra, (spread + lost).nan_to_num(posinf=0.0))}
+    return {
+        "prototypes": fraction_of_bound(
+            value,
+            truth,
+            size,
+            terms,
+            extra,
+            (spread + lost).nan_to_num(posinf=0.0),
+        )
+    }
 
 
-def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator, scale: float, exact: bool) -> dict:
-    """Keys N, C, d; floor=1 has one. σ is such that a few rows share each prototype's weight. ``exact`` has a tiny σ:
-    the nearest rows alone count, ties alike, so that sums of integers stay integers."""
-    N, C, d = shape["N"], shape["C"], shape["d"]
+def _make(
+    shape: dict[str, int],
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    scale: float,
+    exact: bool,
+) -> dict:
+    """Keys N, C, d; floor=1 has one. σ is such that a few rows share each prototype's weight.
+    ``exact`` has a tiny σ: the nearest rows alone count, ties alike, so that sums of integers stay
+    integers."""
+    N = shape["N"]
+    C = shape["C"]
+    d = shape["d"]
     old, step = (draw((N, d), dtype, generator, scale, exact) for _ in range(2))
     prototypes = draw((C, d), dtype, generator, scale, exact)
     sigma = 2.0**-6 if exact else scale * (d / 4) ** 0.5
@@ -88,7 +129,8 @@ def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator,
 
 @torch.no_grad()
 def _whole(old: Tensor, new: Tensor, prototypes: Tensor, sigma: float, floor: float) -> Tensor:
-    """addmm + exp + mm over the whole (C, N) matrix, in place where it can be: the best plain torch does."""
+    """addmm + exp + mm over the whole (C, N) matrix, in place where it can be: the best plain torch
+    does."""
     inverse = 1 / (2 * sigma**2)
     w = torch.addmm(old.square().sum(1).mul_(-inverse), prototypes, old.T, alpha=2 * inverse)
     w.sub_(prototypes.square().sum(1, keepdim=True).mul_(inverse)).exp_().add_(floor)

@@ -13,18 +13,26 @@ from clipsteer.ops.sparse_decode import sparse_decode, sparse_decode_reference
 
 
 def decode_truth(acts: Tensor, indices: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum and its magnitude in float64, term by term: what is in rows that are not named plays no part."""
+    """The sum and its magnitude in float64, term by term: what is in rows that are not named plays
+    no part."""
     truth = torch.zeros(acts.shape[0], W.shape[1], dtype=torch.float64)
     size = torch.zeros_like(truth)
     for j in range(acts.shape[1]):
         term = acts[:, j, None].double() * W[indices[:, j]].double()
-        truth, size = truth + term, size + term.abs()
+        truth = truth + term
+        size = size + term.abs()
     return truth, size
 
 
-def outer_truth(coeff: Tensor, indices: Tensor, rows: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+def outer_truth(
+    coeff: Tensor,
+    indices: Tensor,
+    rows: Tensor,
+    n: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """dW, its magnitude and the number of terms of each row, in float64."""
-    flat, c = indices.flatten(), coeff.double().flatten()
+    flat = indices.flatten()
+    c = coeff.double().flatten()
     r = rows.double().repeat_interleave(indices.shape[-1], 0)
     zeros = torch.zeros(n, rows.shape[-1], dtype=torch.float64)
     truth = zeros.index_add(0, flat, c[:, None] * r)
@@ -32,11 +40,18 @@ def outer_truth(coeff: Tensor, indices: Tensor, rows: Tensor, n: int) -> tuple[T
     return truth, magnitude, torch.bincount(flat, minlength=n).double()
 
 
-def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator, scale: float, exact: bool) -> dict:
+def _make(
+    shape: dict[str, int],
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    scale: float,
+    exact: bool,
+) -> dict:
     B, d, n, k = (shape[s] for s in ("B", "d", "n", "k"))
     indices = torch.randint(0, n, (B, k), generator=generator)
     acts = draw((B, k), dtype, generator, scale, exact)
-    W_dec, b_dec = draw((n, d), dtype, generator, 1.0, exact), draw((d,), dtype, generator, scale, exact)
+    W_dec = draw((n, d), dtype, generator, 1.0, exact)
+    b_dec = draw((d,), dtype, generator, scale, exact)
     return {"acts": acts, "indices": indices, "W_dec": W_dec, "b_dec": b_dec}
 
 
@@ -48,13 +63,25 @@ def _check_values(inputs: dict[str, Any], outputs: dict[str, Tensor]) -> dict[st
 
 
 def _check_grads(
-    inputs: dict[str, Any], outputs: dict[str, Tensor], grad_out: dict[str, Tensor], grads: dict[str, Tensor]
+    inputs: dict[str, Any],
+    outputs: dict[str, Tensor],
+    grad_out: dict[str, Tensor],
+    grads: dict[str, Tensor],
 ) -> dict[str, float]:
-    acts, indices, W, g = inputs["acts"], inputs["indices"], inputs["W_dec"], grad_out["x_hat"].double()
+    acts = inputs["acts"]
+    indices = inputs["indices"]
+    W = inputs["W_dec"]
+    g = grad_out["x_hat"].double()
     d_W, size, terms = outer_truth(acts, indices, g, W.shape[0])
-    dots, dot_sizes = g @ W.double().T, g.abs() @ W.double().abs().T
+    dots = g @ W.double().T
+    dot_sizes = g.abs() @ W.double().abs().T
     return {
-        "acts": fraction_of_bound(grads["acts"], dots.gather(-1, indices), dot_sizes.gather(-1, indices), W.shape[1]),
+        "acts": fraction_of_bound(
+            grads["acts"],
+            dots.gather(-1, indices),
+            dot_sizes.gather(-1, indices),
+            W.shape[1],
+        ),
         "W_dec": fraction_of_bound(grads["W_dec"], d_W, size, terms[:, None]),
         "b_dec": fraction_of_bound(grads["b_dec"], g.sum(0), g.abs().sum(0), g.shape[0]),
     }
@@ -106,7 +133,10 @@ SPEC = OpSpec(
         "B4096-k64": {"B": 4096, "d": 768, "n": 49152, "k": 64},
     },
     baselines={"embedding_bag": _embedding_bag, "dense": _dense_decode},
-    floor=lambda s: (2.0 * s["B"] * s["k"] * s["d"], 4.0 * s["B"] * (s["k"] * s["d"] + s["d"] + 3 * s["k"])),
+    floor=lambda s: (
+        2.0 * s["B"] * s["k"] * s["d"],
+        4.0 * s["B"] * (s["k"] * s["d"] + s["d"] + 3 * s["k"]),
+    ),
 )
 
 SPECS = (SPEC,)

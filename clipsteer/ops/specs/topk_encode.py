@@ -13,19 +13,30 @@ from clipsteer.ops.specs.sparse_decode import decode_truth, outer_truth
 from clipsteer.ops.topk_encode import topk_encode, topk_encode_reference
 
 
-def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator, scale: float, exact: bool) -> dict:
+def _make(
+    shape: dict[str, int],
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    scale: float,
+    exact: bool,
+) -> dict:
     B, d, n, k = (shape[s] for s in ("B", "d", "n", "k"))
     x = draw((B, d), dtype, generator, scale, exact)
-    W_enc, b_enc = draw((n, d), dtype, generator, 1.0, exact), draw((n,), dtype, generator, scale, exact)
-    if shape.get("crowded"):  # every row's winners are neighbours: more than one bucket's share of them
-        first, x[:, 0] = n // 2 - k // 2, 4 if exact else 4 * scale
+    W_enc = draw((n, d), dtype, generator, 1.0, exact)
+    b_enc = draw((n,), dtype, generator, scale, exact)
+    if shape.get(
+        "crowded"
+    ):  # every row's winners are neighbours: more than one bucket's share of them
+        first = n // 2 - k // 2
+        x[:, 0] = 4 if exact else 4 * scale
         W_enc[first : first + k, 0] += 64
     return {"x": x, "W_enc": W_enc, "b_enc": b_enc, "k": k}
 
 
 def _check_values(inputs: dict[str, Any], outputs: dict[str, Tensor]) -> dict[str, float]:
     x, W, b, k = (inputs[name] for name in ("x", "W_enc", "b_enc", "k"))
-    acts, indices = outputs["acts"], outputs["indices"]
+    acts = outputs["acts"]
+    indices = outputs["indices"]
     if acts.shape != (x.shape[0], k) or acts.dtype != x.dtype or indices.dtype != torch.int64:
         return {"acts": float("inf")}
     if x.shape[0] == 0:
@@ -40,15 +51,21 @@ def _check_values(inputs: dict[str, Any], outputs: dict[str, Tensor]) -> dict[st
     nan = pre.isnan().any(-1)
     if not bool(acts[nan].isnan().all()) or not bool((acts[~nan] >= 0).all()):
         return {"acts": float("inf"), "indices": 0.0}
-    pre, magnitude, acts, indices = pre[~nan], magnitude[~nan], acts[~nan], indices[~nan]
+    pre = pre[~nan]
+    magnitude = magnitude[~nan]
+    acts = acts[~nan]
+    indices = indices[~nan]
     gamma = (x.shape[1] + 1) * ACCUMULATE[x.dtype] + extra
-    floor = torch.finfo(x.dtype if x.dtype == torch.float64 else torch.float32).smallest_normal * (x.shape[1] + 2)
+    floor = torch.finfo(x.dtype if x.dtype == torch.float64 else torch.float32).smallest_normal * (
+        x.shape[1] + 2
+    )
     slack = torch.where(pre.isinf(), 0.0, gamma * magnitude + floor)
     chosen = torch.zeros_like(pre, dtype=torch.bool).scatter_(-1, indices, True)
     least = (pre + slack).masked_fill(~chosen, float("inf")).amin(-1)
     most = (pre - slack).masked_fill(chosen, -float("inf")).amax(-1)
     ordered = bool((acts[:, :-1] >= acts[:, 1:]).all())
-    truth, size = pre.gather(-1, indices).relu(), magnitude.gather(-1, indices)
+    truth = pre.gather(-1, indices).relu()
+    size = magnitude.gather(-1, indices)
     return {
         "acts": fraction_of_bound(acts, truth, size, x.shape[1], extra),
         "indices": 0.0 if ordered and bool((least >= most).all()) else float("inf"),
@@ -56,9 +73,14 @@ def _check_values(inputs: dict[str, Any], outputs: dict[str, Tensor]) -> dict[st
 
 
 def _check_grads(
-    inputs: dict[str, Any], outputs: dict[str, Tensor], grad_out: dict[str, Tensor], grads: dict[str, Tensor]
+    inputs: dict[str, Any],
+    outputs: dict[str, Tensor],
+    grad_out: dict[str, Tensor],
+    grads: dict[str, Tensor],
 ) -> dict[str, float]:
-    x, W, k = inputs["x"], inputs["W_enc"], inputs["k"]
+    x = inputs["x"]
+    W = inputs["W_enc"]
+    k = inputs["k"]
     indices = outputs["indices"]
     g = torch.where(outputs["acts"] > 0, grad_out["acts"], 0)
     d_x, d_x_size = decode_truth(g, indices, W)
@@ -105,7 +127,8 @@ SPEC = OpSpec(
     scalable=("x", "b_enc"),
     grad_buffer="W_enc",
     torch_sums=("acts",),
-    # many buckets, the last one partial; whole tiles along d and not; buckets that hide winners; whole rows sorted
+    # many buckets, the last one partial; whole tiles along d and not; buckets that hide winners;
+    # whole rows sorted
     device_shapes=(
         {"B": 130, "d": 128, "n": 6000, "k": 32},
         {"B": 33, "d": 200, "n": 6000, "k": 48, "crowded": 1},
@@ -121,7 +144,10 @@ SPEC = OpSpec(
         "B4096-k64": {"B": 4096, "d": 768, "n": 49152, "k": 64},
     },
     baselines={"linear+relu+topk": _linear_topk},
-    floor=lambda s: (2.0 * s["B"] * s["n"] * s["d"], 4.0 * (s["n"] * (s["d"] + 1) + s["B"] * (s["d"] + 3 * s["k"]))),
+    floor=lambda s: (
+        2.0 * s["B"] * s["n"] * s["d"],
+        4.0 * (s["n"] * (s["d"] + 1) + s["B"] * (s["d"] + 3 * s["k"])),
+    ),
 )
 
 SPECS = (SPEC,)
