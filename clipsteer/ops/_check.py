@@ -10,10 +10,12 @@ from torch import Tensor
 
 
 def shapes(named: dict[str, Any]) -> str:
+    """Of all tensors among the arguments, for a message."""
     return ", ".join(f"{n} {tuple(t.shape)}" for n, t in named.items() if isinstance(t, Tensor))
 
 
 def mistake(op: str, argument: str, expected: str, got: Any, named: dict[str, Any]) -> str:
+    """What is wrong with an argument, in one line."""
     return f"{op}: {argument} must be {expected}, got {got} ({shapes(named)})"
 
 
@@ -47,6 +49,7 @@ def check_shape(
     shape: tuple[int, ...],
     symbols: str,
 ) -> None:
+    """ValueError where the argument of this name is given and of another shape."""
     if named[name] is not None and named[name].shape != shape:
         raise ValueError(
             mistake(op, name, f"of shape {symbols} = {shape}", tuple(named[name].shape), named)
@@ -82,8 +85,9 @@ def check_indices(
         )
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast as ``F.linear`` would inside an autocast region; float64 stays."""
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Tensors (or None), the first of them one, as ``F.linear`` would cast them inside an autocast
+    region; float64 stays."""
     kind = tensors[0].device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors

@@ -54,10 +54,10 @@ def _load_triton() -> str | None:
         modules = {
             op.stem: importlib.import_module(f"clipsteer.kernels.{op.stem}") for op in served
         }
-    except (
-        Exception
-    ) as error:  # another triton than the kernels were written for may lack any name they use
-        return f"triton cannot be imported ({error}); install the triton that belongs to this torch build"
+    except Exception as error:
+        # another triton than the kernels were written for may lack any name they use
+        how = "install the triton that belongs to this torch build"
+        return f"triton cannot be imported ({error}); {how}"
     library = torch.library.Library("clipsteer_triton", "DEF")
     _LIBRARIES.append(library)
     for op in served:
@@ -67,7 +67,8 @@ def _load_triton() -> str | None:
                 library.impl(name, getattr(modules[op.stem], name), key)
             torch.library.register_fake(f"clipsteer_triton::{name}", low.fake, lib=library)
     if interpreted() and (failure := launch.interpreter_failure()) is not None:
-        return f"the interpreter of triton {triton.__version__} fails here ({failure}); try another triton or numpy"
+        what = f"the interpreter of triton {triton.__version__} fails here ({failure})"
+        return f"{what}; try another triton or numpy"
     return None
 
 
@@ -144,6 +145,8 @@ def self_check(
     graph is being captured. The caller's modes (inference, autocast, a default device) do not reach
     it.
     """
+    verdict = verdict or _ops_verdict
+    assert verdict is not None
     key = (op, backend, device, dtype)
     if key in _VERDICTS:
         return _VERDICTS[key]
@@ -156,7 +159,7 @@ def self_check(
             torch.autocast(device.type, enabled=False),
             torch.device("cpu"),
         ):
-            _VERDICTS[key] = (verdict or _ops_verdict)(op, backend, device, dtype)
+            _VERDICTS[key] = verdict(op, backend, device, dtype)
     except torch.OutOfMemoryError as error:
         return f"its self-check ran out of memory: {error}"
     except (
@@ -209,7 +212,7 @@ def resolve(
 
 # What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo
 # here.
-resolve._dynamo_marked_constant = True
+vars(resolve)["_dynamo_marked_constant"] = True
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from clipsteer.ops._dispatch import call, tracked
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the kernels compute in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -46,19 +47,19 @@ class _Matmul(torch.autograd.Function):
         need_x, need_W, _, need_beta, need_mean, *_ = ctx.needs_input_grad
         d_x = d_W = d_beta = d_mean = None
         centred = _centred(x, index, mean) if need_W or need_beta else x
+        of_rows = None if beta is None else _of_rows(beta.unsqueeze(-1), index)
         if need_beta:
             plain = matmul(grad, W, index, None, None, not transpose, backend)
-            dots = (plain.to(beta.dtype) * centred.to(beta.dtype)).sum(-1, keepdim=True)
+            plain = plain.to(beta.dtype)
+            dots = (plain * centred.to(beta.dtype)).sum(-1, keepdim=True)
             d_beta = group_sum(dots, index, W.shape[0], backend).squeeze(-1)
-            d_x = (plain.to(beta.dtype) * _of_rows(beta.unsqueeze(-1), index)).to(x.dtype)
+            d_x = (plain * of_rows).to(x.dtype)
         elif need_x or need_mean:
             d_x = matmul(grad, W, index, beta, None, not transpose, backend)
         if need_mean:
             d_mean = _mean_gradient(grad, d_x, index, mean, backend)
         if need_W:
-            scaled = (
-                grad if beta is None else (grad * _of_rows(beta.unsqueeze(-1), index)).to(x.dtype)
-            )
+            scaled = grad if beta is None else (grad * of_rows).to(x.dtype)
             pair = (scaled, centred) if transpose else (centred, scaled)
             d_W = outer(*pair, index, W.shape[0], backend)
         return d_x if need_x else None, d_W, None, d_beta, d_mean, None, None
@@ -105,7 +106,8 @@ class _LowRank(torch.autograd.Function):
             # x and the gradient take the same way through U: one product for both
             both = torch.cat([_centred(x, index, mean), grad])
             twice = None if index is None else torch.cat([index, index])
-            in_U = matmul(both, U, twice, None, None, False, ctx.backend).to(wide)  # (2 B, r)
+            in_U = matmul(both, U, twice, None, None, False, ctx.backend)  # (2 B, r)
+            in_U = in_U.to(wide)
             p = in_U[:rows]
             q = in_U[rows:]
             if need_s:
@@ -117,36 +119,41 @@ class _LowRank(torch.autograd.Function):
 
 
 def _mean_gradient(
-    grad: Tensor,
-    d_x: Tensor,
-    index: Tensor | None,
-    mean: Tensor,
+    grad: Tensor,  # (B, d)
+    d_x: Tensor,  # (B, d)
+    index: Tensor | None,  # (B,)
+    mean: Tensor,  # (K, d)
     backend: str,
 ) -> Tensor:
     wide = compute_dtype(grad.dtype)
-    return group_sum(grad.to(wide) - d_x.to(wide), index, mean.shape[0], backend).to(mean.dtype)
+    moved = grad.to(wide) - d_x.to(wide)
+    return group_sum(moved, index, mean.shape[0], backend).to(mean.dtype)
 
 
 def matmul(
-    x: Tensor,
-    W: Tensor,
-    index: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor | None,
+    x: Tensor,  # (B, m)
+    W: Tensor,  # (K, m, n)
+    index: Tensor | None,  # (B,)
+    beta: Tensor | None,  # (K,)
+    mean: Tensor | None,  # (K, m)
     transpose: bool,
     backend: str,
 ) -> Tensor:
-    """β_k (x_b − μ_k) W_k + μ_k, W_kᵀ if ``transpose``: (B, m), (K, m, n), (B,), (K,), (K, m) → (B,
-    n)."""
+    """β_k (x_b − μ_k) W_k + μ_k, W_kᵀ if ``transpose``: (B, n)."""
     args = (*map(_contiguous, (x, W, index, beta, mean)), transpose)
     if tracked(x, W, beta, mean):
         return _Matmul.apply(*args, backend)
     return call(backend, "grouped_matmul", *args)
 
 
-def outer(a: Tensor, b: Tensor, index: Tensor | None, groups: int, backend: str) -> Tensor:
-    """Σ over the rows of each group of a_b ⊗ b_b, in ascending order: (B, m), (B, n), (B,) → (K, m,
-    n)."""
+def outer(
+    a: Tensor,  # (B, m)
+    b: Tensor,  # (B, n)
+    index: Tensor | None,  # (B,)
+    groups: int,
+    backend: str,
+) -> Tensor:
+    """Σ over the rows of each group of a_b ⊗ b_b, in ascending order: (K, m, n)."""
     args = (*map(_contiguous, (a, b, index)), groups)
     if tracked(a, b):
         return _Outer.apply(*args, backend)
@@ -155,19 +162,19 @@ def outer(a: Tensor, b: Tensor, index: Tensor | None, groups: int, backend: str)
 
 def group_sum(v: Tensor, index: Tensor | None, groups: int, backend: str) -> Tensor:
     """Σ of each group's rows: (B, n) → (K, n)."""
-    return outer(v.new_ones(v.shape[0], 1), v, index, groups, backend).squeeze(1)
+    ones = v.new_ones(v.shape[0], 1)
+    return outer(ones, v, index, groups, backend).squeeze(1)
 
 
 def low_rank(
-    x: Tensor,
-    U: Tensor,
-    s: Tensor,
-    index: Tensor | None,
-    mean: Tensor | None,
+    x: Tensor,  # (B, d)
+    U: Tensor,  # (K, d, r)
+    s: Tensor,  # (K, r), of x's or a wider dtype
+    index: Tensor | None,  # (B,)
+    mean: Tensor | None,  # (K, d)
     backend: str,
 ) -> Tensor:
-    """U_k (s_k ∘ U_kᵀ(x_b − μ_k)) + μ_k: (B, d), (K, d, r), (K, r) of x's or a wider dtype, (B,),
-    (K, d) → (B, d)."""
+    """U_k (s_k ∘ U_kᵀ(x_b − μ_k)) + μ_k: (B, d)."""
     args = tuple(map(_contiguous, (x, U, s, index, mean)))
     if tracked(x, U, s, mean):
         return _LowRank.apply(*args, backend)

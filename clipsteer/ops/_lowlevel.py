@@ -234,7 +234,8 @@ RECORDS = (
         "conceptor_project",
         {
             "grouped_matmul": LowLevel(
-                "(Tensor x, Tensor W, Tensor? index, Tensor? beta, Tensor? mean, bool transpose) -> Tensor",
+                "(Tensor x, Tensor W, Tensor? index, Tensor? beta, Tensor? mean, "
+                "bool transpose) -> Tensor",
                 _grouped_matmul,
             ),
             "grouped_outer": LowLevel(
@@ -265,7 +266,8 @@ RECORDS = (
         "semantic_drift",
         {
             "drift_sums": LowLevel(
-                "(Tensor old, Tensor new, Tensor prototypes, Tensor scale) -> (Tensor, Tensor, Tensor)",
+                "(Tensor old, Tensor new, Tensor prototypes, Tensor scale) "
+                "-> (Tensor, Tensor, Tensor)",
                 _drift_sums,
             ),
         },
@@ -275,8 +277,8 @@ RECORDS = (
         "drrho_loss",
         {
             "drrho_sums": LowLevel(
-                "(Tensor rows, Tensor cols, Tensor diag, Tensor scale, SymInt offset, bool keep) "
-                "-> (Tensor, Tensor, Tensor)",
+                "(Tensor rows, Tensor cols, Tensor diag, Tensor scale, SymInt offset, "
+                "bool keep) -> (Tensor, Tensor, Tensor)",
                 _drrho_sums,
             ),
             "drrho_grad": LowLevel(

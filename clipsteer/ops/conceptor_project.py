@@ -23,33 +23,34 @@ class LowRank(NamedTuple):
     """C = U diag(s) Uᵀ: ``U`` (K, d, r) with ``s`` (K, r), or (d, r) with (r,) for a single
     conceptor."""
 
-    U: Tensor
-    s: Tensor
+    U: Tensor  # (K, d, r)
+    s: Tensor  # (K, r)
 
 
 def conceptor_project_reference(
-    h: Tensor,
-    C: Tensor | LowRank,
-    index: Tensor | None = None,
+    h: Tensor,  # (..., d)
+    C: Tensor | LowRank,  # (K, d, d) or (d, d)
+    index: Tensor | None = None,  # (...)
     *,
     beta: float | Tensor = 1.0,
-    mean: Tensor | None = None,
+    mean: Tensor | None = None,  # (K, d) or (d,)
 ) -> Tensor:
     """The definition in plain torch, row by row; twice differentiable. With an index it gathers a C
     for each row."""
-    single = C[0].dim() == 2 if isinstance(C, LowRank) else C.dim() == 2
-    pick = (
-        (lambda t, dims: t[(0,) * (t.dim() - dims)])
-        if index is None
-        else (lambda t, dims: t[index])
-    )
-    factors = [t.unsqueeze(0) if single else t for t in (C if isinstance(C, LowRank) else (C,))]
+    factors: tuple[Tensor, ...] = C if isinstance(C, LowRank) else (C,)
+    if factors[0].dim() == 2:  # a single conceptor
+        factors = tuple(t.unsqueeze(0) for t in factors)
+
+    def pick(t: Tensor, dims: int) -> Tensor:
+        """Each row's part of what there is for K conceptors, of so many dimensions."""
+        return t[(0,) * (t.dim() - dims)] if index is None else t[index]
+
     mu = 0.0 if mean is None else pick(mean, 1) if mean.dim() == 2 else mean
     x = (h - mu).unsqueeze(-1)  # (..., d, 1)
     if isinstance(C, LowRank):
         U = pick(factors[0], 2)
-        s = pick(factors[1], 1)
-        y = U @ (s.unsqueeze(-1) * (U.mT @ x))
+        s = pick(factors[1], 1).unsqueeze(-1)
+        y = U @ (s * (U.mT @ x))
     else:
         y = pick(factors[0], 2) @ x
     if isinstance(beta, Tensor):
@@ -63,13 +64,13 @@ def _checked(h, C, index, beta, mean):
     op = "conceptor_project"
     low_rank = isinstance(C, LowRank)
     names = ("U", "s") if low_rank else ("C",)
-    named = {"h": h, **dict(zip(names, C if low_rank else (C,))), "beta": beta, "mean": mean}
+    factors = dict(zip(names, C if low_rank else (C,)))
+    named = {"h": h, **factors, "beta": beta, "mean": mean}
     learnt = isinstance(beta, Tensor)
     if not learnt:
         if isinstance(beta, bool) or not isinstance(beta, (int, float, torch.SymFloat)):
-            raise TypeError(
-                _check.mistake(op, "beta", "a number or a (K,) tensor", type(beta).__name__, named)
-            )
+            expected = "a number or a (K,) tensor"
+            raise TypeError(_check.mistake(op, "beta", expected, type(beta).__name__, named))
         named["beta"] = None
     if all(isinstance(t, Tensor) for t in named.values() if t is not None):
         named = dict(zip(named, _check.autocast(*named.values())))
@@ -86,12 +87,12 @@ def _checked(h, C, index, beta, mean):
     if low_rank:
         _check.check_shape(op, named, "s", (K, first.shape[2]), "(K, r)")
     if h.dim() == 0 or h.shape[-1] != d:
-        raise ValueError(_check.mistake(op, "h", f"of shape (..., d = {d})", tuple(h.shape), named))
+        expected = f"of shape (..., d = {d})"
+        raise ValueError(_check.mistake(op, "h", expected, tuple(h.shape), named))
     if index is None:
         if K != 1:
-            raise ValueError(
-                _check.mistake(op, "index", f"given, as there are K = {K} conceptors", None, named)
-            )
+            expected = f"given, as there are K = {K} conceptors"
+            raise ValueError(_check.mistake(op, "index", expected, None, named))
     else:
         _check.check_shape(op, named, "index", tuple(h.shape[:-1]), "h's leading shape")
         _check.check_indices(op, index, K, named, "index")
@@ -103,17 +104,18 @@ def _checked(h, C, index, beta, mean):
         if mean.dim() == 1 and mean.shape[0] == d:
             named["mean"] = named["mean"].expand(K, d)
         _check.check_shape(op, named, "mean", (K, d), "(K, d) or (d,)")
-    factors = LowRank(named["U"], named["s"]) if low_rank else named["C"]
-    return named["h"], factors, index, named["beta"] if learnt else beta, named["mean"]
+    full = LowRank(named["U"], named["s"]) if low_rank else named["C"]
+    strength = named["beta"] if learnt else beta
+    return named["h"], full, index, strength, named["mean"]
 
 
 def conceptor_project(
-    h: Tensor,
-    C: Tensor | LowRank,
-    index: Tensor | None = None,
+    h: Tensor,  # (..., d)
+    C: Tensor | LowRank,  # (K, d, d) or (d, d)
+    index: Tensor | None = None,  # (...)
     *,
     beta: float | Tensor = 1.0,
-    mean: Tensor | None = None,
+    mean: Tensor | None = None,  # (K, d) or (d,)
     backend: str = "auto",
 ) -> Tensor:
     """Steer rows through conceptors: ``β·C h``, or ``β·C(h − μ) + μ`` around a given mean.
@@ -143,32 +145,28 @@ def conceptor_project(
     Source: Jaeger 2014 (arXiv 1403.3369); Postmus & Abreu 2024 (arXiv 2410.16314).
     """
     h, C, index, beta, mean = _checked(h, C, index, beta, mean)
-    backend = choose(
-        "conceptor_project_low_rank" if isinstance(C, LowRank) else "conceptor_project",
-        backend,
-        h,
-    )
+    op = "conceptor_project_low_rank" if isinstance(C, LowRank) else "conceptor_project"
+    backend = choose(op, backend, h)
     if backend == "reference":
         return conceptor_project_reference(h, C, index, beta=beta, mean=mean)
     flat = h.dim() == 2
     wide = _grouped.compute_dtype(h.dtype)
     rows = h if flat else h.reshape(-1, h.shape[-1])
     index = index if flat or index is None else index.reshape(-1)
-    if isinstance(beta, Tensor):
-        beta = beta.to(wide)
+    strength = None if not isinstance(beta, Tensor) and beta == 1 else beta
+    if isinstance(strength, Tensor):
+        strength = strength.to(wide)
     if isinstance(C, LowRank):
         s = C.s
-        if (
-            backend == "cpp" or isinstance(beta, Tensor) or beta != 1
-        ):  # Triton's kernel widens s itself
+        if backend == "cpp" or strength is not None:  # Triton's kernel widens s itself
             s = s.to(wide)
-        if isinstance(beta, Tensor) or beta != 1:
-            s = s * (beta.unsqueeze(-1) if isinstance(beta, Tensor) else beta)
+        if isinstance(strength, Tensor):
+            s = s * strength.unsqueeze(-1)
+        elif strength is not None:
+            s = s * strength
         y = _grouped.low_rank(rows, C.U, s, index, mean, backend)
     else:
-        if not isinstance(beta, Tensor):
-            beta = (
-                None if beta == 1 else torch.full((C.shape[0],), beta, dtype=wide, device=h.device)
-            )
-        y = _grouped.matmul(rows, C, index, beta, mean, True, backend)
+        if strength is not None and not isinstance(strength, Tensor):
+            strength = torch.full((C.shape[0],), strength, dtype=wide, device=h.device)
+        y = _grouped.matmul(rows, C, index, strength, mean, True, backend)
     return y if flat else y.reshape(h.shape)

@@ -23,16 +23,18 @@ from clipsteer.ops._drrho_sweeps import averaged, evaluate
 
 __all__ = ["drrho_loss", "drrho_loss_reference"]
 
+NUMBERS = (int, float, torch.SymFloat, torch.SymInt)
+
 
 def drrho_loss_reference(
-    image: Tensor,
-    text: Tensor,
-    ref_image: Tensor | None = None,
-    ref_text: Tensor | None = None,
+    image: Tensor,  # (B, d)
+    text: Tensor,  # (B, d)
+    ref_image: Tensor | None = None,  # (B, d_ref)
+    ref_text: Tensor | None = None,  # (B, d_ref)
     *,
     temperature: float | Tensor = 0.01,
     gamma: float = 1.0,
-    u: Tensor | None = None,
+    u: Tensor | None = None,  # (2, B)
     eps: float = 1e-14,
     rho: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
@@ -41,13 +43,14 @@ def drrho_loss_reference(
     wide = torch.promote_types(image.dtype, torch.float32)
     B = image.shape[0]
     s = image.to(wide) @ text.to(wide).T
-    if ref_image is not None:
+    if ref_image is not None and ref_text is not None:
         s = s - ref_image.detach().to(wide) @ ref_text.detach().to(wide).T
     d = (torch.stack([s, s.T]) - s.diagonal().unsqueeze(1)) / temperature  # (2, B, B)
     own = torch.eye(B, dtype=torch.bool, device=s.device)
     log_G = d.masked_fill(own, -torch.inf).logsumexp(2) - math.log(B)
     u, share = averaged(log_G, u, gamma, eps)
-    loss = (u.detach() + (u - u.detach()).nan_to_num(0.0) / share).sum() / (2 * B) + rho
+    moving = (u - u.detach()).nan_to_num(0.0)  # 0, with u's gradient
+    loss = (u.detach() + moving / share).sum() / (2 * B) + rho
     return (loss * temperature).to(wide), u.detach()
 
 
@@ -60,7 +63,8 @@ class Loss(torch.autograd.Function):
         inputs = (image, text, ref_image, ref_text, tau, u)
         loss, new, *grads = evaluate(*inputs, gamma, eps, rho, needs, backend, world)
         ctx.save_for_backward(*grads, *inputs)
-        B, size = (image.shape[0], 1) if world is None else (world.rows, world.size)
+        B = image.shape[0] if world is None else world.rows
+        size = 1 if world is None else world.size
         # data-parallel training averages gradients over the processes, each of which has those of
         # its rows
         ctx.options = (gamma, eps, rho)
@@ -72,14 +76,8 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         flags = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
-        result = _Gradient.apply(
-            grad,
-            *ctx.saved_tensors,
-            ctx.options,
-            ctx.factor,
-            flags,
-            ctx.together,
-        )
+        settings = (ctx.options, ctx.factor, flags, ctx.together)
+        result = _Gradient.apply(grad, *ctx.saved_tensors, *settings)
         d_image, d_text, d_tau = (g if f else None for g, f in zip(result, flags))
         return d_image, d_text, None, None, d_tau, *[None] * 6
 
@@ -110,7 +108,9 @@ class _Gradient(torch.autograd.Function):
         ctx.flags = flags
         ctx.together = together
         scaled = grad * factor
-        return (scaled * d_image).to(image.dtype), (scaled * d_text).to(text.dtype), grad * d_tau
+        d_image = (scaled * d_image).to(image.dtype)
+        d_text = (scaled * d_text).to(text.dtype)
+        return d_image, d_text, grad * d_tau
 
     @staticmethod
     def backward(ctx, *outer):
@@ -121,10 +121,9 @@ class _Gradient(torch.autograd.Function):
         grad, image, text, ref_image, ref_text, tau, u = ctx.saved_tensors
         gamma, eps, rho = ctx.options
         with torch.enable_grad():
-            leaves = [
-                x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-                for x in (image, text, tau)
-            ]
+            leaves = []
+            for x in (image, text, tau):
+                leaves.append(x.view_as(x) if x.requires_grad else x.detach().requires_grad_())
             loss, _ = drrho_loss_reference(
                 *leaves[:2],
                 ref_image,
@@ -154,98 +153,88 @@ def checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho, r
     named = dict(zip(named, _check.autocast(*named.values())))
     _check.check_tensors(op, named)
     if image.dim() != 2 or 0 in (image.shape[0] if rows is None else rows, image.shape[1]):
-        raise ValueError(
-            _check.mistake(
-                op,
-                "image",
-                "of shape (B, d), neither of them 0",
-                tuple(image.shape),
-                named,
-            )
-        )
+        expected = "of shape (B, d), neither of them 0"
+        raise ValueError(_check.mistake(op, "image", expected, tuple(image.shape), named))
     B = image.shape[0]
+    together = B if rows is None else rows
     _check.check_shape(op, named, "text", tuple(image.shape), "image's (B, d)")
     if (ref_image is None) != (ref_text is None):
         name = "ref_image" if ref_image is None else "ref_text"
-        raise ValueError(
-            _check.mistake(op, name, "given when the other reference features are", None, named)
-        )
+        expected = "given when the other reference features are"
+        raise ValueError(_check.mistake(op, name, expected, None, named))
     if ref_image is not None:
         if ref_image.dim() != 2 or ref_image.shape[0] != B:
             expected = f"of shape (B = {B}, d_ref)"
-            raise ValueError(
-                _check.mistake(op, "ref_image", expected, tuple(ref_image.shape), named)
-            )
+            got = tuple(ref_image.shape)
+            raise ValueError(_check.mistake(op, "ref_image", expected, got, named))
         _check.check_shape(op, named, "ref_text", tuple(ref_image.shape), "ref_image's (B, d_ref)")
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(
-            value,
-            (int, float, torch.SymFloat, torch.SymInt),
-        ):
+        if isinstance(value, bool) or not isinstance(value, NUMBERS):
             raise TypeError(_check.mistake(op, name, "a number", type(value).__name__, named))
     if not 0 < gamma <= 1:
         raise ValueError(_check.mistake(op, "gamma", "in (0, 1]", gamma, named))
-    if not 0 <= eps < float("inf") or (eps == 0 and (B if rows is None else rows) == 1):
+    if not 0 <= eps < math.inf or (eps == 0 and together == 1):
         expected = "positive when B = 1" if eps == 0 else "a finite number of at least 0"
         raise ValueError(_check.mistake(op, "eps", expected, eps, named))
-    if not -float("inf") < rho < float("inf"):
+    if not -math.inf < rho < math.inf:
         raise ValueError(_check.mistake(op, "rho", "finite", rho, named))
     wide = torch.promote_types(named["image"].dtype, torch.float32)
+    tau = _checked_temperature(op, temperature, named, wide)
+    if u is not None:
+        u = _checked_u(op, u, named)
+    return (*named.values(), tau, u)
+
+
+def _checked_temperature(op, temperature, named, wide):
+    device = named["image"].device
     if isinstance(temperature, Tensor):
-        scalar = {**named, "temperature": temperature}
+        named = {**named, "temperature": temperature}
         if not temperature.is_floating_point():
-            raise TypeError(
-                _check.mistake(op, "temperature", "floating point", temperature.dtype, scalar)
-            )
-        if temperature.numel() != 1 or temperature.device != image.device:
-            expected = f"one number on {image.device}"
+            got = temperature.dtype
+            raise TypeError(_check.mistake(op, "temperature", "floating point", got, named))
+        if temperature.numel() != 1 or temperature.device != device:
+            expected = f"one number on {device}"
             got = f"{tuple(temperature.shape)} on {temperature.device}"
-            raise ValueError(_check.mistake(op, "temperature", expected, got, scalar))
+            raise ValueError(_check.mistake(op, "temperature", expected, got, named))
         # a value is looked at where that costs no synchronisation
-        plain = not torch.compiler.is_compiling() and type(temperature) in (
-            Tensor,
-            torch.nn.Parameter,
-        )
-        wrong = plain and temperature.device.type == "cpu" and float(temperature.detach()) <= 0
+        looked_at = device.type == "cpu" and not torch.compiler.is_compiling()
+        looked_at = looked_at and type(temperature) in (Tensor, torch.nn.Parameter)
+        wrong = looked_at and float(temperature.detach()) <= 0
         tau = temperature.reshape(()).to(wide)
     elif isinstance(temperature, bool) or not isinstance(temperature, (int, float, torch.SymFloat)):
-        raise TypeError(
-            _check.mistake(
-                op,
-                "temperature",
-                "a number or a tensor",
-                type(temperature).__name__,
-                named,
-            )
-        )
+        got = type(temperature).__name__
+        raise TypeError(_check.mistake(op, "temperature", "a number or a tensor", got, named))
     else:
-        wrong = not 0 < temperature < float("inf")
-        tau = torch.full((), temperature, dtype=wide, device=image.device)
+        wrong = not 0 < temperature < math.inf
+        tau = torch.full((), temperature, dtype=wide, device=device)
     if wrong:
-        raise ValueError(
-            _check.mistake(op, "temperature", "positive and finite", temperature, named)
-        )
-    if u is not None:
-        if not isinstance(u, Tensor) or not u.is_floating_point():
-            got = u.dtype if isinstance(u, Tensor) else type(u).__name__
-            raise TypeError(_check.mistake(op, "u", "a floating-point tensor", got, named))
-        if tuple(u.shape) != (2, B) or u.device != image.device:
-            expected = f"of shape (2, B = {B}) on {image.device}"
-            got = f"{tuple(u.shape)} on {u.device}"
-            raise ValueError(_check.mistake(op, "u", expected, got, named))
-        u = u.detach()
-    return *named.values(), tau, u
+        expected = "positive and finite"
+        raise ValueError(_check.mistake(op, "temperature", expected, temperature, named))
+    return tau
+
+
+def _checked_u(op, u, named):
+    image = named["image"]
+    B = image.shape[0]
+    if not isinstance(u, Tensor) or not u.is_floating_point():
+        got = u.dtype if isinstance(u, Tensor) else type(u).__name__
+        raise TypeError(_check.mistake(op, "u", "a floating-point tensor", got, named))
+    if tuple(u.shape) != (2, B) or u.device != image.device:
+        expected = f"of shape (2, B = {B}) on {image.device}"
+        got = f"{tuple(u.shape)} on {u.device}"
+        raise ValueError(_check.mistake(op, "u", expected, got, named))
+    return u.detach()
 
 
 def drrho_loss(
-    image: Tensor,
-    text: Tensor,
-    ref_image: Tensor | None = None,
-    ref_text: Tensor | None = None,
+    image: Tensor,  # (B, d)
+    text: Tensor,  # (B, d)
+    ref_image: Tensor | None = None,  # (B, d_ref)
+    ref_text: Tensor | None = None,  # (B, d_ref)
     *,
     temperature: float | Tensor = 0.01,
     gamma: float = 1.0,
-    u: Tensor | None = None,
+    u: Tensor | None = None,  # (2, B)
     eps: float = 1e-14,
     rho: float = 0.0,
     backend: str = "auto",
@@ -286,18 +275,18 @@ def drrho_loss(
     Source: Wei et al. 2025 (arXiv 2505.06699); Wei et al. 2024 (arXiv 2407.01445), equations of u
     and of RGCL-g.
     """
-    *features, tau, u = checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho)
-    backend = choose("drrho_loss", backend, features[0])
-    return run(*features, tau, u, gamma, eps, rho, backend)
+    inputs = checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho)
+    backend = choose("drrho_loss", backend, inputs[0])
+    return run(*inputs, gamma, eps, rho, backend)
 
 
 def run(
-    image: Tensor,
-    text: Tensor,
-    ref_image: Tensor | None,
-    ref_text: Tensor | None,
-    tau: Tensor,
-    u: Tensor | None,
+    image: Tensor,  # (B, d)
+    text: Tensor,  # (B, d)
+    ref_image: Tensor | None,  # (B, d_ref)
+    ref_text: Tensor | None,  # (B, d_ref)
+    tau: Tensor,  # ()
+    u: Tensor | None,  # (2, B)
     gamma: float,
     eps: float,
     rho: float,
@@ -306,7 +295,9 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Checked arguments through the definition or the sweeps, differentiable if something asks for
     it."""
-    ref_image, ref_text = (t if t is None else t.detach() for t in (ref_image, ref_text))
+    if ref_image is not None and ref_text is not None:
+        ref_image = ref_image.detach()
+        ref_text = ref_text.detach()
     features = (image, text, ref_image, ref_text)
     kind = image.device.type
     # inside its region autocast would take the reference's float32 products to halves

@@ -25,9 +25,9 @@ class LowRankDiag(NamedTuple):
     d); s may be negative, as it is when P is the inverse (Woodbury) of a covariance of that
     form."""
 
-    U: Tensor
-    s: Tensor
-    diag: Tensor
+    U: Tensor  # (C, d, r)
+    s: Tensor  # (C, r)
+    diag: Tensor  # (C, d)
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -38,10 +38,10 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def mahalanobis_covariance_loss_reference(
-    new: Tensor,
-    old: Tensor,
-    labels: Tensor,
-    factor: Tensor | LowRankDiag,
+    new: Tensor,  # (B, d)
+    old: Tensor,  # (B, d)
+    labels: Tensor,  # (B,)
+    factor: Tensor | LowRankDiag,  # (C, d, d)
     normalize: bool = True,
 ) -> Tensor:
     """The definition in plain torch; twice differentiable. It gathers a factor for each row, and
@@ -54,19 +54,22 @@ def mahalanobis_covariance_loss_reference(
     c = labels.clamp(min=0)
     first = (labels.unsqueeze(1) == labels).int().argmax(1)  # of the row's class
 
+    def squares(z: Tensor) -> Tensor:
+        return torch.where(same, z[i] - z[j], 0).square()
+
+    def through(x: Tensor, W: Tensor) -> Tensor:
+        return (x.unsqueeze(1) @ W[c].detach()).squeeze(1)
+
     def distances(x: Tensor) -> Tensor:
         x = torch.where(labels.unsqueeze(1) >= 0, x, 0)
         x = _unit(x) if normalize else x
-        x = (
-            x - x[first].detach()
-        )  # moves a class, changes no difference, and near pairs keep their digits
-        squares = lambda z: torch.where(same, z[i] - z[j], 0).square()
-        through = lambda W: (x.unsqueeze(1) @ W[c].detach()).squeeze(1)
+        # moves a class, changes no difference, and near pairs keep their digits
+        x = x - x[first].detach()
         if isinstance(factor, LowRankDiag):
-            U, s, diag = factor
-            square = (squares(x) * diag[c[i]]).sum(-1) + (squares(through(U)) * s[c[i]]).sum(-1)
+            square = (squares(x) * factor.diag[c[i]]).sum(-1)
+            square = square + (squares(through(x, factor.U)) * factor.s[c[i]]).sum(-1)
         else:
-            square = squares(through(factor)).sum(-1)
+            square = squares(through(x, factor)).sum(-1)
         return (square.clamp(min=0) + 1e-8).sqrt()
 
     return (distances(old.detach()) - distances(new)).abs().sum() / B
@@ -77,19 +80,9 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, new, old, labels, factor, s, diag, normalize, backend):
-        loss, d_new = call(
-            backend,
-            "mahalanobis_covariance_loss",
-            new,
-            old,
-            labels,
-            factor,
-            s,
-            diag,
-            normalize,
-            True,
-        )
-        ctx.save_for_backward(d_new, new, old, labels, factor, s, diag)
+        inputs = (new, old, labels, factor, s, diag)
+        loss, d_new = call(backend, "mahalanobis_covariance_loss", *inputs, normalize, True)
+        ctx.save_for_backward(d_new, *inputs)
         ctx.normalize = normalize
         return loss.to(new.dtype)
 
@@ -106,11 +99,8 @@ class _Gradient(torch.autograd.Function):
     def forward(ctx, grad, d_new, new, old, labels, factor, s, diag, normalize):
         ctx.save_for_backward(grad, d_new, new, old, labels, factor, s, diag)
         ctx.normalize = normalize
-        return torch.mul(
-            d_new,
-            grad,
-            out=torch.empty_like(new),
-        )  # in float32 or wider, rounded once
+        # in float32 or wider, rounded once
+        return torch.mul(d_new, grad, out=torch.empty_like(new))
 
     @staticmethod
     def backward(ctx, outer):
@@ -181,10 +171,10 @@ def _checked(new, old, labels, factor, normalize):
 
 
 def mahalanobis_covariance_loss(
-    new: Tensor,
-    old: Tensor,
-    labels: Tensor,
-    factor: Tensor | LowRankDiag,
+    new: Tensor,  # (B, d)
+    old: Tensor,  # (B, d)
+    labels: Tensor,  # (B,)
+    factor: Tensor | LowRankDiag,  # (C, d, d)
     normalize: bool = True,
     backend: str = "auto",
 ) -> Tensor:
@@ -223,11 +213,9 @@ def mahalanobis_covariance_loss(
     if backend == "reference":
         given = first if s is None else LowRankDiag(first, s, diag)
         return mahalanobis_covariance_loss_reference(new, old, labels, given, normalize)
-    contiguous = [
-        t if t is None else t.contiguous() for t in (new, old.detach(), labels, first, s, diag)
-    ]
+    inputs = (new, old.detach(), labels, first, s, diag)
+    contiguous = [t if t is None else t.contiguous() for t in inputs]
     if torch.is_grad_enabled() and new.requires_grad:
         return _Loss.apply(*contiguous, normalize, backend)
-    return call(backend, "mahalanobis_covariance_loss", *contiguous, normalize, False)[0].to(
-        new.dtype
-    )
+    loss, _ = call(backend, "mahalanobis_covariance_loss", *contiguous, normalize, False)
+    return loss.to(new.dtype)

@@ -24,29 +24,28 @@ MEDIAN_ROWS = 4096
 
 
 def _reference_sums(
-    old: Tensor,
-    new: Tensor,
-    prototypes: Tensor,
-    scale: Tensor,
+    old: Tensor,  # (N, d)
+    new: Tensor,  # (N, d)
+    prototypes: Tensor,  # (C, d)
+    scale: Tensor,  # (3,), of _scale
 ) -> tuple[Tensor, Tensor, Tensor]:
     unit, kappa, log_floor = scale.unbind()
-    old, new, prototypes = (t.double() for t in (old, new, prototypes))
+    old = old.double()
+    mu = prototypes.double()
     # differences first: no cancellation, and no N×C×d
-    distance = (
-        torch.cdist(prototypes, old, compute_mode="donot_use_mm_for_euclid_dist") * unit
-    )  # (C, N)
+    distance = torch.cdist(mu, old, compute_mode="donot_use_mm_for_euclid_dist") * unit  # (C, N)
     log_w = (-kappa * distance.square()).clamp(min=-torch.finfo(torch.float64).max)
     log_w = torch.logaddexp(log_w, log_floor)
     peak = log_w.amax(1)
     w = (log_w - peak.unsqueeze(1)).exp()
-    return peak, w.sum(1), w @ (new - old)
+    return peak, w.sum(1), w @ (new.double() - old)
 
 
 @torch.no_grad()
 def semantic_drift_reference(
-    old: Tensor,
-    new: Tensor,
-    prototypes: Tensor,
+    old: Tensor,  # (N, d)
+    new: Tensor,  # (N, d)
+    prototypes: Tensor,  # (C, d)
     sigma: float | str = 1.0,
     floor: float = 0.0,
 ) -> Tensor:
@@ -54,15 +53,19 @@ def semantic_drift_reference(
     float64."""
     if 0 in old.shape or 0 in prototypes.shape:
         return prototypes.clone()
-    return moved_by(
-        prototypes,
-        *_reference_sums(old, new, prototypes, _scale(old, prototypes, sigma, floor)),
-    )
+    scale = _scale(old, prototypes, sigma, floor)
+    return moved_by(prototypes, *_reference_sums(old, new, prototypes, scale))
 
 
-def moved_by(prototypes: Tensor, peak: Tensor, total: Tensor, moved: Tensor) -> Tensor:
+def moved_by(
+    prototypes: Tensor,  # (C, d)
+    peak: Tensor,  # (C,)
+    total: Tensor,  # (C,)
+    moved: Tensor,  # (C, d)
+) -> Tensor:
     """μ + moved/total, in float64 so that it is rounded once."""
-    return (prototypes.double() + moved.double() / total.double().unsqueeze(1)).to(prototypes.dtype)
+    drift = moved.double() / total.double().unsqueeze(1)
+    return (prototypes.double() + drift).to(prototypes.dtype)
 
 
 def median_sigma(old: Tensor, prototypes: Tensor) -> Tensor:
@@ -76,10 +79,10 @@ def median_sigma(old: Tensor, prototypes: Tensor) -> Tensor:
     rows = old[:MEDIAN_ROWS].to(torch.promote_types(old.dtype, torch.float32))
     means = prototypes.to(rows.dtype)
     # squares of numbers up to 1 neither overflow nor, where it matters, underflow
-    unit = torch.maximum(rows.abs().amax(), means.abs().amax()).clamp(
-        min=torch.finfo(rows.dtype).tiny
-    )
-    half = torch.cdist(rows / unit, means / unit).flatten().median().double() * 0.5**0.5
+    unit = torch.maximum(rows.abs().amax(), means.abs().amax())
+    unit = unit.clamp(min=torch.finfo(rows.dtype).tiny)
+    median = torch.cdist(rows / unit, means / unit).flatten().median()
+    half = median.double() * 0.5**0.5
     return (half * unit.double()).clamp(min=torch.finfo(torch.float64).tiny)
 
 
@@ -100,29 +103,29 @@ def _scale(old: Tensor, prototypes: Tensor, sigma: float | str | Tensor, floor: 
     unit = torch.ldexp(torch.ones_like(power), -power)
     log_floor = torch.full((), floor, dtype=torch.float64, device=old.device).log()
     # a width below the smallest unit counts as that
-    return torch.stack([unit, (1 / unit / width).square().clamp(max=2), log_floor])
+    kappa = (1 / unit / width).square().clamp(max=2)
+    return torch.stack([unit, kappa, log_floor])
 
 
 def drift_sums(
-    old: Tensor,
-    new: Tensor,
-    prototypes: Tensor,
+    old: Tensor,  # (N, d)
+    new: Tensor,  # (N, d)
+    prototypes: Tensor,  # (C, d)
     sigma: float | str | Tensor,
     floor: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a batch says: the largest log-weight (C,), and Σ w (C,) and Σ w (new − old) (C, d)
     relative to it."""
-    sums = (
-        _reference_sums
-        if backend == "reference"
-        else lambda *args: call(backend, "drift_sums", *args)
-    )
     scale = _scale(old, prototypes, sigma, floor)
-    return sums(old.contiguous(), new.contiguous(), prototypes.contiguous(), scale)
+    inputs = (old.contiguous(), new.contiguous(), prototypes.contiguous(), scale)
+    if backend == "reference":
+        return _reference_sums(*inputs)
+    return call(backend, "drift_sums", *inputs)
 
 
 def check_arguments(op: str, old: Any, new: Any, prototypes: Any, sigma: Any, floor: Any) -> None:
+    """ValueError or TypeError of ``op`` where the arguments of ``semantic_drift`` do not fit."""
     named = {"old": old, "new": new, "prototypes": prototypes}
     _check.check_tensors(op, named)
     if old.dim() != 2:
@@ -149,9 +152,9 @@ def check_arguments(op: str, old: Any, new: Any, prototypes: Any, sigma: Any, fl
 
 @torch.no_grad()
 def semantic_drift(
-    old: Tensor,
-    new: Tensor,
-    prototypes: Tensor,
+    old: Tensor,  # (N, d)
+    new: Tensor,  # (N, d)
+    prototypes: Tensor,  # (C, d)
     sigma: float | str = 1.0,
     floor: float = 0.0,
     backend: str = "auto",
@@ -187,4 +190,5 @@ def semantic_drift(
     backend = choose("semantic_drift", backend, old)
     if 0 in old.shape or 0 in prototypes.shape:
         return prototypes.clone()
-    return moved_by(prototypes, *drift_sums(old, new, prototypes, sigma, floor, backend))
+    sums = drift_sums(old, new, prototypes, sigma, floor, backend)
+    return moved_by(prototypes, *sums)

@@ -20,10 +20,10 @@ __all__ = ["sparse_decode", "sparse_decode_reference"]
 
 
 def sparse_decode_reference(
-    acts: Tensor,
-    indices: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor | None = None,
+    acts: Tensor,  # (..., k)
+    indices: Tensor,  # (..., k)
+    W_dec: Tensor,  # (d_sae, d_in)
+    b_dec: Tensor | None = None,  # (d_in,)
 ) -> Tensor:
     """The definition in plain torch; any leading shape, any float dtype, twice differentiable."""
     x_hat = (acts.unsqueeze(-1) * F.embedding(indices, W_dec)).sum(-2)
@@ -90,24 +90,35 @@ class _SparseOuter(torch.autograd.Function):
         return d_coeff, None, d_rows, None, None
 
 
-def decode(acts: Tensor, indices: Tensor, W: Tensor, b: Tensor | None, backend: str) -> Tensor:
-    """(B, k), (B, k), (n, d), (d,) → (B, d); contiguous inputs, nothing checked."""
+def decode(
+    acts: Tensor,  # (B, k)
+    indices: Tensor,  # (B, k)
+    W: Tensor,  # (n, d)
+    b: Tensor | None,  # (d,)
+    backend: str,
+) -> Tensor:
+    """Σ_j acts_bj W[indices_bj] + b: (B, d); contiguous inputs, nothing checked."""
     if tracked(acts, W):
         return _SparseDecode.apply(acts, indices, W, b, backend, False, None)
     return call(backend, "sparse_decode", acts, indices, W, b)
 
 
-def gather_dot(rows: Tensor, indices: Tensor, W: Tensor, backend: str) -> Tensor:
-    """⟨rows_b, W[indices_bj]⟩: (B, d), (B, k), (n, d) → (B, k)."""
+def gather_dot(
+    rows: Tensor,  # (B, d)
+    indices: Tensor,  # (B, k)
+    W: Tensor,  # (n, d)
+    backend: str,
+) -> Tensor:
+    """⟨rows_b, W[indices_bj]⟩: (B, k)."""
     if tracked(rows, W):
         return _GatherDot.apply(rows, indices, W, backend)
     return call(backend, "gather_dot", rows, indices, W)
 
 
 def sparse_outer(
-    coeff: Tensor,
-    indices: Tensor,
-    rows: Tensor,
+    coeff: Tensor,  # (B, k)
+    indices: Tensor,  # (B, k)
+    rows: Tensor,  # (B, d)
     n: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -118,13 +129,13 @@ def sparse_outer(
 
 
 def weight_gradient(
-    coeff: Tensor,
-    indices: Tensor,
-    rows: Tensor,
-    W: Tensor,
+    coeff: Tensor,  # (B, k)
+    indices: Tensor,  # (B, k)
+    rows: Tensor,  # (B, d)
+    W: Tensor,  # (n, d)
     backend: str,
     sparse: bool,
-    buffer: Tensor | None,
+    buffer: Tensor | None,  # (n, d)
 ) -> tuple[Tensor, Tensor]:
     """``sparse_outer`` as the caller wants it: dense, row-sparse, or written into a kept buffer."""
     n = W.shape[0]
@@ -165,34 +176,38 @@ def _holds_gradient(buffer: Tensor, W: Tensor) -> bool:
 
 def check_gradient_options(
     op: str,
-    W: Tensor,
+    W: Tensor,  # (d_sae, d_in)
     sparse_grad: bool,
-    grad_buffer: Tensor | None,
+    grad_buffer: Tensor | None,  # (d_sae, d_in)
     backend: str,
 ) -> None:
+    """ValueError or RuntimeError where the two options do not fit the dictionary or the backend."""
     if grad_buffer is not None:
         if sparse_grad:
             raise ValueError(f"{op}: sparse_grad and grad_buffer exclude each other")
-        like = tuple(grad_buffer.shape) == tuple(W.shape) and grad_buffer.dtype == W.dtype
-        if not (like and grad_buffer.device == W.device and grad_buffer.is_contiguous()):
+        like = grad_buffer.shape == W.shape and grad_buffer.dtype == W.dtype
+        like = like and grad_buffer.device == W.device and grad_buffer.is_contiguous()
+        if not like:
+            expected = f"{tuple(W.shape)} {W.dtype} on {W.device}"
+            got = f"{tuple(grad_buffer.shape)} {grad_buffer.dtype} on {grad_buffer.device}"
             raise ValueError(
-                f"{op}: grad_buffer must be contiguous and like the dictionary, {tuple(W.shape)} {W.dtype} on "
-                f"{W.device}, got {tuple(grad_buffer.shape)} {grad_buffer.dtype} on {grad_buffer.device}"
+                f"{op}: grad_buffer must be contiguous and like the dictionary, {expected}, "
+                f"got {got}"
             )
         if grad_buffer.requires_grad:
             raise ValueError(f"{op}: grad_buffer must not require a gradient")
     if backend == "reference" and (sparse_grad or grad_buffer is not None):
         raise RuntimeError(
-            f'{op}: sparse_grad and grad_buffer need a compiled backend, and this call runs on "reference"; leave them '
-            "out, or see clipsteer env for how to get one"
+            f"{op}: sparse_grad and grad_buffer need a compiled backend, and this call runs on "
+            '"reference"; leave them out, or see clipsteer env for how to get one'
         )
 
 
 def sparse_decode(
-    acts: Tensor,
-    indices: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor | None = None,
+    acts: Tensor,  # (..., k)
+    indices: Tensor,  # (..., k)
+    W_dec: Tensor,  # (d_sae, d_in)
+    b_dec: Tensor | None = None,  # (d_in,)
     *,
     backend: str = "auto",
     sparse_grad: bool = False,

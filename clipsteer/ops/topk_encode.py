@@ -20,9 +20,9 @@ __all__ = ["topk_encode", "topk_encode_reference"]
 
 
 def topk_encode_reference(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor | None = None,
+    x: Tensor,  # (..., d_in)
+    W_enc: Tensor,  # (d_sae, d_in)
+    b_enc: Tensor | None = None,  # (d_sae,)
     *,
     k: int,
 ) -> tuple[Tensor, Tensor]:
@@ -71,14 +71,14 @@ class _TopkEncode(torch.autograd.Function):
 
 
 def topk_encode(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor | None = None,
+    x: Tensor,  # (..., d_in)
+    W_enc: Tensor,  # (d_sae, d_in)
+    b_enc: Tensor | None = None,  # (d_sae,)
     *,
     k: int,
     backend: str = "auto",
     sparse_grad: bool = False,
-    grad_buffer: Tensor | None = None,
+    grad_buffer: Tensor | None = None,  # (d_sae, d_in)
     screen: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Encode to the k largest pre-activations of each row: ``relu(topk(x W_encᵀ + b_enc))``.

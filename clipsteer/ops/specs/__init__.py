@@ -18,7 +18,7 @@ __all__ = ["REGISTRY", "verdict"]
 
 
 def _registry() -> dict[str, OpSpec]:
-    found = {}
+    found: dict[str, OpSpec] = {}
     for op in RECORDS:
         specs = importlib.import_module(f"{__name__}.{op.stem}").SPECS
         assert tuple(spec.name for spec in specs) == op.names, op.stem

@@ -78,7 +78,7 @@ def _whole(
     s = image @ text.T
     d = _apart(s)
     d_text = _apart(s.T)
-    if ref_image is not None:
+    if ref_image is not None and ref_text is not None:
         r = ref_image @ ref_text.T
         d = d - _apart(r)
         d_text = d_text - _apart(r.T)
@@ -115,7 +115,7 @@ def _product_a_side(
     sides = ((image, text, ref_image, ref_text), (text, image, ref_text, ref_image))
     for a, b, ref_a, ref_b in sides:
         d = _similarity(a, b) / temperature
-        if ref_a is not None:
+        if ref_a is not None and ref_b is not None:
             d = d - _similarity(ref_a, ref_b) / temperature
         with torch.no_grad():
             log_G = (d + mask.sub(1).mul(1e9)).logsumexp(1, keepdim=True) - math.log(B)

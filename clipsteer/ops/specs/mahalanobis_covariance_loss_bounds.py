@@ -110,7 +110,7 @@ class Truth:
         return y - y[:1], error + self.of_norm * (y.abs() + y[:1].abs())
 
     def distances(self, side: int, c: int, at: Tensor) -> Distances:
-        """What the definition finds between the rows ``at`` of class c, and how far off it may be."""
+        """What the definition finds between the rows ``at`` of class c, and how far it is off."""
         y, e = self.rows(side, c, at)
         columns = y.shape[1]
         w = torch.ones(columns, dtype=torch.float64)

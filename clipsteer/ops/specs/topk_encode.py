@@ -32,8 +32,8 @@ def _make(
     scale: float,
     exact: bool,
 ) -> Inputs:
-    """Keys B, d, n, k; crowded=1: every row's winners are neighbours, more of them than one bucket's
-    share."""
+    """Keys B, d, n, k; crowded=1: every row's winners are neighbours, more of them than one
+    bucket's share."""
     B, d, n, k = unpacked(shape)
     x = draw((B, d), dtype, generator, scale, exact)
     W_enc = draw((n, d), dtype, generator, 1.0, exact)
