@@ -275,9 +275,19 @@ def drrho_loss(
     Source: Wei et al. 2025 (arXiv 2505.06699); Wei et al. 2024 (arXiv 2407.01445), equations of u
     and of RGCL-g.
     """
-    inputs = checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho)
-    backend = choose("drrho_loss", backend, inputs[0])
-    return run(*inputs, gamma, eps, rho, backend)
+    image, text, ref_image, ref_text, tau, u = checked(
+        image,
+        text,
+        ref_image,
+        ref_text,
+        temperature,
+        gamma,
+        u,
+        eps,
+        rho,
+    )
+    backend = choose("drrho_loss", backend, image)
+    return run(image, text, ref_image, ref_text, tau, u, gamma, eps, rho, backend)
 
 
 def run(

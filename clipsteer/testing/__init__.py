@@ -1,25 +1,13 @@
-"""Numerical proof and timing of the ops on the machine at hand: ``validate`` and ``table``, and
+"""Numerical proof and timing of the ops on the machine at hand: ``validate``, its ``table``, and
 ``bench``."""
 
 from __future__ import annotations
 
-# the modules first, as importing one binds its name to it, and ``table`` and ``validate`` are
-# functions here
+# the modules first: importing one binds its name, and ``table`` and ``validate`` are functions
 from clipsteer.testing import bench as bench
-from clipsteer.testing import table as _markdown  # noqa: F401
-from clipsteer.testing.validate import (
-    PROPERTIES,
-    Case,
-    Row,
-    cases,
-    fenced,
-    poisoned,
-    same_bits,
-    strided,
-    supported,
-    table,
-    validate,
-)
+from clipsteer.testing import table as _table_of_speeds  # noqa: F401
+from clipsteer.testing.torture import PROPERTIES, Case, fenced, poisoned, same_bits, strided
+from clipsteer.testing.validate import Row, cases, supported, table, validate
 
 __all__ = [
     "PROPERTIES",

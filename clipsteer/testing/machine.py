@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import platform
-import resource
 import shutil
 import subprocess
 import time
@@ -35,19 +34,21 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     if device == "cuda":
         import triton
 
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = (
-            subprocess.run(query, capture_output=True, text=True).stdout.split()
-            if shutil.which(query[0])
-            else []
-        )
         facts |= {
             "chip": torch.cuda.get_device_name(),
             "cuda": torch.version.cuda,
             "triton": triton.__version__,
+            "driver": _driver(),
         }
-        facts["driver"] = driver[0] if driver else "unknown"
     return facts | {"device": device, "date": time.strftime("%Y-%m-%d")}
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    if shutil.which(query[0]) is None:
+        return "unknown"
+    found = subprocess.run(query, capture_output=True, text=True).stdout.split()
+    return found[0] if found else "unknown"
 
 
 def resident(field: str) -> int:
@@ -66,15 +67,21 @@ def extra_memory(call: Callable[[], Any], device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     status = Path("/proc/self/clear_refs")
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(
-            0
-        )  # what earlier calls left in glibc's heap would hide what this one needs
+        # what earlier calls left in glibc's heap would hide what this one needs
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         status.write_text("5")  # resets the high-water mark of resident memory
         before = resident("VmRSS")
     except OSError:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = _highest()
         call()
-        return 1024 * max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        return max(0, _highest() - before)
     call()
     return max(0, resident("VmHWM") - before)
+
+
+def _highest() -> int:
+    """Bytes of resident memory at its highest since the process began."""
+    import resource  # which Windows does not have
+
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from clipsteer._files import FileFormatError, read_json, write_atomically
 from clipsteer.ops import BACKENDS
@@ -29,6 +29,7 @@ Groups = dict[tuple[str, ...], dict[str, dict[str, Any]]]
 
 
 def ours(contender: str) -> bool:
+    """Whether this is a way of ours to run an op."""
     return contender in (*BACKENDS, *_STAGES) or contender.startswith("clipsteer")
 
 
@@ -45,37 +46,48 @@ def markdown(files: Sequence[str | Path]) -> str:
         try:
             machine = found["machine"]
             threads = f"{machine['threads']} thread" + "s" * (machine["threads"] != 1)
-            where = f"{machine['chip']}, {threads}, torch {machine['torch'].partition('+')[0]}"
+            torch_version = machine["torch"].partition("+")[0]
+            where = f"{machine['chip']}, {threads}, torch {torch_version}"
             new: Groups = {}
             for r in found["records"]:
-                new.setdefault((r["op"], r["shape"], r["pass"]), {})[r["contender"]] = r
+                group = new.setdefault((r["op"], r["shape"], r["pass"]), {})
+                group[r["contender"]] = r
             machines.setdefault(where, {}).update(new)
         except (KeyError, TypeError, AttributeError) as error:
             raise FileFormatError(f"{file}: not a file of clipsteer bench: {error!r}") from error
-    return "\n".join(
-        f"{where}:\n\n{_best(groups)}{_peers(groups)}" for where, groups in machines.items()
-    )
+    parts = []
+    for where, groups in machines.items():
+        parts.append(f"{where}:\n\n{_best(groups)}{_peers(groups)}")
+    return "\n".join(parts)
 
 
 def _best(groups: Groups) -> str:
+    """Each way of ours next to the fastest of the others."""
     rows = []
     for (op, shape, kind), found in groups.items():
-        rivals = [
-            r for name, r in found.items() if not ours(name) and (op, shape, name) not in _NO_RIVALS
-        ]
-        mine = [r for name, r in found.items() if ours(name)]
+        mine = []
+        rivals = []
+        for name, record in found.items():
+            if ours(name):
+                mine.append(record)
+            elif (op, shape, name) not in _NO_RIVALS:
+                rivals.append(record)
         if not mine or not rivals:
             continue
-        best = min(rivals, key=lambda r: r["seconds"])
-        for r in mine:
-            way = f" ({r['contender']})" if len(mine) > 1 else ""
-            floor = share = ""
-            if "floor_share" in r:
-                floor = _time(r["seconds"] * r["floor_share"])
-                share = f"{r['floor_share']:.0%}"
-            baseline = f"{_time(best['seconds'])} ({best['contender']})"
-            ratio = f"{best['seconds'] / r['seconds']:.2f}×"
-            rows.append((op, shape, kind, _time(r["seconds"]) + way, baseline, ratio, floor, share))
+        best = min(rivals, key=lambda record: record["seconds"])
+        baseline = f"{_time(best['seconds'])} ({best['contender']})"
+        for record in mine:
+            seconds = record["seconds"]
+            time = _time(seconds)
+            if len(mine) > 1:
+                time += f" ({record['contender']})"
+            ratio = f"{best['seconds'] / seconds:.2f}×"
+            floor = ""
+            share = ""
+            if "floor_share" in record:
+                floor = _time(seconds * record["floor_share"])
+                share = f"{record['floor_share']:.0%}"
+            rows.append((op, shape, kind, time, baseline, ratio, floor, share))
     return _table(
         ("op", "shape", "pass", "ours", "best baseline", "ratio", "floor", "of floor"),
         rows,
@@ -86,18 +98,22 @@ def _peers(groups: Groups) -> str:
     """Everyone's time where other libraries took part, and how many times ours it is."""
     tables: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for (op, shape, _), found in groups.items():
-        if not any("version" in r for r in found.values()):
+        if not any("version" in record for record in found.values()):
             continue
-        base = next(r["seconds"] for name, r in found.items() if ours(name))
-        heads = (f"{name} {r.get('version', '')}".strip() for name, r in found.items())
-        cells = (f"{_time(r['seconds'])} ({r['seconds'] / base:.2f}×)" for r in found.values())
-        tables.setdefault((op, *heads), []).append((shape, *cells))
+        base = next(record["seconds"] for name, record in found.items() if ours(name))
+        heads = [op]
+        cells = [shape]
+        for name, record in found.items():
+            heads.append(f"{name} {record.get('version', '')}".strip())
+            cells.append(f"{_time(record['seconds'])} ({record['seconds'] / base:.2f}×)")
+        tables.setdefault(tuple(heads), []).append(tuple(cells))
     return "".join("\n" + _table(head, rows) for head, rows in tables.items())
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(cells) + " |\n" for cells in (head, *rows)]
-    return lines[0] + "|" + "---|" * len(head) + "\n" + "".join(lines[1:])
+    rule = "|" + "---|" * len(head) + "\n"
+    return lines[0] + rule + "".join(lines[1:])
 
 
 def _time(seconds: float) -> str:
@@ -114,7 +130,9 @@ def put(file: str | Path, table: str) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"bench: {file} has no lines {BEGIN.strip()} and {END.strip()}")
-    write_atomically(
-        file,
-        lambda target: target.write((before + begin + table + end + after).encode()),
-    )
+    text = before + begin + table + end + after
+
+    def write(target: BinaryIO) -> None:
+        target.write(text.encode())
+
+    write_atomically(file, write)
