@@ -35,7 +35,16 @@ def _centred(x: Tensor, index: Tensor | None, mean: Tensor | None) -> Tensor:
 
 class _Matmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, W, index, beta, mean, transpose, backend):
+    def forward(
+        ctx,
+        x,  # (B, m)
+        W,  # (K, m, n)
+        index,  # (B,) or None
+        beta,  # (K,) or None
+        mean,  # (K, m) or None
+        transpose,
+        backend,
+    ):
         ctx.save_for_backward(x, W, index, beta, mean)
         ctx.options = transpose, backend
         return call(backend, "grouped_matmul", x, W, index, beta, mean, transpose)
@@ -67,7 +76,14 @@ class _Matmul(torch.autograd.Function):
 
 class _Outer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, b, index, groups, backend):
+    def forward(
+        ctx,
+        a,  # (B, m)
+        b,  # (B, n)
+        index,  # (B,) or None
+        groups,
+        backend,
+    ):
         ctx.save_for_backward(a, b, index)
         ctx.backend = backend
         return call(backend, "grouped_outer", a, b, index, groups)
@@ -85,7 +101,15 @@ class _Outer(torch.autograd.Function):
 
 class _LowRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, U, s, index, mean, backend):
+    def forward(
+        ctx,
+        x,  # (B, d)
+        U,  # (K, d, r)
+        s,  # (K, r)
+        index,  # (B,) or None
+        mean,  # (K, d) or None
+        backend,
+    ):
         ctx.save_for_backward(x, U, s, index, mean)
         ctx.backend = backend
         return call(backend, "low_rank_project", x, U, s, index, mean)

@@ -58,7 +58,13 @@ def conceptor_project_reference(
     return beta * y.squeeze(-1) + mu
 
 
-def _checked(h, C, index, beta, mean):
+def _checked(
+    h,  # (..., d)
+    C,  # (K, d, d), (d, d) or LowRank
+    index,  # (...) or None
+    beta,  # a number, () or (K,)
+    mean,  # (K, d), (d,) or None
+):
     """Every argument in its full form: factors (K, …), index or None, β a number or (K,), μ (K, d)
     or None."""
     op = "conceptor_project"

@@ -58,7 +58,20 @@ class Loss(torch.autograd.Function):
     """The sweeps hand back the gradients with the value."""
 
     @staticmethod
-    def forward(ctx, image, text, ref_image, ref_text, tau, u, gamma, eps, rho, backend, world):
+    def forward(
+        ctx,
+        image,  # (B, d)
+        text,  # (B, d)
+        ref_image,  # (B, d_ref) or None
+        ref_text,  # (B, d_ref) or None
+        tau,  # ()
+        u,  # (2, B) or None
+        gamma,
+        eps,
+        rho,
+        backend,
+        world,
+    ):
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4])
         inputs = (image, text, ref_image, ref_text, tau, u)
         loss, new, *grads = evaluate(*inputs, gamma, eps, rho, needs, backend, world)
@@ -88,16 +101,16 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
-        grad,
-        d_image,
-        d_text,
-        d_tau,
-        image,
-        text,
-        ref_image,
-        ref_text,
-        tau,
-        u,
+        grad,  # ()
+        d_image,  # (B, d)
+        d_text,  # (B, d)
+        d_tau,  # ()
+        image,  # (B, d)
+        text,  # (B, d)
+        ref_image,  # (B, d_ref) or None
+        ref_text,  # (B, d_ref) or None
+        tau,  # ()
+        u,  # (2, B) or None
         options,
         factor,
         flags,
@@ -141,7 +154,18 @@ class _Gradient(torch.autograd.Function):
         return along, None, None, None, twice[0], twice[1], None, None, twice[2], *[None] * 5
 
 
-def checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho, rows=None):
+def checked(
+    image,  # (B, d)
+    text,  # (B, d)
+    ref_image,  # (B, d_ref) or None
+    ref_text,  # (B, d_ref) or None
+    temperature,
+    gamma,
+    u,  # (2, B) or None
+    eps,
+    rho,
+    rows=None,
+):
     """The features in one dtype, the temperature as a tensor of the wide one, u detached or None.
     ``rows``: of all processes, one of which may have none."""
     op = "drrho_loss"
@@ -275,17 +299,8 @@ def drrho_loss(
     Source: Wei et al. 2025 (arXiv 2505.06699); Wei et al. 2024 (arXiv 2407.01445), equations of u
     and of RGCL-g.
     """
-    image, text, ref_image, ref_text, tau, u = checked(
-        image,
-        text,
-        ref_image,
-        ref_text,
-        temperature,
-        gamma,
-        u,
-        eps,
-        rho,
-    )
+    *features, tau, u = checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho)
+    image, text, ref_image, ref_text = features
     backend = choose("drrho_loss", backend, image)
     return run(image, text, ref_image, ref_text, tau, u, gamma, eps, rho, backend)
 

@@ -79,7 +79,17 @@ class _Loss(torch.autograd.Function):
     """The kernel hands back the gradient with the value."""
 
     @staticmethod
-    def forward(ctx, new, old, labels, factor, s, diag, normalize, backend):
+    def forward(
+        ctx,
+        new,  # (B, d)
+        old,  # (B, d)
+        labels,  # (B,)
+        factor,  # (C, d, d), or U (C, d, r)
+        s,  # (C, r) or None
+        diag,  # (C, d) or None
+        normalize,
+        backend,
+    ):
         inputs = (new, old, labels, factor, s, diag)
         loss, d_new = call(backend, "mahalanobis_covariance_loss", *inputs, normalize, True)
         ctx.save_for_backward(d_new, *inputs)
@@ -96,7 +106,18 @@ class _Gradient(torch.autograd.Function):
     """grad · d_new; its own derivatives, which nobody trains with, are the reference's."""
 
     @staticmethod
-    def forward(ctx, grad, d_new, new, old, labels, factor, s, diag, normalize):
+    def forward(
+        ctx,
+        grad,  # ()
+        d_new,  # (B, d), float32 or wider
+        new,  # (B, d)
+        old,  # (B, d)
+        labels,  # (B,)
+        factor,  # (C, d, d), or U (C, d, r)
+        s,  # (C, r) or None
+        diag,  # (C, d) or None
+        normalize,
+    ):
         ctx.save_for_backward(grad, d_new, new, old, labels, factor, s, diag)
         ctx.normalize = normalize
         # in float32 or wider, rounded once
@@ -124,7 +145,13 @@ class _Gradient(torch.autograd.Function):
         return (once * outer).sum(), None, twice, *[None] * 6
 
 
-def _checked(new, old, labels, factor, normalize):
+def _checked(
+    new,  # (B, d)
+    old,  # (B, d)
+    labels,  # (B,)
+    factor,  # (C, d, d) or LowRankDiag
+    normalize,
+):
     """All tensors in one dtype; the factor as (L, None, None) or (U, s, diag)."""
     op = "mahalanobis_covariance_loss"
     low_rank = isinstance(factor, LowRankDiag)

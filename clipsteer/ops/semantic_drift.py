@@ -139,15 +139,13 @@ def check_arguments(op: str, old: Any, new: Any, prototypes: Any, sigma: Any, fl
             raise TypeError(_check.mistake(op, name, "a number", type(value).__name__, named))
     if isinstance(sigma, str):
         if sigma != "median":
-            raise ValueError(
-                _check.mistake(op, "sigma", 'a number or "median"', repr(sigma), named)
-            )
+            expected = 'a number or "median"'
+            raise ValueError(_check.mistake(op, "sigma", expected, repr(sigma), named))
     elif not 0 < sigma < float("inf"):
         raise ValueError(_check.mistake(op, "sigma", "positive and finite", sigma, named))
     if isinstance(floor, str) or not 0 <= floor < float("inf"):
-        raise ValueError(
-            _check.mistake(op, "floor", "a finite number of at least 0", repr(floor), named)
-        )
+        expected = "a finite number of at least 0"
+        raise ValueError(_check.mistake(op, "floor", expected, repr(floor), named))
 
 
 @torch.no_grad()

@@ -32,7 +32,16 @@ def sparse_decode_reference(
 
 class _SparseDecode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, acts, indices, W, b, backend, sparse_grad, grad_buffer):
+    def forward(
+        ctx,
+        acts,  # (B, k)
+        indices,  # (B, k)
+        W,  # (n, d)
+        b,  # (d,) or None
+        backend,
+        sparse_grad,
+        grad_buffer,
+    ):
         ctx.save_for_backward(acts, indices, W)
         ctx.options = backend, sparse_grad, grad_buffer
         return call(backend, "sparse_decode", acts, indices, W, b)
@@ -54,7 +63,13 @@ class _SparseDecode(torch.autograd.Function):
 
 class _GatherDot(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, indices, W, backend):
+    def forward(
+        ctx,
+        rows,  # (B, d)
+        indices,  # (B, k)
+        W,  # (n, d)
+        backend,
+    ):
         ctx.save_for_backward(rows, indices, W)
         ctx.backend = backend
         return call(backend, "gather_dot", rows, indices, W)
@@ -73,7 +88,14 @@ class _GatherDot(torch.autograd.Function):
 
 class _SparseOuter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, coeff, indices, rows, n, backend):
+    def forward(
+        ctx,
+        coeff,  # (B, k)
+        indices,  # (B, k)
+        rows,  # (B, d)
+        n,
+        backend,
+    ):
         ctx.save_for_backward(coeff, indices, rows)
         ctx.backend = backend
         return call(backend, "sparse_outer", coeff, indices, rows, n)

@@ -38,7 +38,18 @@ def topk_encode_reference(
 
 class _TopkEncode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, W, b, k, backend, grad_backend, sparse_grad, grad_buffer, screen):
+    def forward(
+        ctx,
+        x,  # (B, d)
+        W,  # (n, d)
+        b,  # (n,) or None
+        k,
+        backend,
+        grad_backend,
+        sparse_grad,
+        grad_buffer,  # (n, d) or None
+        screen,
+    ):
         acts, indices = call(
             backend,
             "topk_encode",
@@ -124,24 +135,17 @@ def topk_encode(
         named.update(x=x, W_enc=W_enc, b_enc=b_enc)
     _check.check_tensors(op, named)
     if W_enc.dim() != 2:
-        raise ValueError(
-            _check.mistake(op, "W_enc", "of shape (d_sae, d_in)", tuple(W_enc.shape), named)
-        )
+        expected = "of shape (d_sae, d_in)"
+        raise ValueError(_check.mistake(op, "W_enc", expected, tuple(W_enc.shape), named))
     if x.dim() == 0 or x.shape[-1] != W_enc.shape[1]:
-        raise ValueError(
-            _check.mistake(
-                op,
-                "x",
-                f"of shape (..., d_in = {W_enc.shape[1]})",
-                tuple(x.shape),
-                named,
-            )
-        )
+        expected = f"of shape (..., d_in = {W_enc.shape[1]})"
+        raise ValueError(_check.mistake(op, "x", expected, tuple(x.shape), named))
     _check.check_shape(op, named, "b_enc", (W_enc.shape[0],), "(d_sae,)")
     if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
         raise TypeError(_check.mistake(op, "k", "an int", type(k).__name__, named))
     if not 1 <= k <= W_enc.shape[0]:
-        raise ValueError(_check.mistake(op, "k", f"in [1, d_sae = {W_enc.shape[0]}]", k, named))
+        expected = f"in [1, d_sae = {W_enc.shape[0]}]"
+        raise ValueError(_check.mistake(op, "k", expected, k, named))
     if screen not in ("auto", "off"):
         raise ValueError(f'{op}: screen must be "auto" or "off", got {screen!r}')
     asked = backend
@@ -150,8 +154,9 @@ def topk_encode(
     if backend == "reference":
         return topk_encode_reference(x, W_enc, b_enc, k=k)
     # the gradient is made of sparse_decode's operations, which another backend may be faster at
-    grad_backend = choose("sparse_decode", asked, x) if tracked(x, W_enc, b_enc) else backend
-    grad_backend = backend if grad_backend == "reference" else grad_backend
+    grad_backend = backend
+    if tracked(x, W_enc, b_enc) and (faster := choose("sparse_decode", asked, x)) != "reference":
+        grad_backend = faster
     flat = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
     W = W_enc.contiguous()
     b = None if b_enc is None else b_enc.contiguous()
