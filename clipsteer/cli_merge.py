@@ -262,7 +262,7 @@ def _curve(args: argparse.Namespace) -> int:
     report.write_csv(args.out / "curve.csv", rows)
     subtitle = f"{clip.name}: from {args.zeroshot} to {args.finetuned}, {len(classes)} classes"
     robustness_page.write_page(args.out / "curve.html", rows, subtitle=subtitle, baseline=baseline, models=models)
-    drawn = robustness_page.write_svg(args.out / "curve.svg", robustness_page.curve_charts(rows, baseline, models)[0])
+    drawn = robustness_page.curve_charts(rows, baseline, models)[0].write(args.out / "curve.svg")
     _show(robustness.summary(rows, baseline))
     sys.stdout.write("".join(f"{path}\n" for path in (args.out / "curve.html", *drawn, args.out / "curve.csv")))
     return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clipsteer.explore import Pictures
-from clipsteer.report import Html, card, cards, charts, code, figures, stats, table, text
+from clipsteer.report import Html, card, cards, code, figures, grid, stats, table, text
 from clipsteer.robustness import averages
 from clipsteer.robustness_page import curve_charts, summary_table
 
@@ -62,13 +62,13 @@ def _kept(pictures: Pictures, row: Mapping[str, Any], found: Mapping[str, Any]) 
         # drawings are all of one style here: its name at the end would only take room
         return f"{name.rpartition(' (')[0] if found['minus'] == 'style' else name}, ×{ratio:.2f}"
 
-    def grid(pairs: Sequence[tuple[int, float]]) -> Html:
+    def drawings(pairs: Sequence[tuple[int, float]]) -> Html:
         return figures([(pictures.thumb(i, 96), caption(pictures.names[i], r)) for i, r in pairs], size="4.6rem")
 
     own = f"{row['most_of_its_own']} of these {len(row['most'])} are of this {found['what']}"
     return card(
         row["name"], text(f"From {row['images']} images; quota {row['quota']:.3f}.", css="note"),
-        text(f"Kept most ({own}):"), grid(row["most"]), text("Kept least:"), grid(row["least"]),
+        text(f"Kept most ({own}):"), drawings(row["most"]), text("Kept least:"), drawings(row["least"]),
     )  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def wise_ft(found: Mapping[str, Any]) -> list[Html]:
             "further up is better on the other styles. The axes are in log odds, which stretch the scale towards 0 "
             "and 100 %. The output-space ensemble averages the answers of both models instead, and has to run both."
         ),
-        charts(*curve_charts(rows)),
+        grid(*curve_charts(rows)),
         text(_verdict(rows)),
         summary_table(rows, None),
         table(

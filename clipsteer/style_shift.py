@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipsteer._files import write_json
-from clipsteer._intervals import mean_interval
 from clipsteer.bench import machine
 from clipsteer.classifier import ImageClassifier, pixel_batches, predict, renamed, zero_shot_classifier
 from clipsteer.clip import CLIP, EMOJICLIP, load, zero_shot_head
 from clipsteer.data import EmojiStyles, ImageDataset
 from clipsteer.finetuning import FinetuneConfig, finetune
 from clipsteer.merging import wise_ft
+from clipsteer.report.intervals import mean_interval
 from clipsteer.robustness import ALPHAS, DEFAULT_ALPHA, Baseline, EvalSet, averages, curve, fit_baseline, summary
 
 logger = logging.getLogger(__name__)
@@ -276,7 +276,7 @@ def findings(rows: Sequence[dict[str, Any]], baseline: Baseline, alpha: float) -
 
 
 def write(folder: str | Path, found: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[Path]:
-    """wise_ft_emoji.json, .csv, .md, .html and, for each style, a .svg (and .png, see `write_svg`), in `folder`."""
+    """wise_ft_emoji.json, .csv, .md, .html and, for each style, a .svg (and .png, see `Chart.write`), in `folder`."""
     from clipsteer import report
     from clipsteer import robustness_page as page
 

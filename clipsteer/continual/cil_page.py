@@ -21,7 +21,20 @@ from clipsteer.continual.cil_tables import (
     results_table,
 )
 from clipsteer.continual.metrics import METRICS, Run, by_strategy
-from clipsteer.report import Html, Page, charts, heat_map, line_chart, markdown_table, percent, table, text, write_csv
+from clipsteer.report import (
+    Axis,
+    Cells,
+    Chart,
+    Html,
+    Line,
+    Page,
+    grid,
+    markdown_table,
+    percent,
+    table,
+    text,
+    write_csv,
+)
 
 FORMAT = "clipsteer-cil-1"
 DRIFT = (
@@ -42,16 +55,17 @@ def _mean_sd(lines: Sequence[Tensor]) -> tuple[list[float], list[float], list[fl
 def curves(
     groups: Mapping[str, Sequence[Tensor]], *, title: str, y_label: str, y_from: float | None = 0.0,
     y_to: float | None = None,
-) -> Html:  # fmt: skip
+) -> Chart:  # fmt: skip
     """name -> (T,) values of each seed: the mean over seeds against the task, with a band of ± a standard deviation."""
     drawn = {name: _mean_sd(lines) for name, lines in groups.items()}
     tasks = range(1, max(len(mean) for mean, _, _ in drawn.values()) + 1)
     ticks = [t for t in tasks if (t - 1) % math.ceil(len(tasks) / 12) == 0]
-    return line_chart(
-        {name: (list(tasks), mean) for name, (mean, _, _) in drawn.items()}, title=title, x_label="after task",
-        y_label=y_label, y_from=y_from, y_to=y_to, x_ticks=ticks,
-        bands={name: ends for name, (_, *ends) in drawn.items()},
-    )  # fmt: skip
+    return Chart(
+        title,
+        *(Line(name, tasks, mean, band=(low, high)) for name, (mean, low, high) in drawn.items()),
+        x=Axis("after task", ticks=ticks),
+        y=Axis(y_label, low=y_from, high=y_to),
+    )
 
 
 def accuracy_curves(runs: Sequence[Run]) -> Html:
@@ -63,26 +77,24 @@ def accuracy_curves(runs: Sequence[Run]) -> Html:
         "On the first task, %": lambda run: run.matrix[:, 0],
     }
     lines = lambda of: {name: [100 * of(run) for run in members] for name, members in groups.items()}
-    return charts(*(curves(lines(of), title=title, y_label="accuracy, %") for title, of in kinds.items()))
+    return grid(*(curves(lines(of), title=title, y_label="accuracy, %") for title, of in kinds.items()))
 
 
-def matrix_map(runs: Sequence[Run], title: str, peak: float) -> Html:
+def matrix_map(runs: Sequence[Run], title: str, peak: float) -> Chart:
     """The mean over runs of the accuracy matrix, in per cent."""
     mean = torch.stack([run.matrix for run in runs]).mean(0)
     names = [str(t + 1) for t in range(len(mean))]
-    return heat_map(
-        mean.tolist(), title=title, rows=names, columns=names, peak=peak, show=percent,
-        x_label="accuracy on task, %", y_label="after task",
-    )  # fmt: skip
+    cells = Cells(mean.tolist(), rows=names, columns=names, peak=peak, show=percent)
+    return Chart(title, cells, x="accuracy on task, %", y="after task")
 
 
 def matrix_maps(groups: Mapping[str, Sequence[Run]]) -> Html:
     """A map for each group of runs, all in one scale."""
     peak = max(float(run.matrix.nan_to_num().max()) for runs in groups.values() for run in runs)
-    return charts(*(matrix_map(runs, name, peak) for name, runs in groups.items()))
+    return grid(*(matrix_map(runs, name, peak) for name, runs in groups.items()))
 
 
-def drift_curves(groups: Mapping[str, Sequence[Run]]) -> list[Html]:
+def drift_curves(groups: Mapping[str, Sequence[Run]]) -> list[Chart]:
     """For each group that has it, the prototypes' error with and without compensation, against the task; one scale."""
     kinds = ("uncompensated", "compensated")
     lines = {name: {k: [run.drift_error[k] for run in runs] for k in kinds} for name, runs in groups.items()}
@@ -142,7 +154,7 @@ def write_results(
     page.section("Accuracy matrices", "Each row: accuracy on every task so far, after one more task was learnt; "
                  "mean over seeds, all strategies in one scale.", matrix_maps(groups))  # fmt: skip
     if drift[1]:
-        page.section("Prototype drift", table(*drift, DRIFT, words=True), charts(*drift_curves(groups)))
+        page.section("Prototype drift", table(*drift, DRIFT, words=True), grid(*drift_curves(groups)))
     page.section("Time and memory", table(*costs_table(runs)))
     page.write(paths[3])
     lines = [f"# {title}", "", *(f"- {k}: {_note(v)}" for k, v in notes.items()), "", *markdown_table(*results), ""]

@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clipsteer._intervals import clopper_pearson, excludes_zero, mean_interval, varies
 from clipsteer.continual.metrics import METRICS, Run, by_strategy, paired, summarize
 from clipsteer.report import percent
+from clipsteer.report.intervals import clopper_pearson, excludes_zero, mean_interval, varies
 
 TITLES = {
     "A_last": "A_last, %", "A_avg": "A_avg, %", "balanced": "balanced, %", "forgetting": "forgetting, points",

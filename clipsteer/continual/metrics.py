@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clipsteer._files import FileFormatError
-from clipsteer._intervals import excludes_zero, mean_interval
+from clipsteer.report.intervals import excludes_zero, mean_interval
 
 DRIFTS = ("compensated", "uncompensated", "cosine_compensated", "cosine_uncompensated")
 # name -> whether more is better
