@@ -11,7 +11,7 @@ from clipsteer.report.axes import Axis, Number, Ruler, Scale, Values, number
 from clipsteer.report.page import LINE, lines_of
 
 LEFT = 46.0
-NAMES = 104.0  # the most room that names have at an upright axis
+NAMES = 116.0  # the most room that names have at an upright axis
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
 
 
