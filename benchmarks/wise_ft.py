@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsteer.bench import machine
 from clipsteer.clip.classifier import ImageClassifier, predict, zero_shot_classifier
 from clipsteer.clip.model import CLIP, EMOJICLIP, load
 from clipsteer.clip.pixels import pixel_batches
@@ -43,6 +42,7 @@ from clipsteer.ensembles.robustness import (
 from clipsteer.io.files import write_atomically, write_json
 from clipsteer.report.intervals import mean_interval
 from clipsteer.report.page import Page, grid, markdown_table, percent, table, write_csv
+from clipsteer.testing.machine import machine
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from _adam import assert_step, norm_bound, step_and_bounds
 
+from _adam import assert_step, norm_bound, step_and_bounds
 from clipsteer import SAE, TrainConfig
 from clipsteer.ops import _dispatch
 from clipsteer.sae.adam import UnitRowAdam, one_pass, takes_row_sparse

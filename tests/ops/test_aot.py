@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from clipsteer._files import write_json
+from clipsteer.io.files import write_json
 
 try:
     import fcntl
@@ -93,9 +93,10 @@ LOADED_WIDE = (*PRODUCTS, "sparse_decode_fwd", "gather_dot", "sparse_outer_bwd",
 @functools.cache
 def key() -> str:
     """Of all that a binary comes from: the kernels, what this file launches, and the compilers."""
-    import clipsteer.kernels
     import torch
     import triton
+
+    import clipsteer.kernels
 
     files = [*sorted(Path(clipsteer.kernels.__file__).parent.rglob("*.py")), Path(__file__)]
     versions = f"{triton.__version__} {torch.__version__} {sys.version}"

@@ -213,7 +213,8 @@ def test_compiles_with_the_factors_as_an_argument():
 
 MEMORY = """
 import sys, torch
-from clipsteer import bench, ops
+from clipsteer import ops
+from clipsteer.testing import bench
 B, K, d = 256, 48, 768
 h, C = torch.randn(B, d), torch.randn(K, d, d)  # 0.8 MB beside 113 MB
 index = torch.arange(B) % K
@@ -334,7 +335,7 @@ INTERPRETED = """
 import torch
 from clipsteer.kernels import conceptor_project as kernels
 from clipsteer.ops import REGISTRY, _dispatch
-from clipsteer.ops._dispatch import spec_errors
+from clipsteer.ops._spec import spec_errors
 shape = {"B": 70, "K": 3, "d": 40, "r": 17}
 many = kernels._many
 # group numbers in one piece, in several for the sorting kernel, and sorted by torch

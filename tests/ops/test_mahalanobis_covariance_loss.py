@@ -272,7 +272,8 @@ def test_third_derivatives_run_through_the_reference():
 
 MEMORY = """
 import torch
-from clipsteer import bench, ops
+from clipsteer import ops
+from clipsteer.testing import bench
 B, C, d = 256, 48, 768
 new, old, factor = torch.randn(B, d, requires_grad=True), torch.randn(B, d), torch.randn(C, d, d)
 labels = torch.arange(B) % C

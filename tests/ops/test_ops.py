@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from clipsteer import ops, testing
-from clipsteer.ops import REGISTRY, _dispatch
-from clipsteer.ops._dispatch import spec_errors
+from clipsteer.ops import REGISTRY, _dispatch, specs
+from clipsteer.ops._lowlevel import DTYPES, LOW_LEVEL, OPS
+from clipsteer.ops._spec import spec_errors
 
 ON_CPU = [
     (name, backend, dtype)
@@ -451,7 +452,7 @@ def test_inductor_equals_eager(name):
         assert all(torch.equal(a, b) for a, b in zip(outputs(name, inputs), graph))
 
 
-LOW_LEVEL = {
+LOW_LEVEL_ARGUMENTS = {
     "grouped_matmul": lambda t: (t["x"], t["C"], t["group"], t["beta"], t["mean"], True),
     "grouped_outer": lambda t: (t["acts"], t["x"], t["group"], 3),
     "low_rank_project": lambda t: (
@@ -486,7 +487,7 @@ LOW_LEVEL = {
 }
 
 
-@pytest.mark.parametrize("op", _dispatch.SCHEMAS)
+@pytest.mark.parametrize("op", LOW_LEVEL)
 def test_opcheck(op):
     if not testing.supported("cpp"):
         pytest.skip("the C++ library is not built")
@@ -502,7 +503,7 @@ def test_opcheck(op):
     t |= {"beta": torch.randn(3, generator=g), "group": torch.randint(3, (6,), generator=g)}
     torch.library.opcheck(
         getattr(torch.ops.clipsteer_cpp, op).default,
-        LOW_LEVEL[op](t),
+        LOW_LEVEL_ARGUMENTS[op](t),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 
@@ -585,12 +586,12 @@ def test_gpu_kernels_must_pass_their_self_check(monkeypatch):
 def test_self_check_finds_a_wrong_kernel(monkeypatch):
     import dataclasses
 
-    spec, real = REGISTRY["sparse_decode"], _dispatch.spec_errors
+    spec, real = REGISTRY["sparse_decode"], specs.spec_errors
     wrong = dataclasses.replace(spec, function=lambda **kw: spec.function(**kw) * (1 + 1e-4))
     monkeypatch.setattr(_dispatch, "_VERDICTS", {})
     assert _dispatch.self_check("sparse_decode", "reference", torch.device("cpu"), torch.float32) is None
     monkeypatch.setattr(_dispatch, "_VERDICTS", {})
-    monkeypatch.setattr(_dispatch, "spec_errors", lambda s, *a, **kw: real(wrong, *a, **kw))
+    monkeypatch.setattr(specs, "spec_errors", lambda s, *a, **kw: real(wrong, *a, **kw))
     assert "failed" in _dispatch.self_check("sparse_decode", "reference", torch.device("cpu"), torch.float32)
 
 
@@ -609,7 +610,7 @@ def test_a_self_check_that_says_nothing_is_not_kept(monkeypatch):
 
     monkeypatch.setattr(_dispatch, "_VERDICTS", {})
     with monkeypatch.context() as patch:
-        patch.setattr(_dispatch, "spec_errors", no_memory)
+        patch.setattr(specs, "spec_errors", no_memory)
         assert "none left" in _dispatch.self_check("sparse_decode", "reference", torch.device("cpu"), torch.float32)
     assert _dispatch.self_check("sparse_decode", "reference", torch.device("cpu"), torch.float32) is None
 
@@ -713,8 +714,8 @@ GPU = [
     (name, backend, dtype)
     for name, spec in REGISTRY.items()
     for backend in ("triton", "cuda")
-    if backend in spec.backends
-    for dtype in _dispatch.DTYPES[backend]
+    if backend in OPS[name].backends
+    for dtype in DTYPES[backend]
 ]
 
 
@@ -736,7 +737,7 @@ def test_properties_on_gpu(name, backend, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", _dispatch.DTYPES["triton"], ids=label)
+@pytest.mark.parametrize("dtype", DTYPES["triton"], ids=label)
 @pytest.mark.parametrize("name", REGISTRY)
 def test_auto_trusts_a_kernel_on_gpu_and_is_right(name, dtype):
     assert _dispatch.resolve(name, "auto", "cuda", 0, dtype) in ("triton", "cuda"), ops.explain(
@@ -744,7 +745,7 @@ def test_auto_trusts_a_kernel_on_gpu_and_is_right(name, dtype):
     )
     # forward and backward may take different backends
     spec = REGISTRY[name]
-    errors = _dispatch.spec_errors(spec, spec.shapes[1], dtype, seed=1, backend="auto", device="cuda")
+    errors = spec_errors(spec, spec.shapes[1], dtype, seed=1, backend="auto", device="cuda")
     assert max(errors.values()) <= 1, errors
 
 

@@ -184,7 +184,8 @@ def test_kernels_check_their_arguments_themselves():
 
 MEMORY = """
 import torch
-from clipsteer import bench, ops
+from clipsteer import ops
+from clipsteer.testing import bench
 N, C, d = 20_000, 600, 96
 old, mu = torch.randn(N, d), torch.randn(C, d)
 new = old + 1

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from _adam import assert_step, norm_bound, step_and_bounds
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from _adam import assert_step, norm_bound, step_and_bounds
 from clipsteer import SAE, TrainConfig, train_sae
 from clipsteer.io.checkpoint import load_latest
 from clipsteer.ops import _check
