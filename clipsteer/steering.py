@@ -339,6 +339,10 @@ def steer(
 ) -> SteeringHandle:
     """Steer ``model`` at any number of hook points, from this call until the handle is removed.
 
+        hook = "visual.transformer.resblocks.9"
+        with clipsteer.steer(model, {hook: clipsteer.SAESteering(sae, {123: 50.0})}):
+            features = model.encode_images(images)
+
     Args:
         model: an open_clip model, or any module tree whose named modules give (B, T, d) tensors.
         steerings: hook point -> one steering or a list of them, applied in order. A hook point is a
@@ -353,10 +357,6 @@ def steer(
             module without such tokens, and a steering whose width is not that of the hook point.
         RuntimeError: the module, or one that it is part of, is compiled: torch.compile leaves hooks
             out.
-
-        >>> with clipsteer.steer(model, {"visual.transformer.resblocks.9":
-        clipsteer.SAESteering(sae, {123: 50.0})}): ...     image_features =
-        model.encode_image(images)
     """
     from clipsteer.clip.hooks import _match, apply_at
 

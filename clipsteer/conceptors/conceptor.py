@@ -1,8 +1,8 @@
 """Conceptors: soft projections onto the directions that a set of activations uses, and their
 Boolean algebra.
 
-    C = R (R + α⁻² I)⁻¹,  R = E[x xᵀ];   ¬C = I - C;   C ∧ B = (C⁻¹ + B⁻¹ - I)⁻¹;   C ∨ B = ¬(¬C ∧
-    ¬B)
+    C = R (R + α⁻² I)⁻¹,  R = E[x xᵀ]
+    ¬C = I - C,   C ∧ B = (C⁻¹ + B⁻¹ - I)⁻¹,   C ∨ B = ¬(¬C ∧ ¬B)
 
 Every form is kept as eigenvectors and eigenvalues, C = c·I + U diag(s - c) Uᵀ with c 0 or 1: c is
 the eigenvalue of all directions outside U. A full matrix has d columns, a low-rank one few, and the

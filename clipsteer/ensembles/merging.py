@@ -1,5 +1,6 @@
-"""WiSE-FT: a zero-shot and a fine-tuned model averaged in weight space, theta(a) = (1-a)*theta_zs +
-a*theta_ft.
+"""WiSE-FT: a zero-shot and a fine-tuned model averaged in weight space.
+
+    theta(alpha) = (1 - alpha) · theta_zeroshot + alpha · theta_finetuned
 
 Source: Wortsman et al. 2022 (arXiv 2109.01903), section 3. Files are streamed piece by piece, in a
 few MiB of memory, whatever the size of a model or of its tensors.
@@ -41,7 +42,7 @@ def wise_ft(
     alpha: Alpha | Sequence[Alpha] = 0.5,
     out: str | Path | Sequence[str | Path] | None = None,
 ) -> Any:
-    """Average a zero-shot and a fine-tuned model: theta = (1-alpha)*zeroshot + alpha*finetuned.
+    """Average a zero-shot and a fine-tuned model: (1 - alpha) · zeroshot + alpha · finetuned.
 
     Args:
         zeroshot, finetuned: each a .safetensors file, an index of shards
@@ -320,7 +321,7 @@ class RunningEnsemble:
         with ensemble.applied(model):                  # evaluate, or save
             ...
 
-    theta = (1-alpha)*theta_start + alpha*mean(theta_t), where the mean is exponential with `decay`;
+    theta = (1 - alpha) · theta_start + alpha · mean(theta_t), the mean exponential with `decay`;
     with decay 0 it is the current weights, and the ensemble at the end of training is exactly
     ``wise_ft(start, end, alpha)``.
 

@@ -54,26 +54,26 @@ class ConceptDictionary:
     """n concepts in the embedding space of a CLIP model, into which its image embeddings are
     decomposed.
 
+        dictionary = ConceptDictionary.from_clip(clip, image_mean=photos)
+        embeddings = clip.encode_images(images)
+        weights = dictionary.decompose(embeddings).weights  # (B, n), a few above 0 in each row
+        names = dictionary.name(embeddings, count=3)  # [[("cat", 0.31), …], …]
+
     Args:
-        concepts: n >= 2 texts. text_embeddings: (n, e), one a concept, of any length; they are
-            normalised here.
+        concepts: n >= 2 texts.
+        text_embeddings: (n, e), one a concept, of any length; they are normalised here.
         image_mean: μ (e,), the mean of the unit embeddings of images of the kind that will be
             decomposed.
         metadata: JSON-able facts to keep with it.
 
     Attributes:
-        concepts: list of n texts. matrix: C (n, e), unit rows, float32 or float64. image_mean: μ
-            (e,).
+        concepts: list of n texts.
+        matrix: C (n, e), unit rows, float32 or float64.
+        image_mean: μ (e,).
 
     Raises:
         ValueError: shapes, values that are not finite, fewer than two concepts, texts that all
             embed alike.
-
-        >>> dictionary = ConceptDictionary.from_clip(clip, image_mean=photos)
-        >>> weights = dictionary.decompose(clip.encode_images(images)).weights       # (B, n), a few
-        above 0 in each row
-        >>> dictionary.name(clip.encode_images(images), count=3)                      # [[("cat",
-        0.31), …], …]
     """
 
     def __init__(
