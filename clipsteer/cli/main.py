@@ -23,7 +23,7 @@ from clipsteer.cli.ops import BACKENDS, DTYPES, _bench, _env, _shape, _validate
 
 def _demo(args: argparse.Namespace) -> int:
     from clipsteer.cli.arguments import device_of
-    from clipsteer.demo.run import run
+    from clipsteer.demo.findings import run
 
     result = run(
         args.out,
