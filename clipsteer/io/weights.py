@@ -15,8 +15,8 @@ from clipsteer.io.files import (
     FileFormatError,
     read_json,
     read_safetensors_header,
-    read_torch_weights_only,
 )
+from clipsteer.io.torch_files import read_torch_weights_only
 
 Weights = str | Path | nn.Module | Mapping[str, Tensor]
 
