@@ -47,12 +47,8 @@ from clipsteer.conceptors.fit import (
     shares,
     spectrum,
 )
-from clipsteer.io.files import (
-    FileFormatError,
-    read_safetensors,
-    read_safetensors_header,
-    write_safetensors,
-)
+from clipsteer.io.files import FileFormatError
+from clipsteer.io.kinds import Kind, read_kind, write_kind
 
 
 def _snap(s: Tensor, tol: Tensor | float) -> Tensor:
@@ -510,32 +506,24 @@ class Conceptor:
         return load(path)
 
 
-_FORMAT, _FORMAT_VERSION = "clipsteer-conceptor", "1"
+_KIND = Kind("clipsteer-conceptor", 1, "a conceptor")
 
 
 def save(conceptor: Conceptor, path: str | Path) -> Path:
     """See ``Conceptor.save``."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    head = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "rest": str(conceptor._rest)}
+    values: dict[str, float] = {"rest": conceptor._rest}
     if conceptor.aperture is not None:
-        head["aperture"] = repr(conceptor.aperture)
+        values["aperture"] = conceptor.aperture
     tensors = {"U": conceptor._U, "s": conceptor._s}
     if conceptor.mean is not None:
         tensors["mean"] = conceptor.mean
-    write_safetensors(
-        path, tensors, {**{f"meta.{k}": v for k, v in conceptor.metadata.items()}, **head}
-    )
-    return path
+    texts = {f"meta.{name}": text for name, text in conceptor.metadata.items()}
+    return write_kind(path, _KIND, tensors, values, texts=texts)
 
 
 def load(path: str | Path) -> Conceptor:
     """See ``Conceptor.load``."""
-    path = Path(path)
-    head = read_safetensors_header(path).metadata
-    if head.get("format") != _FORMAT or head.get("format_version") != _FORMAT_VERSION:
-        raise FileFormatError(f"{path}: not a conceptor of format_version {_FORMAT_VERSION}")
-    tensors = read_safetensors(path)
+    tensors, head = read_kind(path, _KIND)
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise FileFormatError(f"{path}: {name!r} holds values that are not finite")

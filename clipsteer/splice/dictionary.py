@@ -10,7 +10,6 @@ solver is in ``clipsteer.splice.lasso``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,19 +22,15 @@ from clipsteer.clip.model import CLIP
 from clipsteer.clip.pixels import image_embeddings
 from clipsteer.clip.zero_shot import zero_shot_head
 from clipsteer.data.emoji import EmojiStyles
-from clipsteer.io.files import (
-    FileFormatError,
-    read_json,
-    read_safetensors,
-    write_json,
-    write_safetensors,
-)
+from clipsteer.io.files import FileFormatError
+from clipsteer.io.kinds import Kind, read_kind, write_kind
 from clipsteer.splice.lasso import Decomposition, nonnegative_lasso
 
 __all__ = ["ConceptDictionary", "Decomposition", "mean_embedding", "nonnegative_lasso"]
 
-_FORMAT, _FORMAT_VERSION = "clipsteer-concepts", 1
-_TENSORS, _INDEX = "concepts.safetensors", "concepts.json"
+_TENSORS = "concepts.safetensors"
+_INDEX = "concepts.json"
+_KIND = Kind("clipsteer-concepts", 1, "a concept dictionary", _TENSORS, _INDEX)
 
 
 def mean_embedding(clip: CLIP, dataset: Any, batch_size: int = 64) -> Tensor:
@@ -88,7 +83,10 @@ class ConceptDictionary:
             torch.as_tensor(text_embeddings).detach(),
             torch.as_tensor(image_mean).detach(),
         )
-        shapes = f"{len(concepts)} concepts, text_embeddings {tuple(texts.shape)}, image_mean {tuple(mean.shape)}"
+        shapes = (
+            f"{len(concepts)} concepts, text_embeddings {tuple(texts.shape)}, "
+            f"image_mean {tuple(mean.shape)}"
+        )
         if (
             texts.ndim != 2
             or len(concepts) != len(texts)
@@ -157,7 +155,8 @@ class ConceptDictionary:
         return len(self.concepts)
 
     def __repr__(self) -> str:
-        return f"ConceptDictionary({len(self)} concepts, e = {self.matrix.shape[1]}, {self.matrix.dtype})"
+        e = self.matrix.shape[1]
+        return f"ConceptDictionary({len(self)} concepts, e = {e}, {self.matrix.dtype})"
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -288,30 +287,16 @@ class ConceptDictionary:
     def save(self, folder: str | Path) -> Path:
         """Write concepts.safetensors and concepts.json into a folder (made if missing), each in one
         atomic step."""
-        folder = Path(folder)
-        head = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "metadata": self.metadata}
-        json.dumps(head, allow_nan=False)  # what is not JSON shows before a file is touched
-        folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / _TENSORS, {"matrix": self.matrix, "image_mean": self.image_mean})
-        write_json(folder / _INDEX, {**head, "concepts": self.concepts})
-        return folder
+        tensors = {"matrix": self.matrix, "image_mean": self.image_mean}
+        values = {"metadata": self.metadata, "concepts": self.concepts}
+        return write_kind(folder, _KIND, tensors, values)
 
     @classmethod
     def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> ConceptDictionary:
         """Read what `save` wrote. Raises FileNotFoundError, or FileFormatError where the files do
         not fit together."""
         folder = Path(folder)
-        index, tensors = (
-            read_json(folder / _INDEX),
-            read_safetensors(folder / _TENSORS, allow_nan=False),
-        )
-        if not isinstance(index, dict) or (index.get("format"), index.get("format_version")) != (
-            _FORMAT,
-            _FORMAT_VERSION,
-        ):
-            raise FileFormatError(
-                f"{folder / _INDEX}: not a {_FORMAT} file of version {_FORMAT_VERSION}"
-            )
+        tensors, index = read_kind(folder, _KIND, allow_nan=False)
         concepts, metadata = index.get("concepts"), index.get("metadata")
         texts = isinstance(concepts, list) and all(isinstance(c, str) for c in concepts)
         if not texts or not isinstance(metadata, dict):
