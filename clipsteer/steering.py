@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from clipsteer.clip.hooks import beside
 from clipsteer.clip.tokens import TOKENS as _TOKENS
 from clipsteer.clip.tokens import Layout, layout_at
+from clipsteer.ops._check import what_came
 from clipsteer.sae.site import set_features
 
 if TYPE_CHECKING:
@@ -119,6 +120,20 @@ class SAESteering:
         return set_features(x, acts, wanted, weight[features], scale)
 
 
+def _check_vector(owner: str, name: str, value: object, d: int | None = None) -> None:
+    is_vector = isinstance(value, Tensor) and value.dim() == 1 and value.is_floating_point()
+    if not is_vector or d not in (None, len(value)):
+        raise ValueError(
+            f"{owner}: {name} must be a floating tensor of shape ({d or 'd'},), got "
+            f"{what_came(value)}"
+        )
+
+
+def _check_finite(owner: str, name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{owner}: {name} must be finite, got {value}")
+
+
 @dataclass(frozen=True, eq=False)
 class VectorSteering:
     """Add ``strength · vector`` to the activations.
@@ -127,6 +142,9 @@ class VectorSteering:
         vector: (d,) direction in the space of the hook point, used as it is (not normalised).
         strength: factor; negative steers away.
         tokens: "all", "cls" or "patches", as in ``SAESteering``.
+
+    Raises:
+        ValueError: a vector of another shape, a strength that is not finite, unknown ``tokens``.
     """
 
     vector: Tensor
@@ -136,49 +154,17 @@ class VectorSteering:
 
     def __post_init__(self) -> None:
         _check_tokens(self.tokens)
-        if (
-            not isinstance(self.vector, Tensor)
-            or self.vector.dim() != 1
-            or not self.vector.is_floating_point()
-        ):
-            got = (
-                tuple(self.vector.shape)
-                if isinstance(self.vector, Tensor)
-                else type(self.vector).__name__
-            )
-            raise ValueError(
-                f"VectorSteering: vector must be a floating tensor of shape (d,), got {got}"
-            )
-        if not math.isfinite(self.strength):
-            raise ValueError(f"VectorSteering: strength must be finite, got {self.strength}")
+        _check_vector("VectorSteering", "vector", self.vector)
+        _check_finite("VectorSteering", "strength", self.strength)
 
     def apply(self, x: Tensor) -> Tensor:
         """(…, d) -> (…, d), every position steered."""
-        _check_width("the vector", self.vector.shape[0], x)
+        _check_width("the vector", len(self.vector), x)
         return x + beside(self._cache, x, lambda v: self.strength * v, self.vector)
 
 
-def _check_vector(owner: str, name: str, value: object, d: int | None = None) -> None:
-    if (
-        not isinstance(value, Tensor)
-        or value.dim() != 1
-        or not value.is_floating_point()
-        or d not in (None, len(value))
-    ):
-        got = (
-            f"{value.dtype} {tuple(value.shape)}"
-            if isinstance(value, Tensor)
-            else type(value).__name__
-        )
-        raise ValueError(
-            f"{owner}: {name} must be a floating tensor of shape ({d or 'd'},), got {got}"
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class AdditiveSteering:
-    """Add ``beta · (mean - background)``: the mean activation of what is wanted, less that of a
-    background.
+class AdditiveSteering(VectorSteering):
+    """``VectorSteering`` by a difference of means: ``beta · (mean - background)`` is added.
 
     Args:
         mean: (d,) mean activation of the examples of what to steer towards; see ``fit``.
@@ -191,19 +177,27 @@ class AdditiveSteering:
         ValueError: shapes that do not fit, a beta that is not finite, unknown ``tokens``.
     """
 
-    mean: Tensor
-    background: Tensor | None = None
-    beta: float = 1.0
-    tokens: Tokens = "all"
-    _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    def __init__(
+        self,
+        mean: Tensor,
+        background: Tensor | None = None,
+        beta: float = 1.0,
+        tokens: Tokens = "all",
+    ) -> None:
+        _check_vector("AdditiveSteering", "mean", mean)
+        _check_finite("AdditiveSteering", "beta", beta)
+        vector = mean
+        if background is not None:
+            _check_vector("AdditiveSteering", "background", background, len(mean))
+            vector = mean - background.to(mean)
+        super().__init__(vector, beta, tokens)
+        object.__setattr__(self, "mean", mean)
+        object.__setattr__(self, "background", background)
 
-    def __post_init__(self) -> None:
-        _check_tokens(self.tokens)
-        _check_vector("AdditiveSteering", "mean", self.mean)
-        if self.background is not None:
-            _check_vector("AdditiveSteering", "background", self.background, len(self.mean))
-        if not math.isfinite(self.beta):
-            raise ValueError(f"AdditiveSteering: beta must be finite, got {self.beta}")
+    @property
+    def beta(self) -> float:
+        """What the difference of means is multiplied by."""
+        return self.strength
 
     @classmethod
     def fit(
@@ -215,25 +209,15 @@ class AdditiveSteering:
         tokens: Tokens = "all",
     ) -> AdditiveSteering:
         """From activations (…, d), or an iterable of such batches, of what to steer towards."""
-        total, count = None, 0
+        total: Tensor | None = None  # (d,)
+        count = 0
         for batch in [x] if isinstance(x, Tensor) else x:
             rows = batch.detach().flatten(0, -2).double()
             total = rows.sum(0) if total is None else total + rows.sum(0)
             count += len(rows)
-        if not count:
+        if total is None or not count:
             raise ValueError("AdditiveSteering: there is no row to take the mean of")
         return cls(total / count, background, beta, tokens)
-
-    @property
-    def vector(self) -> Tensor:
-        """(d,): what beta multiplies."""
-        return self.mean if self.background is None else self.mean - self.background.to(self.mean)
-
-    def apply(self, x: Tensor) -> Tensor:
-        """(…, d) -> (…, d), every position steered."""
-        _check_width("the mean", len(self.mean), x)
-        sources = (self.mean,) if self.background is None else (self.mean, self.background)
-        return x + beside(self._cache, x, lambda *_: self.beta * self.vector, *sources)
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,8 +259,7 @@ class ConceptorSteering:
             )
         if self.mean is not None:
             _check_vector("ConceptorSteering", "mean", self.mean, self.conceptor.d)
-        if not math.isfinite(self.beta):
-            raise ValueError(f"ConceptorSteering: beta must be finite, got {self.beta}")
+        _check_finite("ConceptorSteering", "beta", self.beta)
 
     def apply(self, x: Tensor) -> Tensor:
         """(…, d) -> (…, d), every position steered, in x's dtype."""
@@ -289,8 +272,8 @@ class ConceptorSteering:
             return self.conceptor.project(x, beta=self.beta, mean=mean)
 
 
-Steering = SAESteering | VectorSteering | AdditiveSteering | ConceptorSteering
-_KINDS = (SAESteering, VectorSteering, AdditiveSteering, ConceptorSteering)
+Steering = SAESteering | VectorSteering | ConceptorSteering
+_KINDS = (SAESteering, VectorSteering, ConceptorSteering)
 
 
 def _positions(steering: Steering, x: Tensor, layout: Layout) -> Tensor:

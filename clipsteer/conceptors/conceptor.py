@@ -305,11 +305,12 @@ class Conceptor:
         if key not in self._cache:
             # made under torch.inference_mode(), it could not be saved for a later backward pass
             with torch.inference_mode(False):
-                if rest == 0 and 0 < 2 * self.rank < self.d:
-                    made = ops.LowRank(U.to(device, dtype), s.to(device, dtype))
-                else:
-                    made = self.matrix.to(device, dtype)
-                self._cache[key] = made
+                low = rest == 0 and 0 < 2 * self.rank < self.d
+                self._cache[key] = (
+                    ops.LowRank(U.to(device, dtype), s.to(device, dtype))
+                    if low
+                    else self.matrix.to(device, dtype)
+                )
         return self._cache[key]
 
     def project(
@@ -339,8 +340,7 @@ class Conceptor:
     def load(cls, path: str | Path) -> Conceptor:
         """Read what ``save`` wrote. Raises FileNotFoundError, or FileFormatError for anything else
         that is there."""
-        factors, *options = files.read(path)
-        return cls._make(factors, *options)
+        return cls._make(*files.read(path))
 
 
 save = Conceptor.save

@@ -49,7 +49,7 @@ class FileFormatError(Exception):
     the path."""
 
 
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Replace ``path`` by what ``write`` puts into the open file: all of it, or none of it when
     anything fails.
 

@@ -31,7 +31,7 @@ class Kind(NamedTuple):
     version: int
     what: str  # "a conceptor"
     tensors: str = ""  # names of the two files, where it is a folder
-    index: str = ""
+    values: str = ""
 
     @property
     def head(self) -> dict[str, Any]:
@@ -40,7 +40,7 @@ class Kind(NamedTuple):
 
     def check(self, path: Path, found: Mapping[str, Any]) -> None:
         """Raise FileFormatError where ``found``, read from ``path``, is of another kind."""
-        expected = self.head if self.index else _as_text(self.head)
+        expected = self.head if self.values else _as_text(self.head)
         if all(found.get(name) == value for name, value in expected.items()):
             return
         form, version = found.get("format"), found.get("format_version")
@@ -87,13 +87,13 @@ def write_kind(
     values = {**kind.head, **(values or {})}
     texts = dict(texts or {})
     written = _as_text(values)
-    if not kind.index:
+    if not kind.values:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(path, tensors, {**texts, **written})
         return path
     path.mkdir(parents=True, exist_ok=True)
     write_safetensors(path / kind.tensors, tensors, texts)
-    write_json(path / kind.index, values)
+    write_json(path / kind.values, values)
     return path
 
 
@@ -105,9 +105,9 @@ def read_kind(path: str | Path, kind: Kind, *, allow_nan: bool = True) -> Found:
             ``allow_nan`` is False.
     """
     path = Path(path)
-    if kind.index:
-        values = json_object(path / kind.index, read_json(path / kind.index))
-        kind.check(path / kind.index, values)
+    if kind.values:
+        values = json_object(path / kind.values, read_json(path / kind.values))
+        kind.check(path / kind.values, values)
         return Found(read_safetensors(path / kind.tensors, allow_nan=allow_nan), values)
     values = dict(read_safetensors_header(path).metadata)
     kind.check(path, values)
