@@ -1,5 +1,4 @@
-"""Files in and out: JSON and safetensors written atomically, and readers that distrust what they
-read.
+"""Files in and out: JSON and safetensors written atomically, readers that distrust what they read.
 
 A reader of this module returns, or raises ``FileFormatError`` (``FileNotFoundError`` where nothing
 is there); what it allocates is bounded by the size of the file. Format:
@@ -117,7 +116,10 @@ def safetensors_layout(
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[bytes, list[str]]:
     """The opening bytes of a file that holds tensors of these dtypes and shapes, and the order of
-    their data."""
+    their data.
+
+    Raises TypeError for a dtype that the format lacks, ValueError for a header above 16 MiB.
+    """
     header: dict[str, Any] = {}
     if metadata:
         header["__metadata__"] = {str(key): str(value) for key, value in metadata.items()}
@@ -129,7 +131,8 @@ def safetensors_layout(
         dtype, shape = tensors[name]
         if dtype not in _NAMES or name == "__metadata__":
             raise TypeError(f"write_safetensors: {name!r} is {dtype}, which the format lacks")
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        begin = end
+        end = begin + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -175,8 +178,10 @@ def write_safetensors(
 
 
 def open_regular(path: Path) -> tuple[BinaryIO, int]:
-    """An open regular file and its size. Anything else (a folder, a pipe that would block) is
-    refused."""
+    """An open regular file and its size in bytes.
+
+    Raises FileFormatError for anything else (a folder, a pipe that would block).
+    """
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
         raise FileFormatError(f"{path}: not a regular file")
@@ -199,8 +204,10 @@ def _parse(path: Path, data: bytes) -> Any:
 
 
 def read_json(path: str | Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """The value in a JSON file of at most ``max_bytes``. A name that occurs twice in an object is
-    an error."""
+    """The value in a JSON file of at most ``max_bytes``.
+
+    Raises FileFormatError, also where a name occurs twice in an object.
+    """
     path = Path(path)
     file, size = open_regular(path)
     with file:
@@ -296,8 +303,7 @@ def _read_tensor(path: Path, file: safe_open, stored: StoredTensor) -> Tensor:
 
 
 def refuse_nan(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise FileFormatError when a tensor holds a NaN of any payload; infinities are let
-    through."""
+    """Raise FileFormatError where a tensor of ``path`` holds NaN; infinities are let through."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and bool(tensor.isnan().any()):
             raise FileFormatError(f"{path}: {name!r} holds NaN")
@@ -310,6 +316,8 @@ def read_safetensors(path: str | Path, *, allow_nan: bool = True) -> dict[str, T
         path: the file. Its header may take 16 MiB; offsets must tile the data exactly.
         allow_nan: False refuses a file with NaN anywhere: what model weights want, and checkpoints
             do not.
+
+    Raises FileFormatError, FileNotFoundError.
     """
     path = Path(path)
     with _opened(path) as (file, header):
@@ -320,6 +328,7 @@ def read_safetensors(path: str | Path, *, allow_nan: bool = True) -> dict[str, T
 
 
 def json_object(path: Path, value: Any) -> dict[str, Any]:
+    """``value``, read from ``path``, where it is an object. Raises FileFormatError."""
     if not isinstance(value, dict):
         raise FileFormatError(f"{path}: must be a JSON object")
     return value

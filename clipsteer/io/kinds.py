@@ -43,10 +43,9 @@ class Kind(NamedTuple):
         expected = self.head if self.values else _as_text(self.head)
         if all(found.get(name) == value for name, value in expected.items()):
             return
-        form, version = found.get("format"), found.get("format_version")
         raise FileFormatError(
-            f"{path}: not {self.what} of format {self.format!r}, but {form!r:.40}, "
-            f"format_version {version!r:.40}, this reads {self.version}"
+            f"{path}: not {self.what} of format {self.format!r}, but {found.get('format')!r:.40}, "
+            f"format_version {found.get('format_version')!r:.40}, this reads {self.version}"
         )
 
 
