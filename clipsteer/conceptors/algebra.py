@@ -56,18 +56,20 @@ class Factors(NamedTuple):
 
     def dense(self) -> Tensor:
         """C, ([K,] d, d)."""
-        eye = torch.eye(self.d, dtype=torch.float64, device=self.U.device)
-        scaled = self.U * (self.s - self.rest).unsqueeze(-2)
-        return self.rest * eye + scaled @ self.U.mT
+        return self._in(self.U)
 
     def within(
         self,
         Q: Tensor,  # ([K,] d, m)
     ) -> Tensor:
         """Qᵀ C Q, ([K,] m, m)."""
-        W = Q.mT @ self.U
-        eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-        return self.rest * eye + W * (self.s - self.rest).unsqueeze(-2) @ W.mT
+        return self._in(Q.mT @ self.U)
+
+    def _in(self, W: Tensor) -> Tensor:
+        """rest·I + W diag(s - rest) Wᵀ."""
+        eye = torch.eye(W.shape[-2], dtype=torch.float64, device=W.device)
+        beyond = (self.s - self.rest).unsqueeze(-2)
+        return self.rest * eye + W * beyond @ W.mT
 
     def eigenvalues(self) -> Tensor:
         """All of them, ([K,] d), descending."""
@@ -77,7 +79,8 @@ class Factors(NamedTuple):
 
     def quota(self) -> Tensor:
         """trace(C)/d, () or (K,)."""
-        return (self.rest * (self.d - self.rank) + self.s.sum(-1)) / self.d
+        trace = self.rest * (self.d - self.rank) + self.s.sum(-1)
+        return trace / self.d
 
     def to(self, device: torch.device | str) -> Factors:
         """On another device."""
@@ -106,14 +109,14 @@ def factored(
         )
     slack = 20 * d * torch.finfo(matrix.dtype).eps
     wide = matrix.detach().double()
-    if not bool(wide.isfinite().all()) or bool(((wide - wide.mT).abs() > slack).any()):
+    skew = (wide - wide.mT).abs()
+    if not bool(wide.isfinite().all()) or bool((skew > slack).any()):
         raise ValueError("Conceptor: matrix must be finite and symmetric")
     s, U = torch.linalg.eigh((wide + wide.mT) / 2)
-    if bool((s < -slack).any() or (s > 1 + slack).any()):
-        raise ValueError(
-            f"Conceptor: eigenvalues must be in [0, 1], got {float(s.min()):.6g} to "
-            f"{float(s.max()):.6g}"
-        )
+    low = float(s.min())
+    high = float(s.max())
+    if low < -slack or high > 1 + slack:
+        raise ValueError(f"Conceptor: eigenvalues must be in [0, 1], got {low:.6g} to {high:.6g}")
     return Factors(U, s, 0)
 
 
@@ -132,12 +135,14 @@ def checked(C: Factors) -> Factors:
         raise ValueError(
             f"Conceptor: expected U ([K,] d, r) with r ≤ d, s ([K,] r) and rest 0 or 1, got {got}"
         )
-    slack = 20 * U.shape[-2] * max(torch.finfo(U.dtype).eps, torch.finfo(s.dtype).eps)
+    eps = max(torch.finfo(U.dtype).eps, torch.finfo(s.dtype).eps)
+    slack = 20 * U.shape[-2] * eps
     U = U.detach().double()
     s = s.detach().double()
     eye = torch.eye(U.shape[-1], dtype=U.dtype, device=U.device)
+    skew = (U.mT @ U - eye).abs()
     # written so that NaN fails
-    if not bool(((U.mT @ U - eye).abs() <= slack).all()):
+    if not bool((skew <= slack).all()):
         raise ValueError(f"Conceptor: the columns of U must be orthonormal (to {slack:.1g})")
     if not bool(((s >= -slack) & (s <= 1 + slack)).all()):
         raise ValueError("Conceptor: eigenvalues s must be in [0, 1]")
@@ -149,8 +154,10 @@ def reduced(C: Factors) -> Factors:
     s = _snap(C.s, C.d * EPS)
     order = (s - C.rest).abs().argsort(dim=-1, descending=True, stable=True)
     s = s.gather(-1, order)
-    rank = int((s != C.rest).sum(-1).max()) if s.numel() else 0
-    U = C.U.gather(-1, order.unsqueeze(-2).expand(C.U.shape))
+    used = (s != C.rest).sum(-1)
+    rank = int(used.max()) if s.numel() else 0
+    columns = order.unsqueeze(-2).expand(C.U.shape)
+    U = C.U.gather(-1, columns)
     return Factors(U[..., :rank].contiguous(), s[..., :rank].contiguous(), C.rest)
 
 
@@ -168,8 +175,10 @@ def common(*operands: Operand) -> tuple[float | None, Tensor | None, dict[str, s
 
     Raises ValueError where they do not belong together.
     """
-    shapes = [tuple(each.factors.U.shape[:-1]) for each in operands]
-    if len({shape[-1] for shape in shapes}) > 1 or len({s for s in shapes if len(s) > 1}) > 1:
+    shapes = [tuple(each.factors.U.shape[:-1]) for each in operands]  # ([K,] d)
+    widths = {shape[-1] for shape in shapes}
+    batches = {shape for shape in shapes if len(shape) > 1}
+    if len(widths) > 1 or len(batches) > 1:
         raise ValueError(f"Conceptor: the operands must share d and, if batches, K; got {shapes}")
     # 0 and I mean the same around every mean
     placed = [each for each in operands if each.factors.rank] or [operands[0]]
@@ -183,12 +192,13 @@ def common(*operands: Operand) -> tuple[float | None, Tensor | None, dict[str, s
                 "Conceptor: the operands are centred on different means (None: uncentred)"
             )
     apertures = {each.aperture for each in placed}
+    aperture = apertures.pop() if len(apertures) == 1 else None
     metadata = {
         name: text
         for name, text in placed[0].metadata.items()
         if all(each.metadata.get(name) == text for each in placed)
     }
-    return (apertures.pop() if len(apertures) == 1 else None), mean, metadata
+    return aperture, mean, metadata
 
 
 def complement(C: Factors) -> Factors:
@@ -220,7 +230,8 @@ def _meet_dense(
     values, vectors = torch.linalg.eigh(total)
     # the identity on ker C ∩ ker B makes the middle matrix regular and changes nothing: C and B
     # vanish there
-    null = vectors * (values <= 2 * d * EPS).unsqueeze(-2) @ vectors.mT
+    is_null = (values <= 2 * d * EPS).unsqueeze(-2)
+    null = vectors * is_null @ vectors.mT
     middle = total - C @ B + null
     right = torch.linalg.solve(middle, C)
     left = torch.linalg.solve(middle, B, left=False)
@@ -228,9 +239,11 @@ def _meet_dense(
     s, V = torch.linalg.eigh((A + A.mT) / 2)
     # δA = (A C⁻¹) δC (C⁻¹ A) + (A B⁻¹) δB (B⁻¹ A): rounding C and B by eps moves each eigenvalue by
     # this much, so that what is nearer to 0 or 1 cannot be told from it
-    spread = torch.maximum((left.mT @ V).norm(dim=-2), (right @ V).norm(dim=-2)).square()
-    tolerance = d * EPS * spread.clamp(1, 0.1 / (d * EPS))
-    return _snap(s, tolerance), V
+    by_C = (left.mT @ V).norm(dim=-2)
+    by_B = (right @ V).norm(dim=-2)
+    spread = torch.maximum(by_C, by_B).square()
+    unit = d * EPS
+    return _snap(s, unit * spread.clamp(1, 0.1 / unit)), V
 
 
 def scaled_aperture(C: Factors, gamma: float) -> Factors:
@@ -245,12 +258,14 @@ def scaled_aperture(C: Factors, gamma: float) -> Factors:
         scaled = s * square / (s * square + 1 - s)
     else:
         scaled = s / (s + (1 - s) / square)
-    return C._replace(s=torch.where((s == 0) | (s == 1), s, scaled))
+    is_sharp = (s == 0) | (s == 1)
+    return C._replace(s=torch.where(is_sharp, s, scaled))
 
 
 def truncated(C: Factors, tol: float) -> tuple[Factors, float]:
     """Eigenvalues within ``tol`` of the rest's become the rest's; and the largest such step."""
     gap = (C.s - C.rest).abs()
     kept = torch.where(gap > tol, C.s, float(C.rest))
-    bound = float(torch.where(gap > tol, 0.0, gap).max()) if gap.numel() else 0.0
+    dropped = torch.where(gap > tol, 0.0, gap)
+    bound = float(dropped.max()) if gap.numel() else 0.0
     return C._replace(s=kept), bound
