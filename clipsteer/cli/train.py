@@ -235,6 +235,7 @@ def _reference(args: argparse.Namespace, dataset: Any, world: Any) -> tuple[Any,
         raise ValueError(
             f"--reference {name} needs --reference-pretrained, a tag of open_clip or a weights file"
         )
+    model.need_text("--reference")
     if args.reference_live:
         return model, None
     path = args.out / "reference.safetensors"
@@ -286,8 +287,10 @@ def _train(args: argparse.Namespace) -> int:
     world = World(args.device)
     dataset = _pairs(args.data)
     validation = _validation(args.val)
-    for images in (dataset, *validation.values()):
-        captions_of(images)  # now, not at the end of the first epoch
+    # now, not at the end of the first epoch
+    captions_of(dataset, "--data")
+    for name, images in validation.items():
+        captions_of(images, f"--val {name}")
     config.check_batches(len(dataset), world.size)
     reference, kept = _reference(args, dataset, world)
     torch.manual_seed(args.seed)  # of random weights

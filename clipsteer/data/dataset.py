@@ -136,14 +136,14 @@ LAYOUTS = (
 )
 
 
-def captions_of(dataset: ImageDataset) -> list[str]:
+def captions_of(dataset: ImageDataset, what: str = "captions_of") -> list[str]:
     """One text a sample: its caption, or the name of its class.
 
-    Raises ValueError for images that have neither.
+    Raises ValueError, with `what` in front, for images that have neither.
     """
     if dataset.images_alone:
         raise ValueError(
-            f"captions_of: these images have neither captions nor classes; expected {LAYOUTS}"
+            f"{what}: these images have neither captions nor classes; expected {LAYOUTS}"
         )
     if dataset.classes is None:
         return [str(target) for target in dataset.targets]
