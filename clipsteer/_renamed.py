@@ -31,7 +31,7 @@ RENAMED = {
     "merging": ("ensembles.merging",),
     "reference_features": ("reference.features",),
     "reference_model": ("reference.drrho", "training.world"),
-    "robustness": ("ensembles.robustness", "report.charts"),
+    "robustness": ("ensembles.robustness", "report.axes"),
     "robustness_page": ("ensembles.page", "report.charts"),
     "sae_eval": ("sae.evaluate",),
     "sae_features": ("sae.features",),
@@ -41,7 +41,7 @@ RENAMED = {
     "style_shift": ("data.emoji", "demo.wise_ft"),
     "continual.alignment": ("continual.heads",),
     "continual.cil_page": ("continual.report",),
-    "continual.cil_tables": ("continual.report",),
+    "continual.cil_tables": ("continual.tables",),
 }
 
 
