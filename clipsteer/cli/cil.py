@@ -168,14 +168,24 @@ def _scenario(
     seed: int,
 ) -> Any:
     from clipsteer.continual.scenario import emoji_scenario, folder_scenario
+    from clipsteer.data.emoji import STYLES
+    from clipsteer.data.files import emoji_parts, is_emoji
 
     share = 0.2 if measure == "validation" else 0.0
-    if data == "emoji":
+    if is_emoji(data):
         if init_cls or increment:
             raise ValueError(
                 "--init-cls and --increment are for folders; emoji takes --tasks N or categories"
             )
-        found = emoji_scenario(5 if tasks is None else tasks, seed, validation=share, split=split)
+        style, part = emoji_parts(data)
+        if part is not None or (split == "styles" and style != "all") or style not in STYLES:
+            raise ValueError(
+                "--data must be emoji or, with --split concepts, emoji:STYLE with a STYLE of "
+                f"{', '.join(STYLES)}; got {data!r}"
+            )
+        found = emoji_scenario(
+            5 if tasks is None else tasks, seed, STYLES[style], validation=share, split=split
+        )
     else:
         if tasks == "categories":
             raise ValueError(
@@ -246,16 +256,11 @@ def _fit_saes(folder: Path, images: str, encoder: tuple[Any, ...]) -> None:
     """SAEs of every block from images of all kinds, and the usage that these have on average."""
     from clipsteer.clip.pixels import pixel_batches
     from clipsteer.continual.plasticity import Plasticity, fit_saes, load_saes, save_saes
-    from clipsteer.data.emoji import EmojiStyles
     from clipsteer.data.files import open_dataset
     from clipsteer.io.files import write_safetensors
 
     tower = _encoder(*encoder)[0]
-    if images == "emoji":  # what EmojiCLIP was trained on
-        emoji = EmojiStyles()
-        found = emoji.dataset(emoji.cells()["trained", True], "subcategory")
-    else:
-        found = open_dataset(images)
+    found = open_dataset(images, emoji="trained:seen")  # what EmojiCLIP was trained on
     if any(folder.glob("*/cfg.json")):  # somebody's own: only what they have in common is lacking
         saes = load_saes(folder, device=encoder[3])
     else:
@@ -271,9 +276,11 @@ def _cil(args: argparse.Namespace) -> int:
     from clipsteer.continual.experiment import folder_name, run_all
     from clipsteer.continual.report import write_results
     from clipsteer.continual.strategies import strategy
+    from clipsteer.data.files import is_emoji
 
     names = _names(args.strategy)
-    settings = dict(EMOJI) if args.data == "emoji" else dict(PAPER)
+    drawings = is_emoji(args.data)
+    settings = dict(EMOJI) if drawings else dict(PAPER)
     if args.recipe == "paper":
         settings = {**PAPER, "sigma": 1.0}
     for field in ("first_epochs", "epochs", "batch_size"):
@@ -283,7 +290,7 @@ def _cil(args: argparse.Namespace) -> int:
     encoder = (model, args.pretrained, args.recipe == "paper", device_of(args))
     place = (args.data, args.tasks, args.init_cls, args.increment, args.split, args.measure)
     seeds = [1993 + i for i in range(args.seeds)]
-    rates = EMOJI_RATES if args.data == "emoji" and args.recipe is None else {}
+    rates = EMOJI_RATES if drawings and args.recipe is None else {}
     configs = [
         strategy(
             name,
@@ -299,7 +306,7 @@ def _cil(args: argparse.Namespace) -> int:
     ]
     saes = args.saes or args.out / "saes"
     if any(config.plasticity for config in configs) and not (saes / _BACKGROUND).exists():
-        images = args.sae_images or ("emoji" if args.data == "emoji" else None)
+        images = args.sae_images or ("emoji" if drawings else None)
         if images is None:
             raise ValueError(
                 "plasticity needs --sae-images, images of all kinds that SAEs of the blocks are "
@@ -336,6 +343,8 @@ def _cil(args: argparse.Namespace) -> int:
 
 
 def _split_note(args: argparse.Namespace) -> str:
-    if args.data != "emoji":
+    from clipsteer.data.files import is_emoji
+
+    if not is_emoji(args.data):
         return ""
     return {"concepts": ": new concepts, all styles", "styles": ": a new style"}[args.split]

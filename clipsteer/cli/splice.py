@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clipsteer.cli.arguments import add_data, add_model, device_of, open_images, read_words
+from clipsteer.cli.arguments import add_data, add_model, device_of, read_words
 
 
 def add_parser(commands: Any, add: Any) -> None:
@@ -54,6 +54,7 @@ def _splice(args: argparse.Namespace) -> int:
 
     from clipsteer.clip.model import load
     from clipsteer.data.dataset import read_image
+    from clipsteer.data.files import open_dataset
     from clipsteer.io.files import write_json
     from clipsteer.splice.dictionary import ConceptDictionary
 
@@ -72,7 +73,7 @@ def _splice(args: argparse.Namespace) -> int:
                 f"--dictionary {args.dictionary} holds other concepts than --words {args.words}"
             )
     else:
-        mean_of = open_images(args.data, ("trained", True))
+        mean_of = open_dataset(args.data or "emoji", emoji="trained:seen")
         dictionary = ConceptDictionary.from_clip(clip, read_words(args.words), image_mean=mean_of)
         if args.dictionary is not None:
             dictionary.save(args.dictionary)

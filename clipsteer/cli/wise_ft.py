@@ -13,7 +13,7 @@ from typing import Any
 
 from clipsteer.cli.arguments import add_device, device_of
 
-DATA = "folder of class folders, captions .csv/.jsonl or .tar shards (captions are classes), or classify30:STYLE:PART"
+DATA = "emoji:STYLE:PART, a folder of class folders, captions .csv/.jsonl or .tar shards (captions are classes)"
 
 
 def add_parser(commands: Any, add: Any) -> None:
@@ -26,7 +26,7 @@ def add_parser(commands: Any, add: Any) -> None:
         """
 examples:
   the bundled model on the 30 bundled classes, drawn by one vendor; a minute:
-    clipsteer finetune --data classify30:noto:train --batch-size 64 --lr 1e-4 --out runs/noto
+    clipsteer finetune --data emoji:noto:train --batch-size 64 --lr 1e-4 --out runs/noto
   a real CLIP end to end on your own images, with the paper's recipe; a stopped run goes on where it was:
     clipsteer finetune --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/train --val photos/val \\
         --out runs/b32
@@ -105,10 +105,10 @@ examples:
         """
 examples:
   tune, average, and look at the whole curve on the same set and on a shifted one:
-    clipsteer finetune --data classify30:noto:train --out runs/noto
+    clipsteer finetune --data emoji:noto:train --out runs/noto
     clipsteer wise-ft merge runs/noto/zeroshot runs/noto/finetuned --out runs/noto/half
-    clipsteer wise-ft curve runs/noto/zeroshot runs/noto/finetuned --reference classify30:noto:test \\
-        --shifted classify30:twemoji:test --out runs/noto/curve
+    clipsteer wise-ft curve runs/noto/zeroshot runs/noto/finetuned --reference emoji:noto:test \\
+        --shifted emoji:twemoji:test --out runs/noto/curve
 
 each ACTION has --help with more
 """,
@@ -157,8 +157,8 @@ examples:
         "measure accuracy along the line from zero-shot to fine-tuned",
         """
 examples:
-  clipsteer wise-ft curve runs/noto/zeroshot runs/noto/finetuned --reference classify30:noto:test \\
-      --shifted classify30:fluent:test --shifted classify30:twemoji:test --out runs/noto/curve
+  clipsteer wise-ft curve runs/noto/zeroshot runs/noto/finetuned --reference emoji:noto:test \\
+      --shifted emoji:fluent:test --shifted emoji:twemoji:test --out runs/noto/curve
   your own sets, every tenth, with the trend of ordinary models for effective robustness:
     clipsteer wise-ft curve runs/b32/zeroshot runs/b32/finetuned --reference photos/val --shifted sketches/ \\
         --alphas 0 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 1 --baseline models.csv --out curve/
@@ -211,25 +211,11 @@ def _layer(text: str) -> tuple[str, float]:
         ) from None
 
 
-def _dataset(spec: str) -> Any:
-    from clipsteer.data.emoji import EmojiStyles
-    from clipsteer.data.files import open_dataset
-
-    kind, *rest = spec.split(":")
-    if kind != "classify30":
-        return open_dataset(spec)
-    if len(rest) != 2 or rest[1] not in ("train", "test"):
-        raise ValueError(f"expected classify30:STYLE:train or classify30:STYLE:test, got {spec!r}")
-    emoji = EmojiStyles()
-    return emoji.dataset(
-        [(rest[0], i) for i in emoji.indices(rest[0], classify30=rest[1])], "subcategory"
-    )
-
-
 def _finetune(args: argparse.Namespace) -> int:
     from clipsteer.clip.model import load
     from clipsteer.clip.zero_shot import zero_shot_head
-    from clipsteer.data.dataset import renamed
+    from clipsteer.data.dataset import labelled, renamed
+    from clipsteer.data.files import open_dataset
     from clipsteer.ensembles.finetuning import FinetuneConfig, finetune
     from clipsteer.io.files import read_json
 
@@ -247,14 +233,15 @@ def _finetune(args: argparse.Namespace) -> int:
         seed=args.seed,
         checkpoint_every=args.checkpoint_every,
     )
-    images = _dataset(args.data)
-    classes = images.classes or sorted(set(map(str, images.targets)))
-    images = renamed(images, classes)
+    images = labelled(open_dataset(args.data), "--data")
+    classes = images.classes
     spoken = read_json(args.names) if args.names is not None else {}
     if not isinstance(spoken, Mapping) or not all(isinstance(v, str) for v in spoken.values()):
         raise ValueError(f"{args.names}: expected a JSON object from class to name")
     words = [spoken.get(name, name.replace("_", " ").replace("-", " ")) for name in classes]
-    validation = renamed(_dataset(args.val), classes) if args.val is not None else None
+    validation = None
+    if args.val is not None:
+        validation = renamed(labelled(open_dataset(args.val), "--val"), classes)
     clip = load(args.model, args.pretrained, device=device_of(args))
     head = zero_shot_head(clip, words, args.template)
     finetune(clip, images, head, config, out=args.out, validation=validation, workers=args.workers)
@@ -303,6 +290,8 @@ def _merge_classifiers(
     A process that is killed outright leaves a hidden folder, .NAME.….tmp, beside the one it was
     writing.
     """
+    from clipsteer.clip.classifier import HEAD
+    from clipsteer.clip.runs import ARCHITECTURE, CONFIG, WEIGHTS
     from clipsteer.ensembles.merging import deciding, wise_ft
     from clipsteer.io.files import read_json, read_safetensors_header, write_json
 
@@ -339,12 +328,16 @@ def _merge_classifiers(
                 values,
                 [temporary / file for temporary in unfinished],
             )
+        architecture = zeroshot / ARCHITECTURE
         for temporary, a in zip(unfinished, alphas):
-            write_json(temporary / "config.json", {**config, "wise_ft_alpha": a})
+            if architecture.is_file():
+                write_json(temporary / ARCHITECTURE, read_json(architecture))
+            write_json(temporary / CONFIG, {**config, "wise_ft_alpha": a})
         for temporary, folder in zip(unfinished, folders):
             if folder.exists():  # it may hold other things too
-                for name in ("head.safetensors", "model.safetensors", "config.json"):
-                    (temporary / name).replace(folder / name)
+                for name in (HEAD, WEIGHTS, ARCHITECTURE, CONFIG):
+                    if (temporary / name).is_file():
+                        (temporary / name).replace(folder / name)
             else:
                 temporary.rename(folder)
     finally:
@@ -356,7 +349,8 @@ def _curve(args: argparse.Namespace) -> int:
     import torch
 
     from clipsteer.clip.classifier import load_classifier
-    from clipsteer.data.dataset import renamed
+    from clipsteer.data.dataset import labelled, renamed
+    from clipsteer.data.files import open_dataset
     from clipsteer.ensembles import page as robustness_page
     from clipsteer.ensembles import robustness
     from clipsteer.report.page import write_csv
@@ -372,7 +366,7 @@ def _curve(args: argparse.Namespace) -> int:
     sets = []
     for role in ("reference", "shifted"):
         for spec in getattr(args, role):
-            images = renamed(_dataset(spec), classes)
+            images = renamed(labelled(open_dataset(spec), f"--{role}"), classes)
             sets.append(
                 robustness.EvalSet(
                     spec, role, _kept(clip, images, args.workers), torch.tensor(images.targets)
