@@ -20,6 +20,7 @@ RENAMED = {
     "classifier": ("clip.classifier", "clip.pixels", "data.dataset"),
     "conceptor": ("conceptors.conceptor",),
     "conceptor_fit": ("conceptors.fit",),
+    "conceptor_io": ("conceptors.conceptor",),
     "contrastive_config": ("reference.config",),
     "contrastive_data": ("reference.pairs", "data.dataset"),
     "contrastive_eval": ("reference.evaluate",),
