@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from clipsteer.clip.hooks import capture, evaluating
 from clipsteer.io.files import FileFormatError
+from clipsteer.sae.config import TrainConfig
 from clipsteer.sae.model import SAE
 from clipsteer.sae.site import chunks
 from clipsteer.sae.train import train_sae
-from clipsteer.sae.config import TrainConfig
 
 __all__ = ["Plasticity", "fit_saes", "load_saes", "pack_history", "save_saes", "unpack_history"]
 

@@ -8,7 +8,6 @@ head times the logit scale, with a bias of zero.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +30,7 @@ from clipsteer.ensembles.merging import RunningEnsemble
 from clipsteer.io.digests import digest_of, weights_digest
 from clipsteer.io.files import FileFormatError, read_safetensors
 from clipsteer.training.loop import TrainingRun
-from clipsteer.training.schedule import Keys, Order, cosine_lr, seed_of
+from clipsteer.training.schedule import Keys, Order, seed_of
 
 
 def finetune(
