@@ -16,6 +16,7 @@ from clipsteer.cli.arguments import (
     device_of,
     open_images,
     show_steering,
+    whole,
 )
 from clipsteer.cli.sae import TOKENS
 
@@ -40,8 +41,7 @@ each ACTION has --help with more
 """,
     )
     actions = conceptor.add_subparsers(dest="action", metavar="ACTION", required=True)
-
-    p = add(
+    add(
         actions,
         "fit",
         _fit,
@@ -58,7 +58,27 @@ examples:
   from activations that clipsteer sae train --store wrote:
     clipsteer conceptor fit --store acts/ --aperture gradient --low-rank 0.01 --out acts.safetensors
 """,
+        _fit_options,
     )
+    add(
+        actions,
+        "steer",
+        _steer,
+        "show predictions before and after steering with a conceptor expression",
+        """
+examples:
+  drawings of the held-out style, reduced to what Noto drawings use:
+    clipsteer conceptor steer noto.safetensors
+  food, and not what is particular to Noto, twice as strong; terms apply from left to right:
+    clipsteer conceptor steer food.safetensors --and-not noto.safetensors --beta 2
+  the complement, on the patches of your own images, among your own words:
+    clipsteer conceptor steer acts.safetensors --not --tokens patches --data photos/ --words words.txt
+""",
+        _steer_options,
+    )
+
+
+def _fit_options(p: argparse.ArgumentParser) -> None:
     add_model(p)
     add_data(p, "images to fit to (default: the bundled drawings)")
     p.add_argument(
@@ -109,7 +129,7 @@ examples:
     )
     p.add_argument(
         "--batch-size",
-        type=int,
+        type=whole,
         default=64,
         metavar="N",
         help="images a forward pass (default: 64)",
@@ -118,21 +138,8 @@ examples:
         "--out", type=Path, required=True, metavar="FILE", help="safetensors file to write"
     )
 
-    p = add(
-        actions,
-        "steer",
-        _steer,
-        "show predictions before and after steering with a conceptor expression",
-        """
-examples:
-  drawings of the held-out style, reduced to what Noto drawings use:
-    clipsteer conceptor steer noto.safetensors
-  food, and not what is particular to Noto, twice as strong; terms apply from left to right:
-    clipsteer conceptor steer food.safetensors --and-not noto.safetensors --beta 2
-  the complement, on the patches of your own images, among your own words:
-    clipsteer conceptor steer acts.safetensors --not --tokens patches --data photos/ --words words.txt
-""",
-    )
+
+def _steer_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "conceptor", type=Path, metavar="FILE", help="written by clipsteer conceptor fit"
     )

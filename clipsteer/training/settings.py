@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import linecache
 import math
 import re
 import sys
@@ -95,9 +96,9 @@ def _kinds(config: type) -> dict[str, Any]:
 @lru_cache
 def _classes(module: str) -> dict[str, ast.ClassDef]:
     # inspect.getsource would look for every class by itself, in three times the time
-    loader = getattr(sys.modules[module], "__loader__", None)
-    source = loader.get_source(module) if hasattr(loader, "get_source") else None
-    tree = ast.parse(source or "")
+    names = vars(sys.modules[module])
+    lines = linecache.getlines(names.get("__file__", ""), names)
+    tree = ast.parse("".join(lines))
     return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
