@@ -49,7 +49,9 @@ class _Finder:  # importlib.abc, its base's home, brings in a third of all that 
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         known = fullname.removeprefix("clipsteer.") in RENAMED
-        return ModuleSpec(fullname, self) if known and fullname.startswith("clipsteer.") else None
+        if not known or not fullname.startswith("clipsteer."):
+            return None
+        return ModuleSpec(fullname, self)  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> None:
         """The usual kind of module."""

@@ -134,7 +134,8 @@ def _help(field: Setting, own: str | None) -> str:
         return field.doc.replace("%", "%%")
     if field.default is True:
         return f"{text} (default: yes)"
-    return f"{text} (default: {field.default:{'g' if isinstance(field.default, float) else ''}})"
+    shown = f"{field.default:g}" if isinstance(field.default, float) else field.default
+    return f"{text} (default: {shown})"
 
 
 # ---------------------------------------------------------------- shared options

@@ -53,13 +53,16 @@ examples:
     clipsteer cil --data emoji --tasks 5 --strategy all --seeds 3 --out cil-emoji
   what each part of MACIL does:
     clipsteer cil --data emoji --tasks 5 --strategy ablation --seeds 3 --out cil-ablation
-  your own images in PILOT's layout (PATH/train/CLASS/…, PATH/test/CLASS/…), a CLIP of open_clip, 20 classes at a time:
+  your own images in PILOT's layout (PATH/train/CLASS/…, PATH/test/CLASS/…), a CLIP of open_clip,
+  20 classes at a time:
     clipsteer cil --model ViT-B-16 --pretrained openai --data imagenet-r --increment 20 \\
         --strategy macil slca ranpac --seeds 1 --out cil-inr
   the published protocol on the published backbone:
-    clipsteer cil --recipe paper --data imagenet-r --increment 20 --strategy macil slca --seeds 3 --out macil-inr
+    clipsteer cil --recipe paper --data imagenet-r --increment 20 --strategy macil slca \\
+        --seeds 3 --out macil-inr
   one setting changed, and a look at validation images instead of the test:
-    clipsteer cil --data emoji --tasks 5 --strategy macil macil:sigma=1 --measure validation --out cil-sigma
+    clipsteer cil --data emoji --tasks 5 --strategy macil macil:sigma=1 --measure validation \\
+        --out cil-sigma
 
 A command that was stopped, or killed, goes on where it was when it is given again.
 """,
@@ -161,14 +164,14 @@ def _names(parts: list[str]) -> list[str]:
     """Strategies, each once: words, lists with commas, and the two groups."""
     from clipsteer.continual.strategies import ABLATION, STRATEGIES
 
-    words = [
-        word for part in parts for word in ([part] if ":" in part else part.split(",")) if word
-    ]
-    return list(
-        dict.fromkeys(
-            n for w in words for n in {"all": STRATEGIES, "ablation": ABLATION}.get(w, [w])
-        )
-    )
+    groups = {"all": list(STRATEGIES), "ablation": list(ABLATION)}
+    names: dict[str, None] = {}
+    for part in parts:
+        # what stands behind a colon has commas of its own
+        words = [part] if ":" in part else part.split(",")
+        for word in filter(None, words):
+            names.update(dict.fromkeys(groups.get(word, [word])))
+    return list(names)
 
 
 def _scenario(
@@ -213,7 +216,7 @@ def _run(
     scenario: tuple[Any, ...],
     encoder: tuple[Any, ...],
     config: Any,
-    saes: str | None,
+    saes: str,
     out: Path,
     workers: int,
 ) -> Any:
@@ -285,7 +288,7 @@ def _configs(args: argparse.Namespace, names: list[str]) -> tuple[list[Any], dic
     from clipsteer.continual.config import CILConfig
     from clipsteer.continual.strategies import strategy
 
-    recipe = EMOJI if args.data == "emoji" else PAPER
+    recipe: dict[str, Any] = EMOJI if args.data == "emoji" else PAPER
     if args.recipe == "paper":
         recipe = {**PAPER, "sigma": 1.0}
     given = args.options.given(args)

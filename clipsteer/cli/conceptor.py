@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,12 @@ each ACTION has --help with more
 examples:
   what the bundled Noto drawings use, at the last but one block:
     clipsteer conceptor fit --style noto --out noto.safetensors
-  one category in every style, centred on the mean over all drawings, keeping a quarter of the dimensions:
+  one category in every style, centred on the mean over all drawings, keeping a quarter of the
+  dimensions:
     clipsteer conceptor fit --category food-drink --centre --quota 0.25 --out food.safetensors
   your own images, at block 9 of a real CLIP; one conceptor a class folder:
-    clipsteer conceptor fit --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/ --per-class \\
+    clipsteer conceptor fit --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/ \\
+        --per-class \\
         --hook-point visual.transformer.resblocks.9 --aperture 0.5 --out classes.safetensors
   from activations that clipsteer sae train --store wrote:
     clipsteer conceptor fit --store acts/ --aperture gradient --low-rank 0.01 --out acts.safetensors
@@ -72,7 +75,8 @@ examples:
   food, and not what is particular to Noto, twice as strong; terms apply from left to right:
     clipsteer conceptor steer food.safetensors --and-not noto.safetensors --beta 2
   the complement, on the patches of your own images, among your own words:
-    clipsteer conceptor steer acts.safetensors --not --tokens patches --data photos/ --words words.txt
+    clipsteer conceptor steer acts.safetensors --not --tokens patches --data photos/ \\
+        --words words.txt
 """,
         _steer_options,
     )
@@ -149,7 +153,7 @@ def _steer_options(p: argparse.ArgumentParser) -> None:
             f"--{flag}",
             dest="terms",
             action="append",
-            type=lambda text, op=flag: (op, text),
+            type=partial(_term, flag),
             metavar="FILE",
             help=f"{what} this one; repeatable",
         )
@@ -165,6 +169,10 @@ def _steer_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--hook-point", help="default: what the conceptor was fitted on")
     p.add_argument("--tokens", choices=TOKENS, help="default: what the conceptor was fitted on")
     add_shown(p)
+
+
+def _term(op: str, text: str) -> tuple[str, str]:
+    return op, text
 
 
 def _aperture(text: str) -> float | str:
@@ -234,7 +242,9 @@ def _fit(args: argparse.Namespace) -> int:
         raise ValueError(
             "--store holds rows without classes; leave out --data, --per-class and --centre"
         )
-    mean, names, classes = None, None, None
+    mean = None
+    names = None
+    classes = None
     if args.store is not None:
         store = ActivationStore(args.store)
         provenance = store.provenance

@@ -20,7 +20,8 @@ def add_parser(commands: Any, add: Any) -> None:
 examples:
   the bundled model and drawings; a few minutes on two cores:
     clipsteer demo
-  a real CLIP on your own images (a folder of class folders, captions.csv, or shards.tar); conceptors need 2 to 8
+  a real CLIP on your own images (a folder of class folders, captions.csv, or shards.tar);
+  conceptors need 2 to 8
   classes, and the WiSE-FT curve is drawn for the bundled model and drawings alone:
     clipsteer demo --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/ --out photos-demo
 """,

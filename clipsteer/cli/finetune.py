@@ -23,11 +23,14 @@ def add_parser(commands: Any, add: Any) -> None:
 examples:
   the bundled model on the 30 bundled classes, drawn by one vendor; a minute:
     clipsteer finetune --data classify30:noto:train --batch-size 64 --lr 1e-4 --out runs/noto
-  a real CLIP end to end on your own images, with the paper's recipe; a stopped run goes on where it was:
-    clipsteer finetune --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/train --val photos/val \\
+  a real CLIP end to end on your own images, with the paper's recipe; a stopped run goes on where
+  it was:
+    clipsteer finetune --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/train \\
+        --val photos/val \\
         --out runs/b32
   the head alone:
-    clipsteer finetune --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/train --mode lc --out runs/b32-lc
+    clipsteer finetune --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/train \\
+        --mode lc --out runs/b32-lc
 """,
         _finetune_options,
     )

@@ -147,6 +147,7 @@ def environment() -> dict[str, Any]:
     from clipsteer import bench
     from clipsteer.ops import _dispatch
 
+    threads = torch.get_num_threads()
     code = "not built"
     if _dispatch.missing("cpp") is None:
         code = ("portable", "AVX2", "AVX-512", "AVX-512 and AMX")[
@@ -160,7 +161,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         **{name: _version_of(name) for name in packages},
-        "cpu": f"{bench.chip()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "cpu": f"{bench.chip()}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads",
         "C++ code path": code,
         "gpu": ", ".join(gpus) or "none visible to torch",
         "backends": [
@@ -181,9 +182,8 @@ def _env(args: argparse.Namespace) -> int:
         "backends",
     )
     for row in facts["backends"]:
-        _text(
-            f"  {row['backend']:<12} {'usable' if row['usable'] else 'not usable':<12} {row['reason']}".rstrip()
-        )
+        usable = "usable" if row["usable"] else "not usable"
+        _text(f"  {row['backend']:<12} {usable:<12} {row['reason']}".rstrip())
     return 0
 
 

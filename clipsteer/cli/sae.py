@@ -28,8 +28,8 @@ _LEAST_TOKENS = 2_000_000
 
 
 def add_parser(commands: Any, add: Any) -> None:
-    """Add ``sae`` and its subcommands; ``add(parent, name, function, summary, examples, options)`` makes
-    one."""
+    """Add ``sae`` and its subcommands; ``add(parent, name, function, summary, examples, options)``
+    makes one."""
     sae = add(
         commands,
         "sae",
@@ -54,12 +54,15 @@ each ACTION has --help with more
         """
 examples:
   a small one on the bundled drawings, some minutes:
-    clipsteer sae train --out runs/small --expansion 8 --k 32 --train-tokens 2e6 --batch-size 1024 --lr 1e-3
-  on your own images, at block 9 of a real CLIP; the activations are kept, and the run resumes if it is stopped:
+    clipsteer sae train --out runs/small --expansion 8 --k 32 --train-tokens 2e6 \\
+        --batch-size 1024 --lr 1e-3
+  on your own images, at block 9 of a real CLIP; the activations are kept, and the run resumes if
+  it is stopped:
     clipsteer sae train --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/ \\
         --hook-point visual.transformer.resblocks.9 --tokens patches --store acts/ --out runs/b32-9
   on four GPUs:
-    torchrun --nproc-per-node 4 -m clipsteer sae train --device cuda --store acts/ --out runs/big ...
+    torchrun --nproc-per-node 4 -m clipsteer sae train --device cuda --store acts/ \\
+        --out runs/big ...
 """,
         _train_options,
     )
@@ -72,7 +75,8 @@ examples:
 examples:
   on the bundled held-out style:
     clipsteer sae eval runs/small
-  a published SAE (clipsteer, SAELens, sparsify and Prisma folders are told apart) on your own images:
+  a published SAE (clipsteer, SAELens, sparsify and Prisma folders are told apart) on your own
+  images:
     clipsteer sae eval hf-hub:org/repo/subfolder --model ViT-B-32 --pretrained openai \\
         --hook-point visual.transformer.resblocks.11 --data photos/ --out metrics.json
   how many of the first 200 features are steerable at strength 150:
@@ -106,7 +110,8 @@ examples:
   feature 12 set to 50 on every token, eight drawings of the held-out style:
     clipsteer sae steer runs/small --feature 12=50
   one feature up, another suppressed, on the patches of your own images, among your own words:
-    clipsteer sae steer runs/b32-9 --feature 12=50 --feature 7=0 --tokens patches --data photos/ --words words.txt
+    clipsteer sae steer runs/b32-9 --feature 12=50 --feature 7=0 --tokens patches \\
+        --data photos/ --words words.txt
 """,
         _steer_options,
     )
@@ -232,6 +237,7 @@ def _train(args: argparse.Namespace) -> int:
     dataset = open_images(args.data, ("trained", True))
     hook_point = args.hook_point or default_hook_point(clip)
     common = {"tokens": args.tokens, "num_workers": args.workers}
+    source: Any
     if args.store is not None:
         source = harvest_to_store(clip, dataset, hook_point, args.store, **common)
     else:
@@ -267,62 +273,70 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from clipsteer.data.emoji import EmojiStyles
     from clipsteer.io.files import write_json
-    from clipsteer.sae.evaluate import evaluate_sae, steerability
+    from clipsteer.sae.evaluate import evaluate_sae
 
     sae, clip, dataset = _open(args)
     where = {"hook_point": args.hook_point, "tokens": args.tokens}
     figures = evaluate_sae(sae, clip, dataset, **where)
     if args.steer is not None:
-        from torch.utils.data import Subset
-
-        from clipsteer.data.dataset import spread
-
-        words = dataset.classes or [c.label for c in EmojiStyles().concepts]
-        features = list(range(min(args.features, sae.d_sae)))
-        some = Subset(dataset, spread(range(len(dataset)), 32))
-        found = steerability(
-            sae, clip, some, words, strength=args.steer, features=features, **where
-        )
-        best = found.score.argsort(descending=True)[:10].tolist()
-        figures["steerability"] = {
-            "strength": args.steer,
-            "features": len(features),
-            "share": found.share,
-            "best": [
-                {
-                    "feature": int(found.features[i]),
-                    "score": float(found.score[i]),
-                    "power": float(found.power[i]),
-                    "concept": words[int(found.concept[i])],
-                }
-                for i in best
-            ],
-        }
+        figures["steerability"] = _steerability(args, sae, clip, dataset, where)
     if args.name_features is not None:
         figures["names"] = _names(args, sae, clip, dataset, where)
+    _show(figures)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.out, figures)
+    return 0
+
+
+def _show(figures: dict[str, Any]) -> None:
     for name, value in figures.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             sys.stdout.write(f"{name:<16} {value:.6g}\n")
         elif isinstance(value, str):
             sys.stdout.write(f"{name:<16} {value}\n")
-    if args.steer is not None:
-        share = figures["steerability"]
-        sys.stdout.write(
-            f"{'steerable':<16} {share['share']:.1%} of {share['features']} features at "
-            f"{args.steer:g}\n"
-        )
-        for row in share["best"]:
+    if "steerability" in figures:
+        found = figures["steerability"]
+        of_features = f"{found['share']:.1%} of {found['features']} features"
+        sys.stdout.write(f"{'steerable':<16} {of_features} at {found['strength']:g}\n")
+        for row in found["best"]:
             measured = f"S {row['score']:.3f}  power {row['power']:.3f}"
             sys.stdout.write(f"  feature {row['feature']:<7} {measured}  {row['concept']}\n")
     for row in figures.get("names", []):
         named = ", ".join(f"{concept} {weight:.2f}" for concept, weight in row["names"])
         sys.stdout.write(f"  feature {row['feature']:<7} peak {row['peak']:<8.4g} {named}\n")
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, figures)
-    return 0
+
+
+def _steerability(
+    args: argparse.Namespace, sae: Any, clip: Any, dataset: Any, where: dict[str, Any]
+) -> dict[str, Any]:
+    """How many of the first features steer 32 images to a concept, and the ten best."""
+    from torch.utils.data import Subset
+
+    from clipsteer.data.dataset import spread
+    from clipsteer.data.emoji import EmojiStyles
+    from clipsteer.sae.evaluate import steerability
+
+    words = dataset.classes or [c.label for c in EmojiStyles().concepts]
+    features = list(range(min(args.features, sae.d_sae)))
+    few = Subset(dataset, spread(range(len(dataset)), 32))
+    found = steerability(sae, clip, few, words, strength=args.steer, features=features, **where)
+    best = []
+    for i in found.score.argsort(descending=True)[:10].tolist():
+        row = {
+            "feature": int(found.features[i]),
+            "score": float(found.score[i]),
+            "power": float(found.power[i]),
+            "concept": words[int(found.concept[i])],
+        }
+        best.append(row)
+    return {
+        "strength": args.steer,
+        "features": len(features),
+        "share": found.share,
+        "best": best,
+    }
 
 
 def _names(

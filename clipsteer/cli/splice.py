@@ -27,7 +27,8 @@ def add_parser(commands: Any, add: Any) -> None:
 examples:
   with the bundled model and its concepts:
     clipsteer splice cat.png dog.png
-  with a real CLIP and your own words, centred on photos of yours; the dictionary is kept for the next time:
+  with a real CLIP and your own words, centred on photos of yours; the dictionary is kept for the
+  next time:
     clipsteer splice photos/*.jpg --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/ \\
         --words words.txt --dictionary words-b32/
 """,

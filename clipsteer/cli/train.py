@@ -10,7 +10,10 @@ from typing import Any
 
 from clipsteer.cli.arguments import Options, add_device, add_workers
 
-DATA = "a .csv, .tsv or .jsonl with columns image and caption, .tar shards (WebDataset), a folder of class folders"
+DATA = (
+    "a .csv, .tsv or .jsonl with columns image and caption, .tar shards (WebDataset), a folder of "
+    "class folders"
+)
 
 
 def add_parser(commands: Any, add: Any) -> None:
@@ -26,24 +29,31 @@ pairs.csv has a header line and a pair a line; image paths start from the folder
   photos/0001.jpg,a cat asleep on a chair
 
 losses:
-  drrho    only what a frozen reference finds easy and the model does not is pushed (DRRho-CLIP); needs --reference
+  drrho    only what a frozen reference finds easy and the model does not is pushed (DRRho-CLIP);
+           needs --reference
   global   the same without a reference: the global contrastive loss of FastCLIP
   clip     the softmax loss of CLIP
   distill  clip, and the reference's similarities as soft targets; needs --reference
 
 examples:
   a tiny model on the bundled drawings, with the bundled EmojiCLIP as reference; some minutes:
-    clipsteer train --reference emojiclip --batch-size 128 --epochs 3 --lr 1e-3 --temperature 0.1 --val emoji \\
+    clipsteer train --reference emojiclip --batch-size 128 --epochs 3 --lr 1e-3 \\
+        --temperature 0.1 --val emoji \\
         --out runs/tiny
-  your own pairs, with a real CLIP as reference; its features are computed once and kept in runs/b32:
+  your own pairs, with a real CLIP as reference; its features are computed once and kept in
+  runs/b32:
     clipsteer train --data pairs.csv --val held-out.csv --model ViT-B-32 --reference ViT-B-16 \\
-        --reference-pretrained laion2b_s34b_b88k --batch-size 1024 --micro-batch 128 --bf16 --out runs/b32
-  without a reference, a learnt temperature, shards, four GPUs; a stopped run goes on when it is started again:
-    torchrun --nproc-per-node 4 -m clipsteer train --data 'pairs-{0000..0099}.tar' --model ViT-B-32 --loss clip \\
+        --reference-pretrained laion2b_s34b_b88k --batch-size 1024 --micro-batch 128 --bf16 \\
+        --out runs/b32
+  without a reference, a learnt temperature, shards, four GPUs; a stopped run goes on when it is
+  started again:
+    torchrun --nproc-per-node 4 -m clipsteer train --data 'pairs-{0000..0099}.tar' \\
+        --model ViT-B-32 --loss clip \\
         --batch-size 4096 --bf16 --workers 8 --out runs/clip
   use what was trained, as the reference of the next run or anywhere else:
     clipsteer train --data pairs.csv --model ViT-B-32 --reference runs/b32 --out runs/next
-    clipsteer finetune --model ViT-B-32 --pretrained runs/b32/model.safetensors --data photos/ --out runs/tuned
+    clipsteer finetune --model ViT-B-32 --pretrained runs/b32/model.safetensors \\
+        --data photos/ --out runs/tuned
 """,
         _train_options,
     )
@@ -63,8 +73,8 @@ def _train_options(p: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATH",
-        help="measured every epoch, the same kinds; captions: recall at 1, classes: zero-shot accuracy; "
-        "repeatable",
+        help="measured every epoch, the same kinds; captions: recall at 1, classes: zero-shot "
+        "accuracy; repeatable",
     )
     p.add_argument(
         "--template", action="append", metavar="TEXT", help="prompt with {} for classes; repeatable"
@@ -90,8 +100,8 @@ def _train_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--reference",
         metavar="NAME|FILE|DIR",
-        help="open_clip name, an architecture.json, features kept in a .safetensors, or the --out of "
-        "another run",
+        help="open_clip name, an architecture.json, features kept in a .safetensors, or the --out "
+        "of another run",
     )
     p.add_argument(
         "--reference-pretrained",
@@ -189,19 +199,25 @@ def _train(args: argparse.Namespace) -> int:
 
     config = args.options.read(args)
     if args.reference is None and (config.wants_reference or args.excess is not None):
+        why = " with --select or --excess" if args.loss in ("clip", "global") else ""
         raise ValueError(
-            f"--loss {args.loss}{' with --select or --excess' * (args.loss in ('clip', 'global'))} "
-            f"needs "
-            "--reference; --loss clip and --loss global train without one"
+            f"--loss {args.loss}{why} needs --reference; --loss clip and --loss global train "
+            "without one"
         )
     # before anything is loaded: under torchrun each process has its own GPU
     world = World(args.device)
-    dataset, validation = _pairs(args.data), _validation(args.val)
+    dataset = _pairs(args.data)
+    validation = _validation(args.val)
     config.check_batches(len(dataset), world.size)
     reference, kept = _reference(args, dataset, world)
     torch.manual_seed(config.seed)  # of random weights
     clip = load(args.model, args.pretrained, device=world.device)
     shares: list[float] = []
+
+    def on_log(line: dict[str, Any]) -> None:
+        if "loss_share" in line:
+            shares.append(line["loss_share"])
+
     train_contrastive(
         clip,
         dataset,
@@ -212,7 +228,7 @@ def _train(args: argparse.Namespace) -> int:
         templates=tuple(args.template) if args.template else None,
         workers=args.workers,
         world=world,
-        on_log=lambda line: shares.append(line["loss_share"]) if "loss_share" in line else None,
+        on_log=on_log,
     )
     excess = None
     if args.excess is not None:

@@ -10,12 +10,15 @@ from typing import Any
 
 from clipsteer.cli.arguments import add_device, add_workers, device_of
 
-DATA = "folder of class folders, captions .csv/.jsonl or .tar shards (captions are classes), or classify30:STYLE:PART"
+DATA = (
+    "folder of class folders, captions .csv/.jsonl or .tar shards (captions are classes), or "
+    "classify30:STYLE:PART"
+)
 
 
 def add_parser(commands: Any, add: Any) -> None:
-    """Add ``wise-ft`` and its subcommands; ``add(parent, name, function, summary, examples, options)`` makes
-    one."""
+    """Add ``wise-ft`` and its subcommands; ``add(parent, name, function, summary, examples,
+    options)`` makes one."""
     wise = add(
         commands,
         "wise-ft",
@@ -26,7 +29,8 @@ examples:
   tune, average, and look at the whole curve on the same set and on a shifted one:
     clipsteer finetune --data classify30:noto:train --out runs/noto
     clipsteer wise-ft merge runs/noto/zeroshot runs/noto/finetuned --out runs/noto/half
-    clipsteer wise-ft curve runs/noto/zeroshot runs/noto/finetuned --reference classify30:noto:test \\
+    clipsteer wise-ft curve runs/noto/zeroshot runs/noto/finetuned \\
+        --reference classify30:noto:test \\
         --shifted classify30:twemoji:test --out runs/noto/curve
 
 each ACTION has --help with more
@@ -41,11 +45,14 @@ each ACTION has --help with more
         """
 examples:
   two weight files:
-    clipsteer wise-ft merge zeroshot.safetensors finetuned.safetensors --alpha 0.5 --out merged.safetensors
+    clipsteer wise-ft merge zeroshot.safetensors finetuned.safetensors --alpha 0.5 \\
+        --out merged.safetensors
   the two ends of a clipsteer finetune run, head included, at three alphas in one pass:
-    clipsteer wise-ft merge runs/b32/zeroshot runs/b32/finetuned --alpha 0.3 0.5 0.7 --out runs/b32/alpha-{alpha}
+    clipsteer wise-ft merge runs/b32/zeroshot runs/b32/finetuned --alpha 0.3 0.5 0.7 \\
+        --out runs/b32/alpha-{alpha}
   by layer: all but the image tower's blocks stays zero-shot
-    clipsteer wise-ft merge zs/ ft/ --layer 'visual.transformer.*=0.7' --layer '*=0' --out merged.safetensors
+    clipsteer wise-ft merge zs/ ft/ --layer 'visual.transformer.*=0.7' --layer '*=0' \\
+        --out merged.safetensors
 """,
         _merge_options,
     )
@@ -59,7 +66,8 @@ examples:
   clipsteer wise-ft curve runs/noto/zeroshot runs/noto/finetuned --reference classify30:noto:test \\
       --shifted classify30:fluent:test --shifted classify30:twemoji:test --out runs/noto/curve
   your own sets, every tenth, with the trend of ordinary models for effective robustness:
-    clipsteer wise-ft curve runs/b32/zeroshot runs/b32/finetuned --reference photos/val --shifted sketches/ \\
+    clipsteer wise-ft curve runs/b32/zeroshot runs/b32/finetuned --reference photos/val \\
+        --shifted sketches/ \\
         --alphas 0 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 1 --baseline models.csv --out curve/
 """,
         _curve_options,

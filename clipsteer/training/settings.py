@@ -15,7 +15,6 @@ import re
 import sys
 import types
 from collections.abc import Mapping
-from functools import lru_cache
 from itertools import pairwise
 from numbers import Real
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -33,7 +32,8 @@ class Range:
     def __contains__(self, value: object) -> bool:
         if not isinstance(value, Real) or not math.isfinite(value):
             return False
-        return self.least <= value <= self.most and value > self.above
+        number = float(value)
+        return self.least <= number <= self.most and number > self.above
 
 
 Count = Annotated[int, Range("at least 1", least=1)]
@@ -75,7 +75,6 @@ class Setting:
     doc: str
 
 
-@lru_cache
 def settings_of(config: type) -> dict[str, Setting]:
     """The fields of a settings dataclass, in their order."""
     kinds = _kinds(config)
@@ -88,12 +87,10 @@ def settings_of(config: type) -> dict[str, Setting]:
     }
 
 
-@lru_cache
 def _kinds(config: type) -> dict[str, Any]:
     return get_type_hints(config, include_extras=True)
 
 
-@lru_cache
 def _classes(module: str) -> dict[str, ast.ClassDef]:
     # inspect.getsource would look for every class by itself, in three times the time
     names = vars(sys.modules[module])
