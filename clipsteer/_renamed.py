@@ -13,7 +13,7 @@ from typing import Any
 # old name -> where its public names are now
 RENAMED = {
     "activations": ("sae.activations", "sae.sources", "clip.pixels"),
-    "bench": ("testing.bench", "testing.machine"),
+    "bench": ("testing.bench", "testing.records", "testing.stages", "testing.timing", "testing.machine"),
     "bench_table": ("testing.table",),
     "checkpoint": ("io.checkpoint",),
     "classifier": ("clip.classifier", "clip.pixels", "data.dataset"),
@@ -30,7 +30,7 @@ RENAMED = {
     "merging": ("ensembles.merging",),
     "reference_features": ("reference.features",),
     "reference_model": ("reference.drrho", "training.world"),
-    "robustness": ("ensembles.robustness", "report.charts"),
+    "robustness": ("ensembles.robustness", "report.axes"),
     "robustness_page": ("ensembles.page", "report.charts"),
     "sae_eval": ("sae.evaluate",),
     "sae_features": ("sae.features",),
@@ -40,7 +40,7 @@ RENAMED = {
     "style_shift": ("data.emoji", "demo.wise_ft"),
     "continual.alignment": ("continual.heads",),
     "continual.cil_page": ("continual.report",),
-    "continual.cil_tables": ("continual.report",),
+    "continual.cil_tables": ("continual.tables",),
 }
 
 

@@ -246,11 +246,11 @@ def _merge_classifiers(
 def _curve(args: argparse.Namespace) -> int:
     import torch
 
-    from clipsteer import report
     from clipsteer.clip.classifier import load_classifier
     from clipsteer.data.dataset import renamed
     from clipsteer.ensembles import page as robustness_page
     from clipsteer.ensembles import robustness
+    from clipsteer.report.page import write_csv
 
     models = _models(args.baseline) if args.baseline is not None else []
     baseline = robustness.fit_baseline(models) if models else None
@@ -272,14 +272,13 @@ def _curve(args: argparse.Namespace) -> int:
     zeroshot = {name: tensor.detach() for name, tensor in start.state_dict().items()}
     rows = robustness.curve(zeroshot, classifier, sets, args.alphas or robustness.ALPHAS)
     args.out.mkdir(parents=True, exist_ok=True)
-    report.write_csv(args.out / "curve.csv", rows)
+    write_csv(args.out / "curve.csv", rows)
     subtitle = f"{clip.name}: from {args.zeroshot} to {args.finetuned}, {len(classes)} classes"
     robustness_page.write_page(
         args.out / "curve.html", rows, subtitle=subtitle, baseline=baseline, models=models
     )
-    drawn = robustness_page.write_svg(
-        args.out / "curve.svg", robustness_page.curve_charts(rows, baseline, models)[0]
-    )
+    chart, _ = robustness_page.curve_charts(rows, baseline, models)
+    drawn = chart.write(args.out / "curve.svg")
     show(robustness.summary(rows, baseline))
     sys.stdout.write(
         "".join(f"{path}\n" for path in (args.out / "curve.html", *drawn, args.out / "curve.csv"))
@@ -325,7 +324,7 @@ def _models(path: Path) -> list[tuple[float, int, float, int]]:
 
 def show(found: Mapping[str, Any]) -> None:
     from clipsteer.ensembles.page import ENDS
-    from clipsteer.report import percent
+    from clipsteer.report.page import percent
 
     sys.stdout.write(f"{'':<30} {'reference':>9} {'shifted':>9}\n")
     for method in ("weight", "output"):

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from clipsteer.bench import extra_memory
 from clipsteer.continual.backbone import Encoder
 from clipsteer.continual.config import CILConfig
 from clipsteer.continual.learner import ClassIncrementalLearner
@@ -27,6 +26,7 @@ from clipsteer.continual.plasticity import Plasticity
 from clipsteer.continual.scenario import Scenario
 from clipsteer.io.digests import digest_of
 from clipsteer.io.files import read_json, write_json
+from clipsteer.testing.machine import extra_memory
 
 __all__ = ["run_all", "run_tasks"]
 

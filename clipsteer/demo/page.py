@@ -16,17 +16,18 @@ from clipsteer.demo import reference as demo_reference
 from clipsteer.demo import sections as demo_sections
 from clipsteer.demo.explore import Feature, Pictures, Predictor, feature_heat, pixels
 from clipsteer.demo.sections import percent as _percent
-from clipsteer.report import (
+from clipsteer.report.axes import Axis
+from clipsteer.report.charts import Chart
+from clipsteer.report.layers import Bars, Line
+from clipsteer.report.page import (
     Html,
     Page,
-    bars,
     card,
     cards,
-    charts,
     code,
     figures,
+    grid,
     heat_overlay,
-    line_chart,
     stats,
     table,
     text,
@@ -53,8 +54,8 @@ def build(
     page = Page(
         "What a CLIP model sees, and how to steer it",
         f"{clip.name}{weights}, sparse autoencoder at {predictor.hook_point}",
-        footer=f"Made by clipsteer demo, seed {found['seed']}. The figures are in metrics.json, the SAE in sae/, the "
-        "conceptors in conceptors.safetensors.",
+        footer=f"Made by clipsteer demo, seed {found['seed']}. The figures are in metrics.json, "
+        "the SAE in sae/, the conceptors in conceptors.safetensors.",
     )
     page.lead(_headline(found))
     if clip.name == EMOJICLIP:
@@ -174,19 +175,11 @@ def _training(
     sae: Any, found: Mapping[str, Any], history: Sequence[Mapping[str, float]]
 ) -> list[Html]:
     steps = [h["step"] for h in history]
-    curves = charts(
-        line_chart(
-            {"FVU": (steps, [h["fvu"] for h in history])},
-            title="Variance unexplained",
-            x_label="step",
-            y_from=0,
-        ),
-        line_chart(
-            {"dead": (steps, [100 * h["dead"] for h in history])},
-            title="Dead features, %",
-            x_label="step",
-            y_from=0,
-        ),
+    unexplained = Line("FVU", steps, [h["fvu"] for h in history])
+    dead = Line("dead", steps, [100 * h["dead"] for h in history])
+    curves = grid(
+        Chart("Variance unexplained", unexplained, x="step", y=Axis(low=0)),
+        Chart("Dead features, %", dead, x="step", y=Axis(low=0)),
     )
     rows = []
     for group, row in found["sae"]["evaluation"].items():
@@ -221,9 +214,9 @@ def _training(
                 "with zeros",
             ],
             rows,
-            caption="Reconstruction, on a part of each group. The last columns replace every token by its "
-            "reconstruction, or by zero: CE recovered is the share of the zero-shot cross-entropy "
-            "that survives "
+            caption="Reconstruction, on a part of each group. The last columns replace every token "
+            "by its reconstruction, or by zero: CE recovered is the share of the zero-shot "
+            "cross-entropy that survives "
             f"(– where it is hardly lower than with zeros, by less than {_CE_GAP:.0%}), top-1 the "
             "accuracy among the group's names, with one prompt each.",
         ),
@@ -312,25 +305,20 @@ def _steering(
 ) -> list[Html]:
     share = found["steering"]
     studies = share["features"]
-    curve = line_chart(
-        {
-            f"{s['index']} → {s['response']['target']}": (
-                s["response"]["multiples"],
-                s["response"]["probability"],
-            )
-            for s in studies[:4]
-        },
-        title="Probability of the target",
-        x_label="strength, in multiples of the feature's peak",
-        y_from=0,
+    responses = {f"{s['index']} → {s['response']['target']}": s["response"] for s in studies[:4]}
+    curve = Chart(
+        "Probability of the target",
+        *(Line(name, r["multiples"], r["probability"]) for name, r in responses.items()),
+        x="strength, in multiples of the feature's peak",
+        y=Axis(low=0),
     )
     ranks = list(range(1, len(share["scores"]) + 1))
-    level = ([1, ranks[-1]], [share["threshold"]] * 2)
-    ranked = line_chart(
-        {"S": (ranks, share["scores"]), "threshold": level},
-        title="Steerability of every feature probed",
-        x_label="features, the most steerable first",
-        y_from=0,
+    ranked = Chart(
+        "Steerability of every feature probed",
+        Line("S", ranks, share["scores"]),
+        Line("threshold", [1, ranks[-1]], [share["threshold"]] * 2),
+        x="features, the most steerable first",
+        y=Axis(low=0),
     )
     by_multiple = ", ".join(f"{n} at {m} × peak" for m, n in share["steerable_by_multiple"].items())
     parts = []
@@ -342,15 +330,9 @@ def _steering(
                     f"Up, on other images (S = {feature.steerability:.3f}); change in points:",
                     css="note",
                 ),
-                bars(
-                    [(name, d, f"{100 * d:+.1f}") for name, d in feature.effect],
-                    limit=_limit(feature),
-                ),
+                _changes(feature.effect, feature),
                 text("Down to 0, on its own images:", css="note"),
-                bars(
-                    [(name, d, f"{100 * d:+.1f}") for name, d in feature.removed],
-                    limit=_limit(feature),
-                ),
+                _changes(feature.removed, feature),
             )
         )
     return [
@@ -366,13 +348,15 @@ def _steering(
             f"depends on the strength: {by_multiple}."
         ),
         _before_and_after(predictor, pictures, embeddings, chosen, share),
-        charts(curve, ranked),
+        grid(curve, ranked),
         cards(*parts),
     ]
 
 
-def _limit(feature: Feature) -> float:
-    return max(abs(d) for _, d in [*feature.effect, *feature.removed]) or 1.0
+def _changes(found: Sequence[tuple[str, float]], feature: Feature) -> Chart:
+    """Changes in probability as bars, all of a feature in one scale."""
+    limit = max(abs(d) for _, d in [*feature.effect, *feature.removed]) or 1.0
+    return Chart("", Bars([(name, d, f"{100 * d:+.1f}") for name, d in found], limit))
 
 
 def _before_and_after(

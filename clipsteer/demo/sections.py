@@ -9,7 +9,7 @@ from typing import Any
 from clipsteer.demo.explore import Pictures
 from clipsteer.ensembles.page import curve_charts, summary_table
 from clipsteer.ensembles.robustness import averages
-from clipsteer.report import Html, card, cards, charts, code, figures, stats, table, text
+from clipsteer.report.page import Html, card, cards, code, figures, grid, stats, table, text
 
 
 def percent(value: float) -> str:
@@ -76,7 +76,7 @@ def _kept(pictures: Pictures, row: Mapping[str, Any], found: Mapping[str, Any]) 
         # drawings are all of one style here: its name at the end would only take room
         return f"{name.rpartition(' (')[0] if found['minus'] == 'style' else name}, ×{ratio:.2f}"
 
-    def grid(pairs: Sequence[tuple[int, float]]) -> Html:
+    def drawings(pairs: Sequence[tuple[int, float]]) -> Html:
         return figures(
             [(pictures.thumb(i, 96), caption(pictures.names[i], r)) for i, r in pairs],
             size="4.6rem",
@@ -87,9 +87,9 @@ def _kept(pictures: Pictures, row: Mapping[str, Any], found: Mapping[str, Any]) 
         row["name"],
         text(f"From {row['images']} images; quota {row['quota']:.3f}.", css="note"),
         text(f"Kept most ({own}):"),
-        grid(row["most"]),
+        drawings(row["most"]),
         text("Kept least:"),
-        grid(row["least"]),
+        drawings(row["least"]),
     )
 
 
@@ -220,7 +220,7 @@ def wise_ft(found: Mapping[str, Any]) -> list[Html]:
             "and 100 %. The output-space ensemble averages the answers of both models instead, and "
             "has to run both."
         ),
-        charts(*curve_charts(rows)),
+        grid(*curve_charts(rows)),
         text(_verdict(rows)),
         summary_table(rows, None),
         table(

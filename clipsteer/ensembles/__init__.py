@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from clipsteer.ensembles.page import logit_chart as logit_chart
     from clipsteer.ensembles.page import summary_table as summary_table
     from clipsteer.ensembles.page import write_page as write_page
-    from clipsteer.ensembles.page import write_svg as write_svg
     from clipsteer.ensembles.robustness import ALPHAS as ALPHAS
     from clipsteer.ensembles.robustness import DEFAULT_ALPHA as DEFAULT_ALPHA
     from clipsteer.ensembles.robustness import Baseline as Baseline

@@ -250,7 +250,7 @@ def test_the_reference_curves_are_committed_ones_and_say_so():
         lines = means["metrics"][title]
         assert all(len(values) == len(means["samples"]) for values in lines.values())
         for name, values in lines.items():
-            assert f"{name}: {report._number(100 * values[-1])}" in markup
+            assert f"{name}: {report.number(100 * values[-1])}" in markup
             assert all(0 <= v <= 1 for v in values)
 
 
