@@ -11,7 +11,7 @@ from clipsteer.training.settings import (
     NotNegative,
     Positive,
     SettingError,
-    check_settings,
+    check_fields,
 )
 
 __all__ = ["AlignConfig", "CILConfig"]
@@ -37,7 +37,7 @@ class AlignConfig:
     """that logits of unit norm are divided by"""
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class CILConfig:
     """steps between two checkpoints"""
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        check_fields(self)
         learns = self.compensation != "none" or self.plasticity or self.covariance or self.distill
         if self.train == "none" and (self.classifier == "heads" or learns):
             raise self._error("a frozen tower takes no heads, losses, compensation or plasticity")

@@ -12,7 +12,7 @@ from clipsteer.training.settings import (
     Positive,
     Share,
     Weight,
-    check_settings,
+    check_fields,
 )
 
 
@@ -55,7 +55,7 @@ class FinetuneConfig:
     """steps between two lines of the log"""
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        check_fields(self)
 
     @property
     def peak(self) -> float:

@@ -13,7 +13,7 @@ from clipsteer.training.settings import (
     SettingError,
     Share,
     Weight,
-    check_settings,
+    check_fields,
 )
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class ContrastiveConfig:
     """steps between two lines of the log"""
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        check_fields(self)
         tau, learnt = self._temperature()
         if learnt and tau < LEAST_TEMPERATURE:
             raise self._error(

@@ -11,7 +11,7 @@ from clipsteer.training.settings import (
     CountOrZero,
     NotNegative,
     SettingError,
-    check_settings,
+    check_fields,
 )
 
 Trainable = Literal["topk", "batch_topk", "relu"]
@@ -76,7 +76,7 @@ class TrainConfig:
     """steps between two checkpoints"""
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        check_fields(self)
         if self.batch_size < 2:
             raise self._error(
                 "{batch_size} must be at least 2, as the loss divides by the variance of a batch"

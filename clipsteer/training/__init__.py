@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from clipsteer.training.schedule import mix as mix
     from clipsteer.training.schedule import seed_of as seed_of
     from clipsteer.training.settings import SettingError as SettingError
-    from clipsteer.training.settings import check_settings as check_settings
+    from clipsteer.training.settings import check_fields as check_fields
     from clipsteer.training.settings import read_value as read_value
     from clipsteer.training.settings import settings_of as settings_of
     from clipsteer.training.world import JointBatch as JointBatch

@@ -135,7 +135,7 @@ def _expected(kind: Any, value: Any) -> str | None:
     return None
 
 
-def check_settings(config: Any) -> None:
+def check_fields(config: Any) -> None:
     """Raise ``SettingError`` for a field out of its range or choices; for ``__post_init__``."""
     for name, kind in _kinds(type(config)).items():
         value = getattr(config, name)

@@ -28,7 +28,7 @@ from clipsteer.training.settings import (
     Share,
     alternatives,
     base_type,
-    check_settings,
+    check_fields,
     read_value,
     settings_of,
     whole_number,
@@ -215,7 +215,7 @@ class Parent:
     """say all"""
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
