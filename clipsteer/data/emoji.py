@@ -146,10 +146,8 @@ class EmojiStyles:
     def image(self, style: str, index: int) -> Image:
         """One drawing, RGB, 64 × 64. Raises ValueError where the style lacks the concept."""
         if not self.drawn(style)[index]:
-            raise ValueError(
-                f"EmojiStyles: {style} has no drawing of {self.concepts[index].label!r} (index "
-                f"{index})"
-            )
+            label = self.concepts[index].label
+            raise ValueError(f"EmojiStyles: {style} has no drawing of {label!r} (index {index})")
         return _emoji_tile(style, index)
 
     def indices(
@@ -162,13 +160,13 @@ class EmojiStyles:
     ) -> list[int]:
         """Concepts that meet every condition given; with `style`, only those it draws."""
         drawn = np.ones(len(self), bool) if style is None else self.drawn(style)
+        wanted = {"seen": seen, "classify30": classify30, "category": category}
+        conditions = {name: value for name, value in wanted.items() if value is not None}
         return [
             i
             for i, concept in enumerate(self.concepts)
             if drawn[i]
-            and (seen is None or concept.seen == seen)
-            and (classify30 is None or concept.classify30 == classify30)
-            and (category is None or concept.category == category)
+            and all(getattr(concept, name) == value for name, value in conditions.items())
         ]
 
     def cells(self) -> dict[tuple[str, bool], list[tuple[str, int]]]:
@@ -202,19 +200,25 @@ class EmojiStyles:
     ) -> ImageDataset:
         """A data set of (style, index) pairs, as `cells` gives them; its classes are the distinct
         names of `target`."""
-        pairs = [(self._style(style), range(len(self))[index]) for style, index in drawings]
+        rows = range(len(self))
+        pairs = [(self._style(style), rows[index]) for style, index in drawings]
         if target not in ("label", "category", "subcategory"):
             raise ValueError(
                 f"EmojiStyles: target must be 'label', 'category' or 'subcategory', got {target!r}"
             )
-        for style in {style for style, _ in pairs}:
-            drawn = self.drawn(style)
-            if lacking := [i for s, i in pairs if s == style and not drawn[i]]:
-                raise ValueError(f"EmojiStyles: {style} has no drawing of the concepts {lacking}")
+        self._check_drawn(pairs)
         names = [getattr(self.concepts[i], target) for _, i in pairs]
         classes = sorted(set(names))
         rank = {name: i for i, name in enumerate(classes)}
-        return ImageDataset(_Reader(_emoji_tile, pairs), [rank[name] for name in names], classes)
+        targets = [rank[name] for name in names]
+        return ImageDataset(_Reader(_emoji_tile, pairs), targets, classes)
+
+    def _check_drawn(self, pairs: Sequence[tuple[str, int]]) -> None:
+        for style in {style for style, _ in pairs}:
+            drawn = self.drawn(style)
+            lacking = [i for s, i in pairs if s == style and not drawn[i]]
+            if lacking:
+                raise ValueError(f"EmojiStyles: {style} has no drawing of the concepts {lacking}")
 
     def captioned(
         self, drawings: Iterable[tuple[str, int]], captions: Literal["label", "noisy"]
