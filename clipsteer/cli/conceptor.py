@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from clipsteer.cli.arguments import (
     add_shown,
     device_of,
     show_steering,
+    whole,
 )
 from clipsteer.cli.sae import TOKENS
 
@@ -39,8 +41,7 @@ each ACTION has --help with more
 """,
     )
     actions = conceptor.add_subparsers(dest="action", metavar="ACTION", required=True)
-
-    p = add(
+    add(
         actions,
         "fit",
         _fit,
@@ -49,15 +50,38 @@ each ACTION has --help with more
 examples:
   what the bundled Noto drawings use, at the last but one block:
     clipsteer conceptor fit --style noto --out noto.safetensors
-  one category in every style, centred on the mean over all drawings, keeping a quarter of the dimensions:
+  one category in every style, centred on the mean over all drawings, keeping a quarter of the
+  dimensions:
     clipsteer conceptor fit --category food-drink --centre --quota 0.25 --out food.safetensors
   your own images, at block 9 of a real CLIP; one conceptor a class folder:
-    clipsteer conceptor fit --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/ --per-class \\
+    clipsteer conceptor fit --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/ \\
+        --per-class \\
         --hook-point visual.transformer.resblocks.9 --aperture 0.5 --out classes.safetensors
   from activations that clipsteer sae train --store wrote:
     clipsteer conceptor fit --store acts/ --aperture gradient --low-rank 0.01 --out acts.safetensors
 """,
+        _fit_options,
     )
+    add(
+        actions,
+        "steer",
+        _steer,
+        "show predictions before and after steering with a conceptor expression",
+        """
+examples:
+  drawings of the held-out style, reduced to what Noto drawings use:
+    clipsteer conceptor steer noto.safetensors
+  food, and not what is particular to Noto, twice as strong; terms apply from left to right:
+    clipsteer conceptor steer food.safetensors --and-not noto.safetensors --beta 2
+  the complement, on the patches of your own images, among your own words:
+    clipsteer conceptor steer acts.safetensors --not --tokens patches --data photos/ \\
+        --words words.txt
+""",
+        _steer_options,
+    )
+
+
+def _fit_options(p: argparse.ArgumentParser) -> None:
     add_model(p)
     add_data(p, "images to fit to (default: the bundled drawings)")
     p.add_argument(
@@ -108,7 +132,7 @@ examples:
     )
     p.add_argument(
         "--batch-size",
-        type=int,
+        type=whole,
         default=64,
         metavar="N",
         help="images a forward pass (default: 64)",
@@ -117,21 +141,8 @@ examples:
         "--out", type=Path, required=True, metavar="FILE", help="safetensors file to write"
     )
 
-    p = add(
-        actions,
-        "steer",
-        _steer,
-        "show predictions before and after steering with a conceptor expression",
-        """
-examples:
-  drawings of the held-out style, reduced to what Noto drawings use:
-    clipsteer conceptor steer noto.safetensors
-  food, and not what is particular to Noto, twice as strong; terms apply from left to right:
-    clipsteer conceptor steer food.safetensors --and-not noto.safetensors --beta 2
-  the complement, on the patches of your own images, among your own words:
-    clipsteer conceptor steer acts.safetensors --not --tokens patches --data photos/ --words words.txt
-""",
-    )
+
+def _steer_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "conceptor", type=Path, metavar="FILE", help="written by clipsteer conceptor fit"
     )
@@ -141,7 +152,7 @@ examples:
             f"--{flag}",
             dest="terms",
             action="append",
-            type=lambda text, op=flag: (op, text),
+            type=partial(_term, flag),
             metavar="FILE",
             help=f"{what} this one; repeatable",
         )
@@ -157,6 +168,10 @@ examples:
     p.add_argument("--hook-point", help="default: what the conceptor was fitted on")
     p.add_argument("--tokens", choices=TOKENS, help="default: what the conceptor was fitted on")
     add_shown(p)
+
+
+def _term(op: str, text: str) -> tuple[str, str]:
+    return op, text
 
 
 def _aperture(text: str) -> float | str:
@@ -229,7 +244,9 @@ def _fit(args: argparse.Namespace) -> int:
         raise ValueError(
             "--store holds rows without classes; leave out --data, --per-class and --centre"
         )
-    mean, names, classes = None, None, None
+    mean = None
+    names = None
+    classes = None
     if args.store is not None:
         store = ActivationStore(args.store)
         provenance = store.provenance

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from clipsteer.clip.hooks import capture, evaluating
 from clipsteer.clip.module import module_of
 from clipsteer.io.files import FileFormatError
+from clipsteer.sae.config import TrainConfig
 from clipsteer.sae.model import SAE
 from clipsteer.sae.site import chunks
 from clipsteer.sae.train import train_sae
-from clipsteer.sae.trainer import TrainConfig
 
 __all__ = ["Plasticity", "fit_saes", "load_saes", "pack_history", "save_saes", "unpack_history"]
 
@@ -161,7 +161,7 @@ def fit_saes(
 
     Args:
         module, pixel_batches: as for ``Plasticity.usage``. blocks: names relative to ``module``.
-        d_sae, k, steps, seed: of each SAE; ``sae_train.TrainConfig``.
+        d_sae, k, steps, seed: of each SAE; ``sae.config.TrainConfig``.
         max_rows: tokens kept of each block, a uniform sample; up to twice as many are held in
             memory, for all blocks.
         settings: other fields of ``TrainConfig``; by default rows are layer-normalised, a batch has

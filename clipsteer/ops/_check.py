@@ -94,3 +94,10 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     dtype = torch.get_autocast_dtype(kind)
     cast = [t is not None and t.is_floating_point() and t.dtype != torch.float64 for t in tensors]
     return tuple(t.to(dtype) if c else t for t, c in zip(tensors, cast))
+
+
+def what_came(value: Any) -> str:
+    """For a message: dtype and shape of a tensor, the type of anything else."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return type(value).__name__
