@@ -87,7 +87,7 @@ def encode_texts(
     """
     clip.need_text("encode_texts")
     distinct = list(dict.fromkeys(texts))
-    model: Any = clip.model
+    model = clip.model
 
     def encode(rows: Sequence[int]) -> Tensor:
         parts = []
