@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -51,12 +50,17 @@ RENAMED = {
 }
 
 
-class _Finder(MetaPathFinder, Loader):
+class _Finder:  # importlib.abc, its base's home, brings in a third of all that --help loads
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         known = fullname.removeprefix("clipsteer.") in RENAMED
-        return ModuleSpec(fullname, self) if known and fullname.startswith("clipsteer.") else None
+        if not known or not fullname.startswith("clipsteer."):
+            return None
+        return ModuleSpec(fullname, self)  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """The usual kind of module."""
 
     def exec_module(self, module: ModuleType) -> None:
         places = [

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from clipsteer import _lazy
 
 if TYPE_CHECKING:
-    from clipsteer.ensembles.finetuning import FinetuneConfig as FinetuneConfig
+    from clipsteer.ensembles.config import FinetuneConfig as FinetuneConfig
     from clipsteer.ensembles.finetuning import finetune as finetune
     from clipsteer.ensembles.merging import Alpha as Alpha
     from clipsteer.ensembles.merging import RunningEnsemble as RunningEnsemble
