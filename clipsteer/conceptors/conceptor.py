@@ -1,11 +1,6 @@
 """Conceptors: soft projections onto the directions that a set of activations uses.
 
-<<<<<<< HEAD
-    C = R (R + α⁻² I)⁻¹,  R = E[x xᵀ]
-    ¬C = I - C,   C ∧ B = (C⁻¹ + B⁻¹ - I)⁻¹,   C ∨ B = ¬(¬C ∧ ¬B)
-=======
     C = R (R + α⁻² I)⁻¹,  R = E[x xᵀ];   ¬C = I - C;   C ∧ B;   C ∨ B = ¬(¬C ∧ ¬B)
->>>>>>> main
 
 How they are kept and combined, and which laws hold, is in ``clipsteer.conceptors.algebra``.
 

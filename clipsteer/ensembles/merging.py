@@ -1,9 +1,4 @@
 """WiSE-FT: a zero-shot and a fine-tuned model averaged in weight space.
-<<<<<<< HEAD
-
-    theta(alpha) = (1 - alpha) · theta_zeroshot + alpha · theta_finetuned
-=======
->>>>>>> main
 
     theta(alpha) = (1-alpha)·theta_zeroshot + alpha·theta_finetuned
 
@@ -45,7 +40,7 @@ def wise_ft(
     alpha: Alpha | Sequence[Alpha] = 0.5,
     out: str | Path | Sequence[str | Path] | None = None,
 ) -> Any:
-    """Average a zero-shot and a fine-tuned model: (1 - alpha) · zeroshot + alpha · finetuned.
+    """Average a zero-shot and a fine-tuned model: theta = (1-alpha)*zeroshot + alpha*finetuned.
 
     Args:
         zeroshot, finetuned: each a .safetensors file, an index of shards
@@ -303,7 +298,7 @@ class RunningEnsemble:
         with ensemble.applied(model):                  # evaluate, or save
             ...
 
-    theta = (1 - alpha) · theta_start + alpha · mean(theta_t), the mean exponential with `decay`;
+    theta = (1-alpha)*theta_start + alpha*mean(theta_t), where the mean is exponential with `decay`;
     with decay 0 it is the current weights, and the ensemble at the end of training is exactly
     ``wise_ft(start, end, alpha)``.
 

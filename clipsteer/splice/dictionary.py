@@ -56,11 +56,6 @@ class ConceptDictionary:
         dictionary.decompose(embeddings).weights  # (B, n), a few above 0 in each row
         dictionary.name(embeddings, count=3)  # [[("cat", 0.31), …], …]
 
-        dictionary = ConceptDictionary.from_clip(clip, image_mean=photos)
-        embeddings = clip.encode_images(images)
-        weights = dictionary.decompose(embeddings).weights  # (B, n), a few above 0 in each row
-        names = dictionary.name(embeddings, count=3)  # [[("cat", 0.31), …], …]
-
     Args:
         concepts: n >= 2 texts.
         text_embeddings: (n, e), one a concept, of any length; they are normalised here.
@@ -72,10 +67,7 @@ class ConceptDictionary:
         concepts: list of n texts.
         matrix: C (n, e), unit rows, float32 or float64.
         image_mean: μ (e,).
-<<<<<<< HEAD
-=======
         metadata: as given.
->>>>>>> main
 
     Raises:
         ValueError: shapes, values that are not finite, fewer than two concepts, texts that all
