@@ -36,7 +36,8 @@ def open_clip_name(hook_name: str) -> str | None:
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name)
     if not match:
         return None
-    layer, site = int(match[1]), match[2]
+    layer = int(match[1])
+    site = match[2]
     block = f"visual.transformer.resblocks.{layer}"
     if site == "hook_resid_pre":
         return "visual.ln_pre" if layer == 0 else f"visual.transformer.resblocks.{layer - 1}"
@@ -64,6 +65,7 @@ def metadata_of(source: str, model: Any, hook_name: Any, **more: Any) -> dict[st
 
 
 def positive(path: Path, cfg: Mapping[str, Any], key: str) -> int:
+    """The positive integer at a key, or FileFormatError."""
     value = cfg.get(key)
     if type(value) is not int or value < 1:
         raise FileFormatError(f"{path}: {key} must be a positive integer, got {value!r:.60}")
@@ -71,6 +73,7 @@ def positive(path: Path, cfg: Mapping[str, Any], key: str) -> int:
 
 
 def lookup(path: Path, what: str, value: Any, table: Mapping[Any, str]) -> str:
+    """What a value of theirs is called here, or FileFormatError, which names those supported."""
     try:
         return table[value]
     except (KeyError, TypeError):

@@ -3,10 +3,8 @@
     x' = (x - mean) / scale,  pre = (x' - b_dec) W_encᵀ + b_enc,  f = activation(pre),
     x̂ = (f W_dec + b_dec) · scale + mean
 
-Both dictionaries are (d_sae, d_in), a feature a row. Sources: Gao et al. 2024 (arXiv 2406.04093)
-for topk, Bussmann et al. 2024 (2412.06410) for batch_topk, Rajamanoharan et al. 2024 (2407.14435,
-2404.16014) for jumprelu and gated, Joseph et al. 2025 (2504.08729) for the normalisations and the
-initialisation.
+Both dictionaries are (d_sae, d_in), a feature a row. Sources: ``clipsteer.sae.architectures``; for
+the normalisations and the initialisation Joseph et al. 2025 (arXiv 2504.08729).
 """
 
 from __future__ import annotations
@@ -22,29 +20,19 @@ from torch import Tensor, nn
 from clipsteer import ops
 from clipsteer.io.files import FileFormatError
 from clipsteer.sae import formats
-from clipsteer.sae.architectures import (
-    batch_topk,
-    check,
-    checked_k,
-    running_threshold,
-)
+from clipsteer.sae.architectures import batch_topk, check, checked_k, running_threshold
 from clipsteer.sae.foreign import Described
 from clipsteer.sae.normalization import InputStats, denormalize, normalize
 from clipsteer.sae.rows import geometric_median, unit_rows
 
 
 class SAEOutput(NamedTuple):
-    """What a forward pass gives.
+    """What a forward pass gives; acts are in descending order for topk, dense for the others."""
 
-    x_hat (..., d_in), in x's dtype. acts and indices: for topk (..., k) each, descending; for the
-    other architectures acts is dense (..., d_sae) and indices is None. stats: the input
-    normalisation, as ``decode`` takes it.
-    """
-
-    x_hat: Tensor
-    acts: Tensor
-    indices: Tensor | None
-    stats: InputStats
+    x_hat: Tensor  # (..., d_in), in x's dtype
+    acts: Tensor  # (..., k) for topk, else (..., d_sae)
+    indices: Tensor | None  # (..., k) int64 for topk, else None
+    stats: InputStats  # of the input, as ``decode`` takes them
 
 
 class SAE(nn.Module):

@@ -91,12 +91,15 @@ def read(path: Path) -> Described:
     if cfg.get("is_transcoder"):
         raise FileFormatError(f"{file}: a transcoder, not an autoencoder")
     hook = cfg.get("hook_point")
-    layer, subtype = _single(cfg.get("hook_point_layer")), cfg.get("layer_subtype")
+    layer = _single(cfg.get("hook_point_layer"))
+    subtype = cfg.get("layer_subtype")
     if not isinstance(hook, str) and type(layer) is int and isinstance(subtype, str):
         hook = f"blocks.{layer}.{subtype}"
-    tokens = (
-        "cls" if cfg.get("cls_token_only") else "patches" if cfg.get("use_patches_only") else "all"
-    )
+    tokens = "all"
+    if cfg.get("cls_token_only"):
+        tokens = "cls"
+    elif cfg.get("use_patches_only"):
+        tokens = "patches"
     metadata = metadata_of("prisma", cfg.get("model_name"), hook, tokens=tokens)
     # copies: the file is only mapped, and two names may share one storage
     copies = {
@@ -110,11 +113,10 @@ def read(path: Path) -> Described:
 def _config(path: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     cfg = {key: _single(value) for key, value in cfg.items()}
     d_in = positive(path, cfg, "d_in")
-    d_sae = (
-        d_in * positive(path, cfg, "expansion_factor")
-        if cfg.get("d_sae") is None
-        else positive(path, cfg, "d_sae")
-    )
+    if cfg.get("d_sae") is None:
+        d_sae = d_in * positive(path, cfg, "expansion_factor")
+    else:
+        d_sae = positive(path, cfg, "d_sae")
     kinds = {"standard relu": "relu", "standard topk": "topk", "gated relu": "gated"}
     kind = f"{cfg.get('architecture', 'standard')} {cfg.get('activation_fn_str', 'relu')}"
     kwargs = cfg.get("activation_fn_kwargs")

@@ -39,7 +39,8 @@ def read(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> Descr
     kwargs = cfg.get("activation_fn_kwargs")
     k = cfg.get("k")
     if activation == "topk" and architecture == "standard":
-        architecture, k = "topk", kwargs.get("k") if isinstance(kwargs, dict) else None
+        architecture = "topk"
+        k = kwargs.get("k") if isinstance(kwargs, dict) else None
     elif activation not in ("relu", "topk"):
         raise FileFormatError(f"{folder}: activation function {activation!r:.60} is not supported")
     table = {
@@ -83,10 +84,9 @@ def read(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> Descr
     }
     hook = meta.get("hook_name", meta.get("hook_point"))
     own = meta.get("clipsteer")
-    metadata = (
-        own if isinstance(own, dict) else metadata_of("saelens", meta.get("model_name"), hook)
-    )
-    return Described(config, weights, metadata)
+    if not isinstance(own, dict):
+        own = metadata_of("saelens", meta.get("model_name"), hook)
+    return Described(config, weights, own)
 
 
 def _need_matrices(folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -112,7 +112,8 @@ def _fold_decoder_norm(folder: Path, weights: dict[str, Tensor]) -> None:
 
 def export(sae: Described) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of SAELens' file, and its cfg.json."""
-    weights, architecture = dict(sae.weights), sae.config["architecture"]
+    weights = dict(sae.weights)
+    architecture = sae.config["architecture"]
     names = {"relu": "standard", "batch_topk": "jumprelu"}
     norms = {ours: theirs for theirs, ours in _NORMS.items() if isinstance(theirs, str)}
     weights["W_enc"] = weights["W_enc"].T

@@ -1,7 +1,7 @@
 """Rows in shuffled batches, from a tensor or an iterable; the base of the sources in
 ``clipsteer.sae.activations``.
 
-Every source is a list of *groups* of rows, each small enough for memory. An epoch visits the groups
+Every source is a list of groups of rows, each small enough for memory. An epoch visits the groups
 in a permuted order and the rows of a group in a permuted order; both permutations are functions of
 (seed, epoch, group) alone, so the pair (epoch, row) is the complete state of the shuffle and any
 position can be reached without replaying.
@@ -27,11 +27,14 @@ START = Position()
 
 
 class Batch(NamedTuple):
+    """What a source gives at each step."""
+
     rows: Tensor  # (batch_size / world, d)
     next: Position  # where the batch after this one starts
 
 
 def generator(*key: int) -> torch.Generator:
+    """A generator of its own for every key, such as (seed, epoch, group)."""
     # splitmix-like mixing keeps (seed, epoch, group) streams apart without overflow
     state = 0
     for value in key:
@@ -44,9 +47,8 @@ class ActivationSource:
     group is read."""
 
     d_in: int
-    provenance: dict[
-        str, Any
-    ] = {}  # what is known of the model, under the names of ``SAE.metadata``
+    # what is known of the model, under the names of ``SAE.metadata``
+    provenance: dict[str, Any] = {}
 
     def group_sizes(self, seed: int, epoch: int) -> list[int]:
         """Rows of each group in the order in which this epoch visits them."""
@@ -86,11 +88,11 @@ class ActivationSource:
                 raise ValueError(f"batch_size is {batch_size}, but an epoch has only {total} rows")
             for rows in self._epoch(batch_size, seed, epoch, row):
                 row += batch_size
-                following = (
-                    Position(epoch, row) if row + batch_size <= total else Position(epoch + 1, 0)
-                )
+                more = row + batch_size <= total
+                following = Position(epoch, row) if more else Position(epoch + 1, 0)
                 yield Batch(rows[rank * share : (rank + 1) * share], following)
-            epoch, row = epoch + 1, 0
+            epoch += 1
+            row = 0
 
     def _epoch(self, batch_size: int, seed: int, epoch: int, row: int) -> Iterator[Tensor]:
         """The batches of one epoch from its row `row` on; a batch may straddle groups."""
@@ -115,7 +117,8 @@ class ActivationSource:
                 need -= len(chosen)
                 if need == 0:
                     yield torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-                    pieces, need = [], batch_size
+                    pieces = []
+                    need = batch_size
             del rows  # before the next group comes
 
 
@@ -132,9 +135,11 @@ class TensorSource(ActivationSource):
         self.d_in = self.rows.shape[1]
 
     def group_sizes(self, seed: int, epoch: int) -> list[int]:
+        """All rows."""
         return [len(self.rows)]
 
     def load_group(self, seed: int, epoch: int, group: int) -> Tensor:
+        """The tensor."""
         return self.rows
 
 
@@ -154,12 +159,14 @@ class IterableSource(ActivationSource):
         self._first: Tensor | None = first
 
     def rows_per_epoch(self) -> int | None:
+        """None: nobody has counted."""
         return None
 
     def _parts(self) -> Iterator[Tensor]:
         while True:
             if self._first is not None:
-                first, self._first = self._first, None
+                first = self._first
+                self._first = None  # not to be held while it is used
                 yield first
             yield from self._iterator
             if self._again is None:
@@ -178,13 +185,15 @@ class IterableSource(ActivationSource):
         rank: int = 0,
         world: int = 1,
     ) -> Iterator[Batch]:
+        """The rows in the order in which they come, from `start` on; see ``ActivationSource``."""
         if batch_size < 1 or batch_size % world:
             raise ValueError(
                 f"batch_size must be a positive multiple of the {world} processes, got {batch_size}"
             )
         share = batch_size // world
         held: list[Tensor] = []
-        count, skip, row = 0, start.row, start.row
+        count = 0
+        skip = row = start.row
         for part in self._parts():
             part = part.detach().reshape(-1, self.d_in)
             dropped = min(skip, len(part))
@@ -196,11 +205,10 @@ class IterableSource(ActivationSource):
             rows = torch.cat(held)
             used = 0
             while used + batch_size <= count:
+                first = used + rank * share
+                mine = rows[first : first + share]
                 row += batch_size
                 used += batch_size
-                mine = rows[
-                    used - batch_size + rank * share : used - batch_size + (rank + 1) * share
-                ]
                 yield Batch(mine, Position(0, row))
             held = [rows[used:]]
             count -= used

@@ -29,32 +29,29 @@ def read(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> Descr
     lookup(folder, "activation", cfg.get("activation", "topk"), {"topk": "topk"})
     d_in = positive(folder, cfg, "d_in")
     # num_latents 0 or absent: the expansion factor says
-    d_sae = (
-        cfg["num_latents"]
-        if cfg.get("num_latents")
-        else d_in * positive(folder, cfg, "expansion_factor")
-    )
+    d_sae = cfg.get("num_latents") or d_in * positive(folder, cfg, "expansion_factor")
     renamed = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
     weights = {renamed.get(name, name): tensor for name, tensor in weights.items()}
     config = {"d_in": d_in, "d_sae": d_sae, "architecture": "topk", "k": cfg.get("k")}
     own = cfg.get("clipsteer")
     # sparsify names the folder after the module it hooked
-    metadata = (
-        own if isinstance(own, dict) else metadata_of("sparsify", None, folder.resolve().name)
-    )
-    return Described(config, weights, metadata)
+    if not isinstance(own, dict):
+        own = metadata_of("sparsify", None, folder.resolve().name)
+    return Described(config, weights, own)
 
 
 def export(sae: Described) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of sparsify's file, and its cfg.json."""
-    weights, config = dict(sae.weights), sae.config
+    weights = dict(sae.weights)
+    config = sae.config
     if config["architecture"] != "topk" or config["normalize"] != "none":
         raise ValueError(
             f"export: sparsify knows topk without input normalisation, this is "
             f"{config['architecture']} with "
             f"normalize={config['normalize']!r}; use format='saelens'"
         )
-    W_enc, b_enc = weights.pop("W_enc"), weights.pop("b_enc")
+    W_enc = weights.pop("W_enc")
+    b_enc = weights.pop("b_enc")
     if not config["apply_b_dec_to_input"]:
         # sparsify always subtracts b_dec: give its share back
         b_enc = (b_enc.double() + W_enc.double() @ weights["b_dec"].double()).to(b_enc.dtype)
