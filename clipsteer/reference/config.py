@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import nn
 
-from clipsteer.reference.drrho import DRRhoLoss
+from clipsteer.reference.drrho import DRRhoLoss, gamma_schedule
 from clipsteer.reference.losses import ContrastiveLoss
 from clipsteer.training.world import World
 
@@ -44,6 +45,7 @@ class ContrastiveConfig:
         crop: smallest share of the largest square in an image that a random square crop keeps; 1
             turns crops off.
         bf16: compute under bfloat16 autocast.
+        track: where figures go beside log.jsonl.
     """
 
     loss: Literal["drrho", "global", "clip", "distill"] = "drrho"
@@ -68,6 +70,7 @@ class ContrastiveConfig:
     evaluate_every: int | None = None
     checkpoint_every: int = 500
     log_every: int = 10
+    track: Literal["wandb", "tensorboard"] | None = None
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -125,13 +128,35 @@ class ContrastiveConfig:
 
     def _temperature(self) -> tuple[float, bool]:
         """τ, or where it starts, and whether it is learnt."""
-        tau = self.temperature if self.temperature is not None else 0.01 if self.remembers else 0.07
-        return (
-            tau,
-            self.learnable_temperature
-            if self.learnable_temperature is not None
-            else not self.remembers,
-        )
+        tau = 0.01 if self.remembers else 0.07
+        if self.temperature is not None:
+            tau = self.temperature
+        learnt = not self.remembers
+        if self.learnable_temperature is not None:
+            learnt = self.learnable_temperature
+        return tau, learnt
+
+    def gamma_at(self, epoch: int, epochs: int) -> float:
+        """γ of one of so many epochs."""
+        least = self.gamma_min
+        if least is None:
+            least = min(1.0, 4.177 * epochs**-0.7265)
+        return gamma_schedule(epoch, self.gamma_epochs or epochs, least)
+
+    def make_optimizer(
+        self, trained: list[nn.Parameter], temperature: list[nn.Parameter]
+    ) -> torch.optim.AdamW:
+        """AdamW on the model's parameters, and on the loss's own in a third group."""
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+            {"params": temperature, "weight_decay": 0.0},
+        ]
+        if self.remembers:
+            # FastCLIP's rule for τ: a quarter of the peak, constant; `settle_temperature_` has the
+            # rest of it
+            groups[2]["lr"] = self.lr / 4
+        return torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.98), eps=1e-6)
 
     def make_loss(self, num_samples: int, world: World) -> nn.Module:
         tau, learnt = self._temperature()
