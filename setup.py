@@ -60,7 +60,7 @@ def run(command: list[str]) -> None:
 
 
 def compile_all(sources: list[Path], compiler: list[str], folder: Path) -> list[str]:
-    objects = [str(folder / f"{source.name}.o") for source in sources]
+    objects = [str(folder / f"{number}-{source.name}.o") for number, source in enumerate(sources)]
     with ThreadPoolExecutor(max(1, min(len(sources), os.cpu_count() or 1))) as pool:
         for job in [pool.submit(run, [*compiler, "-c", str(s), "-o", o]) for s, o in zip(sources, objects)]:
             job.result()
@@ -109,7 +109,10 @@ def build_cuda(torch: Path, sources: list[Path], target: Path, folder: Path) -> 
     run([nvcc, "-shared", "-cudart=static", *objects, "-o", str(target), *as_needed])
 
 
-LIBRARIES = {"clipsteer._C": ("*.cpp", build_cpp, "CPP"), "clipsteer._C_cuda": ("*.cu", build_cuda, "CUDA")}
+LIBRARIES = {
+    "clipsteer._C": ("cpu/**/*.cpp", build_cpp, "CPP"),
+    "clipsteer._C_cuda": ("cuda/**/*.cu", build_cuda, "CUDA"),
+}
 
 
 class BuildNative(build_ext):
@@ -157,7 +160,7 @@ setup(
         Extension(
             name,
             sources=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob(pattern))],
-            depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.*h"))],
+            depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.*h"))],
             optional=True,
         )
         for name, (pattern, _, _) in LIBRARIES.items()

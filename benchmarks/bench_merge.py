@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import clipsteer
-from clipsteer import bench
 from clipsteer.io.files import read_safetensors, write_json, write_safetensors
+from clipsteer.testing import bench
 
 # tensors of a ViT-L/14 block: attention, MLP, norms
 SHAPES = {

@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipsteer import bench
 from clipsteer.ops import BACKENDS, REGISTRY
+from clipsteer.ops._lowlevel import OPS
+from clipsteer.testing import bench
 
 CASES = [(name, label) for name, spec in REGISTRY.items() for label in spec.bench_shapes]
 
 
 def contenders(name: str) -> list[str]:
-    return [*REGISTRY[name].backends[1:], *REGISTRY[name].baselines, "torch.compile"]
+    return [*OPS[name].backends[1:], *REGISTRY[name].baselines, "torch.compile"]
 
 
 @pytest.mark.parametrize(("name", "label", "contender"), [(n, s, c) for n, s in CASES for c in contenders(n)])

@@ -32,9 +32,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipsteer import bench, ops
+from clipsteer import ops
 from clipsteer.sae.model import SAE
 from clipsteer.sae.trainer import SAETrainer, TrainConfig
+from clipsteer.testing import bench
 
 LR = 2e-4
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer._intervals import mean_interval
-from clipsteer.bench import machine
 from clipsteer.clip.classifier import ImageClassifier, predict, zero_shot_classifier
 from clipsteer.clip.model import CLIP, EMOJICLIP, load
 from clipsteer.clip.pixels import pixel_batches
@@ -43,6 +42,7 @@ from clipsteer.ensembles.robustness import (
 )
 from clipsteer.io.files import write_atomically, write_json
 from clipsteer.report import Page, charts, markdown_table, percent, table
+from clipsteer.testing.machine import machine
 
 logger = logging.getLogger(__name__)
 

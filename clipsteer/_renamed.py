@@ -14,12 +14,13 @@ from typing import Any
 # old name -> where its public names are now
 RENAMED = {
     "activations": ("sae.activations", "sae.sources", "clip.pixels"),
-    "bench": ("testing.bench", "testing.machine"),
+    "bench": ("testing.bench", "testing.records", "testing.stages", "testing.timing", "testing.machine"),
     "bench_table": ("testing.table",),
     "checkpoint": ("io.checkpoint",),
     "classifier": ("clip.classifier", "clip.pixels", "data.dataset"),
     "conceptor": ("conceptors.conceptor",),
     "conceptor_fit": ("conceptors.fit",),
+    "conceptor_io": ("conceptors.conceptor",),
     "contrastive_config": ("reference.config",),
     "contrastive_data": ("reference.pairs", "data.dataset"),
     "contrastive_eval": ("reference.evaluate",),

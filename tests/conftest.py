@@ -1,25 +1,78 @@
 from __future__ import annotations
 
+import json
 import os
+import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+# Before torch is imported, here and in every process that a test starts. On one thread torch's own products repeat bit
+# for bit; on several they are divided anew on a busy machine. Parallel workers share the cores without a fight.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import hypothesis
 import pytest
 import torch
 
-hypothesis.settings.register_profile(
-    "ci", derandomize=True, deadline=None, max_examples=25, database=None,
+torch.set_num_threads(1)
+
+QUICK = hypothesis.settings(
+    derandomize=True, deadline=None, max_examples=10, database=None,
     suppress_health_check=list(hypothesis.HealthCheck),
 )  # fmt: skip
-hypothesis.settings.register_profile(
-    "nightly", parent=hypothesis.settings.get_profile("ci"), derandomize=False, max_examples=500
-)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+PROFILES = {
+    "quick": QUICK,
+    "ci": hypothesis.settings(QUICK, max_examples=60),
+    "nightly": hypothesis.settings(QUICK, derandomize=False, max_examples=500),
+}
+for name, profile in PROFILES.items():
+    hypothesis.settings.register_profile(name, profile)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="modules, and tests in them, in a random order")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite takes a process a core, one that is named stays in this one; -n says otherwise."""
+    option = config.option
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS
+    if (
+        whole
+        and not hasattr(config, "workerinput")
+        and getattr(option, "numprocesses", 0) is None
+        and not option.usepdb
+    ):
+        option.numprocesses, option.dist = min(cores(), 8), "worksteal"  # a gigabyte each
+        option.benchmark_disable = True
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    asked = "ci" if "nightly" in config.option.markexpr else "quick"
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", asked))
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """-m nightly takes what is marked so, and what draws its cases again, with more of them."""
+    if "nightly" in config.option.markexpr:
+        for item in items:
+            if "hypothesis" in item.keywords:
+                item.add_marker("nightly")
+    else:
+        config.hook.pytest_deselected(items=[item for item in items if "nightly" in item.keywords])
+        items[:] = [item for item in items if "nightly" not in item.keywords]
+    if (seed := config.option.shuffle) is not None:
+        draw = random.Random(seed)
+        draw.shuffle(items)
+        order = {path: draw.random() for path in sorted({item.path for item in items})}
+        items.sort(key=lambda item: order[item.path])
     if torch.cuda.is_available():
         return
     for item in items:
@@ -27,26 +80,69 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-CAN_INTERPRET = """
-import sys
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Our own loops are divided between two threads."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+INTERPRETER = """
+import json, os, signal, sys, tempfile, traceback
+import torch
 from clipsteer.ops import _dispatch
-if (reason := _dispatch.missing("triton")) is not None:
-    sys.exit(print(reason) or 77)
+reason = _dispatch.missing("triton")
+if reason is None:
+    import clipsteer.testing
+for line in sys.stdin:
+    if reason is not None:
+        print(json.dumps([77, reason]), flush=True)
+        continue
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(900)
+            for stream in (1, 2):
+                os.dup2(output.fileno(), stream)
+            code = 1
+            try:
+                exec(json.loads(line), {"__name__": "__main__", "sys": sys, "_dispatch": _dispatch})
+                code = 0
+            except SystemExit as end:
+                code = int(end.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        print(json.dumps([code, output.read()]), flush=True)
 """
 
 
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[subprocess.Popen]:
+    """Has imported what interprets Triton, as the switch is read at import, and runs each piece of code in a fork."""
+    pytest.importorskip("triton")
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", INTERPRETER], env=env, **pipes) as process:
+        yield process
+        process.stdin.close()
+
+
 @pytest.fixture
-def interpret() -> Callable[[str], None]:
-    """Runs code on interpreted Triton kernels, in a process of its own, as the switch is read at import: it must exit
-    with 0. Skips where triton or its interpreter cannot run."""
+def interpret(interpreter: subprocess.Popen) -> Callable[[str], None]:
+    """Runs code on interpreted Triton kernels, in a process of its own: it must exit with 0. Skips where triton or its
+    interpreter cannot run."""
 
     def run(code: str) -> None:
-        pytest.importorskip("triton")
-        env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", CAN_INTERPRET + code]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
-        if done.returncode == 77:
-            pytest.skip(done.stdout)
-        assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+        interpreter.stdin.write(json.dumps(code) + "\n")
+        interpreter.stdin.flush()
+        found, output = json.loads(interpreter.stdout.readline())
+        if found == 77:
+            pytest.skip(output)
+        assert found == 0, output[-4000:]
 
     return run

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from benchmarks.conceptors.experiment import evaluate
 from benchmarks.conceptors.report import lines, page
-from clipsteer.bench import machine
 from clipsteer.cli.arguments import add_model, device_of
 from clipsteer.clip.model import load
 from clipsteer.io.files import write_json
+from clipsteer.testing.machine import machine
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,12 +31,12 @@ from torch import Tensor
 
 from benchmarks.reference_model.data import EMOJI, of_pairs, references, score_reference, training
 from benchmarks.reference_model.report import write
-from clipsteer.bench import machine
 from clipsteer.clip.model import CLIP, EMOJI_TINY, load
 from clipsteer.data.dataset import captions_of
 from clipsteer.data.emoji import HELD_OUT_STYLE, classify30
 from clipsteer.io.files import read_json, read_safetensors, write_json
 from clipsteer.reference.train import ContrastiveConfig, train_contrastive
+from clipsteer.testing.machine import machine
 
 # method -> loss, reference
 METHODS = {

@@ -38,8 +38,8 @@ def environment() -> dict[str, Any]:
     import torch
 
     import clipsteer
-    from clipsteer import bench
     from clipsteer.ops import _dispatch
+    from clipsteer.testing import bench
 
     code = "not built"
     if _dispatch.missing("cpp") is None:
@@ -112,14 +112,14 @@ def _validate(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     if args.markdown:
-        from clipsteer import bench_table
+        from clipsteer.testing.table import markdown, put
 
-        table = bench_table.markdown(args.markdown)
-        bench_table.put(args.into, table) if args.into is not None else _text(table)
+        table = markdown(args.markdown)
+        put(args.into, table) if args.into is not None else _text(table)
         return 0
     import torch
 
-    from clipsteer import bench
+    from clipsteer.testing import bench
 
     records = bench.run(
         args.ops,

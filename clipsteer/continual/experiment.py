@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from clipsteer.bench import extra_memory
 from clipsteer.continual.backbone import Encoder
 from clipsteer.continual.learner import ClassIncrementalLearner
 from clipsteer.continual.metrics import Run
@@ -28,6 +27,7 @@ from clipsteer.continual.scenario import Scenario
 from clipsteer.continual.strategies import CILConfig
 from clipsteer.io.digests import digest_of
 from clipsteer.io.files import read_json, write_json
+from clipsteer.testing.machine import extra_memory
 
 __all__ = ["run_all", "run_tasks"]
 

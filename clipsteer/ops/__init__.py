@@ -1,44 +1,63 @@
-"""The public ops. Each has a plain torch reference that defines it and fast paths that are held to it."""
+"""The public ops. Each has a plain torch reference that defines it and fast paths that are held to
+it."""
 
-from clipsteer.ops._dispatch import BACKENDS, explain
-from clipsteer.ops.conceptor_project import LOW_RANK_SPEC as _LOW_RANK
-from clipsteer.ops.conceptor_project import SPEC as _CONCEPTOR
-from clipsteer.ops.conceptor_project import LowRank, conceptor_project, conceptor_project_reference
-from clipsteer.ops.drrho_loss import SPEC as _DRRHO
-from clipsteer.ops.drrho_loss import drrho_loss, drrho_loss_reference
-from clipsteer.ops.mahalanobis_covariance_loss import LOW_RANK_SPEC as _MAHALANOBIS_LOW_RANK
-from clipsteer.ops.mahalanobis_covariance_loss import SPEC as _MAHALANOBIS
-from clipsteer.ops.mahalanobis_covariance_loss import (
-    LowRankDiag,
-    mahalanobis_covariance_loss,
-    mahalanobis_covariance_loss_reference,
-)
-from clipsteer.ops.semantic_drift import SPEC as _DRIFT
-from clipsteer.ops.semantic_drift import semantic_drift, semantic_drift_reference
-from clipsteer.ops.sparse_decode import SPEC as _SPARSE_DECODE
-from clipsteer.ops.sparse_decode import sparse_decode, sparse_decode_reference
-from clipsteer.ops.topk_encode import SPEC as _TOPK_ENCODE
-from clipsteer.ops.topk_encode import topk_encode, topk_encode_reference
+from __future__ import annotations
 
-_SPECS = (_TOPK_ENCODE, _SPARSE_DECODE, _CONCEPTOR, _LOW_RANK, _MAHALANOBIS, _MAHALANOBIS_LOW_RANK, _DRIFT, _DRRHO)
-REGISTRY = {spec.name: spec for spec in _SPECS}
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "BACKENDS",
-    "REGISTRY",
-    "LowRank",
-    "LowRankDiag",
-    "conceptor_project",
-    "conceptor_project_reference",
-    "drrho_loss",
-    "drrho_loss_reference",
-    "explain",
-    "mahalanobis_covariance_loss",
-    "mahalanobis_covariance_loss_reference",
-    "semantic_drift",
-    "semantic_drift_reference",
-    "sparse_decode",
-    "sparse_decode_reference",
-    "topk_encode",
-    "topk_encode_reference",
-]
+import torch
+
+from clipsteer.ops import _dispatch
+from clipsteer.ops._dispatch import explain as explain
+from clipsteer.ops._lowlevel import BACKENDS as BACKENDS
+from clipsteer.ops._lowlevel import RECORDS
+
+if TYPE_CHECKING:  # at run time the loop below takes what each op's file names
+    from clipsteer.ops.conceptor_project import LowRank as LowRank
+    from clipsteer.ops.conceptor_project import conceptor_project as conceptor_project
+    from clipsteer.ops.conceptor_project import (
+        conceptor_project_reference as conceptor_project_reference,
+    )
+    from clipsteer.ops.drrho_loss import drrho_loss as drrho_loss
+    from clipsteer.ops.drrho_loss import drrho_loss_reference as drrho_loss_reference
+    from clipsteer.ops.mahalanobis_covariance_loss import LowRankDiag as LowRankDiag
+    from clipsteer.ops.mahalanobis_covariance_loss import (
+        mahalanobis_covariance_loss as mahalanobis_covariance_loss,
+    )
+    from clipsteer.ops.mahalanobis_covariance_loss import (
+        mahalanobis_covariance_loss_reference as mahalanobis_covariance_loss_reference,
+    )
+    from clipsteer.ops.semantic_drift import semantic_drift as semantic_drift
+    from clipsteer.ops.semantic_drift import semantic_drift_reference as semantic_drift_reference
+    from clipsteer.ops.sparse_decode import sparse_decode as sparse_decode
+    from clipsteer.ops.sparse_decode import sparse_decode_reference as sparse_decode_reference
+    from clipsteer.ops.specs import REGISTRY as REGISTRY
+    from clipsteer.ops.topk_encode import topk_encode as topk_encode
+    from clipsteer.ops.topk_encode import topk_encode_reference as topk_encode_reference
+
+_public: dict[str, Any] = {}
+for _op in RECORDS:
+    _module = importlib.import_module(f"{__name__}.{_op.stem}")
+    _public |= {_name: getattr(_module, _name) for _name in _module.__all__}
+# once all are imported, as importing a file binds its name to the module
+globals().update(_public)
+
+__all__ = ["BACKENDS", "REGISTRY", *sorted([*_public, "explain"])]
+
+
+def _verdict(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    from clipsteer.ops.specs import verdict
+
+    return verdict(op, backend, device, dtype)
+
+
+_dispatch.set_verdict(_verdict)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "REGISTRY":
+        from clipsteer.ops.specs import REGISTRY
+
+        return REGISTRY
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

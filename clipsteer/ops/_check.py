@@ -10,10 +10,12 @@ from torch import Tensor
 
 
 def shapes(named: dict[str, Any]) -> str:
+    """Of all tensors among the arguments, for a message."""
     return ", ".join(f"{n} {tuple(t.shape)}" for n, t in named.items() if isinstance(t, Tensor))
 
 
 def mistake(op: str, argument: str, expected: str, got: Any, named: dict[str, Any]) -> str:
+    """What is wrong with an argument, in one line."""
     return f"{op}: {argument} must be {expected}, got {got} ({shapes(named)})"
 
 
@@ -31,35 +33,61 @@ def check_tensors(op: str, named: dict[str, Any], integer: tuple[str, ...] = ())
         elif not t.is_floating_point():
             raise TypeError(mistake(op, name, "floating point", t.dtype, named))
         if first is None:
-            first, device, dtype = name, t.device, t.dtype
+            first = name
+            device = t.device
+            dtype = t.dtype
         elif t.device != device:
             raise ValueError(mistake(op, name, f"on {first}'s device {device}", t.device, named))
         elif t.dtype != dtype and name not in integer:
             raise TypeError(mistake(op, name, f"of {first}'s dtype {dtype}", t.dtype, named))
 
 
-def check_shape(op: str, named: dict[str, Any], name: str, shape: tuple[int, ...], symbols: str) -> None:
+def check_shape(
+    op: str,
+    named: dict[str, Any],
+    name: str,
+    shape: tuple[int, ...],
+    symbols: str,
+) -> None:
+    """ValueError where the argument of this name is given and of another shape."""
     if named[name] is not None and named[name].shape != shape:
-        raise ValueError(mistake(op, name, f"of shape {symbols} = {shape}", tuple(named[name].shape), named))
+        raise ValueError(
+            mistake(op, name, f"of shape {symbols} = {shape}", tuple(named[name].shape), named)
+        )
 
 
 def check_indices(
-    op: str, indices: Tensor, n: int, named: dict[str, Any], name: str = "indices", lowest: int = 0
+    op: str,
+    indices: Tensor,
+    n: int,
+    named: dict[str, Any],
+    name: str = "indices",
+    lowest: int = 0,
 ) -> None:
-    """Raise on an index outside [lowest, n): always on the CPU; on a GPU, where it costs a synchronisation, only under
-    ``CLIPSTEER_CHECK_INDICES=1``. Compiled CPU code relies on the kernels' own check."""
-    # a tensor subclass may have no values to look at (fake tensors); the kernels check for themselves
-    if torch.compiler.is_compiling() or type(indices) is not Tensor or indices.is_meta or indices.numel() == 0:
+    """Raise on an index outside [lowest, n): always on the CPU; on a GPU, where it costs a
+    synchronisation, only under ``CLIPSTEER_CHECK_INDICES=1``. Compiled CPU code relies on the
+    kernels' own check."""
+    # a tensor subclass may have no values to look at (fake tensors); the kernels check for
+    # themselves
+    if (
+        torch.compiler.is_compiling()
+        or type(indices) is not Tensor
+        or indices.is_meta
+        or indices.numel() == 0
+    ):
         return
     if indices.device.type != "cpu" and os.environ.get("CLIPSTEER_CHECK_INDICES", "0") != "1":
         return
     low, high = (int(v) for v in indices.aminmax())
     if low < lowest or high >= n:
-        raise ValueError(mistake(op, name, f"in [{lowest}, {n})", f"values from {low} to {high}", named))
+        raise ValueError(
+            mistake(op, name, f"in [{lowest}, {n})", f"values from {low} to {high}", named)
+        )
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast as ``F.linear`` would inside an autocast region; float64 stays."""
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Tensors (or None), the first of them one, as ``F.linear`` would cast them inside an autocast
+    region; float64 stays."""
     kind = tensors[0].device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors

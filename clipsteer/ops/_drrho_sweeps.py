@@ -1,12 +1,14 @@
 """The two sweeps over similarities that ``drrho_loss`` consists of, and what lies between them.
 
-The first takes the log-sums of rows and columns, which give u; the second takes the weights, which give the gradients.
-Both have a block of rows against all columns, so that several processes can share a batch.
+The first takes the log-sums of rows and columns, which give u; the second takes the weights, which
+give the gradients. Both have a block of rows against all columns, so that several processes can
+share a batch.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,29 +16,48 @@ from torch import Tensor
 
 from clipsteer.ops._dispatch import call
 
-# Similarities are kept between the two sweeps on a CPU while they take no more than so many copies of the features.
+# Similarities are kept between the two sweeps on a CPU while they take no more than so many copies
+# of the features.
 KEEP = 2
 
 
-def averaged(log_G: Tensor, past: Tensor | None, gamma: float, eps: float) -> tuple[Tensor, Tensor]:
+def averaged(
+    log_G: Tensor,  # (2, B)
+    past: Tensor | None,  # (2, B)
+    gamma: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     """u, and the share γ of this batch in it, which is 1 at a first visit: both (2, B)."""
     log_G = torch.logaddexp(log_G, torch.full_like(log_G, eps).log())
     past = torch.full_like(log_G, torch.nan) if past is None else past.to(log_G.dtype)
     share = torch.where(past.isnan(), 1.0, torch.full_like(past, gamma))
-    return torch.logaddexp(past.nan_to_num(0.0) + (1 - share).log(), log_G + share.log()), share
+    kept = past.nan_to_num(0.0) + (1 - share).log()
+    return torch.logaddexp(kept, log_G + share.log()), share
 
 
-def _plain_sides(rows: Tensor, cols: Tensor, diag: Tensor, scale: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+def _plain_sides(
+    rows: Tensor,  # (M, D)
+    cols: Tensor,  # (N, D)
+    diag: Tensor,  # (N,)
+    scale: Tensor,  # ()
+    offset: int,
+) -> tuple[Tensor, Tensor]:
     """t (M, N), image and text side; row m is the partner of column offset + m, where t is -inf."""
     S = rows.to(diag.dtype) @ cols.to(diag.dtype).T
     own = torch.zeros_like(S, dtype=torch.bool)
     own.diagonal(offset).fill_(True)
     image = (S - diag[offset : offset + len(rows)].unsqueeze(1)) * scale
-    return image.masked_fill(own, -torch.inf), ((S - diag) * scale).masked_fill(own, -torch.inf)
+    text = (S - diag) * scale
+    return image.masked_fill(own, -torch.inf), text.masked_fill(own, -torch.inf)
 
 
 def _plain_sums(
-    rows: Tensor, cols: Tensor, diag: Tensor, scale: Tensor, offset: int, keep: bool
+    rows: Tensor,  # (M, D)
+    cols: Tensor,  # (N, D)
+    diag: Tensor,  # (N,)
+    scale: Tensor,  # ()
+    offset: int,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log Σ exp t of every row (M,), and of every column over the rows here (N,)."""
     image, text = _plain_sides(rows, cols, diag, scale, offset)
@@ -44,62 +65,116 @@ def _plain_sums(
 
 
 def _plain_grad(
-    rows: Tensor, cols: Tensor, diag: Tensor, scale: Tensor, offset: int, row_u: Tensor, col_u: Tensor, own: Tensor,
-    kept: Tensor, width: int, need_rows: bool, need_cols: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """w (M, N) = exp(t − u) of both sides, own on the partners: w·cols, wᵀ·rows (their first ``width``), Σ w·t."""
-    sides = _plain_sides(rows, cols, diag, scale, offset)
-    weights = (sides[0] - row_u.unsqueeze(1)).exp(), (sides[1] - col_u).exp()
-    moment = sum((w * t.nan_to_num(neginf=0.0)).sum() for w, t in zip(weights, sides))
-    w = weights[0] + weights[1]
+    rows: Tensor,  # (M, D)
+    cols: Tensor,  # (N, D)
+    diag: Tensor,  # (N,)
+    scale: Tensor,  # ()
+    offset: int,
+    row_u: Tensor,  # (M,)
+    col_u: Tensor,  # (N,)
+    own: Tensor,  # (M,)
+    kept: Tensor,  # unused: similarities are made anew
+    width: int,
+    need_rows: bool,
+    need_cols: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """w (M, N) = exp(t − u) of both sides, own on the partners: w·cols, wᵀ·rows (their first
+    ``width``), Σ w·t."""
+    image, text = _plain_sides(rows, cols, diag, scale, offset)
+    w_image = (image - row_u.unsqueeze(1)).exp()
+    w_text = (text - col_u).exp()
+    moment = (w_image * image.nan_to_num(neginf=0.0)).sum()
+    moment = moment + (w_text * text.nan_to_num(neginf=0.0)).sum()
+    w = w_image + w_text
     w.diagonal(offset).copy_(own)
-    return w @ cols[:, :width].to(w.dtype), w.T @ rows[:, :width].to(w.dtype), moment
+    d_rows = w @ cols[:, :width].to(w.dtype)
+    d_cols = w.T @ rows[:, :width].to(w.dtype)
+    return d_rows, d_cols, moment
 
 
-_PLAIN = {"drrho_sums": _plain_sums, "drrho_grad": _plain_grad}
+_PLAIN: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
+    "drrho_sums": _plain_sums,
+    "drrho_grad": _plain_grad,
+}
 
 
 def _low_level(backend: str, op: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _PLAIN[op](*args) if backend == "reference" else call(backend, op, *args)
+    if backend == "reference":
+        return _PLAIN[op](*args)
+    return call(backend, op, *args)
 
 
 def evaluate(
-    image: Tensor, text: Tensor, ref_image: Tensor | None, ref_text: Tensor | None, tau: Tensor, u: Tensor | None,
-    gamma: float, eps: float, rho: float, needs: tuple[bool, bool, bool], backend: str, world: Any = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """loss (), u (2, M) and the gradients in image, text (both still times 2B²) and τ, each if needed.
+    image: Tensor,  # (M, d)
+    text: Tensor,  # (M, d)
+    ref_image: Tensor | None,  # (M, r)
+    ref_text: Tensor | None,  # (M, r)
+    tau: Tensor,  # ()
+    u: Tensor | None,  # (2, M)
+    gamma: float,
+    eps: float,
+    rho: float,
+    needs: tuple[bool, bool, bool],
+    backend: str,
+    world: Any = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss (), u (2, M) and the gradients in image, text (both still times 2B²) and τ, each if
+    needed.
 
-    With a ``world`` the M rows are this process's share of the B, which may be of any size: every process has its rows
-    against all columns, columns get what all rows say of them, and image's and text's gradients are complete.
+    With a ``world`` the M rows are this process's share of the B, which may be of any size: every
+    process has its rows against all columns, columns get what all rows say of them, and image's and
+    text's gradients are complete.
     """
-    wide, M, d = torch.promote_types(image.dtype, torch.float32), image.shape[0], image.shape[1]
-    rows, cols = image.contiguous(), text.contiguous()
-    if ref_image is not None:
-        rows, cols = torch.cat([image, -ref_image], 1), torch.cat([text, ref_text], 1)
-    diag, scale, offset = (rows.to(wide) * cols.to(wide)).sum(1), tau.reciprocal(), 0
+    wide = torch.promote_types(image.dtype, torch.float32)
+    M = image.shape[0]
+    d = image.shape[1]
+    rows = image.contiguous()
+    cols = text.contiguous()
+    if ref_image is not None and ref_text is not None:
+        rows = torch.cat([image, -ref_image], 1)
+        cols = torch.cat([text, ref_text], 1)
+    diag = (rows.to(wide) * cols.to(wide)).sum(1)
+    scale = tau.reciprocal()
+    offset = 0
     if world is not None:
-        offset, cols, diag = world.offset, world.join(cols), world.join(diag)
+        offset = world.offset
+        cols = world.join(cols)
+        diag = world.join(diag)
     B = cols.shape[0]
-    keep = any(needs) and rows.device.type == "cpu" and KEEP * (M + B) * rows.shape[1] >= M * B
-    row_lse, col_lse, kept = _low_level(backend, "drrho_sums", rows, cols, diag, scale, offset, keep)
+    fits = KEEP * (M + B) * rows.shape[1] >= M * B
+    keep = any(needs) and rows.device.type == "cpu" and fits
+    similarities = (rows, cols, diag, scale, offset)
+    row_lse, col_lse, kept = _low_level(backend, "drrho_sums", *similarities, keep)
     if world is not None:
         col_lse = world.logsumexp(col_lse)
     mine = slice(offset, offset + M)
     lse = torch.stack([row_lse, col_lse[mine]])
     u, _ = averaged(lse - math.log(B), u, gamma, eps)
-    col_u, total = u[1], u.double().sum()
+    col_u = u[1]
+    total = u.double().sum()
     if world is not None:
-        col_u, total = world.join(u[1]), world.sum_(total)
+        col_u = world.join(u[1])
+        total = world.sum_(total)
     mean = total / (2 * B) + rho
-    loss, none = (tau.double() * mean).to(wide), image.new_empty(0, dtype=wide)
+    loss = (tau.double() * mean).to(wide)
+    none = image.new_empty(0, dtype=wide)
     if not any(needs):
         return loss, u, none, none, none
     own = -(lse - u).exp().sum(0)  # (M,): what the other pairs' weights make of a pair's own
     d_rows, d_cols, moment = _low_level(
-        backend, "drrho_grad", rows, cols, diag, scale, offset, u[0].contiguous(), col_u.contiguous(), own, kept, d,
-        needs[0], needs[1],
-    )  # fmt: skip
+        backend,
+        "drrho_grad",
+        *similarities,
+        u[0].contiguous(),
+        col_u.contiguous(),
+        own,
+        kept,
+        d,
+        needs[0],
+        needs[1],
+    )
     if world is not None:
         moment = world.sum_(moment.double())
         d_cols = world.sum_(d_cols)[mine] if needs[1] else d_cols
-    return loss, u, d_rows, d_cols, (mean - moment.double() / (2 * B * B)).to(wide)
+    d_tau = mean - moment.double() / (2 * B * B)
+    return loss, u, d_rows, d_cols, d_tau.to(wide)

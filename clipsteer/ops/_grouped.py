@@ -1,8 +1,10 @@
-"""Differentiable products of rows with the matrix of their group; the low-level ops of ``csrc/conceptor_project.cpp``.
+"""Differentiable products of rows with the matrix of their group; the low-level ops of
+``csrc/cpu/conceptor_project.cpp``.
 
-Row b belongs to group ``index[b]`` (None: all to the only one). ``matmul``, ``outer`` and ``low_rank`` are closed under
-differentiation, so derivatives of any order run on the same kernels. Halves keep β and s, and every sum over rows of a
-product of two stored vectors, in float32. Nothing is checked here.
+Row b belongs to group ``index[b]`` (None: all to the only one). ``matmul``, ``outer`` and
+``low_rank`` are closed under differentiation, so derivatives of any order run on the same kernels.
+Halves keep β and s, and every sum over rows of a product of two stored vectors, in float32. Nothing
+is checked here.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from clipsteer.ops._dispatch import call, tracked
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the kernels compute in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -32,7 +35,16 @@ def _centred(x: Tensor, index: Tensor | None, mean: Tensor | None) -> Tensor:
 
 class _Matmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, W, index, beta, mean, transpose, backend):
+    def forward(
+        ctx,
+        x,  # (B, m)
+        W,  # (K, m, n)
+        index,  # (B,) or None
+        beta,  # (K,) or None
+        mean,  # (K, m) or None
+        transpose,
+        backend,
+    ):
         ctx.save_for_backward(x, W, index, beta, mean)
         ctx.options = transpose, backend
         return call(backend, "grouped_matmul", x, W, index, beta, mean, transpose)
@@ -44,17 +56,19 @@ class _Matmul(torch.autograd.Function):
         need_x, need_W, _, need_beta, need_mean, *_ = ctx.needs_input_grad
         d_x = d_W = d_beta = d_mean = None
         centred = _centred(x, index, mean) if need_W or need_beta else x
+        of_rows = None if beta is None else _of_rows(beta.unsqueeze(-1), index)
         if need_beta:
             plain = matmul(grad, W, index, None, None, not transpose, backend)
-            dots = (plain.to(beta.dtype) * centred.to(beta.dtype)).sum(-1, keepdim=True)
+            plain = plain.to(beta.dtype)
+            dots = (plain * centred.to(beta.dtype)).sum(-1, keepdim=True)
             d_beta = group_sum(dots, index, W.shape[0], backend).squeeze(-1)
-            d_x = (plain.to(beta.dtype) * _of_rows(beta.unsqueeze(-1), index)).to(x.dtype)
+            d_x = (plain * of_rows).to(x.dtype)
         elif need_x or need_mean:
             d_x = matmul(grad, W, index, beta, None, not transpose, backend)
         if need_mean:
             d_mean = _mean_gradient(grad, d_x, index, mean, backend)
         if need_W:
-            scaled = grad if beta is None else (grad * _of_rows(beta.unsqueeze(-1), index)).to(x.dtype)
+            scaled = grad if beta is None else (grad * of_rows).to(x.dtype)
             pair = (scaled, centred) if transpose else (centred, scaled)
             d_W = outer(*pair, index, W.shape[0], backend)
         return d_x if need_x else None, d_W, None, d_beta, d_mean, None, None
@@ -62,7 +76,14 @@ class _Matmul(torch.autograd.Function):
 
 class _Outer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, b, index, groups, backend):
+    def forward(
+        ctx,
+        a,  # (B, m)
+        b,  # (B, n)
+        index,  # (B,) or None
+        groups,
+        backend,
+    ):
         ctx.save_for_backward(a, b, index)
         ctx.backend = backend
         return call(backend, "grouped_outer", a, b, index, groups)
@@ -80,7 +101,15 @@ class _Outer(torch.autograd.Function):
 
 class _LowRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, U, s, index, mean, backend):
+    def forward(
+        ctx,
+        x,  # (B, d)
+        U,  # (K, d, r)
+        s,  # (K, r)
+        index,  # (B,) or None
+        mean,  # (K, d) or None
+        backend,
+    ):
         ctx.save_for_backward(x, U, s, index, mean)
         ctx.backend = backend
         return call(backend, "low_rank_project", x, U, s, index, mean)
@@ -95,12 +124,16 @@ class _LowRank(torch.autograd.Function):
         if need_mean:
             d_mean = _mean_gradient(grad, d_x, index, mean, ctx.backend)
         if need_U or need_s:
-            rows, K, wide = x.shape[0], U.shape[0], compute_dtype(x.dtype)
+            rows = x.shape[0]
+            K = U.shape[0]
+            wide = compute_dtype(x.dtype)
             # x and the gradient take the same way through U: one product for both
             both = torch.cat([_centred(x, index, mean), grad])
             twice = None if index is None else torch.cat([index, index])
-            in_U = matmul(both, U, twice, None, None, False, ctx.backend).to(wide)  # (2 B, r)
-            p, q = in_U[:rows], in_U[rows:]
+            in_U = matmul(both, U, twice, None, None, False, ctx.backend)  # (2 B, r)
+            in_U = in_U.to(wide)
+            p = in_U[:rows]
+            q = in_U[rows:]
             if need_s:
                 d_s = group_sum(p * q, index, K, ctx.backend).to(s.dtype)
             if need_U:
@@ -109,23 +142,42 @@ class _LowRank(torch.autograd.Function):
         return d_x if need_x else None, d_U, d_s, None, d_mean, None
 
 
-def _mean_gradient(grad: Tensor, d_x: Tensor, index: Tensor | None, mean: Tensor, backend: str) -> Tensor:
+def _mean_gradient(
+    grad: Tensor,  # (B, d)
+    d_x: Tensor,  # (B, d)
+    index: Tensor | None,  # (B,)
+    mean: Tensor,  # (K, d)
+    backend: str,
+) -> Tensor:
     wide = compute_dtype(grad.dtype)
-    return group_sum(grad.to(wide) - d_x.to(wide), index, mean.shape[0], backend).to(mean.dtype)
+    moved = grad.to(wide) - d_x.to(wide)
+    return group_sum(moved, index, mean.shape[0], backend).to(mean.dtype)
 
 
 def matmul(
-    x: Tensor, W: Tensor, index: Tensor | None, beta: Tensor | None, mean: Tensor | None, transpose: bool, backend: str
+    x: Tensor,  # (B, m)
+    W: Tensor,  # (K, m, n)
+    index: Tensor | None,  # (B,)
+    beta: Tensor | None,  # (K,)
+    mean: Tensor | None,  # (K, m)
+    transpose: bool,
+    backend: str,
 ) -> Tensor:
-    """β_k (x_b − μ_k) W_k + μ_k, W_kᵀ if ``transpose``: (B, m), (K, m, n), (B,), (K,), (K, m) → (B, n)."""
+    """β_k (x_b − μ_k) W_k + μ_k, W_kᵀ if ``transpose``: (B, n)."""
     args = (*map(_contiguous, (x, W, index, beta, mean)), transpose)
     if tracked(x, W, beta, mean):
         return _Matmul.apply(*args, backend)
     return call(backend, "grouped_matmul", *args)
 
 
-def outer(a: Tensor, b: Tensor, index: Tensor | None, groups: int, backend: str) -> Tensor:
-    """Σ over the rows of each group of a_b ⊗ b_b, in ascending order: (B, m), (B, n), (B,) → (K, m, n)."""
+def outer(
+    a: Tensor,  # (B, m)
+    b: Tensor,  # (B, n)
+    index: Tensor | None,  # (B,)
+    groups: int,
+    backend: str,
+) -> Tensor:
+    """Σ over the rows of each group of a_b ⊗ b_b, in ascending order: (K, m, n)."""
     args = (*map(_contiguous, (a, b, index)), groups)
     if tracked(a, b):
         return _Outer.apply(*args, backend)
@@ -134,11 +186,19 @@ def outer(a: Tensor, b: Tensor, index: Tensor | None, groups: int, backend: str)
 
 def group_sum(v: Tensor, index: Tensor | None, groups: int, backend: str) -> Tensor:
     """Σ of each group's rows: (B, n) → (K, n)."""
-    return outer(v.new_ones(v.shape[0], 1), v, index, groups, backend).squeeze(1)
+    ones = v.new_ones(v.shape[0], 1)
+    return outer(ones, v, index, groups, backend).squeeze(1)
 
 
-def low_rank(x: Tensor, U: Tensor, s: Tensor, index: Tensor | None, mean: Tensor | None, backend: str) -> Tensor:
-    """U_k (s_k ∘ U_kᵀ(x_b − μ_k)) + μ_k: (B, d), (K, d, r), (K, r) of x's or a wider dtype, (B,), (K, d) → (B, d)."""
+def low_rank(
+    x: Tensor,  # (B, d)
+    U: Tensor,  # (K, d, r)
+    s: Tensor,  # (K, r), of x's or a wider dtype
+    index: Tensor | None,  # (B,)
+    mean: Tensor | None,  # (K, d)
+    backend: str,
+) -> Tensor:
+    """U_k (s_k ∘ U_kᵀ(x_b − μ_k)) + μ_k: (B, d)."""
     args = tuple(map(_contiguous, (x, U, s, index, mean)))
     if tracked(x, U, s, mean):
         return _LowRank.apply(*args, backend)

@@ -1,47 +1,56 @@
 """``conceptor_project``: h' = β·C(h − μ) + μ, each row through the conceptor its index names.
 
-Fused: rows are grouped by conceptor, so that each one is read once and applied as a matrix product, without a copy of
-it per row; in low rank C = U diag(s) Uᵀ the r numbers between the two products never leave the cache.
-Source: Jaeger 2014 (arXiv 1403.3369); Postmus & Abreu 2024 (arXiv 2410.16314), steering and mean-centring.
+Fused: rows are grouped by conceptor, so that each one is read once and applied as a matrix product,
+without a copy of it per row; in low rank C = U diag(s) Uᵀ the r numbers between the two products
+never leave the cache. Source: Jaeger 2014 (arXiv 1403.3369); Postmus & Abreu 2024 (arXiv
+2410.16314), steering and mean-centring.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from clipsteer.ops import _check, _grouped
-from clipsteer.ops._conceptor_bounds import check_grads, check_values
 from clipsteer.ops._dispatch import choose
-from clipsteer.ops._spec import OpSpec, draw
+
+__all__ = ["LowRank", "conceptor_project", "conceptor_project_reference"]
 
 
 class LowRank(NamedTuple):
-    """C = U diag(s) Uᵀ: ``U`` (K, d, r) with ``s`` (K, r), or (d, r) with (r,) for a single conceptor."""
+    """C = U diag(s) Uᵀ: ``U`` (K, d, r) with ``s`` (K, r), or (d, r) with (r,) for a single
+    conceptor."""
 
-    U: Tensor
-    s: Tensor
+    U: Tensor  # (K, d, r)
+    s: Tensor  # (K, r)
 
 
 def conceptor_project_reference(
-    h: Tensor,
-    C: Tensor | LowRank,
-    index: Tensor | None = None,
+    h: Tensor,  # (..., d)
+    C: Tensor | LowRank,  # (K, d, d) or (d, d)
+    index: Tensor | None = None,  # (...)
     *,
     beta: float | Tensor = 1.0,
-    mean: Tensor | None = None,
+    mean: Tensor | None = None,  # (K, d) or (d,)
 ) -> Tensor:
-    """The definition in plain torch, row by row; twice differentiable. With an index it gathers a C for each row."""
-    single = C[0].dim() == 2 if isinstance(C, LowRank) else C.dim() == 2
-    pick = (lambda t, dims: t[(0,) * (t.dim() - dims)]) if index is None else (lambda t, dims: t[index])
-    factors = [t.unsqueeze(0) if single else t for t in (C if isinstance(C, LowRank) else (C,))]
+    """The definition in plain torch, row by row; twice differentiable. With an index it gathers a C
+    for each row."""
+    factors: tuple[Tensor, ...] = C if isinstance(C, LowRank) else (C,)
+    if factors[0].dim() == 2:  # a single conceptor
+        factors = tuple(t.unsqueeze(0) for t in factors)
+
+    def pick(t: Tensor, dims: int) -> Tensor:
+        """Each row's part of what there is for K conceptors, of so many dimensions."""
+        return t[(0,) * (t.dim() - dims)] if index is None else t[index]
+
     mu = 0.0 if mean is None else pick(mean, 1) if mean.dim() == 2 else mean
     x = (h - mu).unsqueeze(-1)  # (..., d, 1)
     if isinstance(C, LowRank):
-        U, s = pick(factors[0], 2), pick(factors[1], 1)
-        y = U @ (s.unsqueeze(-1) * (U.mT @ x))
+        U = pick(factors[0], 2)
+        s = pick(factors[1], 1).unsqueeze(-1)
+        y = U @ (s * (U.mT @ x))
     else:
         y = pick(factors[0], 2) @ x
     if isinstance(beta, Tensor):
@@ -49,16 +58,25 @@ def conceptor_project_reference(
     return beta * y.squeeze(-1) + mu
 
 
-def _checked(h, C, index, beta, mean):
-    """Every argument in its full form: factors (K, …), index or None, β a number or (K,), μ (K, d) or None."""
+def _checked(
+    h,  # (..., d)
+    C,  # (K, d, d), (d, d) or LowRank
+    index,  # (...) or None
+    beta,  # a number, () or (K,)
+    mean,  # (K, d), (d,) or None
+):
+    """Every argument in its full form: factors (K, …), index or None, β a number or (K,), μ (K, d)
+    or None."""
     op = "conceptor_project"
     low_rank = isinstance(C, LowRank)
     names = ("U", "s") if low_rank else ("C",)
-    named = {"h": h, **dict(zip(names, C if low_rank else (C,))), "beta": beta, "mean": mean}
+    factors = dict(zip(names, C if low_rank else (C,)))
+    named = {"h": h, **factors, "beta": beta, "mean": mean}
     learnt = isinstance(beta, Tensor)
     if not learnt:
         if isinstance(beta, bool) or not isinstance(beta, (int, float, torch.SymFloat)):
-            raise TypeError(_check.mistake(op, "beta", "a number or a (K,) tensor", type(beta).__name__, named))
+            expected = "a number or a (K,) tensor"
+            raise TypeError(_check.mistake(op, "beta", expected, type(beta).__name__, named))
         named["beta"] = None
     if all(isinstance(t, Tensor) for t in named.values() if t is not None):
         named = dict(zip(named, _check.autocast(*named.values())))
@@ -75,10 +93,12 @@ def _checked(h, C, index, beta, mean):
     if low_rank:
         _check.check_shape(op, named, "s", (K, first.shape[2]), "(K, r)")
     if h.dim() == 0 or h.shape[-1] != d:
-        raise ValueError(_check.mistake(op, "h", f"of shape (..., d = {d})", tuple(h.shape), named))
+        expected = f"of shape (..., d = {d})"
+        raise ValueError(_check.mistake(op, "h", expected, tuple(h.shape), named))
     if index is None:
         if K != 1:
-            raise ValueError(_check.mistake(op, "index", f"given, as there are K = {K} conceptors", None, named))
+            expected = f"given, as there are K = {K} conceptors"
+            raise ValueError(_check.mistake(op, "index", expected, None, named))
     else:
         _check.check_shape(op, named, "index", tuple(h.shape[:-1]), "h's leading shape")
         _check.check_indices(op, index, K, named, "index")
@@ -90,183 +110,69 @@ def _checked(h, C, index, beta, mean):
         if mean.dim() == 1 and mean.shape[0] == d:
             named["mean"] = named["mean"].expand(K, d)
         _check.check_shape(op, named, "mean", (K, d), "(K, d) or (d,)")
-    factors = LowRank(named["U"], named["s"]) if low_rank else named["C"]
-    return named["h"], factors, index, named["beta"] if learnt else beta, named["mean"]
+    full = LowRank(named["U"], named["s"]) if low_rank else named["C"]
+    strength = named["beta"] if learnt else beta
+    return named["h"], full, index, strength, named["mean"]
 
 
 def conceptor_project(
-    h: Tensor,
-    C: Tensor | LowRank,
-    index: Tensor | None = None,
+    h: Tensor,  # (..., d)
+    C: Tensor | LowRank,  # (K, d, d) or (d, d)
+    index: Tensor | None = None,  # (...)
     *,
     beta: float | Tensor = 1.0,
-    mean: Tensor | None = None,
+    mean: Tensor | None = None,  # (K, d) or (d,)
     backend: str = "auto",
 ) -> Tensor:
     """Steer rows through conceptors: ``β·C h``, or ``β·C(h − μ) + μ`` around a given mean.
 
     Args:
         h: (..., d) activations, float32, bfloat16, float16 or (reference, cpp) float64.
-        C: (K, d, d) conceptors, or (d, d) for one; they need not be symmetric. In low rank ``LowRank(U, s)`` with U
-            (K, d, r) and s (K, r), or (d, r) and (r,), which stands for U diag(s) Uᵀ.
-        index: (...) int64, h's leading shape: which conceptor each row takes, in [0, K). None when there is only one.
+        C: (K, d, d) conceptors, or (d, d) for one; they need not be symmetric. In low rank
+            ``LowRank(U, s)`` with U (K, d, r) and s (K, r), or (d, r) and (r,), which stands for U
+            diag(s) Uᵀ.
+        index: (...) int64, h's leading shape: which conceptor each row takes, in [0, K). None when
+            there is only one.
         beta: strength, a number or a tensor (K,) or ().
         mean: (K, d) or (d,) background mean μ, or None for 0.
         backend: ``"auto" | "reference" | "cpp" | "triton"``; ``ops.explain`` says which can run.
 
     Returns:
-        (..., d), of h's dtype. Gradients reach h, C (or U and s), beta and mean, to any order. Extra memory is
-        O(rows · d); the reference alone gathers a conceptor for each row.
+        (..., d), of h's dtype. Gradients reach h, C (or U and s), beta and mean, to any order.
+        Extra memory is O(rows · d); the reference alone gathers a conceptor for each row.
 
     Raises:
-        ValueError: shapes or devices that do not fit; an index outside [0, K) (on a GPU, where the check would
-            synchronise, only under ``CLIPSTEER_CHECK_INDICES=1``; such rows are undefined there).
+        ValueError: shapes or devices that do not fit; an index outside [0, K) (on a GPU, where the
+            check would synchronise, only under ``CLIPSTEER_CHECK_INDICES=1``; such rows are
+            undefined there).
         TypeError: not tensors, dtypes that differ outside autocast, an index that is not int64.
         RuntimeError: the backend asked for cannot run here.
 
     Source: Jaeger 2014 (arXiv 1403.3369); Postmus & Abreu 2024 (arXiv 2410.16314).
     """
     h, C, index, beta, mean = _checked(h, C, index, beta, mean)
-    backend = choose("conceptor_project_low_rank" if isinstance(C, LowRank) else "conceptor_project", backend, h)
+    op = "conceptor_project_low_rank" if isinstance(C, LowRank) else "conceptor_project"
+    backend = choose(op, backend, h)
     if backend == "reference":
         return conceptor_project_reference(h, C, index, beta=beta, mean=mean)
-    flat, wide = h.dim() == 2, _grouped.compute_dtype(h.dtype)
+    flat = h.dim() == 2
+    wide = _grouped.compute_dtype(h.dtype)
     rows = h if flat else h.reshape(-1, h.shape[-1])
     index = index if flat or index is None else index.reshape(-1)
-    if isinstance(beta, Tensor):
-        beta = beta.to(wide)
+    strength = None if not isinstance(beta, Tensor) and beta == 1 else beta
+    if isinstance(strength, Tensor):
+        strength = strength.to(wide)
     if isinstance(C, LowRank):
         s = C.s
-        if backend == "cpp" or isinstance(beta, Tensor) or beta != 1:  # Triton's kernel widens s itself
+        if backend == "cpp" or strength is not None:  # Triton's kernel widens s itself
             s = s.to(wide)
-        if isinstance(beta, Tensor) or beta != 1:
-            s = s * (beta.unsqueeze(-1) if isinstance(beta, Tensor) else beta)
+        if isinstance(strength, Tensor):
+            s = s * strength.unsqueeze(-1)
+        elif strength is not None:
+            s = s * strength
         y = _grouped.low_rank(rows, C.U, s, index, mean, backend)
     else:
-        if not isinstance(beta, Tensor):
-            beta = None if beta == 1 else torch.full((C.shape[0],), beta, dtype=wide, device=h.device)
-        y = _grouped.matmul(rows, C, index, beta, mean, True, backend)
+        if strength is not None and not isinstance(strength, Tensor):
+            strength = torch.full((C.shape[0],), strength, dtype=wide, device=h.device)
+        y = _grouped.matmul(rows, C, index, strength, mean, True, backend)
     return y if flat else y.reshape(h.shape)
-
-
-def _low_rank(
-    h: Tensor, U: Tensor, s: Tensor, index: Tensor | None, *, backend: str = "auto", **options: Any
-) -> Tensor:
-    return conceptor_project(h, LowRank(U, s), index, backend=backend, **options)
-
-
-def _low_rank_reference(h: Tensor, U: Tensor, s: Tensor, index: Tensor | None, **options: Any) -> Tensor:
-    return conceptor_project_reference(h, LowRank(U, s), index, **options)
-
-
-def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator, scale: float, exact: bool) -> dict:
-    """Keys B, K, d, and r in low rank; plain=1 leaves out β and μ, and K=1 the index."""
-    B, K, d, r = (shape.get(s) for s in ("B", "K", "d", "r"))
-    sizes = {"C": (K, d, d)} if r is None else {"U": (K, d, r), "s": (K, r)}
-    inputs: dict[str, Any] = {"h": draw((B, d), dtype, generator, scale, exact)}
-    inputs |= {name: draw(size, dtype, generator, 1.0, exact) for name, size in sizes.items()}
-    inputs["index"] = None if K == 1 else torch.randint(0, K, (B,), generator=generator)
-    if shape.get("plain"):
-        return inputs | {"beta": 1.0, "mean": None}
-    beta, mean = draw((K,), dtype, generator, 1.0, exact), draw((K, d), dtype, generator, scale, exact)
-    return inputs | {"beta": beta, "mean": mean}
-
-
-def _grouped_loop(
-    h: Tensor, factors: Any, product: Any, index: Tensor | None, beta: Any, mean: Tensor | None
-) -> Tensor:
-    out = torch.empty_like(h)
-    # C[k] would make a gradient of C's full size for every k
-    for k, part in enumerate(zip(*(f.unbind(0) for f in factors))):
-        rows = slice(None) if index is None else (index == k).nonzero().squeeze(1)
-        y = product(h[rows] if mean is None else h[rows] - mean[k], *part)
-        y = y * beta[k] if isinstance(beta, Tensor) else y if beta == 1 else y * beta
-        out[rows] = y if mean is None else y + mean[k]
-    return out
-
-
-def _loop(h: Tensor, C: Tensor, index: Tensor | None, **options: Any) -> Tensor:
-    return _grouped_loop(h, (C,), lambda x, C: x @ C.T, index, **options)
-
-
-def _low_rank_loop(h: Tensor, U: Tensor, s: Tensor, index: Tensor | None, **options: Any) -> Tensor:
-    return _grouped_loop(h, (U, s), lambda x, U, s: (x @ U * s) @ U.T, index, **options)
-
-
-def _one_product(h: Tensor, C: Tensor, index: Tensor | None, *, beta: Any, mean: Tensor | None) -> Tensor:
-    """As many operations in one GEMM: the wrong answer unless K = 1, and the time to stay near."""
-    return h @ C[0].T
-
-
-def _low_rank_floor(s: dict[str, int]) -> tuple[float, float]:
-    return 4.0 * s["B"] * s["d"] * s["r"], 4.0 * (2 * s["B"] * s["d"] + s["K"] * (s["d"] + 1) * s["r"])
-
-
-_EDGES = (
-    {"B": 7, "K": 3, "d": 33, "r": 5},
-    {"B": 33, "K": 5, "d": 31, "r": 8},
-    {"B": 4, "K": 9, "d": 127, "r": 129},
-    {"B": 1, "K": 1, "d": 1, "r": 1, "plain": 1},
-    {"B": 0, "K": 2, "d": 8, "r": 4},
-    {"B": 129, "K": 2, "d": 32, "r": 33, "plain": 1},
-    {"B": 31, "K": 1, "d": 129, "r": 32},
-    {"B": 32, "K": 3, "d": 128, "r": 64},
-    {"B": 31, "K": 2, "d": 203, "r": 197},
-)
-# several blocks of rows a group and several tiles of columns, small ones with β and μ and large ones without; more than
-# one launch's rank
-_ON_DEVICE = (
-    {"B": 300, "K": 4, "d": 384, "r": 64},
-    {"B": 600, "K": 4, "d": 384, "r": 64, "plain": 1},
-    {"B": 70, "K": 2, "d": 200, "r": 300},
-)
-_COMMON: dict[str, Any] = {
-    "outputs": ("h_new",),
-    "make": _make,
-    "check": check_values,
-    "check_grads": check_grads,
-    "backends": ("reference", "cpp", "triton"),
-    "rows": ("h", "index"),
-    "optional": ("mean",),
-    "scalable": ("h", "mean"),
-}
-
-
-def _dense(shape: dict[str, int]) -> dict[str, int]:
-    return {name: size for name, size in shape.items() if name != "r"}
-
-
-SPEC = OpSpec(
-    name="conceptor_project",
-    function=conceptor_project,
-    reference=conceptor_project_reference,
-    differentiable=("h", "C", "beta", "mean"),
-    shapes=tuple(map(_dense, _EDGES)),
-    device_shapes=tuple(map(_dense, _ON_DEVICE)),
-    small_shape={"B": 4, "K": 2, "d": 3},
-    repeat_shape={"B": 300, "K": 5, "d": 40},
-    bench_shapes={"B1024-K16": {"B": 1024, "K": 16, "d": 768, "plain": 1}},
-    gpu_bench_shapes={"B4096-K16": {"B": 4096, "K": 16, "d": 768, "plain": 1}},
-    # A gathered C for each row would take 2.4 GB here.
-    baselines={"loop": _loop, "one GEMM": _one_product},
-    floor=lambda s: (2.0 * s["B"] * s["d"] ** 2, 4.0 * (2 * s["B"] * s["d"] + s["K"] * s["d"] ** 2)),
-    **_COMMON,
-)
-LOW_RANK_SPEC = OpSpec(
-    name="conceptor_project_low_rank",
-    function=_low_rank,
-    reference=_low_rank_reference,
-    differentiable=("h", "U", "s", "beta", "mean"),
-    shapes=_EDGES,
-    device_shapes=_ON_DEVICE,
-    small_shape={"B": 4, "K": 2, "d": 3, "r": 2},
-    repeat_shape={"B": 300, "K": 5, "d": 40, "r": 17},
-    bench_shapes={
-        "B1024-K16-r64": {"B": 1024, "K": 16, "d": 768, "r": 64, "plain": 1},
-        "B1024-K16-r64-mean": {"B": 1024, "K": 16, "d": 768, "r": 64},
-    },
-    gpu_bench_shapes={"B4096-K16-r64": {"B": 4096, "K": 16, "d": 768, "r": 64, "plain": 1}},
-    baselines={"loop": _low_rank_loop, "gather + bmm": _low_rank_reference},
-    floor=_low_rank_floor,
-    **_COMMON,
-)

@@ -1,60 +1,75 @@
-"""``mahalanobis_covariance_loss``: (1/B) Σ_c Σ_{i<j of class c} |D_c(old_i, old_j) − D_c(new_i, new_j)|.
+"""``mahalanobis_covariance_loss``: (1/B) Σ_c Σ_{i<j of class c} |D_c(old_i, old_j) − D_c(new_i,
+new_j)|.
 
-D_c(a, b) = sqrt((a − b) P_c (a − b)ᵀ + 1e-8) with P_c = L_c L_cᵀ, or diag + U diag(s) Uᵀ. Fused: a class's rows are
-whitened by one product, distances are taken from the whitened rows, and the gradient goes back in the same call: no
-loop over pairs, no B × B × d tensor. Source: Wu et al. 2025 (arXiv 2502.07560), covariance calibration.
+D_c(a, b) = sqrt((a − b) P_c (a − b)ᵀ + 1e-8) with P_c = L_c L_cᵀ, or diag + U diag(s) Uᵀ. Fused: a
+class's rows are whitened by one product, distances are taken from the whitened rows, and the
+gradient goes back in the same call: no loop over pairs, no B × B × d tensor. Source: Wu et al. 2025
+(arXiv 2502.07560), covariance calibration.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._dispatch import call, choose
-from clipsteer.ops._mahalanobis_bounds import check_grads, check_values
-from clipsteer.ops._spec import OpSpec, draw
+
+__all__ = ["LowRankDiag", "mahalanobis_covariance_loss", "mahalanobis_covariance_loss_reference"]
 
 
 class LowRankDiag(NamedTuple):
-    """P = diag(diag) + U diag(s) Uᵀ for every class: ``U`` (C, d, r), ``s`` (C, r), ``diag`` (C, d); s may be
-    negative, as it is when P is the inverse (Woodbury) of a covariance of that form."""
+    """P = diag(diag) + U diag(s) Uᵀ for every class: ``U`` (C, d, r), ``s`` (C, r), ``diag`` (C,
+    d); s may be negative, as it is when P is the inverse (Woodbury) of a covariance of that
+    form."""
 
-    U: Tensor
-    s: Tensor
-    diag: Tensor
+    U: Tensor  # (C, d, r)
+    s: Tensor  # (C, r)
+    diag: Tensor  # (C, d)
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Rows over their norms, taken in float64 lest they overflow; a row of zeros stays, with gradient zero."""
+    """Rows over their norms, taken in float64 lest they overflow; a row of zeros stays, with
+    gradient zero."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
     return (x / torch.where(norm > 0, norm, torch.inf)).to(x.dtype)
 
 
 def mahalanobis_covariance_loss_reference(
-    new: Tensor, old: Tensor, labels: Tensor, factor: Tensor | LowRankDiag, normalize: bool = True
+    new: Tensor,  # (B, d)
+    old: Tensor,  # (B, d)
+    labels: Tensor,  # (B,)
+    factor: Tensor | LowRankDiag,  # (C, d, d)
+    normalize: bool = True,
 ) -> Tensor:
-    """The definition in plain torch; twice differentiable. It gathers a factor for each row, and all B² / 2 pairs."""
+    """The definition in plain torch; twice differentiable. It gathers a factor for each row, and
+    all B² / 2 pairs."""
     B = new.shape[0]
     if B == 0:
         return new.sum()
     i, j = torch.triu_indices(B, B, 1, device=new.device)
-    same, c = ((labels[i] == labels[j]) & (labels[i] >= 0)).unsqueeze(1), labels.clamp(min=0)
+    same = ((labels[i] == labels[j]) & (labels[i] >= 0)).unsqueeze(1)
+    c = labels.clamp(min=0)
     first = (labels.unsqueeze(1) == labels).int().argmax(1)  # of the row's class
+
+    def squares(z: Tensor) -> Tensor:
+        return torch.where(same, z[i] - z[j], 0).square()
+
+    def through(x: Tensor, W: Tensor) -> Tensor:
+        return (x.unsqueeze(1) @ W[c].detach()).squeeze(1)
 
     def distances(x: Tensor) -> Tensor:
         x = torch.where(labels.unsqueeze(1) >= 0, x, 0)
         x = _unit(x) if normalize else x
-        x = x - x[first].detach()  # moves a class, changes no difference, and near pairs keep their digits
-        squares = lambda z: torch.where(same, z[i] - z[j], 0).square()
-        through = lambda W: (x.unsqueeze(1) @ W[c].detach()).squeeze(1)
+        # moves a class, changes no difference, and near pairs keep their digits
+        x = x - x[first].detach()
         if isinstance(factor, LowRankDiag):
-            U, s, diag = factor
-            square = (squares(x) * diag[c[i]]).sum(-1) + (squares(through(U)) * s[c[i]]).sum(-1)
+            square = (squares(x) * factor.diag[c[i]]).sum(-1)
+            square = square + (squares(through(x, factor.U)) * factor.s[c[i]]).sum(-1)
         else:
-            square = squares(through(factor)).sum(-1)
+            square = squares(through(x, factor)).sum(-1)
         return (square.clamp(min=0) + 1e-8).sqrt()
 
     return (distances(old.detach()) - distances(new)).abs().sum() / B
@@ -64,9 +79,20 @@ class _Loss(torch.autograd.Function):
     """The kernel hands back the gradient with the value."""
 
     @staticmethod
-    def forward(ctx, new, old, labels, factor, s, diag, normalize, backend):
-        loss, d_new = call(backend, "mahalanobis_covariance_loss", new, old, labels, factor, s, diag, normalize, True)
-        ctx.save_for_backward(d_new, new, old, labels, factor, s, diag)
+    def forward(
+        ctx,
+        new,  # (B, d)
+        old,  # (B, d)
+        labels,  # (B,)
+        factor,  # (C, d, d), or U (C, d, r)
+        s,  # (C, r) or None
+        diag,  # (C, d) or None
+        normalize,
+        backend,
+    ):
+        inputs = (new, old, labels, factor, s, diag)
+        loss, d_new = call(backend, "mahalanobis_covariance_loss", *inputs, normalize, True)
+        ctx.save_for_backward(d_new, *inputs)
         ctx.normalize = normalize
         return loss.to(new.dtype)
 
@@ -80,10 +106,22 @@ class _Gradient(torch.autograd.Function):
     """grad · d_new; its own derivatives, which nobody trains with, are the reference's."""
 
     @staticmethod
-    def forward(ctx, grad, d_new, new, old, labels, factor, s, diag, normalize):
+    def forward(
+        ctx,
+        grad,  # ()
+        d_new,  # (B, d), float32 or wider
+        new,  # (B, d)
+        old,  # (B, d)
+        labels,  # (B,)
+        factor,  # (C, d, d), or U (C, d, r)
+        s,  # (C, r) or None
+        diag,  # (C, d) or None
+        normalize,
+    ):
         ctx.save_for_backward(grad, d_new, new, old, labels, factor, s, diag)
         ctx.normalize = normalize
-        return torch.mul(d_new, grad, out=torch.empty_like(new))  # in float32 or wider, rounded once
+        # in float32 or wider, rounded once
+        return torch.mul(d_new, grad, out=torch.empty_like(new))
 
     @staticmethod
     def backward(ctx, outer):
@@ -97,13 +135,26 @@ class _Gradient(torch.autograd.Function):
             (once,) = torch.autograd.grad(loss, x, create_graph=True)
             twice = None
             if once.requires_grad:
-                (twice,) = torch.autograd.grad(once, x, outer * grad, create_graph=True, allow_unused=True)
+                (twice,) = torch.autograd.grad(
+                    once,
+                    x,
+                    outer * grad,
+                    create_graph=True,
+                    allow_unused=True,
+                )
         return (once * outer).sum(), None, twice, *[None] * 6
 
 
-def _checked(new, old, labels, factor, normalize):
+def _checked(
+    new,  # (B, d)
+    old,  # (B, d)
+    labels,  # (B,)
+    factor,  # (C, d, d) or LowRankDiag
+    normalize,
+):
     """All tensors in one dtype; the factor as (L, None, None) or (U, s, diag)."""
-    op, low_rank = "mahalanobis_covariance_loss", isinstance(factor, LowRankDiag)
+    op = "mahalanobis_covariance_loss"
+    low_rank = isinstance(factor, LowRankDiag)
     named = {"new": new, "old": old, **(factor._asdict() if low_rank else {"factor": factor})}
     for name, t in (*named.items(), ("labels", labels)):
         if not isinstance(t, Tensor):
@@ -116,50 +167,68 @@ def _checked(new, old, labels, factor, normalize):
         raise TypeError(_check.mistake(op, "normalize", "a bool", type(normalize).__name__, named))
     if new.dim() != 2:
         raise ValueError(_check.mistake(op, "new", "of shape (B, d)", tuple(new.shape), named))
-    (B, d), first = new.shape, named["U" if low_rank else "factor"]
+    (B, d) = new.shape
+    first = named["U" if low_rank else "factor"]
     _check.check_shape(op, named, "old", (B, d), "new's")
     _check.check_shape(op, named, "labels", (B,), "(B,)")
-    if first.dim() != 3 or first.shape[0] == 0 or first.shape[1] != d or not (low_rank or first.shape[2] == d):
-        name, expected = ("U", f"(C, d = {d}, r)") if low_rank else ("factor", f"(C, d, d) with d = {d}")
-        raise ValueError(_check.mistake(op, name, f"of shape {expected} and C > 0", tuple(first.shape), named))
+    if (
+        first.dim() != 3
+        or first.shape[0] == 0
+        or first.shape[1] != d
+        or not (low_rank or first.shape[2] == d)
+    ):
+        name, expected = (
+            ("U", f"(C, d = {d}, r)") if low_rank else ("factor", f"(C, d, d) with d = {d}")
+        )
+        raise ValueError(
+            _check.mistake(op, name, f"of shape {expected} and C > 0", tuple(first.shape), named)
+        )
     C, _, r = first.shape
     if low_rank:
         _check.check_shape(op, named, "s", (C, r), "(C, r)")
         _check.check_shape(op, named, "diag", (C, d), "(C, d)")
     _check.check_indices(op, labels, C, named, "labels", lowest=-1)
-    return named["new"], named["old"], labels, first.detach(), *(t if t is None else t.detach() for t in (
-        named.get("s"), named.get("diag")))  # fmt: skip
+    return (
+        named["new"],
+        named["old"],
+        labels,
+        first.detach(),
+        *(t if t is None else t.detach() for t in (named.get("s"), named.get("diag"))),
+    )
 
 
 def mahalanobis_covariance_loss(
-    new: Tensor,
-    old: Tensor,
-    labels: Tensor,
-    factor: Tensor | LowRankDiag,
+    new: Tensor,  # (B, d)
+    old: Tensor,  # (B, d)
+    labels: Tensor,  # (B,)
+    factor: Tensor | LowRankDiag,  # (C, d, d)
     normalize: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """How far training has moved the Mahalanobis distances between rows of one class.
 
     Args:
-        new, old: (B, d) features of the same images under the network in training and under the frozen one before it;
-            float32, bfloat16, float16 or (reference, cpp) float64.
+        new, old: (B, d) features of the same images under the network in training and under the
+            frozen one before it; float32, bfloat16, float16 or (reference, cpp) float64.
         labels: (B,) int64 in [0, C), or -1 for rows to ignore.
-        factor: (C, d, d) any L with L Lᵀ the class's precision, or ``LowRankDiag(U, s, diag)``. A P that is not
-            positive semi-definite may make a square negative: it counts as 0, without a gradient.
-        normalize: compare rows over their L2 norms (a row of zeros stays one). Without it, squared distances beyond the
-            dtype's range overflow.
+        factor: (C, d, d) any L with L Lᵀ the class's precision, or ``LowRankDiag(U, s, diag)``. A P
+            that is not positive semi-definite may make a square negative: it counts as 0, without a
+            gradient.
+        normalize: compare rows over their L2 norms (a row of zeros stays one). Without it, squared
+            distances beyond the dtype's range overflow.
         backend: ``"auto" | "reference" | "cpp" | "triton"``; ``ops.explain`` says which can run.
 
     Returns:
-        () of new's dtype: (1/B) Σ |D(old_i, old_j) − D(new_i, new_j)| over the pairs i < j of every class, with
-        D(a, b) = sqrt((a − b) P (a − b)ᵀ + 1e-8); 0, with a gradient of zeros, when no class has two rows. The gradient
-        reaches ``new`` alone (where the two distances are equal it is 0); derivatives of it run on the reference.
-        Deterministic; extra memory is O(B · d), the reference takes O(B² · d + B · d²).
+        () of new's dtype: (1/B) Σ |D(old_i, old_j) − D(new_i, new_j)| over the pairs i < j of every
+        class, with D(a, b) = sqrt((a − b) P (a − b)ᵀ + 1e-8); 0, with a gradient of zeros, when no
+        class has two rows. The gradient reaches ``new`` alone (where the two distances are equal it
+        is 0); derivatives of it run on the reference. Deterministic; extra memory is O(B · d), the
+        reference takes O(B² · d + B · d²).
 
     Raises:
-        ValueError: shapes or devices that do not fit; a label outside [-1, C) (on a GPU, where the check would
-            synchronise, only under ``CLIPSTEER_CHECK_INDICES=1``; such rows are ignored there).
+        ValueError: shapes or devices that do not fit; a label outside [-1, C) (on a GPU, where the
+            check would synchronise, only under ``CLIPSTEER_CHECK_INDICES=1``; such rows are ignored
+            there).
         TypeError: not tensors, dtypes that differ outside autocast, labels that are not int64.
         RuntimeError: the backend asked for cannot run here.
 
@@ -171,143 +240,9 @@ def mahalanobis_covariance_loss(
     if backend == "reference":
         given = first if s is None else LowRankDiag(first, s, diag)
         return mahalanobis_covariance_loss_reference(new, old, labels, given, normalize)
-    contiguous = [t if t is None else t.contiguous() for t in (new, old.detach(), labels, first, s, diag)]
+    inputs = (new, old.detach(), labels, first, s, diag)
+    contiguous = [t if t is None else t.contiguous() for t in inputs]
     if torch.is_grad_enabled() and new.requires_grad:
         return _Loss.apply(*contiguous, normalize, backend)
-    return call(backend, "mahalanobis_covariance_loss", *contiguous, normalize, False)[0].to(new.dtype)
-
-
-def _low_rank(
-    new: Tensor, old: Tensor, labels: Tensor, U: Tensor, s: Tensor, diag: Tensor, *, backend: str = "auto", **kw: Any
-) -> Tensor:
-    return mahalanobis_covariance_loss(new, old, labels, LowRankDiag(U, s, diag), backend=backend, **kw)
-
-
-def _low_rank_reference(
-    new: Tensor, old: Tensor, labels: Tensor, U: Tensor, s: Tensor, diag: Tensor, **kw: Any
-) -> Tensor:
-    return mahalanobis_covariance_loss_reference(new, old, labels, LowRankDiag(U, s, diag), **kw)
-
-
-def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator, scale: float, exact: bool) -> dict:
-    """Keys B, C, d, and r in low rank; plain=1 does not normalise. About one row in eight is ignored."""
-    B, C, d, r = (shape.get(s) for s in ("B", "C", "d", "r"))
-    normalize = not shape.get("plain")
-    size = scale if normalize else min(scale, 1.0)  # squares have to stay in range
-    inputs: dict[str, Any] = {n: draw((B, d), dtype, generator, size, exact) for n in ("new", "old")}
-    labels = torch.randint(0, C, (B,), generator=generator)
-    inputs["labels"] = torch.where(torch.rand(B, generator=generator) < 0.125, -1, labels)
-    if r is None:
-        return inputs | {"factor": draw((C, d, d), dtype, generator, d**-0.5, exact), "normalize": normalize}
-    # I - U s Uᵀ with ‖U‖ near 1 and s in (0, 1/2): a precision in Woodbury's form
-    inputs["U"] = draw((C, d, r), dtype, generator, (d**0.5 + r**0.5) ** -1, exact)
-    inputs["s"] = -torch.rand(C, r, generator=generator).div(2).to(dtype)
-    inputs["diag"] = (1 + torch.rand(C, d, generator=generator)).to(dtype)
-    if exact:
-        inputs["s"], inputs["diag"] = -torch.ones(C, r, dtype=dtype), torch.full((C, d), 4.0, dtype=dtype)
-    return inputs | {"normalize": normalize}
-
-
-def _unit_rows(x: Tensor, normalize: bool) -> Tensor:
-    return torch.nn.functional.normalize(x, dim=-1) if normalize else x
-
-
-def _whitened(new: Tensor, old: Tensor, labels: Tensor, product: Any, C: int, normalize: bool) -> Tensor:
-    """What one would write instead of the pair loop: each class's rows through its factor, then their distances."""
-    new, old, total = _unit_rows(new, normalize), _unit_rows(old, normalize), new.new_zeros(())
-    for c in range(C):
-        rows = (labels == c).nonzero().squeeze(1)
-        if len(rows) > 1:
-            i, j = torch.triu_indices(len(rows), len(rows), 1)
-            after, before = ((product(x[rows], i, j, c) + 1e-8).sqrt() for x in (new, old))
-            total = total + (before - after).abs().sum()
-    return total / len(new)
-
-
-def _vectorised(new: Tensor, old: Tensor, labels: Tensor, factor: Tensor, normalize: bool) -> Tensor:
-    def square(x: Tensor, i: Tensor, j: Tensor, c: int) -> Tensor:
-        z = x @ factor[c]
-        return (z[i] - z[j]).square().sum(-1)
-
-    return _whitened(new, old, labels, square, factor.shape[0], normalize)
-
-
-def _vectorised_low_rank(
-    new: Tensor, old: Tensor, labels: Tensor, U: Tensor, s: Tensor, diag: Tensor, normalize: bool
-) -> Tensor:
-    def square(x: Tensor, i: Tensor, j: Tensor, c: int) -> Tensor:
-        p = x @ U[c]
-        return (x[i] - x[j]).square() @ diag[c] + (p[i] - p[j]).square() @ s[c]
-
-    return _whitened(new, old, labels, square, U.shape[0], normalize)
-
-
-def _pair_loop(new: Tensor, old: Tensor, labels: Tensor, factor: Tensor, normalize: bool) -> Tensor:
-    """The textbook's: class by class, pair by pair, a vector times a matrix for each distance."""
-    new, old, total = _unit_rows(new, normalize), _unit_rows(old, normalize), new.new_zeros(())
-    for c in labels[labels >= 0].unique().tolist():
-        rows = (labels == c).nonzero().squeeze(1).tolist()
-        for at, i in enumerate(rows):
-            for j in rows[at + 1 :]:
-                before, after = (
-                    ((a @ factor[c]).square().sum() + 1e-8).sqrt() for a in (old[i] - old[j], new[i] - new[j])
-                )
-                total = total + (before - after).abs()
-    return total / len(new)
-
-
-_EDGES = (
-    {"B": 7, "C": 2, "d": 33, "r": 5},
-    {"B": 33, "C": 5, "d": 31, "r": 8},
-    {"B": 4, "C": 9, "d": 127, "r": 129},
-    {"B": 1, "C": 1, "d": 1, "r": 1, "plain": 1},
-    {"B": 0, "C": 2, "d": 8, "r": 4},
-    {"B": 129, "C": 2, "d": 32, "r": 33, "plain": 1},
-    {"B": 31, "C": 1, "d": 129, "r": 32},
-    {"B": 32, "C": 3, "d": 128, "r": 64},
-    {"B": 31, "C": 2, "d": 203, "r": 197},
-)
-_ON_DEVICE = ({"B": 150, "C": 6, "d": 320, "r": 40},)  # several blocks of rows a class, several tiles of columns
-_COMMON: dict[str, Any] = {
-    "outputs": ("loss",),
-    "differentiable": ("new",),
-    "make": _make,
-    "check": check_values,
-    "check_grads": check_grads,
-    "backends": ("reference", "cpp", "triton"),
-    "exact": False,
-}
-
-
-def _dense(shape: dict[str, int]) -> dict[str, int]:
-    return {name: size for name, size in shape.items() if name != "r"}
-
-
-SPEC = OpSpec(
-    name="mahalanobis_covariance_loss",
-    function=mahalanobis_covariance_loss,
-    reference=mahalanobis_covariance_loss_reference,
-    shapes=tuple(map(_dense, _EDGES)),
-    device_shapes=tuple(map(_dense, _ON_DEVICE)),
-    small_shape={"B": 6, "C": 2, "d": 3},
-    repeat_shape={"B": 200, "C": 5, "d": 40},
-    bench_shapes={"B48-C20": {"B": 48, "C": 20, "d": 768}, "B256-C20": {"B": 256, "C": 20, "d": 768}},
-    gpu_bench_shapes={"B48-C20": {"B": 48, "C": 20, "d": 768}, "B256-C20": {"B": 256, "C": 20, "d": 768}},
-    baselines={"vectorised": _vectorised, "pair loop": _pair_loop},
-    floor=lambda s: (4.0 * s["B"] * s["d"] ** 2, 4.0 * (2 * s["B"] * s["d"] + s["C"] * s["d"] ** 2)),
-    **_COMMON,
-)
-LOW_RANK_SPEC = OpSpec(
-    name="mahalanobis_covariance_loss_low_rank",
-    function=_low_rank,
-    reference=_low_rank_reference,
-    shapes=_EDGES,
-    device_shapes=_ON_DEVICE,
-    small_shape={"B": 6, "C": 2, "d": 3, "r": 2},
-    repeat_shape={"B": 200, "C": 5, "d": 40, "r": 17},
-    bench_shapes={"B256-C20-r64": {"B": 256, "C": 20, "d": 768, "r": 64}},
-    gpu_bench_shapes={"B256-C20-r64": {"B": 256, "C": 20, "d": 768, "r": 64}},
-    baselines={"vectorised": _vectorised_low_rank},
-    floor=lambda s: (4.0 * s["B"] * s["d"] * s["r"], 4.0 * (2 * s["B"] + s["C"] * (s["r"] + 1)) * s["d"]),
-    **_COMMON,
-)
+    loss, _ = call(backend, "mahalanobis_covariance_loss", *contiguous, normalize, False)
+    return loss.to(new.dtype)

@@ -1,9 +1,11 @@
-"""``semantic_drift``: μ_c += Σ_i w_ci (new_i − old_i) / Σ_i w_ci with w_ci = exp(−‖old_i − μ_c‖²/2σ²) + floor.
+"""``semantic_drift``: μ_c += Σ_i w_ci (new_i − old_i) / Σ_i w_ci with w_ci = exp(−‖old_i −
+μ_c‖²/2σ²) + floor.
 
-Prototypes follow the rows around them as a network changes. Fused: rows stream past in tiles; a product of prototypes
-and rows gives the distances, each prototype keeps its largest log-weight and sums relative to it, a second product adds
-the tile's movement. So nothing underflows, and no N×C matrix is ever whole. A statistic, without gradient.
-Source: Yu et al. 2020 (SDC, arXiv 2004.00440), equations 8–10; Wu et al. 2025 (arXiv 2502.07560), the floor.
+Prototypes follow the rows around them as a network changes. Fused: rows stream past in tiles; a
+product of prototypes and rows gives the distances, each prototype keeps its largest log-weight and
+sums relative to it, a second product adds the tile's movement. So nothing underflows, and no N×C
+matrix is ever whole. A statistic, without gradient. Source: Yu et al. 2020 (SDC, arXiv 2004.00440),
+equations 8–10; Wu et al. 2025 (arXiv 2502.07560), the floor.
 """
 
 from __future__ import annotations
@@ -15,55 +17,78 @@ from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._dispatch import call, choose
-from clipsteer.ops._drift_bounds import check_values
-from clipsteer.ops._spec import OpSpec, draw
+
+__all__ = ["semantic_drift", "semantic_drift_reference"]
 
 MEDIAN_ROWS = 4096
 
 
-def _reference_sums(old: Tensor, new: Tensor, prototypes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _reference_sums(
+    old: Tensor,  # (N, d)
+    new: Tensor,  # (N, d)
+    prototypes: Tensor,  # (C, d)
+    scale: Tensor,  # (3,), of _scale
+) -> tuple[Tensor, Tensor, Tensor]:
     unit, kappa, log_floor = scale.unbind()
-    old, new, prototypes = (t.double() for t in (old, new, prototypes))
+    old = old.double()
+    mu = prototypes.double()
     # differences first: no cancellation, and no N×C×d
-    distance = torch.cdist(prototypes, old, compute_mode="donot_use_mm_for_euclid_dist") * unit  # (C, N)
+    distance = torch.cdist(mu, old, compute_mode="donot_use_mm_for_euclid_dist") * unit  # (C, N)
     log_w = (-kappa * distance.square()).clamp(min=-torch.finfo(torch.float64).max)
     log_w = torch.logaddexp(log_w, log_floor)
     peak = log_w.amax(1)
     w = (log_w - peak.unsqueeze(1)).exp()
-    return peak, w.sum(1), w @ (new - old)
+    return peak, w.sum(1), w @ (new.double() - old)
 
 
 @torch.no_grad()
 def semantic_drift_reference(
-    old: Tensor, new: Tensor, prototypes: Tensor, sigma: float | str = 1.0, floor: float = 0.0
+    old: Tensor,  # (N, d)
+    new: Tensor,  # (N, d)
+    prototypes: Tensor,  # (C, d)
+    sigma: float | str = 1.0,
+    floor: float = 0.0,
 ) -> Tensor:
-    """The definition in plain torch: a softmax over rows of −‖old_i − μ_c‖²/2σ² (floor 0), all in float64."""
+    """The definition in plain torch: a softmax over rows of −‖old_i − μ_c‖²/2σ² (floor 0), all in
+    float64."""
     if 0 in old.shape or 0 in prototypes.shape:
         return prototypes.clone()
-    return moved_by(prototypes, *_reference_sums(old, new, prototypes, _scale(old, prototypes, sigma, floor)))
+    scale = _scale(old, prototypes, sigma, floor)
+    return moved_by(prototypes, *_reference_sums(old, new, prototypes, scale))
 
 
-def moved_by(prototypes: Tensor, peak: Tensor, total: Tensor, moved: Tensor) -> Tensor:
+def moved_by(
+    prototypes: Tensor,  # (C, d)
+    peak: Tensor,  # (C,)
+    total: Tensor,  # (C,)
+    moved: Tensor,  # (C, d)
+) -> Tensor:
     """μ + moved/total, in float64 so that it is rounded once."""
-    return (prototypes.double() + moved.double() / total.double().unsqueeze(1)).to(prototypes.dtype)
+    drift = moved.double() / total.double().unsqueeze(1)
+    return (prototypes.double() + drift).to(prototypes.dtype)
 
 
 def median_sigma(old: Tensor, prototypes: Tensor) -> Tensor:
-    """σ with σ² = ½·median of ‖old_i − μ_c‖², over every prototype and the first 4,096 rows: a float64 scalar.
+    """σ with σ² = ½·median of ‖old_i − μ_c‖², over every prototype and the first 4,096 rows: a
+    float64 scalar.
 
-    old (N, d), prototypes (C, d), neither empty. Of an even number of distances the lower middle one is taken; where
-    it is 0, σ is the smallest normal number, so that only rows on a prototype count for it.
+    old (N, d), prototypes (C, d), neither empty. Of an even number of distances the lower middle
+    one is taken; where it is 0, σ is the smallest normal number, so that only rows on a prototype
+    count for it.
     """
     rows = old[:MEDIAN_ROWS].to(torch.promote_types(old.dtype, torch.float32))
     means = prototypes.to(rows.dtype)
     # squares of numbers up to 1 neither overflow nor, where it matters, underflow
-    unit = torch.maximum(rows.abs().amax(), means.abs().amax()).clamp(min=torch.finfo(rows.dtype).tiny)
-    half = torch.cdist(rows / unit, means / unit).flatten().median().double() * 0.5**0.5
+    unit = torch.maximum(rows.abs().amax(), means.abs().amax())
+    unit = unit.clamp(min=torch.finfo(rows.dtype).tiny)
+    median = torch.cdist(rows / unit, means / unit).flatten().median()
+    half = median.double() * 0.5**0.5
     return (half * unit.double()).clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def _scale(old: Tensor, prototypes: Tensor, sigma: float | str | Tensor, floor: float) -> Tensor:
-    """[unit, κ, log floor] (3,) float64 on the device: κ (unit·‖·‖)² = ‖·‖²/2σ², unit a power of two, ½ ≤ κ ≤ 2.
+    """[unit, κ, log floor] (3,) float64 on the device: κ (unit·‖·‖)² = ‖·‖²/2σ², unit a power of
+    two, ½ ≤ κ ≤ 2.
 
     In units of about √2 σ no distance that counts overflows or underflows, and scaling is exact.
     """
@@ -78,19 +103,29 @@ def _scale(old: Tensor, prototypes: Tensor, sigma: float | str | Tensor, floor: 
     unit = torch.ldexp(torch.ones_like(power), -power)
     log_floor = torch.full((), floor, dtype=torch.float64, device=old.device).log()
     # a width below the smallest unit counts as that
-    return torch.stack([unit, (1 / unit / width).square().clamp(max=2), log_floor])
+    kappa = (1 / unit / width).square().clamp(max=2)
+    return torch.stack([unit, kappa, log_floor])
 
 
 def drift_sums(
-    old: Tensor, new: Tensor, prototypes: Tensor, sigma: float | str | Tensor, floor: float, backend: str
+    old: Tensor,  # (N, d)
+    new: Tensor,  # (N, d)
+    prototypes: Tensor,  # (C, d)
+    sigma: float | str | Tensor,
+    floor: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a batch says: the largest log-weight (C,), and Σ w (C,) and Σ w (new − old) (C, d) relative to it."""
-    sums = _reference_sums if backend == "reference" else lambda *args: call(backend, "drift_sums", *args)
+    """What a batch says: the largest log-weight (C,), and Σ w (C,) and Σ w (new − old) (C, d)
+    relative to it."""
     scale = _scale(old, prototypes, sigma, floor)
-    return sums(old.contiguous(), new.contiguous(), prototypes.contiguous(), scale)
+    inputs = (old.contiguous(), new.contiguous(), prototypes.contiguous(), scale)
+    if backend == "reference":
+        return _reference_sums(*inputs)
+    return call(backend, "drift_sums", *inputs)
 
 
 def check_arguments(op: str, old: Any, new: Any, prototypes: Any, sigma: Any, floor: Any) -> None:
+    """ValueError or TypeError of ``op`` where the arguments of ``semantic_drift`` do not fit."""
     named = {"old": old, "new": new, "prototypes": prototypes}
     _check.check_tensors(op, named)
     if old.dim() != 2:
@@ -104,18 +139,20 @@ def check_arguments(op: str, old: Any, new: Any, prototypes: Any, sigma: Any, fl
             raise TypeError(_check.mistake(op, name, "a number", type(value).__name__, named))
     if isinstance(sigma, str):
         if sigma != "median":
-            raise ValueError(_check.mistake(op, "sigma", 'a number or "median"', repr(sigma), named))
+            expected = 'a number or "median"'
+            raise ValueError(_check.mistake(op, "sigma", expected, repr(sigma), named))
     elif not 0 < sigma < float("inf"):
         raise ValueError(_check.mistake(op, "sigma", "positive and finite", sigma, named))
     if isinstance(floor, str) or not 0 <= floor < float("inf"):
-        raise ValueError(_check.mistake(op, "floor", "a finite number of at least 0", repr(floor), named))
+        expected = "a finite number of at least 0"
+        raise ValueError(_check.mistake(op, "floor", expected, repr(floor), named))
 
 
 @torch.no_grad()
 def semantic_drift(
-    old: Tensor,
-    new: Tensor,
-    prototypes: Tensor,
+    old: Tensor,  # (N, d)
+    new: Tensor,  # (N, d)
+    prototypes: Tensor,  # (C, d)
     sigma: float | str = 1.0,
     floor: float = 0.0,
     backend: str = "auto",
@@ -123,21 +160,22 @@ def semantic_drift(
     """Move class prototypes by the drift of the rows near them.
 
     Args:
-        old: (N, d) features of some images under the old network, float32, bfloat16, float16 or (reference, cpp)
-            float64.
+        old: (N, d) features of some images under the old network, float32, bfloat16, float16 or
+            (reference, cpp) float64.
         new: (N, d) features of the SAME images, in the same order, under the new network.
         prototypes: (C, d) class means under the old network.
-        sigma: width of the Gaussian, in the features' unit; SDC takes 0.3 (0.2 on CIFAR-100) for unit-norm features,
-            MACIL 1. ``"median"``: σ² is half the median of ‖old_i − μ_c‖² over c and the first min(N, 4096) rows, for
-            features that are not normalised.
-        floor: added to every weight; 0 makes the weights exactly a softmax over rows, MACIL takes 1e-5.
+        sigma: width of the Gaussian, in the features' unit; SDC takes 0.3 (0.2 on CIFAR-100) for
+            unit-norm features, MACIL 1. ``"median"``: σ² is half the median of ‖old_i − μ_c‖² over
+            c and the first min(N, 4096) rows, for features that are not normalised.
+        floor: added to every weight; 0 makes the weights exactly a softmax over rows, MACIL takes
+            1e-5.
         backend: ``"auto" | "reference" | "cpp" | "triton"``; ``ops.explain`` says which can run.
 
     Returns:
-        (C, d), of the prototypes' dtype, without gradient; N = 0 returns the prototypes. Never NaN while sums of
-        new − old are finite, however far the rows are: distances saturate at about 4e18 σ in float32 (the reference:
-        1e154 σ), and rows beyond that count as equally far. Extra memory is O((tile + C)·d). Autocast leaves the op
-        alone.
+        (C, d), of the prototypes' dtype, without gradient; N = 0 returns the prototypes. Never NaN
+        while sums of new − old are finite, however far the rows are: distances saturate at about
+        4e18 σ in float32 (the reference: 1e154 σ), and rows beyond that count as equally far. Extra
+        memory is O((tile + C)·d). Autocast leaves the op alone.
 
     Raises:
         ValueError: shapes or devices that do not fit, sigma not positive, floor negative.
@@ -150,66 +188,5 @@ def semantic_drift(
     backend = choose("semantic_drift", backend, old)
     if 0 in old.shape or 0 in prototypes.shape:
         return prototypes.clone()
-    return moved_by(prototypes, *drift_sums(old, new, prototypes, sigma, floor, backend))
-
-
-def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator, scale: float, exact: bool) -> dict:
-    """Keys N, C, d; floor=1 has one. σ is such that a few rows share each prototype's weight. ``exact`` has a tiny σ:
-    the nearest rows alone count, ties alike, so that sums of integers stay integers."""
-    N, C, d = shape["N"], shape["C"], shape["d"]
-    old, step = (draw((N, d), dtype, generator, scale, exact) for _ in range(2))
-    prototypes = draw((C, d), dtype, generator, scale, exact)
-    sigma = 2.0**-6 if exact else scale * (d / 4) ** 0.5
-    floor = 1e-3 if shape.get("floor") and not exact else 0.0
-    return {"old": old, "new": old + step, "prototypes": prototypes, "sigma": sigma, "floor": floor}
-
-
-@torch.no_grad()
-def _whole(old: Tensor, new: Tensor, prototypes: Tensor, sigma: float, floor: float) -> Tensor:
-    """addmm + exp + mm over the whole (C, N) matrix, in place where it can be: the best plain torch does."""
-    inverse = 1 / (2 * sigma**2)
-    w = torch.addmm(old.square().sum(1).mul_(-inverse), prototypes, old.T, alpha=2 * inverse)
-    w.sub_(prototypes.square().sum(1, keepdim=True).mul_(inverse)).exp_().add_(floor)
-    return prototypes + (w @ (new - old)) / w.sum(1, keepdim=True)
-
-
-@torch.no_grad()
-def _softmax(old: Tensor, new: Tensor, prototypes: Tensor, sigma: float, floor: float) -> Tensor:
-    """The same, safe from underflow (floor 0)."""
-    inverse = 1 / (2 * sigma**2)
-    log_w = torch.addmm(old.square().sum(1).mul_(-inverse), prototypes, old.T, alpha=2 * inverse)
-    return prototypes + log_w.softmax(1) @ (new - old)
-
-
-SPEC = OpSpec(
-    name="semantic_drift",
-    function=semantic_drift,
-    reference=semantic_drift_reference,
-    outputs=("prototypes",),
-    differentiable=(),
-    make=_make,
-    check=check_values,
-    check_grads=lambda *_: {},
-    shapes=(
-        {"N": 37, "C": 7, "d": 24},
-        {"N": 33, "C": 5, "d": 31, "floor": 1},
-        {"N": 129, "C": 9, "d": 127},
-        {"N": 1, "C": 1, "d": 1},
-        {"N": 0, "C": 3, "d": 8},
-        {"N": 300, "C": 3, "d": 32, "floor": 1},
-        {"N": 31, "C": 0, "d": 8},
-        {"N": 128, "C": 129, "d": 64},
-    ),
-    small_shape={"N": 5, "C": 3, "d": 4},
-    repeat_shape={"N": 5000, "C": 40, "d": 48},
-    bench_shapes={
-        "N10k-C1000": {"N": 10_000, "C": 1000, "d": 768},
-        "N50k-C1000": {"N": 50_000, "C": 1000, "d": 768},
-    },
-    gpu_bench_shapes={"N50k-C1000": {"N": 50_000, "C": 1000, "d": 768}},
-    backends=("reference", "cpp", "triton"),
-    device_shapes=({"N": 5000, "C": 70, "d": 200, "floor": 1},),
-    gate=("prototypes",),
-    baselines={"addmm + exp + mm": _whole, "addmm + softmax + mm": _softmax},
-    floor=lambda s: (4.0 * s["N"] * s["C"] * s["d"], 4.0 * (2 * s["N"] + 2 * s["C"]) * s["d"]),
-)
+    sums = drift_sums(old, new, prototypes, sigma, floor, backend)
+    return moved_by(prototypes, *sums)

@@ -1,14 +1,13 @@
-"""``sparse_decode``: x_hat = Σ_j acts_j · W_dec[indices_j] + b_dec, a gather that never builds the dense code.
+"""``sparse_decode``: x_hat = Σ_j acts_j · W_dec[indices_j] + b_dec, a gather that never builds the
+dense code.
 
-Fused: the gathered rows are summed as they are read, so the (B, k, d_in) intermediate does not exist. Its gradients,
-``gather_dot`` (for acts) and ``sparse_outer`` (for the dictionary), are sums of the same kind, and the three are closed
-under differentiation: every derivative of any order runs on the same kernels.
-Source: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
+Fused: the gathered rows are summed as they are read, so the (B, k, d_in) intermediate does not
+exist. Its gradients, ``gather_dot`` (for acts) and ``sparse_outer`` (for the dictionary), are sums
+of the same kind, and the three are closed under differentiation: every derivative of any order runs
+on the same kernels. Source: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +15,16 @@ from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._dispatch import call, choose, tracked
-from clipsteer.ops._spec import OpSpec, draw, fraction_of_bound
+
+__all__ = ["sparse_decode", "sparse_decode_reference"]
 
 
-def sparse_decode_reference(acts: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+def sparse_decode_reference(
+    acts: Tensor,  # (..., k)
+    indices: Tensor,  # (..., k)
+    W_dec: Tensor,  # (d_sae, d_in)
+    b_dec: Tensor | None = None,  # (d_in,)
+) -> Tensor:
     """The definition in plain torch; any leading shape, any float dtype, twice differentiable."""
     x_hat = (acts.unsqueeze(-1) * F.embedding(indices, W_dec)).sum(-2)
     return x_hat if b_dec is None else x_hat + b_dec
@@ -27,7 +32,16 @@ def sparse_decode_reference(acts: Tensor, indices: Tensor, W_dec: Tensor, b_dec:
 
 class _SparseDecode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, acts, indices, W, b, backend, sparse_grad, grad_buffer):
+    def forward(
+        ctx,
+        acts,  # (B, k)
+        indices,  # (B, k)
+        W,  # (n, d)
+        b,  # (d,) or None
+        backend,
+        sparse_grad,
+        grad_buffer,
+    ):
         ctx.save_for_backward(acts, indices, W)
         ctx.options = backend, sparse_grad, grad_buffer
         return call(backend, "sparse_decode", acts, indices, W, b)
@@ -49,7 +63,13 @@ class _SparseDecode(torch.autograd.Function):
 
 class _GatherDot(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, indices, W, backend):
+    def forward(
+        ctx,
+        rows,  # (B, d)
+        indices,  # (B, k)
+        W,  # (n, d)
+        backend,
+    ):
         ctx.save_for_backward(rows, indices, W)
         ctx.backend = backend
         return call(backend, "gather_dot", rows, indices, W)
@@ -68,7 +88,14 @@ class _GatherDot(torch.autograd.Function):
 
 class _SparseOuter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, coeff, indices, rows, n, backend):
+    def forward(
+        ctx,
+        coeff,  # (B, k)
+        indices,  # (B, k)
+        rows,  # (B, d)
+        n,
+        backend,
+    ):
         ctx.save_for_backward(coeff, indices, rows)
         ctx.backend = backend
         return call(backend, "sparse_outer", coeff, indices, rows, n)
@@ -85,21 +112,38 @@ class _SparseOuter(torch.autograd.Function):
         return d_coeff, None, d_rows, None, None
 
 
-def decode(acts: Tensor, indices: Tensor, W: Tensor, b: Tensor | None, backend: str) -> Tensor:
-    """(B, k), (B, k), (n, d), (d,) → (B, d); contiguous inputs, nothing checked."""
+def decode(
+    acts: Tensor,  # (B, k)
+    indices: Tensor,  # (B, k)
+    W: Tensor,  # (n, d)
+    b: Tensor | None,  # (d,)
+    backend: str,
+) -> Tensor:
+    """Σ_j acts_bj W[indices_bj] + b: (B, d); contiguous inputs, nothing checked."""
     if tracked(acts, W):
         return _SparseDecode.apply(acts, indices, W, b, backend, False, None)
     return call(backend, "sparse_decode", acts, indices, W, b)
 
 
-def gather_dot(rows: Tensor, indices: Tensor, W: Tensor, backend: str) -> Tensor:
-    """⟨rows_b, W[indices_bj]⟩: (B, d), (B, k), (n, d) → (B, k)."""
+def gather_dot(
+    rows: Tensor,  # (B, d)
+    indices: Tensor,  # (B, k)
+    W: Tensor,  # (n, d)
+    backend: str,
+) -> Tensor:
+    """⟨rows_b, W[indices_bj]⟩: (B, k)."""
     if tracked(rows, W):
         return _GatherDot.apply(rows, indices, W, backend)
     return call(backend, "gather_dot", rows, indices, W)
 
 
-def sparse_outer(coeff: Tensor, indices: Tensor, rows: Tensor, n: int, backend: str) -> tuple[Tensor, Tensor]:
+def sparse_outer(
+    coeff: Tensor,  # (B, k)
+    indices: Tensor,  # (B, k)
+    rows: Tensor,  # (B, d)
+    n: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     """Segment sums Σ coeff·rows and Σ coeff over the pairs of each feature: (n, d), (n,)."""
     if tracked(coeff, rows):
         return _SparseOuter.apply(coeff, indices, rows, n, backend)
@@ -107,17 +151,36 @@ def sparse_outer(coeff: Tensor, indices: Tensor, rows: Tensor, n: int, backend: 
 
 
 def weight_gradient(
-    coeff: Tensor, indices: Tensor, rows: Tensor, W: Tensor, backend: str, sparse: bool, buffer: Tensor | None
+    coeff: Tensor,  # (B, k)
+    indices: Tensor,  # (B, k)
+    rows: Tensor,  # (B, d)
+    W: Tensor,  # (n, d)
+    backend: str,
+    sparse: bool,
+    buffer: Tensor | None,  # (n, d)
 ) -> tuple[Tensor, Tensor]:
     """``sparse_outer`` as the caller wants it: dense, row-sparse, or written into a kept buffer."""
     n = W.shape[0]
     if (sparse or buffer is not None) and tracked(coeff, rows):
-        raise RuntimeError("sparse_grad and grad_buffer give first derivatives only; leave them out to go further")
+        raise RuntimeError(
+            "sparse_grad and grad_buffer give first derivatives only; leave them out to go further"
+        )
     if sparse:
         features, compact = torch.unique(indices, return_inverse=True)
-        d_W, d_b = call(backend, "sparse_outer", coeff, compact.contiguous(), rows, features.numel())
+        d_W, d_b = call(
+            backend,
+            "sparse_outer",
+            coeff,
+            compact.contiguous(),
+            rows,
+            features.numel(),
+        )
         d_W = torch.sparse_coo_tensor(
-            features[None], d_W, (n, rows.shape[1]), is_coalesced=True, check_invariants=False
+            features[None],
+            d_W,
+            (n, rows.shape[1]),
+            is_coalesced=True,
+            check_invariants=False,
         )
         return d_W, torch.zeros(n, dtype=d_b.dtype, device=d_b.device).index_copy(0, features, d_b)
     if buffer is not None and not torch.compiler.is_compiling() and not _holds_gradient(buffer, W):
@@ -128,75 +191,97 @@ def weight_gradient(
 
 
 def _holds_gradient(buffer: Tensor, W: Tensor) -> bool:
-    """Whether the gradient of an earlier backward pass still lives in ``buffer``: then it has to be added to."""
+    """Whether the gradient of an earlier backward pass still lives in ``buffer``: then it has to be
+    added to."""
     return W.is_leaf and W.grad is not None and W.grad.data_ptr() == buffer.data_ptr()
 
 
-def check_gradient_options(op: str, W: Tensor, sparse_grad: bool, grad_buffer: Tensor | None, backend: str) -> None:
+def check_gradient_options(
+    op: str,
+    W: Tensor,  # (d_sae, d_in)
+    sparse_grad: bool,
+    grad_buffer: Tensor | None,  # (d_sae, d_in)
+    backend: str,
+) -> None:
+    """ValueError or RuntimeError where the two options do not fit the dictionary or the backend."""
     if grad_buffer is not None:
         if sparse_grad:
             raise ValueError(f"{op}: sparse_grad and grad_buffer exclude each other")
-        like = tuple(grad_buffer.shape) == tuple(W.shape) and grad_buffer.dtype == W.dtype
-        if not (like and grad_buffer.device == W.device and grad_buffer.is_contiguous()):
+        like = grad_buffer.shape == W.shape and grad_buffer.dtype == W.dtype
+        like = like and grad_buffer.device == W.device and grad_buffer.is_contiguous()
+        if not like:
+            expected = f"{tuple(W.shape)} {W.dtype} on {W.device}"
+            got = f"{tuple(grad_buffer.shape)} {grad_buffer.dtype} on {grad_buffer.device}"
             raise ValueError(
-                f"{op}: grad_buffer must be contiguous and like the dictionary, {tuple(W.shape)} {W.dtype} on "
-                f"{W.device}, got {tuple(grad_buffer.shape)} {grad_buffer.dtype} on {grad_buffer.device}"
+                f"{op}: grad_buffer must be contiguous and like the dictionary, {expected}, "
+                f"got {got}"
             )
         if grad_buffer.requires_grad:
             raise ValueError(f"{op}: grad_buffer must not require a gradient")
     if backend == "reference" and (sparse_grad or grad_buffer is not None):
         raise RuntimeError(
-            f'{op}: sparse_grad and grad_buffer need a compiled backend, and this call runs on "reference"; leave them '
-            "out, or see clipsteer env for how to get one"
+            f"{op}: sparse_grad and grad_buffer need a compiled backend, and this call runs on "
+            '"reference"; leave them out, or see clipsteer env for how to get one'
         )
 
 
 def sparse_decode(
-    acts: Tensor,
-    indices: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor | None = None,
+    acts: Tensor,  # (..., k)
+    indices: Tensor,  # (..., k)
+    W_dec: Tensor,  # (d_sae, d_in)
+    b_dec: Tensor | None = None,  # (d_in,)
     *,
     backend: str = "auto",
     sparse_grad: bool = False,
     grad_buffer: Tensor | None = None,
 ) -> Tensor:
-    """Decode sparse codes: ``x_hat[b] = Σ_j acts[b, j] · W_dec[indices[b, j]] + b_dec`` (duplicate indices add up).
+    """Decode sparse codes: ``x_hat[b] = Σ_j acts[b, j] · W_dec[indices[b, j]] + b_dec`` (duplicate
+    indices add up).
 
     Args:
         acts: (..., k) activations, float32, bfloat16, float16 or (reference, cpp) float64.
         indices: (..., k) int64 feature numbers in [0, d_sae).
         W_dec: (d_sae, d_in) dictionary, a feature a row, of ``acts``' dtype.
         b_dec: (d_in,) or None.
-        backend: ``"auto" | "reference" | "cpp" | "triton" | "cuda"``; ``ops.explain`` says which can run.
-        sparse_grad: the gradient of ``W_dec`` is a sparse COO tensor of the rows in use, as in ``F.embedding``; not
-            under ``torch.compile`` or DistributedDataParallel, which refuse such gradients.
-        grad_buffer: a (d_sae, d_in) tensor that the gradient of ``W_dec`` is written into and returned as; keep it from
-            step to step to avoid the page faults of a fresh one. Each dictionary and each use of it in one step needs
-            its own. While ``W_dec.grad`` still lives in it (gradients are accumulated), a fresh tensor is added to it.
-            Ignored under ``torch.compile``.
+        backend: ``"auto" | "reference" | "cpp" | "triton" | "cuda"``; ``ops.explain`` says which
+            can run.
+        sparse_grad: the gradient of ``W_dec`` is a sparse COO tensor of the rows in use, as in
+            ``F.embedding``; not under ``torch.compile`` or DistributedDataParallel, which refuse
+            such gradients.
+        grad_buffer: a (d_sae, d_in) tensor that the gradient of ``W_dec`` is written into and
+            returned as; keep it from step to step to avoid the page faults of a fresh one. Each
+            dictionary and each use of it in one step needs its own. While ``W_dec.grad`` still
+            lives in it (gradients are accumulated), a fresh tensor is added to it. Ignored under
+            ``torch.compile``.
 
     Returns:
-        (..., d_in), rounded once from float32 accumulation for half precisions. All gradients, of any order (with
-        ``sparse_grad`` and ``grad_buffer``: of the first), are exact derivatives and repeat bit for bit.
+        (..., d_in), rounded once from float32 accumulation for half precisions. All gradients, of
+        any order (with ``sparse_grad`` and ``grad_buffer``: of the first), are exact derivatives
+        and repeat bit for bit.
 
     Raises:
-        ValueError: shapes, devices or indices that do not fit (on a GPU indices are checked only under
-            ``CLIPSTEER_CHECK_INDICES=1``, because the check synchronises; compiled code raises IndexError).
+        ValueError: shapes, devices or indices that do not fit (on a GPU indices are checked only
+            under ``CLIPSTEER_CHECK_INDICES=1``, because the check synchronises; compiled code
+            raises IndexError).
         TypeError: not tensors, or dtypes that differ outside autocast.
         RuntimeError: the backend asked for cannot run here.
 
     Source: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
     """
-    op, named = "sparse_decode", {"acts": acts, "indices": indices, "W_dec": W_dec, "b_dec": b_dec}
+    op = "sparse_decode"
+    named = {"acts": acts, "indices": indices, "W_dec": W_dec, "b_dec": b_dec}
     if all(isinstance(t, Tensor) for t in (acts, W_dec)):
         acts, W_dec, b_dec = _check.autocast(acts, W_dec, b_dec)
         named.update(acts=acts, W_dec=W_dec, b_dec=b_dec)
     _check.check_tensors(op, named, integer=("indices",))
     if W_dec.dim() != 2:
-        raise ValueError(_check.mistake(op, "W_dec", "of shape (d_sae, d_in)", tuple(W_dec.shape), named))
+        raise ValueError(
+            _check.mistake(op, "W_dec", "of shape (d_sae, d_in)", tuple(W_dec.shape), named)
+        )
     if acts.dim() == 0 or acts.shape != indices.shape:
-        raise ValueError(_check.mistake(op, "acts", "of indices' shape (..., k)", tuple(acts.shape), named))
+        raise ValueError(
+            _check.mistake(op, "acts", "of indices' shape (..., k)", tuple(acts.shape), named)
+        )
     _check.check_shape(op, named, "b_dec", (W_dec.shape[1],), "(d_in,)")
     _check.check_indices(op, indices, W_dec.shape[0], named)
     backend = choose(op, backend, acts)
@@ -204,105 +289,9 @@ def sparse_decode(
     if backend == "reference":
         return sparse_decode_reference(acts, indices, W_dec, b_dec)
     shape = (acts.shape[:-1].numel(), acts.shape[-1])
-    flat, flat_indices = acts.reshape(shape).contiguous(), indices.reshape(shape).contiguous()
-    W, b = W_dec.contiguous(), None if b_dec is None else b_dec.contiguous()
+    flat = acts.reshape(shape).contiguous()
+    flat_indices = indices.reshape(shape).contiguous()
+    W = W_dec.contiguous()
+    b = None if b_dec is None else b_dec.contiguous()
     x_hat = _SparseDecode.apply(flat, flat_indices, W, b, backend, sparse_grad, grad_buffer)
     return x_hat.reshape(*acts.shape[:-1], W_dec.shape[1])
-
-
-def decode_truth(acts: Tensor, indices: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum and its magnitude in float64, term by term: what is in rows that are not named plays no part."""
-    truth = torch.zeros(acts.shape[0], W.shape[1], dtype=torch.float64)
-    size = torch.zeros_like(truth)
-    for j in range(acts.shape[1]):
-        term = acts[:, j, None].double() * W[indices[:, j]].double()
-        truth, size = truth + term, size + term.abs()
-    return truth, size
-
-
-def outer_truth(coeff: Tensor, indices: Tensor, rows: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """dW, its magnitude and the number of terms of each row, in float64."""
-    flat, c = indices.flatten(), coeff.double().flatten()
-    r = rows.double().repeat_interleave(indices.shape[-1], 0)
-    zeros = torch.zeros(n, rows.shape[-1], dtype=torch.float64)
-    truth = zeros.index_add(0, flat, c[:, None] * r)
-    magnitude = zeros.index_add(0, flat, (c[:, None] * r).abs())
-    return truth, magnitude, torch.bincount(flat, minlength=n).double()
-
-
-def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator, scale: float, exact: bool) -> dict:
-    B, d, n, k = (shape[s] for s in ("B", "d", "n", "k"))
-    indices = torch.randint(0, n, (B, k), generator=generator)
-    acts = draw((B, k), dtype, generator, scale, exact)
-    W_dec, b_dec = draw((n, d), dtype, generator, 1.0, exact), draw((d,), dtype, generator, scale, exact)
-    return {"acts": acts, "indices": indices, "W_dec": W_dec, "b_dec": b_dec}
-
-
-def _check_values(inputs: dict[str, Any], outputs: dict[str, Tensor]) -> dict[str, float]:
-    truth, magnitude = decode_truth(inputs["acts"], inputs["indices"], inputs["W_dec"])
-    b = inputs["b_dec"].double()
-    terms = inputs["acts"].shape[-1]
-    return {"x_hat": fraction_of_bound(outputs["x_hat"], truth + b, magnitude + b.abs(), terms)}
-
-
-def _check_grads(
-    inputs: dict[str, Any], outputs: dict[str, Tensor], grad_out: dict[str, Tensor], grads: dict[str, Tensor]
-) -> dict[str, float]:
-    acts, indices, W, g = inputs["acts"], inputs["indices"], inputs["W_dec"], grad_out["x_hat"].double()
-    d_W, size, terms = outer_truth(acts, indices, g, W.shape[0])
-    dots, dot_sizes = g @ W.double().T, g.abs() @ W.double().abs().T
-    return {
-        "acts": fraction_of_bound(grads["acts"], dots.gather(-1, indices), dot_sizes.gather(-1, indices), W.shape[1]),
-        "W_dec": fraction_of_bound(grads["W_dec"], d_W, size, terms[:, None]),
-        "b_dec": fraction_of_bound(grads["b_dec"], g.sum(0), g.abs().sum(0), g.shape[0]),
-    }
-
-
-def _dense_decode(acts: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-    code = torch.zeros(acts.shape[0], W_dec.shape[0], dtype=acts.dtype, device=acts.device)
-    return torch.addmm(b_dec, code.scatter_add(-1, indices, acts), W_dec)
-
-
-def _embedding_bag(acts: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-    return F.embedding_bag(indices, W_dec, per_sample_weights=acts, mode="sum") + b_dec
-
-
-SPEC = OpSpec(
-    name="sparse_decode",
-    function=sparse_decode,
-    reference=sparse_decode_reference,
-    outputs=("x_hat",),
-    differentiable=("acts", "W_dec", "b_dec"),
-    make=_make,
-    check=_check_values,
-    check_grads=_check_grads,
-    shapes=tuple(
-        {"B": B, "d": d, "n": n, "k": k}
-        for B, d, n, k in (
-            (7, 33, 65, 5),
-            (33, 31, 127, 8),
-            (4, 128, 129, 129),
-            (1, 1, 1, 1),
-            (0, 8, 16, 4),
-            (3, 129, 31, 32),
-            (32, 127, 128, 1),
-            (2, 32, 33, 31),
-        )
-    ),
-    small_shape={"B": 3, "d": 4, "n": 9, "k": 3},
-    repeat_shape={"B": 70, "d": 40, "n": 300, "k": 9},
-    rows=("acts", "indices"),
-    optional=("b_dec",),
-    scalable=("acts", "b_dec"),
-    grad_buffer="W_dec",
-    bench_shapes={
-        "B256-k32": {"B": 256, "d": 768, "n": 49152, "k": 32},
-        "B256-k64": {"B": 256, "d": 768, "n": 49152, "k": 64},
-    },
-    gpu_bench_shapes={
-        "B4096-k32": {"B": 4096, "d": 768, "n": 49152, "k": 32},
-        "B4096-k64": {"B": 4096, "d": 768, "n": 49152, "k": 64},
-    },
-    baselines={"embedding_bag": _embedding_bag, "dense": _dense_decode},
-    floor=lambda s: (2.0 * s["B"] * s["k"] * s["d"], 4.0 * s["B"] * (s["k"] * s["d"] + s["d"] + 3 * s["k"])),
-)

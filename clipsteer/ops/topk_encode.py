@@ -1,13 +1,12 @@
-"""``topk_encode``: acts, indices = relu and positions of the k largest of x W_encᵀ + b_enc, per row.
+"""``topk_encode``: acts, indices = relu and positions of the k largest of x W_encᵀ + b_enc, per
+row.
 
-Fused: the matrix product is filtered panel by panel while it is in cache (or in the tile that made it), so the
-(B, d_sae) pre-activations are never stored. The filter is exact: a value is dropped only when k others are larger.
-Source: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
+Fused: the matrix product is filtered panel by panel while it is in cache (or in the tile that made
+it), so the (B, d_sae) pre-activations are never stored. The filter is exact: a value is dropped
+only when k others are larger. Source: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,29 +14,51 @@ from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._dispatch import call, choose, tracked
-from clipsteer.ops._spec import ACCUMULATE, OpSpec, draw, fraction_of_bound, operand_error
-from clipsteer.ops.sparse_decode import (
-    check_gradient_options,
-    decode,
-    decode_truth,
-    outer_truth,
-    weight_gradient,
-)
+from clipsteer.ops.sparse_decode import check_gradient_options, decode, weight_gradient
+
+__all__ = ["topk_encode", "topk_encode_reference"]
 
 
-def topk_encode_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None, *, k: int) -> tuple[Tensor, Tensor]:
-    """The definition in plain torch; ties go to the lower index, a NaN anywhere in a row makes its acts NaN."""
+def topk_encode_reference(
+    x: Tensor,  # (..., d_in)
+    W_enc: Tensor,  # (d_sae, d_in)
+    b_enc: Tensor | None = None,  # (d_sae,)
+    *,
+    k: int,
+) -> tuple[Tensor, Tensor]:
+    """The definition in plain torch; ties go to the lower index, a NaN anywhere in a row makes its
+    acts NaN."""
     pre = F.linear(x, W_enc, b_enc)  # (..., d_sae)
     # a stable sort orders equal values by index, and -0 + 0 is +0
     values, order = torch.sort(pre + 0.0, dim=-1, descending=True, stable=True)
-    values, indices = values[..., :k], order[..., :k]
+    values = values[..., :k]
+    indices = order[..., :k]
     return torch.relu(values.masked_fill(pre.isnan().any(-1, keepdim=True), float("nan"))), indices
 
 
 class _TopkEncode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, W, b, k, backend, grad_backend, sparse_grad, grad_buffer, screen):
-        acts, indices = call(backend, "topk_encode", x, W, b, k, *((screen,) if backend == "cpp" else ()))
+    def forward(
+        ctx,
+        x,  # (B, d)
+        W,  # (n, d)
+        b,  # (n,) or None
+        k,
+        backend,
+        grad_backend,
+        sparse_grad,
+        grad_buffer,  # (n, d) or None
+        screen,
+    ):
+        acts, indices = call(
+            backend,
+            "topk_encode",
+            x,
+            W,
+            b,
+            k,
+            *((screen,) if backend == "cpp" else ()),
+        )
         ctx.save_for_backward(x, W, acts, indices)
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
@@ -61,14 +82,14 @@ class _TopkEncode(torch.autograd.Function):
 
 
 def topk_encode(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor | None = None,
+    x: Tensor,  # (..., d_in)
+    W_enc: Tensor,  # (d_sae, d_in)
+    b_enc: Tensor | None = None,  # (d_sae,)
     *,
     k: int,
     backend: str = "auto",
     sparse_grad: bool = False,
-    grad_buffer: Tensor | None = None,
+    grad_buffer: Tensor | None = None,  # (d_sae, d_in)
     screen: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Encode to the k largest pre-activations of each row: ``relu(topk(x W_encᵀ + b_enc))``.
@@ -76,23 +97,29 @@ def topk_encode(
     Args:
         x: (..., d_in) activations, float32, bfloat16, float16 or (reference, cpp) float64.
         W_enc: (d_sae, d_in) dictionary, a feature a row, of ``x``'s dtype.
-        b_enc: (d_sae,) or None. A decoder bias that is subtracted from x is folded in by the caller.
+        b_enc: (d_sae,) or None. A decoder bias that is subtracted from x is folded in by the
+            caller.
         k: how many, 1 ≤ k ≤ d_sae.
-        backend: ``"auto" | "reference" | "cpp" | "triton" | "cuda"``; ``ops.explain`` says which can run. ``"auto"``
-            takes sparse_decode's for the gradient.
-        sparse_grad: the gradient of ``W_enc`` is a sparse COO tensor of the rows in use, as in ``F.embedding``.
-        grad_buffer: a kept (d_sae, d_in) buffer for the gradient of ``W_enc``; see ``sparse_decode``.
-        screen: ``"auto" | "off"``. On CPUs with AMX or AVX512-VNNI the cpp backend rules most columns of a large
-            float32 product out by int8 products and a proven bound of their error, and computes the rest in float32.
-            The result is held to the same bound as without; only pre-activations closer than their rounding may change
-            places, as between any two orders of summation. Its bits depend neither on the thread count nor on the
-            other rows. Nothing is kept between calls. ``torch.ops.clipsteer_cpp.topk_encode_screened(x, W_enc, b_enc,
-            k)`` (x of two dimensions) also returns how many columns of each row were computed in float32.
+        backend: ``"auto" | "reference" | "cpp" | "triton" | "cuda"``; ``ops.explain`` says which
+            can run. ``"auto"`` takes sparse_decode's for the gradient.
+        sparse_grad: the gradient of ``W_enc`` is a sparse COO tensor of the rows in use, as in
+            ``F.embedding``.
+        grad_buffer: a kept (d_sae, d_in) buffer for the gradient of ``W_enc``; see
+            ``sparse_decode``.
+        screen: ``"auto" | "off"``. On CPUs with AMX or AVX512-VNNI the cpp backend rules most
+            columns of a large float32 product out by int8 products and a proven bound of their
+            error, and computes the rest in float32. The result is held to the same bound as
+            without; only pre-activations closer than their rounding may change places, as between
+            any two orders of summation. Its bits depend neither on the thread count nor on the
+            other rows. Nothing is kept between calls.
+            ``torch.ops.clipsteer_cpp.topk_encode_screened(x, W_enc, b_enc, k)`` (x of two
+            dimensions) also returns how many columns of each row were computed in float32.
 
     Returns:
-        acts (..., k) in descending order, not negative; indices (..., k) int64. Equal pre-activations go to the lower
-        index on every backend. A row with a NaN pre-activation has NaN acts; its indices stay in range and unique.
-        The gradient holds the index set fixed and is 0 where the pre-activation is not positive.
+        acts (..., k) in descending order, not negative; indices (..., k) int64. Equal
+        pre-activations go to the lower index on every backend. A row with a NaN pre-activation has
+        NaN acts; its indices stay in range and unique. The gradient holds the index set fixed and
+        is 0 where the pre-activation is not positive.
 
     Raises:
         ValueError: shapes, devices or k that do not fit.
@@ -101,146 +128,47 @@ def topk_encode(
 
     Source: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
     """
-    op, named = "topk_encode", {"x": x, "W_enc": W_enc, "b_enc": b_enc}
+    op = "topk_encode"
+    named = {"x": x, "W_enc": W_enc, "b_enc": b_enc}
     if all(isinstance(t, Tensor) for t in (x, W_enc)):
         x, W_enc, b_enc = _check.autocast(x, W_enc, b_enc)
         named.update(x=x, W_enc=W_enc, b_enc=b_enc)
     _check.check_tensors(op, named)
     if W_enc.dim() != 2:
-        raise ValueError(_check.mistake(op, "W_enc", "of shape (d_sae, d_in)", tuple(W_enc.shape), named))
+        expected = "of shape (d_sae, d_in)"
+        raise ValueError(_check.mistake(op, "W_enc", expected, tuple(W_enc.shape), named))
     if x.dim() == 0 or x.shape[-1] != W_enc.shape[1]:
-        raise ValueError(_check.mistake(op, "x", f"of shape (..., d_in = {W_enc.shape[1]})", tuple(x.shape), named))
+        expected = f"of shape (..., d_in = {W_enc.shape[1]})"
+        raise ValueError(_check.mistake(op, "x", expected, tuple(x.shape), named))
     _check.check_shape(op, named, "b_enc", (W_enc.shape[0],), "(d_sae,)")
     if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
         raise TypeError(_check.mistake(op, "k", "an int", type(k).__name__, named))
     if not 1 <= k <= W_enc.shape[0]:
-        raise ValueError(_check.mistake(op, "k", f"in [1, d_sae = {W_enc.shape[0]}]", k, named))
+        expected = f"in [1, d_sae = {W_enc.shape[0]}]"
+        raise ValueError(_check.mistake(op, "k", expected, k, named))
     if screen not in ("auto", "off"):
         raise ValueError(f'{op}: screen must be "auto" or "off", got {screen!r}')
-    asked, backend = backend, choose(op, backend, x)
+    asked = backend
+    backend = choose(op, backend, x)
     check_gradient_options(op, W_enc, sparse_grad, grad_buffer, backend)
     if backend == "reference":
         return topk_encode_reference(x, W_enc, b_enc, k=k)
     # the gradient is made of sparse_decode's operations, which another backend may be faster at
-    grad_backend = choose("sparse_decode", asked, x) if tracked(x, W_enc, b_enc) else backend
-    grad_backend = backend if grad_backend == "reference" else grad_backend
-    flat, W = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous(), W_enc.contiguous()
+    grad_backend = backend
+    if tracked(x, W_enc, b_enc) and (faster := choose("sparse_decode", asked, x)) != "reference":
+        grad_backend = faster
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+    W = W_enc.contiguous()
     b = None if b_enc is None else b_enc.contiguous()
-    acts, indices = _TopkEncode.apply(flat, W, b, k, backend, grad_backend, sparse_grad, grad_buffer, screen == "auto")
+    acts, indices = _TopkEncode.apply(
+        flat,
+        W,
+        b,
+        k,
+        backend,
+        grad_backend,
+        sparse_grad,
+        grad_buffer,
+        screen == "auto",
+    )
     return acts.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)
-
-
-def _make(shape: dict[str, int], dtype: torch.dtype, generator: torch.Generator, scale: float, exact: bool) -> dict:
-    B, d, n, k = (shape[s] for s in ("B", "d", "n", "k"))
-    x = draw((B, d), dtype, generator, scale, exact)
-    W_enc, b_enc = draw((n, d), dtype, generator, 1.0, exact), draw((n,), dtype, generator, scale, exact)
-    if shape.get("crowded"):  # every row's winners are neighbours: more than one bucket's share of them
-        first, x[:, 0] = n // 2 - k // 2, 4 if exact else 4 * scale
-        W_enc[first : first + k, 0] += 64
-    return {"x": x, "W_enc": W_enc, "b_enc": b_enc, "k": k}
-
-
-def _check_values(inputs: dict[str, Any], outputs: dict[str, Tensor]) -> dict[str, float]:
-    x, W, b, k = (inputs[name] for name in ("x", "W_enc", "b_enc", "k"))
-    acts, indices = outputs["acts"], outputs["indices"]
-    if acts.shape != (x.shape[0], k) or acts.dtype != x.dtype or indices.dtype != torch.int64:
-        return {"acts": float("inf")}
-    if x.shape[0] == 0:
-        return {"acts": 0.0, "indices": 0.0}
-    in_range = bool(((indices >= 0) & (indices < W.shape[0])).all())
-    unique = in_range and bool((indices.sort(-1).values.diff(dim=-1) > 0).all())
-    if not unique:
-        return {"acts": 0.0, "indices": float("inf")}
-    pre = x.double() @ W.double().T + b.double()
-    magnitude = x.double().abs() @ W.double().abs().T + b.double().abs()
-    extra = operand_error(x.dtype)
-    nan = pre.isnan().any(-1)
-    if not bool(acts[nan].isnan().all()) or not bool((acts[~nan] >= 0).all()):
-        return {"acts": float("inf"), "indices": 0.0}
-    pre, magnitude, acts, indices = pre[~nan], magnitude[~nan], acts[~nan], indices[~nan]
-    gamma = (x.shape[1] + 1) * ACCUMULATE[x.dtype] + extra
-    floor = torch.finfo(x.dtype if x.dtype == torch.float64 else torch.float32).smallest_normal * (x.shape[1] + 2)
-    slack = torch.where(pre.isinf(), 0.0, gamma * magnitude + floor)
-    chosen = torch.zeros_like(pre, dtype=torch.bool).scatter_(-1, indices, True)
-    least = (pre + slack).masked_fill(~chosen, float("inf")).amin(-1)
-    most = (pre - slack).masked_fill(chosen, -float("inf")).amax(-1)
-    ordered = bool((acts[:, :-1] >= acts[:, 1:]).all())
-    truth, size = pre.gather(-1, indices).relu(), magnitude.gather(-1, indices)
-    return {
-        "acts": fraction_of_bound(acts, truth, size, x.shape[1], extra),
-        "indices": 0.0 if ordered and bool((least >= most).all()) else float("inf"),
-    }
-
-
-def _check_grads(
-    inputs: dict[str, Any], outputs: dict[str, Tensor], grad_out: dict[str, Tensor], grads: dict[str, Tensor]
-) -> dict[str, float]:
-    x, W, k = inputs["x"], inputs["W_enc"], inputs["k"]
-    indices = outputs["indices"]
-    g = torch.where(outputs["acts"] > 0, grad_out["acts"], 0)
-    d_x, d_x_size = decode_truth(g, indices, W)
-    d_W, d_W_size, terms = outer_truth(g, indices, x, W.shape[0])
-    ones = torch.ones(x.shape[0], 1)
-    d_b, d_b_size, _ = outer_truth(g, indices, ones, W.shape[0])
-    return {
-        "x": fraction_of_bound(grads["x"], d_x, d_x_size, k),
-        "W_enc": fraction_of_bound(grads["W_enc"], d_W, d_W_size, terms[:, None]),
-        "b_enc": fraction_of_bound(grads["b_enc"], d_b[:, 0], d_b_size[:, 0], terms),
-    }
-
-
-def _linear_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
-    return torch.topk(torch.relu(F.linear(x, W_enc, b_enc)), k, dim=-1)
-
-
-SPEC = OpSpec(
-    name="topk_encode",
-    function=topk_encode,
-    reference=topk_encode_reference,
-    outputs=("acts", "indices"),
-    differentiable=("x", "W_enc", "b_enc"),
-    make=_make,
-    check=_check_values,
-    check_grads=_check_grads,
-    shapes=tuple(
-        {"B": B, "d": d, "n": n, "k": k}
-        for B, d, n, k in (
-            (5, 33, 65, 4),
-            (33, 31, 129, 8),
-            (2, 128, 127, 127),
-            (1, 1, 1, 1),
-            (0, 8, 16, 4),
-            (3, 127, 300, 32),
-            (31, 129, 33, 1),
-            (2, 16, 32, 32),
-        )
-    ),
-    small_shape={"B": 3, "d": 4, "n": 9, "k": 3},
-    repeat_shape={"B": 70, "d": 40, "n": 300, "k": 9},
-    rows=("x",),
-    optional=("b_enc",),
-    scalable=("x", "b_enc"),
-    grad_buffer="W_enc",
-    torch_sums=("acts",),
-    # many buckets, the last one partial; whole tiles along d and not; buckets that hide winners; whole rows sorted
-    device_shapes=(
-        {"B": 130, "d": 128, "n": 6000, "k": 32},
-        {"B": 33, "d": 200, "n": 6000, "k": 48, "crowded": 1},
-        {"B": 33, "d": 128, "n": 6000, "k": 600},
-        {"B": 1499, "d": 72, "n": 6001, "k": 32},  # several tiles a block
-    ),
-    # CUDA C++ has a fused kernel for Hopper's tensor cores; elsewhere it makes the whole product
-    gpu_order=lambda capability, dtype: (
-        ("cuda", "triton") if capability == (9, 0) and dtype != torch.float32 else ("triton", "cuda")
-    ),
-    bench_shapes={
-        "B256-k32": {"B": 256, "d": 768, "n": 49152, "k": 32},
-        "B256-k64": {"B": 256, "d": 768, "n": 49152, "k": 64},
-    },
-    gpu_bench_shapes={
-        "B4096-k32": {"B": 4096, "d": 768, "n": 49152, "k": 32},
-        "B4096-k64": {"B": 4096, "d": 768, "n": 49152, "k": 64},
-    },
-    baselines={"linear+relu+topk": _linear_topk},
-    floor=lambda s: (2.0 * s["B"] * s["n"] * s["d"], 4.0 * (s["n"] * (s["d"] + 1) + s["B"] * (s["d"] + 3 * s["k"]))),
-)

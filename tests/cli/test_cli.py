@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from _command import run
-from clipsteer import SAE, bench, testing
+from clipsteer import SAE, testing
 from clipsteer.cli import main as cli
 from clipsteer.cli import ops as cli_ops
+from clipsteer.testing import bench
 
 TINY = {
     "embed_dim": 16,

@@ -260,16 +260,17 @@ def _process(folder: Path, spec: str, limit: int, sign: str = "SIGKILL") -> int:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX")
-@pytest.mark.parametrize("spec", ["macil:lora=shared_a,plasticity=1", "slca:slow=0.3", "joint"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "macil:lora=shared_a,plasticity=1",
+        *(pytest.param(spec, marks=pytest.mark.nightly) for spec in ("slca:slow=0.3", "joint")),
+    ],
+)
 def test_a_run_killed_in_the_middle_of_a_task_ends_in_the_same_numbers(tmp_path, spec):
     where = scenario()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        given = {"plasticity": plasticity()} if "plasticity" in spec else {}
-        whole = run_tasks(where, encoder, strategy(spec, **FAST, checkpoint_every=3), out=tmp_path / "whole", **given)
-    finally:
-        torch.set_num_threads(threads)
+    given = {"plasticity": plasticity()} if "plasticity" in spec else {}
+    whole = run_tasks(where, encoder, strategy(spec, **FAST, checkpoint_every=3), out=tmp_path / "whole", **given)
     # 12 steps are the first task, 8 each later one (joint: 12, 24 and 36): within the second, after a checkpoint
     assert _process(tmp_path / "cut", spec, 17) == -signal.SIGKILL
     assert list((tmp_path / "cut").rglob("step-*.safetensors"))

@@ -7,6 +7,7 @@ nothing. So what is looked at is what a launch there takes: its configuration, f
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import json
 import os
@@ -18,6 +19,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from clipsteer.io.files import write_json
+
+try:
+    import fcntl
+except ImportError:  # not POSIX, where triton is not either
+    fcntl = None
 
 pytestmark = [
     pytest.mark.slow,
@@ -82,24 +90,60 @@ TILED = ("topk_encode_fwd", "topk_encode_keys", "drift_tile", "drrho_sums", "drr
 LOADED_WIDE = (*PRODUCTS, "sparse_decode_fwd", "gather_dot", "sparse_outer_bwd", "adam_rows")
 
 
-@functools.lru_cache(None)
-def processes() -> dict[str, subprocess.Popen]:
+@functools.cache
+def key() -> str:
+    """Of all that a binary comes from: the kernels, what this file launches, and the compilers."""
+    import torch
+    import triton
+
+    import clipsteer.kernels
+
+    files = [*sorted(Path(clipsteer.kernels.__file__).parent.rglob("*.py")), Path(__file__)]
+    versions = f"{triton.__version__} {torch.__version__} {sys.version}"
+    return hashlib.sha256(versions.encode() + b"".join(file.read_bytes() for file in files)).hexdigest()[:24]
+
+
+@functools.cache
+def compiled_for(target: str, folder: Path) -> dict[str, list[dict]]:
+    """What a target's binaries are like: compiled by the first process that asks, and kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / f"{target}-{key()}.json"
+    with (folder / f"{target}.lock").open("w") as lock:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():
+            for old in folder.glob(f"{target}-*.json"):
+                old.unlink()
+            write_json(place, compiled(target))
+    return json.loads(place.read_text())
+
+
+def compiled(target: str) -> dict[str, list[dict]]:
     # Processes of their own: under TRITON_INTERPRET=1 the decorated kernels cannot be compiled.
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return {target: subprocess.Popen([sys.executable, __file__, target], env=env, **pipes) for target in SHARED_MEMORY}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+    shares = max(1, min(4, (os.cpu_count() or 1) // 2))
+    commands = [[sys.executable, __file__, target, str(share), str(shares)] for share in range(shares)]
+    found = {}
+    for process in [subprocess.Popen(command, **pipes) for command in commands]:
+        out, errors = process.communicate(timeout=900)
+        assert process.returncode == 0, errors[-4000:]
+        found |= json.loads(out)
+    return found
 
 
-@functools.lru_cache(None)
-def compiled_for(target: str) -> dict[str, list[dict]]:
-    out, errors = processes()[target].communicate(timeout=900)
-    assert processes()[target].returncode == 0, errors[-4000:]
-    return json.loads(out)
+@pytest.fixture(scope="session")
+def kept(pytestconfig: pytest.Config) -> Path:
+    return pytestconfig.rootpath / ".cache" / "ahead-of-time"
 
 
-@pytest.fixture(scope="module", params=SHARED_MEMORY)
-def binaries(request: pytest.FixtureRequest) -> tuple[str, dict[str, list[dict]]]:
-    return request.param, compiled_for(request.param)
+EVERY_DAY = "sm_90"
+TARGETS = [pytest.param(t, marks=() if t == EVERY_DAY else pytest.mark.nightly) for t in SHARED_MEMORY]
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def binaries(request: pytest.FixtureRequest, kept: Path) -> tuple[str, dict[str, list[dict]]]:
+    return request.param, compiled_for(request.param, kept)
 
 
 @pytest.mark.parametrize("case", KERNELS)
@@ -136,9 +180,9 @@ def test_tiles_and_gathers_are_read_16_bytes_a_lane(binaries: tuple[str, dict[st
         assert binary["instructions"]["load_16_bytes"] > 0, binary
 
 
-def test_hopper_copies_whole_tiles() -> None:
+def test_hopper_copies_whole_tiles(kept: Path) -> None:
     for case in KERNELS:
-        for binary in compiled_for("sm_90")[case]:
+        for binary in compiled_for(EVERY_DAY, kept)[case]:
             tiled = binary["kernel"] in TILED
             expected = tiled and "odd" not in case and "few columns" not in case
             assert (binary["instructions"]["bulk_copy"] > 0) == expected, (case, binary)
@@ -160,7 +204,7 @@ INSTRUCTIONS = {
 }
 
 
-def compile_all(target_name: str) -> dict[str, list[dict]]:
+def compile_all(target_name: str, cases: list[str]) -> dict[str, list[dict]]:
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
@@ -309,7 +353,7 @@ def compile_all(target_name: str) -> dict[str, list[dict]]:
     }
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
     found = {}
-    for case in KERNELS:
+    for case in cases:
         name, _, word = case.rpartition(" ")
         kind = kinds[word]
         torch.set_float32_matmul_precision("high" if word == "tf32" else "highest")
@@ -323,4 +367,5 @@ def compile_all(target_name: str) -> dict[str, list[dict]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_all(sys.argv[1])))
+    share, shares = map(int, sys.argv[2:] or (0, 1))
+    print(json.dumps(compile_all(sys.argv[1], list(KERNELS)[share::shares])))

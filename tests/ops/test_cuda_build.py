@@ -30,8 +30,8 @@ HOST = r"""
 #include <barrier>
 #include <thread>
 #include <vector>
-#include "encode_plan.h"
-#include "segment.cuh"
+#include "cuda/segment.cuh"
+#include "cuda/sm90/plan.h"
 
 using namespace clipsteer;
 
@@ -373,13 +373,13 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], str]
         return target, done.stderr
 
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(build, sorted(CSRC.glob("*.cu"))))
+        results = list(pool.map(build, sorted(CSRC.rglob("*.cu"))))
     return [target for target, _ in results], "".join(log for _, log in results)
 
 
 def test_cuda_compiles_for_both_targets_without_spills(compiled: tuple[list[Path], str]) -> None:
     objects, log = compiled
-    assert len(objects) == len(list(CSRC.glob("*.cu"))) > 0
+    assert len(objects) == len(list(CSRC.rglob("*.cu"))) > 0
     for kernel in ("select_kernel", "product_kernel", "redo_kernel", "decode_kernel", "dot_kernel", "outer_kernel"):
         for target in ("sm_80", "sm_90a"):
             assert re.search(rf"entry function '\w*{kernel}\w*' for '{target}'", log)

@@ -16,6 +16,7 @@ from torch import Tensor
 from clipsteer import ops, testing
 from clipsteer.ops import REGISTRY, _dispatch
 from clipsteer.ops._drrho_sweeps import KEEP
+from clipsteer.ops._spec import spec_errors
 
 FAST = [b for b in ("reference", "cpp") if testing.supported(b)]
 SPEC = REGISTRY["drrho_loss"]
@@ -182,7 +183,7 @@ def test_tiles_panels_and_both_ways_of_the_second_sweep(dtype):
     for B, d, r in ((450, 70, 130), (500, 20, 12), (391, 129, 0), (700, 64, 300)):
         kept.add(2 * KEEP * (d + r) >= B)
         shape = {"B": B, "d": d, "percent": 5, **({"r": r} if r else {})}
-        errors = _dispatch.spec_errors(SPEC, shape, dtype, seed=B, backend="cpp")
+        errors = spec_errors(SPEC, shape, dtype, seed=B, backend="cpp")
         assert all(error <= 1 for error in errors.values()), (shape, errors)
         inputs = SPEC.make(shape, DOUBLE, torch.Generator().manual_seed(B), 1.0, False)
         found, expected = (
@@ -309,7 +310,8 @@ def test_autocast_rounds_the_features_and_nothing_else(backend):
 
 MEMORY = """
 import torch
-from clipsteer import bench, ops
+from clipsteer import ops
+from clipsteer.testing import bench
 B, d, r = {B}, {d}, {r}
 image, text, ref_image, ref_text = (torch.randn(B, n) / n**0.5 for n in (d, d, r, r))
 live = [x.requires_grad_() for x in (image, text)]
@@ -398,10 +400,11 @@ from clipsteer import ops
 from clipsteer.kernels import drrho_loss as kernels
 from clipsteer.ops import REGISTRY
 from clipsteer.ops._drrho_sweeps import _plain_grad, _plain_sums
+from clipsteer.ops._spec import spec_errors
 spec = REGISTRY["drrho_loss"]
 kernels.CHUNK, kernels.SUM_ROWS = 0, 128  # chunks of 128 rows: three of them, whose sums and products add up
 shape = {"B": 300, "d": 140, "r": 9, "percent": 5, "past": 1}
-errors = _dispatch.spec_errors(spec, shape, torch.float32, seed=0, backend="triton")
+errors = spec_errors(spec, shape, torch.float32, seed=0, backend="triton")
 assert max(errors.values()) <= 1, errors
 # a block of rows, as one process of several has it, and none at all
 g = torch.Generator().manual_seed(0)

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from _command import run
-from clipsteer import FileFormatError, bench, bench_table
+from clipsteer import FileFormatError
 from clipsteer.ops import REGISTRY, _dispatch
+from clipsteer.testing import bench
+from clipsteer.testing.table import BEGIN, END, markdown, put
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -95,30 +97,30 @@ def test_the_table_takes_the_best_rival_and_the_later_file(tmp_path, capsys):
 
     old = file("old.json", timed("cpp", 9.0), timed("eager", 9.0))
     new = file("new.json", timed("cpp", 0.01, floor_share=0.5), timed("eager", 0.04), timed("torch.compile", 0.03))
-    assert bench_table.markdown([old, new]) == (
+    assert markdown([old, new]) == (
         "Abacus, 1 thread, torch 2.14.1:\n\n"
         "| op | shape | pass | ours | best baseline | ratio | floor | of floor |\n|---|---|---|---|---|---|---|---|\n"
         "| topk_encode | s | forward | 10 ms | 30 ms (torch.compile) | 3.00× | 5 ms | 50% |\n"
     )
     two = file("two.json", timed("clipsteer", 0.5), timed("clipsteer, lazy Adam", 0.25), timed("torch", 1.0),
                timed("Peer", 2.0, version="3.1"), threads=2)  # fmt: skip
-    both = bench_table.markdown([new, two]).partition("\nAbacus, 2 threads, torch 2.14.1:\n")[2]
+    both = markdown([new, two]).partition("\nAbacus, 2 threads, torch 2.14.1:\n")[2]
     assert "| 500 ms (clipsteer) | 1,000 ms (torch) | 2.00× |  |  |\n" in both
     assert "| 250 ms (clipsteer, lazy Adam) | 1,000 ms (torch) | 4.00× |  |  |\n" in both
     assert "| topk_encode | clipsteer | clipsteer, lazy Adam | torch | Peer 3.1 |\n" in both
     assert "| s | 500 ms (1.00×) | 250 ms (0.50×) | 1,000 ms (2.00×) | 2,000 ms (4.00×) |\n" in both
 
     page = tmp_path / "page.md"
-    page.write_text("# A\n" + bench_table.BEGIN + "gone\n" + bench_table.END + "after\n")
+    page.write_text("# A\n" + BEGIN + "gone\n" + END + "after\n")
     assert run(capsys, "bench", "--markdown", new, "--into", page)[0] == 0
-    table = bench_table.markdown([new])
-    assert page.read_text() == "# A\n" + bench_table.BEGIN + table + bench_table.END + "after\n"
+    table = markdown([new])
+    assert page.read_text() == "# A\n" + BEGIN + table + END + "after\n"
     page.write_text("# A\n")
     with pytest.raises(ValueError, match="has no lines"):
-        bench_table.put(page, table)
+        put(page, table)
     page.write_text("[]")
     with pytest.raises(FileFormatError, match="not a file of clipsteer bench"):
-        bench_table.markdown([page])
+        markdown([page])
 
 
 def test_the_table_in_the_readme_is_that_of_the_kept_files():
@@ -126,8 +128,8 @@ def test_the_table_in_the_readme_is_that_of_the_kept_files():
     files = (
         re.search(r"clipsteer bench --markdown (.*?) --into README\.md", readme, re.DOTALL)[1].replace("\\", "").split()
     )
-    shown = readme.partition(bench_table.BEGIN)[2].partition(bench_table.END)[0]
-    assert shown == bench_table.markdown([ROOT / file for file in files])
+    shown = readme.partition(BEGIN)[2].partition(END)[0]
+    assert shown == markdown([ROOT / file for file in files])
 
 
 def test_what_cannot_run_is_left_out_and_leaves_no_gradient():

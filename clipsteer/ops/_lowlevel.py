@@ -1,0 +1,297 @@
+"""One record an op: the low-level ops beneath it, who serves them, and which backend a GPU tries
+first.
+
+Every backend registers the same low-level ops under a namespace of its own,
+``torch.ops.clipsteer_<backend>``. A record is all that dispatch, the registry of specs and the
+public page know of an op; the rest is in the files of its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+LIBRARIES = {"cpp": "_C", "cuda": "_C_cuda"}  # the file beside the package, where there is one
+DTYPES = {
+    "reference": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    "cpp": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+class LowLevel(NamedTuple):
+    """What torch has to know of a low-level op: its arguments, and its outputs without their
+    values."""
+
+    schema: str
+    fake: Callable[..., Any]
+
+
+def triton_first(capability: tuple[int, int], dtype: torch.dtype) -> tuple[str, ...]:
+    return ("triton", "cuda")
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op: ``ops/<stem>.py``, ``ops/specs/<stem>.py`` and, for Triton, ``kernels/<stem>.py``."""
+
+    stem: str
+    low_level: dict[str, LowLevel]
+    variants: tuple[
+        str, ...
+    ] = ()  # what dispatch and the registry tell apart besides the stem itself
+    backends: tuple[str, ...] = BACKENDS
+    # what ``auto`` tries on a GPU of this compute capability, the faster first
+    gpu_order: Callable[[tuple[int, int], torch.dtype], tuple[str, ...]] = triton_first
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.stem, *self.variants)
+
+
+# ---------------------------------------------------------------- topk_encode
+
+
+def _topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    screen: bool = True,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
+
+
+def _hopper_takes_cuda(capability: tuple[int, int], dtype: torch.dtype) -> tuple[str, ...]:
+    """CUDA C++ has a fused kernel for Hopper's tensor cores; elsewhere it makes the whole
+    product."""
+    if capability == (9, 0) and dtype != torch.float32:
+        return ("cuda", "triton")
+    return ("triton", "cuda")
+
+
+# ---------------------------------------------------------------- sparse_decode
+
+
+def _sparse_decode(acts: Tensor, indices: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    return W.new_empty(acts.shape[0], W.shape[1])
+
+
+def _gather_dot(rows: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+    return rows.new_empty(indices.shape)
+
+
+def _sparse_outer(coeff: Tensor, indices: Tensor, rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(n, rows.shape[1]), rows.new_empty(n)
+
+
+def _sparse_outer_out(coeff: Tensor, indices: Tensor, rows: Tensor, dW: Tensor, db: Tensor) -> None:
+    return None
+
+
+# ---------------------------------------------------------------- conceptor_project
+
+
+def _grouped_matmul(
+    x: Tensor,
+    W: Tensor,
+    index: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    transpose: bool,
+) -> Tensor:
+    return x.new_empty(x.shape[0], W.shape[1] if transpose else W.shape[2])
+
+
+def _grouped_outer(a: Tensor, b: Tensor, index: Tensor | None, groups: int) -> Tensor:
+    return a.new_empty(groups, a.shape[1], b.shape[1])
+
+
+def _low_rank_project(
+    x: Tensor,
+    U: Tensor,
+    s: Tensor,
+    index: Tensor | None,
+    mean: Tensor | None,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+# ---------------------------------------------------------------- mahalanobis_covariance_loss
+
+
+def _mahalanobis_covariance_loss(
+    new: Tensor,
+    old: Tensor,
+    labels: Tensor,
+    factor: Tensor,
+    s: Tensor | None,
+    diag: Tensor | None,
+    normalize: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(new.dtype, torch.float32)
+    rows = new.shape[0] if need_grad else 0
+    return new.new_empty((), dtype=wide), new.new_empty(rows, new.shape[1], dtype=wide)
+
+
+# ---------------------------------------------------------------- semantic_drift
+
+
+def _drift_sums(
+    old: Tensor,
+    new: Tensor,
+    prototypes: Tensor,
+    scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    C = prototypes.shape[0]
+    wide = torch.promote_types(old.dtype, torch.float32)
+    peak = prototypes.new_empty(C, dtype=wide)
+    total = prototypes.new_empty(C, dtype=wide)
+    return peak, total, prototypes.new_empty(prototypes.shape, dtype=wide)
+
+
+# ---------------------------------------------------------------- drrho_loss
+
+
+def _drrho_sums(
+    rows: Tensor,
+    cols: Tensor,
+    diag: Tensor,
+    scale: Tensor,
+    offset: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    M = rows.shape[0]
+    N = cols.shape[0]
+    # whole panels and a line; see row_stride in drrho_loss.cpp
+    stride = (N + 63) // 64 * 64 + 16
+    return diag.new_empty(M), diag.new_empty(N), diag.new_empty(M if keep else 0, stride)
+
+
+def _drrho_grad(
+    rows: Tensor,
+    cols: Tensor,
+    diag: Tensor,
+    scale: Tensor,
+    offset: int,
+    row_u: Tensor,
+    col_u: Tensor,
+    own: Tensor,
+    kept: Tensor,
+    width: int,
+    need_rows: bool,
+    need_cols: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    M = rows.shape[0] if need_rows else 0
+    N = cols.shape[0] if need_cols else 0
+    return diag.new_empty(M, width), diag.new_empty(N, width), diag.new_empty(())
+
+
+# ---------------------------------------------------------------- the records
+
+_WITHOUT_CUDA = ("reference", "cpp", "triton")
+
+RECORDS = (
+    Op(
+        "topk_encode",
+        {
+            "topk_encode": LowLevel(
+                "(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt k) -> (Tensor, Tensor)",
+                _topk_encode,
+            ),
+        },
+        gpu_order=_hopper_takes_cuda,
+    ),
+    Op(
+        "sparse_decode",
+        {
+            "sparse_decode": LowLevel(
+                "(Tensor acts, Tensor indices, Tensor W, Tensor? b) -> Tensor",
+                _sparse_decode,
+            ),
+            "gather_dot": LowLevel(
+                "(Tensor rows, Tensor indices, Tensor W) -> Tensor",
+                _gather_dot,
+            ),
+            "sparse_outer": LowLevel(
+                "(Tensor coeff, Tensor indices, Tensor rows, SymInt n) -> (Tensor, Tensor)",
+                _sparse_outer,
+            ),
+            "sparse_outer_out": LowLevel(
+                "(Tensor coeff, Tensor indices, Tensor rows, Tensor(a!) dW, Tensor(b!) db) -> ()",
+                _sparse_outer_out,
+            ),
+        },
+    ),
+    Op(
+        "conceptor_project",
+        {
+            "grouped_matmul": LowLevel(
+                "(Tensor x, Tensor W, Tensor? index, Tensor? beta, Tensor? mean, "
+                "bool transpose) -> Tensor",
+                _grouped_matmul,
+            ),
+            "grouped_outer": LowLevel(
+                "(Tensor a, Tensor b, Tensor? index, SymInt groups) -> Tensor",
+                _grouped_outer,
+            ),
+            "low_rank_project": LowLevel(
+                "(Tensor x, Tensor U, Tensor s, Tensor? index, Tensor? mean) -> Tensor",
+                _low_rank_project,
+            ),
+        },
+        variants=("conceptor_project_low_rank",),
+        backends=_WITHOUT_CUDA,
+    ),
+    Op(
+        "mahalanobis_covariance_loss",
+        {
+            "mahalanobis_covariance_loss": LowLevel(
+                "(Tensor new, Tensor old, Tensor labels, Tensor factor, Tensor? s, Tensor? diag, "
+                "bool normalize, bool need_grad) -> (Tensor, Tensor)",
+                _mahalanobis_covariance_loss,
+            ),
+        },
+        variants=("mahalanobis_covariance_loss_low_rank",),
+        backends=_WITHOUT_CUDA,
+    ),
+    Op(
+        "semantic_drift",
+        {
+            "drift_sums": LowLevel(
+                "(Tensor old, Tensor new, Tensor prototypes, Tensor scale) "
+                "-> (Tensor, Tensor, Tensor)",
+                _drift_sums,
+            ),
+        },
+        backends=_WITHOUT_CUDA,
+    ),
+    Op(
+        "drrho_loss",
+        {
+            "drrho_sums": LowLevel(
+                "(Tensor rows, Tensor cols, Tensor diag, Tensor scale, SymInt offset, "
+                "bool keep) -> (Tensor, Tensor, Tensor)",
+                _drrho_sums,
+            ),
+            "drrho_grad": LowLevel(
+                "(Tensor rows, Tensor cols, Tensor diag, Tensor scale, SymInt offset, "
+                "Tensor row_u, Tensor col_u, Tensor own, Tensor kept, SymInt width, "
+                "bool need_rows, bool need_cols) -> (Tensor, Tensor, Tensor)",
+                _drrho_grad,
+            ),
+        },
+        backends=_WITHOUT_CUDA,
+    ),
+)
+
+# by the names that dispatch knows, variants of one record among them
+OPS: dict[str, Op] = {name: op for op in RECORDS for name in op.names}
+LOW_LEVEL: dict[str, LowLevel] = {n: low for op in RECORDS for n, low in op.low_level.items()}

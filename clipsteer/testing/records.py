@@ -1,0 +1,104 @@
+"""What ``bench.run`` returns, as files, as text, and beside an earlier run."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clipsteer.io.files import FileFormatError, read_json
+from clipsteer.testing.machine import machine
+
+Record = dict[str, Any]
+
+
+def write(path: Path, records: list[Record], device: str) -> None:
+    """A .csv file of the records, or (any other name) a .json file of them and the machine."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        fields = list(dict.fromkeys(name for record in records for name in record))
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, fields)
+            writer.writeheader()
+            writer.writerows(records)
+    else:
+        found = {"machine": machine(device), "records": records}
+        path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def table(records: list[Record]) -> str:
+    """``run``'s records as text."""
+    op = _width(records, "op")
+    shape = _width(records, "shape")
+    head = f"{'op':<{op}}{'shape':<{shape}}{'pass':<18}{'contender':<20}"
+    head += f"{'ms':>10}{'vs eager':>10}{'vs compiled':>13}{'of floor':>10}{'extra MB':>10}"
+    lines = [head, "-" * len(head)]
+    for r in records:
+        compiled = f"{r['speedup_compiled']:>11.2f}×" if "speedup_compiled" in r else " " * 12
+        share = f"{r['floor_share']:>9.0%}" if "floor_share" in r else " " * 9
+        extra = f"{r['extra_bytes'] / 2**20:>10.1f}" if "extra_bytes" in r else ""
+        what = f"{r['op']:<{op}}{r['shape']:<{shape}}{r['pass']:<18}{r['contender']:<20}"
+        times = f"{1000 * r['seconds']:>10.2f}{r['speedup']:>9.2f}×{compiled}"
+        lines.append(f"{what}{times}  {share}{extra}")
+    return "\n".join(lines)
+
+
+def _width(records: list[Record], name: str) -> int:
+    return max([len(name), *(len(r[name]) for r in records)]) + 2
+
+
+def compare(old: str | Path, records: list[Record], device: str = "cpu") -> tuple[str, bool]:
+    """What has changed beyond noise since ``old``, a .json file of ``run``, as text, and whether
+    anything is slower.
+
+    A speed is the ratio to the baseline that was timed beside it in the same run, so a busier or
+    slower machine does not count. A change is one where the two runs' intervals of that ratio lie
+    apart; a file without intervals gets ± 15 %.
+
+    Raises FileFormatError for another file.
+    """
+    found = read_json(old)
+    try:
+        before = {_key(r): r for r in found["records"]}
+        there = {name: found["machine"][name] for name in ("chip", "threads")}
+    except (KeyError, TypeError) as error:
+        raise FileFormatError(f"{old}: not a file of clipsteer bench: {error!r}") from error
+    lines = []
+    here = {name: value for name, value in machine(device).items() if name in there}
+    if here != there:
+        lines.append(f"measured on {there} then and {here} now: ratios of unlike machines")
+    shared = 0
+    changed = 0
+    slower = False
+    for now in records:
+        then = before.get(_key(now))
+        if then is None or now["contender"] == now["baseline"]:
+            continue
+        shared += 1
+        low_then, high_then = _interval(then)
+        low, high = _interval(now)
+        if low <= high_then and high >= low_then:
+            continue
+        changed += 1
+        way = "faster" if low > high_then else "slower"
+        slower |= way == "slower"
+        what = f"{now['op']} {now['shape']} {now['pass']} {now['contender']}"
+        line = f"{way}: {what}: {then['speedup']:.2f}× [{low_then:.2f}, {high_then:.2f}] then, "
+        line += f"{now['speedup']:.2f}× [{low:.2f}, {high:.2f}] now, against {now['baseline']}"
+        lines.append(line)
+    lines.append(f"{shared} figures compared, {changed} changed beyond noise")
+    return "\n".join(lines), slower
+
+
+def _interval(record: Mapping[str, Any]) -> tuple[float, float]:
+    """Of the speed-up, in a record that may be older than intervals."""
+    speedup = record["speedup"]
+    low = record.get("speedup_low", speedup / 1.15)
+    high = record.get("speedup_high", speedup * 1.15)
+    return low, high
+
+
+def _key(record: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(str(record[name]) for name in ("op", "shape", "pass", "contender", "baseline"))

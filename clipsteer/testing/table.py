@@ -1,0 +1,138 @@
+"""The table of speeds in the README, made from the files that ``bench`` and the scripts in
+benchmarks/ write.
+
+clipsteer bench --markdown benchmarks/results/cpu-*.json --into README.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from clipsteer.io.files import FileFormatError, read_json, write_atomically
+from clipsteer.ops import BACKENDS
+
+__all__ = ["markdown", "put"]
+
+BEGIN = "<!-- bench -->\n"
+END = "<!-- /bench -->\n"
+# ways of ours that a stage's contenders are named by
+_STAGES = ("kept buffer", "row-sparse", "fresh")
+# yardsticks, which do not compute the op's result
+_NO_RIVALS = {
+    ("conceptor_project", "B1024-K16", "one GEMM"),
+    ("drrho_loss", "B2048-d512-r512", "ClipLoss, no reference"),
+}
+
+Groups = dict[tuple[str, ...], dict[str, dict[str, Any]]]
+
+
+def ours(contender: str) -> bool:
+    """Whether this is a way of ours to run an op."""
+    return contender in (*BACKENDS, *_STAGES) or contender.startswith("clipsteer")
+
+
+def markdown(files: Sequence[str | Path]) -> str:
+    """A table for each machine and number of threads, in the order of the files: each way of ours
+    to run an op, next to the fastest of the others, and the share of the floor that it reaches
+    (where the file says). Of an op, shape and pass that two files hold, the later one counts.
+
+    Raises FileFormatError for other files.
+    """
+    machines: dict[str, Groups] = {}
+    for file in files:
+        found = read_json(file)
+        try:
+            machine = found["machine"]
+            threads = f"{machine['threads']} thread" + "s" * (machine["threads"] != 1)
+            torch_version = machine["torch"].partition("+")[0]
+            where = f"{machine['chip']}, {threads}, torch {torch_version}"
+            new: Groups = {}
+            for r in found["records"]:
+                group = new.setdefault((r["op"], r["shape"], r["pass"]), {})
+                group[r["contender"]] = r
+            machines.setdefault(where, {}).update(new)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FileFormatError(f"{file}: not a file of clipsteer bench: {error!r}") from error
+    parts = []
+    for where, groups in machines.items():
+        parts.append(f"{where}:\n\n{_best(groups)}{_peers(groups)}")
+    return "\n".join(parts)
+
+
+def _best(groups: Groups) -> str:
+    """Each way of ours next to the fastest of the others."""
+    rows = []
+    for (op, shape, kind), found in groups.items():
+        mine = []
+        rivals = []
+        for name, record in found.items():
+            if ours(name):
+                mine.append(record)
+            elif (op, shape, name) not in _NO_RIVALS:
+                rivals.append(record)
+        if not mine or not rivals:
+            continue
+        best = min(rivals, key=lambda record: record["seconds"])
+        baseline = f"{_time(best['seconds'])} ({best['contender']})"
+        for record in mine:
+            seconds = record["seconds"]
+            time = _time(seconds)
+            if len(mine) > 1:
+                time += f" ({record['contender']})"
+            ratio = f"{best['seconds'] / seconds:.2f}×"
+            floor = ""
+            share = ""
+            if "floor_share" in record:
+                floor = _time(seconds * record["floor_share"])
+                share = f"{record['floor_share']:.0%}"
+            rows.append((op, shape, kind, time, baseline, ratio, floor, share))
+    return _table(
+        ("op", "shape", "pass", "ours", "best baseline", "ratio", "floor", "of floor"),
+        rows,
+    )
+
+
+def _peers(groups: Groups) -> str:
+    """Everyone's time where other libraries took part, and how many times ours it is."""
+    tables: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for (op, shape, _), found in groups.items():
+        if not any("version" in record for record in found.values()):
+            continue
+        base = next(record["seconds"] for name, record in found.items() if ours(name))
+        heads = [op]
+        cells = [shape]
+        for name, record in found.items():
+            heads.append(f"{name} {record.get('version', '')}".strip())
+            cells.append(f"{_time(record['seconds'])} ({record['seconds'] / base:.2f}×)")
+        tables.setdefault(tuple(heads), []).append(tuple(cells))
+    return "".join("\n" + _table(head, rows) for head, rows in tables.items())
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |\n" for cells in (head, *rows)]
+    rule = "|" + "---|" * len(head) + "\n"
+    return lines[0] + rule + "".join(lines[1:])
+
+
+def _time(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 0.9995 else f"{1000 * seconds:,.0f} ms"
+
+
+def put(file: str | Path, table: str) -> None:
+    """Write ``table`` between the two marks in a text file.
+
+    Raises ValueError where there is no such pair.
+    """
+    text = Path(file).read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"bench: {file} has no lines {BEGIN.strip()} and {END.strip()}")
+    text = before + begin + table + end + after
+
+    def write(target: BinaryIO) -> None:
+        target.write(text.encode())
+
+    write_atomically(file, write)

@@ -1,0 +1,112 @@
+// What the CPU sources share: the ops, the kernels of an instruction set, and argument checks.
+#pragma once
+
+#include "../stable.h"
+#include "isa/isa.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+namespace clipsteer {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k, bool screen);
+std::tuple<Tensor, Tensor, Tensor> topk_encode_screened(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k);
+std::tuple<Tensor, Tensor> topk(Tensor pre, int64_t k);
+Tensor sparse_decode(Tensor acts, Tensor indices, Tensor w, std::optional<Tensor> b);
+Tensor gather_dot(Tensor rows, Tensor indices, Tensor w);
+std::tuple<Tensor, Tensor> sparse_outer(Tensor coeff, Tensor indices, Tensor rows, int64_t n);
+void sparse_outer_out(Tensor coeff, Tensor indices, Tensor rows, Tensor dw, Tensor db);
+Tensor grouped_matmul(Tensor x, Tensor w, std::optional<Tensor> index, std::optional<Tensor> beta,
+                      std::optional<Tensor> mean, bool transpose);
+Tensor grouped_outer(Tensor a, Tensor b, std::optional<Tensor> index, int64_t k);
+Tensor low_rank_project(Tensor x, Tensor u, Tensor s, std::optional<Tensor> index, std::optional<Tensor> mean);
+std::tuple<Tensor, Tensor, Tensor> drift_sums(Tensor old, Tensor fresh, Tensor prototypes, Tensor scale);
+std::tuple<Tensor, Tensor> mahalanobis_covariance_loss(Tensor fresh, Tensor old, Tensor labels, Tensor factor,
+                                                       std::optional<Tensor> s, std::optional<Tensor> diag,
+                                                       bool normalize, bool need_grad);
+std::tuple<Tensor, Tensor, Tensor> drrho_sums(Tensor rows, Tensor cols, Tensor diag, Tensor scale, int64_t offset,
+                                              bool keep);
+std::tuple<Tensor, Tensor, Tensor> drrho_grad(Tensor rows, Tensor cols, Tensor diag, Tensor scale, int64_t offset,
+                                              Tensor row_u, Tensor col_u, Tensor own, Tensor kept, int64_t width,
+                                              bool need_rows, bool need_cols);
+void adam_rows(Tensor w, Tensor m, Tensor v, Tensor step, Tensor grad, std::optional<Tensor> features, bool unit,
+               double lr, double beta1, double beta2, double eps);
+
+// Narrow rows pass through `buffer`, the others are used where they are.
+template <class T>
+const Compute<T>* widened(const T* src, Compute<T>* buffer, int64_t n) {
+  if constexpr (kNarrow<T>) {
+    kernels<T>().widen(src, buffer, n);
+    return buffer;
+  } else {
+    return src;
+  }
+}
+
+// The public functions check first and say more; this keeps direct calls of the ops from reading out of bounds.
+inline void require(bool condition, const char* op, const std::string& what) {
+  if (!condition) throw std::invalid_argument(std::string(op) + ": " + what);
+}
+
+// Calls f with a zero of the element type of the tensors of an op.
+template <class F>
+void dispatch(const char* op, ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(BFloat16{});
+    case ScalarType::Half: return f(Half{});
+    default:
+      require(false, op, std::string("expected a floating dtype, got ") + torch::headeronly::toString(dtype));
+  }
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {
+  require(t.dim() == dim, op,
+          std::string("expected ") + name + " with " + std::to_string(dim) + " dimensions, got " +
+              std::to_string(t.dim()));
+}
+
+inline void check(const char* op, const char* name, const Tensor& t, ScalarType dtype,
+                  std::initializer_list<int64_t> shape) {
+  std::string expected, got;
+  for (int64_t size : shape) expected += (expected.empty() ? "" : ", ") + std::to_string(size);
+  for (int64_t i = 0; i < t.dim(); ++i) got += (i ? ", " : "") + std::to_string(t.size(i));
+  const std::string prefix = std::string("expected ") + name + " ";
+  require(expected == got, op, prefix + "of shape (" + expected + "), got (" + got + ")");
+  require(t.scalar_type() == dtype, op,
+          prefix + "of dtype " + torch::headeronly::toString(dtype) + ", got " +
+              torch::headeronly::toString(t.scalar_type()));
+  require(t.is_contiguous() && t.is_cpu(), op, prefix + "contiguous and on the CPU");
+}
+
+// std::out_of_range becomes Python's IndexError.
+inline void check_indices(const char* op, const int64_t* indices, int64_t count, int64_t n) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (indices[i] < 0 || indices[i] >= n) {
+      throw std::out_of_range(std::string(op) + ": index " + std::to_string(indices[i]) + " is out of range [0, " +
+                              std::to_string(n) + ")");
+    }
+  }
+}
+
+}  // namespace clipsteer

@@ -1,0 +1,234 @@
+// A batch whose rows belong to groups, panels of one group's rows, and their products with the group's matrix.
+#pragma once
+
+#include "gemm.h"
+
+namespace clipsteer {
+
+// Columns of a product that torch's GEMM makes at a time, and that make a task of their own when there are few panels.
+constexpr int64_t kTaskColumns = 256;
+constexpr int64_t kTerms = 64;     // of our blocks' sums: as many rows of a matrix as are read on all their way at a time
+// A transposed matrix is sooner multiplied by its rows than packed: for fewer rows than this, of as many terms.
+constexpr int64_t kInnerRows = 48, kInnerTerms = 192;
+
+struct Panel {
+  int64_t group, first, rows;  // rows of the sorted batch
+};
+
+// The batch sorted by group, stably. Without an index there is one group and no order.
+struct Groups {
+  std::vector<int64_t> order, offsets;
+
+  Groups(const int64_t* index, int64_t rows, int64_t groups) : offsets(groups + 1, 0) {
+    if (!index) {
+      offsets[groups] = rows;
+      return;
+    }
+    for (int64_t b = 0; b < rows; ++b) ++offsets[index[b] + 1];
+    for (int64_t k = 0; k < groups; ++k) offsets[k + 1] += offsets[k];
+    std::vector<int64_t> next(offsets.begin(), offsets.end() - 1);
+    order.resize(rows);
+    for (int64_t b = 0; b < rows; ++b) order[next[index[b]]++] = b;
+  }
+  int64_t row(int64_t at) const { return order.empty() ? at : order[at]; }
+  // Runs of at most `most` rows of one group, of nearly equal length.
+  std::vector<Panel> panels(int64_t most) const {
+    std::vector<Panel> found;
+    for (int64_t k = 0; k + 1 < int64_t(offsets.size()); ++k) {
+      const int64_t first = offsets[k], count = offsets[k + 1] - first, parts = (count + most - 1) / most;
+      for (int64_t p = 0; p < parts; ++p) {
+        const int64_t from = count * p / parts, to = count * (p + 1) / parts;
+        found.push_back({k, first + from, to - from});
+      }
+    }
+    return found;
+  }
+};
+
+inline int64_t most_rows(const std::vector<Panel>& panels) {
+  int64_t most = 0;
+  for (const Panel& panel : panels) most = std::max(most, panel.rows);
+  return most;
+}
+
+// What one thread needs to take panels through matrices, y = beta (x - mean) W + mean; no sum has more than `depth`
+// terms, no row of y more numbers.
+template <class T>
+class Worker {
+ public:
+  using V = Compute<T>;
+
+  Worker(const Groups& groups, int64_t rows, int64_t depth, const V* beta, const T* mean)
+      : groups_(groups),
+        own_(kernels<V>().block_columns > 0),
+        width_(own_ ? kernels<V>().block_columns : kTaskColumns),
+        beta_(beta),
+        mean_(mean),
+        packed_(own_ || kNarrow<T> ? depth * width_ : 0),
+        wide_(kNarrow<T> ? depth * width_ : 0),
+        mean_row_(kNarrow<T> && mean ? depth : 0),
+        tile_(rows * width_),
+        rows_(rows),
+        targets_(rows),
+        tile_rows_(rows) {
+    for (int64_t i = 0; i < rows; ++i) tile_rows_[i] = tile_.get() + i * width_;
+  }
+
+  int64_t width() const { return width_; }
+
+  // Pointers to a panel's rows of x (.., d), centred; in place unless something changes them or torch has to read them.
+  const V** gather(const T* x, int64_t d, const Panel& panel, Buffer<V>& buffer) {
+    const V* mu = mean_ ? widened(mean_ + panel.group * d, mean_row_.get(), d) : nullptr;
+    for (int64_t i = 0; i < panel.rows; ++i) {
+      const T* source = x + groups_.row(panel.first + i) * d;
+      V* row = buffer.get() + i * d;
+      if constexpr (kNarrow<T>) {
+        kernels<T>().widen(source, row, d);
+      } else {
+        if (!mu && own_) {
+          rows_[i] = source;
+          continue;
+        }
+        std::copy_n(source, d, row);
+      }
+      const V minus = -1;
+      if (mu) kernels<V>().axpy(row, &minus, &mu, nullptr, 1, d);
+      rows_[i] = row;
+    }
+    return rows_.data();
+  }
+
+  // c[i][0 ...] = columns [first, last) of a[i] W, W (k, n), or stored (n, k) if transpose; rows of c go on to whole
+  // widths.
+  void product(const V* const* a, int64_t count, const T* w, bool transpose, int64_t k, int64_t n, int64_t first,
+               int64_t last, V* const* c) {
+    int64_t whole = 0;
+    if constexpr (!kNarrow<T>) {
+      if (own_ && transpose && k >= kInnerTerms && count < kInnerRows) {
+        kernels<V>().inner(a, count, w + first * k, k, last - first, k, c);
+        return;
+      }
+      if (own_ && !transpose && k > 0) whole = (last - first) / width_ * width_;
+      // Some rows of W at a time, from end to end: tiles of them stay in the first-level cache, and W is read in order.
+      for (int64_t q = 0; whole > 0 && q < k; q += kTerms) {
+        const int64_t terms = std::min(kTerms, k - q);
+        for (int64_t at = 0; at < whole; at += width_) {
+          const V* tile = w + q * n + first + at;
+          for (int64_t t = 0; t < terms; ++t) fetch<3>(tile + t * n + 2 * width_, width_);
+          blocks(a, count, q, tile, n, terms, c, at, at == 0);
+        }
+      }
+    }
+    for (int64_t at = whole; at < last - first; at += width_) {
+      const int64_t columns = std::min(width_, last - first - at);
+      if (k == 0) {
+        for (int64_t i = 0; i < count; ++i) std::fill_n(c[i] + at, width_, V(0));
+      } else if (own_) {
+        blocks(a, count, 0, packed(w, transpose, k, n, first + at, columns), width_, k, c, at, true);
+      } else {
+        const V* right = nullptr;
+        int64_t row_stride = transpose ? 1 : n, column_stride = transpose ? k : 1;
+        if constexpr (kNarrow<T>) {
+          right = packed(w, transpose, k, n, first + at, columns);
+          row_stride = width_;
+          column_stride = 1;
+        } else {
+          right = w + (first + at) * column_stride;
+        }
+        const int64_t a_stride = count > 1 ? a[1] - a[0] : k, c_stride = count > 1 ? c[1] - c[0] : width_;
+        multiply(matrix(a[0], count, k, a_stride, 1), matrix(right, k, columns, row_stride, column_stride),
+                 matrix(c[0] + at, count, columns, c_stride, 1));
+      }
+    }
+  }
+
+  // Columns [first, last) of the panel's rows of y (.., n) = beta a W + mean.
+  void write(const V* const* a, const Panel& panel, const T* w, bool transpose, int64_t k, int64_t n, int64_t first,
+             int64_t last, T* y) {
+    // whole widths of y are written in place, what is left goes through a tile
+    const int64_t whole = own_ && !kNarrow<T> ? (last - first) / width_ * width_ : 0;
+    for (int64_t at = first; at < last;) {
+      const bool direct = at < first + whole;
+      const int64_t columns = direct ? whole : std::min(width_, last - at);
+      if constexpr (!kNarrow<T>) {
+        for (int64_t i = 0; direct && i < panel.rows; ++i) targets_[i] = y + groups_.row(panel.first + i) * n + at;
+      }
+      V* const* c = direct ? targets_.data() : tile_rows_.data();
+      product(a, panel.rows, w, transpose, k, n, at, at + columns, c);
+      const V* mu = mean_ ? widened(mean_ + panel.group * n + at, mean_row_.get(), columns) : nullptr;
+      const V one = 1;
+      for (int64_t i = 0; i < panel.rows; ++i) {
+        V* row = c[i];
+        if (beta_) {
+          for (int64_t j = 0; j < columns; ++j) row[j] *= beta_[panel.group];
+        }
+        if (mu) kernels<V>().axpy(row, &one, &mu, nullptr, 1, columns);
+        T* target = y + groups_.row(panel.first + i) * n + at;
+        if constexpr (kNarrow<T>) {
+          kernels<T>().narrow(row, target, columns);
+        } else if (!direct) {
+          std::copy_n(row, columns, target);
+        }
+      }
+      at += columns;
+    }
+  }
+
+ private:
+  template <int level, int write = 0>
+  static void fetch(const V* from, int64_t n) {
+    for (int64_t q = 0; q < n; q += 64 / int64_t(sizeof(V))) __builtin_prefetch(from + q, write, level);
+  }
+
+  // A tile of W, its rows q to q + terms, times all rows of a, in blocks.
+  void blocks(const V* const* a, int64_t count, int64_t q, const V* tile, int64_t stride, int64_t terms, V* const* c,
+              int64_t at, bool new_rows) {
+    const V* left[kBlockRows];
+    V* target[kBlockRows];
+    for (int64_t i = 0; i < count; i += kBlockRows) {
+      const int64_t rows = std::min<int64_t>(kBlockRows, count - i);
+      for (int64_t l = 0; l < rows; ++l) {
+        left[l] = a[i + l] + q;
+        target[l] = c[i + l] + at;
+      }
+      // The next block's rows come into the second-level cache, as the matrix streams through the first.
+      for (int64_t l = i + rows; l < std::min(count, i + rows + kBlockRows); ++l) {
+        if (new_rows) fetch<2>(a[l] + q, terms);
+        if (q == 0) fetch<3, 1>(c[l] + at, width_);
+      }
+      kernels<V>().block(left, 1, tile, stride, terms, int(rows), target, q > 0);
+    }
+  }
+
+  // Columns of W as k rows of width_ numbers, zero past the last column.
+  const V* packed(const T* w, bool transpose, int64_t k, int64_t n, int64_t first, int64_t columns) {
+    V* out = packed_.get();
+    if (transpose && own_) {
+      kernels<V>().pack(widened(w + first * k, wide_.get(), columns * k), k, columns, k, out);
+      return out;
+    }
+    const V* rows = transpose ? widened(w + first * k, wide_.get(), columns * k) : nullptr;
+    for (int64_t q = 0; q < k; ++q, out += width_) {
+      if (transpose) {
+        for (int64_t j = 0; j < columns; ++j) out[j] = rows[j * k + q];
+      } else if constexpr (kNarrow<T>) {
+        kernels<T>().widen(w + q * n + first, out, columns);
+      } else {
+        std::copy_n(w + q * n + first, columns, out);
+      }
+      std::fill_n(out + columns, width_ - columns, V(0));
+    }
+    return packed_.get();
+  }
+
+  const Groups& groups_;
+  const bool own_;  // our blocks where the processor has them, elsewhere torch's GEMM
+  const int64_t width_;
+  const V* beta_;
+  const T* mean_;
+  Buffer<V> packed_, wide_, mean_row_, tile_;
+  std::vector<const V*> rows_;
+  std::vector<V*> targets_, tile_rows_;
+};
+
+}  // namespace clipsteer

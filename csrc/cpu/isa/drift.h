@@ -1,0 +1,83 @@
+// Gaussian weights in log space; included by table.h. No include guard on purpose.
+
+#include <bit>
+
+namespace clipsteer::ISA {
+
+// exp(x) for x <= 0: x = n log 2 + r, a polynomial of degree 7 in |r| <= log(2)/2 (off by less than
+// r^8/8!, an eighth of a rounding), and n into the exponent. Below -87, where numbers stop being
+// normal, 0; NaN stays.
+TARGET static inline float exponential(float x) {
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
+  const float z = x * 1.442695041f + kShift;
+  const float n = z - kShift;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float y = 1.0f / 5040;
+  y = y * r + 1.0f / 720;
+  y = y * r + 1.0f / 120;
+  y = y * r + 1.0f / 24;
+  y = y * r + 1.0f / 6;
+  y = y * r + 0.5f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
+  const float scale = std::bit_cast<float>((std::bit_cast<uint32_t>(z) << 23) + 0x3f800000u);
+  return x < -87.0f ? 0.0f : y * scale;
+}
+
+TARGET static inline double exponential(double x) { return std::exp(x); }
+
+// Past kFar<V>, squares saturate: there rows count as equally far.
+template <class V>
+TARGET static inline V log_weight(V dot, V square, V own, V kappa) {
+  V distance = (square + own) - 2 * dot;
+  distance = distance < 0 ? V(0) : distance;
+  return -kappa * (distance > kFar<V> ? kFar<V> : distance);
+}
+
+template <class V>
+TARGET static inline V log_weights(V* __restrict dot, const V* __restrict square, V own, V kappa,
+                                   int64_t n) {
+  constexpr int kLanes = 32;
+  V best[kLanes];
+  for (int l = 0; l < kLanes; ++l) best[l] = -std::numeric_limits<V>::infinity();
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int l = 0; l < kLanes; ++l) {
+      const V t = log_weight(dot[i + l], square[i + l], own, kappa);
+      dot[i + l] = t;
+      best[l] = t > best[l] ? t : best[l];
+    }
+  }
+  for (int l = 0; i + l < n; ++l) {
+    const V t = log_weight(dot[i + l], square[i + l], own, kappa);
+    dot[i + l] = t;
+    best[l] = t > best[l] ? t : best[l];
+  }
+  for (int l = 1; l < kLanes; ++l) best[0] = best[l] > best[0] ? best[l] : best[0];
+  return best[0];
+}
+
+template <class V>
+TARGET static inline V weights(V* __restrict log_w, V peak, V floor, int64_t n) {
+  constexpr int kLanes = 32;
+  V sum[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int l = 0; l < kLanes; ++l) {
+      const V w = exponential(log_w[i + l] - peak) + floor;
+      log_w[i + l] = w;
+      sum[l] += w;
+    }
+  }
+  for (int l = 0; i + l < n; ++l) {
+    const V w = exponential(log_w[i + l] - peak) + floor;
+    log_w[i + l] = w;
+    sum[l] += w;
+  }
+  for (int half = kLanes / 2; half; half /= 2) {
+    for (int l = 0; l < half; ++l) sum[l] += sum[l + half];
+  }
+  return sum[0];
+}
+
+}  // namespace clipsteer::ISA

@@ -1,0 +1,97 @@
+// Compiles table.h once per instruction set, and picks one when the library is first used.
+#include "isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(CLIPSTEER_PORTABLE)
+#define CLIPSTEER_X86 1
+#include <immintrin.h>
+#if defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#define CLIPSTEER_AMX 1
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
+#define CLIPSTEER_LEVEL 0
+#define ISA portable
+#define TARGET
+#include "table.h"
+
+#ifdef CLIPSTEER_X86
+#define CLIPSTEER_LEVEL 1
+#define ISA avx2
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#include "table.h"
+
+#define CLIPSTEER_LEVEL 2
+#define ISA avx512
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#include "table.h"
+
+#include "screen.h"
+#endif
+
+namespace clipsteer {
+namespace {
+
+constexpr Isa kPortable = portable::table(0);
+#ifdef CLIPSTEER_X86
+constexpr Isa kAvx2 = avx2::table(1);
+constexpr Isa kAvx512 = avx512::table(2);
+constexpr Isa kVnni = avx512::table(2, {vnni::quantise, vnni::screen, vnni::dots});
+#ifdef CLIPSTEER_AMX
+constexpr Isa kAmx = avx512::table(3, {vnni::quantise, vnni::screen_tiles, vnni::dots});
+
+// Whether the processor has AMX for bytes and the kernel lets this process use it.
+bool tiles_granted() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+// The highest level that CLIPSTEER_CPU_ISA allows.
+int highest_level() {
+  const char* wanted = std::getenv("CLIPSTEER_CPU_ISA");
+  const std::string name = wanted ? wanted : "";
+  if (name.empty() || name == "amx") return 3;
+  if (name == "avx512") return 2;
+  if (name == "avx2") return 1;
+  if (name == "portable") return 0;
+  throw std::runtime_error("CLIPSTEER_CPU_ISA must be portable, avx2, avx512 or amx, got " + name);
+}
+#endif
+
+const Isa& choose() {
+#ifdef CLIPSTEER_X86
+  const int highest = highest_level();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (highest >= 2 && has_avx512) {
+    if (!__builtin_cpu_supports("avx512vnni")) return kAvx512;
+#ifdef CLIPSTEER_AMX
+    if (highest >= 3 && tiles_granted()) return kAmx;
+#endif
+    return kVnni;
+  }
+  if (highest >= 1 && has_avx2) return kAvx2;
+#endif
+  return kPortable;
+}
+
+}  // namespace
+
+const Isa& isa() {
+  static const Isa& chosen = choose();
+  return chosen;
+}
+
+}  // namespace clipsteer

@@ -1,0 +1,234 @@
+// What is compiled once per instruction set: a table of functions for each type of number, and
+// what these functions take.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <type_traits>
+
+namespace clipsteer {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+// fp16 and bf16 are computed in float.
+template <class T>
+using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+constexpr bool kNarrow = !std::is_same_v<T, Compute<T>>;
+
+// A (value, column) pair as one key: the greater key has the larger value or, at equal values, the
+// lower column. -0 is stored as +0, so that it ties with 0.
+struct Key32 {
+  uint64_t bits;
+  static Key32 make(float value, uint32_t column) {
+    value += 0.0f;
+    uint32_t u;
+    std::memcpy(&u, &value, 4);
+    u ^= (u >> 31) ? 0xffffffffu : 0x80000000u;
+    return {uint64_t(u) << 32 | uint32_t(~column)};
+  }
+  float value() const {
+    uint32_t u = uint32_t(bits >> 32);
+    u ^= (u >> 31) ? 0x80000000u : 0xffffffffu;
+    float value;
+    std::memcpy(&value, &u, 4);
+    return value;
+  }
+  int64_t column() const { return uint32_t(~bits); }
+  bool operator>(const Key32& other) const { return bits > other.bits; }
+};
+
+struct Key64 {
+  double number;
+  uint32_t index;
+  static Key64 make(double value, uint32_t column) { return {value + 0.0, column}; }
+  double value() const { return number; }
+  int64_t column() const { return index; }
+  bool operator>(const Key64& other) const {
+    return number > other.number || (number == other.number && index < other.index);
+  }
+};
+
+template <class V>
+using Key = std::conditional_t<std::is_same_v<V, double>, Key64, Key32>;
+
+// The columns of one row that may still be among its k largest. `bound` is a proven lower bound of
+// the k-th value (NaN until k columns are known, which admits everything); columns come in
+// ascending order, so a value equal to the bound has lost its tie already.
+template <class V>
+struct Candidates {
+  // One block of columns, and the overhang of a vector store.
+  static constexpr int64_t kSlack = 64 + 16;
+  Key<V>* keys;
+  int64_t count, limit, k;
+  V bound;
+  bool nan;
+
+  // More room than k means fewer, cheaper tightenings; more than `columns` is never needed.
+  static int64_t limit_for(int64_t k, int64_t columns) {
+    return std::min(columns, k + std::max<int64_t>(k, 64));
+  }
+  void reset(Key<V>* storage, int64_t row_limit, int64_t row_k) {
+    *this = {storage, 0, row_limit, row_k, std::numeric_limits<V>::quiet_NaN(), false};
+  }
+  void tighten() {
+    std::nth_element(keys, keys + (k - 1), keys + count, std::greater<>());
+    count = k;
+    bound = keys[k - 1].value();
+  }
+  // Takes a lower bound of the k-th value found by other means; columns that equal it must still be
+  // admitted. The step below zero is a normal number, lest the processor be set to read denormal
+  // numbers as zero.
+  void start_from(V lower) {
+    constexpr V kTiny = std::numeric_limits<V>::min();
+    constexpr V kInfinity = std::numeric_limits<V>::infinity();
+    if (lower > -kInfinity) {
+      bound = lower > -kTiny && lower <= kTiny ? -kTiny : std::nextafter(lower, -kInfinity);
+    }
+  }
+};
+
+// Rows that will be read soon, of elements of `element` bytes.
+struct Ahead {
+  const char* row[4];
+  int element;
+  // Columns first to first + 63, which are as many cache lines as an element has bytes.
+  void fetch(int m, int64_t first) const {
+    for (int line = 0; line < element; ++line) {
+      __builtin_prefetch(row[m] + first * element + 64 * line);
+    }
+  }
+};
+
+// A block of a product: this many rows of Kernels::block_columns sums, which fill the registers.
+constexpr int kBlockRows = 6;
+
+// Where squared distances saturate, so that neither their sums nor their multiples overflow.
+template <class V>
+constexpr V kFar = std::numeric_limits<V>::max() / 16;
+
+// A row v as signed bytes: v * scale = step * digit + rest, of which `norm` = |v * scale| and
+// `error` = |rest|.
+struct Digits {
+  // Of the largest element of a usable row.
+  static constexpr float kLeast = 1.0f / (1 << 24), kMost = 1 << 24;
+  float step, norm, error;
+  int32_t sum;  // of the digits
+  bool usable;
+};
+
+// Upper bounds of 64 pre-activations of a row, from the product of its digits with theirs:
+// step * column.step * product + error * column.norm + norm * column.error + column.base.
+struct ScreenRow {
+  float step, error, norm, bound;
+  bool wanted;
+};
+struct ScreenColumns {
+  float step[64], norm[64], error[64], base[64];
+  int32_t offset[64];
+};
+
+constexpr int64_t kScreenTile = 16;  // rows of bytes are there in multiples of this many
+
+// Rows of W, up to this many at a time, whose products with many rows of x are computed from the
+// first-level cache, and how many rows of x at a time.
+constexpr int kDotColumns = 8, kDotRows = 4;
+
+// Adam at one step: lr over the first bias correction, 1 - beta1, beta2, 1 - beta2, root of the
+// second correction, eps.
+template <class V>
+struct AdamStep {
+  V lr, rate1, beta2, rate2, scale, eps;
+};
+
+// An integer of as many bits, which can be put in the same order.
+template <class V>
+using Rank = std::conditional_t<sizeof(V) == 4, int32_t, int64_t>;
+
+// Inner loops over numbers V; every instruction set makes the same selections.
+template <class V>
+struct Kernels {
+  // Adds to `row` every column of value + bias (bias may be null) that may be among the k largest.
+  void (*filter)(const V* value, const V* bias, int64_t columns, uint32_t first,
+                 Candidates<V>& row);
+  // A lower bound of the k-th largest, or NaN; `rank` has room for every column.
+  V (*seed)(const V* value, int64_t columns, int64_t k, Rank<V>* rank);
+  // y += sum_m c[m] * w[m], in the order of m, for 1 to 4 terms; `next`, if any, are rows to
+  // fetch meanwhile.
+  void (*axpy)(V* y, const V* c, const V* const* w, const Ahead* next, int terms, int64_t n);
+  V (*dot)(const V* a, const V* b, const Ahead* next, int64_t n);
+  // The sum of weight * (a - b)^2 (weight may be null: 1), and y += c (a - b).
+  V (*distance)(const V* a, const V* b, const V* weight, int64_t n);
+  void (*repel)(V* y, V c, const V* a, const V* b, int64_t n);
+  // From dot products with n rows of squared norms `square` to -kappa |row - prototype|^2, in
+  // place; their maximum.
+  V (*log_weights)(V* dot, const V* square, V own, V kappa, int64_t n);
+  // log_w becomes exp(log_w - peak) + floor, for log_w <= peak; their sum.
+  V (*weights)(V* log_w, V peak, V floor, int64_t n);
+  // The largest of a row of similarities; `highest` takes the larger of itself and the row,
+  // number by number.
+  V (*maxima)(const V* S, V* highest, int64_t n);
+  // With t = (S - diag) scale: returns the sum of exp(t - peak) of the row, adds that of every
+  // column to `total`.
+  V (*pair_sums)(const V* S, V row_diag, V row_peak, const V* diag, const V* peak, V scale,
+                 V* total, int64_t n);
+  // P = w = exp(t - u) of the row plus that of each column; returns the sum of w t. P may be S.
+  V (*pair_weights)(const V* S, V* P, V row_diag, V row_u, const V* diag, const V* u, V scale,
+                    int64_t n);
+  // Adam's rule on weights, both moments and gradient (null: zeros) of a row.
+  void (*adam)(V* p, V* m, V* v, const V* g, const AdamStep<V>& at, int64_t n);
+  // The rest is not there, and block_columns is 0, where torch's GEMM has the better inner loop.
+  int64_t block_columns = 0;
+  // c[i] = a[i] (k numbers, `step` apart) @ b (k rows of block_columns, `stride` apart), += if
+  // `add`, for 1 to kBlockRows rows.
+  void (*block)(const V* const* a, int64_t step, const V* b, int64_t stride, int64_t k, int rows,
+                V* const* c, bool add) = nullptr;
+  // c[i][j] = the inner product (k numbers) of a[i] with row j of w; a sum does not depend on
+  // the others.
+  void (*inner)(const V* const* a, int64_t rows, const V* w, int64_t stride, int64_t columns,
+                int64_t k, V* const* c) = nullptr;
+  // The transpose of `columns` rows of k numbers, as such a b; missing columns are 0.
+  void (*pack)(const V* u, int64_t stride, int64_t columns, int64_t k, V* out) = nullptr;
+};
+
+template <class T>
+  requires kNarrow<T>
+struct Kernels<T> {
+  void (*widen)(const T* src, float* dst, int64_t n);
+  void (*narrow)(const float* src, T* dst, int64_t n);
+};
+
+// int8 screening (screen.h), or null.
+struct Screening {
+  void (*quantise)(const float* v, const float* scale, int64_t d, int64_t width, int8_t* digit,
+                   Digits& row);
+  void (*screen)(const uint8_t* x, int64_t width, const ScreenRow* row, int64_t rows,
+                 const int8_t* panel, const ScreenColumns& column, const char* next, int64_t lines,
+                 uint64_t* pass);
+  void (*dots)(const float* const* x, int rows, const float* w, int64_t d, int64_t columns,
+               float (*out)[kDotColumns]);
+};
+
+struct Isa : Kernels<float>, Kernels<double>, Kernels<BFloat16>, Kernels<Half>, Screening {
+  int64_t level;
+};
+
+// The best that this processor runs, or the one named by
+// CLIPSTEER_CPU_ISA=portable|avx2|avx512|amx, where avx512 leaves out AMX; chosen once.
+const Isa& isa();
+
+template <class V>
+const Kernels<V>& kernels() {
+  return isa();
+}
+
+}  // namespace clipsteer

@@ -1,0 +1,225 @@
+// int8 screening of a product, for AVX-512 with VNNI and for AMX: rows as signed bytes with what the rounding cost, upper
+// bounds of pre-activations, and blocks computed whole. Included by isa.cpp; topk_screen.cpp derives the bound.
+#pragma once
+
+namespace clipsteer::vnni {
+
+#define VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
+
+// digit = round(v * scale / step) in [-127, 127] for d numbers, then zeros up to `width`. The scales are powers of two.
+VNNI void quantise(const float* v, const float* scale, int64_t d, int64_t width, int8_t* digit, Digits& row) {
+  __m512 most = _mm512_setzero_ps();
+  __m512i any = _mm512_setzero_si512();
+  for (int64_t i = 0; i < d; i += 16) {
+    const __mmask16 lane = d - i >= 16 ? 0xffff : __mmask16((1u << (d - i)) - 1);
+    const __m512 value = _mm512_maskz_loadu_ps(lane, v + i);
+    any = _mm512_or_si512(any, _mm512_castps_si512(value));
+    most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_mul_ps(value, _mm512_maskz_loadu_ps(lane, scale + i))));
+  }
+  const float peak = _mm512_reduce_max_ps(most);
+  const float step = peak / 127;
+  const __m512 inverse = _mm512_set1_ps(peak > 0 ? 127 / peak : 0), width_of = _mm512_set1_ps(step);
+  __m512 square = _mm512_setzero_ps(), missed = _mm512_setzero_ps();
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t i = 0; i < d; i += 16) {
+    const __mmask16 lane = d - i >= 16 ? 0xffff : __mmask16((1u << (d - i)) - 1);
+    const __m512 value = _mm512_mul_ps(_mm512_maskz_loadu_ps(lane, v + i), _mm512_maskz_loadu_ps(lane, scale + i));
+    __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse));
+    q = _mm512_max_epi32(_mm512_min_epi32(q, _mm512_set1_epi32(127)), _mm512_set1_epi32(-127));
+    const __m512 rest = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(q), width_of, value);
+    square = _mm512_fmadd_ps(value, value, square);
+    missed = _mm512_fmadd_ps(rest, rest, missed);
+    sum = _mm512_add_epi32(sum, q);
+    _mm512_mask_cvtepi32_storeu_epi8(digit + i, lane, q);
+  }
+  for (int64_t i = d; i < width; ++i) digit[i] = 0;
+  row.step = step;
+  row.norm = std::sqrt(_mm512_reduce_add_ps(square));
+  row.error = std::sqrt(_mm512_reduce_add_ps(missed));
+  row.sum = _mm512_reduce_add_epi32(sum);
+  // Only true zeros may count as 0: the processor may be set to read denormal numbers as zero.
+  const bool zero = _mm512_test_epi32_mask(any, _mm512_set1_epi32(INT32_MAX)) == 0;
+  row.usable = zero || (peak >= Digits::kLeast && peak <= Digits::kMost && row.norm <= Digits::kMost * Digits::kMost);
+}
+
+// A bit for each of 64 columns whose pre-activation may exceed the row's bound (NaN: may), from products of bytes.
+VNNI static inline uint64_t above(const int32_t* product, const ScreenRow& row, const ScreenColumns& column) {
+  const __m512 step = _mm512_set1_ps(row.step), bound = _mm512_set1_ps(row.bound);
+  const __m512 error = _mm512_set1_ps(row.error), norm = _mm512_set1_ps(row.norm);
+  uint64_t pass = 0;
+  for (int v = 0; v < 4; ++v) {
+    const __m512i sums = _mm512_add_epi32(_mm512_load_si512(product + 16 * v),
+                                          _mm512_loadu_si512(column.offset + 16 * v));
+    const __m512 base = _mm512_loadu_ps(column.base + 16 * v);
+    __m512 upper = _mm512_fmadd_ps(norm, _mm512_loadu_ps(column.error + 16 * v), base);
+    upper = _mm512_fmadd_ps(error, _mm512_loadu_ps(column.norm + 16 * v), upper);
+    const __m512 scale = _mm512_mul_ps(step, _mm512_loadu_ps(column.step + 16 * v));
+    upper = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scale, upper);
+    pass |= uint64_t(_mm512_cmp_ps_mask(upper, bound, _CMP_NLE_UQ)) << (16 * v);
+  }
+  return pass;
+}
+
+// pass[r] = above() for rows of `width` bytes; those that are not wanted may be left as they are. Meanwhile `lines`
+// cache lines from `next` on are fetched, a share with every block.
+VNNI void screen(const uint8_t* x, int64_t width, const ScreenRow* row, int64_t rows, const int8_t* panel,
+                 const ScreenColumns& column, const char* next, int64_t lines, uint64_t* pass) {
+  const int64_t quads = width / 4, blocks = (rows + kBlockRows - 1) / kBlockRows;
+  const int64_t share = std::min(quads, (lines + blocks - 1) / blocks);
+  for (int64_t at = 0; at < rows; at += kBlockRows, next += 64 * share) {
+    const uint8_t* left[kBlockRows];
+    bool wanted = false;
+    for (int i = 0; i < kBlockRows; ++i) {
+      left[i] = x + std::min(at + i, rows - 1) * width;
+      wanted |= row[std::min(at + i, rows - 1)].wanted;
+    }
+    if (!wanted) continue;
+    __m512i sum[kBlockRows][4] = {};
+    const int8_t* w = panel;
+    for (int64_t q = 0; q < quads; ++q, w += 256) {
+      if (q < share) __builtin_prefetch(next + 64 * q, 0, 2);
+      const __m512i right[4] = {_mm512_loadu_si512(w), _mm512_loadu_si512(w + 64), _mm512_loadu_si512(w + 128),
+                                _mm512_loadu_si512(w + 192)};
+#pragma GCC unroll 6
+      for (int i = 0; i < kBlockRows; ++i) {
+        int32_t four;
+        std::memcpy(&four, left[i] + 4 * q, 4);
+        const __m512i one = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) sum[i][v] = _mm512_dpbusd_epi32(sum[i][v], one, right[v]);
+      }
+    }
+    // Plain stores, all of them unrolled, keep the sums in registers above.
+    alignas(64) int32_t product[kBlockRows][64];
+#pragma GCC unroll 6
+    for (int i = 0; i < kBlockRows; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) _mm512_store_si512(product[i] + 16 * v, sum[i][v]);
+    }
+    for (int64_t r = at; r < std::min(rows, at + kBlockRows); ++r) pass[r] = above(product[r - at], row[r], column);
+  }
+}
+
+#ifdef CLIPSTEER_AMX
+// The same on tiles of 16 rows; `width` is a multiple of 64.
+__attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
+void screen_tiles(const uint8_t* x, int64_t width, const ScreenRow* row, int64_t rows, const int8_t* panel,
+                  const ScreenColumns& column, const char* next, int64_t lines, uint64_t* pass) {
+  // Eight tiles of 16 rows of 64 bytes. In memory before any code runs, as the instruction's use of it is not declared.
+  alignas(64) static const volatile struct {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } kTiles;
+  const int64_t blocks = (rows + kScreenTile - 1) / kScreenTile, share = (lines + blocks - 1) / blocks;
+  const int64_t step = (share * 64 + width - 1) / width;
+  __asm__ volatile("" ::: "memory");  // nor is it what loads of tiles read
+  _tile_loadconfig(const_cast<const void*>(static_cast<const volatile void*>(&kTiles)));
+  for (int64_t at = 0; at < rows; at += kScreenTile, next += 64 * share) {
+    bool wanted = false;
+    for (int64_t r = at; r < std::min(rows, at + kScreenTile); ++r) wanted |= row[r].wanted;
+    if (!wanted) continue;
+    alignas(64) int32_t product[kScreenTile][64];
+    const uint8_t* left = x + at * width;
+    const int8_t* w = panel;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t q = 0; q < width; q += 64, w += 16 * 256) {
+      for (int64_t l = q / 64 * step; l < std::min(share, (q / 64 + 1) * step); ++l) {
+        __builtin_prefetch(next + 64 * l, 0, 2);
+      }
+      _tile_loadd(4, left + q, width);
+      _tile_loadd(5, w, 256);
+      _tile_dpbusd(0, 4, 5);
+      _tile_loadd(6, w + 64, 256);
+      _tile_dpbusd(1, 4, 6);
+      _tile_loadd(7, w + 128, 256);
+      _tile_dpbusd(2, 4, 7);
+      _tile_loadd(5, w + 192, 256);
+      _tile_dpbusd(3, 4, 5);
+    }
+    _tile_stored(0, product[0], 256);
+    _tile_stored(1, product[0] + 16, 256);
+    _tile_stored(2, product[0] + 32, 256);
+    _tile_stored(3, product[0] + 48, 256);
+    __asm__("" : "+m"(product));  // what the stores write is not declared either
+    for (int64_t r = at; r < std::min(rows, at + kScreenTile); ++r) pass[r] = above(product[r - at], row[r], column);
+  }
+  _tile_release();
+}
+#endif
+
+template <int ROWS, int COLUMNS>
+VNNI static inline void add_products(const float* const* x, const float* const* w, int64_t at, __mmask16 lane,
+                                     __m512 (*sum)[COLUMNS]) {
+  // The empty statements make the compiler load each vector once, not for each of its products.
+  __m512 right[COLUMNS];
+#pragma GCC unroll 2
+  for (int j = 0; j < COLUMNS; ++j) {
+    right[j] = _mm512_maskz_loadu_ps(lane, w[j] + at);
+    __asm__("" : "+v"(right[j]));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < ROWS; ++i) {
+    __m512 left = _mm512_maskz_loadu_ps(lane, x[i] + at);
+    __asm__("" : "+v"(left));
+#pragma GCC unroll 2
+    for (int j = 0; j < COLUMNS; ++j) sum[i][j] = _mm512_fmadd_ps(left, right[j], sum[i][j]);
+  }
+}
+
+// out[i * stride + j] = x[i] . w[j], to the bit what dot<float> (rows.h) makes of it.
+template <int ROWS, int COLUMNS>
+VNNI static inline void products(const float* const* x, const float* const* w, int64_t d, float* out, int64_t stride) {
+  __m512 sum[4][ROWS][COLUMNS] = {};
+  int64_t at = 0;
+  for (; at + 64 <= d; at += 64) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) add_products<ROWS, COLUMNS>(x, w, at + 16 * v, 0xffff, sum[v]);
+  }
+  if (at < d) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const int64_t left = std::clamp<int64_t>(d - at - 16 * v, 0, 16);
+      add_products<ROWS, COLUMNS>(x, w, at + 16 * v, __mmask16((1u << left) - 1), sum[v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < COLUMNS; ++j) {
+      const __m512 low = _mm512_add_ps(sum[0][i][j], sum[2][i][j]), high = _mm512_add_ps(sum[1][i][j], sum[3][i][j]);
+      const __m512 both = _mm512_add_ps(low, high);
+      const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(both), _mm512_extractf32x8_ps(both, 1));
+      __m128 last = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+      last = _mm_add_ps(last, _mm_movehl_ps(last, last));
+      out[i * stride + j] = _mm_cvtss_f32(_mm_add_ss(last, _mm_movehdup_ps(last)));
+    }
+  }
+}
+
+template <int COLUMNS>
+VNNI static inline void products(int rows, const float* const* x, const float* const* w, int64_t d, float* out) {
+  switch (rows) {
+    case 1: return products<1, COLUMNS>(x, w, d, out, kDotColumns);
+    case 2: return products<2, COLUMNS>(x, w, d, out, kDotColumns);
+    case 3: return products<3, COLUMNS>(x, w, d, out, kDotColumns);
+    default: return products<kDotRows, COLUMNS>(x, w, d, out, kDotColumns);
+  }
+}
+
+// out[i][c] = x[i] . row c of w, for 1 to kDotRows rows and 1 to kDotColumns columns, two at a time.
+VNNI void dots(const float* const* x, int rows, const float* w, int64_t d, int64_t columns, float (*out)[kDotColumns]) {
+  if (columns == 1) return products<1>(rows, x, &w, d, out[0]);
+  for (int64_t c = 0; c < columns; c += 2) {
+    const int64_t first = std::min(c, columns - 2);
+    const float* right[2] = {w + first * d, w + (first + 1) * d};
+    products<2>(rows, x, right, d, out[0] + first);
+  }
+}
+
+#undef VNNI
+
+}  // namespace clipsteer::vnni

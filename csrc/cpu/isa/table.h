@@ -1,0 +1,50 @@
+// The kernels of one instruction set: isa.cpp includes this once for each, with CLIPSTEER_LEVEL,
+// ISA (a namespace) and TARGET (a function attribute) defined. The loops are vectorised by the
+// compiler for each target. No include guard on purpose.
+
+#include "topk.h"
+#include "rows.h"
+#include "drift.h"
+#include "drrho.h"
+#include "adam.h"
+#if CLIPSTEER_LEVEL > 0
+#include "blocks.h"
+#endif
+
+namespace clipsteer::ISA {
+
+template <class V>
+constexpr Kernels<V> kKernels = {
+    .filter = filter,
+    .seed = seed,
+    .axpy = axpy,
+    .dot = dot,
+    .distance = distance,
+    .repel = repel,
+    .log_weights = log_weights,
+    .weights = weights,
+    .maxima = maxima,
+    .pair_sums = pair_sums,
+    .pair_weights = pair_weights,
+    .adam = adam,
+#if CLIPSTEER_LEVEL > 0
+    .block_columns = kBlockBytes / sizeof(V),
+    .block = block,
+    .inner = inner,
+    .pack = pack,
+#endif
+};
+
+template <class T>
+  requires kNarrow<T>
+constexpr Kernels<T> kKernels<T> = {.widen = widen, .narrow = narrow};
+
+constexpr Isa table(int64_t level, Screening screening = {}) {
+  return {kKernels<float>, kKernels<double>, kKernels<BFloat16>, kKernels<Half>, screening, level};
+}
+
+}  // namespace clipsteer::ISA
+
+#undef CLIPSTEER_LEVEL
+#undef ISA
+#undef TARGET

@@ -1,0 +1,63 @@
+// The schemas of the C++ backend, and what the CPU runs for them.
+#include "cpu.h"
+
+namespace clipsteer {
+namespace {
+
+int64_t isa_level() { return isa().level; }
+
+}  // namespace
+}  // namespace clipsteer
+
+STABLE_TORCH_LIBRARY(clipsteer_cpp, m) {
+  m.def("topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, int k, bool screen=True) -> (Tensor acts, Tensor indices)");
+  m.def(
+      "topk_encode_screened(Tensor x, Tensor W_enc, Tensor? b_enc, int k) -> (Tensor acts, Tensor indices, "
+      "Tensor computed)");
+  m.def("topk(Tensor pre, int k) -> (Tensor values, Tensor indices)");
+  m.def("sparse_decode(Tensor acts, Tensor indices, Tensor W, Tensor? b) -> Tensor");
+  m.def("gather_dot(Tensor rows, Tensor indices, Tensor W) -> Tensor");
+  m.def("sparse_outer(Tensor coeff, Tensor indices, Tensor rows, SymInt n) -> (Tensor dW, Tensor db)");
+  m.def("sparse_outer_out(Tensor coeff, Tensor indices, Tensor rows, Tensor(a!) dW, Tensor(b!) db) -> ()");
+  m.def("grouped_matmul(Tensor x, Tensor W, Tensor? index, Tensor? beta, Tensor? mean, bool transpose) -> Tensor");
+  m.def("grouped_outer(Tensor a, Tensor b, Tensor? index, SymInt groups) -> Tensor");
+  m.def("low_rank_project(Tensor x, Tensor U, Tensor s, Tensor? index, Tensor? mean) -> Tensor");
+  m.def("drift_sums(Tensor old, Tensor new, Tensor prototypes, Tensor scale) -> (Tensor peak, Tensor total, Tensor moved)");
+  m.def(
+      "mahalanobis_covariance_loss(Tensor new, Tensor old, Tensor labels, Tensor factor, Tensor? s, Tensor? diag, "
+      "bool normalize, bool need_grad) -> (Tensor loss, Tensor d_new)");
+  m.def(
+      "drrho_sums(Tensor rows, Tensor cols, Tensor diag, Tensor scale, SymInt offset, bool keep) "
+      "-> (Tensor row_lse, Tensor col_lse, Tensor kept)");
+  m.def(
+      "drrho_grad(Tensor rows, Tensor cols, Tensor diag, Tensor scale, SymInt offset, Tensor row_u, Tensor col_u, "
+      "Tensor own, Tensor kept, SymInt width, bool need_rows, bool need_cols) "
+      "-> (Tensor d_rows, Tensor d_cols, Tensor moment)");
+  m.def(
+      "adam_rows(Tensor(a!) W, Tensor(b!) m, Tensor(c!) v, Tensor step, Tensor grad, Tensor? features, bool unit, "
+      "float lr, float beta1, float beta2, float eps) -> ()");
+  m.def("isa_level() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(clipsteer_cpp, CPU, m) {
+  m.impl("topk_encode", TORCH_BOX(&clipsteer::topk_encode));
+  m.impl("topk_encode_screened", TORCH_BOX(&clipsteer::topk_encode_screened));
+  m.impl("topk", TORCH_BOX(&clipsteer::topk));
+  m.impl("sparse_decode", TORCH_BOX(&clipsteer::sparse_decode));
+  m.impl("gather_dot", TORCH_BOX(&clipsteer::gather_dot));
+  m.impl("sparse_outer", TORCH_BOX(&clipsteer::sparse_outer));
+  m.impl("sparse_outer_out", TORCH_BOX(&clipsteer::sparse_outer_out));
+  m.impl("grouped_matmul", TORCH_BOX(&clipsteer::grouped_matmul));
+  m.impl("grouped_outer", TORCH_BOX(&clipsteer::grouped_outer));
+  m.impl("low_rank_project", TORCH_BOX(&clipsteer::low_rank_project));
+  m.impl("drift_sums", TORCH_BOX(&clipsteer::drift_sums));
+  m.impl("mahalanobis_covariance_loss", TORCH_BOX(&clipsteer::mahalanobis_covariance_loss));
+  m.impl("drrho_sums", TORCH_BOX(&clipsteer::drrho_sums));
+  m.impl("drrho_grad", TORCH_BOX(&clipsteer::drrho_grad));
+  m.impl("adam_rows", TORCH_BOX(&clipsteer::adam_rows));
+}
+
+// No tensor argument to choose a backend by.
+STABLE_TORCH_LIBRARY_IMPL(clipsteer_cpp, CompositeExplicitAutograd, m) {
+  m.impl("isa_level", TORCH_BOX(&clipsteer::isa_level));
+}

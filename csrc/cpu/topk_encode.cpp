@@ -1,0 +1,179 @@
+// topk_encode: panels of pre-activations by torch's GEMM, each filtered while it is in cache; no (B, n) buffer. Large
+// float32 products are screened in int8 first (topk_screen.cpp).
+#include "topk_encode.h"
+
+namespace clipsteer {
+namespace {
+
+using torch::stable::parallel_for;
+
+constexpr int64_t kPanelColumns = 512;
+constexpr int64_t kMaxBlockRows = 256;
+
+template <class T>
+void encode(const T* x, const T* w, const T* b, int64_t rows, int64_t n, int64_t d, int64_t k, T* acts,
+            int64_t* indices) {
+  using V = Compute<T>;
+  const Kernels<V>& kernel = kernels<V>();
+  const int64_t panels = (n + kPanelColumns - 1) / kPanelColumns;
+  // Each slot takes a run of panels with its own bounds, so one thread makes each GEMM, whatever the thread count.
+  const int64_t slots = std::min<int64_t>(torch::stable::get_num_threads(), panels);
+  const int64_t slot_columns = std::min(n, (panels + slots - 1) / slots * kPanelColumns);
+  const int64_t limit = Candidates<V>::limit_for(k, slot_columns);
+  const int64_t capacity = limit + Candidates<V>::kSlack;
+  const int64_t row_bytes = slots * (kPanelColumns * sizeof(V) + capacity * sizeof(Key<V>));
+  const int64_t block = std::min({rows, kMaxBlockRows, std::max<int64_t>(kScratchBytes / row_bytes, 16)});
+
+  std::unique_ptr<V[]> panel(new V[slots * block * kPanelColumns]);
+  std::unique_ptr<Key<V>[]> keys(new Key<V>[slots * block * capacity]);
+  std::vector<Candidates<V>> state(slots * block);
+  std::unique_ptr<V[]> wide_w(kNarrow<T> ? new V[slots * kPanelColumns * d] : nullptr);
+  std::unique_ptr<V[]> wide_x(kNarrow<T> ? new V[block * d] : nullptr);
+  std::unique_ptr<V[]> wide_b(kNarrow<T> && b ? new V[n] : nullptr);
+  const V* bias = b ? widened(b, wide_b.get(), n) : nullptr;
+
+  for (int64_t r0 = 0; r0 < rows; r0 += block) {
+    const int64_t count = std::min(block, rows - r0);
+    const Tensor input = matrix(widened(x + r0 * d, wide_x.get(), count * d), count, d, d, 1);
+    parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s) {
+        V* out = panel.get() + s * block * kPanelColumns;
+        Candidates<V>* slot = state.data() + s * block;
+        for (int64_t r = 0; r < count; ++r) slot[r].reset(keys.get() + (s * block + r) * capacity, limit, k);
+        for (int64_t p = panels * s / slots; p < panels * (s + 1) / slots; ++p) {
+          const int64_t first = p * kPanelColumns, columns = std::min(kPanelColumns, n - first);
+          if (d > 0) {
+            const V* weights =
+                widened(w + first * d, wide_w.get() + (kNarrow<T> ? s * kPanelColumns * d : 0), columns * d);
+            multiply(input, matrix(weights, d, columns, 1, d), matrix(out, count, columns, columns, 1));
+          } else {
+            std::fill_n(out, count * columns, V(0));
+          }
+          for (int64_t r = 0; r < count; ++r) {
+            if (slot[r].nan) continue;
+            kernel.filter(out + r * columns, bias ? bias + first : nullptr, columns, first, slot[r]);
+          }
+        }
+      }
+    });
+    parallel_for(0, count, 32, [&](int64_t begin, int64_t end) {
+      std::vector<Key<V>> merged;
+      std::vector<V> buffer(k);
+      for (int64_t r = begin; r < end; ++r) {
+        merged.clear();
+        bool nan = false;
+        for (int64_t s = 0; s < slots; ++s) {
+          const Candidates<V>& found = state[s * block + r];
+          merged.insert(merged.end(), found.keys, found.keys + found.count);
+          nan |= found.nan;
+        }
+        select<T, V>(merged.data(), merged.size(), k, nan, true, buffer.data(), acts + (r0 + r) * k,
+                     indices + (r0 + r) * k);
+      }
+    });
+  }
+}
+
+// Where screening pays: enough rows for the price of making bytes of W, few winners among many columns.
+bool worth_screening(int64_t rows, int64_t n, int64_t d, int64_t k) {
+  return isa().screen && rows >= 48 && n >= 4096 && d >= 128 && d <= kScreenMaxDim && k <= n / 128;
+}
+
+template <class T>
+void select_rows(const T* pre, int64_t rows, int64_t n, int64_t k, T* values, int64_t* indices) {
+  using V = Compute<T>;
+  const int64_t limit = Candidates<V>::limit_for(k, n);
+  parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    std::unique_ptr<Key<V>[]> keys(new Key<V>[limit + Candidates<V>::kSlack]);
+    std::vector<Rank<V>> rank(n);
+    std::vector<V> wide(kNarrow<T> ? n : 0), buffer(k);
+    for (int64_t r = begin; r < end; ++r) {
+      const V* row = widened(pre + r * n, wide.data(), n);
+      Candidates<V> found;
+      found.reset(keys.get(), limit, k);
+      found.start_from(kernels<V>().seed(row, n, k, rank.data()));
+      kernels<V>().filter(row, nullptr, n, 0, found);
+      select<T, V>(found.keys, found.count, k, found.nan, false, buffer.data(), values + r * k, indices + r * k);
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> outputs(const Tensor& like, int64_t rows, int64_t k) {
+  const int64_t sizes[] = {rows, k};
+  return {torch::stable::new_empty(like, {sizes, 2}), torch::stable::new_empty(like, {sizes, 2}, ScalarType::Long)};
+}
+
+void check_k(const char* op, int64_t k, int64_t n) {
+  require(0 <= k && k <= n, op, "expected 0 <= k <= " + std::to_string(n) + ", got " + std::to_string(k));
+  require(n <= std::numeric_limits<int32_t>::max(), op,
+          "expected fewer than 2**31 features, got " + std::to_string(n));
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k, bool screen) {
+  const char* op = "topk_encode";
+  check_dim(op, "x", x, 2);
+  check_dim(op, "W_enc", w_enc, 2);
+  const int64_t rows = x.size(0), d = x.size(1), n = w_enc.size(0);
+  const ScalarType dtype = x.scalar_type();
+  check(op, "x", x, dtype, {rows, d});
+  check(op, "W_enc", w_enc, dtype, {n, d});
+  if (b_enc) check(op, "b_enc", *b_enc, dtype, {n});
+  check_k(op, k, n);
+  auto [acts, indices] = outputs(x, rows, k);
+  if (rows == 0 || k == 0) return {acts, indices};
+  dispatch(op, dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (std::is_same_v<T, float>) {
+      if (screen && worth_screening(rows, n, d, k)) {
+        return screened(data<float>(x), data<float>(w_enc), b_enc ? data<float>(*b_enc) : nullptr, rows, n, d, k,
+                        data<float>(acts), data<int64_t>(indices), nullptr);
+      }
+    }
+    encode<T>(data<T>(x), data<T>(w_enc), b_enc ? data<T>(*b_enc) : nullptr, rows, n, d, k, data<T>(acts),
+              data<int64_t>(indices));
+  });
+  return {acts, indices};
+}
+
+// For tests and measurements: screened at any size, and how many columns of each row were computed in float32.
+std::tuple<Tensor, Tensor, Tensor> topk_encode_screened(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc,
+                                                        int64_t k) {
+  const char* op = "topk_encode_screened";
+  check_dim(op, "x", x, 2);
+  check_dim(op, "W_enc", w_enc, 2);
+  const int64_t rows = x.size(0), d = x.size(1), n = w_enc.size(0);
+  check(op, "x", x, ScalarType::Float, {rows, d});
+  check(op, "W_enc", w_enc, ScalarType::Float, {n, d});
+  if (b_enc) check(op, "b_enc", *b_enc, ScalarType::Float, {n});
+  check_k(op, k, n);
+  require(isa().screen, op,
+          "this processor (or CLIPSTEER_CPU_ISA) has no AVX512-VNNI; topk_encode always runs");
+  require(k > 0, op, "expected k > 0");
+  require(0 < d && d <= kScreenMaxDim, op, "expected 0 < d_in <= 8192, got " + std::to_string(d));
+  auto [acts, indices] = outputs(x, rows, k);
+  Tensor computed = torch::stable::new_empty(x, {&rows, 1}, ScalarType::Long);
+  if (rows) {
+    screened(data<float>(x), data<float>(w_enc), b_enc ? data<float>(*b_enc) : nullptr, rows, n, d, k,
+             data<float>(acts), data<int64_t>(indices), data<int64_t>(computed));
+  }
+  return {acts, indices, computed};
+}
+
+std::tuple<Tensor, Tensor> topk(Tensor pre, int64_t k) {
+  const char* op = "topk";
+  check_dim(op, "pre", pre, 2);
+  const int64_t rows = pre.size(0), n = pre.size(1);
+  check(op, "pre", pre, pre.scalar_type(), {rows, n});
+  check_k(op, k, n);
+  auto [values, indices] = outputs(pre, rows, k);
+  if (rows == 0 || k == 0) return {values, indices};
+  dispatch(op, pre.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    select_rows<T>(data<T>(pre), rows, n, k, data<T>(values), data<int64_t>(indices));
+  });
+  return {values, indices};
+}
+
+}  // namespace clipsteer
