@@ -59,8 +59,10 @@ class Encoder(nn.Module):
         name: str = "",
     ) -> None:
         super().__init__()
-        self.module, self.name = module, name
-        self.preprocess, self.train_transform = preprocess, train_transform or preprocess
+        self.module = module
+        self.name = name
+        self.preprocess = preprocess
+        self.train_transform = train_transform or preprocess
         self.blocks = [n for n, _ in module.named_modules() if _BLOCK.fullmatch(n)]
         if not self.blocks:
             raise ValueError(
@@ -205,3 +207,12 @@ class Encoder(nn.Module):
             features = self(pixels)
         tokens = found[self._last].to(features.dtype)
         return Tokens(features, tokens[:, 0], tokens[:, self.prefix :])
+
+    def by_block(self) -> dict[str, list[nn.Parameter]]:
+        """The tower's parameters that train, by block; what is in no block under the empty name."""
+        found: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                block = next((b for b in self.blocks if name.startswith(f"{b}.")), "")
+                found.setdefault(block, []).append(parameter)
+        return found
