@@ -169,7 +169,8 @@ def add_model(
         "--model",
         default=default,
         metavar="NAME",
-        help=f"open_clip name, hf-hub:org/repo, or emojiclip (default: {source})",
+        help="open_clip name, hf-hub:org/repo, timm:NAME, the folder of a run, or emojiclip "
+        f"(default: {source})",
     )
     p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or a local weights file")
     add_device(p)
@@ -181,7 +182,9 @@ def add_device(p: argparse.ArgumentParser) -> None:
 
 def add_data(p: argparse.ArgumentParser, what: str) -> None:
     p.add_argument(
-        "--data", metavar="PATH", help=f"folder, captions .csv/.jsonl, or .tar shards: {what}"
+        "--data",
+        metavar="PATH",
+        help=f"emoji[:style[:part]], folder, captions .csv/.jsonl, or .tar shards: {what}",
     )
 
 
@@ -189,16 +192,6 @@ def device_of(args: argparse.Namespace) -> str:
     import torch
 
     return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def open_images(path: str | None, cell: tuple[str, bool]) -> Any:
-    from clipsteer.data.emoji import EmojiStyles
-    from clipsteer.data.files import open_dataset
-
-    if path is not None:
-        return open_dataset(path)
-    emoji = EmojiStyles()
-    return emoji.dataset(emoji.cells()[cell])
 
 
 def add_workers(p: argparse.ArgumentParser) -> None:
@@ -233,7 +226,7 @@ def show_steering(
 
     from clipsteer.clip.model import EMOJICLIP
     from clipsteer.clip.zero_shot import zero_shot_head
-    from clipsteer.data.dataset import spread
+    from clipsteer.data.dataset import sample_names, spread
     from clipsteer.data.emoji import EmojiStyles
     from clipsteer.steering import steer
 
@@ -249,7 +242,7 @@ def show_steering(
     rows = spread(range(len(dataset)), args.count)
     images = [dataset[i][0] for i in rows]
     before = (100 * clip.encode_images(images) @ head.T).softmax(-1)
-    with steer(clip.model, {hook_point: steering}):
+    with steer(clip, {hook_point: steering}):
         after = (100 * clip.encode_images(images) @ head.T).softmax(-1)
 
     def shown(p: torch.Tensor) -> str:
@@ -258,10 +251,9 @@ def show_steering(
             f"{words[i]} {v:.0%}" for v, i in zip(best.values.tolist(), best.indices.tolist())
         )
 
+    names = sample_names(dataset)
     for i, p, q in zip(rows, before, after):
-        target = dataset.targets[i]
-        name = target if dataset.classes is None else dataset.classes[target]
-        sys.stdout.write(f"{str(name)[:60]}\n  before  {shown(p)}\n  after   {shown(q)}\n")
+        sys.stdout.write(f"{names[i][:60]}\n  before  {shown(p)}\n  after   {shown(q)}\n")
     change = (after - before).mean(0)
     order = change.abs().argsort(descending=True)[: 2 * args.top].tolist()
     sys.stdout.write("mean change, in points\n")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clipsteer.cli.arguments import Options, add_device, add_workers, count, device_of
+from clipsteer.cli.arguments import Options, add_model, add_workers, count, device_of
 
 # Wu et al. 2025 and Zhang et al. 2023, section "implementation details"
 PAPER = {"first_epochs": 20, "epochs": 10, "batch_size": 48, "rank": 32}
@@ -110,11 +110,7 @@ def _cil_options(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="seeds 1993, 1994 …: class order and training (default: 3)",
     )
-    p.add_argument(
-        "--model", metavar="NAME", help="emojiclip, an open_clip name, hf-hub:…, or timm:NAME"
-    )
-    p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or a local weights file")
-    add_device(p)
+    add_model(p, None, "emojiclip, or the recipe's")
     p.add_argument(
         "--recipe",
         choices=("paper",),
@@ -184,14 +180,24 @@ def _scenario(
     seed: int,
 ) -> Any:
     from clipsteer.continual.scenario import emoji_scenario, folder_scenario
+    from clipsteer.data.emoji import STYLES
+    from clipsteer.data.files import emoji_parts, is_emoji
 
     share = 0.2 if measure == "validation" else 0.0
-    if data == "emoji":
+    if is_emoji(data):
         if init_cls or increment:
             raise ValueError(
                 "--init-cls and --increment are for folders; emoji takes --tasks N or categories"
             )
-        found = emoji_scenario(5 if tasks is None else tasks, seed, validation=share, split=split)
+        style, part = emoji_parts(data)
+        if part is not None or (split == "styles" and style != "all") or style not in STYLES:
+            raise ValueError(
+                "--data must be emoji or, with --split concepts, emoji:STYLE with a STYLE of "
+                f"{', '.join(STYLES)}; got {data!r}"
+            )
+        found = emoji_scenario(
+            5 if tasks is None else tasks, seed, STYLES[style], validation=share, split=split
+        )
     else:
         if tasks == "categories":
             raise ValueError(
@@ -262,16 +268,11 @@ def _fit_saes(folder: Path, images: str, encoder: tuple[Any, ...]) -> None:
     """SAEs of every block from images of all kinds, and the usage that these have on average."""
     from clipsteer.clip.pixels import pixel_batches
     from clipsteer.continual.plasticity import Plasticity, fit_saes, load_saes, save_saes
-    from clipsteer.data.emoji import EmojiStyles
     from clipsteer.data.files import open_dataset
     from clipsteer.io.files import write_safetensors
 
     tower = _encoder(*encoder)[0]
-    if images == "emoji":  # what EmojiCLIP was trained on
-        emoji = EmojiStyles()
-        found = emoji.dataset(emoji.cells()["trained", True], "subcategory")
-    else:
-        found = open_dataset(images)
+    found = open_dataset(images, emoji="trained:seen")  # what EmojiCLIP was trained on
     if any(folder.glob("*/cfg.json")):  # somebody's own: only what they have in common is lacking
         saes = load_saes(folder, device=encoder[3])
     else:
@@ -287,12 +288,14 @@ def _configs(args: argparse.Namespace, names: list[str]) -> tuple[list[Any], dic
     """Settings of each run, and what the notes say about them."""
     from clipsteer.continual.config import CILConfig
     from clipsteer.continual.strategies import strategy
+    from clipsteer.data.files import is_emoji
 
-    recipe: dict[str, Any] = EMOJI if args.data == "emoji" else PAPER
+    drawings = is_emoji(args.data)
+    recipe: dict[str, Any] = EMOJI if drawings else PAPER
     if args.recipe == "paper":
         recipe = {**PAPER, "sigma": 1.0}
     given = args.options.given(args)
-    rates = EMOJI_RATES if args.data == "emoji" and args.recipe is None else {}
+    rates = EMOJI_RATES if drawings and args.recipe is None else {}
     if "lr" in given:
         rates = {}
     configs = []
@@ -312,6 +315,7 @@ def _configs(args: argparse.Namespace, names: list[str]) -> tuple[list[Any], dic
 def _cil(args: argparse.Namespace) -> int:
     from clipsteer.continual.experiment import folder_name, run_all
     from clipsteer.continual.report import write_results
+    from clipsteer.data.files import is_emoji
 
     names = _names(args.strategy)
     configs, settings = _configs(args, names)
@@ -321,7 +325,7 @@ def _cil(args: argparse.Namespace) -> int:
     place = (args.data, args.tasks, args.init_cls, args.increment, args.split, args.measure)
     saes = args.saes or args.out / "saes"
     if any(config.plasticity for config in configs) and not (saes / _BACKGROUND).exists():
-        images = args.sae_images or ("emoji" if args.data == "emoji" else None)
+        images = args.sae_images or ("emoji" if is_emoji(args.data) else None)
         if images is None:
             raise ValueError(
                 "plasticity needs --sae-images, images of all kinds that SAEs of the blocks are "
@@ -359,6 +363,8 @@ def _data_note(args: argparse.Namespace, found: Any) -> str:
 
 
 def _split_note(args: argparse.Namespace) -> str:
-    if args.data != "emoji":
+    from clipsteer.data.files import is_emoji
+
+    if not is_emoji(args.data):
         return ""
     return {"concepts": ": new concepts, all styles", "styles": ": a new style"}[args.split]

@@ -15,7 +15,6 @@ from clipsteer.cli.arguments import (
     add_model,
     add_shown,
     device_of,
-    open_images,
     show_steering,
     whole,
 )
@@ -194,10 +193,12 @@ def _drawings(style: str | None, category: str | None) -> Any:
     known = sorted({c.category for c in emoji.concepts})
     if category is not None and category not in known:
         raise ValueError(f"--category must be one of {', '.join(known)}; got {category!r}")
-    styles = emoji.styles if style is None else (style,)
-    return emoji.dataset(
-        [(s, i) for s in styles for i in emoji.indices(s, category=category)], "category"
-    )
+    drawings = [
+        (s, i)
+        for s, i in emoji.drawings(style or "all")
+        if category in (None, emoji.concepts[i].category)
+    ]
+    return emoji.dataset(drawings, "category")
 
 
 def _activations(
@@ -214,7 +215,7 @@ def _activations(
         image_loader(clip, dataset, args.batch_size), desc=title, unit="batch", disable=None
     )
     at = 0
-    for rows in harvest(clip.model, loader, hook_point, tokens=args.tokens):
+    for rows in harvest(clip, loader, hook_point, tokens=args.tokens):
         images = min(args.batch_size, len(dataset) - at)
         yield (
             rows,
@@ -231,6 +232,7 @@ def _fit(args: argparse.Namespace) -> int:
     from clipsteer.clip.model import default_hook_point, load
     from clipsteer.conceptors.conceptor import Conceptor
     from clipsteer.conceptors.fit import aperture_sweep, choose_aperture, correlation
+    from clipsteer.data.files import open_dataset
     from clipsteer.sae.activations import ActivationStore
     from clipsteer.steering import AdditiveSteering
 
@@ -251,14 +253,12 @@ def _fit(args: argparse.Namespace) -> int:
         batches: Any = (store.read_shard(i) for i in range(len(store.shards)))
     else:
         clip = load(args.model, args.pretrained, device=device_of(args))
-        dataset = (
-            open_images(args.data, None) if args.data else _drawings(args.style, args.category)
-        )
+        dataset = open_dataset(args.data) if args.data else _drawings(args.style, args.category)
         hook_point = args.hook_point or default_hook_point(clip)
         values = (clip.name, clip.pretrained, hook_point, args.tokens)
         provenance = dict(zip(_ORIGIN, values))
         if args.centre is not None:
-            background = open_images(args.centre, None) if args.centre else _drawings(None, None)
+            background = open_dataset(args.centre or "emoji")
             rows = (r for r, _ in _activations(clip, background, hook_point, args, "background"))
             mean = AdditiveSteering.fit(rows).mean
         pairs = _activations(clip, dataset, hook_point, args, "activations")
@@ -312,6 +312,7 @@ def _pick(path: Path | str, name: str | None) -> Any:
 
 def _steer(args: argparse.Namespace) -> int:
     from clipsteer.clip.model import load
+    from clipsteer.data.files import open_dataset
     from clipsteer.steering import ConceptorSteering
 
     C = _pick(args.conceptor, args.chosen)
@@ -349,6 +350,5 @@ def _steer(args: argparse.Namespace) -> int:
     )
     sys.stdout.write(f"{C}\n")
     clip = load(name, pretrained, device=device_of(args))
-    return show_steering(
-        args, clip, open_images(args.data, ("held-out", True)), hook_point, steering
-    )
+    dataset = open_dataset(args.data or "emoji", emoji="held-out:seen")
+    return show_steering(args, clip, dataset, hook_point, steering)

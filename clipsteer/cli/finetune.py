@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clipsteer.cli.arguments import Options, add_model, add_workers, device_of
-from clipsteer.cli.wise_ft import DATA, _dataset
+from clipsteer.cli.wise_ft import DATA
 
 
 def add_parser(commands: Any, add: Any) -> None:
@@ -22,7 +22,7 @@ def add_parser(commands: Any, add: Any) -> None:
         """
 examples:
   the bundled model on the 30 bundled classes, drawn by one vendor; a minute:
-    clipsteer finetune --data classify30:noto:train --batch-size 64 --lr 1e-4 --out runs/noto
+    clipsteer finetune --data emoji:noto:train --batch-size 64 --lr 1e-4 --out runs/noto
   a real CLIP end to end on your own images, with the paper's recipe; a stopped run goes on where
   it was:
     clipsteer finetune --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/train \\
@@ -64,19 +64,21 @@ def _finetune_options(p: argparse.ArgumentParser) -> None:
 def _finetune(args: argparse.Namespace) -> int:
     from clipsteer.clip.model import load
     from clipsteer.clip.zero_shot import zero_shot_head
-    from clipsteer.data.dataset import renamed
+    from clipsteer.data.dataset import labelled, renamed
+    from clipsteer.data.files import open_dataset
     from clipsteer.ensembles.finetuning import finetune
     from clipsteer.io.files import read_json
 
     config = args.options.read(args)
-    images = _dataset(args.data)
-    classes = images.classes or sorted(set(map(str, images.targets)))
-    images = renamed(images, classes)
+    images = labelled(open_dataset(args.data), "--data")
+    classes = images.classes
     spoken = read_json(args.names) if args.names is not None else {}
     if not isinstance(spoken, Mapping) or not all(isinstance(v, str) for v in spoken.values()):
         raise ValueError(f"{args.names}: expected a JSON object from class to name")
     words = [spoken.get(name, name.replace("_", " ").replace("-", " ")) for name in classes]
-    validation = renamed(_dataset(args.val), classes) if args.val is not None else None
+    validation = None
+    if args.val is not None:
+        validation = renamed(labelled(open_dataset(args.val), "--val"), classes)
     clip = load(args.model, args.pretrained, device=device_of(args))
     head = zero_shot_head(clip, words, args.template)
     finetune(clip, images, head, config, out=args.out, validation=validation, workers=args.workers)

@@ -17,7 +17,6 @@ from clipsteer.cli.arguments import (
     add_workers,
     count,
     device_of,
-    open_images,
     show_steering,
     whole,
 )
@@ -226,6 +225,7 @@ def _sae(p: argparse.ArgumentParser) -> None:
 def _train(args: argparse.Namespace) -> int:
     import clipsteer
     from clipsteer.clip.model import default_hook_point, load
+    from clipsteer.data.files import open_dataset
     from clipsteer.sae.activations import HarvestSource, harvest_to_store
     from clipsteer.training.world import World
 
@@ -233,7 +233,7 @@ def _train(args: argparse.Namespace) -> int:
     # before anything is loaded: under torchrun each process has its own GPU
     world = World(args.device)
     clip = load(args.model, args.pretrained, device=world.device)
-    dataset = open_images(args.data, ("trained", True))
+    dataset = open_dataset(args.data or "emoji", emoji="trained:seen")
     hook_point = args.hook_point or default_hook_point(clip)
     common = {"tokens": args.tokens, "num_workers": args.workers}
     source: Any
@@ -257,6 +257,7 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The SAE, the model it belongs to, and the images."""
     import clipsteer
     from clipsteer.clip.model import load
+    from clipsteer.data.files import open_dataset
 
     device = device_of(args)
     sae = clipsteer.SAE.from_pretrained(args.sae, device=device)
@@ -266,7 +267,8 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any, Any]:
             f"{args.sae} does not say which model it belongs to; pass --model and --hook-point"
         )
     pretrained = args.pretrained or (sae.metadata.get("pretrained") if args.model is None else None)
-    return sae, load(name, pretrained, device=device), open_images(args.data, ("held-out", True))
+    clip = load(name, pretrained, device=device)
+    return sae, clip, open_dataset(args.data or "emoji", emoji="held-out:seen")
 
 
 def _eval(args: argparse.Namespace) -> int:

@@ -11,7 +11,6 @@ from clipsteer.cli.arguments import (
     add_data,
     add_model,
     device_of,
-    open_images,
     read_words,
     whole,
 )
@@ -66,6 +65,7 @@ def _splice(args: argparse.Namespace) -> int:
 
     from clipsteer.clip.model import load
     from clipsteer.data.dataset import read_image
+    from clipsteer.data.files import open_dataset
     from clipsteer.io.files import write_json
     from clipsteer.splice.dictionary import ConceptDictionary
 
@@ -84,7 +84,7 @@ def _splice(args: argparse.Namespace) -> int:
                 f"--dictionary {args.dictionary} holds other concepts than --words {args.words}"
             )
     else:
-        mean_of = open_images(args.data, ("trained", True))
+        mean_of = open_dataset(args.data or "emoji", emoji="trained:seen")
         dictionary = ConceptDictionary.from_clip(clip, read_words(args.words), image_mean=mean_of)
         if args.dictionary is not None:
             dictionary.save(args.dictionary)

@@ -129,32 +129,31 @@ def _train_options(p: argparse.ArgumentParser) -> None:
     settings.add(p)
 
 
+# what --val emoji measures on: every cell of the drawings but the one that is trained on
+_CELLS = {
+    "trained style, new concepts": "emoji:trained:unseen",
+    "held-out style, seen concepts": "emoji:held-out:seen",
+    "held-out style, new concepts": "emoji:held-out:unseen",
+}
+
+
 def _pairs(spec: str) -> Any:
-    from clipsteer.data.emoji import EmojiStyles
     from clipsteer.data.files import open_dataset
 
-    if spec != "emoji":
-        return open_dataset(spec)
-    emoji = EmojiStyles()
-    return emoji.captioned(emoji.cells()["trained", True], "noisy")
+    return open_dataset(spec, emoji="trained:seen", targets="captions")
 
 
 def _validation(specs: list[str]) -> dict[str, Any]:
-    from clipsteer.data.emoji import EmojiStyles
-    from clipsteer.data.files import open_dataset
+    from clipsteer.data.files import is_emoji, open_dataset
 
-    found = {}
+    named: dict[str, str] = {}
     for spec in specs:
-        if spec != "emoji":
-            name = Path(spec).stem
-            found[name if name not in found else spec] = open_dataset(spec)
+        if spec == "emoji":
+            named |= _CELLS
             continue
-        emoji = EmojiStyles()
-        for (style, seen), drawings in emoji.cells().items():
-            if (style, seen) != ("trained", True):
-                name = f"{style} style, {'seen' if seen else 'new'} concepts"
-                found[name] = emoji.captioned(drawings, "label")
-    return found
+        name = spec if is_emoji(spec) else Path(spec).stem
+        named[name if name not in named else spec] = spec
+    return {name: open_dataset(spec, targets="caption") for name, spec in named.items()}
 
 
 def _reference(args: argparse.Namespace, dataset: Any, world: Any) -> tuple[Any, Any]:
@@ -170,15 +169,12 @@ def _reference(args: argparse.Namespace, dataset: Any, world: Any) -> tuple[Any,
             raise ValueError(f"--reference-live needs a model, not the features in {name}")
         kept = reference_features.read(name, dataset)
         return kept, kept
-    if Path(name).is_dir():
-        model = reference_features.load_run(name, world.device)
-    else:
-        model = load(name, args.reference_pretrained, device=world.device)
-        if args.reference_pretrained is None and name != EMOJICLIP and ":" not in name:
-            raise ValueError(
-                f"--reference {name} needs --reference-pretrained, a tag of open_clip or a weights "
-                f"file"
-            )
+    model = load(name, args.reference_pretrained, device=world.device)
+    if model.pretrained is None and name != EMOJICLIP and ":" not in name:
+        raise ValueError(
+            f"--reference {name} needs --reference-pretrained, a tag of open_clip or a weights file"
+        )
+    model.need_text("--reference")
     if args.reference_live:
         return model, None
     path = args.out / "reference.safetensors"
@@ -192,6 +188,7 @@ def _train(args: argparse.Namespace) -> int:
     import torch
 
     from clipsteer.clip.model import load
+    from clipsteer.data.dataset import captions_of
     from clipsteer.reference import features as reference_features
     from clipsteer.reference.evaluate import excess_losses, write_excess
     from clipsteer.reference.train import train_contrastive
@@ -208,6 +205,10 @@ def _train(args: argparse.Namespace) -> int:
     world = World(args.device)
     dataset = _pairs(args.data)
     validation = _validation(args.val)
+    # now, not at the end of the first epoch
+    captions_of(dataset, "--data")
+    for name, images in validation.items():
+        captions_of(images, f"--val {name}")
     config.check_batches(len(dataset), world.size)
     reference, kept = _reference(args, dataset, world)
     torch.manual_seed(config.seed)  # of random weights

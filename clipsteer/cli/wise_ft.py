@@ -11,8 +11,8 @@ from typing import Any
 from clipsteer.cli.arguments import add_device, add_workers, device_of
 
 DATA = (
-    "folder of class folders, captions .csv/.jsonl or .tar shards (captions are classes), or "
-    "classify30:STYLE:PART"
+    "emoji:STYLE:PART, a folder of class folders, captions .csv/.jsonl or .tar shards (captions "
+    "are classes)"
 )
 
 
@@ -27,11 +27,11 @@ def add_parser(commands: Any, add: Any) -> None:
         """
 examples:
   tune, average, and look at the whole curve on the same set and on a shifted one:
-    clipsteer finetune --data classify30:noto:train --out runs/noto
+    clipsteer finetune --data emoji:noto:train --out runs/noto
     clipsteer wise-ft merge runs/noto/zeroshot runs/noto/finetuned --out runs/noto/half
     clipsteer wise-ft curve runs/noto/zeroshot runs/noto/finetuned \\
-        --reference classify30:noto:test \\
-        --shifted classify30:twemoji:test --out runs/noto/curve
+        --reference emoji:noto:test \\
+        --shifted emoji:twemoji:test --out runs/noto/curve
 
 each ACTION has --help with more
 """,
@@ -63,8 +63,8 @@ examples:
         "measure accuracy along the line from zero-shot to fine-tuned",
         """
 examples:
-  clipsteer wise-ft curve runs/noto/zeroshot runs/noto/finetuned --reference classify30:noto:test \\
-      --shifted classify30:fluent:test --shifted classify30:twemoji:test --out runs/noto/curve
+  clipsteer wise-ft curve runs/noto/zeroshot runs/noto/finetuned --reference emoji:noto:test \\
+      --shifted emoji:fluent:test --shifted emoji:twemoji:test --out runs/noto/curve
   your own sets, every tenth, with the trend of ordinary models for effective robustness:
     clipsteer wise-ft curve runs/b32/zeroshot runs/b32/finetuned --reference photos/val \\
         --shifted sketches/ \\
@@ -139,21 +139,6 @@ def _layer(text: str) -> tuple[str, float]:
         ) from None
 
 
-def _dataset(spec: str) -> Any:
-    from clipsteer.data.emoji import EmojiStyles
-    from clipsteer.data.files import open_dataset
-
-    kind, *rest = spec.split(":")
-    if kind != "classify30":
-        return open_dataset(spec)
-    if len(rest) != 2 or rest[1] not in ("train", "test"):
-        raise ValueError(f"expected classify30:STYLE:train or classify30:STYLE:test, got {spec!r}")
-    emoji = EmojiStyles()
-    return emoji.dataset(
-        [(rest[0], i) for i in emoji.indices(rest[0], classify30=rest[1])], "subcategory"
-    )
-
-
 def _is_classifier(path: str | Path) -> bool:
     return all(
         (Path(path) / name).is_file()
@@ -194,6 +179,8 @@ def _merge_classifiers(
     import secrets
     import shutil
 
+    from clipsteer.clip.classifier import HEAD
+    from clipsteer.clip.runs import ARCHITECTURE, CONFIG, WEIGHTS
     from clipsteer.ensembles.merging import deciding, wise_ft
     from clipsteer.io.files import read_json, read_safetensors_header, write_json
 
@@ -230,12 +217,16 @@ def _merge_classifiers(
                 values,
                 [temporary / file for temporary in unfinished],
             )
+        architecture = zeroshot / ARCHITECTURE
         for temporary, a in zip(unfinished, alphas):
-            write_json(temporary / "config.json", {**config, "wise_ft_alpha": a})
+            if architecture.is_file():
+                write_json(temporary / ARCHITECTURE, read_json(architecture))
+            write_json(temporary / CONFIG, {**config, "wise_ft_alpha": a})
         for temporary, folder in zip(unfinished, folders):
             if folder.exists():  # it may hold other things too
-                for name in ("head.safetensors", "model.safetensors", "config.json"):
-                    (temporary / name).replace(folder / name)
+                for name in (HEAD, WEIGHTS, ARCHITECTURE, CONFIG):
+                    if (temporary / name).is_file():
+                        (temporary / name).replace(folder / name)
             else:
                 temporary.rename(folder)
     finally:
@@ -247,7 +238,8 @@ def _curve(args: argparse.Namespace) -> int:
     import torch
 
     from clipsteer.clip.classifier import load_classifier
-    from clipsteer.data.dataset import renamed
+    from clipsteer.data.dataset import labelled, renamed
+    from clipsteer.data.files import open_dataset
     from clipsteer.ensembles import page as robustness_page
     from clipsteer.ensembles import robustness
     from clipsteer.report.page import write_csv
@@ -263,7 +255,7 @@ def _curve(args: argparse.Namespace) -> int:
     sets = []
     for role in ("reference", "shifted"):
         for spec in getattr(args, role):
-            images = renamed(_dataset(spec), classes)
+            images = renamed(labelled(open_dataset(spec), f"--{role}"), classes)
             sets.append(
                 robustness.EvalSet(
                     spec, role, _kept(clip, images, args.workers), torch.tensor(images.targets)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -19,10 +20,22 @@ if TYPE_CHECKING:
 
 
 TRAINED_STYLES = ("noto", "fluent")
-
-
 HELD_OUT_STYLE = "twemoji"
+ALL_STYLES = (*TRAINED_STYLES, HELD_OUT_STYLE)
 
+# what STYLE and PART of "emoji:STYLE:PART" stand for
+STYLES: Mapping[str, tuple[str, ...]] = {
+    **{style: (style,) for style in ALL_STYLES},
+    "trained": TRAINED_STYLES,
+    "held-out": (HELD_OUT_STYLE,),
+    "all": ALL_STYLES,
+}
+PARTS: Mapping[str, Mapping[str, Any]] = {
+    "train": {"classify30": "train"},
+    "test": {"classify30": "test"},
+    "seen": {"seen": True},
+    "unseen": {"seen": False},
+}
 
 _EMOJI = assets.EMOJI
 
@@ -61,12 +74,13 @@ def _labels() -> dict[str, Any]:
 @cache
 def _atlas(style: str) -> np.ndarray:
     head = _labels()
-    size, columns, n = head["tile"], head["columns"], len(head["concepts"])
+    size = head["tile"]
+    columns = head["columns"]
+    n = len(head["concepts"])
     sheet = np.asarray(read_image(_EMOJI / f"{style}.webp"))
     rows = sheet.shape[0] // size
-    tiles = (
-        sheet.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)[:n]
-    )
+    grid = sheet.reshape(rows, size, columns, size, 3).swapaxes(1, 2)
+    tiles = grid.reshape(-1, size, size, 3)[:n]
     tiles.flags.writeable = False
     return tiles
 
@@ -81,6 +95,14 @@ def _emoji_tile(style: str, index: int) -> Image:
     return Image.fromarray(_atlas(style)[index])
 
 
+def _known(what: str, name: str, table: Mapping[str, Any]) -> Any:
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"EmojiStyles: {what} must be one of {', '.join(table)}, got {name!r}{hint}")
+
+
 class EmojiStyles:
     """857 concrete concepts as 64 px drawings on white in three vendors' styles, with names, tags
     and one fixed split.
@@ -90,7 +112,7 @@ class EmojiStyles:
     apart. Fluent lacks eight concepts.
     """
 
-    styles = (*TRAINED_STYLES, HELD_OUT_STYLE)
+    styles = ALL_STYLES
 
     @cached_property
     def concepts(self) -> list[Concept]:
@@ -152,12 +174,26 @@ class EmojiStyles:
     def cells(self) -> dict[tuple[str, bool], list[tuple[str, int]]]:
         """(“trained” or “held-out” style, seen concept?) -> its drawings as (style, index)
         pairs."""
-        groups = {"trained": TRAINED_STYLES, "held-out": (HELD_OUT_STYLE,)}
         return {
-            (name, seen): [(style, i) for style in styles for i in self.indices(style, seen=seen)]
-            for name, styles in groups.items()
+            (style, seen): self.drawings(style, "seen" if seen else "unseen")
+            for style in ("trained", "held-out")
             for seen in (True, False)
         }
+
+    def drawings(self, style: str = "all", part: str | None = None) -> list[tuple[str, int]]:
+        """(style, index) pairs, style by style, in the order of the concepts.
+
+        Args:
+            style: "noto", "fluent", "twemoji", "trained" (those that EmojiCLIP was trained on),
+                "held-out" or "all".
+            part: "train" or "test" of Classify-30, "seen" or "unseen" by EmojiCLIP; None takes
+                every concept.
+
+        Raises ValueError for another style or part.
+        """
+        styles = _known("style", style, STYLES)
+        conditions = {} if part is None else _known("part", part, PARTS)
+        return [(name, i) for name in styles for i in self.indices(name, **conditions)]
 
     def dataset(
         self,
@@ -190,13 +226,14 @@ class EmojiStyles:
         """
         if captions not in ("label", "noisy"):
             raise ValueError(f"EmojiStyles: captions must be 'label' or 'noisy', got {captions!r}")
-        pairs, texts = [], []
+        pairs: list[tuple[str, int]] = []
+        texts: list[str] = []
         for style, i in drawings:
             concept = self.concepts[i]
-            said = [*concept.captions(), *(t for t in concept.tags if t != concept.label)]
-            for text in said if captions == "noisy" else said[:1]:
-                pairs.append((style, i))
-                texts.append(text)
+            tags = [tag for tag in concept.tags if tag != concept.label]
+            said = [concept.label] if captions == "label" else [*concept.captions(), *tags]
+            pairs += [(style, i)] * len(said)
+            texts += said
         return ImageDataset(self.dataset(pairs)._read, texts)
 
 
@@ -216,10 +253,13 @@ def stratified(
     groups: dict[Any, list[int]] = {}
     for i, label in enumerate(labels):
         groups.setdefault(label, []).append(i)
-    generator, kept, held_out = torch.Generator().manual_seed(seed), [], []
+    generator = torch.Generator().manual_seed(seed)
+    kept: list[int] = []
+    held_out: list[int] = []
     for members in groups.values():
         order = torch.randperm(len(members), generator=generator).tolist()
-        cut = min(max(share > 0, round(share * len(members))), len(members) - 1)
+        wanted = max(int(share > 0), round(share * len(members)))
+        cut = min(wanted, len(members) - 1)
         held_out += [members[j] for j in order[:cut]]
         kept += [members[j] for j in order[cut:]]
     return sorted(kept), sorted(held_out)
@@ -230,17 +270,21 @@ def split(seed: int = 0, share: float = 0.2) -> Split:
     style."""
     emoji = EmojiStyles()
     training = emoji.indices(classify30="train")
-    parts = stratified([emoji.concepts[i].subcategory for i in training], seed, share)
-    return Split(*([training[i] for i in part] for part in parts), emoji.indices(classify30="test"))
+    kinds = [emoji.concepts[i].subcategory for i in training]
+    kept, held_out = stratified(kinds, seed, share)
+    return Split(
+        fit=[training[i] for i in kept],
+        validation=[training[i] for i in held_out],
+        test=emoji.indices(classify30="test"),
+    )
 
 
 def classify30(styles: str | Sequence[str], concepts: Sequence[int]) -> ImageDataset:
     """Drawings of the concepts that the style, or each of the styles, has; classes: Classify-30's
     subcategories."""
     emoji = EmojiStyles()
-    pairs = [
-        (style, i) for style in ([styles] if isinstance(styles, str) else styles) for i in concepts
-    ]
-    drawn = {style: emoji.drawn(style) for style, _ in pairs}
+    chosen = [styles] if isinstance(styles, str) else styles
+    drawn = {style: emoji.drawn(style) for style in chosen}
+    pairs = [(style, i) for style in chosen for i in concepts if drawn[style][i]]
     classes = sorted({concept.subcategory for concept in emoji.concepts if concept.classify30})
-    return renamed(emoji.dataset([(s, i) for s, i in pairs if drawn[s][i]], "subcategory"), classes)
+    return renamed(emoji.dataset(pairs, "subcategory"), classes)

@@ -236,9 +236,7 @@ def _or_dash(value: float | None) -> str:
 def _heat(
     predictor: Predictor, pictures: Pictures, tokens: Tensor, feature: Feature, row: int
 ) -> Any:
-    prefix = (
-        layout_at(predictor.clip.model, predictor.hook_point).before_patches(tokens.shape[1]) or 0
-    )
+    prefix = layout_at(predictor.clip, predictor.hook_point).before_patches(tokens.shape[1]) or 0
     grid = feature_heat(predictor.sae, tokens[row], feature.index, prefix)
     if grid is None or float(grid.max()) < 0.1 * feature.peak:
         return pictures.thumb(row)
@@ -427,7 +425,7 @@ def _snippet(
             f"dataset = {maker}\n"
             f"images = {images}\n"
             f"steering = clipsteer.SAESteering(sae, {{{feature.index}: {strength:.1f}}})\n"
-            f"with clipsteer.steer(clip.model, {{{hook_point!r}: steering}}):\n"
+            f"with clipsteer.steer(clip, {{{hook_point!r}: steering}}):\n"
             "    embeddings = clip.encode_images(images)"
         ),
     ]

@@ -117,7 +117,7 @@ def test_the_saved_sae_steers_as_the_metrics_say(finished):
     target = pictures.vocabulary.index(feature["response"]["target"])
     multiple = feature["response"]["multiples"][-2]
     steering = SAESteering(sae, {feature["index"]: multiple * feature["peak"]})
-    with steer(clip.model, {sae.metadata["hook_point"]: steering}):
+    with steer(clip, {sae.metadata["hook_point"]: steering}):
         p = (100 * clip.encode_images(images) @ head.T).softmax(-1)
     assert float(p[:, target].mean()) == pytest.approx(feature["response"]["probability"][-2], rel=1e-3)
 
