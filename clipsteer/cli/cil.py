@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from clipsteer.cli.arguments import Options, add_model, add_workers, count, device_of
 
@@ -172,10 +172,10 @@ def _names(parts: list[str]) -> list[str]:
 
 def _scenario(
     data: str,
-    tasks: int | str | None,
+    tasks: int | Literal["categories"] | None,
     init_cls: int | None,
     increment: int | None,
-    split: str,
+    split: Literal["concepts", "styles"],
     measure: str,
     seed: int,
 ) -> Any:

@@ -164,7 +164,7 @@ class CILConfig:
             wrong = f"zero_shot must have {num_classes} rows for {self.name!r}, got {zero_shots}"
         elif self.plasticity and plasticity is None:
             wrong = f"{self.name!r} needs plasticity, with an SAE for each block"
-        elif self.plasticity and set(plasticity.saes) != set(encoder.blocks):
+        elif plasticity and self.plasticity and set(plasticity.saes) != set(encoder.blocks):
             wrong = f"plasticity needs SAEs of {encoder.blocks}, got {[*plasticity.saes]}"
         elif self.distill and not encoder.prefix:
             wrong = f"distill needs a class token, and {encoder.name} has none"
