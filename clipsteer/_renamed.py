@@ -13,7 +13,13 @@ from typing import Any
 # old name -> where its public names are now
 RENAMED = {
     "activations": ("sae.activations", "sae.sources", "clip.pixels"),
-    "bench": ("testing.bench", "testing.records", "testing.stages", "testing.timing", "testing.machine"),
+    "bench": (
+        "testing.bench",
+        "testing.records",
+        "testing.stages",
+        "testing.timing",
+        "testing.machine",
+    ),
     "bench_table": ("testing.table",),
     "checkpoint": ("io.checkpoint",),
     "classifier": ("clip.classifier", "clip.pixels", "data.dataset"),

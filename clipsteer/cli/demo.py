@@ -60,7 +60,7 @@ def _demo_options(p: argparse.ArgumentParser) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from clipsteer.demo.run import run
+    from clipsteer.demo.findings import run
 
     result = run(
         args.out,

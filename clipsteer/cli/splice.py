@@ -7,13 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clipsteer.cli.arguments import (
-    add_data,
-    add_model,
-    device_of,
-    read_words,
-    whole,
-)
+from clipsteer.cli.arguments import add_data, add_model, device_of, read_words, whole
 
 
 def add_parser(commands: Any, add: Any) -> None:

@@ -29,8 +29,7 @@ examples:
   tune, average, and look at the whole curve on the same set and on a shifted one:
     clipsteer finetune --data emoji:noto:train --out runs/noto
     clipsteer wise-ft merge runs/noto/zeroshot runs/noto/finetuned --out runs/noto/half
-    clipsteer wise-ft curve runs/noto/zeroshot runs/noto/finetuned \\
-        --reference emoji:noto:test \\
+    clipsteer wise-ft curve runs/noto/zeroshot runs/noto/finetuned --reference emoji:noto:test \\
         --shifted emoji:twemoji:test --out runs/noto/curve
 
 each ACTION has --help with more

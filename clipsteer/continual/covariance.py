@@ -14,18 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clipsteer.io.files import (
-    FileFormatError,
-    read_safetensors,
-    read_safetensors_header,
-    refuse_nan,
-    write_safetensors,
-)
+from clipsteer.io.files import FileFormatError
+from clipsteer.io.kinds import Kind, read_kind, write_kind
 from clipsteer.training.world import World
 
 __all__ = ["ClassStatistics", "Compressed", "Factor", "compress", "precision_factor", "shrink"]
 
-_FORMAT, _FORMAT_VERSION = "clipsteer-class-statistics", "1"
+_KIND = Kind("clipsteer-class-statistics", 1, "class statistics")
 # Jitter relative to the mean of the diagonal, by tens: from where rounding acts to what must not be
 # hidden.
 _JITTERS = (0.0, *(10.0**e for e in range(-14, -5)))
@@ -124,24 +119,14 @@ class ClassStatistics:
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: getattr(self, name).cpu() for name in ("count", "mean", "scatter")}
-        write_safetensors(path, tensors, {"format": _FORMAT, "format_version": _FORMAT_VERSION})
-        return path
+        tensors = {name: getattr(self, name) for name in ("count", "mean", "scatter")}
+        return write_kind(path, _KIND, tensors)
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> ClassStatistics:
         """Read what ``save`` wrote. Raises FileNotFoundError, or FileFormatError for anything else
         that is there."""
-        path = Path(path)
-        head = read_safetensors_header(path).metadata
-        if head.get("format") != _FORMAT or head.get("format_version") != _FORMAT_VERSION:
-            raise FileFormatError(
-                f"{path}: not class statistics of format_version {_FORMAT_VERSION}"
-            )
-        tensors = read_safetensors(path)
-        refuse_nan(path, tensors)
+        tensors = read_kind(path, _KIND, allow_nan=False).tensors
         mean = tensors.get("mean", torch.empty(0))
         C, d = mean.shape if mean.dim() == 2 else (0, 0)
         expected = {

@@ -20,18 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from clipsteer.io.files import (
-    FileFormatError,
-    read_safetensors,
-    read_safetensors_header,
-    write_json,
-    write_safetensors,
-)
+from clipsteer.io.files import FileFormatError, write_json, write_safetensors
+from clipsteer.io.kinds import Kind, read_kind, write_kind
 
 __all__ = ["LoRA"]
 
 VARIANTS = ("task", "shared", "shared_a")
-_FORMAT, _FORMAT_VERSION = "clipsteer-lora", "1"
+_KIND = Kind("clipsteer-lora", 1, "a LoRA file")
 
 
 class _LowRank(nn.Module):
@@ -281,12 +276,7 @@ class LoRA:
 
     def save(self, path: str | Path) -> None:
         """Write all pairs and the settings to a safetensors file."""
-        about = {
-            "format": _FORMAT,
-            "format_version": _FORMAT_VERSION,
-            "config": json.dumps(self.config),
-        }
-        write_safetensors(path, self.state_dict(), about)
+        write_kind(path, _KIND, self.state_dict(), {"config": self.config})
 
     @classmethod
     def load(cls, module: nn.Module, path: str | Path) -> LoRA:
@@ -295,14 +285,9 @@ class LoRA:
         Raises FileFormatError for another or a damaged file, ValueError for a module that the pairs
         do not fit.
         """
-        about = read_safetensors_header(path).metadata
-        if (about.get("format"), about.get("format_version")) != (_FORMAT, _FORMAT_VERSION):
-            raise FileFormatError(
-                f"{path}: not a LoRA file of this version, but {about.get('format')!r}"
-            )
-        state = read_safetensors(path, allow_nan=False)
+        state, values = read_kind(path, _KIND, allow_nan=False)
         try:
-            config = json.loads(about.get("config", ""))
+            config = json.loads(values.get("config", ""))
             _check_config(**config)
         except (TypeError, ValueError, RecursionError) as error:
             raise FileFormatError(f"{path}: {error}") from None

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clipsteer.io.files import FileFormatError, read_json, read_torch_weights_only
+from clipsteer.io.files import FileFormatError, read_json
+from clipsteer.io.torch_files import read_torch_weights_only
 
 logger = logging.getLogger(__name__)
 

@@ -28,6 +28,7 @@ from clipsteer.io.files import (
     write_json,
     write_safetensors,
 )
+from clipsteer.io.kinds import Kind, write_kind
 from clipsteer.sae.foreign import (
     SAELENS_FILE,
     SPARSIFY_FILE,
@@ -40,8 +41,8 @@ from clipsteer.sae.foreign import (
 )
 from clipsteer.sae.foreign import open_clip_name as open_clip_name
 
-_FORMAT, _FORMAT_VERSION = "clipsteer-sae", 1
 _OWN_FILE = "model.safetensors"
+_KIND = Kind("clipsteer-sae", 1, "an SAE", _OWN_FILE, "cfg.json")
 _HUB_FILES = (
     "cfg.json",
     "config.json",
@@ -62,11 +63,7 @@ class Describable(Protocol):
 
 def _read_own(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> Described:
     path = folder / "cfg.json"
-    if cfg.get("format_version") != _FORMAT_VERSION:
-        raise FileFormatError(
-            f"{path}: format_version {cfg.get('format_version')!r:.40}, this reads "
-            f"{_FORMAT_VERSION}"
-        )
+    _KIND.check(path, cfg)
     names = ("d_in", "d_sae", "architecture", "k", "normalize", "apply_b_dec_to_input")
     if missing := [name for name in names if name not in cfg]:
         raise FileFormatError(f"{path}: no {missing[0]!r}")
@@ -96,7 +93,7 @@ def detect(folder: str | Path) -> str:
         raise FileNotFoundError(f"no SAE at {folder}{hint}")
     if (folder / "cfg.json").is_file():
         cfg = json_object(folder / "cfg.json", read_json(folder / "cfg.json"))
-        if cfg.get("format") == _FORMAT:
+        if cfg.get("format") == _KIND.format:
             return "clipsteer"
         for name, found in ((SAELENS_FILE, "saelens"), (SPARSIFY_FILE, "sparsify")):
             if (folder / name).is_file():
@@ -169,15 +166,11 @@ def _checked(sae: Describable) -> Described:
 
 def save(sae: Describable, directory: str | Path) -> Path:
     """See ``SAE.save_pretrained``."""
-    directory = Path(directory)
     config, weights, metadata = _checked(sae)
-    directory.mkdir(parents=True, exist_ok=True)
-    head = {"format": _FORMAT, "format_version": _FORMAT_VERSION}
     dtype = str(weights["W_enc"].dtype).removeprefix("torch.")
-    text = {key: value for key, value in metadata.items() if isinstance(value, str)}
-    write_safetensors(directory / _OWN_FILE, weights, text)
-    write_json(directory / "cfg.json", {**head, **config, "dtype": dtype, "metadata": metadata})
-    return directory
+    texts = {key: value for key, value in metadata.items() if isinstance(value, str)}
+    values = {**config, "dtype": dtype, "metadata": metadata}
+    return write_kind(directory, _KIND, weights, values, texts=texts)
 
 
 def export(sae: Describable, directory: str | Path, format: str) -> Path:
