@@ -1,8 +1,9 @@
 """How fast each block may learn a new task, read from the features that its sparse autoencoder
 finds in the task.
 
-    usage_b(t) = mean activation of every feature of block b over the images and tokens of task t
-    (d_sae,) overlap_b  = the largest cosine of usage_b(t) with usage_b(s) of an earlier task s
+    usage_b(t) = mean activation of every feature of block b over the images
+                 and tokens of task t, (d_sae,)
+    overlap_b  = the largest cosine of usage_b(t) with usage_b(s) of an earlier task s
     lr_b       = lr · (floor + (1 − floor) · overlap_b)
 
 A block that a new task uses as an earlier one did learns at the full rate, another slowly (as the
