@@ -211,7 +211,7 @@ def _roots(
     roots = torch.empty(covariances.shape, device=covariances.device)
     # one at a time: in float64 all of them would take gigabytes
     for c, covariance in enumerate(covariances):
-        S = covariance.double()
+        S = covariance.to(torch.float64, copy=True)
         S.diagonal().add_(ridge)
         root, info = torch.linalg.cholesky_ex(S)
         if int(info):
