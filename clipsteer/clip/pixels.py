@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import islice
 from typing import Any, Protocol
 
@@ -108,7 +108,7 @@ def _items(images: Any) -> Iterable[Any]:
             f"images: expected several, got the path {os.fspath(images)!r}; write [path] for one "
             "image, clipsteer.data.open_dataset(path) for a folder"
         )
-    if hasattr(images, "__len__") and isinstance(images, Dataset):
+    if isinstance(images, Dataset) and isinstance(images, Sized):
         # not every data set ends its iteration with an IndexError
         return map(images.__getitem__, range(len(images)))
     if hasattr(images, "__iter__") or hasattr(images, "__getitem__"):

@@ -107,15 +107,17 @@ def read_image(source: str | Path | bytes, name: str | None = None) -> Image:
     """
     from PIL import Image, ImageOps
 
-    if name is None:
-        name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+    file: Any = source
+    if isinstance(source, bytes):
+        file = io.BytesIO(source)
+        name = name or f"{len(source)} bytes"
+    name = name or str(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(file) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise FileFormatError(
-                    f"{name}: {width} × {height} pixels; at most {MAX_PIXELS:,} are read"
-                )
+                size = f"{width} × {height}"
+                raise FileFormatError(f"{name}: {size} pixels; at most {MAX_PIXELS:,} are read")
             upright: Image.Image = ImageOps.exif_transpose(image)
             if upright.mode in _TRANSPARENT or "transparency" in upright.info:
                 upright = upright.convert("RGBA")
@@ -191,9 +193,10 @@ def data_digest(dataset: ImageDataset) -> str:
 
 def spread(items: Sequence[Any], count: int | None) -> list[Any]:
     """``count`` items, evenly spaced; all when there are no more."""
-    if count is None or count >= len(items):
+    n = len(items)
+    if count is None or count >= n:
         return list(items)
-    return [items[i * len(items) // count] for i in range(count)]
+    return [items[i * n // count] for i in range(count)]
 
 
 def renamed(dataset: ImageDataset, classes: Sequence[str]) -> ImageDataset:

@@ -37,6 +37,10 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
     "unseen": {"seen": False},
 }
 
+Drawing = tuple[str, int]  # (style, index of the concept)
+Target = Literal["label", "category", "subcategory"]
+TARGETS = ("label", "category", "subcategory")
+
 _EMOJI = assets.EMOJI
 
 
@@ -63,12 +67,14 @@ class Concept:
 
     def captions(self) -> list[str]:
         """Texts that describe the concept: its label first, then the label with each tag."""
-        return [self.label, *(f"{self.label}, {tag}" for tag in self.tags if tag != self.label)]
+        others = [tag for tag in self.tags if tag != self.label]
+        return [self.label, *(f"{self.label}, {tag}" for tag in others)]
 
 
 @cache
 def _labels() -> dict[str, Any]:
-    return json.loads((_EMOJI / "labels.json").read_text(encoding="utf-8"))
+    path = _EMOJI / "labels.json"
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @cache
@@ -86,7 +92,8 @@ def _atlas(style: str) -> np.ndarray:
 
 
 def _concept(row: dict[str, Any]) -> Concept:
-    return Concept(**{**row, "tags": tuple(row["tags"])})
+    tags = tuple(row["tags"])
+    return Concept(**{**row, "tags": tags})
 
 
 def _emoji_tile(style: str, index: int) -> Image:
@@ -140,16 +147,15 @@ class EmojiStyles:
 
     def drawn(self, style: str) -> np.ndarray:
         """(857,) bool: which concepts the style draws."""
-        missing = set(_labels()["missing"][self._style(style)])
-        return np.array([concept.id not in missing for concept in self.concepts])
+        missing = _labels()["missing"]
+        lacking = set(missing[self._style(style)])
+        return np.array([concept.id not in lacking for concept in self.concepts])
 
     def image(self, style: str, index: int) -> Image:
         """One drawing, RGB, 64 × 64. Raises ValueError where the style lacks the concept."""
         if not self.drawn(style)[index]:
-            raise ValueError(
-                f"EmojiStyles: {style} has no drawing of {self.concepts[index].label!r} (index "
-                f"{index})"
-            )
+            label = self.concepts[index].label
+            raise ValueError(f"EmojiStyles: {style} has no drawing of {label!r} (index {index})")
         return _emoji_tile(style, index)
 
     def indices(
@@ -162,25 +168,24 @@ class EmojiStyles:
     ) -> list[int]:
         """Concepts that meet every condition given; with `style`, only those it draws."""
         drawn = np.ones(len(self), bool) if style is None else self.drawn(style)
+        wanted = {"seen": seen, "classify30": classify30, "category": category}
+        conditions = {name: value for name, value in wanted.items() if value is not None}
         return [
             i
             for i, concept in enumerate(self.concepts)
-            if drawn[i]
-            and (seen is None or concept.seen == seen)
-            and (classify30 is None or concept.classify30 == classify30)
-            and (category is None or concept.category == category)
+            if drawn[i] and all(getattr(concept, name) == conditions[name] for name in conditions)
         ]
 
-    def cells(self) -> dict[tuple[str, bool], list[tuple[str, int]]]:
+    def cells(self) -> dict[tuple[str, bool], list[Drawing]]:
         """(“trained” or “held-out” style, seen concept?) -> its drawings as (style, index)
         pairs."""
-        return {
-            (style, seen): self.drawings(style, "seen" if seen else "unseen")
-            for style in ("trained", "held-out")
-            for seen in (True, False)
-        }
+        found = {}
+        for style in ("trained", "held-out"):
+            found[style, True] = self.drawings(style, "seen")
+            found[style, False] = self.drawings(style, "unseen")
+        return found
 
-    def drawings(self, style: str = "all", part: str | None = None) -> list[tuple[str, int]]:
+    def drawings(self, style: str = "all", part: str | None = None) -> list[Drawing]:
         """(style, index) pairs, style by style, in the order of the concepts.
 
         Args:
@@ -193,31 +198,40 @@ class EmojiStyles:
         """
         styles = _known("style", style, STYLES)
         conditions = {} if part is None else _known("part", part, PARTS)
-        return [(name, i) for name in styles for i in self.indices(name, **conditions)]
+        found: list[Drawing] = []
+        for name in styles:
+            found += [(name, i) for i in self.indices(name, **conditions)]
+        return found
 
     def dataset(
         self,
-        drawings: Iterable[tuple[str, int]],
-        target: Literal["label", "category", "subcategory"] = "label",
+        drawings: Iterable[Drawing],
+        target: Target = "label",
     ) -> ImageDataset:
         """A data set of (style, index) pairs, as `cells` gives them; its classes are the distinct
         names of `target`."""
-        pairs = [(self._style(style), range(len(self))[index]) for style, index in drawings]
-        if target not in ("label", "category", "subcategory"):
+        rows = range(len(self))
+        pairs = [(self._style(style), rows[index]) for style, index in drawings]
+        if target not in TARGETS:
             raise ValueError(
                 f"EmojiStyles: target must be 'label', 'category' or 'subcategory', got {target!r}"
             )
-        for style in {style for style, _ in pairs}:
-            drawn = self.drawn(style)
-            if lacking := [i for s, i in pairs if s == style and not drawn[i]]:
-                raise ValueError(f"EmojiStyles: {style} has no drawing of the concepts {lacking}")
+        self._check_drawn(pairs)
         names = [getattr(self.concepts[i], target) for _, i in pairs]
         classes = sorted(set(names))
         rank = {name: i for i, name in enumerate(classes)}
-        return ImageDataset(_Reader(_emoji_tile, pairs), [rank[name] for name in names], classes)
+        targets = [rank[name] for name in names]
+        return ImageDataset(_Reader(_emoji_tile, pairs), targets, classes)
+
+    def _check_drawn(self, pairs: Sequence[Drawing]) -> None:
+        for style in {style for style, _ in pairs}:
+            drawn = self.drawn(style)
+            lacking = [i for s, i in pairs if s == style and not drawn[i]]
+            if lacking:
+                raise ValueError(f"EmojiStyles: {style} has no drawing of the concepts {lacking}")
 
     def captioned(
-        self, drawings: Iterable[tuple[str, int]], captions: Literal["label", "noisy"]
+        self, drawings: Iterable[Drawing], captions: Literal["label", "noisy"]
     ) -> ImageDataset:
         """Image–caption pairs: each drawing with its label, or with all that is said of it.
 
@@ -226,12 +240,14 @@ class EmojiStyles:
         """
         if captions not in ("label", "noisy"):
             raise ValueError(f"EmojiStyles: captions must be 'label' or 'noisy', got {captions!r}")
-        pairs: list[tuple[str, int]] = []
+        pairs: list[Drawing] = []
         texts: list[str] = []
         for style, i in drawings:
             concept = self.concepts[i]
-            tags = [tag for tag in concept.tags if tag != concept.label]
-            said = [concept.label] if captions == "label" else [*concept.captions(), *tags]
+            said = [concept.label]
+            if captions == "noisy":
+                tags = [tag for tag in concept.tags if tag != concept.label]
+                said = [*concept.captions(), *tags]
             pairs += [(style, i)] * len(said)
             texts += said
         return ImageDataset(self.dataset(pairs)._read, texts)
@@ -257,9 +273,10 @@ def stratified(
     kept: list[int] = []
     held_out: list[int] = []
     for members in groups.values():
-        order = torch.randperm(len(members), generator=generator).tolist()
-        wanted = max(int(share > 0), round(share * len(members)))
-        cut = min(wanted, len(members) - 1)
+        n = len(members)
+        order = torch.randperm(n, generator=generator).tolist()
+        wanted = max(int(share > 0), round(share * n))
+        cut = min(wanted, n - 1)
         held_out += [members[j] for j in order[:cut]]
         kept += [members[j] for j in order[cut:]]
     return sorted(kept), sorted(held_out)
@@ -284,7 +301,9 @@ def classify30(styles: str | Sequence[str], concepts: Sequence[int]) -> ImageDat
     subcategories."""
     emoji = EmojiStyles()
     chosen = [styles] if isinstance(styles, str) else styles
-    drawn = {style: emoji.drawn(style) for style in chosen}
-    pairs = [(style, i) for style in chosen for i in concepts if drawn[style][i]]
+    pairs: list[Drawing] = []
+    for style in chosen:
+        drawn = emoji.drawn(style)
+        pairs += [(style, i) for i in concepts if drawn[i]]
     classes = sorted({concept.subcategory for concept in emoji.concepts if concept.classify30})
     return renamed(emoji.dataset(pairs, "subcategory"), classes)
