@@ -22,7 +22,8 @@ from clipsteer.conceptors.conceptor import Conceptor
 from clipsteer.conceptors.fit import correlation
 from clipsteer.data.dataset import spread
 from clipsteer.data.emoji import EmojiStyles
-from clipsteer.demo.explore import Pictures, Predictor, pixels
+from clipsteer.demo.explore import Predictor
+from clipsteer.demo.pictures import Pictures, pixels
 from clipsteer.steering import ConceptorSteering
 
 MOST_CLASSES = 8
@@ -140,7 +141,7 @@ def kept_share(conceptor: Conceptor, tokens: Tensor) -> Tensor:
 def steered(predictor: Predictor, images: Tensor, conceptor: Conceptor) -> Tensor:
     """Probabilities (B, V) with every token projected."""
     steering = ConceptorSteering(conceptor)
-    return torch.cat([predictor.under(part, steering) for part in images.split(_BATCH)])
+    return torch.cat([predictor.steered_by(steering, part) for part in images.split(_BATCH)])
 
 
 def measure(

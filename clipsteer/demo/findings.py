@@ -26,21 +26,23 @@ from clipsteer.demo import page as demo_page
 from clipsteer.demo import wise_ft as demo_wise_ft
 from clipsteer.demo.explore import (
     Feature,
-    Pictures,
     Predictor,
-    augmented,
     choose,
     count_steerable,
     describe,
-    emoji_pictures,
     few,
-    folder_pictures,
     largest,
-    look,
-    pixels,
     probe,
     response,
     zero_shot,
+)
+from clipsteer.demo.pictures import (
+    Pictures,
+    augmented,
+    emoji_pictures,
+    folder_pictures,
+    look,
+    pixels,
 )
 from clipsteer.ensembles.robustness import averages
 from clipsteer.io.files import write_json

@@ -14,7 +14,8 @@ from clipsteer.data.dataset import spread
 from clipsteer.demo import continual as demo_continual
 from clipsteer.demo import reference as demo_reference
 from clipsteer.demo import sections as demo_sections
-from clipsteer.demo.explore import Feature, Pictures, Predictor, feature_heat, pixels
+from clipsteer.demo.explore import Feature, Predictor, feature_heat
+from clipsteer.demo.pictures import Pictures, pixels
 from clipsteer.demo.sections import percent as _percent
 from clipsteer.report.axes import Axis
 from clipsteer.report.charts import Chart

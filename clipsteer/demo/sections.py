@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipsteer.demo.explore import Pictures
+from clipsteer.demo.pictures import Pictures
 from clipsteer.ensembles.page import curve_charts, summary_table
 from clipsteer.ensembles.robustness import averages
 from clipsteer.report.axes import Axis
