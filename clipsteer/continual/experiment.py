@@ -28,6 +28,7 @@ from clipsteer.continual.scenario import Scenario
 from clipsteer.io.digests import digest_of
 from clipsteer.io.files import read_json, write_json
 from clipsteer.testing.machine import extra_memory
+from clipsteer.training.loop import check_same_settings
 
 __all__ = ["run_all", "run_tasks"]
 
@@ -59,15 +60,11 @@ def run_tasks(
     run = Run(config.name, config.seed, scenario.tasks, settings)
     if out is not None and (out / "run.json").exists():
         found = Run.from_json(read_json(out / "run.json"))
-        if (found.strategy, found.seed, found.tasks, found.settings) != (
-            run.strategy,
-            run.seed,
-            run.tasks,
-            settings,
-        ):
-            raise ValueError(
-                f"{out} holds a run with other settings, tasks or images; use another folder"
-            )
+        there, here = (
+            {"name": r.strategy, "seed": r.seed, "tasks": r.tasks, **r.settings}
+            for r in (found, run)
+        )
+        check_same_settings("run_tasks", out, there, here)
         run = found
     if len(run.records) == len(scenario.tasks):
         return run

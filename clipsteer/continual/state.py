@@ -16,7 +16,29 @@ from clipsteer.continual.lora import LoRA
 from clipsteer.continual.plasticity import Plasticity, pack_history, unpack_history
 from clipsteer.io import checkpoint
 from clipsteer.io.digests import described, parts_digest, weights_digest
-from clipsteer.training.loop import check_settings
+from clipsteer.training.loop import check_same_settings
+
+
+def check_parts(
+    config: CILConfig,
+    encoder: Encoder,
+    num_classes: int,
+    zero_shot: Tensor | None,
+    plasticity: Plasticity | None,
+) -> None:
+    """Raise ValueError where a part that the settings need is not given or does not fit."""
+    wrong = None
+    zero_shots = 0 if zero_shot is None else len(zero_shot)
+    if config.classifier == "zero_shot" and zero_shots != num_classes:
+        wrong = f"zero_shot must have {num_classes} rows for {config.name!r}, got {zero_shots}"
+    elif config.plasticity and plasticity is None:
+        wrong = f"{config.name!r} needs plasticity, with an SAE for each block"
+    elif config.plasticity and set(plasticity.saes) != set(encoder.blocks):
+        wrong = f"plasticity needs SAEs of {encoder.blocks}, got {[*plasticity.saes]}"
+    elif config.distill and not encoder.prefix:
+        wrong = f"distill needs a class token, and {encoder.name} has none"
+    if wrong is not None:
+        raise ValueError(f"ClassIncrementalLearner: {wrong}")
 
 
 class LearnerState:
@@ -34,7 +56,7 @@ class LearnerState:
         out: str | Path | None = None,
         workers: int = 0,
     ) -> None:
-        config.check_parts(encoder, num_classes, zero_shot, plasticity)
+        check_parts(config, encoder, num_classes, zero_shot, plasticity)
         self.encoder = encoder
         self.config = config
         self.num_classes = num_classes
@@ -147,7 +169,7 @@ class LearnerState:
         if found is None:
             return 0
         there = found.meta["settings"]
-        check_settings("ClassIncrementalLearner", self.out, there, self.settings)
+        check_same_settings("ClassIncrementalLearner", self.out, there, self.settings)
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {k[len(prefix) :]: v for k, v in found.tensors.items() if k.startswith(prefix)}

@@ -71,7 +71,7 @@ class Before:
     ) -> Before:
         """What a task after the first keeps; `features` are needed where config.covariance is."""
         before = cls(features)
-        if not config.compares:
+        if not (config.distill or config.covariance):
             return before
         before.network = copy.deepcopy(encoder).requires_grad_(False).eval()
         if config.covariance:

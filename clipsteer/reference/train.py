@@ -30,6 +30,7 @@ from clipsteer.reference.config import ContrastiveConfig
 from clipsteer.reference.evaluate import evaluate
 from clipsteer.reference.features import ReferenceFeatures, model_digest, referred
 from clipsteer.reference.losses import select_learnable
+from clipsteer.reference.optimizer import gamma_of, make_optimizer
 from clipsteer.reference.pairs import Pairs
 from clipsteer.training.loop import TrainingRun
 from clipsteer.training.schedule import Keys, Order, cosine_lr, seed_of
@@ -138,15 +139,14 @@ class _Run(TrainingRun):
         parameters |= {
             f"loss.{name}": p for name, p in self.loss.named_parameters() if p.requires_grad
         }
-        optimizer = config.make_optimizer(self.trained, self.scale)
+        optimizer = make_optimizer(config, self.trained, self.scale)
         settings = {**asdict(config), "pairs": len(dataset)}
         if out is not None:
             # an architecture that a file describes is known by what stands there
             settings["model"] = read_json(clip.name) if clip.name.endswith(".json") else clip.name
             settings |= {"data": data_digest(dataset), "weights": weights_digest(clip.model)}
-            settings["frozen"] = [
-                name for name, p in clip.model.named_parameters() if not p.requires_grad
-            ]
+            parameters_of = clip.model.named_parameters()
+            settings["frozen"] = [name for name, p in parameters_of if not p.requires_grad]
             if isinstance(self.reference, CLIP):
                 settings["reference"] = model_digest(self.reference)
             elif self.reference is not None:
@@ -334,7 +334,7 @@ class _Run(TrainingRun):
         return ids[mine], tuple(x[run] for x in inputs), tuple(r[mine] for r in refs), longest
 
     def _gamma(self, epoch: int) -> float:
-        return self.config.gamma_at(epoch, -(-self.total // self.order.per_epoch))
+        return gamma_of(self.config, epoch, -(-self.total // self.order.per_epoch))
 
     def measure(self) -> dict[str, float]:
         every = self.config.evaluate_every or self.order.per_epoch

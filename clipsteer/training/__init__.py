@@ -8,7 +8,7 @@ from clipsteer import _lazy
 
 if TYPE_CHECKING:
     from clipsteer.training.loop import TrainingRun as TrainingRun
-    from clipsteer.training.loop import check_settings as check_settings
+    from clipsteer.training.loop import check_same_settings as check_same_settings
     from clipsteer.training.schedule import Keys as Keys
     from clipsteer.training.schedule import Order as Order
     from clipsteer.training.schedule import cosine_lr as cosine_lr

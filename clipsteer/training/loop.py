@@ -24,7 +24,7 @@ from clipsteer.training.world import World
 logger = logging.getLogger(__name__)
 
 
-def check_settings(
+def check_same_settings(
     name: str,
     folder: Path,
     there: Mapping[str, Any],
@@ -181,7 +181,7 @@ class TrainingRun:
                     f"{self.name}: {self.out} holds a run; resume it or choose another folder"
                 )
             there = found.meta.get("settings", {})
-            check_settings(self.name, self.out, there, self.settings, self.cosmetic)
+            check_same_settings(self.name, self.out, there, self.settings, self.cosmetic)
         trim_log(self.log, 0 if found is None else found.step)
         return found
 
