@@ -122,7 +122,8 @@ def build_cuda(torch: Path, sources: list[Path], target: Path, folder: Path) -> 
     nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
     if not nvcc:
         raise RuntimeError("nvcc was not found (install the CUDA toolkit, or set CUDA_HOME)")
-    host = f"-fPIC,-fvisibility=hidden,-ffile-prefix-map={ROOT}/=,-ffile-prefix-map={torch / 'include'}/="
+    names = f"-ffile-prefix-map={ROOT}/=,-ffile-prefix-map={torch / 'include'}/="
+    host = f"-fPIC,-fvisibility=hidden,{names}"
     flags = ["-std=c++20", "-O3", "-Xcompiler", host, "-lineinfo", "-DUSE_CUDA", "--threads=0"]
     flags += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]
     # Other devices compile this one when they first load it.
