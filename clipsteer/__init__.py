@@ -32,8 +32,8 @@ if TYPE_CHECKING:  # importable, and not on the page
     from clipsteer.ensembles.merging import RunningEnsemble as RunningEnsemble
     from clipsteer.io.files import FileFormatError as FileFormatError
     from clipsteer.reference.config import ContrastiveConfig as ContrastiveConfig
+    from clipsteer.sae.config import TrainConfig as TrainConfig
     from clipsteer.sae.model import SAEOutput as SAEOutput
-    from clipsteer.sae.trainer import TrainConfig as TrainConfig
     from clipsteer.steering import AdditiveSteering as AdditiveSteering
 
 __getattr__, __dir__, __all__ = _lazy.attach(__name__, __file__)

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from clipsteer.clip.hooks import _match, apply_at, beside
+from clipsteer.clip.hooks import apply_at, beside, match
 from clipsteer.clip.tokens import TOKENS as _TOKENS
 from clipsteer.clip.tokens import Layout, layout_at
 from clipsteer.conceptors.conceptor import Conceptor
@@ -303,16 +303,17 @@ class SteeringHandle:
         self.remove()
 
 
-def steer(
-    model: nn.Module, steerings: Mapping[str, Steering | Sequence[Steering]]
-) -> SteeringHandle:
+def steer(model: Any, steerings: Mapping[str, Steering | Sequence[Steering]]) -> SteeringHandle:
     """Steer ``model`` at any number of hook points, from this call until the handle is removed.
 
-        with clipsteer.steer(model, {hook_point: clipsteer.SAESteering(sae, {123: 50.0})}):
-            image_features = model.encode_image(images)
+        model = clipsteer.load("ViT-B-32", "laion2b_s34b_b79k")
+        steering = clipsteer.SAESteering(sae, {123: 50.0})
+        with clipsteer.steer(model, {"visual.transformer.resblocks.9": steering}):
+            features = model.encode_images(images)
 
     Args:
-        model: an open_clip model, or any module tree whose named modules give (B, T, d) tensors.
+        model: what ``clipsteer.load`` returns, or any module tree whose named modules give
+            (B, T, d) tensors.
         steerings: hook point -> one steering or a list of them, applied in order. A hook point is a
             plain module name or an fnmatch pattern ("visual.transformer.resblocks.*").
 
@@ -338,7 +339,7 @@ def steer(
                 names = ", ".join(kind.__name__ for kind in _KINDS)
                 got = type(steering).__name__
                 raise TypeError(f"steer: {pattern!r} needs one of {names}, got {got}")
-        for name in _match("steer", model, pattern):
+        for name in match("steer", model, pattern):
             chosen.setdefault(name, []).extend(listed)
     functions = {}
     for name, listed in chosen.items():

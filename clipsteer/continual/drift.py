@@ -42,8 +42,8 @@ class DriftAccumulator:
         )
         if isinstance(sigma, str):
             raise ValueError(
-                'DriftAccumulator: sigma must be a number, got "median"; float(median_sigma(rows, prototypes)) of the '
-                "first rows is one"
+                'DriftAccumulator: sigma must be a number, got "median"; '
+                "float(median_sigma(rows, prototypes)) of the first rows is one"
             )
         self.prototypes, self.sigma, self.floor, self.backend = (
             prototypes.detach(),

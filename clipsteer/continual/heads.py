@@ -4,12 +4,12 @@ random projection."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipsteer.continual.config import AlignConfig
 from clipsteer.training.schedule import cosine_lr
 
 __all__ = ["RandomProjection", "TaskHeads", "nearest_mean"]
@@ -122,24 +122,6 @@ class RandomProjection(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(B, d) -> (B, C) scores."""
         return self._project(features) @ self.W
-
-
-@dataclass(frozen=True)
-class AlignConfig:
-    """Settings of alignment; the published ones by default.
-
-    Attributes:
-        samples: of each class in each epoch, and rows of a step.
-        ridge: added to each covariance; temperature: that logits of unit norm are divided by.
-    """
-
-    samples: int = 256
-    epochs: int = 5
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    ridge: float = 1e-3
-    temperature: float = 0.1
 
 
 def shrunken_means(means: Tensor, task_of: Tensor) -> Tensor:

@@ -22,11 +22,11 @@ from clipsteer import ops
 from clipsteer.clip.hooks import evaluating
 from clipsteer.clip.pixels import pixel_batches
 from clipsteer.continual.backbone import Encoder
+from clipsteer.continual.config import CILConfig
 from clipsteer.continual.covariance import by_class, class_means
 from clipsteer.continual.heads import RandomProjection, TaskHeads, align, nearest_mean
 from clipsteer.continual.lora import LoRA
 from clipsteer.continual.plasticity import Plasticity, pack_history, unpack_history
-from clipsteer.continual.strategies import CILConfig
 from clipsteer.continual.task import TaskRun
 from clipsteer.data.dataset import ImageDataset
 from clipsteer.io import checkpoint

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsteer._intervals import excludes_zero, mean_interval
 from clipsteer.io.files import FileFormatError
+from clipsteer.report.intervals import excludes_zero, mean_interval
 
 DRIFTS = ("compensated", "uncompensated", "cosine_compensated", "cosine_uncompensated")
 # name -> whether more is better

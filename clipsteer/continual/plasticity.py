@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipsteer.clip.hooks import capture, evaluating
+from clipsteer.clip.module import module_of
 from clipsteer.io.files import FileFormatError
+from clipsteer.sae.config import TrainConfig
 from clipsteer.sae.model import SAE
 from clipsteer.sae.site import chunks
 from clipsteer.sae.train import train_sae
-from clipsteer.sae.trainer import TrainConfig
 
 __all__ = ["Plasticity", "fit_saes", "load_saes", "pack_history", "save_saes", "unpack_history"]
 
@@ -61,11 +62,13 @@ class Plasticity:
             block: torch.zeros(sae.d_sae) for block, sae in saes.items()
         }
 
-    def usage(self, module: nn.Module, pixel_batches: Iterable[Any]) -> Usage:
+    def usage(self, module: Any, pixel_batches: Iterable[Any]) -> Usage:
         """Mean activation (d_sae,), float64 on the CPU, of every feature of every block.
 
-        module: the tower; pixel_batches: (B, 3, H, W) tensors, or tuples that begin with one.
+        module: the tower, or what ``clipsteer.load`` returns.
+        pixel_batches: (B, 3, H, W) tensors, or tuples that begin with one.
         """
+        module = module_of(module)
         total: dict[str, Tensor] = {}
         rows = dict.fromkeys(self.saes, 0)
         with evaluating(*self.saes.values()):
@@ -127,7 +130,8 @@ def _outputs(
     module: nn.Module, blocks: Sequence[str], pixel_batches: Iterable[Any]
 ) -> Iterator[dict[str, Tensor]]:
     """Outputs of blocks, (B·T, d) each, batch by batch."""
-    like, count = next(module.parameters()), 0
+    like = next(module.parameters())
+    count = 0
     for batch in pixel_batches:
         pixels = batch[0] if isinstance(batch, tuple | list) else batch
         # opened for each batch: a consumer may train between two of them
@@ -142,7 +146,7 @@ def _outputs(
 
 
 def fit_saes(
-    module: nn.Module,
+    module: Any,
     blocks: Sequence[str],
     pixel_batches: Iterable[Any],
     d_sae: int,
@@ -157,7 +161,7 @@ def fit_saes(
 
     Args:
         module, pixel_batches: as for ``Plasticity.usage``. blocks: names relative to ``module``.
-        d_sae, k, steps, seed: of each SAE; ``sae_train.TrainConfig``.
+        d_sae, k, steps, seed: of each SAE; ``sae.config.TrainConfig``.
         max_rows: tokens kept of each block, a uniform sample; up to twice as many are held in
             memory, for all blocks.
         settings: other fields of ``TrainConfig``; by default rows are layer-normalised, a batch has
@@ -170,6 +174,7 @@ def fit_saes(
             f"fit_saes: expected blocks and max_rows of at least 2, got {list(blocks)} and "
             f"{max_rows}"
         )
+    module = module_of(module)
     generator = torch.Generator().manual_seed(seed)
     pieces: dict[str, list[Tensor]] = {block: [] for block in blocks}
     keys: list[Tensor] = []

@@ -18,7 +18,7 @@ import numpy as np
 from clipsteer.data.dataset import ImageDataset
 from clipsteer.data.emoji import HELD_OUT_STYLE, TRAINED_STYLES, EmojiStyles, classify30, stratified
 from clipsteer.data.emoji import split as concepts
-from clipsteer.data.files import image_folder
+from clipsteer.data.files import class_folder
 
 SEED = 1993
 Part = Literal["train", "validation", "test"]
@@ -200,10 +200,11 @@ def folder_scenario(
         validation: the share of each class's training images that is held out; the same for every
             seed.
 
-    Raises ValueError where a folder is missing, or train and test have different classes.
+    Raises ValueError where a folder is missing or flat, or train and test have different classes.
     """
     _check_share("folder_scenario", validation)
-    whole, test = (image_folder(Path(path) / part) for part in ("train", "test"))
+    whole = class_folder(Path(path) / "train", "folder_scenario")
+    test = class_folder(Path(path) / "test", "folder_scenario")
     if whole.classes != test.classes:
         differing = sorted(set(whole.classes) ^ set(test.classes))[:5]
         raise ValueError(

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clipsteer._intervals import clopper_pearson
 from clipsteer.continual.backbone import Encoder
 from clipsteer.continual.experiment import run_tasks
 from clipsteer.continual.metrics import Run
@@ -16,8 +15,9 @@ from clipsteer.continual.scenario import Scenario, emoji_scenario
 from clipsteer.continual.strategies import strategy
 from clipsteer.data.emoji import HELD_OUT_STYLE
 from clipsteer.demo.sections import percent
-from clipsteer.report import Html, charts, stats, table, text
-from clipsteer.report import percent as tenths
+from clipsteer.report.intervals import clopper_pearson
+from clipsteer.report.page import Html, grid, stats, table, text
+from clipsteer.report.page import percent as tenths
 
 ELSEWHERE = (
     "The demo does this for EmojiCLIP and the bundled drawings alone. For your own model and "
@@ -120,7 +120,7 @@ def section(runs: Mapping[str, Run], classes: Sequence[str], about: str) -> list
         text(about),
         table(["task", "classes"], tasks, words=True),
         stats(figures),
-        charts(
+        grid(
             curves(seen, title="Accuracy on all classes seen so far, %", y_label="accuracy, %"),
             *drift_curves(
                 {"How far old prototypes are off, relative to their length": [compensated]}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from clipsteer.clip.hooks import capture
 from clipsteer.clip.model import CLIP
-from clipsteer.data.dataset import ImageDataset, spread
+from clipsteer.data.dataset import ImageDataset, sample_names, spread
 from clipsteer.data.emoji import EmojiStyles
 from clipsteer.data.files import open_dataset
 from clipsteer.sae.evaluate import steerability
@@ -136,7 +136,7 @@ def folder_pictures(path: str | Path, seed: int, max_images: int) -> Pictures:
     # a full-size text tower takes a minute or two for all of them
     concepts = spread([c.label for c in EmojiStyles().concepts], 300)
     if dataset.classes is None:
-        names = [str(t)[:60] for t in chosen.targets]
+        names = [name[:60] for name in sample_names(chosen)]
         return Pictures(
             chosen, groups, groups["images the SAE learns from"], names, None, None, concepts
         )
@@ -176,7 +176,7 @@ def look(
     CPU in float32."""
     tokens, embeddings = [], []
     for rows in batches(range(len(pictures.dataset)), batch, label):
-        with capture(clip.model, hook_point, detach=True) as found:
+        with capture(clip, hook_point, detach=True) as found:
             embeddings.append(clip.embed(pixels(clip, pictures, rows)).float().cpu())
         tokens.append(found[hook_point].float().cpu())
         if len(tokens) * tokens[0].nbytes > 4 * _MAX_TOKEN_BYTES:
@@ -243,7 +243,7 @@ class Predictor:
 
     @torch.no_grad()
     def under(self, images: Tensor, steering: Steering) -> Tensor:
-        with steer(self.clip.model, {self.hook_point: steering}):
+        with steer(self.clip, {self.hook_point: steering}):
             return self.of(self.clip.embed(images).float().cpu())
 
     def steered(self, images: Tensor, feature: int, strength: float) -> Tensor:

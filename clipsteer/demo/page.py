@@ -16,24 +16,24 @@ from clipsteer.demo import reference as demo_reference
 from clipsteer.demo import sections as demo_sections
 from clipsteer.demo.explore import Feature, Pictures, Predictor, feature_heat, pixels
 from clipsteer.demo.sections import percent as _percent
-from clipsteer.report import (
+from clipsteer.report.axes import Axis
+from clipsteer.report.charts import Chart
+from clipsteer.report.layers import Bars, Line
+from clipsteer.report.page import (
     Html,
     Page,
-    bars,
     card,
     cards,
-    charts,
     code,
     figures,
+    grid,
     heat_overlay,
-    line_chart,
     stats,
     table,
     text,
 )
 
 _SIZE = 128
-_CE_GAP = 0.1
 
 
 def build(
@@ -53,8 +53,8 @@ def build(
     page = Page(
         "What a CLIP model sees, and how to steer it",
         f"{clip.name}{weights}, sparse autoencoder at {predictor.hook_point}",
-        footer=f"Made by clipsteer demo, seed {found['seed']}. The figures are in metrics.json, the SAE in sae/, the "
-        "conceptors in conceptors.safetensors.",
+        footer=f"Made by clipsteer demo, seed {found['seed']}. The figures are in metrics.json, "
+        "the SAE in sae/, the conceptors in conceptors.safetensors.",
     )
     page.lead(_headline(found))
     if clip.name == EMOJICLIP:
@@ -68,7 +68,7 @@ def build(
             )
         )
     page.section("What the model sees", *_seeing(pictures, found, embeddings, predictor))
-    page.section("The sparse autoencoder", *_training(sae, found, history))
+    page.section("The sparse autoencoder", *demo_sections.training(sae, found, history))
     page.section("Features", *_features(predictor, pictures, tokens, chosen, found))
     page.section(
         "Steering one feature up and down",
@@ -170,82 +170,10 @@ def _seeing(
     return [*parts, figures(items, size="4.6rem")]
 
 
-def _training(
-    sae: Any, found: Mapping[str, Any], history: Sequence[Mapping[str, float]]
-) -> list[Html]:
-    steps = [h["step"] for h in history]
-    curves = charts(
-        line_chart(
-            {"FVU": (steps, [h["fvu"] for h in history])},
-            title="Variance unexplained",
-            x_label="step",
-            y_from=0,
-        ),
-        line_chart(
-            {"dead": (steps, [100 * h["dead"] for h in history])},
-            title="Dead features, %",
-            x_label="step",
-            y_from=0,
-        ),
-    )
-    rows = []
-    for group, row in found["sae"]["evaluation"].items():
-        rows.append(
-            [
-                group,
-                row["images"],
-                f"{row['ev']:.3f}",
-                f"{row['l0']:.1f}",
-                _percent(row["dead"]),
-                _or_dash(row.get("ce_recovered") if _hurts(row) else None),
-                *(_or_dash(row.get(key)) for key in ("top1_clean", "top1_sae", "top1_zero")),
-            ]
-        )
-    return [
-        text(
-            f"{sae.d_sae} features over tokens of width {sae.d_in}, of which each token may use "
-            f"{sae.k}: the top-k "
-            "autoencoder of Gao et al. 2024. It learns from the first group of images alone."
-        ),
-        curves,
-        table(
-            [
-                "images",
-                "count",
-                "explained variance",
-                "L0",
-                "silent features",
-                "CE recovered",
-                "top-1",
-                "with SAE",
-                "with zeros",
-            ],
-            rows,
-            caption="Reconstruction, on a part of each group. The last columns replace every token by its "
-            "reconstruction, or by zero: CE recovered is the share of the zero-shot cross-entropy "
-            "that survives "
-            f"(– where it is hardly lower than with zeros, by less than {_CE_GAP:.0%}), top-1 the "
-            "accuracy among the group's names, with one prompt each.",
-        ),
-    ]
-
-
-def _hurts(row: Mapping[str, Any]) -> bool:
-    """Whether the model knows clearly more than it does without the tokens; else CE recovered
-    divides by noise."""
-    return "ce_zero" in row and row["ce_clean"] <= (1 - _CE_GAP) * row["ce_zero"]
-
-
-def _or_dash(value: float | None) -> str:
-    return "–" if value is None else _percent(value)
-
-
 def _heat(
     predictor: Predictor, pictures: Pictures, tokens: Tensor, feature: Feature, row: int
 ) -> Any:
-    prefix = (
-        layout_at(predictor.clip.model, predictor.hook_point).before_patches(tokens.shape[1]) or 0
-    )
+    prefix = layout_at(predictor.clip, predictor.hook_point).before_patches(tokens.shape[1]) or 0
     grid = feature_heat(predictor.sae, tokens[row], feature.index, prefix)
     if grid is None or float(grid.max()) < 0.1 * feature.peak:
         return pictures.thumb(row)
@@ -312,25 +240,20 @@ def _steering(
 ) -> list[Html]:
     share = found["steering"]
     studies = share["features"]
-    curve = line_chart(
-        {
-            f"{s['index']} → {s['response']['target']}": (
-                s["response"]["multiples"],
-                s["response"]["probability"],
-            )
-            for s in studies[:4]
-        },
-        title="Probability of the target",
-        x_label="strength, in multiples of the feature's peak",
-        y_from=0,
+    responses = {f"{s['index']} → {s['response']['target']}": s["response"] for s in studies[:4]}
+    curve = Chart(
+        "Probability of the target",
+        *(Line(name, r["multiples"], r["probability"]) for name, r in responses.items()),
+        x="strength, in multiples of the feature's peak",
+        y=Axis(low=0),
     )
     ranks = list(range(1, len(share["scores"]) + 1))
-    level = ([1, ranks[-1]], [share["threshold"]] * 2)
-    ranked = line_chart(
-        {"S": (ranks, share["scores"]), "threshold": level},
-        title="Steerability of every feature probed",
-        x_label="features, the most steerable first",
-        y_from=0,
+    ranked = Chart(
+        "Steerability of every feature probed",
+        Line("S", ranks, share["scores"]),
+        Line("threshold", [1, ranks[-1]], [share["threshold"]] * 2),
+        x="features, the most steerable first",
+        y=Axis(low=0),
     )
     by_multiple = ", ".join(f"{n} at {m} × peak" for m, n in share["steerable_by_multiple"].items())
     parts = []
@@ -342,15 +265,9 @@ def _steering(
                     f"Up, on other images (S = {feature.steerability:.3f}); change in points:",
                     css="note",
                 ),
-                bars(
-                    [(name, d, f"{100 * d:+.1f}") for name, d in feature.effect],
-                    limit=_limit(feature),
-                ),
+                _changes(feature.effect, feature),
                 text("Down to 0, on its own images:", css="note"),
-                bars(
-                    [(name, d, f"{100 * d:+.1f}") for name, d in feature.removed],
-                    limit=_limit(feature),
-                ),
+                _changes(feature.removed, feature),
             )
         )
     return [
@@ -366,13 +283,15 @@ def _steering(
             f"depends on the strength: {by_multiple}."
         ),
         _before_and_after(predictor, pictures, embeddings, chosen, share),
-        charts(curve, ranked),
+        grid(curve, ranked),
         cards(*parts),
     ]
 
 
-def _limit(feature: Feature) -> float:
-    return max(abs(d) for _, d in [*feature.effect, *feature.removed]) or 1.0
+def _changes(found: Sequence[tuple[str, float]], feature: Feature) -> Chart:
+    """Changes in probability as bars, all of a feature in one scale."""
+    limit = max(abs(d) for _, d in [*feature.effect, *feature.removed]) or 1.0
+    return Chart("", Bars([(name, d, f"{100 * d:+.1f}") for name, d in found], limit))
 
 
 def _before_and_after(
@@ -443,7 +362,7 @@ def _snippet(
             f"dataset = {maker}\n"
             f"images = {images}\n"
             f"steering = clipsteer.SAESteering(sae, {{{feature.index}: {strength:.1f}}})\n"
-            f"with clipsteer.steer(clip.model, {{{hook_point!r}: steering}}):\n"
+            f"with clipsteer.steer(clip, {{{hook_point!r}: steering}}):\n"
             "    embeddings = clip.encode_images(images)"
         ),
     ]

@@ -1,4 +1,4 @@
-"""Two sections of the demo's page: conceptors, and the WiSE-FT curve."""
+"""Sections of the demo's page: how the SAE trained, conceptors, and the WiSE-FT curve."""
 
 from __future__ import annotations
 
@@ -9,11 +9,78 @@ from typing import Any
 from clipsteer.demo.explore import Pictures
 from clipsteer.ensembles.page import curve_charts, summary_table
 from clipsteer.ensembles.robustness import averages
-from clipsteer.report import Html, card, cards, charts, code, figures, stats, table, text
+from clipsteer.report.axes import Axis
+from clipsteer.report.charts import Chart
+from clipsteer.report.layers import Line
+from clipsteer.report.page import Html, card, cards, code, figures, grid, stats, table, text
+
+_CE_GAP = 0.1
 
 
 def percent(value: float) -> str:
     return f"{100 * value:.1f}\u00a0%"
+
+
+def training(
+    sae: Any, found: Mapping[str, Any], history: Sequence[Mapping[str, float]]
+) -> list[Html]:
+    steps = [h["step"] for h in history]
+    unexplained = Line("FVU", steps, [h["fvu"] for h in history])
+    dead = Line("dead", steps, [100 * h["dead"] for h in history])
+    curves = grid(
+        Chart("Variance unexplained", unexplained, x="step", y=Axis(low=0)),
+        Chart("Dead features, %", dead, x="step", y=Axis(low=0)),
+    )
+    rows = []
+    for group, row in found["sae"]["evaluation"].items():
+        rows.append(
+            [
+                group,
+                row["images"],
+                f"{row['ev']:.3f}",
+                f"{row['l0']:.1f}",
+                percent(row["dead"]),
+                _or_dash(row.get("ce_recovered") if _hurts(row) else None),
+                *(_or_dash(row.get(key)) for key in ("top1_clean", "top1_sae", "top1_zero")),
+            ]
+        )
+    return [
+        text(
+            f"{sae.d_sae} features over tokens of width {sae.d_in}, of which each token may use "
+            f"{sae.k}: the top-k "
+            "autoencoder of Gao et al. 2024. It learns from the first group of images alone."
+        ),
+        curves,
+        table(
+            [
+                "images",
+                "count",
+                "explained variance",
+                "L0",
+                "silent features",
+                "CE recovered",
+                "top-1",
+                "with SAE",
+                "with zeros",
+            ],
+            rows,
+            caption="Reconstruction, on a part of each group. The last columns replace every token "
+            "by its reconstruction, or by zero: CE recovered is the share of the zero-shot "
+            "cross-entropy that survives "
+            f"(– where it is hardly lower than with zeros, by less than {_CE_GAP:.0%}), top-1 the "
+            "accuracy among the group's names, with one prompt each.",
+        ),
+    ]
+
+
+def _hurts(row: Mapping[str, Any]) -> bool:
+    """Whether the model knows clearly more than it does without the tokens; else CE recovered
+    divides by noise."""
+    return "ce_zero" in row and row["ce_clean"] <= (1 - _CE_GAP) * row["ce_zero"]
+
+
+def _or_dash(value: float | None) -> str:
+    return "–" if value is None else percent(value)
 
 
 def conceptors(
@@ -76,7 +143,7 @@ def _kept(pictures: Pictures, row: Mapping[str, Any], found: Mapping[str, Any]) 
         # drawings are all of one style here: its name at the end would only take room
         return f"{name.rpartition(' (')[0] if found['minus'] == 'style' else name}, ×{ratio:.2f}"
 
-    def grid(pairs: Sequence[tuple[int, float]]) -> Html:
+    def drawings(pairs: Sequence[tuple[int, float]]) -> Html:
         return figures(
             [(pictures.thumb(i, 96), caption(pictures.names[i], r)) for i, r in pairs],
             size="4.6rem",
@@ -87,9 +154,9 @@ def _kept(pictures: Pictures, row: Mapping[str, Any], found: Mapping[str, Any]) 
         row["name"],
         text(f"From {row['images']} images; quota {row['quota']:.3f}.", css="note"),
         text(f"Kept most ({own}):"),
-        grid(row["most"]),
+        drawings(row["most"]),
         text("Kept least:"),
-        grid(row["least"]),
+        drawings(row["least"]),
     )
 
 
@@ -220,7 +287,7 @@ def wise_ft(found: Mapping[str, Any]) -> list[Html]:
             "and 100 %. The output-space ensemble averages the answers of both models instead, and "
             "has to run both."
         ),
-        charts(*curve_charts(rows)),
+        grid(*curve_charts(rows)),
         text(_verdict(rows)),
         summary_table(rows, None),
         table(

@@ -6,7 +6,6 @@ Sources: Wortsman et al. 2022 (arXiv 2109.01903); effective robustness: Taori et
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -15,21 +14,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from clipsteer._intervals import clopper_pearson
 from clipsteer.clip.classifier import ImageClassifier, predict
 from clipsteer.ensembles.merging import wise_ft
+from clipsteer.report.axes import logit, sigmoid
+from clipsteer.report.intervals import clopper_pearson
 
 Row = dict[str, Any]
 Rows = Sequence[Mapping[str, Any]]
 
 ALPHAS = tuple(i / 20 for i in range(21))
 DEFAULT_ALPHA = 0.5
-
-
-def logit(accuracy: float, n: int) -> float:
-    """Log odds of an accuracy over n images; (k + 1/2)/(n + 1) keeps those of 0 and 1 finite."""
-    p = (accuracy * n + 0.5) / (n + 1)
-    return math.log(p / (1 - p))
 
 
 class Baseline(NamedTuple):
@@ -42,11 +36,10 @@ class Baseline(NamedTuple):
     intercept: float
     models: int
 
-    def __call__(self, reference: float, n: int) -> float:
-        """What a model with this accuracy on n reference images is expected to reach on the shifted
-        sets."""
-        odds = self.slope * logit(reference, n) + self.intercept
-        return 1 / (1 + math.exp(-odds))
+    def __call__(self, reference: float, n: int | None = None) -> float:
+        """What a model with this accuracy, on n reference images, is expected to reach on the
+        shifted sets."""
+        return sigmoid(self.slope * logit(reference, n) + self.intercept)
 
 
 def fit_baseline(points: Iterable[tuple[float, int, float, int]]) -> Baseline:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,11 @@ from tqdm import tqdm
 from clipsteer.clip.hooks import evaluating
 from clipsteer.clip.model import CLIP, load
 from clipsteer.clip.pixels import pixel_batches
+from clipsteer.clip.runs import read_run
 from clipsteer.data.dataset import ImageDataset, captions_of, data_digest
 from clipsteer.io.digests import described, digest_of, tensors_digest, weights_digest
 from clipsteer.io.files import (
     FileFormatError,
-    read_json,
     read_safetensors,
     read_safetensors_header,
     write_safetensors,
@@ -83,9 +83,11 @@ def encode_texts(
     """Unit embeddings (N, e), at least float32, without gradients; equal texts are encoded once.
 
     With `world` the processes, which all have to call it with the same arguments, share the work.
+    Raises ValueError for a model without text tower.
     """
+    clip.need_text("encode_texts")
     distinct = list(dict.fromkeys(texts))
-    model: Any = clip.model
+    model = clip.model
 
     def encode(rows: Sequence[int]) -> Tensor:
         parts = []
@@ -97,7 +99,7 @@ def encode_texts(
         return torch.cat(parts)
 
     place = {text: i for i, text in enumerate(distinct)}
-    with evaluating(clip.model):
+    with evaluating(clip):
         encoded = _divided(len(distinct), batch_size, world, encode)
     return encoded[[place[text] for text in texts]]
 
@@ -119,7 +121,7 @@ def encode_dataset(
         bar = tqdm(batches, "encode", -(-len(rows) // batch_size), leave=False, disable=quiet)
         return torch.cat([clip.embed(x) for x in bar])
 
-    with evaluating(clip.model):
+    with evaluating(clip):
         return _divided(len(dataset), batch_size, world, encode)
 
 
@@ -223,15 +225,7 @@ def cached(
 
 
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> CLIP:
-    """The model that `clipsteer train --out folder` left there."""
-    folder = Path(folder)
-    config: Any = read_json(folder / "config.json")
-    if not isinstance(config, dict) or not isinstance(config.get("model"), str):
-        raise FileFormatError(f"{folder / 'config.json'}: expected the name of a model")
-    name = config["model"]
-    # an architecture lies in the folder
-    return load(
-        str(folder / name) if name.endswith(".json") else name,
-        folder / "model.safetensors",
-        device=device,
-    )
+    """The model that `clipsteer train --out folder` left there: ``load(folder)``, which says more
+    where there is none."""
+    run = read_run(folder)
+    return load(run.model, run.weights, device=device)

@@ -134,6 +134,7 @@ class _Run(TrainingRun):
             else self.order.per_epoch * config.epochs
         )
         self.loss = config.make_loss(len(dataset), world).to(clip.device)
+        clip.need_text("train_contrastive")
         # τ is the loss's own, and none of the losses has a bias
         for parameter in (clip.model.logit_scale, getattr(clip.model, "logit_bias", None)):
             if parameter is not None:
@@ -259,7 +260,7 @@ class _Run(TrainingRun):
         if isinstance(self.reference, ReferenceFeatures):
             image, text = self.reference.image[ids], self.reference.text[ids]
         else:
-            with evaluating(self.reference.model):
+            with evaluating(self.reference):
                 image = self.reference.embed(theirs[0])
                 text = self.reference.model.encode_text(theirs[1].to(self.clip.device))
                 text = F.normalize(text.float(), dim=-1)

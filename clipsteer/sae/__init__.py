@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from clipsteer.sae.activations import ActivationStore as ActivationStore
     from clipsteer.sae.activations import HarvestSource as HarvestSource
     from clipsteer.sae.activations import harvest_to_store as harvest_to_store
+    from clipsteer.sae.config import TRAINABLE as TRAINABLE
+    from clipsteer.sae.config import TrainConfig as TrainConfig
     from clipsteer.sae.evaluate import evaluate_sae as evaluate_sae
     from clipsteer.sae.features import FeatureStatistics as FeatureStatistics
     from clipsteer.sae.features import Steerability as Steerability
@@ -58,8 +60,6 @@ if TYPE_CHECKING:
     from clipsteer.sae.train import METRICS as METRICS
     from clipsteer.sae.train import Run as Run
     from clipsteer.sae.train import train_sae as train_sae
-    from clipsteer.sae.trainer import TRAINABLE as TRAINABLE
     from clipsteer.sae.trainer import SAETrainer as SAETrainer
-    from clipsteer.sae.trainer import TrainConfig as TrainConfig
 
 __getattr__, __dir__, __all__ = _lazy.attach(__name__, __file__)

@@ -24,9 +24,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clipsteer.io import checkpoint
+from clipsteer.sae.config import TRAINABLE, TrainConfig
 from clipsteer.sae.model import SAE
 from clipsteer.sae.sources import ActivationSource, Position, as_source
-from clipsteer.sae.trainer import TRAINABLE, SAETrainer, TrainConfig
+from clipsteer.sae.trainer import SAETrainer
 from clipsteer.training.loop import EXIT_TERMINATED, StopSignal, trim_log
 from clipsteer.training.tracking import _Reporter
 from clipsteer.training.world import World

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from clipsteer.training.schedule import cosine_lr as cosine_lr
     from clipsteer.training.schedule import mix as mix
     from clipsteer.training.schedule import seed_of as seed_of
+    from clipsteer.training.settings import SettingError as SettingError
+    from clipsteer.training.settings import check_fields as check_fields
+    from clipsteer.training.settings import read_value as read_value
+    from clipsteer.training.settings import settings_of as settings_of
     from clipsteer.training.world import JointBatch as JointBatch
     from clipsteer.training.world import World as World
     from clipsteer.training.world import training_world as training_world

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from clipsteer.sae.trainer import TrainConfig
+    from clipsteer.sae.config import TrainConfig
 
 
 class _Reporter:

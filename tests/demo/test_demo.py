@@ -18,7 +18,6 @@ from clipsteer.clip.zero_shot import SIMPLE_TEMPLATES, zero_shot_head
 from clipsteer.data.emoji import EmojiStyles, Split, split
 from clipsteer.demo import conceptors as demo_conceptors
 from clipsteer.demo import explore
-from clipsteer.demo import page as demo_page
 from clipsteer.demo import reference as demo_reference
 from clipsteer.demo import sections as demo_sections
 from clipsteer.demo import wise_ft as demo_wise_ft
@@ -117,7 +116,7 @@ def test_the_saved_sae_steers_as_the_metrics_say(finished):
     target = pictures.vocabulary.index(feature["response"]["target"])
     multiple = feature["response"]["multiples"][-2]
     steering = SAESteering(sae, {feature["index"]: multiple * feature["peak"]})
-    with steer(clip.model, {sae.metadata["hook_point"]: steering}):
+    with steer(clip, {sae.metadata["hook_point"]: steering}):
         p = (100 * clip.encode_images(images) @ head.T).softmax(-1)
     assert float(p[:, target].mean()) == pytest.approx(feature["response"]["probability"][-2], rel=1e-3)
 
@@ -250,7 +249,7 @@ def test_the_reference_curves_are_committed_ones_and_say_so():
         lines = means["metrics"][title]
         assert all(len(values) == len(means["samples"]) for values in lines.values())
         for name, values in lines.items():
-            assert f"{name}: {report._number(100 * values[-1])}" in markup
+            assert f"{name}: {report.number(100 * values[-1])}" in markup
             assert all(0 <= v <= 1 for v in values)
 
 
@@ -310,7 +309,7 @@ def test_ce_recovered_is_shown_only_where_there_is_something_to_recover():
            "top1_zero": 0.1, "images": 7, "ev": 0.5, "l0": 3.0, "dead": 0.0}  # fmt: skip
     found = {"sae": {"evaluation": {"near": row, "far": {**row, "ce_clean": 1.2, "ce_recovered": 0.35}}}}
     history = [{"step": s, "fvu": 0.5, "dead": 0.0} for s in (1, 2)]
-    markup = "".join(map(str, demo_page._training(SAE(8, 16, k=2), found, history)))
+    markup = "".join(map(str, demo_sections.training(SAE(8, 16, k=2), found, history)))
     assert "350.0" not in markup
     assert "35.0" in markup
 

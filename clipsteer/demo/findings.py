@@ -127,8 +127,8 @@ def run(
 
     Args:
         seed: of the SAE, its batches and what is drawn.
-        model, pretrained: as in ``clipsteer.clip.load``; data: a folder, caption table or shards,
-            else the bundled drawings.
+        model, pretrained: as in ``clipsteer.load``; data: as in ``clipsteer.data.open_dataset``, by
+            default the bundled drawings in four cells.
         hook_point: a block's module name; by default the last but one of the image tower.
         minutes: SAE training, in nominal minutes of two CPU cores. It sets the number of steps, so
             that the result does not depend on how fast the machine is; wide models get at least 800
@@ -142,6 +142,9 @@ def run(
         raise ValueError(f"demo: max_images must be at least 16, got {max_images}")
     out = Path(out)
     clip = load(model, pretrained, device=device)
+    clip.need_text("demo")
+    if data is not None and str(data) == "emoji":
+        data = None
     limit = max_images if model == EMOJICLIP and data is None else max_images or 1000
     pictures = (
         emoji_pictures(limit, model == EMOJICLIP)
