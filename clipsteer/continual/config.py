@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from clipsteer.training.settings import (
+    COSMETIC,
     Count,
     NotNegative,
     Positive,
     SettingError,
     check_fields,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from clipsteer.continual.backbone import Encoder
+    from clipsteer.continual.plasticity import Plasticity
 
 __all__ = ["AlignConfig", "CILConfig"]
 
@@ -114,6 +121,10 @@ class CILConfig:
     """of the order of the classes and of training"""
     checkpoint_every: Count = 100
     """steps between two checkpoints"""
+    log_every: Count = 10
+    """steps between two lines of the log"""
+    track: Literal["wandb", "tensorboard"] | None = None
+    """where figures go beside the logs"""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -135,8 +146,35 @@ class CILConfig:
     def outcome(self) -> dict[str, Any]:
         """The settings that change what a run ends in, as JSON gives them back."""
         found = asdict(self)
-        del found["checkpoint_every"]
+        for name in COSMETIC:
+            del found[name]
         return json.loads(json.dumps(found))
+
+    def check_parts(
+        self,
+        encoder: Encoder,
+        num_classes: int,
+        zero_shot: Tensor | None,
+        plasticity: Plasticity | None,
+    ) -> None:
+        """Raise ValueError where a part that the settings need is not given or does not fit."""
+        wrong = None
+        zero_shots = 0 if zero_shot is None else len(zero_shot)
+        if self.classifier == "zero_shot" and zero_shots != num_classes:
+            wrong = f"zero_shot must have {num_classes} rows for {self.name!r}, got {zero_shots}"
+        elif self.plasticity and plasticity is None:
+            wrong = f"{self.name!r} needs plasticity, with an SAE for each block"
+        elif plasticity and self.plasticity and set(plasticity.saes) != set(encoder.blocks):
+            wrong = f"plasticity needs SAEs of {encoder.blocks}, got {[*plasticity.saes]}"
+        elif self.distill and not encoder.prefix:
+            wrong = f"distill needs a class token, and {encoder.name} has none"
+        if wrong is not None:
+            raise ValueError(f"ClassIncrementalLearner: {wrong}")
+
+    @property
+    def compares(self) -> bool:
+        """Whether the losses of a task after the first look at the network before it."""
+        return self.distill > 0 or self.covariance > 0
 
     @property
     def unit(self) -> bool:

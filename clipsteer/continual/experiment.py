@@ -4,6 +4,7 @@ by side."""
 from __future__ import annotations
 
 import functools
+import logging
 import multiprocessing
 import os
 import re
@@ -30,6 +31,8 @@ from clipsteer.testing.machine import extra_memory
 
 __all__ = ["run_all", "run_tasks"]
 
+logger = logging.getLogger(__name__)
+
 
 def run_tasks(
     scenario: Scenario,
@@ -51,7 +54,7 @@ def run_tasks(
             with as many threads ends with the same matrix; seconds are then of the last process
             alone.
     """
-    out = Path(out) if out is not None else None
+    out = None if out is None else Path(out)
     settings = {**config.outcome(), "data": _identity(scenario)}
     run = Run(config.name, config.seed, scenario.tasks, settings)
     if out is not None and (out / "run.json").exists():
@@ -121,6 +124,9 @@ def run_tasks(
             seconds,
             None if peak is None else peak / 2**20,
             drift,
+        )
+        logger.info(
+            "%s: task=%d of=%d accuracy=%.4g", config.name, t + 1, len(scenario.tasks), run.seen[t]
         )
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)

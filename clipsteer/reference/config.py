@@ -17,6 +17,7 @@ from clipsteer.training.settings import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from clipsteer.training.world import World
@@ -83,6 +84,8 @@ class ContrastiveConfig:
     """steps between two checkpoints"""
     log_every: Count = 10
     """steps between two lines of the log"""
+    track: Literal["wandb", "tensorboard"] | None = None
+    """where figures go beside log.jsonl"""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -122,6 +125,32 @@ class ContrastiveConfig:
         if learnt is None:
             learnt = not self.remembers
         return tau, learnt
+
+    def gamma_at(self, epoch: int, epochs: int) -> float:
+        """γ of one of so many epochs."""
+        from clipsteer.reference.drrho import gamma_schedule
+
+        least = self.gamma_min
+        if least is None:
+            least = min(1.0, 4.177 * epochs**-0.7265)
+        return gamma_schedule(epoch, self.gamma_epochs or epochs, least)
+
+    def make_optimizer(
+        self, trained: list[nn.Parameter], temperature: list[nn.Parameter]
+    ) -> torch.optim.AdamW:
+        """AdamW on the model's parameters, and on the loss's own in a third group."""
+        import torch
+
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+            {"params": temperature, "weight_decay": 0.0},
+        ]
+        if self.remembers:
+            # FastCLIP's rule for τ: a quarter of the peak, constant; `settle_temperature_` has the
+            # rest of it
+            groups[2]["lr"] = self.lr / 4
+        return torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.98), eps=1e-6)
 
     def make_loss(self, num_samples: int, world: World) -> nn.Module:
         # torch comes in with them, which the command line's help does without
