@@ -60,7 +60,9 @@ _HUB = "hf-hub:"
 class Describable(Protocol):
     """What can be written: an SAE."""
 
-    def described(self) -> Described: ...
+    def described(self) -> Described:
+        """Configuration, weights and metadata."""
+        ...
 
 
 def _read_own(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> Described:

@@ -27,11 +27,14 @@ START = Position()
 
 
 class Batch(NamedTuple):
+    """What a source yields."""
+
     rows: Tensor  # (batch_size / world, d)
     next: Position  # where the batch after this one starts
 
 
 def generator(*key: int) -> torch.Generator:
+    """A CPU generator of its own for every key, such as (seed, epoch, group)."""
     # splitmix-like mixing keeps (seed, epoch, group) streams apart without overflow
     state = 0
     for value in key:
@@ -139,9 +142,11 @@ class TensorSource(ActivationSource):
         self.d_in = self.rows.shape[1]
 
     def group_sizes(self, seed: int, epoch: int) -> list[int]:
+        """All rows in one group."""
         return [len(self.rows)]
 
     def load_group(self, seed: int, epoch: int, group: int) -> Tensor:
+        """All rows, (N, d)."""
         return self.rows
 
 
@@ -161,6 +166,7 @@ class IterableSource(ActivationSource):
         self._first: Tensor | None = first
 
     def rows_per_epoch(self) -> int | None:
+        """None: only reading would tell."""
         return None
 
     def _parts(self) -> Iterator[Tensor]:
