@@ -1,5 +1,4 @@
-"""SAE folders: clipsteer's own, and those of SAELens, sparsify and ViT-Prisma, told apart by what
-lies in them.
+"""SAE folders: clipsteer's own, and those of SAELens, sparsify and ViT-Prisma.
 
     clipsteer   cfg.json with "format": "clipsteer-sae", model.safetensors
                 W_enc, W_dec (d_sae, d_in)
@@ -61,7 +60,9 @@ _HUB = "hf-hub:"
 class Describable(Protocol):
     """What can be written: an SAE."""
 
-    def described(self) -> Described: ...
+    def described(self) -> Described:
+        """Configuration, weights and metadata."""
+        ...
 
 
 def _read_own(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> Described:
