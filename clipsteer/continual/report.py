@@ -38,8 +38,7 @@ from clipsteer.report.page import (
 FORMAT = "clipsteer-cil-1"
 DRIFT = (
     "‖μ̂ − μ‖/‖μ‖, and 1 − cos(μ̂, μ), between a prototype as it is kept and the true class mean "
-    "under the network of "
-    "today; mean over the classes of earlier tasks and over tasks."
+    "under the network of today; mean over the classes of earlier tasks and over tasks."
 )
 
 
@@ -193,8 +192,8 @@ def write_results(
     warning = caution(runs, reference)
     page = Page(
         title,
-        f"{len(groups)} strategies, {max(len(run.tasks) for run in runs)} tasks, "
-        f"seeds {', '.join(map(str, seeds))}",
+        f"{len(groups)} strategies, {max(len(run.tasks) for run in runs)} tasks, seeds "
+        f"{', '.join(map(str, seeds))}",
     )
     if notes:
         page.lead(table(["", ""], [[k, _note(v)] for k, v in notes.items()], words=True))
@@ -207,8 +206,8 @@ def write_results(
     )
     page.section(
         "Accuracy matrices",
-        "Each row: accuracy on every task so far, after one more task was learnt; "
-        "mean over seeds, all strategies in one scale.",
+        "Each row: accuracy on every task so far, after one more task was learnt; mean over "
+        "seeds, all strategies in one scale.",
         matrix_maps(groups),
     )
     if drift[1]:

@@ -33,11 +33,9 @@ def explained(runs: Sequence[Run]) -> str:
     )
     return (
         "Mean over seeds ± half of its 95 % t-interval. A_last: accuracy on all classes after the "
-        "last task. A_avg: "
-        "mean over tasks of the accuracy on the classes seen by then. Balanced: mean over classes "
-        "of their accuracy, "
-        f"after the last task. Forgetting: by how much earlier tasks fell from their best, mean "
-        f"over tasks.{wide}"
+        "last task. A_avg: mean over tasks of the accuracy on the classes seen by then. Balanced: "
+        "mean over classes of their accuracy, after the last task. Forgetting: by how much "
+        f"earlier tasks fell from their best, mean over tasks.{wide}"
     )
 
 
@@ -170,12 +168,10 @@ def caution(runs: Sequence[Run], reference: str) -> str:
     comparisons = (len(groups) - 1) * len(COMPARED)
     said = (
         "Differences are taken seed by seed, with the 95 % t-interval of their mean in brackets; "
-        "better and worse are "
-        f"said where it excludes 0. The intervals are not corrected for the {comparisons} "
-        f"comparisons of the table: of "
-        f"so many between equals, {comparisons / 20:.1f} would seem real by chance. They are about "
-        f"seeds, not about "
-        "test images, which all seeds share."
+        "better and worse are said where it excludes 0. The intervals are not corrected for the "
+        f"{comparisons} comparisons of the table: of so many between equals, "
+        f"{comparisons / 20:.1f} would seem real by chance. They are about seeds, not about test "
+        "images, which all seeds share."
     )
     records = [
         run.records[len(run.tasks) - 1]
@@ -188,6 +184,6 @@ def caution(runs: Sequence[Run], reference: str) -> str:
     low, high = clopper_pearson(right, n)
     return (
         f"{said} One of {n} images is {100 / n:.2f} points, and an accuracy of "
-        f"{percent(right / n)} % on so many has a "
-        f"95 % Clopper–Pearson interval of {percent(low)} – {percent(high)} %."
+        f"{percent(right / n)} % on so many has a 95 % Clopper–Pearson interval of {percent(low)} "
+        f"– {percent(high)} %."
     )

@@ -83,8 +83,8 @@ def _usable(kinds: Kinds, pictures: Pictures) -> Kinds | str:
     if not 2 <= len(kept) <= MOST_CLASSES:
         return (
             f"Conceptors are compared for 2 to {MOST_CLASSES} classes with at least "
-            f"{_LEAST_IMAGES} training images "
-            f"and one held-out image each; here there are {len(kept)}."
+            f"{_LEAST_IMAGES} training images and one held-out image each; here there are "
+            f"{len(kept)}."
         )
     new = torch.full((len(kinds.names) + 1,), -1)  # the last entry serves -1
     new[kept] = torch.arange(len(kept))

@@ -21,8 +21,7 @@ from clipsteer.report.page import percent as tenths
 
 ELSEWHERE = (
     "The demo does this for EmojiCLIP and the bundled drawings alone. For your own model and "
-    "images: clipsteer cil, "
-    "which has examples under --help."
+    "images: clipsteer cil, which has examples under --help."
 )
 
 
@@ -61,14 +60,11 @@ def of_measured(found: Mapping[str, Any]) -> list[Html]:
     runs = {title: Run.from_json(run) for title, run in found["runs"].items()}
     about = (
         f"Here EmojiCLIP learns the {len(found['classes'])} kinds of Classify-30 in "
-        f"{HELD_OUT_STYLE} drawings, "
-        f"{found['images']} to learn from and {found['tested']} others to be tested on, with MACIL "
-        f"(Wu et al. 2025): "
-        f"LoRA pairs on keys and values, {SETTINGS['epochs']} epochs a task, and at its end heads "
-        f"that are aligned on "
-        "Gaussian samples around the prototypes of all classes seen. The learning rate is one at "
-        "which features drift "
-        "visibly, not the best one."
+        f"{HELD_OUT_STYLE} drawings, {found['images']} to learn from and {found['tested']} others "
+        "to be tested on, with MACIL (Wu et al. 2025): LoRA pairs on keys and values, "
+        f"{SETTINGS['epochs']} epochs a task, and at its end heads that are aligned on Gaussian "
+        "samples around the prototypes of all classes seen. The learning rate is one at which "
+        "features drift visibly, not the best one."
     )
     return section(runs, found["classes"], about)
 
@@ -108,13 +104,10 @@ def section(runs: Mapping[str, Run], classes: Sequence[str], about: str) -> list
     return [
         text(
             "In class-incremental learning the classes come in tasks, one after the other; when a "
-            "task is learnt, the "
-            "images of the earlier ones are gone, and still the model has to tell all classes "
-            "apart. What is kept of "
-            "an old class is its prototype, the mean of its features. As the network learns on, "
-            "features drift and "
-            "prototypes grow stale. Mean-shift compensation (SDC, Yu et al. 2020) watches how the "
-            "features of the new "
+            "task is learnt, the images of the earlier ones are gone, and still the model has to "
+            "tell all classes apart. What is kept of an old class is its prototype, the mean of "
+            "its features. As the network learns on, features drift and prototypes grow stale. "
+            "Mean-shift compensation (SDC, Yu et al. 2020) watches how the features of the new "
             "task's images move, and moves the prototypes along."
         ),
         text(about),
@@ -129,8 +122,7 @@ def section(runs: Mapping[str, Run], classes: Sequence[str], about: str) -> list
         _after_each_task(runs),
         text(
             "Each row of a matrix is one more task learnt, each column a task to be tested on: "
-            "down a column is how it "
-            "is forgotten."
+            "down a column is how it is forgotten."
         ),
         matrix_maps({title: [run] for title, run in runs.items()}),
         text(_verdict(*runs.items())),
@@ -152,9 +144,8 @@ def _after_each_task(runs: Mapping[str, Run]) -> Html:
         ["after task", "test images", *runs],
         body,
         "Accuracy in % on all classes seen so far, with 95 % Clopper–Pearson intervals: one run "
-        "each. More seeds, more "
-        "strategies and paired differences: benchmarks/results in the repository, made by "
-        "clipsteer cil.",
+        "each. More seeds, more strategies and paired differences: benchmarks/results in the "
+        "repository, made by clipsteer cil.",
     )
 
 
@@ -170,8 +161,7 @@ def _verdict(plain: tuple[str, Run], compensated: tuple[str, Run]) -> str:
     kept, stale = (after.value(f"drift_{kind}") for kind in ("compensated", "uncompensated"))
     if not math.isnan(kept + stale):
         parts.append(
-            f"Its prototypes are off by {kept:.3f} of their length {with_}, on average; left where "
-            f"they were they "
-            f"would be off by {stale:.3f}."
+            f"Its prototypes are off by {kept:.3f} of their length {with_}, on average; left "
+            f"where they were they would be off by {stale:.3f}."
         )
     return " ".join([*parts, "One run does not tell chance from effect."])

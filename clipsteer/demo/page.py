@@ -62,9 +62,8 @@ def build(
         page.lead(
             text(
                 "EmojiCLIP is a small model that comes with clipsteer, trained from scratch on "
-                "drawings of emoji. It "
-                "is not OpenAI's CLIP; run the demo with --model, --pretrained and --data for a "
-                "real one.",
+                "drawings of emoji. It is not OpenAI's CLIP; run the demo with --model, "
+                "--pretrained and --data for a real one.",
                 css="note",
             )
         )
@@ -148,9 +147,8 @@ def _seeing(
         parts += [
             text(
                 "Zero-shot classification: the model picks the name that fits the image best, "
-                "among N names of which "
-                "one is right. 10 and 50 names: the mean over all draws of wrong names, so chance "
-                "is 10 % and 2 %."
+                "among N names of which one is right. 10 and 50 names: the mean over all draws of "
+                "wrong names, so chance is 10 % and 2 %."
             ),
             table(
                 ["images", "count", "10 names", "50 names", "all names", "names", "chance"],
@@ -214,19 +212,14 @@ def _features(
     return [
         text(
             f"Of {found['sae']['d_sae']} features the {share['probed']} strongest that are active "
-            f"on "
-            f"{share['active_on'][0]} to {share['active_on'][1]} of the images were probed. Shown "
-            f"are {len(chosen)}, "
-            "picked by what they do: those that push the predictions towards what they look like, "
-            "the most steerable "
-            "first, then the most steerable of the others; no two towards the same name. Each "
-            "comes with the images on "
-            "which it is strongest, and a glow where it is active (none where only the class token "
-            "has it). Its name "
-            "is what those images are made "
-            f"of: each is decomposed into a sparse, non-negative sum of the {found['vocabulary']} "
-            f"names (SpLiCE, "
-            "Bhalla et al. 2024), and the weights are averaged."
+            f"on {share['active_on'][0]} to {share['active_on'][1]} of the images were probed. "
+            f"Shown are {len(chosen)}, picked by what they do: those that push the predictions "
+            "towards what they look like, the most steerable first, then the most steerable of "
+            "the others; no two towards the same name. Each comes with the images on which it is "
+            "strongest, and a glow where it is active (none where only the class token has it). "
+            "Its name is what those images are made of: each is decomposed into a sparse, "
+            f"non-negative sum of the {found['vocabulary']} names (SpLiCE, Bhalla et al. 2024), "
+            "and the weights are averaged."
         ),
         cards(*parts),
     ]
@@ -274,14 +267,11 @@ def _steering(
     return [
         text(
             f"Each feature is set to {share['multiple_of_peak']:g} times its peak on every token "
-            f"of "
-            f"{share['probe_images']} held-out images, and to 0 on the images that show it. "
-            f"Nothing else in the model "
-            f"changes. The bars are the mean change in probability over {found['vocabulary']} "
-            f"names; S is the sum of "
-            f"their squares (Joseph et al. 2025). How many of the {share['probed']} pass S > "
-            f"{share['threshold']} "
-            f"depends on the strength: {by_multiple}."
+            f"of {share['probe_images']} held-out images, and to 0 on the images that show it. "
+            "Nothing else in the model changes. The bars are the mean change in probability over "
+            f"{found['vocabulary']} names; S is the sum of their squares (Joseph et al. 2025). "
+            f"How many of the {share['probed']} pass S > {share['threshold']} depends on the "
+            f"strength: {by_multiple}."
         ),
         _before_and_after(predictor, pictures, embeddings, chosen, share),
         grid(curve, ranked),

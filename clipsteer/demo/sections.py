@@ -47,8 +47,8 @@ def training(
     return [
         text(
             f"{sae.d_sae} features over tokens of width {sae.d_in}, of which each token may use "
-            f"{sae.k}: the top-k "
-            "autoencoder of Gao et al. 2024. It learns from the first group of images alone."
+            f"{sae.k}: the top-k autoencoder of Gao et al. 2024. It learns from the first group "
+            "of images alone."
         ),
         curves,
         table(
@@ -96,35 +96,28 @@ def conceptors(
     return [
         text(
             "A conceptor is a soft projection, made from the tokens of some images: directions "
-            "that these images use "
-            "much pass nearly unchanged, the others are damped. Conceptors combine as sets do: NOT "
-            "keeps what was "
-            "damped, AND what both keep, OR what either keeps (Jaeger 2014; Postmus & Abreu 2024). "
-            "Here each "
-            f"{what} has one, made from the images that the autoencoder learns from. The quota is "
-            f"the "
-            "share of all directions that passes; the aperture sets it, and is one for all: "
-            f"α = {found['aperture']:.3g}, by which a direction of average energy passes by half."
+            "that these images use much pass nearly unchanged, the others are damped. Conceptors "
+            "combine as sets do: NOT keeps what was damped, AND what both keep, OR what either "
+            f"keeps (Jaeger 2014; Postmus & Abreu 2024). Here each {what} has one, made from the "
+            "images that the autoencoder learns from. The quota is the share of all directions "
+            f"that passes; the aperture sets it, and is one for all: α = {found['aperture']:.3g}, "
+            "by which a direction of average energy passes by half."
         ),
         text(
-            f"Which held-out images each keeps most and least, as ‖Ch‖²/‖h‖² over the tokens "
-            f"against the same of a "
-            f"conceptor of all images together (quota {found['quota_everything']:.2f}). Taking for "
-            f"each of the "
-            f"{found['held_out']} images the {what} whose conceptor keeps most in this sense is "
-            f"right for "
+            "Which held-out images each keeps most and least, as ‖Ch‖²/‖h‖² over the tokens "
+            "against the same of a conceptor of all images together (quota "
+            f"{found['quota_everything']:.2f}). Taking for each of the {found['held_out']} images "
+            f"the {what} whose conceptor keeps most in this sense is right for "
             f"{percent(apart['accuracy'])}; the largest {what} makes up "
             f"{percent(apart['largest_share'])}."
         ),
         cards(*(_kept(pictures, row, found) for row in rows)),
         text(
-            f"Steering: every token of {found['steered_images']} held-out images of all kinds goes "
-            f"through a "
-            "conceptor, and the model names what comes out. The table gives the probability that "
-            "falls on names of "
-            f"the {what} in the first column, mean over the images. Compare with the column of the "
-            f"conceptor of all "
-            "images, which shows what damping alone does."
+            f"Steering: every token of {found['steered_images']} held-out images of all kinds "
+            "goes through a conceptor, and the model names what comes out. The table gives the "
+            f"probability that falls on names of the {what} in the first column, mean over the "
+            "images. Compare with the column of the conceptor of all images, which shows what "
+            "damping alone does."
         ),
         _effects(found),
         _examples(pictures, found),
@@ -198,9 +191,8 @@ def _effects(found: Mapping[str, Any]) -> Html:
         ],
         body,
         f"{minus} The last row is the share of images that still get their own name, among all "
-        f"names; in the last "
-        "three columns it is the mean over the conceptors. The images below are picked evenly, not "
-        "by their effect.",
+        "names; in the last three columns it is the mean over the conceptors. The images below "
+        "are picked evenly, not by their effect.",
     )
 
 
@@ -234,11 +226,9 @@ def wise_ft(found: Mapping[str, Any]) -> list[Html]:
     """``found`` is what ``demo_wise_ft.measure`` gives."""
     intro = text(
         "Fine-tuning makes a model better at what it is tuned on, and often worse at everything "
-        "else. WiSE-FT "
-        "(Wortsman et al. 2022) averages the weights of before and after, tensor by tensor: (1 − "
-        "α) · zero-shot + "
-        "α · fine-tuned. Often some α in between is better than both ends, at no cost when the "
-        "model runs."
+        "else. WiSE-FT (Wortsman et al. 2022) averages the weights of before and after, tensor by "
+        "tensor: (1 − α) · zero-shot + α · fine-tuned. Often some α in between is better than "
+        "both ends, at no cost when the model runs."
     )
     if "skipped" in found:
         return [intro, text(found["skipped"])]
@@ -261,11 +251,9 @@ def wise_ft(found: Mapping[str, Any]) -> list[Html]:
         intro,
         text(
             f"Here EmojiCLIP, which was trained on {' and '.join(shifted)} drawings, is tuned to "
-            f"{own}, a style new to "
-            f"it: {found['training_concepts']} things in 30 classes, {found['epochs']} epochs. "
-            f"Tested are the drawings "
-            f"of {found['test_concepts']} other things, which it saw in no style: in {own} "
-            f"(reference), and in "
+            f"{own}, a style new to it: {found['training_concepts']} things in 30 classes, "
+            f"{found['epochs']} epochs. Tested are the drawings of {found['test_concepts']} other "
+            f"things, which it saw in no style: in {own} (reference), and in "
             f"{' and '.join(shifted)} (shifted)."
         ),
         stats(
@@ -280,12 +268,10 @@ def wise_ft(found: Mapping[str, Any]) -> list[Html]:
             ]
         ),
         text(
-            f"In the left chart a line runs from before tuning (○) to after (■): further right is "
-            f"better on {own}, "
-            "further up is better on the other styles. The axes are in log odds, which stretch the "
-            "scale towards 0 "
-            "and 100 %. The output-space ensemble averages the answers of both models instead, and "
-            "has to run both."
+            "In the left chart a line runs from before tuning (○) to after (■): further right is "
+            f"better on {own}, further up is better on the other styles. The axes are in log "
+            "odds, which stretch the scale towards 0 and 100 %. The output-space ensemble "
+            "averages the answers of both models instead, and has to run both."
         ),
         grid(*curve_charts(rows)),
         text(_verdict(rows)),
@@ -293,12 +279,10 @@ def wise_ft(found: Mapping[str, Any]) -> list[Html]:
         table(
             ["α", *names],
             body,
-            f"Accuracy in % with 95 % Clopper–Pearson intervals, one fine-tuning seed "
-            f"({found['seed']}). The intervals "
-            f"reach up to {100 * widest:.0f} points either way: read the shape, not the last "
-            f"digit. Every style, three "
-            "seeds, and gains over both ends: benchmarks/results/wise_ft_emoji in the repository, "
-            "made by "
+            "Accuracy in % with 95 % Clopper–Pearson intervals, one fine-tuning seed "
+            f"({found['seed']}). The intervals reach up to {100 * widest:.0f} points either way: "
+            "read the shape, not the last digit. Every style, three seeds, and gains over both "
+            "ends: benchmarks/results/wise_ft_emoji in the repository, made by "
             "benchmarks/wise_ft.py. For your own models and data: clipsteer wise-ft curve.",
         ),
     ]
