@@ -1,11 +1,13 @@
-"""SAE folders: clipsteer's own, and those of SAELens, sparsify and ViT-Prisma, told apart by what
-lies in them.
+"""SAE folders: clipsteer's own, and those of SAELens, sparsify and ViT-Prisma.
 
-    clipsteer   cfg.json ("format": "clipsteer-sae"), model.safetensors     W_enc, W_dec (d_sae,
-    d_in) saelens     cfg.json, sae_weights.safetensors                           W_enc (d_in,
-    d_sae), W_dec (d_sae, d_in) sparsify    cfg.json, sae.safetensors
-    encoder.weight, W_dec (d_sae, d_in) prisma      config.json or a config inside the .pt, *.pt
-    W_enc (d_in, d_sae), W_dec (d_sae, d_in)
+    clipsteer   cfg.json with "format": "clipsteer-sae", model.safetensors
+                W_enc, W_dec (d_sae, d_in)
+    saelens     cfg.json, sae_weights.safetensors
+                W_enc (d_in, d_sae), W_dec (d_sae, d_in)
+    sparsify    cfg.json, sae.safetensors
+                encoder.weight, W_dec (d_sae, d_in)
+    prisma      *.pt, with config.json or a configuration inside
+                W_enc (d_in, d_sae), W_dec (d_sae, d_in)
 
 Here an SAE is a plain description, ``Described``: ``SAE.from_pretrained`` builds the module from
 it, and checks the weights against the configuration before anything is allocated.
@@ -58,7 +60,9 @@ _HUB = "hf-hub:"
 class Describable(Protocol):
     """What can be written: an SAE."""
 
-    def described(self) -> Described: ...
+    def described(self) -> Described:
+        """Configuration, weights and metadata."""
+        ...
 
 
 def _read_own(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> Described:

@@ -409,8 +409,9 @@ class SAE(nn.Module):
             device, dtype: where and as what; by default the file's dtype.
 
         Raises:
-            FileNotFoundError: nothing there. clipsteer.FileFormatError: not a readable SAE, or one
-            that cannot be run here. RuntimeError: the hub cannot be reached.
+            FileNotFoundError: nothing there.
+            clipsteer.FileFormatError: not a readable SAE, or one that cannot be run here.
+            RuntimeError: the hub cannot be reached.
         """
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"SAE.from_pretrained: dtype must be a floating type, got {dtype}")

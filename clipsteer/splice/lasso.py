@@ -111,7 +111,8 @@ def nonnegative_lasso(
     one is returned.
 
     Raises:
-        ValueError: shapes, values that are not finite, a negative λ. TypeError: dtypes or devices.
+        ValueError: shapes, values that are not finite, a negative λ.
+        TypeError: dtypes or devices.
     """
     penalty = _checked(z, C, l1, tol, max_iterations)
     weights = z.new_zeros(len(z), len(C))

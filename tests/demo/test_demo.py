@@ -349,6 +349,16 @@ def test_emoji_pictures_are_the_four_cells():
     assert pictures.classes[pictures.truth[7]] in pictures.names[7]
 
 
+def test_a_flat_folder_is_explored_without_classes(image_folder):
+    flat = explore.folder_pictures(image_folder / "red_disc", 0, 12)
+    assert (flat.classes, flat.truth) == (None, None)
+    assert "red disc" not in flat.vocabulary
+    assert all(name.endswith(".png") for name in flat.names)
+    assert len(set(flat.names)) == len(flat.names) == 12
+    sorted_ = explore.folder_pictures(image_folder, 0, 30)
+    assert sorted_.classes == sorted_.vocabulary[:3] == ["blue box", "green disc", "red disc"]
+
+
 def test_augmented_pictures_keep_size_and_depend_on_the_generator_alone():
     image = Image.new("RGB", (24, 16), (200, 10, 10))
     make = lambda seed: np.asarray(demo_pictures.augmented(image, torch.Generator().manual_seed(seed)))
@@ -362,6 +372,8 @@ def test_mistakes_are_explained(tiny_model, tmp_path):
         demo.run(tmp_path, minutes=0)
     with pytest.raises(ValueError, match="max_images"):
         demo.run(tmp_path, max_images=3)
+    with pytest.raises(ValueError, match="demo needs a text tower, and timm:test_vit has none"):
+        demo.run(tmp_path, model="timm:test_vit", pretrained="random")
     Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
     with pytest.raises(ValueError, match="at least 10 images, got 1"):
         demo.run(tmp_path, model=tiny_model[0], pretrained=tiny_model[1], data=tmp_path)
