@@ -16,7 +16,6 @@ from clipsteer.training.settings import (
 )
 
 if TYPE_CHECKING:
-
     pass
 
 __all__ = ["AlignConfig", "CILConfig"]

@@ -35,16 +35,14 @@ def measure(seed: int, device: str = "cpu", scenario: Scenario | None = None) ->
     """Two runs of MACIL, as plain data; by default over Classify-30 in the style that EmojiCLIP
     does not know."""
     scenario = scenario or emoji_scenario(5, seed, (HELD_OUT_STYLE,), validation=0)
-    runs = {
-        title: run_tasks(
-            scenario,
-            lambda: Encoder.open("emojiclip", device=device)[0],
-            strategy(spec, **SETTINGS, seed=seed),
-        )
-        .untimed()
-        .to_json()
-        for title, spec in STRATEGIES.items()
-    }
+
+    def tower() -> Encoder:
+        return Encoder.open("emojiclip", device=device)[0]
+
+    runs = {}
+    for title, spec in STRATEGIES.items():
+        run = run_tasks(scenario, tower, strategy(spec, **SETTINGS, seed=seed))
+        runs[title] = run.untimed().to_json()
     return {
         "runs": runs,
         "classes": scenario.classes,
@@ -90,17 +88,15 @@ def section(runs: Mapping[str, Run], classes: Sequence[str], about: str) -> list
             "demo_continual.section: expected finished runs, with a record for every task"
         )
     plain, compensated = runs.values()
-    figures = [
-        (f"all classes at the end, {title}", percent(run.A_last)) for title, run in runs.items()
-    ]
-    figures += [
-        (f"forgetting, {title}", f"{100 * run.forgetting:.1f} points")
-        for title, run in runs.items()
-    ]
+    accuracies = []
+    falls = []
+    for title, run in runs.items():
+        accuracies.append((f"all classes at the end, {title}", percent(run.A_last)))
+        falls.append((f"forgetting, {title}", f"{100 * run.forgetting:.1f} points"))
     seen = {title: [100 * run.seen] for title, run in runs.items()}
-    tasks = [
-        [str(t + 1), ", ".join(classes[c] for c in task)] for t, task in enumerate(plain.tasks)
-    ]
+    tasks = []
+    for t, task in enumerate(plain.tasks, 1):
+        tasks.append([str(t), ", ".join(classes[c] for c in task)])
     return [
         text(
             "In class-incremental learning the classes come in tasks, one after the other; when a "
@@ -112,7 +108,7 @@ def section(runs: Mapping[str, Run], classes: Sequence[str], about: str) -> list
         ),
         text(about),
         table(["task", "classes"], tasks, words=True),
-        stats(figures),
+        stats(accuracies + falls),
         grid(
             curves(seen, title="Accuracy on all classes seen so far, %", y_label="accuracy, %"),
             *drift_curves(
@@ -131,15 +127,16 @@ def section(runs: Mapping[str, Run], classes: Sequence[str], about: str) -> list
 
 def _after_each_task(runs: Mapping[str, Run]) -> Html:
     def cell(run: Run, t: int) -> str:
-        right, n = sum(run.records[t].correct), sum(run.records[t].count)
+        right = sum(run.records[t].correct)
+        n = sum(run.records[t].count)
         low, high = clopper_pearson(right, n)
         return f"{tenths(right / n)}\u00a0({tenths(low)}–{tenths(high)})"
 
     first = next(iter(runs.values()))
-    body = [
-        [f"{t + 1}", sum(first.records[t].count), *(cell(run, t) for run in runs.values())]
-        for t in range(len(first.tasks))
-    ]
+    body = []
+    for t in range(len(first.tasks)):
+        cells = [cell(run, t) for run in runs.values()]
+        body.append([f"{t + 1}", sum(first.records[t].count), *cells])
     return table(
         ["after task", "test images", *runs],
         body,
@@ -151,17 +148,20 @@ def _after_each_task(runs: Mapping[str, Run]) -> Html:
 
 def _verdict(plain: tuple[str, Run], compensated: tuple[str, Run]) -> str:
     """What this one run shows, and no more."""
-    (without, before), (with_, after) = plain, compensated
-    gap, n = 100 * (after.A_last - before.A_last), sum(before.records[len(before.tasks) - 1].count)
+    without, before = plain
+    with_, after = compensated
+    gap = 100 * (after.A_last - before.A_last)
+    n = sum(before.records[len(before.tasks) - 1].count)
     way = f"{abs(gap):.1f} points {'higher' if gap > 0 else 'lower'} {with_} than {without}"
     parts = [
         f"In this run the accuracy on all classes at the end is {way if gap else 'the same'}, on "
         f"{n} images."
     ]
-    kept, stale = (after.value(f"drift_{kind}") for kind in ("compensated", "uncompensated"))
+    kept = after.value("drift_compensated")
+    stale = after.value("drift_uncompensated")
     if not math.isnan(kept + stale):
         parts.append(
-            f"Its prototypes are off by {kept:.3f} of their length {with_}, on average; left "
-            f"where they were they would be off by {stale:.3f}."
+            f"Its prototypes are off by {kept:.3f} of their length {with_}, on average; left where "
+            f"they were they would be off by {stale:.3f}."
         )
     return " ".join([*parts, "One run does not tell chance from effect."])

@@ -18,12 +18,14 @@ _CE_GAP = 0.1
 
 
 def percent(value: float) -> str:
+    """A share as text, with a tenth of a point."""
     return f"{100 * value:.1f}\u00a0%"
 
 
 def training(
     sae: Any, found: Mapping[str, Any], history: Sequence[Mapping[str, float]]
 ) -> list[Html]:
+    """``found`` is all figures of the demo, ``history`` what SAE training logged."""
     steps = [h["step"] for h in history]
     unexplained = Line("FVU", steps, [h["fvu"] for h in history])
     dead = Line("dead", steps, [100 * h["dead"] for h in history])
@@ -89,9 +91,11 @@ def conceptors(
     """``found`` is what ``demo_conceptors.measure`` gives, ``saved`` the file of the conceptors."""
     if "skipped" in found:
         return [text(found["skipped"])]
-    what, rows = found["what"], found["conceptors"]
+    what = found["what"]
+    rows = found["conceptors"]
     apart = found["told_apart"]
-    shown, other = found["shown"], 0 if found["shown"] else 1
+    shown = found["shown"]
+    other = 0 if shown else 1
     pair = f"{rows[shown]['name']} AND NOT {rows[other]['name']}"
     return [
         text(
@@ -134,13 +138,15 @@ def conceptors(
 def _kept(pictures: Pictures, row: Mapping[str, Any], found: Mapping[str, Any]) -> Html:
     def caption(name: str, ratio: float) -> str:
         # drawings are all of one style here: its name at the end would only take room
-        return f"{name.rpartition(' (')[0] if found['minus'] == 'style' else name}, ×{ratio:.2f}"
+        if found["minus"] == "style":
+            name = name.rpartition(" (")[0]
+        return f"{name}, ×{ratio:.2f}"
 
     def drawings(pairs: Sequence[tuple[int, float]]) -> Html:
-        return figures(
-            [(pictures.thumb(i, 96), caption(pictures.names[i], r)) for i, r in pairs],
-            size="4.6rem",
-        )
+        items = []
+        for i, ratio in pairs:
+            items.append((pictures.thumb(i, 96), caption(pictures.names[i], ratio)))
+        return figures(items, size="4.6rem")
 
     own = f"{row['most_of_its_own']} of these {len(row['most'])} are of this {found['what']}"
     return card(
@@ -158,23 +164,17 @@ def _minus(found: Mapping[str, Any]) -> str:
 
 
 def _effects(found: Mapping[str, Any]) -> Html:
-    plain = found["probability"]
+    plain = [found["probability"][way] for way in ("unsteered", "everything")]
+    steered = ("itself", "and_not", "not")
+    rows = found["conceptors"]
     body = []
-    for k, row in enumerate(found["conceptors"]):
-        ways = [
-            plain["unsteered"],
-            plain["everything"],
-            *(row["effect"][way] for way in ("itself", "and_not", "not")),
-        ]
+    for k, row in enumerate(rows):
+        ways = [*plain, *(row["effect"][way] for way in steered)]
         body.append([row["name"], *(percent(way["mass"][k]) for way in ways)])
-    mean = lambda way: (
-        sum(row["effect"][way]["right_name"] for row in found["conceptors"])
-        / len(found["conceptors"])
-    )
-    names = [plain[way]["right_name"] for way in ("unsteered", "everything")]
-    body.append(
-        ["images named right", *map(percent, [*names, *map(mean, ("itself", "and_not", "not"))])]
-    )
+    right = [way["right_name"] for way in plain]
+    for way in steered:
+        right.append(sum(row["effect"][way]["right_name"] for row in rows) / len(rows))
+    body.append(["images named right", *map(percent, right)])
     what = found["what"]
     if found["minus"] == "style":
         minus = "Style is a conceptor of the differences between two drawings of one thing."
@@ -198,17 +198,17 @@ def _effects(found: Mapping[str, Any]) -> Html:
 
 def _examples(pictures: Pictures, found: Mapping[str, Any]) -> Html:
     name = found["conceptors"][found["shown"]]["name"]
-    words = lambda pair: f"{pair[0]}, {pair[1]:.0%}"
+
+    def words(name: str, p: float) -> str:
+        return f"{name}, {p:.0%}"
 
     def rows(way: str) -> list[list[Any]]:
-        return [
-            [
-                figures([(pictures.thumb(e["row"]), "", pictures.names[e["row"]])], size="3.2rem"),
-                words(e["before"]),
-                words(e["after"]),
-            ]
-            for e in found["examples"][way]
-        ]
+        body = []
+        for example in found["examples"][way]:
+            row = example["row"]
+            image = figures([(pictures.thumb(row), "", pictures.names[row])], size="3.2rem")
+            body.append([image, words(*example["before"]), words(*example["after"])])
+        return body
 
     return cards(
         card(
@@ -237,16 +237,13 @@ def wise_ft(found: Mapping[str, Any]) -> list[Html]:
     line = {row["alpha"]: row for row in averages(weight)}
     names = list(dict.fromkeys(row["set"] for row in weight))
     widest = max((row["high"] - row["low"]) / 2 for row in weight)
-    at = {(row["alpha"], row["set"]): row for row in weight}
-    cell = lambda r: f"{100 * r['accuracy']:.1f} ({100 * r['low']:.1f}–{100 * r['high']:.1f})"
-    body = [[f"{alpha:g}", *(cell(at[alpha, name]) for name in names)] for alpha in line]
+    cells = {(row["alpha"], row["set"]): _accuracy(row) for row in weight}
+    body = [[f"{alpha:g}", *(cells[alpha, name] for name in names)] for alpha in line]
     shifted = [name.capitalize() for name in names[1:]]
     own = found["style"].capitalize()
-    middle = [
-        (f"α = {alpha:g}, other styles", percent(line[alpha]["shifted"]))
-        for alpha in (0.5,)
-        if alpha in line
-    ]
+    middle = []
+    if 0.5 in line:
+        middle.append(("α = 0.5, other styles", percent(line[0.5]["shifted"])))
     return [
         intro,
         text(
@@ -288,22 +285,23 @@ def wise_ft(found: Mapping[str, Any]) -> list[Html]:
     ]
 
 
+def _accuracy(row: Mapping[str, Any]) -> str:
+    return f"{100 * row['accuracy']:.1f} ({100 * row['low']:.1f}–{100 * row['high']:.1f})"
+
+
 def _verdict(rows: Sequence[Mapping[str, Any]]) -> str:
     """How many alphas beat both ends on the shifted sets, by both measures."""
+    measures = {"accuracy": "accuracy", "balanced": "balanced accuracy (the mean over classes)"}
     parts = []
-    for measure, name in (
-        ("accuracy", "accuracy"),
-        ("balanced", "balanced accuracy (the mean over classes)"),
-    ):
-        line = {
-            row["alpha"]: row["shifted"]
-            for row in averages(rows, measure)
-            if row["method"] == "weight"
-        }
+    for measure, name in measures.items():
+        line = {}
+        for row in averages(rows, measure):
+            if row["method"] == "weight":
+                line[row["alpha"]] = row["shifted"]
         inner = [alpha for alpha in line if 0 < alpha < 1]
         above = [alpha for alpha in inner if line[alpha] > max(line[0.0], line[1.0])]
-        which = (
-            f" (α = {', '.join(f'{a:g}' for a in above)})" if 0 < len(above) < len(inner) else ""
-        )
+        which = ""
+        if 0 < len(above) < len(inner):
+            which = f" (α = {', '.join(f'{alpha:g}' for alpha in above)})"
         parts.append(f"by {name} {len(above)} of the {len(inner)} averages in between{which}")
     return f"What beats both ends on the mean of the other styles, in this run: {'; '.join(parts)}."
