@@ -31,7 +31,7 @@ RENAMED = {
     "contrastive_eval": ("reference.evaluate",),
     "contrastive_loss": ("reference.losses",),
     "contrastive_train": ("reference.train",),
-    "explore": ("demo.explore", "clip.model", "data.dataset"),
+    "explore": ("demo.explore", "demo.pictures", "clip.model", "data.dataset"),
     "finetuning": ("ensembles.finetuning", "clip.pixels"),
     "merging": ("ensembles.merging",),
     "reference_features": ("reference.features",),

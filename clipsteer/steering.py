@@ -312,8 +312,7 @@ def steer(model: Any, steerings: Mapping[str, Steering | Sequence[Steering]]) ->
             features = model.encode_images(images)
 
     Args:
-        model: what ``clipsteer.load`` returns, or any module tree whose named modules give
-            (B, T, d) tensors.
+        model: what ``clipsteer.load`` returns, or a module whose named modules give (B, T, d).
         steerings: hook point -> one steering or a list of them, applied in order. A hook point is a
             plain module name or an fnmatch pattern ("visual.transformer.resblocks.*").
 

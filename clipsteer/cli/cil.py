@@ -6,9 +6,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from clipsteer.cli.arguments import Options, add_device, add_workers, count, device_of
+from clipsteer.cli.arguments import Options, add_model, add_workers, count, device_of
 
 # Wu et al. 2025 and Zhang et al. 2023, section "implementation details"
 PAPER = {"first_epochs": 20, "epochs": 10, "batch_size": 48, "rank": 32}
@@ -110,11 +110,7 @@ def _cil_options(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="seeds 1993, 1994 …: class order and training (default: 3)",
     )
-    p.add_argument(
-        "--model", metavar="NAME", help="emojiclip, an open_clip name, hf-hub:…, or timm:NAME"
-    )
-    p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or a local weights file")
-    add_device(p)
+    add_model(p, None, "emojiclip, or the recipe's")
     p.add_argument(
         "--recipe",
         choices=("paper",),
@@ -176,10 +172,10 @@ def _names(parts: list[str]) -> list[str]:
 
 def _scenario(
     data: str,
-    tasks: int | str | None,
+    tasks: int | Literal["categories"] | None,
     init_cls: int | None,
     increment: int | None,
-    split: str,
+    split: Literal["concepts", "styles"],
     measure: str,
     seed: int,
 ) -> Any:

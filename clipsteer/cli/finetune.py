@@ -72,6 +72,7 @@ def _finetune(args: argparse.Namespace) -> int:
     config = args.options.read(args)
     images = labelled(open_dataset(args.data), "--data")
     classes = images.classes
+    assert classes is not None
     spoken = read_json(args.names) if args.names is not None else {}
     if not isinstance(spoken, Mapping) or not all(isinstance(v, str) for v in spoken.values()):
         raise ValueError(f"{args.names}: expected a JSON object from class to name")

@@ -123,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # products three times slower; on idle cores not spinning costs a tenth.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(format="clipsteer: %(message)s", level=logging.WARNING)
+    # figures of training runs; what a library says is left out
+    logging.getLogger("clipsteer").setLevel(logging.INFO)
     from clipsteer.io.files import FileFormatError
 
     try:

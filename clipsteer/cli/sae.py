@@ -138,7 +138,6 @@ def _train_options(p: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="keep the activations here and read them from here",
     )
-    p.add_argument("--track", choices=("wandb", "tensorboard"), help="beside log.jsonl")
     add_workers(p)
     settings = Options(
         TrainConfig,
@@ -245,9 +244,7 @@ def _train(args: argparse.Namespace) -> int:
     if config.tokens is None and config.steps is None:
         config = replace(config, tokens=max(source.rows_per_epoch(), _LEAST_TOKENS))
     metadata = {"data": args.data or "EmojiStyles"}
-    sae = clipsteer.train_sae(
-        source, config, out=args.out, device=world.device, track=args.track, metadata=metadata
-    )
+    sae = clipsteer.train_sae(source, config, out=args.out, device=world.device, metadata=metadata)
     if world.rank == 0:
         sys.stdout.write(
             f"{args.out}: {sae.d_sae} features at {hook_point}; next: clipsteer sae eval "

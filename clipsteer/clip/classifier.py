@@ -31,10 +31,16 @@ class ImageClassifier(nn.Module):
 
     Args:
         visual: the tower, shared with the model that it belongs to.
-        weight: (C, e), with the logit scale in it.
+        weight: one row a class, with the logit scale in it.
+        bias: by default 0.
     """
 
-    def __init__(self, visual: nn.Module, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        visual: nn.Module,
+        weight: Tensor,  # (C, e)
+        bias: Tensor | None = None,  # (C,)
+    ) -> None:
         super().__init__()
         self.visual = visual
         classes, width = weight.shape
@@ -46,18 +52,27 @@ class ImageClassifier(nn.Module):
             self.head.weight.copy_(weight)
             self.head.bias.zero_() if bias is None else self.head.bias.copy_(bias)
 
-    def features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> unit embeddings (B, e)."""
+    def features(
+        self,
+        images: Tensor,  # (B, 3, H, W)
+    ) -> Tensor:
+        """Unit embeddings (B, e)."""
         features = _first(self.visual(images))
         return F.normalize(features.to(self.head.weight.dtype), dim=-1)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,  # (B, 3, H, W)
+    ) -> Tensor:
+        """Logits (B, C)."""
         return self.head(self.features(images))
 
 
-def zero_shot_classifier(clip: CLIP, head: Tensor) -> ImageClassifier:
-    """The classifier that fine-tuning starts from. head: (C, e) unit rows, as `clip.zero_shot_head`
-    gives them.
+def zero_shot_classifier(
+    clip: CLIP,
+    head: Tensor,  # (C, e), unit rows
+) -> ImageClassifier:
+    """The classifier that fine-tuning starts from, of a head as `zero_shot_head` gives it.
 
     Raises ValueError for a head of another shape, and for a model without text tower, which has no
     logit scale.
@@ -142,7 +157,10 @@ def _read_head(path: Path, classes: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def predict(classifier: ImageClassifier, batches: Iterable[Tensor]) -> Tensor:
+def predict(
+    classifier: ImageClassifier,
+    batches: Iterable[Tensor],  # (B, 3, H, W) each
+) -> Tensor:
     """Logits (N, C) in float32 on the CPU, in eval mode; the mode comes back."""
     mode = classifier.training
     classifier.eval()

@@ -145,8 +145,13 @@ def _as_tokens(name: str, output: Any, batch_first: bool, channels_last: bool) -
     return x if batch_first else x.transpose(0, 1)
 
 
-def _from_tokens(x: Tensor, output: Any, batch_first: bool, channels_last: bool) -> Any:
-    """Undo `_as_tokens`."""
+def _from_tokens(
+    x: Tensor,  # (B, T, d)
+    output: Any,
+    batch_first: bool,
+    channels_last: bool,
+) -> Any:
+    """Undo `_as_tokens`: x in the place and layout of a module's output."""
     old = _first(output)
     if old.ndim == 2:
         x = x[:, 0]

@@ -104,9 +104,11 @@ class CLIP:
             raise ValueError("encode_images: images is empty")
         return torch.cat(found).to(self.dtype)
 
-    # (B, 3, H, W) -> (B, e)
-    def embed(self, pixels: Tensor) -> Tensor:
-        """Preprocessed images -> unit image embeddings, at least float32; with gradients."""
+    def embed(
+        self,
+        pixels: Tensor,  # (B, 3, H, W)
+    ) -> Tensor:
+        """Unit embeddings (B, e) of preprocessed images, at least float32; with gradients."""
         features = _first(self.model.encode_image(pixels.to(self.device, self.dtype)))
         wide = torch.promote_types(features.dtype, torch.float32)
         return F.normalize(features.to(wide), dim=-1)

@@ -35,8 +35,11 @@ class ImageModel(nn.Module):
         super().__init__()
         self.visual = ImageTower(trunk)
 
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, e)."""
+    def encode_image(
+        self,
+        pixels: Tensor,  # (B, 3, H, W)
+    ) -> Tensor:
+        """Image features (B, e), not normalised."""
         return self.visual(pixels)
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -175,3 +175,12 @@ class Encoder(nn.Module):
             features = self(pixels)
         tokens = found[self._last].to(features.dtype)
         return Tokens(features, tokens[:, 0], tokens[:, self.prefix :])
+
+    def by_block(self) -> dict[str, list[nn.Parameter]]:
+        """The tower's parameters that train, by block; what is in no block under the empty name."""
+        found: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                block = next((b for b in self.blocks if name.startswith(f"{b}.")), "")
+                found.setdefault(block, []).append(parameter)
+        return found

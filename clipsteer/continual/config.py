@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from clipsteer.training.settings import (
+    COSMETIC,
     Count,
     NotNegative,
     Positive,
@@ -114,6 +115,10 @@ class CILConfig:
     """of the order of the classes and of training"""
     checkpoint_every: Count = 100
     """steps between two checkpoints"""
+    log_every: Count = 10
+    """steps between two lines of the log"""
+    track: Literal["wandb", "tensorboard"] | None = None
+    """where figures go beside the logs"""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -135,7 +140,8 @@ class CILConfig:
     def outcome(self) -> dict[str, Any]:
         """The settings that change what a run ends in, as JSON gives them back."""
         found = asdict(self)
-        del found["checkpoint_every"]
+        for name in COSMETIC:
+            del found[name]
         return json.loads(json.dumps(found))
 
     @property

@@ -1,5 +1,5 @@
-"""Prototype drift from batches and from several processes: the sums of ``ops.semantic_drift``, kept
-apart.
+"""What follows the drift of features: prototypes, from batches and from several processes (the sums
+of ``ops.semantic_drift``, kept apart), and covariances.
 
 Source: Yu et al. 2020 (SDC, arXiv 2004.00440); Wu et al. 2025 (arXiv 2502.07560).
 """
@@ -13,7 +13,7 @@ from clipsteer.ops._dispatch import choose
 from clipsteer.ops.semantic_drift import check_arguments, drift_sums, median_sigma, moved_by
 from clipsteer.training.world import World
 
-__all__ = ["DriftAccumulator", "median_sigma"]
+__all__ = ["DriftAccumulator", "median_sigma", "transport"]
 
 
 class DriftAccumulator:
@@ -23,7 +23,7 @@ class DriftAccumulator:
         prototypes: (C, d) class means under the old network.
         sigma, floor, backend: as in ``ops.semantic_drift``; sigma is a number here, as no batch
             knows the median of all: ``float(median_sigma(rows, prototypes))`` takes it from the
-                first 4,096 rows.
+            first 4,096 rows.
 
     Sums are kept relative to each prototype's largest log-weight, in float64 beyond a batch:
     batches, accumulators and processes may come in any order, and give the result of one call on
@@ -45,15 +45,15 @@ class DriftAccumulator:
                 'DriftAccumulator: sigma must be a number, got "median"; '
                 "float(median_sigma(rows, prototypes)) of the first rows is one"
             )
-        self.prototypes, self.sigma, self.floor, self.backend = (
-            prototypes.detach(),
-            sigma,
-            floor,
-            backend,
-        )
-        C, wide = prototypes.shape[0], {"dtype": torch.float64, "device": prototypes.device}
+        self.prototypes = prototypes.detach()
+        self.sigma = sigma
+        self.floor = floor
+        self.backend = backend
+        C = prototypes.shape[0]
+        wide = {"dtype": torch.float64, "device": prototypes.device}
         self.peak = torch.full((C,), -float("inf"), **wide)
-        self.total, self.moved = torch.zeros(C, **wide), torch.zeros(prototypes.shape, **wide)
+        self.total = torch.zeros(C, **wide)
+        self.moved = torch.zeros(prototypes.shape, **wide)
         self.rows = 0
 
     @torch.no_grad()
@@ -100,14 +100,37 @@ class DriftAccumulator:
         return moved_by(self.prototypes, self.peak, self.total, self.moved)
 
     def _add(self, peak: Tensor, total: Tensor, moved: Tensor) -> None:
-        peak, total, moved = peak.double(), total.double(), moved.double()
+        peak = peak.double()
+        total = total.double()
         highest = torch.maximum(self.peak, peak)
-        ours, theirs = _shrink(self.peak, self.total, highest), _shrink(peak, total, highest)
+        ours = _shrink(self.peak, self.total, highest)
+        theirs = _shrink(peak, total, highest)
         self.total = self.total * ours + total * theirs
-        self.moved = self.moved * ours.unsqueeze(1) + moved * theirs.unsqueeze(1)
+        self.moved = self.moved * ours.unsqueeze(1) + moved.double() * theirs.unsqueeze(1)
         self.peak = highest
 
 
 def _shrink(peak: Tensor, total: Tensor, highest: Tensor) -> Tensor:
     """e^(peak − highest), and 0 where nothing has been added yet."""
     return torch.where(total == 0, 0.0, (peak - highest).exp())
+
+
+def transport(
+    covariances: Tensor,  # (C, d, d)
+    old: Tensor,  # (N, d)
+    new: Tensor,  # (N, d)
+) -> Tensor:  # (C, d, d)
+    """A Σ Aᵀ, with A the linear map that takes centred old features nearest to centred new ones.
+
+    A = I + Δ, Δ by ridge regression of new − old on old, λ a thousandth of the mean old variance:
+    where a task has seen nothing, nothing is changed. The map is ours; the papers keep Σ.
+    """
+    old = old.double()
+    new = new.double()
+    centred = old - old.mean(0)
+    moved = (new - old) - (new - old).mean(0)
+    G = centred.T @ centred
+    d = len(G)
+    eye = torch.eye(d, dtype=G.dtype, device=G.device)
+    A = eye + torch.linalg.solve(G + 1e-3 * G.diagonal().mean() * eye, centred.T @ moved).T
+    return (A @ covariances.double() @ A.T).to(covariances)

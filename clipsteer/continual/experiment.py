@@ -4,6 +4,7 @@ by side."""
 from __future__ import annotations
 
 import functools
+import logging
 import multiprocessing
 import os
 import re
@@ -27,8 +28,11 @@ from clipsteer.continual.scenario import Scenario
 from clipsteer.io.digests import digest_of
 from clipsteer.io.files import read_json, write_json
 from clipsteer.testing.machine import extra_memory
+from clipsteer.training.loop import check_same_settings
 
 __all__ = ["run_all", "run_tasks"]
+
+logger = logging.getLogger(__name__)
 
 
 def run_tasks(
@@ -51,20 +55,16 @@ def run_tasks(
             with as many threads ends with the same matrix; seconds are then of the last process
             alone.
     """
-    out = Path(out) if out is not None else None
+    out = None if out is None else Path(out)
     settings = {**config.outcome(), "data": _identity(scenario)}
     run = Run(config.name, config.seed, scenario.tasks, settings)
     if out is not None and (out / "run.json").exists():
         found = Run.from_json(read_json(out / "run.json"))
-        if (found.strategy, found.seed, found.tasks, found.settings) != (
-            run.strategy,
-            run.seed,
-            run.tasks,
-            settings,
-        ):
-            raise ValueError(
-                f"{out} holds a run with other settings, tasks or images; use another folder"
-            )
+        there, here = (
+            {"name": r.strategy, "seed": r.seed, "tasks": r.tasks, **r.settings}
+            for r in (found, run)
+        )
+        check_same_settings("run_tasks", out, there, here)
         run = found
     if len(run.records) == len(scenario.tasks):
         return run
@@ -121,6 +121,9 @@ def run_tasks(
             seconds,
             None if peak is None else peak / 2**20,
             drift,
+        )
+        logger.info(
+            "%s: task=%d of=%d accuracy=%.4g", config.name, t + 1, len(scenario.tasks), run.seen[t]
         )
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)

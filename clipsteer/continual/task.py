@@ -1,34 +1,28 @@
-"""The training of one task: what is kept of the network before it, the loss, the loop and its
-checkpoints."""
+"""The training of one task: what is kept of the network before it, and the loss."""
 
 from __future__ import annotations
 
 import copy
-import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from clipsteer import ops
 from clipsteer.clip.pixels import Samples, loader
 from clipsteer.continual.backbone import Encoder
+from clipsteer.continual.config import CILConfig
 from clipsteer.continual.covariance import _places, by_class, precision_factor, shrink
+from clipsteer.continual.heads import TaskHeads
 from clipsteer.data.dataset import ImageDataset
-from clipsteer.io import checkpoint
-from clipsteer.training.loop import EXIT_TERMINATED, StopSignal
+from clipsteer.training.loop import TrainingRun
 from clipsteer.training.schedule import Keys, cosine_lr, mix
-
-if TYPE_CHECKING:
-    from clipsteer.continual.learner import ClassIncrementalLearner
-
-logger = logging.getLogger(__name__)
 
 
 def patch_distillation(cls: Tensor, patches: Tensor, old_patches: Tensor) -> Tensor:
@@ -41,7 +35,8 @@ def patch_distillation(cls: Tensor, patches: Tensor, old_patches: Tensor) -> Ten
     The angle is a weight without gradient: patches that say little of the class may move least.
         Source: Wu et al. 2025.
     """
-    new, old = F.normalize(patches, dim=-1), F.normalize(old_patches.detach(), dim=-1)
+    new = F.normalize(patches, dim=-1)
+    old = F.normalize(old_patches.detach(), dim=-1)
     with torch.no_grad():
         cosine = (F.normalize(cls, dim=-1).unsqueeze(1) * new).sum(-1)
         weight = cosine.clamp(-1, 1).acos() / math.pi
@@ -49,204 +44,180 @@ def patch_distillation(cls: Tensor, patches: Tensor, old_patches: Tensor) -> Ten
     return (weight * ((new - old).square().sum(-1) + 1e-12).sqrt()).mean()
 
 
-class TaskRun:
-    """One task of a learner: make it while the learner is as the task finds it, ``train`` once its
-    parts are there.
+@dataclass
+class Before:
+    """What a task keeps of the network as it finds it.
 
     Attributes:
-        features: (N, d) of the task's images under the network before it; None where nobody needs
-            them.
+        features: (N, d) of the task's images; None where nobody needs them.
+        network: a frozen copy; None where the losses compare nothing.
+        factor: (C, d, d) of the inverse covariances of the features, by class of the task.
+        weight: of the covariance loss.
     """
 
+    features: Tensor | None = None
+    network: Encoder | None = None
+    factor: Tensor | None = None
+    weight: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        encoder: Encoder,
+        config: CILConfig,
+        features: Tensor | None,  # (N, d)
+        targets: Sequence[int],  # (N,)
+        classes: list[int],  # (C,)
+    ) -> Before:
+        """What a task after the first keeps; `features` are needed where config.covariance is."""
+        before = cls(features)
+        if not (config.distill or config.covariance):
+            return before
+        before.network = copy.deepcopy(encoder).requires_grad_(False).eval()
+        if config.covariance:
+            rows = features
+            scale = 1.0
+            if config.consistent:
+                rows = F.normalize(features, dim=-1)
+                scale = float(features.norm(dim=1).mean())
+            covariance = by_class(rows, targets, classes).covariance()
+            before.factor = precision_factor(shrink(covariance)).L.float()
+            before.weight = config.covariance / scale
+        return before
+
+
+class TaskRun(TrainingRun):
+    """The training of one task.
+
+    Args:
+        encoder: changed in place.
+        heads: one for each task so far, the last of them of this task.
+        groups: what is trained, with the learning rate that each group starts from.
+        before: the network that the task found.
+        images: targets are among `classes`, in whose order the task's head has its logits.
+        settings: what makes the run another one.
+        out: folder of the learner's checkpoints; those of this task lie in steps/ and its log in
+            logs/, by the task's number.
+    """
+
+    shown = ("loss",)
+
     def __init__(
-        self, learner: ClassIncrementalLearner, images: ImageDataset, classes: list[int]
+        self,
+        encoder: Encoder,
+        heads: TaskHeads,
+        groups: list[dict[str, Any]],
+        before: Before,
+        images: ImageDataset,
+        classes: list[int],
+        config: CILConfig,
+        *,
+        settings: Mapping[str, Any],
+        out: Path | None = None,
+        workers: int = 0,
     ) -> None:
-        self.learner, self.images, self.classes = learner, images, classes
-        self.config, self.task, self.device = learner.config, len(learner.tasks), learner.device
-        self.per_epoch = math.ceil(len(images) / self.config.batch_size)
-        self.total = self.per_epoch * (
-            self.config.epochs if self.task else self.config.first_epochs
-        )
-        self.compares = self.task > 0 and (self.config.distill > 0 or self.config.covariance > 0)
-        measured = self.task > 0 and (self.config.covariance > 0 or learner.compensates)
-        self.features = learner.features(images) if measured else None
-        self.stopped = False
-        if self.compares:
-            self.old = copy.deepcopy(learner.encoder).requires_grad_(False).eval()
-        if self.compares and self.config.covariance:
-            consistent = self.config.consistent
-            rows = F.normalize(self.features, dim=-1) if consistent else self.features
-            covariance = by_class(rows, images.targets, classes).covariance()
-            self.factor = precision_factor(shrink(covariance)).L.float()
-            self.weight = self.config.covariance / (
-                float(self.features.norm(dim=1).mean()) if consistent else 1.0
-            )
-
-    def _groups(self) -> list[dict[str, Any]]:
-        """Parameters with their learning rates, a block a group where blocks differ."""
-        config, learner = self.config, self.learner
-        # what is in no block is no part that a task is known to live in
-        factors, rest = {}, 1.0
-        if config.plasticity:
-            factors, rest = (
-                learner.multipliers[self.task],
-                learner.plasticity.floor if self.task else 1.0,
-            )
-        blocks = learner.lora.groups() if learner.lora is not None else _by_block(learner.encoder)
-        groups = [
-            {"params": list(parameters), "lr": config.lr * config.slow * factors.get(block, rest)}
-            for block, parameters in blocks.items()
-        ]
-        head = (
-            learner.heads.of_task(self.task)
-            if config.softmax == "task"
-            else list(learner.heads.parameters())
-        )
-        groups.append({"params": head, "lr": config.lr})
-        return [group for group in groups if group["params"]]
-
-    def train(self) -> None:
-        config, learner = self.config, self.learner
-        groups = self._groups()
-        peaks = [group["lr"] for group in groups]
+        self.encoder = encoder
+        self.heads = heads
+        self.before = before
+        self.images = images
+        self.classes = classes
+        self.workers = workers
+        self.task = len(heads.sizes) - 1
+        self.name = f"{config.name}, task {self.task + 1}"
+        self.per_epoch = math.ceil(len(images) / config.batch_size)
+        epochs = config.epochs if self.task else config.first_epochs
         optimizer = torch.optim.SGD(
             groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        begun = self._restore(optimizer)
-        name = f"{config.name}, task {self.task + 1}"
-        bar = tqdm(total=self.total, initial=begun, desc=name, unit="step", disable=None)
-        learner.encoder.train()
-        with bar, StopSignal(learner.out is not None) as stop:
-            for step, pixels, targets in self._batches(begun):
-                for group, peak in zip(optimizer.param_groups, peaks):
-                    group["lr"] = cosine_lr(step, self.total, peak, 0)
-                torch.manual_seed(mix(config.seed, self.task, step))  # for dropout
-                optimizer.zero_grad(set_to_none=True)
-                loss = self._loss(pixels, targets)
-                loss.backward()
-                optimizer.step()
-                bar.update()
-                done, last = step + 1, step + 1 == self.total
-                if (
-                    last or done % config.checkpoint_every == 0 or stop.asked
-                ) and not math.isfinite(loss.item()):
-                    raise RuntimeError(
-                        f"{name}: the loss is {loss.item()} at step {done}; lower lr"
-                    )
-                if (
-                    learner.out is not None
-                    and not last
-                    and (done % config.checkpoint_every == 0 or stop.asked)
-                ):
-                    self._save(done, optimizer)
-                if stop.asked and not last:
-                    logger.warning(
-                        "SIGTERM: %s, step %d of %d is saved in %s",
-                        name,
-                        done,
-                        self.total,
-                        learner.out,
-                    )
-                    raise SystemExit(EXIT_TERMINATED)
-            self.stopped = stop.asked
-        learner.encoder.eval()
+        self.peaks = [group["lr"] for group in groups]
+        trained = [p for group in groups for p in group["params"]]
+        super().__init__(
+            config,
+            self.per_epoch * epochs,
+            {str(number): parameter for number, parameter in enumerate(trained)},
+            optimizer,
+            {**settings, "task": self.task, "classes": classes, "images": len(images)},
+            out,
+        )
+        if out is not None:
+            self.checkpoints = out / "steps" / f"task-{self.task}"
+            self.log = out / "logs" / f"task-{self.task}.jsonl"
 
-    def _loss(self, pixels: Tensor, targets: Tensor) -> Tensor:
-        config, learner = self.config, self.learner
-        local = _places(targets.tolist(), self.classes, self.device)
-        distils = self.compares and config.distill > 0
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
-            new = learner.encoder.tokens(pixels) if distils else learner.encoder(pixels)
-            with torch.no_grad():
-                old = (
-                    self.old.tokens(pixels)
-                    if distils
-                    else self.old(pixels)
-                    if self.compares
-                    else None
-                )
-        features = (new.features if distils else new).float()
-        if config.softmax == "seen":
-            logits, target = learner.heads(features), local + len(learner.seen) - len(self.classes)
-        else:
-            logits, target = learner.heads(features, [self.task]), local
-        loss = F.cross_entropy(logits, target)
-        if self.compares and config.covariance:
-            before = (old.features if distils else old).float()
-            loss = loss + self.weight * ops.mahalanobis_covariance_loss(
-                features, before, local, self.factor
-            )
-        if distils:
-            moved = patch_distillation(new.cls.float(), new.patches.float(), old.patches.float())
-            loss = loss + config.distill * moved
-        return loss
+    def train(self) -> None:
+        self.restore(self.encoder.device)
+        self.encoder.train()
+        self.loop()
+        self.encoder.eval()
 
-    def _batches(self, begun: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(step, pixels, targets); what a step sees depends on the seed, the task and its number
-        alone."""
-        config, n, encoder = self.config, len(self.images), self.learner.encoder
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"parameter.{name}": parameter for name, parameter in self.parameters.items()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"parameter.{name}"])
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pixels and classes."""
+        config = self.config
+        n = len(self.images)
 
         @lru_cache(maxsize=1)
         def order(epoch: int) -> Tensor:
-            return torch.randperm(
-                n, generator=torch.Generator().manual_seed(mix(config.seed, self.task, epoch))
-            )
+            generator = torch.Generator().manual_seed(mix(config.seed, self.task, epoch))
+            return torch.randperm(n, generator=generator)
 
         def keys(step: int) -> list[tuple[int, int]]:
             epoch, at = divmod(step, self.per_epoch)
             rows = order(epoch)[at * config.batch_size : (at + 1) * config.batch_size].tolist()
             return [(row, mix(config.seed, self.task, step, row)) for row in rows]
 
-        steps = range(begun, self.total)
-        samples = Samples(self.images, encoder.train_transform)
-        batches = loader(samples, Keys(map(keys, steps), len(steps)), self.learner.workers)
-        for step, (pixels, targets) in zip(steps, batches):
-            yield step, pixels.to(self.device, encoder.dtype), targets
+        steps = range(self.step, self.total)
+        samples = Samples(self.images, self.encoder.train_transform)
+        for pixels, targets in loader(samples, Keys(map(keys, steps), len(steps)), self.workers):
+            yield pixels.to(self.encoder.device, self.encoder.dtype), targets
 
-    def _save(self, step: int, optimizer: torch.optim.SGD) -> None:
-        tensors = {f"parameter.{i}": p for i, p in enumerate(self.parameters)}
-        for i, p in enumerate(self.parameters):
-            if (buffer := optimizer.state[p].get("momentum_buffer")) is not None:
-                tensors[f"momentum.{i}"] = buffer
-        meta = {
-            **self.learner.meta(),
-            "task": self.task,
-            "classes": self.classes,
-            "images": len(self.images),
-        }
-        checkpoint.save_state(self._folder, step, tensors, meta)
+    def train_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor | float]:
+        pixels, targets = batch  # (B, 3, H, W), (B,)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks):
+            group["lr"] = cosine_lr(self.step, self.total, peak, 0)
+        torch.manual_seed(mix(self.config.seed, self.task, self.step))  # for dropout
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(pixels, targets)
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": loss.detach(), "lr": self.optimizer.param_groups[-1]["lr"]}
 
-    @property
-    def _folder(self) -> Path:
-        return self.learner.out / "steps" / f"task-{self.task}"
-
-    def _restore(self, optimizer: torch.optim.SGD) -> int:
-        """Go to the last checkpoint within this task; returns the steps done."""
-        found = None
-        if self.learner.out is not None:
-            found = checkpoint.load_latest(self._folder, device=str(self.device))
-        if found is None:
-            return 0
-        self.learner.check(found.meta)
-        here = (self.classes, len(self.images))
-        if (there := (found.meta["classes"], found.meta["images"])) != here:
-            raise ValueError(
-                f"{self._folder} is of a task with other classes and images: {there}, not {here}"
+    def loss(
+        self,
+        pixels: Tensor,  # (B, 3, H, W)
+        targets: Tensor,  # (B,)
+    ) -> Tensor:  # ()
+        config = self.config
+        before = self.before
+        device = self.encoder.device
+        local = _places(targets.tolist(), self.classes, device)
+        distils = before.network is not None and config.distill > 0
+        old = None
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            new = self.encoder.tokens(pixels) if distils else self.encoder(pixels)
+            if before.network is not None:
+                with torch.no_grad():
+                    old = before.network.tokens(pixels) if distils else before.network(pixels)
+        features = (new.features if distils else new).float()  # (B, d)
+        if config.softmax == "seen":
+            logits = self.heads(features)
+            target = local + sum(self.heads.sizes[: self.task])
+        else:
+            logits = self.heads(features, [self.task])
+            target = local
+        loss = F.cross_entropy(logits, target)
+        if before.factor is not None:
+            old_features = (old.features if distils else old).float()
+            loss = loss + before.weight * ops.mahalanobis_covariance_loss(
+                features, old_features, local, before.factor
             )
-        with torch.no_grad():
-            for i, p in enumerate(self.parameters):
-                p.copy_(found.tensors[f"parameter.{i}"])
-                if f"momentum.{i}" in found.tensors:
-                    optimizer.state[p]["momentum_buffer"] = found.tensors[f"momentum.{i}"].clone()
-        return found.step
-
-
-def _by_block(encoder: Encoder) -> dict[str, list[nn.Parameter]]:
-    """The tower's parameters by block; what is in no block under the empty name."""
-    found: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in encoder.module.named_parameters():
-        if parameter.requires_grad:
-            block = next((b for b in encoder.blocks if name.startswith(f"{b}.")), "")
-            found.setdefault(block, []).append(parameter)
-    return found
+        if distils:
+            moved = patch_distillation(new.cls.float(), new.patches.float(), old.patches.float())
+            loss = loss + config.distill * moved
+        return loss

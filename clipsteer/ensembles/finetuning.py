@@ -51,9 +51,9 @@ def finetune(
         dataset: images with classes; targets index the rows of `head`.
         head: (C, e) unit rows, the zero-shot head; the logit scale is applied here.
         out: folder for zeroshot/ and finetuned/ (see `save_classifier`), log.jsonl and
-            checkpoints/. A run that was stopped there, by SIGTERM or otherwise, goes on from its
-            last checkpoint, on a CPU bit for bit; `clip` and `head` must then be what it started
-            from.
+            checkpoints/. A run that was stopped there, by Ctrl-C, SIGTERM or otherwise, goes on
+            from its last checkpoint, on a CPU bit for bit; `clip` and `head` must then be what it
+            started from.
         validation: measured after every epoch, with the current weights and with their running
             ensemble.
         on_step: called after each step with the classifier and the number of steps taken, for
@@ -64,17 +64,18 @@ def finetune(
     Raises:
         ValueError: no classes, targets outside the head, nothing to train, or a run in `out` with
             other settings, classes or starting weights.
-        RuntimeError: the loss is not finite. SystemExit(143): SIGTERM came and the state is saved.
+        RuntimeError: the loss is not finite. SystemExit(143): SIGTERM came and the state is saved;
+            KeyboardInterrupt: so did Ctrl-C.
     """
+    folder = Path(out) if out is not None else None
     config = config or FinetuneConfig()
-    return _Run(
-        clip, dataset, head, config, Path(out) if out is not None else None, validation, workers
-    ).run(on_step, resume)
+    return _Run(clip, dataset, head, config, folder, validation, workers).run(on_step, resume)
 
 
 class _Run(TrainingRun):
     name = "finetune"
     cosmetic = (*TrainingRun.cosmetic, "alpha")
+    quality = ("loss", "validation", "validation_ensemble")
 
     def __init__(
         self,
@@ -95,7 +96,10 @@ class _Run(TrainingRun):
                 f"finetune: dataset must hold images of classes 0 … {len(head) - 1}, the rows of "
                 f"head"
             )
-        self.clip, self.dataset, self.validation, self.workers = clip, dataset, validation, workers
+        self.clip = clip
+        self.dataset = dataset
+        self.validation = validation
+        self.workers = workers
         self.classes = list(dataset.classes)
         self.classifier = zero_shot_classifier(clip, head)
         self.trained = self.classifier if config.mode == "e2e" else self.classifier.head
@@ -116,18 +120,15 @@ class _Run(TrainingRun):
             settings["frozen"] = [
                 name for name, p in self.trained.named_parameters() if not p.requires_grad
             ]
-        super().__init__(
-            config, self.order.per_epoch * config.epochs, parameters, optimizer, settings, out
-        )
+        total = self.order.per_epoch * config.epochs
+        super().__init__(config, total, parameters, optimizer, settings, out)
 
     def run(
         self, on_step: Callable[[ImageClassifier, int], None] | None, resume: bool
     ) -> ImageClassifier:
-        self.ensemble = (
-            RunningEnsemble(self.trained, self.config.alpha)
-            if self.validation is not None
-            else None
-        )
+        self.ensemble = None
+        if self.validation is not None:
+            self.ensemble = RunningEnsemble(self.trained, self.config.alpha)
         if self.out is not None and not self.restore(self.clip.device, resume):
             save_classifier(self.out / "zeroshot", self.clip, self.classifier, self.classes)
         if self.config.mode == "lc":
@@ -162,12 +163,14 @@ class _Run(TrainingRun):
         """Refuse a head other than the run's. The last bits may differ: it is computed anew, on
         whatever machine."""
         path = self.out / "zeroshot" / "head.safetensors"
-        there, here = read_safetensors(path), self.classifier.head.state_dict()
+        there = read_safetensors(path)
+        here = self.classifier.head.state_dict()
         if there.keys() != here.keys() or any(
             there[name].shape != here[name].shape for name in here
         ):
             raise FileFormatError(f"{path}: not the head that this run started from")
-        old, new = there["weight"].float(), here["weight"].float().cpu()
+        old = there["weight"].float()  # (C, e)
+        new = here["weight"].float().cpu()
         if not bool(((new - old).norm(dim=1) <= 0.01 * old.norm(dim=1)).all()):
             raise ValueError(
                 f"finetune: {self.out} holds a run from another head (class names or templates); "
@@ -184,20 +187,19 @@ class _Run(TrainingRun):
                 yield self.features[picked], targets[picked]
             return
         samples = Samples(self.dataset, train_transform(self.clip, self.config.crop))
-        for pixels, targets in loader(
-            samples, Keys(map(self.order.keys, steps), len(steps)), self.workers
-        ):
+        keys = Keys(map(self.order.keys, steps), len(steps))
+        for pixels, targets in loader(samples, keys, self.workers):
             yield pixels.to(self.clip.device, self.clip.dtype), targets.to(self.clip.device)
 
     def train_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor | float]:
-        config, (inputs, targets) = self.config, batch
+        config = self.config
+        inputs, targets = batch  # (B, ...), (B,)
         self.trained.train()
         lr = config.lr_at(self.step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(
-            seed_of(config.seed * 1_000_003 + self.step)
-        )  # for dropout and patch dropout
+        # for dropout and patch dropout
+        torch.manual_seed(seed_of(config.seed * 1_000_003 + self.step))
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.clip.device.type, torch.bfloat16, enabled=config.bf16):
             logits = self.trained(inputs)
@@ -213,9 +215,8 @@ class _Run(TrainingRun):
         truth = torch.tensor(self.validation.targets)
 
         def accuracy() -> float:
-            logits = predict(
-                self.classifier, pixel_batches(self.clip, self.validation, workers=self.workers)
-            )
+            pixels = pixel_batches(self.clip, self.validation, workers=self.workers)
+            logits = predict(self.classifier, pixels)
             return float((logits.argmax(1) == truth).float().mean())
 
         self.ensemble.update(self.trained)

@@ -19,6 +19,9 @@ from clipsteer.ensembles.merging import wise_ft
 from clipsteer.report.axes import logit, sigmoid
 from clipsteer.report.intervals import clopper_pearson
 
+Row = dict[str, Any]
+Rows = Sequence[Mapping[str, Any]]
+
 ALPHAS = tuple(i / 20 for i in range(21))
 DEFAULT_ALPHA = 0.5
 
@@ -84,11 +87,11 @@ class EvalSet:
         """Correct predictions, and the mean over classes of the share that is right."""
         present, truth = self.targets.unique(return_inverse=True)
         right = logits[:, present].argmax(1) == truth
-        recall = [right[truth == c].double().mean() for c in range(len(present))]
-        return int(right.sum()), float(torch.stack(recall).mean())
+        recall = torch.stack([right[truth == c].double().mean() for c in range(len(present))])
+        return int(right.sum()), float(recall.mean())
 
 
-def _row(method: str, alpha: float, images: EvalSet, logits: Tensor) -> dict[str, Any]:
+def _row(method: str, alpha: float, images: EvalSet, logits: Tensor) -> Row:
     """What is measured on a set, of logits (N, C)."""
     n = len(images.targets)
     correct, balanced = images.score(logits)
@@ -112,7 +115,7 @@ def curve(
     classifier: ImageClassifier,
     sets: Sequence[EvalSet],
     alphas: Sequence[float] = ALPHAS,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Accuracy along theta(alpha), in weight space and in output space.
 
     Args:
@@ -156,7 +159,7 @@ def curve(
     return sorted(rows, key=lambda row: (row["method"] != "weight", row["alpha"]))
 
 
-def averages(rows: Sequence[Mapping[str, Any]], measure: str = "accuracy") -> list[dict[str, Any]]:
+def averages(rows: Rows, measure: str = "accuracy") -> list[Row]:
     """Mean of ``measure`` over the sets of a role: a row for each method and alpha, with the
     reference's and the shifted sets' n."""
     groups: dict[tuple[str, float], dict[str, list[Mapping[str, Any]]]] = {}
@@ -175,15 +178,15 @@ def averages(rows: Sequence[Mapping[str, Any]], measure: str = "accuracy") -> li
 
 
 def summary(
-    rows: Sequence[Mapping[str, Any]], baseline: Baseline | None = None, measure: str = "accuracy"
-) -> dict[str, dict[str, Any]]:
+    rows: Rows, baseline: Baseline | None = None, measure: str = "accuracy"
+) -> dict[str, Row]:
     """Mean accuracies, and with a baseline effective robustness, by method and by alpha's name:
     "zeroshot", "finetuned", "default" (0.5) and "oracle".
 
     `oracle` is the alpha that is best on the average of the shifted sets. It is chosen on what it
     is measured on, so it bounds what a choice of alpha could reach, and is no result.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Row] = {}
     means = averages(rows, measure)
     for method in ("weight", "output"):
         line = {row["alpha"]: row for row in means if row["method"] == method}

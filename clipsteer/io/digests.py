@@ -35,3 +35,16 @@ def weights_digest(model: nn.Module) -> str:
 def described(part: Any) -> str:
     """What a part says of itself, without where it lies in memory."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(part))
+
+
+def parts_digest(part: Any) -> str:
+    """Digest of tensors, modules and numbers in lists and dictionaries."""
+    if isinstance(part, Tensor):
+        part = part.detach().cpu().tolist()
+    elif isinstance(part, nn.Module):
+        part = weights_digest(part)
+    elif isinstance(part, dict):
+        part = {name: parts_digest(value) for name, value in part.items()}
+    elif isinstance(part, list):
+        part = [parts_digest(value) for value in part]
+    return digest_of(part)

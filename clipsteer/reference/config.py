@@ -83,6 +83,8 @@ class ContrastiveConfig:
     """steps between two checkpoints"""
     log_every: Count = 10
     """steps between two lines of the log"""
+    track: Literal["wandb", "tensorboard"] | None = None
+    """where figures go beside log.jsonl"""
 
     def __post_init__(self) -> None:
         check_fields(self)

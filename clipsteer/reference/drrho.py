@@ -116,11 +116,11 @@ class DRRhoLoss(nn.Module):
         self.rho = rho
         self.eps = eps
         self.backend = backend
-        self.temperature_min = temperature_min
-        self.fixed_temperature = temperature
         self.logit_scale = None
         if learnable_temperature:
             self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+        self.fixed_temperature = temperature
+        self.temperature_min = temperature_min
         self.world = training_world(world)
         own = range(num_samples)
         if self.world is not None:

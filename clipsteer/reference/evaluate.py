@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def evaluate(
         names = [name.replace("_", " ").replace("-", " ") for name in dataset.classes]
         head = zero_shot_head(clip, names, templates)
         scores = images @ head.T.to(images.dtype)
-        right = scores.argmax(1).cpu() == torch.tensor(dataset.targets)
+        targets = torch.tensor(dataset.targets)
+        right = scores.argmax(1).cpu() == targets
         return {"zero_shot": float(right.float().mean())}
     texts = list(dict.fromkeys(captions_of(dataset)))
     place = {text: i for i, text in enumerate(texts)}
@@ -64,7 +66,8 @@ def _retrieval(
     scores: Tensor,  # (images, texts)
     right: Tensor,  # the same, boolean
 ) -> dict[str, float]:
-    best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+    best = scores.masked_fill(~right, -torch.inf)
+    best = best.amax(1, keepdim=True)
     level = (scores == best) & ~right
     ahead = (scores > best).sum(1) + level.sum(1) / 2
     images, texts = scores.shape
@@ -102,8 +105,10 @@ def excess_losses(
     ref_image = reference.image.to(image)
     ref_text = reference.text.to(image)
     out = {name: torch.zeros(len(dataset)) for name in ("learner", "reference", "excess")}
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    for rows in order.tensor_split(-(-len(dataset) // chunk)):
+    n = len(dataset)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(n, generator=generator)
+    for rows in order.tensor_split(math.ceil(n / chunk)):
         learner = (image[rows], text[rows])
         theirs = (ref_image[rows], ref_text[rows])
         given = {"learner": learner, "reference": theirs, "excess": learner + theirs}
@@ -113,7 +118,11 @@ def excess_losses(
     return out
 
 
-def write_excess(path: str | Path, losses: dict[str, Tensor], captions: list[str]) -> None:
+def write_excess(
+    path: str | Path,
+    losses: dict[str, Tensor],  # (N,) each
+    captions: list[str],
+) -> None:
     """A CSV file with a row a pair, the largest excess first.
 
     Its columns are sample, learner, reference, excess, caption.
@@ -121,7 +130,9 @@ def write_excess(path: str | Path, losses: dict[str, Tensor], captions: list[str
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["sample", *losses, "caption"])
-    for row in losses["excess"].argsort(descending=True, stable=True).tolist():
+    order = losses["excess"].argsort(descending=True, stable=True)
+    for row in order.tolist():
         numbers = [f"{values[row]:.6g}" for values in losses.values()]
         writer.writerow([row, *numbers, captions[row]])
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    data = text.getvalue().encode()
+    write_atomically(path, lambda file: file.write(data))

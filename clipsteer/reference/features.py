@@ -44,6 +44,15 @@ class ReferenceFeatures(NamedTuple):
         """That of the weights that they came from, or of the features themselves."""
         return self.weights or tensors_digest({"image": self.image, "text": self.text})
 
+    def check_data(self, dataset: ImageDataset) -> None:
+        """Raise ValueError unless these are features of the pairs of `dataset`."""
+        known = self.data in ("", data_digest(dataset))
+        if len(self.image) != len(dataset) or not known:
+            raise ValueError(
+                f"train: the reference features are of {len(self.image)} other pairs than "
+                f"these {len(dataset)}"
+            )
+
     def save(self, path: str | Path) -> None:
         """Write a safetensors file that ``read`` takes."""
         metadata = {"kind": KIND, "model": self.name, "data": self.data, "weights": self.weights}
@@ -55,6 +64,20 @@ def model_digest(clip: CLIP) -> str:
     context length."""
     parts = [weights_digest(clip.model), described(clip.model), described(clip.preprocess)]
     return digest_of([*parts, getattr(clip.tokenizer, "context_length", None)])
+
+
+def referred(
+    reference: ReferenceFeatures | CLIP,
+    ids: Tensor,  # (B,)
+    theirs: list[Tensor],  # (B, 3, H, W) and (B, L), as a model takes them; else empty
+) -> tuple[Tensor, Tensor]:  # (B, d_ref) twice
+    """What the reference says of the pairs of a batch: kept features, or a model's."""
+    if isinstance(reference, ReferenceFeatures):
+        return reference.image[ids], reference.text[ids]
+    with evaluating(reference.model):
+        image = reference.embed(theirs[0])
+        text = reference.model.encode_text(theirs[1].to(reference.device))
+    return image, F.normalize(text.float(), dim=-1)
 
 
 def _divided(

@@ -21,17 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipsteer.clip.hooks import evaluating
 from clipsteer.clip.model import CLIP
 from clipsteer.clip.pixels import loader
 from clipsteer.data.dataset import ImageDataset, data_digest
 from clipsteer.io.digests import weights_digest
 from clipsteer.io.files import read_json, write_json, write_safetensors
 from clipsteer.reference.config import ContrastiveConfig
-from clipsteer.reference.drrho import gamma_schedule
 from clipsteer.reference.evaluate import evaluate
-from clipsteer.reference.features import ReferenceFeatures, model_digest
+from clipsteer.reference.features import ReferenceFeatures, model_digest, referred
 from clipsteer.reference.losses import select_learnable
+from clipsteer.reference.optimizer import gamma_of, make_optimizer
 from clipsteer.reference.pairs import Pairs
 from clipsteer.training.loop import TrainingRun
 from clipsteer.training.schedule import Keys, Order, cosine_lr, seed_of
@@ -60,8 +59,8 @@ def train_contrastive(
             that `clip` sees. Needed for drrho and distill, and for `select`.
         out: folder for the trained model (model.safetensors, config.json, and architecture.json
             where the architecture came from a file), log.jsonl and checkpoints/. A run that was
-            stopped there, by SIGTERM or otherwise, goes on from its last checkpoint, on a CPU bit
-            for bit; `clip` must then be what it started from.
+            stopped there, by Ctrl-C, SIGTERM or otherwise, goes on from its last checkpoint, on a
+            CPU bit for bit; `clip` must then be what it started from.
         validation: name -> data set, measured by `evaluate` every `evaluate_every` steps (None:
             every epoch) and at the end.
         templates: prompts for data sets with classes; see `clip.zero_shot_head`.
@@ -76,14 +75,15 @@ def train_contrastive(
     Raises:
         ValueError: a data set of less than a batch, no reference where one is needed or one of
             other pairs, or a run in `out` with other settings, data or starting weights.
-        RuntimeError: the loss is not finite. SystemExit(143): SIGTERM came and the state is saved.
+        RuntimeError: the loss is not finite. SystemExit(143): SIGTERM came and the state is saved;
+            KeyboardInterrupt: so did Ctrl-C.
     """
     run = _Run(
         clip,
         dataset,
         config or ContrastiveConfig(),
         reference,
-        Path(out) if out is not None else None,
+        None if out is None else Path(out),
         dict(validation or {}),
         templates,
         workers,
@@ -110,29 +110,21 @@ class _Run(TrainingRun):
         world: World,
     ) -> None:
         if reference is None and config.wants_reference:
-            raise ValueError(
-                f"train: loss={config.loss!r}, select={config.select} need a reference"
-            )
-        if isinstance(reference, ReferenceFeatures) and (
-            len(reference.image) != len(dataset) or reference.data not in ("", data_digest(dataset))
-        ):
-            raise ValueError(
-                f"train: the reference features are of {len(reference.image)} other pairs than "
-                f"these {len(dataset)}"
-            )
+            what = f"loss={config.loss!r}, select={config.select}"
+            raise ValueError(f"train: {what} need a reference")
+        if isinstance(reference, ReferenceFeatures):
+            reference.check_data(dataset)
         config.check_batches(len(dataset), world.size)
-        self.clip, self.dataset, self.reference = (
-            clip,
-            dataset,
-            reference if config.wants_reference else None,
-        )
-        self.validation, self.templates, self.workers = validation, templates, workers
+        self.clip = clip
+        self.dataset = dataset
+        self.reference = reference if config.wants_reference else None
+        self.validation = validation
+        self.templates = templates
+        self.workers = workers
         self.order = Order(len(dataset), config.batch_size, config.seed, drop_last=True)
-        total = (
-            -(-config.samples // config.batch_size)
-            if config.samples
-            else self.order.per_epoch * config.epochs
-        )
+        total = self.order.per_epoch * config.epochs
+        if config.samples:
+            total = math.ceil(config.samples / config.batch_size)
         self.loss = config.make_loss(len(dataset), world).to(clip.device)
         clip.need_text("train_contrastive")
         # τ is the loss's own, and none of the losses has a bias
@@ -147,27 +139,14 @@ class _Run(TrainingRun):
         parameters |= {
             f"loss.{name}": p for name, p in self.loss.named_parameters() if p.requires_grad
         }
-        groups = [
-            {
-                "params": [p for p in self.trained if p.ndim >= 2],
-                "weight_decay": config.weight_decay,
-            },
-            {"params": [p for p in self.trained if p.ndim < 2], "weight_decay": 0.0},
-            {"params": self.scale, "weight_decay": 0.0},
-        ]
-        if config.remembers:
-            # FastCLIP's rule for τ: a quarter of the peak, constant; `settle_temperature_` has the
-            # rest of it
-            groups[2]["lr"] = config.lr / 4
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6)
+        optimizer = make_optimizer(config, self.trained, self.scale)
         settings = {**asdict(config), "pairs": len(dataset)}
         if out is not None:
             # an architecture that a file describes is known by what stands there
             settings["model"] = read_json(clip.name) if clip.name.endswith(".json") else clip.name
             settings |= {"data": data_digest(dataset), "weights": weights_digest(clip.model)}
-            settings["frozen"] = [
-                name for name, p in clip.model.named_parameters() if not p.requires_grad
-            ]
+            parameters_of = clip.model.named_parameters()
+            settings["frozen"] = [name for name, p in parameters_of if not p.requires_grad]
             if isinstance(self.reference, CLIP):
                 settings["reference"] = model_digest(self.reference)
             elif self.reference is not None:
@@ -175,9 +154,7 @@ class _Run(TrainingRun):
         super().__init__(config, total, parameters, optimizer, settings, out, world)
 
     def run(self, on_log: Callable[[dict[str, Any]], None] | None, resume: bool) -> CLIP:
-        if self.out is not None:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.restore(self.clip.device, resume)
+        self.restore(self.clip.device, resume)
         self.model = self.clip.model
         if self.world.size > 1:
             ids = [self.clip.device.index] if self.clip.device.type == "cuda" else None
@@ -196,9 +173,8 @@ class _Run(TrainingRun):
         with torch.no_grad():
             self.clip.model.logit_scale.fill_(-math.log(float(self._temperature())))
         if self.out is not None and self.lead:
-            write_safetensors(
-                self.out / "model.safetensors", self.clip.model.state_dict(), {"format": "pt"}
-            )
+            weights = self.clip.model.state_dict()
+            write_safetensors(self.out / "model.safetensors", weights, {"format": "pt"})
             name = self.settings["model"]
             if not isinstance(name, str):
                 write_json(self.out / "architecture.json", name)
@@ -206,6 +182,9 @@ class _Run(TrainingRun):
             write_json(self.out / "config.json", {"model": name, "train": self.settings})
         self.world.any(False)  # what the first one writes is there when any returns
         return self.clip
+
+    def is_quality(self, figure: str) -> bool:
+        return figure == "loss" or "/" in figure  # NAME/MEASURE of the validation
 
     def _temperature(self) -> Tensor | float:
         tau = self.loss.temperature
@@ -233,37 +212,25 @@ class _Run(TrainingRun):
         share = self.config.batch_size // self.world.size
         mine = slice(self.world.rank * share, (self.world.rank + 1) * share)
         steps = range(self.step, self.total)
-        return iter(
-            loader(pairs, Keys((self.order.keys(s)[mine] for s in steps), len(steps)), self.workers)
-        )
+        keys = Keys((self.order.keys(step)[mine] for step in steps), len(steps))
+        return iter(loader(pairs, keys, self.workers))
 
     def _features(self, pixels: Tensor, tokens: Tensor, part: int) -> tuple[Tensor, Tensor]:
-        # the same dropout when a part of the batch is computed a second time
+        # (b, 3, H, W), (b, L) -> (b, e) twice; the same dropout when a part is computed again
         number = (self.config.seed * 1_000_003 + self.step) * self.world.size + self.world.rank
         torch.manual_seed(seed_of(number * 65_537 + part))
         with torch.autocast(self.clip.device.type, torch.bfloat16, enabled=self.config.bf16):
             found = self.model(pixels, tokens)
-        pair = (
-            (found["image_features"], found["text_features"])
-            if isinstance(found, dict)
-            else found[:2]
-        )
+        if isinstance(found, dict):
+            found = found["image_features"], found["text_features"]
         # unit rows in bfloat16 are off by its rounding
-        image, text = (
-            F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in pair
-        )
-        return image, text
+        image, text = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in found[:2])
+        return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
 
     def _referred(self, ids: Tensor, theirs: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
         if self.reference is None:
             return None, None
-        if isinstance(self.reference, ReferenceFeatures):
-            image, text = self.reference.image[ids], self.reference.text[ids]
-        else:
-            with evaluating(self.reference):
-                image = self.reference.embed(theirs[0])
-                text = self.reference.model.encode_text(theirs[1].to(self.clip.device))
-                text = F.normalize(text.float(), dim=-1)
+        image, text = referred(self.reference, ids, theirs)
         wide = torch.promote_types(self.clip.dtype, torch.float32)  # that of `_features`
         return image.to(self.clip.device, wide), text.to(self.clip.device, wide)
 
@@ -275,7 +242,8 @@ class _Run(TrainingRun):
 
     def train_step(self, batch: list[Tensor]) -> dict[str, Tensor | float]:
         config = self.config
-        self.model.train(), self.loss.train()
+        self.model.train()
+        self.loss.train()
         self.timed = self.step + 1 == self.total or (self.step + 1) % config.log_every == 0
         began = self._now()
         lr = cosine_lr(self.step, self.total, config.lr, config.warmup_steps)
@@ -293,9 +261,9 @@ class _Run(TrainingRun):
         self.optimizer.step()
         self.loss.settle_temperature_(before)
         values = {"loss": loss, "grad_norm": norm, "lr": lr, "temperature": self._temperature()}
-        return values | (
-            {"loss_share": self.loss_seconds / (self._now() - began)} if self.timed else {}
-        )
+        if self.timed:
+            values["loss_share"] = self.loss_seconds / (self._now() - began)
+        return values
 
     def _backward(
         self, ids: Tensor, inputs: tuple[Tensor, Tensor], refs: tuple[Tensor | None, Tensor | None]
@@ -307,7 +275,8 @@ class _Run(TrainingRun):
         each part again with a graph (Gao et al. 2021, GradCache, arXiv 2101.06983). For models
         without batch statistics that is the gradient of the whole.
         """
-        config, size = self.config, self.config.micro_batch or len(ids)
+        config = self.config
+        size = config.micro_batch or len(ids)
         longest = len(ids)
         if config.select is not None:
             ids, inputs, refs, longest = self._select(ids, inputs, refs, size)
@@ -353,9 +322,8 @@ class _Run(TrainingRun):
         """
         batch = JointBatch(self.world, len(ids), ids.device)
         features = [batch.join(x) for x in (*self._seen(inputs, size), *refs)]
-        draws = torch.Generator(ids.device).manual_seed(
-            seed_of(self.config.seed * 1_000_003 + self.step)
-        )
+        draws = torch.Generator(ids.device)
+        draws.manual_seed(seed_of(self.config.seed * 1_000_003 + self.step))
         keep = max(1, round(self.config.select * batch.rows))
         kept = select_learnable(*features, keep, temperature=self._temperature(), generator=draws)
         self.world.broadcast_(kept)  # GPUs of two kinds may round differently
@@ -366,11 +334,7 @@ class _Run(TrainingRun):
         return ids[mine], tuple(x[run] for x in inputs), tuple(r[mine] for r in refs), longest
 
     def _gamma(self, epoch: int) -> float:
-        epochs = -(-self.total // self.order.per_epoch)
-        least = self.config.gamma_min
-        if least is None:
-            least = min(1.0, 4.177 * epochs**-0.7265)
-        return gamma_schedule(epoch, self.config.gamma_epochs or epochs, least)
+        return gamma_of(self.config, epoch, -(-self.total // self.order.per_epoch))
 
     def measure(self) -> dict[str, float]:
         every = self.config.evaluate_every or self.order.per_epoch

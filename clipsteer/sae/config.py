@@ -74,6 +74,8 @@ class TrainConfig:
     """steps between two lines of the log"""
     checkpoint_every: Count = 1000
     """steps between two checkpoints"""
+    track: Literal["wandb", "tensorboard"] | None = None
+    """where figures go beside log.jsonl"""
 
     def __post_init__(self) -> None:
         check_fields(self)

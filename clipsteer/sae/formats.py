@@ -1,5 +1,4 @@
-"""SAE folders: clipsteer's own, and those of SAELens, sparsify and ViT-Prisma, told apart by what
-lies in them.
+"""SAE folders: clipsteer's own, and those of SAELens, sparsify and ViT-Prisma.
 
     clipsteer   cfg.json with "format": "clipsteer-sae", model.safetensors
                 W_enc, W_dec (d_sae, d_in)
@@ -58,7 +57,7 @@ class Describable(Protocol):
     """What can be written: an SAE."""
 
     def described(self) -> Described:
-        """See ``SAE.described``."""
+        """Configuration, weights and metadata."""
         ...
 
 

@@ -27,14 +27,14 @@ START = Position()
 
 
 class Batch(NamedTuple):
-    """What a source gives at each step."""
+    """What a source yields."""
 
     rows: Tensor  # (batch_size / world, d)
     next: Position  # where the batch after this one starts
 
 
 def generator(*key: int) -> torch.Generator:
-    """A generator of its own for every key, such as (seed, epoch, group)."""
+    """A CPU generator of its own for every key, such as (seed, epoch, group)."""
     # splitmix-like mixing keeps (seed, epoch, group) streams apart without overflow
     state = 0
     for value in key:
@@ -47,8 +47,9 @@ class ActivationSource:
     group is read."""
 
     d_in: int
-    # what is known of the model, under the names of ``SAE.metadata``
-    provenance: dict[str, Any] = {}
+    provenance: dict[
+        str, Any
+    ] = {}  # what is known of the model, under the names of ``SAE.metadata``
 
     def group_sizes(self, seed: int, epoch: int) -> list[int]:
         """Rows of each group in the order in which this epoch visits them."""
@@ -81,6 +82,14 @@ class ActivationSource:
                 f"batch_size must be a positive multiple of the {world} processes, got {batch_size}"
             )
         share = batch_size // world
+        mine = slice(rank * share, (rank + 1) * share)
+        for rows, following in self._batches(batch_size, seed, start):
+            yield Batch(rows[mine], following)
+
+    def _batches(
+        self, batch_size: int, seed: int, start: Position
+    ) -> Iterator[tuple[Tensor, Position]]:
+        """Whole batches, each with the position after it."""
         epoch, row = start
         while True:
             total = sum(self.group_sizes(seed, epoch))
@@ -88,9 +97,8 @@ class ActivationSource:
                 raise ValueError(f"batch_size is {batch_size}, but an epoch has only {total} rows")
             for rows in self._epoch(batch_size, seed, epoch, row):
                 row += batch_size
-                more = row + batch_size <= total
-                following = Position(epoch, row) if more else Position(epoch + 1, 0)
-                yield Batch(rows[rank * share : (rank + 1) * share], following)
+                is_last = row + batch_size > total
+                yield rows, Position(epoch + 1, 0) if is_last else Position(epoch, row)
             epoch += 1
             row = 0
 
@@ -117,8 +125,7 @@ class ActivationSource:
                 need -= len(chosen)
                 if need == 0:
                     yield torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-                    pieces = []
-                    need = batch_size
+                    pieces, need = [], batch_size
             del rows  # before the next group comes
 
 
@@ -135,11 +142,11 @@ class TensorSource(ActivationSource):
         self.d_in = self.rows.shape[1]
 
     def group_sizes(self, seed: int, epoch: int) -> list[int]:
-        """All rows."""
+        """All rows in one group."""
         return [len(self.rows)]
 
     def load_group(self, seed: int, epoch: int, group: int) -> Tensor:
-        """The tensor."""
+        """All rows, (N, d)."""
         return self.rows
 
 
@@ -159,14 +166,13 @@ class IterableSource(ActivationSource):
         self._first: Tensor | None = first
 
     def rows_per_epoch(self) -> int | None:
-        """None: nobody has counted."""
+        """None: only reading would tell."""
         return None
 
     def _parts(self) -> Iterator[Tensor]:
         while True:
             if self._first is not None:
-                first = self._first
-                self._first = None  # not to be held while it is used
+                first, self._first = self._first, None
                 yield first
             yield from self._iterator
             if self._again is None:
@@ -176,24 +182,13 @@ class IterableSource(ActivationSource):
                 )
             self._iterator = iter(self._again)
 
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        start: Position = START,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Iterator[Batch]:
-        """The rows in the order in which they come, from `start` on; see ``ActivationSource``."""
-        if batch_size < 1 or batch_size % world:
-            raise ValueError(
-                f"batch_size must be a positive multiple of the {world} processes, got {batch_size}"
-            )
-        share = batch_size // world
+    def _batches(
+        self, batch_size: int, seed: int, start: Position
+    ) -> Iterator[tuple[Tensor, Position]]:
         held: list[Tensor] = []
         count = 0
-        skip = row = start.row
+        row = start.row
+        skip = start.row
         for part in self._parts():
             part = part.detach().reshape(-1, self.d_in)
             dropped = min(skip, len(part))
@@ -205,11 +200,9 @@ class IterableSource(ActivationSource):
             rows = torch.cat(held)
             used = 0
             while used + batch_size <= count:
-                first = used + rank * share
-                mine = rows[first : first + share]
                 row += batch_size
+                yield rows[used : used + batch_size], Position(0, row)
                 used += batch_size
-                yield Batch(mine, Position(0, row))
             held = [rows[used:]]
             count -= used
 

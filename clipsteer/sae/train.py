@@ -9,27 +9,21 @@ processes and the result is that of one process. Runs resume from checkpoints, o
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from clipsteer.io import checkpoint
 from clipsteer.sae.config import TRAINABLE, TrainConfig
 from clipsteer.sae.model import SAE
-from clipsteer.sae.sources import ActivationSource, Position, as_source
+from clipsteer.sae.sources import ActivationSource, Batch, Position, as_source
 from clipsteer.sae.trainer import SAETrainer
-from clipsteer.training.loop import EXIT_TERMINATED, StopSignal, trim_log
-from clipsteer.training.tracking import _Reporter
+from clipsteer.training.loop import TrainingRun
 from clipsteer.training.world import World
 
 logger = logging.getLogger(__name__)
@@ -43,7 +37,6 @@ def train_sae(
     out: str | Path | None = None,
     device: torch.device | str | None = None,
     resume: bool = True,
-    track: str | None = None,
     metadata: dict[str, Any] | None = None,
     on_log: Callable[[dict[str, float]], None] | None = None,
     **settings: Any,
@@ -62,7 +55,6 @@ def train_sae(
             disk.
         device: by default CUDA where there is one, or where the given SAE lives.
         resume: go on from the newest checkpoint in ``out``; a finished run returns at once.
-        track: "wandb" or "tensorboard", beside the log.
         metadata: kept in the SAE's ``cfg.json``; what a store or harvest knows of its model is
             added.
         on_log: called with every logged record, in rank 0.
@@ -75,7 +67,8 @@ def train_sae(
         ValueError: settings out of range, or another run in ``out``: other settings, metadata,
             length or number of rows. The rows themselves are not compared.
         RuntimeError: the loss is not finite (the last checkpoint is from before).
-        SystemExit: code 143, after SIGTERM, once a checkpoint is written (only with ``out``).
+        SystemExit: code 143, after SIGTERM, once a checkpoint is written (only with ``out``);
+            KeyboardInterrupt after Ctrl-C.
     """
     sae, config = _sae_and_config(sae_or_config, config, settings)
     source = as_source(activations)
@@ -101,14 +94,12 @@ def train_sae(
     if sae is None:
         sae = _new_sae(source.d_in, config)
     sae.to(world.device)
-    sae.metadata.update(
-        {**getattr(source, "provenance", {}), **(metadata or {}), "training": asdict(config)}
-    )
-    run = Run(
-        SAETrainer(sae, config, total, world), source, Path(out) if out is not None else None, fresh
-    )
+    sae.metadata.update(getattr(source, "provenance", {}))
+    sae.metadata.update({**(metadata or {}), "training": asdict(config)})
+    trainer = SAETrainer(sae, config, total, world)
+    run = Run(trainer, source, None if out is None else Path(out), fresh)
     run.start(resume)
-    run.loop(track, on_log)
+    run.loop(on_log=on_log)
     sae.renormalize_decoder_()
     sae.eval()
     if out is not None and world.rank == 0:
@@ -124,7 +115,8 @@ def _sae_and_config(
     if isinstance(given, TrainConfig):
         if config is not None:
             raise TypeError("train_sae: a TrainConfig was given twice")
-        given, config = None, given
+        config = given
+        given = None
     if given is not None and not isinstance(given, SAE):
         raise TypeError(f"train_sae: expected an SAE or a TrainConfig, got {type(given).__name__}")
     if given is not None:
@@ -157,195 +149,77 @@ def _new_sae(d_in: int, config: TrainConfig) -> SAE:
         )
 
 
-logger = logging.getLogger(__name__)
-
-
 METRICS = ("loss", "fvu", "l0", "dead", "auxk")
 
 
-# settings that do not change the weights, so that a resumed run may differ in them
-_COSMETIC = ("log_every", "checkpoint_every")
+class Run(TrainingRun):
+    """A training run of an SAE: its place in the stream of activations, and what makes it another
+    run."""
 
-
-class Run:
-    """A training run with its place on disk: data position, checkpoints, log, SIGTERM."""
+    name = "train SAE"
+    unit = "tokens"
+    shown = METRICS[:4]
+    quality = METRICS[1:4]
 
     def __init__(
         self, trainer: SAETrainer, source: ActivationSource, out: Path | None, fresh: bool
     ) -> None:
-        self.trainer, self.source, self.out, self.fresh = trainer, source, out, fresh
-        self.config, self.world = trainer.config, trainer.world
+        self.trainer = trainer
+        self.source = source
+        self.fresh = fresh
         self.position = Position()
-        self.saved_at: int | None = None
-
-    def start(self, resume: bool) -> None:
-        """Load the newest checkpoint in rank 0, check that it belongs to this run, and hand it to
-        every process."""
-        trainer, world = self.trainer, self.world
-        found = None
-        if self.out is not None and world.rank == 0:
-            found = checkpoint.load_latest(self.out / "checkpoints")
-            if found is not None:
-                self._check(found.meta, resume)
-            trim_log(self.out / "log.jsonl", found.step if found is not None else 0)
-        place = torch.tensor([-1, 0, 0], device=world.device)
-        if found is not None:
-            place = torch.tensor([found.step, *found.meta["position"]], device=world.device)
-        step, *position = world.broadcast_(place).tolist()
-        if step < 0 and world.size == 1:
-            return
-        tensors = trainer.state_tensors() if found is None else found.tensors
-        if world.size > 1:
-            own = trainer.state_tensors()
-            # a checkpoint from a CPU lacks the GPU's generator
-            tensors = {
-                n: world.broadcast_(tensors.get(n, own[n]).to(world.device).clone())
-                for n in sorted(own)
-            }
-        if step < 0:
-            trainer.sae.load_state_dict(
-                {k[4:]: v for k, v in tensors.items() if k.startswith("sae.")}
-            )
-            return
-        trainer.load_state_tensors(tensors, step)
-        self.position, self.saved_at = Position(*position), step
-        if world.rank == 0:
-            logger.info("resumed %s at step %d of %d", self.out, step, trainer.total_steps)
-
-    def _settings(self) -> dict[str, Any]:
-        """What makes this run another one: settings, model and data as far as they are known,
-        length."""
-        config = {
-            name: value for name, value in asdict(self.config).items() if name not in _COSMETIC
-        }
-        metadata = self.trainer.sae.metadata
         known = {
-            name: metadata[name]
-            for name in metadata
+            name: value
+            for name, value in trainer.sae.metadata.items()
             if name not in ("training", "clipsteer_version")
         }
-        about = {
-            "d_in": self.source.d_in,
-            "rows of a pass": self.source.rows_per_epoch(),
+        settings = {
+            **asdict(trainer.config),
+            "d_in": source.d_in,
+            "rows of a pass": source.rows_per_epoch(),
             "metadata": known,
+            "total steps": trainer.total_steps,
         }
-        return json.loads(json.dumps({**config, **about, "total steps": self.trainer.total_steps}))
-
-    def _check(self, meta: dict[str, Any], resume: bool) -> None:
-        if not resume:
-            raise ValueError(
-                f"train_sae: {self.out} holds a run; resume it or choose another directory"
-            )
-        wanted, there = _flat(self._settings()), _flat(meta.get("settings", {}))
-        changed = [name for name in {**there, **wanted} if there.get(name) != wanted.get(name)]
-        if changed:
-            which = ", ".join(
-                f"{k}: {there.get(k)!r} there, {wanted.get(k)!r} asked for" for k in changed
-            )
-            raise ValueError(
-                f"train_sae: {self.out} holds a run with other settings ({which}); use another "
-                f"directory"
-            )
-
-    def save(self) -> None:
-        step = self.trainer.step_count
-        if self.out is None or self.saved_at == step:
-            return
-        if self.world.rank == 0:
-            tensors = self.trainer.state_tensors()
-            if not all(
-                bool(t.isfinite().all()) for name, t in tensors.items() if name.startswith("sae.")
-            ):
-                raise RuntimeError(
-                    f"train_sae: the weights are not finite at step {step}{self._last_good()}"
-                )
-            meta = {"settings": self._settings(), "position": list(self.position)}
-            checkpoint.save_state(self.out / "checkpoints", step, tensors, meta)
-        self.saved_at = step
-
-    def _last_good(self) -> str:
-        return (
-            ""
-            if self.saved_at is None
-            else f"; the checkpoint of step {self.saved_at} is kept in {self.out}"
+        parameters = dict(trainer.sae.named_parameters())
+        world = trainer.world
+        super().__init__(
+            trainer.config, trainer.total_steps, parameters, None, settings, out, world
         )
+        self.agree_every = self.config.sync_every
 
-    def loop(self, track: str | None, on_log: Callable[[dict[str, float]], None] | None) -> None:
-        """Train to the end, or to SIGTERM: then SystemExit(143) once the state is saved."""
-        trainer, config, world = self.trainer, self.config, self.world
-        total, first, lead = trainer.total_steps, trainer.step_count, world.rank == 0
-        if first >= total:
-            return
-        with ExitStack() as stack:
-            reporter = stack.enter_context(_Reporter(self.out, track, config)) if lead else None
-            stop = stack.enter_context(StopSignal(self.out is not None))
-            bar = stack.enter_context(
-                tqdm(
-                    total=total,
-                    initial=first,
-                    desc="train SAE",
-                    unit="step",
-                    disable=None if lead else True,
-                )
-            )
-            batches = self.source.batches(
-                config.batch_size,
-                seed=config.seed,
-                start=self.position,
-                rank=world.rank,
-                world=world.size,
-            )
-            began = time.monotonic()
-            while trainer.step_count < total:
-                batch = next(batches)
-                rows = batch.rows.to(trainer.device, trainer.sae.W_enc.dtype, non_blocking=True)
-                if trainer.step_count == 0 and self.fresh:
-                    trainer.sae.init_b_dec_(world.gather(rows))
-                metrics = trainer.step(rows)
-                self.position = batch.next
-                bar.update()
-                step = trainer.step_count
-                if step % config.log_every == 0 or step == total:
-                    values = self._read(metrics)
-                    if reporter is not None:
-                        speed = (
-                            (step - first) * config.batch_size / max(time.monotonic() - began, 1e-9)
-                        )
-                        record = {"step": step, "tokens": step * config.batch_size, **values}
-                        record |= {
-                            "lr": config.lr_at(step - 1, total),
-                            "tokens_per_second": round(speed, 1),
-                        }
-                        reporter.write(record)
-                        bar.set_postfix(
-                            {name: f"{values[name]:.4g}" for name in METRICS[:4]}, refresh=False
-                        )
-                        if on_log is not None:
-                            on_log(record)
-                # the processes look at the flag at the same steps, so that they agree
-                asked = (world.size == 1 or step % config.sync_every == 0) and world.any(stop.asked)
-                if asked or step % config.checkpoint_every == 0 or step == total:
-                    self.save()
-                if asked and step < total:
-                    logger.warning(
-                        "SIGTERM: step %d of %d is saved in %s; run again to go on",
-                        step,
-                        total,
-                        self.out,
-                    )
-                    raise SystemExit(EXIT_TERMINATED)
+    def start(self, resume: bool) -> None:
+        """Go to the newest checkpoint; without one, every process to the weights of rank 0."""
+        if not self.restore(self.trainer.device, resume) and self.together:
+            for tensor in self.trainer.sae.state_dict().values():
+                self.world.broadcast_(tensor)
 
-    def _read(self, metrics: Tensor) -> dict[str, float]:
-        values = dict(zip(METRICS, self.world.sum_(metrics).tolist()))
-        if not math.isfinite(values["loss"]):
-            raise RuntimeError(
-                f"train_sae: the loss is {values['loss']} at step {self.trainer.step_count}: lower "
-                f"lr, or look for "
-                f"activations that are not finite{self._last_good()}"
-            )
-        return values
+    def tensors(self) -> dict[str, Tensor]:
+        return self.trainer.state_tensors() | {"position": torch.tensor(self.position)}
 
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        self.trainer.load_state_tensors(dict(tensors), self.step)
+        self.position = Position(*tensors["position"].tolist())
 
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    inner = {f"metadata.{name}": value for name, value in settings.get("metadata", {}).items()}
-    return {**{name: value for name, value in settings.items() if name != "metadata"}, **inner}
+    def batches(self) -> Iterator[Batch]:
+        stream = self.source.batches(
+            self.config.batch_size,
+            seed=self.config.seed,
+            start=self.position,
+            rank=self.world.rank,
+            world=self.world.size,
+        )
+        return islice(stream, self.total - self.step)
+
+    def train_step(self, batch: Batch) -> Tensor:
+        trainer = self.trainer
+        rows = batch.rows.to(trainer.device, trainer.sae.W_enc.dtype, non_blocking=True)
+        if self.step == 0 and self.fresh:
+            trainer.sae.init_b_dec_(self.world.gather(rows))
+        metrics = trainer.step(rows)
+        self.position = batch.next
+        return metrics
+
+    def figures(self, values: Tensor) -> dict[str, float]:
+        found = dict(zip(METRICS, self.world.sum_(values).tolist()))
+        lr = self.config.lr_at(self.step - 1, self.total)
+        return {"tokens": self.step * self.config.batch_size, **found, "lr": lr}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,35 +31,38 @@ class SAETrainer:
             raise ValueError(
                 f"train_sae: architecture must be one of {TRAINABLE}, got {sae.architecture!r}"
             )
-        self.sae, self.config, self.total_steps = sae.train(), config, total_steps
+        self.sae = sae.train()
+        self.config = config
+        self.total_steps = total_steps
         self.device = sae.W_enc.device
         self.world = world if world is not None else World(self.device)
         self.step_count = 0
         self.optimizer = UnitRowAdam(sae, config.peak_lr)
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)
         self.dead = torch.zeros(0, dtype=torch.int64, device=self.device)
-        self._loss = (
-            "fvu"
-            if config.loss == "fvu" or (config.loss == "auto" and sae.architecture != "relu")
-            else "mse"
-        )
-        bf16 = config.autocast == "bfloat16" or (
-            config.autocast == "auto" and self.device.type == "cuda"
-        )
-        self._autocast = (
-            (lambda: torch.autocast(self.device.type, torch.bfloat16)) if bf16 else nullcontext
-        )
+        by_default = "scaled_mse" if sae.architecture == "relu" else "fvu"
+        self._loss = by_default if config.loss == "auto" else config.loss
+        on_gpu = self.device.type == "cuda"
+        bf16 = config.autocast == "bfloat16" or (config.autocast == "auto" and on_gpu)
+        self._autocast = nullcontext
+        if bf16:
+            self._autocast = partial(torch.autocast, self.device.type, torch.bfloat16)
         # gradients are summed over processes, and cast under autocast, as dense tensors
         self._sparse = sae.architecture == "topk" and not bf16 and self.world.size == 1
         self._sparse = self._sparse and takes_row_sparse(sae.W_enc) and takes_row_sparse(sae.W_dec)
 
-    def step(self, x: Tensor) -> Tensor:
+    def step(
+        self,
+        x: Tensor,  # (B, d_in)
+    ) -> Tensor:  # (5,)
         """One optimisation step on this process's rows x (B, d_in).
 
         Returns (5,): loss, FVU, L0 and AuxK, this process's shares (which add up over the
         processes), and the dead share divided by the number of processes. They stay on the device.
         """
-        sae, config, world = self.sae, self.config, self.world
+        sae = self.sae
+        config = self.config
+        world = self.world
         if self.step_count % config.sync_every == 0:
             self.dead = (self.tokens_since_fired > config.dead_after).nonzero().flatten()
         x = x.to(self.device, sae.W_enc.dtype, non_blocking=True)
@@ -113,9 +117,9 @@ class SAETrainer:
             state = self.optimizer.state.get(parameter, {})
             for moment in ("exp_avg", "exp_avg_sq"):
                 value = state.get(moment)
-                tensors[f"{moment}.{name}"] = (
-                    torch.zeros_like(parameter) if value is None else value
-                )
+                if value is None:
+                    value = torch.zeros_like(parameter)
+                tensors[f"{moment}.{name}"] = value
         mask = torch.zeros(self.sae.d_sae, dtype=torch.uint8, device=self.device)
         tensors["tokens_since_fired"] = self.tokens_since_fired
         tensors["dead"] = mask.index_fill(0, self.dead, 1)

@@ -1,4 +1,4 @@
-"""What training runs share: the loop, schedules, processes, tracking."""
+"""What training runs share: the loop, schedules, signals, processes, tracking."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 from clipsteer import _lazy
 
 if TYPE_CHECKING:
-    from clipsteer.training.loop import EXIT_TERMINATED as EXIT_TERMINATED
-    from clipsteer.training.loop import StopSignal as StopSignal
     from clipsteer.training.loop import TrainingRun as TrainingRun
-    from clipsteer.training.loop import trim_log as trim_log
+    from clipsteer.training.loop import check_same_settings as check_same_settings
     from clipsteer.training.schedule import Keys as Keys
     from clipsteer.training.schedule import Order as Order
     from clipsteer.training.schedule import cosine_lr as cosine_lr
@@ -20,6 +18,10 @@ if TYPE_CHECKING:
     from clipsteer.training.settings import check_fields as check_fields
     from clipsteer.training.settings import read_value as read_value
     from clipsteer.training.settings import settings_of as settings_of
+    from clipsteer.training.signals import EXIT_TERMINATED as EXIT_TERMINATED
+    from clipsteer.training.signals import StopSignal as StopSignal
+    from clipsteer.training.tracking import Reporter as Reporter
+    from clipsteer.training.tracking import trim_log as trim_log
     from clipsteer.training.world import JointBatch as JointBatch
     from clipsteer.training.world import World as World
     from clipsteer.training.world import training_world as training_world

@@ -1,5 +1,4 @@
-"""What training runs share: schedule, order of the samples, checkpoints, log, progress bar,
-SIGTERM."""
+"""The training loop: steps, checkpoints, log, signals. Its subclasses say what is trained."""
 
 from __future__ import annotations
 
@@ -7,7 +6,6 @@ import json
 import logging
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,226 +13,333 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from clipsteer.io import checkpoint
-from clipsteer.io.files import write_atomically
+from clipsteer.io.checkpoint import Checkpoint
+from clipsteer.training.settings import COSMETIC
+from clipsteer.training.signals import StopSignal, leave
+from clipsteer.training.tracking import TRACKERS, Reporter, trim_log
 from clipsteer.training.world import World
 
 logger = logging.getLogger(__name__)
 
-EXIT_TERMINATED = 128 + signal.SIGTERM
-_ADAM = ("step", "exp_avg", "exp_avg_sq")
+
+def check_same_settings(
+    name: str,
+    folder: Path,
+    there: Mapping[str, Any],
+    here: Mapping[str, Any],
+    cosmetic: tuple[str, ...] = (),
+) -> None:
+    """Raise ValueError where `folder` holds a run with other settings than those asked for.
+
+    Both are as JSON gives them back; dictionaries in them are compared entry by entry, and a
+    setting that is None is as good as none.
+    """
+    old = _flat(there)
+    new = _flat(here)
+    changed = [
+        f"{key}: {old.get(key)!r:.80} there, {new.get(key)!r:.80} asked for"
+        for key in {**old, **new}
+        if key not in cosmetic and old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"{name}: {folder} holds a run with other settings ({', '.join(changed)}); use another "
+            f"folder"
+        )
 
 
-def trim_log(path: Path, step: int) -> None:
-    """Drop the log's lines from after `step`, which a resumed run writes again, and a torn last
-    line."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_bytes().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + b"\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_atomically(path, lambda file: file.write(b"".join(kept)))
-
-
-class StopSignal:
-    """Turns SIGTERM into a flag while active; only the main thread may, elsewhere the flag stays
-    down."""
-
-    def __init__(self, wanted: bool) -> None:
-        self.asked = False
-        self._wanted = wanted and threading.current_thread() is threading.main_thread()
-
-    def __enter__(self) -> StopSignal:
-        if self._wanted:
-            self._before = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
-
-    def __exit__(self, *_: object) -> None:
-        if self._wanted:
-            signal.signal(signal.SIGTERM, self._before)
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
 
 
 class TrainingRun:
-    """`total` steps of AdamW on `parameters`, with their place on disk: `out` holds log.jsonl and
+    """`total` steps of an optimizer, with their place on disk: `out` holds log.jsonl and
     checkpoints/.
 
-    A kind of run says what is kept beside Adam's state (`tensors`, `load_tensors`), what it trains
-    on (`batches`), what a step does (`train_step`) and what is measured on the way (`measure`).
-    With several processes the first one writes, and all of them read: `out` must be a folder that
-        all see.
+    A kind of run says what is kept beside the optimizer's state (`tensors`, `load_tensors`), what
+    it trains on (`batches`), what a step does (`train_step`) and what is measured on the way
+    (`measure`). The first of several processes reads and writes.
+
+    Args:
+        config: has batch_size, log_every, checkpoint_every and track.
+        parameters: what is trained, under the names that checkpoints have.
+        optimizer: its state is kept; None where `tensors` has it.
+        settings: what makes this run another one, for JSON. A run in `out` must have the same.
+        out: None keeps nothing on disk, and leaves signals alone.
     """
 
     name = "train"
+    # what a batch is made of
+    unit = "images"
     # settings that do not change the weights, so that a resumed run may differ in them
-    cosmetic: tuple[str, ...] = ("checkpoint_every", "log_every")
+    cosmetic: tuple[str, ...] = COSMETIC
     # figures of the log that the progress bar has too
     shown: tuple[str, ...] = ("loss",)
+    # figures of the last line
+    quality: tuple[str, ...] = ("loss",)
 
     def __init__(
         self,
         config: Any,
         total: int,
         parameters: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.AdamW,
-        settings: dict[str, Any],
+        optimizer: torch.optim.Optimizer | None,
+        settings: Mapping[str, Any],
         out: Path | None,
         world: World | None = None,
     ) -> None:
-        self.config, self.total, self.out, self.world = config, total, out, world
-        self.parameters, self.optimizer = dict(parameters), optimizer
+        if config.track not in (None, *TRACKERS):
+            raise ValueError(
+                f"{self.name}: track must be one of {TRACKERS} or None, got {config.track!r}"
+            )
+        self.config = config
+        self.total = total
+        self.parameters = dict(parameters)
+        self.optimizer = optimizer
         self.settings = json.loads(json.dumps(settings))
-        self.step, self.saved_at = 0, -1
+        self.out = out
+        self.checkpoints = None if out is None else out / "checkpoints"
+        self.log = None if out is None else out / "log.jsonl"
+        self.world = world
+        self.together = world is not None and world.size > 1
         self.lead = world is None or world.rank == 0
+        # several processes ask each other for signals every so many steps
+        self.agree_every = config.log_every
+        self.step = 0
+        self.saved_at = -1
+        # the signal that ended the loop, or came in its last step
+        self.asked = 0
 
     def tensors(self) -> dict[str, Tensor]:
+        """What changes from step to step, but for the optimizer's state; called in every
+        process."""
         raise NotImplementedError
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Undo `tensors`; `self.step` is the checkpoint's."""
         raise NotImplementedError
 
     def batches(self) -> Iterable[Any]:
         """The steps that remain; what a step sees depends on the seed and its number alone."""
         raise NotImplementedError
 
-    def train_step(self, batch: Any) -> dict[str, Tensor | float]:
-        """One step of the optimizer; "loss" must be among the figures that it returns."""
+    def train_step(self, batch: Any) -> Any:
+        """One step of the optimizer; returns what `figures` reads."""
         raise NotImplementedError
+
+    def figures(self, values: Any) -> dict[str, float]:
+        """The step's figures, with "loss" among them; waits for the device and other processes."""
+        read = {name: float(value) for name, value in values.items()}
+        if self.together:
+            loss = torch.tensor(read["loss"], device=self.world.device)
+            read["loss"] = float(self.world.sum_(loss)) / self.world.size
+        return read
+
+    def is_quality(self, figure: str) -> bool:
+        """Whether the figure belongs into the last line."""
+        return figure in self.quality
 
     def measure(self) -> dict[str, Any]:
         """Figures that are due after `self.step` steps."""
         return {}
 
-    def restore(self, device: torch.device, resume: bool) -> bool:
-        """Go to the last checkpoint; False when there is none."""
-        found = checkpoint.load_latest(self.out / "checkpoints", device=str(device))
-        step = -1 if found is None else found.step
-        if self.world is not None and self.world.size > 1:
-            steps = self.world.gather(torch.tensor([step], device=self.world.device)).tolist()
-            if len(set(steps)) > 1:
-                raise ValueError(
-                    f"{self.name}: the processes see checkpoints of different steps {steps} in "
-                    f"{self.out}"
-                )
-        if found is None:
-            if self.lead:
-                trim_log(self.out / "log.jsonl", 0)
+    def restore(self, device: torch.device, resume: bool = True) -> bool:
+        """Go to the newest checkpoint; False when there is none.
+
+        Raises ValueError where `out` holds another run, or any with resume=False.
+        """
+        if self.out is None:
             return False
-        if not resume:
-            raise ValueError(
-                f"{self.name}: {self.out} holds a run; resume it or choose another folder"
-            )
-        there = found.meta.get("settings", {})
-        if changed := [
-            k for k in self.settings if k not in self.cosmetic and there.get(k) != self.settings[k]
-        ]:
-            which = ", ".join(
-                f"{k}: {there.get(k)!r:.80} there, {self.settings[k]!r:.80} asked for"
-                for k in changed
-            )
-            raise ValueError(
-                f"{self.name}: {self.out} holds a run with other settings ({which}); use another "
-                f"folder"
-            )
-        if self.lead:
-            trim_log(self.out / "log.jsonl", step)
+
+        found = self._shared(device, resume) if self.together else self._newest(device, resume)
+        if found is None:
+            return False
+        self.step = found.step
+        self.saved_at = found.step
         self.load_tensors(found.tensors)
-        for name, parameter in self.parameters.items():
-            keys = [key for key in _ADAM if f"adam.{key}.{name}" in found.tensors]
-            if keys:  # without a gradient so far there is no state
-                self.optimizer.state[parameter] = {
-                    key: found.tensors[f"adam.{key}.{name}"].clone() for key in keys
-                }
-                self.optimizer.state[parameter]["step"] = self.optimizer.state[parameter][
-                    "step"
-                ].cpu()
-        self.step = self.saved_at = found.step
+        if self.optimizer is not None:
+            self._load_optimizer(found.tensors)
+        if self.lead:
+            where = (self.step, self.total, self.out)
+            logger.info("%s: goes on at step %d of %d in %s", self.name, *where)
         return True
 
+    def _newest(self, device: torch.device, resume: bool) -> Checkpoint | None:
+        """Read the newest checkpoint, once it is known to be of this run."""
+        found = checkpoint.load_latest(self.checkpoints, device=str(device))
+        if found is not None:
+            if not resume:
+                raise ValueError(
+                    f"{self.name}: {self.out} holds a run; resume it or choose another folder"
+                )
+            there = found.meta.get("settings", {})
+            check_same_settings(self.name, self.out, there, self.settings, self.cosmetic)
+        trim_log(self.log, 0 if found is None else found.step)
+        return found
+
+    def _shared(self, device: torch.device, resume: bool) -> Checkpoint | None:
+        """What `_newest` finds in rank 0, in every process; so is its ValueError."""
+        world = self.world
+        found = None
+        refusal = None
+        shapes: dict[str, Any] = {}
+        if self.lead:
+            try:
+                found = self._newest(device, resume)
+            except ValueError as error:
+                refusal = str(error)
+        if found is not None:
+            for name, tensor in found.tensors.items():
+                shapes[name] = [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
+        step = -1 if found is None else found.step
+        step, shapes, refusal = world.broadcast_json([step, shapes, refusal])
+        if refusal is not None:
+            raise ValueError(refusal)
+        if step < 0:
+            return None
+        tensors = {}
+        for name, (shape, dtype) in shapes.items():
+            if self.lead:
+                tensor = found.tensors[name].to(world.device)
+            else:
+                tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=world.device)
+            tensors[name] = world.broadcast_(tensor)
+        return Checkpoint(step, tensors, {})
+
+    def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        states: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, key, name = key.split(".", 2)
+                states.setdefault(name, {})[key] = value.cpu() if key == "step" else value.clone()
+        # a parameter without a gradient so far has no state
+        for name, state in states.items():
+            self.optimizer.state[self.parameters[name]] = state
+
     def save(self) -> None:
+        """Write a checkpoint of this step, unless it is there; called in every process.
+
+        Raises RuntimeError when the weights are not finite, OSError when the disk is full.
+        """
         if self.out is None or self.saved_at == self.step:
             return
-        tensors = self.tensors()  # every process gives its part
+        for parameter in self.parameters.values():
+            if not bool(parameter.isfinite().all()):
+                raise RuntimeError(
+                    f"{self.name}: the weights are not finite at step {self.step}{self._kept()}"
+                )
+        tensors = self.tensors()
         if self.lead:
-            for name, parameter in self.parameters.items():
-                for key, value in self.optimizer.state.get(parameter, {}).items():
-                    tensors[f"adam.{key}.{name}"] = value
-            checkpoint.save_state(
-                self.out / "checkpoints", self.step, tensors, {"settings": self.settings}
-            )
+            if self.optimizer is not None:
+                for name, parameter in self.parameters.items():
+                    for key, value in self.optimizer.state.get(parameter, {}).items():
+                        if value is not None:
+                            tensors[f"optimizer.{key}.{name}"] = value
+            meta = {"settings": self.settings}
+            checkpoint.save_state(self.checkpoints, self.step, tensors, meta)
         self.saved_at = self.step
 
-    def _read(self, values: Mapping[str, Tensor | float]) -> dict[str, float]:
-        read = {name: float(value) for name, value in values.items()}
-        if self.world is not None and self.world.size > 1:
-            read["loss"] = (
-                float(self.world.sum_(torch.tensor(read["loss"], device=self.world.device)))
-                / self.world.size
-            )
+    def _kept(self) -> str:
+        if self.saved_at <= 0:
+            return ""
+        return f"; the checkpoint of step {self.saved_at} is kept in {self.out}"
+
+    def _read(self, values: Any) -> dict[str, float]:
+        read = self.figures(values)
         if not math.isfinite(read["loss"]):
             raise RuntimeError(
-                f"{self.name}: the loss is {read['loss']} at step {self.step}; lower lr"
+                f"{self.name}: the loss is {read['loss']} at step {self.step}; lower lr, or look "
+                f"for inputs that are not finite{self._kept()}"
             )
         return read
+
+    def _signal(self, stop: StopSignal) -> int:
+        """The signal that came to any process, which all of them learn of at the same step."""
+        if not self.together:
+            return stop.asked
+        if self.step % self.agree_every and self.step != self.total:
+            return 0
+        asked = torch.tensor([stop.asked], device=self.world.device)
+        return int(self.world.gather(asked).max())
 
     def loop(
         self,
         on_step: Callable[[], None] | None = None,
         on_log: Callable[[dict], None] | None = None,
     ) -> None:
-        """Train to the end, or to SIGTERM: then SystemExit(143) once the state is saved."""
-        config, began, first = self.config, time.monotonic(), self.step
-        alone = self.world is None or self.world.size == 1
-        bar = tqdm(
-            total=self.total,
-            initial=first,
-            desc=self.name,
-            unit="step",
-            disable=None if self.lead else True,
+        """Train to the end.
+
+        With `out`, SIGTERM and the first Ctrl-C end the run after the step at hand, once it is
+        saved: SystemExit(143) and KeyboardInterrupt. A second Ctrl-C interrupts at once. A signal
+        that comes in the last step is left in `asked`.
+        """
+        if self.step >= self.total:
+            return
+        reporter = Reporter(
+            self.name,
+            self.total,
+            self.step,
+            shown=self.shown,
+            lead=self.lead,
+            log=self.log,
+            track=self.config.track,
+            config=self.config,
+            folder=self.out,
         )
-        with bar, StopSignal(self.out is not None) as stop:
-            for batch in self.batches():
-                values = self.train_step(batch)
-                self.step += 1
-                if on_step is not None:
-                    on_step()
-                bar.update()
-                last, logged = self.step == self.total, self.step % config.log_every == 0
-                # several processes look at the flag at the same steps, so that they agree
-                asked = stop.asked if alone else logged and self.world.any(stop.asked)
-                save = asked or last or self.step % config.checkpoint_every == 0
-                record: dict[str, Any] = {}
-                if save or logged:
-                    record = self._read(values)
-                    speed = (
-                        (self.step - first)
-                        * config.batch_size
-                        / max(time.monotonic() - began, 1e-9)
-                    )
-                    record["images_per_second"] = round(speed, 1)
-                    bar.set_postfix(
-                        {k: f"{record[k]:.4g}" for k in self.shown if k in record}, refresh=False
-                    )
-                record |= self.measure()
-                if record and self.lead:
-                    record = {"step": self.step, **record}
-                    if on_log is not None:
-                        on_log(record)
-                    if self.out is not None:
-                        with (self.out / "log.jsonl").open("a") as log:
-                            log.write(json.dumps(record) + "\n")
-                if save:
-                    self.save()
-                if asked and not last:
-                    logger.warning(
-                        "SIGTERM: step %d of %d is saved in %s", self.step, self.total, self.out
-                    )
-                    raise SystemExit(EXIT_TERMINATED)
+        with reporter, StopSignal(self.out is not None) as stop:
+            self._steps(reporter, stop, on_step, on_log)
+            latest = reporter.latest
+            reporter.finish({name: latest[name] for name in latest if self.is_quality(name)})
+
+    def _steps(
+        self,
+        reporter: Reporter,
+        stop: StopSignal,
+        on_step: Callable[[], None] | None,
+        on_log: Callable[[dict], None] | None,
+    ) -> None:
+        config = self.config
+        first = self.step
+        began = time.monotonic()
+        for batch in self.batches():
+            values = self.train_step(batch)
+            self.step += 1
+            if on_step is not None:
+                on_step()
+            reporter.bar.update()
+            last = self.step == self.total
+            save = last or self.step % config.checkpoint_every == 0
+            record: dict[str, Any] = {}
+            if last or self.step % config.log_every == 0:
+                record = self._read(values)
+                seconds = max(time.monotonic() - began, 1e-9)
+                speed = (self.step - first) * config.batch_size / seconds
+                record[f"{self.unit}_per_second"] = round(speed, 1)
+            elif save:
+                self._read(values)  # raises where the loss is not finite
+            record |= self.measure()
+            if record and self.lead:
+                record = {"step": self.step, **record}
+                reporter.write(record)
+                if on_log is not None:
+                    on_log(record)
+            self.asked = self._signal(stop)
+            if self.asked and not save:
+                self._read(values)
+            if save or self.asked:
+                self.save()
+            if self.asked and not last:
+                message = (
+                    f"{signal.Signals(self.asked).name}: step {self.step} of {self.total} is saved "
+                    f"in {self.out}; run the same again to go on"
+                )
+                logger.warning("%s: %s", self.name, message)
+                leave(self.asked, message)

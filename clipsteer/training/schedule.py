@@ -29,7 +29,9 @@ class Order:
     determine."""
 
     def __init__(self, n: int, batch_size: int, seed: int, *, drop_last: bool = False) -> None:
-        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.n = n
+        self.batch_size = batch_size
+        self.seed = seed
         self.per_epoch = n // batch_size if drop_last else math.ceil(n / batch_size)
         self._epoch = lru_cache(maxsize=1)(self._shuffled)
 
@@ -52,7 +54,8 @@ class Keys:
     """A batch sampler that is an iterator of known length, not a list of all batches of a run."""
 
     def __init__(self, batches: Iterator[list[tuple[int, int]]], length: int) -> None:
-        self.batches, self.length = batches, length
+        self.batches = batches
+        self.length = length
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return self.batches

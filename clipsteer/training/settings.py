@@ -19,6 +19,9 @@ from itertools import pairwise
 from numbers import Real
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+# fields that change nothing in what a run ends in
+COSMETIC = ("checkpoint_every", "log_every", "track")
+
 
 @dataclasses.dataclass(frozen=True)
 class Range:

@@ -4,7 +4,9 @@ second path."""
 from __future__ import annotations
 
 import atexit
+import json
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,7 +56,8 @@ class World:
                 torch.cuda.set_device(self.device)
             _join("nccl" if self.device.type == "cuda" else "gloo")
         together = dist.is_available() and dist.is_initialized()
-        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        self.rank = dist.get_rank() if together else 0
+        self.size = dist.get_world_size() if together else 1
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum in place over the processes."""
@@ -81,13 +84,21 @@ class World:
             dist.broadcast(tensor, 0)
         return tensor
 
+    def broadcast_json(self, value: Any) -> Any:
+        """The value of rank 0, of what JSON can say."""
+        if self.size == 1:
+            return value
+        data = torch.tensor([*json.dumps(value).encode()], dtype=torch.uint8, device=self.device)
+        size = self.broadcast_(torch.tensor([len(data)], device=self.device))
+        if self.rank:
+            data = data.new_empty(int(size))
+        return json.loads(bytes(self.broadcast_(data).tolist()))
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process; waits for all of them."""
-        return (
-            flag
-            if self.size == 1
-            else bool(self.sum_(torch.tensor(float(flag), device=self.device)))
-        )
+        if self.size == 1:
+            return flag
+        return bool(self.sum_(torch.tensor(float(flag), device=self.device)))
 
 
 def training_world(world: World | None) -> World | None:
@@ -102,19 +113,24 @@ class JointBatch:
     """One batch's rows over the processes: ``rows`` in all, any number of them in each."""
 
     def __init__(self, world: World, rows: int, device: torch.device) -> None:
-        self.world, self.size = world, world.size
+        self.world = world
+        self.size = world.size
         self.counts = world.gather(torch.tensor([rows], device=device)).tolist()
-        self.rows, self.offset = sum(self.counts), sum(self.counts[: world.rank])
+        self.rows = sum(self.counts)
+        self.offset = sum(self.counts[: world.rank])
 
-    def join(self, x: Tensor) -> Tensor:
+    def join(
+        self,
+        x: Tensor,  # (n, ...)
+    ) -> Tensor:  # (rows, ...)
         """Every process's rows, in rank order."""
         padded = x.new_zeros(max(self.counts), *x.shape[1:])
         padded[: len(x)] = x
-        return torch.cat(
-            [part[:n] for part, n in zip(self.world.gather(padded).chunk(self.size), self.counts)]
-        )
+        parts = self.world.gather(padded).chunk(self.size)
+        return torch.cat([part[:n] for part, n in zip(parts, self.counts)])
 
     def logsumexp(self, x: Tensor) -> Tensor:
+        """Elementwise over the processes."""
         return self.world.gather(x.unsqueeze(0)).logsumexp(0)
 
     def sum_(self, x: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ from _pytest.monkeypatch import MonkeyPatch
 from _tiny import CLASSES, TASKS, encoder, images, scenario, seeded_run
 from clipsteer import ops
 from clipsteer.continual.covariance import precision_factor, shrink
+from clipsteer.continual.drift import transport
 from clipsteer.continual.experiment import run_all, run_tasks
-from clipsteer.continual.learner import ClassIncrementalLearner, _transport
-from clipsteer.continual.metrics import Run
+from clipsteer.continual.learner import ClassIncrementalLearner
 from clipsteer.continual.plasticity import Plasticity, fit_saes
 from clipsteer.continual.strategies import ABLATION, STRATEGIES, CILConfig, strategy
 from clipsteer.continual.task import TaskRun, patch_distillation
@@ -114,57 +114,55 @@ def test_drift_errors_are_those_of_the_means_and_zero_for_the_newest_task():
     assert learn("ncm").drift_errors(old) is None
 
 
-def second_task(spec: str, **settings) -> TaskRun:
-    """The second task of a learner, with its parts there and before its training."""
+def second_task(spec: str, **settings) -> tuple[ClassIncrementalLearner, TaskRun]:
+    """A learner with the second task's parts, before its training, and the run that would train them."""
     learner, where = learn(spec, tasks=TASKS[:1], **settings), scenario()
     rows = where.train.subset(where.rows("train", 1))
     with MonkeyPatch.context() as patch:
         runs = []
         patch.setattr(TaskRun, "train", lambda self: runs.append(self))
         learner.fit_task(rows, TASKS[1])
-    return runs[0]
+    return learner, runs[0]
 
 
 def test_rates_are_of_the_heads_the_tower_and_each_block():
-    run = second_task("slca:slow=0.25,lr=0.02")
-    *tower, head = run._groups()
-    assert {group["lr"] for group in tower} == {0.005}
-    assert head["lr"] == 0.02
-    assert sum(len(group["params"]) for group in tower) == len(list(run.learner.encoder.parameters()))
-    assert head["params"] == run.learner.heads.of_task(1)
+    learner, run = second_task("slca:slow=0.25,lr=0.02")
+    *tower, head = run.optimizer.param_groups
+    assert set(run.peaks[:-1]) == {0.005}
+    assert run.peaks[-1] == 0.02
+    assert sum(len(group["params"]) for group in tower) == len(list(learner.encoder.parameters()))
+    assert head["params"] == learner.heads.of_task(1)
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_plasticity_sets_the_learning_rate_of_each_block(train):
-    run = second_task(f"finetune:plasticity=1,train={train},slow=0.5")
-    learner = run.learner
+    learner, run = second_task(f"finetune:plasticity=1,train={train},slow=0.5")
     assert learner.multipliers[0] == dict.fromkeys(learner.encoder.blocks, 1.0)
     expected = learner.plasticity.multipliers(learner.history[1], learner.history[:1])
     assert learner.multipliers[1] == expected
     assert set(expected.values()) != {1.0}
-    rates = [group["lr"] for group in run._groups()]
     lr = FAST["lr"]
     blocks = [lr * 0.5 * expected[block] for block in learner.encoder.blocks]
     # what is in no block learns slowly, the head does not
     others = [lr * 0.5 * learner.plasticity.floor] if train == "full" else []
-    assert sorted(rates) == pytest.approx(sorted([*blocks, *others, lr]))
+    assert sorted(run.peaks) == pytest.approx(sorted([*blocks, *others, lr]))
 
 
 @pytest.mark.parametrize("changes", ["", "consistent=1", "covariance=0", "distill=0", "covariance=0,distill=0"])
 def test_the_loss_is_the_sum_of_its_parts(changes):
-    run = second_task(f"macil:{changes}")
-    learner, config = run.learner, run.config
+    learner, run = second_task(f"macil:{changes}")
+    config = run.config
     with torch.no_grad():  # away from where the task began
         for p in [*learner.lora.parameters(), *learner.heads.of_task(1)]:
             p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p))))
     pixels = torch.rand(10, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     targets = torch.tensor([5, 1] * 5)
-    before = run.old if run.compares else learner.encoder
+    before = run.before.network or learner.encoder
     new, old = learner.encoder.tokens(pixels), before.tokens(pixels)
     weight = F.normalize(learner.heads.weights[1], dim=-1)
     expected = F.cross_entropy(20 * F.normalize(new.features, dim=-1) @ weight.T, (targets == 1).long())
     if config.covariance:
-        features = run.features
+        features = run.before.features
         scale = features.norm(dim=1).mean() if config.consistent else 1.0
         rows = F.normalize(features, dim=-1) if config.consistent else features
         labels = torch.tensor(run.images.targets)
@@ -175,7 +173,7 @@ def test_the_loss_is_the_sum_of_its_parts(changes):
         ) / scale  # fmt: skip
     if config.distill:
         expected = expected + 0.4 * patch_distillation(new.cls, new.patches, old.patches)
-    torch.testing.assert_close(run._loss(pixels, targets), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(run.loss(pixels, targets), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_each_part_that_is_switched_off_changes_what_is_learned():
@@ -225,74 +223,46 @@ def test_transport_follows_a_linear_map():
     generator = torch.Generator().manual_seed(0)
     old, A = (torch.randn(*s, dtype=torch.float64, generator=generator) for s in ((4000, 6), (6, 6)))
     S = torch.cov(old[:50].T)[None]
-    moved = _transport(S, old, old @ A.T + 3)
+    moved = transport(S, old, old @ A.T + 3)
     torch.testing.assert_close(moved, A @ S @ A.T, rtol=1e-2, atol=1e-2)  # the ridge is a thousandth
-    assert torch.equal(_transport(S, old, old), S)  # nothing moved
+    assert torch.equal(transport(S, old, old), S)  # nothing moved
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-torch.set_num_threads(1)
-from pathlib import Path
-from test_learner import FAST, plasticity
-from _tiny import encoder, scenario
-from clipsteer.continual import task
-from clipsteer.continual.covariance import precision_factor, shrink
-from clipsteer.continual.experiment import run_tasks
-from clipsteer.continual.strategies import strategy
-steps, plain, limit = [0], task.TaskRun._loss, int(sys.argv[4])
-def loss(self, *args):
-    steps[0] += 1
-    if steps[0] == limit:
-        os.kill(os.getpid(), getattr(signal, sys.argv[5]))
-    return plain(self, *args)
-task.TaskRun._loss = loss
-config = strategy(sys.argv[3], **FAST, checkpoint_every=3)
-given = {"plasticity": plasticity()} if config.plasticity else {}
-run_tasks(scenario(), encoder, config, out=Path(sys.argv[2]), **given)
-"""
+@pytest.fixture
+def in_step(monkeypatch):
+    """in_step(n, call): `call` before the loss of the n-th step, counted over the tasks."""
+    plain = TaskRun.loss
+
+    def install(number, call):
+        steps = iter(range(1, 1000))
+        monkeypatch.setattr(TaskRun, "loss", lambda *args: (next(steps) == number and call(), plain(*args))[1])
+
+    return install
 
 
-def _process(folder: Path, spec: str, limit: int, sign: str = "SIGKILL") -> int:
-    code = [sys.executable, "-c", KILLED, str(Path(__file__).parents[1]), str(folder), spec, str(limit), sign]
-    return subprocess.run(code, capture_output=True, text=True, check=False).returncode
-
-
-@pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX")
-@pytest.mark.parametrize(
-    "spec",
-    [
-        "macil:lora=shared_a,plasticity=1",
-        *(pytest.param(spec, marks=pytest.mark.nightly) for spec in ("slca:slow=0.3", "joint")),
-    ],
-)
-def test_a_run_killed_in_the_middle_of_a_task_ends_in_the_same_numbers(tmp_path, spec):
-    where = scenario()
-    given = {"plasticity": plasticity()} if "plasticity" in spec else {}
-    whole = run_tasks(where, encoder, strategy(spec, **FAST, checkpoint_every=3), out=tmp_path / "whole", **given)
-    # 12 steps are the first task, 8 each later one (joint: 12, 24 and 36): within the second, after a checkpoint
-    assert _process(tmp_path / "cut", spec, 17) == -signal.SIGKILL
-    assert list((tmp_path / "cut").rglob("step-*.safetensors"))
-    assert _process(tmp_path / "cut", spec, 0) == 0
-    there = {p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("tasks/*.safetensors")}
-    assert there
-    assert all((tmp_path / "cut" / p).read_bytes() == (tmp_path / "whole" / p).read_bytes() for p in there)
-    from clipsteer.io.files import read_json
-
-    again = Run.from_json(read_json(tmp_path / "cut" / "run.json"))
+@pytest.mark.nightly
+def test_joint_training_stopped_in_the_middle_of_a_task_ends_in_the_same_numbers(tmp_path, in_step):
+    config = strategy("joint", **FAST, checkpoint_every=3)
+    whole = run_tasks(scenario(), encoder, config, out=tmp_path / "whole")
+    # 12, 24 and 36 steps: within the second task, after a checkpoint
+    in_step(17, lambda: pytest.fail("stopped"))
+    with pytest.raises(pytest.fail.Exception):
+        run_tasks(scenario(), encoder, config, out=tmp_path / "cut")
+    assert list((tmp_path / "cut").rglob("steps/*/step-*.safetensors"))
+    in_step(0, None)
+    again = run_tasks(scenario(), encoder, config, out=tmp_path / "cut")
     assert torch.equal(again.matrix.nan_to_num(), whole.matrix.nan_to_num())
+    there = {p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("tasks/*.safetensors")}
+    assert len(there) == 3
+    assert all((tmp_path / "cut" / p).read_bytes() == (tmp_path / "whole" / p).read_bytes() for p in there)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="SIGTERM is POSIX")
-def test_sigterm_saves_the_step_it_comes_in(tmp_path):
-    assert _process(tmp_path, "finetune", 14, "SIGTERM") == 143
-    assert [p.stem for p in tmp_path.rglob("steps/task-1/*.json")] == ["step-0000000002"]
-
-
-def test_sigterm_in_the_last_step_of_a_task_ends_the_run_after_it(tmp_path):
-    assert _process(tmp_path, "finetune", 12, "SIGTERM") == 143
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_last_step_of_a_task_ends_the_run_after_it(tmp_path, in_step, number):
+    in_step(12, lambda: signal.raise_signal(number))
+    with pytest.raises(SystemExit if number == signal.SIGTERM else KeyboardInterrupt, match=r"143|task 1 is saved"):
+        run_tasks(scenario(), encoder, strategy("finetune", **FAST, checkpoint_every=3), out=tmp_path)
     assert [p.stem for p in tmp_path.rglob("tasks/*.json")] == ["step-0000000001"]
     assert not list(tmp_path.rglob("steps/*"))
 
@@ -391,7 +361,7 @@ def _linger(file: Path) -> None:
 PARENT = """
 import sys
 import time
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/continual"]
 from pathlib import Path
 from test_learner import _linger
 from clipsteer.continual.covariance import precision_factor, shrink

@@ -3,13 +3,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -496,27 +492,6 @@ def stop_at(step):
     return hook
 
 
-@pytest.mark.parametrize("architecture", ["relu", "topk", "batch_topk"])
-@pytest.mark.parametrize("stop", [2, 7, 11])
-def test_resume_is_bitwise(tmp_path, architecture, stop):
-    config = tiny(architecture=architecture, steps=14, dead_after=60, sync_every=4, log_every=1, dtype="float32")
-    alone = train_sae(data(100), config, out=tmp_path / "alone")
-    with pytest.raises(Stop):
-        train_sae(data(100), config, out=tmp_path / "cut", on_log=stop_at(stop))
-    found = load_latest(tmp_path / "cut" / "checkpoints")
-    assert (None if found is None else found.step) == {2: None, 7: 5, 11: 10}[stop]
-    log = tmp_path / "cut" / "log.jsonl"
-    log.write_text(log.read_text() + '{"step": 9')
-    resumed = train_sae(data(100), config, out=tmp_path / "cut")
-    assert_same(weights(alone), weights(resumed))
-    a, b = (load_latest(tmp_path / name / "checkpoints").tensors for name in ("alone", "cut"))
-    assert_same(a, b)
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    whole = [json.loads(line) for line in (tmp_path / "alone" / "log.jsonl").read_text().splitlines()]
-    speedless = lambda records: [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
-    assert speedless(lines) == speedless(whole)
-
-
 @pytest.mark.parametrize("architecture", ["relu", "topk"])
 def test_torchs_defaults_are_not_the_optimisers(tmp_path, architecture):
     x, config = data(), tiny(architecture=architecture, log_every=1, dtype="float32")
@@ -546,15 +521,6 @@ def test_dictionaries_of_any_strides_are_trained(architecture, name):
         train_sae(data(), sae, config=tiny())
     for key, weight in weights(plain).items():
         torch.testing.assert_close(weights(strided)[key], weight, rtol=1e-9, atol=1e-11)
-
-
-def test_other_settings_are_not_mixed_into_a_run(tmp_path):
-    train_sae(data(), tiny(), out=tmp_path)
-    with pytest.raises(ValueError, match=r"lr: 0.001 there, 0.002 asked for"):
-        train_sae(data(), tiny(lr=2e-3), out=tmp_path)
-    with pytest.raises(ValueError, match="holds a run"):
-        train_sae(data(), tiny(), out=tmp_path, resume=False)
-    train_sae(data(), tiny(log_every=7), out=tmp_path)
 
 
 def test_another_model_hook_point_or_length_is_not_mixed_into_a_run(tmp_path):
@@ -647,22 +613,6 @@ def test_autocast_trains_in_bfloat16():
     assert log[-1]["fvu"] < log[0]["fvu"]
 
 
-def test_trackers_are_imported_when_asked_for(tmp_path, monkeypatch):
-    seen = []
-    log = lambda record, step: seen.append((step, record["loss"]))
-    run = SimpleNamespace(log=log, finish=lambda: seen.append("end"))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **kwargs: seen.append(kwargs) or run))
-    train_sae(data(), tiny(steps=4), out=tmp_path, track="wandb")
-    assert seen[0]["config"]["steps"] == 4
-    assert [entry[0] for entry in seen[1:-1]] == [2, 4]
-    assert seen[-1] == "end"
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(RuntimeError, match=r"pip install 'clipsteer\[track\]'"):
-        train_sae(data(), tiny(), track="wandb")
-    with pytest.raises(ValueError, match="track"):
-        train_sae(data(), tiny(), track="pencil")
-
-
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -690,114 +640,3 @@ def test_the_length_of_a_run():
     assert [config.lr_at(s, 8) for s in (0, 3, 4, 6)] == [0.25, 1.0, 1.0, 0.5]
     assert TrainConfig(architecture="relu").peak_lr == 4e-4
     assert TrainConfig(lr=1.0, warmup_steps=0, cosine=False).lr_at(7, 8) == 1.0
-
-
-# ---------------------------------------------------------------- signals
-
-# a parent that has imported everything forks one child a run and reports its number, then its exit code
-SERVER = """
-import os, sys, time
-import torch
-from clipsteer import TrainConfig, train_sae
-
-def train(out, pause):
-    def slow(record):
-        open(out + "/started", "w").close()
-        time.sleep(float(pause))
-
-    x = torch.randn(400, 12, generator=torch.Generator().manual_seed(0))
-    config = TrainConfig(d_sae=40, k=5, batch_size=32, steps=60, warmup_steps=4, dead_after=100, log_every=1,
-                         checkpoint_every=3)
-    train_sae(x, config, out=out, on_log=slow)
-
-torch.set_num_threads(1)
-# the first optimiser imports the compiler, which takes longer than the whole run
-weight = torch.nn.Parameter(torch.zeros(1))
-weight.grad = torch.zeros(1)
-torch.optim.Adam([weight], fused=True).step()
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            train(*line.split())
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        finally:
-            os._exit(code)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-class Runs:
-    def __init__(self):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def start(self, out: Path, pause: float = 0) -> int:
-        """Start a run; returns the process's number once it has trained a step."""
-        out.mkdir(exist_ok=True)
-        (out / "started").unlink(missing_ok=True)
-        self.server.stdin.write(f"{out} {pause}\n")
-        self.server.stdin.flush()
-        number = int(self.server.stdout.readline())
-        deadline = time.monotonic() + 60
-        while not (out / "started").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        return number
-
-    def exit_code(self) -> int:
-        return int(self.server.stdout.readline())
-
-
-@pytest.fixture(scope="module")
-def runs():
-    runs = Runs()
-    yield runs
-    runs.server.stdin.close()
-    assert runs.server.wait(30) == 0
-
-
-@pytest.fixture(scope="module")
-def undisturbed(runs, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "alone"
-    runs.start(out)
-    assert runs.exit_code() == 0
-    return weights(SAE.from_pretrained(out))
-
-
-def test_sigterm_saves_and_exits_with_143(tmp_path, runs, undisturbed):
-    number = runs.start(tmp_path, 0.02)
-    time.sleep(0.1)
-    os.kill(number, signal.SIGTERM)
-    assert runs.exit_code() == 143
-    found = load_latest(tmp_path / "checkpoints")
-    last = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][-1]["step"]
-    # the step at hand is finished and saved, no step is lost
-    assert found.step == last < 60
-    runs.start(tmp_path)
-    assert runs.exit_code() == 0
-    assert_same(undisturbed, weights(SAE.from_pretrained(tmp_path)))
-
-
-def test_runs_killed_at_random_moments_end_with_the_same_weights(tmp_path, runs, undisturbed):
-    moments = random.Random(0)
-    kills = 0
-    for _ in range(8):
-        number = runs.start(tmp_path, 0.005)
-        time.sleep(moments.uniform(0, 0.1))
-        os.kill(number, signal.SIGKILL)
-        code = runs.exit_code()
-        kills += code == -signal.SIGKILL
-        if code == 0:
-            break
-    assert kills >= 1
-    if code != 0:
-        runs.start(tmp_path)
-        assert runs.exit_code() == 0
-    assert_same(undisturbed, weights(SAE.from_pretrained(tmp_path)))

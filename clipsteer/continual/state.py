@@ -1,0 +1,200 @@
+"""What a class-incremental learner has learned, and where it lies on disk."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipsteer.continual.backbone import Encoder
+from clipsteer.continual.config import CILConfig
+from clipsteer.continual.heads import RandomProjection, TaskHeads
+from clipsteer.continual.lora import LoRA
+from clipsteer.continual.plasticity import Plasticity, pack_history, unpack_history
+from clipsteer.io import checkpoint
+from clipsteer.io.digests import described, parts_digest, weights_digest
+from clipsteer.training.loop import check_same_settings
+
+
+def check_parts(
+    config: CILConfig,
+    encoder: Encoder,
+    num_classes: int,
+    zero_shot: Tensor | None,
+    plasticity: Plasticity | None,
+) -> None:
+    """Raise ValueError where a part that the settings need is not given or does not fit."""
+    wrong = None
+    zero_shots = 0 if zero_shot is None else len(zero_shot)
+    if config.classifier == "zero_shot" and zero_shots != num_classes:
+        wrong = f"zero_shot must have {num_classes} rows for {config.name!r}, got {zero_shots}"
+    elif config.plasticity and plasticity is None:
+        wrong = f"{config.name!r} needs plasticity, with an SAE for each block"
+    elif config.plasticity and set(plasticity.saes) != set(encoder.blocks):
+        wrong = f"plasticity needs SAEs of {encoder.blocks}, got {[*plasticity.saes]}"
+    elif config.distill and not encoder.prefix:
+        wrong = f"distill needs a class token, and {encoder.name} has none"
+    if wrong is not None:
+        raise ValueError(f"ClassIncrementalLearner: {wrong}")
+
+
+class LearnerState:
+    """The parts of a learner and what they know after the tasks so far; see
+    `ClassIncrementalLearner`."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        config: CILConfig,
+        num_classes: int,
+        *,
+        zero_shot: Tensor | None = None,
+        plasticity: Plasticity | None = None,
+        out: str | Path | None = None,
+        workers: int = 0,
+    ) -> None:
+        check_parts(config, encoder, num_classes, zero_shot, plasticity)
+        self.encoder = encoder
+        self.config = config
+        self.num_classes = num_classes
+        self.zero_shot = zero_shot
+        self.plasticity = plasticity
+        self.workers = workers
+        self.out = None if out is None else Path(out)
+        self.device = encoder.device
+        # what makes this run another one; of the encoder as it starts
+        self.settings = {} if out is None else self._settings()
+        # usage is comparable between tasks only when one network, the one of the SAEs, is read
+        self.original = copy.deepcopy(encoder).eval() if config.plasticity else None
+        self.lora = None
+        if config.train == "lora":
+            self.lora = LoRA(encoder.module, config.rank, config.lora)
+        if config.train != "lora":
+            encoder.requires_grad_(config.train == "full")
+        with torch.no_grad():
+            width = encoder(self._blank()).shape[1]
+        # a tower that is read through class means is trained through heads, too
+        self.heads = TaskHeads(width, cosine=config.cosine) if config.train != "none" else None
+        self.aligned: TaskHeads | None = None
+        self.ridge = None
+        if config.classifier == "ridge":
+            projection = RandomProjection(
+                width, num_classes, projections=config.projections, seed=config.seed
+            )
+            self.ridge = projection.to(self.device)
+        self.tasks: list[list[int]] = []
+        empty = torch.zeros(0, width, dtype=torch.float64, device=self.device)
+        self.means = empty
+        self.uncompensated = empty.clone()
+        self.covariances = torch.zeros(0, width, width, device=self.device)
+        self.history: list[dict[str, Tensor]] = []
+        self.multipliers: list[dict[str, float]] = []
+
+    def _blank(self) -> Tensor:
+        from PIL import Image
+
+        image = self.encoder.preprocess(Image.new("RGB", (64, 64)))
+        return image[None].to(self.device, self.encoder.dtype)
+
+    @property
+    def seen(self) -> list[int]:
+        """Classes in the order of the tasks."""
+        return [c for task in self.tasks for c in task]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {
+            "means": self.means,
+            "uncompensated": self.uncompensated,
+            "covariances": self.covariances,
+        }
+        if self.lora is not None:
+            found |= {f"lora.{name}": t for name, t in self.lora.state_dict().items()}
+        elif self.config.train == "full":
+            found |= {f"encoder.{name}": t for name, t in self.encoder.module.state_dict().items()}
+        for part in ("heads", "aligned", "ridge"):
+            if getattr(self, part) is not None:
+                found |= {
+                    f"{part}.{name}": t for name, t in getattr(self, part).state_dict().items()
+                }
+        return found | {f"history.{name}": t for name, t in pack_history(self.history).items()}
+
+    def _settings(self) -> dict[str, Any]:
+        encoder = self.encoder
+        found = {
+            **self.config.outcome(),
+            "model": encoder.name,
+            "weights": weights_digest(encoder),
+            "num_classes": self.num_classes,
+            "preprocess": described(encoder.preprocess),
+            "train_transform": described(encoder.train_transform),
+        }
+        if self.zero_shot is not None:
+            found["zero-shot head"] = parts_digest(self.zero_shot)
+        if self.config.plasticity:
+            given = self.plasticity
+            found["SAEs of the blocks"] = parts_digest([given.floor, given.background, given.saes])
+        return found
+
+    def save(self) -> Path:
+        """Write what was learned to ``out``; after each task this is done anyway. Raises ValueError
+        without ``out``."""
+        if self.out is None:
+            raise ValueError("ClassIncrementalLearner: save needs out, a folder")
+        meta = {
+            "settings": self.settings,
+            "tasks": self.tasks,
+            "multipliers": self.multipliers,
+        }
+        return checkpoint.save_state(self.out / "tasks", len(self.tasks), self._tensors(), meta)
+
+    def resume(self) -> int:
+        """Go to where the run in ``out`` stood; returns the number of tasks learned, 0 where there
+        is no run.
+
+        A task that was cut short goes on from its last checkpoint when ``fit_task`` is called for
+        it.
+
+        Raises:
+            ValueError: tasks were already learned here, or the run there has other settings or
+                starting weights.
+        """
+        if self.out is None or self.tasks:
+            raise ValueError(
+                "ClassIncrementalLearner: resume needs out, and comes before the first task"
+            )
+        found = checkpoint.load_latest(self.out / "tasks", device=str(self.device))
+        if found is None:
+            return 0
+        there = found.meta["settings"]
+        check_same_settings("ClassIncrementalLearner", self.out, there, self.settings)
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k[len(prefix) :]: v for k, v in found.tensors.items() if k.startswith(prefix)}
+
+        self.tasks = [list(task) for task in found.meta["tasks"]]
+        self.multipliers = found.meta["multipliers"]
+        self.means = found.tensors["means"]
+        self.uncompensated = found.tensors["uncompensated"]
+        self.covariances = found.tensors["covariances"]
+        if self.lora is not None:
+            self.lora.load_state_dict(part("lora."))
+        elif self.config.train == "full":
+            self.encoder.module.load_state_dict(part("encoder."))
+        if self.heads is not None:
+            with torch.random.fork_rng(devices=[]):
+                for task in self.tasks:
+                    self.heads.add(len(task), device=self.device)
+            self.heads.load_state_dict(part("heads."))
+        if aligned := part("aligned."):
+            self.aligned = copy.deepcopy(self.heads)
+            self.aligned.load_state_dict(aligned)
+        if self.ridge is not None:
+            self.ridge.load_state_dict(part("ridge."))
+        # usages are kept on the CPU, whatever the device
+        self.history = unpack_history(
+            {name: usage.cpu() for name, usage in part("history.").items()}
+        )
+        return len(self.tasks)
