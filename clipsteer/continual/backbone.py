@@ -152,10 +152,12 @@ class Encoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Of the tower's weights."""
         return next(self.module.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the tower's weights."""
         return next(self.module.parameters()).dtype
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -151,4 +151,5 @@ class CILConfig:
 
     @property
     def alignment(self) -> AlignConfig:
+        """The settings of classifier alignment."""
         return AlignConfig(samples=self.align_samples, epochs=self.align_epochs, lr=self.align_lr)

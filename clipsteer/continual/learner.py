@@ -62,6 +62,7 @@ class ClassIncrementalLearner(LearnerState):
 
     @property
     def compensates(self) -> bool:
+        """Whether prototypes are moved along with the tower."""
         return self.config.compensation != "none"
 
     @property

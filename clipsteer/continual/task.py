@@ -144,15 +144,18 @@ class TaskRun(TrainingRun):
             self.log = out / "logs" / f"task-{self.task}.jsonl"
 
     def train(self) -> None:
+        """Train from where the run stands to its end; the encoder is left in evaluation mode."""
         self.restore(self.encoder.device)
         self.encoder.train()
         self.loop()
         self.encoder.eval()
 
     def tensors(self) -> dict[str, Tensor]:
+        """What changes while training: the parameters by name."""
         return {f"parameter.{name}": parameter for name, parameter in self.parameters.items()}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take in what ``tensors`` gave."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"parameter.{name}"])
@@ -178,6 +181,7 @@ class TaskRun(TrainingRun):
             yield pixels.to(self.encoder.device, self.encoder.dtype), targets
 
     def train_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor | float]:
+        """One step on a batch of pixels and targets; returns its figures."""
         pixels, targets = batch  # (B, 3, H, W), (B,)
         for group, peak in zip(self.optimizer.param_groups, self.peaks):
             group["lr"] = cosine_lr(self.step, self.total, peak, 0)
@@ -193,6 +197,7 @@ class TaskRun(TrainingRun):
         pixels: Tensor,  # (B, 3, H, W)
         targets: Tensor,  # (B,)
     ) -> Tensor:  # ()
+        """The sum of the losses that the settings ask for."""
         config = self.config
         before = self.before
         device = self.encoder.device

@@ -194,13 +194,16 @@ class Run(TrainingRun):
                 self.world.broadcast_(tensor)
 
     def tensors(self) -> dict[str, Tensor]:
+        """What changes while training."""
         return self.trainer.state_tensors() | {"position": torch.tensor(self.position)}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take in what ``tensors`` gave."""
         self.trainer.load_state_tensors(dict(tensors), self.step)
         self.position = Position(*tensors["position"].tolist())
 
     def batches(self) -> Iterator[Batch]:
+        """The batches from where the run stands."""
         stream = self.source.batches(
             self.config.batch_size,
             seed=self.config.seed,
@@ -211,6 +214,7 @@ class Run(TrainingRun):
         return islice(stream, self.total - self.step)
 
     def train_step(self, batch: Batch) -> Tensor:
+        """One step; returns its metrics, of this process."""
         trainer = self.trainer
         rows = batch.rows.to(trainer.device, trainer.sae.W_enc.dtype, non_blocking=True)
         if self.step == 0 and self.fresh:
@@ -220,6 +224,7 @@ class Run(TrainingRun):
         return metrics
 
     def figures(self, values: Tensor) -> dict[str, float]:
+        """What is logged: the metrics summed over all processes, tokens and learning rate."""
         found = dict(zip(METRICS, self.world.sum_(values).tolist()))
         lr = self.config.lr_at(self.step - 1, self.total)
         return {"tokens": self.step * self.config.batch_size, **found, "lr": lr}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 
 def seed_of(number: int) -> int:
+    """A seed from any whole number."""
     return number % 2**63  # torch takes no more
 
 
@@ -40,6 +41,7 @@ class Order:
         return torch.randperm(self.n, generator=generator)
 
     def rows(self, step: int) -> list[int]:
+        """The rows of a step."""
         epoch, at = divmod(step, self.per_epoch)
         return self._epoch(epoch)[at * self.batch_size : (at + 1) * self.batch_size].tolist()
 
