@@ -1,4 +1,6 @@
-"""The API reference, from the docstrings: pip install '.[docs]', then python .ci/reference.py [FOLDER].
+"""The API reference, from the docstrings: run `python .ci/reference.py [FOLDER]`.
+
+Needs pip install '.[docs]'.
 
 Writes HTML pages of every public module (default: into site/, which git ignores). Fails on what
 pdoc warns of, and on a name between double backquotes that is said to be clipsteer's and is not.

@@ -74,6 +74,7 @@ PARTS = ("demo", "ops", "sae", "conceptor", "finetune", "wise_ft", "train", "cil
 
 
 def build_parser() -> Command:
+    """The whole tree of commands; the options of each are made when it is called."""
     parser = Command(
         prog="clipsteer",
         description="Interpret and steer CLIP models: sparse autoencoders, their features, and "

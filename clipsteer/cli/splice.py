@@ -11,6 +11,7 @@ from clipsteer.cli.arguments import add_data, add_model, device_of, read_words, 
 
 
 def add_parser(commands: Any, add: Any) -> None:
+    """Add the command; ``add(parent, name, function, summary, examples, options)`` makes it."""
     add(
         commands,
         "splice",

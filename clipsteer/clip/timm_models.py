@@ -50,6 +50,7 @@ class ImageModel(nn.Module):
 
 
 def no_text(what: str, name: str) -> str:
+    """What to say where text is asked of a model without a text tower."""
     return (
         f"{what} needs a text tower, and {name} has none; load a CLIP, such as 'emojiclip' or "
         "'ViT-B-32'"

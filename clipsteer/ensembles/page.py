@@ -96,6 +96,7 @@ def curve_charts(
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]], baseline: Baseline | None) -> Html:
+    """Accuracies at the ends, at α = 0.5 and at the best α, in weight and in output space."""
     body = []
     measures = [summary(rows, baseline), summary(rows, None, "balanced")]
     for method, name in NAMES.items():

@@ -64,6 +64,7 @@ def metadata_of(source: str, model: Any, hook_name: Any, **more: Any) -> dict[st
 
 
 def positive(path: Path, cfg: Mapping[str, Any], key: str) -> int:
+    """A positive integer of a configuration, or FileFormatError."""
     value = cfg.get(key)
     if type(value) is not int or value < 1:
         raise FileFormatError(f"{path}: {key} must be a positive integer, got {value!r:.60}")
@@ -71,6 +72,7 @@ def positive(path: Path, cfg: Mapping[str, Any], key: str) -> int:
 
 
 def lookup(path: Path, what: str, value: Any, table: Mapping[Any, str]) -> str:
+    """Our name for a value of theirs, or FileFormatError that lists those we know."""
     try:
         return table[value]
     except (KeyError, TypeError):

@@ -142,6 +142,7 @@ def _without_blocks_up_to(model: nn.Module, hook_point: str) -> nn.Module | None
 
 
 def chunks(sae: SAE, rows: Tensor) -> Iterator[Tensor]:
+    """The rows (N, d_in) in parts whose codes stay within a block of memory."""
     return iter(rows.split(max(1, BLOCK // sae.d_sae)))
 
 
