@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from clipsteer.training.settings import (
     COSMETIC,
@@ -14,9 +14,6 @@ from clipsteer.training.settings import (
     SettingError,
     check_fields,
 )
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["AlignConfig", "CILConfig"]
 
@@ -154,4 +151,5 @@ class CILConfig:
 
     @property
     def alignment(self) -> AlignConfig:
+        """Settings of the heads' alignment, with what this run says of them."""
         return AlignConfig(samples=self.align_samples, epochs=self.align_epochs, lr=self.align_lr)

@@ -350,12 +350,12 @@ def test_emoji_pictures_are_the_four_cells():
 
 
 def test_a_flat_folder_is_explored_without_classes(image_folder):
-    flat = explore.folder_pictures(image_folder / "red_disc", 0, 12)
+    flat = demo_pictures.folder_pictures(image_folder / "red_disc", 0, 12)
     assert (flat.classes, flat.truth) == (None, None)
     assert "red disc" not in flat.vocabulary
     assert all(name.endswith(".png") for name in flat.names)
     assert len(set(flat.names)) == len(flat.names) == 12
-    sorted_ = explore.folder_pictures(image_folder, 0, 30)
+    sorted_ = demo_pictures.folder_pictures(image_folder, 0, 30)
     assert sorted_.classes == sorted_.vocabulary[:3] == ["blue box", "green disc", "red disc"]
 
 
