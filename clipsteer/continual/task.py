@@ -18,7 +18,7 @@ from clipsteer import ops
 from clipsteer.clip.pixels import Samples, loader
 from clipsteer.continual.backbone import Encoder
 from clipsteer.continual.config import CILConfig
-from clipsteer.continual.covariance import _places, by_class, precision_factor, shrink
+from clipsteer.continual.covariance import by_class, places, precision_factor, shrink
 from clipsteer.continual.heads import TaskHeads
 from clipsteer.data.dataset import ImageDataset
 from clipsteer.training.loop import TrainingRun
@@ -196,7 +196,7 @@ class TaskRun(TrainingRun):
         config = self.config
         before = self.before
         device = self.encoder.device
-        local = _places(targets.tolist(), self.classes, device)
+        local = places(targets.tolist(), self.classes, device)
         distils = before.network is not None and config.distill > 0
         old = None
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
