@@ -35,7 +35,7 @@ export -f bench
 parallel=$(python3 -c "import xdist" 2>/dev/null && echo "-n 12")
 # shellcheck disable=SC2046,SC2086
 step tests 240 env OMP_NUM_THREADS=1 python3 -m pytest -q -m gpu --durations=5 -p no:warnings $parallel \
-  $(grep -l 'mark\.gpu' tests/*.py) &
+  $(grep -rl --include="*.py" "mark\.gpu" tests) &
 if command -v compute-sanitizer >/dev/null; then
   step memcheck 150 env OMP_NUM_THREADS=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
     python3 -m clipsteer validate --backends triton cuda --dtypes bfloat16 --cases 5 &

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsteer._intervals import mean_interval
 from clipsteer.clip.classifier import ImageClassifier, predict, zero_shot_classifier
 from clipsteer.clip.model import CLIP, EMOJICLIP, load
 from clipsteer.clip.pixels import pixel_batches
@@ -30,7 +29,7 @@ from clipsteer.data.dataset import ImageDataset
 from clipsteer.data.emoji import Split, classify30, split
 from clipsteer.demo.wise_ft import BATCH, STYLES, evaluation_sets, heads, tune, tuned_curve
 from clipsteer.ensembles.merging import wise_ft
-from clipsteer.ensembles.page import curve_charts, summary_table, write_svg
+from clipsteer.ensembles.page import curve_charts, summary_table
 from clipsteer.ensembles.robustness import (
     ALPHAS,
     DEFAULT_ALPHA,
@@ -41,7 +40,8 @@ from clipsteer.ensembles.robustness import (
     summary,
 )
 from clipsteer.io.files import write_atomically, write_json
-from clipsteer.report import Page, charts, markdown_table, percent, table
+from clipsteer.report.intervals import mean_interval
+from clipsteer.report.page import Page, grid, markdown_table, percent, table, write_csv
 from clipsteer.testing.machine import machine
 
 logger = logging.getLogger(__name__)
@@ -208,14 +208,12 @@ def findings(rows: Sequence[dict[str, Any]], baseline: Baseline, alpha: float) -
 
 
 def write(folder: str | Path, found: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[Path]:
-    """wise_ft_emoji.json, .csv, .md, .html and, for each style, a .svg (and .png, see `write_svg`), in `folder`."""
-    from clipsteer import report
-
+    """wise_ft_emoji.json, .csv, .md, .html and, for each style, a .svg (and .png, see `Chart.write`), in `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / "wise_ft_emoji"
     write_json(stem.with_suffix(".json"), found)
-    report.write_csv(stem.with_suffix(".csv"), rows)
+    write_csv(stem.with_suffix(".csv"), rows)
     written = [stem.with_suffix(".json"), stem.with_suffix(".csv")]
     curves = {style: mean_rows([row for row in rows if row["style"] == style]) for style in found["styles"]}
     return written + write_experiment(stem, found, curves)
@@ -287,11 +285,11 @@ def write_experiment(
             f"α = {chosen['alpha']:g}."
         )
         page.section(
-            f"Tuned on {style}", charts(*drawn), summary_table(own, baseline),
+            f"Tuned on {style}", grid(*drawn), summary_table(own, baseline),
             table(["on validation concepts", "accuracy, %", "cross-entropy"], tried, picks),
         )  # fmt: skip
         path = stem.with_name(f"{stem.name}_{style}.svg")
-        written += write_svg(path, drawn[0])
+        written += drawn[0].write(path)
     written.append(page.write(stem.with_suffix(".html")))
     lines = ["# WiSE-FT across drawing styles", "", what]
     for heading, headers, cells, caption in parts:

@@ -1,5 +1,12 @@
-"""clipsteer: fused, validated ops for CLIP, and the steering, interpretation and training built on
-them."""
+"""Fused, validated ops for CLIP, and the steering, interpretation and training built on them.
+
+``clipsteer.clip``: models, hooks, tokens, zero-shot heads. ``clipsteer.sae``,
+``clipsteer.conceptors``, ``clipsteer.splice``: sparse autoencoders, soft projections, directions by
+name. ``clipsteer.steering``: what changes a model's activations. ``clipsteer.ensembles``: weight
+averages. ``clipsteer.reference``: training with a reference model. ``clipsteer.continual``: classes
+task by task. ``clipsteer.ops``: the ops. Below all: ``clipsteer.data``, ``clipsteer.training``,
+``clipsteer.report``, ``clipsteer.testing``, ``clipsteer.io``.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +39,8 @@ if TYPE_CHECKING:  # importable, and not on the page
     from clipsteer.ensembles.merging import RunningEnsemble as RunningEnsemble
     from clipsteer.io.files import FileFormatError as FileFormatError
     from clipsteer.reference.config import ContrastiveConfig as ContrastiveConfig
+    from clipsteer.sae.config import TrainConfig as TrainConfig
     from clipsteer.sae.model import SAEOutput as SAEOutput
-    from clipsteer.sae.trainer import TrainConfig as TrainConfig
     from clipsteer.steering import AdditiveSteering as AdditiveSteering
 
 __getattr__, __dir__, __all__ = _lazy.attach(__name__, __file__)

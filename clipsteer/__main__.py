@@ -1,3 +1,5 @@
+"""``python -m clipsteer``."""
+
 from __future__ import annotations
 
 import sys

@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -14,7 +13,13 @@ from typing import Any
 # old name -> where its public names are now
 RENAMED = {
     "activations": ("sae.activations", "sae.sources", "clip.pixels"),
-    "bench": ("testing.bench", "testing.records", "testing.stages", "testing.timing", "testing.machine"),
+    "bench": (
+        "testing.bench",
+        "testing.records",
+        "testing.stages",
+        "testing.timing",
+        "testing.machine",
+    ),
     "bench_table": ("testing.table",),
     "checkpoint": ("io.checkpoint",),
     "classifier": ("clip.classifier", "clip.pixels", "data.dataset"),
@@ -26,12 +31,12 @@ RENAMED = {
     "contrastive_eval": ("reference.evaluate",),
     "contrastive_loss": ("reference.losses",),
     "contrastive_train": ("reference.train",),
-    "explore": ("demo.explore", "clip.model", "data.dataset"),
+    "explore": ("demo.explore", "demo.pictures", "clip.model", "data.dataset"),
     "finetuning": ("ensembles.finetuning", "clip.pixels"),
     "merging": ("ensembles.merging",),
     "reference_features": ("reference.features",),
     "reference_model": ("reference.drrho", "training.world"),
-    "robustness": ("ensembles.robustness", "report.charts"),
+    "robustness": ("ensembles.robustness", "report.axes"),
     "robustness_page": ("ensembles.page", "report.charts"),
     "sae_eval": ("sae.evaluate",),
     "sae_features": ("sae.features",),
@@ -41,16 +46,21 @@ RENAMED = {
     "style_shift": ("data.emoji", "demo.wise_ft"),
     "continual.alignment": ("continual.heads",),
     "continual.cil_page": ("continual.report",),
-    "continual.cil_tables": ("continual.report",),
+    "continual.cil_tables": ("continual.tables",),
 }
 
 
-class _Finder(MetaPathFinder, Loader):
+class _Finder:  # importlib.abc, its base's home, brings in a third of all that --help loads
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         known = fullname.removeprefix("clipsteer.") in RENAMED
-        return ModuleSpec(fullname, self) if known and fullname.startswith("clipsteer.") else None
+        if not known or not fullname.startswith("clipsteer."):
+            return None
+        return ModuleSpec(fullname, self)  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """The usual kind of module."""
 
     def exec_module(self, module: ModuleType) -> None:
         places = [

@@ -1,13 +1,10 @@
-"""Steering: change the residual stream at named hook points, by SAE features, vectors or
-conceptors, while code runs.
+"""Steering: change the residual stream at named hook points, while code runs.
 
-    x_out = x + sd · Σ_i (s_i - f_i(x)) · W_dec[i]
-
-over the steered features i, with s_i the wanted activation and f_i(x) the present one; sd undoes
-the SAE's input normalisation (Joseph et al. 2025, arXiv 2504.08729). It equals decode(f with f_i :=
-s_i) + (x - SAE(x)): whatever the SAE does not explain stays in place. Everything runs in forward
-hooks; no weight of the model is touched. A conceptor C takes h to β·C(h - μ) + μ, addition to h +
-β·(m - μ) (Postmus & Abreu 2024, arXiv 2410.16314).
+An SAE takes x to x + sd · Σ_i (s_i - f_i(x)) · W_dec[i] over the steered features i, with s_i the
+wanted activation and f_i(x) the present one; sd undoes the SAE's input normalisation (Joseph et al.
+2025, arXiv 2504.08729). That is decode(f with f_i := s_i) + (x - SAE(x)): whatever the SAE does not
+explain stays in place. A conceptor C takes h to β·C(h - μ) + μ, addition to h + β·(m - μ) (Postmus
+& Abreu 2024, arXiv 2410.16314). All of it runs in forward hooks; no weight is touched.
 """
 
 from __future__ import annotations
@@ -17,19 +14,18 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from clipsteer.clip.hooks import beside
+from clipsteer.clip.hooks import apply_at, beside, match
 from clipsteer.clip.tokens import TOKENS as _TOKENS
 from clipsteer.clip.tokens import Layout, layout_at
+from clipsteer.conceptors.conceptor import Conceptor
+from clipsteer.ops._check import what_came
+from clipsteer.sae.model import SAE
 from clipsteer.sae.site import set_features
-
-if TYPE_CHECKING:
-    from clipsteer.conceptors.conceptor import Conceptor
-    from clipsteer.sae.model import SAE
 
 Tokens = Literal["all", "cls", "patches"]
 
@@ -43,9 +39,13 @@ def _check_width(what: str, width: int, x: Tensor) -> None:
     if x.shape[-1] != width:
         raise ValueError(
             f"steer: {what} has d_in = {width}, but the activations at this hook point are "
-            f"{tuple(x.shape)}; "
-            f"they must have {width} in the last dimension"
+            f"{tuple(x.shape)}; they must have {width} in the last dimension"
         )
+
+
+def _check_finite(owner: str, name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{owner}: {name} must be finite, got {value}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,19 +54,17 @@ class SAESteering:
 
     Args:
         sae: an autoencoder trained at the hook point it is used at.
-        strengths: feature index in [0, d_sae) -> wanted activation, in the units of ``sae.encode``;
-            0 suppresses. A feature's usual range is what ``sae.encode`` gives on images that show
-            it.
-        tokens: "all" positions, the class token alone ("cls"), or "patches" (what follows class and
-            register tokens).
+        strengths: feature in [0, d_sae) -> wanted activation, in the units of ``sae.encode``; 0
+            suppresses. Its usual range is what ``sae.encode`` gives on images that show it.
+        tokens: "all", the class token alone ("cls"), or "patches" (what follows class and register
+            tokens).
 
     Only the steered features are encoded, except that for ``architecture="topk"`` a feature's
     activation depends on every other pre-activation: there f_i is the true top-k activation, which
     takes a full ``ops.topk_encode``.
 
     Raises:
-        ValueError: no feature, a feature out of range, a strength that is not finite, unknown
-            ``tokens``.
+        ValueError: no feature, one out of range, a strength not finite, unknown ``tokens``.
     """
 
     sae: SAE
@@ -83,29 +81,23 @@ class SAESteering:
         n = self.sae.d_sae
         clean = {}
         for feature, strength in self.strengths.items():
-            index, value = operator.index(feature), float(strength)
+            index = operator.index(feature)
             if not 0 <= index < n:
                 raise ValueError(
                     f"SAESteering: feature must be in [0, {n}) (d_sae = {n}), got {index}"
                 )
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"SAESteering: strength of feature {index} must be finite, got {value}"
-                )
-            clean[index] = value
+            clean[index] = float(strength)
+            _check_finite("SAESteering", f"strength of feature {index}", clean[index])
         object.__setattr__(self, "strengths", clean)
         self._tables(self.sae.W_dec)
 
     def _tables(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (m,) and strengths (m,) beside the SAE, made once: a copy to a GPU would stop
-        every forward pass."""
+        """Features (m,) and strengths (m,), made once: a copy would stop every forward pass."""
         found = self.__dict__.get("_cache")
         if found is None or (found[1].device, found[1].dtype) != (weight.device, weight.dtype):
             with torch.inference_mode(False):
                 features = torch.tensor(list(self.strengths), device=weight.device)
-                wanted = torch.tensor(
-                    list(self.strengths.values()), device=weight.device, dtype=weight.dtype
-                )
+                wanted = torch.tensor([*self.strengths.values()], dtype=weight.dtype).to(weight)
             found = (features, wanted)
             object.__setattr__(self, "_cache", found)
         return found
@@ -119,6 +111,15 @@ class SAESteering:
         return set_features(x, acts, wanted, weight[features], scale)
 
 
+def _check_vector(owner: str, name: str, value: Any, d: int | None = None) -> None:
+    is_vector = isinstance(value, Tensor) and value.dim() == 1 and value.is_floating_point()
+    if not is_vector or d not in (None, len(value)):
+        raise ValueError(
+            f"{owner}: {name} must be a floating tensor of shape ({d or 'd'},), got "
+            f"{what_came(value)}"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class VectorSteering:
     """Add ``strength · vector`` to the activations.
@@ -127,63 +128,33 @@ class VectorSteering:
         vector: (d,) direction in the space of the hook point, used as it is (not normalised).
         strength: factor; negative steers away.
         tokens: "all", "cls" or "patches", as in ``SAESteering``.
+
+    Raises:
+        ValueError: a vector of another shape, a strength that is not finite, unknown ``tokens``.
     """
 
-    vector: Tensor
+    vector: Tensor  # (d,)
     strength: float = 1.0
     tokens: Tokens = "all"
     _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_tokens(self.tokens)
-        if (
-            not isinstance(self.vector, Tensor)
-            or self.vector.dim() != 1
-            or not self.vector.is_floating_point()
-        ):
-            got = (
-                tuple(self.vector.shape)
-                if isinstance(self.vector, Tensor)
-                else type(self.vector).__name__
-            )
-            raise ValueError(
-                f"VectorSteering: vector must be a floating tensor of shape (d,), got {got}"
-            )
-        if not math.isfinite(self.strength):
-            raise ValueError(f"VectorSteering: strength must be finite, got {self.strength}")
+        _check_vector("VectorSteering", "vector", self.vector)
+        _check_finite("VectorSteering", "strength", self.strength)
 
     def apply(self, x: Tensor) -> Tensor:
         """(…, d) -> (…, d), every position steered."""
-        _check_width("the vector", self.vector.shape[0], x)
+        _check_width("the vector", len(self.vector), x)
         return x + beside(self._cache, x, lambda v: self.strength * v, self.vector)
 
 
-def _check_vector(owner: str, name: str, value: object, d: int | None = None) -> None:
-    if (
-        not isinstance(value, Tensor)
-        or value.dim() != 1
-        or not value.is_floating_point()
-        or d not in (None, len(value))
-    ):
-        got = (
-            f"{value.dtype} {tuple(value.shape)}"
-            if isinstance(value, Tensor)
-            else type(value).__name__
-        )
-        raise ValueError(
-            f"{owner}: {name} must be a floating tensor of shape ({d or 'd'},), got {got}"
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class AdditiveSteering:
-    """Add ``beta · (mean - background)``: the mean activation of what is wanted, less that of a
-    background.
+class AdditiveSteering(VectorSteering):
+    """``VectorSteering`` by a difference of means: ``beta · (mean - background)`` is added.
 
     Args:
         mean: (d,) mean activation of the examples of what to steer towards; see ``fit``.
-        background: (d,) mean activation of a generic corpus (mean-centred addition), or None for 0
-            (plain addition).
+        background: (d,) the same of a generic corpus (mean-centred addition); None for 0 (plain).
         beta: factor; negative steers away.
         tokens: "all", "cls" or "patches", as in ``SAESteering``.
 
@@ -191,78 +162,73 @@ class AdditiveSteering:
         ValueError: shapes that do not fit, a beta that is not finite, unknown ``tokens``.
     """
 
-    mean: Tensor
-    background: Tensor | None = None
-    beta: float = 1.0
-    tokens: Tokens = "all"
-    _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    def __init__(
+        self,
+        mean: Tensor,  # (d,)
+        background: Tensor | None = None,  # (d,)
+        beta: float = 1.0,
+        tokens: Tokens = "all",
+    ) -> None:
+        _check_vector("AdditiveSteering", "mean", mean)
+        _check_finite("AdditiveSteering", "beta", beta)
+        vector = mean
+        if background is not None:
+            _check_vector("AdditiveSteering", "background", background, len(mean))
+            vector = mean - background.to(mean)
+        super().__init__(vector, beta, tokens)
+        object.__setattr__(self, "mean", mean)
+        object.__setattr__(self, "background", background)
 
-    def __post_init__(self) -> None:
-        _check_tokens(self.tokens)
-        _check_vector("AdditiveSteering", "mean", self.mean)
-        if self.background is not None:
-            _check_vector("AdditiveSteering", "background", self.background, len(self.mean))
-        if not math.isfinite(self.beta):
-            raise ValueError(f"AdditiveSteering: beta must be finite, got {self.beta}")
+    @property
+    def beta(self) -> float:
+        """What the difference of means is multiplied by."""
+        return self.strength
 
     @classmethod
     def fit(
         cls,
-        x: Tensor | Iterable[Tensor],
-        background: Tensor | None = None,
+        x: Tensor | Iterable[Tensor],  # (…, d)
+        background: Tensor | None = None,  # (d,)
         *,
         beta: float = 1.0,
         tokens: Tokens = "all",
     ) -> AdditiveSteering:
-        """From activations (…, d), or an iterable of such batches, of what to steer towards."""
-        total, count = None, 0
+        """From activations, or an iterable of batches of them, of what to steer towards.
+
+        Raises ValueError where there is no row.
+        """
+        total: Tensor | None = None  # (d,)
+        count = 0
         for batch in [x] if isinstance(x, Tensor) else x:
             rows = batch.detach().flatten(0, -2).double()
             total = rows.sum(0) if total is None else total + rows.sum(0)
             count += len(rows)
-        if not count:
+        if total is None or not count:
             raise ValueError("AdditiveSteering: there is no row to take the mean of")
         return cls(total / count, background, beta, tokens)
-
-    @property
-    def vector(self) -> Tensor:
-        """(d,): what beta multiplies."""
-        return self.mean if self.background is None else self.mean - self.background.to(self.mean)
-
-    def apply(self, x: Tensor) -> Tensor:
-        """(…, d) -> (…, d), every position steered."""
-        _check_width("the mean", len(self.mean), x)
-        sources = (self.mean,) if self.background is None else (self.mean, self.background)
-        return x + beside(self._cache, x, lambda *_: self.beta * self.vector, *sources)
 
 
 @dataclass(frozen=True, eq=False)
 class ConceptorSteering:
-    """Take activations h to ``beta · C (h - μ) + μ``: keep what the conceptor keeps, soften the
-    rest.
+    """Take h to ``beta · C (h - μ) + μ``: keep what the conceptor keeps, soften the rest.
 
     Args:
-        conceptor: a single one of the hook point's width. Compose with its algebra: ``animals &
-            ~sketch``.
+        conceptor: a single one of the hook point's width, such as ``animals & ~sketch``.
         beta: strength.
-        mean: (d,) the μ above; None takes the conceptor's own, which is 0 for an uncentred one. It
-            should be the mean that the conceptor was fitted about.
+        mean: (d,) the μ above; None takes the one that the conceptor was fitted about, 0 if none.
         tokens: "all", "cls" or "patches", as in ``SAESteering``.
 
     Raises:
-        ValueError: a batch of conceptors, shapes that do not fit, a beta that is not finite,
-            unknown ``tokens``.
+        ValueError: a batch, shapes that do not fit, a beta that is not finite, unknown ``tokens``.
     """
 
     conceptor: Conceptor
     beta: float = 1.0
-    mean: Tensor | None = None
+    mean: Tensor | None = None  # (d,)
     tokens: Tokens = "all"
     _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        from clipsteer.conceptors.conceptor import Conceptor
-
         _check_tokens(self.tokens)
         if not isinstance(self.conceptor, Conceptor):
             raise TypeError(
@@ -275,32 +241,38 @@ class ConceptorSteering:
             )
         if self.mean is not None:
             _check_vector("ConceptorSteering", "mean", self.mean, self.conceptor.d)
-        if not math.isfinite(self.beta):
-            raise ValueError(f"ConceptorSteering: beta must be finite, got {self.beta}")
+        _check_finite("ConceptorSteering", "beta", self.beta)
 
     def apply(self, x: Tensor) -> Tensor:
         """(…, d) -> (…, d), every position steered, in x's dtype."""
         _check_width("the conceptor", self.conceptor.d, x)
+        mean = self.mean
+        if mean is not None:
+            mean = beside(self._cache, x, lambda m: m, mean)
         # under autocast too: rounding βC(x - μ) + μ would round all of the residual stream
         kind = x.device.type
         active = kind != "meta" and torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if active else nullcontext():
-            mean = None if self.mean is None else beside(self._cache, x, lambda m: m, self.mean)
             return self.conceptor.project(x, beta=self.beta, mean=mean)
 
 
-Steering = SAESteering | VectorSteering | AdditiveSteering | ConceptorSteering
-_KINDS = (SAESteering, VectorSteering, AdditiveSteering, ConceptorSteering)
+Steering = SAESteering | VectorSteering | ConceptorSteering
+_KINDS = (SAESteering, VectorSteering, ConceptorSteering)
 
 
-def _positions(steering: Steering, x: Tensor, layout: Layout) -> Tensor:
-    """Steer the positions that ``steering.tokens`` names; the others keep their bits. x: (B, T,
-    d)."""
+def _positions(
+    steering: Steering,
+    x: Tensor,  # (B, T, d)
+    layout: Layout,
+) -> Tensor:
+    """Steer the positions that ``steering.tokens`` names; the others keep their bits."""
     if steering.tokens == "all":
         return steering.apply(x)
     where = layout.where("steer", steering.tokens, x.shape[1])
     parts = [x[:, : where.start], steering.apply(x[:, where])]
-    return torch.cat(parts if where.stop is None else [*parts, x[:, where.stop :]], dim=1)
+    if where.stop is not None:
+        parts.append(x[:, where.stop :])
+    return torch.cat(parts, dim=1)
 
 
 def _compose(steerings: Sequence[Steering], layout: Layout) -> Callable[[Tensor], Tensor]:
@@ -313,18 +285,15 @@ def _compose(steerings: Sequence[Steering], layout: Layout) -> Callable[[Tensor]
 
 
 class SteeringHandle:
-    """What ``steer`` returns: already active; ``remove()`` or leaving a ``with`` block ends it.
-    Removing twice is fine.
-
-    Attributes:
-        hook_points: the module names that are being steered.
-    """
+    """What ``steer`` returns: ``hook_points``, which are steered until ``remove()`` is called or
+    a ``with`` block is left."""
 
     def __init__(self, hook_points: list[str], stack: ExitStack) -> None:
         self.hook_points = hook_points
         self._stack = stack
 
     def remove(self) -> None:
+        """Steer no more; twice is fine."""
         self._stack.close()
 
     def __enter__(self) -> SteeringHandle:
@@ -334,13 +303,16 @@ class SteeringHandle:
         self.remove()
 
 
-def steer(
-    model: nn.Module, steerings: Mapping[str, Steering | Sequence[Steering]]
-) -> SteeringHandle:
+def steer(model: Any, steerings: Mapping[str, Steering | Sequence[Steering]]) -> SteeringHandle:
     """Steer ``model`` at any number of hook points, from this call until the handle is removed.
 
+        model = clipsteer.load("ViT-B-32", "laion2b_s34b_b79k")
+        steering = clipsteer.SAESteering(sae, {123: 50.0})
+        with clipsteer.steer(model, {"visual.transformer.resblocks.9": steering}):
+            features = model.encode_images(images)
+
     Args:
-        model: an open_clip model, or any module tree whose named modules give (B, T, d) tensors.
+        model: what ``clipsteer.load`` returns, or a module whose named modules give (B, T, d).
         steerings: hook point -> one steering or a list of them, applied in order. A hook point is a
             plain module name or an fnmatch pattern ("visual.transformer.resblocks.*").
 
@@ -353,13 +325,7 @@ def steer(
             module without such tokens, and a steering whose width is not that of the hook point.
         RuntimeError: the module, or one that it is part of, is compiled: torch.compile leaves hooks
             out.
-
-        >>> with clipsteer.steer(model, {"visual.transformer.resblocks.9":
-        clipsteer.SAESteering(sae, {123: 50.0})}): ...     image_features =
-        model.encode_image(images)
     """
-    from clipsteer.clip.hooks import _match, apply_at
-
     if not isinstance(steerings, Mapping) or not steerings:
         raise ValueError(
             f"steer: steerings must be a mapping {{hook point: steering}}, got {steerings!r}"
@@ -369,9 +335,10 @@ def steer(
         listed = list(given) if isinstance(given, Sequence) else [given]
         for steering in listed:
             if not isinstance(steering, _KINDS):
-                names, got = ", ".join(k.__name__ for k in _KINDS), type(steering).__name__
+                names = ", ".join(kind.__name__ for kind in _KINDS)
+                got = type(steering).__name__
                 raise TypeError(f"steer: {pattern!r} needs one of {names}, got {got}")
-        for name in _match("steer", model, pattern):
+        for name in match("steer", model, pattern):
             chosen.setdefault(name, []).extend(listed)
     functions = {}
     for name, listed in chosen.items():

@@ -148,6 +148,14 @@ def test_imports_go_down_and_never_in_circles():
     assert house.circles() == []
 
 
+def test_no_file_hides_a_public_name():
+    """Importing a file binds its name in the package, over what the package hands on at first use."""
+    house = House(ROOT / "clipsteer")
+    names = [(package, name, module) for package, handed in house.handed.items() for name, module in handed.items()]
+    assert not [f"{package}.{name}" for package, name, module in names
+                if f"{package}.{name}" in house.trees and module != package]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("file", "line", "kind"),
     [

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import clipsteer
 from clipsteer import SAE, AdditiveSteering, Conceptor, ConceptorSteering, SAESteering, VectorSteering, steer
-from clipsteer.sae.model import ARCHITECTURES, NORMALIZATIONS
+from clipsteer.sae import ARCHITECTURES, NORMALIZATIONS
 
 WIDTH, LAYERS, TOKENS = 32, 3, 5
 BLOCK = "visual.transformer.resblocks.1"
@@ -306,6 +306,10 @@ def test_additive_steering_adds_the_difference_of_means():
     torch.testing.assert_close(plain.apply(x), x + 2 * rows.mean((0, 1)))
     torch.testing.assert_close(centred.apply(x), x - 0.5 * (rows.mean((0, 1)) - background))
     assert AdditiveSteering(torch.ones(WIDTH)).apply(x.bfloat16()).dtype == torch.bfloat16
+    assert isinstance(centred, VectorSteering)
+    assert torch.equal(centred.apply(x), VectorSteering(centred.mean - background.double(), -0.5).apply(x))
+    assert (centred.beta, centred.strength, centred.tokens) == (-0.5, -0.5, "all")
+    assert torch.equal(centred.background, background)
 
 
 @pytest.mark.parametrize("tokens", ["all", "cls", "patches"])

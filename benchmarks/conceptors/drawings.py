@@ -49,8 +49,8 @@ def harvest_drawings(clip: CLIP, emoji: EmojiStyles | None = None, batch_size: i
     parts: list[list[Tensor]] = []
     for at in tqdm(range(0, len(pairs), batch_size), desc="drawings", unit="batch", disable=None):
         pixels = torch.stack([clip.preprocess(emoji.image(*p)) for p in pairs[at : at + batch_size]])
-        with capture(clip.model, "visual.transformer.resblocks.?*") as found:
-            clip.model.encode_image(pixels.to(clip.device, clip.dtype))
+        with capture(clip, "visual.transformer.resblocks.?*") as found:
+            clip.embed(pixels)
         blocks = [name for name in found if name.rpartition(".")[2].isdecimal()]
         parts.append([found[name].cpu() for name in sorted(blocks, key=lambda n: int(n.rpartition(".")[2]))])
     categories = sorted({c.category for c in emoji.concepts})

@@ -110,15 +110,15 @@ def page(result: dict[str, Any]) -> report.Page:
             if "conceptor" not in method:
                 continue
             best = max(blocks, key=lambda b: max(v for _, v in blocks[b]))
-            series = {
-                f"block {b}": ([i for i, _ in enumerate(sorted(blocks[b]))], [100 * v for _, v in sorted(blocks[b])])
-                for b in dict.fromkeys((best, min(blocks), max(blocks)))
-            }
-            steps = [i for i, _ in enumerate(blocks[best])]
-            series["unsteered"] = (steps, [base] * len(steps))
-            axes = {"x_label": "step of the aperture grid", "y_label": "per cent", "y_from": 0}
-            drawn.append(report.line_chart(series, title=method, **axes))
+            lines = []
+            for b in dict.fromkeys((best, min(blocks), max(blocks))):
+                shares = [100 * v for _, v in sorted(blocks[b])]
+                lines.append(report.Line(f"block {b}", range(len(shares)), shares))
+            steps = range(len(blocks[best]))
+            lines.append(report.Line("unsteered", steps, [base for _ in steps]))
+            axes = {"x": "step of the aperture grid", "y": report.Axis("per cent", low=0)}
+            drawn.append(report.Chart(method, *lines, **axes))
         grid = ", ".join(f"{a:g}" for a in result["apertures"])
         made.section(f"{title}: validation accuracy against aperture", f"β = 1; relative apertures {grid}.",
-                     report.charts(*drawn))  # fmt: skip
+                     report.grid(*drawn))  # fmt: skip
     return made

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clipsteer._intervals import mean_interval
 from clipsteer.demo.reference import PLACE, chart
-from clipsteer.ensembles.page import write_svg
 from clipsteer.io.files import write_atomically, write_json
+from clipsteer.report.intervals import mean_interval
 
 METRICS = {
     "held-out style, seen concepts/image_to_text_mrr": "mean reciprocal rank, held-out style, seen concepts",
@@ -185,5 +184,5 @@ def write(stem: Path, found: dict[str, Any]) -> list[Path]:
     write_json(PLACE, means)
     written = [stem.with_suffix(".json"), stem.with_suffix(".md"), PLACE]
     for number, title in enumerate(means["metrics"], 1):
-        written += write_svg(stem.with_name(f"{stem.name}_{number}.svg"), chart(means, title))
+        written += chart(means, title).write(stem.with_name(f"{stem.name}_{number}.svg"))
     return written

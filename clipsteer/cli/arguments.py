@@ -1,13 +1,144 @@
-"""Options that several commands share, and what they stand for."""
+"""Options that several commands share, options from settings, and what they stand for."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
+
+from clipsteer.training.settings import (
+    Setting,
+    alternatives,
+    base_type,
+    read_value,
+    settings_of,
+)
+
+# ---------------------------------------------------------------- values
+
+
+def reader(kind: Any) -> Callable[[str], Any]:
+    """What argparse calls for an option whose values are of a settings field's type."""
+
+    def read(text: str) -> Any:
+        try:
+            return read_value(kind, text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
+
+
+whole = reader(int)
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1, for options that belong to no settings."""
+    value = whole(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return value
+
+
+# ---------------------------------------------------------------- settings
+
+Config = TypeVar("Config")
+
+
+class Options(Generic[Config]):
+    """A settings dataclass as options: names, types, defaults and help are its fields'.
+
+    Args:
+        names: fields whose option has another name.
+        leave: fields that are no options.
+        exclusive: pairs of fields of which one can be given.
+        unset: fields for which the command has a value of its own where they are not given, and
+            what the help calls that value.
+    """
+
+    def __init__(
+        self,
+        config: type[Config],
+        *,
+        names: Mapping[str, str] | None = None,
+        leave: Collection[str] = (),
+        exclusive: Collection[tuple[str, str]] = (),
+        unset: Mapping[str, str] | None = None,
+    ) -> None:
+        self.config = config
+        self.exclusive = exclusive
+        self.unset = unset or {}
+        self.fields = {
+            name: field for name, field in settings_of(config).items() if name not in leave
+        }
+        renamed = names or {}
+        self.spelling = {
+            name: "--" + renamed.get(name, name).replace("_", "-") for name in self.fields
+        }
+
+    def add(self, parser: argparse.ArgumentParser) -> None:
+        """Add the options to a command, whose arguments then know them as ``args.options``."""
+        parser.set_defaults(options=self)
+        group = parser.add_argument_group("settings")
+        together: dict[str, Any] = {}
+        for pair in self.exclusive:
+            together.update(dict.fromkeys(pair, group.add_mutually_exclusive_group()))
+        for field in self.fields.values():
+            self._add(together.get(field.name, group), field)
+
+    def _add(self, group: Any, field: Setting) -> None:
+        kind = alternatives(field.kind)
+        single = base_type(kind[0]) if len(kind) == 1 else None
+        default = None if field.name in self.unset else field.default
+        more: dict[str, Any] = {"type": reader(field.kind), "metavar": _metavar(field, single)}
+        if single is bool:
+            more = {"action": argparse.BooleanOptionalAction}
+        elif get_origin(single) is Literal:
+            more = {"choices": get_args(single)}
+        added = group.add_argument(self.spelling[field.name], default=default, **more)
+        # not as an argument: BooleanOptionalAction adds a default of its own to the help
+        added.help = _help(field, self.unset.get(field.name))
+
+    def given(self, args: argparse.Namespace) -> dict[str, Any]:
+        """The value of each field, but for those left to the command."""
+        values = {
+            name: getattr(args, option[2:].replace("-", "_"))
+            for name, option in self.spelling.items()
+        }
+        return {
+            name: value
+            for name, value in values.items()
+            if value is not None or name not in self.unset
+        }
+
+    def read(self, args: argparse.Namespace) -> Config:
+        """The settings; ``SettingError`` for one out of its range."""
+        return self.config(**self.given(args))
+
+
+def _metavar(field: Setting, kind: Any) -> str:
+    if field.name.endswith("_every"):
+        return "STEPS"
+    return "N" if kind is int else "X"
+
+
+def _help(field: Setting, own: str | None) -> str:
+    """The docstring and the default, which is ``own`` words of the command where it has any."""
+    text, _, told = field.doc.replace("%", "%%").partition(" (default: ")
+    if own is not None:
+        return f"{text} (default: {own})"
+    # None and False are told in the docstring, if there is something to tell
+    if told or field.default is None or field.default is False:
+        return field.doc.replace("%", "%%")
+    if field.default is True:
+        return f"{text} (default: yes)"
+    shown = f"{field.default:g}" if isinstance(field.default, float) else field.default
+    return f"{text} (default: {shown})"
+
+
+# ---------------------------------------------------------------- shared options
 
 
 def _text(*lines: str) -> None:
@@ -28,55 +159,54 @@ def read_words(path: Path | None, classes: Sequence[str] | None = None) -> list[
     return list(dict.fromkeys(w for w in words if w))
 
 
-def _count(text: str) -> int:
-    value = float(text)
-    if not math.isfinite(value) or value < 1 or value != int(value):
-        raise argparse.ArgumentTypeError(
-            f"expected a whole number such as 200 or 2e6, got {text!r}"
-        )
-    return int(value)
-
-
 def add_model(
     p: argparse.ArgumentParser,
     default: str | None = "emojiclip",
     otherwise: str = "what the SAE was trained on",
 ) -> None:
+    """Add ``--model``, ``--pretrained`` and ``--device``; `otherwise` is the default in words."""
     source = default or otherwise
     p.add_argument(
         "--model",
         default=default,
         metavar="NAME",
-        help=f"open_clip name, hf-hub:org/repo, or emojiclip (default: {source})",
+        help="open_clip name, hf-hub:org/repo, timm:NAME, the folder of a run, or emojiclip "
+        f"(default: {source})",
     )
     p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or a local weights file")
     add_device(p)
 
 
 def add_device(p: argparse.ArgumentParser) -> None:
+    """Add ``--device``, which ``device_of`` reads."""
     p.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
 
 
 def add_data(p: argparse.ArgumentParser, what: str) -> None:
+    """Add ``--data``; `what` says which images these are."""
     p.add_argument(
-        "--data", metavar="PATH", help=f"folder, captions .csv/.jsonl, or .tar shards: {what}"
+        "--data",
+        metavar="PATH",
+        help=f"emoji[:style[:part]], folder, captions .csv/.jsonl, or .tar shards: {what}",
     )
 
 
 def device_of(args: argparse.Namespace) -> str:
+    """The device asked for: by default a GPU where there is one."""
     import torch
 
     return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def open_images(path: str | None, cell: tuple[str, bool]) -> Any:
-    from clipsteer.data.emoji import EmojiStyles
-    from clipsteer.data.files import open_dataset
-
-    if path is not None:
-        return open_dataset(path)
-    emoji = EmojiStyles()
-    return emoji.dataset(emoji.cells()[cell])
+def add_workers(p: argparse.ArgumentParser) -> None:
+    """Add ``--workers``."""
+    p.add_argument(
+        "--workers",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="processes that read images (default: 0)",
+    )
 
 
 def add_shown(p: argparse.ArgumentParser) -> None:
@@ -88,9 +218,9 @@ def add_shown(p: argparse.ArgumentParser) -> None:
         help="what to predict, one a line (default: the classes, or the bundled concepts)",
     )
     p.add_argument(
-        "--top", type=int, default=3, metavar="N", help="predictions an image (default: 3)"
+        "--top", type=whole, default=3, metavar="N", help="predictions an image (default: 3)"
     )
-    p.add_argument("--count", type=int, default=8, metavar="N", help="images (default: 8)")
+    p.add_argument("--count", type=whole, default=8, metavar="N", help="images (default: 8)")
 
 
 def show_steering(
@@ -101,7 +231,7 @@ def show_steering(
 
     from clipsteer.clip.model import EMOJICLIP
     from clipsteer.clip.zero_shot import zero_shot_head
-    from clipsteer.data.dataset import spread
+    from clipsteer.data.dataset import sample_names, spread
     from clipsteer.data.emoji import EmojiStyles
     from clipsteer.steering import steer
 
@@ -117,7 +247,7 @@ def show_steering(
     rows = spread(range(len(dataset)), args.count)
     images = [dataset[i][0] for i in rows]
     before = (100 * clip.encode_images(images) @ head.T).softmax(-1)
-    with steer(clip.model, {hook_point: steering}):
+    with steer(clip, {hook_point: steering}):
         after = (100 * clip.encode_images(images) @ head.T).softmax(-1)
 
     def shown(p: torch.Tensor) -> str:
@@ -126,10 +256,9 @@ def show_steering(
             f"{words[i]} {v:.0%}" for v, i in zip(best.values.tolist(), best.indices.tolist())
         )
 
+    names = sample_names(dataset)
     for i, p, q in zip(rows, before, after):
-        target = dataset.targets[i]
-        name = target if dataset.classes is None else dataset.classes[target]
-        sys.stdout.write(f"{str(name)[:60]}\n  before  {shown(p)}\n  after   {shown(q)}\n")
+        sys.stdout.write(f"{names[i][:60]}\n  before  {shown(p)}\n  after   {shown(q)}\n")
     change = (after - before).mean(0)
     order = change.abs().argsort(descending=True)[: 2 * args.top].tolist()
     sys.stdout.write("mean change, in points\n")

@@ -6,9 +6,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from clipsteer.cli.arguments import add_device, device_of
+from clipsteer.cli.arguments import Options, add_model, add_workers, count, device_of
 
 # Wu et al. 2025 and Zhang et al. 2023, section "implementation details"
 PAPER = {"first_epochs": 20, "epochs": 10, "batch_size": 48, "rank": 32}
@@ -17,11 +17,32 @@ PAPER_MODEL = "timm:vit_base_patch16_224.augreg_in21k"
 EMOJI = {"first_epochs": 5, "epochs": 5, "batch_size": 48, "projections": 2000, "align_epochs": 20}
 SAE_STEPS = 1000
 EMOJI_RATES = {"macil": 0.03, "finetune": 0.003, "sdc": 0.03, "slca": 0.03, "joint": 0.01}
+# what --strategy and --seeds set
+BY_STRATEGY = (
+    "name",
+    "train",
+    "lora",
+    "classifier",
+    "cosine",
+    "softmax",
+    "covariance",
+    "consistent",
+    "distill",
+    "compensation",
+    "sigma",
+    "floor",
+    "transport",
+    "align",
+    "plasticity",
+    "cumulative",
+    "slow",
+    "seed",
+)
 
 
 def add_parser(commands: Any, add: Any) -> None:
-    """Add the command; ``add(parent, name, function, summary, examples)`` makes it."""
-    p = add(
+    """Add the command; ``add(parent, name, function, summary, examples, options)`` makes it."""
+    add(
         commands,
         "cil",
         _cil,
@@ -32,17 +53,26 @@ examples:
     clipsteer cil --data emoji --tasks 5 --strategy all --seeds 3 --out cil-emoji
   what each part of MACIL does:
     clipsteer cil --data emoji --tasks 5 --strategy ablation --seeds 3 --out cil-ablation
-  your own images in PILOT's layout (PATH/train/CLASS/…, PATH/test/CLASS/…), a CLIP of open_clip, 20 classes at a time:
+  your own images in PILOT's layout (PATH/train/CLASS/…, PATH/test/CLASS/…), a CLIP of open_clip,
+  20 classes at a time:
     clipsteer cil --model ViT-B-16 --pretrained openai --data imagenet-r --increment 20 \\
         --strategy macil slca ranpac --seeds 1 --out cil-inr
   the published protocol on the published backbone:
-    clipsteer cil --recipe paper --data imagenet-r --increment 20 --strategy macil slca --seeds 3 --out macil-inr
+    clipsteer cil --recipe paper --data imagenet-r --increment 20 --strategy macil slca \\
+        --seeds 3 --out macil-inr
   one setting changed, and a look at validation images instead of the test:
-    clipsteer cil --data emoji --tasks 5 --strategy macil macil:sigma=1 --measure validation --out cil-sigma
+    clipsteer cil --data emoji --tasks 5 --strategy macil macil:sigma=1 --measure validation \\
+        --out cil-sigma
 
 A command that was stopped, or killed, goes on where it was when it is given again.
 """,
+        _cil_options,
     )
+
+
+def _cil_options(p: argparse.ArgumentParser) -> None:
+    from clipsteer.continual.config import CILConfig
+
     p.add_argument(
         "--data", required=True, metavar="PATH", help="emoji, or a folder with train/ and test/"
     )
@@ -54,11 +84,11 @@ A command that was stopped, or killed, goes on where it was when it is given aga
     )
     p.add_argument(
         "--init-cls",
-        type=_count,
+        type=count,
         metavar="N",
         help="classes of the first task (default: as --increment)",
     )
-    p.add_argument("--increment", type=_count, metavar="N", help="classes of each later task")
+    p.add_argument("--increment", type=count, metavar="N", help="classes of each later task")
     p.add_argument(
         "--split",
         choices=("concepts", "styles"),
@@ -75,25 +105,17 @@ A command that was stopped, or killed, goes on where it was when it is given aga
     )
     p.add_argument(
         "--seeds",
-        type=_count,
+        type=count,
         default=3,
         metavar="N",
-        help="seeds 1993, 1994 …: class order and training",
+        help="seeds 1993, 1994 …: class order and training (default: 3)",
     )
-    p.add_argument(
-        "--model", metavar="NAME", help="emojiclip, an open_clip name, hf-hub:…, or timm:NAME"
-    )
-    p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or a local weights file")
-    add_device(p)
+    add_model(p, None, "emojiclip, or the recipe's")
     p.add_argument(
         "--recipe",
         choices=("paper",),
         help=f"that of MACIL: {PAPER_MODEL}, pixels in [0, 1], 20 and 10 epochs, σ = 1",
     )
-    p.add_argument("--first-epochs", type=_count, metavar="N", help="of the first task")
-    p.add_argument("--epochs", type=_count, metavar="N", help="of each later task")
-    p.add_argument("--batch-size", type=_count, metavar="N")
-    p.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
     p.add_argument(
         "--measure",
         choices=("test", "validation"),
@@ -113,18 +135,14 @@ A command that was stopped, or killed, goes on where it was when it is given aga
     )
     p.add_argument(
         "--jobs",
-        type=_count,
+        type=count,
         default=1,
         metavar="N",
-        help="runs at a time (CPU), each with some of the cores",
+        help="runs at a time (CPU), each with some of the cores (default: 1)",
     )
-    p.add_argument(
-        "--workers",
-        type=int,
-        default=0,
-        metavar="N",
-        help="processes that read images (default: 0)",
-    )
+    add_workers(p)
+    unset = dict.fromkeys({"lr", *EMOJI, *PAPER}, "that of the recipe")
+    Options(CILConfig, leave=BY_STRATEGY, unset=unset).add(p)
     p.add_argument(
         "--out",
         type=Path,
@@ -134,48 +152,52 @@ A command that was stopped, or killed, goes on where it was when it is given aga
     )
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
-    return int(text)
-
-
 def _tasks(text: str) -> int | str:
-    return text if text == "categories" else _count(text)
+    return text if text == "categories" else count(text)
 
 
 def _names(parts: list[str]) -> list[str]:
     """Strategies, each once: words, lists with commas, and the two groups."""
     from clipsteer.continual.strategies import ABLATION, STRATEGIES
 
-    words = [
-        word for part in parts for word in ([part] if ":" in part else part.split(",")) if word
-    ]
-    return list(
-        dict.fromkeys(
-            n for w in words for n in {"all": STRATEGIES, "ablation": ABLATION}.get(w, [w])
-        )
-    )
+    groups = {"all": list(STRATEGIES), "ablation": list(ABLATION)}
+    names: dict[str, None] = {}
+    for part in parts:
+        # what stands behind a colon has commas of its own
+        words = [part] if ":" in part else part.split(",")
+        for word in filter(None, words):
+            names.update(dict.fromkeys(groups.get(word, [word])))
+    return list(names)
 
 
 def _scenario(
     data: str,
-    tasks: int | str | None,
+    tasks: int | Literal["categories"] | None,
     init_cls: int | None,
     increment: int | None,
-    split: str,
+    split: Literal["concepts", "styles"],
     measure: str,
     seed: int,
 ) -> Any:
     from clipsteer.continual.scenario import emoji_scenario, folder_scenario
+    from clipsteer.data.emoji import STYLES
+    from clipsteer.data.files import emoji_parts, is_emoji
 
     share = 0.2 if measure == "validation" else 0.0
-    if data == "emoji":
+    if is_emoji(data):
         if init_cls or increment:
             raise ValueError(
                 "--init-cls and --increment are for folders; emoji takes --tasks N or categories"
             )
-        found = emoji_scenario(5 if tasks is None else tasks, seed, validation=share, split=split)
+        style, part = emoji_parts(data)
+        if part is not None or (split == "styles" and style != "all") or style not in STYLES:
+            raise ValueError(
+                "--data must be emoji or, with --split concepts, emoji:STYLE with a STYLE of "
+                f"{', '.join(STYLES)}; got {data!r}"
+            )
+        found = emoji_scenario(
+            5 if tasks is None else tasks, seed, STYLES[style], validation=share, split=split
+        )
     else:
         if tasks == "categories":
             raise ValueError(
@@ -200,7 +222,7 @@ def _run(
     scenario: tuple[Any, ...],
     encoder: tuple[Any, ...],
     config: Any,
-    saes: str | None,
+    saes: str,
     out: Path,
     workers: int,
 ) -> Any:
@@ -246,16 +268,11 @@ def _fit_saes(folder: Path, images: str, encoder: tuple[Any, ...]) -> None:
     """SAEs of every block from images of all kinds, and the usage that these have on average."""
     from clipsteer.clip.pixels import pixel_batches
     from clipsteer.continual.plasticity import Plasticity, fit_saes, load_saes, save_saes
-    from clipsteer.data.emoji import EmojiStyles
     from clipsteer.data.files import open_dataset
     from clipsteer.io.files import write_safetensors
 
     tower = _encoder(*encoder)[0]
-    if images == "emoji":  # what EmojiCLIP was trained on
-        emoji = EmojiStyles()
-        found = emoji.dataset(emoji.cells()["trained", True], "subcategory")
-    else:
-        found = open_dataset(images)
+    found = open_dataset(images, emoji="trained:seen")  # what EmojiCLIP was trained on
     if any(folder.glob("*/cfg.json")):  # somebody's own: only what they have in common is lacking
         saes = load_saes(folder, device=encoder[3])
     else:
@@ -267,66 +284,70 @@ def _fit_saes(folder: Path, images: str, encoder: tuple[Any, ...]) -> None:
     write_safetensors(folder / _BACKGROUND, usage)
 
 
+def _configs(args: argparse.Namespace, names: list[str]) -> tuple[list[Any], dict[str, Any]]:
+    """Settings of each run, and what the notes say about them."""
+    from clipsteer.continual.config import CILConfig
+    from clipsteer.continual.strategies import strategy
+    from clipsteer.data.files import is_emoji
+
+    drawings = is_emoji(args.data)
+    recipe: dict[str, Any] = EMOJI if drawings else PAPER
+    if args.recipe == "paper":
+        recipe = {**PAPER, "sigma": 1.0}
+    given = args.options.given(args)
+    rates = EMOJI_RATES if drawings and args.recipe is None else {}
+    if "lr" in given:
+        rates = {}
+    configs = []
+    for name in names:
+        rate = rates.get(name.partition(":")[0], CILConfig.lr)
+        for i in range(args.seeds):
+            settings = {"lr": rate, **recipe, **given, "seed": CILConfig.seed + i}
+            configs.append(strategy(name, **settings))
+    changed = {field: value for field, value in given.items() if value != getattr(CILConfig, field)}
+    overridden = {field: given[field] for field in recipe if field in given}
+    notes = {"settings": {**recipe, **overridden, **changed}}
+    if rates:
+        notes["learning rates"] = rates
+    return configs, notes
+
+
 def _cil(args: argparse.Namespace) -> int:
     from clipsteer.continual.experiment import folder_name, run_all
     from clipsteer.continual.report import write_results
-    from clipsteer.continual.strategies import strategy
+    from clipsteer.data.files import is_emoji
 
     names = _names(args.strategy)
-    settings = dict(EMOJI) if args.data == "emoji" else dict(PAPER)
-    if args.recipe == "paper":
-        settings = {**PAPER, "sigma": 1.0}
-    for field in ("first_epochs", "epochs", "batch_size"):
-        if getattr(args, field) is not None:
-            settings[field] = getattr(args, field)
-    model = args.model or (PAPER_MODEL if args.recipe == "paper" else "emojiclip")
-    encoder = (model, args.pretrained, args.recipe == "paper", device_of(args))
+    configs, settings = _configs(args, names)
+    by_paper = args.recipe == "paper"
+    model = args.model or (PAPER_MODEL if by_paper else "emojiclip")
+    encoder = (model, args.pretrained, by_paper, device_of(args))
     place = (args.data, args.tasks, args.init_cls, args.increment, args.split, args.measure)
-    seeds = [1993 + i for i in range(args.seeds)]
-    rates = EMOJI_RATES if args.data == "emoji" and args.recipe is None else {}
-    configs = [
-        strategy(
-            name,
-            **{
-                "lr": rates.get(name.partition(":")[0], 0.01),
-                **settings,
-                "seed": seed,
-                "bf16": args.bf16,
-            },
-        )
-        for name in names
-        for seed in seeds
-    ]
     saes = args.saes or args.out / "saes"
     if any(config.plasticity for config in configs) and not (saes / _BACKGROUND).exists():
-        images = args.sae_images or ("emoji" if args.data == "emoji" else None)
+        images = args.sae_images or ("emoji" if is_emoji(args.data) else None)
         if images is None:
             raise ValueError(
                 "plasticity needs --sae-images, images of all kinds that SAEs of the blocks are "
                 "trained on"
             )
         _fit_saes(saes, images, encoder)
-    shared = {"encoder": encoder, "saes": str(saes), "workers": args.workers}
-    jobs = [
-        (
-            _run,
-            {
-                "scenario": (*place, config.seed),
-                "config": config,
-                "out": args.out / "runs" / folder_name(config),
-                **shared,
-            },
-        )
-        for config in configs
-    ]
+    jobs = []
+    for config in configs:
+        job = {
+            "scenario": (*place, config.seed),
+            "encoder": encoder,
+            "config": config,
+            "saes": str(saes),
+            "out": args.out / "runs" / folder_name(config),
+            "workers": args.workers,
+        }
+        jobs.append((_run, job))
     runs = run_all(jobs, workers=args.jobs, title="cil")
-    found = _scenario(*place, seeds[0])
     notes = {
-        "data": f"{args.data}, {len(found.classes)} classes in {len(found.tasks)} tasks, {len(found.train)} images to "
-        f"learn from, {len(found.test)} to measure on ({args.measure}{_split_note(args)})",
+        "data": _data_note(args, _scenario(*place, configs[0].seed)),
         "model": model,
-        "settings": settings,
-        **({"learning rates": rates} if rates else {}),
+        **settings,
     }
     reference = "macil" if "macil" in names else names[0]
     written = write_results(args.out, runs, notes, reference=reference)
@@ -335,7 +356,15 @@ def _cil(args: argparse.Namespace) -> int:
     return 0
 
 
+def _data_note(args: argparse.Namespace, found: Any) -> str:
+    classes = f"{len(found.classes)} classes in {len(found.tasks)} tasks"
+    images = f"{len(found.train)} images to learn from, {len(found.test)} to measure on"
+    return f"{args.data}, {classes}, {images} ({args.measure}{_split_note(args)})"
+
+
 def _split_note(args: argparse.Namespace) -> str:
-    if args.data != "emoji":
+    from clipsteer.data.files import is_emoji
+
+    if not is_emoji(args.data):
         return ""
     return {"concepts": ": new concepts, all styles", "styles": ": a new style"}[args.split]

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from clipsteer.cli.arguments import (
     add_model,
     add_shown,
     device_of,
-    open_images,
     show_steering,
+    whole,
 )
 from clipsteer.cli.sae import TOKENS
 
@@ -40,8 +41,7 @@ each ACTION has --help with more
 """,
     )
     actions = conceptor.add_subparsers(dest="action", metavar="ACTION", required=True)
-
-    p = add(
+    add(
         actions,
         "fit",
         _fit,
@@ -50,15 +50,38 @@ each ACTION has --help with more
 examples:
   what the bundled Noto drawings use, at the last but one block:
     clipsteer conceptor fit --style noto --out noto.safetensors
-  one category in every style, centred on the mean over all drawings, keeping a quarter of the dimensions:
+  one category in every style, centred on the mean over all drawings, keeping a quarter of the
+  dimensions:
     clipsteer conceptor fit --category food-drink --centre --quota 0.25 --out food.safetensors
   your own images, at block 9 of a real CLIP; one conceptor a class folder:
-    clipsteer conceptor fit --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/ --per-class \\
+    clipsteer conceptor fit --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/ \\
+        --per-class \\
         --hook-point visual.transformer.resblocks.9 --aperture 0.5 --out classes.safetensors
   from activations that clipsteer sae train --store wrote:
     clipsteer conceptor fit --store acts/ --aperture gradient --low-rank 0.01 --out acts.safetensors
 """,
+        _fit_options,
     )
+    add(
+        actions,
+        "steer",
+        _steer,
+        "show predictions before and after steering with a conceptor expression",
+        """
+examples:
+  drawings of the held-out style, reduced to what Noto drawings use:
+    clipsteer conceptor steer noto.safetensors
+  food, and not what is particular to Noto, twice as strong; terms apply from left to right:
+    clipsteer conceptor steer food.safetensors --and-not noto.safetensors --beta 2
+  the complement, on the patches of your own images, among your own words:
+    clipsteer conceptor steer acts.safetensors --not --tokens patches --data photos/ \\
+        --words words.txt
+""",
+        _steer_options,
+    )
+
+
+def _fit_options(p: argparse.ArgumentParser) -> None:
     add_model(p)
     add_data(p, "images to fit to (default: the bundled drawings)")
     p.add_argument(
@@ -109,7 +132,7 @@ examples:
     )
     p.add_argument(
         "--batch-size",
-        type=int,
+        type=whole,
         default=64,
         metavar="N",
         help="images a forward pass (default: 64)",
@@ -118,21 +141,8 @@ examples:
         "--out", type=Path, required=True, metavar="FILE", help="safetensors file to write"
     )
 
-    p = add(
-        actions,
-        "steer",
-        _steer,
-        "show predictions before and after steering with a conceptor expression",
-        """
-examples:
-  drawings of the held-out style, reduced to what Noto drawings use:
-    clipsteer conceptor steer noto.safetensors
-  food, and not what is particular to Noto, twice as strong; terms apply from left to right:
-    clipsteer conceptor steer food.safetensors --and-not noto.safetensors --beta 2
-  the complement, on the patches of your own images, among your own words:
-    clipsteer conceptor steer acts.safetensors --not --tokens patches --data photos/ --words words.txt
-""",
-    )
+
+def _steer_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "conceptor", type=Path, metavar="FILE", help="written by clipsteer conceptor fit"
     )
@@ -142,7 +152,7 @@ examples:
             f"--{flag}",
             dest="terms",
             action="append",
-            type=lambda text, op=flag: (op, text),
+            type=partial(_term, flag),
             metavar="FILE",
             help=f"{what} this one; repeatable",
         )
@@ -158,6 +168,10 @@ examples:
     p.add_argument("--hook-point", help="default: what the conceptor was fitted on")
     p.add_argument("--tokens", choices=TOKENS, help="default: what the conceptor was fitted on")
     add_shown(p)
+
+
+def _term(op: str, text: str) -> tuple[str, str]:
+    return op, text
 
 
 def _aperture(text: str) -> float | str:
@@ -179,10 +193,12 @@ def _drawings(style: str | None, category: str | None) -> Any:
     known = sorted({c.category for c in emoji.concepts})
     if category is not None and category not in known:
         raise ValueError(f"--category must be one of {', '.join(known)}; got {category!r}")
-    styles = emoji.styles if style is None else (style,)
-    return emoji.dataset(
-        [(s, i) for s in styles for i in emoji.indices(s, category=category)], "category"
-    )
+    drawings = [
+        (s, i)
+        for s, i in emoji.drawings(style or "all")
+        if category in (None, emoji.concepts[i].category)
+    ]
+    return emoji.dataset(drawings, "category")
 
 
 def _activations(
@@ -199,7 +215,7 @@ def _activations(
         image_loader(clip, dataset, args.batch_size), desc=title, unit="batch", disable=None
     )
     at = 0
-    for rows in harvest(clip.model, loader, hook_point, tokens=args.tokens):
+    for rows in harvest(clip, loader, hook_point, tokens=args.tokens):
         images = min(args.batch_size, len(dataset) - at)
         yield (
             rows,
@@ -216,6 +232,7 @@ def _fit(args: argparse.Namespace) -> int:
     from clipsteer.clip.model import default_hook_point, load
     from clipsteer.conceptors.conceptor import Conceptor
     from clipsteer.conceptors.fit import aperture_sweep, choose_aperture, correlation
+    from clipsteer.data.files import open_dataset
     from clipsteer.sae.activations import ActivationStore
     from clipsteer.steering import AdditiveSteering
 
@@ -227,21 +244,21 @@ def _fit(args: argparse.Namespace) -> int:
         raise ValueError(
             "--store holds rows without classes; leave out --data, --per-class and --centre"
         )
-    mean, names, classes = None, None, None
+    mean = None
+    names = None
+    classes = None
     if args.store is not None:
         store = ActivationStore(args.store)
         provenance = store.provenance
         batches: Any = (store.read_shard(i) for i in range(len(store.shards)))
     else:
         clip = load(args.model, args.pretrained, device=device_of(args))
-        dataset = (
-            open_images(args.data, None) if args.data else _drawings(args.style, args.category)
-        )
+        dataset = open_dataset(args.data) if args.data else _drawings(args.style, args.category)
         hook_point = args.hook_point or default_hook_point(clip)
         values = (clip.name, clip.pretrained, hook_point, args.tokens)
         provenance = dict(zip(_ORIGIN, values))
         if args.centre is not None:
-            background = open_images(args.centre, None) if args.centre else _drawings(None, None)
+            background = open_dataset(args.centre or "emoji")
             rows = (r for r, _ in _activations(clip, background, hook_point, args, "background"))
             mean = AdditiveSteering.fit(rows).mean
         pairs = _activations(clip, dataset, hook_point, args, "activations")
@@ -295,6 +312,7 @@ def _pick(path: Path | str, name: str | None) -> Any:
 
 def _steer(args: argparse.Namespace) -> int:
     from clipsteer.clip.model import load
+    from clipsteer.data.files import open_dataset
     from clipsteer.steering import ConceptorSteering
 
     C = _pick(args.conceptor, args.chosen)
@@ -332,6 +350,5 @@ def _steer(args: argparse.Namespace) -> int:
     )
     sys.stdout.write(f"{C}\n")
     clip = load(name, pretrained, device=device_of(args))
-    return show_steering(
-        args, clip, open_images(args.data, ("held-out", True)), hook_point, steering
-    )
+    dataset = open_dataset(args.data or "emoji", emoji="held-out:seen")
+    return show_steering(args, clip, dataset, hook_point, steering)

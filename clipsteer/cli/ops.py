@@ -6,14 +6,120 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
-from clipsteer.cli.arguments import _text
+from clipsteer.cli.arguments import _text, whole
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-
-
 BACKENDS = ("reference", "cpp", "triton", "cuda")
+
+
+def add_parser(commands: Any, add: Any) -> None:
+    """Add the commands; ``add(parent, name, function, summary, examples, options)`` makes one."""
+    add(
+        commands,
+        "env",
+        _env,
+        "show versions and which backends run here, and why others do not",
+        """
+examples:
+  clipsteer env
+  clipsteer env --json > env.json
+""",
+        _env_options,
+    )
+    add(
+        commands,
+        "validate",
+        _validate,
+        "prove the ops against their error bounds on this machine",
+        """
+examples:
+  everything that can run here (Triton kernels in its interpreter where there is no GPU):
+    clipsteer validate
+  one backend, more cases:
+    clipsteer validate --backends cpp --dtypes float32 bfloat16 --cases 500
+
+exit code 1 when a row is red
+""",
+        _validate_options,
+    )
+    add(
+        commands,
+        "bench",
+        _bench,
+        "time the ops against torch on this machine",
+        """
+examples:
+  clipsteer bench --out bench.json
+  clipsteer bench --ops topk_encode --shape B=256,d=768,n=49152,k=32
+  clipsteer bench --ops semantic_drift --compare bench.json
+  clipsteer bench --markdown bench.json sae_step.json
+""",
+        _bench_options,
+    )
+
+
+def _env_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _validate_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--ops", nargs="+", metavar="OP", help="(default: all)")
+    p.add_argument("--backends", nargs="+", choices=BACKENDS, help="(default: all)")
+    p.add_argument("--dtypes", nargs="+", choices=DTYPES, help="(default: all)")
+    p.add_argument(
+        "--cases",
+        type=whole,
+        default=40,
+        metavar="N",
+        help="per op, backend and dtype (default: 40)",
+    )
+    p.add_argument("--seed", type=whole, default=0, help="of the drawn cases (default: 0)")
+    p.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="(default: a GPU for triton and cuda, if there is one)",
+    )
+    p.add_argument(
+        "--interpret",
+        action=argparse.BooleanOptionalAction,
+        help="run Triton kernels in its interpreter (default: where there is no GPU)",
+    )
+
+
+def _bench_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--ops", nargs="+", metavar="OP", help="(default: all)")
+    p.add_argument("--backends", nargs="+", choices=BACKENDS, help="(default: all that run)")
+    p.add_argument(
+        "--shape", type=_shape, metavar="B=…,d=…", help="instead of the op's benchmark shapes"
+    )
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
+    p.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
+    p.add_argument(
+        "--repeats", type=whole, default=7, metavar="N", help="timings of each (default: 7)"
+    )
+    p.add_argument("--out", type=Path, metavar="FILE", help="write .json or .csv as well")
+    p.add_argument(
+        "--compare",
+        type=Path,
+        metavar="OLD.json",
+        help="say what changed beyond noise; 1 if slower",
+    )
+    p.add_argument(
+        "--markdown",
+        type=Path,
+        nargs="+",
+        metavar="FILE.json",
+        help="print a table of earlier runs instead",
+    )
+    p.add_argument(
+        "--into",
+        type=Path,
+        metavar="FILE.md",
+        help="with --markdown: put it between the marks in a file",
+    )
 
 
 def _dtype(name: str) -> Any:
@@ -41,6 +147,7 @@ def environment() -> dict[str, Any]:
     from clipsteer.ops import _dispatch
     from clipsteer.testing import bench
 
+    threads = torch.get_num_threads()
     code = "not built"
     if _dispatch.missing("cpp") is None:
         code = ("portable", "AVX2", "AVX-512", "AVX-512 and AMX")[
@@ -54,7 +161,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         **{name: _version_of(name) for name in packages},
-        "cpu": f"{bench.chip()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "cpu": f"{bench.chip()}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads",
         "C++ code path": code,
         "gpu": ", ".join(gpus) or "none visible to torch",
         "backends": [
@@ -75,9 +182,8 @@ def _env(args: argparse.Namespace) -> int:
         "backends",
     )
     for row in facts["backends"]:
-        _text(
-            f"  {row['backend']:<12} {'usable' if row['usable'] else 'not usable':<12} {row['reason']}".rstrip()
-        )
+        usable = "usable" if row["usable"] else "not usable"
+        _text(f"  {row['backend']:<12} {usable:<12} {row['reason']}".rstrip())
     return 0
 
 
@@ -143,8 +249,8 @@ def _bench(args: argparse.Namespace) -> int:
 def _shape(text: str) -> dict[str, int]:
     try:
         pairs = [part.split("=") for part in text.split(",")]
-        return {name.strip(): int(value) for name, value in pairs}
-    except ValueError:
+        return {name.strip(): whole(value) for name, value in pairs}
+    except (ValueError, argparse.ArgumentTypeError):
         example = "B=256,d=768,n=49152,k=32"
         raise argparse.ArgumentTypeError(
             f"expected NAME=SIZE,… such as {example}, got {text!r}"

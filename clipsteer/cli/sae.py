@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from clipsteer.cli.arguments import (
-    _count,
+    Options,
     add_data,
     add_model,
     add_shown,
+    add_workers,
+    count,
     device_of,
-    open_images,
     show_steering,
+    whole,
 )
 from clipsteer.clip.tokens import TOKENS
 
@@ -25,8 +27,8 @@ _LEAST_TOKENS = 2_000_000
 
 
 def add_parser(commands: Any, add: Any) -> None:
-    """Add ``sae`` and its subcommands; ``add(parent, name, function, summary, examples)`` makes
-    one."""
+    """Add ``sae`` and its subcommands; ``add(parent, name, function, summary, examples, options)``
+    makes one."""
     sae = add(
         commands,
         "sae",
@@ -43,8 +45,7 @@ each ACTION has --help with more
 """,
     )
     actions = sae.add_subparsers(dest="action", metavar="ACTION", required=True)
-
-    p = add(
+    add(
         actions,
         "train",
         _train,
@@ -52,14 +53,72 @@ each ACTION has --help with more
         """
 examples:
   a small one on the bundled drawings, some minutes:
-    clipsteer sae train --out runs/small --expansion 8 --k 32 --train-tokens 2e6 --batch-size 1024 --lr 1e-3
-  on your own images, at block 9 of a real CLIP; the activations are kept, and the run resumes if it is stopped:
+    clipsteer sae train --out runs/small --expansion 8 --k 32 --train-tokens 2e6 \\
+        --batch-size 1024 --lr 1e-3
+  on your own images, at block 9 of a real CLIP; the activations are kept, and the run resumes if
+  it is stopped:
     clipsteer sae train --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/ \\
         --hook-point visual.transformer.resblocks.9 --tokens patches --store acts/ --out runs/b32-9
   on four GPUs:
-    torchrun --nproc-per-node 4 -m clipsteer sae train --device cuda --store acts/ --out runs/big ...
+    torchrun --nproc-per-node 4 -m clipsteer sae train --device cuda --store acts/ \\
+        --out runs/big ...
 """,
+        _train_options,
     )
+    add(
+        actions,
+        "eval",
+        _eval,
+        "measure what an SAE preserves and, with --steer, what its features steer",
+        """
+examples:
+  on the bundled held-out style:
+    clipsteer sae eval runs/small
+  a published SAE (clipsteer, SAELens, sparsify and Prisma folders are told apart) on your own
+  images:
+    clipsteer sae eval hf-hub:org/repo/subfolder --model ViT-B-32 --pretrained openai \\
+        --hook-point visual.transformer.resblocks.11 --data photos/ --out metrics.json
+  how many of the first 200 features are steerable at strength 150:
+    clipsteer sae eval runs/small --steer 150 --features 200
+  names for the 20 strongest features, out of your own words:
+    clipsteer sae eval runs/small --name-features 20 --words words.txt
+""",
+        _eval_options,
+    )
+    add(
+        actions,
+        "convert",
+        _convert,
+        "write an SAE for another library",
+        """
+examples:
+  what kind of SAE is this, and make it clipsteer's:
+    clipsteer sae convert path/to/saelens-folder mine/
+  for SAELens or sparsify:
+    clipsteer sae convert runs/small for-saelens/ --format saelens
+""",
+        _convert_options,
+    )
+    add(
+        actions,
+        "steer",
+        _steer,
+        "show predictions before and after steering features",
+        """
+examples:
+  feature 12 set to 50 on every token, eight drawings of the held-out style:
+    clipsteer sae steer runs/small --feature 12=50
+  one feature up, another suppressed, on the patches of your own images, among your own words:
+    clipsteer sae steer runs/b32-9 --feature 12=50 --feature 7=0 --tokens patches \\
+        --data photos/ --words words.txt
+""",
+        _steer_options,
+    )
+
+
+def _train_options(p: argparse.ArgumentParser) -> None:
+    from clipsteer.sae.config import TrainConfig
+
     add_model(p)
     add_data(p, "images to train on (default: the bundled drawings that EmojiCLIP was trained on)")
     p.add_argument(
@@ -79,70 +138,22 @@ examples:
         metavar="DIR",
         help="keep the activations here and read them from here",
     )
-    size = p.add_mutually_exclusive_group()
-    size.add_argument("--d-sae", type=int, metavar="N", help="number of features")
-    size.add_argument(
-        "--expansion", type=int, default=64, metavar="N", help="features a dimension (default: 64)"
+    add_workers(p)
+    settings = Options(
+        TrainConfig,
+        # --tokens says which tokens
+        names={"tokens": "train_tokens", "l1_coefficient": "l1"},
+        exclusive=(("d_sae", "expansion"), ("tokens", "steps")),
+        unset={"tokens": f"one pass, but at least {_LEAST_TOKENS:g}"},
     )
-    p.add_argument("--architecture", choices=("topk", "batch_topk", "relu"), default="topk")
-    p.add_argument(
-        "--k",
-        type=int,
-        default=64,
-        help="active features a token, for topk and batch_topk (default: 64)",
-    )
-    p.add_argument("--normalize", choices=("none", "layer_norm", "constant_norm"), default="none")
-    p.add_argument(
-        "--lr", type=float, help="peak learning rate (default: 4e-4 for relu, 2e-4 otherwise)"
-    )
-    p.add_argument(
-        "--l1", type=float, default=1e-4, help="L1 coefficient, for relu (default: 1e-4)"
-    )
-    p.add_argument(
-        "--batch-size", type=int, default=4096, metavar="N", help="tokens a step (default: 4096)"
-    )
-    length = p.add_mutually_exclusive_group()
-    length.add_argument(
-        "--train-tokens",
-        type=_count,
-        metavar="N",
-        help="how long (default: one pass, but at least 2e6)",
-    )
-    length.add_argument("--steps", type=_count, metavar="N", help="how long, in steps")
-    p.add_argument("--warmup-steps", type=int, default=200, metavar="N")
-    p.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS")
-    p.add_argument("--track", choices=("wandb", "tensorboard"), help="beside log.jsonl")
-    p.add_argument(
-        "--workers",
-        type=int,
-        default=0,
-        metavar="N",
-        help="processes that read images (default: 0)",
-    )
-    p.add_argument("--seed", type=int, default=0)
+    settings.add(p)
 
-    p = add(
-        actions,
-        "eval",
-        _eval,
-        "measure what an SAE preserves and, with --steer, what its features steer",
-        """
-examples:
-  on the bundled held-out style:
-    clipsteer sae eval runs/small
-  a published SAE (clipsteer, SAELens, sparsify and Prisma folders are told apart) on your own images:
-    clipsteer sae eval hf-hub:org/repo/subfolder --model ViT-B-32 --pretrained openai \\
-        --hook-point visual.transformer.resblocks.11 --data photos/ --out metrics.json
-  how many of the first 200 features are steerable at strength 150:
-    clipsteer sae eval runs/small --steer 150 --features 200
-  names for the 20 strongest features, out of your own words:
-    clipsteer sae eval runs/small --name-features 20 --words words.txt
-""",
-    )
+
+def _eval_options(p: argparse.ArgumentParser) -> None:
     _sae(p)
     p.add_argument(
         "--name-features",
-        type=_count,
+        type=count,
         metavar="N",
         help="also name the N strongest features in words",
     )
@@ -156,42 +167,29 @@ examples:
         "--steer", type=float, metavar="STRENGTH", help="also measure steerability at this strength"
     )
     p.add_argument(
-        "--features", type=int, default=256, metavar="N", help="the first N features (default: 256)"
+        "--features",
+        type=whole,
+        default=256,
+        metavar="N",
+        help="the first N features (default: 256)",
     )
     p.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
 
-    p = add(
-        actions,
-        "convert",
-        _convert,
-        "write an SAE for another library",
-        """
-examples:
-  what kind of SAE is this, and make it clipsteer's:
-    clipsteer sae convert path/to/saelens-folder mine/
-  for SAELens or sparsify:
-    clipsteer sae convert runs/small for-saelens/ --format saelens
-""",
-    )
+
+def _convert_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "source", metavar="SAE", help="a folder, a Prisma .pt, or hf-hub:org/repo/subfolder"
     )
     p.add_argument("target", type=Path, metavar="DIR", help="folder to write")
-    p.add_argument("--format", choices=("clipsteer", "saelens", "sparsify"), default="clipsteer")
-
-    p = add(
-        actions,
-        "steer",
-        _steer,
-        "show predictions before and after steering features",
-        """
-examples:
-  feature 12 set to 50 on every token, eight drawings of the held-out style:
-    clipsteer sae steer runs/small --feature 12=50
-  one feature up, another suppressed, on the patches of your own images, among your own words:
-    clipsteer sae steer runs/b32-9 --feature 12=50 --feature 7=0 --tokens patches --data photos/ --words words.txt
-""",
+    p.add_argument(
+        "--format",
+        choices=("clipsteer", "saelens", "sparsify"),
+        default="clipsteer",
+        help="whose files to write (default: clipsteer)",
     )
+
+
+def _steer_options(p: argparse.ArgumentParser) -> None:
     _sae(p)
     p.add_argument(
         "--feature",
@@ -207,8 +205,8 @@ examples:
 def _strength(text: str) -> tuple[int, float]:
     feature, sign, strength = text.partition("=")
     try:
-        return int(feature), float(strength)
-    except ValueError:
+        return whole(feature), float(strength)
+    except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(
             f"expected FEATURE=STRENGTH such as 12=50, got {text!r}"
         ) from None
@@ -227,30 +225,18 @@ def _sae(p: argparse.ArgumentParser) -> None:
 def _train(args: argparse.Namespace) -> int:
     import clipsteer
     from clipsteer.clip.model import default_hook_point, load
+    from clipsteer.data.files import open_dataset
     from clipsteer.sae.activations import HarvestSource, harvest_to_store
     from clipsteer.training.world import World
 
-    config = clipsteer.TrainConfig(
-        d_sae=args.d_sae,
-        expansion=args.expansion,
-        architecture=args.architecture,
-        k=args.k,
-        normalize=args.normalize,
-        lr=args.lr,
-        batch_size=args.batch_size,
-        tokens=args.train_tokens,
-        steps=args.steps,
-        warmup_steps=args.warmup_steps,
-        l1_coefficient=args.l1,
-        seed=args.seed,
-        checkpoint_every=args.checkpoint_every,
-    )
+    config = args.options.read(args)
     # before anything is loaded: under torchrun each process has its own GPU
     world = World(args.device)
     clip = load(args.model, args.pretrained, device=world.device)
-    dataset = open_images(args.data, ("trained", True))
+    dataset = open_dataset(args.data or "emoji", emoji="trained:seen")
     hook_point = args.hook_point or default_hook_point(clip)
     common = {"tokens": args.tokens, "num_workers": args.workers}
+    source: Any
     if args.store is not None:
         source = harvest_to_store(clip, dataset, hook_point, args.store, **common)
     else:
@@ -258,9 +244,7 @@ def _train(args: argparse.Namespace) -> int:
     if config.tokens is None and config.steps is None:
         config = replace(config, tokens=max(source.rows_per_epoch(), _LEAST_TOKENS))
     metadata = {"data": args.data or "EmojiStyles"}
-    sae = clipsteer.train_sae(
-        source, config, out=args.out, device=world.device, track=args.track, metadata=metadata
-    )
+    sae = clipsteer.train_sae(source, config, out=args.out, device=world.device, metadata=metadata)
     if world.rank == 0:
         sys.stdout.write(
             f"{args.out}: {sae.d_sae} features at {hook_point}; next: clipsteer sae eval "
@@ -273,6 +257,7 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The SAE, the model it belongs to, and the images."""
     import clipsteer
     from clipsteer.clip.model import load
+    from clipsteer.data.files import open_dataset
 
     device = device_of(args)
     sae = clipsteer.SAE.from_pretrained(args.sae, device=device)
@@ -282,66 +267,75 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any, Any]:
             f"{args.sae} does not say which model it belongs to; pass --model and --hook-point"
         )
     pretrained = args.pretrained or (sae.metadata.get("pretrained") if args.model is None else None)
-    return sae, load(name, pretrained, device=device), open_images(args.data, ("held-out", True))
+    clip = load(name, pretrained, device=device)
+    return sae, clip, open_dataset(args.data or "emoji", emoji="held-out:seen")
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from clipsteer.data.emoji import EmojiStyles
     from clipsteer.io.files import write_json
-    from clipsteer.sae.evaluate import evaluate_sae, steerability
+    from clipsteer.sae.evaluate import evaluate_sae
 
     sae, clip, dataset = _open(args)
     where = {"hook_point": args.hook_point, "tokens": args.tokens}
     figures = evaluate_sae(sae, clip, dataset, **where)
     if args.steer is not None:
-        from torch.utils.data import Subset
-
-        from clipsteer.data.dataset import spread
-
-        words = dataset.classes or [c.label for c in EmojiStyles().concepts]
-        features = list(range(min(args.features, sae.d_sae)))
-        some = Subset(dataset, spread(range(len(dataset)), 32))
-        found = steerability(
-            sae, clip, some, words, strength=args.steer, features=features, **where
-        )
-        best = found.score.argsort(descending=True)[:10].tolist()
-        figures["steerability"] = {
-            "strength": args.steer,
-            "features": len(features),
-            "share": found.share,
-            "best": [
-                {
-                    "feature": int(found.features[i]),
-                    "score": float(found.score[i]),
-                    "power": float(found.power[i]),
-                    "concept": words[int(found.concept[i])],
-                }
-                for i in best
-            ],
-        }
+        figures["steerability"] = _steerability(args, sae, clip, dataset, where)
     if args.name_features is not None:
         figures["names"] = _names(args, sae, clip, dataset, where)
+    _show(figures)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.out, figures)
+    return 0
+
+
+def _show(figures: dict[str, Any]) -> None:
     for name, value in figures.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             sys.stdout.write(f"{name:<16} {value:.6g}\n")
         elif isinstance(value, str):
             sys.stdout.write(f"{name:<16} {value}\n")
-    if args.steer is not None:
-        share = figures["steerability"]
-        sys.stdout.write(
-            f"{'steerable':<16} {share['share']:.1%} of {share['features']} features at "
-            f"{args.steer:g}\n"
-        )
-        for row in share["best"]:
+    if "steerability" in figures:
+        found = figures["steerability"]
+        of_features = f"{found['share']:.1%} of {found['features']} features"
+        sys.stdout.write(f"{'steerable':<16} {of_features} at {found['strength']:g}\n")
+        for row in found["best"]:
             measured = f"S {row['score']:.3f}  power {row['power']:.3f}"
             sys.stdout.write(f"  feature {row['feature']:<7} {measured}  {row['concept']}\n")
     for row in figures.get("names", []):
         named = ", ".join(f"{concept} {weight:.2f}" for concept, weight in row["names"])
         sys.stdout.write(f"  feature {row['feature']:<7} peak {row['peak']:<8.4g} {named}\n")
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, figures)
-    return 0
+
+
+def _steerability(
+    args: argparse.Namespace, sae: Any, clip: Any, dataset: Any, where: dict[str, Any]
+) -> dict[str, Any]:
+    """How many of the first features steer 32 images to a concept, and the ten best."""
+    from torch.utils.data import Subset
+
+    from clipsteer.data.dataset import spread
+    from clipsteer.data.emoji import EmojiStyles
+    from clipsteer.sae.evaluate import steerability
+
+    words = dataset.classes or [c.label for c in EmojiStyles().concepts]
+    features = list(range(min(args.features, sae.d_sae)))
+    few = Subset(dataset, spread(range(len(dataset)), 32))
+    found = steerability(sae, clip, few, words, strength=args.steer, features=features, **where)
+    best = []
+    for i in found.score.argsort(descending=True)[:10].tolist():
+        row = {
+            "feature": int(found.features[i]),
+            "score": float(found.score[i]),
+            "power": float(found.power[i]),
+            "concept": words[int(found.concept[i])],
+        }
+        best.append(row)
+    return {
+        "strength": args.steer,
+        "features": len(features),
+        "share": found.share,
+        "best": best,
+    }
 
 
 def _names(

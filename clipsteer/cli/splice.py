@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clipsteer.cli.arguments import add_data, add_model, device_of, open_images, read_words
+from clipsteer.cli.arguments import add_data, add_model, device_of, read_words, whole
 
 
 def add_parser(commands: Any, add: Any) -> None:
-    p = add(
+    """Add the command; ``add(parent, name, function, summary, examples, options)`` makes it."""
+    add(
         commands,
         "splice",
         _splice,
@@ -20,11 +21,16 @@ def add_parser(commands: Any, add: Any) -> None:
 examples:
   with the bundled model and its concepts:
     clipsteer splice cat.png dog.png
-  with a real CLIP and your own words, centred on photos of yours; the dictionary is kept for the next time:
+  with a real CLIP and your own words, centred on photos of yours; the dictionary is kept for the
+  next time:
     clipsteer splice photos/*.jpg --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/ \\
         --words words.txt --dictionary words-b32/
 """,
+        _splice_options,
     )
+
+
+def _splice_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     add_model(p)
     add_data(p, "images whose mean is the centre (default: the bundled drawings)")
@@ -44,7 +50,7 @@ examples:
         "--l1", type=float, default=0.25, help="the larger, the fewer concepts (default: 0.25)"
     )
     p.add_argument(
-        "--top", type=int, default=8, metavar="N", help="concepts shown an image (default: 8)"
+        "--top", type=whole, default=8, metavar="N", help="concepts shown an image (default: 8)"
     )
     p.add_argument("--out", type=Path, metavar="FILE", help="write the decompositions as JSON")
 
@@ -54,6 +60,7 @@ def _splice(args: argparse.Namespace) -> int:
 
     from clipsteer.clip.model import load
     from clipsteer.data.dataset import read_image
+    from clipsteer.data.files import open_dataset
     from clipsteer.io.files import write_json
     from clipsteer.splice.dictionary import ConceptDictionary
 
@@ -72,7 +79,7 @@ def _splice(args: argparse.Namespace) -> int:
                 f"--dictionary {args.dictionary} holds other concepts than --words {args.words}"
             )
     else:
-        mean_of = open_images(args.data, ("trained", True))
+        mean_of = open_dataset(args.data or "emoji", emoji="trained:seen")
         dictionary = ConceptDictionary.from_clip(clip, read_words(args.words), image_mean=mean_of)
         if args.dictionary is not None:
             dictionary.save(args.dictionary)

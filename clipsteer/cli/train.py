@@ -4,19 +4,21 @@ model."""
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from clipsteer.cli.arguments import add_device
+from clipsteer.cli.arguments import Options, add_device, add_workers
 
-DATA = "a .csv, .tsv or .jsonl with columns image and caption, .tar shards (WebDataset), a folder of class folders"
+DATA = (
+    "a .csv, .tsv or .jsonl with columns image and caption, .tar shards (WebDataset), a folder of "
+    "class folders"
+)
 
 
 def add_parser(commands: Any, add: Any) -> None:
-    """Add the command; ``add(parent, name, function, summary, examples)`` makes it."""
-    p = add(
+    """Add the command; ``add(parent, name, function, summary, examples, options)`` makes it."""
+    add(
         commands,
         "train",
         _train,
@@ -27,26 +29,39 @@ pairs.csv has a header line and a pair a line; image paths start from the folder
   photos/0001.jpg,a cat asleep on a chair
 
 losses:
-  drrho    only what a frozen reference finds easy and the model does not is pushed (DRRho-CLIP); needs --reference
+  drrho    only what a frozen reference finds easy and the model does not is pushed (DRRho-CLIP);
+           needs --reference
   global   the same without a reference: the global contrastive loss of FastCLIP
   clip     the softmax loss of CLIP
   distill  clip, and the reference's similarities as soft targets; needs --reference
 
 examples:
   a tiny model on the bundled drawings, with the bundled EmojiCLIP as reference; some minutes:
-    clipsteer train --reference emojiclip --batch-size 128 --epochs 3 --lr 1e-3 --temperature 0.1 --val emoji \\
+    clipsteer train --reference emojiclip --batch-size 128 --epochs 3 --lr 1e-3 \\
+        --temperature 0.1 --val emoji \\
         --out runs/tiny
-  your own pairs, with a real CLIP as reference; its features are computed once and kept in runs/b32:
+  your own pairs, with a real CLIP as reference; its features are computed once and kept in
+  runs/b32:
     clipsteer train --data pairs.csv --val held-out.csv --model ViT-B-32 --reference ViT-B-16 \\
-        --reference-pretrained laion2b_s34b_b88k --batch-size 1024 --micro-batch 128 --bf16 --out runs/b32
-  without a reference, a learnt temperature, shards, four GPUs; a stopped run goes on when it is started again:
-    torchrun --nproc-per-node 4 -m clipsteer train --data 'pairs-{0000..0099}.tar' --model ViT-B-32 --loss clip \\
+        --reference-pretrained laion2b_s34b_b88k --batch-size 1024 --micro-batch 128 --bf16 \\
+        --out runs/b32
+  without a reference, a learnt temperature, shards, four GPUs; a stopped run goes on when it is
+  started again:
+    torchrun --nproc-per-node 4 -m clipsteer train --data 'pairs-{0000..0099}.tar' \\
+        --model ViT-B-32 --loss clip \\
         --batch-size 4096 --bf16 --workers 8 --out runs/clip
   use what was trained, as the reference of the next run or anywhere else:
     clipsteer train --data pairs.csv --model ViT-B-32 --reference runs/b32 --out runs/next
-    clipsteer finetune --model ViT-B-32 --pretrained runs/b32/model.safetensors --data photos/ --out runs/tuned
+    clipsteer finetune --model ViT-B-32 --pretrained runs/b32/model.safetensors \\
+        --data photos/ --out runs/tuned
 """,
+        _train_options,
     )
+
+
+def _train_options(p: argparse.ArgumentParser) -> None:
+    from clipsteer.reference.config import ContrastiveConfig
+
     p.add_argument(
         "--data",
         default="emoji",
@@ -58,8 +73,8 @@ examples:
         action="append",
         default=[],
         metavar="PATH",
-        help="measured every epoch, the same kinds; captions: recall at 1, classes: zero-shot accuracy; "
-        "repeatable",
+        help="measured every epoch, the same kinds; captions: recall at 1, classes: zero-shot "
+        "accuracy; repeatable",
     )
     p.add_argument(
         "--template", action="append", metavar="TEXT", help="prompt with {} for classes; repeatable"
@@ -71,7 +86,6 @@ examples:
         metavar="DIR",
         help="model.safetensors, config.json, log.jsonl, checkpoints/",
     )
-    p.add_argument("--loss", choices=("drrho", "global", "clip", "distill"), default="drrho")
     p.add_argument(
         "--model",
         default="emoji-tiny",
@@ -86,8 +100,8 @@ examples:
     p.add_argument(
         "--reference",
         metavar="NAME|FILE|DIR",
-        help="open_clip name, an architecture.json, features kept in a .safetensors, or the --out of "
-        "another run",
+        help="open_clip name, an architecture.json, features kept in a .safetensors, or the --out "
+        "of another run",
     )
     p.add_argument(
         "--reference-pretrained",
@@ -101,121 +115,45 @@ examples:
     )
     add_device(p)
     p.add_argument(
-        "--batch-size",
-        type=int,
-        default=256,
-        metavar="N",
-        help="pairs a step, in all (default: 256)",
-    )
-    p.add_argument(
-        "--micro-batch",
-        type=int,
-        metavar="N",
-        help="pairs in memory at a time; the result is that of the whole batch (default: all)",
-    )
-    length = p.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=int, default=30, metavar="N", help="(default: 30)")
-    length.add_argument(
-        "--samples", type=lambda text: int(float(text)), metavar="N", help="pairs to see in all"
-    )
-    p.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (default: 5e-4)")
-    p.add_argument("--weight-decay", type=float, default=0.2)
-    p.add_argument(
-        "--grad-clip",
-        type=float,
-        default=1.0,
-        metavar="NORM",
-        help="largest norm of the gradient (default: 1)",
-    )
-    p.add_argument(
-        "--warmup-steps", type=int, default=500, metavar="N", help="at most a tenth of the run"
-    )
-    p.add_argument(
-        "--temperature",
-        type=float,
-        metavar="T",
-        help="or where a learnt one starts, at least 0.01 (default: 0.01; clip, distill: 0.07)",
-    )
-    p.add_argument(
-        "--learn-temperature",
-        action=argparse.BooleanOptionalAction,
-        help="(default: clip and distill)",
-    )
-    p.add_argument(
-        "--rho", type=float, default=0.0, help="keeps a learnt temperature up, for drrho and global"
-    )
-    p.add_argument(
-        "--gamma-min",
-        type=float,
-        metavar="G",
-        help="share of the newest batch in the averages, at the end",
-    )
-    p.add_argument("--gamma-epochs", type=int, metavar="N", help="until then (default: the run)")
-    p.add_argument(
-        "--distill",
-        type=float,
-        default=0.5,
-        metavar="W",
-        help="weight of the soft targets (default: 0.5)",
-    )
-    p.add_argument(
-        "--select",
-        type=float,
-        metavar="SHARE",
-        help="train on this share of each batch, picked as learnable together (JEST)",
-    )
-    p.add_argument(
-        "--crop",
-        type=float,
-        default=0.9,
-        help="smallest share of an image that is kept; 1: no crops",
-    )
-    p.add_argument("--bf16", action="store_true", help="compute under bfloat16 autocast")
-    p.add_argument(
         "--excess",
         type=Path,
         metavar="CSV",
         help="at the end, what each pair costs beside the reference",
     )
-    p.add_argument("--checkpoint-every", type=int, default=500, metavar="STEPS")
-    p.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="(default: 10)")
-    p.add_argument("--evaluate-every", type=int, metavar="STEPS", help="(default: an epoch)")
-    p.add_argument(
-        "--workers",
-        type=int,
-        default=0,
-        metavar="N",
-        help="processes that read images (default: 0)",
+    add_workers(p)
+    settings = Options(
+        ContrastiveConfig,
+        names={"learnable_temperature": "learn_temperature"},
+        exclusive=(("epochs", "samples"),),
     )
-    p.add_argument("--seed", type=int, default=0)
+    settings.add(p)
+
+
+# what --val emoji measures on: every cell of the drawings but the one that is trained on
+_CELLS = {
+    "trained style, new concepts": "emoji:trained:unseen",
+    "held-out style, seen concepts": "emoji:held-out:seen",
+    "held-out style, new concepts": "emoji:held-out:unseen",
+}
 
 
 def _pairs(spec: str) -> Any:
-    from clipsteer.data.emoji import EmojiStyles
     from clipsteer.data.files import open_dataset
 
-    if spec != "emoji":
-        return open_dataset(spec)
-    emoji = EmojiStyles()
-    return emoji.captioned(emoji.cells()["trained", True], "noisy")
+    return open_dataset(spec, emoji="trained:seen", targets="captions")
 
 
 def _validation(specs: list[str]) -> dict[str, Any]:
-    from clipsteer.data.emoji import EmojiStyles
-    from clipsteer.data.files import open_dataset
+    from clipsteer.data.files import is_emoji, open_dataset
 
-    found = {}
+    named: dict[str, str] = {}
     for spec in specs:
-        if spec != "emoji":
-            name = Path(spec).stem
-            found[name if name not in found else spec] = open_dataset(spec)
+        if spec == "emoji":
+            named |= _CELLS
             continue
-        emoji = EmojiStyles()
-        for (style, seen), drawings in emoji.cells().items():
-            if (style, seen) != ("trained", True):
-                name = f"{style} style, {'seen' if seen else 'new'} concepts"
-                found[name] = emoji.captioned(drawings, "label")
-    return found
+        name = spec if is_emoji(spec) else Path(spec).stem
+        named[name if name not in named else spec] = spec
+    return {name: open_dataset(spec, targets="caption") for name, spec in named.items()}
 
 
 def _reference(args: argparse.Namespace, dataset: Any, world: Any) -> tuple[Any, Any]:
@@ -231,15 +169,12 @@ def _reference(args: argparse.Namespace, dataset: Any, world: Any) -> tuple[Any,
             raise ValueError(f"--reference-live needs a model, not the features in {name}")
         kept = reference_features.read(name, dataset)
         return kept, kept
-    if Path(name).is_dir():
-        model = reference_features.load_run(name, world.device)
-    else:
-        model = load(name, args.reference_pretrained, device=world.device)
-        if args.reference_pretrained is None and name != EMOJICLIP and ":" not in name:
-            raise ValueError(
-                f"--reference {name} needs --reference-pretrained, a tag of open_clip or a weights "
-                f"file"
-            )
+    model = load(name, args.reference_pretrained, device=world.device)
+    if model.pretrained is None and name != EMOJICLIP and ":" not in name:
+        raise ValueError(
+            f"--reference {name} needs --reference-pretrained, a tag of open_clip or a weights file"
+        )
+    model.need_text("--reference")
     if args.reference_live:
         return model, None
     path = args.out / "reference.safetensors"
@@ -248,52 +183,42 @@ def _reference(args: argparse.Namespace, dataset: Any, world: Any) -> tuple[Any,
 
 
 def _train(args: argparse.Namespace) -> int:
+    import statistics
+
     import torch
 
     from clipsteer.clip.model import load
+    from clipsteer.data.dataset import captions_of
     from clipsteer.reference import features as reference_features
     from clipsteer.reference.evaluate import excess_losses, write_excess
-    from clipsteer.reference.train import ContrastiveConfig, train_contrastive
+    from clipsteer.reference.train import train_contrastive
     from clipsteer.training.world import World
 
-    config = ContrastiveConfig(
-        loss=args.loss,
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        batch_size=args.batch_size,
-        micro_batch=args.micro_batch,
-        epochs=args.epochs,
-        samples=args.samples,
-        warmup_steps=args.warmup_steps,
-        temperature=args.temperature,
-        learnable_temperature=args.learn_temperature,
-        rho=args.rho,
-        gamma_min=args.gamma_min,
-        gamma_epochs=args.gamma_epochs,
-        distill=args.distill,
-        select=args.select,
-        crop=args.crop,
-        bf16=args.bf16,
-        seed=args.seed,
-        checkpoint_every=args.checkpoint_every,
-        evaluate_every=args.evaluate_every,
-        grad_clip=args.grad_clip,
-        log_every=args.log_every,
-    )
+    config = args.options.read(args)
     if args.reference is None and (config.wants_reference or args.excess is not None):
+        why = " with --select or --excess" if args.loss in ("clip", "global") else ""
         raise ValueError(
-            f"--loss {args.loss}{' with --select or --excess' * (args.loss in ('clip', 'global'))} "
-            f"needs "
-            "--reference; --loss clip and --loss global train without one"
+            f"--loss {args.loss}{why} needs --reference; --loss clip and --loss global train "
+            "without one"
         )
     # before anything is loaded: under torchrun each process has its own GPU
     world = World(args.device)
-    dataset, validation = _pairs(args.data), _validation(args.val)
+    dataset = _pairs(args.data)
+    validation = _validation(args.val)
+    # now, not at the end of the first epoch
+    captions_of(dataset, "--data")
+    for name, images in validation.items():
+        captions_of(images, f"--val {name}")
     config.check_batches(len(dataset), world.size)
     reference, kept = _reference(args, dataset, world)
-    torch.manual_seed(args.seed)  # of random weights
+    torch.manual_seed(config.seed)  # of random weights
     clip = load(args.model, args.pretrained, device=world.device)
     shares: list[float] = []
+
+    def on_log(line: dict[str, Any]) -> None:
+        if "loss_share" in line:
+            shares.append(line["loss_share"])
+
     train_contrastive(
         clip,
         dataset,
@@ -304,7 +229,7 @@ def _train(args: argparse.Namespace) -> int:
         templates=tuple(args.template) if args.template else None,
         workers=args.workers,
         world=world,
-        on_log=lambda line: shares.append(line["loss_share"]) if "loss_share" in line else None,
+        on_log=on_log,
     )
     excess = None
     if args.excess is not None:

@@ -1,102 +1,24 @@
-"""``clipsteer finetune`` and ``clipsteer wise-ft``: merge and curve."""
+"""``clipsteer wise-ft``: merge and curve."""
 
 from __future__ import annotations
 
 import argparse
-import csv
-import secrets
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clipsteer.cli.arguments import add_device, device_of
+from clipsteer.cli.arguments import add_device, add_workers, device_of
 
-DATA = "folder of class folders, captions .csv/.jsonl or .tar shards (captions are classes), or classify30:STYLE:PART"
+DATA = (
+    "emoji:STYLE:PART, a folder of class folders, captions .csv/.jsonl or .tar shards (captions "
+    "are classes)"
+)
 
 
 def add_parser(commands: Any, add: Any) -> None:
-    """Add both commands; ``add(parent, name, function, summary, examples)`` makes one."""
-    p = add(
-        commands,
-        "finetune",
-        _finetune,
-        "fine-tune a CLIP image tower from its zero-shot head",
-        """
-examples:
-  the bundled model on the 30 bundled classes, drawn by one vendor; a minute:
-    clipsteer finetune --data classify30:noto:train --batch-size 64 --lr 1e-4 --out runs/noto
-  a real CLIP end to end on your own images, with the paper's recipe; a stopped run goes on where it was:
-    clipsteer finetune --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/train --val photos/val \\
-        --out runs/b32
-  the head alone:
-    clipsteer finetune --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/train --mode lc --out runs/b32-lc
-""",
-    )
-    p.add_argument(
-        "--model",
-        default="emojiclip",
-        metavar="NAME",
-        help="open_clip name, hf-hub:org/repo, or emojiclip (the default)",
-    )
-    p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or a local weights file")
-    add_device(p)
-    p.add_argument("--data", required=True, metavar="PATH", help=DATA)
-    p.add_argument(
-        "--val",
-        metavar="PATH",
-        help="measured after every epoch, with the running ensemble beside it",
-    )
-    p.add_argument(
-        "--names", type=Path, metavar="FILE", help="JSON object: class -> name for the prompts"
-    )
-    p.add_argument("--template", action="append", metavar="TEXT", help="prompt with {}; repeatable")
-    p.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="zeroshot/, finetuned/, log.jsonl, checkpoints/",
-    )
-    p.add_argument(
-        "--mode",
-        choices=("e2e", "lc"),
-        default="e2e",
-        help="end to end, or the linear classifier alone",
-    )
-    p.add_argument("--lr", type=float, help="peak learning rate (default: 3e-5, for lc 1e-3)")
-    p.add_argument("--weight-decay", type=float, default=0.1)
-    p.add_argument("--batch-size", type=int, default=512, metavar="N")
-    p.add_argument("--epochs", type=int, default=10, metavar="N")
-    p.add_argument(
-        "--warmup-steps",
-        type=int,
-        default=500,
-        metavar="N",
-        help="at most a tenth of the run (default: 500)",
-    )
-    p.add_argument("--label-smoothing", type=float, default=0.0)
-    p.add_argument(
-        "--crop",
-        type=float,
-        default=0.9,
-        help="smallest share of an image that is kept; 1: no crops",
-    )
-    p.add_argument(
-        "--alpha", type=float, default=0.5, help="of the running ensemble (default: 0.5)"
-    )
-    p.add_argument("--bf16", action="store_true", help="compute under bfloat16 autocast")
-    p.add_argument("--checkpoint-every", type=int, default=500, metavar="STEPS")
-    p.add_argument(
-        "--workers",
-        type=int,
-        default=0,
-        metavar="N",
-        help="processes that read images (default: 0)",
-    )
-    p.add_argument("--seed", type=int, default=0)
-
+    """Add ``wise-ft`` and its subcommands; ``add(parent, name, function, summary, examples,
+    options)`` makes one."""
     wise = add(
         commands,
         "wise-ft",
@@ -105,16 +27,16 @@ examples:
         """
 examples:
   tune, average, and look at the whole curve on the same set and on a shifted one:
-    clipsteer finetune --data classify30:noto:train --out runs/noto
+    clipsteer finetune --data emoji:noto:train --out runs/noto
     clipsteer wise-ft merge runs/noto/zeroshot runs/noto/finetuned --out runs/noto/half
-    clipsteer wise-ft curve runs/noto/zeroshot runs/noto/finetuned --reference classify30:noto:test \\
-        --shifted classify30:twemoji:test --out runs/noto/curve
+    clipsteer wise-ft curve runs/noto/zeroshot runs/noto/finetuned --reference emoji:noto:test \\
+        --shifted emoji:twemoji:test --out runs/noto/curve
 
 each ACTION has --help with more
 """,
     )
     actions = wise.add_subparsers(dest="action", metavar="ACTION", required=True)
-    p = add(
+    add(
         actions,
         "merge",
         _merge,
@@ -122,13 +44,36 @@ each ACTION has --help with more
         """
 examples:
   two weight files:
-    clipsteer wise-ft merge zeroshot.safetensors finetuned.safetensors --alpha 0.5 --out merged.safetensors
+    clipsteer wise-ft merge zeroshot.safetensors finetuned.safetensors --alpha 0.5 \\
+        --out merged.safetensors
   the two ends of a clipsteer finetune run, head included, at three alphas in one pass:
-    clipsteer wise-ft merge runs/b32/zeroshot runs/b32/finetuned --alpha 0.3 0.5 0.7 --out runs/b32/alpha-{alpha}
+    clipsteer wise-ft merge runs/b32/zeroshot runs/b32/finetuned --alpha 0.3 0.5 0.7 \\
+        --out runs/b32/alpha-{alpha}
   by layer: all but the image tower's blocks stays zero-shot
-    clipsteer wise-ft merge zs/ ft/ --layer 'visual.transformer.*=0.7' --layer '*=0' --out merged.safetensors
+    clipsteer wise-ft merge zs/ ft/ --layer 'visual.transformer.*=0.7' --layer '*=0' \\
+        --out merged.safetensors
 """,
+        _merge_options,
     )
+    add(
+        actions,
+        "curve",
+        _curve,
+        "measure accuracy along the line from zero-shot to fine-tuned",
+        """
+examples:
+  clipsteer wise-ft curve runs/noto/zeroshot runs/noto/finetuned --reference emoji:noto:test \\
+      --shifted emoji:fluent:test --shifted emoji:twemoji:test --out runs/noto/curve
+  your own sets, every tenth, with the trend of ordinary models for effective robustness:
+    clipsteer wise-ft curve runs/b32/zeroshot runs/b32/finetuned --reference photos/val \\
+        --shifted sketches/ \\
+        --alphas 0 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 1 --baseline models.csv --out curve/
+""",
+        _curve_options,
+    )
+
+
+def _merge_options(p: argparse.ArgumentParser) -> None:
     _ends(p, "a weights file, an index of shards, or a folder")
     how = p.add_mutually_exclusive_group()
     how.add_argument(
@@ -150,20 +95,8 @@ examples:
         "--out", required=True, metavar="PATH", help="with {alpha} in it for several alphas"
     )
 
-    p = add(
-        actions,
-        "curve",
-        _curve,
-        "measure accuracy along the line from zero-shot to fine-tuned",
-        """
-examples:
-  clipsteer wise-ft curve runs/noto/zeroshot runs/noto/finetuned --reference classify30:noto:test \\
-      --shifted classify30:fluent:test --shifted classify30:twemoji:test --out runs/noto/curve
-  your own sets, every tenth, with the trend of ordinary models for effective robustness:
-    clipsteer wise-ft curve runs/b32/zeroshot runs/b32/finetuned --reference photos/val --shifted sketches/ \\
-        --alphas 0 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 1 --baseline models.csv --out curve/
-""",
-    )
+
+def _curve_options(p: argparse.ArgumentParser) -> None:
     _ends(p, "the folder zeroshot/ of a clipsteer finetune run, or one like it")
     p.add_argument("--reference", action="append", required=True, metavar="PATH", help=DATA)
     p.add_argument(
@@ -185,13 +118,7 @@ examples:
         "--out", type=Path, required=True, metavar="DIR", help="for curve.html, .csv, .svg and .png"
     )
     add_device(p)
-    p.add_argument(
-        "--workers",
-        type=int,
-        default=0,
-        metavar="N",
-        help="processes that read images (default: 0)",
-    )
+    add_workers(p)
 
 
 def _ends(p: argparse.ArgumentParser, kind: str) -> None:
@@ -209,61 +136,6 @@ def _layer(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(
             f"expected PATTERN=ALPHA such as visual.*=0.5, got {text!r}"
         ) from None
-
-
-def _dataset(spec: str) -> Any:
-    from clipsteer.data.emoji import EmojiStyles
-    from clipsteer.data.files import open_dataset
-
-    kind, *rest = spec.split(":")
-    if kind != "classify30":
-        return open_dataset(spec)
-    if len(rest) != 2 or rest[1] not in ("train", "test"):
-        raise ValueError(f"expected classify30:STYLE:train or classify30:STYLE:test, got {spec!r}")
-    emoji = EmojiStyles()
-    return emoji.dataset(
-        [(rest[0], i) for i in emoji.indices(rest[0], classify30=rest[1])], "subcategory"
-    )
-
-
-def _finetune(args: argparse.Namespace) -> int:
-    from clipsteer.clip.model import load
-    from clipsteer.clip.zero_shot import zero_shot_head
-    from clipsteer.data.dataset import renamed
-    from clipsteer.ensembles.finetuning import FinetuneConfig, finetune
-    from clipsteer.io.files import read_json
-
-    config = FinetuneConfig(
-        mode=args.mode,
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        batch_size=args.batch_size,
-        epochs=args.epochs,
-        warmup_steps=args.warmup_steps,
-        label_smoothing=args.label_smoothing,
-        crop=args.crop,
-        alpha=args.alpha,
-        bf16=args.bf16,
-        seed=args.seed,
-        checkpoint_every=args.checkpoint_every,
-    )
-    images = _dataset(args.data)
-    classes = images.classes or sorted(set(map(str, images.targets)))
-    images = renamed(images, classes)
-    spoken = read_json(args.names) if args.names is not None else {}
-    if not isinstance(spoken, Mapping) or not all(isinstance(v, str) for v in spoken.values()):
-        raise ValueError(f"{args.names}: expected a JSON object from class to name")
-    words = [spoken.get(name, name.replace("_", " ").replace("-", " ")) for name in classes]
-    validation = renamed(_dataset(args.val), classes) if args.val is not None else None
-    clip = load(args.model, args.pretrained, device=device_of(args))
-    head = zero_shot_head(clip, words, args.template)
-    finetune(clip, images, head, config, out=args.out, validation=validation, workers=args.workers)
-    ends = f"{args.out / 'zeroshot'} {args.out / 'finetuned'}"
-    sys.stdout.write(
-        f"{len(images)} images, {len(classes)} classes; next: clipsteer wise-ft curve {ends} "
-        f"--reference …\n"
-    )
-    return 0
 
 
 def _is_classifier(path: str | Path) -> bool:
@@ -303,6 +175,11 @@ def _merge_classifiers(
     A process that is killed outright leaves a hidden folder, .NAME.….tmp, beside the one it was
     writing.
     """
+    import secrets
+    import shutil
+
+    from clipsteer.clip.classifier import HEAD
+    from clipsteer.clip.runs import ARCHITECTURE, CONFIG, WEIGHTS
     from clipsteer.ensembles.merging import deciding, wise_ft
     from clipsteer.io.files import read_json, read_safetensors_header, write_json
 
@@ -339,12 +216,16 @@ def _merge_classifiers(
                 values,
                 [temporary / file for temporary in unfinished],
             )
+        architecture = zeroshot / ARCHITECTURE
         for temporary, a in zip(unfinished, alphas):
-            write_json(temporary / "config.json", {**config, "wise_ft_alpha": a})
+            if architecture.is_file():
+                write_json(temporary / ARCHITECTURE, read_json(architecture))
+            write_json(temporary / CONFIG, {**config, "wise_ft_alpha": a})
         for temporary, folder in zip(unfinished, folders):
             if folder.exists():  # it may hold other things too
-                for name in ("head.safetensors", "model.safetensors", "config.json"):
-                    (temporary / name).replace(folder / name)
+                for name in (HEAD, WEIGHTS, ARCHITECTURE, CONFIG):
+                    if (temporary / name).is_file():
+                        (temporary / name).replace(folder / name)
             else:
                 temporary.rename(folder)
     finally:
@@ -355,11 +236,12 @@ def _merge_classifiers(
 def _curve(args: argparse.Namespace) -> int:
     import torch
 
-    from clipsteer import report
     from clipsteer.clip.classifier import load_classifier
-    from clipsteer.data.dataset import renamed
+    from clipsteer.data.dataset import labelled, renamed
+    from clipsteer.data.files import open_dataset
     from clipsteer.ensembles import page as robustness_page
     from clipsteer.ensembles import robustness
+    from clipsteer.report.page import write_csv
 
     models = _models(args.baseline) if args.baseline is not None else []
     baseline = robustness.fit_baseline(models) if models else None
@@ -372,7 +254,7 @@ def _curve(args: argparse.Namespace) -> int:
     sets = []
     for role in ("reference", "shifted"):
         for spec in getattr(args, role):
-            images = renamed(_dataset(spec), classes)
+            images = renamed(labelled(open_dataset(spec), f"--{role}"), classes)
             sets.append(
                 robustness.EvalSet(
                     spec, role, _kept(clip, images, args.workers), torch.tensor(images.targets)
@@ -381,14 +263,13 @@ def _curve(args: argparse.Namespace) -> int:
     zeroshot = {name: tensor.detach() for name, tensor in start.state_dict().items()}
     rows = robustness.curve(zeroshot, classifier, sets, args.alphas or robustness.ALPHAS)
     args.out.mkdir(parents=True, exist_ok=True)
-    report.write_csv(args.out / "curve.csv", rows)
+    write_csv(args.out / "curve.csv", rows)
     subtitle = f"{clip.name}: from {args.zeroshot} to {args.finetuned}, {len(classes)} classes"
     robustness_page.write_page(
         args.out / "curve.html", rows, subtitle=subtitle, baseline=baseline, models=models
     )
-    drawn = robustness_page.write_svg(
-        args.out / "curve.svg", robustness_page.curve_charts(rows, baseline, models)[0]
-    )
+    chart, _ = robustness_page.curve_charts(rows, baseline, models)
+    drawn = chart.write(args.out / "curve.svg")
     show(robustness.summary(rows, baseline))
     sys.stdout.write(
         "".join(f"{path}\n" for path in (args.out / "curve.html", *drawn, args.out / "curve.csv"))
@@ -409,6 +290,8 @@ def _kept(clip: Any, images: Any, workers: int) -> Any:
 
 
 def _models(path: Path) -> list[tuple[float, int, float, int]]:
+    import csv
+
     from clipsteer.io.files import FileFormatError
 
     columns = ("reference", "reference_n", "shifted", "shifted_n")
@@ -431,8 +314,9 @@ def _models(path: Path) -> list[tuple[float, int, float, int]]:
 
 
 def show(found: Mapping[str, Any]) -> None:
+    """Print what ``ensembles.robustness.summary`` found."""
     from clipsteer.ensembles.page import ENDS
-    from clipsteer.report import percent
+    from clipsteer.report.page import percent
 
     sys.stdout.write(f"{'':<30} {'reference':>9} {'shifted':>9}\n")
     for method in ("weight", "output"):

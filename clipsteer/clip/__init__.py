@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from clipsteer.clip.model import EMOJICLIP as EMOJICLIP
     from clipsteer.clip.model import default_hook_point as default_hook_point
     from clipsteer.clip.model import load as load
+    from clipsteer.clip.module import module_of as module_of
     from clipsteer.clip.pixels import Samples as Samples
     from clipsteer.clip.pixels import image_batches as image_batches
     from clipsteer.clip.pixels import image_embeddings as image_embeddings

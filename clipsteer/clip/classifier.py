@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipsteer.clip.hooks import _first
 from clipsteer.clip.model import CLIP, load
+from clipsteer.clip.runs import ARCHITECTURE, CONFIG, WEIGHTS, read_run
 from clipsteer.io.files import (
     FileFormatError,
     read_json,
@@ -20,6 +22,8 @@ from clipsteer.io.files import (
     write_safetensors,
 )
 
+HEAD = "head.safetensors"
+
 
 class ImageClassifier(nn.Module):
     """An image tower and a linear head on its unit embeddings: logits = W · normalize(visual(x)) +
@@ -27,10 +31,16 @@ class ImageClassifier(nn.Module):
 
     Args:
         visual: the tower, shared with the model that it belongs to.
-        weight: (C, e), with the logit scale in it.
+        weight: one row a class, with the logit scale in it.
+        bias: by default 0.
     """
 
-    def __init__(self, visual: nn.Module, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        visual: nn.Module,
+        weight: Tensor,  # (C, e)
+        bias: Tensor | None = None,  # (C,)
+    ) -> None:
         super().__init__()
         self.visual = visual
         classes, width = weight.shape
@@ -42,28 +52,39 @@ class ImageClassifier(nn.Module):
             self.head.weight.copy_(weight)
             self.head.bias.zero_() if bias is None else self.head.bias.copy_(bias)
 
-    def features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> unit embeddings (B, e)."""
-        out = self.visual(images)
-        return F.normalize(
-            (out[0] if isinstance(out, tuple | list) else out).to(self.head.weight.dtype), dim=-1
-        )
+    def features(
+        self,
+        images: Tensor,  # (B, 3, H, W)
+    ) -> Tensor:
+        """Unit embeddings (B, e)."""
+        features = _first(self.visual(images))
+        return F.normalize(features.to(self.head.weight.dtype), dim=-1)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,  # (B, 3, H, W)
+    ) -> Tensor:
+        """Logits (B, C)."""
         return self.head(self.features(images))
 
 
-def zero_shot_classifier(clip: CLIP, head: Tensor) -> ImageClassifier:
-    """The classifier that fine-tuning starts from. head: (C, e) unit rows, as `clip.zero_shot_head`
-    gives them."""
+def zero_shot_classifier(
+    clip: CLIP,
+    head: Tensor,  # (C, e), unit rows
+) -> ImageClassifier:
+    """The classifier that fine-tuning starts from, of a head as `zero_shot_head` gives it.
+
+    Raises ValueError for a head of another shape, and for a model without text tower, which has no
+    logit scale.
+    """
+    clip.need_text("zero_shot_classifier")
     if head.ndim != 2:
         raise ValueError(
             f"zero_shot_classifier: head must have shape (C, e), got {tuple(head.shape)}"
         )
     with torch.no_grad():
-        return ImageClassifier(
-            clip.model.visual, head.to(clip.device) * clip.model.logit_scale.exp()
-        )
+        weight = head.to(clip.device) * clip.model.logit_scale.exp()
+        return ImageClassifier(clip.model.visual, weight)
 
 
 def save_classifier(
@@ -73,13 +94,20 @@ def save_classifier(
     classes: Sequence[str],
     **notes: Any,
 ) -> Path:
-    """Write model.safetensors (the whole CLIP, which `clip.load(name, file)` reads),
-    head.safetensors, config.json."""
+    """Write model.safetensors (the whole CLIP), head.safetensors and config.json, a folder that
+    ``clipsteer.load`` reads; of a model of an architecture file also that file.
+
+    notes: JSON-able facts, kept in config.json.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / "model.safetensors", clip.model.state_dict(), {"format": "pt"})
-    write_safetensors(folder / "head.safetensors", classifier.head.state_dict(), {"format": "pt"})
-    write_json(folder / "config.json", {"model": clip.name, "classes": list(classes), **notes})
+    write_safetensors(folder / WEIGHTS, clip.model.state_dict(), {"format": "pt"})
+    write_safetensors(folder / HEAD, classifier.head.state_dict(), {"format": "pt"})
+    name = clip.name
+    if name.endswith(".json"):
+        name = ARCHITECTURE
+        write_json(folder / name, read_json(clip.name))
+    write_json(folder / CONFIG, {"model": name, "classes": list(classes), **notes})
     return folder
 
 
@@ -95,59 +123,44 @@ def load_classifier(
         RuntimeError: a model of an "hf-hub:" name whose description could not be downloaded.
     """
     folder = Path(folder)
-    config = read_json(folder / "config.json")
-    name, classes = (
-        (config.get("model"), config.get("classes")) if isinstance(config, dict) else (None, None)
-    )
-    if (
-        not isinstance(name, str)
-        or not isinstance(classes, list)
-        or not all(isinstance(c, str) for c in classes)
-    ):
+    run = read_run(folder)
+    classes = run.config.get("classes")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise FileFormatError(f"{folder / CONFIG}: expected a model name and a list of class names")
+    weight, bias = _read_head(folder / HEAD, len(classes))
+    clip = load(run.model, run.weights, device=device)
+    width = weight.shape[1]
+    given = getattr(clip.model.visual, "output_dim", width)  # open_clip's timm towers do not say
+    if width != given:
         raise FileFormatError(
-            f"{folder / 'config.json'}: expected a model name and a list of class names"
+            f"{folder / HEAD}: a head on embeddings of width {width}, {run.model} gives {given}"
         )
-    head = read_safetensors(folder / "head.safetensors", allow_nan=False)
-    c = len(classes)
+    classifier = ImageClassifier(clip.model.visual, weight.to(device), bias.to(device))
+    return clip, classifier.eval(), classes
+
+
+def _read_head(path: Path, classes: int) -> tuple[Tensor, Tensor]:
+    """Weight (C, e) and bias (C,)."""
+    head = read_safetensors(path, allow_nan=False)
     shapes = {key: tuple(tensor.shape) for key, tensor in head.items()}
     if (
         shapes.keys() != {"weight", "bias"}
         or len(shapes["weight"]) != 2
-        or (shapes["weight"][0], shapes["bias"]) != (c, (c,))
+        or shapes["weight"][0] != classes
+        or shapes["bias"] != (classes,)
         or not all(tensor.is_floating_point() for tensor in head.values())
     ):
         raise FileFormatError(
-            f"{folder / 'head.safetensors'}: expected weight ({c}, e) and bias ({c},), got {shapes}"
+            f"{path}: expected weight ({classes}, e) and bias ({classes},), got {shapes}"
         )
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        raise FileNotFoundError(f"{weights}: the image tower's weights are not there")
-    if ":" in name:
-        clip = load(name, device=device)
-        try:
-            clip.model.load_state_dict(read_safetensors(weights))
-        except RuntimeError as error:
-            raise FileFormatError(
-                f"{weights}: cannot be loaded as weights of {name}: {error}"
-            ) from error
-    else:
-        clip = load(name, weights, device=device)
-    width = getattr(
-        clip.model.visual, "output_dim", shapes["weight"][1]
-    )  # timm's towers do not say
-    if shapes["weight"][1] != width:
-        raise FileFormatError(
-            f"{folder / 'head.safetensors'}: a head on embeddings of width {shapes['weight'][1]}, "
-            f"{name} gives {width}"
-        )
-    classifier = ImageClassifier(
-        clip.model.visual, head["weight"].to(device), head["bias"].to(device)
-    ).eval()
-    return clip, classifier, classes
+    return head["weight"], head["bias"]
 
 
 @torch.no_grad()
-def predict(classifier: ImageClassifier, batches: Iterable[Tensor]) -> Tensor:
+def predict(
+    classifier: ImageClassifier,
+    batches: Iterable[Tensor],  # (B, 3, H, W) each
+) -> Tensor:
     """Logits (N, C) in float32 on the CPU, in eval mode; the mode comes back."""
     mode = classifier.training
     classifier.eval()

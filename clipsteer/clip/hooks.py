@@ -1,4 +1,9 @@
-"""Hook points by module name: finding them, capturing and editing activations there."""
+"""Hook points by module name: finding them, capturing and editing activations there.
+
+Every function takes what ``clipsteer.load`` returns, or any torch module. Every activation is shown
+as (B, T, d), whatever the block's own layout is: sequence-first blocks are transposed, feature maps
+(B, C, H, W) flattened to (B, H*W, C), pooled outputs (B, d) given one token.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +14,17 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from clipsteer.clip.module import module_of
 from clipsteer.clip.tokens import layout_at
 
 logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model")
 
 
 def beside(
@@ -41,13 +49,15 @@ def beside(
     return found[1]
 
 
-def hook_points(model: nn.Module, pattern: str = "*") -> list[str]:
+def hook_points(model: Any, pattern: str = "*") -> list[str]:
     """Names of the model's modules that match an fnmatch pattern, in the model's order ("*" also
-    crosses dots)."""
-    return [name for name, _ in model.named_modules() if name and fnmatchcase(name, pattern)]
+    crosses dots). model: what ``clipsteer.load`` returns, or a module."""
+    modules = module_of(model).named_modules()
+    return [name for name, _ in modules if name and fnmatchcase(name, pattern)]
 
 
-def _match(where: str, model: nn.Module, pattern: str) -> list[str]:
+def match(where: str, model: Any, pattern: str) -> list[str]:
+    """`hook_points`, of which there must be one. Raises ValueError, with `where` in front."""
     names = hook_points(model, pattern)
     if not names:
         near = difflib.get_close_matches(pattern, hook_points(model), n=3)
@@ -57,9 +67,8 @@ def _match(where: str, model: nn.Module, pattern: str) -> list[str]:
 
 
 _REMEDY = (
-    "steer the model that is not compiled, or set torch._dynamo.config.skip_nnmodule_hook_guards = "
-    "False before it is "
-    "compiled"
+    "steer the model that is not compiled, or set "
+    "torch._dynamo.config.skip_nnmodule_hook_guards = False before it is compiled"
 )
 
 
@@ -67,7 +76,7 @@ def _hook_points(where: str, model: nn.Module, patterns: Iterable[str]) -> list[
     """The modules that patterns match, each once. Raises where a compiled module would run without
     their hooks."""
     names = list(
-        dict.fromkeys(name for pattern in patterns for name in _match(where, model, pattern))
+        dict.fromkeys(name for pattern in patterns for name in match(where, model, pattern))
     )
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None or not dynamo.config.skip_nnmodule_hook_guards:
@@ -82,8 +91,7 @@ def _hook_points(where: str, model: nn.Module, patterns: Iterable[str]) -> list[
                 compiled = f"{'.'.join(parts[:end])!r}" if end else "the model"
                 raise RuntimeError(
                     f"{where}: {compiled} is compiled, and torch.compile takes no notice of hooks "
-                    f"such as the one at "
-                    f"{name!r}; {_REMEDY}"
+                    f"such as the one at {name!r}; {_REMEDY}"
                 )
     if dynamo.utils.counters["frames"]["ok"]:
         _warn_of_compilation(where)
@@ -101,14 +109,15 @@ def _warn_of_compilation(where: str) -> None:
 def _batch_first(model: nn.Module, name: str) -> bool:
     """Layout of a module's output: the innermost enclosing module that has a `batch_first` says
     it."""
-    module, innermost = model, True
+    module = model
+    innermost: Any = True
     for part in name.split("."):
         innermost = getattr(module, "batch_first", innermost)
         module = getattr(module, part)
     # a transformer transposes back on its way out; attention alone keeps its own layout to the end
-    return (
-        bool(module.batch_first) if isinstance(module, nn.MultiheadAttention) else bool(innermost)
-    )
+    if isinstance(module, nn.MultiheadAttention):
+        return bool(module.batch_first)
+    return bool(innermost)
 
 
 def _first(output: Any) -> Tensor:
@@ -136,8 +145,13 @@ def _as_tokens(name: str, output: Any, batch_first: bool, channels_last: bool) -
     return x if batch_first else x.transpose(0, 1)
 
 
-def _from_tokens(x: Tensor, output: Any, batch_first: bool, channels_last: bool) -> Any:
-    """Undo `_as_tokens`."""
+def _from_tokens(
+    x: Tensor,  # (B, T, d)
+    output: Any,
+    batch_first: bool,
+    channels_last: bool,
+) -> Any:
+    """Undo `_as_tokens`: x in the place and layout of a module's output."""
     old = _first(output)
     if old.ndim == 2:
         x = x[:, 0]
@@ -147,18 +161,18 @@ def _from_tokens(x: Tensor, output: Any, batch_first: bool, channels_last: bool)
         x = x.transpose(0, 1)
     if not isinstance(output, tuple | list):
         return x
-    rest = (x, *output[1:])
-    return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
+    parts = (x, *output[1:])
+    if hasattr(output, "_fields"):  # a named tuple
+        return type(output)(*parts)
+    return type(output)(parts)
 
 
 @contextmanager
-def apply_at(
-    model: nn.Module, functions: Mapping[str, Callable[[Tensor], Tensor]]
-) -> Iterator[nn.Module]:
+def apply_at(model: Model, functions: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[Model]:
     """Replace activations x by fn(x) at hook points while the block runs.
 
     Args:
-        model: any module tree.
+        model: what ``clipsteer.load`` returns, or any module tree.
         functions: fnmatch pattern of module names -> fn, (B, T, d) -> (B, T, d). Where several
             patterns match a module, theirs are applied in the order given.
 
@@ -170,12 +184,12 @@ def apply_at(
         RuntimeError: the module, or one that it is part of, is compiled: torch.compile leaves hooks
             out.
     """
+    root = module_of(model)
     with ExitStack() as stack:
         for pattern, fn in functions.items():
-            for name in _hook_points("apply_at", model, [pattern]):
-                handle = model.get_submodule(name).register_forward_hook(
-                    _edit_hook(name, _batch_first(model, name), fn)
-                )
+            for name in _hook_points("apply_at", root, [pattern]):
+                hook = _edit_hook(name, _batch_first(root, name), fn)
+                handle = root.get_submodule(name).register_forward_hook(hook)
                 stack.callback(handle.remove)
         yield model
 
@@ -198,12 +212,13 @@ def _edit_hook(name: str, batch_first: bool, fn: Callable[[Tensor], Tensor]) -> 
 
 @contextmanager
 def capture(
-    model: nn.Module, patterns: str | Iterable[str], *, detach: bool = False
+    model: Any, patterns: str | Iterable[str], *, detach: bool = False
 ) -> Iterator[dict[str, Tensor]]:
     """Collect activations while the block runs: yields a dict, module name -> (B, T, d) of its
     latest call.
 
     Args:
+        model: what ``clipsteer.load`` returns, or any module tree.
         patterns: one fnmatch pattern of module names or several.
         detach: cut the tensors from the graph; without it gradients flow through them.
 
@@ -219,21 +234,22 @@ def capture(
 
         return hook
 
-    names = _hook_points("capture", model, [patterns] if isinstance(patterns, str) else patterns)
+    root = module_of(model)
+    names = _hook_points("capture", root, [patterns] if isinstance(patterns, str) else patterns)
     with ExitStack() as stack:
         for name in names:
-            handle = model.get_submodule(name).register_forward_hook(
-                record(name, _batch_first(model, name))
-            )
+            hook = record(name, _batch_first(root, name))
+            handle = root.get_submodule(name).register_forward_hook(hook)
             stack.callback(handle.remove)
         yield found
 
 
 @contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
+def evaluating(*models: Any) -> Iterator[None]:
     """No gradients and evaluation mode; the modes come back afterwards, also on error."""
-    modes = [(module, module.training) for root in modules for module in root.modules()]
-    for root in modules:
+    roots = [module_of(model) for model in models]
+    modes = [(module, module.training) for root in roots for module in root.modules()]
+    for root in roots:
         root.eval()
     try:
         with torch.no_grad():
@@ -251,12 +267,13 @@ def _float_dtype(model: nn.Module) -> torch.dtype:
 
 
 def harvest(
-    model: nn.Module, loader: Iterable[Any], hook_point: str, tokens: str = "all"
+    model: Any, loader: Iterable[Any], hook_point: str, tokens: str = "all"
 ) -> Iterator[Tensor]:
     """Activations of one hook point over a loader, batch by batch, without gradients and in eval
     mode.
 
     Args:
+        model: what ``clipsteer.load`` returns, or a module with encode_image and encode_text.
         loader: batches (B, 3, H, W) of preprocessed images, or (B, context) of token ids for the
             text tower; of a tuple or list the first item counts.
         hook_point: one module name, or a pattern that matches exactly one.
@@ -269,23 +286,26 @@ def harvest(
         ValueError: unknown `tokens`, a hook point that is not one module, that the forward pass
             does not reach, or that has no such tokens.
     """
-    names = _match("harvest", model, hook_point)
+    root: Any = module_of(model)
+    names = match("harvest", root, hook_point)
     if len(names) != 1:
         raise ValueError(
             f"harvest: hook_point must name one module, got {hook_point!r}, which matches "
             f"{len(names)}"
         )
-    name, layout = names[0], layout_at(model, names[0])
+    name = names[0]
+    layout = layout_at(root, name)
     layout.check("harvest", [tokens])
-    device, dtype = next(model.parameters()).device, _float_dtype(model)
+    device = next(root.parameters()).device
+    dtype = _float_dtype(root)
     for batch in loader:
         x = _first(batch).to(device)
         # the guards are opened per batch: a consumer may stop, or train, between two of them
-        with evaluating(model), capture(model, name, detach=True) as found:
+        with evaluating(root), capture(root, name, detach=True) as found:
             if x.is_floating_point():
-                model.encode_image(x.to(dtype))
+                root.encode_image(x.to(dtype))
             else:
-                model.encode_text(x)
+                root.encode_text(x)
         if name not in found:
             raise ValueError(
                 f"harvest: the forward pass never calls {name!r} as a module; choose another hook "

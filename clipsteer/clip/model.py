@@ -1,49 +1,67 @@
-"""open_clip models: loading, hook points by module name, capturing and editing activations,
-zero-shot heads.
-
-Every activation is shown as (B, T, d), whatever the block's own layout is: sequence-first blocks
-are transposed, feature maps (B, C, H, W) flattened to (B, H*W, C), pooled outputs (B, d) given one
-token.
-"""
+"""One door for models: ``load`` opens whatever has a name, and gives it with all it needs."""
 
 from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from clipsteer import assets
 from clipsteer.clip.hooks import _first, _float_dtype, evaluating, hook_points
+from clipsteer.clip.open_clip_models import (
+    EMOJI_TINY,
+    EMOJICLIP,
+    PREFIXES,
+    Parts,
+    is_open_clip,
+    known_names,
+    open_parts,
+)
+from clipsteer.clip.pixels import stacks
+from clipsteer.clip.runs import CONFIG, missing_run, read_run
+from clipsteer.clip.timm_models import (
+    TIMM,
+    ImageModel,
+    NoTokenizer,
+    no_text,
+    open_timm,
+    transforms_of,
+)
 from clipsteer.clip.tokens import class_tokens as class_tokens
-from clipsteer.io.files import FileFormatError, read_json
+
+__all__ = ["CLIP", "EMOJICLIP", "EMOJI_TINY", "KINDS", "class_tokens", "default_hook_point", "load"]
 
 logger = logging.getLogger(__name__)
 
-EMOJICLIP = "emojiclip"
-EMOJI_TINY = "emoji-tiny"
-_ASSETS = assets.EMOJI
-_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
+KINDS = (
+    "emojiclip or emoji-tiny; an architecture of open_clip, such as ViT-B-32, or a .json file that "
+    "describes one; hf-hub:ORG/REPO; local-dir:PATH; timm:NAME (an image tower alone); a folder "
+    "that clipsteer train, finetune or wise-ft merge left"
+)
 
 
 @dataclass(frozen=True, eq=False)
 class CLIP:
     """A loaded model with what belongs to it.
 
+    It is taken as it is by ``steer``, ``capture``, ``harvest`` and everything else that hooks into
+    a model.
+
     Attributes:
-        model: the open_clip module, in eval mode.
+        model: the torch module, in eval mode.
         preprocess: PIL image -> (3, H, W) float tensor.
         tokenizer: list of n strings -> (n, context) int64 tensor.
-        name, pretrained: what `load` was given.
+        name, pretrained: the architecture and the weights, as `load` takes them.
     """
 
-    model: nn.Module
+    # Any, since open_clip and timm give modules whose methods no type knows
+    model: Any
     preprocess: Callable[[Any], Tensor]
     tokenizer: Callable[[Sequence[str]], Tensor]
     name: str
@@ -58,143 +76,132 @@ class CLIP:
         """The dtype of the image tower's weights."""
         return _float_dtype(self.model)
 
-    def encode_images(self, images: Iterable[Any], batch_size: int = 128) -> Tensor:
-        """PIL images -> (N, e) image embeddings with unit rows, without gradients."""
-        pending, out = [], []
+    @property
+    def has_text(self) -> bool:
+        """Whether there is a text tower; models of timm have none."""
+        return not isinstance(self.model, ImageModel)
+
+    def need_text(self, what: str) -> None:
+        """Raise ValueError, with `what` in front, where there is no text tower."""
+        if not self.has_text:
+            raise ValueError(no_text(what, self.name))
+
+    def encode_images(self, images: Any, batch_size: int = 128) -> Tensor:
+        """Image embeddings (N, e) with unit rows, without gradients.
+
+        Args:
+            images: PIL images, paths, or preprocessed tensors (3, H, W), mixed as you like; a batch
+                (B, 3, H, W) of such tensors; or a data set of images or (image, target) pairs.
+
+        Raises:
+            TypeError, ValueError: none, something else, or tensors of several sizes.
+            FileFormatError: a file that is no image. FileNotFoundError.
+        """
         with evaluating(self.model):
-            for image in images:
-                pending.append(self.preprocess(image))
-                if len(pending) == batch_size:
-                    out.append(self.embed(torch.stack(pending)))
-                    pending = []
-            if pending:
-                out.append(self.embed(torch.stack(pending)))
-        if not out:
+            batches = stacks(images, self.preprocess, batch_size)
+            found = [self.embed(batch) for batch in batches]
+        if not found:
             raise ValueError("encode_images: images is empty")
-        return torch.cat(out).to(self.dtype)
+        return torch.cat(found).to(self.dtype)
 
-    def embed(self, pixels: Tensor) -> Tensor:
-        """Preprocessed images (B, 3, H, W) -> unit image embeddings (B, e), at least float32; with
-        gradients."""
+    def embed(
+        self,
+        pixels: Tensor,  # (B, 3, H, W)
+    ) -> Tensor:
+        """Unit embeddings (B, e) of preprocessed images, at least float32; with gradients."""
         features = _first(self.model.encode_image(pixels.to(self.device, self.dtype)))
-        return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
-
-
-def _open_clip() -> Any:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise RuntimeError(
-            f"open_clip could not be imported ({error}); install it with: pip install "
-            f"open_clip_torch"
-        ) from error
-    except (RuntimeError, AttributeError, OSError) as error:
-        raise RuntimeError(
-            f"open_clip could not be imported: {error}. torch is {torch.__version__}; its "
-            f"torchvision was most likely "
-            "built for another torch, so that its compiled operators do not load. Install the pair "
-            "from one index, "
-            "for example: pip install --upgrade torch torchvision --index-url "
-            "https://download.pytorch.org/whl/cpu"
-        ) from error
-    return open_clip
+        wide = torch.promote_types(features.dtype, torch.float32)
+        return F.normalize(features.to(wide), dim=-1)
 
 
 def load(
-    model: str = EMOJICLIP,
+    name: str | Path = EMOJICLIP,
     pretrained: str | Path | None = None,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> CLIP:
-    """Load a model through open_clip.
+    """Open a model by name.
 
     Args:
-        model: "emojiclip" (the small model that comes with clipsteer, for 64 px drawings),
-            "emoji-tiny" (a fifth of its size, without weights), an open_clip architecture
-            ("ViT-B-32") or a .json file that describes one, "hf-hub:org/repo" or "local-dir:path".
-        pretrained: for an architecture, one of its open_clip tags or a local weights file; None
-            means random weights. For "emojiclip", other weights than the bundled ones. Not for
-            hf-hub: and local-dir: names.
-        device, dtype: where and as what the weights are kept; None keeps open_clip's float32.
+        name: one of
+            "emojiclip" (the small model that comes with clipsteer, for 64 px drawings) or
+            "emoji-tiny" (a fifth of its size, without weights);
+            an architecture of open_clip ("ViT-B-32"), or a .json file that describes one;
+            "hf-hub:org/repo" or "local-dir:path", which bring their own weights;
+            "timm:NAME", a model of timm, which has an image tower alone;
+            a folder that `clipsteer train`, `finetune` (its zeroshot/ or finetuned/) or
+            `wise-ft merge` left.
+        pretrained: of an architecture, one of its open_clip tags or a weights file; None means
+            random weights. For "emojiclip" other weights than the bundled ones. For timm a
+            safetensors file or "random"; None downloads timm's own. Not for a folder.
+        device, dtype: where and as what the weights are kept; None keeps the library's float32.
+
+    Returns a `CLIP`. That of a folder has the name of its architecture, and its weights file as
+    `pretrained`.
 
     Raises:
-        ValueError: unknown architecture or tag, or a weights file that is not there.
-        FileFormatError: a weights file that is damaged or of another architecture.
-        RuntimeError: open_clip or torchvision cannot be imported; weights could not be downloaded.
+        ValueError: an unknown name or tag, or a weights file that is not there.
+        FileFormatError: a damaged file, or weights of another architecture.
+        RuntimeError: open_clip, timm or torchvision cannot be imported; weights could not be
+            downloaded.
     """
-    open_clip = _open_clip()
-    pretrained = str(pretrained) if pretrained is not None else None
-    weights, tokenizer_args, known = pretrained, {}, model
-    if model in (EMOJICLIP, EMOJI_TINY):
-        if model not in open_clip.list_models():
-            open_clip.add_model_config(_ASSETS / f"{model}.json")
-        if model == EMOJICLIP:
-            weights = weights or str(_ASSETS / "emojiclip.safetensors")
-        tokenizer_args = {"bpe_path": str(_ASSETS / "bpe_merges.txt.gz")}
-    elif model.endswith(".json"):
-        known = _add_architecture(open_clip, Path(model))
-    _check_names(open_clip, known, weights)
-    if weights is None and ":" not in model:
-        logger.warning("%s: no pretrained weights were asked for, so the weights are random", model)
-    try:
-        module, _, preprocess = open_clip.create_model_and_transforms(
-            known, pretrained=weights, device=device
-        )
-    except Exception as error:
-        if weights is not None and Path(weights).is_file():
-            raise FileFormatError(
-                f"{weights}: cannot be loaded as weights of {model}: {error}"
-            ) from error
-        raise
-    tokenizer = open_clip.get_tokenizer(known, **tokenizer_args)
-    module = module.to(device=device, dtype=dtype).eval()
-    return CLIP(module, preprocess, tokenizer, model, pretrained)
-
-
-def _add_architecture(open_clip: Any, path: Path) -> str:
-    """Make open_clip know the architecture of a .json file; returns its name."""
-    if not path.is_file():
-        raise ValueError(f"load: no such file: {path}")
-    parts = ("embed_dim", "vision_cfg", "text_cfg")
-    config = read_json(path)
-    if not isinstance(config, dict) or not all(part in config for part in parts):
-        raise FileFormatError(f"{path}: not a model of open_clip's: expected {', '.join(parts)}")
-    open_clip.add_model_config(path)
-    return path.stem
-
-
-def _check_names(open_clip: Any, model: str, pretrained: str | None) -> None:
-    if model.startswith(("hf-hub:", "local-dir:")):
-        if pretrained is not None:
-            raise ValueError(
-                f"load: {model!r} brings its own weights; pretrained must be None, got "
-                f"{pretrained!r}"
+    name = str(name)
+    weights = None if pretrained is None else str(pretrained)
+    if name.startswith(TIMM):
+        parts = _timm_parts(name, weights)
+    elif is_open_clip(name):
+        if weights is None and name != EMOJICLIP and not name.startswith(PREFIXES):
+            logger.warning(
+                "%s: no pretrained weights were asked for, so the weights are random", name
             )
-        return
-    known = open_clip.list_models()
-    if model.replace("/", "-") not in known:
-        near = difflib.get_close_matches(model, known, n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else "; see open_clip.list_models()"
+        parts = open_parts(name, weights, device)
+    else:
+        return _load_run(name, weights, device, dtype)
+    module = parts.model.to(device=device, dtype=dtype).eval()
+    return CLIP(module, parts.preprocess, parts.tokenizer, name, weights)
+
+
+def _timm_parts(name: str, weights: str | None) -> Parts:
+    model = open_timm(name.removeprefix(TIMM), weights)
+    return Parts(model, transforms_of(model).evaluate, NoTokenizer(name))
+
+
+def _load_run(
+    name: str, weights: str | None, device: str | torch.device, dtype: torch.dtype | None
+) -> CLIP:
+    """The model in a folder. Raises ValueError where there is none, as no kind has the name."""
+    folder = Path(name)
+    if not folder.is_dir():
+        raise ValueError(_unknown(name))
+    if weights is not None:
         raise ValueError(
-            f"load: model must be 'emojiclip' or a name that open_clip knows, got {model!r}{hint}"
+            f"load: the folder {name} brings its own weights; pretrained must be None, got "
+            f"{weights!r}"
         )
-    if pretrained is None or Path(pretrained).is_file():
-        return
-    if Path(pretrained).suffix in _WEIGHT_SUFFIXES or len(Path(pretrained).parts) > 1:
-        raise ValueError(f"load: pretrained names a file that does not exist: {pretrained}")
-    tags = open_clip.list_pretrained_tags_by_model(model.replace("/", "-"))
-    if pretrained.lower().replace("-", "_") not in tags:
-        raise ValueError(
-            f"load: pretrained must be a file or one of {model}'s tags {tags}, got {pretrained!r}"
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"load: {missing_run(folder)}")
+    run = read_run(folder)
+    return load(run.model, run.weights, device=device, dtype=dtype)
+
+
+def _unknown(name: str) -> str:
+    """That no model has this name; which are near, and which kinds of names there are."""
+    if Path(name).is_file():
+        return (
+            f"load: {name} is a file; a weights file goes with the name of its architecture: "
+            f"load(NAME, {name!r})"
         )
+    near = difflib.get_close_matches(name, known_names(), n=3)
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    return f"load: no model is called {name!r}; {hint}A model is {KINDS}"
 
 
 def default_hook_point(clip: CLIP) -> str:
     """The last but one block of the image tower."""
     for pattern in ("visual.transformer.resblocks.*", "visual.trunk.blocks.*"):
         depth = pattern.count(".")
-        blocks = [n for n in hook_points(clip.model, pattern) if n.count(".") == depth]
+        blocks = [name for name in hook_points(clip, pattern) if name.count(".") == depth]
         if blocks:
             return blocks[max(len(blocks) - 2, 0)]
     raise ValueError(f"{clip.name} has no blocks that I know; pass hook_point, a module's name")

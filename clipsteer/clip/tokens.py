@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from torch import nn
+from clipsteer.clip.module import module_of
 
 TOKENS = ("all", "cls", "patches")
 # what torch.compile and DistributedDataParallel call the module that they wrap
@@ -57,7 +56,7 @@ class Layout(NamedTuple):
                 )
 
 
-def layout_at(model: nn.Module, hook_point: str) -> Layout:
+def layout_at(model: Any, hook_point: str) -> Layout:
     """The layout of the image tower that a module belongs to; text towers and ResNets have no class
     token.
 
@@ -66,30 +65,27 @@ def layout_at(model: nn.Module, hook_point: str) -> Layout:
     parts = hook_point.split(".")
     if "visual" not in parts:
         return Layout(hook_point, 0, None)
-    visual: Any = model.get_submodule(".".join(parts[: parts.index("visual") + 1]))
-    while inner := next(
-        (visual._modules[name] for name in _WRAPPED if name in visual._modules), None
-    ):
-        visual = inner
-    if hasattr(visual, "trunk"):  # a timm model
-        trunk = visual.trunk
-        any_size = getattr(trunk, "dynamic_img_size", False)
-        grid = (
-            None if any_size else getattr(getattr(trunk, "patch_embed", None), "num_patches", None)
-        )
-        prefix = (
-            0
-            if any_size and "patch_embed" in parts
-            else int(getattr(trunk, "num_prefix_tokens", 0))
-        )
-        return Layout(hook_point, prefix, grid)
+    visual: Any = module_of(model).get_submodule(".".join(parts[: parts.index("visual") + 1]))
+    while wrapped := [name for name in _WRAPPED if name in visual._modules]:
+        visual = visual._modules[wrapped[0]]
+    if hasattr(visual, "trunk"):
+        return _timm_layout(visual.trunk, hook_point)
     grid = getattr(visual, "grid_size", None)
-    return Layout(
-        hook_point, int(hasattr(visual, "class_embedding")), math.prod(grid) if grid else None
-    )
+    prefix = int(hasattr(visual, "class_embedding"))
+    return Layout(hook_point, prefix, math.prod(grid) if grid else None)
 
 
-def class_tokens(model: nn.Module, hook_point: str) -> int:
+def _timm_layout(trunk: Any, hook_point: str) -> Layout:
+    prefix = int(getattr(trunk, "num_prefix_tokens", 0))
+    embedding = getattr(trunk, "patch_embed", None)
+    if not getattr(trunk, "dynamic_img_size", False):
+        return Layout(hook_point, prefix, getattr(embedding, "num_patches", None))
+    # the patch embedding itself comes before the class token, and how many patches there are is
+    # only seen in its output
+    return Layout(hook_point, 0 if "patch_embed" in hook_point.split(".") else prefix, None)
+
+
+def class_tokens(model: Any, hook_point: str) -> int:
     """How many class and register tokens precede the patches in a hook point's tower; 0 in text
-    towers and ResNets."""
+    towers and ResNets. model: what ``clipsteer.load`` returns, or a module."""
     return layout_at(model, hook_point).prefix

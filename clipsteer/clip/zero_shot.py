@@ -13,7 +13,6 @@ from clipsteer.clip.model import CLIP, EMOJICLIP
 
 SIMPLE_TEMPLATES = ("a photo of a {}.",)
 
-
 # the seven prompts that OpenAI's CLIP authors chose out of eighty for ImageNet
 CLIP_TEMPLATES = (
     "itap of a {}.",
@@ -24,7 +23,6 @@ CLIP_TEMPLATES = (
     "art of the {}.",
     "a photo of the small {}.",
 )
-
 
 # those that EmojiCLIP was trained with
 EMOJI_TEMPLATES = (
@@ -44,8 +42,8 @@ def zero_shot_head(
     templates: Sequence[str] | None = None,
     batch_size: int = 256,
 ) -> Tensor:
-    """Classifier weights from class names: (C, e), unit rows; logits are `logit_scale.exp() *
-    image_features @ head.T`.
+    """Classifier weights from class names: (C, e), unit rows; logits are
+    ``logit_scale.exp() * image_features @ head.T``.
 
     head_c = normalize(mean over templates of normalize(encode_text(template.format(name_c)))): the
     prompt ensemble of Radford et al. 2021 (arXiv 2103.00020, section 3.1.4).
@@ -56,8 +54,10 @@ def zero_shot_head(
             otherwise.
 
     Raises:
-        ValueError: no class name, no template, or a template without "{}".
+        ValueError: no class name, no template, a template without "{}", or a model without text
+            tower.
     """
+    clip.need_text("zero_shot_head")
     if templates is None:
         templates = EMOJI_TEMPLATES if clip.name == EMOJICLIP else CLIP_TEMPLATES
     if isinstance(classnames, str) or not classnames:
@@ -69,12 +69,11 @@ def zero_shot_head(
             f"zero_shot_head: templates must be a list of strings with '{{}}', got {templates!r}"
         )
     texts = [template.format(name) for name in classnames for template in templates]
-    with evaluating(clip.model):
-        parts = [
-            clip.model.encode_text(clip.tokenizer(texts[at : at + batch_size]).to(clip.device))
-            for at in range(0, len(texts), batch_size)
-        ]
-    features = F.normalize(torch.cat(parts), dim=-1).unflatten(
-        0, (len(classnames), len(templates))
-    )  # (C, n, e)
+    parts = []
+    with evaluating(clip):
+        for at in range(0, len(texts), batch_size):
+            tokens = clip.tokenizer(texts[at : at + batch_size])
+            parts.append(clip.model.encode_text(tokens.to(clip.device)))
+    rows = F.normalize(torch.cat(parts), dim=-1)  # (C·n, e)
+    features = rows.unflatten(0, (len(classnames), len(templates)))  # (C, n, e)
     return F.normalize(features.mean(1), dim=-1)

@@ -15,14 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from clipsteer.ops._check import what_came
 from clipsteer.training.world import World
 
 EPS = torch.finfo(torch.float64).eps
+_TINY = torch.finfo(torch.float64).tiny
 # rows widened to float64 at a time
 _ROWS = 16384
 
 
-def _batches(x: Any, labels: Tensor | None, wanted: bool) -> Iterable[tuple[Tensor, Tensor | None]]:
+def _batches(x: Any, labels: Tensor | None, wanted: bool) -> Iterable[tuple[Any, Any]]:
+    """Batches of rows, with their labels where these are ``wanted``."""
     if isinstance(x, Tensor):
         yield x, labels
         return
@@ -30,59 +33,89 @@ def _batches(x: Any, labels: Tensor | None, wanted: bool) -> Iterable[tuple[Tens
         raise ValueError(
             "correlation: labels go with a tensor; an iterable yields (x, labels) pairs"
         )
+    expected = "tensors, as classes is not given"
+    if wanted:
+        expected = "(x, labels) pairs, as classes is given"
     for batch in x:
-        pair = batch if isinstance(batch, tuple | list) else (batch, None)
+        pair = tuple(batch) if isinstance(batch, tuple | list) else (batch, None)
         if len(pair) != 2 or (pair[1] is None) == wanted:
-            expected = (
-                "(x, labels) pairs, as classes is given"
-                if wanted
-                else "tensors, as classes is not given"
-            )
             raise ValueError(
                 f"correlation: the iterable must yield {expected}, got {type(batch).__name__}"
             )
         yield pair
 
 
-def _rows(x: Any, labels: Any, d: int | None, classes: int | None) -> tuple[Tensor, Tensor | None]:
-    if (
-        not isinstance(x, Tensor)
-        or not x.is_floating_point()
-        or x.dim() < 2
-        or (d is not None and x.shape[-1] != d)
-    ):
-        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+def _rows(x: Any, d: int | None) -> Tensor:
+    """(N, d) of x (…, d)."""
+    is_rows = isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 2
+    if not is_rows or (d is not None and x.shape[-1] != d):
         raise ValueError(
-            f"correlation: x must be a floating tensor of shape (…, {d or 'd'}), got {got}"
+            f"correlation: x must be a floating tensor of shape (…, {d or 'd'}), got {what_came(x)}"
         )
-    if classes is None:
-        return x.detach().flatten(0, -2), None
-    if (
-        not isinstance(labels, Tensor)
-        or labels.dtype != torch.int64
-        or labels.shape != x.shape[:-1]
-    ):
-        got = (
-            f"{labels.dtype} {tuple(labels.shape)}"
-            if isinstance(labels, Tensor)
-            else type(labels).__name__
-        )
+    return x.detach().flatten(0, -2)
+
+
+def _row_labels(labels: Any, shape: torch.Size, classes: int) -> Tensor:
+    """(N,) of labels (…), the leading shape of x."""
+    is_int = isinstance(labels, Tensor) and labels.dtype == torch.int64
+    if not is_int or labels.shape != shape:
         raise ValueError(
-            f"correlation: labels must be int64 of shape {tuple(x.shape[:-1])}, got {got}"
+            f"correlation: labels must be int64 of shape {tuple(shape)}, got {what_came(labels)}"
         )
     labels = labels.flatten()
     if labels.numel() and not -1 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(
             f"correlation: labels must be in [-1, {classes}), got {labels.unique().tolist()[:8]}"
         )
-    return x.detach().flatten(0, -2), labels
+    return labels
+
+
+class _Sums:
+    """Σ (x - mean)(x - mean)ᵀ and the number of rows, of each of K classes."""
+
+    def __init__(self, classes: int, d: int, mean: Tensor | None, device: torch.device) -> None:
+        self.total = torch.zeros(classes, d, d, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(classes, dtype=torch.float64, device=device)
+        self.shift = torch.zeros(d, dtype=torch.float64, device=device)
+        if mean is not None:
+            if not isinstance(mean, Tensor) or mean.shape != (d,):
+                raise ValueError(
+                    f"correlation: mean must be a tensor of shape ({d},), got {what_came(mean)}"
+                )
+            self.shift = mean.detach().to(self.shift)
+
+    def add(
+        self,
+        x: Tensor,  # (N, d)
+        labels: Tensor | None,  # (N,)
+    ) -> None:
+        """Count rows in."""
+        for at in range(0, len(x), _ROWS):
+            part = x[at : at + _ROWS].double() - self.shift
+            marks = None
+            if labels is not None:
+                marks = labels[at : at + _ROWS].to(part.device)
+            for k in range(len(self.counts)):
+                chosen = part if marks is None else part[marks == k]
+                self.total[k].addmm_(chosen.mT, chosen)
+                self.counts[k] += len(chosen)
+
+
+def _class_count(
+    x: Tensor,  # (…, d)
+    labels: Tensor,  # (…)
+) -> int:
+    """max(labels) + 1, over all processes: one may lack the last classes, and sums of different
+    shapes do not add up."""
+    last = int(labels.max()) if labels.numel() else -1
+    return 1 - int(World(x.device).min_(torch.tensor(-last, device=x.device)))
 
 
 def correlation(
-    x: Tensor | Iterable[Any],
+    x: Tensor | Iterable[Any],  # (…, d)
     *,
-    mean: Tensor | None = None,
-    labels: Tensor | None = None,
+    mean: Tensor | None = None,  # (d,)
+    labels: Tensor | None = None,  # (…)
     classes: int | None = None,
 ) -> Tensor:
     """R = Σ (x - mean)(x - mean)ᵀ / N in float64, in one pass over the rows.
@@ -98,51 +131,35 @@ def correlation(
     Returns:
         (d, d), or (K, d, d) with labels. Under ``torchrun``, or in a process group that is there
         already, sums go over all processes, each with its own rows: then every process must call
-            this, with at least one batch.
+        this, with at least one batch.
 
     Raises:
         ValueError: no row (of some class), shapes that do not fit, labels out of range, values that
             are not finite.
     """
     if classes is None and isinstance(labels, Tensor) and isinstance(x, Tensor):
-        # over all processes: one may lack the last classes, and sums of different shapes do not add
-        # up
-        last = int(labels.max()) if labels.numel() else -1
-        classes = 1 - int(World(x.device).min_(torch.tensor(-last, device=x.device)))
+        classes = _class_count(x, labels)
     if classes is not None and classes < 1:
         raise ValueError(f"correlation: classes must be at least 1, got {classes}")
-    total: Tensor | None = None  # (K, d, d)
+    sums: _Sums | None = None
     for batch, marks in _batches(x, labels, classes is not None):
-        batch, marks = _rows(batch, marks, None if total is None else total.shape[-1], classes)
-        if total is None:
-            K, d = classes or 1, batch.shape[1]
-            total = torch.zeros(K, d, d, dtype=torch.float64, device=batch.device)
-            counts = torch.zeros(K, dtype=torch.float64, device=batch.device)
-            shift = torch.zeros(d, dtype=torch.float64, device=batch.device)
-            if mean is not None:
-                if not isinstance(mean, Tensor) or mean.shape != (d,):
-                    got = tuple(mean.shape) if isinstance(mean, Tensor) else type(mean).__name__
-                    raise ValueError(
-                        f"correlation: mean must be a tensor of shape ({d},), got {got}"
-                    )
-                shift = mean.detach().to(shift)
-        for at in range(0, len(batch), _ROWS):
-            part = batch[at : at + _ROWS].double() - shift
-            for k in range(total.shape[0]):
-                chosen = (
-                    part if marks is None else part[marks[at : at + _ROWS].to(part.device) == k]
-                )
-                total[k].addmm_(chosen.mT, chosen)
-                counts[k] += len(chosen)
-    if total is None:
+        rows = _rows(batch, None if sums is None else len(sums.shift))
+        if classes is None:
+            marks = None
+        else:
+            marks = _row_labels(marks, batch.shape[:-1], classes)
+        if sums is None:
+            sums = _Sums(classes or 1, rows.shape[1], mean, rows.device)
+        sums.add(rows, marks)
+    if sums is None:
         raise ValueError("correlation: there is no batch of rows")
-    world = World(total.device)
-    world.sum_(total)
-    world.sum_(counts)
+    world = World(sums.total.device)
+    total = world.sum_(sums.total)
+    counts = world.sum_(sums.counts)
     if bool((counts == 0).any()):
-        which = (
-            "" if classes is None else f" of classes {(counts == 0).nonzero().flatten().tolist()}"
-        )
+        which = ""
+        if classes is not None:
+            which = f" of classes {(counts == 0).nonzero().flatten().tolist()}"
         raise ValueError(f"correlation: there is no row{which}")
     R = total / counts[:, None, None]
     if not bool(R.isfinite().all()):
@@ -151,18 +168,20 @@ def correlation(
     return R[0] if classes is None else R
 
 
-def spectrum(R: Tensor) -> tuple[Tensor, Tensor]:
+def spectrum(
+    R: Tensor,  # ([K,] d, d)
+) -> tuple[Tensor, Tensor]:
     """Eigenvalues (…, d), descending, and eigenvectors (…, d, d) of a correlation matrix.
 
     Eigenvalues below d · eps of the largest are rounding noise (always so where N < d) and become
-    0.
+    0. Raises ValueError for a matrix that is not square or not positive semi-definite.
     """
     if not isinstance(R, Tensor) or R.dim() not in (2, 3) or R.shape[-1] != R.shape[-2]:
-        got = tuple(R.shape) if isinstance(R, Tensor) else type(R).__name__
-        raise ValueError(f"conceptor: R must be of shape (d, d) or (K, d, d), got {got}")
+        raise ValueError(f"conceptor: R must be of shape (d, d) or (K, d, d), got {what_came(R)}")
     R = R.double()
     values, vectors = torch.linalg.eigh((R + R.mT) / 2)
-    values, vectors = values.flip(-1), vectors.flip(-1)
+    values = values.flip(-1)
+    vectors = vectors.flip(-1)
     floor = R.shape[-1] * EPS * values[..., :1].clamp(min=0)
     if bool((values[..., -1:] < -20 * floor).any()):
         raise ValueError(
@@ -173,11 +192,9 @@ def spectrum(R: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_aperture(aperture: Any, name: str = "aperture") -> float:
-    if (
-        isinstance(aperture, bool)
-        or not isinstance(aperture, int | float)
-        or not 0 < aperture < math.inf
-    ):
+    """The aperture as a float. Raises ValueError where it is no finite number above 0."""
+    is_number = isinstance(aperture, int | float) and not isinstance(aperture, bool)
+    if not is_number or not 0 < aperture < math.inf:
         raise ValueError(
             f"Conceptor: {name} must be a finite number above 0 or 'gradient', got {aperture!r}"
         )
@@ -205,11 +222,16 @@ class ApertureRow(NamedTuple):
 
 def _row(values: Tensor, aperture: float) -> ApertureRow:
     mu = shares(values, aperture)
-    error = (values * (1 - mu).square()).sum(-1) / values.sum(-1).clamp(
-        min=torch.finfo(torch.float64).tiny
-    )
+    lost = (values * (1 - mu).square()).sum(-1)
+    error = lost / values.sum(-1).clamp(min=_TINY)
     gradient = (4 * mu.square() * (1 - mu)).sum(-1)
-    return ApertureRow(aperture, *(float(v.mean()) for v in (mu.mean(-1), error, gradient)))
+    quota = mu.mean(-1)
+    return ApertureRow(
+        aperture,
+        quota=float(quota.mean()),
+        error=float(error.mean()),
+        gradient=float(gradient.mean()),
+    )
 
 
 def aperture_sweep(R: Tensor, apertures: Sequence[float] | None = None) -> list[ApertureRow]:
@@ -224,7 +246,8 @@ def aperture_sweep(R: Tensor, apertures: Sequence[float] | None = None) -> list[
     if apertures is None:
         low, high = _range(values)
         step = math.sqrt(10)
-        first, last = math.floor(math.log(low, step)), math.ceil(math.log(high, step))
+        first = math.floor(math.log(low, step))
+        last = math.ceil(math.log(high, step))
         apertures = [step**i for i in range(first, last + 1)]
     return [_row(values, check_aperture(a)) for a in apertures]
 
@@ -251,7 +274,9 @@ def choose_aperture(R: Tensor, quota: float | None = None) -> float:
         ValueError: R is zero; ``quota`` is not between 0 and what R's rank allows.
     """
     values = spectrum(R)[0]
-    low, high = (math.log(a) for a in _range(values))
+    lowest, highest = _range(values)
+    low = math.log(lowest)
+    high = math.log(highest)
     if quota is None:
         grid = torch.linspace(low, high, 400, dtype=torch.float64).exp().tolist()
         return max((_row(values, a) for a in grid), key=lambda row: row.gradient).aperture
@@ -261,10 +286,12 @@ def choose_aperture(R: Tensor, quota: float | None = None) -> float:
             f"choose_aperture: quota must be above 0 and below {reachable:.4g} (rank/d), got "
             f"{quota}"
         )
-    low, high = low - 40, high + 40
+    low -= 40
+    high += 40
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (
-            (middle, high) if _row(values, math.exp(middle)).quota < quota else (low, middle)
-        )
+        if _row(values, math.exp(middle)).quota < quota:
+            low = middle
+        else:
+            high = middle
     return math.exp(high)

@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _LAZY = {
-    "CILConfig": "strategies",
+    "CILConfig": "config",
     "ClassIncrementalLearner": "learner",
     "ClassStatistics": "covariance",
     "DriftAccumulator": "drift",
@@ -28,6 +28,7 @@ __all__ = [*_LAZY]
 
 if TYPE_CHECKING:
     from clipsteer.continual.backbone import Encoder as Encoder
+    from clipsteer.continual.config import CILConfig as CILConfig
     from clipsteer.continual.covariance import ClassStatistics as ClassStatistics
     from clipsteer.continual.covariance import precision_factor as precision_factor
     from clipsteer.continual.covariance import shrink as shrink
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from clipsteer.continual.scenario import Scenario as Scenario
     from clipsteer.continual.scenario import emoji_scenario as emoji_scenario
     from clipsteer.continual.scenario import folder_scenario as folder_scenario
-    from clipsteer.continual.strategies import CILConfig as CILConfig
     from clipsteer.continual.strategies import strategy as strategy
 
 

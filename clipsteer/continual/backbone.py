@@ -17,12 +17,12 @@ from torch.nn.utils import parametrize
 
 from clipsteer.clip.hooks import capture
 from clipsteer.clip.model import CLIP, load
-from clipsteer.io.files import FileFormatError, read_safetensors
+from clipsteer.clip.pixels import train_transform
+from clipsteer.clip.timm_models import TIMM, transforms_of
 
 __all__ = ["Encoder", "Tokens"]
 
 _BLOCK = re.compile(r"(?:.+\.)?(?:resblocks|blocks)\.\d+")
-TIMM = "timm:"
 
 
 class Tokens(NamedTuple):
@@ -95,11 +95,13 @@ class Encoder(nn.Module):
 
     @classmethod
     def from_clip(cls, clip: CLIP, *, crop: float = 0.9) -> Encoder:
-        """The image tower of a loaded CLIP, shared with it; crop: the least share of an image that
-        crops keep."""
-        from clipsteer.clip.pixels import train_transform
+        """The image tower of what ``clipsteer.load`` returns, shared with it.
 
-        return cls(clip.model.visual, clip.preprocess, train_transform(clip, crop), clip.name)
+        crop: the least share of an image that crops keep. Of a timm model the module is timm's own.
+        """
+        visual = clip.model.visual
+        module = visual if clip.has_text else visual.trunk
+        return cls(module, clip.preprocess, train_transform(clip, crop), clip.name)
 
     @classmethod
     def from_timm(
@@ -121,46 +123,11 @@ class Encoder(nn.Module):
                 published recipe of SLCA and MACIL. False is what timm says of the model.
             crop: the least share of an image that a random crop keeps.
 
-        Raises:
-            ValueError: a name that timm does not know. FileFormatError: weights of another model.
+        Raises: as ``clipsteer.load("timm:NAME")``, which opens it.
         """
-        import timm
-        from timm.data import create_transform, resolve_model_data_config
-        from torchvision import transforms
-
-        if not timm.is_model(name.partition(".")[0]):
-            raise ValueError(
-                f"Encoder.from_timm: timm has no model {name!r}; see timm.list_models('vit*')"
-            )
-        module = timm.create_model(name, pretrained=weights is None, num_classes=0)
-        if weights not in (None, "random"):
-            tensors = {
-                k: v for k, v in read_safetensors(weights).items() if not k.startswith("head.")
-            }
-            try:
-                module.load_state_dict(tensors)
-            except RuntimeError as error:
-                raise FileFormatError(
-                    f"{weights}: cannot be loaded as weights of {name}: {error}"
-                ) from error
-        config = resolve_model_data_config(module)
-        if unit_range:
-            config |= {
-                "mean": (0.0,) * 3,
-                "std": (1.0,) * 3,
-                "crop_pct": 0.875,
-                "interpolation": "bicubic",
-            }
-        # timm's own crops draw from Python's generator, which seeds of samples do not reach
-        train = transforms.Compose(
-            [
-                transforms.RandomResizedCrop(config["input_size"][-2:], scale=(crop, 1.0)),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(config["mean"], config["std"]),
-            ]
-        )
-        return cls(module.to(device).eval(), create_transform(**config), train, TIMM + name)
+        clip = load(TIMM + name, weights, device=device)
+        transforms = transforms_of(clip.model, crop, unit_range)
+        return cls(clip.model.visual.trunk, transforms.evaluate, transforms.train, clip.name)
 
     @classmethod
     def open(
@@ -171,16 +138,17 @@ class Encoder(nn.Module):
         unit_range: bool = False,
         device: str | torch.device = "cpu",
     ) -> tuple[Encoder, CLIP | None]:
-        """An encoder from a name: "timm:NAME" or whatever ``clip.load`` takes; with the CLIP where
-        it is one."""
-        if unit_range and not model.startswith(TIMM):
-            raise ValueError(f"Encoder.open: pixels in [0, 1] are for timm models, got {model!r}")
+        """An encoder of whatever ``clipsteer.load`` takes, with the CLIP where it has a text tower.
+
+        unit_range: pixels in [0, 1], as in `from_timm`. Raises ValueError for it with other models.
+        """
         if model.startswith(TIMM):
-            return cls.from_timm(
-                model[len(TIMM) :], weights, unit_range=unit_range, device=device
-            ), None
+            name = model.removeprefix(TIMM)
+            return cls.from_timm(name, weights, unit_range=unit_range, device=device), None
+        if unit_range:
+            raise ValueError(f"Encoder.open: pixels in [0, 1] are for timm models, got {model!r}")
         clip = load(model, weights, device=device)
-        return cls.from_clip(clip), clip
+        return cls.from_clip(clip), clip if clip.has_text else None
 
     @property
     def device(self) -> torch.device:

@@ -20,11 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clipsteer.continual.backbone import Encoder
+from clipsteer.continual.config import CILConfig
 from clipsteer.continual.learner import ClassIncrementalLearner
 from clipsteer.continual.metrics import Run
 from clipsteer.continual.plasticity import Plasticity
 from clipsteer.continual.scenario import Scenario
-from clipsteer.continual.strategies import CILConfig
 from clipsteer.io.digests import digest_of
 from clipsteer.io.files import read_json, write_json
 from clipsteer.testing.machine import extra_memory

@@ -1,5 +1,5 @@
-"""Low-rank adapters on the attention weights of a vision transformer, one pair a task: W = W₀ + α/r
-· Σ_i B_i A_i.
+"""Low-rank adapters on the attention weights of a vision transformer, one pair a task:
+W = W₀ + α/r · Σ_i B_i A_i.
 
 Any tower with transformer blocks: open_clip's (``nn.MultiheadAttention`` and open_clip's own
 ``Attention``, with their fused ``in_proj_weight``), timm's fused ``qkv`` and separate
@@ -12,88 +12,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from clipsteer.io.files import (
-    FileFormatError,
-    read_safetensors,
-    read_safetensors_header,
-    write_json,
-    write_safetensors,
+from clipsteer.continual.adapters import (
+    Adapted,
+    LowRank,
+    Site,
+    attention_sites,
+    spread_panels,
+    write_adapter,
 )
+from clipsteer.io.files import FileFormatError
+from clipsteer.io.kinds import Kind, read_kind, write_kind
 
 __all__ = ["LoRA"]
 
 VARIANTS = ("task", "shared", "shared_a")
-_FORMAT, _FORMAT_VERSION = "clipsteer-lora", "1"
-
-
-class _LowRank(nn.Module):
-    """W (n·s, d) with the pairs' products added to the chosen ones of its n panels of s rows."""
-
-    def __init__(self, panels: int, chosen: Sequence[int], scaling: float) -> None:
-        super().__init__()
-        self.panels, self.chosen, self.scaling = panels, tuple(chosen), scaling
-        self.A, self.B = nn.ParameterList(), nn.ParameterList()  # each (m, r, d), each (m, s, r)
-
-    def forward(self, W: Tensor) -> Tensor:
-        if not len(self.B):
-            return W
-        wide = torch.promote_types(W.dtype, self.B[0].dtype)
-        # a parametrisation may not change the dtype, and small updates would be lost in 16 bits
-        with torch.autocast(W.device.type, enabled=False):
-            parts = W.to(wide).unflatten(0, (self.panels, -1))
-            moved = parts[list(self.chosen)]
-            # one after the other: a new pair, whose B is 0, changes no bit
-            for i, B in enumerate(self.B):
-                moved = torch.baddbmm(
-                    moved, B.to(wide), self.A[i % len(self.A)].to(wide), alpha=self.scaling
-                )
-            rows = [
-                moved[self.chosen.index(i)] if i in self.chosen else part
-                for i, part in enumerate(parts)
-            ]
-            return torch.cat(rows).to(W.dtype)
-
-
-class _Site(NamedTuple):
-    """A weight that pairs are added to: parameter ``weight`` of module ``owner``, part of
-    ``block``."""
-
-    owner: str
-    weight: str
-    block: str
-    panels: int
-    chosen: tuple[int, ...]
-
-
-def _sites(module: nn.Module, targets: Sequence[str]) -> Iterator[_Site]:
-    fused = (3, tuple("qkv".index(target) for target in targets))
-    for name, child in module.named_modules():
-        parts = name.split(".")
-        block = ".".join(
-            parts[: max((i + 1 for i, part in enumerate(parts) if part.isdecimal()), default=0)]
-        )
-        # poolers and the like stand outside of the numbered blocks
-        if not block:
-            continue
-        projections = [getattr(child, f"{target}_proj", None) for target in targets]
-        if isinstance(getattr(child, "in_proj_weight", None), Tensor):
-            yield _Site(name, "in_proj_weight", block, *fused)
-        elif isinstance(child, nn.MultiheadAttention):
-            yield from (_Site(name, f"{target}_proj_weight", block, 1, (0,)) for target in targets)
-        elif isinstance(getattr(child, "qkv", None), nn.Linear) and child.qkv.out_features % 3 == 0:
-            yield _Site(f"{name}.qkv", "weight", block, *fused)
-        elif all(isinstance(projection, nn.Linear) for projection in projections):
-            yield from (
-                _Site(f"{name}.{target}_proj", "weight", block, 1, (0,)) for target in targets
-            )
+_KIND = Kind("clipsteer-lora", 1, "a LoRA file")
 
 
 def _check_config(rank: int, variant: str, targets: Sequence[str], alpha: float | None) -> None:
@@ -147,58 +88,70 @@ class LoRA:
         alpha: float | None = None,
     ) -> None:
         _check_config(rank, variant, targets, alpha)
-        if any(isinstance(child, _LowRank) for child in module.modules()):
+        if any(isinstance(child, LowRank) for child in module.modules()):
             raise ValueError(
                 "LoRA: this module has pairs already; merge them first, or go on with their LoRA"
             )
-        self.module, self.rank, self.variant, self.targets, self.alpha = (
-            module,
-            rank,
-            variant,
-            tuple(targets),
-            alpha,
-        )
-        self.sites = tuple(_sites(module, self.targets))
+        self.module = module
+        self.rank = rank
+        self.variant = variant
+        self.targets = tuple(targets)
+        self.alpha = alpha
+        self.sites = tuple(attention_sites(module, self.targets))
         if not self.sites:
             raise ValueError(
                 f"LoRA: {type(module).__name__} has no numbered blocks with attention weights; "
-                f"looked for "
-                "in_proj_weight, qkv and q_proj, k_proj, v_proj"
+                "looked for in_proj_weight, qkv and q_proj, k_proj, v_proj"
             )
         self.tasks = 0
         scaling = 1.0 if alpha is None else alpha / rank
         module.requires_grad_(False)
         for site in self.sites:
-            adapter = _LowRank(site.panels, site.chosen, scaling)
-            parametrize.register_parametrization(
-                module.get_submodule(site.owner), site.weight, adapter
-            )
+            owner = module.get_submodule(site.owner)
+            adapter = LowRank(site.panels, site.chosen, scaling)
+            parametrize.register_parametrization(owner, site.weight, adapter)
 
-    def _weight(self, site: _Site) -> tuple[_LowRank, Tensor]:
-        chain = self.module.get_submodule(site.owner).parametrizations[site.weight]
-        return next(link for link in chain if isinstance(link, _LowRank)), chain.original
+    def _chain(self, site: Site) -> parametrize.ParametrizationList:
+        parametrizations = self.module.get_submodule(site.owner).parametrizations
+        assert isinstance(parametrizations, nn.ModuleDict)
+        chain = parametrizations[site.weight]
+        assert isinstance(chain, parametrize.ParametrizationList)
+        return chain
 
-    def _shapes(self, site: _Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        (rows, d), m = self._weight(site)[1].shape, len(site.chosen)
-        return (m, self.rank, d), (m, rows // site.panels, self.rank)
+    def _adapter(self, site: Site) -> LowRank:
+        return next(link for link in self._chain(site) if isinstance(link, LowRank))
 
-    def _counts(self, tasks: int) -> tuple[int, int]:
+    def _shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        """Of each A and B at the site."""
+        rows, d = self._chain(site).original.shape
+        m = len(site.chosen)
+        return {"A": (m, self.rank, d), "B": (m, rows // site.panels, self.rank)}
+
+    def _counts(self, tasks: int) -> dict[str, int]:
         """How many A and B there are after so many tasks."""
-        one = min(tasks, 1)
-        return {"task": (tasks, tasks), "shared": (one, one), "shared_a": (one, tasks)}[
-            self.variant
-        ]
+        at_most_one = min(tasks, 1)
+        return {
+            "A": tasks if self.variant == "task" else at_most_one,
+            "B": at_most_one if self.variant == "shared" else tasks,
+        }
 
     def _resize(self, tasks: int) -> None:
+        """Keep the pairs of so many tasks, with zeros for those that are new; the newest trains."""
+        counts = self._counts(tasks)
         for site in self.sites:
-            adapter, W = self._weight(site)
-            like = {"dtype": torch.promote_types(W.dtype, torch.float32), "device": W.device}
-            for letter, shape, count in zip("AB", self._shapes(site), self._counts(tasks)):
+            adapter = self._adapter(site)
+            W = self._chain(site).original
+            dtype = torch.promote_types(W.dtype, torch.float32)
+            for letter, shape in self._shapes(site).items():
+                count = counts[letter]
                 kept = list(getattr(adapter, letter))[:count]
-                kept += [nn.Parameter(torch.zeros(shape, **like)) for _ in range(count - len(kept))]
-                for i, parameter in enumerate(kept, 1):
-                    parameter.requires_grad_(i == count)
-                    parameter.grad = parameter.grad if i == count else None
+                while len(kept) < count:
+                    kept.append(nn.Parameter(torch.zeros(shape, dtype=dtype, device=W.device)))
+                for parameter in kept[:-1]:
+                    parameter.requires_grad_(False)
+                    parameter.grad = None
+                for parameter in kept[-1:]:
+                    parameter.requires_grad_(True)
                 setattr(adapter, letter, nn.ParameterList(kept))
         self.tasks = tasks
 
@@ -208,23 +161,32 @@ class LoRA:
         generator: a CPU generator for A; by default torch's own.
         """
         self._check("begin_task")
-        fresh = self._counts(self.tasks + 1)[0] - self._counts(self.tasks)[0]
+        before = self._counts(self.tasks)["A"]
         self._resize(self.tasks + 1)
-        for site in self.sites if fresh else ():
-            A = self._weight(site)[0].A[-1]
-            # drawn on the CPU in float32: the same on every device
-            drawn = torch.empty(A.shape[0] * A.shape[1], A.shape[2])
-            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-            with torch.no_grad():
-                A.copy_(drawn.view(A.shape))
+        if self._counts(self.tasks)["A"] > before:
+            for site in self.sites:
+                self._draw(self._adapter(site).A[-1], generator)
         return self.parameters()
+
+    @torch.no_grad()
+    def _draw(
+        self,
+        A: Tensor,  # (m, r, d)
+        generator: torch.Generator | None,
+    ) -> None:
+        m, r, d = A.shape
+        # on the CPU in float32: the same on every device
+        drawn = torch.empty(m * r, d)
+        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+        A.copy_(drawn.view(A.shape))
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """What trains in the current task, for each block, by its name: two parameters a weight."""
         groups: dict[str, list[nn.Parameter]] = {}
         for site in self.sites:
-            adapter = self._weight(site)[0]
-            groups.setdefault(site.block, []).extend([*adapter.A[-1:], *adapter.B[-1:]])
+            adapter = self._adapter(site)
+            newest = [*adapter.A[-1:], *adapter.B[-1:]]
+            groups.setdefault(site.block, []).extend(newest)
         return groups
 
     def parameters(self) -> list[nn.Parameter]:
@@ -236,28 +198,29 @@ class LoRA:
         targets; and "tasks"."""
         state = {"tasks": torch.tensor(self.tasks)}
         for site in self.sites:
-            pairs = self._weight(site)[0].named_parameters(f"{site.owner}.{site.weight}")
-            state.update((name, parameter.detach()) for name, parameter in pairs)
+            prefix = f"{site.owner}.{site.weight}"
+            for name, parameter in self._adapter(site).named_parameters(prefix):
+                state[name] = parameter.detach()
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over pairs of a LoRA of the same settings on the same tower; the newest trains. All
-        or nothing.
+        """Take over pairs of a LoRA of the same settings on the same tower; the newest trains.
 
-        Raises ValueError where tensors are missing, left over, or of another shape.
+        Raises ValueError where tensors are missing, left over, or of another shape; then nothing
+        is taken.
         """
-        tasks = int(state["tasks"]) if "tasks" in state and state["tasks"].numel() == 1 else -1
-        if tasks < 0 or max(self._counts(tasks)) > len(state):
+        known = state.get("tasks")
+        tasks = int(known) if known is not None and known.numel() == 1 else -1
+        counts = self._counts(tasks)
+        if tasks < 0 or max(counts.values()) > len(state):
             raise ValueError(
-                f"LoRA.load_state_dict: expected the number of tasks in 'tasks', got "
-                f"{state.get('tasks')}"
+                f"LoRA.load_state_dict: expected the number of tasks in 'tasks', got {known}"
             )
         wanted: dict[str, tuple[int, ...]] = {"tasks": ()}
         for site in self.sites:
-            for letter, shape, count in zip("AB", self._shapes(site), self._counts(tasks)):
-                wanted.update(
-                    (f"{site.owner}.{site.weight}.{letter}.{i}", shape) for i in range(count)
-                )
+            for letter, shape in self._shapes(site).items():
+                for i in range(counts[letter]):
+                    wanted[f"{site.owner}.{site.weight}.{letter}.{i}"] = shape
         for name in sorted({*wanted, *state}):
             got = tuple(state[name].shape) if name in state else None
             if name not in wanted or got != wanted[name]:
@@ -281,12 +244,7 @@ class LoRA:
 
     def save(self, path: str | Path) -> None:
         """Write all pairs and the settings to a safetensors file."""
-        about = {
-            "format": _FORMAT,
-            "format_version": _FORMAT_VERSION,
-            "config": json.dumps(self.config),
-        }
-        write_safetensors(path, self.state_dict(), about)
+        write_kind(path, _KIND, self.state_dict(), {"config": self.config})
 
     @classmethod
     def load(cls, module: nn.Module, path: str | Path) -> LoRA:
@@ -295,52 +253,43 @@ class LoRA:
         Raises FileFormatError for another or a damaged file, ValueError for a module that the pairs
         do not fit.
         """
-        about = read_safetensors_header(path).metadata
-        if (about.get("format"), about.get("format_version")) != (_FORMAT, _FORMAT_VERSION):
-            raise FileFormatError(
-                f"{path}: not a LoRA file of this version, but {about.get('format')!r}"
-            )
-        state = read_safetensors(path, allow_nan=False)
+        state, values = read_kind(path, _KIND, allow_nan=False)
         try:
-            config = json.loads(about.get("config", ""))
+            config = json.loads(values.get("config", ""))
             _check_config(**config)
         except (TypeError, ValueError, RecursionError) as error:
             raise FileFormatError(f"{path}: {error}") from None
-        flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         lora = cls(module, **config)
         try:
             lora.load_state_dict(state)
         except ValueError:
             lora.merge()
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+            for parameter in trained:
+                parameter.requires_grad_(True)
             raise
         return lora
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """Fold all pairs into plain weights, frozen ones, and return the module; this LoRA is then
-        spent."""
+        """Fold all pairs into plain, frozen weights and return the module; this LoRA is spent."""
         self._check("merge")
         for site in self.sites:
             owner = self.module.get_submodule(site.owner)
             # copies of a module share its injected class, from which removal takes the property:
             # give this one its own
             kind = type(owner)
-            own = {
-                name: value
-                for name, value in vars(kind).items()
-                if name not in ("__dict__", "__weakref__")
-            }
-            owner.__class__ = type(kind.__name__, kind.__bases__, own)
+            members = dict(vars(kind))
+            members.pop("__dict__", None)
+            members.pop("__weakref__", None)
+            owner.__class__ = type(kind.__name__, kind.__bases__, members)
             parametrize.remove_parametrizations(owner, site.weight)
         self.sites = ()
         return self.module
 
     @torch.no_grad()
     def export_peft(self, folder: str | Path) -> None:
-        """Write the sum of all pairs as an adapter for PEFT: ``PeftModel.from_pretrained(tower,
-        folder)``.
+        """Write the sum of all pairs as an adapter: ``PeftModel.from_pretrained(tower, folder)``.
 
         A fused weight becomes one pair of the rank of all its pairs together, whose B is 0 in the
         rows of the others. Fused parameters of attention modules are "target_parameters", which
@@ -355,71 +304,16 @@ class LoRA:
             raise ValueError("LoRA.export_peft: no task has begun, so there is nothing to export")
         adapted = []
         for site in self.sites:
-            adapter = self._weight(site)[0]
-            As, Bs = list(adapter.A), list(adapter.B)
-            if len(As) < len(Bs):
-                Bs = [torch.stack(Bs).sum(0)]
-            B = torch.cat(
-                [panels(part * adapter.scaling, site.panels, site.chosen) for part in Bs], 1
-            )
-            adapted.append(Adapted(site.owner, site.weight, torch.cat(As).flatten(0, 1), B))
+            adapter = self._adapter(site)
+            parts: list[Tensor] = list(adapter.B)  # (m, s, r) each
+            # with one A for all: Σ_i B_i A = (Σ_i B_i) A
+            if len(adapter.A) < len(parts):
+                parts = [torch.stack(parts).sum(0)]
+            wide = [spread_panels(B * adapter.scaling, site.panels, site.chosen) for B in parts]
+            A = torch.cat(list(adapter.A)).flatten(0, 1)  # (m·r a pair, d)
+            adapted.append(Adapted(site.owner, site.weight, A, torch.cat(wide, 1)))
         write_adapter(folder, adapted)
 
     def _check(self, call: str) -> None:
         if not self.sites:
             raise ValueError(f"LoRA.{call}: the pairs are merged; make a new LoRA to go on")
-
-
-class Adapted(NamedTuple):
-    """W + B A for the parameter ``weight`` of the module ``owner``."""
-
-    owner: str
-    weight: str
-    A: Tensor  # (r, d)
-    B: Tensor  # (rows, r)
-
-
-def panels(B: Tensor, count: int, chosen: Sequence[int]) -> Tensor:
-    """B (m, s, r) of m targets as one matrix (count·s, m·r) that is 0 wherever a panel and a target
-    do not meet."""
-    m, s, r = B.shape
-    whole = B.new_zeros(count, s, m, r)
-    for j, panel in enumerate(chosen):
-        whole[panel, :, j] = B[j]
-    return whole.reshape(count * s, m * r)
-
-
-def write_adapter(folder: str | Path, adapted: Sequence[Adapted]) -> None:
-    """Write adapter_model.safetensors and adapter_config.json. Raises ValueError for what PEFT
-    cannot express."""
-    if any(each.weight not in ("weight", "in_proj_weight") for each in adapted):
-        raise ValueError(
-            "export_peft: PEFT adapts no separate K and V parameters of nn.MultiheadAttention"
-        )
-    ranks = {each.A.shape[0] for each in adapted}
-    if len(ranks) > 1:
-        raise ValueError(
-            f"export_peft: fused and separate weights in one tower need several ranks, "
-            f"{sorted(ranks)}"
-        )
-    rank = ranks.pop()
-    tensors: dict[str, Tensor] = {}
-    for each in adapted:
-        tensors[f"base_model.model.{each.owner}.lora_A.weight"] = each.A
-        tensors[f"base_model.model.{each.owner}.lora_B.weight"] = each.B
-    # a parameter that is not a linear layer's is wrapped by its own name
-    parameters = [f"{each.owner}.{each.weight}" for each in adapted if each.weight != "weight"]
-    config = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": [each.owner for each in adapted if each.weight == "weight"],
-        "target_parameters": parameters or None,
-        "inference_mode": True,
-    }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-    write_json(folder / "adapter_config.json", config)

@@ -1,5 +1,5 @@
-"""What a class-incremental run has shown: accuracies by task, forgetting, prototype drift, time and
-memory.
+"""What a class-incremental run has shown: accuracies by task, forgetting, prototype drift, time
+and memory.
 
 Sources: accuracies and forgetting as in Wu et al. 2025 (arXiv 2502.07560), forgetting from Chaudhry
 et al. 2018 (arXiv 1801.10112); intervals: Student's t over seeds.
@@ -15,29 +15,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsteer._intervals import excludes_zero, mean_interval
 from clipsteer.io.files import FileFormatError
+from clipsteer.report.intervals import excludes_zero, mean_interval
 
 DRIFTS = ("compensated", "uncompensated", "cosine_compensated", "cosine_uncompensated")
 # name -> whether more is better
 METRICS = {
-    **dict.fromkeys(("A_last", "A_avg", "balanced"), True),
-    **dict.fromkeys(
-        ("forgetting", *(f"drift_{kind}" for kind in DRIFTS), "seconds", "peak_mb"), False
-    ),
+    "A_last": True,
+    "A_avg": True,
+    "balanced": True,
+    "forgetting": False,
+    **{f"drift_{kind}": False for kind in DRIFTS},
+    "seconds": False,
+    "peak_mb": False,
 }
 
 
 @dataclass
 class Record:
-    """What was measured after one task. By class, in class order: how many test rows it has, how
-    many were right."""
+    """What was measured after one task; lists are by class, in class order."""
 
     correct: list[int]
+    """test rows that were right"""
     count: list[int]
+    """test rows"""
     seconds: float | None
     peak_mb: float | None = None
     drift: dict[str, list[float]] | None = None
+    """kind, of DRIFTS -> error of each earlier class's prototype"""
 
 
 @dataclass
@@ -45,7 +50,8 @@ class Run:
     """One strategy, one seed, and what was measured after each task.
 
     Args:
-        strategy: its name. seed: of class order and training.
+        strategy: its name.
+        seed: of class order and training.
         tasks: the class ids of each task, in the order in which they came.
         settings: whatever else is to be kept, JSON-able.
         records: task -> what was measured after it; filled by `add`. A strategy that learns all
@@ -59,7 +65,7 @@ class Run:
     records: dict[int, Record] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        order = [c for task in self.tasks for c in task]
+        order = self._seen(len(self.tasks))
         if not self.tasks or not all(self.tasks) or len(set(order)) != len(order):
             raise ValueError(
                 f"Run: tasks must be lists of class ids, none empty, each id once, got {self.tasks}"
@@ -68,8 +74,8 @@ class Run:
     def add(
         self,
         t: int,
-        predictions: Tensor,
-        targets: Tensor,
+        predictions: Tensor,  # (N,)
+        targets: Tensor,  # (N,)
         seconds: float | None = None,
         peak_mb: float | None = None,
         drift: Mapping[str, Tensor] | None = None,
@@ -77,8 +83,9 @@ class Run:
         """Record what was measured after task t.
 
         Args:
-            predictions, targets: (N,) class ids of all test rows of tasks 0 … t, in any order.
-            seconds: that the task took; peak_mb: its peak memory; None where not measured.
+            predictions, targets: class ids of all test rows of tasks 0 … t, in any order.
+            seconds: that the task took; None where not measured.
+            peak_mb: its peak memory; None where not measured.
             drift: (C_old,) errors of the prototypes of earlier tasks' classes, in class order, any
                 of: "compensated", "uncompensated": relative errors ‖μ̂ − μ‖/‖μ‖ with and without
                 drift compensation; "cosine_compensated", "cosine_uncompensated": 1 − cos(μ̂, μ).
@@ -90,38 +97,47 @@ class Run:
             raise ValueError(
                 f"Run.add: t must be a task below {len(self.tasks)} not recorded yet, got {t}"
             )
-        seen = self._seen(t)
         if predictions.dim() != 1 or predictions.shape != targets.shape:
             shapes = f"{tuple(predictions.shape)} and {tuple(targets.shape)}"
             raise ValueError(
                 f"Run.add: predictions and targets must both be of shape (N,), got {shapes}"
             )
-        predictions, targets = predictions.cpu().long(), targets.cpu().long()
+        predictions = predictions.cpu().long()
+        targets = targets.cpu().long()
         for name, ids in (("predictions", predictions), ("targets", targets)):
-            if strange := sorted(set(ids.tolist()) - set(seen)):
+            if strange := sorted(set(ids.tolist()) - set(self._seen(t))):
                 raise ValueError(
                     f"Run.add: {name} after task {t} must be classes of tasks 0 … {t}, got "
                     f"{strange[:5]}"
                 )
-        right = targets[predictions == targets]
-        tally = lambda ids: torch.bincount(ids, minlength=max(seen) + 1)[
-            torch.tensor(seen)
-        ].tolist()
-        costs = (None if cost is None else float(cost) for cost in (seconds, peak_mb))
-        record = Record(tally(right), tally(targets), *costs)
+        record = Record(
+            correct=self._tally(targets[predictions == targets], t),
+            count=self._tally(targets, t),
+            seconds=None if seconds is None else float(seconds),
+            peak_mb=None if peak_mb is None else float(peak_mb),
+            drift=None if drift is None else self._drift(drift, t),
+        )
         if lacking := [j for j in range(t + 1) if not sum(self._of_task(record.count, j))]:
             raise ValueError(f"Run.add: no test row of task(s) {lacking}")
-        if drift is not None:
-            old = len(seen) - len(self.tasks[t])
-            shapes = {name: tuple(value.shape) for name, value in drift.items()}
-            if not set(shapes) <= set(DRIFTS) or set(shapes.values()) - {(old,)}:
-                raise ValueError(
-                    f"Run.add: drift must hold ({old},) tensors, any of {DRIFTS}, got {shapes}"
-                )
-            record.drift = {name: value.tolist() for name, value in drift.items()}
         self.records[t] = record
 
+    def _tally(self, ids: Tensor, t: int) -> list[int]:
+        """How often each class of tasks 0 … t occurs among (n,) ids, in class order."""
+        seen = torch.tensor(self._seen(t))
+        counts = torch.bincount(ids, minlength=int(seen.max()) + 1)
+        return counts[seen].tolist()
+
+    def _drift(self, drift: Mapping[str, Tensor], t: int) -> dict[str, list[float]]:
+        old = len(self._seen(t)) - len(self.tasks[t])
+        shapes = {kind: tuple(errors.shape) for kind, errors in drift.items()}
+        if not set(shapes) <= set(DRIFTS) or set(shapes.values()) - {(old,)}:
+            raise ValueError(
+                f"Run.add: drift must hold ({old},) tensors, any of {DRIFTS}, got {shapes}"
+            )
+        return {kind: errors.tolist() for kind, errors in drift.items()}
+
     def _seen(self, t: int) -> list[int]:
+        """Class ids of tasks 0 … t, in class order."""
         return [c for task in self.tasks[: t + 1] for c in task]
 
     def _of_task(self, by_class: Sequence[int], j: int) -> Sequence[int]:
@@ -131,21 +147,21 @@ class Run:
     @property
     def matrix(self) -> Tensor:
         """(T, T) float64: a[l, j], accuracy on task j's test rows after task l; NaN for j > l."""
-        out = torch.full([len(self.tasks)] * 2, math.nan, dtype=torch.float64)
+        T = len(self.tasks)
+        accuracy = torch.full((T, T), math.nan, dtype=torch.float64)
         for t, record in self.records.items():
             for j in range(t + 1):
-                out[t, j] = sum(self._of_task(record.correct, j)) / sum(
-                    self._of_task(record.count, j)
-                )
-        return out
+                right = sum(self._of_task(record.correct, j))
+                accuracy[t, j] = right / sum(self._of_task(record.count, j))
+        return accuracy
 
     @property
     def seen(self) -> Tensor:
         """(T,) float64: accuracy on the test rows of all classes seen so far."""
-        shares = {t: sum(record.correct) / sum(record.count) for t, record in self.records.items()}
-        return torch.tensor(
-            [shares.get(t, math.nan) for t in range(len(self.tasks))], dtype=torch.float64
-        )
+        accuracy = torch.full((len(self.tasks),), math.nan, dtype=torch.float64)
+        for t, record in self.records.items():
+            accuracy[t] = sum(record.correct) / sum(record.count)
+        return accuracy
 
     @property
     def A_last(self) -> float:
@@ -159,15 +175,13 @@ class Run:
 
     @property
     def forgetting(self) -> float:
-        """Mean over all tasks but the last of the best accuracy before the last task − that after
-        it.
+        """Best accuracy before the last task − accuracy after it, mean over all tasks but the last.
 
         Below 0 where later tasks helped; 0 with a single task.
         """
         a = self.matrix
-        falls = [
-            float(a[j:-1, j].amax() - a[-1, j]) for j in range(len(a) - 1)
-        ]  # amax passes NaN on
+        # amax passes NaN on
+        falls = [float(a[j:-1, j].amax() - a[-1, j]) for j in range(len(a) - 1)]
         return sum(falls) / len(falls) if falls else 0.0 * float(a[0, 0])
 
     @property
@@ -181,49 +195,58 @@ class Run:
 
     @property
     def drift_error(self) -> dict[str, Tensor]:
-        """Kind of drift (see `add`) -> (T,) float64 means over the old classes; NaN where nothing
-        was recorded."""
-        out = {
-            kind: torch.full([len(self.tasks)], math.nan, dtype=torch.float64) for kind in DRIFTS
-        }
+        """Kind of drift (see `add`) -> (T,) float64 means over the old classes.
+
+        NaN where nothing was recorded.
+        """
+        unknown = torch.full((len(self.tasks),), math.nan, dtype=torch.float64)
+        means = {kind: unknown.clone() for kind in DRIFTS}
         for t, record in self.records.items():
-            for kind, values in (record.drift or {}).items():
-                out[kind][t] = sum(values) / len(values) if values else math.nan
-        return out
+            for kind, errors in (record.drift or {}).items():
+                if errors:
+                    means[kind][t] = sum(errors) / len(errors)
+        return means
 
     def value(self, metric: str) -> float:
         """One of METRICS; drift is the mean over tasks, seconds the sum and peak_mb the maximum of
-        what is recorded."""
+        what is recorded.
+
+        Raises ValueError for another name.
+        """
         if metric not in METRICS:
             raise ValueError(f"Run.value: metric must be one of {tuple(METRICS)}, got {metric!r}")
         if metric.startswith("drift_"):
             return float(self.drift_error[metric.removeprefix("drift_")].nanmean())
-        if metric in ("seconds", "peak_mb"):
-            known = [
-                v for record in self.records.values() if (v := getattr(record, metric)) is not None
-            ]
-            return math.nan if not known else sum(known) if metric == "seconds" else max(known)
-        return getattr(self, metric)
+        if metric not in ("seconds", "peak_mb"):
+            return getattr(self, metric)
+        costs = [getattr(record, metric) for record in self.records.values()]
+        known = [cost for cost in costs if cost is not None]
+        if not known:
+            return math.nan
+        return sum(known) if metric == "seconds" else max(known)
 
     def untimed(self) -> Run:
         """The same without seconds and memory, which differ each time that a run is repeated."""
-        bare = {
-            t: replace(record, seconds=None, peak_mb=None) for t, record in self.records.items()
-        }
+        bare = {}
+        for t, record in self.records.items():
+            bare[t] = replace(record, seconds=None, peak_mb=None)
         return replace(self, records=bare)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data from which `from_json` makes an equal run; a number that is not finite becomes
+        """Plain data from which `from_json` makes an equal run; drift that is not finite becomes
         None."""
-        finite = lambda v: v if math.isfinite(v) else None
         records = {}
         for t, record in self.records.items():
-            drift = record.drift and {
-                kind: [finite(v) for v in values] for kind, values in record.drift.items()
-            }
-            records[str(t)] = vars(record) | {"drift": drift}
-        return {name: getattr(self, name) for name in ("strategy", "seed", "tasks", "settings")} | {
-            "records": records
+            drift: dict[str, list[float | None]] = {}
+            for kind, errors in (record.drift or {}).items():
+                drift[kind] = [error if math.isfinite(error) else None for error in errors]
+            records[str(t)] = vars(record) | {"drift": record.drift and drift}
+        return {
+            "strategy": self.strategy,
+            "seed": self.seed,
+            "tasks": self.tasks,
+            "settings": self.settings,
+            "records": records,
         }
 
     @classmethod
@@ -232,29 +255,39 @@ class Run:
         try:
             run = cls(data["strategy"], data["seed"], data["tasks"], data["settings"])
             for key, fields in data["records"].items():
-                record, t = Record(**fields), int(key)
-                if not len(record.correct) == len(record.count) == len(
-                    run._seen(t)
-                ) or t not in range(len(run.tasks)):
-                    raise ValueError(f"record {key} does not fit the tasks")
-                record.drift = record.drift and {
-                    kind: [math.nan if v is None else v for v in values]
-                    for kind, values in record.drift.items()
-                }
-                run.records[t] = record
+                run.records[int(key)] = run._record(int(key), fields)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FileFormatError(f"not a run as Run.to_json gives it: {error!r}") from error
         return run
 
+    def _record(self, t: int, fields: Mapping[str, Any]) -> Record:
+        record = Record(**fields)
+        classes = len(self._seen(t))
+        sizes = {len(record.correct), len(record.count)}
+        if t not in range(len(self.tasks)) or sizes != {classes}:
+            raise ValueError(f"record {t} does not fit the tasks")
+        if record.drift is not None:
+            drift = {}
+            for kind, errors in record.drift.items():
+                drift[kind] = [math.nan if error is None else error for error in errors]
+            record.drift = drift
+        return record
+
 
 def by_strategy(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Strategies in the order in which they first occur, with their runs by seed; ValueError for a
-    pair twice."""
-    out: dict[str, dict[int, Run]] = {}
+    """Strategies in the order in which they first occur, with their runs by seed.
+
+    Raises ValueError for a strategy and seed that is there twice.
+    """
+    found: dict[str, dict[int, Run]] = {}
     for run in runs:
-        if out.setdefault(run.strategy, {}).setdefault(run.seed, run) is not run:
+        members = found.setdefault(run.strategy, {})
+        if members.setdefault(run.seed, run) is not run:
             raise ValueError(f"runs: {run.strategy} with seed {run.seed} is there twice")
-    return {strategy: [found[seed] for seed in sorted(found)] for strategy, found in out.items()}
+    groups = {}
+    for strategy, members in found.items():
+        groups[strategy] = [members[seed] for seed in sorted(members)]
+    return groups
 
 
 def summarize(
@@ -265,14 +298,16 @@ def summarize(
 
     Seeds whose value is NaN do not count; a metric of which no seed has a value is left out.
     """
-    out: dict[str, dict[str, dict[str, Any]]] = {}
+    metrics = list(metrics)
+    summary: dict[str, dict[str, dict[str, Any]]] = {}
     for strategy, members in by_strategy(runs).items():
-        out[strategy] = {}
+        summary[strategy] = {}
         for metric in metrics:
-            values = [v for run in members if not math.isnan(v := run.value(metric))]
-            if values:
-                out[strategy][metric] = mean_interval(values)
-    return out
+            values = [run.value(metric) for run in members]
+            known = [value for value in values if not math.isnan(value)]
+            if known:
+                summary[strategy][metric] = mean_interval(known)
+    return summary
 
 
 def paired(runs: Iterable[Run], a: str, b: str, metric: str = "A_last") -> dict[str, Any]:
@@ -290,19 +325,25 @@ def paired(runs: Iterable[Run], a: str, b: str, metric: str = "A_last") -> dict[
     if a not in groups or b not in groups:
         raise ValueError(f"paired: strategies must be among {tuple(groups)}, got {a!r} and {b!r}")
     others = {run.seed: run for run in groups[b]}
-    shared = [(run, others[run.seed]) for run in groups[a] if run.seed in others]
-    if strange := [run.seed for run, other in shared if run.tasks != other.tasks]:
-        raise ValueError(f"paired: {a} and {b} had different tasks with seed {strange[0]}")
-    by_seed = {run.seed: run.value(metric) - other.value(metric) for run, other in shared}
-    by_seed = {seed: gap for seed, gap in by_seed.items() if not math.isnan(gap)}
-    if not by_seed:
+    differences = {}
+    for run in groups[a]:
+        if run.seed not in others:
+            continue
+        other = others[run.seed]
+        if run.tasks != other.tasks:
+            raise ValueError(f"paired: {a} and {b} had different tasks with seed {run.seed}")
+        difference = run.value(metric) - other.value(metric)
+        if not math.isnan(difference):
+            differences[run.seed] = difference
+    if not differences:
         raise ValueError(f"paired: {a} and {b} have no seed in common for which both have {metric}")
-    found = mean_interval(list(by_seed.values()))
-    where = {
+    found = mean_interval(list(differences.values()))
+    return {
         "a": a,
         "b": b,
         "metric": metric,
-        "seeds": list(by_seed),
-        "differences": list(by_seed.values()),
+        "seeds": list(differences),
+        "differences": list(differences.values()),
+        **found,
+        "apart": excludes_zero(found),
     }
-    return where | found | {"apart": excludes_zero(found)}

@@ -8,6 +8,7 @@ what remains in the last task.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 from clipsteer.data.dataset import ImageDataset
 from clipsteer.data.emoji import HELD_OUT_STYLE, TRAINED_STYLES, EmojiStyles, classify30, stratified
 from clipsteer.data.emoji import split as concepts
-from clipsteer.data.files import image_folder
+from clipsteer.data.files import class_folder
 
 SEED = 1993
 Part = Literal["train", "validation", "test"]
@@ -46,12 +47,12 @@ class Scenario:
     class_order: list[int] | None = None
 
     def __post_init__(self) -> None:
+        C = len(self.classes)
         order = [c for task in self.tasks for c in task]
-        if sorted(order) != list(range(len(self.classes))) or not all(self.tasks):
+        if sorted(order) != list(range(C)) or not all(self.tasks):
             raise ValueError(
-                f"Scenario: tasks must hold each class id below {len(self.classes)} once, and none "
-                f"be empty, got "
-                f"{self.tasks}"
+                f"Scenario: tasks must hold each class id below {C} once, and none be empty, "
+                f"got {self.tasks}"
             )
         if self.class_order not in (None, order):
             raise ValueError(
@@ -59,26 +60,31 @@ class Scenario:
             )
         object.__setattr__(self, "class_order", order)
         for part in ("train", "validation", "test"):
-            if strange := {
-                t for t in getattr(self, part).targets if t not in range(len(self.classes))
-            }:
-                some = sorted(map(str, strange))[:5]
+            targets = set(getattr(self, part).targets)
+            if strange := targets - set(range(C)):
+                shown = sorted(map(str, strange))[:5]
                 raise ValueError(
-                    f"Scenario: targets of {part} must be class ids below {len(order)}, got {some}"
+                    f"Scenario: targets of {part} must be class ids below {C}, got {shown}"
                 )
         if lacking := sorted(set(order) - set(self.train.targets)):
             raise ValueError(f"Scenario: no training image of {[self.classes[c] for c in lacking]}")
-        if lacking := [t for t in range(len(self.tasks)) if not self.rows("test", t)]:
-            raise ValueError(f"Scenario: no test image of the classes of task(s) {lacking}")
+        if untested := [t for t in range(len(self.tasks)) if not self.rows("test", t)]:
+            raise ValueError(f"Scenario: no test image of the classes of task(s) {untested}")
 
     def rows(self, part: Part, *tasks: int) -> list[int]:
         """Rows of the part's data set that show a class of these tasks, in the data set's order."""
-        wanted = {c for t in tasks for c in self.tasks[range(len(self.tasks))[t]]}
-        return [row for row, target in enumerate(getattr(self, part).targets) if target in wanted]
+        wanted = {c for t in tasks for c in self.tasks[self._number(t)]}
+        targets = getattr(self, part).targets
+        return [row for row, target in enumerate(targets) if target in wanted]
 
     def seen(self, task: int) -> list[int]:
         """Class ids of the tasks up to this one, in class order."""
-        return [c for classes in self.tasks[: range(len(self.tasks))[task] + 1] for c in classes]
+        learnt = self.tasks[: self._number(task) + 1]
+        return [c for classes in learnt for c in classes]
+
+    def _number(self, task: int) -> int:
+        """The task counted from 0; negative ones count from the end. IndexError for another."""
+        return range(len(self.tasks))[task]
 
     def on_validation(self) -> Scenario:
         """The same tasks, measured on the validation images: for choosing settings without a look
@@ -106,9 +112,8 @@ def task_sizes(
     """
     if (tasks is None) == (increment is None) or (init_cls is not None and increment is None):
         raise ValueError(
-            f"task_sizes: expected tasks, or increment with or without init_cls, got "
-            f"tasks={tasks}, "
-            f"init_cls={init_cls}, increment={increment}"
+            "task_sizes: expected tasks, or increment with or without init_cls, got "
+            f"tasks={tasks}, init_cls={init_cls}, increment={increment}"
         )
     if tasks is not None:
         if not 1 <= tasks <= classes:
@@ -116,24 +121,28 @@ def task_sizes(
                 f"task_sizes: tasks must be between 1 and {classes}, the number of classes, got "
                 f"{tasks}"
             )
-        return [classes // tasks + (t < classes % tasks) for t in range(tasks)]
+        least, larger = divmod(classes, tasks)
+        return [least + (t < larger) for t in range(tasks)]
+    assert increment is not None
     first = increment if init_cls is None else init_cls
     if increment < 1 or not 1 <= first <= classes:
         raise ValueError(
             f"task_sizes: init_cls must be between 1 and {classes}, the number of classes, and "
-            f"increment at least 1, "
-            f"got {first} and {increment}"
+            f"increment at least 1, got {first} and {increment}"
         )
     later, rest = divmod(classes - first, increment)
-    return [first, *[increment] * later, *([rest] if rest else [])]
+    sizes = [first] + [increment] * later
+    return [*sizes, rest] if rest else sizes
 
 
 def _cut(order: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
-    ends = np.cumsum(sizes).tolist()
-    return [list(order[end - size : end]) for end, size in zip(ends, sizes)]
+    """Tasks of these sizes from the class order."""
+    rest = iter(order)
+    return [list(itertools.islice(rest, size)) for size in sizes]
 
 
 def _order(n: int, seed: int) -> list[int]:
+    """PILOT's class order."""
     return np.random.RandomState(seed).permutation(n).tolist()
 
 
@@ -166,21 +175,32 @@ def emoji_scenario(
         raise ValueError(f"emoji_scenario: styles must be names of styles, got {styles!r}")
     if split == "styles":
         parts = concepts()
-        train = classify30(TRAINED_STYLES, [i for part in parts for i in part])
+        every = [i for part in parts for i in part]
+        train = classify30(TRAINED_STYLES, every)
         held_out = classify30(HELD_OUT_STYLE, parts.validation)
         test = classify30(HELD_OUT_STYLE, parts.fit + parts.test)
     else:
-        train, held_out, test = (classify30(styles, part) for part in concepts(share=validation))
+        parts = concepts(share=validation)
+        train = classify30(styles, parts.fit)
+        held_out = classify30(styles, parts.validation)
+        test = classify30(styles, parts.test)
+    assert test.classes is not None
+    classes = test.classes
     if tasks == "categories":
-        category = {concept.subcategory: concept.category for concept in EmojiStyles().concepts}
-        names = sorted({category[name] for name in test.classes})
-        cut = [
-            [c for c, name in enumerate(test.classes) if category[name] == names[k]]
-            for k in _order(5, seed)
-        ]
+        cut = _by_category(classes, seed)
     else:
-        cut = _cut(_order(len(test.classes), seed), task_sizes(len(test.classes), tasks))
-    return Scenario(train, held_out, test, cut, test.classes)
+        cut = _cut(_order(len(classes), seed), task_sizes(len(classes), tasks))
+    return Scenario(train, held_out, test, cut, classes)
+
+
+def _by_category(classes: Sequence[str], seed: int) -> list[list[int]]:
+    """Class ids of each of the bundled categories, the categories in shuffled order."""
+    category = {concept.subcategory: concept.category for concept in EmojiStyles().concepts}
+    members: dict[str, list[int]] = {}
+    for c, name in enumerate(classes):
+        members.setdefault(category[name], []).append(c)
+    names = sorted(members)
+    return [members[names[k]] for k in _order(len(names), seed)]
 
 
 def folder_scenario(
@@ -200,20 +220,24 @@ def folder_scenario(
         validation: the share of each class's training images that is held out; the same for every
             seed.
 
-    Raises ValueError where a folder is missing, or train and test have different classes.
+    Raises ValueError where a folder is missing or flat, or train and test have different classes.
     """
     _check_share("folder_scenario", validation)
-    whole, test = (image_folder(Path(path) / part) for part in ("train", "test"))
-    if whole.classes != test.classes:
-        differing = sorted(set(whole.classes) ^ set(test.classes))[:5]
+    whole = class_folder(Path(path) / "train", "folder_scenario")
+    test = class_folder(Path(path) / "test", "folder_scenario")
+    assert whole.classes is not None
+    assert test.classes is not None
+    classes = whole.classes
+    if classes != test.classes:
+        differing = sorted(set(classes) ^ set(test.classes))[:5]
         raise ValueError(
-            f"folder_scenario: train and test must have the same classes, they differ in "
+            "folder_scenario: train and test must have the same classes, they differ in "
             f"{differing}"
         )
     kept, held_out = stratified(whole.targets, share=validation)
-    n = len(whole.classes)
-    cut = _cut(_order(n, seed), task_sizes(n, tasks, init_cls, increment))
-    return Scenario(whole.subset(kept), whole.subset(held_out), test, cut, whole.classes)
+    sizes = task_sizes(len(classes), tasks, init_cls, increment)
+    cut = _cut(_order(len(classes), seed), sizes)
+    return Scenario(whole.subset(kept), whole.subset(held_out), test, cut, classes)
 
 
 def _check_share(what: str, share: float) -> None:

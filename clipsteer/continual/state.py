@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from clipsteer.continual.backbone import Encoder
+from clipsteer.continual.config import CILConfig
 from clipsteer.continual.heads import RandomProjection, TaskHeads
 from clipsteer.continual.lora import LoRA
 from clipsteer.continual.plasticity import Plasticity, pack_history, unpack_history
-from clipsteer.continual.strategies import CILConfig
 from clipsteer.io import checkpoint
 from clipsteer.io.digests import described, parts_digest, weights_digest
 from clipsteer.training.loop import check_same_settings

@@ -16,9 +16,9 @@ from torch import Tensor
 from clipsteer import ops
 from clipsteer.clip.pixels import Samples, loader
 from clipsteer.continual.backbone import Encoder
+from clipsteer.continual.config import CILConfig
 from clipsteer.continual.covariance import _places, by_class, precision_factor, shrink
 from clipsteer.continual.heads import TaskHeads
-from clipsteer.continual.strategies import CILConfig
 from clipsteer.data.dataset import ImageDataset
 from clipsteer.training.loop import TrainingRun
 from clipsteer.training.schedule import Keys, Order, cosine_lr, seed_of

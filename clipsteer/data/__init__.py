@@ -1,5 +1,5 @@
 """Images with names: the bundled EmojiStyles, image folders, caption tables and WebDataset
-shards."""
+shards; ``open_dataset`` opens each of them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from clipsteer.data.dataset import ImageDataset as ImageDataset
     from clipsteer.data.dataset import captions_of as captions_of
     from clipsteer.data.dataset import data_digest as data_digest
+    from clipsteer.data.dataset import labelled as labelled
     from clipsteer.data.dataset import read_image as read_image
     from clipsteer.data.dataset import renamed as renamed
+    from clipsteer.data.dataset import sample_names as sample_names
     from clipsteer.data.dataset import spread as spread
     from clipsteer.data.emoji import HELD_OUT_STYLE as HELD_OUT_STYLE
     from clipsteer.data.emoji import TRAINED_STYLES as TRAINED_STYLES
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
     from clipsteer.data.emoji import split as split
     from clipsteer.data.emoji import stratified as stratified
     from clipsteer.data.files import captions as captions
+    from clipsteer.data.files import class_folder as class_folder
     from clipsteer.data.files import image_folder as image_folder
+    from clipsteer.data.files import is_emoji as is_emoji
     from clipsteer.data.files import open_dataset as open_dataset
     from clipsteer.data.files import shards as shards
 

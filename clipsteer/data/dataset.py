@@ -30,28 +30,39 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 
+_TRANSPARENT = frozenset({"RGBA", "LA", "PA", "RGBa", "La"})
+
+
 class ImageDataset(Dataset):
     """(image, target) pairs, the images read when they are asked for.
 
     Attributes:
-        targets: one a sample: an index into `classes`, or a caption where `classes` is None.
+        targets: one a sample: an index into `classes`; where `classes` is None a caption, or None
+            in a set of images alone.
         classes: class names or None.
     """
 
     def __init__(
         self,
         read: Callable[[int], Image],
-        targets: Sequence[int] | Sequence[str],
+        targets: Sequence[Any],
         classes: Sequence[str] | None = None,
     ) -> None:
-        self._read, self.targets = read, list(targets)
+        self._read = read
+        self.targets: list[Any] = list(targets)
         self.classes = list(classes) if classes is not None else None
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Image, int | str]:
-        return self._read(range(len(self))[index]), self.targets[index]
+    def __getitem__(self, index: int) -> tuple[Image, Any]:
+        row = range(len(self))[index]  # raises IndexError, as a loop over the set needs it
+        return self._read(row), self.targets[row]
+
+    @property
+    def images_alone(self) -> bool:
+        """Whether the images have neither classes nor captions, as those of a flat folder."""
+        return self.classes is None and self.targets[:1] == [None]
 
     @property
     def sources(self) -> list[Any]:
@@ -63,9 +74,9 @@ class ImageDataset(Dataset):
 
     def subset(self, rows: Sequence[int]) -> ImageDataset:
         """These rows, in this order, with the same classes."""
-        return ImageDataset(
-            _Reader(self._read, [(i,) for i in rows]), [self.targets[i] for i in rows], self.classes
-        )
+        reader = _Reader(self._read, [(row,) for row in rows])
+        targets = [self.targets[row] for row in rows]
+        return ImageDataset(reader, targets, self.classes)
 
 
 class _Reader:
@@ -73,7 +84,8 @@ class _Reader:
     with it."""
 
     def __init__(self, function: Callable[..., Image], arguments: list[tuple[Any, ...]]) -> None:
-        self.function, self.arguments = function, arguments
+        self.function = function
+        self.arguments = arguments
 
     def __call__(self, index: int) -> Image:
         return self.function(*self.arguments[index])
@@ -81,7 +93,9 @@ class _Reader:
     def source(self, index: int) -> tuple[Any, ...]:
         """The arguments of the function that reads the image, behind all subsets."""
         arguments = self.arguments[index]
-        return self.function.source(*arguments) if isinstance(self.function, _Reader) else arguments
+        if isinstance(self.function, _Reader):
+            return self.function.source(*arguments)
+        return arguments
 
 
 def read_image(source: str | Path | bytes, name: str | None = None) -> Image:
@@ -93,19 +107,23 @@ def read_image(source: str | Path | bytes, name: str | None = None) -> Image:
     """
     from PIL import Image, ImageOps
 
-    name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else str(source))
+    file: Any = source
+    if isinstance(source, bytes):
+        file = io.BytesIO(source)
+        name = name or f"{len(source)} bytes"
+    name = name or str(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(file) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise FileFormatError(
-                    f"{name}: {width} × {height} pixels; at most {MAX_PIXELS:,} are read"
-                )
-            image = ImageOps.exif_transpose(image)
-            if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+                size = f"{width} × {height}"
+                raise FileFormatError(f"{name}: {size} pixels; at most {MAX_PIXELS:,} are read")
+            upright: Image.Image = ImageOps.exif_transpose(image)
+            if upright.mode in _TRANSPARENT or "transparency" in upright.info:
+                upright = upright.convert("RGBA")
+                white = Image.new("RGBA", upright.size, "white")
+                upright = Image.alpha_composite(white, upright)
+            return upright.convert("RGB")
     except Image.DecompressionBombError as error:
         raise FileFormatError(f"{name}: {error}") from error
     except (OSError, SyntaxError, ValueError) as error:
@@ -114,27 +132,71 @@ def read_image(source: str | Path | bytes, name: str | None = None) -> Image:
         raise FileFormatError(f"{name}: cannot be read as an image: {error}") from error
 
 
-def captions_of(dataset: ImageDataset) -> list[str]:
-    """One text a sample: its caption, or the name of its class."""
+LAYOUTS = (
+    "a folder of class folders (FOLDER/CLASS/image.jpg), a .csv, .tsv or .jsonl table with "
+    "captions, .tar shards with captions, or emoji"
+)
+
+
+def captions_of(dataset: ImageDataset, what: str = "captions_of") -> list[str]:
+    """One text a sample: its caption, or the name of its class.
+
+    Raises ValueError, with `what` in front, for images that have neither.
+    """
+    if dataset.images_alone:
+        raise ValueError(
+            f"{what}: these images have neither captions nor classes; expected {LAYOUTS}"
+        )
     if dataset.classes is None:
         return [str(target) for target in dataset.targets]
     return [dataset.classes[target].replace("_", " ") for target in dataset.targets]
+
+
+def labelled(dataset: ImageDataset, what: str) -> ImageDataset:
+    """The data set with classes; of one with captions each distinct caption is a class.
+
+    Args:
+        what: asks for them; begins the message.
+
+    Raises ValueError for images that have neither, such as those of a flat folder.
+    """
+    if dataset.classes is not None:
+        return dataset
+    if dataset.images_alone:
+        raise ValueError(f"{what}: these images have no classes; expected {LAYOUTS}")
+    return renamed(dataset, sorted(set(map(str, dataset.targets))))
+
+
+def sample_names(dataset: ImageDataset) -> list[str]:
+    """What to call each sample: its class, its caption, or the name of its file."""
+    if dataset.classes is not None:
+        return [dataset.classes[target] for target in dataset.targets]
+    if not dataset.images_alone:
+        return [str(target) for target in dataset.targets]
+    names = []
+    for row, source in enumerate(dataset.sources):
+        first = source[0] if isinstance(source, tuple) else source
+        names.append(first.name if isinstance(first, Path) else f"image {row}")
+    return names
 
 
 def data_digest(dataset: ImageDataset) -> str:
     """Of the number of samples, all captions and the pixels of 16 images: the same wherever the
     files lie."""
     digest = hashlib.sha256(digest_of(captions_of(dataset)).encode())
-    for row in np.linspace(0, len(dataset) - 1, min(16, len(dataset))).round().astype(int).tolist():
+    last = len(dataset) - 1
+    looked_at = np.linspace(0, last, min(16, len(dataset)))
+    for row in looked_at.round().astype(int).tolist():
         digest.update(np.asarray(dataset[row][0]).tobytes())
     return digest.hexdigest()
 
 
 def spread(items: Sequence[Any], count: int | None) -> list[Any]:
     """``count`` items, evenly spaced; all when there are no more."""
-    if count is None or count >= len(items):
+    n = len(items)
+    if count is None or count >= n:
         return list(items)
-    return [items[i * len(items) // count] for i in range(count)]
+    return [items[i * n // count] for i in range(count)]
 
 
 def renamed(dataset: ImageDataset, classes: Sequence[str]) -> ImageDataset:
@@ -143,14 +205,15 @@ def renamed(dataset: ImageDataset, classes: Sequence[str]) -> ImageDataset:
     Raises ValueError for an image of a class that is not among them.
     """
     rank = {name: i for i, name in enumerate(classes)}
-    names = (
-        dataset.targets
-        if dataset.classes is None
-        else [dataset.classes[t] for t in dataset.targets]
-    )
-    if unknown := sorted(set(map(str, names)) - rank.keys()):
-        some = ", ".join(unknown[:5]) + (" …" if len(unknown) > 5 else "")
+    if dataset.images_alone:
+        raise ValueError(f"these images have no classes; expected {LAYOUTS}")
+    names = [str(target) for target in dataset.targets]
+    if dataset.classes is not None:
+        names = [dataset.classes[target] for target in dataset.targets]
+    if unknown := sorted(set(names) - rank.keys()):
+        shown = ", ".join(unknown[:5])
+        more = " …" if len(unknown) > 5 else ""
         raise ValueError(
-            f"the images have {len(unknown)} class(es) that the classifier lacks: {some}"
+            f"the images have {len(unknown)} class(es) that the classifier lacks: {shown}{more}"
         )
-    return ImageDataset(dataset._read, [rank[str(name)] for name in names], classes)
+    return ImageDataset(dataset._read, [rank[name] for name in names], classes)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -19,10 +20,26 @@ if TYPE_CHECKING:
 
 
 TRAINED_STYLES = ("noto", "fluent")
-
-
 HELD_OUT_STYLE = "twemoji"
+ALL_STYLES = (*TRAINED_STYLES, HELD_OUT_STYLE)
 
+# what STYLE and PART of "emoji:STYLE:PART" stand for
+STYLES: Mapping[str, tuple[str, ...]] = {
+    **{style: (style,) for style in ALL_STYLES},
+    "trained": TRAINED_STYLES,
+    "held-out": (HELD_OUT_STYLE,),
+    "all": ALL_STYLES,
+}
+PARTS: Mapping[str, Mapping[str, Any]] = {
+    "train": {"classify30": "train"},
+    "test": {"classify30": "test"},
+    "seen": {"seen": True},
+    "unseen": {"seen": False},
+}
+
+Drawing = tuple[str, int]  # (style, index of the concept)
+Target = Literal["label", "category", "subcategory"]
+TARGETS = ("label", "category", "subcategory")
 
 _EMOJI = assets.EMOJI
 
@@ -50,35 +67,47 @@ class Concept:
 
     def captions(self) -> list[str]:
         """Texts that describe the concept: its label first, then the label with each tag."""
-        return [self.label, *(f"{self.label}, {tag}" for tag in self.tags if tag != self.label)]
+        others = [tag for tag in self.tags if tag != self.label]
+        return [self.label, *(f"{self.label}, {tag}" for tag in others)]
 
 
 @cache
 def _labels() -> dict[str, Any]:
-    return json.loads((_EMOJI / "labels.json").read_text(encoding="utf-8"))
+    path = _EMOJI / "labels.json"
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @cache
 def _atlas(style: str) -> np.ndarray:
     head = _labels()
-    size, columns, n = head["tile"], head["columns"], len(head["concepts"])
+    size = head["tile"]
+    columns = head["columns"]
+    n = len(head["concepts"])
     sheet = np.asarray(read_image(_EMOJI / f"{style}.webp"))
     rows = sheet.shape[0] // size
-    tiles = (
-        sheet.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)[:n]
-    )
+    grid = sheet.reshape(rows, size, columns, size, 3).swapaxes(1, 2)
+    tiles = grid.reshape(-1, size, size, 3)[:n]
     tiles.flags.writeable = False
     return tiles
 
 
 def _concept(row: dict[str, Any]) -> Concept:
-    return Concept(**{**row, "tags": tuple(row["tags"])})
+    tags = tuple(row["tags"])
+    return Concept(**{**row, "tags": tags})
 
 
 def _emoji_tile(style: str, index: int) -> Image:
     from PIL import Image
 
     return Image.fromarray(_atlas(style)[index])
+
+
+def _known(what: str, name: str, table: Mapping[str, Any]) -> Any:
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"EmojiStyles: {what} must be one of {', '.join(table)}, got {name!r}{hint}")
 
 
 class EmojiStyles:
@@ -90,7 +119,7 @@ class EmojiStyles:
     apart. Fluent lacks eight concepts.
     """
 
-    styles = (*TRAINED_STYLES, HELD_OUT_STYLE)
+    styles = ALL_STYLES
 
     @cached_property
     def concepts(self) -> list[Concept]:
@@ -118,16 +147,15 @@ class EmojiStyles:
 
     def drawn(self, style: str) -> np.ndarray:
         """(857,) bool: which concepts the style draws."""
-        missing = set(_labels()["missing"][self._style(style)])
-        return np.array([concept.id not in missing for concept in self.concepts])
+        missing = _labels()["missing"]
+        lacking = set(missing[self._style(style)])
+        return np.array([concept.id not in lacking for concept in self.concepts])
 
     def image(self, style: str, index: int) -> Image:
         """One drawing, RGB, 64 × 64. Raises ValueError where the style lacks the concept."""
         if not self.drawn(style)[index]:
-            raise ValueError(
-                f"EmojiStyles: {style} has no drawing of {self.concepts[index].label!r} (index "
-                f"{index})"
-            )
+            label = self.concepts[index].label
+            raise ValueError(f"EmojiStyles: {style} has no drawing of {label!r} (index {index})")
         return _emoji_tile(style, index)
 
     def indices(
@@ -140,48 +168,70 @@ class EmojiStyles:
     ) -> list[int]:
         """Concepts that meet every condition given; with `style`, only those it draws."""
         drawn = np.ones(len(self), bool) if style is None else self.drawn(style)
+        wanted = {"seen": seen, "classify30": classify30, "category": category}
+        conditions = {name: value for name, value in wanted.items() if value is not None}
         return [
             i
             for i, concept in enumerate(self.concepts)
-            if drawn[i]
-            and (seen is None or concept.seen == seen)
-            and (classify30 is None or concept.classify30 == classify30)
-            and (category is None or concept.category == category)
+            if drawn[i] and all(getattr(concept, name) == conditions[name] for name in conditions)
         ]
 
-    def cells(self) -> dict[tuple[str, bool], list[tuple[str, int]]]:
+    def cells(self) -> dict[tuple[str, bool], list[Drawing]]:
         """(“trained” or “held-out” style, seen concept?) -> its drawings as (style, index)
         pairs."""
-        groups = {"trained": TRAINED_STYLES, "held-out": (HELD_OUT_STYLE,)}
-        return {
-            (name, seen): [(style, i) for style in styles for i in self.indices(style, seen=seen)]
-            for name, styles in groups.items()
-            for seen in (True, False)
-        }
+        found = {}
+        for style in ("trained", "held-out"):
+            found[style, True] = self.drawings(style, "seen")
+            found[style, False] = self.drawings(style, "unseen")
+        return found
+
+    def drawings(self, style: str = "all", part: str | None = None) -> list[Drawing]:
+        """(style, index) pairs, style by style, in the order of the concepts.
+
+        Args:
+            style: "noto", "fluent", "twemoji", "trained" (those that EmojiCLIP was trained on),
+                "held-out" or "all".
+            part: "train" or "test" of Classify-30, "seen" or "unseen" by EmojiCLIP; None takes
+                every concept.
+
+        Raises ValueError for another style or part.
+        """
+        styles = _known("style", style, STYLES)
+        conditions = {} if part is None else _known("part", part, PARTS)
+        found: list[Drawing] = []
+        for name in styles:
+            found += [(name, i) for i in self.indices(name, **conditions)]
+        return found
 
     def dataset(
         self,
-        drawings: Iterable[tuple[str, int]],
-        target: Literal["label", "category", "subcategory"] = "label",
+        drawings: Iterable[Drawing],
+        target: Target = "label",
     ) -> ImageDataset:
         """A data set of (style, index) pairs, as `cells` gives them; its classes are the distinct
         names of `target`."""
-        pairs = [(self._style(style), range(len(self))[index]) for style, index in drawings]
-        if target not in ("label", "category", "subcategory"):
+        rows = range(len(self))
+        pairs = [(self._style(style), rows[index]) for style, index in drawings]
+        if target not in TARGETS:
             raise ValueError(
                 f"EmojiStyles: target must be 'label', 'category' or 'subcategory', got {target!r}"
             )
-        for style in {style for style, _ in pairs}:
-            drawn = self.drawn(style)
-            if lacking := [i for s, i in pairs if s == style and not drawn[i]]:
-                raise ValueError(f"EmojiStyles: {style} has no drawing of the concepts {lacking}")
+        self._check_drawn(pairs)
         names = [getattr(self.concepts[i], target) for _, i in pairs]
         classes = sorted(set(names))
         rank = {name: i for i, name in enumerate(classes)}
-        return ImageDataset(_Reader(_emoji_tile, pairs), [rank[name] for name in names], classes)
+        targets = [rank[name] for name in names]
+        return ImageDataset(_Reader(_emoji_tile, pairs), targets, classes)
+
+    def _check_drawn(self, pairs: Sequence[Drawing]) -> None:
+        for style in {style for style, _ in pairs}:
+            drawn = self.drawn(style)
+            lacking = [i for s, i in pairs if s == style and not drawn[i]]
+            if lacking:
+                raise ValueError(f"EmojiStyles: {style} has no drawing of the concepts {lacking}")
 
     def captioned(
-        self, drawings: Iterable[tuple[str, int]], captions: Literal["label", "noisy"]
+        self, drawings: Iterable[Drawing], captions: Literal["label", "noisy"]
     ) -> ImageDataset:
         """Image–caption pairs: each drawing with its label, or with all that is said of it.
 
@@ -190,13 +240,16 @@ class EmojiStyles:
         """
         if captions not in ("label", "noisy"):
             raise ValueError(f"EmojiStyles: captions must be 'label' or 'noisy', got {captions!r}")
-        pairs, texts = [], []
+        pairs: list[Drawing] = []
+        texts: list[str] = []
         for style, i in drawings:
             concept = self.concepts[i]
-            said = [*concept.captions(), *(t for t in concept.tags if t != concept.label)]
-            for text in said if captions == "noisy" else said[:1]:
-                pairs.append((style, i))
-                texts.append(text)
+            said = [concept.label]
+            if captions == "noisy":
+                tags = [tag for tag in concept.tags if tag != concept.label]
+                said = [*concept.captions(), *tags]
+            pairs += [(style, i)] * len(said)
+            texts += said
         return ImageDataset(self.dataset(pairs)._read, texts)
 
 
@@ -216,10 +269,14 @@ def stratified(
     groups: dict[Any, list[int]] = {}
     for i, label in enumerate(labels):
         groups.setdefault(label, []).append(i)
-    generator, kept, held_out = torch.Generator().manual_seed(seed), [], []
+    generator = torch.Generator().manual_seed(seed)
+    kept: list[int] = []
+    held_out: list[int] = []
     for members in groups.values():
-        order = torch.randperm(len(members), generator=generator).tolist()
-        cut = min(max(share > 0, round(share * len(members))), len(members) - 1)
+        n = len(members)
+        order = torch.randperm(n, generator=generator).tolist()
+        wanted = max(int(share > 0), round(share * n))
+        cut = min(wanted, n - 1)
         held_out += [members[j] for j in order[:cut]]
         kept += [members[j] for j in order[cut:]]
     return sorted(kept), sorted(held_out)
@@ -230,17 +287,23 @@ def split(seed: int = 0, share: float = 0.2) -> Split:
     style."""
     emoji = EmojiStyles()
     training = emoji.indices(classify30="train")
-    parts = stratified([emoji.concepts[i].subcategory for i in training], seed, share)
-    return Split(*([training[i] for i in part] for part in parts), emoji.indices(classify30="test"))
+    kinds = [emoji.concepts[i].subcategory for i in training]
+    kept, held_out = stratified(kinds, seed, share)
+    return Split(
+        fit=[training[i] for i in kept],
+        validation=[training[i] for i in held_out],
+        test=emoji.indices(classify30="test"),
+    )
 
 
 def classify30(styles: str | Sequence[str], concepts: Sequence[int]) -> ImageDataset:
     """Drawings of the concepts that the style, or each of the styles, has; classes: Classify-30's
     subcategories."""
     emoji = EmojiStyles()
-    pairs = [
-        (style, i) for style in ([styles] if isinstance(styles, str) else styles) for i in concepts
-    ]
-    drawn = {style: emoji.drawn(style) for style, _ in pairs}
+    chosen = [styles] if isinstance(styles, str) else styles
+    pairs: list[Drawing] = []
+    for style in chosen:
+        drawn = emoji.drawn(style)
+        pairs += [(style, i) for i in concepts if drawn[i]]
     classes = sorted({concept.subcategory for concept in emoji.concepts if concept.classify30})
-    return renamed(emoji.dataset([(s, i) for s, i in pairs if drawn[s][i]], "subcategory"), classes)
+    return renamed(emoji.dataset(pairs, "subcategory"), classes)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from clipsteer import _lazy
 
 if TYPE_CHECKING:
-    from clipsteer.ensembles.finetuning import FinetuneConfig as FinetuneConfig
+    from clipsteer.ensembles.config import FinetuneConfig as FinetuneConfig
     from clipsteer.ensembles.finetuning import finetune as finetune
     from clipsteer.ensembles.merging import Alpha as Alpha
     from clipsteer.ensembles.merging import RunningEnsemble as RunningEnsemble
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from clipsteer.ensembles.page import logit_chart as logit_chart
     from clipsteer.ensembles.page import summary_table as summary_table
     from clipsteer.ensembles.page import write_page as write_page
-    from clipsteer.ensembles.page import write_svg as write_svg
     from clipsteer.ensembles.robustness import ALPHAS as ALPHAS
     from clipsteer.ensembles.robustness import DEFAULT_ALPHA as DEFAULT_ALPHA
     from clipsteer.ensembles.robustness import Baseline as Baseline

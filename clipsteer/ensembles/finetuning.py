@@ -8,11 +8,9 @@ head times the logit scale, with a bias of zero.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,65 +25,12 @@ from clipsteer.clip.classifier import (
 from clipsteer.clip.model import CLIP
 from clipsteer.clip.pixels import Samples, loader, pixel_batches, train_transform
 from clipsteer.data.dataset import ImageDataset
+from clipsteer.ensembles.config import FinetuneConfig
 from clipsteer.ensembles.merging import RunningEnsemble
 from clipsteer.io.digests import digest_of, weights_digest
 from clipsteer.io.files import FileFormatError, read_safetensors
 from clipsteer.training.loop import TrainingRun
-from clipsteer.training.schedule import Keys, Order, cosine_lr, seed_of
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """Settings of a run.
-
-    Attributes:
-        mode: "e2e" trains image tower and head, "lc" the head alone, on features computed once and
-            without crops.
-        lr: peak learning rate; None is 3e-5 for e2e and 1e-3 for lc.
-        warmup_steps: at most a tenth of the run is warm-up, so that short runs reach their peak.
-        crop: smallest share of the image's area that a random crop keeps; 1 turns cropping off.
-        alpha: of the running ensemble that is measured, beside the model, on validation images.
-        bf16: compute under bfloat16 autocast.
-        track: where figures go beside log.jsonl.
-    """
-
-    mode: Literal["e2e", "lc"] = "e2e"
-    lr: float | None = None
-    weight_decay: float = 0.1
-    batch_size: int = 512
-    epochs: int = 10
-    warmup_steps: int = 500
-    grad_clip: float = 1.0
-    label_smoothing: float = 0.0
-    crop: float = 0.9
-    alpha: float = 0.5
-    bf16: bool = False
-    seed: int = 0
-    checkpoint_every: int = 500
-    log_every: int = 10
-    track: Literal["wandb", "tensorboard"] | None = None
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("e2e", "lc"):
-            raise ValueError(f"FinetuneConfig: mode must be 'e2e' or 'lc', got {self.mode!r}")
-        for name in ("batch_size", "epochs", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"FinetuneConfig: {name} must be at least 1, got {getattr(self, name)}"
-                )
-        if not 0 < self.peak < math.inf or not 0 < self.crop <= 1:
-            raise ValueError(
-                f"FinetuneConfig: lr must be positive and crop in (0, 1], got {self.peak} and "
-                f"{self.crop}"
-            )
-
-    @property
-    def peak(self) -> float:
-        return (3e-5 if self.mode == "e2e" else 1e-3) if self.lr is None else self.lr
-
-    def lr_at(self, step: int, total: int) -> float:
-        """Learning rate of step 0 … total-1."""
-        return cosine_lr(step, total, self.peak, self.warmup_steps)
+from clipsteer.training.schedule import Keys, Order, seed_of
 
 
 def finetune(

@@ -1,8 +1,9 @@
-"""WiSE-FT: a zero-shot and a fine-tuned model averaged in weight space, theta(a) = (1-a)*theta_zs +
-a*theta_ft.
+"""WiSE-FT: a zero-shot and a fine-tuned model averaged in weight space.
 
-Source: Wortsman et al. 2022 (arXiv 2109.01903), section 3. Files are streamed piece by piece, in a
-few MiB of memory, whatever the size of a model or of its tensors.
+    theta(alpha) = (1-alpha)·theta_zeroshot + alpha·theta_finetuned
+
+Files are streamed piece by piece, in a few MiB of memory, whatever the size of a model or of its
+tensors. Source: Wortsman et al. 2022 (arXiv 2109.01903), section 3.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor, nn
 
+from clipsteer.ensembles.blend import blend
 from clipsteer.io.files import safetensors_layout, tensor_bytes, write_atomically
 from clipsteer.io.weights import Entry, Source, Weights, open_weights, some
 
@@ -30,9 +32,6 @@ Alpha = float | Mapping[str, float]
 
 # elements a piece: few calls, and what is made of it still stays in cache
 _PIECE = 1 << 18
-# elements of half precision that are widened at a time
-_BLOCK = 1 << 17
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def wise_ft(
@@ -50,7 +49,7 @@ def wise_ft(
             Names, shapes and dtypes must be the same.
         alpha: 0 is zero-shot, 1 fine-tuned. A mapping of fnmatch patterns to numbers sets it by
             tensor: the first pattern that matches counts, and every tensor needs one. A list gives
-                a result each, in one pass.
+            a result each, in one pass.
         out: the ``.safetensors`` file to write, also for sharded input; a list of alphas takes as
             many files, or one name with ``{alpha}`` in it. Without it the result stays in memory.
 
@@ -73,36 +72,38 @@ def wise_ft(
     Source: Wortsman et al. 2022 (arXiv 2109.01903).
     """
     several = not isinstance(alpha, (int, float, Mapping))
-    alphas = list(alpha) if several else [alpha]
+    alphas: list[Any] = list(cast(Any, alpha)) if several else [alpha]
     paths = None if out is None else _paths(out, alphas, several)
     with ExitStack() as stack, torch.no_grad():
-        sources = [
-            open_weights(name, w, stack)
-            for name, w in (("zeroshot", zeroshot), ("finetuned", finetuned))
-        ]
-        _check_same(*sources)
-        by_tensor = [_resolve(a, sources[0].entries) for a in alphas]
+        first = open_weights("zeroshot", zeroshot, stack)
+        second = open_weights("finetuned", finetuned, stack)
+        _check_same(first, second)
+        by_tensor = [_resolve(a, first.entries) for a in alphas]
+        results: list[Any]
         if paths is None:
-            results: list[Any] = [_in_memory(*sources, chosen) for chosen in by_tensor]
+            results = [_in_memory(first, second, chosen) for chosen in by_tensor]
             if isinstance(zeroshot, nn.Module) and isinstance(finetuned, nn.Module):
                 results = [_with_weights(zeroshot, weights) for weights in results]
         else:
-            _stream(*sources, by_tensor, paths, alphas)
-            results = paths
+            _stream(first, second, by_tensor, paths, alphas)
+            results = list(paths)
     return results if several else results[0]
 
 
 def _check_same(zeroshot: Source, finetuned: Source) -> None:
-    a, b = zeroshot.entries, finetuned.entries
-    both = [name for name in a if name in b]
-    shape = [f"{n} {a[n].shape} and {b[n].shape}" for n in both if a[n].shape != b[n].shape]
-    dtype = [f"{n} {a[n].dtype} and {b[n].dtype}" for n in both if a[n].dtype != b[n].dtype]
-    found = {
-        "only in the first": sorted(a.keys() - b.keys()),
-        "only in the second": sorted(b.keys() - a.keys()),
-        "shapes differ": shape,
-        "dtypes differ": dtype,
+    first = zeroshot.entries
+    second = finetuned.entries
+    found: dict[str, list[str]] = {
+        "only in the first": sorted(first.keys() - second.keys()),
+        "only in the second": sorted(second.keys() - first.keys()),
+        "shapes differ": [],
+        "dtypes differ": [],
     }
+    for name, a, b in [(name, first[name], second[name]) for name in first if name in second]:
+        if a.shape != b.shape:
+            found["shapes differ"].append(f"{name} {a.shape} and {b.shape}")
+        if a.dtype != b.dtype:
+            found["dtypes differ"].append(f"{name} {a.dtype} and {b.dtype}")
     lines = [f"  {what} ({len(items)}): {some(items)}" for what, items in found.items() if items]
     if lines:
         where = f"wise_ft: the two models do not match, {zeroshot.where} and {finetuned.where}:"
@@ -110,14 +111,22 @@ def _check_same(zeroshot: Source, finetuned: Source) -> None:
 
 
 def deciding(alpha: Mapping[str, float], names: Iterable[str]) -> dict[str, str]:
-    """Tensor name -> the pattern that sets its alpha. ValueError for a name without one, and for an
-    unused pattern."""
-    chosen = {name: next((p for p in alpha if fnmatchcase(name, p)), None) for name in names}
-    if missed := [name for name, pattern in chosen.items() if pattern is None]:
+    """Tensor name -> the pattern that sets its alpha. Raises ValueError for a name without one, and
+    for a pattern that decides none."""
+    chosen: dict[str, str] = {}
+    missed = []
+    for name in names:
+        matching = [pattern for pattern in alpha if fnmatchcase(name, pattern)]
+        if matching:
+            chosen[name] = matching[0]
+        else:
+            missed.append(name)
+    if missed:
         raise ValueError(
             f"wise_ft: no pattern in alpha matches {some(missed)}; add '*' for all others"
         )
-    if unused := [p for p in alpha if p not in chosen.values()]:
+    used = set(chosen.values())
+    if unused := [pattern for pattern in alpha if pattern not in used]:
         raise ValueError(
             f"wise_ft: patterns in alpha that decide no tensor: {some(unused)}; the first match "
             f"counts"
@@ -161,57 +170,28 @@ def _paths(
     return paths
 
 
-def _blend(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """Average 0 < alpha < 1 of float tensors of one dtype and shape."""
-    b = b.to(a.device)
-    # torch.lerp's form in single operations: torch.lerp fuses a multiply-add in its vector loop but
-    # not at the loop's ends, so that its last bits depend on how the tensor is cut up. Subtracting
-    # last keeps -0 where both ends have it.
-    near, far, share = (a, b, alpha) if alpha < 0.5 else (b, a, 1 - alpha)
-    wide = torch.promote_types(a.dtype, torch.float32)
-    out = torch.empty_like(a)
-    if wide == a.dtype:
-        torch.sub(near, far, out=out)
-        torch.sub(near, out.mul_(share), out=out)
-        return out if math.isfinite(out.sum()) else _mend(a, b, alpha, out)
-    # block by block through the same two buffers: fresh ones of this size cost more in page faults
-    # than the arithmetic
-    size = min(len(a), _BLOCK) if a.device.type == "cpu" else len(a)
-    buffers = [torch.empty(size, dtype=wide, device=a.device) for _ in range(2)]
-    for n, f, result in zip(*(t.split(max(size, 1)) for t in (near, far, out))):
-        x, y = (buffer[: len(n)] for buffer in buffers)
-        x.copy_(n)
-        torch.sub(x, y.copy_(f), out=y)
-        torch.sub(x, y.mul_(share), out=y)
-        result.copy_(y)
-        if not math.isfinite(y.sum()):
-            result.copy_(_mend(n, f, share, result))
-    return out
-
-
-def _mend(a: Tensor, b: Tensor, alpha: float, mixed: Tensor) -> Tensor:
-    """`mixed` where it is finite; bits that both ends share (infinities, NaN payloads); an average
-    whose difference overflowed, by the form that cannot."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    apart = a.isfinite() & b.isfinite() & ~mixed.isfinite()
-    mixed = torch.where(apart, ((1 - alpha) * a.to(wide) + alpha * b.to(wide)).to(a.dtype), mixed)
-    bits = _BITS[a.dtype.itemsize]
-    a_bits = a.view(bits)
-    return torch.where(a_bits == b.view(bits), a_bits, mixed.view(bits)).view(a.dtype)
-
-
 def _piece(
     first: Entry, second: Entry, start: int, stop: int, alphas: Sequence[float]
 ) -> Iterator[Tensor]:
     """Elements [start, stop) of the average, for each alpha; an end that no alpha needs is not
     read."""
-    a = first.read(start, stop) if min(alphas) < 1 else None
-    b = second.read(start, stop) if max(alphas) > 0 else None
+    nothing = torch.empty(0)
+    a = first.read(start, stop) if min(alphas) < 1 else nothing
+    b = second.read(start, stop) if max(alphas) > 0 else nothing
     for alpha in alphas:
-        if alpha in (0, 1) or not first.dtype.is_floating_point:
-            yield b if alpha == 1 else a
+        if alpha == 1:
+            yield b
+        elif alpha == 0 or not first.dtype.is_floating_point:
+            yield a
         else:
-            yield _blend(a, b, alpha)
+            yield blend(a, b, alpha)
+
+
+def _spans(entry: Entry) -> Iterator[tuple[int, int]]:
+    """[start, stop) of an entry's pieces."""
+    n = math.prod(entry.shape)
+    for start in range(0, n, _PIECE):
+        yield start, min(n, start + _PIECE)
 
 
 def _warn_of_integers(
@@ -221,12 +201,9 @@ def _warn_of_integers(
     for name, entry in zeroshot.entries.items():
         if entry.dtype.is_floating_point or all(chosen[name] in (0, 1) for chosen in alphas):
             continue
-        n = math.prod(entry.shape)
-        for start in range(0, n, _PIECE):
-            stop = min(n, start + _PIECE)
-            if not torch.equal(
-                entry.read(start, stop).cpu(), finetuned.entries[name].read(start, stop).cpu()
-            ):
+        other = finetuned.entries[name]
+        for start, stop in _spans(entry):
+            if not torch.equal(entry.read(start, stop).cpu(), other.read(start, stop).cpu()):
                 differ.append(name)
                 break
     if differ:
@@ -242,7 +219,8 @@ def _in_memory(
     _warn_of_integers(zeroshot, finetuned, [alphas])
     out = {}
     for name, entry in zeroshot.entries.items():
-        (flat,) = _piece(entry, finetuned.entries[name], 0, math.prod(entry.shape), [alphas[name]])
+        n = math.prod(entry.shape)
+        (flat,) = _piece(entry, finetuned.entries[name], 0, n, [alphas[name]])
         out[name] = flat.reshape(entry.shape).clone()
     return out
 
@@ -260,19 +238,22 @@ def _stream(
     paths: list[Path],
     alphas: list[Alpha],
 ) -> None:
+    """Write every average at once, a piece of each at a time."""
     _warn_of_integers(zeroshot, finetuned, by_tensor)
     entries = zeroshot.entries
     described = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
-    noted = [json.dumps(dict(alpha) if isinstance(alpha, Mapping) else alpha) for alpha in alphas]
-    heads = [
-        safetensors_layout(described, {"format": "pt", "wise_ft_alpha": note}) for note in noted
-    ]
-    order = heads[0][1]
+    heads = []
+    for alpha in alphas:
+        note = json.dumps(dict(alpha) if isinstance(alpha, Mapping) else alpha)
+        metadata = {"format": "pt", "wise_ft_alpha": note}
+        head, order = safetensors_layout(described, metadata)
+        heads.append(head)
 
     def fill(files: list[BinaryIO]) -> None:
-        for file, (head, _) in zip(files, heads):
+        for file, head in zip(files, heads):
             file.write(head)
-        with ThreadPoolExecutor(1) as writer:  # writes one step while the next is read and computed
+        # writes one step while the next is read and computed
+        with ThreadPoolExecutor(1) as writer:
             pending: Future[None] | None = None
             for pieces in computed():
                 if pending is not None:
@@ -283,17 +264,11 @@ def _stream(
 
     def computed() -> Iterator[list[Tensor]]:
         for name in order:
-            n, weights = math.prod(entries[name].shape), [chosen[name] for chosen in by_tensor]
-            for start in range(0, n, _PIECE):
-                yield list(
-                    _piece(
-                        entries[name],
-                        finetuned.entries[name],
-                        start,
-                        min(n, start + _PIECE),
-                        weights,
-                    )
-                )
+            first = entries[name]
+            second = finetuned.entries[name]
+            weights = [chosen[name] for chosen in by_tensor]
+            for start, stop in _spans(first):
+                yield list(_piece(first, second, start, stop, weights))
 
     def put(files: list[BinaryIO], pieces: list[Tensor]) -> None:
         for file, piece in zip(files, pieces):
@@ -308,9 +283,12 @@ def _stream(
     opened([])
 
 
+def _copied(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
 class RunningEnsemble:
-    """The weight-space ensemble of where fine-tuning began and where it is, kept up to date while
-    training.
+    """The weight-space ensemble of where fine-tuning began and where it is, kept while training.
 
         ensemble = RunningEnsemble(model)              # before the first step
         for batch in loader:
@@ -333,28 +311,26 @@ class RunningEnsemble:
     def __init__(self, model: nn.Module, alpha: Alpha = 0.5, decay: float = 0.0) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"RunningEnsemble: decay must be in [0, 1), got {decay}")
-        self.alpha, self.decay = alpha, decay
-        self.zeroshot = {
-            name: tensor.detach().clone() for name, tensor in model.state_dict().items()
-        }
-        # float32 at least: in half precision a mean with a decay near 1 would stand still
-        self.mean = {
-            name: tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-            if tensor.is_floating_point()
-            else tensor
-            for name, tensor in self.zeroshot.items()
-        }
+        self.alpha = alpha
+        self.decay = decay
+        self.zeroshot = _copied(model)
+        self.mean = {}
+        for name, tensor in self.zeroshot.items():
+            if tensor.is_floating_point():
+                # in half precision a mean with a decay near 1 would stand still
+                tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+            self.mean[name] = tensor
         _resolve(alpha, self.zeroshot)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take the model's weights into the mean; call it after each optimizer step."""
         for name, tensor in model.state_dict().items():
-            mean, new = self.mean[name], tensor.detach().to(self.mean[name].device, copy=True)
-            averaged = self.decay > 0 and mean.is_floating_point()
-            self.mean[name] = (
-                mean.lerp(new.to(mean.dtype), 1 - self.decay) if averaged else new.to(mean.dtype)
-            )
+            mean = self.mean[name]
+            new = tensor.detach().to(mean.device, copy=True).to(mean.dtype)
+            if self.decay > 0 and mean.is_floating_point():
+                new = mean.lerp(new, 1 - self.decay)
+            self.mean[name] = new
 
     def state_dict(self) -> dict[str, Tensor]:
         """The ensemble's weights."""
@@ -365,7 +341,7 @@ class RunningEnsemble:
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
         """The model with the ensemble's weights inside the block; its own come back, bit for bit,
         at the end."""
-        own = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        own = _copied(model)
         try:
             model.load_state_dict(self.state_dict())
             yield model

@@ -21,13 +21,16 @@ if TYPE_CHECKING:
     from clipsteer.io.files import read_json as read_json
     from clipsteer.io.files import read_safetensors as read_safetensors
     from clipsteer.io.files import read_safetensors_header as read_safetensors_header
-    from clipsteer.io.files import read_torch_weights_only as read_torch_weights_only
     from clipsteer.io.files import refuse_nan as refuse_nan
     from clipsteer.io.files import safetensors_layout as safetensors_layout
     from clipsteer.io.files import tensor_bytes as tensor_bytes
     from clipsteer.io.files import write_atomically as write_atomically
     from clipsteer.io.files import write_json as write_json
     from clipsteer.io.files import write_safetensors as write_safetensors
+    from clipsteer.io.kinds import Kind as Kind
+    from clipsteer.io.kinds import read_kind as read_kind
+    from clipsteer.io.kinds import write_kind as write_kind
+    from clipsteer.io.torch_files import read_torch_weights_only as read_torch_weights_only
     from clipsteer.io.weights import Entry as Entry
     from clipsteer.io.weights import Source as Source
     from clipsteer.io.weights import Weights as Weights

@@ -1,9 +1,8 @@
-"""Atomic, resumable training state: one safetensors file and one JSON file a step, the two newest
-kept.
+"""Training state that survives crashes: a safetensors and a JSON file a step, the two newest kept.
 
 The JSON is written last and holds the size and SHA-256 of the tensors, so a checkpoint either is
 whole or is passed over: a crash, a full disk or a damaged file costs at most the steps since the
-    checkpoint before.
+checkpoint before.
 """
 
 from __future__ import annotations
@@ -31,6 +30,8 @@ _NAME = re.compile(r"step-(\d{10})\.(json|safetensors)")
 
 
 class Checkpoint(NamedTuple):
+    """What ``save_state`` was given."""
+
     step: int
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
@@ -43,19 +44,11 @@ def _paths(directory: Path, step: int) -> tuple[Path, Path]:
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _sha256(file)
-        )
-
-
-def _sha256(file: Any) -> str:
-    # Python 3.10 has no file_digest
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+        digest = hashlib.sha256()
+        # Python 3.10 has no hashlib.file_digest
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
 
 
 def _steps(directory: Path) -> dict[int, set[str]]:
@@ -75,11 +68,13 @@ def save_state(
     *,
     keep: int = 2,
 ) -> Path:
-    """Save `tensors` and JSON-able `meta` as the checkpoint of `step`; then all but the `keep`
-    newest up to it go.
+    """Save `tensors` and JSON-able `meta` as the checkpoint of `step`, and return its JSON file.
 
-    Nothing old is touched before the new checkpoint is on disk. Raises OSError when it cannot be
-    written.
+    Then all but the `keep` newest up to it go: nothing old is touched before the new checkpoint is
+    on disk.
+
+    Raises:
+        OSError: it cannot be written. ValueError: keep below 1, a step of more than ten digits.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
@@ -88,13 +83,9 @@ def save_state(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     data, index = _paths(directory, step)
-    write_safetensors(
-        data, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    )
-    write_json(
-        index,
-        {"step": step, "bytes": data.stat().st_size, "sha256": _digest(data), "meta": dict(meta)},
-    )
+    write_safetensors(data, tensors)
+    head = {"step": step, "bytes": data.stat().st_size, "sha256": _digest(data)}
+    write_json(index, {**head, "meta": dict(meta)})
     found = _steps(directory)
     older = sorted((s for s, kinds in found.items() if s < step and "json" in kinds), reverse=True)
     # later steps belong to a branch that this save has left
@@ -105,8 +96,10 @@ def save_state(
 
 
 def load_latest(directory: str | Path, *, device: str = "cpu") -> Checkpoint | None:
-    """The newest whole checkpoint of `directory`, or None; damaged ones are logged and passed
-    over."""
+    """The newest whole checkpoint of `directory`, its tensors on `device`, or None.
+
+    Damaged ones are logged and passed over.
+    """
     directory = Path(directory)
     for step, kinds in sorted(_steps(directory).items(), reverse=True):
         if kinds != {"json", "safetensors"}:
@@ -121,14 +114,10 @@ def load_latest(directory: str | Path, *, device: str = "cpu") -> Checkpoint | N
 def _load(directory: Path, step: int, device: str) -> Checkpoint:
     data, index = _paths(directory, step)
     head = read_json(index)
-    if (
-        not isinstance(head, dict)
-        or not {"step", "bytes", "sha256", "meta"} <= head.keys()
-        or head["step"] != step
-    ):
+    names = {"step", "bytes", "sha256", "meta"}
+    if not isinstance(head, dict) or not names <= head.keys() or head["step"] != step:
         raise FileFormatError(f"{index}: not a checkpoint index")
     if data.stat().st_size != head["bytes"] or _digest(data) != head["sha256"]:
         raise FileFormatError(f"{data}: truncated or damaged")
-    return Checkpoint(
-        step, {k: v.to(device) for k, v in read_safetensors(data).items()}, head["meta"]
-    )
+    tensors = {name: tensor.to(device) for name, tensor in read_safetensors(data).items()}
+    return Checkpoint(step, tensors, head["meta"])

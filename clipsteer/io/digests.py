@@ -14,10 +14,12 @@ from clipsteer.io.files import tensor_bytes
 
 
 def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON-able value, in hexadecimal."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and elements, in the order given."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -26,6 +28,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
+    """``tensors_digest`` of a module's state dict."""
     return tensors_digest(model.state_dict())
 
 

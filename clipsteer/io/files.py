@@ -1,5 +1,4 @@
-"""Files in and out: JSON and safetensors written atomically, and readers that distrust what they
-read.
+"""Files in and out: JSON and safetensors written atomically, readers that distrust what they read.
 
 A reader of this module returns, or raises ``FileFormatError`` (``FileNotFoundError`` where nothing
 is there); what it allocates is bounded by the size of the file. Format:
@@ -15,12 +14,12 @@ import os
 import re
 import secrets
 import stat
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 MAX_JSON_BYTES = 16 << 20
@@ -41,6 +40,7 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_DIMS = 32
+_MAX_SIZE = 1 << 62  # of a dimension
 
 
 class FileFormatError(Exception):
@@ -48,7 +48,7 @@ class FileFormatError(Exception):
     the path."""
 
 
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Replace ``path`` by what ``write`` puts into the open file: all of it, or none of it when
     anything fails.
 
@@ -116,7 +116,10 @@ def safetensors_layout(
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[bytes, list[str]]:
     """The opening bytes of a file that holds tensors of these dtypes and shapes, and the order of
-    their data."""
+    their data.
+
+    Raises TypeError for a dtype that the format lacks, ValueError for a header above 16 MiB.
+    """
     header: dict[str, Any] = {}
     if metadata:
         header["__metadata__"] = {str(key): str(value) for key, value in metadata.items()}
@@ -128,7 +131,8 @@ def safetensors_layout(
         dtype, shape = tensors[name]
         if dtype not in _NAMES or name == "__metadata__":
             raise TypeError(f"write_safetensors: {name!r} is {dtype}, which the format lacks")
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        begin = end
+        end = begin + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -149,7 +153,12 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 def write_safetensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write dense tensors of any device and layout; they are streamed, one on the CPU at a time."""
+    """Write dense tensors of any device and layout; they are streamed, one on the CPU at a time.
+
+    Raises TypeError for what the format lacks, OSError where the file cannot be written.
+    """
+    # safetensors 0.8 writes metadata in an order that changes from process to process, needs all
+    # tensors on the CPU at once, leaves the file unsynced and readable to its owner alone
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided:
             raise TypeError(
@@ -168,9 +177,11 @@ def write_safetensors(
     write_atomically(path, write)
 
 
-def _open(path: Path) -> tuple[BinaryIO, int]:
-    """An open regular file and its size. Anything else (a folder, a pipe that would block) is
-    refused."""
+def open_regular(path: Path) -> tuple[BinaryIO, int]:
+    """An open regular file and its size in bytes.
+
+    Raises FileFormatError for anything else (a folder, a pipe that would block).
+    """
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
         raise FileFormatError(f"{path}: not a regular file")
@@ -193,10 +204,12 @@ def _parse(path: Path, data: bytes) -> Any:
 
 
 def read_json(path: str | Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """The value in a JSON file of at most ``max_bytes``. A name that occurs twice in an object is
-    an error."""
+    """The value in a JSON file of at most ``max_bytes``.
+
+    Raises FileFormatError, also where a name occurs twice in an object.
+    """
     path = Path(path)
-    file, size = _open(path)
+    file, size = open_regular(path)
     with file:
         if size > max_bytes:
             raise FileFormatError(f"{path}: {size} bytes, at most {max_bytes} are read as JSON")
@@ -204,7 +217,9 @@ def read_json(path: str | Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
     return _parse(path, data)
 
 
-class _Entry(NamedTuple):
+class StoredTensor(NamedTuple):
+    """Where a tensor lies in a safetensors file: bytes [begin, end) of its data."""
+
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -215,101 +230,80 @@ class _Entry(NamedTuple):
 class Header(NamedTuple):
     """What a safetensors file says about itself, checked against its size."""
 
-    entries: tuple[_Entry, ...]
+    entries: tuple[StoredTensor, ...]  # in the order of their data
     metadata: dict[str, str]
     start: int  # offset of the first data byte
 
 
-def _is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 62 for v in value)
+def _described(path: Path) -> tuple[Any, int]:
+    """The header as JSON, of a bounded size and with every name once, and where the data start."""
+    file, size = open_regular(path)
+    with file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_JSON_BYTES):
+            raise FileFormatError(
+                f"{path}: a header of {length} bytes in a file of {size} (limit {MAX_JSON_BYTES})"
+            )
+        return _parse(path, file.read(length)), 8 + length
 
 
-def _entry(path: Path, name: str, value: Any) -> _Entry:
-    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+def _stored(path: Path, name: str, entry: dict[str, Any]) -> StoredTensor:
+    if entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise FileFormatError(
             f"{path}: tensor {name!r} needs exactly dtype, shape and data_offsets"
         )
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
+    dtype = entry["dtype"]
+    shape = entry["shape"]
+    if dtype not in _DTYPES:
         raise FileFormatError(f"{path}: tensor {name!r} has unsupported dtype {dtype!r:.40}")
-    if (
-        not _is_sizes(shape)
-        or not _is_sizes(offsets)
-        or len(offsets) != 2
-        or len(shape) > _MAX_DIMS
-    ):
-        raise FileFormatError(f"{path}: tensor {name!r} has a malformed shape or malformed offsets")
-    if offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[dtype].itemsize:
-        raise FileFormatError(
-            f"{path}: tensor {name!r} of shape {shape} does not fit its data_offsets {offsets}"
-        )
-    return _Entry(name, _DTYPES[dtype], tuple(shape), *offsets)
+    if len(shape) > _MAX_DIMS or max(shape, default=0) >= _MAX_SIZE:
+        raise FileFormatError(f"{path}: tensor {name!r} has an impossible shape {shape}")
+    return StoredTensor(name, _DTYPES[dtype], tuple(shape), *entry["data_offsets"])
 
 
-def _header(path: Path, file: BinaryIO, size: int) -> Header:
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(size - 8, MAX_JSON_BYTES):
-        raise FileFormatError(
-            f"{path}: a header of {length} bytes in a file of {size} (limit {MAX_JSON_BYTES})"
-        )
-    value = _parse(path, file.read(length))
-    if not isinstance(value, dict):
-        raise FileFormatError(f"{path}: the header is not a JSON object")
-    metadata = value.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise FileFormatError(f"{path}: __metadata__ must map text to text")
-    entries = sorted(
-        (_entry(path, *item) for item in value.items()), key=lambda e: (e.begin, e.end)
-    )
-    position = 0
-    for entry in entries:
-        if entry.begin != position:
-            raise FileFormatError(
-                f"{path}: data of {entry.name!r} overlap their neighbour or leave a gap"
-            )
-        position = entry.end
-    if 8 + length + position != size:
-        raise FileFormatError(
-            f"{path}: {size - 8 - length} bytes of data, the header describes {position}"
-        )
-    return Header(tuple(entries), metadata, 8 + length)
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[safe_open, Header]]:
+    """The file as the library opens it, and its header.
+
+    The library checks that the offsets tile the data and fit the shapes. It takes the last of
+    several equal names, keys that the format has not, and any byte as a boolean: that is refused
+    here and in ``_read_tensor``.
+    """
+    described, start = _described(path)
+    try:
+        # not mapped: a file that is cut off while it is read raises, and does not kill the process
+        with safe_open(path, framework="pt", backend="pread") as file:
+            metadata = described.pop("__metadata__", {})
+            stored = [_stored(path, name, entry) for name, entry in described.items()]
+            stored.sort(key=lambda tensor: (tensor.begin, tensor.end))
+            yield file, Header(tuple(stored), metadata, start)
+    except (SafetensorError, AttributeError, TypeError, KeyError) as error:
+        # the last three where another process replaced the file between the two looks at it
+        raise FileFormatError(f"{path}: {error}") from None
 
 
 def read_safetensors_header(path: str | Path) -> Header:
-    """Names, dtypes, shapes and metadata, without the data."""
-    path = Path(path)
-    file, size = _open(path)
-    with file:
-        return _header(path, file, size)
+    """Names, dtypes, shapes and metadata, without the data. Raises FileFormatError."""
+    with _opened(Path(path)) as (_, header):
+        return header
 
 
-def _read_tensor(path: Path, file: BinaryIO, entry: _Entry) -> Tensor:
+def _read_tensor(path: Path, file: safe_open, stored: StoredTensor) -> Tensor:
     try:
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        tensor: Tensor = file.get_tensor(stored.name)
     except (RuntimeError, MemoryError) as error:
         raise FileFormatError(
-            f"{path}: cannot hold {entry.name!r} of shape {entry.shape}: {error}"
+            f"{path}: cannot hold {stored.name!r} of shape {stored.shape}: {error}"
         ) from None
-    if not tensor.numel():
-        return tensor
-    raw = tensor.view(-1).view(torch.uint8)
-    buffer = memoryview(raw.numpy()).cast("B")
-    position = 0
-    while position < len(buffer):
-        count = file.readinto(buffer[position:])
-        if not count:
-            raise FileFormatError(f"{path}: ends inside the data of {entry.name!r}")
-        position += count
-    if entry.dtype == torch.bool and int(raw.max()) > 1:
+    if tensor.dtype == torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
         raise FileFormatError(
-            f"{path}: {entry.name!r} is boolean but holds a byte other than 0 and 1"
+            f"{path}: {stored.name!r} is boolean but holds a byte other than 0 and 1"
         )
     return tensor
 
 
 def refuse_nan(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise FileFormatError when a tensor holds a NaN of any payload; infinities are let
-    through."""
+    """Raise FileFormatError where a tensor of ``path`` holds NaN; infinities are let through."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and bool(tensor.isnan().any()):
             raise FileFormatError(f"{path}: {name!r} holds NaN")
@@ -322,77 +316,19 @@ def read_safetensors(path: str | Path, *, allow_nan: bool = True) -> dict[str, T
         path: the file. Its header may take 16 MiB; offsets must tile the data exactly.
         allow_nan: False refuses a file with NaN anywhere: what model weights want, and checkpoints
             do not.
+
+    Raises FileFormatError, FileNotFoundError.
     """
     path = Path(path)
-    file, size = _open(path)
-    with file:
-        header = _header(path, file, size)
-        tensors = {entry.name: _read_tensor(path, file, entry) for entry in header.entries}
+    with _opened(path) as (file, header):
+        tensors = {stored.name: _read_tensor(path, file, stored) for stored in header.entries}
     if not allow_nan:
         refuse_nan(path, tensors)
     return tensors
 
 
-def _check_archive(path: Path) -> None:
-    """torch.save archives are stored, not compressed; a compressed one could unfold to any size."""
-    size = path.stat().st_size
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
-        raise FileFormatError(f"{path}: not an archive written by torch.save: {error}") from None
-    if (
-        any(m.compress_type != zipfile.ZIP_STORED for m in members)
-        or sum(m.file_size for m in members) > size
-    ):
-        raise FileFormatError(
-            f"{path}: a compressed or inconsistent archive, not one written by torch.save"
-        )
-
-
-def _stand_in(qualified_name: str) -> type:
-    """A class that takes whatever it is given, keeps the attributes and does nothing."""
-
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self: Any, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update({k: v for k, v in state.items() if isinstance(k, str)})
-
-    module, _, name = qualified_name.rpartition(".")
-    return type(
-        name, (), {"__init__": __init__, "__setstate__": __setstate__, "__module__": module}
-    )
-
-
-def read_torch_weights_only(path: str | Path, *, stand_in_modules: Sequence[str] = ()) -> Any:
-    """A foreign file of torch.save, through weights-only loading alone.
-
-    Args:
-        path: the file; only the archive format (torch ≥ 1.6), whose tensors are mapped rather than
-            copied.
-        stand_in_modules: packages whose classes may occur in it. Each becomes an inert stand-in
-            that holds attributes; nothing of the package is imported and none of its code runs.
-            Every other class is refused.
-    """
-    path = Path(path)
-    _open(path)[0].close()
-    _check_archive(path)
-    try:
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        allowed = [n for n in unknown if n.split(".")[0] in stand_in_modules]
-        with torch.serialization.safe_globals([(_stand_in(name), name) for name in allowed]):
-            # mapped: a storage that lies about its size is cut off at the end of the file
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise FileFormatError(f"{path}: refused by weights-only loading: {reason[0]}") from error
-
-
 def json_object(path: Path, value: Any) -> dict[str, Any]:
+    """``value``, read from ``path``, where it is an object. Raises FileFormatError."""
     if not isinstance(value, dict):
         raise FileFormatError(f"{path}: must be a JSON object")
     return value

@@ -1,5 +1,4 @@
-"""Named tensors to read piece by piece: safetensors files and their shards, weights-only torch
-files, modules."""
+"""Named tensors to read piece by piece: safetensors files, shards, torch files, modules."""
 
 from __future__ import annotations
 
@@ -15,8 +14,9 @@ from clipsteer.io.files import (
     FileFormatError,
     read_json,
     read_safetensors_header,
-    read_torch_weights_only,
+    tensor_bytes,
 )
+from clipsteer.io.torch_files import read_torch_weights_only
 
 Weights = str | Path | nn.Module | Mapping[str, Tensor]
 
@@ -31,19 +31,28 @@ _FOLDER = (
 
 
 class Entry(NamedTuple):
+    """A tensor that need not be in memory."""
+
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[int, int], Tensor]  # elements [start, stop) as a flat tensor
 
 
 class Source(NamedTuple):
+    """The tensors of one model, and what to call it in a message."""
+
     where: str
     entries: dict[str, Entry]
 
 
 def open_weights(argument: str, weights: Weights, stack: ExitStack) -> Source:
     """The tensors of what `wise_ft` was given as `argument`; files stay open until the stack
-    closes."""
+    closes.
+
+    Raises:
+        TypeError, ValueError: what cannot be weights. FileNotFoundError. FileFormatError: a damaged
+            file, or one that holds something else.
+    """
     if isinstance(weights, nn.Module):
         return Source(argument, _tensors(argument, weights.state_dict()))
     if isinstance(weights, Mapping):
@@ -76,9 +85,8 @@ def open_weights(argument: str, weights: Weights, stack: ExitStack) -> Source:
         raise FileFormatError(
             f"{path}: not a state dict, nor a checkpoint with one under 'state_dict'"
         )
-    if value and all(
-        name.startswith("module.") for name in value
-    ):  # as DistributedDataParallel saves it
+    # as DistributedDataParallel saves it
+    if value and all(name.startswith("module.") for name in value):
         value = {name[7:]: tensor for name, tensor in value.items()}
     return Source(str(path), _tensors(str(path), value))
 
@@ -86,11 +94,9 @@ def open_weights(argument: str, weights: Weights, stack: ExitStack) -> Source:
 def _tensors(where: str, weights: Mapping[str, Tensor]) -> dict[str, Entry]:
     def entry(name: str, tensor: Any) -> Entry:
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_complex():
-            got = (
-                f"{tensor.layout} {tensor.dtype}"
-                if isinstance(tensor, Tensor)
-                else type(tensor).__name__
-            )
+            got = type(tensor).__name__
+            if isinstance(tensor, Tensor):
+                got = f"{tensor.layout} {tensor.dtype}"
             raise TypeError(f"wise_ft: {where}: {name!r} must be a dense real tensor, got {got}")
         if tensor.is_quantized or (tensor.is_floating_point() and tensor.dtype.itemsize < 2):
             raise TypeError(
@@ -111,7 +117,7 @@ def _file(path: Path, stack: ExitStack) -> dict[str, Entry]:
         def read(start: int, stop: int) -> Tensor:
             piece = torch.empty(stop - start, dtype=dtype)
             file.seek(begin + start * dtype.itemsize)
-            rest = memoryview(piece.view(torch.uint8).numpy()) if len(piece) else memoryview(b"")
+            rest = tensor_bytes(piece)
             while rest:
                 count = file.readinto(rest)
                 if not count:
@@ -121,20 +127,17 @@ def _file(path: Path, stack: ExitStack) -> dict[str, Entry]:
 
         return read
 
-    return {
-        e.name: Entry(e.dtype, e.shape, reader(e.name, e.dtype, header.start + e.begin))
-        for e in header.entries
-    }
+    found = {}
+    for name, dtype, shape, begin, _ in header.entries:
+        found[name] = Entry(dtype, shape, reader(name, dtype, header.start + begin))
+    return found
 
 
 def _shards(index: Path, stack: ExitStack) -> dict[str, Entry]:
     value = read_json(index)
     places = value.get("weight_map") if isinstance(value, dict) else None
-    if (
-        not isinstance(places, dict)
-        or not places
-        or not all(isinstance(f, str) for f in places.values())
-    ):
+    named = isinstance(places, dict) and all(isinstance(file, str) for file in places.values())
+    if not named or not places:
         raise FileFormatError(f"{index}: expected a weight_map from tensor names to file names")
     files = {}
     for name in sorted(set(places.values())):

@@ -51,9 +51,8 @@ def check_shape(
 ) -> None:
     """ValueError where the argument of this name is given and of another shape."""
     if named[name] is not None and named[name].shape != shape:
-        raise ValueError(
-            mistake(op, name, f"of shape {symbols} = {shape}", tuple(named[name].shape), named)
-        )
+        expected = f"of shape {symbols} = {shape}"
+        raise ValueError(mistake(op, name, expected, tuple(named[name].shape), named))
 
 
 def check_indices(
@@ -69,20 +68,16 @@ def check_indices(
     kernels' own check."""
     # a tensor subclass may have no values to look at (fake tensors); the kernels check for
     # themselves
-    if (
-        torch.compiler.is_compiling()
-        or type(indices) is not Tensor
-        or indices.is_meta
-        or indices.numel() == 0
-    ):
+    if torch.compiler.is_compiling() or type(indices) is not Tensor:
+        return
+    if indices.is_meta or indices.numel() == 0:
         return
     if indices.device.type != "cpu" and os.environ.get("CLIPSTEER_CHECK_INDICES", "0") != "1":
         return
     low, high = (int(v) for v in indices.aminmax())
     if low < lowest or high >= n:
-        raise ValueError(
-            mistake(op, name, f"in [{lowest}, {n})", f"values from {low} to {high}", named)
-        )
+        got = f"values from {low} to {high}"
+        raise ValueError(mistake(op, name, f"in [{lowest}, {n})", got, named))
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
@@ -94,3 +89,10 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     dtype = torch.get_autocast_dtype(kind)
     cast = [t is not None and t.is_floating_point() and t.dtype != torch.float64 for t in tensors]
     return tuple(t.to(dtype) if c else t for t, c in zip(tensors, cast))
+
+
+def what_came(value: Any) -> str:
+    """For a message: dtype and shape of a tensor, the type of anything else."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return type(value).__name__

@@ -51,9 +51,9 @@ def _load_triton() -> str | None:
         from clipsteer.kernels import _launch as launch
 
         served = [op for op in RECORDS if "triton" in op.backends]
-        modules = {
-            op.stem: importlib.import_module(f"clipsteer.kernels.{op.stem}") for op in served
-        }
+        modules = {}
+        for op in served:
+            modules[op.stem] = importlib.import_module(f"clipsteer.kernels.{op.stem}")
     except Exception as error:
         # another triton than the kernels were written for may lack any name they use
         how = "install the triton that belongs to this torch build"
@@ -78,14 +78,12 @@ def missing(backend: str) -> str | None:
     can."""
     if backend == "cpp":
         return _load_binary("cpp", "reinstall clipsteer with a C++20 compiler on the PATH")
-    if (
-        backend in ("triton", "cuda")
-        and not torch.cuda.is_available()
-        and not (backend == "triton" and interpreted())
-    ):
-        return "no GPU is visible to torch" + (
-            "; TRITON_INTERPRET=1 runs it on the CPU, slowly" * (backend == "triton")
-        )
+    if backend in ("triton", "cuda") and not torch.cuda.is_available():
+        if backend == "cuda":
+            return "no GPU is visible to torch"
+        if not interpreted():
+            how = "TRITON_INTERPRET=1 runs it on the CPU, slowly"
+            return f"no GPU is visible to torch; {how}"
     if backend == "triton":
         return _load_triton()
     if backend == "cuda":
@@ -109,11 +107,8 @@ def unusable(
         return f"it has no {str(dtype).removeprefix('torch.')} kernels"
     if backend == "cpp" and device.type != "cpu":
         return f"it serves CPU tensors, these are on {device}"
-    if (
-        backend in ("triton", "cuda")
-        and device.type != "cuda"
-        and not (backend == "triton" and interpreted())
-    ):
+    elsewhere = backend in ("triton", "cuda") and device.type != "cuda"
+    if elsewhere and (backend == "cuda" or not interpreted()):
         return f"it serves CUDA tensors, these are on {device}"
     return None
 
@@ -162,9 +157,8 @@ def self_check(
             _VERDICTS[key] = verdict(op, backend, device, dtype)
     except torch.OutOfMemoryError as error:
         return f"its self-check ran out of memory: {error}"
-    except (
-        Exception
-    ) as error:  # a kernel that cannot launch must not take the caller's program down
+    except Exception as error:
+        # a kernel that cannot launch must not take the caller's program down
         _VERDICTS[key] = f"self-check raised {type(error).__name__}: {error}"
     return _VERDICTS[key]
 
@@ -187,16 +181,13 @@ def resolve(
         backend = os.environ.get("CLIPSTEER_BACKEND", "auto").lower() or "auto"
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"{op}: backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
-    device = (
-        torch.device(device_type, device_index)
-        if device_index is not None
-        else torch.device(device_type)
-    )
+    device = torch.device(device_type)
+    if device_index is not None:
+        device = torch.device(device_type, device_index)
     if backend != "auto":
         if (reason := unusable(backend, device, dtype, op)) is not None:
-            raise RuntimeError(
-                f'{op}: backend "{backend}" cannot run: {reason}. backend="reference" always can.'
-            )
+            what = f'{op}: backend "{backend}" cannot run: {reason}'
+            raise RuntimeError(f'{what}. backend="reference" always can.')
         return backend
     if device.type == "cpu":
         return "cpp" if unusable("cpp", device, dtype, op) is None else "reference"
@@ -204,9 +195,8 @@ def resolve(
         if unusable(candidate, device, dtype, op) is None:
             if (failure := self_check(op, candidate, device, dtype)) is None:
                 return candidate
-            _warn_once(
-                f"clipsteer: {candidate} {op} is not trusted on {device} for {dtype}: {failure}"
-            )
+            what = f"{candidate} {op} is not trusted on {device} for {dtype}"
+            _warn_once(f"clipsteer: {what}: {failure}")
     return "reference"
 
 
@@ -221,6 +211,7 @@ def _warn_once(message: str) -> None:
 
 
 def choose(op: str, backend: str, tensor: Tensor) -> str:
+    """The backend that runs ``op`` on a tensor like this one."""
     return resolve(op, backend, tensor.device.type, tensor.device.index, tensor.dtype)
 
 
@@ -236,6 +227,8 @@ def tracked(*tensors: Tensor | None) -> bool:
 
 @dataclass(frozen=True)
 class BackendStatus:
+    """One backend, usable or why not."""
+
     backend: str
     usable: bool
     reason: str
@@ -245,9 +238,11 @@ class Explanation(tuple[BackendStatus, ...]):
     """The backends of one call, readable when printed."""
 
     def __str__(self) -> str:
-        return "\n".join(
-            f"{s.backend:<10}{'usable' if s.usable else 'not usable':<12}{s.reason}" for s in self
-        )
+        lines = []
+        for s in self:
+            usable = "usable" if s.usable else "not usable"
+            lines.append(f"{s.backend:<10}{usable:<12}{s.reason}")
+        return "\n".join(lines)
 
     __repr__ = __str__
 
@@ -261,12 +256,10 @@ def explain(op: str, *tensors: Any, **named: Any) -> Explanation:
     """
     if op not in OPS:
         raise ValueError(f"explain: op must be one of {sorted(OPS)}, got {op!r}")
-    found = [
-        t for t in (*tensors, *named.values()) if isinstance(t, Tensor) and t.is_floating_point()
-    ]
-    device, dtype = (
-        (found[0].device, found[0].dtype) if found else (torch.device("cpu"), torch.float32)
-    )
+    given = [t for t in (*tensors, *named.values()) if isinstance(t, Tensor)]
+    found = [t for t in given if t.is_floating_point()]
+    device = found[0].device if found else torch.device("cpu")
+    dtype = found[0].dtype if found else torch.float32
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         chosen = resolve(op, "auto", device.type, device.index, dtype)
@@ -275,13 +268,10 @@ def explain(op: str, *tensors: Any, **named: Any) -> Explanation:
         reason = unusable(backend, device, dtype, op)
         if reason is None and backend in ("triton", "cuda") and device.type == "cuda":
             reason = self_check(op, backend, device, dtype)
-        rows.append(
-            BackendStatus(
-                backend,
-                reason is None,
-                reason or ("chosen by auto" if backend == chosen else ""),
-            )
-        )
+        usable = reason is None
+        if reason is None:
+            reason = "chosen by auto" if backend == chosen else ""
+        rows.append(BackendStatus(backend, usable, reason))
     return Explanation(rows)
 
 

@@ -56,7 +56,8 @@ class _Matmul(torch.autograd.Function):
         need_x, need_W, _, need_beta, need_mean, *_ = ctx.needs_input_grad
         d_x = d_W = d_beta = d_mean = None
         centred = _centred(x, index, mean) if need_W or need_beta else x
-        of_rows = None if beta is None else _of_rows(beta.unsqueeze(-1), index)
+        if beta is not None and (need_W or need_beta):
+            of_rows = _of_rows(beta.unsqueeze(-1), index)  # (B, 1) or (1, 1)
         if need_beta:
             plain = matmul(grad, W, index, None, None, not transpose, backend)
             plain = plain.to(beta.dtype)

@@ -33,7 +33,12 @@ class LowLevel(NamedTuple):
     fake: Callable[..., Any]
 
 
+# backends by compute capability and dtype, the faster first
+Order = Callable[[tuple[int, int], torch.dtype], tuple[str, ...]]
+
+
 def triton_first(capability: tuple[int, int], dtype: torch.dtype) -> tuple[str, ...]:
+    """The order of most ops, whichever the GPU."""
     return ("triton", "cuda")
 
 
@@ -43,15 +48,15 @@ class Op:
 
     stem: str
     low_level: dict[str, LowLevel]
-    variants: tuple[
-        str, ...
-    ] = ()  # what dispatch and the registry tell apart besides the stem itself
+    # what dispatch and the registry tell apart besides the stem itself
+    variants: tuple[str, ...] = ()
     backends: tuple[str, ...] = BACKENDS
-    # what ``auto`` tries on a GPU of this compute capability, the faster first
-    gpu_order: Callable[[tuple[int, int], torch.dtype], tuple[str, ...]] = triton_first
+    # what ``auto`` tries on a GPU
+    gpu_order: Order = triton_first
 
     @property
     def names(self) -> tuple[str, ...]:
+        """As dispatch and the registry know it."""
         return (self.stem, *self.variants)
 
 
@@ -234,8 +239,9 @@ RECORDS = (
         "conceptor_project",
         {
             "grouped_matmul": LowLevel(
-                "(Tensor x, Tensor W, Tensor? index, Tensor? beta, Tensor? mean, "
-                "bool transpose) -> Tensor",
+                "(Tensor x, Tensor W, Tensor? index, Tensor? beta, Tensor? mean, bool transpose)"
+                # (B, n)
+                " -> Tensor",
                 _grouped_matmul,
             ),
             "grouped_outer": LowLevel(
@@ -266,8 +272,9 @@ RECORDS = (
         "semantic_drift",
         {
             "drift_sums": LowLevel(
-                "(Tensor old, Tensor new, Tensor prototypes, Tensor scale) "
-                "-> (Tensor, Tensor, Tensor)",
+                "(Tensor old, Tensor new, Tensor prototypes, Tensor scale)"
+                # (C,), (C,), (C, d)
+                " -> (Tensor, Tensor, Tensor)",
                 _drift_sums,
             ),
         },

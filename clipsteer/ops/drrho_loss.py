@@ -128,9 +128,8 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *outer):
         if ctx.together:
-            raise RuntimeError(
-                "drrho_loss: over several processes it has first derivatives only; use a single one"
-            )
+            what = "over several processes it has first derivatives only"
+            raise RuntimeError(f"drrho_loss: {what}; use a single one")
         grad, image, text, ref_image, ref_text, tau, u = ctx.saved_tensors
         gamma, eps, rho = ctx.options
         with torch.enable_grad():

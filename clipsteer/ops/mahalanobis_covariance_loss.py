@@ -171,18 +171,12 @@ def _checked(
     first = named["U" if low_rank else "factor"]
     _check.check_shape(op, named, "old", (B, d), "new's")
     _check.check_shape(op, named, "labels", (B,), "(B,)")
-    if (
-        first.dim() != 3
-        or first.shape[0] == 0
-        or first.shape[1] != d
-        or not (low_rank or first.shape[2] == d)
-    ):
-        name, expected = (
-            ("U", f"(C, d = {d}, r)") if low_rank else ("factor", f"(C, d, d) with d = {d}")
-        )
-        raise ValueError(
-            _check.mistake(op, name, f"of shape {expected} and C > 0", tuple(first.shape), named)
-        )
+    fits = first.dim() == 3 and first.shape[0] > 0 and first.shape[1] == d
+    if not fits or not (low_rank or first.shape[2] == d):
+        name = "U" if low_rank else "factor"
+        shape = f"(C, d = {d}, r)" if low_rank else f"(C, d, d) with d = {d}"
+        expected = f"of shape {shape} and C > 0"
+        raise ValueError(_check.mistake(op, name, expected, tuple(first.shape), named))
     C, _, r = first.shape
     if low_rank:
         _check.check_shape(op, named, "s", (C, r), "(C, r)")

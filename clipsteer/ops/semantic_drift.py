@@ -68,13 +68,15 @@ def moved_by(
     return (prototypes.double() + drift).to(prototypes.dtype)
 
 
-def median_sigma(old: Tensor, prototypes: Tensor) -> Tensor:
+def median_sigma(
+    old: Tensor,  # (N, d)
+    prototypes: Tensor,  # (C, d)
+) -> Tensor:
     """σ with σ² = ½·median of ‖old_i − μ_c‖², over every prototype and the first 4,096 rows: a
     float64 scalar.
 
-    old (N, d), prototypes (C, d), neither empty. Of an even number of distances the lower middle
-    one is taken; where it is 0, σ is the smallest normal number, so that only rows on a prototype
-    count for it.
+    Neither is empty. Of an even number of distances the lower middle one is taken; where it is 0, σ
+    is the smallest normal number, so that only rows on a prototype count for it.
     """
     rows = old[:MEDIAN_ROWS].to(torch.promote_types(old.dtype, torch.float32))
     means = prototypes.to(rows.dtype)
@@ -86,7 +88,12 @@ def median_sigma(old: Tensor, prototypes: Tensor) -> Tensor:
     return (half * unit.double()).clamp(min=torch.finfo(torch.float64).tiny)
 
 
-def _scale(old: Tensor, prototypes: Tensor, sigma: float | str | Tensor, floor: float) -> Tensor:
+def _scale(
+    old: Tensor,  # (N, d)
+    prototypes: Tensor,  # (C, d)
+    sigma: float | str | Tensor,
+    floor: float,
+) -> Tensor:
     """[unit, κ, log floor] (3,) float64 on the device: κ (unit·‖·‖)² = ‖·‖²/2σ², unit a power of
     two, ½ ≤ κ ≤ 2.
 
@@ -124,7 +131,14 @@ def drift_sums(
     return call(backend, "drift_sums", *inputs)
 
 
-def check_arguments(op: str, old: Any, new: Any, prototypes: Any, sigma: Any, floor: Any) -> None:
+def check_arguments(
+    op: str,
+    old: Any,  # (N, d)
+    new: Any,  # (N, d)
+    prototypes: Any,  # (C, d)
+    sigma: Any,
+    floor: Any,
+) -> None:
     """ValueError or TypeError of ``op`` where the arguments of ``semantic_drift`` do not fit."""
     named = {"old": old, "new": new, "prototypes": prototypes}
     _check.check_tensors(op, named)

@@ -162,9 +162,8 @@ def weight_gradient(
     """``sparse_outer`` as the caller wants it: dense, row-sparse, or written into a kept buffer."""
     n = W.shape[0]
     if (sparse or buffer is not None) and tracked(coeff, rows):
-        raise RuntimeError(
-            "sparse_grad and grad_buffer give first derivatives only; leave them out to go further"
-        )
+        what = "sparse_grad and grad_buffer give first derivatives only"
+        raise RuntimeError(f"{what}; leave them out to go further")
     if sparse:
         features, compact = torch.unique(indices, return_inverse=True)
         d_W, d_b = call(
@@ -207,15 +206,13 @@ def check_gradient_options(
     if grad_buffer is not None:
         if sparse_grad:
             raise ValueError(f"{op}: sparse_grad and grad_buffer exclude each other")
-        like = grad_buffer.shape == W.shape and grad_buffer.dtype == W.dtype
-        like = like and grad_buffer.device == W.device and grad_buffer.is_contiguous()
-        if not like:
+        fits = grad_buffer.shape == W.shape and grad_buffer.dtype == W.dtype
+        fits = fits and grad_buffer.device == W.device and grad_buffer.is_contiguous()
+        if not fits:
             expected = f"{tuple(W.shape)} {W.dtype} on {W.device}"
             got = f"{tuple(grad_buffer.shape)} {grad_buffer.dtype} on {grad_buffer.device}"
-            raise ValueError(
-                f"{op}: grad_buffer must be contiguous and like the dictionary, {expected}, "
-                f"got {got}"
-            )
+            like = f"contiguous and like the dictionary, {expected}"
+            raise ValueError(f"{op}: grad_buffer must be {like}, got {got}")
         if grad_buffer.requires_grad:
             raise ValueError(f"{op}: grad_buffer must not require a gradient")
     if backend == "reference" and (sparse_grad or grad_buffer is not None):
@@ -275,13 +272,11 @@ def sparse_decode(
         named.update(acts=acts, W_dec=W_dec, b_dec=b_dec)
     _check.check_tensors(op, named, integer=("indices",))
     if W_dec.dim() != 2:
-        raise ValueError(
-            _check.mistake(op, "W_dec", "of shape (d_sae, d_in)", tuple(W_dec.shape), named)
-        )
+        expected = "of shape (d_sae, d_in)"
+        raise ValueError(_check.mistake(op, "W_dec", expected, tuple(W_dec.shape), named))
     if acts.dim() == 0 or acts.shape != indices.shape:
-        raise ValueError(
-            _check.mistake(op, "acts", "of indices' shape (..., k)", tuple(acts.shape), named)
-        )
+        expected = "of indices' shape (..., k)"
+        raise ValueError(_check.mistake(op, "acts", expected, tuple(acts.shape), named))
     _check.check_shape(op, named, "b_dec", (W_dec.shape[1],), "(d_in,)")
     _check.check_indices(op, indices, W_dec.shape[0], named)
     backend = choose(op, backend, acts)

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from clipsteer.reference.drrho import SLOW_TEMPERATURE as SLOW_TEMPERATURE
     from clipsteer.reference.drrho import DRRhoLoss as DRRhoLoss
     from clipsteer.reference.drrho import gamma_schedule as gamma_schedule
-    from clipsteer.reference.evaluate import evaluate as evaluate
     from clipsteer.reference.evaluate import excess_losses as excess_losses
     from clipsteer.reference.evaluate import write_excess as write_excess
     from clipsteer.reference.features import KIND as KIND

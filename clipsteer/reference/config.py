@@ -2,117 +2,107 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
-from torch import nn
+from clipsteer.training.settings import (
+    Count,
+    CountOrZero,
+    NotNegative,
+    Positive,
+    SettingError,
+    Share,
+    Weight,
+    check_fields,
+)
 
-from clipsteer.reference.drrho import DRRhoLoss
-from clipsteer.reference.losses import ContrastiveLoss
-from clipsteer.training.world import World
+if TYPE_CHECKING:
+    from torch import nn
+
+    from clipsteer.training.world import World
 
 # the rule of CLIP and of FastCLIP for a learnt τ
 LEAST_TEMPERATURE = 0.01
-LOSSES = ("drrho", "global", "clip", "distill")
+Loss = Literal["drrho", "global", "clip", "distill"]
+LOSSES = get_args(Loss)
 
 
 @dataclass(frozen=True)
 class ContrastiveConfig:
-    """Settings of a run.
+    """Settings of a contrastive run.
 
-    Attributes:
-        batch_size: pairs a step, over all processes; the rest of an epoch that fills no batch is
-            left out.
-        micro_batch: pairs of a process that go through the model at a time; the step is that of the
-            whole batch.
-        samples: pairs to see in all, instead of `epochs`.
-        warmup_steps: at most a tenth of the run is warm-up.
-        grad_clip: largest norm of the gradient in the model's weights.
-        temperature: τ, or where it starts; None is 0.01 for drrho and global, 0.07 for clip and
-            distill. A learnt one is at least 0.01.
-        learnable_temperature: None is no for drrho and global, yes for clip and distill, as
-            published.
-        rho: keeps a learnable τ up, in drrho and global; FastCLIP uses 6.5 to 11.
-        gamma_min, gamma_epochs: the share γ that the newest batch has in the averaged denominators
-            of drrho and global falls to gamma_min in gamma_epochs epochs; None: min(1,
-            4.177·E^-0.7265) and E, the run's epochs, as DRRho-CLIP.
-        distill: weight of the soft targets in "distill".
-        select: share of a batch that is trained on, picked as learnable together (JEST) from the
-            joint batch of all processes, of which each trains on those that it has; None trains on
-            all.
-        crop: smallest share of the largest square in an image that a random square crop keeps; 1
-            turns crops off.
-        bf16: compute under bfloat16 autocast.
-        track: where figures go beside log.jsonl.
+    Raises:
+        ValueError: a setting out of its range.
     """
 
-    loss: Literal["drrho", "global", "clip", "distill"] = "drrho"
-    lr: float = 5e-4
-    weight_decay: float = 0.2
-    batch_size: int = 256
-    micro_batch: int | None = None
-    epochs: int = 30
-    samples: int | None = None
-    warmup_steps: int = 500
-    grad_clip: float = 1.0
-    temperature: float | None = None
+    loss: Loss = "drrho"
+    """what is minimised; drrho and distill need a reference"""
+    lr: Positive = 5e-4
+    """peak learning rate"""
+    weight_decay: NotNegative = 0.2
+    """of AdamW"""
+    batch_size: Count = 256
+    """pairs a step, over all processes; what fills no batch is left out of an epoch"""
+    micro_batch: Count | None = None
+    """pairs of a process in memory at a time; the step is that of the whole batch (default: all)"""
+    epochs: Count = 30
+    """passes over the pairs"""
+    samples: Count | None = None
+    """pairs to see in all, in place of epochs"""
+    warmup_steps: CountOrZero = 500
+    """steps of linear warm-up, but at most a tenth of the run"""
+    grad_clip: Positive = 1.0
+    """largest norm of the gradient in the model's weights"""
+    temperature: Positive | None = None
+    """τ, or where a learnt one starts, which is at least 0.01 (default: 0.01; for clip and distill
+    0.07)"""
     learnable_temperature: bool | None = None
-    rho: float = 0.0
-    gamma_min: float | None = None
-    gamma_epochs: int | None = None
-    distill: float = 0.5
-    select: float | None = None
-    crop: float = 0.9
+    """learn τ (default: for clip and distill, as published)"""
+    rho: NotNegative = 0.0
+    """keeps a learnt τ up, for drrho and global; FastCLIP uses 6.5 to 11"""
+    gamma_min: Share | None = None
+    """what γ, the share of the newest batch in the averages of drrho and global, falls to
+    (default: min(1, 4.177·E^-0.7265) for a run of E epochs, as DRRho-CLIP)"""
+    gamma_epochs: Count | None = None
+    """epochs in which γ falls (default: those of the run)"""
+    distill: Weight = 0.5
+    """weight of the soft targets, for distill"""
+    select: Share | None = None
+    """train on this share of each batch of all processes, picked as learnable together (JEST);
+    needs a reference (default: all)"""
+    crop: Share = 0.9
+    """smallest share of an image's largest square that a random square crop keeps; 1 turns crops
+    off"""
     bf16: bool = False
+    """compute under bfloat16 autocast"""
     seed: int = 0
-    evaluate_every: int | None = None
-    checkpoint_every: int = 500
-    log_every: int = 10
+    """of the first weights, the order of the pairs and the crops"""
+    evaluate_every: Count | None = None
+    """steps between two looks at the validation sets (default: an epoch)"""
+    checkpoint_every: Count = 500
+    """steps between two checkpoints"""
+    log_every: Count = 10
+    """steps between two lines of the log"""
     track: Literal["wandb", "tensorboard"] | None = None
+    """where figures go beside log.jsonl"""
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ValueError(f"ContrastiveConfig: loss must be one of {LOSSES}, got {self.loss!r}")
-        optional = ("micro_batch", "samples", "gamma_epochs", "evaluate_every")
-        for name in ("batch_size", "epochs", "checkpoint_every", "log_every", *optional):
-            value = getattr(self, name)
-            if not (value is None and name in optional) and value < 1:
-                raise ValueError(f"ContrastiveConfig: {name} must be at least 1, got {value}")
-        for name in ("crop", "select", "gamma_min"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
-                raise ValueError(
-                    f"ContrastiveConfig: {name} must be in (0, 1], got {getattr(self, name)}"
-                )
-        for name in ("lr", "grad_clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"ContrastiveConfig: {name} must be positive and finite, got "
-                    f"{getattr(self, name)}"
-                )
-        for name in ("weight_decay", "warmup_steps", "rho"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"ContrastiveConfig: {name} must be finite and at least 0, got "
-                    f"{getattr(self, name)}"
-                )
-        if not 0 <= self.distill <= 1:
-            raise ValueError(f"ContrastiveConfig: distill must be in [0, 1], got {self.distill}")
+        check_fields(self)
         tau, learnt = self._temperature()
-        if not 0 < tau < math.inf or (learnt and tau < LEAST_TEMPERATURE):
-            expected = (
-                f"at least {LEAST_TEMPERATURE} where it is learnt"
-                if learnt
-                else "positive and finite"
+        if learnt and tau < LEAST_TEMPERATURE:
+            raise self._error(
+                f"{{temperature}} must be at least {LEAST_TEMPERATURE} where it is learnt, "
+                f"got {tau}"
             )
-            raise ValueError(f"ContrastiveConfig: temperature must be {expected}, got {tau}")
+
+    def _error(self, text: str) -> SettingError:
+        return SettingError(type(self).__name__, text)
 
     def check_batches(self, pairs: int, processes: int) -> None:
         """Raise ValueError unless so many pairs make a batch that so many processes can share."""
         if pairs < self.batch_size or self.batch_size % processes:
-            raise ValueError(
-                f"train: batch_size must be at most the {pairs} pairs there are and a multiple of "
-                f"the "
+            raise self._error(
+                f"{{batch_size}} must be at most the {pairs} pairs there are and a multiple of the "
                 f"{processes} processes, got {self.batch_size}"
             )
 
@@ -127,15 +117,19 @@ class ContrastiveConfig:
 
     def _temperature(self) -> tuple[float, bool]:
         """τ, or where it starts, and whether it is learnt."""
-        tau = 0.01 if self.remembers else 0.07
-        if self.temperature is not None:
-            tau = self.temperature
-        learnt = not self.remembers
-        if self.learnable_temperature is not None:
-            learnt = self.learnable_temperature
+        tau = self.temperature
+        if tau is None:
+            tau = 0.01 if self.remembers else 0.07
+        learnt = self.learnable_temperature
+        if learnt is None:
+            learnt = not self.remembers
         return tau, learnt
 
     def make_loss(self, num_samples: int, world: World) -> nn.Module:
+        # torch comes in with them, which the command line's help does without
+        from clipsteer.reference.drrho import DRRhoLoss
+        from clipsteer.reference.losses import ContrastiveLoss
+
         tau, learnt = self._temperature()
         if self.remembers:
             return DRRhoLoss(

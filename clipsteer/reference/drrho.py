@@ -1,16 +1,16 @@
-"""Contrastive training relative to a frozen reference model: the loss with its memory of every
-sample.
+"""Contrastive training relative to a frozen reference: the loss, with its memory of every sample.
 
 Over several processes the batch is the joint one: each has its rows against all columns, which it
 holds once, and of the rows' memory its share by sample id.
 
 Sources: Wei et al. 2025 (DRRho-CLIP, arXiv 2505.06699), Wei et al. 2024 (FastCLIP, arXiv
-    2407.01445).
+2407.01445).
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,10 @@ SLOW_TEMPERATURE = 0.03
 
 
 def gamma_schedule(epoch: int, epochs: int, gamma_min: float) -> float:
-    """FastCLIP's share γ of the newest batch: from 1 in epoch 0 by half a cosine to ``gamma_min``
-    in ``epochs``.
+    """FastCLIP's share γ of the newest batch: half a cosine from 1 to ``gamma_min`` in ``epochs``.
 
     FastCLIP lets ``epochs`` be half of the training; DRRho-CLIP all of it, with
-    γ_min = min(1, 4.177·E^−0.7265) for E epochs.
+    γ_min = min(1, 4.177·E^−0.7265) for E epochs. Raises ValueError for values out of range.
     """
     if epochs < 1 or epoch < 0:
         raise ValueError(
@@ -39,7 +38,8 @@ def gamma_schedule(epoch: int, epochs: int, gamma_min: float) -> float:
     if not 0 < gamma_min <= 1:
         raise ValueError(f"gamma_schedule: gamma_min must be in (0, 1], got {gamma_min}")
     progress = min(epoch / epochs, 1.0)
-    return 0.5 * (1 + math.cos(math.pi * progress)) * (1 - gamma_min) + gamma_min
+    falling = 0.5 * (1 + math.cos(math.pi * progress))
+    return falling * (1 - gamma_min) + gamma_min
 
 
 class DRRhoLoss(nn.Module):
@@ -62,17 +62,23 @@ class DRRhoLoss(nn.Module):
 
     Args:
         num_samples: ids are in [0, num_samples).
-        temperature: τ, or where it starts; temperature_min: the least that ``settle_temperature_``
-            leaves of a learnable one.
-        rho, backend: see ``ops.drrho_loss``. eps: the same, in float32: 0 or one of its normal
-            numbers.
+        temperature: τ, or where it starts.
+        learnable_temperature: whether it is trained.
+        rho, backend: see ``ops.drrho_loss``.
+        eps: the same, in float32: 0 or one of its normal numbers.
+        temperature_min: the least that ``settle_temperature_`` leaves of a learnable one.
+        world: the processes.
 
     Buffers:
         u: (2, num_samples) float32, image side and text side, NaN until a sample is visited. Of
             several processes each has the samples whose id leaves its rank when divided by their
             number, and none of it is in the ``state_dict``: ``gather_u`` and ``load_u`` serve
-                checkpoints whatever that number.
+            checkpoints whatever that number.
+
+    Raises ValueError for values out of range.
     """
+
+    u: Tensor
 
     def __init__(
         self,
@@ -106,18 +112,21 @@ class DRRhoLoss(nn.Module):
             )
         if not math.isfinite(rho):
             raise ValueError(f"DRRhoLoss: rho must be finite, got {rho}")
-        self.num_samples, self.rho, self.eps, self.backend = num_samples, rho, eps, backend
-        self.temperature_min, self.fixed_temperature = temperature_min, temperature
-        self.logit_scale = (
-            nn.Parameter(torch.tensor(-math.log(temperature))) if learnable_temperature else None
-        )
+        self.num_samples = num_samples
+        self.rho = rho
+        self.eps = eps
+        self.backend = backend
+        self.logit_scale = None
+        if learnable_temperature:
+            self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+        self.fixed_temperature = temperature
+        self.temperature_min = temperature_min
         self.world = training_world(world)
-        rank, size = (0, 1) if self.world is None else (self.world.rank, self.world.size)
-        self.register_buffer(
-            "u",
-            torch.full((2, len(range(rank, num_samples, size))), torch.nan),
-            persistent=size == 1,
-        )
+        own = range(num_samples)
+        if self.world is not None:
+            own = own[self.world.rank :: self.world.size]
+        u = torch.full((2, len(own)), torch.nan)
+        self.register_buffer("u", u, persistent=self.world is None)
 
     @property
     def temperature(self) -> Tensor | float:
@@ -125,7 +134,10 @@ class DRRhoLoss(nn.Module):
         return self.fixed_temperature if self.logit_scale is None else (-self.logit_scale).exp()
 
     @torch.no_grad()
-    def settle_temperature_(self, before: Tensor | None = None) -> None:
+    def settle_temperature_(
+        self,
+        before: Tensor | None = None,  # ()
+    ) -> None:
         """After an optimiser step: keep a learnt τ in [temperature_min, 1]; does nothing to a fixed
         one.
 
@@ -136,29 +148,27 @@ class DRRhoLoss(nn.Module):
         if self.logit_scale is None:
             return
         if before is not None:
-            slow = before >= -math.log(SLOW_TEMPERATURE)
-            self.logit_scale.copy_(
-                torch.where(slow, before + (self.logit_scale - before) / 3, self.logit_scale)
-            )
-        self.logit_scale.clamp_(
-            min(0.0, -math.log(self.fixed_temperature)), -math.log(self.temperature_min)
-        )
+            is_slow = before >= -math.log(SLOW_TEMPERATURE)
+            third = before + (self.logit_scale - before) / 3
+            self.logit_scale.copy_(torch.where(is_slow, third, self.logit_scale))
+        lowest = min(0.0, -math.log(self.fixed_temperature))
+        self.logit_scale.clamp_(lowest, -math.log(self.temperature_min))
 
     def forward(
         self,
-        image: Tensor,
-        text: Tensor,
-        ids: Tensor,
-        ref_image: Tensor | None = None,
-        ref_text: Tensor | None = None,
+        image: Tensor,  # (B, d)
+        text: Tensor,  # (B, d)
+        ids: Tensor,  # (B,)
+        ref_image: Tensor | None = None,  # (B, d_ref)
+        ref_text: Tensor | None = None,  # (B, d_ref)
         *,
         gamma: float = 1.0,
     ) -> Tensor:
         """The loss of a batch; in training mode the samples' u move too.
 
         Args:
-            image, text: (B, d) normalised features. ref_image, ref_text: (B, d_ref) the
-                reference's, or None.
+            image, text: (B, d) normalised features.
+            ref_image, ref_text: (B, d_ref) the reference's, or None.
             ids: (B,) int64, which samples these are. Of a sample that comes twice the later pair is
                 remembered.
             gamma: share of this batch in u, see ``gamma_schedule``.
@@ -170,47 +180,53 @@ class DRRhoLoss(nn.Module):
             ValueError, TypeError: as ``ops.drrho_loss``; ids not (B,) int64 in [0, num_samples).
         """
         self._check_ids(ids, image)
-        options = {"gamma": gamma, "eps": self.eps, "rho": self.rho}
-        if self.world is None:
-            loss, u = ops.drrho_loss(
-                image,
-                text,
-                ref_image,
-                ref_text,
-                temperature=self.temperature,
-                u=self.u[:, ids],
-                backend=self.backend,
-                **options,
-            )
-        else:
-            batch = JointBatch(self.world, len(image), image.device)
-            mine, ids = slice(batch.offset, batch.offset + len(image)), batch.join(ids)
-            *features, tau, u = checked(
-                image,
-                text,
-                ref_image,
-                ref_text,
-                self.temperature,
-                u=self._recall(ids)[:, mine],
-                rows=batch.rows,
-                **options,
-            )
-            backend = choose("drrho_loss", self.backend, features[0])
-            loss, u = run(*features, tau, u, *options.values(), backend, batch)
-            u = batch.join(u.T).T
+        features = (image, text, ref_image, ref_text)
+        if self.world is not None:
+            return self._joint(self.world, features, ids, gamma)
+        loss, u = ops.drrho_loss(
+            *features,
+            temperature=self.temperature,
+            gamma=gamma,
+            u=self.u[:, ids],
+            eps=self.eps,
+            rho=self.rho,
+            backend=self.backend,
+        )
         if self.training:
             self._remember(ids, u)
         return loss
 
-    def _check_ids(self, ids: Tensor, image: Tensor) -> None:
+    def _joint(
+        self,
+        world: World,
+        features: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+        ids: Tensor,  # (B,)
+        gamma: float,
+    ) -> Tensor:
+        """The loss of all processes' batches, of which this one gives its rows."""
+        image = features[0]
+        batch = JointBatch(world, len(image), image.device)
+        mine = slice(batch.offset, batch.offset + len(image))
+        ids = batch.join(ids)
+        u = self._recall(world, ids)[:, mine]
+        numbers = (gamma, self.eps, self.rho)
+        image, text, ref_image, ref_text, tau, u = checked(
+            *features, self.temperature, gamma, u, self.eps, self.rho, rows=batch.rows
+        )
+        backend = choose("drrho_loss", self.backend, image)
+        loss, u = run(image, text, ref_image, ref_text, tau, u, *numbers, backend, batch)
+        u = batch.join(u.T).T
+        if self.training:
+            self._remember(ids, u)
+        return loss
+
+    def _check_ids(self, ids: Any, image: Tensor) -> None:
         if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
             got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
             raise TypeError(f"DRRhoLoss: ids must be an int64 tensor, got {got}")
         if tuple(ids.shape) != tuple(image.shape[:1]):
-            raise ValueError(
-                f"DRRhoLoss: ids must be of shape (B,) = {tuple(image.shape[:1])}, got "
-                f"{tuple(ids.shape)}"
-            )
+            expected = f"(B,) = {tuple(image.shape[:1])}"
+            raise ValueError(f"DRRhoLoss: ids must be of shape {expected}, got {tuple(ids.shape)}")
         _check.check_indices("DRRhoLoss", ids, self.num_samples, {"ids": ids}, "ids")
 
     @torch.no_grad()
@@ -225,30 +241,43 @@ class DRRhoLoss(nn.Module):
         return parts.permute(1, 2, 0).flatten(1)[:, : self.num_samples].contiguous()
 
     @torch.no_grad()
-    def load_u(self, u: Tensor) -> None:
-        """Take what ``gather_u`` gave, of any number of processes."""
+    def load_u(
+        self,
+        u: Tensor,  # (2, num_samples)
+    ) -> None:
+        """Take what ``gather_u`` gave, of any number of processes. Raises ValueError for another
+        shape."""
         if tuple(u.shape) != (2, self.num_samples):
             raise ValueError(
                 f"DRRhoLoss: u must be of shape (2, {self.num_samples}), got {tuple(u.shape)}"
             )
-        self.u.copy_(u if self.world is None else u[:, self.world.rank :: self.world.size])
+        if self.world is not None:
+            u = u[:, self.world.rank :: self.world.size]
+        self.u.copy_(u)
 
     @torch.no_grad()
-    def _recall(self, ids: Tensor) -> Tensor:
-        """u of a joint batch, every process giving what it has of it."""
-        here = ids % self.world.size == self.world.rank
-        own = (
-            self.u[:, torch.where(here, ids // self.world.size, 0)]
-            if self.u.shape[1]
-            else self.u.new_zeros(2, 1)
-        )
-        return self.world.sum_(torch.where(here, own, 0.0))
+    def _recall(
+        self,
+        world: World,
+        ids: Tensor,  # (B,), of the joint batch
+    ) -> Tensor:
+        """(2, B) of u, every process giving what it has of it."""
+        here = ids % world.size == world.rank
+        own = self.u.new_zeros(2, 1)
+        if self.u.shape[1]:
+            own = self.u[:, torch.where(here, ids // world.size, 0)]
+        return world.sum_(torch.where(here, own, 0.0))
 
     @torch.no_grad()
-    def _remember(self, ids: Tensor, u: Tensor) -> None:
+    def _remember(
+        self,
+        ids: Tensor,  # (B,), of the joint batch
+        u: Tensor,  # (2, B)
+    ) -> None:
         if self.world is not None:
             here = ids % self.world.size == self.world.rank
-            ids, u = ids[here] // self.world.size, u[:, here]
+            ids = ids[here] // self.world.size
+            u = u[:, here]
         # equal ids all write what the last of them has, so that no write depends on the order of
         # another
         ordered, order = ids.sort(stable=True)

@@ -1,10 +1,10 @@
-"""What a contrastively trained CLIP can do, and what each pair still costs it beside a
-reference."""
+"""What a contrastively trained CLIP can do, and what each pair still costs beside a reference."""
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,12 @@ def evaluate(
     workers: int = 0,
     world: World | None = None,
 ) -> dict[str, float]:
-    """Zero-shot accuracy where the images have classes; where they have captions, recall at 1 in
-    both directions and the mean reciprocal rank of an image's caption.
+    """Zero-shot accuracy where the images have classes, retrieval where they have captions.
 
-    Retrieval is among the data set's distinct images and captions; every caption of an image, and
-    every image of a caption, counts as right, of several the best-placed one. Equal scores share
-    their places. With `world` the processes share the work, and each gets the figures.
+    Of retrieval: recall at 1 in both directions and the mean reciprocal rank of an image's caption.
+    It is among the data set's distinct images and captions; every caption of an image, and every
+    image of a caption, counts as right, of several the best-placed one. Equal scores share their
+    places. With `world` the processes share the work, and each gets the figures.
 
     Raises ValueError where features are not finite.
     """
@@ -41,10 +41,11 @@ def evaluate(
     if not bool(images.isfinite().all()):
         raise ValueError("evaluate: the model's image features are not finite")
     if dataset.classes is not None:
-        head = zero_shot_head(
-            clip, [name.replace("_", " ").replace("-", " ") for name in dataset.classes], templates
-        )
-        right = (images @ head.T.to(images.dtype)).argmax(1).cpu() == torch.tensor(dataset.targets)
+        names = [name.replace("_", " ").replace("-", " ") for name in dataset.classes]
+        head = zero_shot_head(clip, names, templates)
+        scores = images @ head.T.to(images.dtype)
+        targets = torch.tensor(dataset.targets)
+        right = scores.argmax(1).cpu() == targets
         return {"zero_shot": float(right.float().mean())}
     texts = list(dict.fromkeys(captions_of(dataset)))
     place = {text: i for i, text in enumerate(texts)}
@@ -56,14 +57,26 @@ def evaluate(
     right = torch.zeros(len(first), len(texts), dtype=torch.bool)
     for source, text in zip(dataset.sources, captions_of(dataset)):
         right[rank[source], place[text]] = True
-    scores = (images[list(first.values())] @ encode_texts(clip, texts, world=world).T).cpu()
-    best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-    ahead = (scores > best).sum(1) + ((scores == best) & ~right).sum(1) / 2
-    hits = [right[range(len(right)), scores.argmax(1)], right[scores.argmax(0), range(len(texts))]]
+    distinct = images[list(first.values())]
+    scores = (distinct @ encode_texts(clip, texts, world=world).T).cpu()  # (images, texts)
+    return _retrieval(scores, right)
+
+
+def _retrieval(
+    scores: Tensor,  # (images, texts)
+    right: Tensor,  # the same, boolean
+) -> dict[str, float]:
+    best = scores.masked_fill(~right, -torch.inf)
+    best = best.amax(1, keepdim=True)
+    level = (scores == best) & ~right
+    ahead = (scores > best).sum(1) + level.sum(1) / 2
+    images, texts = scores.shape
+    found_texts = right[range(images), scores.argmax(1)]
+    found_images = right[scores.argmax(0), range(texts)]
     return {
         "image_to_text_mrr": float((1 / (1 + ahead)).mean()),
-        "image_to_text_r1": float(hits[0].float().mean()),
-        "text_to_image_r1": float(hits[1].float().mean()),
+        "image_to_text_r1": float(found_texts.float().mean()),
+        "text_to_image_r1": float(found_images.float().mean()),
     }
 
 
@@ -89,25 +102,37 @@ def excess_losses(
     """
     image = encode_dataset(clip, dataset, workers=workers, world=world)
     text = encode_texts(clip, captions_of(dataset), world=world)
-    theirs = (reference.image.to(image), reference.text.to(image))
+    ref_image = reference.image.to(image)
+    ref_text = reference.text.to(image)
     out = {name: torch.zeros(len(dataset)) for name in ("learner", "reference", "excess")}
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    for rows in order.tensor_split(-(-len(dataset) // chunk)):
-        mine, ref = (image[rows], text[rows]), (theirs[0][rows], theirs[1][rows])
-        for name, features in (("learner", mine), ("reference", ref), ("excess", (*mine, *ref))):
-            out[name][rows] = (
-                temperature
-                * ops.drrho_loss(*features, temperature=temperature)[1].mean(0).float().cpu()
-            )
+    n = len(dataset)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(n, generator=generator)
+    for rows in order.tensor_split(math.ceil(n / chunk)):
+        learner = (image[rows], text[rows])
+        theirs = (ref_image[rows], ref_text[rows])
+        given = {"learner": learner, "reference": theirs, "excess": learner + theirs}
+        for name, features in given.items():
+            u = ops.drrho_loss(*features, temperature=temperature)[1]  # (2, chunk)
+            out[name][rows] = temperature * u.mean(0).float().cpu()
     return out
 
 
-def write_excess(path: str | Path, losses: dict[str, Tensor], captions: list[str]) -> None:
-    """A CSV with a row a pair, the largest excess first: sample, learner, reference, excess,
-    caption."""
+def write_excess(
+    path: str | Path,
+    losses: dict[str, Tensor],  # (N,) each
+    captions: list[str],
+) -> None:
+    """A CSV file with a row a pair, the largest excess first.
+
+    Its columns are sample, learner, reference, excess, caption.
+    """
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["sample", *losses, "caption"])
-    for row in losses["excess"].argsort(descending=True, stable=True).tolist():
-        writer.writerow([row, *(f"{values[row]:.6g}" for values in losses.values()), captions[row]])
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    order = losses["excess"].argsort(descending=True, stable=True)
+    for row in order.tolist():
+        numbers = [f"{values[row]:.6g}" for values in losses.values()]
+        writer.writerow([row, *numbers, captions[row]])
+    data = text.getvalue().encode()
+    write_atomically(path, lambda file: file.write(data))

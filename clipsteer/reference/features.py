@@ -1,11 +1,10 @@
-"""What a frozen reference model says about a data set: features computed once and kept, or as they
-are needed."""
+"""What a frozen reference model says about a data set: features, computed once and kept."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +14,11 @@ from tqdm import tqdm
 from clipsteer.clip.hooks import evaluating
 from clipsteer.clip.model import CLIP, load
 from clipsteer.clip.pixels import pixel_batches
+from clipsteer.clip.runs import read_run
 from clipsteer.data.dataset import ImageDataset, captions_of, data_digest
 from clipsteer.io.digests import described, digest_of, tensors_digest, weights_digest
 from clipsteer.io.files import (
     FileFormatError,
-    read_json,
     read_safetensors,
     read_safetensors_header,
     write_safetensors,
@@ -32,13 +31,12 @@ KIND = "clipsteer reference features"
 class ReferenceFeatures(NamedTuple):
     """Unit features of every pair of a data set; row i belongs to sample i.
 
-    image (N, d_ref), text (N, d_ref); name says whose they are; data and weights are digests of
-    what they came from, empty where that is not known.
+    data and weights are digests of what they came from, empty where that is not known.
     """
 
-    image: Tensor
-    text: Tensor
-    name: str
+    image: Tensor  # (N, d_ref)
+    text: Tensor  # (N, d_ref)
+    name: str  # of the model
     data: str
     weights: str
 
@@ -56,6 +54,7 @@ class ReferenceFeatures(NamedTuple):
             )
 
     def save(self, path: str | Path) -> None:
+        """Write a safetensors file that ``read`` takes."""
         metadata = {"kind": KIND, "model": self.name, "data": self.data, "weights": self.weights}
         write_safetensors(path, {"image": self.image, "text": self.text}, metadata)
 
@@ -84,18 +83,21 @@ def referred(
 def _divided(
     n: int, batch_size: int, world: World | None, encode: Callable[[Sequence[int]], Tensor]
 ) -> Tensor:
-    """`encode` of the rows 0 … n-1 of something, (n, e): of several processes each takes every
-    size-th of the batches that one would have, and all get all."""
+    """`encode` of the rows 0 … n-1 of something, (n, e).
+
+    Of several processes each takes every size-th of the batches that one would have, and all get
+    all.
+    """
     if world is None or world.size == 1:
         return encode(range(n))
     rows = torch.arange(n).split(batch_size)
     shares = [torch.cat([rows[0][:0], *rows[rank :: world.size]]) for rank in range(world.size)]
     own = shares[world.rank].tolist()
-    part = encode(own or [0])[
-        : len(own)
-    ]  # without a batch of its own a process still has to know e
+    # without a batch of its own a process still has to know e
+    part = encode(own or [0])[: len(own)]
     joined = JointBatch(world, len(own), part.device).join(part)
-    return joined[torch.cat(shares).argsort().to(part.device)]
+    order = torch.cat(shares).argsort()
+    return joined[order.to(part.device)]
 
 
 def encode_texts(
@@ -104,22 +106,25 @@ def encode_texts(
     """Unit embeddings (N, e), at least float32, without gradients; equal texts are encoded once.
 
     With `world` the processes, which all have to call it with the same arguments, share the work.
+    Raises ValueError for a model without text tower.
     """
+    clip.need_text("encode_texts")
     distinct = list(dict.fromkeys(texts))
+    model = clip.model
 
     def encode(rows: Sequence[int]) -> Tensor:
         parts = []
         for at in range(0, len(rows), batch_size):
             tokens = clip.tokenizer([distinct[row] for row in rows[at : at + batch_size]])
-            found = clip.model.encode_text(tokens.to(clip.device))
-            parts.append(
-                F.normalize(found.to(torch.promote_types(found.dtype, torch.float32)), dim=-1)
-            )
+            found = model.encode_text(tokens.to(clip.device))
+            wide = torch.promote_types(found.dtype, torch.float32)
+            parts.append(F.normalize(found.to(wide), dim=-1))
         return torch.cat(parts)
 
     place = {text: i for i, text in enumerate(distinct)}
-    with evaluating(clip.model):
-        return _divided(len(distinct), batch_size, world, encode)[[place[text] for text in texts]]
+    with evaluating(clip):
+        encoded = _divided(len(distinct), batch_size, world, encode)
+    return encoded[[place[text] for text in texts]]
 
 
 def encode_dataset(
@@ -139,7 +144,7 @@ def encode_dataset(
         bar = tqdm(batches, "encode", -(-len(rows) // batch_size), leave=False, disable=quiet)
         return torch.cat([clip.embed(x) for x in bar])
 
-    with evaluating(clip.model):
+    with evaluating(clip):
         return _divided(len(dataset), batch_size, world, encode)
 
 
@@ -156,7 +161,11 @@ def compute(
     image = encode_dataset(clip, dataset, batch_size=batch_size, workers=workers, world=world)
     text = encode_texts(clip, captions_of(dataset), world=world)
     return ReferenceFeatures(
-        image.float().cpu(), text.float().cpu(), clip.name, data_digest(dataset), model_digest(clip)
+        image.float().cpu(),
+        text.float().cpu(),
+        name=clip.name,
+        data=data_digest(dataset),
+        weights=model_digest(clip),
     )
 
 
@@ -171,31 +180,32 @@ def read(path: str | Path, dataset: ImageDataset) -> ReferenceFeatures:
         ValueError: the features of another data set. FileFormatError: no features of pairs.
             FileNotFoundError.
     """
-    tensors, metadata = (
-        read_safetensors(path, allow_nan=False),
-        read_safetensors_header(path).metadata,
-    )
-    image, text = tensors.get("image"), tensors.get("text")
-    if (
-        image is None
-        or text is None
-        or image.ndim != 2
-        or image.shape != text.shape
-        or not (image.is_floating_point() and text.is_floating_point())
-    ):
+    tensors = read_safetensors(path, allow_nan=False)
+    metadata = read_safetensors_header(path).metadata
+    if not _are_features(tensors):
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         raise FileFormatError(
             f'{path}: expected features "image" and "text" of one shape (N, d), got {shapes}'
         )
+    image = tensors["image"]
+    text = tensors["text"]
     data = metadata.get("data", "")
     if len(image) != len(dataset) or (data and data != data_digest(dataset)):
         raise ValueError(
             f"{path}: reference features of {len(image)} other pairs; this data set has "
-            f"{len(dataset)}. Compute them "
-            "anew, on the same captions and images in the same order"
+            f"{len(dataset)}. Compute them anew, on the same captions and images in the same order"
         )
-    name, weights = metadata.get("model", str(path)), metadata.get("weights", "")
-    return _unit(ReferenceFeatures(image, text, name, data, weights))
+    name = metadata.get("model", str(path))
+    return _unit(ReferenceFeatures(image, text, name, data, metadata.get("weights", "")))
+
+
+def _are_features(tensors: dict[str, Tensor]) -> bool:
+    if not {"image", "text"} <= tensors.keys():
+        return False
+    image = tensors["image"]
+    text = tensors["text"]
+    is_floating = image.is_floating_point() and text.is_floating_point()
+    return is_floating and image.ndim == 2 and image.shape == text.shape
 
 
 def _unit(features: ReferenceFeatures) -> ReferenceFeatures:
@@ -217,34 +227,28 @@ def cached(
     The data set is known by its captions and 16 of its images (`data_digest`). With `world` the
     processes compute them together and the first one writes; the file must be where all see it.
     """
-    path, lead = Path(path), world is None or world.rank == 0
-    there = path.exists()
-    if there if world is None else world.any(there and lead):
+    path = Path(path)
+    is_lead = world is None or world.rank == 0
+    is_there = path.exists()
+    if world is not None:
+        is_there = world.any(is_there and is_lead)
+    if is_there:
         found = read(path, dataset)
         if found.weights != model_digest(clip):
             raise ValueError(
                 f"{path}: features of {found.name} with other weights, activations or "
-                f"preprocessing; remove the file "
-                "to compute them anew"
+                f"preprocessing; remove the file to compute them anew"
             )
         return found
     features = compute(clip, dataset, workers=workers, world=world)
-    if lead:
+    if is_lead:
         path.parent.mkdir(parents=True, exist_ok=True)
         features.save(path)
     return _unit(features)  # as `read` gives them, to the last bit
 
 
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> CLIP:
-    """The model that `clipsteer train --out folder` left there."""
-    folder = Path(folder)
-    config: Any = read_json(folder / "config.json")
-    if not isinstance(config, dict) or not isinstance(config.get("model"), str):
-        raise FileFormatError(f"{folder / 'config.json'}: expected the name of a model")
-    name = config["model"]
-    # an architecture lies in the folder
-    return load(
-        str(folder / name) if name.endswith(".json") else name,
-        folder / "model.safetensors",
-        device=device,
-    )
+    """The model that `clipsteer train --out folder` left there: ``load(folder)``, which says more
+    where there is none."""
+    run = read_run(folder)
+    return load(run.model, run.weights, device=device)

@@ -1,4 +1,4 @@
-"""CLIP's loss over all processes' pairs, with a reference's similarities as soft targets; learnable
+"""CLIP's loss over all processes' pairs, a reference's similarities as soft targets; JEST's
 sub-batches."""
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, batch: JointBatch) -> Tensor:
-        ctx.batch, ctx.mine = batch, slice(batch.offset, batch.offset + len(x))
+        ctx.batch = batch
+        ctx.mine = slice(batch.offset, batch.offset + len(x))
         return batch.join(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.batch.sum_(grad.clone(memory_format=torch.contiguous_format))[ctx.mine], None
+        summed = ctx.batch.sum_(grad.clone(memory_format=torch.contiguous_format))
+        return summed[ctx.mine], None
 
 
 class ContrastiveLoss(nn.Module):
@@ -40,9 +42,12 @@ class ContrastiveLoss(nn.Module):
     2307.12732), contrastive relational distillation.
 
     Args:
-        temperature: τ; with learnable_temperature its logarithm is trained.
+        temperature: τ.
+        learnable_temperature: whether its logarithm is trained.
         distill: w in [0, 1]; 0 is CLIP's loss.
         world: the processes; by default those of an initialised process group.
+
+    Raises ValueError for values out of range.
     """
 
     def __init__(
@@ -59,13 +64,14 @@ class ContrastiveLoss(nn.Module):
                 f"ContrastiveLoss: temperature must be positive and distill in [0, 1], got "
                 f"{temperature} and {distill}"
             )
-        self.distill, self.world = distill, training_world(world)
-        self.logit_scale = nn.Parameter(
-            torch.tensor(-math.log(temperature)), requires_grad=learnable_temperature
-        )
+        self.distill = distill
+        self.world = training_world(world)
+        start = torch.tensor(-math.log(temperature))
+        self.logit_scale = nn.Parameter(start, requires_grad=learnable_temperature)
 
     @property
     def temperature(self) -> Tensor:
+        """τ, ()."""
         return (-self.logit_scale).exp()
 
     @torch.no_grad()
@@ -77,62 +83,94 @@ class ContrastiveLoss(nn.Module):
 
     def forward(
         self,
-        image: Tensor,
-        text: Tensor,
-        ids: Tensor | None = None,
-        ref_image: Tensor | None = None,
-        ref_text: Tensor | None = None,
+        image: Tensor,  # (B, e)
+        text: Tensor,  # (B, e)
+        ids: Tensor | None = None,  # (B,)
+        ref_image: Tensor | None = None,  # (B, e_ref)
+        ref_text: Tensor | None = None,  # (B, e_ref)
         *,
         gamma: float = 1.0,
     ) -> Tensor:
-        """The loss of a batch, (); ids and gamma are those of `DRRhoLoss`, and mean nothing here.
+        """The loss of a batch, ().
 
-        image, text: (B, e) unit rows, this process's pairs; ref_image, ref_text: (B, e_ref), the
-        reference's. Raises ValueError when distillation is asked for without a reference.
+        Args:
+            image, text: unit rows, this process's pairs.
+            ref_image, ref_text: the reference's.
+            ids, gamma: those of `DRRhoLoss`, and mean nothing here.
+
+        Raises ValueError when distillation is asked for without a reference.
         """
         if self.distill and (ref_image is None or ref_text is None):
             raise ValueError("ContrastiveLoss: distill > 0 needs ref_image and ref_text")
         batch = None if self.world is None else JointBatch(self.world, len(image), image.device)
         rows = self._logits(image, text, batch)
-        own = torch.arange(len(image), device=image.device) + (0 if batch is None else batch.offset)
+        own = torch.arange(len(image), device=image.device)
         share = 1 / len(image) if batch is None else batch.size / batch.rows
-        loss = sum(F.cross_entropy(logits, own, reduction="sum") for logits in rows) * share / 2
-        if not self.distill:
+        if batch is not None:
+            own = own + batch.offset
+        sums = [F.cross_entropy(logits, own, reduction="sum") for logits in rows]
+        loss = (sums[0] + sums[1]) * share / 2
+        if not self.distill or ref_image is None or ref_text is None:
             return loss
         with torch.no_grad():
             targets = [logits.log_softmax(1) for logits in self._logits(ref_image, ref_text, batch)]
-        soft = sum(
-            F.kl_div(
-                logits.log_softmax(1), target.to(logits.dtype), log_target=True, reduction="sum"
-            )
-            for logits, target in zip(rows, targets)
-        )
+        sums = []
+        for logits, target in zip(rows, targets):
+            target = target.to(logits.dtype)
+            sums.append(F.kl_div(logits.log_softmax(1), target, log_target=True, reduction="sum"))
+        soft = sums[0] + sums[1]
         return (1 - self.distill) * loss + self.distill * soft * share / 2
 
     def _logits(
-        self, image: Tensor, text: Tensor, batch: JointBatch | None
+        self,
+        image: Tensor,  # (B, e)
+        text: Tensor,  # (B, e)
+        batch: JointBatch | None,
     ) -> tuple[Tensor, Tensor]:
         """(B, B_all) of this process's images against all texts, and of its texts against all
         images."""
-        images, texts = (x if batch is None else _Joined.apply(x, batch) for x in (image, text))
+        images = image
+        texts = text
+        if batch is not None:
+            images = _Joined.apply(image, batch)
+            texts = _Joined.apply(text, batch)
         return image @ texts.T / self.temperature, text @ images.T / self.temperature
+
+
+def _log_ratios(
+    similarities: Tensor,  # (N, N)
+    temperature: float | Tensor,
+) -> list[Tensor]:
+    """Every pair's logits less that of the pair itself, over texts and over images: (N, N) each."""
+    sides = (similarities, similarities.T)
+    return [(side - side.diagonal()[:, None]) / temperature for side in sides]
+
+
+def _losses(
+    sides: list[Tensor],  # (N, N) each
+    taken: Tensor,  # (n,)
+) -> Tensor:
+    """(N,) CLIP's loss of every pair against those taken and itself."""
+    # the pair itself adds exp(0)
+    over_texts, over_images = (F.pad(side[:, taken], (0, 1)).logsumexp(1) for side in sides)
+    return (over_texts + over_images) / 2
 
 
 @torch.no_grad()
 def select_learnable(
-    image: Tensor,
-    text: Tensor,
-    ref_image: Tensor,
-    ref_text: Tensor,
+    image: Tensor,  # (N, e)
+    text: Tensor,  # (N, e)
+    ref_image: Tensor,  # (N, e_ref)
+    ref_text: Tensor,  # (N, e_ref)
     keep: int,
     *,
     temperature: float | Tensor,
     chunks: int = 16,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Indices (keep,) of pairs that are learnable together: hard for the learner, easy for the
-    reference.
+    """Indices (keep,) of pairs that are learnable together.
 
+    They are hard for the learner and easy for the reference.
     The first chunk is drawn evenly. A later one is drawn without replacement with probability ∝
     exp(learner's loss - reference's loss), where a pair's loss is CLIP's against the pairs drawn so
     far and itself.
@@ -140,10 +178,14 @@ def select_learnable(
     Source: Evans et al. 2024, JEST (arXiv 2406.17711), algorithm 1, with the softmax loss.
 
     Args:
-        image, text: (N, e) unit rows of the learner; ref_image, ref_text: (N, e_ref) of the
-            reference.
-        keep: at most N. temperature: a number or a tensor (). generator: on the features' device;
-            None: torch's own.
+        image, text: (N, e) unit rows of the learner.
+        ref_image, ref_text: (N, e_ref) of the reference.
+        keep: at most N.
+        temperature: a number or a tensor ().
+        chunks: how many draws.
+        generator: on the features' device; None: torch's own.
+
+    Raises ValueError for keep or chunks out of range.
     """
     n = len(image)
     if not 1 <= keep <= n or chunks < 1:
@@ -151,11 +193,8 @@ def select_learnable(
             f"select_learnable: keep must be in [1, {n}] and chunks at least 1, got {keep} and "
             f"{chunks}"
         )
-    # log-ratios to the pair itself, over texts and over images
-    sides = [
-        [(x - x.diagonal()[:, None]) / temperature for x in (s, s.T)]
-        for s in (image @ text.T, ref_image @ ref_text.T)
-    ]
+    ours = _log_ratios(image @ text.T, temperature)
+    theirs = _log_ratios(ref_image @ ref_text.T, temperature)
     free = torch.ones(n, dtype=torch.bool, device=image.device)
     drawn: list[Tensor] = []
     ends = [round(keep * (c + 1) / chunks) for c in range(chunks)]
@@ -163,11 +202,7 @@ def select_learnable(
         score = torch.zeros(n, device=image.device)
         if drawn:
             taken = torch.cat(drawn)
-            # the pair itself adds exp(0)
-            learner, reference = (
-                sum(F.pad(x[:, taken], (0, 1)).logsumexp(1) for x in two) / 2 for two in sides
-            )
-            score = (learner - reference).float()
+            score = (_losses(ours, taken) - _losses(theirs, taken)).float()
         # Gumbel's trick: the largest of score + noise are draws without replacement
         even = torch.rand(n, device=image.device, generator=generator)
         noise = -torch.log(-torch.log(even.clamp_(1e-20, 1 - 1e-7)))

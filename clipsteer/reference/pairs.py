@@ -1,5 +1,4 @@
-"""Image–caption pairs as a contrastive trainer sees them: captions, square crops, tokens for one or
-two models."""
+"""Image–caption pairs as a contrastive trainer sees them: square crops, tokens for each model."""
 
 from __future__ import annotations
 
@@ -14,11 +13,19 @@ from clipsteer.data.dataset import ImageDataset, captions_of
 
 
 class Pairs(Dataset):
-    """(row, seed) -> (row, pixels, tokens), and the same crop's pixels and tokens for a second
-    model where one is."""
+    """(row, seed) -> (row, pixels, tokens), with the same crop's pixels and tokens for each further
+    model.
+
+    Args:
+        dataset: images with captions.
+        crop: the least share of an image's inner square that a crop has; 1 for whole images.
+        models: whose preprocessing and tokens these are.
+    """
 
     def __init__(self, dataset: ImageDataset, crop: float, *models: CLIP) -> None:
-        self.dataset, self.texts, self.crop = dataset, captions_of(dataset), crop
+        self.dataset = dataset
+        self.texts = captions_of(dataset)
+        self.crop = crop
         # not the models: loader processes need none of their weights
         self.models = [(model.preprocess, model.tokenizer) for model in models]
 
@@ -27,11 +34,11 @@ class Pairs(Dataset):
         image = self.dataset[row][0]
         if self.crop < 1:
             image = _square_crop(image, self.crop, seed)
-        both = (
-            (preprocess(image), tokenizer([self.texts[row]])[0])
-            for preprocess, tokenizer in self.models
-        )
-        return (row, *(tensor for pair in both for tensor in pair))
+        tensors = []
+        for preprocess, tokenizer in self.models:
+            tensors.append(preprocess(image))
+            tensors.append(tokenizer([self.texts[row]])[0])
+        return (row, *tensors)
 
 
 def _square_crop(image: Any, least: float, seed: int) -> Any:
@@ -39,6 +46,8 @@ def _square_crop(image: Any, least: float, seed: int) -> Any:
     # not torch's generator: saving and setting that one takes longer than reading a small image
     draw = random.Random(seed)
     width, height = image.size
-    side = max(1, round(min(width, height) * math.sqrt(draw.uniform(least, 1))))
-    left, top = draw.randint(0, width - side), draw.randint(0, height - side)
+    area = draw.uniform(least, 1)
+    side = max(1, round(min(width, height) * math.sqrt(area)))
+    left = draw.randint(0, width - side)
+    top = draw.randint(0, height - side)
     return image.crop((left, top, left + side, top + side))

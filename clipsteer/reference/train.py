@@ -126,6 +126,7 @@ class _Run(TrainingRun):
         if config.samples:
             total = math.ceil(config.samples / config.batch_size)
         self.loss = config.make_loss(len(dataset), world).to(clip.device)
+        clip.need_text("train_contrastive")
         # τ is the loss's own, and none of the losses has a bias
         for parameter in (clip.model.logit_scale, getattr(clip.model, "logit_bias", None)):
             if parameter is not None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+from clipsteer.clip.hooks import harvest
 from clipsteer.clip.pixels import image_loader
 from clipsteer.io.files import (
     FileFormatError,
@@ -60,6 +61,12 @@ class HarvestSource(ActivationSource):
     """A CLIP model run on the fly: an epoch permutes the images, and `images_per_group` of them
     fill a group.
 
+    Args:
+        clip: what ``clipsteer.load`` returns.
+        dataset: map-style, of images (PIL, paths, preprocessed tensors) or (image, target) pairs.
+        hook_point, tokens: one module, and which of its tokens: "all", "cls" or "patches".
+        batch_size, num_workers: of the forward passes, and of the reading.
+
     A larger group shuffles better and holds images_per_group · tokens rows in memory. Random
     augmentations draw from torch's generator, which is seeded per (seed, epoch, group), so a
     resumed run sees the same ones.
@@ -76,25 +83,21 @@ class HarvestSource(ActivationSource):
         batch_size: int = 64,
         num_workers: int = 0,
     ) -> None:
-        self.clip, self.dataset, self.hook_point, self.tokens = clip, dataset, hook_point, tokens
-        self.images_per_group, self.batch_size, self.num_workers = (
-            images_per_group,
-            batch_size,
-            num_workers,
-        )
+        self.clip = clip
+        self.dataset = dataset
+        self.hook_point = hook_point
+        self.tokens = tokens
+        self.images_per_group = images_per_group
+        self.batch_size = batch_size
+        self.num_workers = num_workers
         self.provenance = _provenance(clip, hook_point, tokens)
         probe = self._run([0])
         self.tokens_per_image, self.d_in = probe.shape
 
     def _run(self, images: Sequence[int]) -> Tensor:
-        from clipsteer.clip.hooks import harvest
-
-        loader = image_loader(
-            self.clip, Subset(self.dataset, images), self.batch_size, self.num_workers
-        )
-        return torch.cat(
-            list(harvest(self.clip.model, loader, self.hook_point, tokens=self.tokens))
-        )
+        chosen = Subset(self.dataset, images)
+        loader = image_loader(self.clip, chosen, self.batch_size, self.num_workers)
+        return torch.cat(list(harvest(self.clip, loader, self.hook_point, tokens=self.tokens)))
 
     def group_sizes(self, seed: int, epoch: int) -> list[int]:
         total, step = len(self.dataset), self.images_per_group
@@ -202,8 +205,6 @@ def harvest_to_store(
     share of the shards, and none returns before all are there; the directory must be one that they
     all see.
     """
-    from clipsteer.clip.hooks import harvest
-
     if dtype not in _DTYPES:
         raise ValueError(f"dtype: expected one of {sorted(_DTYPES)}, got {dtype!r}")
     if len(dataset) == 0:
@@ -211,7 +212,7 @@ def harvest_to_store(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     probe_loader = image_loader(clip, Subset(dataset, [0]), 1, 0)
-    probe = torch.cat(list(harvest(clip.model, probe_loader, hook_point, tokens=tokens)))
+    probe = torch.cat(list(harvest(clip, probe_loader, hook_point, tokens=tokens)))
     tokens_per_image, d_in = probe.shape
     images = max(1, shard_rows // tokens_per_image)
     settings = {
@@ -232,7 +233,7 @@ def harvest_to_store(
         loader = image_loader(clip, Subset(dataset, span), batch_size, num_workers)
         parts = [
             part.to("cpu", _DTYPES[dtype])
-            for part in harvest(clip.model, loader, hook_point, tokens=tokens)
+            for part in harvest(clip, loader, hook_point, tokens=tokens)
         ]
         rows = torch.cat(parts).contiguous()
         if not torch.isfinite(rows).all():

@@ -69,8 +69,8 @@ def evaluate_sae(
     Args:
         hook_point, tokens: by default what the SAE's metadata say.
         classnames, templates: classes that integer labels index; by default those of
-            ``dataset.classes``. Without classes, or with captions as labels, the substitution
-            metrics are left out.
+            ``dataset.classes``. Without classes, with captions as labels, or without a text tower,
+            the substitution metrics are left out.
         batch_size: images a batch. EV is centred on the batch's mean, so it depends on this; FVU
             does not.
 
@@ -82,12 +82,13 @@ def evaluate_sae(
         batch has no variance.
     """
     site = find_site(sae, clip, hook_point, tokens)
-    classnames = classnames if classnames is not None else getattr(dataset, "classes", None)
+    if classnames is None and clip.has_text:
+        classnames = getattr(dataset, "classes", None)
     head = zero_shot_head(clip, classnames, templates) if classnames else None
     totals = _Totals(sae)
     scores = {name: [0.0, 0] for name in ("clean", "sae", "zero")}
     labelled = 0
-    with evaluating(sae, clip.model):
+    with evaluating(sae, clip):
         for pixels, labels in image_batches(clip, dataset, batch_size, "evaluate SAE"):
             x, embedded = clean_pass(clip, pixels, site)
             chosen = site.select(x)

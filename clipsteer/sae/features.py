@@ -122,7 +122,7 @@ def feature_statistics(
     hits = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
     total = torch.zeros(sae.d_sae, dtype=torch.float64, device=device)
     largest = torch.zeros(sae.d_sae, dtype=sae.W_enc.dtype, device=device)
-    with evaluating(sae, clip.model):
+    with evaluating(sae, clip):
         for pixels, _ in image_batches(clip, dataset, batch_size, "feature statistics"):
             x = site.select(clean_pass(clip, pixels, site)[0])
             for part in chunks(sae, x.reshape(-1, x.shape[-1])):
@@ -157,7 +157,7 @@ def top_images(
     chosen = _checked(sae, features)
     best = images = maps = None
     seen = 0
-    with evaluating(sae, clip.model):
+    with evaluating(sae, clip):
         for pixels, _ in image_batches(clip, dataset, batch_size, "top images"):
             x = site.select(clean_pass(clip, pixels, site)[0])
             acts = _selected_acts(sae, x, chosen).permute(2, 0, 1)  # (m, B, T)
@@ -265,7 +265,7 @@ def steerability(
     text = text.to(clip.device)
     change = torch.zeros(len(chosen), len(text), dtype=torch.float64, device=clip.device)
     images = 0
-    with evaluating(sae, clip.model):
+    with evaluating(sae, clip):
         for pixels, _ in image_batches(clip, dataset, batch_size, "steerability"):
             x, embedded = clean_pass(clip, pixels, site)
             clean = _probabilities(embedded, text)

@@ -52,17 +52,24 @@ class Site(NamedTuple):
 
 
 def find_site(sae: SAE, clip: CLIP, hook_point: str | None, tokens: str | None) -> Site:
-    hook_point = hook_point if hook_point is not None else sae.metadata.get("hook_point")
-    tokens = tokens if tokens is not None else sae.metadata.get("tokens") or "all"
+    """Where an SAE sits: as asked for, else as its metadata say.
+
+    Raises ValueError for a hook point that nobody names or that is not one module, and for tokens
+    that the tower has not.
+    """
+    if hook_point is None:
+        hook_point = sae.metadata.get("hook_point")
+    if tokens is None:
+        tokens = sae.metadata.get("tokens") or "all"
     if hook_point is None:
         raise ValueError("hook_point: the SAE's metadata do not name one; pass it")
-    names = hook_points(clip.model, hook_point)
+    names = hook_points(clip, hook_point)
     if len(names) != 1:
         raise ValueError(
             f"hook_point: {hook_point!r} must name one module of {clip.name}, it matches "
             f"{len(names)}"
         )
-    layout = layout_at(clip.model, names[0])
+    layout = layout_at(clip, names[0])
     layout.check("tokens", [tokens])
     return Site(names[0], tokens, layout)
 
@@ -70,7 +77,7 @@ def find_site(sae: SAE, clip: CLIP, hook_point: str | None, tokens: str | None) 
 def embed(clip: CLIP, pixels: Tensor, site: Site, edit: Callable[[Tensor], Tensor]) -> Tensor:
     """Unit image embeddings (B, e), at least float32, with the activations at the site replaced by
     edit(x)."""
-    with apply_at(clip.model, {site.hook_point: edit}):
+    with apply_at(clip, {site.hook_point: edit}):
         return clip.embed(pixels)
 
 
@@ -135,6 +142,7 @@ def _without_blocks_up_to(model: nn.Module, hook_point: str) -> nn.Module | None
 
 
 def chunks(sae: SAE, rows: Tensor) -> Iterator[Tensor]:
+    """The rows (N, d_in) in parts whose codes stay within a block of memory."""
     return iter(rows.split(max(1, BLOCK // sae.d_sae)))
 
 

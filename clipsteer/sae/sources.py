@@ -29,11 +29,14 @@ START = Position()
 
 
 class Batch(NamedTuple):
+    """What a source yields."""
+
     rows: Tensor  # (batch_size / world, d)
     next: Position  # where the batch after this one starts
 
 
 def generator(*key: int | str) -> torch.Generator:
+    """A CPU generator of its own for every key, such as (seed, epoch, group)."""
     return torch.Generator().manual_seed(seed_of(*key))
 
 
@@ -77,6 +80,14 @@ class ActivationSource:
                 f"batch_size must be a positive multiple of the {world} processes, got {batch_size}"
             )
         share = batch_size // world
+        mine = slice(rank * share, (rank + 1) * share)
+        for rows, following in self._batches(batch_size, seed, start):
+            yield Batch(rows[mine], following)
+
+    def _batches(
+        self, batch_size: int, seed: int, start: Position
+    ) -> Iterator[tuple[Tensor, Position]]:
+        """Whole batches, each with the position after it."""
         epoch, row = start
         while True:
             total = sum(self.group_sizes(seed, epoch))
@@ -84,11 +95,10 @@ class ActivationSource:
                 raise ValueError(f"batch_size is {batch_size}, but an epoch has only {total} rows")
             for rows in self._epoch(batch_size, seed, epoch, row):
                 row += batch_size
-                following = (
-                    Position(epoch, row) if row + batch_size <= total else Position(epoch + 1, 0)
-                )
-                yield Batch(rows[rank * share : (rank + 1) * share], following)
-            epoch, row = epoch + 1, 0
+                is_last = row + batch_size > total
+                yield rows, Position(epoch + 1, 0) if is_last else Position(epoch, row)
+            epoch += 1
+            row = 0
 
     def _epoch(self, batch_size: int, seed: int, epoch: int, row: int) -> Iterator[Tensor]:
         """The batches of one epoch from its row `row` on; a batch may straddle groups."""
@@ -130,9 +140,11 @@ class TensorSource(ActivationSource):
         self.d_in = self.rows.shape[1]
 
     def group_sizes(self, seed: int, epoch: int) -> list[int]:
+        """All rows in one group."""
         return [len(self.rows)]
 
     def load_group(self, seed: int, epoch: int, group: int) -> Tensor:
+        """All rows, (N, d)."""
         return self.rows
 
 
@@ -152,6 +164,7 @@ class IterableSource(ActivationSource):
         self._first: Tensor | None = first
 
     def rows_per_epoch(self) -> int | None:
+        """None: only reading would tell."""
         return None
 
     def _parts(self) -> Iterator[Tensor]:
@@ -167,22 +180,13 @@ class IterableSource(ActivationSource):
                 )
             self._iterator = iter(self._again)
 
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        start: Position = START,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Iterator[Batch]:
-        if batch_size < 1 or batch_size % world:
-            raise ValueError(
-                f"batch_size must be a positive multiple of the {world} processes, got {batch_size}"
-            )
-        share = batch_size // world
+    def _batches(
+        self, batch_size: int, seed: int, start: Position
+    ) -> Iterator[tuple[Tensor, Position]]:
         held: list[Tensor] = []
-        count, skip, row = 0, start.row, start.row
+        count = 0
+        row = start.row
+        skip = start.row
         for part in self._parts():
             part = part.detach().reshape(-1, self.d_in)
             dropped = min(skip, len(part))
@@ -195,11 +199,8 @@ class IterableSource(ActivationSource):
             used = 0
             while used + batch_size <= count:
                 row += batch_size
+                yield rows[used : used + batch_size], Position(0, row)
                 used += batch_size
-                mine = rows[
-                    used - batch_size + rank * share : used - batch_size + (rank + 1) * share
-                ]
-                yield Batch(mine, Position(0, row))
             held = [rows[used:]]
             count -= used
 

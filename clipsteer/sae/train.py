@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipsteer.sae.config import TRAINABLE, TrainConfig
 from clipsteer.sae.model import SAE
 from clipsteer.sae.sources import ActivationSource, Batch, Position, as_source
-from clipsteer.sae.trainer import TRAINABLE, SAETrainer, TrainConfig
+from clipsteer.sae.trainer import SAETrainer
 from clipsteer.training.loop import TrainingRun
 from clipsteer.training.schedule import seed_of
 from clipsteer.training.world import World

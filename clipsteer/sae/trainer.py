@@ -2,152 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from clipsteer.sae import losses as sae_loss
 from clipsteer.sae.adam import UnitRowAdam, takes_row_sparse
+from clipsteer.sae.config import TRAINABLE, TrainConfig
 from clipsteer.sae.model import SAE
 from clipsteer.training.world import World
-
-TRAINABLE = ("relu", "topk", "batch_topk")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train.
-
-    Attributes:
-        d_sae, expansion: number of features; None means expansion · d_in.
-        architecture, k, normalize, apply_b_dec_to_input, dtype: as in ``SAE``; k is not used by
-            relu.
-        loss: "auto" (relu: "scaled_mse", otherwise "fvu"), "scaled_mse" or "fvu"; relu adds the L1
-            term to either.
-        lr: peak learning rate; None means 4e-4 for relu, 2e-4 otherwise (the papers' settings).
-        batch_size: tokens a step, over all processes.
-        tokens, steps: how long to train; at most one of them, neither means one pass.
-        warmup_steps: steps of linear warm-up. cosine: decay to 0 afterwards, or stay at the peak.
-        l1_coefficient: λ₁ of relu. auxk_coefficient: weight of AuxK, 0 switches it off.
-        dead_after: a feature that was not active for more tokens than this is dead.
-        grad_clip: largest norm of the whole gradient, or None.
-        seed: of the initial weights and of the shuffle.
-        autocast: "auto" (bfloat16 on CUDA), "bfloat16" or "none".
-        sync_every: steps between refreshes of the list of dead features; the host waits for the
-            device only then.
-        log_every, checkpoint_every: in steps.
-        track: where figures go beside log.jsonl.
-    """
-
-    d_sae: int | None = None
-    expansion: int = 64
-    architecture: str = "topk"
-    k: int = 64
-    normalize: str = "none"
-    apply_b_dec_to_input: bool = True
-    dtype: str = "float32"
-    loss: str = "auto"
-    lr: float | None = None
-    batch_size: int = 4096
-    tokens: int | None = None
-    steps: int | None = None
-    warmup_steps: int = 200
-    cosine: bool = True
-    l1_coefficient: float = 1e-4
-    auxk_coefficient: float = 1 / 32
-    dead_after: int = 10_000_000
-    grad_clip: float | None = 1.0
-    seed: int = 0
-    autocast: str = "auto"
-    sync_every: int = 10
-    log_every: int = 50
-    checkpoint_every: int = 1000
-    track: Literal["wandb", "tensorboard"] | None = None
-
-    def __post_init__(self) -> None:
-        choices = {
-            "architecture": TRAINABLE,
-            "loss": ("auto", "scaled_mse", "fvu"),
-            "autocast": ("auto", "bfloat16", "none"),
-            "dtype": ("float32", "float64", "bfloat16", "float16"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"TrainConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}"
-                )
-        counts = (
-            "d_sae",
-            "expansion",
-            "batch_size",
-            "tokens",
-            "steps",
-            "sync_every",
-            "log_every",
-            "checkpoint_every",
-        )
-        for name in counts:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"TrainConfig: {name} must be at least 1, got {value}")
-        for name in (
-            "warmup_steps",
-            "l1_coefficient",
-            "auxk_coefficient",
-            "dead_after",
-            "lr",
-            "grad_clip",
-        ):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(
-                    f"TrainConfig: {name} must be finite and not negative, got {value}"
-                )
-        if self.batch_size < 2:
-            raise ValueError(
-                "TrainConfig: batch_size must be at least 2, the loss divides by the batch's "
-                "variance"
-            )
-        if self.tokens is not None and self.steps is not None:
-            raise ValueError(
-                f"TrainConfig: give tokens or steps, not both, got {self.tokens} and {self.steps}"
-            )
-
-    def total_steps(self, rows: int | None) -> int:
-        """Steps of the run, given the rows of one pass (None: not known)."""
-        if self.steps is not None:
-            return self.steps
-        wanted = self.tokens if self.tokens is not None else rows
-        if wanted is None:
-            raise ValueError(
-                "TrainConfig: the length of the activations is not known; give tokens or steps"
-            )
-        if wanted < self.batch_size:
-            raise ValueError(
-                f"TrainConfig: {wanted} tokens do not fill one batch; batch_size is "
-                f"{self.batch_size}"
-            )
-        return wanted // self.batch_size
-
-    @property
-    def peak_lr(self) -> float:
-        if self.lr is not None:
-            return self.lr
-        return 4e-4 if self.architecture == "relu" else 2e-4
-
-    def lr_at(self, step: int, total: int) -> float:
-        """Learning rate of step 0 … total - 1."""
-        if step < self.warmup_steps:
-            return self.peak_lr * (step + 1) / self.warmup_steps
-        if not self.cosine:
-            return self.peak_lr
-        done = (step - self.warmup_steps) / max(total - self.warmup_steps, 1)
-        return self.peak_lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class SAETrainer:

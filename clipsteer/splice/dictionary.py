@@ -1,16 +1,16 @@
-"""Names for embeddings: sparse, non-negative sums of text concepts (SpLiCE, Bhalla et al. 2024,
-arXiv 2402.10376).
+"""Names for embeddings: sparse, non-negative sums of text concepts.
 
     z = norm(norm(image) - μ),   rows of C = norm(norm(text) - mean of the texts)
     w* = argmin over w >= 0 of ‖wC - z‖² + λ Σ w
 
 Images and texts are each centred on their own mean, which closes the gap between the two. The
 solver is in ``clipsteer.splice.lasso``.
+
+Source: SpLiCE, Bhalla et al. 2024 (arXiv 2402.10376).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,26 +23,24 @@ from clipsteer.clip.model import CLIP
 from clipsteer.clip.pixels import image_embeddings
 from clipsteer.clip.zero_shot import zero_shot_head
 from clipsteer.data.emoji import EmojiStyles
-from clipsteer.io.files import (
-    FileFormatError,
-    read_json,
-    read_safetensors,
-    write_json,
-    write_safetensors,
-)
+from clipsteer.io.files import FileFormatError
+from clipsteer.io.kinds import Kind, read_kind, write_kind
 from clipsteer.splice.lasso import Decomposition, nonnegative_lasso
 
 __all__ = ["ConceptDictionary", "Decomposition", "mean_embedding", "nonnegative_lasso"]
 
-_FORMAT, _FORMAT_VERSION = "clipsteer-concepts", 1
-_TENSORS, _INDEX = "concepts.safetensors", "concepts.json"
+# decomposed at a time
+_ROWS = 1024
+_TENSORS = "concepts.safetensors"
+_INDEX = "concepts.json"
+_KIND = Kind("clipsteer-concepts", 1, "a concept dictionary", _TENSORS, _INDEX)
 
 
 def mean_embedding(clip: CLIP, dataset: Any, batch_size: int = 64) -> Tensor:
-    """μ: the mean (e,) of the unit embeddings of a map-style data set of images or (image, target)
-    pairs, on the CPU.
+    """μ (e,), on the CPU: the mean of the unit embeddings of a data set's images.
 
-    Summed in float64, one batch at a time. Raises ValueError for an empty data set.
+    The data set is map-style, of images or (image, target) pairs. Summed in float64, one batch at a
+    time. Raises ValueError where it is empty.
     """
     total = torch.zeros((), dtype=torch.float64)
     for part in image_embeddings(clip, dataset, batch_size, "mean embedding"):
@@ -51,50 +49,47 @@ def mean_embedding(clip: CLIP, dataset: Any, batch_size: int = 64) -> Tensor:
 
 
 class ConceptDictionary:
-    """n concepts in the embedding space of a CLIP model, into which its image embeddings are
-    decomposed.
+    """n concepts in the embedding space of a CLIP model, to decompose its image embeddings into.
+
+        dictionary = ConceptDictionary.from_clip(clip, image_mean=photos)
+        embeddings = clip.encode_images(images)
+        dictionary.decompose(embeddings).weights  # (B, n), a few above 0 in each row
+        dictionary.name(embeddings, count=3)  # [[("cat", 0.31), …], …]
 
     Args:
-        concepts: n >= 2 texts. text_embeddings: (n, e), one a concept, of any length; they are
-            normalised here.
+        concepts: n >= 2 texts.
+        text_embeddings: (n, e), one a concept, of any length; they are normalised here.
         image_mean: μ (e,), the mean of the unit embeddings of images of the kind that will be
             decomposed.
         metadata: JSON-able facts to keep with it.
 
     Attributes:
-        concepts: list of n texts. matrix: C (n, e), unit rows, float32 or float64. image_mean: μ
-            (e,).
+        concepts: list of n texts.
+        matrix: C (n, e), unit rows, float32 or float64.
+        image_mean: μ (e,).
+        metadata: as given.
 
     Raises:
         ValueError: shapes, values that are not finite, fewer than two concepts, texts that all
             embed alike.
-
-        >>> dictionary = ConceptDictionary.from_clip(clip, image_mean=photos)
-        >>> weights = dictionary.decompose(clip.encode_images(images)).weights       # (B, n), a few
-        above 0 in each row
-        >>> dictionary.name(clip.encode_images(images), count=3)                      # [[("cat",
-        0.31), …], …]
     """
 
     def __init__(
         self,
         concepts: Sequence[str],
-        text_embeddings: Tensor,
-        image_mean: Tensor,
+        text_embeddings: Tensor,  # (n, e)
+        image_mean: Tensor,  # (e,)
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         concepts = list(concepts)
-        texts, mean = (
-            torch.as_tensor(text_embeddings).detach(),
-            torch.as_tensor(image_mean).detach(),
+        texts = torch.as_tensor(text_embeddings).detach()
+        mean = torch.as_tensor(image_mean).detach()
+        shapes = (
+            f"{len(concepts)} concepts, text_embeddings {tuple(texts.shape)}, "
+            f"image_mean {tuple(mean.shape)}"
         )
-        shapes = f"{len(concepts)} concepts, text_embeddings {tuple(texts.shape)}, image_mean {tuple(mean.shape)}"
-        if (
-            texts.ndim != 2
-            or len(concepts) != len(texts)
-            or len(texts) < 2
-            or mean.shape != texts.shape[1:]
-        ):
+        is_matrix = texts.ndim == 2 and mean.shape == texts.shape[1:]
+        if not is_matrix or len(texts) < 2 or len(concepts) != len(texts):
             raise ValueError(
                 f"ConceptDictionary: expected n >= 2 concepts, (n, e) and (e,); got {shapes}"
             )
@@ -109,22 +104,20 @@ class ConceptDictionary:
                 "ConceptDictionary: the texts all embed alike, so that nothing tells them apart"
             )
         dtype = torch.promote_types(texts.dtype, torch.float32)
-        self._set(
-            concepts,
-            F.normalize(centred, dim=1).to(dtype),
-            mean.to(texts.device, dtype),
-            dict(metadata or {}),
-        )
+        matrix = F.normalize(centred, dim=1).to(dtype)
+        self._set(concepts, matrix, mean.to(matrix), dict(metadata or {}))
 
     def _set(
-        self, concepts: list[str], matrix: Tensor, image_mean: Tensor, metadata: dict[str, Any]
+        self,
+        concepts: list[str],
+        matrix: Tensor,  # (n, e)
+        image_mean: Tensor,  # (e,)
+        metadata: dict[str, Any],
     ) -> None:
-        self.concepts, self.matrix, self.image_mean, self.metadata = (
-            concepts,
-            matrix,
-            image_mean,
-            metadata,
-        )
+        self.concepts = concepts
+        self.matrix = matrix
+        self.image_mean = image_mean
+        self.metadata = metadata
 
     @classmethod
     def from_clip(
@@ -138,26 +131,32 @@ class ConceptDictionary:
         """A dictionary of the model's own text embeddings.
 
         Args:
+            clip: the model, as ``load`` gives it.
             concepts: texts; by default the names of the 857 bundled drawings.
             image_mean: μ (e,), or a data set of images to take it from (see `mean_embedding`).
             templates: prompts with one "{}" that each concept's embedding is averaged over; by
                 default it stands alone.
         """
-        concepts = [c.label for c in EmojiStyles().concepts] if concepts is None else list(concepts)
+        if concepts is None:
+            concepts = [concept.label for concept in EmojiStyles().concepts]
+        concepts = list(concepts)
         texts = zero_shot_head(clip, concepts, templates)
-        mean = image_mean if isinstance(image_mean, Tensor) else mean_embedding(clip, image_mean)
-        return cls(
-            concepts,
-            texts.to(torch.promote_types(texts.dtype, torch.float32)),
-            mean,
-            {"clip_model": clip.name, "pretrained": clip.pretrained, "templates": list(templates)},
-        )
+        texts = texts.to(torch.promote_types(texts.dtype, torch.float32))
+        if not isinstance(image_mean, Tensor):
+            image_mean = mean_embedding(clip, image_mean)
+        metadata = {
+            "clip_model": clip.name,
+            "pretrained": clip.pretrained,
+            "templates": list(templates),
+        }
+        return cls(concepts, texts, image_mean, metadata)
 
     def __len__(self) -> int:
         return len(self.concepts)
 
     def __repr__(self) -> str:
-        return f"ConceptDictionary({len(self)} concepts, e = {self.matrix.shape[1]}, {self.matrix.dtype})"
+        e = self.matrix.shape[1]
+        return f"ConceptDictionary({len(self)} concepts, e = {e}, {self.matrix.dtype})"
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -165,12 +164,18 @@ class ConceptDictionary:
         """A copy elsewhere, or in float32 or float64."""
         if dtype not in (None, torch.float32, torch.float64):
             raise TypeError(f"ConceptDictionary.to: dtype must be float32 or float64, got {dtype}")
+        matrix = self.matrix.to(device=device, dtype=dtype)
         moved = object.__new__(type(self))
-        tensors = (t.to(device=device, dtype=dtype) for t in (self.matrix, self.image_mean))
-        moved._set(list(self.concepts), *tensors, dict(self.metadata))
+        moved._set(list(self.concepts), matrix, self.image_mean.to(matrix), dict(self.metadata))
         return moved
 
-    def _rows(self, x: Tensor, width: int, what: str) -> Tensor:
+    def _rows(
+        self,
+        x: Tensor,  # (width,) or (B, width)
+        width: int,
+        what: str,
+    ) -> Tensor:
+        """(B, width), beside the matrix and in its dtype."""
         if x.ndim not in (1, 2) or x.shape[-1] != width:
             raise ValueError(
                 f"ConceptDictionary: {what} must be ({width},) or (B, {width}), got "
@@ -178,16 +183,19 @@ class ConceptDictionary:
             )
         return torch.atleast_2d(x.detach()).to(self.matrix)
 
-    def align(self, embeddings: Tensor) -> Tensor:
-        """z (B, e) of image embeddings (B, e) of any length: norm(norm(embedding) - μ). A row equal
-        to μ becomes 0."""
+    def align(
+        self,
+        embeddings: Tensor,  # (B, e), of any length
+    ) -> Tensor:
+        """z (B, e): norm(norm(embedding) - μ). A row equal to μ becomes 0."""
         rows = self._rows(embeddings, self.matrix.shape[1], "embeddings")
-        return F.normalize(F.normalize(rows, dim=1) - self.image_mean, dim=1)
+        centred = F.normalize(rows, dim=1) - self.image_mean
+        return F.normalize(centred, dim=1)
 
     def decompose(
         self,
-        embeddings: Tensor,
-        l1: float | Tensor = 0.25,
+        embeddings: Tensor,  # (B, e) or (e,)
+        l1: float | Tensor = 0.25,  # () or (B,)
         *,
         relative: bool = False,
         direction: bool = False,
@@ -197,13 +205,16 @@ class ConceptDictionary:
         """Image embeddings (B, e), or one (e,), as non-negative sums of concepts.
 
         Args:
+            embeddings: of any length.
             l1: λ, one for all or one a row.
             relative: l1 is a share in (0, 1) of 2·max_i ⟨C_i, z⟩, the λ from which on a row has no
                 concept left: then every row has one at least, whatever its size. (A row that is 0,
-                    or orthogonal to all, has none.)
+                or orthogonal to all, has none.)
             direction: the rows are directions in embedding space (a difference of embeddings, an
                 axis of a conceptor, the effect of steering), from which no mean is taken off.
             tol, max_iterations: as in `nonnegative_lasso`; see `Decomposition.converged`.
+
+        Raises ValueError: embeddings of another width, an l1 out of range.
         """
         rows = self._rows(embeddings, self.matrix.shape[1], "embeddings")
         z = F.normalize(rows, dim=1) if direction else self.align(rows)
@@ -211,26 +222,30 @@ class ConceptDictionary:
             share = torch.as_tensor(l1, dtype=z.dtype, device=z.device)
             if not bool(((share > 0) & (share < 1)).all()):
                 raise ValueError(f"ConceptDictionary: a relative l1 must lie in (0, 1), got {l1!r}")
-            l1 = share * torch.cat(
-                [2 * (part @ self.matrix.T).amax(1).clamp_min(0) for part in z.split(1024)]
-            )
+            closest = [(part @ self.matrix.T).amax(1) for part in z.split(_ROWS)]
+            l1 = share * (2 * torch.cat(closest).clamp_min(0))
         return nonnegative_lasso(z, self.matrix, l1, tol=tol, max_iterations=max_iterations)
 
-    def reconstruct(self, weights: Tensor) -> Tensor:
+    def reconstruct(
+        self,
+        weights: Tensor,  # (B, n)
+    ) -> Tensor:
         """Unit embeddings (B, e) of weights (B, n): where the unit sphere is met from μ in the
         direction of wC.
 
         It undoes `align`: where wC = z, the embedding itself comes back. (The paper's code adds
         norm(wC) to μ and normalises; that overstates how far an image is from the mean.)
         """
-        ray = F.normalize(self._rows(weights, len(self), "weights") @ self.matrix, dim=1)
-        along = ray @ self.image_mean
-        inside = (along.square() + 1 - self.image_mean.square().sum()).clamp_min(0)
-        return F.normalize(self.image_mean + (inside.sqrt() - along)[:, None] * ray, dim=1)
+        summed = self._rows(weights, len(self), "weights") @ self.matrix
+        ray = F.normalize(summed, dim=1)  # (B, e)
+        along = ray @ self.image_mean  # (B,)
+        inside = along.square() + 1 - self.image_mean.square().sum()
+        length = inside.clamp_min(0).sqrt() - along
+        return F.normalize(self.image_mean + length[:, None] * ray, dim=1)
 
     def name(
         self,
-        embeddings: Tensor,
+        embeddings: Tensor,  # (B, e) or (e,)
         count: int = 5,
         *,
         l1: float = 0.5,
@@ -239,32 +254,33 @@ class ConceptDictionary:
     ) -> list[list[tuple[str, float]]]:
         """The heaviest concepts of each row's decomposition, as in `heaviest`; the arguments are
         `decompose`'s."""
-        rows = torch.atleast_2d(embeddings).split(1024)
-        parts = [
-            self.decompose(part, l1, relative=relative, direction=direction).weights
-            for part in rows
-        ]
-        return [names for weights in parts for names in self.heaviest(weights, count)]
+        found = []
+        for part in torch.atleast_2d(embeddings).split(_ROWS):
+            decomposed = self.decompose(part, l1, relative=relative, direction=direction)
+            found += self.heaviest(decomposed.weights, count)
+        return found
 
-    def heaviest(self, weights: Tensor, count: int = 5) -> list[list[tuple[str, float]]]:
-        """The at most `count` heaviest concepts of each row of weights (B, n), as (text, weight),
-        heaviest first.
+    def heaviest(
+        self,
+        weights: Tensor,  # (B, n) or (n,)
+        count: int = 5,
+    ) -> list[list[tuple[str, float]]]:
+        """The at most `count` heaviest concepts of each row, as (text, weight), heaviest first.
 
         Weights may be means over several images: what these have in common adds up.
         """
         if count < 1:
             raise ValueError(f"ConceptDictionary: count must be at least 1, got {count}")
-        values, places = self._rows(weights, len(self), "weights").sort(
-            dim=1, descending=True, stable=True
-        )
-        return [
-            [(self.concepts[i], v) for v, i in zip(row, at) if v > 0]
-            for row, at in zip(values[:, :count].tolist(), places[:, :count].tolist())
-        ]
+        rows = self._rows(weights, len(self), "weights")
+        values, places = rows.sort(dim=1, descending=True, stable=True)
+        found = []
+        for row, at in zip(values[:, :count].tolist(), places[:, :count].tolist()):
+            found.append([(self.concepts[i], value) for value, i in zip(row, at) if value > 0])
+        return found
 
     def name_groups(
         self,
-        embeddings: Tensor,
+        embeddings: Tensor,  # (N, e)
         groups: Sequence[Sequence[int]],
         count: int = 5,
         *,
@@ -274,58 +290,45 @@ class ConceptDictionary:
         empty group.
 
         Args:
-            embeddings: (N, e) image embeddings. groups: rows of them, such as the top images of
-                each SAE feature.
+            embeddings: of images.
+            groups: rows of them, such as the top images of each SAE feature.
+            count: as in `heaviest`.
             l1: relative, as in `decompose`. Every row that occurs is decomposed once.
         """
         used = sorted({row for group in groups for row in group})
         place = {row: i for i, row in enumerate(used)}
         weights = self.decompose(embeddings[used], l1, relative=True).weights
-        means = [weights[[place[row] for row in group]].mean(0) for group in groups]
-        # the mean of nothing is NaN, and no NaN is above 0
-        return [names for mean in means for names in self.heaviest(mean, count)]
+        found = []
+        for group in groups:
+            members = weights[[place[row] for row in group]]
+            # the mean of nothing is NaN, and no NaN is above 0
+            found += self.heaviest(members.mean(0), count)
+        return found
 
     def save(self, folder: str | Path) -> Path:
         """Write concepts.safetensors and concepts.json into a folder (made if missing), each in one
         atomic step."""
-        folder = Path(folder)
-        head = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "metadata": self.metadata}
-        json.dumps(head, allow_nan=False)  # what is not JSON shows before a file is touched
-        folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / _TENSORS, {"matrix": self.matrix, "image_mean": self.image_mean})
-        write_json(folder / _INDEX, {**head, "concepts": self.concepts})
-        return folder
+        tensors = {"matrix": self.matrix, "image_mean": self.image_mean}
+        values = {"metadata": self.metadata, "concepts": self.concepts}
+        return write_kind(folder, _KIND, tensors, values)
 
     @classmethod
     def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> ConceptDictionary:
         """Read what `save` wrote. Raises FileNotFoundError, or FileFormatError where the files do
         not fit together."""
         folder = Path(folder)
-        index, tensors = (
-            read_json(folder / _INDEX),
-            read_safetensors(folder / _TENSORS, allow_nan=False),
-        )
-        if not isinstance(index, dict) or (index.get("format"), index.get("format_version")) != (
-            _FORMAT,
-            _FORMAT_VERSION,
-        ):
-            raise FileFormatError(
-                f"{folder / _INDEX}: not a {_FORMAT} file of version {_FORMAT_VERSION}"
-            )
-        concepts, metadata = index.get("concepts"), index.get("metadata")
-        texts = isinstance(concepts, list) and all(isinstance(c, str) for c in concepts)
-        if not texts or not isinstance(metadata, dict):
-            raise FileFormatError(
-                f"{folder / _INDEX}: concepts must be a list of texts and metadata an object"
-            )
-        matrix, mean = tensors.get("matrix"), tensors.get("image_mean")
-        if (
-            matrix is None
-            or mean is None
-            or matrix.ndim != 2
-            or mean.shape != matrix.shape[1:]
-            or 0 in matrix.shape
-        ):
+        tensors, index = read_kind(folder, _KIND, allow_nan=False)
+        concepts = index.get("concepts")
+        metadata = index.get("metadata")
+        if not isinstance(concepts, list) or not all(isinstance(c, str) for c in concepts):
+            raise FileFormatError(f"{folder / _INDEX}: concepts must be a list of texts")
+        if not isinstance(metadata, dict):
+            raise FileFormatError(f"{folder / _INDEX}: metadata must be an object")
+        if not {"matrix", "image_mean"} <= tensors.keys():
+            raise FileFormatError(f"{folder / _TENSORS}: expected matrix and image_mean")
+        matrix = tensors["matrix"]
+        mean = tensors["image_mean"]
+        if matrix.ndim != 2 or 0 in matrix.shape or mean.shape != matrix.shape[1:]:
             raise FileFormatError(
                 f"{folder / _TENSORS}: expected matrix (n, e) and image_mean (e,)"
             )
@@ -335,6 +338,6 @@ class ConceptDictionary:
             )
         if not bool(matrix.isfinite().all() & mean.isfinite().all()):
             raise FileFormatError(f"{folder / _TENSORS}: holds infinities")
-        self = object.__new__(cls)
-        self._set(concepts, matrix.to(device), mean.to(device, matrix.dtype), metadata)
-        return self
+        loaded = object.__new__(cls)
+        loaded._set(concepts, matrix.to(device), mean.to(device, matrix.dtype), metadata)
+        return loaded

@@ -1,16 +1,15 @@
-"""The non-negative lasso for many targets over one dictionary, solved exactly: a batched active-set
-method.
+"""The non-negative lasso for many targets over one dictionary, solved exactly by active sets.
 
     w* = argmin over w >= 0 of ‖wC - z‖² + λ Σ w          C (n, e), z (e,)
 
 The optimality conditions: slack = λ - 2(z - wC)Cᵀ is 0 where w > 0 and not negative elsewhere. From
-    w = 0, each round
-lets the concepts enter that miss them most, and minimises over those in use: Newton steps, each as
-far as the first weight that would turn negative, which then leaves (Lawson & Hanson 1974, chapter
-23; here several concepts enter at a time, and all rows move at once). The objective falls in every
-round, so that no set of concepts comes back. A round costs one product with the dictionary, and a
-sparse row needs few; the ADMM of SpLiCE (Bhalla et al. 2024, arXiv 2402.10376) needs two products a
-step and hundreds of steps, and ends near the zeros that are exact here.
+w = 0, each round lets the concepts enter that miss them most, and minimises over those in use:
+Newton steps, each as far as the first weight that would turn negative, which then leaves (Lawson &
+Hanson 1974, chapter 23; here several concepts enter at a time, and all rows move at once). The
+objective falls in every round, so that no set of concepts comes back. A round costs one product
+with the dictionary, and a sparse row needs few; the ADMM of SpLiCE (Bhalla et al. 2024, arXiv
+2402.10376) needs two products a step and hundreds of steps, and ends near the zeros that are exact
+here.
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# bytes for a block of rows against the whole dictionary, and for the concepts in use by a group of
-# rows
-_BLOCK_BYTES, _GROUP_BYTES = 256 << 20, 32 << 20
+# for a block of rows against the whole dictionary
+_BLOCK_BYTES = 256 << 20
+# for the concepts in use by a group of rows
+_GROUP_BYTES = 32 << 20
 _ENTER = 8
 # of the diagonal of a Gram matrix: concepts that depend on each other share a weight rather than
 # fail
@@ -51,13 +51,21 @@ class Decomposition(NamedTuple):
         return (self.weights > 0).sum(-1)
 
 
-def _checked(z: Tensor, C: Tensor, l1: float | Tensor, tol: float, max_iterations: int) -> Tensor:
+def _checked(
+    z: Tensor,  # (B, e)
+    C: Tensor,  # (n, e)
+    l1: float | Tensor,  # () or (B,)
+    tol: float,
+    max_iterations: int,
+) -> Tensor:
+    """λ of every row, (B,)."""
     shapes = f"z is {tuple(z.shape)}, C {tuple(C.shape)}"
     if z.ndim != 2 or C.ndim != 2 or z.shape[1] != C.shape[1] or 0 in C.shape:
         raise ValueError(
             f"nonnegative_lasso: expected z (B, e) and C (n, e) with n, e >= 1; {shapes}"
         )
-    if z.dtype != C.dtype or z.dtype not in (torch.float32, torch.float64) or z.device != C.device:
+    is_alike = z.dtype == C.dtype and z.device == C.device
+    if not is_alike or z.dtype not in (torch.float32, torch.float64):
         got = f"z is {z.dtype} on {z.device}, C {C.dtype} on {C.device}"
         raise TypeError(
             f"nonnegative_lasso: z and C must share float32 or float64 and a device; {got}"
@@ -67,9 +75,8 @@ def _checked(z: Tensor, C: Tensor, l1: float | Tensor, tol: float, max_iteration
             f"nonnegative_lasso: tol > 0 and max_iterations >= 1, got {tol} and {max_iterations}"
         )
     penalty = torch.as_tensor(l1, dtype=z.dtype, device=z.device)
-    if penalty.shape not in ((), (len(z),)) or not bool(
-        (penalty >= 0).all() & penalty.isfinite().all()
-    ):
+    is_valid = (penalty >= 0) & penalty.isfinite()
+    if penalty.shape not in ((), (len(z),)) or not bool(is_valid.all()):
         raise ValueError(
             f"nonnegative_lasso: l1 must be finite, not negative, one or one a row; got {l1!r}; "
             f"{shapes}"
@@ -81,7 +88,12 @@ def _checked(z: Tensor, C: Tensor, l1: float | Tensor, tol: float, max_iteration
 
 @torch.no_grad()
 def nonnegative_lasso(
-    z: Tensor, C: Tensor, l1: float | Tensor, *, tol: float = 1e-6, max_iterations: int = 200
+    z: Tensor,  # (B, e)
+    C: Tensor,  # (n, e)
+    l1: float | Tensor,  # () or (B,)
+    *,
+    tol: float = 1e-6,
+    max_iterations: int = 200,
 ) -> Decomposition:
     """w* = argmin over w >= 0 of ‖wC - z‖² + λ Σ w, for every row of z.
 
@@ -99,106 +111,132 @@ def nonnegative_lasso(
     one is returned.
 
     Raises:
-        ValueError: shapes, values that are not finite, a negative λ. TypeError: dtypes or devices.
+        ValueError: shapes, values that are not finite, a negative λ.
+        TypeError: dtypes or devices.
     """
     penalty = _checked(z, C, l1, tol, max_iterations)
-    weights, violation = z.new_zeros(len(z), len(C)), z.new_zeros(len(z))
+    weights = z.new_zeros(len(z), len(C))
+    violation = z.new_zeros(len(z))
+    size = max(1, _BLOCK_BYTES // (4 * C[:, 0].nbytes))
     # reduced precision that a caller allows elsewhere has no place here
     with torch.autocast(z.device.type, enabled=False):
-        for rows in torch.arange(len(z), device=z.device).split(
-            max(1, _BLOCK_BYTES // (4 * C[:, 0].nbytes))
-        ):
+        for rows in torch.arange(len(z), device=z.device).split(size):
             _solve(weights, violation, rows, z, C, penalty, tol, max_iterations)
     return Decomposition(weights, violation, violation <= tol)
 
 
 def _solve(
-    weights: Tensor,
-    violation: Tensor,
-    rows: Tensor,
-    z: Tensor,
-    C: Tensor,
-    penalty: Tensor,
+    weights: Tensor,  # (B, n), filled in
+    violation: Tensor,  # (B,), filled in
+    rows: Tensor,  # (b,) which to do
+    z: Tensor,  # (B, e)
+    C: Tensor,  # (n, e)
+    penalty: Tensor,  # (B,)
     tol: float,
     rounds: int,
 ) -> None:
     """Fill in some rows of weights and violation. A row leaves when it is done."""
-    index = rows.new_zeros(len(rows), 0)  # (b, k) concepts in use, and
-    w = z.new_zeros(
-        len(rows), 0, dtype=torch.float64
-    )  # their weights; where a weight is 0 the place is free
-    residual = z[rows]
+    # concepts in use (b, k) and their weights; where a weight is 0 the place is free
+    index = rows.new_zeros(len(rows), 0)
+    w = z.new_zeros(len(rows), 0, dtype=torch.float64)
+    residual = z[rows]  # (b, e)
     for remaining in range(rounds, -1, -1):
-        slack = torch.addmm(penalty[rows, None], residual, C.T, alpha=-2)
-        missed = (-slack).amax(1).clamp_min(0)
-        if w.shape[1]:
-            missed = torch.maximum(missed, (slack.gather(1, index).abs() * (w > 0)).amax(1))
+        slack = torch.addmm(penalty[rows, None], residual, C.T, alpha=-2)  # (b, n)
+        missed = _missed(slack, index, w)
         done = missed <= tol if remaining else torch.ones_like(missed, dtype=torch.bool)
         if bool(done.any()):
-            weights[rows[done]] = (
-                slack[done].zero_().scatter_add_(1, index[done], w[done].to(z.dtype))
-            )
+            zeros = slack[done].zero_()
+            weights[rows[done]] = zeros.scatter_add_(1, index[done], w[done].to(z.dtype))
             violation[rows[done]] = missed[done]
-            rows, index, w, slack = rows[~done], index[~done], w[~done], slack[~done]
+            rest = ~done
+            rows, index, w, slack = (x[rest] for x in (rows, index, w, slack))
         if not len(rows):
             return
         # those in use do not enter twice, whatever rounding says
-        slack.scatter_add_(1, index, torch.where(w > 0, torch.inf, 0.0).to(z.dtype))
-        worst, new = slack.topk(min(max(_ENTER, w.shape[1] // 4), len(C)), largest=False)
-        index, on = torch.cat([index, new], 1), torch.cat([w > 0, worst < -tol], 1)
+        taken = torch.where(w > 0, torch.inf, 0.0)
+        slack.scatter_add_(1, index, taken.to(z.dtype))
+        count = min(max(_ENTER, w.shape[1] // 4), len(C))
+        worst, entering = slack.topk(count, largest=False)
+        on = torch.cat([w > 0, worst < -tol], 1)
+        index = torch.cat([index, entering], 1)
         w = torch.cat([w, torch.zeros_like(worst, dtype=torch.float64)], 1)
         index, w, residual = _minimise(index, w, on, z[rows], C, penalty[rows])
 
 
+def _missed(
+    slack: Tensor,  # (b, n)
+    index: Tensor,  # (b, k)
+    w: Tensor,  # (b, k)
+) -> Tensor:
+    """By how much each row misses the optimality conditions, (b,)."""
+    missed = (-slack).amax(1).clamp_min(0)
+    if not w.shape[1]:
+        return missed
+    in_use = slack.gather(1, index).abs() * (w > 0)
+    return torch.maximum(missed, in_use.amax(1))
+
+
 def _minimise(
-    index: Tensor, w: Tensor, on: Tensor, z: Tensor, C: Tensor, penalty: Tensor
+    index: Tensor,  # (b, k)
+    w: Tensor,  # (b, k)
+    on: Tensor,  # (b, k)
+    z: Tensor,  # (b, e)
+    C: Tensor,  # (n, e)
+    penalty: Tensor,  # (b,)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Minimise over the concepts that are on: their indices and weights (b, k), and the residual z
     - wC (b, e)."""
     on, places = on.sort(dim=1, descending=True, stable=True)
-    index, w, residual = index.gather(1, places), w.gather(1, places), torch.empty_like(z)
+    index = index.gather(1, places)
+    w = w.gather(1, places)
+    residual = torch.empty_like(z)
     count = on.sum(1)
     order = count.argsort(stable=True)  # groups of like size, so that padding costs little
-    size = max(1, _GROUP_BYTES // (8 * C.shape[1] * max(1, int(count.max()))))
-    for rows in order.split(size):
+    row_bytes = 8 * C.shape[1] * max(1, int(count.max()))
+    for rows in order.split(max(1, _GROUP_BYTES // row_bytes)):
         k = int(count[rows[-1]])
-        D, target = C[index[rows, :k]].double(), z[rows].double()  # (b, k, e), (b, e)
-        linear = (D @ target[..., None])[..., 0] - penalty[rows, None].double() / 2
+        D = C[index[rows, :k]].double()  # (g, k, e)
+        target = z[rows].double()  # (g, e)
+        linear = (D @ target[..., None])[..., 0]
+        linear = linear - penalty[rows, None].double() / 2
         best = _newton(w[rows, :k], on[rows, :k], D @ D.mT, linear)
         w[rows, :k] = best
-        residual[rows] = (target - (best[:, None] @ D)[:, 0]).to(z.dtype)
+        fitted = (best[:, None] @ D)[:, 0]
+        residual[rows] = (target - fitted).to(z.dtype)
     k = int((w > 0).sum(1).max()) if w.shape[1] else 0
     w, places = w.sort(dim=1, descending=True, stable=True)
     return index.gather(1, places)[:, :k], w[:, :k], residual
 
 
-def _newton(w: Tensor, on: Tensor, gram: Tensor, linear: Tensor) -> Tensor:
-    """argmin over w >= 0 of w·gram·w - 2 w·linear with w zero where not on, from a w that is: (b,
-    k), (b, k, k).
+def _newton(
+    w: Tensor,  # (g, k)
+    on: Tensor,  # (g, k)
+    gram: Tensor,  # (g, k, k)
+    linear: Tensor,  # (g, k)
+) -> Tensor:
+    """argmin over w >= 0 of w·gram·w - 2 w·linear with w zero where not on, from a w that is.
 
     As in Lawson & Hanson, a weight that leaves does not come back in the same round; at least one
     that has just entered stays, since the step descends.
     """
     k = w.shape[1]
     # above the rounding of a k × k factorisation, so that it exists
-    ridge = (_JITTER + k * k * 2.0**-52) * gram.diagonal(dim1=1, dim2=2).amax(
-        1, keepdim=True
-    )  # (b, 1)
+    largest = gram.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)
+    ridge = (_JITTER + k * k * 2.0**-52) * largest  # (g, 1)
     for _ in range(k + 1):
         free = on.double()
         short = free * (linear - (gram @ w[..., None])[..., 0])
-        factor, failed = torch.linalg.cholesky_ex(
-            gram * free[:, :, None] * free[:, None] + torch.diag_embed(torch.where(on, ridge, 1.0))
-        )
-        step = torch.where(
-            failed[:, None] == 0, torch.cholesky_solve(short[..., None], factor)[..., 0] * free, 0.0
-        )
-        share = torch.where(
-            w + step < 0, w / -step, 1.0
-        )  # below 1 where a weight would turn negative
+        within = gram * free[:, :, None] * free[:, None]
+        diagonal = torch.where(on, ridge, 1.0)
+        factor, failed = torch.linalg.cholesky_ex(within + torch.diag_embed(diagonal))
+        newton = torch.cholesky_solve(short[..., None], factor)[..., 0] * free
+        step = torch.where(failed[:, None] == 0, newton, 0.0)
+        # below 1 where a weight would turn negative
+        share = torch.where(w + step < 0, w / -step, 1.0)
         first = share.amin(1, keepdim=True)
         leaving = (share == first) & (first < 1)
-        w, on = torch.where(leaving, 0.0, w + first * step).clamp_min(0), on & ~leaving
+        w = torch.where(leaving, 0.0, w + first * step).clamp_min(0)
+        on = on & ~leaving
         if bool((first == 1).all()):
             break
     return w

@@ -178,9 +178,10 @@ def _passes(
     leaves = [inputs[name].requires_grad_() for name in spec.leaves(inputs)]
     if leaves:
         grad = torch.randn_like(_first(next(iter(calls.values()))()))
-        passes["forward+backward"] = {
-            name: backward(call, grad, leaves) for name, call in calls.items()
-        }
+        both = {}
+        for name, call in calls.items():
+            both[name] = backward(call, grad, leaves)
+        passes["forward+backward"] = both
     return passes, leaves
 
 

@@ -1,7 +1,7 @@
-"""The table of speeds in the README, made from the files that ``bench`` and the scripts in
-benchmarks/ write.
+"""The tables of speeds in benchmarks/README.md, made from the files that ``bench`` and the scripts
+in benchmarks/ write.
 
-clipsteer bench --markdown benchmarks/results/cpu-*.json --into README.md
+    clipsteer bench --markdown benchmarks/results/cpu-*.json --into benchmarks/README.md
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ def markdown(files: Sequence[str | Path]) -> str:
 
 
 def _best(groups: Groups) -> str:
-    """Each way of ours next to the fastest of the others."""
-    rows = []
+    """Each way of ours next to the fastest of the others; an op's name stands above its rows."""
+    rows: list[tuple[str, ...]] = []
+    above = ""
     for (op, shape, kind), found in groups.items():
         mine = []
         rivals = []
@@ -76,6 +77,9 @@ def _best(groups: Groups) -> str:
             continue
         best = min(rivals, key=lambda record: record["seconds"])
         baseline = f"{_time(best['seconds'])} ({best['contender']})"
+        if op != above:
+            rows.append((f"**{op}**", *[""] * 6))
+            above = op
         for record in mine:
             seconds = record["seconds"]
             time = _time(seconds)
@@ -87,27 +91,32 @@ def _best(groups: Groups) -> str:
             if "floor_share" in record:
                 floor = _time(seconds * record["floor_share"])
                 share = f"{record['floor_share']:.0%}"
-            rows.append((op, shape, kind, time, baseline, ratio, floor, share))
+            rows.append((shape, kind, time, baseline, ratio, floor, share))
     return _table(
-        ("op", "shape", "pass", "ours", "best baseline", "ratio", "floor", "of floor"),
+        ("op, shape", "pass", "ours", "best baseline", "ratio", "floor", "of floor"),
         rows,
     )
 
 
 def _peers(groups: Groups) -> str:
-    """Everyone's time where other libraries took part, and how many times ours it is."""
+    """Where other libraries took part: everyone's time, a row each, and how many times ours it is;
+    of the shapes that the same ones were timed at, a column each."""
     tables: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for (op, shape, _), found in groups.items():
         if not any("version" in record for record in found.values()):
             continue
         base = next(record["seconds"] for name, record in found.items() if ours(name))
-        heads = [op]
+        names = [op]
         cells = [shape]
         for name, record in found.items():
-            heads.append(f"{name} {record.get('version', '')}".strip())
+            names.append(f"{name} {record.get('version', '')}".strip())
             cells.append(f"{_time(record['seconds'])} ({record['seconds'] / base:.2f}×)")
-        tables.setdefault(tuple(heads), []).append(tuple(cells))
-    return "".join("\n" + _table(head, rows) for head, rows in tables.items())
+        tables.setdefault(tuple(names), []).append(tuple(cells))
+    parts = []
+    for names, columns in tables.items():
+        head, *rows = zip(names, *columns)
+        parts.append("\n" + _table(head, rows))
+    return "".join(parts)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from clipsteer.training.schedule import Order as Order
     from clipsteer.training.schedule import cosine_lr as cosine_lr
     from clipsteer.training.schedule import seed_of as seed_of
+    from clipsteer.training.settings import SettingError as SettingError
+    from clipsteer.training.settings import check_fields as check_fields
+    from clipsteer.training.settings import read_value as read_value
+    from clipsteer.training.settings import settings_of as settings_of
     from clipsteer.training.signals import EXIT_TERMINATED as EXIT_TERMINATED
     from clipsteer.training.signals import StopSignal as StopSignal
     from clipsteer.training.tracking import Reporter as Reporter

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from clipsteer.io import checkpoint
 from clipsteer.io.checkpoint import Checkpoint
 from clipsteer.training.schedule import DATA_ORDER
+from clipsteer.training.settings import COSMETIC
 from clipsteer.training.signals import StopSignal, leave
 from clipsteer.training.tracking import TRACKERS, Reporter, trim_log
 from clipsteer.training.world import World
@@ -86,7 +87,7 @@ class TrainingRun:
     # what a batch is made of
     unit = "images"
     # settings that do not change the weights, so that a resumed run may differ in them
-    cosmetic: tuple[str, ...] = ("checkpoint_every", "log_every", "track")
+    cosmetic: tuple[str, ...] = COSMETIC
     # figures of the log that the progress bar has too
     shown: tuple[str, ...] = ("loss",)
     # figures of the last line

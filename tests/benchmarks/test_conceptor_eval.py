@@ -66,7 +66,7 @@ def test_the_rest_of_the_tower_equals_steering_by_hooks(block):
     fitted = fit_block(data, block, splits(data, 0)["fit"])
     C = EXPRESSIONS["(noto OR fluent) AND NOT twemoji"](fitted.conceptors(1.0, True))
     for steering in (ConceptorSteering(C, 0.7), AdditiveSteering(fitted.means["trained"], fitted.mean, 0.5)):
-        with torch.no_grad(), steer(clip.model, {PLACE.format(block): steering}):
+        with torch.no_grad(), steer(clip, {PLACE.format(block): steering}):
             wanted = F.normalize(clip.model.encode_image(pixels(range(9))), dim=-1)
         torch.testing.assert_close(finish(clip, steering.apply(data.blocks[block][:9]), block), wanted)
 
@@ -110,7 +110,7 @@ def test_reported_figures_can_be_had_by_hand(within):
     for row in rows.tolist():
         own = data.categories[data.category[row]]
         C = parts[own] & ~parts["twemoji"] if within else ~parts["noto"] & ~parts["fluent"]
-        with torch.no_grad(), steer(clip.model, {PLACE.format(chosen["block"]): ConceptorSteering(C, chosen["beta"])}):
+        with torch.no_grad(), steer(clip, {PLACE.format(chosen["block"]): ConceptorSteering(C, chosen["beta"])}):
             score = (F.normalize(clip.model.encode_image(pixels([row])), dim=-1) @ data.head.T)[0]
         candidates = [i for i in range(CONCEPTS) if not within or i % 3 == row % CONCEPTS % 3]
         hits.append(max(candidates, key=lambda i: float(score[i])) == row % CONCEPTS)

@@ -314,7 +314,7 @@ def test_conceptor_fit_and_steer(capsys, model, images, tmp_path):
     assert out.count("<- this one") == 1
     fitted = Conceptor.load(tmp_path / "all.safetensors")
     clip, dataset = load(model[1], model[3]), open_dataset(images)
-    with capture(clip.model, HOOK, detach=True) as found:
+    with capture(clip, HOOK, detach=True) as found:
         clip.encode_images(dataset[i][0] for i in range(12))
     wanted = Conceptor.fit(found[HOOK], 0.5)
     assert float((fitted.matrix - wanted.matrix).norm()) < 1e-4

@@ -96,11 +96,11 @@ def test_the_bundled_drawings_and_their_four_cells(tmp_path):
     [
         (["--loss", "drrho"], "needs --reference"),
         (["--loss", "clip", "--select", 0.5], "with --select or --excess needs --reference"),
-        (["--reference", "no-such-model"], "open_clip knows"),
+        (["--reference", "no-such-model"], "no model is called 'no-such-model'"),
         (["--loss", "clip", "--batch-size", 9], "at most the 8 pairs"),
         (["--reference", "emojiclip", "--batch-size", 9], "at most the 8 pairs"),
-        (["--loss", "global", "--temperature", -1], "temperature must be positive"),
-        (["--loss", "clip", "--grad-clip", 0], "grad_clip must be positive"),
+        (["--loss", "global", "--temperature", -1], "--temperature must be positive"),
+        (["--loss", "clip", "--grad-clip", 0], "--grad-clip must be positive"),
     ],
 )
 def test_mistakes(folder, tmp_path, capsys, more, message):

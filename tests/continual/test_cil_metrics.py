@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipsteer import FileFormatError
-from clipsteer._intervals import mean_interval, student_quantile
 from clipsteer.continual.metrics import METRICS, Run, by_strategy, paired, summarize
 from clipsteer.io.files import read_json, write_json
+from clipsteer.report.intervals import mean_interval, student_quantile
 
 TASKS = [[4, 0], [2], [1, 3]]
 # two test rows of 4, one of 0, three of 2, four of 1, none of 3

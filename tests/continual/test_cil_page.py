@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from clipsteer import FileFormatError
-from clipsteer.continual import report as tables
+from clipsteer.continual import tables
 from clipsteer.continual.metrics import Run, paired
 from clipsteer.continual.report import accuracy_curves, curves, matrix_maps, read_results, write_results
 
@@ -169,7 +169,7 @@ def test_bands_are_the_mean_and_a_deviation():
         torch.tensor([4.0, 2.0, 3.0]),
         torch.tensor([2.0, 5.0, float("nan")]),
     ]
-    chart = curves({"s": lines}, title="t", y_label="y", y_from=0.0, y_to=6.0)
+    chart = str(curves({"s": lines}, title="t", y_label="y", y_from=0.0, y_to=6.0))
     numbers = lambda name: [
         float(v) for v in re.search(rf'<{name} points="([^"]+)"', chart)[1].replace(",", " ").split()
     ]

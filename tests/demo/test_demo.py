@@ -15,10 +15,11 @@ from PIL import Image, ImageDraw
 from clipsteer import SAE, Conceptor, SAESteering, demo, report, steer
 from clipsteer.clip.model import load
 from clipsteer.clip.zero_shot import SIMPLE_TEMPLATES, zero_shot_head
+from clipsteer.data.dataset import ImageDataset
 from clipsteer.data.emoji import EmojiStyles, Split, split
 from clipsteer.demo import conceptors as demo_conceptors
 from clipsteer.demo import explore
-from clipsteer.demo import page as demo_page
+from clipsteer.demo import pictures as demo_pictures
 from clipsteer.demo import reference as demo_reference
 from clipsteer.demo import sections as demo_sections
 from clipsteer.demo import wise_ft as demo_wise_ft
@@ -110,14 +111,14 @@ def test_the_saved_sae_steers_as_the_metrics_say(finished):
     figures = json.loads(result.metrics.read_text())
     clip, sae = load(options["model"], options["pretrained"]), SAE.from_pretrained(result.sae)
     assert sae.metadata["hook_point"] == figures["model"]["hook_point"]
-    pictures = explore.folder_pictures(options["data"], 0, 1000)
+    pictures = demo_pictures.folder_pictures(options["data"], 0, 1000)
     head = zero_shot_head(clip, pictures.vocabulary, SIMPLE_TEMPLATES)
     images = [pictures.dataset[i][0] for i in figures["steering"]["probe_rows"]]
     feature = figures["steering"]["features"][0]
     target = pictures.vocabulary.index(feature["response"]["target"])
     multiple = feature["response"]["multiples"][-2]
     steering = SAESteering(sae, {feature["index"]: multiple * feature["peak"]})
-    with steer(clip.model, {sae.metadata["hook_point"]: steering}):
+    with steer(clip, {sae.metadata["hook_point"]: steering}):
         p = (100 * clip.encode_images(images) @ head.T).softmax(-1)
     assert float(p[:, target].mean()) == pytest.approx(feature["response"]["probability"][-2], rel=1e-3)
 
@@ -163,7 +164,7 @@ def test_conceptors_steer_as_the_metrics_say(finished):
     clip = load(options["model"], options["pretrained"])
     saved = Conceptor.load(result.page.parent / "conceptors.safetensors")
     assert json.loads(saved.metadata["names"]) == ["blue box", "green disc", "red disc"]
-    pictures = explore.folder_pictures(options["data"], 0, 1000)
+    pictures = demo_pictures.folder_pictures(options["data"], 0, 1000)
     assert figures["minus"] == "others"
     assert figures["steered_images"] == figures["held_out"] == len(pictures.held_out) == 9
     head = zero_shot_head(clip, pictures.vocabulary, SIMPLE_TEMPLATES)
@@ -211,7 +212,7 @@ def test_conceptors_tell_apart_what_differs_and_see_no_held_out_image():
 
 
 def test_the_kinds_of_the_drawings_are_their_categories():
-    pictures = explore.emoji_pictures(400)
+    pictures = demo_pictures.emoji_pictures(400)
     kinds = demo_conceptors.kinds_of(pictures, True)
     assert kinds.names == ["activities", "animals & nature", "food & drink", "objects", "travel & places"]
     assert kinds.of_image.tolist() == kinds.of_text[pictures.truth].tolist()
@@ -223,9 +224,9 @@ def test_the_kinds_of_the_drawings_are_their_categories():
 
 
 def test_without_a_few_classes_the_conceptor_section_says_so():
-    dataset = explore.ImageDataset(lambda i: None, [0] * 40)
+    dataset = ImageDataset(lambda i: None, [0] * 40)
     groups = {"train": list(range(30)), "held-out": list(range(30, 40))}
-    make = lambda classes, truth: explore.Pictures(
+    make = lambda classes, truth: demo_pictures.Pictures(
         dataset, groups, groups["train"], [""] * 40, classes, truth, ["x"] * 40
     )
     assert "no classes" in demo_conceptors.kinds_of(make(None, None), False)
@@ -250,7 +251,7 @@ def test_the_reference_curves_are_committed_ones_and_say_so():
         lines = means["metrics"][title]
         assert all(len(values) == len(means["samples"]) for values in lines.values())
         for name, values in lines.items():
-            assert f"{name}: {report._number(100 * values[-1])}" in markup
+            assert f"{name}: {report.number(100 * values[-1])}" in markup
             assert all(0 <= v <= 1 for v in values)
 
 
@@ -310,7 +311,7 @@ def test_ce_recovered_is_shown_only_where_there_is_something_to_recover():
            "top1_zero": 0.1, "images": 7, "ev": 0.5, "l0": 3.0, "dead": 0.0}  # fmt: skip
     found = {"sae": {"evaluation": {"near": row, "far": {**row, "ce_clean": 1.2, "ce_recovered": 0.35}}}}
     history = [{"step": s, "fvu": 0.5, "dead": 0.0} for s in (1, 2)]
-    markup = "".join(map(str, demo_page._training(SAE(8, 16, k=2), found, history)))
+    markup = "".join(map(str, demo_sections.training(SAE(8, 16, k=2), found, history)))
     assert "350.0" not in markup
     assert "35.0" in markup
 
@@ -341,16 +342,26 @@ def test_feature_peaks_are_the_largest_dense_activations(architecture):
 
 
 def test_emoji_pictures_are_the_four_cells():
-    pictures = explore.emoji_pictures(40)
+    pictures = demo_pictures.emoji_pictures(40)
     assert len(pictures.groups) == 4
     assert sorted(i for rows in pictures.groups.values() for i in rows) == list(range(40))
     assert len(pictures.names) == len(pictures.dataset) == len(pictures.truth) == 40
     assert pictures.classes[pictures.truth[7]] in pictures.names[7]
 
 
+def test_a_flat_folder_is_explored_without_classes(image_folder):
+    flat = demo_pictures.folder_pictures(image_folder / "red_disc", 0, 12)
+    assert (flat.classes, flat.truth) == (None, None)
+    assert "red disc" not in flat.vocabulary
+    assert all(name.endswith(".png") for name in flat.names)
+    assert len(set(flat.names)) == len(flat.names) == 12
+    sorted_ = demo_pictures.folder_pictures(image_folder, 0, 30)
+    assert sorted_.classes == sorted_.vocabulary[:3] == ["blue box", "green disc", "red disc"]
+
+
 def test_augmented_pictures_keep_size_and_depend_on_the_generator_alone():
     image = Image.new("RGB", (24, 16), (200, 10, 10))
-    make = lambda seed: np.asarray(explore.augmented(image, torch.Generator().manual_seed(seed)))
+    make = lambda seed: np.asarray(demo_pictures.augmented(image, torch.Generator().manual_seed(seed)))
     assert make(0).shape == (16, 24, 3)
     assert (make(0) == make(0)).all()
     assert (make(0) != make(1)).any()
@@ -361,6 +372,8 @@ def test_mistakes_are_explained(tiny_model, tmp_path):
         demo.run(tmp_path, minutes=0)
     with pytest.raises(ValueError, match="max_images"):
         demo.run(tmp_path, max_images=3)
+    with pytest.raises(ValueError, match="demo needs a text tower, and timm:test_vit has none"):
+        demo.run(tmp_path, model="timm:test_vit", pretrained="random")
     Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
     with pytest.raises(ValueError, match="at least 10 images, got 1"):
         demo.run(tmp_path, model=tiny_model[0], pretrained=tiny_model[1], data=tmp_path)

@@ -11,6 +11,7 @@ from PIL import Image
 from clipsteer import clip as clip_module
 from clipsteer import wise_ft
 from clipsteer.clip.classifier import load_classifier, predict, save_classifier, zero_shot_classifier
+from clipsteer.clip.open_clip_models import Parts
 from clipsteer.clip.pixels import pixel_batches
 from clipsteer.data.dataset import renamed
 from clipsteer.data.files import image_folder
@@ -262,7 +263,9 @@ def test_heads_that_do_not_fit_are_refused(clip, head, tmp_path, weight, bias):
 def test_models_that_do_not_fit_are_refused(clip, head, tmp_path, monkeypatch):
     save_classifier(tmp_path, clip, zero_shot_classifier(clip, head), sorted(COLOURS))
     write_json(tmp_path / "config.json", {"model": "hf-hub:some/model", "classes": sorted(COLOURS)})
-    monkeypatch.setattr("clipsteer.clip.classifier.load", lambda name, device: clip_module.load())
+    fresh = clip_module.load()
+    parts = Parts(fresh.model, fresh.preprocess, fresh.tokenizer)
+    monkeypatch.setattr("clipsteer.clip.open_clip_models._create", lambda *_: parts)
     assert_equal(load_classifier(tmp_path)[1].state_dict(), zero_shot_classifier(clip, head).state_dict())
     write_safetensors(tmp_path / "model.safetensors", {"w": torch.zeros(3)})
     with pytest.raises(FileFormatError, match=r"model\.safetensors.*hf-hub:some/model"):

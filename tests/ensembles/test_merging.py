@@ -429,11 +429,11 @@ def test_a_killed_run_leaves_the_old_file(tmp_path):
     code = f"""
         import time
         from clipsteer.ensembles import merging
-        blend = merging._blend
+        blend = merging.blend
         def slow(*args):
             time.sleep(0.02)
             return blend(*args)
-        merging._blend = slow
+        merging.blend = slow
         merging.wise_ft({str(a)!r}, {str(b)!r}, [0.4, 0.5], [{str(out)!r}, {str(fresh)!r}])
     """
     running = subprocess.Popen(program(code))
@@ -461,8 +461,8 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return blend(*args)
 
-    blend = merging._blend
-    monkeypatch.setattr(merging, "_blend", full)
+    blend = merging.blend
+    monkeypatch.setattr(merging, "blend", full)
     with pytest.raises(OSError, match="No space"):
         wise_ft(a, b, [0.2, 0.4], str(tmp_path / "out-{alpha}.safetensors"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]

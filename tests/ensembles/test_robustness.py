@@ -193,20 +193,22 @@ def test_page_chart_and_csv(tmp_path):
     assert "&lt;x&gt;" in text
     assert "oracle α = 0.5" in text
     assert "a bound, not a result" in text
-    chart, _ = robustness_page.curve_charts(rows(), baseline, models)
+    drawn, _ = robustness_page.curve_charts(rows(), baseline, models)
+    chart = str(drawn)
     points = [list(map(float, re.findall(r"[\d.]+", p))) for p in re.findall(r'points="([^"]+)"', chart)]
     assert len(points) == 3  # the trend and two curves
     assert all(46 <= x <= 390 and 10 <= y <= 266 for line in points for x, y in zip(line[::2], line[1::2]))
     assert chart.count("<circle") == len(models) + 2
-    robustness_page.write_svg(tmp_path / "c.svg", chart)
+    drawn.write(tmp_path / "c.svg")
     import xml.etree.ElementTree as ET
 
     root = ET.fromstring((tmp_path / "c.svg").read_text())
     assert root.tag.endswith("svg")
     assert "var(" not in (tmp_path / "c.svg").read_text()
     line = [row for row in averages(rows()) if row["method"] == "weight"]
-    many = robustness_page.logit_chart({str(i): line for i in range(16)}, title="", x_label="", y_label="")
-    assert len(set(re.findall(r'<polyline points="[^"]*" (style="[^"]*" stroke-dasharray="[^"]*")', many))) == 16
+    many = robustness_page.logit_chart({str(i): line for i in range(16)}, title="", x="", y="")
+    styles = re.findall(r'<polyline points="[^"]*" (style="[^"]*" stroke-dasharray="[^"]*")', str(many))
+    assert len(set(styles)) == 16
     report.write_csv(tmp_path / "c.csv", rows())
     lines = (tmp_path / "c.csv").read_text().splitlines()
     assert len(lines) == 19
@@ -217,11 +219,11 @@ def test_the_chart_as_png(tmp_path, monkeypatch, caplog):
     chart, _ = robustness_page.curve_charts(rows())
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "resvg_py", None)
-        assert robustness_page.write_svg(tmp_path / "c.svg", chart) == [tmp_path / "c.svg"]
+        assert chart.write(tmp_path / "c.svg") == [tmp_path / "c.svg"]
     assert "resvg-py" in caplog.text
     assert [p.name for p in tmp_path.iterdir()] == ["c.svg"]
     pytest.importorskip("resvg_py")
-    assert robustness_page.write_svg(tmp_path / "c.svg", chart) == [tmp_path / "c.svg", tmp_path / "c.png"]
+    assert chart.write(tmp_path / "c.svg") == [tmp_path / "c.svg", tmp_path / "c.png"]
     picture = Image.open(tmp_path / "c.png").convert("RGB")
     assert picture.width == 1600
     found = {colour: n for n, colour in picture.getcolors(1 << 24)}

@@ -13,16 +13,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clipsteer.io import files
 from clipsteer.io.files import (
     FileFormatError,
     read_json,
     read_safetensors,
     read_safetensors_header,
-    read_torch_weights_only,
     write_atomically,
     write_json,
     write_safetensors,
 )
+from clipsteer.io.torch_files import read_torch_weights_only
 
 DTYPES = [
     torch.float64,
@@ -160,6 +161,9 @@ LIES = {
     "metadata of text": {"__metadata__": "x", "a": entry([3], [0, 12])},
     "nothing described": {},
     "duplicate": b'{"__metadata__":{"k":"v","k":"w"},"a":{"dtype":"F32","shape":[3],"data_offsets":[0,12]}}',
+    "tensor twice": b'{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,12]},'
+    b'"a":{"dtype":"I32","shape":[3],"data_offsets":[0,12]}}',
+    "zero and huge": {"a": entry([3], [0, 12]), "b": entry([0, 2**63], [12, 12])},
     "deep": b"[" * 100_000,
     "long number": b'{"a":' + b"9" * 10_000 + b"}",
     "not utf-8": b'{"\xff\xfe": 1}',
@@ -185,6 +189,20 @@ def test_huge_header_lengths(tmp_path, length):
 def test_zero_sized_tensors_with_impossible_dimensions(tmp_path):
     path = raw_file(tmp_path / "zero", {"a": entry([0, 2**61, 2**61], [0, 0])})
     with pytest.raises(FileFormatError, match="cannot hold"):
+        read_safetensors(path)
+
+
+def test_a_file_that_is_cut_off_while_it_is_read(tmp_path, monkeypatch):
+    path, read = tmp_path / "cut", files._read_tensor
+    write_safetensors(path, {"a": torch.ones(1000), "b": torch.ones(1000)})
+
+    def cut_before_the_last(path, file, stored):
+        if stored.name == "b":
+            os.truncate(path, path.stat().st_size - 2000)
+        return read(path, file, stored)
+
+    monkeypatch.setattr(files, "_read_tensor", cut_before_the_last)
+    with pytest.raises(FileFormatError, match=str(path)):
         read_safetensors(path)
 
 

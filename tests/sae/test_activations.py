@@ -144,7 +144,7 @@ def model():
 
 
 def expected(model, dataset, tokens):
-    return torch.cat(list(clip.harvest(model.model, [dataset.images], BLOCK, tokens=tokens)))
+    return torch.cat(list(clip.harvest(model, [dataset.images], BLOCK, tokens=tokens)))
 
 
 @pytest.mark.parametrize(("tokens", "per_image"), [("all", 5), ("cls", 1), ("patches", 4)])

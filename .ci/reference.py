@@ -1,0 +1,98 @@
+"""The API reference, from the docstrings: run `python .ci/reference.py [FOLDER]`.
+
+Needs pip install '.[docs]'.
+
+Writes HTML pages of every public module (default: into site/, which git ignores). Fails on what
+pdoc warns of, and on a name between double backquotes that is said to be clipsteer's and is not.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pdoc
+
+import clipsteer
+
+# not for others to call: the command line, kernels behind the ops, what tests and validate read
+LEFT_OUT = re.compile(r".*\._|clipsteer\.(cli|demo|kernels|assets|ops\.specs)(\.|$)")
+
+
+def modules() -> list[str]:
+    """The public modules."""
+    walk = pkgutil.walk_packages(clipsteer.__path__, "clipsteer.")
+    return ["clipsteer", *sorted(m.name for m in walk if not LEFT_OUT.match(m.name))]
+
+
+def load(name: str) -> None:
+    """Import a module with all of its public names: pdoc sees those alone that are there."""
+    module = importlib.import_module(name)
+    for public in getattr(module, "__all__", ()):
+        setattr(module, public, getattr(module, public))
+    for value in vars(module).values():
+        if isinstance(value, type) and hasattr(value, "_fields"):
+            describe(value)
+
+
+def describe(record: type[Any]) -> None:
+    """Give a named tuple its types, and its fields the comments that stand beside them."""
+    # it keeps the names of types, and not the module where those mean something
+    record.__new__.__annotations__ = get_type_hints(record)
+    record.__new__.__doc__ = None
+    beside = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(record), re.MULTILINE))
+    for field in record._fields:
+        getattr(record, field).__doc__ = beside.get(field, "")
+
+
+def docstrings(name: str) -> Iterator[tuple[str, str]]:
+    """(where, text) of every docstring in a module."""
+    tree = ast.parse(Path(importlib.import_module(name).__file__).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            yield f"{name}.{getattr(node, 'name', '')}".rstrip("."), ast.get_docstring(node) or ""
+
+
+def unresolved(text: str) -> list[str]:
+    """Names of clipsteer in ``double backquotes`` that lead nowhere."""
+    broken = []
+    for name in re.findall(r"``((?:clipsteer|ops)(?:\.\w+)+)(?:\(.*?\))?``", text):
+        try:
+            pkgutil.resolve_name(name if name.startswith("clipsteer") else f"clipsteer.{name}")
+        except (ImportError, AttributeError):
+            broken.append(name)
+    return broken
+
+
+def main() -> None:
+    """Write the pages."""
+    warnings.filterwarnings("error", module="pdoc")
+    # packages bring some of their modules along
+    warnings.filterwarnings("ignore", "The module specification", module="pdoc")
+    names = modules()
+    broken = []
+    for name in names:
+        load(name)
+        broken += [
+            f"{where}: ``{found}``"
+            for where, text in docstrings(name)
+            for found in unresolved(text)
+        ]
+    if broken:
+        sys.exit("names that lead nowhere:\n" + "\n".join(broken))
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "site")
+    pdoc.render.configure(docformat="google", footer_text=f"clipsteer {clipsteer.__version__}")
+    pdoc.pdoc(*names, output_directory=folder)
+    print(f"{len(names)} modules: {folder / 'clipsteer.html'}")
+
+
+if __name__ == "__main__":
+    main()

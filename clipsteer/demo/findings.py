@@ -1,0 +1,342 @@
+"""The demo: what a CLIP model sees, a sparse autoencoder trained on its tokens, what steering a
+feature does, conceptors, and a WiSE-FT curve.
+
+``run`` leaves a page, the SAE and the figures in a folder. The same seed on the same machine gives
+the same figures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import clipsteer
+from clipsteer.clip.model import CLIP, EMOJICLIP, default_hook_point, load
+from clipsteer.clip.zero_shot import EMOJI_TEMPLATES, SIMPLE_TEMPLATES, zero_shot_head
+from clipsteer.continual.metrics import Run
+from clipsteer.data.dataset import ImageDataset, spread
+from clipsteer.demo import conceptors as demo_conceptors
+from clipsteer.demo import continual as demo_continual
+from clipsteer.demo import page as demo_page
+from clipsteer.demo import wise_ft as demo_wise_ft
+from clipsteer.demo.explore import (
+    Feature,
+    Predictor,
+    choose,
+    count_steerable,
+    describe,
+    few,
+    largest,
+    probe,
+    response,
+    zero_shot,
+)
+from clipsteer.demo.pictures import (
+    Pictures,
+    augmented,
+    emoji_pictures,
+    folder_pictures,
+    look,
+    pixels,
+)
+from clipsteer.ensembles.robustness import averages
+from clipsteer.io.files import write_json
+from clipsteer.sae.features import feature_peaks
+from clipsteer.sae.model import SAE
+
+# multiply-adds of SAE training that two CPU cores do in a minute: what turns --minutes into a
+# number of steps
+_WORK_PER_MINUTE = 1e12
+# wide models get more time than that: with fewer steps a minute there would be little to see
+_LEAST_STEPS_PER_MINUTE = 800
+_BATCH = 1024
+_EXPANSION = 8
+_K = 16
+_TRAIN_TOKENS = 60_000
+_EVALUATED = 192  # images a group
+# strengths, as multiples of a feature's largest activation
+MULTIPLES = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
+PROBE = 5.0
+OTHER_PROBES = (1.0, 2.0, 10.0)
+STEERABLE = 0.10
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What a run left behind."""
+
+    page: Path
+    sae: Path
+    metrics: Path
+    figures: dict[str, Any]
+
+    def lines(self) -> list[str]:
+        """A summary in a few lines."""
+        found = self.figures
+        lines = []
+        for row in found.get("zero_shot", []):
+            ways = [f"{n}-way {way['accuracy']:.1%}" for n, way in row["ways"].items()]
+            lines.append(f"zero-shot, {row['group']} ({row['images']} images): {', '.join(ways)}")
+        for group, row in found["sae"]["evaluation"].items():
+            lines.append(f"SAE, {group}: explained variance {row['ev']:.3f}, L0 {row['l0']:.1f}")
+        if "conceptors" in found["conceptors"]:
+            lines.append(_conceptors_line(found["conceptors"]))
+        if "rows" in found["wise_ft"]:
+            lines.append(_wise_ft_line(found["wise_ft"]["rows"]))
+        for title, run in found["continual"].get("runs", {}).items():
+            accuracy = Run.from_json(run).A_last
+            lines.append(f"class-incremental, {title}: {accuracy:.1%} on all classes at the end")
+        share = found["steering"]
+        lines.append(
+            f"steerable (S > {STEERABLE}): {share['steerable']} of {share['probed']} features "
+            "probed"
+        )
+        return lines
+
+
+def _conceptors_line(found: Mapping[str, Any]) -> str:
+    rows = found["conceptors"]
+    unsteered = found["probability"]["unsteered"]
+    before = sum(unsteered["mass"][k] for k in range(len(rows))) / len(rows)
+    after = sum(row["effect"]["itself"]["mass"][k] for k, row in enumerate(rows)) / len(rows)
+    return f"conceptors, probability of their own kind: {before:.1%} unsteered, {after:.1%} steered"
+
+
+def _wise_ft_line(rows: Sequence[Mapping[str, Any]]) -> str:
+    shifted = {}
+    for row in averages(rows):
+        if row["method"] == "weight":
+            shifted[row["alpha"]] = row["shifted"]
+    shown = [f"{shifted[a]:.1%} at alpha {a:g}" for a in (0.0, 0.5, 1.0) if a in shifted]
+    return f"WiSE-FT, shifted styles: {', '.join(shown)}"
+
+
+def run(
+    out: str | Path = "clipsteer-demo",
+    *,
+    seed: int = 0,
+    model: str = EMOJICLIP,
+    pretrained: str | None = None,
+    data: str | Path | None = None,
+    hook_point: str | None = None,
+    minutes: float = 1.0,
+    max_images: int | None = None,
+    device: str = "cpu",
+) -> Demo:
+    """Run the demo into the folder ``out``.
+
+    It leaves report.html, metrics.json, sae/ and, where the images have a few classes,
+    conceptors.safetensors.
+
+    Args:
+        seed: of the SAE, its batches and what is drawn.
+        model, pretrained: as in ``clipsteer.load``.
+        data: as in ``clipsteer.data.open_dataset``; by default the bundled drawings in four cells.
+        hook_point: a block's module name; by default the last but one of the image tower.
+        minutes: SAE training, in nominal minutes of two CPU cores. It sets the number of steps, so
+            that the result does not depend on how fast the machine is; wide models get at least 800
+            a minute, which takes longer.
+        max_images: at most so many; by default all bundled drawings for EmojiCLIP and 1000
+            otherwise.
+
+    Raises ValueError for arguments or data that do not fit, RuntimeError where no SAE feature is
+    worth a look.
+    """
+    if not 0 < minutes < math.inf:
+        raise ValueError(f"demo: minutes must be positive, got {minutes}")
+    if max_images is not None and max_images < 16:
+        raise ValueError(f"demo: max_images must be at least 16, got {max_images}")
+    out = Path(out)
+    clip = load(model, pretrained, device=device)
+    clip.need_text("demo")
+    if data is not None and str(data) == "emoji":
+        data = None
+    emojiclip = model == EMOJICLIP
+    bundled = data is None
+    limit = max_images if emojiclip and bundled else max_images or 1000
+    if data is None:
+        pictures = emoji_pictures(limit, emojiclip)
+    else:
+        pictures = folder_pictures(data, seed, limit or 1000)
+    hook_point = hook_point or default_hook_point(clip)
+    tokens, embeddings = look(clip, pictures, hook_point)  # (N, T, d), (N, e)
+    # the prompts of a large vocabulary cost a real text tower minutes, so one template does for it
+    templates = EMOJI_TEMPLATES if emojiclip else SIMPLE_TEMPLATES
+    head = zero_shot_head(clip, pictures.vocabulary, templates).cpu()  # (V, e)
+    figures: dict[str, Any] = {
+        "model": {"name": model, "pretrained": pretrained, "hook_point": hook_point},
+        "data": {"path": str(data) if data else "EmojiStyles", "images": len(pictures.dataset)},
+        "seed": seed,
+        "vocabulary": len(pictures.vocabulary),
+    }
+    if pictures.classes is not None:
+        figures["zero_shot"] = zero_shot(pictures, embeddings, head[: len(pictures.classes)])
+    sae, history = train(clip, pictures, tokens, hook_point, seed, minutes, out)
+    figures["sae"] = {**sae.config, "evaluation": evaluate(clip, pictures, sae)}
+    predictor = Predictor(clip, sae, hook_point, head)
+    chosen, figures["steering"] = _steer(predictor, pictures, tokens, embeddings)
+    figures["conceptors"] = demo_conceptors.measure(
+        predictor, pictures, tokens, embeddings, bundled, out / "conceptors.safetensors"
+    )
+    if emojiclip and bundled:
+        figures["wise_ft"] = demo_wise_ft.measure(seed, device)
+        figures["continual"] = demo_continual.measure(seed, device)
+    else:
+        figures["wise_ft"] = {"skipped": demo_wise_ft.ELSEWHERE}
+        figures["continual"] = {"skipped": demo_continual.ELSEWHERE}
+    write_json(out / "metrics.json", figures)
+    page = demo_page.build(predictor, pictures, figures, history, tokens, embeddings, chosen, out)
+    return Demo(page.write(out / "report.html"), out / "sae", out / "metrics.json", figures)
+
+
+def _steer(
+    predictor: Predictor,
+    pictures: Pictures,
+    tokens: Tensor,  # (N, T, d)
+    embeddings: Tensor,  # (N, e)
+) -> tuple[list[Feature], dict[str, Any]]:
+    """Probe the features, and study a few: these, and the figures of steering."""
+    N = len(tokens)
+    # a pass over the probe images for every feature: fewer of both where a pass is dear
+    narrow = tokens.shape[-1] <= 256
+    most_features = 256 if narrow else 32
+    most_images = 24 if narrow else 8
+    rows = spread(pictures.held_out, most_images)
+    probed = pixels(predictor.clip, pictures, rows)
+    mean = embeddings.mean(0)
+    dictionary = clipsteer.ConceptDictionary(pictures.vocabulary, predictor.head, mean)
+    peaks = feature_peaks(predictor.sae, tokens)  # (N, d_sae)
+    features = describe(peaks, embeddings, dictionary, most_features)
+    if not features:
+        least, most = few(N)
+        raise RuntimeError(
+            f"demo: no SAE feature is active on {least} to {most} of the {N} images; take more "
+            "images (--max-images, --data), or train longer (--minutes)"
+        )
+    probe(predictor, pictures, rows, features, PROBE)
+    chosen = choose(features, 6)
+    studies = []
+    for feature in chosen:
+        studied = study(predictor, pictures, embeddings, feature, probed)
+        studies.append({**asdict(feature), "response": studied})
+    steerable = {PROBE: sum(feature.steerability > STEERABLE for feature in features)}
+    for multiple in OTHER_PROBES:
+        steerable[multiple] = count_steerable(
+            predictor, pictures, rows, features, multiple, STEERABLE
+        )
+    scores = sorted((feature.steerability for feature in features), reverse=True)
+    return chosen, {
+        "probed": len(features),
+        "probe_images": len(probed),
+        "probe_rows": rows,
+        "multiple_of_peak": PROBE,
+        "threshold": STEERABLE,
+        "active_on": few(N),
+        "steerable": steerable[PROBE],
+        "steerable_by_multiple": {f"{m:g}": steerable[m] for m in sorted(steerable)},
+        "scores": scores,
+        "features": studies,
+    }
+
+
+def steps_in(minutes: float, batch: int, d_in: int) -> int:
+    """Steps of SAE training in nominal minutes of two CPU cores."""
+    per_minute = _WORK_PER_MINUTE / (batch * d_in * d_in * _EXPANSION)
+    return max(50, round(minutes * max(per_minute, _LEAST_STEPS_PER_MINUTE)))
+
+
+def train(
+    clip: CLIP,
+    pictures: Pictures,
+    tokens: Tensor,  # (N, T, d)
+    hook_point: str,
+    seed: int,
+    minutes: float,
+    out: Path,
+) -> tuple[SAE, list[dict[str, float]]]:
+    """Train a top-k SAE on the tokens of the training rows and save it; few pictures are seen in
+    several variants."""
+    activations = tokens[pictures.train].flatten(0, 1)  # (rows, d)
+    views = min(3, _TRAIN_TOKENS // len(activations))
+    generator = torch.Generator().manual_seed(seed)
+    if views:
+        moved = pictures.variant(pictures.train * views, lambda image: augmented(image, generator))
+        more, _ = look(clip, moved, hook_point, label="augmented")
+        activations = torch.cat([activations, more.flatten(0, 1)])
+    d_in = activations.shape[1]
+    batch = min(_BATCH, len(activations))
+    steps = steps_in(minutes, batch, d_in)
+    config = clipsteer.TrainConfig(
+        expansion=_EXPANSION,
+        k=min(_K, d_in),
+        batch_size=batch,
+        steps=steps,
+        lr=1e-3,
+        warmup_steps=steps // 20,
+        seed=seed,
+        dead_after=4 * len(activations),
+        log_every=max(1, steps // 60),
+        normalize="layer_norm",
+    )
+    metadata = {
+        "clip_model": clip.name,
+        "pretrained": clip.pretrained,
+        "hook_point": hook_point,
+        "tokens": "all",
+    }
+    history: list[dict[str, float]] = []
+    sae = clipsteer.train_sae(
+        activations, config, metadata=metadata, on_log=history.append, device=clip.device
+    )
+    sae.save_pretrained(out / "sae")
+    return sae, history
+
+
+def study(
+    predictor: Predictor,
+    pictures: Pictures,
+    embeddings: Tensor,  # (N, e)
+    feature: Feature,
+    probed: Tensor,  # (B, 3, H, W)
+) -> dict[str, Any]:
+    """What one feature does: its target's mean probability by strength, and its top images without
+    it."""
+    name = feature.effect[0][0]
+    target = pictures.vocabulary.index(name)
+    curve = response(predictor, feature, probed, target, MULTIPLES)
+    own = pixels(predictor.clip, pictures, feature.top)
+    clean = predictor.of(embeddings[feature.top])
+    change = predictor.steered(own, feature.index, 0.0) - clean  # (top, V)
+    feature.removed = largest(change.mean(0), pictures.vocabulary, 6)
+    return {"target": name, "multiples": list(MULTIPLES), "probability": curve}
+
+
+def evaluate(clip: CLIP, pictures: Pictures, sae: SAE) -> dict[str, dict[str, Any]]:
+    """What the SAE preserves, on a part of every group; the classes are the group's own, with one
+    prompt each."""
+    templates = EMOJI_TEMPLATES[:1] if clip.name == EMOJICLIP else SIMPLE_TEMPLATES
+    found = {}
+    for group, members in pictures.groups.items():
+        dataset = _labelled(pictures, spread(members, _EVALUATED))
+        found[group] = clipsteer.evaluate_sae(sae, clip, dataset, templates=templates)
+    return found
+
+
+def _labelled(pictures: Pictures, rows: Sequence[int]) -> ImageDataset:
+    """These images with the classes that occur among them, if there are classes."""
+
+    def read(i: int) -> Any:
+        return pictures.dataset[rows[i]][0]
+
+    if pictures.truth is None or pictures.classes is None:
+        return ImageDataset(read, [""] * len(rows))
+    truth = [int(pictures.truth[row]) for row in rows]
+    present = sorted(set(truth))
+    names = [pictures.classes[c] for c in present]
+    return ImageDataset(read, [present.index(c) for c in truth], names)

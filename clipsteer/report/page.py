@@ -1,0 +1,243 @@
+"""One self-contained HTML page: tables, pictures and charts, with no script and nothing fetched.
+
+page.html.j2 holds the markup of every part, style.css the looks, in the reader's light or dark
+setting. All that is passed is escaped, but for parts made here, so that text from data sets can be
+passed as it is.
+
+    page = Page("Run 7", "ViT-B-32")
+    page.section("Loss", Chart("Loss", Line("train", steps, losses), x="step", y="loss"))
+    page.write("report.html")
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import functools
+import io
+import os
+import textwrap
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from clipsteer.io.files import write_atomically
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FOLDER = Path(__file__).parent
+LINE = 12.0  # from one line of a drawing's words to the next, in letters of 11
+
+
+class Html(str):
+    """A string that is markup already."""
+
+    def __html__(self) -> str:
+        return self
+
+
+@functools.cache
+def _macros() -> Any:
+    # jinja2 comes with the first part that is made, not with the package
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["lines_of"] = lines_of
+    return environment.get_template("page.html.j2").module
+
+
+def render(macro: str, **values: Any) -> Html:
+    """What a macro of the template makes of these values, escaped unless they have ``__html__``."""
+    return Html(getattr(_macros(), macro)(**values))
+
+
+def write_whole(path: Path, data: bytes) -> Path:
+    """Write a file whole or not at all, in a folder that is made where there is none."""
+
+    def write(file: BinaryIO) -> None:
+        file.write(data)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, write)
+    return path
+
+
+def width_of(words: str) -> float:
+    """About as wide as words are in a drawing; letters of CJK scripts and emoji are square."""
+    return sum(11.0 if unicodedata.east_asian_width(c) in "WF" else 7.0 for c in words)
+
+
+def lines_of(words: Any, room: float) -> list[str]:
+    """The words of a drawing in lines that are no wider than their room."""
+    words = str(words)
+    letter = width_of(words) / max(len(words), 1)
+    return textwrap.wrap(words, max(int(room / max(letter, 1.0)), 1))
+
+
+def text(*parts: Any, css: str = "") -> Html:
+    """A paragraph; ``css="soft"`` and ``css="note"`` are quieter."""
+    return render("text", parts=parts, css=css)
+
+
+def code(source: str) -> Html:
+    """A block of source text."""
+    return render("code", source=source)
+
+
+def stats(items: Sequence[tuple[Any, ...]]) -> Html:
+    """Key figures: (label, value) or (label, value, note)."""
+    return render("stats", items=items)
+
+
+def table(
+    headers: Sequence[Any],
+    rows: Iterable[Sequence[Any]],
+    caption: Any = "",
+    *,
+    words: bool = False,
+) -> Html:
+    """A table whose first column heads the rows; it scrolls by itself on a narrow screen.
+
+    Cells are set as figures, on the right, or with ``words`` as text, on the left.
+    """
+    rows = list(rows)
+    for row in rows:
+        if len(row) != len(headers):
+            got = f"{len(row)}: {row!r}"
+            raise ValueError(f"table: every row must have {len(headers)} cells, got {got}")
+    return render("table", headers=headers, rows=rows, caption=caption, words=words)
+
+
+def markdown_table(headers: Sequence[Any], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = (headers, ["---"] * len(headers), *rows)
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+
+
+def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of equal keys, with a header line."""
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
+    write_whole(Path(path), lines.getvalue().encode())
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """A share in per cent, without the sign."""
+    return f"{100 * value:.{digits}f}"
+
+
+def image(picture: Image, alt: str, *, quality: int = 80) -> Html:
+    """A PIL image inside the page: WebP where Pillow has it, PNG otherwise."""
+    from PIL import features
+
+    buffer = io.BytesIO()
+    if features.check("webp"):
+        kind = "webp"
+        picture.convert("RGB").save(buffer, kind, quality=quality)
+    else:
+        kind = "png"
+        picture.convert("RGB").save(buffer, kind)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return render("image", source=f"data:image/{kind};base64,{data}", alt=alt, size=picture.size)
+
+
+def figures(items: Iterable[tuple[Any, ...]], *, size: str = "5rem") -> Html:
+    """A grid of pictures: (picture, caption), or (picture, caption, alt) where alt is another."""
+    cells = []
+    for picture, caption, *alt in items:
+        cells.append((image(picture, alt[0] if alt else caption), caption))
+    return render("figures", cells=cells, size=size)
+
+
+def heat_overlay(
+    picture: Image,
+    heat: Any,  # (h, w)
+    *,
+    size: int = 128,
+    peak: float | None = None,
+) -> Image:
+    """``picture``, paler, with an orange glow where ``heat``, at least 0, is high.
+
+    Args:
+        picture: any size; resized to ``size`` × ``size`` pixels.
+        heat: array or tensor over the patch grid; ``peak`` (default its maximum) counts as full.
+    """
+    import numpy as np
+    from PIL import Image as PILImage
+
+    values = np.asarray(heat, dtype=np.float32)
+    if values.ndim != 2:
+        raise ValueError(f"heat_overlay: heat must have shape (h, w), got {values.shape}")
+    top = float(values.max()) if peak is None else float(peak)
+    values = np.clip(values / top, 0, 1) if top > 0 else np.zeros_like(values)
+    glow = PILImage.fromarray((values * 165).astype(np.uint8))
+    mask = glow.resize((size, size), PILImage.Resampling.BICUBIC)
+    colour = picture.convert("RGB").resize((size, size), PILImage.Resampling.LANCZOS)
+    pale = PILImage.blend(colour, colour.convert("L").convert("RGB"), 0.6)
+    return PILImage.composite(PILImage.new("RGB", (size, size), (255, 110, 0)), pale, mask)
+
+
+def grid(*charts: Any) -> Html:
+    """Charts side by side where there is room."""
+    return render("box", css="charts", parts=charts)
+
+
+def card(heading: Any, *parts: Any) -> Html:
+    """A boxed block with a heading; see ``cards``."""
+    return render("card", heading=heading, parts=parts)
+
+
+def cards(*parts: Any) -> Html:
+    """Cards side by side where there is room."""
+    return render("box", css="cards", parts=parts)
+
+
+class Page:
+    """A page that is built section by section and written once."""
+
+    def __init__(
+        self,
+        title: str,
+        subtitle: Any = "",
+        *,
+        footer: Any = "",
+        language: str = "en",
+    ) -> None:
+        self.title = title
+        self.subtitle = subtitle
+        self.footer = footer
+        self.language = language
+        self._sections: list[tuple[Any, Sequence[Any]]] = []
+
+    def section(self, heading: Any, *parts: Any) -> None:
+        """Add a section; parts that are no markup become escaped paragraphs."""
+        self._sections.append((heading, parts))
+
+    def lead(self, *parts: Any) -> None:
+        """Add blocks without a heading, under the title."""
+        self._sections.append((None, parts))
+
+    def html(self) -> str:
+        return render(
+            "page",
+            title=self.title,
+            subtitle=self.subtitle,
+            footer=self.footer,
+            language=self.language,
+            sections=self._sections,
+        )
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        """Write the page whole or not at all."""
+        return write_whole(Path(path), self.html().encode())

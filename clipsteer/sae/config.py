@@ -1,0 +1,122 @@
+"""Settings of SAE training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from clipsteer.training.settings import (
+    Count,
+    CountOrZero,
+    NotNegative,
+    SettingError,
+    check_fields,
+)
+
+Trainable = Literal["topk", "batch_topk", "relu"]
+TRAINABLE = get_args(Trainable)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train an SAE.
+
+    Raises:
+        ValueError: a setting out of its range, or tokens and steps both given.
+    """
+
+    d_sae: Count | None = None
+    """number of features (default: expansion times the width of the tokens)"""
+    expansion: Count = 64
+    """features a dimension of the tokens, where their number is not given"""
+    architecture: Trainable = "topk"
+    """which features of a token are active: its k largest, on average k over a batch, or those
+    above 0"""
+    k: int = 64
+    """active features a token, for topk and batch_topk"""
+    normalize: Literal["none", "layer_norm", "constant_norm"] = "none"
+    """what is done to a token before it is encoded, and undone after it is decoded"""
+    apply_b_dec_to_input: bool = True
+    """subtract the decoder's bias before encoding"""
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    """of the parameters"""
+    loss: Literal["auto", "scaled_mse", "fvu"] = "auto"
+    """of the reconstruction; auto is scaled_mse for relu, which adds its L1 term to either, and
+    fvu otherwise"""
+    lr: NotNegative | None = None
+    """peak learning rate (default: 4e-4 for relu, 2e-4 otherwise, as in the papers)"""
+    batch_size: Count = 4096
+    """tokens a step, over all processes; at least 2"""
+    tokens: Count | None = None
+    """how long, in tokens; not together with steps (default: one pass)"""
+    steps: Count | None = None
+    """how long, in steps"""
+    warmup_steps: CountOrZero = 200
+    """steps of linear warm-up"""
+    cosine: bool = True
+    """let the learning rate fall to 0 after the warm-up; without, it stays at its peak"""
+    l1_coefficient: NotNegative = 1e-4
+    """weight of the L1 term, for relu"""
+    auxk_coefficient: NotNegative = 1 / 32
+    """weight of AuxK, the loss that brings dead features back; 0 turns it off"""
+    dead_after: CountOrZero = 10_000_000
+    """a feature that was not active for more tokens than this is dead"""
+    grad_clip: NotNegative | None = 1.0
+    """largest norm of the whole gradient"""
+    seed: int = 0
+    """of the first weights and of the order of the tokens"""
+    autocast: Literal["auto", "bfloat16", "none"] = "auto"
+    """precision of the products; auto is bfloat16 on a GPU and none on a CPU"""
+    sync_every: Count = 10
+    """steps between two looks at which features are dead; a GPU is waited for only then"""
+    log_every: Count = 50
+    """steps between two lines of the log"""
+    checkpoint_every: Count = 1000
+    """steps between two checkpoints"""
+    track: Literal["wandb", "tensorboard"] | None = None
+    """where figures go beside log.jsonl"""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.batch_size < 2:
+            raise self._error(
+                "{batch_size} must be at least 2, as the loss divides by the variance of a batch"
+            )
+        if self.tokens is not None and self.steps is not None:
+            raise self._error(
+                f"give {{tokens}} or {{steps}}, not both, got {self.tokens} and {self.steps}"
+            )
+
+    def _error(self, text: str) -> SettingError:
+        return SettingError(type(self).__name__, text)
+
+    def total_steps(self, rows: int | None) -> int:
+        """Steps of the run, given the rows of one pass (None: not known)."""
+        if self.steps is not None:
+            return self.steps
+        wanted = self.tokens if self.tokens is not None else rows
+        if wanted is None:
+            raise self._error(
+                "the length of the activations is not known; give {tokens} or {steps}"
+            )
+        if wanted < self.batch_size:
+            raise self._error(
+                f"{wanted} tokens do not fill one batch; {{batch_size}} is {self.batch_size}"
+            )
+        return wanted // self.batch_size
+
+    @property
+    def peak_lr(self) -> float:
+        if self.lr is not None:
+            return self.lr
+        return 4e-4 if self.architecture == "relu" else 2e-4
+
+    def lr_at(self, step: int, total: int) -> float:
+        """Learning rate of step 0 … total - 1."""
+        if step < self.warmup_steps:
+            return self.peak_lr * (step + 1) / self.warmup_steps
+        if not self.cosine:
+            return self.peak_lr
+        done = (step - self.warmup_steps) / max(total - self.warmup_steps, 1)
+        return self.peak_lr * 0.5 * (1 + math.cos(math.pi * done))

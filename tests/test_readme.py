@@ -1,0 +1,57 @@
+"""README.md: short enough to read, and every block of code in it runs as it stands with the bundled model."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+SET_UP, REST = BLOCKS[:2], BLOCKS[2:]
+
+
+def test_it_can_be_read():
+    lines = README.splitlines()
+    assert len(lines) <= 170
+    assert [line for line in lines if len(line) > 120] == []
+    linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert linked
+    assert [path for path in linked if not (ROOT / path).exists()] == []
+
+
+def test_what_is_set_up_is_what_ci_sets_up():
+    assert all(kind == "bash" and "-m venv .venv && .venv/bin/pip install torch" in code for kind, code in SET_UP)
+    assert SET_UP[0][1].rstrip().endswith("clipsteer demo")
+    assert SET_UP[1][1].rstrip().endswith("pip install -e '.[test]' && .venv/bin/python -m pytest")
+    ci = (ROOT / ".ci/run").read_text()
+    assert "install --quiet -e '.[test" in ci
+    assert '/venv/bin/python" -m pytest' in ci
+
+
+def name(block: tuple[str, str]) -> str:
+    kind, code = block
+    return f"{kind}: {code.splitlines()[0][:40]} …"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", REST, ids=map(name, REST))
+def test_a_block_runs_as_it_stands(block, tmp_path):
+    kind, code = block
+    env = {**os.environ, "PYTHONWARNINGS": "error::DeprecationWarning:clipsteer"}
+    if kind == "python":
+        calls = [[sys.executable, "-c", code]]
+    else:
+        assert kind == "bash"
+        words = [shlex.split(line) for line in code.replace("\\\n", " ").splitlines()]
+        assert all(line[0] == "clipsteer" for line in words)
+        calls = [[sys.executable, "-m", *line] for line in words]
+    for call in calls:
+        done = subprocess.run(call, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f"{call}\n{done.stdout}\n{done.stderr[-4000:]}"
