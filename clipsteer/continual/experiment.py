@@ -29,6 +29,7 @@ from clipsteer.io.digests import digest_of
 from clipsteer.io.files import read_json, write_json
 from clipsteer.testing.machine import extra_memory
 from clipsteer.training.loop import check_same_settings
+from clipsteer.training.schedule import DATA_ORDER
 
 __all__ = ["run_all", "run_tasks"]
 
@@ -56,7 +57,7 @@ def run_tasks(
             alone.
     """
     out = None if out is None else Path(out)
-    settings = {**config.outcome(), "data": _identity(scenario)}
+    settings = {**config.outcome(), "data order": DATA_ORDER, "data": _identity(scenario)}
     run = Run(config.name, config.seed, scenario.tasks, settings)
     if out is not None and (out / "run.json").exists():
         run = _found(run, out)

@@ -27,7 +27,7 @@ from clipsteer.continual.heads import align, nearest_mean
 from clipsteer.continual.state import LearnerState
 from clipsteer.continual.task import Before, TaskRun
 from clipsteer.data.dataset import ImageDataset
-from clipsteer.training.schedule import mix
+from clipsteer.training.schedule import seed_of
 from clipsteer.training.signals import leave
 
 __all__ = ["ClassIncrementalLearner"]
@@ -160,7 +160,7 @@ class ClassIncrementalLearner(LearnerState):
             )
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(mix(self.config.seed, len(self.tasks)))
+            torch.manual_seed(seed_of(self.config.seed, len(self.tasks)))
             asked = self._fit(images, classes)
         if self.out is not None:
             self.save()
@@ -248,7 +248,7 @@ class ClassIncrementalLearner(LearnerState):
         if config.align:
             found = by_class(features, images.targets, classes).covariance().float()
             self.covariances = torch.cat([self.covariances, found])
-        generator = torch.Generator().manual_seed(mix(config.seed, task, "after"))
+        generator = torch.Generator().manual_seed(seed_of(config.seed, task, "after"))
         if config.align and task:
             assert self.heads is not None
             self.aligned = copy.deepcopy(self.heads)

@@ -18,6 +18,7 @@ from clipsteer.continual.plasticity import Plasticity, pack_history, unpack_hist
 from clipsteer.io import checkpoint
 from clipsteer.io.digests import described, parts_digest, weights_digest
 from clipsteer.training.loop import check_same_settings
+from clipsteer.training.schedule import DATA_ORDER
 
 
 def check_parts(
@@ -130,6 +131,7 @@ class LearnerState:
         encoder = self.encoder
         found = {
             **self.config.outcome(),
+            "data order": DATA_ORDER,
             "model": encoder.name,
             "weights": weights_digest(encoder),
             "num_classes": self.num_classes,

@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from clipsteer.continual.covariance import by_class, places, precision_factor, s
 from clipsteer.continual.heads import TaskHeads
 from clipsteer.data.dataset import ImageDataset
 from clipsteer.training.loop import TrainingRun
-from clipsteer.training.schedule import Keys, cosine_lr, mix
+from clipsteer.training.schedule import Keys, Order, cosine_lr, seed_of
 
 
 def patch_distillation(
@@ -127,7 +126,7 @@ class TaskRun(TrainingRun):
         self.workers = workers
         self.task = len(heads.sizes) - 1
         self.name = f"{config.name}, task {self.task + 1}"
-        self.per_epoch = math.ceil(len(images) / config.batch_size)
+        self.order = Order(len(images), config.batch_size, seed_of(config.seed, self.task))
         epochs = config.epochs if self.task else config.first_epochs
         self.sgd = torch.optim.SGD(
             groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
@@ -136,7 +135,7 @@ class TaskRun(TrainingRun):
         trained = [p for group in groups for p in group["params"]]
         super().__init__(
             config,
-            self.per_epoch * epochs,
+            self.order.per_epoch * epochs,
             {str(number): parameter for number, parameter in enumerate(trained)},
             self.sgd,
             {**settings, "task": self.task, "classes": classes, "images": len(images)},
@@ -165,24 +164,10 @@ class TaskRun(TrainingRun):
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Pixels (B, 3, H, W) and classes (B,) of the steps that are left."""
-        config = self.config
-        n = len(self.images)
-
-        @lru_cache(maxsize=1)
-        def order(epoch: int) -> Tensor:
-            generator = torch.Generator().manual_seed(mix(config.seed, self.task, epoch))
-            return torch.randperm(n, generator=generator)
-
-        def keys(step: int) -> list[tuple[int, int]]:
-            epoch, at = divmod(step, self.per_epoch)
-            first = at * config.batch_size
-            rows = order(epoch)[first : first + config.batch_size].tolist()
-            return [(row, mix(config.seed, self.task, step, row)) for row in rows]
-
         steps = range(self.step, self.total)
         samples = Samples(self.images, self.encoder.train_transform)
-        batches = loader(samples, Keys(map(keys, steps), len(steps)), self.workers)
-        for pixels, targets in batches:
+        keys = Keys(map(self.order.keys, steps), len(steps))
+        for pixels, targets in loader(samples, keys, self.workers):
             yield pixels.to(self.encoder.device, self.encoder.dtype), targets
 
     def train_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor | float]:
@@ -190,7 +175,7 @@ class TaskRun(TrainingRun):
         pixels, targets = batch  # (B, 3, H, W), (B,)
         for group, peak in zip(self.sgd.param_groups, self.peaks):
             group["lr"] = cosine_lr(self.step, self.total, peak, 0)
-        torch.manual_seed(mix(self.config.seed, self.task, self.step))  # for dropout
+        torch.manual_seed(seed_of(self.config.seed, self.task, "step", self.step))  # for dropout
         self.sgd.zero_grad(set_to_none=True)
         loss = self.loss(pixels, targets)
         loss.backward()

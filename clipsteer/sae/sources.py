@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from clipsteer.training.schedule import seed_of
+
 
 class Position(NamedTuple):
     """A place in the shuffled stream: the epoch, and the rows of it already served."""
@@ -33,13 +35,9 @@ class Batch(NamedTuple):
     next: Position  # where the batch after this one starts
 
 
-def generator(*key: int) -> torch.Generator:
+def generator(*key: int | str) -> torch.Generator:
     """A CPU generator of its own for every key, such as (seed, epoch, group)."""
-    # splitmix-like mixing keeps (seed, epoch, group) streams apart without overflow
-    state = 0
-    for value in key:
-        state = (state * 6364136223846793005 + (value + 1) * 1442695040888963407) % (1 << 63)
-    return torch.Generator().manual_seed(state)
+    return torch.Generator().manual_seed(seed_of(*key))
 
 
 class ActivationSource:

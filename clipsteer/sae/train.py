@@ -24,6 +24,7 @@ from clipsteer.sae.model import SAE
 from clipsteer.sae.sources import ActivationSource, Batch, Position, as_source
 from clipsteer.sae.trainer import SAETrainer
 from clipsteer.training.loop import TrainingRun
+from clipsteer.training.schedule import seed_of
 from clipsteer.training.world import World
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def _new_sae(d_in: int, config: TrainConfig) -> SAE:
     # the caller's generator is left as it was
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which would seed the GPUs' generators as well
-        torch.default_generator.manual_seed(config.seed)
+        torch.default_generator.manual_seed(seed_of(config.seed, "weights"))
         return SAE(
             d_in,
             config.d_sae if config.d_sae is not None else config.expansion * d_in,
