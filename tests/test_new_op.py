@@ -33,12 +33,13 @@ def row_sums(x: Tensor, *, backend: str = "auto") -> Tensor:
 '''
 SPEC = '''"""What ``row_sums`` may be off by."""
 
-from clipsteer.ops._spec import OpSpec, draw, fraction_of_bound, sizes
+from clipsteer.ops._bounds import fraction_of_bound
+from clipsteer.ops._spec import OpSpec, sizes
 from clipsteer.ops.row_sums import row_sums, row_sums_reference
 
 
-def make(shape, dtype, generator, scale, exact):
-    return {"x": draw((shape["B"], shape["d"]), dtype, generator, scale, exact)}
+def draw(case):
+    return {"x": case.tensor(case.shape["B"], case.shape["d"])}
 
 
 def check(inputs, outputs):
@@ -57,7 +58,7 @@ SPEC = OpSpec(
     reference=row_sums_reference,
     outputs=("sums",),
     differentiable=("x",),
-    make=make,
+    draw=draw,
     check=check,
     check_grads=check_grads,
     shapes=sizes("B d", (5, 33), (33, 31), (1, 1), (0, 8), (3, 129), (31, 128), (2, 32), (4, 127)),

@@ -3,49 +3,19 @@ generated from it."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipsteer.kernels._precision import tf32_allowed
+from clipsteer.ops._bounds import measured_on
 
-# Unit roundoff of the output, and of the arithmetic that accumulates it (halves accumulate in
-# float32).
-UNIT = {
-    torch.float64: 2.0**-53,
-    torch.float32: 2.0**-24,
-    torch.float16: 2.0**-11,
-    torch.bfloat16: 2.0**-8,
-}
-ACCUMULATE = {
-    torch.float64: 2.0**-53,
-    torch.float32: 2.0**-24,
-    torch.float16: 2.0**-24,
-    torch.bfloat16: 2.0**-24,
-}
-HALVES = (torch.float16, torch.bfloat16)
-TF32_OPERAND = 2.0**-10
-
-Shape = dict[str, int]  # sizes by name, and switches (1) that a ``make`` knows
+Shape = dict[str, int]  # sizes by name, and switches (1) that a ``draw`` knows
 Inputs = dict[str, Any]
 Tensors = dict[str, Tensor]
 Errors = dict[str, float]  # by output, as fractions of the bound
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What the sums of ``dtype`` are taken in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def smallest_normal(dtype: torch.dtype) -> float:
-    """Of the arithmetic that accumulates ``dtype``: what is smaller may be lost."""
-    return torch.finfo(accumulator(dtype)).smallest_normal
 
 
 def in_float64(inputs: Inputs) -> Inputs:
@@ -67,14 +37,33 @@ def sizes(names: str, *rows: tuple[int | None, ...]) -> tuple[Shape, ...]:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """A case to be drawn: its sizes, and what its numbers are made of."""
+
+    shape: Shape
+    dtype: torch.dtype
+    generator: torch.Generator
+    scale: float
+    exact: bool
+
+    def tensor(self, *size: int, scale: float | None = None) -> Tensor:
+        """Gaussian times ``scale`` (of the case if not given), or, when ``exact``, small integers
+        with many ties."""
+        if self.exact:
+            return torch.randint(-2, 3, size, generator=self.generator).to(self.dtype)
+        scale = self.scale if scale is None else scale
+        gaussian = torch.randn(size, generator=self.generator, dtype=torch.float64)
+        return (gaussian * scale).to(self.dtype)
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """One public op. Every callable takes and returns plain dictionaries keyed by argument or
     output name.
 
-    ``make(shape, dtype, generator, scale, exact)`` draws keyword arguments, small integers if
-    ``exact``, for which every backend must agree bit for bit unless the op itself takes roots or
-    quotients. ``check`` and ``check_grads`` return, per output, the worst error as a fraction of
-    the a priori bound (at most 1 passes, ``inf`` breaks a rule that allows no error).
+    ``draw`` makes the keyword arguments of a case. ``check`` and ``check_grads`` return, per
+    output, the worst error as a fraction of the a priori bound (at most 1 passes, ``inf`` breaks a
+    rule that allows no error).
     """
 
     name: str
@@ -84,7 +73,7 @@ class OpSpec:
     # in the order of the call; an input that is no tensor in a drawn case is left out; empty for a
     # statistic, which has no gradient and which autocast leaves alone
     differentiable: tuple[str, ...]
-    make: Callable[..., Inputs]
+    draw: Callable[[Draw], Inputs]
     check: Callable[[Inputs, Tensors], Errors]
     check_grads: Callable[[Inputs, Tensors, Tensors, Tensors], Errors]
     shapes: tuple[Shape, ...]  # 8 edge shapes; the second has 33 rows
@@ -119,86 +108,21 @@ class OpSpec:
     # (floating-point operations, bytes moved in float32) that no implementation can avoid
     floor: Callable[[Shape], tuple[float, float]] = lambda shape: (0.0, 0.0)
 
+    def make(
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        generator: torch.Generator,
+        scale: float = 1.0,
+        exact: bool = False,
+    ) -> Inputs:
+        """Drawn keyword arguments: small integers if ``exact``, for which every backend must agree
+        bit for bit unless the op itself takes roots or quotients."""
+        return self.draw(Draw(shape, dtype, generator, scale, exact))
+
     def leaves(self, inputs: Inputs) -> list[str]:
         """The names of the inputs of this case that can have a gradient."""
         return [name for name in self.differentiable if isinstance(inputs[name], Tensor)]
-
-
-_ON_GPU = ContextVar("results were computed on a GPU", default=False)
-
-
-@contextlib.contextmanager
-def measured_on(device: Any) -> Iterator[None]:
-    """What is checked inside was computed on ``device``: only a GPU's float32 products may have
-    rounded operands."""
-    token = _ON_GPU.set(torch.device(device).type != "cpu")
-    try:
-        yield
-    finally:
-        _ON_GPU.reset(token)
-
-
-def operand_error(dtype: torch.dtype) -> float:
-    """Relative error of a product when tensor cores may round float32 operands to TF32."""
-    if dtype != torch.float32 or not _ON_GPU.get() or not tf32_allowed():
-        return 0.0
-    return 2 * TF32_OPERAND + TF32_OPERAND**2
-
-
-def fraction_of_bound(
-    value: Tensor,
-    truth: Tensor,
-    magnitude: Tensor,
-    terms: Any,
-    extra: float = 0.0,
-    absolute: Any = 0.0,
-) -> float:
-    """Worst |value - truth| over its bound g·m + u(|truth| + g·m) + tiny, where g = (terms +
-    1)·unit + ``extra``.
-
-    ``truth`` and ``magnitude`` (the same sum taken over absolute values) are float64; ``terms``
-    counts the products of each sum, ``absolute`` is what underflow may add beyond one smallest
-    number a term. A NaN or an infinity has to stand exactly where the truth has one.
-    """
-    if value.numel() == 0:
-        return 0.0
-    u = UNIT[value.dtype]
-    unit = ACCUMULATE[value.dtype]
-    value64 = value.double()
-    info = torch.finfo(value.dtype)
-    count = torch.as_tensor(terms, dtype=torch.float64)
-    g = (count + 1) * unit + extra
-    gm = g * magnitude
-    # one product may underflow per term, and the result itself may be subnormal
-    bound = gm + u * (truth.abs() + gm) + smallest_normal(value.dtype) * (count + 2)
-    bound = bound + absolute
-    if value.dtype == torch.float16:
-        bound = bound + info.smallest_normal * info.eps
-    error = (value64 - truth).abs() / bound
-    # Past the largest finite number (of the sum or of a partial sum) an infinity is right, of the
-    # sum's sign; of the other sign, or a NaN, only where parts of both signs can pass it.
-    largest = min(info.max, torch.finfo(accumulator(value.dtype)).max) * (1 - u)
-    reach = torch.where(magnitude.isfinite(), magnitude * (1 + g), 0.0)
-    agrees = value64.isinf() & (value64.sign() == truth.sign())
-    overflowed = agrees & (reach >= largest)
-    overflowed |= ~value64.isfinite() & (reach >= 2 * largest)
-    same = (value64 == truth) | overflowed
-    same |= value64.isnan() & truth.isnan()
-    error = torch.where(same, 0.0, error)
-    return float(error.nan_to_num(nan=math.inf, posinf=math.inf).max())
-
-
-def draw(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    generator: torch.Generator,
-    scale: float,
-    exact: bool,
-) -> Tensor:
-    """A Gaussian tensor times ``scale``, or small integers (many ties) when ``exact``."""
-    if exact:
-        return torch.randint(-2, 3, shape, generator=generator).to(dtype)
-    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
 def named_outputs(spec: OpSpec, result: Tensor | tuple[Tensor, ...]) -> Tensors:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops import BACKENDS, REGISTRY, _dispatch
-from clipsteer.ops._spec import Inputs, OpSpec, Shape, measured_on, named_outputs
+from clipsteer.ops._bounds import measured_on
+from clipsteer.ops._spec import Inputs, OpSpec, Shape, named_outputs
 from clipsteer.testing.machine import chip, extra_memory, machine
 from clipsteer.testing.records import Record, compare, table, write
 from clipsteer.testing.stages import dictionary_gradient, topk_stage

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipsteer.ops._bounds import measured_on
 from clipsteer.ops._spec import (
     Errors,
     Inputs,
@@ -23,7 +24,6 @@ from clipsteer.ops._spec import (
     Shape,
     Tensors,
     in_float64,
-    measured_on,
     named_outputs,
     spec_errors,
 )

@@ -342,7 +342,7 @@ def test_gradients_under_distributed_data_parallel(name, tmp_path):
 
 
 def test_bounds_know_the_sign_of_an_overflow():
-    from clipsteer.ops._spec import fraction_of_bound
+    from clipsteer.ops._bounds import fraction_of_bound
 
     huge, inf = torch.tensor([3.7e38], dtype=torch.float64), float("inf")
     assert fraction_of_bound(torch.tensor([inf]), huge, huge, 4) == 0

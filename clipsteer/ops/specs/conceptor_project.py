@@ -8,56 +8,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsteer.ops._spec import Inputs, OpSpec, Shape, draw, sizes
+from clipsteer.ops._spec import Draw, Inputs, OpSpec, Shape, sizes
 from clipsteer.ops.conceptor_project import LowRank, conceptor_project, conceptor_project_reference
+from clipsteer.ops.specs._shared import GROUPED_EDGES, without_rank
 from clipsteer.ops.specs.conceptor_project_bounds import check_grads, check_values
 
 
-def _low_rank(
-    h: Tensor,  # (B, d)
-    U: Tensor,  # (K, d, r)
-    s: Tensor,  # (K, r)
-    index: Tensor | None,  # (B,)
-    *,
-    backend: str = "auto",
-    **options: Any,
-) -> Tensor:
-    return conceptor_project(h, LowRank(U, s), index, backend=backend, **options)
+def _low_rank(*, U: Tensor, s: Tensor, **rows: Any) -> Tensor:
+    """U (K, d, r), s (K, r)."""
+    return conceptor_project(C=LowRank(U, s), **rows)
 
 
-def _low_rank_reference(
-    h: Tensor,  # (B, d)
-    U: Tensor,  # (K, d, r)
-    s: Tensor,  # (K, r)
-    index: Tensor | None,  # (B,)
-    **options: Any,
-) -> Tensor:
-    return conceptor_project_reference(h, LowRank(U, s), index, **options)
+def _low_rank_reference(*, U: Tensor, s: Tensor, **rows: Any) -> Tensor:
+    """U (K, d, r), s (K, r)."""
+    return conceptor_project_reference(C=LowRank(U, s), **rows)
 
 
-def _make(
-    shape: Shape,
-    dtype: torch.dtype,
-    generator: torch.Generator,
-    scale: float,
-    exact: bool,
-) -> Inputs:
+def _draw(case: Draw) -> Inputs:
     """Keys B, K, d, and r in low rank; plain=1 leaves out β and μ, and K=1 the index."""
-    B = shape["B"]
-    K = shape["K"]
-    d = shape["d"]
-    r = shape.get("r")
-    inputs: Inputs = {"h": draw((B, d), dtype, generator, scale, exact)}
+    B = case.shape["B"]
+    K = case.shape["K"]
+    d = case.shape["d"]
+    r = case.shape.get("r")
+    inputs: Inputs = {"h": case.tensor(B, d)}
     if r is None:
-        inputs["C"] = draw((K, d, d), dtype, generator, 1.0, exact)
+        inputs["C"] = case.tensor(K, d, d, scale=1.0)
     else:
-        inputs["U"] = draw((K, d, r), dtype, generator, 1.0, exact)
-        inputs["s"] = draw((K, r), dtype, generator, 1.0, exact)
-    inputs["index"] = None if K == 1 else torch.randint(0, K, (B,), generator=generator)
-    if shape.get("plain"):
+        inputs["U"] = case.tensor(K, d, r, scale=1.0)
+        inputs["s"] = case.tensor(K, r, scale=1.0)
+    inputs["index"] = None if K == 1 else torch.randint(0, K, (B,), generator=case.generator)
+    if case.shape.get("plain"):
         return inputs | {"beta": 1.0, "mean": None}
-    inputs["beta"] = draw((K,), dtype, generator, 1.0, exact)
-    inputs["mean"] = draw((K, d), dtype, generator, scale, exact)
+    inputs["beta"] = case.tensor(K, scale=1.0)
+    inputs["mean"] = case.tensor(K, d)
     return inputs
 
 
@@ -90,33 +73,17 @@ def _low_rank_product(x: Tensor, U: Tensor, s: Tensor) -> Tensor:
     return (x @ U * s) @ U.T
 
 
-def _loop(
-    h: Tensor,  # (B, d)
-    C: Tensor,  # (K, d, d)
-    index: Tensor | None,  # (B,)
-    **options: Any,
-) -> Tensor:
-    return _grouped_loop(h, (C,), _dense_product, index, **options)
+def _loop(*, C: Tensor, **rows: Any) -> Tensor:
+    """C (K, d, d)."""
+    return _grouped_loop(factors=(C,), product=_dense_product, **rows)
 
 
-def _low_rank_loop(
-    h: Tensor,  # (B, d)
-    U: Tensor,  # (K, d, r)
-    s: Tensor,  # (K, r)
-    index: Tensor | None,  # (B,)
-    **options: Any,
-) -> Tensor:
-    return _grouped_loop(h, (U, s), _low_rank_product, index, **options)
+def _low_rank_loop(*, U: Tensor, s: Tensor, **rows: Any) -> Tensor:
+    """U (K, d, r), s (K, r)."""
+    return _grouped_loop(factors=(U, s), product=_low_rank_product, **rows)
 
 
-def _one_product(
-    h: Tensor,  # (B, d)
-    C: Tensor,  # (K, d, d)
-    index: Tensor | None,  # (B,)
-    *,
-    beta: float | Tensor,
-    mean: Tensor | None,
-) -> Tensor:
+def _one_product(*, h: Tensor, C: Tensor, **_: Any) -> Tensor:
     """As many operations in one GEMM: the wrong answer unless K = 1, and the time to stay near."""
     return h @ C[0].T
 
@@ -134,18 +101,7 @@ def _low_rank_floor(shape: Shape) -> tuple[float, float]:
     return 4.0 * B * d * r, 4.0 * (2 * B * d + shape["K"] * (d + 1) * r)
 
 
-_EDGES = sizes(
-    "B K d r plain",
-    (7, 3, 33, 5),
-    (33, 5, 31, 8),
-    (4, 9, 127, 129),
-    (1, 1, 1, 1, 1),
-    (0, 2, 8, 4),
-    (129, 2, 32, 33, 1),
-    (31, 1, 129, 32),
-    (32, 3, 128, 64),
-    (31, 2, 203, 197),
-)
+_EDGES = sizes("B K d r plain", (7, 3, 33, 5), *GROUPED_EDGES)
 # several blocks of rows a group and several tiles of columns, small ones with β and μ and large
 # ones without; more than one launch's rank
 _ON_DEVICE = sizes(
@@ -156,7 +112,7 @@ _ON_DEVICE = sizes(
 )
 _COMMON: dict[str, Any] = {
     "outputs": ("h_new",),
-    "make": _make,
+    "draw": _draw,
     "check": check_values,
     "check_grads": check_grads,
     "rows": ("h", "index"),
@@ -165,17 +121,13 @@ _COMMON: dict[str, Any] = {
 }
 
 
-def _dense(shape: Shape) -> Shape:
-    return {name: size for name, size in shape.items() if name != "r"}
-
-
 SPEC = OpSpec(
     name="conceptor_project",
     function=conceptor_project,
     reference=conceptor_project_reference,
     differentiable=("h", "C", "beta", "mean"),
-    shapes=tuple(map(_dense, _EDGES)),
-    device_shapes=tuple(map(_dense, _ON_DEVICE)),
+    shapes=without_rank(_EDGES),
+    device_shapes=without_rank(_ON_DEVICE),
     small_shape={"B": 4, "K": 2, "d": 3},
     repeat_shape={"B": 300, "K": 5, "d": 40},
     bench_shapes={"B1024-K16": {"B": 1024, "K": 16, "d": 768, "plain": 1}},

@@ -8,17 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clipsteer.ops._spec import (
-    HALVES,
-    UNIT,
-    Errors,
-    Inputs,
-    Tensors,
-    fraction_of_bound,
-    in_float64,
-    operand_error,
-    smallest_normal,
-)
+from clipsteer.ops._bounds import HALVES, UNIT, fraction_of_bound, operand_error, smallest_normal
+from clipsteer.ops._spec import Errors, Inputs, Tensors, in_float64
 
 
 class Truth:
@@ -123,12 +114,7 @@ def check_values(inputs: Inputs, outputs: Tensors) -> Errors:
     return {"h_new": t.error(outputs["h_new"], truth, size, roundings, 0, products)}
 
 
-def check_grads(
-    inputs: Inputs,
-    outputs: Tensors,
-    grad_out: Tensors,
-    grads: Tensors,
-) -> Errors:
+def check_grads(inputs: Inputs, outputs: Tensors, grad_out: Tensors, grads: Tensors) -> Errors:
     """The stored vectors are h − μ, the product Cᵀg that β's and μ's gradients share, and in low
     rank Uᵀ(h − μ), Uᵀg and their products with s."""
     t = Truth(inputs)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipsteer.ops._spec import Inputs, OpSpec, Shape, draw, sizes
+from clipsteer.ops._spec import Draw, Inputs, OpSpec, Shape, sizes
 from clipsteer.ops.drrho_loss import drrho_loss, drrho_loss_reference
 from clipsteer.ops.specs.drrho_loss_bounds import check_grads, check_values
 
@@ -16,33 +18,30 @@ def _unit(x: Tensor) -> Tensor:
     return x / torch.linalg.vector_norm(x, dim=1, keepdim=True)
 
 
-def _make(
-    shape: Shape,
-    dtype: torch.dtype,
-    generator: torch.Generator,
-    scale: float,
-    exact: bool,
-) -> Inputs:
+def _draw(case: Draw) -> Inputs:
     """Keys B, d, r (none: no reference); percent: τ, 25 if not given; past=1: γ = 0.6 and some u.
     Rows have unit norm (images times ``scale`` and texts over it), texts lean towards their images;
     numbers that are not features are exact in bfloat16."""
+    shape = case.shape
     B = shape["B"]
     r = shape.get("r")
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = torch.promote_types(case.dtype, torch.float32)
+    in_double = replace(case, dtype=torch.float64, scale=1.0)
 
     def pairs(n: int) -> tuple[Tensor, Tensor]:
-        a = draw((B, n), torch.float64, generator, 1.0, exact)
-        b = draw((B, n), torch.float64, generator, 1.0, exact)
-        if not exact:
+        a = in_double.tensor(B, n)
+        b = in_double.tensor(B, n)
+        if not case.exact:
             a = _unit(a)
-            b = _unit(a + b / n**0.5) / scale
-            a = a * scale
-        return a.to(dtype), b.to(dtype)
+            b = _unit(a + b / n**0.5) / case.scale
+            a = a * case.scale
+        return a.to(case.dtype), b.to(case.dtype)
 
     image, text = pairs(shape["d"])
     ref_image, ref_text = pairs(r) if r else (None, None)
-    tau = 2.0 if exact else shape.get("percent", 25) / 100
-    past = draw((2, B), torch.float64, generator, 2.0, False).bfloat16().to(wide)
+    tau = 2.0 if case.exact else shape.get("percent", 25) / 100
+    past = 2 * torch.randn(2, B, generator=case.generator, dtype=torch.float64)
+    past = past.bfloat16().to(wide)
     past[:, ::3] = torch.nan
     return {
         "image": image,
@@ -68,10 +67,9 @@ def _whole(
     ref_image: Tensor | None,  # (B, r)
     ref_text: Tensor | None,  # (B, r)
     temperature: Tensor,
-    gamma: float,
-    u: Tensor | None,  # (2, B)
     eps: float,
     rho: float,
+    **_: Any,
 ) -> Tensor:
     """The B×B matrices as one writes them, by autograd, each side of its own."""
     own = torch.eye(len(image), dtype=torch.bool, device=image.device)
@@ -95,28 +93,17 @@ def _similarity(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.T - (a * b).sum(1, keepdim=True)
 
 
-def _product_a_side(
-    image: Tensor,  # (B, d)
-    text: Tensor,  # (B, d)
-    ref_image: Tensor | None,  # (B, r)
-    ref_text: Tensor | None,  # (B, r)
-    temperature: Tensor,
-    gamma: float,
-    u: Tensor | None,  # (2, B)
-    eps: float,
-    rho: float,
-) -> Tensor:
+def _product_a_side(temperature: Tensor, eps: float, rho: float, **features: Any) -> Tensor:
     """As the published training code goes about it: a product a side, detached weights, a mask for
     the diagonal."""
-    B = len(image)
-    mask = 1 - torch.eye(B, device=image.device)
+    B = len(features["image"])
+    mask = 1 - torch.eye(B, device=temperature.device)
     means = []
     moving = []
-    sides = ((image, text, ref_image, ref_text), (text, image, ref_text, ref_image))
-    for a, b, ref_a, ref_b in sides:
-        d = _similarity(a, b) / temperature
-        if ref_a is not None and ref_b is not None:
-            d = d - _similarity(ref_a, ref_b) / temperature
+    for a, b in (("image", "text"), ("text", "image")):
+        d = _similarity(features[a], features[b]) / temperature
+        if features["ref_image"] is not None:
+            d = d - _similarity(features[f"ref_{a}"], features[f"ref_{b}"]) / temperature
         with torch.no_grad():
             log_G = (d + mask.sub(1).mul(1e9)).logsumexp(1, keepdim=True) - math.log(B)
             u = torch.logaddexp(log_G, torch.full_like(log_G, eps).log())
@@ -130,13 +117,8 @@ def _product_a_side(
 def _clip_loss(
     image: Tensor,  # (B, d)
     text: Tensor,  # (B, d)
-    ref_image: Tensor | None,  # (B, r)
-    ref_text: Tensor | None,  # (B, r)
     temperature: Tensor,
-    gamma: float,
-    u: Tensor | None,  # (2, B)
-    eps: float,
-    rho: float,
+    **_: Any,
 ) -> Tensor:
     """open_clip's loss, which knows no reference and holds both matrices of logits."""
     from open_clip.loss import ClipLoss
@@ -156,7 +138,7 @@ SPEC = OpSpec(
     reference=drrho_loss_reference,
     outputs=("loss", "u"),
     differentiable=("image", "text", "temperature"),
-    make=_make,
+    draw=_draw,
     check=check_values,
     check_grads=check_grads,
     shapes=sizes(

@@ -14,20 +14,15 @@ import math
 import torch
 from torch import Tensor
 
-from clipsteer.ops._spec import (
+from clipsteer.ops._bounds import (
     ACCUMULATE,
+    EXP,
     HALVES,
-    Errors,
-    Inputs,
-    Tensors,
     fraction_of_bound,
-    in_float64,
     operand_error,
     smallest_normal,
 )
-
-# An exponential, or a logarithm, in roundings of its result; see semantic_drift.py.
-EXP = 4
+from clipsteer.ops._spec import Errors, Inputs, Tensors, in_float64
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -143,12 +138,7 @@ def check_values(inputs: Inputs, outputs: Tensors) -> Errors:
     return {"u": u_error, "loss": error}
 
 
-def check_grads(
-    inputs: Inputs,
-    outputs: Tensors,
-    grad_out: Tensors,
-    grads: Tensors,
-) -> Errors:
+def check_grads(inputs: Inputs, outputs: Tensors, grad_out: Tensors, grads: Tensors) -> Errors:
     """Sums of weights times features; a pair's own weight is minus the sum of the others."""
     x = Truth(inputs)
     g = grad_out["loss"].double()

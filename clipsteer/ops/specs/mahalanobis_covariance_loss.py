@@ -8,72 +8,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsteer.ops._spec import Inputs, OpSpec, Shape, draw, sizes
+from clipsteer.ops._spec import Draw, Inputs, OpSpec, Shape, sizes
 from clipsteer.ops.mahalanobis_covariance_loss import (
     LowRankDiag,
     mahalanobis_covariance_loss,
     mahalanobis_covariance_loss_reference,
 )
+from clipsteer.ops.specs._shared import GROUPED_EDGES, without_rank
 from clipsteer.ops.specs.mahalanobis_covariance_loss_bounds import check_grads, check_values
 
 
-def _low_rank(
-    new: Tensor,  # (B, d)
-    old: Tensor,  # (B, d)
-    labels: Tensor,  # (B,)
-    U: Tensor,  # (C, d, r)
-    s: Tensor,  # (C, r)
-    diag: Tensor,  # (C, d)
-    *,
-    backend: str = "auto",
-    **options: Any,
-) -> Tensor:
-    factor = LowRankDiag(U, s, diag)
-    return mahalanobis_covariance_loss(new, old, labels, factor, backend=backend, **options)
+def _low_rank(*, U: Tensor, s: Tensor, diag: Tensor, **rows: Any) -> Tensor:
+    """U (C, d, r), s (C, r), diag (C, d)."""
+    return mahalanobis_covariance_loss(factor=LowRankDiag(U, s, diag), **rows)
 
 
-def _low_rank_reference(
-    new: Tensor,  # (B, d)
-    old: Tensor,  # (B, d)
-    labels: Tensor,  # (B,)
-    U: Tensor,  # (C, d, r)
-    s: Tensor,  # (C, r)
-    diag: Tensor,  # (C, d)
-    **options: Any,
-) -> Tensor:
-    factor = LowRankDiag(U, s, diag)
-    return mahalanobis_covariance_loss_reference(new, old, labels, factor, **options)
+def _low_rank_reference(*, U: Tensor, s: Tensor, diag: Tensor, **rows: Any) -> Tensor:
+    """U (C, d, r), s (C, r), diag (C, d)."""
+    return mahalanobis_covariance_loss_reference(factor=LowRankDiag(U, s, diag), **rows)
 
 
-def _make(
-    shape: Shape,
-    dtype: torch.dtype,
-    generator: torch.Generator,
-    scale: float,
-    exact: bool,
-) -> Inputs:
+def _draw(case: Draw) -> Inputs:
     """Keys B, C, d, and r in low rank; plain=1 does not normalise. About one row in eight is
     ignored."""
-    B = shape["B"]
-    C = shape["C"]
-    d = shape["d"]
-    r = shape.get("r")
-    normalize = not shape.get("plain")
-    size = scale if normalize else min(scale, 1.0)  # squares have to stay in range
-    new = draw((B, d), dtype, generator, size, exact)
-    old = draw((B, d), dtype, generator, size, exact)
+    dtype = case.dtype
+    generator = case.generator
+    B = case.shape["B"]
+    C = case.shape["C"]
+    d = case.shape["d"]
+    r = case.shape.get("r")
+    normalize = not case.shape.get("plain")
+    scale = case.scale if normalize else min(case.scale, 1.0)  # squares have to stay in range
+    new = case.tensor(B, d, scale=scale)
+    old = case.tensor(B, d, scale=scale)
     labels = torch.randint(0, C, (B,), generator=generator)
     ignored = torch.rand(B, generator=generator) < 0.125
     labels = torch.where(ignored, -1, labels)
     inputs: Inputs = {"new": new, "old": old, "labels": labels}
     if r is None:
-        factor = draw((C, d, d), dtype, generator, d**-0.5, exact)
+        factor = case.tensor(C, d, d, scale=d**-0.5)
         return inputs | {"factor": factor, "normalize": normalize}
     # I - U s Uᵀ with ‖U‖ near 1 and s in (0, 1/2): a precision in Woodbury's form
-    inputs["U"] = draw((C, d, r), dtype, generator, (d**0.5 + r**0.5) ** -1, exact)
+    inputs["U"] = case.tensor(C, d, r, scale=(d**0.5 + r**0.5) ** -1)
     s = -torch.rand(C, r, generator=generator).div(2).to(dtype)
     diag = (1 + torch.rand(C, d, generator=generator)).to(dtype)
-    if exact:
+    if case.exact:
         s = -torch.ones(C, r, dtype=dtype)
         diag = torch.full((C, d), 4.0, dtype=dtype)
     return inputs | {"s": s, "diag": diag, "normalize": normalize}
@@ -87,9 +66,10 @@ def _whitened(
     new: Tensor,  # (B, d)
     old: Tensor,  # (B, d)
     labels: Tensor,  # (B,)
+    normalize: bool,
+    *,
     squares: Callable[[Tensor, Tensor, Tensor, int], Tensor],
     C: int,
-    normalize: bool,
 ) -> Tensor:
     """What one would write instead of the pair loop: each class's rows through its factor, then
     their distances."""
@@ -106,36 +86,26 @@ def _whitened(
     return total / len(new)
 
 
-def _vectorised(
-    new: Tensor,  # (B, d)
-    old: Tensor,  # (B, d)
-    labels: Tensor,  # (B,)
-    factor: Tensor,  # (C, d, d)
-    normalize: bool,
-) -> Tensor:
-    def square(x: Tensor, i: Tensor, j: Tensor, c: int) -> Tensor:
+def _vectorised(*, factor: Tensor, **rows: Any) -> Tensor:
+    """factor (C, d, d)."""
+
+    def squares(x: Tensor, i: Tensor, j: Tensor, c: int) -> Tensor:
         z = x @ factor[c]
         return (z[i] - z[j]).square().sum(-1)
 
-    return _whitened(new, old, labels, square, factor.shape[0], normalize)
+    return _whitened(**rows, squares=squares, C=factor.shape[0])
 
 
-def _vectorised_low_rank(
-    new: Tensor,  # (B, d)
-    old: Tensor,  # (B, d)
-    labels: Tensor,  # (B,)
-    U: Tensor,  # (C, d, r)
-    s: Tensor,  # (C, r)
-    diag: Tensor,  # (C, d)
-    normalize: bool,
-) -> Tensor:
-    def square(x: Tensor, i: Tensor, j: Tensor, c: int) -> Tensor:
+def _vectorised_low_rank(*, U: Tensor, s: Tensor, diag: Tensor, **rows: Any) -> Tensor:
+    """U (C, d, r), s (C, r), diag (C, d)."""
+
+    def squares(x: Tensor, i: Tensor, j: Tensor, c: int) -> Tensor:
         p = x @ U[c]
         apart = (x[i] - x[j]).square()
         apart_in_U = (p[i] - p[j]).square()
         return apart @ diag[c] + apart_in_U @ s[c]
 
-    return _whitened(new, old, labels, square, U.shape[0], normalize)
+    return _whitened(**rows, squares=squares, C=U.shape[0])
 
 
 def _pair_loop(
@@ -177,40 +147,25 @@ def _low_rank_floor(shape: Shape) -> tuple[float, float]:
     return 4.0 * B * d * r, 4.0 * (2 * B + shape["C"] * (r + 1)) * d
 
 
-_EDGES = sizes(
-    "B C d r plain",
-    (7, 2, 33, 5),
-    (33, 5, 31, 8),
-    (4, 9, 127, 129),
-    (1, 1, 1, 1, 1),
-    (0, 2, 8, 4),
-    (129, 2, 32, 33, 1),
-    (31, 1, 129, 32),
-    (32, 3, 128, 64),
-    (31, 2, 203, 197),
-)
+_EDGES = sizes("B C d r plain", (7, 2, 33, 5), *GROUPED_EDGES)
 # several blocks of rows a class, several tiles of columns
 _ON_DEVICE = sizes("B C d r", (150, 6, 320, 40))
 _COMMON: dict[str, Any] = {
     "outputs": ("loss",),
     "differentiable": ("new",),
-    "make": _make,
+    "draw": _draw,
     "check": check_values,
     "check_grads": check_grads,
     "exact": False,
 }
 
 
-def _dense(shape: Shape) -> Shape:
-    return {name: size for name, size in shape.items() if name != "r"}
-
-
 SPEC = OpSpec(
     name="mahalanobis_covariance_loss",
     function=mahalanobis_covariance_loss,
     reference=mahalanobis_covariance_loss_reference,
-    shapes=tuple(map(_dense, _EDGES)),
-    device_shapes=tuple(map(_dense, _ON_DEVICE)),
+    shapes=without_rank(_EDGES),
+    device_shapes=without_rank(_ON_DEVICE),
     small_shape={"B": 6, "C": 2, "d": 3},
     repeat_shape={"B": 200, "C": 5, "d": 40},
     bench_shapes={

@@ -22,18 +22,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clipsteer.ops._spec import (
+from clipsteer.ops._bounds import (
     ACCUMULATE,
     HALVES,
     UNIT,
-    Errors,
-    Inputs,
-    Tensors,
     fraction_of_bound,
-    in_float64,
     operand_error,
     smallest_normal,
 )
+from clipsteer.ops._spec import Errors, Inputs, Tensors, in_float64
 
 FLOOR = 1e-8
 
@@ -161,12 +158,7 @@ def check_values(inputs: Inputs, outputs: Tensors) -> Errors:
     return {"loss": found}
 
 
-def check_grads(
-    inputs: Inputs,
-    outputs: Tensors,
-    grad_out: Tensors,
-    grads: Tensors,
-) -> Errors:
+def check_grads(inputs: Inputs, outputs: Tensors, grad_out: Tensors, grads: Tensors) -> Errors:
     """The middle of what is admissible, its half width, and the way back through the norms."""
     t = Truth(inputs)
     g = grad_out["loss"].double()

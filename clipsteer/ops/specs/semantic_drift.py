@@ -12,29 +12,21 @@ of d products, which is relative to (‖old‖ + ‖μ‖)² and not to the dist
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from clipsteer.ops._spec import (
+from clipsteer.ops._bounds import (
     ACCUMULATE,
+    EXP,
     HALVES,
-    Errors,
-    Inputs,
-    OpSpec,
-    Shape,
-    Tensors,
-    draw,
     fraction_of_bound,
     operand_error,
-    sizes,
     smallest_normal,
 )
+from clipsteer.ops._spec import Draw, Errors, Inputs, OpSpec, Shape, Tensors, sizes
 from clipsteer.ops.semantic_drift import semantic_drift, semantic_drift_reference
-
-# e^x in roundings: 1 for the reduced argument, 2 for the polynomial and its last step, 1 for the
-# scaling.
-EXP = 4
 
 
 def depth(rows: int) -> int:
@@ -117,64 +109,44 @@ def check_values(inputs: Inputs, outputs: Tensors) -> Errors:
     return {"prototypes": error}
 
 
-def _make(
-    shape: Shape,
-    dtype: torch.dtype,
-    generator: torch.Generator,
-    scale: float,
-    exact: bool,
-) -> Inputs:
+def _draw(case: Draw) -> Inputs:
     """Keys N, C, d; floor=1 has one. σ is such that a few rows share each prototype's weight.
     ``exact`` has a tiny σ: the nearest rows alone count, ties alike, so that sums of integers stay
     integers."""
-    C = shape["C"]
-    d = shape["d"]
-    rows = (shape["N"], d)
-    old = draw(rows, dtype, generator, scale, exact)
-    step = draw(rows, dtype, generator, scale, exact)
+    N = case.shape["N"]
+    d = case.shape["d"]
+    old = case.tensor(N, d)
+    step = case.tensor(N, d)
     return {
         "old": old,
         "new": old + step,
-        "prototypes": draw((C, d), dtype, generator, scale, exact),
-        "sigma": 2.0**-6 if exact else scale * (d / 4) ** 0.5,
-        "floor": 1e-3 if shape.get("floor") and not exact else 0.0,
+        "prototypes": case.tensor(case.shape["C"], d),
+        "sigma": 2.0**-6 if case.exact else case.scale * (d / 4) ** 0.5,
+        "floor": 1e-3 if case.shape.get("floor") and not case.exact else 0.0,
     }
 
 
-def _log_weights_of_rows(old: Tensor, prototypes: Tensor, inverse: float) -> Tensor:
-    """(C, N) up to a number for each prototype."""
-    norms = old.square().sum(1).mul_(-inverse)
-    return torch.addmm(norms, prototypes, old.T, alpha=2 * inverse)
-
-
 @torch.no_grad()
-def _whole(
+def _plain(
     old: Tensor,  # (N, d)
     new: Tensor,  # (N, d)
     prototypes: Tensor,  # (C, d)
     sigma: float,
     floor: float,
+    *,
+    stable: bool,
 ) -> Tensor:
-    """addmm + exp + mm over the whole (C, N) matrix, in place where it can be: the best plain torch
-    does."""
+    """The best plain torch does over the whole (C, N) matrix, in place where it can be; ``stable``:
+    by a softmax, safe from underflow but without a floor."""
     inverse = 1 / (2 * sigma**2)
-    w = _log_weights_of_rows(old, prototypes, inverse)
+    norms = old.square().sum(1).mul_(-inverse)
+    # log-weights, up to a number for each prototype
+    w = torch.addmm(norms, prototypes, old.T, alpha=2 * inverse)
+    if stable:
+        return prototypes + w.softmax(1) @ (new - old)
     norms = prototypes.square().sum(1, keepdim=True).mul_(inverse)
     w.sub_(norms).exp_().add_(floor)
     return prototypes + (w @ (new - old)) / w.sum(1, keepdim=True)
-
-
-@torch.no_grad()
-def _softmax(
-    old: Tensor,  # (N, d)
-    new: Tensor,  # (N, d)
-    prototypes: Tensor,  # (C, d)
-    sigma: float,
-    floor: float,
-) -> Tensor:
-    """The same, safe from underflow (floor 0)."""
-    log_w = _log_weights_of_rows(old, prototypes, 1 / (2 * sigma**2))
-    return prototypes + log_w.softmax(1) @ (new - old)
 
 
 def _no_gradients(*_: Tensors) -> Errors:
@@ -194,7 +166,7 @@ SPEC = OpSpec(
     reference=semantic_drift_reference,
     outputs=("prototypes",),
     differentiable=(),
-    make=_make,
+    draw=_draw,
     check=check_values,
     check_grads=_no_gradients,
     shapes=sizes(
@@ -217,7 +189,10 @@ SPEC = OpSpec(
     gpu_bench_shapes={"N50k-C1000": {"N": 50_000, "C": 1000, "d": 768}},
     device_shapes=({"N": 5000, "C": 70, "d": 200, "floor": 1},),
     gate=("prototypes",),
-    baselines={"addmm + exp + mm": _whole, "addmm + softmax + mm": _softmax},
+    baselines={
+        "addmm + exp + mm": partial(_plain, stable=False),
+        "addmm + softmax + mm": partial(_plain, stable=True),
+    },
     floor=_floor,
 )
 

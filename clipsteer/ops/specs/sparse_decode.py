@@ -6,17 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsteer.ops._spec import (
-    Errors,
-    Inputs,
-    OpSpec,
-    Shape,
-    Tensors,
-    draw,
-    fraction_of_bound,
-    sizes,
-)
+from clipsteer.ops._bounds import fraction_of_bound
+from clipsteer.ops._spec import Draw, Errors, Inputs, OpSpec, Shape, Tensors, sizes
 from clipsteer.ops.sparse_decode import sparse_decode, sparse_decode_reference
+from clipsteer.ops.specs._shared import dictionary_bench
 
 
 def unpacked(shape: Shape) -> tuple[int, int, int, int]:
@@ -53,18 +46,12 @@ def outer_truth(
     return truth, magnitude, torch.bincount(features, minlength=n).double()
 
 
-def _make(
-    shape: Shape,
-    dtype: torch.dtype,
-    generator: torch.Generator,
-    scale: float,
-    exact: bool,
-) -> Inputs:
-    B, d, n, k = unpacked(shape)
-    indices = torch.randint(0, n, (B, k), generator=generator)
-    acts = draw((B, k), dtype, generator, scale, exact)
-    W_dec = draw((n, d), dtype, generator, 1.0, exact)
-    b_dec = draw((d,), dtype, generator, scale, exact)
+def _draw(case: Draw) -> Inputs:
+    B, d, n, k = unpacked(case.shape)
+    indices = torch.randint(0, n, (B, k), generator=case.generator)
+    acts = case.tensor(B, k)
+    W_dec = case.tensor(n, d, scale=1.0)
+    b_dec = case.tensor(d)
     return {"acts": acts, "indices": indices, "W_dec": W_dec, "b_dec": b_dec}
 
 
@@ -81,12 +68,7 @@ def _check_values(inputs: Inputs, outputs: Tensors) -> Errors:
     return {"x_hat": error}
 
 
-def _check_grads(
-    inputs: Inputs,
-    outputs: Tensors,
-    grad_out: Tensors,
-    grads: Tensors,
-) -> Errors:
+def _check_grads(inputs: Inputs, outputs: Tensors, grad_out: Tensors, grads: Tensors) -> Errors:
     indices = inputs["indices"]  # (B, k)
     W = inputs["W_dec"].double()  # (n, d)
     g = grad_out["x_hat"].double()  # (B, d)
@@ -132,7 +114,7 @@ SPEC = OpSpec(
     reference=sparse_decode_reference,
     outputs=("x_hat",),
     differentiable=("acts", "W_dec", "b_dec"),
-    make=_make,
+    draw=_draw,
     check=_check_values,
     check_grads=_check_grads,
     shapes=sizes(
@@ -152,14 +134,8 @@ SPEC = OpSpec(
     optional=("b_dec",),
     scalable=("acts", "b_dec"),
     grad_buffer="W_dec",
-    bench_shapes={
-        "B256-k32": {"B": 256, "d": 768, "n": 49152, "k": 32},
-        "B256-k64": {"B": 256, "d": 768, "n": 49152, "k": 64},
-    },
-    gpu_bench_shapes={
-        "B4096-k32": {"B": 4096, "d": 768, "n": 49152, "k": 32},
-        "B4096-k64": {"B": 4096, "d": 768, "n": 49152, "k": 64},
-    },
+    bench_shapes=dictionary_bench(256),
+    gpu_bench_shapes=dictionary_bench(4096),
     baselines={"embedding_bag": _embedding_bag, "dense": _dense_decode},
     floor=_floor,
 )

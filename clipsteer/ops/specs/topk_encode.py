@@ -8,39 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsteer.ops._spec import (
-    ACCUMULATE,
-    Errors,
-    Inputs,
-    OpSpec,
-    Shape,
-    Tensors,
-    draw,
-    fraction_of_bound,
-    operand_error,
-    sizes,
-    smallest_normal,
-)
+from clipsteer.ops._bounds import ACCUMULATE, fraction_of_bound, operand_error, smallest_normal
+from clipsteer.ops._spec import Draw, Errors, Inputs, OpSpec, Shape, Tensors, sizes
+from clipsteer.ops.specs._shared import dictionary_bench
 from clipsteer.ops.specs.sparse_decode import decode_truth, outer_truth, unpacked
 from clipsteer.ops.topk_encode import topk_encode, topk_encode_reference
 
 
-def _make(
-    shape: Shape,
-    dtype: torch.dtype,
-    generator: torch.Generator,
-    scale: float,
-    exact: bool,
-) -> Inputs:
+def _draw(case: Draw) -> Inputs:
     """Keys B, d, n, k; crowded=1: every row's winners are neighbours, more of them than one
     bucket's share."""
-    B, d, n, k = unpacked(shape)
-    x = draw((B, d), dtype, generator, scale, exact)
-    W_enc = draw((n, d), dtype, generator, 1.0, exact)
-    b_enc = draw((n,), dtype, generator, scale, exact)
-    if shape.get("crowded"):
+    B, d, n, k = unpacked(case.shape)
+    x = case.tensor(B, d)
+    W_enc = case.tensor(n, d, scale=1.0)
+    b_enc = case.tensor(n)
+    if case.shape.get("crowded"):
         first = n // 2 - k // 2
-        x[:, 0] = 4 if exact else 4 * scale
+        x[:, 0] = 4 if case.exact else 4 * case.scale
         W_enc[first : first + k, 0] += 64
     return {"x": x, "W_enc": W_enc, "b_enc": b_enc, "k": k}
 
@@ -91,12 +75,7 @@ def _check_values(inputs: Inputs, outputs: Tensors) -> Errors:
     }
 
 
-def _check_grads(
-    inputs: Inputs,
-    outputs: Tensors,
-    grad_out: Tensors,
-    grads: Tensors,
-) -> Errors:
+def _check_grads(inputs: Inputs, outputs: Tensors, grad_out: Tensors, grads: Tensors) -> Errors:
     x = inputs["x"]  # (B, d)
     W = inputs["W_enc"]  # (n, d)
     n = W.shape[0]
@@ -130,7 +109,7 @@ SPEC = OpSpec(
     reference=topk_encode_reference,
     outputs=("acts", "indices"),
     differentiable=("x", "W_enc", "b_enc"),
-    make=_make,
+    draw=_draw,
     check=_check_values,
     check_grads=_check_grads,
     shapes=sizes(
@@ -160,14 +139,8 @@ SPEC = OpSpec(
         (33, 128, 6000, 600),
         (1499, 72, 6001, 32),
     ),
-    bench_shapes={
-        "B256-k32": {"B": 256, "d": 768, "n": 49152, "k": 32},
-        "B256-k64": {"B": 256, "d": 768, "n": 49152, "k": 64},
-    },
-    gpu_bench_shapes={
-        "B4096-k32": {"B": 4096, "d": 768, "n": 49152, "k": 32},
-        "B4096-k64": {"B": 4096, "d": 768, "n": 49152, "k": 64},
-    },
+    bench_shapes=dictionary_bench(256),
+    gpu_bench_shapes=dictionary_bench(4096),
     baselines={"linear+relu+topk": _linear_topk},
     floor=_floor,
 )

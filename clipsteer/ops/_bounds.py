@@ -1,0 +1,108 @@
+"""How far a result may be from the exact one: units of roundoff, and the a priori bound."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipsteer.kernels._precision import tf32_allowed
+
+# Unit roundoff of the output, and of the arithmetic that accumulates it (halves accumulate in
+# float32).
+UNIT = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
+ACCUMULATE = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-24,
+    torch.bfloat16: 2.0**-24,
+}
+HALVES = (torch.float16, torch.bfloat16)
+TF32_OPERAND = 2.0**-10
+# e^x in roundings: 1 for the reduced argument, 2 for the polynomial and its last step, 1 for the
+# scaling.
+EXP = 4
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What the sums of ``dtype`` are taken in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def smallest_normal(dtype: torch.dtype) -> float:
+    """Of the arithmetic that accumulates ``dtype``: what is smaller may be lost."""
+    return torch.finfo(accumulator(dtype)).smallest_normal
+
+
+_ON_GPU = ContextVar("results were computed on a GPU", default=False)
+
+
+@contextlib.contextmanager
+def measured_on(device: Any) -> Iterator[None]:
+    """What is checked inside was computed on ``device``: only a GPU's float32 products may have
+    rounded operands."""
+    token = _ON_GPU.set(torch.device(device).type != "cpu")
+    try:
+        yield
+    finally:
+        _ON_GPU.reset(token)
+
+
+def operand_error(dtype: torch.dtype) -> float:
+    """Relative error of a product when tensor cores may round float32 operands to TF32."""
+    if dtype != torch.float32 or not _ON_GPU.get() or not tf32_allowed():
+        return 0.0
+    return 2 * TF32_OPERAND + TF32_OPERAND**2
+
+
+def fraction_of_bound(
+    value: Tensor,
+    truth: Tensor,
+    magnitude: Tensor,
+    terms: Any,
+    extra: float = 0.0,
+    absolute: Any = 0.0,
+) -> float:
+    """Worst |value - truth| over its bound g·m + u(|truth| + g·m) + tiny, where g = (terms +
+    1)·unit + ``extra``.
+
+    ``truth`` and ``magnitude`` (the same sum taken over absolute values) are float64; ``terms``
+    counts the products of each sum, ``absolute`` is what underflow may add beyond one smallest
+    number a term. A NaN or an infinity has to stand exactly where the truth has one.
+    """
+    if value.numel() == 0:
+        return 0.0
+    u = UNIT[value.dtype]
+    unit = ACCUMULATE[value.dtype]
+    value64 = value.double()
+    info = torch.finfo(value.dtype)
+    count = torch.as_tensor(terms, dtype=torch.float64)
+    g = (count + 1) * unit + extra
+    gm = g * magnitude
+    # one product may underflow per term, and the result itself may be subnormal
+    bound = gm + u * (truth.abs() + gm) + smallest_normal(value.dtype) * (count + 2)
+    bound = bound + absolute
+    if value.dtype == torch.float16:
+        bound = bound + info.smallest_normal * info.eps
+    error = (value64 - truth).abs() / bound
+    # Past the largest finite number (of the sum or of a partial sum) an infinity is right, of the
+    # sum's sign; of the other sign, or a NaN, only where parts of both signs can pass it.
+    largest = min(info.max, torch.finfo(accumulator(value.dtype)).max) * (1 - u)
+    reach = torch.where(magnitude.isfinite(), magnitude * (1 + g), 0.0)
+    agrees = value64.isinf() & (value64.sign() == truth.sign())
+    overflowed = agrees & (reach >= largest)
+    overflowed |= ~value64.isfinite() & (reach >= 2 * largest)
+    same = (value64 == truth) | overflowed
+    same |= value64.isnan() & truth.isnan()
+    error = torch.where(same, 0.0, error)
+    return float(error.nan_to_num(nan=math.inf, posinf=math.inf).max())
