@@ -162,6 +162,9 @@ class AdditiveSteering(VectorSteering):
         ValueError: shapes that do not fit, a beta that is not finite, unknown ``tokens``.
     """
 
+    mean: Tensor  # (d,)
+    background: Tensor | None  # (d,)
+
     def __init__(
         self,
         mean: Tensor,  # (d,)

@@ -76,6 +76,7 @@ class _Run(TrainingRun):
     name = "finetune"
     cosmetic = (*TrainingRun.cosmetic, "alpha")
     quality = ("loss", "validation", "validation_ensemble")
+    optimizer: torch.optim.Optimizer
 
     def __init__(
         self,
@@ -162,6 +163,7 @@ class _Run(TrainingRun):
     def _check_head(self) -> None:
         """Refuse a head other than the run's. The last bits may differ: it is computed anew, on
         whatever machine."""
+        assert self.out is not None
         path = self.out / "zeroshot" / "head.safetensors"
         there = read_safetensors(path)
         here = self.classifier.head.state_dict()
@@ -212,6 +214,7 @@ class _Run(TrainingRun):
     def measure(self) -> dict[str, float]:
         if self.ensemble is None or self.step % self.order.per_epoch:
             return {}
+        assert self.validation is not None
         truth = torch.tensor(self.validation.targets)
 
         def accuracy() -> float:

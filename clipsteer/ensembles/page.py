@@ -49,12 +49,12 @@ def logit_chart(
     layers: list[Layer] = []
     if baseline is not None:
         name = f"trend of {baseline.models} models trained on the reference alone"
-        layers.append(Trend(name, baseline))
+        layers.append(Trend(name, baseline.__call__))
     references = [_smoothed(accuracy, n) for accuracy, n, _, _ in models]
     layers.append(Dots(references, [_smoothed(accuracy, n) for _, _, accuracy, n in models]))
     for name, rows in lines.items():
-        xs = [_smoothed(row["reference"], row["reference_n"]) for row in rows]
-        ys = [_smoothed(row["shifted"], row["shifted_n"]) for row in rows]
+        xs = [_smoothed(row["reference"], int(row["reference_n"])) for row in rows]
+        ys = [_smoothed(row["shifted"], int(row["shifted_n"])) for row in rows]
         symbols = [_SYMBOLS.get(row["alpha"], "") for row in rows]
         layers.append(Line(name, xs, ys, symbols=symbols, label=name))
     return Chart(
@@ -140,7 +140,7 @@ def write_page(
     """The page of one curve."""
     found = summary(rows, baseline)["weight"]
     page = Page("Robustness curve", subtitle, footer=footer)
-    middle = found.get("default", found["oracle"])
+    middle = found["default" if "default" in found else "oracle"]
     page.lead(
         stats(
             [

@@ -96,6 +96,8 @@ class _Run(TrainingRun):
     name = "train"
     cosmetic = (*TrainingRun.cosmetic, "micro_batch", "evaluate_every")
     shown = ("loss", "loss_share")
+    optimizer: torch.optim.Optimizer
+    world: World
 
     def __init__(
         self,
@@ -125,7 +127,8 @@ class _Run(TrainingRun):
         total = self.order.per_epoch * config.epochs
         if config.samples:
             total = math.ceil(config.samples / config.batch_size)
-        self.loss = config.make_loss(len(dataset), world).to(clip.device)
+        # a DRRhoLoss or a ContrastiveLoss
+        self.loss: Any = config.make_loss(len(dataset), world).to(clip.device)
         clip.need_text("train_contrastive")
         # τ is the loss's own, and none of the losses has a bias
         for parameter in (clip.model.logit_scale, getattr(clip.model, "logit_bias", None)):
@@ -155,7 +158,7 @@ class _Run(TrainingRun):
 
     def run(self, on_log: Callable[[dict[str, Any]], None] | None, resume: bool) -> CLIP:
         self.restore(self.clip.device, resume)
-        self.model = self.clip.model
+        self.model: Any = self.clip.model
         if self.world.size > 1:
             ids = [self.clip.device.index] if self.clip.device.type == "cuda" else None
             self.model = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
@@ -254,12 +257,15 @@ class _Run(TrainingRun):
         inputs = (pixels.to(self.clip.device, self.clip.dtype), tokens.to(self.clip.device))
         loss = self._backward(ids.to(self.clip.device), inputs, refs)
         if self.scale and self.world.size > 1:
-            self.world.sum_(self.scale[0].grad).div_(self.world.size)
+            grad = self.scale[0].grad  # ()
+            assert grad is not None
+            self.world.sum_(grad).div_(self.world.size)
         norm = nn.utils.clip_grad_norm_(self.trained, config.grad_clip)
         before = self.scale[0].detach().clone() if self.scale else None
         self.optimizer.step()
         self.loss.settle_temperature_(before)
-        values = {"loss": loss, "grad_norm": norm, "lr": lr, "temperature": self._temperature()}
+        values: dict[str, Tensor | float] = {"loss": loss, "grad_norm": norm, "lr": lr}
+        values["temperature"] = self._temperature()
         if self.timed:
             values["loss_share"] = self.loss_seconds / (self._now() - began)
         return values
@@ -283,8 +289,8 @@ class _Run(TrainingRun):
             refs = (None, None)
         # all processes go the same way, as both have collectives of their own
         whole = longest <= size
-        features = self._features(*inputs, 0) if whole else self._seen(inputs, size)
-        features = [x[: len(ids)] for x in features]
+        both = self._features(*inputs, 0) if whole else self._seen(inputs, size)
+        features = [x[: len(ids)] for x in both]  # (b, e) each
         image, text = (x.detach().requires_grad_() for x in features)
         began = self._now()
         loss = self.loss(
@@ -292,26 +298,35 @@ class _Run(TrainingRun):
         )
         loss.backward()
         self.loss_seconds = self._now() - began
+        assert image.grad is not None
+        assert text.grad is not None
         if whole:
             torch.autograd.backward(features, [image.grad, text.grad])
             return loss.detach()
         parts = list(zip(*(x.split(size) for x in (*inputs, image.grad, text.grad))))
-        for number, (*part, d_image, d_text) in enumerate(parts):
+        for number, (pixels, tokens, d_image, d_text) in enumerate(parts):
             last = self.world.size == 1 or number == len(parts) - 1
             with nullcontext() if last else self.model.no_sync():
-                features = [x[: len(d_image)] for x in self._features(*part, number)]
+                again = self._features(pixels, tokens, number)
+                features = [x[: len(d_image)] for x in again]
                 torch.autograd.backward(features, [d_image, d_text])
         return loss.detach()
 
     def _seen(self, inputs: tuple[Tensor, Tensor], size: int) -> tuple[Tensor, Tensor]:
         """Features without a graph."""
-        parts = zip(*(x.split(size) for x in inputs))
+        pixels, tokens = (x.split(size) for x in inputs)
+        parts = enumerate(zip(pixels, tokens))
         with torch.no_grad():
-            found = [self._features(*part, number) for number, part in enumerate(parts)]
-        return tuple(torch.cat(x) for x in zip(*found))
+            found = [self._features(*part, number) for number, part in parts]
+        images, texts = zip(*found)
+        return torch.cat(images), torch.cat(texts)
 
     def _select(
-        self, ids: Tensor, inputs: tuple[Tensor, Tensor], refs: tuple[Tensor, Tensor], size: int
+        self,
+        ids: Tensor,  # (b,)
+        inputs: tuple[Tensor, Tensor],  # (b, 3, H, W), (b, L)
+        refs: tuple[Tensor | None, Tensor | None],  # (b, e_ref) each
+        size: int,
     ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor], int]:
         """This process's pairs of those that are picked from the joint batch, and the most that a
         process has.
@@ -319,18 +334,28 @@ class _Run(TrainingRun):
         Where it has none its inputs are one pair still, as models take no empty batch and DDP waits
         for every process.
         """
+        ref_image, ref_text = refs
+        assert ref_image is not None
+        assert ref_text is not None
+        assert self.config.select is not None
         batch = JointBatch(self.world, len(ids), ids.device)
-        features = [batch.join(x) for x in (*self._seen(inputs, size), *refs)]
+        ours = [batch.join(x) for x in self._seen(inputs, size)]
+        theirs = [batch.join(ref_image), batch.join(ref_text)]
         draws = torch.Generator(ids.device)
         draws.manual_seed(seed_of(self.config.seed, "select", self.step))
         keep = max(1, round(self.config.select * batch.rows))
-        kept = select_learnable(*features, keep, temperature=self._temperature(), generator=draws)
+        tau = self._temperature()
+        kept = select_learnable(
+            ours[0], ours[1], theirs[0], theirs[1], keep, temperature=tau, generator=draws
+        )
         self.world.broadcast_(kept)  # GPUs of two kinds may round differently
         owner = kept // len(ids)
         mine = kept[owner == self.world.rank] - batch.offset
         longest = int(owner.bincount().max())
         run = mine if len(mine) else mine.new_zeros(1)
-        return ids[mine], tuple(x[run] for x in inputs), tuple(r[mine] for r in refs), longest
+        pixels, tokens = inputs
+        chosen = (pixels[run], tokens[run])
+        return ids[mine], chosen, (ref_image[mine], ref_text[mine]), longest
 
     def _gamma(self, epoch: int) -> float:
         return gamma_of(self.config, epoch, -(-self.total // self.order.per_epoch))

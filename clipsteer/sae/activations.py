@@ -127,13 +127,12 @@ class ActivationStore(ActivationSource):
         self.directory = Path(directory)
         path = self.directory / "store.json"
         self.metadata: dict[str, Any] = read_json(path)
-        sizes = [
-            self.metadata.get(name) if isinstance(self.metadata, dict) else None
-            for name in ("shards", "d_in")
-        ]
-        if not all(type(size) is int and size > 0 for size in sizes):
+        there = self.metadata if isinstance(self.metadata, dict) else {}
+        total = there.get("shards")
+        d_in = there.get("d_in")
+        if type(total) is not int or type(d_in) is not int or total < 1 or d_in < 1:
             raise FileFormatError(f"{path}: not the description of an activation store")
-        total, self.d_in = sizes
+        self.d_in = d_in
         self.shards: list[Path] = []
         self._sizes: list[int] = []
         for path in sorted(self.directory.glob("shard-*.safetensors")):

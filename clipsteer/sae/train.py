@@ -161,6 +161,7 @@ class Run(TrainingRun):
     unit = "tokens"
     shown = METRICS[:4]
     quality = METRICS[1:4]
+    world: World
 
     def __init__(
         self, trainer: SAETrainer, source: ActivationSource, out: Path | None, fresh: bool

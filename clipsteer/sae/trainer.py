@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +46,7 @@ class SAETrainer:
         self._loss = by_default if config.loss == "auto" else config.loss
         on_gpu = self.device.type == "cuda"
         bf16 = config.autocast == "bfloat16" or (config.autocast == "auto" and on_gpu)
-        self._autocast = nullcontext
+        self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         if bf16:
             self._autocast = partial(torch.autocast, self.device.type, torch.bfloat16)
         # gradients are summed over processes, and cast under autocast, as dense tensors
@@ -100,10 +102,10 @@ class SAETrainer:
             self.world.sum_(parameter.grad)
         factor = None
         if self.config.grad_clip is not None:
-            grads = [p.grad._values() if p.grad.is_sparse else p.grad for p in parameters]
-            factor = (self.config.grad_clip / (torch.nn.utils.get_total_norm(grads) + 1e-6)).clamp(
-                max=1.0
-            )
+            there = [p.grad for p in parameters if p.grad is not None]
+            grads = [grad._values() if grad.is_sparse else grad for grad in there]
+            norm = torch.nn.utils.get_total_norm(grads)
+            factor = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step(factor=factor)

@@ -146,6 +146,7 @@ class TrainingRun:
         """The step's figures, with "loss" among them; waits for the device and other processes."""
         read = {name: float(value) for name, value in values.items()}
         if self.together:
+            assert self.world is not None
             loss = torch.tensor(read["loss"], device=self.world.device)
             read["loss"] = float(self.world.sum_(loss)) / self.world.size
         return read
@@ -180,6 +181,9 @@ class TrainingRun:
 
     def _newest(self, device: torch.device, resume: bool) -> Checkpoint | None:
         """Read the newest checkpoint, once it is known to be of this run."""
+        assert self.out is not None
+        assert self.checkpoints is not None
+        assert self.log is not None
         found = checkpoint.load_latest(self.checkpoints, device=str(device))
         if found is not None:
             if not resume:
@@ -194,6 +198,7 @@ class TrainingRun:
     def _shared(self, device: torch.device, resume: bool) -> Checkpoint | None:
         """What `_newest` finds in rank 0, in every process; so is its ValueError."""
         world = self.world
+        assert world is not None
         found = None
         refusal = None
         shapes: dict[str, Any] = {}
@@ -213,7 +218,7 @@ class TrainingRun:
             return None
         tensors = {}
         for name, (shape, dtype) in shapes.items():
-            if self.lead:
+            if found is not None:
                 tensor = found.tensors[name].to(world.device)
             else:
                 tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=world.device)
@@ -226,6 +231,7 @@ class TrainingRun:
             if key.startswith("optimizer."):
                 _, key, name = key.split(".", 2)
                 states.setdefault(name, {})[key] = value.cpu() if key == "step" else value.clone()
+        assert self.optimizer is not None
         # a parameter without a gradient so far has no state
         for name, state in states.items():
             self.optimizer.state[self.parameters[name]] = state
@@ -250,6 +256,7 @@ class TrainingRun:
                         if value is not None:
                             tensors[f"optimizer.{key}.{name}"] = value
             meta = {"settings": self.settings}
+            assert self.checkpoints is not None
             checkpoint.save_state(self.checkpoints, self.step, tensors, meta)
         self.saved_at = self.step
 
@@ -273,6 +280,7 @@ class TrainingRun:
             return stop.asked
         if self.step % self.agree_every and self.step != self.total:
             return 0
+        assert self.world is not None
         asked = torch.tensor([stop.asked], device=self.world.device)
         return int(self.world.gather(asked).max())
 
