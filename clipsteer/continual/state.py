@@ -60,13 +60,13 @@ class LearnerState:
     ) -> None:
         check_parts(config, encoder, num_classes, zero_shot, plasticity)
         self.encoder = encoder
+        self.device = encoder.device
         self.config = config
         self.num_classes = num_classes
         self.zero_shot = zero_shot
         self.plasticity = plasticity
         self.workers = workers
         self.out = None if out is None else Path(out)
-        self.device = encoder.device
         # what makes this run another one; of the encoder as it starts
         self.settings = {} if out is None else self._settings()
         # usage is comparable between tasks only when one network, the one of the SAEs, is read

@@ -120,11 +120,11 @@ class TaskRun(TrainingRun):
     ) -> None:
         self.encoder = encoder
         self.heads = heads
+        self.task = len(heads.sizes) - 1
         self.before = before
         self.images = images
         self.classes = classes
         self.workers = workers
-        self.task = len(heads.sizes) - 1
         self.name = f"{config.name}, task {self.task + 1}"
         self.order = Order(len(images), config.batch_size, seed_of(config.seed, self.task))
         epochs = config.epochs if self.task else config.first_epochs

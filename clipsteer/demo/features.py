@@ -137,7 +137,7 @@ def steering(
             f"How many of the {share['probed']} pass S > {share['threshold']} depends on the "
             f"strength: {by_multiple}."
         ),
-        _before_and_after(predictor, pictures, embeddings, chosen, share),
+        _before_and_after(share, chosen, predictor, pictures, embeddings),
         grid(responses, ranked),
         cards(*parts),
     ]
@@ -151,11 +151,11 @@ def _changes(found: Sequence[tuple[str, float]], feature: Feature) -> Chart:
 
 
 def _before_and_after(
+    share: Mapping[str, Any],
+    chosen: Sequence[Feature],
     predictor: Predictor,
     pictures: Pictures,
     embeddings: Tensor,  # (N, e)
-    chosen: Sequence[Feature],
-    share: Mapping[str, Any],
 ) -> Html:
     """Single images: one feature up on some that lack it, and the one that is missed most off on
     some that have it."""

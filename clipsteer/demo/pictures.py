@@ -157,12 +157,13 @@ def pixels(clip: CLIP, pictures: Pictures, rows: Sequence[int]) -> Tensor:
     return torch.stack(images).to(clip.device, clip.dtype)
 
 
-def _batches(count: int, size: int, label: str) -> Iterator[range]:
-    with tqdm(total=count, desc=label, unit="image", disable=None) as bar:
-        for first in range(0, count, size):
-            rows = range(first, min(first + size, count))
-            yield rows
-            bar.update(len(rows))
+def batches(rows: Sequence[int], size: int, label: str) -> Iterator[Sequence[int]]:
+    """The rows, so many at a time, under a progress bar of that label."""
+    with tqdm(total=len(rows), desc=label, unit="image", disable=None) as bar:
+        for first in range(0, len(rows), size):
+            batch = rows[first : first + size]
+            yield batch
+            bar.update(len(batch))
 
 
 @torch.no_grad()
@@ -181,7 +182,7 @@ def look(
     """
     tokens: list[Tensor] = []
     embeddings: list[Tensor] = []
-    for rows in _batches(len(pictures.dataset), batch, label):
+    for rows in batches(range(len(pictures.dataset)), batch, label):
         with capture(clip, hook_point, detach=True) as found:
             embedded = clip.embed(pixels(clip, pictures, rows))
         embeddings.append(embedded.float().cpu())
