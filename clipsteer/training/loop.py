@@ -249,8 +249,7 @@ class TrainingRun:
                     for key, value in self.optimizer.state.get(parameter, {}).items():
                         if value is not None:
                             tensors[f"optimizer.{key}.{name}"] = value
-            meta = {"settings": self.settings}
-            checkpoint.save_state(self.checkpoints, self.step, tensors, meta)
+            checkpoint.save_state(self.checkpoints, self.step, tensors, {"settings": self.settings})
         self.saved_at = self.step
 
     def _kept(self) -> str:
