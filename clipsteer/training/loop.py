@@ -255,8 +255,8 @@ class TrainingRun:
                     for key, value in self.optimizer.state.get(parameter, {}).items():
                         if value is not None:
                             tensors[f"optimizer.{key}.{name}"] = value
-            meta = {"settings": self.settings}
             assert self.checkpoints is not None
+            meta = {"settings": self.settings}
             checkpoint.save_state(self.checkpoints, self.step, tensors, meta)
         self.saved_at = self.step
 

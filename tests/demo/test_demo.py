@@ -137,26 +137,6 @@ def test_the_pages_snippet_runs(finished):
     assert not torch.allclose(names["embeddings"], names["clip"].encode_images(names["images"]))
 
 
-def test_the_readmes_steering_example_runs(finished):
-    """Its own lines, with a model, an SAE and images that are here."""
-    (result, _), options = finished
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (source,) = re.findall(r"## Steer a CLIP\n```python\n(.*?)```", readme, re.DOTALL)
-    hook = SAE.from_pretrained(result.sae).metadata["hook_point"]
-    for there, here in (
-        ('"ViT-B-32", "laion2b_s34b_b79k"', f"{options['model']!r}, {options['pretrained']!r}"),
-        ('"visual.transformer.resblocks.9"', repr(hook)),
-        ('"path/to/sae"', repr(str(result.sae))),
-        ('"path/to/photos"', repr(str(options["data"]))),
-    ):
-        assert source.count(there) == 1
-        source = source.replace(there, here)
-    names: dict = {}
-    exec(source.replace("print(", "shown = ("), names)
-    assert names["shown"].shape == (42, 3)
-    assert not torch.allclose(names["features"], names["model"].encode_images(names["images"]))
-
-
 def test_conceptors_steer_as_the_metrics_say(finished):
     """From the saved file, with a plain hook and no ops: the recorded probabilities come out again."""
     (result, _), options = finished
