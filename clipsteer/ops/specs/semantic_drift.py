@@ -19,7 +19,6 @@ from torch import Tensor
 
 from clipsteer.ops._bounds import (
     ACCUMULATE,
-    EXP,
     HALVES,
     fraction_of_bound,
     operand_error,
@@ -27,6 +26,7 @@ from clipsteer.ops._bounds import (
 )
 from clipsteer.ops._spec import Draw, Errors, Inputs, OpSpec, Shape, Tensors, sizes
 from clipsteer.ops.semantic_drift import semantic_drift, semantic_drift_reference
+from clipsteer.ops.specs._shared import EXP
 
 
 def depth(rows: int) -> int:
