@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsteer.ops._spec import Draw, Inputs, OpSpec, Shape, sizes
+from clipsteer.ops._spec import Draw, Inputs, OpSpec, Shape, sizes, unpacked
 from clipsteer.ops.mahalanobis_covariance_loss import (
     LowRankDiag,
     mahalanobis_covariance_loss,
@@ -33,9 +33,7 @@ def _draw(case: Draw) -> Inputs:
     ignored."""
     dtype = case.dtype
     generator = case.generator
-    B = case.shape["B"]
-    C = case.shape["C"]
-    d = case.shape["d"]
+    B, C, d = unpacked(case.shape, "B C d")
     r = case.shape.get("r")
     normalize = not case.shape.get("plain")
     scale = case.scale if normalize else min(case.scale, 1.0)  # squares have to stay in range
@@ -135,16 +133,13 @@ def _pair_loop(
 
 
 def _floor(shape: Shape) -> tuple[float, float]:
-    B = shape["B"]
-    d = shape["d"]
-    return 4.0 * B * d**2, 4.0 * (2 * B * d + shape["C"] * d**2)
+    B, C, d = unpacked(shape, "B C d")
+    return 4.0 * B * d**2, 4.0 * (2 * B * d + C * d**2)
 
 
 def _low_rank_floor(shape: Shape) -> tuple[float, float]:
-    B = shape["B"]
-    d = shape["d"]
-    r = shape["r"]
-    return 4.0 * B * d * r, 4.0 * (2 * B + shape["C"] * (r + 1)) * d
+    B, C, d, r = unpacked(shape, "B C d r")
+    return 4.0 * B * d * r, 4.0 * (2 * B + C * (r + 1)) * d
 
 
 _EDGES = sizes("B C d r plain", (7, 2, 33, 5), *GROUPED_EDGES)
