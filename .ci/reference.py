@@ -1,6 +1,9 @@
-"""The API reference, from the docstrings: pip install '.[docs]', then python .ci/reference.py [FOLDER].
+"""The API reference, from the docstrings.
 
-Writes HTML pages of every public module (default: into site/, which git ignores). Fails on whatever
+    pip install '.[docs]'
+    python .ci/reference.py [FOLDER]
+
+Writes HTML pages of every public module (default: into site/, which git ignores). Fails on what
 pdoc warns of, and on a name between double backquotes that is said to be clipsteer's and is not.
 """
 

@@ -1,3 +1,5 @@
+"""``python -m clipsteer``: the command line."""
+
 from __future__ import annotations
 
 import sys

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import clipsteer
 from clipsteer import SAE, AdditiveSteering, Conceptor, ConceptorSteering, SAESteering, VectorSteering, steer
-from clipsteer.sae.model import ARCHITECTURES, NORMALIZATIONS
+from clipsteer.sae import ARCHITECTURES, NORMALIZATIONS
 
 WIDTH, LAYERS, TOKENS = 32, 3, 5
 BLOCK = "visual.transformer.resblocks.1"

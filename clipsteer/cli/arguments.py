@@ -164,6 +164,7 @@ def add_model(
     default: str | None = "emojiclip",
     otherwise: str = "what the SAE was trained on",
 ) -> None:
+    """Options that name a model and its weights."""
     source = default or otherwise
     p.add_argument(
         "--model",
@@ -177,10 +178,12 @@ def add_model(
 
 
 def add_device(p: argparse.ArgumentParser) -> None:
+    """The option that names a device."""
     p.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
 
 
 def add_data(p: argparse.ArgumentParser, what: str) -> None:
+    """The option that names images, and ``what`` is done with them."""
     p.add_argument(
         "--data",
         metavar="PATH",
@@ -189,12 +192,14 @@ def add_data(p: argparse.ArgumentParser, what: str) -> None:
 
 
 def device_of(args: argparse.Namespace) -> str:
+    """The device asked for, or the GPU where there is one."""
     import torch
 
     return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def add_workers(p: argparse.ArgumentParser) -> None:
+    """The option that says how many processes read images."""
     p.add_argument(
         "--workers",
         type=whole,

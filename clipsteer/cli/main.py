@@ -40,6 +40,7 @@ class Command(argparse.ArgumentParser):
             make(self)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, once the options of the command are there."""
         self.complete()
         return super().parse_known_args(args, namespace)
 
@@ -74,6 +75,7 @@ PARTS = ("demo", "ops", "sae", "conceptor", "finetune", "wise_ft", "train", "cil
 
 
 def build_parser() -> Command:
+    """The parser of every command; needs no torch."""
     parser = Command(
         prog="clipsteer",
         description="Interpret and steer CLIP models: sparse autoencoders, their features, and "

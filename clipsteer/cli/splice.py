@@ -11,6 +11,7 @@ from clipsteer.cli.arguments import add_data, add_model, device_of, read_words, 
 
 
 def add_parser(commands: Any, add: Any) -> None:
+    """Add ``clipsteer splice``."""
     add(
         commands,
         "splice",

@@ -314,6 +314,7 @@ def _models(path: Path) -> list[tuple[float, int, float, int]]:
 
 
 def show(found: Mapping[str, Any]) -> None:
+    """Print the curve of each way to average."""
     from clipsteer.ensembles.page import ENDS
     from clipsteer.report.page import percent
 

@@ -69,6 +69,7 @@ class CLIP:
 
     @property
     def device(self) -> torch.device:
+        """The device of the image tower's weights."""
         return next(self.model.parameters()).device
 
     @property

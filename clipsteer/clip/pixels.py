@@ -28,22 +28,27 @@ class Sees(Protocol):
     """A CLIP, or an image tower with its preprocessing."""
 
     @property
-    def preprocess(self) -> Transform: ...
+    def preprocess(self) -> Transform:
+        """PIL image -> (3, H, W)."""
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Of the weights."""
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
 
 
 class Embeds(Sees, Protocol):
     """A CLIP: what also gives embeddings."""
 
     @property
-    def model(self) -> torch.nn.Module: ...
+    def model(self) -> torch.nn.Module:
+        """The towers."""
 
-    def embed(self, pixels: Tensor) -> Tensor: ...
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) -> unit embeddings (B, e)."""
 
 
 def as_pixels(image: Any, transform: Transform) -> Tensor:

@@ -25,6 +25,7 @@ class ImageTower(nn.Module):
         self.image_size = data_config(trunk)["input_size"][-2:]
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) -> features (B, d)."""
         return self.trunk(pixels)
 
 
@@ -43,13 +44,16 @@ class ImageModel(nn.Module):
         return self.visual(pixels)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """As ``encode_image``."""
         return self.encode_image(pixels)
 
     def encode_text(self, tokens: Tensor) -> NoReturn:
+        """Raises RuntimeError: there is no text tower."""
         raise RuntimeError(no_text("encode_text", "this model"))
 
 
 def no_text(what: str, name: str) -> str:
+    """What to say where a text tower is asked for and there is none."""
     return (
         f"{what} needs a text tower, and {name} has none; load a CLIP, such as 'emojiclip' or "
         "'ViT-B-32'"
@@ -63,6 +67,7 @@ class NoTokenizer:
         self.name = name
 
     def __call__(self, texts: Any) -> NoReturn:
+        """Raises RuntimeError."""
         raise RuntimeError(no_text("a tokenizer", self.name))
 
 

@@ -3,28 +3,9 @@ statistics true."""
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-_LAZY = {
-    "CILConfig": "config",
-    "ClassIncrementalLearner": "learner",
-    "ClassStatistics": "covariance",
-    "DriftAccumulator": "drift",
-    "Encoder": "backbone",
-    "LoRA": "lora",
-    "Plasticity": "plasticity",
-    "Run": "metrics",
-    "Scenario": "scenario",
-    "emoji_scenario": "scenario",
-    "folder_scenario": "scenario",
-    "precision_factor": "covariance",
-    "run_tasks": "experiment",
-    "shrink": "covariance",
-    "strategy": "strategies",
-}
-
-__all__ = [*_LAZY]
+from clipsteer import _lazy
 
 if TYPE_CHECKING:
     from clipsteer.continual.backbone import Encoder as Encoder
@@ -43,8 +24,4 @@ if TYPE_CHECKING:
     from clipsteer.continual.scenario import folder_scenario as folder_scenario
     from clipsteer.continual.strategies import strategy as strategy
 
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"clipsteer.continual.{_LAZY[name]}"), name)
-    raise AttributeError(f"module 'clipsteer.continual' has no attribute {name!r}")
+__getattr__, __dir__, __all__ = _lazy.attach(__name__, __file__)

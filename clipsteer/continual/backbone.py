@@ -69,7 +69,8 @@ class Encoder(nn.Module):
                 "Encoder: the tower has no transformer blocks called resblocks.N or blocks.N"
             )
         trunk = getattr(module, "trunk", module)
-        self.width = trunk.embed_dim if hasattr(trunk, "embed_dim") else module.conv1.out_channels
+        first: Any = None if hasattr(trunk, "embed_dim") else module.conv1
+        self.width = trunk.embed_dim if first is None else first.out_channels
         self.prefix = int(getattr(trunk, "num_prefix_tokens", hasattr(module, "class_embedding")))
         self._last = self._normalised_tokens()
 
@@ -152,10 +153,12 @@ class Encoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Of the weights."""
         return next(self.module.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the weights; pixels are to have it."""
         return next(self.module.parameters()).dtype
 
     def forward(self, pixels: Tensor) -> Tensor:

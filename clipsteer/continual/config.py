@@ -151,4 +151,5 @@ class CILConfig:
 
     @property
     def alignment(self) -> AlignConfig:
+        """Settings of the heads' alignment, with what this run says of them."""
         return AlignConfig(samples=self.align_samples, epochs=self.align_epochs, lr=self.align_lr)

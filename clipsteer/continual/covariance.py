@@ -323,7 +323,7 @@ def class_means(
     classes: Sequence[int],
 ) -> Tensor:  # (C, d)
     """Means in float64, in the order of ``classes``."""
-    rows = _places(labels, classes, features.device)
+    rows = places(labels, classes, features.device)
     C = len(classes)
     sums = torch.zeros(C, features.shape[1], dtype=torch.float64, device=features.device)
     sums.index_add_(0, rows, features.double())
@@ -336,12 +336,12 @@ def by_class(
     classes: Sequence[int],
 ) -> ClassStatistics:
     """Statistics in the order of ``classes``."""
-    rows = _places(labels, classes, features.device)
+    rows = places(labels, classes, features.device)
     statistics = ClassStatistics(len(classes), features.shape[1], device=features.device)
     return statistics.update(features, rows)
 
 
-def _places(labels: Sequence[int], classes: Sequence[int], device: torch.device) -> Tensor:
+def places(labels: Sequence[int], classes: Sequence[int], device: torch.device) -> Tensor:
     """(N,) int64: where each label stands among the classes."""
     place = {c: i for i, c in enumerate(classes)}
     return torch.tensor([place[label] for label in labels], device=device)

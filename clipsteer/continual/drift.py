@@ -31,15 +31,15 @@ class DriftAccumulator:
     """
 
     def __init__(
-        self, prototypes: Tensor, sigma: float = 1.0, floor: float = 0.0, *, backend: str = "auto"
+        self,
+        prototypes: Tensor,  # (C, d)
+        sigma: float = 1.0,
+        floor: float = 0.0,
+        *,
+        backend: str = "auto",
     ) -> None:
-        check_arguments(
-            "DriftAccumulator",
-            *([prototypes[:0]] * 2 if isinstance(prototypes, Tensor) else [None] * 2),
-            prototypes,
-            sigma,
-            floor,
-        )
+        no_rows = prototypes[:0] if isinstance(prototypes, Tensor) else None
+        check_arguments("DriftAccumulator", no_rows, no_rows, prototypes, sigma, floor)
         if isinstance(sigma, str):
             raise ValueError(
                 'DriftAccumulator: sigma must be a number, got "median"; '
@@ -49,31 +49,35 @@ class DriftAccumulator:
         self.sigma = sigma
         self.floor = floor
         self.backend = backend
-        C = prototypes.shape[0]
-        wide = {"dtype": torch.float64, "device": prototypes.device}
-        self.peak = torch.full((C,), -float("inf"), **wide)
-        self.total = torch.zeros(C, **wide)
-        self.moved = torch.zeros(prototypes.shape, **wide)
+        self.moved = torch.zeros_like(self.prototypes, dtype=torch.float64)  # (C, d)
+        self.total = self.moved.new_zeros(len(prototypes))  # (C,)
+        self.peak = torch.full_like(self.total, -float("inf"))  # (C,)
         self.rows = 0
 
     @torch.no_grad()
-    def update(self, old: Tensor, new: Tensor) -> DriftAccumulator:
-        """Add (N, d) features of the same images, in the same order, under the old and the new
-        network."""
+    def update(
+        self,
+        old: Tensor,  # (N, d)
+        new: Tensor,  # (N, d)
+    ) -> DriftAccumulator:
+        """Add features of the same images, in the same order, under the old and the new network.
+
+        Raises ValueError, TypeError or RuntimeError as ``ops.semantic_drift`` does.
+        """
         check_arguments(
             "DriftAccumulator.update", old, new, self.prototypes, self.sigma, self.floor
         )
         if old.shape[0] and self.prototypes.numel():
             backend = choose("semantic_drift", self.backend, old)
-            self._add(*drift_sums(old, new, self.prototypes, self.sigma, self.floor, backend))
+            sums = drift_sums(old, new, self.prototypes, self.sigma, self.floor, backend)
+            self._add(*sums)
         self.rows += old.shape[0]
         return self
 
     def merge(self, other: DriftAccumulator) -> DriftAccumulator:
-        """Add what ``other``, of the same prototypes, sigma and floor, has seen."""
-        if (self.sigma, self.floor) != (other.sigma, other.floor) or not torch.equal(
-            self.prototypes, other.prototypes
-        ):
+        """Add what ``other`` has seen; ValueError unless prototypes, sigma and floor are equal."""
+        same = self.sigma == other.sigma and self.floor == other.floor
+        if not same or not torch.equal(self.prototypes, other.prototypes):
             raise ValueError(
                 "DriftAccumulator.merge: expected the same prototypes, sigma and floor"
             )
@@ -82,8 +86,7 @@ class DriftAccumulator:
         return self
 
     def all_reduce(self, world: World | None = None) -> DriftAccumulator:
-        """What all processes have seen together, in every process; this accumulator stays as it
-        is."""
+        """What all processes have seen together, in every process; this accumulator stays."""
         world = world or World(self.prototypes.device)
         joint = DriftAccumulator(self.prototypes, self.sigma, self.floor, backend=self.backend)
         joint.peak = -world.min_(-self.peak)
@@ -99,7 +102,12 @@ class DriftAccumulator:
             return self.prototypes.clone()
         return moved_by(self.prototypes, self.peak, self.total, self.moved)
 
-    def _add(self, peak: Tensor, total: Tensor, moved: Tensor) -> None:
+    def _add(
+        self,
+        peak: Tensor,  # (C,)
+        total: Tensor,  # (C,)
+        moved: Tensor,  # (C, d)
+    ) -> None:
         peak = peak.double()
         total = total.double()
         highest = torch.maximum(self.peak, peak)
@@ -110,7 +118,11 @@ class DriftAccumulator:
         self.peak = highest
 
 
-def _shrink(peak: Tensor, total: Tensor, highest: Tensor) -> Tensor:
+def _shrink(
+    peak: Tensor,  # (C,)
+    total: Tensor,  # (C,)
+    highest: Tensor,  # (C,)
+) -> Tensor:  # (C,)
     """e^(peak − highest), and 0 where nothing has been added yet."""
     return torch.where(total == 0, 0.0, (peak - highest).exp())
 
@@ -129,8 +141,8 @@ def transport(
     new = new.double()
     centred = old - old.mean(0)
     moved = (new - old) - (new - old).mean(0)
-    G = centred.T @ centred
-    d = len(G)
-    eye = torch.eye(d, dtype=G.dtype, device=G.device)
-    A = eye + torch.linalg.solve(G + 1e-3 * G.diagonal().mean() * eye, centred.T @ moved).T
+    G = centred.T @ centred  # (d, d)
+    eye = torch.eye(len(G), dtype=G.dtype, device=G.device)
+    ridge = 1e-3 * G.diagonal().mean()
+    A = eye + torch.linalg.solve(G + ridge * eye, centred.T @ moved).T
     return (A @ covariances.double() @ A.T).to(covariances)

@@ -29,6 +29,7 @@ from clipsteer.io.digests import digest_of
 from clipsteer.io.files import read_json, write_json
 from clipsteer.testing.machine import extra_memory
 from clipsteer.training.loop import check_same_settings
+from clipsteer.training.schedule import DATA_ORDER
 
 __all__ = ["run_all", "run_tasks"]
 
@@ -56,21 +57,15 @@ def run_tasks(
             alone.
     """
     out = None if out is None else Path(out)
-    settings = {**config.outcome(), "data": _identity(scenario)}
+    settings = {**config.outcome(), "data order": DATA_ORDER, "data": _identity(scenario)}
     run = Run(config.name, config.seed, scenario.tasks, settings)
     if out is not None and (out / "run.json").exists():
-        found = Run.from_json(read_json(out / "run.json"))
-        there, here = (
-            {"name": r.strategy, "seed": r.seed, "tasks": r.tasks, **r.settings}
-            for r in (found, run)
-        )
-        check_same_settings("run_tasks", out, there, here)
-        run = found
+        run = _found(run, out)
     if len(run.records) == len(scenario.tasks):
         return run
 
     def learner(folder: str) -> ClassIncrementalLearner:
-        where = out / folder if out is not None else None
+        where = None if out is None else out / folder
         made = ClassIncrementalLearner(
             encoder(),
             config,
@@ -84,44 +79,24 @@ def run_tasks(
             made.resume()
         return made
 
-    current = None if config.cumulative else learner("checkpoints")
-    if current is not None:
-        learned = len(current.tasks)
-        if current.tasks != scenario.tasks[:learned] or learned > len(run.records) + 1:
+    sequential = None if config.cumulative else learner("checkpoints")
+    if sequential is not None:
+        learned = len(sequential.tasks)
+        if sequential.tasks != scenario.tasks[:learned] or learned > len(run.records) + 1:
             raise ValueError(
-                f"{out} holds checkpoints of tasks {current.tasks} and figures of "
-                f"{len(run.records)}, which do not "
-                "belong together; use another folder"
+                f"{out} holds checkpoints of tasks {sequential.tasks} and figures of "
+                f"{len(run.records)}, which do not belong together; use another folder"
             )
         # a damaged checkpoint was passed over: what it held is learned and measured again
         run.records = {t: record for t, record in run.records.items() if t < learned}
-    for t, classes in enumerate(scenario.tasks):
+    for t in range(len(scenario.tasks)):
         if t in run.records:
             continue
-        if config.cumulative:
-            current, classes, tasks = learner(f"checkpoints-{t}"), scenario.seen(t), range(t + 1)
+        if sequential is not None:
+            _next_task(run, sequential, scenario, t, scenario.tasks[t])
         else:
-            tasks = range(t, t + 1)
-        images, began = scenario.train.subset(scenario.rows("train", *tasks)), time.monotonic()
-        # a process that was stopped after learning and before measuring has learned already
-        peak = None
-        if len(current.seen) < len(scenario.seen(t)):
-            fit = functools.partial(current.fit_task, images, classes)
-            peak = extra_memory(fit, current.device.type)
-        seconds = time.monotonic() - began
-        tested = scenario.test.subset(scenario.rows("test", *range(t + 1)))
-        drift = None
-        if t and not config.cumulative:
-            drift = current.drift_errors(scenario.train.subset(scenario.rows("train", *range(t))))
-        predicted = current.predict(tested)
-        run.add(
-            t,
-            predicted,
-            torch.tensor(tested.targets),
-            seconds,
-            None if peak is None else peak / 2**20,
-            drift,
-        )
+            # all classes so far at once, from the start
+            _next_task(run, learner(f"checkpoints-{t}"), scenario, t, scenario.seen(t))
         logger.info(
             "%s: task=%d of=%d accuracy=%.4g", config.name, t + 1, len(scenario.tasks), run.seen[t]
         )
@@ -131,8 +106,52 @@ def run_tasks(
     return run
 
 
+def _found(run: Run, out: Path) -> Run:
+    """The run in the folder; ValueError where it has other settings."""
+    found = Run.from_json(read_json(out / "run.json"))
+    check_same_settings("run_tasks", out, _settings(found), _settings(run))
+    return found
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    return {"name": run.strategy, "seed": run.seed, "tasks": run.tasks, **run.settings}
+
+
+def _next_task(
+    run: Run,
+    learner: ClassIncrementalLearner,
+    scenario: Scenario,
+    t: int,
+    classes: list[int],
+) -> None:
+    """Learn classes, task t's or all so far, and record what is measured then."""
+    wanted = set(classes)
+    targets = enumerate(scenario.train.targets)
+    images = scenario.train.subset([row for row, target in targets if target in wanted])
+    began = time.monotonic()
+    peak = None
+    # a process that was stopped after learning and before measuring has learned already
+    if len(learner.seen) < len(scenario.seen(t)):
+        fit = functools.partial(learner.fit_task, images, classes)
+        peak = extra_memory(fit, learner.device.type)
+    seconds = time.monotonic() - began
+    drift = None
+    if t and not learner.config.cumulative:
+        earlier = scenario.rows("train", *range(t))
+        drift = learner.drift_errors(scenario.train.subset(earlier))
+    tested = scenario.test.subset(scenario.rows("test", *range(t + 1)))
+    run.add(
+        t,
+        learner.predict(tested),
+        torch.tensor(tested.targets),
+        seconds,
+        None if peak is None else peak / 2**20,
+        drift,
+    )
+
+
 def _identity(scenario: Scenario) -> str:
-    parts = [scenario.classes, *([list(getattr(scenario, p).targets) for p in ("train", "test")])]
+    parts = [scenario.classes, list(scenario.train.targets), list(scenario.test.targets)]
     return digest_of(parts)[:16]
 
 
@@ -148,10 +167,8 @@ def run_all(
     With one worker they are called here. Functions and arguments must be picklable for more.
     """
     if workers == 1:
-        return [
-            function(**arguments)
-            for function, arguments in tqdm(jobs, desc=title, unit="run", disable=None)
-        ]
+        bar = tqdm(jobs, desc=title, unit="run", disable=None)
+        return [function(**arguments) for function, arguments in bar]
     threads = max(1, torch.get_num_threads() // workers)
     found: dict[int, Run] = {}
     pool = ProcessPoolExecutor(
@@ -161,9 +178,9 @@ def run_all(
         initargs=(threads, os.getpid()),
     )
     with pool, tqdm(total=len(jobs), desc=title, unit="run", disable=None) as bar:
-        waiting = {
-            pool.submit(function, **arguments): i for i, (function, arguments) in enumerate(jobs)
-        }
+        waiting = {}
+        for i, (function, arguments) in enumerate(jobs):
+            waiting[pool.submit(function, **arguments)] = i
         try:
             for done in as_completed(waiting):
                 found[waiting[done]] = done.result()
@@ -189,4 +206,5 @@ def _start(threads: int, parent: int) -> None:
 
 def folder_name(config: CILConfig) -> str:
     """A folder for a run: strategy and seed, in characters that every file system takes."""
-    return f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', config.name)}-seed{config.seed}"
+    name = re.sub(r"[^A-Za-z0-9.=-]+", "_", config.name)
+    return f"{name}-seed{config.seed}"

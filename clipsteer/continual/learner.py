@@ -27,7 +27,7 @@ from clipsteer.continual.heads import align, nearest_mean
 from clipsteer.continual.state import LearnerState
 from clipsteer.continual.task import Before, TaskRun
 from clipsteer.data.dataset import ImageDataset
-from clipsteer.training.schedule import mix
+from clipsteer.training.schedule import seed_of
 from clipsteer.training.signals import leave
 
 __all__ = ["ClassIncrementalLearner"]
@@ -62,13 +62,13 @@ class ClassIncrementalLearner(LearnerState):
 
     @property
     def compensates(self) -> bool:
+        """Whether means follow the drift of features."""
         return self.config.compensation != "none"
 
     @property
     def _keeps_means(self) -> bool:
-        return (
-            self.config.classifier == "ncm" or self.config.train != "none"
-        )  # at least to measure how they age
+        # of what trains at least to measure how they age
+        return self.config.classifier == "ncm" or self.config.train != "none"
 
     def _pixels(self, images: ImageDataset) -> Iterator[Tensor]:
         return pixel_batches(self.encoder, images, workers=self.workers)
@@ -78,19 +78,29 @@ class ClassIncrementalLearner(LearnerState):
         with evaluating(self.encoder):
             return torch.cat([self.encoder(x).float() for x in self._pixels(images)])
 
-    def _for_means(self, features: Tensor) -> Tensor:
+    def _for_means(
+        self,
+        features: Tensor,  # (N, d)
+    ) -> Tensor:  # (N, d)
         return F.normalize(features, dim=-1) if self.config.unit else features
 
-    def scores(self, features: Tensor) -> Tensor:
-        """(N, d) -> (N, C) of the classes of `seen`, in that order."""
-        with torch.no_grad():
-            if self.config.classifier == "heads":
-                return (self.aligned or self.heads)(features)
-            if self.config.classifier == "ncm":
-                return nearest_mean(features, self.means)
-            if self.config.classifier == "ridge":
-                return self.ridge(features)[:, self.seen]
-            return nearest_mean(features, self.zero_shot[self.seen].to(features))
+    @torch.no_grad()
+    def scores(
+        self,
+        features: Tensor,  # (N, d)
+    ) -> Tensor:  # (N, C)
+        """Scores of the classes of `seen`, in that order."""
+        if self.config.classifier == "heads":
+            heads = self.aligned or self.heads
+            assert heads is not None
+            return heads(features)
+        if self.config.classifier == "ncm":
+            return nearest_mean(features, self.means)
+        if self.config.classifier == "ridge":
+            assert self.ridge is not None
+            return self.ridge(features)[:, self.seen]
+        assert self.zero_shot is not None
+        return nearest_mean(features, self.zero_shot[self.seen].to(features))
 
     def predict(self, images: ImageDataset) -> Tensor:
         """(N,) the class of each image among all seen so far, whatever task it is from; on the
@@ -102,7 +112,8 @@ class ClassIncrementalLearner(LearnerState):
 
     def evaluate(self, images: ImageDataset) -> float:
         """The share of images whose class is predicted, among all classes seen."""
-        return float((self.predict(images) == torch.tensor(images.targets)).double().mean())
+        right = self.predict(images) == torch.tensor(images.targets)
+        return float(right.double().mean())
 
     def drift_errors(self, images: ImageDataset) -> dict[str, Tensor] | None:
         """How far the kept means are from the true ones, which needs images of earlier classes: a
@@ -118,11 +129,9 @@ class ClassIncrementalLearner(LearnerState):
         classes = [c for c in self.seen if c in shown]
         truth = class_means(self._for_means(self.features(images)), images.targets, classes)
         rows = [self.seen.index(c) for c in classes]
+        kept = {"compensated": self.means[rows], "uncompensated": self.uncompensated[rows]}
         found = {}
-        for name, means in (
-            ("compensated", self.means[rows]),
-            ("uncompensated", self.uncompensated[rows]),
-        ):
+        for name, means in kept.items():
             found[name] = ((means - truth).norm(dim=1) / truth.norm(dim=1)).cpu()
             found[f"cosine_{name}"] = (1 - F.cosine_similarity(means, truth)).cpu()
         return found
@@ -144,16 +153,14 @@ class ClassIncrementalLearner(LearnerState):
             raise ValueError(
                 f"fit_task: classes must be new and different, got {classes}; seen: {self.seen}"
             )
-        if (
-            set(images.targets) != set(classes)
-            or not 0 <= min(classes) <= max(classes) < self.num_classes
-        ):
+        inside = 0 <= min(classes) <= max(classes) < self.num_classes
+        if set(images.targets) != set(classes) or not inside:
             raise ValueError(
                 f"fit_task: images must show each of the classes {classes} and no other"
             )
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(mix(self.config.seed, len(self.tasks)))
+            torch.manual_seed(seed_of(self.config.seed, len(self.tasks)))
             asked = self._fit(images, classes)
         if self.out is not None:
             self.save()
@@ -166,19 +173,21 @@ class ClassIncrementalLearner(LearnerState):
     def _groups(self) -> list[dict[str, Any]]:
         """What the newest task trains with its learning rates, a block a group where blocks
         differ."""
+        assert self.heads is not None
         config = self.config
         task = len(self.tasks) - 1
         factors: dict[str, float] = {}
         rest = 1.0
         if config.plasticity:
+            assert self.plasticity is not None
             factors = self.multipliers[task]
             # what is in no block is no part that a task is known to live in
             rest = self.plasticity.floor if task else 1.0
         blocks = self.encoder.by_block() if self.lora is None else self.lora.groups()
-        groups = [
-            {"params": list(parameters), "lr": config.lr * config.slow * factors.get(block, rest)}
-            for block, parameters in blocks.items()
-        ]
+        groups = []
+        for block, parameters in blocks.items():
+            lr = config.lr * config.slow * factors.get(block, rest)
+            groups.append({"params": list(parameters), "lr": lr})
         head = list(self.heads.parameters())
         if config.softmax == "task":
             head = self.heads.of_task(task)
@@ -195,6 +204,7 @@ class ClassIncrementalLearner(LearnerState):
 
     def _train(self, images: ImageDataset, classes: list[int], before: Before) -> int:
         """Train on the newest task; returns the signal that came in its last step, or 0."""
+        assert self.heads is not None
         self.heads.add(len(classes), device=self.device)
         if self.lora is not None:
             self.lora.begin_task()
@@ -218,6 +228,8 @@ class ClassIncrementalLearner(LearnerState):
         config = self.config
         task = len(self.tasks)
         if config.plasticity:
+            assert self.plasticity is not None
+            assert self.original is not None
             usage = self.plasticity.usage(self.original.module, self._pixels(images))
             self.multipliers.append(self.plasticity.multipliers(usage, self.history))
             self.history.append(usage)
@@ -227,6 +239,7 @@ class ClassIncrementalLearner(LearnerState):
         asked = self._train(images, classes, before) if trains else 0
         features = self.features(images)
         if trains and task and self.compensates:
+            assert before.features is not None
             self._compensate(before.features, features)
         if self._keeps_means:
             means = class_means(self._for_means(features), images.targets, classes)
@@ -235,11 +248,12 @@ class ClassIncrementalLearner(LearnerState):
         if config.align:
             found = by_class(features, images.targets, classes).covariance().float()
             self.covariances = torch.cat([self.covariances, found])
-        generator = torch.Generator().manual_seed(mix(config.seed, task, "after"))
+        generator = torch.Generator().manual_seed(seed_of(config.seed, task, "after"))
         if config.align and task:
+            assert self.heads is not None
             self.aligned = copy.deepcopy(self.heads)
-            task_of = [t for t, classes in enumerate(self.tasks) for _ in classes]
-            task_of = torch.tensor(task_of, device=self.device)
+            numbers = [t for t, classes in enumerate(self.tasks) for _ in classes]
+            task_of = torch.tensor(numbers, device=self.device)
             align(self.aligned, self.means, self.covariances, task_of, config.alignment, generator)
         if self.ridge is not None:
             targets = torch.tensor(images.targets, device=self.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +38,19 @@ from clipsteer.report.page import (
 FORMAT = "clipsteer-cil-1"
 DRIFT = (
     "‖μ̂ − μ‖/‖μ‖, and 1 − cos(μ̂, μ), between a prototype as it is kept and the true class mean "
-    "under the network of "
-    "today; mean over the classes of earlier tasks and over tasks."
+    "under the network of today; mean over the classes of earlier tasks and over tasks."
 )
 
 
 def _mean_sd(lines: Sequence[Tensor]) -> tuple[list[float], list[float], list[float]]:
     """Mean and mean ∓ standard deviation at each task; NaN where no, or fewer than two seeds have a
     value."""
-    stacked = torch.stack(list(lines)).double()
+    stacked = torch.stack(list(lines)).double()  # (seeds, T)
     n = stacked.isfinite().sum(0)
     mean = stacked.nanmean(0)
-    sd = (
-        ((stacked - mean).square().nansum(0) / (n - 1).clamp(min=1))
-        .sqrt()
-        .masked_fill(n < 2, math.nan)
-    )
+    squares = (stacked - mean).square().nansum(0)
+    sd = (squares / (n - 1).clamp(min=1)).sqrt()
+    sd = sd.masked_fill(n < 2, math.nan)
     return mean.tolist(), (mean - sd).tolist(), (mean + sd).tolist()
 
 
@@ -67,12 +64,16 @@ def curves(
 ) -> Chart:
     """name -> (T,) values of each seed: the mean over seeds against the task, with a band of ± a
     standard deviation."""
-    drawn = {name: _mean_sd(lines) for name, lines in groups.items()}
-    tasks = range(1, max(len(mean) for mean, _, _ in drawn.values()) + 1)
-    ticks = [t for t in tasks if (t - 1) % math.ceil(len(tasks) / 12) == 0]
+    T = max(len(values) for lines in groups.values() for values in lines)
+    tasks = range(1, T + 1)
+    ticks = list(tasks[:: math.ceil(T / 12)])
+    drawn = []
+    for name, lines in groups.items():
+        mean, low, high = _mean_sd(lines)
+        drawn.append(Line(name, tasks, mean, band=(low, high)))
     return Chart(
         title,
-        *(Line(name, tasks, mean, band=(low, high)) for name, (mean, low, high) in drawn.items()),
+        *drawn,
         x=Axis("after task", ticks=ticks),
         y=Axis(y_label, low=y_from, high=y_to),
     )
@@ -86,12 +87,13 @@ def accuracy_curves(runs: Sequence[Run]) -> Html:
         "On the task just learnt, %": lambda run: run.matrix.diagonal(),
         "On the first task, %": lambda run: run.matrix[:, 0],
     }
-    lines = lambda of: {
-        name: [100 * of(run) for run in members] for name, members in groups.items()
-    }
-    return grid(
-        *(curves(lines(of), title=title, y_label="accuracy, %") for title, of in kinds.items())
-    )
+    charts = []
+    for title, of in kinds.items():
+        lines = {}
+        for name, members in groups.items():
+            lines[name] = [100 * of(run) for run in members]
+        charts.append(curves(lines, title=title, y_label="accuracy, %"))
+    return grid(*charts)
 
 
 def matrix_map(runs: Sequence[Run], title: str, peak: float) -> Chart:
@@ -112,28 +114,24 @@ def drift_curves(groups: Mapping[str, Sequence[Run]]) -> list[Chart]:
     """For each group that has it, the prototypes' error with and without compensation, against the
     task; one scale."""
     kinds = ("uncompensated", "compensated")
-    lines = {
-        name: {k: [run.drift_error[k] for run in runs] for k in kinds}
-        for name, runs in groups.items()
-    }
-    ends = {
-        name: torch.tensor([_mean_sd(found) for found in by_kind.values()])
-        for name, by_kind in lines.items()
-    }
-    peak = max((float(e.nan_to_num().max()) for e in ends.values()), default=0.0)
-    return [
-        curves(by_kind, title=name, y_label="relative error", y_to=peak)
-        for name, by_kind in lines.items()
-        if ends[name].isfinite().any()
-    ]
+    measured = {}
+    peak = 0.0
+    for name, runs in groups.items():
+        lines = {kind: [run.drift_error[kind] for run in runs] for kind in kinds}
+        ends = torch.tensor([_mean_sd(errors) for errors in lines.values()])
+        peak = max(peak, float(ends.nan_to_num().max()))
+        if ends.isfinite().any():
+            measured[name] = lines
+    charts = []
+    for name, lines in measured.items():
+        charts.append(curves(lines, title=name, y_label="relative error", y_to=peak))
+    return charts
 
 
 def _note(value: Any) -> str:
-    return (
-        ", ".join(f"{k} {v}" for k, v in value.items())
-        if isinstance(value, Mapping)
-        else str(value)
-    )
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {what}" for name, what in value.items())
+    return str(value)
 
 
 def write_results(
@@ -154,7 +152,8 @@ def write_results(
 
     Raises ValueError where no run has a record, or the reference is not among the strategies.
     """
-    runs, notes = list(runs), dict(notes or {})
+    runs = list(runs)
+    notes = dict(notes or {})
     groups = by_strategy(runs)
     reference = next(iter(groups), "") if reference is None else reference
     if not any(run.records for run in runs) or reference not in groups:
@@ -164,42 +163,59 @@ def write_results(
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [
-        folder / name
-        for name in ("runs.json", "table.csv", "matrix.csv", "index.html", "summary.md")
-    ]
-    write_json(
-        paths[0], {"format": FORMAT, "notes": notes, "runs": [run.to_json() for run in runs]}
-    )
-    blank = lambda v: "" if isinstance(v, float) and math.isnan(v) else v
-    head = lambda run: {"strategy": run.strategy, "seed": run.seed}
-    write_csv(paths[1], [head(run) | {m: blank(run.value(m)) for m in METRICS} for run in runs])
-    write_csv(
-        paths[2],
-        [
-            head(run) | {"after_task": t + 1, "on_task": j + 1, "accuracy": float(run.matrix[t, j])}
-            for run in runs
-            for t in sorted(run.records)
-            for j in range(t + 1)
-        ],
-    )
-    results, differences, drift = (
-        results_table(runs),
-        differences_table(runs, reference),
-        drift_table(runs),
-    )
-    sentences = [alike(runs, metric) for metric in ("A_last", "A_avg", "forgetting")]
+    names = ("runs.json", "table.csv", "matrix.csv", "index.html", "summary.md")
+    as_json, table_csv, matrix_csv, page, summary = paths = [folder / name for name in names]
+    plain = [run.to_json() for run in runs]
+    write_json(as_json, {"format": FORMAT, "notes": notes, "runs": plain})
+    write_csv(table_csv, [_values(run) for run in runs])
+    write_csv(matrix_csv, [row for run in runs for row in _matrix_rows(run)])
+    _page(runs, notes, reference, title).write(page)
+    markdown = "\n".join(_summary(runs, notes, reference, title)) + "\n"
+    write_atomically(summary, lambda file: file.write(markdown.encode()))
+    return paths
+
+
+def _values(run: Run) -> dict[str, Any]:
+    """A row of table.csv; a value that is not known is blank."""
+    row: dict[str, Any] = {"strategy": run.strategy, "seed": run.seed}
+    for metric in METRICS:
+        value = run.value(metric)
+        row[metric] = "" if math.isnan(value) else value
+    return row
+
+
+def _matrix_rows(run: Run) -> Iterator[dict[str, Any]]:
+    """Rows of matrix.csv."""
+    accuracy = run.matrix.tolist()
+    for t in sorted(run.records):
+        for j in range(t + 1):
+            yield {
+                "strategy": run.strategy,
+                "seed": run.seed,
+                "after_task": t + 1,
+                "on_task": j + 1,
+                "accuracy": accuracy[t][j],
+            }
+
+
+def _sentences(runs: Sequence[Run]) -> list[str]:
+    return [alike(runs, metric) for metric in ("A_last", "A_avg", "forgetting")]
+
+
+def _page(runs: Sequence[Run], notes: Mapping[str, Any], reference: str, title: str) -> Page:
+    groups = by_strategy(runs)
     seeds = sorted({run.seed for run in runs})
-    warning = caution(runs, reference)
+    tasks = max(len(run.tasks) for run in runs)
     page = Page(
         title,
-        f"{len(groups)} strategies, {max(len(run.tasks) for run in runs)} tasks, "
-        f"seeds {', '.join(map(str, seeds))}",
+        f"{len(groups)} strategies, {tasks} tasks, seeds {', '.join(map(str, seeds))}",
     )
     if notes:
-        page.lead(table(["", ""], [[k, _note(v)] for k, v in notes.items()], words=True))
-    page.section("Results", table(*results, explained(runs)))
-    page.section("Differences", table(*differences, warning, words=True), *sentences)
+        rows = [[name, _note(value)] for name, value in notes.items()]
+        page.lead(table(["", ""], rows, words=True))
+    page.section("Results", table(*results_table(runs), explained(runs)))
+    differences = table(*differences_table(runs, reference), caution(runs, reference), words=True)
+    page.section("Differences", differences, *_sentences(runs))
     page.section(
         "Accuracy, task by task",
         accuracy_curves(runs),
@@ -211,45 +227,36 @@ def write_results(
         "mean over seeds, all strategies in one scale.",
         matrix_maps(groups),
     )
+    drift = drift_table(runs)
     if drift[1]:
         page.section(
             "Prototype drift", table(*drift, DRIFT, words=True), grid(*drift_curves(groups))
         )
     page.section("Time and memory", table(*costs_table(runs)))
-    page.write(paths[3])
-    lines = [
-        f"# {title}",
-        "",
-        *(f"- {k}: {_note(v)}" for k, v in notes.items()),
-        "",
-        *markdown_table(*results),
-        "",
-    ]
-    lines += [
-        explained(runs),
-        "",
-        "## Differences",
-        "",
-        *markdown_table(*differences),
-        "",
-        warning,
-        "",
-    ]
-    lines += [f"- {sentence}" for sentence in sentences]
+    return page
+
+
+def _summary(
+    runs: Sequence[Run], notes: Mapping[str, Any], reference: str, title: str
+) -> list[str]:
+    """Lines of Markdown."""
+    lines = [f"# {title}", ""]
+    lines += [f"- {name}: {_note(value)}" for name, value in notes.items()]
+    lines += ["", *markdown_table(*results_table(runs)), "", explained(runs), ""]
+    lines += ["## Differences", "", *markdown_table(*differences_table(runs, reference))]
+    lines += ["", caution(runs, reference), ""]
+    lines += [f"- {sentence}" for sentence in _sentences(runs)]
+    drift = drift_table(runs)
     if drift[1]:
         lines += ["", "## Prototype drift", "", *markdown_table(*drift), "", DRIFT]
-    write_atomically(paths[4], lambda file: file.write(("\n".join(lines) + "\n").encode()))
-    return paths
+    return lines
 
 
 def read_results(path: str | Path) -> tuple[list[Run], dict[str, Any]]:
     """Runs and notes of a runs.json. Raises FileFormatError for another file."""
     data = read_json(path)
-    if (
-        not isinstance(data, dict)
-        or data.get("format") != FORMAT
-        or not isinstance(data.get("runs"), list)
-    ):
+    known = isinstance(data, dict) and data.get("format") == FORMAT
+    if not known or not isinstance(data.get("runs"), list):
         raise FileFormatError(f"{path}: expected runs of the format {FORMAT}")
     try:
         return [Run.from_json(run) for run in data["runs"]], dict(data["notes"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from clipsteer.continual.plasticity import Plasticity, pack_history, unpack_hist
 from clipsteer.io import checkpoint
 from clipsteer.io.digests import described, parts_digest, weights_digest
 from clipsteer.training.loop import check_same_settings
+from clipsteer.training.schedule import DATA_ORDER
 
 
 def check_parts(
@@ -33,7 +35,7 @@ def check_parts(
         wrong = f"zero_shot must have {num_classes} rows for {config.name!r}, got {zero_shots}"
     elif config.plasticity and plasticity is None:
         wrong = f"{config.name!r} needs plasticity, with an SAE for each block"
-    elif config.plasticity and set(plasticity.saes) != set(encoder.blocks):
+    elif config.plasticity and plasticity and set(plasticity.saes) != set(encoder.blocks):
         wrong = f"plasticity needs SAEs of {encoder.blocks}, got {[*plasticity.saes]}"
     elif config.distill and not encoder.prefix:
         wrong = f"distill needs a class token, and {encoder.name} has none"
@@ -105,26 +107,31 @@ class LearnerState:
         return [c for task in self.tasks for c in task]
 
     def _tensors(self) -> dict[str, Tensor]:
+        parts: dict[str, Mapping[str, Tensor]] = {}
+        if self.lora is not None:
+            parts["lora"] = self.lora.state_dict()
+        elif self.config.train == "full":
+            parts["encoder"] = self.encoder.module.state_dict()
+        modules = {"heads": self.heads, "aligned": self.aligned, "ridge": self.ridge}
+        for part, module in modules.items():
+            if module is not None:
+                parts[part] = module.state_dict()
+        parts["history"] = pack_history(self.history)
         found = {
             "means": self.means,
             "uncompensated": self.uncompensated,
             "covariances": self.covariances,
         }
-        if self.lora is not None:
-            found |= {f"lora.{name}": t for name, t in self.lora.state_dict().items()}
-        elif self.config.train == "full":
-            found |= {f"encoder.{name}": t for name, t in self.encoder.module.state_dict().items()}
-        for part in ("heads", "aligned", "ridge"):
-            if getattr(self, part) is not None:
-                found |= {
-                    f"{part}.{name}": t for name, t in getattr(self, part).state_dict().items()
-                }
-        return found | {f"history.{name}": t for name, t in pack_history(self.history).items()}
+        for part, tensors in parts.items():
+            for name, tensor in tensors.items():
+                found[f"{part}.{name}"] = tensor
+        return found
 
     def _settings(self) -> dict[str, Any]:
         encoder = self.encoder
         found = {
             **self.config.outcome(),
+            "data order": DATA_ORDER,
             "model": encoder.name,
             "weights": weights_digest(encoder),
             "num_classes": self.num_classes,
@@ -133,14 +140,16 @@ class LearnerState:
         }
         if self.zero_shot is not None:
             found["zero-shot head"] = parts_digest(self.zero_shot)
-        if self.config.plasticity:
-            given = self.plasticity
+        given = self.plasticity
+        if self.config.plasticity and given is not None:
             found["SAEs of the blocks"] = parts_digest([given.floor, given.background, given.saes])
         return found
 
     def save(self) -> Path:
-        """Write what was learned to ``out``; after each task this is done anyway. Raises ValueError
-        without ``out``."""
+        """Write what was learned to ``out``; after each task this is done anyway.
+
+        Raises ValueError without ``out``.
+        """
         if self.out is None:
             raise ValueError("ClassIncrementalLearner: save needs out, a folder")
         meta = {
@@ -188,13 +197,13 @@ class LearnerState:
                 for task in self.tasks:
                     self.heads.add(len(task), device=self.device)
             self.heads.load_state_dict(part("heads."))
-        if aligned := part("aligned."):
+        aligned = part("aligned.")
+        if aligned and self.heads is not None:
             self.aligned = copy.deepcopy(self.heads)
             self.aligned.load_state_dict(aligned)
         if self.ridge is not None:
             self.ridge.load_state_dict(part("ridge."))
         # usages are kept on the CPU, whatever the device
-        self.history = unpack_history(
-            {name: usage.cpu() for name, usage in part("history.").items()}
-        )
+        usages = {name: usage.cpu() for name, usage in part("history.").items()}
+        self.history = unpack_history(usages)
         return len(self.tasks)

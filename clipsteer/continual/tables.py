@@ -33,11 +33,9 @@ def explained(runs: Sequence[Run]) -> str:
     )
     return (
         "Mean over seeds ± half of its 95 % t-interval. A_last: accuracy on all classes after the "
-        "last task. A_avg: "
-        "mean over tasks of the accuracy on the classes seen by then. Balanced: mean over classes "
-        "of their accuracy, "
-        f"after the last task. Forgetting: by how much earlier tasks fell from their best, mean "
-        f"over tasks.{wide}"
+        "last task. A_avg: mean over tasks of the accuracy on the classes seen by then. Balanced: "
+        "mean over classes of their accuracy, after the last task. Forgetting: by how much "
+        f"earlier tasks fell from their best, mean over tasks.{wide}"
     )
 
 
@@ -45,11 +43,10 @@ def shown(metric: str, value: float, sign: str = "") -> str:
     """A value of a metric as the tables have it."""
     if metric in COMPARED:
         return f"{100 * value:{sign}.1f}"
-    return (
-        f"{value:{sign}.3f}"
-        if metric.startswith("drift_")
-        else f"{value:{sign},.{0 if abs(value) >= 100 else 1}f}"
-    )
+    if metric.startswith("drift_"):
+        return f"{value:{sign}.3f}"
+    digits = 0 if abs(value) >= 100 else 1
+    return f"{value:{sign},.{digits}f}"
 
 
 def _cell(metric: str, found: Mapping[str, Any] | None) -> str:
@@ -79,67 +76,71 @@ def _difference(metric: str, found: Mapping[str, Any] | None) -> str:
 
 def _pair(runs: Sequence[Run], a: str, b: str, metric: str) -> dict[str, Any] | None:
     """`paired`, or None without a common seed that has a value."""
-    has = (
-        {run.seed for run in runs if run.strategy == s and not math.isnan(run.value(metric))}
-        for s in (a, b)
-    )
-    return paired(runs, a, b, metric) if set.intersection(*has) else None
+    seeds: dict[str, set[int]] = {a: set(), b: set()}
+    for run in runs:
+        if run.strategy in seeds and not math.isnan(run.value(metric)):
+            seeds[run.strategy].add(run.seed)
+    return paired(runs, a, b, metric) if seeds[a] & seeds[b] else None
 
 
 def results_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """A row for each strategy; metrics that no run has are left out."""
     found = summarize(runs, TITLES)
+    groups = by_strategy(runs)
     metrics = [m for m in TITLES if any(m in row for row in found.values())]
-    rows = [
-        [name, *(_cell(m, row.get(m)) for m in metrics), str(len(by_strategy(runs)[name]))]
-        for name, row in found.items()
-    ]
-    return ["strategy", *(TITLES[m] for m in metrics), "seeds"], rows
+    rows = []
+    for name, row in found.items():
+        cells = [_cell(metric, row.get(metric)) for metric in metrics]
+        rows.append([name, *cells, str(len(groups[name]))])
+    return ["strategy", *(TITLES[metric] for metric in metrics), "seeds"], rows
 
 
 def differences_table(runs: Sequence[Run], reference: str) -> tuple[list[str], list[list[str]]]:
     """The reference minus each other strategy, over the seeds that both have."""
-    others = [name for name in by_strategy(runs) if name != reference]
-    rows = [
-        [f"{reference} − {b}", *(_difference(m, _pair(runs, reference, b, m)) for m in COMPARED)]
-        for b in others
-    ]
+    rows = []
+    for other in by_strategy(runs):
+        if other == reference:
+            continue
+        row = [f"{reference} − {other}"]
+        for metric in COMPARED:
+            row.append(_difference(metric, _pair(runs, reference, other, metric)))
+        rows.append(row)
     return ["difference", *(TITLES[m].replace(", %", ", points") for m in COMPARED)], rows
 
 
 def alike(runs: Sequence[Run], metric: str = "A_last") -> str:
     """Which pairs of strategies a metric cannot tell apart, in a sentence."""
-    pairs = list(itertools.combinations(by_strategy(runs), 2))
-    found = {(a, b): _pair(runs, a, b, metric) for a, b in pairs}
-    judged = {p: f for p, f in found.items() if f is not None and f["low"] is not None}
+    judged = 0
+    same = []
+    for a, b in itertools.combinations(by_strategy(runs), 2):
+        found = _pair(runs, a, b, metric)
+        if found is None or found["low"] is None:
+            continue
+        judged += 1
+        if not excludes_zero(found):
+            same.append(f"{a} and {b}")
     metric = metric[0].upper() + metric[1:]
     if not judged:
         return f"{metric}: no two strategies have two seeds in common, so none can be compared."
-    same = [f"{a} and {b}" for (a, b), f in judged.items() if not excludes_zero(f)]
     if not same:
-        return f"{metric} tells every pair of strategies apart ({len(judged)})."
+        return f"{metric} tells every pair of strategies apart ({judged})."
     named = "; ".join(same)
-    return f"{metric} cannot tell apart {len(same)} of {len(judged)} pairs of strategies: {named}."
+    return f"{metric} cannot tell apart {len(same)} of {judged} pairs of strategies: {named}."
 
 
 def drift_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """What compensation does to the error of old prototypes, seed by seed; strategies without both
     are left out."""
     rows = []
-    for (strategy, members), (name, kind) in itertools.product(
-        by_strategy(runs).items(), _ERRORS.items()
-    ):
-        ends = (
-            [run.value(f"drift_{kind}{way}") for run in members]
-            for way in ("compensated", "uncompensated")
-        )
-        pairs = [(a, b) for a, b in zip(*ends) if not math.isnan(a + b)]
-        if pairs:
-            after, before = (
-                _cell("drift_compensated", mean_interval(values)) for values in zip(*pairs)
-            )
-            gap = _difference("drift_compensated", mean_interval([a - b for a, b in pairs]))
-            rows.append([strategy, name, before, after, gap, str(len(pairs))])
+    for strategy, members in by_strategy(runs).items():
+        for name, kind in _ERRORS.items():
+            pairs = [
+                (run.value(f"drift_{kind}compensated"), run.value(f"drift_{kind}uncompensated"))
+                for run in members
+            ]
+            known = [pair for pair in pairs if not math.isnan(sum(pair))]
+            if known:
+                rows.append([strategy, name, *_drift_cells(known), str(len(known))])
     return [
         "strategy",
         "error",
@@ -150,9 +151,19 @@ def drift_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     ], rows
 
 
+def _drift_cells(pairs: Sequence[tuple[float, float]]) -> list[str]:
+    """Of (compensated, uncompensated) errors: before, after and their difference."""
+    metric = "drift_compensated"
+    after = mean_interval([compensated for compensated, _ in pairs])
+    before = mean_interval([uncompensated for _, uncompensated in pairs])
+    gap = mean_interval([compensated - uncompensated for compensated, uncompensated in pairs])
+    return [_cell(metric, before), _cell(metric, after), _difference(metric, gap)]
+
+
 def costs_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Mean seconds of each task and in all, and the largest peak."""
-    T, rows = max(len(run.tasks) for run in runs), []
+    T = max(len(run.tasks) for run in runs)
+    rows = []
     for strategy, members in by_strategy(runs).items():
         row = [strategy]
         for t in range(T):
@@ -160,7 +171,9 @@ def costs_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
             spent = [record.seconds for record in records if record.seconds is not None]
             row.append(shown("seconds", mean_interval(spent)["mean"]) if spent else "–")
         found = summarize(members).get(strategy, {})
-        rows.append([*row, *(_cell(m, found.get(m)) for m in ("seconds", "peak_mb"))])
+        for metric in ("seconds", "peak_mb"):
+            row.append(_cell(metric, found.get(metric)))
+        rows.append(row)
     return ["seconds", *(f"task {t + 1}" for t in range(T)), "in all", "peak MB"], rows
 
 
@@ -170,12 +183,10 @@ def caution(runs: Sequence[Run], reference: str) -> str:
     comparisons = (len(groups) - 1) * len(COMPARED)
     said = (
         "Differences are taken seed by seed, with the 95 % t-interval of their mean in brackets; "
-        "better and worse are "
-        f"said where it excludes 0. The intervals are not corrected for the {comparisons} "
-        f"comparisons of the table: of "
-        f"so many between equals, {comparisons / 20:.1f} would seem real by chance. They are about "
-        f"seeds, not about "
-        "test images, which all seeds share."
+        "better and worse are said where it excludes 0. The intervals are not corrected for the "
+        f"{comparisons} comparisons of the table: of so many between equals, "
+        f"{comparisons / 20:.1f} would seem real by chance. They are about seeds, not about test "
+        "images, which all seeds share."
     )
     records = [
         run.records[len(run.tasks) - 1]
@@ -184,10 +195,11 @@ def caution(runs: Sequence[Run], reference: str) -> str:
     ]
     if not records:
         return said
-    right, n = sum(records[0].correct), sum(records[0].count)
+    right = sum(records[0].correct)
+    n = sum(records[0].count)
     low, high = clopper_pearson(right, n)
     return (
         f"{said} One of {n} images is {100 / n:.2f} points, and an accuracy of "
-        f"{percent(right / n)} % on so many has a "
-        f"95 % Clopper–Pearson interval of {percent(low)} – {percent(high)} %."
+        f"{percent(right / n)} % on so many has a 95 % Clopper–Pearson interval of {percent(low)} "
+        f"– {percent(high)} %."
     )

@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +15,33 @@ from torch import Tensor
 
 from clipsteer import ops
 from clipsteer.clip.pixels import Samples, loader
-from clipsteer.continual.backbone import Encoder
+from clipsteer.continual.backbone import Encoder, Tokens
 from clipsteer.continual.config import CILConfig
-from clipsteer.continual.covariance import _places, by_class, precision_factor, shrink
+from clipsteer.continual.covariance import by_class, places, precision_factor, shrink
 from clipsteer.continual.heads import TaskHeads
 from clipsteer.data.dataset import ImageDataset
 from clipsteer.training.loop import TrainingRun
-from clipsteer.training.schedule import Keys, cosine_lr, mix
+from clipsteer.training.schedule import Keys, Order, cosine_lr, seed_of
 
 
-def patch_distillation(cls: Tensor, patches: Tensor, old_patches: Tensor) -> Tensor:
+def patch_distillation(
+    cls: Tensor,  # (B, w) of the new network
+    patches: Tensor,  # (B, P, w) of the new network
+    old_patches: Tensor,  # (B, P, w) of the old one
+) -> Tensor:  # ()
     """Mean over images and patches of (angle(cls, patch)/π) · ‖p̂_new − p̂_old‖, p̂ = p/‖p‖.
 
-    Args:
-        cls: (B, w) and patches: (B, P, w) of the new network; old_patches: (B, P, w) of the old
-            one, without gradient.
-
-    The angle is a weight without gradient: patches that say little of the class may move least.
-        Source: Wu et al. 2025.
+    The angle is a weight without gradient, as old patches are: patches that say little of the class
+    may move least. Source: Wu et al. 2025 (arXiv 2502.07560).
     """
     new = F.normalize(patches, dim=-1)
     old = F.normalize(old_patches.detach(), dim=-1)
     with torch.no_grad():
-        cosine = (F.normalize(cls, dim=-1).unsqueeze(1) * new).sum(-1)
+        cosine = (F.normalize(cls, dim=-1).unsqueeze(1) * new).sum(-1)  # (B, P)
         weight = cosine.clamp(-1, 1).acos() / math.pi
     # away from 0, where the norm has no derivative: every patch is there when a task begins
-    return (weight * ((new - old).square().sum(-1) + 1e-12).sqrt()).mean()
+    distance = ((new - old).square().sum(-1) + 1e-12).sqrt()
+    return (weight * distance).mean()
 
 
 @dataclass
@@ -69,12 +69,14 @@ class Before:
         targets: Sequence[int],  # (N,)
         classes: list[int],  # (C,)
     ) -> Before:
-        """What a task after the first keeps; `features` are needed where config.covariance is."""
+        """What a task after the first keeps; ``features`` may be None without
+        ``config.covariance``."""
         before = cls(features)
         if not (config.distill or config.covariance):
             return before
         before.network = copy.deepcopy(encoder).requires_grad_(False).eval()
         if config.covariance:
+            assert features is not None
             rows = features
             scale = 1.0
             if config.consistent:
@@ -124,18 +126,18 @@ class TaskRun(TrainingRun):
         self.workers = workers
         self.task = len(heads.sizes) - 1
         self.name = f"{config.name}, task {self.task + 1}"
-        self.per_epoch = math.ceil(len(images) / config.batch_size)
+        self.order = Order(len(images), config.batch_size, seed_of(config.seed, self.task))
         epochs = config.epochs if self.task else config.first_epochs
-        optimizer = torch.optim.SGD(
+        self.sgd = torch.optim.SGD(
             groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
         self.peaks = [group["lr"] for group in groups]
         trained = [p for group in groups for p in group["params"]]
         super().__init__(
             config,
-            self.per_epoch * epochs,
+            self.order.per_epoch * epochs,
             {str(number): parameter for number, parameter in enumerate(trained)},
-            optimizer,
+            self.sgd,
             {**settings, "task": self.task, "classes": classes, "images": len(images)},
             out,
         )
@@ -144,67 +146,61 @@ class TaskRun(TrainingRun):
             self.log = out / "logs" / f"task-{self.task}.jsonl"
 
     def train(self) -> None:
+        """Go on from the latest checkpoint of this task, if any, to its end or a signal."""
         self.restore(self.encoder.device)
         self.encoder.train()
         self.loop()
         self.encoder.eval()
 
     def tensors(self) -> dict[str, Tensor]:
+        """What trains."""
         return {f"parameter.{name}": parameter for name, parameter in self.parameters.items()}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy what `tensors` gave into the network and the heads."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"parameter.{name}"])
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels and classes."""
-        config = self.config
-        n = len(self.images)
-
-        @lru_cache(maxsize=1)
-        def order(epoch: int) -> Tensor:
-            generator = torch.Generator().manual_seed(mix(config.seed, self.task, epoch))
-            return torch.randperm(n, generator=generator)
-
-        def keys(step: int) -> list[tuple[int, int]]:
-            epoch, at = divmod(step, self.per_epoch)
-            rows = order(epoch)[at * config.batch_size : (at + 1) * config.batch_size].tolist()
-            return [(row, mix(config.seed, self.task, step, row)) for row in rows]
-
+        """Pixels (B, 3, H, W) and classes (B,) of the steps that are left."""
         steps = range(self.step, self.total)
         samples = Samples(self.images, self.encoder.train_transform)
-        for pixels, targets in loader(samples, Keys(map(keys, steps), len(steps)), self.workers):
+        keys = Keys(map(self.order.keys, steps), len(steps))
+        for pixels, targets in loader(samples, keys, self.workers):
             yield pixels.to(self.encoder.device, self.encoder.dtype), targets
 
     def train_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor | float]:
+        """One step of SGD; the loss, and the rate of the heads."""
         pixels, targets = batch  # (B, 3, H, W), (B,)
-        for group, peak in zip(self.optimizer.param_groups, self.peaks):
+        for group, peak in zip(self.sgd.param_groups, self.peaks):
             group["lr"] = cosine_lr(self.step, self.total, peak, 0)
-        torch.manual_seed(mix(self.config.seed, self.task, self.step))  # for dropout
-        self.optimizer.zero_grad(set_to_none=True)
+        torch.manual_seed(seed_of(self.config.seed, self.task, "step", self.step))  # for dropout
+        self.sgd.zero_grad(set_to_none=True)
         loss = self.loss(pixels, targets)
         loss.backward()
-        self.optimizer.step()
-        return {"loss": loss.detach(), "lr": self.optimizer.param_groups[-1]["lr"]}
+        self.sgd.step()
+        return {"loss": loss.detach(), "lr": self.sgd.param_groups[-1]["lr"]}
 
     def loss(
         self,
         pixels: Tensor,  # (B, 3, H, W)
         targets: Tensor,  # (B,)
     ) -> Tensor:  # ()
+        """Cross-entropy, with what the strategy adds to hold on to the network before."""
         config = self.config
         before = self.before
         device = self.encoder.device
-        local = _places(targets.tolist(), self.classes, device)
+        local = places(targets.tolist(), self.classes, device)  # (B,)
         distils = before.network is not None and config.distill > 0
-        old = None
+        old_features = None
+        old_tokens = None
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            new = self.encoder.tokens(pixels) if distils else self.encoder(pixels)
+            features, tokens = _read(self.encoder, pixels, distils)
             if before.network is not None:
                 with torch.no_grad():
-                    old = before.network.tokens(pixels) if distils else before.network(pixels)
-        features = (new.features if distils else new).float()  # (B, d)
+                    old_features, old_tokens = _read(before.network, pixels, distils)
+        features = features.float()  # (B, d)
         if config.softmax == "seen":
             logits = self.heads(features)
             target = local + sum(self.heads.sizes[: self.task])
@@ -212,12 +208,26 @@ class TaskRun(TrainingRun):
             logits = self.heads(features, [self.task])
             target = local
         loss = F.cross_entropy(logits, target)
-        if before.factor is not None:
-            old_features = (old.features if distils else old).float()
-            loss = loss + before.weight * ops.mahalanobis_covariance_loss(
-                features, old_features, local, before.factor
+        if before.factor is not None and old_features is not None:
+            spread = ops.mahalanobis_covariance_loss(
+                features, old_features.float(), local, before.factor
             )
-        if distils:
-            moved = patch_distillation(new.cls.float(), new.patches.float(), old.patches.float())
+            loss = loss + before.weight * spread
+        if tokens is not None and old_tokens is not None:
+            moved = patch_distillation(
+                tokens.cls.float(), tokens.patches.float(), old_tokens.patches.float()
+            )
             loss = loss + config.distill * moved
         return loss
+
+
+def _read(
+    network: Encoder,
+    pixels: Tensor,  # (B, 3, H, W)
+    with_tokens: bool,
+) -> tuple[Tensor, Tokens | None]:
+    """Features (B, d), and the tokens that they were pooled from where these are asked for."""
+    if not with_tokens:
+        return network(pixels), None
+    tokens = network.tokens(pixels)
+    return tokens.features, tokens

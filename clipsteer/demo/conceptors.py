@@ -38,16 +38,17 @@ class Kinds:
     """What the images are told apart by.
 
     Attributes:
-        what: "category" or "class"; names: K of them.
-        of_image: (N,) and of_text: (V,) their index, -1 for none.
+        what: "category" or "class".
+        names: K of them.
+        of_image, of_text: index of each image's and each text's, -1 for none.
         pairs: training rows of one concept, drawn in two styles; where there are any, style gets a
             conceptor too.
     """
 
     what: str
     names: list[str]
-    of_image: Tensor
-    of_text: Tensor
+    of_image: Tensor  # (N,)
+    of_text: Tensor  # (V,)
     pairs: list[tuple[int, int]]
 
 
@@ -57,34 +58,41 @@ def kinds_of(pictures: Pictures, emoji: bool) -> Kinds | str:
 
     A class needs three training images and one other.
     """
-    if emoji:
-        concepts = EmojiStyles().concepts
-        names = sorted({c.category for c in concepts})
-        of_text = torch.tensor([names.index(c.category) for c in concepts])
-        drawn: dict[int, list[int]] = {}
-        for row in pictures.train:
-            drawn.setdefault(int(pictures.truth[row]), []).append(row)
-        pairs = [tuple(rows) for rows in drawn.values() if len(rows) == 2]
-        shown = [name.replace("-", " & ") for name in names]
-        kinds = Kinds("category", shown, of_text[pictures.truth], of_text, pairs)
-    elif pictures.truth is None:
+    if pictures.truth is None or pictures.classes is None:
         return "Conceptors need groups of images to compare, and these images have no classes."
-    else:
-        first = torch.full((len(pictures.vocabulary),), -1)
-        first[: len(pictures.classes)] = torch.arange(len(pictures.classes))
-        kinds = Kinds("class", list(pictures.classes), pictures.truth, first, [])
-    return _usable(kinds, pictures)
+    if emoji:
+        return _usable(_categories(pictures, pictures.truth), pictures)
+    of_text = torch.full((len(pictures.vocabulary),), -1)
+    of_text[: len(pictures.classes)] = torch.arange(len(pictures.classes))
+    return _usable(Kinds("class", pictures.classes, pictures.truth, of_text, []), pictures)
+
+
+def _categories(
+    pictures: Pictures,
+    truth: Tensor,  # (N,)
+) -> Kinds:
+    concepts = EmojiStyles().concepts
+    names = sorted({concept.category for concept in concepts})
+    of_text = torch.tensor([names.index(concept.category) for concept in concepts])
+    drawn: dict[int, list[int]] = {}
+    for row in pictures.train:
+        drawn.setdefault(int(truth[row]), []).append(row)
+    pairs = [(rows[0], rows[1]) for rows in drawn.values() if len(rows) == 2]
+    shown = [name.replace("-", " & ") for name in names]
+    return Kinds("category", shown, of_text[truth], of_text, pairs)
 
 
 def _usable(kinds: Kinds, pictures: Pictures) -> Kinds | str:
+    """The kinds with enough images; a sentence where those are too few or too many."""
     fitted = Counter(kinds.of_image[pictures.train].tolist())
     held_out = set(kinds.of_image[pictures.held_out].tolist())
-    kept = [k for k in range(len(kinds.names)) if fitted[k] >= _LEAST_IMAGES and k in held_out]
+    enough = [k for k in range(len(kinds.names)) if fitted[k] >= _LEAST_IMAGES]
+    kept = [k for k in enough if k in held_out]
     if not 2 <= len(kept) <= MOST_CLASSES:
         return (
             f"Conceptors are compared for 2 to {MOST_CLASSES} classes with at least "
-            f"{_LEAST_IMAGES} training images "
-            f"and one held-out image each; here there are {len(kept)}."
+            f"{_LEAST_IMAGES} training images and one held-out image each; here there are "
+            f"{len(kept)}."
         )
     new = torch.full((len(kinds.names) + 1,), -1)  # the last entry serves -1
     new[kept] = torch.arange(len(kept))
@@ -99,47 +107,73 @@ def _usable(kinds: Kinds, pictures: Pictures) -> Kinds | str:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Conceptors of one aperture: ``own`` a batch of K, ``minus`` for each kind the one that AND
-    NOT takes away."""
+    """Conceptors of one aperture."""
 
     own: Conceptor
+    """a batch of K"""
     everything: Conceptor
+    """of all images"""
     minus: list[Conceptor]
+    """for each kind the one that AND NOT takes away"""
 
 
-def fit(tokens: Tensor, kinds: Kinds, train: Sequence[int]) -> Fitted:
-    """On the training rows of tokens (N, T, d).
+def fit(
+    tokens: Tensor,  # (N, T, d)
+    kinds: Kinds,
+    train: Sequence[int],
+) -> Fitted:
+    """Conceptors of the training rows.
 
     What is taken away is style, from the half differences of the drawings of one concept, or else
     all other kinds.
     """
-    x, marks = tokens[train], kinds.of_image[list(train)]
-    labels = marks[:, None].expand(x.shape[:2]).contiguous()
-    R = correlation(x, labels=labels, classes=len(kinds.names))
+    x = tokens[train]
+    of_image = kinds.of_image[list(train)]
+    labels = of_image[:, None].expand(x.shape[:2]).contiguous()
+    R = correlation(x, labels=labels, classes=len(kinds.names))  # (K, d, d)
     whole = correlation(x)
     aperture = float(torch.diagonal(whole).mean()) ** -0.5
-    make = lambda matrix: Conceptor.from_correlation(matrix, aperture)
     if kinds.pairs:
-        a, b = (tokens[list(rows)] for rows in zip(*kinds.pairs))
-        minus = [make(correlation((a - b) / 2))] * len(kinds.names)
+        first = [row for row, _ in kinds.pairs]
+        second = [row for _, row in kinds.pairs]
+        style = correlation((tokens[first] - tokens[second]) / 2)
+        minus = [Conceptor.from_correlation(style, aperture)] * len(kinds.names)
     else:
-        # every image has as many tokens, so that the others' correlation is a mean weighted by
-        # images
-        count = torch.bincount(marks[marks >= 0], minlength=len(R)).to(R)
-        rest = 1 - torch.eye(len(R)).to(R)
-        minus = [
-            make((w[:, None, None] * R).sum(0)) for w in rest * count / (rest @ count)[:, None]
-        ]
-    return Fitted(make(R), make(whole), minus)
+        minus = [Conceptor.from_correlation(rest, aperture) for rest in _rests(R, of_image)]
+    own = Conceptor.from_correlation(R, aperture)
+    everything = Conceptor.from_correlation(whole, aperture)
+    return Fitted(own, everything, minus)
 
 
-def kept_share(conceptor: Conceptor, tokens: Tensor) -> Tensor:
-    """‖C h‖²/‖h‖² over the tokens (N, T, d) of each image: (N,)."""
-    return conceptor.project(tokens).square().sum((1, 2)) / tokens.square().sum((1, 2))
+def _rests(
+    R: Tensor,  # (K, d, d)
+    of_image: Tensor,  # (images,)
+) -> list[Tensor]:  # (d, d) each
+    """For each kind the correlation of all others.
+
+    Every image has as many tokens, so that it is a mean weighted by images.
+    """
+    count = torch.bincount(of_image[of_image >= 0], minlength=len(R)).to(R)
+    others = 1 - torch.eye(len(R)).to(R)
+    weights = others * count / (others @ count)[:, None]  # (K, K)
+    return [(weight[:, None, None] * R).sum(0) for weight in weights]
 
 
-def steered(predictor: Predictor, images: Tensor, conceptor: Conceptor) -> Tensor:
-    """Probabilities (B, V) with every token projected."""
+def kept_share(
+    conceptor: Conceptor,
+    tokens: Tensor,  # (N, T, d)
+) -> Tensor:  # (N,)
+    """‖C h‖²/‖h‖² over the tokens of each image."""
+    kept = conceptor.project(tokens).square().sum((1, 2))
+    return kept / tokens.square().sum((1, 2))
+
+
+def steered(
+    predictor: Predictor,
+    images: Tensor,  # (B, 3, H, W)
+    conceptor: Conceptor,
+) -> Tensor:  # (B, V)
+    """Probabilities with every token projected."""
     steering = ConceptorSteering(conceptor)
     return torch.cat([predictor.steered_by(steering, part) for part in images.split(_BATCH)])
 
@@ -147,8 +181,8 @@ def steered(predictor: Predictor, images: Tensor, conceptor: Conceptor) -> Tenso
 def measure(
     predictor: Predictor,
     pictures: Pictures,
-    tokens: Tensor,
-    embeddings: Tensor,
+    tokens: Tensor,  # (N, T, d)
+    embeddings: Tensor,  # (N, e)
     emoji: bool,
     path: Path,
 ) -> dict[str, Any]:
@@ -156,6 +190,7 @@ def measure(
     kinds = kinds_of(pictures, emoji)
     if isinstance(kinds, str):
         return {"skipped": kinds}
+    assert pictures.truth is not None
     fitted = fit(tokens, kinds, pictures.train)
     fitted.own.metadata.update(
         clip_model=predictor.clip.name,
@@ -164,67 +199,58 @@ def measure(
     )
     fitted.own.save(path)
     K = len(kinds.names)
-    held = [i for i in pictures.held_out if kinds.of_image[i] >= 0]
-    of = kinds.of_image[held]
-    base = kept_share(fitted.everything, tokens[held])
-    # against the conceptor of everything: plain shares differ more by how simple an image is than
-    # by what it shows
-    ratio = torch.stack([kept_share(fitted.own[k], tokens[held]) / base for k in range(K)], 1)
+    held = [row for row in pictures.held_out if kinds.of_image[row] >= 0]
+    of_held = kinds.of_image[held]
+    ratio = _ratios(fitted, tokens[held])
 
     # a pass over the images for every conceptor: fewer where a pass is dear
     rows = spread(held, 192 if tokens.shape[-1] <= 256 else 32)
-    images, truth, mine = (
-        pixels(predictor.clip, pictures, rows),
-        pictures.truth[rows],
-        kinds.of_image[rows],
-    )
+    images = pixels(predictor.clip, pictures, rows)
+    truth = pictures.truth[rows]
+    kind = kinds.of_image[rows]
 
     def effect(p: Tensor) -> dict[str, Any]:
         mass = [float(p[:, kinds.of_text == k].sum(1).mean()) for k in range(K)]
         return {"mass": mass, "right_name": float((p.argmax(1) == truth).double().mean())}
 
     clean = predictor.of(embeddings[rows])
-    probability = {
-        "unsteered": effect(clean),
-        "everything": effect(steered(predictor, images, fitted.everything)),
-    }
-    found, moved = [], []
+    everything = effect(steered(predictor, images, fitted.everything))
+    found: list[dict[str, Any]] = []
+    moved = []
     for k, name in enumerate(kinds.names):
         order = ratio[:, k].argsort(descending=True, stable=True).tolist()
-        ways = {
-            "itself": fitted.own[k],
-            "and_not": fitted.own[k] & ~fitted.minus[k],
-            "not": ~fitted.own[k],
-        }
-        p = {way: steered(predictor, images, C) for way, C in ways.items()}
-        moved.append(p)
-        pick = lambda places, k=k: [(held[i], float(ratio[i, k])) for i in places]
+        ranked = [(held[i], float(ratio[i, k])) for i in order]
+        own = fitted.own[k]
+        ways = {"itself": own, "and_not": own & ~fitted.minus[k], "not": ~own}
+        steered_by = {way: steered(predictor, images, C) for way, C in ways.items()}
+        moved.append(steered_by)
         found.append(
             {
                 "name": name,
                 "images": int((kinds.of_image[pictures.train] == k).sum()),
-                "quota": float(fitted.own[k].quota),
-                "most": pick(order[:_SHOWN]),
-                "least": pick(order[::-1][:_SHOWN]),
-                "most_of_its_own": int((of[order[:_SHOWN]] == k).sum()),
+                "quota": float(own.quota),
+                "most": ranked[:_SHOWN],
+                "least": ranked[::-1][:_SHOWN],
+                "most_of_its_own": int((of_held[order[:_SHOWN]] == k).sum()),
                 "quota_and_not": float(ways["and_not"].quota),
-                "effect": {way: effect(value) for way, value in p.items()},
+                "effect": {way: effect(p) for way, p in steered_by.items()},
             }
         )
 
     def gain(k: int) -> float:
-        return found[k]["effect"]["itself"]["mass"][k] / max(
-            probability["everything"]["mass"][k], 1e-9
-        )
+        itself = found[k]["effect"]["itself"]["mass"][k]
+        return itself / max(everything["mass"][k], 1e-9)
 
     best = max(range(K), key=gain)
 
+    def named(p: Tensor) -> tuple[str, float]:
+        return pictures.vocabulary[int(p.argmax())], float(p.max())
+
     def examples(way: str, wanted: Tensor) -> list[dict[str, Any]]:
-        words = lambda p: (pictures.vocabulary[int(p.argmax())], float(p.max()))
+        after = moved[best][way]
         places = spread(wanted.nonzero()[:, 0].tolist(), _EXAMPLES)
         return [
-            {"row": rows[i], "before": words(clean[i]), "after": words(moved[best][way][i])}
-            for i in places
+            {"row": rows[i], "before": named(clean[i]), "after": named(after[i])} for i in places
         ]
 
     return {
@@ -235,14 +261,27 @@ def measure(
         "held_out": len(held),
         "steered_images": len(rows),
         "told_apart": {
-            "accuracy": float((ratio.argmax(1) == of).double().mean()),
-            "largest_share": float(torch.bincount(of, minlength=K).max() / len(of)),
+            "accuracy": float((ratio.argmax(1) == of_held).double().mean()),
+            "largest_share": float(torch.bincount(of_held, minlength=K).max() / len(of_held)),
         },
-        "probability": probability,
+        "probability": {"unsteered": effect(clean), "everything": everything},
         "conceptors": found,
         "shown": best,
         "examples": {
-            "itself": examples("itself", mine != best),
-            "not": examples("not", mine == best),
+            "itself": examples("itself", kind != best),
+            "not": examples("not", kind == best),
         },
     }
+
+
+def _ratios(
+    fitted: Fitted,
+    tokens: Tensor,  # (N, T, d)
+) -> Tensor:  # (N, K)
+    """What each kind's conceptor keeps of each image, against the conceptor of everything.
+
+    Plain shares differ more by how simple an image is than by what it shows.
+    """
+    base = kept_share(fitted.everything, tokens)
+    K = len(fitted.minus)
+    return torch.stack([kept_share(fitted.own[k], tokens) / base for k in range(K)], 1)

@@ -21,8 +21,7 @@ from clipsteer.report.page import percent as tenths
 
 ELSEWHERE = (
     "The demo does this for EmojiCLIP and the bundled drawings alone. For your own model and "
-    "images: clipsteer cil, "
-    "which has examples under --help."
+    "images: clipsteer cil, which has examples under --help."
 )
 
 
@@ -36,16 +35,14 @@ def measure(seed: int, device: str = "cpu", scenario: Scenario | None = None) ->
     """Two runs of MACIL, as plain data; by default over Classify-30 in the style that EmojiCLIP
     does not know."""
     scenario = scenario or emoji_scenario(5, seed, (HELD_OUT_STYLE,), validation=0)
-    runs = {
-        title: run_tasks(
-            scenario,
-            lambda: Encoder.open("emojiclip", device=device)[0],
-            strategy(spec, **SETTINGS, seed=seed),
-        )
-        .untimed()
-        .to_json()
-        for title, spec in STRATEGIES.items()
-    }
+
+    def tower() -> Encoder:
+        return Encoder.open("emojiclip", device=device)[0]
+
+    runs = {}
+    for title, spec in STRATEGIES.items():
+        run = run_tasks(scenario, tower, strategy(spec, **SETTINGS, seed=seed))
+        runs[title] = run.untimed().to_json()
     return {
         "runs": runs,
         "classes": scenario.classes,
@@ -61,14 +58,11 @@ def of_measured(found: Mapping[str, Any]) -> list[Html]:
     runs = {title: Run.from_json(run) for title, run in found["runs"].items()}
     about = (
         f"Here EmojiCLIP learns the {len(found['classes'])} kinds of Classify-30 in "
-        f"{HELD_OUT_STYLE} drawings, "
-        f"{found['images']} to learn from and {found['tested']} others to be tested on, with MACIL "
-        f"(Wu et al. 2025): "
-        f"LoRA pairs on keys and values, {SETTINGS['epochs']} epochs a task, and at its end heads "
-        f"that are aligned on "
-        "Gaussian samples around the prototypes of all classes seen. The learning rate is one at "
-        "which features drift "
-        "visibly, not the best one."
+        f"{HELD_OUT_STYLE} drawings, {found['images']} to learn from and {found['tested']} others "
+        "to be tested on, with MACIL (Wu et al. 2025): LoRA pairs on keys and values, "
+        f"{SETTINGS['epochs']} epochs a task, and at its end heads that are aligned on Gaussian "
+        "samples around the prototypes of all classes seen. The learning rate is one at which "
+        "features drift visibly, not the best one."
     )
     return section(runs, found["classes"], about)
 
@@ -94,32 +88,27 @@ def section(runs: Mapping[str, Run], classes: Sequence[str], about: str) -> list
             "demo_continual.section: expected finished runs, with a record for every task"
         )
     plain, compensated = runs.values()
-    figures = [
-        (f"all classes at the end, {title}", percent(run.A_last)) for title, run in runs.items()
-    ]
-    figures += [
-        (f"forgetting, {title}", f"{100 * run.forgetting:.1f} points")
-        for title, run in runs.items()
-    ]
+    accuracies = []
+    falls = []
+    for title, run in runs.items():
+        accuracies.append((f"all classes at the end, {title}", percent(run.A_last)))
+        falls.append((f"forgetting, {title}", f"{100 * run.forgetting:.1f} points"))
     seen = {title: [100 * run.seen] for title, run in runs.items()}
-    tasks = [
-        [str(t + 1), ", ".join(classes[c] for c in task)] for t, task in enumerate(plain.tasks)
-    ]
+    tasks = []
+    for t, task in enumerate(plain.tasks, 1):
+        tasks.append([str(t), ", ".join(classes[c] for c in task)])
     return [
         text(
             "In class-incremental learning the classes come in tasks, one after the other; when a "
-            "task is learnt, the "
-            "images of the earlier ones are gone, and still the model has to tell all classes "
-            "apart. What is kept of "
-            "an old class is its prototype, the mean of its features. As the network learns on, "
-            "features drift and "
-            "prototypes grow stale. Mean-shift compensation (SDC, Yu et al. 2020) watches how the "
-            "features of the new "
+            "task is learnt, the images of the earlier ones are gone, and still the model has to "
+            "tell all classes apart. What is kept of an old class is its prototype, the mean of "
+            "its features. As the network learns on, features drift and prototypes grow stale. "
+            "Mean-shift compensation (SDC, Yu et al. 2020) watches how the features of the new "
             "task's images move, and moves the prototypes along."
         ),
         text(about),
         table(["task", "classes"], tasks, words=True),
-        stats(figures),
+        stats(accuracies + falls),
         grid(
             curves(seen, title="Accuracy on all classes seen so far, %", y_label="accuracy, %"),
             *drift_curves(
@@ -129,8 +118,7 @@ def section(runs: Mapping[str, Run], classes: Sequence[str], about: str) -> list
         _after_each_task(runs),
         text(
             "Each row of a matrix is one more task learnt, each column a task to be tested on: "
-            "down a column is how it "
-            "is forgotten."
+            "down a column is how it is forgotten."
         ),
         matrix_maps({title: [run] for title, run in runs.items()}),
         text(_verdict(*runs.items())),
@@ -139,39 +127,41 @@ def section(runs: Mapping[str, Run], classes: Sequence[str], about: str) -> list
 
 def _after_each_task(runs: Mapping[str, Run]) -> Html:
     def cell(run: Run, t: int) -> str:
-        right, n = sum(run.records[t].correct), sum(run.records[t].count)
+        right = sum(run.records[t].correct)
+        n = sum(run.records[t].count)
         low, high = clopper_pearson(right, n)
         return f"{tenths(right / n)}\u00a0({tenths(low)}–{tenths(high)})"
 
     first = next(iter(runs.values()))
-    body = [
-        [f"{t + 1}", sum(first.records[t].count), *(cell(run, t) for run in runs.values())]
-        for t in range(len(first.tasks))
-    ]
+    body = []
+    for t in range(len(first.tasks)):
+        cells = [cell(run, t) for run in runs.values()]
+        body.append([f"{t + 1}", sum(first.records[t].count), *cells])
     return table(
         ["after task", "test images", *runs],
         body,
         "Accuracy in % on all classes seen so far, with 95 % Clopper–Pearson intervals: one run "
-        "each. More seeds, more "
-        "strategies and paired differences: benchmarks/results in the repository, made by "
-        "clipsteer cil.",
+        "each. More seeds, more strategies and paired differences: benchmarks/results in the "
+        "repository, made by clipsteer cil.",
     )
 
 
 def _verdict(plain: tuple[str, Run], compensated: tuple[str, Run]) -> str:
     """What this one run shows, and no more."""
-    (without, before), (with_, after) = plain, compensated
-    gap, n = 100 * (after.A_last - before.A_last), sum(before.records[len(before.tasks) - 1].count)
+    without, before = plain
+    with_, after = compensated
+    gap = 100 * (after.A_last - before.A_last)
+    n = sum(before.records[len(before.tasks) - 1].count)
     way = f"{abs(gap):.1f} points {'higher' if gap > 0 else 'lower'} {with_} than {without}"
     parts = [
         f"In this run the accuracy on all classes at the end is {way if gap else 'the same'}, on "
         f"{n} images."
     ]
-    kept, stale = (after.value(f"drift_{kind}") for kind in ("compensated", "uncompensated"))
+    kept = after.value("drift_compensated")
+    stale = after.value("drift_uncompensated")
     if not math.isnan(kept + stale):
         parts.append(
             f"Its prototypes are off by {kept:.3f} of their length {with_}, on average; left where "
-            f"they were they "
-            f"would be off by {stale:.3f}."
+            f"they were they would be off by {stale:.3f}."
         )
     return " ".join([*parts, "One run does not tell chance from effect."])

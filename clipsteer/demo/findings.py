@@ -8,6 +8,7 @@ the same figures.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ from clipsteer.sae.model import SAE
 _WORK_PER_MINUTE = 1e12
 # wide models get more time than that: with fewer steps a minute there would be little to see
 _LEAST_STEPS_PER_MINUTE = 800
-_BATCH, _EXPANSION, _K = 1024, 8, 16
+_BATCH = 1024
+_EXPANSION = 8
+_K = 16
 _TRAIN_TOKENS = 60_000
 _EVALUATED = 192  # images a group
 # strengths, as multiples of a feature's largest activation
@@ -75,41 +78,43 @@ class Demo:
 
     def lines(self) -> list[str]:
         """A summary in a few lines."""
-        out = []
-        for row in self.figures.get("zero_shot", []):
-            shown = ", ".join(f"{w}-way {v['accuracy']:.1%}" for w, v in row["ways"].items())
-            out.append(f"zero-shot, {row['group']} ({row['images']} images): {shown}")
-        for group, row in self.figures["sae"]["evaluation"].items():
-            out.append(f"SAE, {group}: explained variance {row['ev']:.3f}, L0 {row['l0']:.1f}")
-        share = self.figures["steering"]
-        if rows := self.figures["conceptors"].get("conceptors"):
-            before, after = (
-                sum(way["mass"][k] for k, way in enumerate(ways)) / len(rows)
-                for ways in (
-                    [self.figures["conceptors"]["probability"]["unsteered"]] * len(rows),
-                    [row["effect"]["itself"] for row in rows],
-                )
-            )
-            out.append(
-                f"conceptors, probability of their own kind: {before:.1%} unsteered, {after:.1%} "
-                f"steered"
-            )
-        if rows := self.figures["wise_ft"].get("rows"):
-            line = {
-                row["alpha"]: row["shifted"] for row in averages(rows) if row["method"] == "weight"
-            }
-            shown = ", ".join(f"{line[a]:.1%} at alpha {a:g}" for a in (0.0, 0.5, 1.0) if a in line)
-            out.append(f"WiSE-FT, shifted styles: {shown}")
-        for title, run in self.figures["continual"].get("runs", {}).items():
-            out.append(
-                f"class-incremental, {title}: {Run.from_json(run).A_last:.1%} on all classes at "
-                f"the end"
-            )
-        out.append(
+        found = self.figures
+        lines = []
+        for row in found.get("zero_shot", []):
+            ways = [f"{n}-way {way['accuracy']:.1%}" for n, way in row["ways"].items()]
+            lines.append(f"zero-shot, {row['group']} ({row['images']} images): {', '.join(ways)}")
+        for group, row in found["sae"]["evaluation"].items():
+            lines.append(f"SAE, {group}: explained variance {row['ev']:.3f}, L0 {row['l0']:.1f}")
+        if "conceptors" in found["conceptors"]:
+            lines.append(_conceptors_line(found["conceptors"]))
+        if "rows" in found["wise_ft"]:
+            lines.append(_wise_ft_line(found["wise_ft"]["rows"]))
+        for title, run in found["continual"].get("runs", {}).items():
+            accuracy = Run.from_json(run).A_last
+            lines.append(f"class-incremental, {title}: {accuracy:.1%} on all classes at the end")
+        share = found["steering"]
+        lines.append(
             f"steerable (S > {STEERABLE}): {share['steerable']} of {share['probed']} features "
-            f"probed"
+            "probed"
         )
-        return out
+        return lines
+
+
+def _conceptors_line(found: Mapping[str, Any]) -> str:
+    rows = found["conceptors"]
+    unsteered = found["probability"]["unsteered"]
+    before = sum(unsteered["mass"][k] for k in range(len(rows))) / len(rows)
+    after = sum(row["effect"]["itself"]["mass"][k] for k, row in enumerate(rows)) / len(rows)
+    return f"conceptors, probability of their own kind: {before:.1%} unsteered, {after:.1%} steered"
+
+
+def _wise_ft_line(rows: Sequence[Mapping[str, Any]]) -> str:
+    shifted = {}
+    for row in averages(rows):
+        if row["method"] == "weight":
+            shifted[row["alpha"]] = row["shifted"]
+    shown = [f"{shifted[a]:.1%} at alpha {a:g}" for a in (0.0, 0.5, 1.0) if a in shifted]
+    return f"WiSE-FT, shifted styles: {', '.join(shown)}"
 
 
 def run(
@@ -124,19 +129,24 @@ def run(
     max_images: int | None = None,
     device: str = "cpu",
 ) -> Demo:
-    """Run the demo into the folder ``out``: report.html, metrics.json, sae/ and, where the images
-    have a few classes, conceptors.safetensors.
+    """Run the demo into the folder ``out``.
+
+    It leaves report.html, metrics.json, sae/ and, where the images have a few classes,
+    conceptors.safetensors.
 
     Args:
         seed: of the SAE, its batches and what is drawn.
-        model, pretrained: as in ``clipsteer.load``; data: as in ``clipsteer.data.open_dataset``, by
-            default the bundled drawings in four cells.
+        model, pretrained: as in ``clipsteer.load``.
+        data: as in ``clipsteer.data.open_dataset``; by default the bundled drawings in four cells.
         hook_point: a block's module name; by default the last but one of the image tower.
         minutes: SAE training, in nominal minutes of two CPU cores. It sets the number of steps, so
             that the result does not depend on how fast the machine is; wide models get at least 800
             a minute, which takes longer.
         max_images: at most so many; by default all bundled drawings for EmojiCLIP and 1000
             otherwise.
+
+    Raises ValueError for arguments or data that do not fit, RuntimeError where no SAE feature is
+    worth a look.
     """
     if not 0 < minutes < math.inf:
         raise ValueError(f"demo: minutes must be positive, got {minutes}")
@@ -147,67 +157,34 @@ def run(
     clip.need_text("demo")
     if data is not None and str(data) == "emoji":
         data = None
-    limit = max_images if model == EMOJICLIP and data is None else max_images or 1000
-    pictures = (
-        emoji_pictures(limit, model == EMOJICLIP)
-        if data is None
-        else folder_pictures(data, seed, limit or 1000)
-    )
+    emojiclip = model == EMOJICLIP
+    bundled = data is None
+    limit = max_images if emojiclip and bundled else max_images or 1000
+    if data is None:
+        pictures = emoji_pictures(limit, emojiclip)
+    else:
+        pictures = folder_pictures(data, seed, limit or 1000)
     hook_point = hook_point or default_hook_point(clip)
-    tokens, embeddings = look(clip, pictures, hook_point)
+    tokens, embeddings = look(clip, pictures, hook_point)  # (N, T, d), (N, e)
     # the prompts of a large vocabulary cost a real text tower minutes, so one template does for it
-    head = zero_shot_head(
-        clip, pictures.vocabulary, EMOJI_TEMPLATES if model == EMOJICLIP else SIMPLE_TEMPLATES
-    ).cpu()
+    templates = EMOJI_TEMPLATES if emojiclip else SIMPLE_TEMPLATES
+    head = zero_shot_head(clip, pictures.vocabulary, templates).cpu()  # (V, e)
     figures: dict[str, Any] = {
         "model": {"name": model, "pretrained": pretrained, "hook_point": hook_point},
         "data": {"path": str(data) if data else "EmojiStyles", "images": len(pictures.dataset)},
         "seed": seed,
         "vocabulary": len(pictures.vocabulary),
     }
-    if pictures.truth is not None:
+    if pictures.classes is not None:
         figures["zero_shot"] = zero_shot(pictures, embeddings, head[: len(pictures.classes)])
     sae, history = train(clip, pictures, tokens, hook_point, seed, minutes, out)
     figures["sae"] = {**sae.config, "evaluation": evaluate(clip, pictures, sae)}
-    peaks = feature_peaks(sae, tokens)
     predictor = Predictor(clip, sae, hook_point, head)
-    # a pass over the probe images for every feature: fewer of both where a pass is dear
-    limit, probes = (256, 24) if tokens.shape[-1] <= 256 else (32, 8)
-    probe_rows = spread(pictures.held_out, probes)
-    probed = pixels(clip, pictures, probe_rows)
-    dictionary = clipsteer.ConceptDictionary(pictures.vocabulary, head, embeddings.mean(0))
-    features = describe(peaks, embeddings, dictionary, limit)
-    if not features:
-        least, most = few(len(tokens))
-        raise RuntimeError(
-            f"demo: no SAE feature is active on {least} to {most} of the {len(tokens)} images; "
-            f"take more images "
-            "(--max-images, --data), or train longer (--minutes)"
-        )
-    probe(predictor, pictures, probe_rows, features, PROBE)
-    chosen = choose(features, 6)
-    shown = [study(predictor, pictures, embeddings, feature, probed) for feature in chosen]
-    steerable = {PROBE: sum(f.steerability > STEERABLE for f in features)}
-    for multiple in OTHER_PROBES:
-        steerable[multiple] = count_steerable(
-            predictor, pictures, probe_rows, features, multiple, STEERABLE
-        )
-    figures["steering"] = {
-        "probed": len(features),
-        "probe_images": len(probed),
-        "probe_rows": probe_rows,
-        "multiple_of_peak": PROBE,
-        "threshold": STEERABLE,
-        "active_on": few(len(tokens)),
-        "steerable": steerable[PROBE],
-        "steerable_by_multiple": {f"{m:g}": steerable[m] for m in sorted(steerable)},
-        "scores": sorted((f.steerability for f in features), reverse=True),
-        "features": [{**asdict(f), "response": s} for f, s in zip(chosen, shown)],
-    }
+    chosen, figures["steering"] = _steer(predictor, pictures, tokens, embeddings)
     figures["conceptors"] = demo_conceptors.measure(
-        predictor, pictures, tokens, embeddings, data is None, out / "conceptors.safetensors"
+        predictor, pictures, tokens, embeddings, bundled, out / "conceptors.safetensors"
     )
-    if model == EMOJICLIP and data is None:
+    if emojiclip and bundled:
         figures["wise_ft"] = demo_wise_ft.measure(seed, device)
         figures["continual"] = demo_continual.measure(seed, device)
     else:
@@ -216,6 +193,56 @@ def run(
     write_json(out / "metrics.json", figures)
     page = demo_page.build(predictor, pictures, figures, history, tokens, embeddings, chosen, out)
     return Demo(page.write(out / "report.html"), out / "sae", out / "metrics.json", figures)
+
+
+def _steer(
+    predictor: Predictor,
+    pictures: Pictures,
+    tokens: Tensor,  # (N, T, d)
+    embeddings: Tensor,  # (N, e)
+) -> tuple[list[Feature], dict[str, Any]]:
+    """Probe the features, and study a few: these, and the figures of steering."""
+    N = len(tokens)
+    # a pass over the probe images for every feature: fewer of both where a pass is dear
+    narrow = tokens.shape[-1] <= 256
+    most_features = 256 if narrow else 32
+    most_images = 24 if narrow else 8
+    rows = spread(pictures.held_out, most_images)
+    probed = pixels(predictor.clip, pictures, rows)
+    mean = embeddings.mean(0)
+    dictionary = clipsteer.ConceptDictionary(pictures.vocabulary, predictor.head, mean)
+    peaks = feature_peaks(predictor.sae, tokens)  # (N, d_sae)
+    features = describe(peaks, embeddings, dictionary, most_features)
+    if not features:
+        least, most = few(N)
+        raise RuntimeError(
+            f"demo: no SAE feature is active on {least} to {most} of the {N} images; take more "
+            "images (--max-images, --data), or train longer (--minutes)"
+        )
+    probe(predictor, pictures, rows, features, PROBE)
+    chosen = choose(features, 6)
+    studies = []
+    for feature in chosen:
+        studied = study(predictor, pictures, embeddings, feature, probed)
+        studies.append({**asdict(feature), "response": studied})
+    steerable = {PROBE: sum(feature.steerability > STEERABLE for feature in features)}
+    for multiple in OTHER_PROBES:
+        steerable[multiple] = count_steerable(
+            predictor, pictures, rows, features, multiple, STEERABLE
+        )
+    scores = sorted((feature.steerability for feature in features), reverse=True)
+    return chosen, {
+        "probed": len(features),
+        "probe_images": len(probed),
+        "probe_rows": rows,
+        "multiple_of_peak": PROBE,
+        "threshold": STEERABLE,
+        "active_on": few(N),
+        "steerable": steerable[PROBE],
+        "steerable_by_multiple": {f"{m:g}": steerable[m] for m in sorted(steerable)},
+        "scores": scores,
+        "features": studies,
+    }
 
 
 def steps_in(minutes: float, batch: int, d_in: int) -> int:
@@ -227,7 +254,7 @@ def steps_in(minutes: float, batch: int, d_in: int) -> int:
 def train(
     clip: CLIP,
     pictures: Pictures,
-    tokens: Tensor,
+    tokens: Tensor,  # (N, T, d)
     hook_point: str,
     seed: int,
     minutes: float,
@@ -235,14 +262,13 @@ def train(
 ) -> tuple[SAE, list[dict[str, float]]]:
     """Train a top-k SAE on the tokens of the training rows and save it; few pictures are seen in
     several variants."""
-    rows = tokens[pictures.train]
-    parts = [rows.flatten(0, 1)]
-    views = min(3, _TRAIN_TOKENS // len(parts[0]))
+    activations = tokens[pictures.train].flatten(0, 1)  # (rows, d)
+    views = min(3, _TRAIN_TOKENS // len(activations))
     generator = torch.Generator().manual_seed(seed)
     if views:
         moved = pictures.variant(pictures.train * views, lambda image: augmented(image, generator))
-        parts.append(look(clip, moved, hook_point, label="augmented")[0].flatten(0, 1))
-    activations = torch.cat(parts)
+        more, _ = look(clip, moved, hook_point, label="augmented")
+        activations = torch.cat([activations, more.flatten(0, 1)])
     d_in = activations.shape[1]
     batch = min(_BATCH, len(activations))
     steps = steps_in(minutes, batch, d_in)
@@ -273,31 +299,44 @@ def train(
 
 
 def study(
-    predictor: Predictor, pictures: Pictures, embeddings: Tensor, feature: Feature, probed: Tensor
+    predictor: Predictor,
+    pictures: Pictures,
+    embeddings: Tensor,  # (N, e)
+    feature: Feature,
+    probed: Tensor,  # (B, 3, H, W)
 ) -> dict[str, Any]:
     """What one feature does: its target's mean probability by strength, and its top images without
     it."""
-    target = pictures.vocabulary.index(feature.effect[0][0])
+    name = feature.effect[0][0]
+    target = pictures.vocabulary.index(name)
     curve = response(predictor, feature, probed, target, MULTIPLES)
     own = pixels(predictor.clip, pictures, feature.top)
     clean = predictor.of(embeddings[feature.top])
-    feature.removed = largest(
-        (predictor.steered(own, feature.index, 0.0) - clean).mean(0), pictures.vocabulary, 6
-    )
-    return {"target": feature.effect[0][0], "multiples": list(MULTIPLES), "probability": curve}
+    change = predictor.steered(own, feature.index, 0.0) - clean  # (top, V)
+    feature.removed = largest(change.mean(0), pictures.vocabulary, 6)
+    return {"target": name, "multiples": list(MULTIPLES), "probability": curve}
 
 
 def evaluate(clip: CLIP, pictures: Pictures, sae: SAE) -> dict[str, dict[str, Any]]:
     """What the SAE preserves, on a part of every group; the classes are the group's own, with one
     prompt each."""
+    templates = EMOJI_TEMPLATES[:1] if clip.name == EMOJICLIP else SIMPLE_TEMPLATES
     found = {}
     for group, members in pictures.groups.items():
-        rows = spread(members, _EVALUATED)
-        truth = [int(pictures.truth[i]) for i in rows] if pictures.truth is not None else []
-        present = sorted(set(truth))
-        labels = [present.index(t) for t in truth] or ["" for _ in rows]
-        names = [pictures.classes[c] for c in present] if truth else None
-        dataset = ImageDataset(lambda i, rows=rows: pictures.dataset[rows[i]][0], labels, names)
-        template = EMOJI_TEMPLATES[:1] if clip.name == EMOJICLIP else SIMPLE_TEMPLATES
-        found[group] = clipsteer.evaluate_sae(sae, clip, dataset, templates=template)
+        dataset = _labelled(pictures, spread(members, _EVALUATED))
+        found[group] = clipsteer.evaluate_sae(sae, clip, dataset, templates=templates)
     return found
+
+
+def _labelled(pictures: Pictures, rows: Sequence[int]) -> ImageDataset:
+    """These images with the classes that occur among them, if there are classes."""
+
+    def read(i: int) -> Any:
+        return pictures.dataset[rows[i]][0]
+
+    if pictures.truth is None or pictures.classes is None:
+        return ImageDataset(read, [""] * len(rows))
+    truth = [int(pictures.truth[row]) for row in rows]
+    present = sorted(set(truth))
+    names = [pictures.classes[c] for c in present]
+    return ImageDataset(read, [present.index(c) for c in truth], names)

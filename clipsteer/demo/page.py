@@ -9,32 +9,23 @@ from typing import Any
 from torch import Tensor
 
 from clipsteer.clip.model import EMOJICLIP
-from clipsteer.clip.tokens import layout_at
 from clipsteer.data.dataset import spread
 from clipsteer.demo import continual as demo_continual
+from clipsteer.demo import features as demo_features
 from clipsteer.demo import reference as demo_reference
 from clipsteer.demo import sections as demo_sections
-from clipsteer.demo.explore import Feature, Predictor, feature_heat
-from clipsteer.demo.pictures import Pictures, pixels
-from clipsteer.demo.sections import percent as _percent
-from clipsteer.report.axes import Axis
-from clipsteer.report.charts import Chart
-from clipsteer.report.layers import Bars, Line
+from clipsteer.demo.explore import Feature, Predictor
+from clipsteer.demo.pictures import Pictures
+from clipsteer.demo.sections import percent
 from clipsteer.report.page import (
     Html,
     Page,
-    card,
-    cards,
     code,
     figures,
-    grid,
-    heat_overlay,
     stats,
     table,
     text,
 )
-
-_SIZE = 128
 
 
 def build(
@@ -42,14 +33,15 @@ def build(
     pictures: Pictures,
     found: Mapping[str, Any],
     history: Sequence[Mapping[str, float]],
-    tokens: Tensor,
-    embeddings: Tensor,
+    tokens: Tensor,  # (N, T, d)
+    embeddings: Tensor,  # (N, e)
     chosen: Sequence[Feature],
     saved: Path,
 ) -> Page:
     """The whole page; ``saved`` is the demo's folder. Nothing in it depends on when or how fast the
     demo ran."""
-    clip, sae = predictor.clip, predictor.sae
+    clip = predictor.clip
+    sae = predictor.sae
     weights = f" ({clip.pretrained})" if clip.pretrained else ""
     page = Page(
         "What a CLIP model sees, and how to steer it",
@@ -62,18 +54,17 @@ def build(
         page.lead(
             text(
                 "EmojiCLIP is a small model that comes with clipsteer, trained from scratch on "
-                "drawings of emoji. It "
-                "is not OpenAI's CLIP; run the demo with --model, --pretrained and --data for a "
-                "real one.",
+                "drawings of emoji. It is not OpenAI's CLIP; run the demo with --model, "
+                "--pretrained and --data for a real one.",
                 css="note",
             )
         )
     page.section("What the model sees", *_seeing(pictures, found, embeddings, predictor))
     page.section("The sparse autoencoder", *demo_sections.training(sae, found, history))
-    page.section("Features", *_features(predictor, pictures, tokens, chosen, found))
+    page.section("Features", *demo_features.features(predictor, pictures, tokens, chosen, found))
     page.section(
         "Steering one feature up and down",
-        *_steering(predictor, pictures, embeddings, chosen, found),
+        *demo_features.steering(predictor, pictures, embeddings, chosen, found),
     )
     conceptors = saved / "conceptors.safetensors"
     page.section(
@@ -90,10 +81,6 @@ def build(
         *_snippet(clip, predictor.hook_point, chosen[0], multiple, saved / "sae", found),
     )
     return page
-
-
-def _title(feature: Feature) -> str:
-    return f"Feature {feature.index}: {feature.looks_like[0][0]}"
 
 
 def _plus_minus(found: Mapping[str, float]) -> str:
@@ -114,7 +101,7 @@ def _headline(found: Mapping[str, Any]) -> Html:
     if "zero_shot" in found:
         row = found["zero_shot"][_held_out(found["zero_shot"])]
         ways, best = max(row["ways"].items())
-        items.append((f"zero-shot, {ways} candidates", _percent(best["accuracy"]), row["group"]))
+        items.append((f"zero-shot, {ways} candidates", percent(best["accuracy"]), row["group"]))
     items += [
         ("explained variance", f"{held_out['ev']:.3f}", group),
         ("active features a token", f"{held_out['l0']:.0f}", f"of {found['sae']['d_sae']}"),
@@ -124,213 +111,56 @@ def _headline(found: Mapping[str, Any]) -> Html:
 
 
 def _seeing(
-    pictures: Pictures, found: Mapping[str, Any], embeddings: Tensor, predictor: Predictor
+    pictures: Pictures,
+    found: Mapping[str, Any],
+    embeddings: Tensor,  # (N, e)
+    predictor: Predictor,
 ) -> list[Html]:
     parts = []
     if "zero_shot" in found:
         own = predictor.clip.name == EMOJICLIP and len(pictures.groups) == 4
-        seen = " The first row is of images that the model was trained on." if own else ""
-        rows = []
-        for row in found["zero_shot"]:
-            *few, (everything, best) = row["ways"].items()
-            cells = {w: _plus_minus(v) for w, v in few}
-            rows.append(
-                [
-                    row["group"],
-                    row["images"],
-                    cells.get(10, "–"),
-                    cells.get(50, "–"),
-                    _plus_minus(best),
-                    everything,
-                    _percent(best["chance"]),
-                ]
-            )
-        parts += [
-            text(
-                "Zero-shot classification: the model picks the name that fits the image best, "
-                "among N names of which "
-                "one is right. 10 and 50 names: the mean over all draws of wrong names, so chance "
-                "is 10 % and 2 %."
-            ),
-            table(
-                ["images", "count", "10 names", "50 names", "all names", "names", "chance"],
-                rows,
-                caption="Accuracy ± standard error over the images." + seen,
-            ),
-        ]
-    rows = spread(pictures.held_out, 12)
-    best = predictor.of(embeddings[rows]).max(-1)
+        parts += _zero_shot(found["zero_shot"], own)
+    shown = spread(pictures.held_out, 12)
+    best = predictor.of(embeddings[shown]).max(-1)
     items = []
-    for i, p, index in zip(rows, best.values.tolist(), best.indices.tolist()):
+    for row, p, index in zip(shown, best.values.tolist(), best.indices.tolist()):
         guess = pictures.vocabulary[index]
-        items.append(
-            (pictures.thumb(i), f"{guess}, {p:.0%}", f"{pictures.names[i]}, seen as {guess}")
-        )
+        caption = f"{guess}, {p:.0%}"
+        items.append((pictures.thumb(row), caption, f"{pictures.names[row]}, seen as {guess}"))
     size = len(pictures.vocabulary)
     parts.append(text(f"Some images, and what the model takes them for among {size} names:"))
     return [*parts, figures(items, size="4.6rem")]
 
 
-def _heat(
-    predictor: Predictor, pictures: Pictures, tokens: Tensor, feature: Feature, row: int
-) -> Any:
-    prefix = layout_at(predictor.clip, predictor.hook_point).before_patches(tokens.shape[1]) or 0
-    grid = feature_heat(predictor.sae, tokens[row], feature.index, prefix)
-    if grid is None or float(grid.max()) < 0.1 * feature.peak:
-        return pictures.thumb(row)
-    return heat_overlay(pictures.dataset[row][0], grid, size=_SIZE)
-
-
-def _features(
-    predictor: Predictor,
-    pictures: Pictures,
-    tokens: Tensor,
-    chosen: Sequence[Feature],
-    found: Mapping[str, Any],
-) -> list[Html]:
-    parts = []
-    for feature in chosen:
-        top = [
-            (
-                _heat(predictor, pictures, tokens, feature, i),
-                pictures.names[i],
-                f"{pictures.names[i]}, with heat",
-            )
-            for i in feature.top
-        ]
-        made_of = ", ".join(f"{name} {weight:.2f}" for name, weight in feature.looks_like)
-        parts.append(
-            card(
-                _title(feature),
-                text(
-                    f"Active on {_percent(feature.density)} of the images. Those below are made "
-                    f"of: {made_of}.",
-                    css="note",
-                ),
-                figures(top, size="5.6rem"),
-            )
+def _zero_shot(found: Sequence[Mapping[str, Any]], own: bool) -> list[Html]:
+    rows = []
+    for row in found:
+        *few, (everything, best) = row["ways"].items()
+        cells = {ways: _plus_minus(accuracy) for ways, accuracy in few}
+        rows.append(
+            [
+                row["group"],
+                row["images"],
+                cells.get(10, "–"),
+                cells.get(50, "–"),
+                _plus_minus(best),
+                everything,
+                percent(best["chance"]),
+            ]
         )
-    share = found["steering"]
+    seen = " The first row is of images that the model was trained on." if own else ""
     return [
         text(
-            f"Of {found['sae']['d_sae']} features the {share['probed']} strongest that are active "
-            f"on "
-            f"{share['active_on'][0]} to {share['active_on'][1]} of the images were probed. Shown "
-            f"are {len(chosen)}, "
-            "picked by what they do: those that push the predictions towards what they look like, "
-            "the most steerable "
-            "first, then the most steerable of the others; no two towards the same name. Each "
-            "comes with the images on "
-            "which it is strongest, and a glow where it is active (none where only the class token "
-            "has it). Its name "
-            "is what those images are made "
-            f"of: each is decomposed into a sparse, non-negative sum of the {found['vocabulary']} "
-            f"names (SpLiCE, "
-            "Bhalla et al. 2024), and the weights are averaged."
+            "Zero-shot classification: the model picks the name that fits the image best, among N "
+            "names of which one is right. 10 and 50 names: the mean over all draws of wrong names, "
+            "so chance is 10 % and 2 %."
         ),
-        cards(*parts),
+        table(
+            ["images", "count", "10 names", "50 names", "all names", "names", "chance"],
+            rows,
+            caption="Accuracy ± standard error over the images." + seen,
+        ),
     ]
-
-
-def _steering(
-    predictor: Predictor,
-    pictures: Pictures,
-    embeddings: Tensor,
-    chosen: Sequence[Feature],
-    found: Mapping[str, Any],
-) -> list[Html]:
-    share = found["steering"]
-    studies = share["features"]
-    responses = {f"{s['index']} → {s['response']['target']}": s["response"] for s in studies[:4]}
-    curve = Chart(
-        "Probability of the target",
-        *(Line(name, r["multiples"], r["probability"]) for name, r in responses.items()),
-        x="strength, in multiples of the feature's peak",
-        y=Axis(low=0),
-    )
-    ranks = list(range(1, len(share["scores"]) + 1))
-    ranked = Chart(
-        "Steerability of every feature probed",
-        Line("S", ranks, share["scores"]),
-        Line("threshold", [1, ranks[-1]], [share["threshold"]] * 2),
-        x="features, the most steerable first",
-        y=Axis(low=0),
-    )
-    by_multiple = ", ".join(f"{n} at {m} × peak" for m, n in share["steerable_by_multiple"].items())
-    parts = []
-    for feature in chosen:
-        parts.append(
-            card(
-                _title(feature),
-                text(
-                    f"Up, on other images (S = {feature.steerability:.3f}); change in points:",
-                    css="note",
-                ),
-                _changes(feature.effect, feature),
-                text("Down to 0, on its own images:", css="note"),
-                _changes(feature.removed, feature),
-            )
-        )
-    return [
-        text(
-            f"Each feature is set to {share['multiple_of_peak']:g} times its peak on every token "
-            f"of "
-            f"{share['probe_images']} held-out images, and to 0 on the images that show it. "
-            f"Nothing else in the model "
-            f"changes. The bars are the mean change in probability over {found['vocabulary']} "
-            f"names; S is the sum of "
-            f"their squares (Joseph et al. 2025). How many of the {share['probed']} pass S > "
-            f"{share['threshold']} "
-            f"depends on the strength: {by_multiple}."
-        ),
-        _before_and_after(predictor, pictures, embeddings, chosen, share),
-        grid(curve, ranked),
-        cards(*parts),
-    ]
-
-
-def _changes(found: Sequence[tuple[str, float]], feature: Feature) -> Chart:
-    """Changes in probability as bars, all of a feature in one scale."""
-    limit = max(abs(d) for _, d in [*feature.effect, *feature.removed]) or 1.0
-    return Chart("", Bars([(name, d, f"{100 * d:+.1f}") for name, d in found], limit))
-
-
-def _before_and_after(
-    predictor: Predictor,
-    pictures: Pictures,
-    embeddings: Tensor,
-    chosen: Sequence[Feature],
-    share: Mapping[str, Any],
-) -> Html:
-    """Single images: one feature up on some that lack it, and the one that is missed most off on
-    some that have it."""
-    vocabulary = pictures.vocabulary
-
-    def best(p: Tensor) -> str:
-        return f"{vocabulary[int(p.argmax())]}, {float(p.max()):.0%}"
-
-    def rows(images: Sequence[int], feature: Feature, strength: float) -> list[list[Any]]:
-        clean = predictor.of(embeddings[images])
-        moved = predictor.steered(pixels(predictor.clip, pictures, images), feature.index, strength)
-        return [
-            [figures([(pictures.thumb(i), "", pictures.names[i])], size="3.2rem"), best(a), best(b)]
-            for i, a, b in zip(images, clean, moved)
-        ]
-
-    first, missed = chosen[0], max(chosen, key=lambda f: sum(d * d for _, d in f.removed))
-    others = [i for i in share["probe_rows"] if i not in first.top]
-    up = rows(spread(others, 4), first, share["multiple_of_peak"] * first.peak)
-    down = rows(missed.top[:4], missed, 0.0)
-    return cards(
-        card(
-            f"{_title(first)}, up",
-            table(["image", "seen as", "with the feature up"], up, words=True),
-        ),
-        card(
-            f"{_title(missed)}, off",
-            table(["image", "seen as", "without the feature"], down, words=True),
-        ),
-    )
 
 
 def _snippet(
@@ -345,10 +175,12 @@ def _snippet(
     strength = multiple * feature.peak
     path = found["data"]["path"]
     if path == "EmojiStyles":
-        source, maker = "EmojiStyles", "EmojiStyles()"
+        source = "EmojiStyles"
+        maker = "EmojiStyles()"
         images = '[dataset.image("twemoji", i) for i in dataset.indices("twemoji")[:8]]'
     else:
-        source, maker = "open_dataset", f"open_dataset({path!r})"
+        source = "open_dataset"
+        maker = f"open_dataset({path!r})"
         images = "[dataset[i][0] for i in range(8)]"
     return [
         text(

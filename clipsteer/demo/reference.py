@@ -34,20 +34,15 @@ def section() -> list[Html]:
     return [
         text(
             "A frozen reference model can say which pairs are worth learning: DRRho-CLIP (Wei et "
-            "al. 2025) pushes a "
-            "model only where it is further from right than the reference, so that captions that "
-            "fit many images "
-            "weigh less. The curves show a model a fifth of EmojiCLIP's size, trained from scratch "
-            "on drawings with "
-            "noisy captions. Here the reference's weights do not help; learning its features "
-            "(distillation) "
-            "does."
+            "al. 2025) pushes a model only where it is further from right than the reference, so "
+            "that captions that fit many images weigh less. The curves show a model a fifth of "
+            "EmojiCLIP's size, trained from scratch on drawings with noisy captions. Here the "
+            "reference's weights do not help; learning its features (distillation) does."
         ),
         text(
-            f"These curves were not measured for this page: they are committed results, means over "
-            f"{seeds} seeds of "
-            f"{means['date']}. How they were made, what can be told apart and what not: "
-            "benchmarks/results/reference_model.md in the repository."
+            "These curves were not measured for this page: they are committed results, means over "
+            f"{seeds} seeds of {means['date']}. How they were made, what can be told apart and "
+            "what not: benchmarks/results/reference_model.md in the repository."
         ),
         grid(*(chart(means, title) for title in SHOWN)),
         text("The same for your own pairs:"),

@@ -18,12 +18,14 @@ _CE_GAP = 0.1
 
 
 def percent(value: float) -> str:
+    """A share as text, with a tenth of a point."""
     return f"{100 * value:.1f}\u00a0%"
 
 
 def training(
     sae: Any, found: Mapping[str, Any], history: Sequence[Mapping[str, float]]
 ) -> list[Html]:
+    """``found`` is all figures of the demo, ``history`` what SAE training logged."""
     steps = [h["step"] for h in history]
     unexplained = Line("FVU", steps, [h["fvu"] for h in history])
     dead = Line("dead", steps, [100 * h["dead"] for h in history])
@@ -47,8 +49,8 @@ def training(
     return [
         text(
             f"{sae.d_sae} features over tokens of width {sae.d_in}, of which each token may use "
-            f"{sae.k}: the top-k "
-            "autoencoder of Gao et al. 2024. It learns from the first group of images alone."
+            f"{sae.k}: the top-k autoencoder of Gao et al. 2024. It learns from the first group "
+            "of images alone."
         ),
         curves,
         table(
@@ -89,42 +91,37 @@ def conceptors(
     """``found`` is what ``demo_conceptors.measure`` gives, ``saved`` the file of the conceptors."""
     if "skipped" in found:
         return [text(found["skipped"])]
-    what, rows = found["what"], found["conceptors"]
+    what = found["what"]
+    rows = found["conceptors"]
     apart = found["told_apart"]
-    shown, other = found["shown"], 0 if found["shown"] else 1
+    shown = found["shown"]
+    other = 0 if shown else 1
     pair = f"{rows[shown]['name']} AND NOT {rows[other]['name']}"
     return [
         text(
             "A conceptor is a soft projection, made from the tokens of some images: directions "
-            "that these images use "
-            "much pass nearly unchanged, the others are damped. Conceptors combine as sets do: NOT "
-            "keeps what was "
-            "damped, AND what both keep, OR what either keeps (Jaeger 2014; Postmus & Abreu 2024). "
-            "Here each "
-            f"{what} has one, made from the images that the autoencoder learns from. The quota is "
-            f"the "
-            "share of all directions that passes; the aperture sets it, and is one for all: "
-            f"α = {found['aperture']:.3g}, by which a direction of average energy passes by half."
+            "that these images use much pass nearly unchanged, the others are damped. Conceptors "
+            "combine as sets do: NOT keeps what was damped, AND what both keep, OR what either "
+            f"keeps (Jaeger 2014; Postmus & Abreu 2024). Here each {what} has one, made from the "
+            "images that the autoencoder learns from. The quota is the share of all directions "
+            f"that passes; the aperture sets it, and is one for all: α = {found['aperture']:.3g}, "
+            "by which a direction of average energy passes by half."
         ),
         text(
-            f"Which held-out images each keeps most and least, as ‖Ch‖²/‖h‖² over the tokens "
-            f"against the same of a "
-            f"conceptor of all images together (quota {found['quota_everything']:.2f}). Taking for "
-            f"each of the "
-            f"{found['held_out']} images the {what} whose conceptor keeps most in this sense is "
-            f"right for "
+            "Which held-out images each keeps most and least, as ‖Ch‖²/‖h‖² over the tokens "
+            "against the same of a conceptor of all images together (quota "
+            f"{found['quota_everything']:.2f}). Taking for each of the {found['held_out']} images "
+            f"the {what} whose conceptor keeps most in this sense is right for "
             f"{percent(apart['accuracy'])}; the largest {what} makes up "
             f"{percent(apart['largest_share'])}."
         ),
         cards(*(_kept(pictures, row, found) for row in rows)),
         text(
-            f"Steering: every token of {found['steered_images']} held-out images of all kinds goes "
-            f"through a "
-            "conceptor, and the model names what comes out. The table gives the probability that "
-            "falls on names of "
-            f"the {what} in the first column, mean over the images. Compare with the column of the "
-            f"conceptor of all "
-            "images, which shows what damping alone does."
+            f"Steering: every token of {found['steered_images']} held-out images of all kinds "
+            "goes through a conceptor, and the model names what comes out. The table gives the "
+            f"probability that falls on names of the {what} in the first column, mean over the "
+            "images. Compare with the column of the conceptor of all images, which shows what "
+            "damping alone does."
         ),
         _effects(found),
         _examples(pictures, found),
@@ -141,13 +138,15 @@ def conceptors(
 def _kept(pictures: Pictures, row: Mapping[str, Any], found: Mapping[str, Any]) -> Html:
     def caption(name: str, ratio: float) -> str:
         # drawings are all of one style here: its name at the end would only take room
-        return f"{name.rpartition(' (')[0] if found['minus'] == 'style' else name}, ×{ratio:.2f}"
+        if found["minus"] == "style":
+            name = name.rpartition(" (")[0]
+        return f"{name}, ×{ratio:.2f}"
 
     def drawings(pairs: Sequence[tuple[int, float]]) -> Html:
-        return figures(
-            [(pictures.thumb(i, 96), caption(pictures.names[i], r)) for i, r in pairs],
-            size="4.6rem",
-        )
+        items = []
+        for i, ratio in pairs:
+            items.append((pictures.thumb(i, 96), caption(pictures.names[i], ratio)))
+        return figures(items, size="4.6rem")
 
     own = f"{row['most_of_its_own']} of these {len(row['most'])} are of this {found['what']}"
     return card(
@@ -165,23 +164,17 @@ def _minus(found: Mapping[str, Any]) -> str:
 
 
 def _effects(found: Mapping[str, Any]) -> Html:
-    plain = found["probability"]
+    plain = [found["probability"][way] for way in ("unsteered", "everything")]
+    steered = ("itself", "and_not", "not")
+    rows = found["conceptors"]
     body = []
-    for k, row in enumerate(found["conceptors"]):
-        ways = [
-            plain["unsteered"],
-            plain["everything"],
-            *(row["effect"][way] for way in ("itself", "and_not", "not")),
-        ]
+    for k, row in enumerate(rows):
+        ways = [*plain, *(row["effect"][way] for way in steered)]
         body.append([row["name"], *(percent(way["mass"][k]) for way in ways)])
-    mean = lambda way: (
-        sum(row["effect"][way]["right_name"] for row in found["conceptors"])
-        / len(found["conceptors"])
-    )
-    names = [plain[way]["right_name"] for way in ("unsteered", "everything")]
-    body.append(
-        ["images named right", *map(percent, [*names, *map(mean, ("itself", "and_not", "not"))])]
-    )
+    right = [way["right_name"] for way in plain]
+    for way in steered:
+        right.append(sum(row["effect"][way]["right_name"] for row in rows) / len(rows))
+    body.append(["images named right", *map(percent, right)])
     what = found["what"]
     if found["minus"] == "style":
         minus = "Style is a conceptor of the differences between two drawings of one thing."
@@ -198,25 +191,24 @@ def _effects(found: Mapping[str, Any]) -> Html:
         ],
         body,
         f"{minus} The last row is the share of images that still get their own name, among all "
-        f"names; in the last "
-        "three columns it is the mean over the conceptors. The images below are picked evenly, not "
-        "by their effect.",
+        "names; in the last three columns it is the mean over the conceptors. The images below "
+        "are picked evenly, not by their effect.",
     )
 
 
 def _examples(pictures: Pictures, found: Mapping[str, Any]) -> Html:
     name = found["conceptors"][found["shown"]]["name"]
-    words = lambda pair: f"{pair[0]}, {pair[1]:.0%}"
+
+    def words(name: str, p: float) -> str:
+        return f"{name}, {p:.0%}"
 
     def rows(way: str) -> list[list[Any]]:
-        return [
-            [
-                figures([(pictures.thumb(e["row"]), "", pictures.names[e["row"]])], size="3.2rem"),
-                words(e["before"]),
-                words(e["after"]),
-            ]
-            for e in found["examples"][way]
-        ]
+        body = []
+        for example in found["examples"][way]:
+            row = example["row"]
+            image = figures([(pictures.thumb(row), "", pictures.names[row])], size="3.2rem")
+            body.append([image, words(*example["before"]), words(*example["after"])])
+        return body
 
     return cards(
         card(
@@ -234,11 +226,9 @@ def wise_ft(found: Mapping[str, Any]) -> list[Html]:
     """``found`` is what ``demo_wise_ft.measure`` gives."""
     intro = text(
         "Fine-tuning makes a model better at what it is tuned on, and often worse at everything "
-        "else. WiSE-FT "
-        "(Wortsman et al. 2022) averages the weights of before and after, tensor by tensor: (1 − "
-        "α) · zero-shot + "
-        "α · fine-tuned. Often some α in between is better than both ends, at no cost when the "
-        "model runs."
+        "else. WiSE-FT (Wortsman et al. 2022) averages the weights of before and after, tensor by "
+        "tensor: (1 − α) · zero-shot + α · fine-tuned. Often some α in between is better than "
+        "both ends, at no cost when the model runs."
     )
     if "skipped" in found:
         return [intro, text(found["skipped"])]
@@ -247,25 +237,20 @@ def wise_ft(found: Mapping[str, Any]) -> list[Html]:
     line = {row["alpha"]: row for row in averages(weight)}
     names = list(dict.fromkeys(row["set"] for row in weight))
     widest = max((row["high"] - row["low"]) / 2 for row in weight)
-    at = {(row["alpha"], row["set"]): row for row in weight}
-    cell = lambda r: f"{100 * r['accuracy']:.1f} ({100 * r['low']:.1f}–{100 * r['high']:.1f})"
-    body = [[f"{alpha:g}", *(cell(at[alpha, name]) for name in names)] for alpha in line]
+    cells = {(row["alpha"], row["set"]): _accuracy(row) for row in weight}
+    body = [[f"{alpha:g}", *(cells[alpha, name] for name in names)] for alpha in line]
     shifted = [name.capitalize() for name in names[1:]]
     own = found["style"].capitalize()
-    middle = [
-        (f"α = {alpha:g}, other styles", percent(line[alpha]["shifted"]))
-        for alpha in (0.5,)
-        if alpha in line
-    ]
+    middle = []
+    if 0.5 in line:
+        middle.append(("α = 0.5, other styles", percent(line[0.5]["shifted"])))
     return [
         intro,
         text(
             f"Here EmojiCLIP, which was trained on {' and '.join(shifted)} drawings, is tuned to "
-            f"{own}, a style new to "
-            f"it: {found['training_concepts']} things in 30 classes, {found['epochs']} epochs. "
-            f"Tested are the drawings "
-            f"of {found['test_concepts']} other things, which it saw in no style: in {own} "
-            f"(reference), and in "
+            f"{own}, a style new to it: {found['training_concepts']} things in 30 classes, "
+            f"{found['epochs']} epochs. Tested are the drawings of {found['test_concepts']} other "
+            f"things, which it saw in no style: in {own} (reference), and in "
             f"{' and '.join(shifted)} (shifted)."
         ),
         stats(
@@ -280,12 +265,10 @@ def wise_ft(found: Mapping[str, Any]) -> list[Html]:
             ]
         ),
         text(
-            f"In the left chart a line runs from before tuning (○) to after (■): further right is "
-            f"better on {own}, "
-            "further up is better on the other styles. The axes are in log odds, which stretch the "
-            "scale towards 0 "
-            "and 100 %. The output-space ensemble averages the answers of both models instead, and "
-            "has to run both."
+            "In the left chart a line runs from before tuning (○) to after (■): further right is "
+            f"better on {own}, further up is better on the other styles. The axes are in log "
+            "odds, which stretch the scale towards 0 and 100 %. The output-space ensemble "
+            "averages the answers of both models instead, and has to run both."
         ),
         grid(*curve_charts(rows)),
         text(_verdict(rows)),
@@ -293,33 +276,32 @@ def wise_ft(found: Mapping[str, Any]) -> list[Html]:
         table(
             ["α", *names],
             body,
-            f"Accuracy in % with 95 % Clopper–Pearson intervals, one fine-tuning seed "
-            f"({found['seed']}). The intervals "
-            f"reach up to {100 * widest:.0f} points either way: read the shape, not the last "
-            f"digit. Every style, three "
-            "seeds, and gains over both ends: benchmarks/results/wise_ft_emoji in the repository, "
-            "made by "
+            "Accuracy in % with 95 % Clopper–Pearson intervals, one fine-tuning seed "
+            f"({found['seed']}). The intervals reach up to {100 * widest:.0f} points either way: "
+            "read the shape, not the last digit. Every style, three seeds, and gains over both "
+            "ends: benchmarks/results/wise_ft_emoji in the repository, made by "
             "benchmarks/wise_ft.py. For your own models and data: clipsteer wise-ft curve.",
         ),
     ]
 
 
+def _accuracy(row: Mapping[str, Any]) -> str:
+    return f"{100 * row['accuracy']:.1f} ({100 * row['low']:.1f}–{100 * row['high']:.1f})"
+
+
 def _verdict(rows: Sequence[Mapping[str, Any]]) -> str:
     """How many alphas beat both ends on the shifted sets, by both measures."""
+    measures = {"accuracy": "accuracy", "balanced": "balanced accuracy (the mean over classes)"}
     parts = []
-    for measure, name in (
-        ("accuracy", "accuracy"),
-        ("balanced", "balanced accuracy (the mean over classes)"),
-    ):
-        line = {
-            row["alpha"]: row["shifted"]
-            for row in averages(rows, measure)
-            if row["method"] == "weight"
-        }
+    for measure, name in measures.items():
+        line = {}
+        for row in averages(rows, measure):
+            if row["method"] == "weight":
+                line[row["alpha"]] = row["shifted"]
         inner = [alpha for alpha in line if 0 < alpha < 1]
         above = [alpha for alpha in inner if line[alpha] > max(line[0.0], line[1.0])]
-        which = (
-            f" (α = {', '.join(f'{a:g}' for a in above)})" if 0 < len(above) < len(inner) else ""
-        )
+        which = ""
+        if 0 < len(above) < len(inner):
+            which = f" (α = {', '.join(f'{alpha:g}' for alpha in above)})"
         parts.append(f"by {name} {len(above)} of the {len(inner)} averages in between{which}")
     return f"What beats both ends on the mean of the other styles, in this run: {'; '.join(parts)}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +24,17 @@ from clipsteer.ensembles.robustness import EvalSet, curve
 
 # what benchmarks/wise_ft.py took on validation concepts for this style:
 # benchmarks/results/wise_ft_emoji
-HEAD, LR, EPOCHS = "labels", 1e-3, 5
+HEAD = "labels"
+LR = 1e-3
+EPOCHS = 5
+BATCH = 64
+ALPHAS = tuple(i / 10 for i in range(11))
+STYLES = EmojiStyles.styles
 ELSEWHERE = (
     "The demo does this for EmojiCLIP and the bundled drawings alone. For your own: clipsteer "
-    "finetune tunes a model, "
-    "and clipsteer wise-ft curve draws the curve from what that leaves; both have examples under "
-    "--help."
+    "finetune tunes a model, and clipsteer wise-ft curve draws the curve from what that leaves; "
+    "both have examples under --help."
 )
-ALPHAS = tuple(i / 10 for i in range(11))
 
 
 def measure(
@@ -61,28 +64,27 @@ def measure(
     }
 
 
-BATCH = 64
-
-
-STYLES = EmojiStyles.styles
-
-
 def heads(clip: CLIP, concepts: Sequence[int]) -> dict[str, Tensor]:
     """Two zero-shot heads (30, e): from the subcategories' names, and the mean over the labels of
     their concepts."""
-    emoji = EmojiStyles()
-    owner = [emoji.concepts[i].subcategory for i in concepts]
-    classes = sorted(set(owner))
-    labels = zero_shot_head(clip, [emoji.concepts[i].label for i in concepts])
-    rows = torch.tensor([classes.index(name) for name in owner], device=labels.device)
-    sums = torch.zeros(len(classes), labels.shape[1], device=labels.device).index_add_(
-        0, rows, labels
-    )
+    bundled = EmojiStyles().concepts
+    drawn = [bundled[i] for i in concepts]
+    classes = sorted({concept.subcategory for concept in drawn})
+    labels = zero_shot_head(clip, [concept.label for concept in drawn])  # (concepts, e)
+    rows = [classes.index(concept.subcategory) for concept in drawn]
+    sums = torch.zeros(len(classes), labels.shape[1], device=labels.device)
+    sums.index_add_(0, torch.tensor(rows, device=labels.device), labels)
     names = zero_shot_head(clip, [name.replace("-", " ") for name in classes])
     return {"names": names, "labels": F.normalize(sums, dim=-1)}
 
 
-def tune(clip: CLIP, dataset: ImageDataset, head: Tensor, **settings: Any) -> ImageClassifier:
+def tune(
+    clip: CLIP,
+    dataset: ImageDataset,
+    head: Tensor,  # (C, e)
+    **settings: Any,
+) -> ImageClassifier:
+    """Fine-tune the image tower; ``settings`` are fields of FinetuneConfig."""
     # 17 tokens an image: on a CPU the plain attention is quicker than the flash kernel's backward
     with sdpa_kernel(SDPBackend.MATH) if clip.device.type == "cpu" else nullcontext():
         return finetune(clip, dataset, head, FinetuneConfig(**settings))
@@ -91,13 +93,15 @@ def tune(clip: CLIP, dataset: ImageDataset, head: Tensor, **settings: Any) -> Im
 def evaluation_sets(style: str, concepts: Sequence[int], device: str = "cpu") -> list[EvalSet]:
     """Classify-30's drawings of the concepts: in `style` for reference, in each other style as a
     shift."""
-    clip, sets = load(EMOJICLIP, device=device), []
-    for other in (style, *(s for s in STYLES if s != style)):
-        images = classify30(other, concepts)
+    clip = load(EMOJICLIP, device=device)
+
+    def drawn(style: str, role: Literal["reference", "shifted"]) -> EvalSet:
+        images = classify30(style, concepts)
         batches = list(pixel_batches(clip, images))
-        role = "reference" if other == style else "shifted"
-        sets.append(EvalSet(other, role, lambda b=batches: b, torch.tensor(images.targets)))
-    return sets
+        return EvalSet(style, role, lambda: batches, torch.tensor(images.targets))
+
+    others = [other for other in STYLES if other != style]
+    return [drawn(style, "reference"), *(drawn(other, "shifted") for other in others)]
 
 
 def tuned_curve(
@@ -116,8 +120,9 @@ def tuned_curve(
     training = sorted(parts.fit + parts.validation)
     clip = load(EMOJICLIP, device=device)
     head = heads(clip, training)[head_name]
-    zeroshot = {
-        k: v.detach().clone() for k, v in zero_shot_classifier(clip, head).state_dict().items()
-    }
+    # tuning changes the tower in place
+    zeroshot = {}
+    for name, value in zero_shot_classifier(clip, head).state_dict().items():
+        zeroshot[name] = value.detach().clone()
     tuned = tune(clip, classify30(style, training), head, **settings, seed=seed)
     return curve(zeroshot, tuned, tests, alphas)

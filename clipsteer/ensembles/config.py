@@ -61,6 +61,7 @@ class FinetuneConfig:
 
     @property
     def peak(self) -> float:
+        """The learning rate after the warm-up."""
         if self.lr is not None:
             return self.lr
         return 3e-5 if self.mode == "e2e" else 1e-3

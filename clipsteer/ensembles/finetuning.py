@@ -199,7 +199,7 @@ class _Run(TrainingRun):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # for dropout and patch dropout
-        torch.manual_seed(seed_of(config.seed * 1_000_003 + self.step))
+        torch.manual_seed(seed_of(config.seed, "step", self.step))
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.clip.device.type, torch.bfloat16, enabled=config.bf16):
             logits = self.trained(inputs)

@@ -96,6 +96,7 @@ def curve_charts(
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]], baseline: Baseline | None) -> Html:
+    """The table of accuracies and what averaging gains, a row a method and end."""
     body = []
     measures = [summary(rows, baseline), summary(rows, None, "balanced")]
     for method, name in NAMES.items():

@@ -113,6 +113,7 @@ class ContrastiveConfig:
 
     @property
     def wants_reference(self) -> bool:
+        """Whether the features of a reference model are needed."""
         return self.loss in ("drrho", "distill") or self.select is not None
 
     def _temperature(self) -> tuple[float, bool]:
@@ -126,6 +127,7 @@ class ContrastiveConfig:
         return tau, learnt
 
     def make_loss(self, num_samples: int, world: World) -> nn.Module:
+        """The loss of these settings, for a set of ``num_samples`` pairs."""
         # torch comes in with them, which the command line's help does without
         from clipsteer.reference.drrho import DRRhoLoss
         from clipsteer.reference.losses import ContrastiveLoss

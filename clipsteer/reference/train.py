@@ -217,8 +217,7 @@ class _Run(TrainingRun):
 
     def _features(self, pixels: Tensor, tokens: Tensor, part: int) -> tuple[Tensor, Tensor]:
         # (b, 3, H, W), (b, L) -> (b, e) twice; the same dropout when a part is computed again
-        number = (self.config.seed * 1_000_003 + self.step) * self.world.size + self.world.rank
-        torch.manual_seed(seed_of(number * 65_537 + part))
+        torch.manual_seed(seed_of(self.config.seed, "part", self.step, self.world.rank, part))
         with torch.autocast(self.clip.device.type, torch.bfloat16, enabled=self.config.bf16):
             found = self.model(pixels, tokens)
         if isinstance(found, dict):
@@ -323,7 +322,7 @@ class _Run(TrainingRun):
         batch = JointBatch(self.world, len(ids), ids.device)
         features = [batch.join(x) for x in (*self._seen(inputs, size), *refs)]
         draws = torch.Generator(ids.device)
-        draws.manual_seed(seed_of(self.config.seed * 1_000_003 + self.step))
+        draws.manual_seed(seed_of(self.config.seed, "select", self.step))
         keep = max(1, round(self.config.select * batch.rows))
         kept = select_learnable(*features, keep, temperature=self._temperature(), generator=draws)
         self.world.broadcast_(kept)  # GPUs of two kinds may round differently

@@ -85,6 +85,7 @@ class Scale:
             return math.nan
 
     def holds(self, value: Number) -> bool:
+        """Whether the scale has a place for a value."""
         return math.isfinite(self.place(value))
 
     def ticks(self, low: float, high: float) -> Sequence[float]:

@@ -229,6 +229,7 @@ class Page:
         self._sections.append((None, parts))
 
     def html(self) -> str:
+        """The whole page."""
         return render(
             "page",
             title=self.title,

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from clipsteer.sae.activations import ActivationStore as ActivationStore
     from clipsteer.sae.activations import HarvestSource as HarvestSource
     from clipsteer.sae.activations import harvest_to_store as harvest_to_store
+    from clipsteer.sae.architectures import ARCHITECTURES as ARCHITECTURES
     from clipsteer.sae.config import TRAINABLE as TRAINABLE
     from clipsteer.sae.config import TrainConfig as TrainConfig
     from clipsteer.sae.evaluate import evaluate_sae as evaluate_sae
@@ -34,11 +35,10 @@ if TYPE_CHECKING:
     from clipsteer.sae.losses import fvu as fvu
     from clipsteer.sae.losses import l1 as l1
     from clipsteer.sae.losses import scaled_mse as scaled_mse
-    from clipsteer.sae.model import ARCHITECTURES as ARCHITECTURES
-    from clipsteer.sae.model import NORMALIZATIONS as NORMALIZATIONS
     from clipsteer.sae.model import SAE as SAE
-    from clipsteer.sae.model import InputStats as InputStats
     from clipsteer.sae.model import SAEOutput as SAEOutput
+    from clipsteer.sae.normalization import NORMALIZATIONS as NORMALIZATIONS
+    from clipsteer.sae.normalization import InputStats as InputStats
     from clipsteer.sae.site import BLOCK as BLOCK
     from clipsteer.sae.site import LOGIT_SCALE as LOGIT_SCALE
     from clipsteer.sae.site import Site as Site

@@ -100,10 +100,12 @@ class HarvestSource(ActivationSource):
         return torch.cat(list(harvest(self.clip, loader, self.hook_point, tokens=self.tokens)))
 
     def group_sizes(self, seed: int, epoch: int) -> list[int]:
+        """Tokens of each group of images; the last may be smaller."""
         total, step = len(self.dataset), self.images_per_group
         return [min(step, total - at) * self.tokens_per_image for at in range(0, total, step)]
 
     def load_group(self, seed: int, epoch: int, group: int) -> Tensor:
+        """The activations (n, d) of a group of images."""
         order = torch.randperm(len(self.dataset), generator=generator(seed, epoch))
         images = order[group * self.images_per_group : (group + 1) * self.images_per_group].tolist()
         with torch.random.fork_rng(devices=[]):
@@ -176,9 +178,11 @@ class ActivationStore(ActivationSource):
         ]
 
     def group_sizes(self, seed: int, epoch: int) -> list[int]:
+        """Rows of each group of shards."""
         return [sum(self._sizes[shard] for shard in group) for group in self._order(seed, epoch)]
 
     def load_group(self, seed: int, epoch: int, group: int) -> Tensor:
+        """The rows (n, d) of a group of shards."""
         return torch.cat([self.read_shard(shard) for shard in self._order(seed, epoch)[group]])
 
 

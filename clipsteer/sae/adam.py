@@ -30,47 +30,59 @@ class UnitRowAdam(torch.optim.Adam):
         self._step_supports_amp_scaling = False
 
     @torch.no_grad()
-    def step(self, closure: Any = None, factor: Tensor | None = None) -> None:
+    def step(  # type: ignore[override]
+        self,
+        closure: Any = None,
+        factor: Tensor | None = None,  # ()
+    ) -> None:
         """One step with all gradients times ``factor``, a scalar tensor; not all of them are
         multiplied in place."""
         if closure is not None:
             raise ValueError("UnitRowAdam.step: takes no closure")
-        sae, taken = self.sae, {}
+        sae = self.sae
+        taken: dict[Tensor, tuple[Tensor, str]] = {}
         for parameter in (sae.W_enc, sae.W_dec):
             grad = parameter.grad
             backend = None if grad is None else one_pass(parameter)
-            if backend == "cpp" or (backend == "triton" and not grad.is_sparse):
-                taken[parameter] = grad, backend
+            if grad is None or backend is None:
+                continue
+            if backend == "cpp" or not grad.is_sparse:
+                taken[parameter] = (grad, backend)
         if factor is not None:
             # the kernel on a GPU multiplies as it reads
             read = {p for p, (_, backend) in taken.items() if backend == "triton"}
             grads = [p.grad for p in sae.parameters() if p.grad is not None and p not in read]
             if grads:
                 torch._foreach_mul_([g._values() if g.is_sparse else g for g in grads], factor)
-        for parameter, (grad, backend) in taken.items():
-            self._one_pass(parameter, grad, backend, factor)
-            parameter.grad = None
+        for weight, (grad, backend) in taken.items():
+            self._one_pass(weight, grad, backend, factor)
+            # torch's own step passes over what has no gradient
+            weight.grad = None
         if sae.W_dec not in taken:
             sae.remove_parallel_gradient_()
         super().step()
         if sae.W_dec not in taken:
             sae.renormalize_decoder_()
-        for parameter, (grad, _) in taken.items():
-            parameter.grad = grad
+        for weight, (grad, _) in taken.items():
+            weight.grad = grad
 
     def _one_pass(
-        self, parameter: Tensor, grad: Tensor, backend: str, factor: Tensor | None
+        self,
+        parameter: Tensor,  # (d_sae, d_in)
+        grad: Tensor,  # (d_sae, d_in), for "cpp" also row-sparse
+        backend: str,
+        factor: Tensor | None,  # ()
     ) -> None:
-        state, group = self.state[parameter], self.param_groups[0]
+        state = self.state[parameter]
+        group = self.param_groups[0]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = (
-                torch.zeros_like(parameter),
-                torch.zeros_like(parameter),
-            )
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
         state["step"] += 1
-        moments, unit = (state["exp_avg"], state["exp_avg_sq"]), parameter is self.sae.W_dec
-        settings = unit, group["lr"], *group["betas"], group["eps"]
+        moments = (state["exp_avg"], state["exp_avg_sq"])
+        unit = parameter is self.sae.W_dec
+        settings = (unit, group["lr"], *group["betas"], group["eps"])
         if backend == "triton":
             from clipsteer.kernels.adam_rows import adam_rows
 
@@ -80,7 +92,8 @@ class UnitRowAdam(torch.optim.Adam):
             if grad.is_sparse:
                 # in ascending order, each once, as the ops give them; autograd does not keep the
                 # mark of it
-                features, grad = grad._indices()[0], grad._values()
+                features = grad._indices()[0]
+                grad = grad._values()
             step = torch.ops.clipsteer_cpp.adam_rows
             step(parameter, *moments, state["step"], grad.contiguous(), features, *settings)
         torch.autograd.graph.increment_version(parameter)
@@ -90,7 +103,8 @@ def one_pass(parameter: Tensor) -> str | None:
     """The backend whose kernel updates a dictionary in one pass over memory; None: torch does, in
     several."""
     asked = os.environ.get("CLIPSTEER_BACKEND", "auto").lower() or "auto"
-    device, dtype = parameter.device, parameter.dtype
+    device = parameter.device
+    dtype = parameter.dtype
     if not parameter.is_contiguous():
         return None
     if device.type == "cpu" and asked in ("auto", "cpp"):
@@ -104,11 +118,9 @@ def one_pass(parameter: Tensor) -> str | None:
 
     if parameter.shape[1] > MAX_COLUMNS:
         return None
-    failure = (
-        _dispatch.self_check("adam_rows", "triton", device, dtype, _verdict)
-        if asked == "auto"
-        else None
-    )
+    failure = None
+    if asked == "auto":
+        failure = _dispatch.self_check("adam_rows", "triton", device, dtype, _verdict)
     if failure is not None:
         _dispatch._warn_once(
             f"clipsteer: triton adam_rows is not trusted on {device} for {dtype}: {failure}"
@@ -126,16 +138,22 @@ def _verdict(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
     """None where a step of the kernel is Adam's in float64."""
     from clipsteer.kernels.adam_rows import adam_rows
 
-    lr, beta1, beta2, eps, t = 0.01, 0.9, 0.999, 1e-8, 3
+    lr = 0.01
+    beta1 = 0.9
+    beta2 = 0.999
+    eps = 1e-8
+    t = 3
     generator = torch.Generator().manual_seed(0)
     w, m, v, grad = torch.randn(4, 5, 768, generator=generator, dtype=torch.float64)
-    w, v = w / w.norm(dim=1, keepdim=True), v.abs()
+    w = w / w.norm(dim=1, keepdim=True)
+    v = v.abs()
     for unit in (False, True):
         got = [value.to(device, dtype) for value in (w, m, v)]
         step = torch.tensor(t, dtype=torch.float32, device=device)
         adam_rows(*got, step, grad.to(device, dtype), unit, lr, beta1, beta2, eps)
         g = grad - (grad * w).sum(1, keepdim=True) * w if unit else grad
-        m1, v1 = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        m1 = beta1 * m + (1 - beta1) * g
+        v1 = beta2 * v + (1 - beta2) * g * g
         w1 = w - lr * (m1 / (1 - beta1**t)) / ((v1 / (1 - beta2**t)).sqrt() + eps)
         if unit:
             w1 /= w1.norm(dim=1, keepdim=True)

@@ -108,6 +108,7 @@ class TrainConfig:
 
     @property
     def peak_lr(self) -> float:
+        """The learning rate after the warm-up."""
         if self.lr is not None:
             return self.lr
         return 4e-4 if self.architecture == "relu" else 2e-4

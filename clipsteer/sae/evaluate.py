@@ -101,21 +101,22 @@ def evaluate_sae(
                     f"dataset: label {int(labels.max())} is not below the {len(head)} classes"
                 )
             labelled += int(known.sum())
-            replaced, zeroed = site.put(x, x_hat.to(x.dtype)), site.put(x, torch.zeros_like(chosen))
+            replaced = site.put(x, x_hat.to(x.dtype))
+            zeroed = site.put(x, torch.zeros_like(chosen))
             go_on = from_site(clip, pixels, site, x, embedded)
             variants = {"clean": embedded, "sae": go_on(replaced), "zero": go_on(zeroed)}
             for name, features in variants.items():
                 logits = LOGIT_SCALE * features[known] @ head.to(features.dtype).T  # (b, C)
-                scores[name][0] += float(
-                    F.cross_entropy(logits.double(), labels[known], reduction="sum")
-                )
+                loss = F.cross_entropy(logits.double(), labels[known], reduction="sum")
+                scores[name][0] += float(loss)
                 scores[name][1] += int((logits.argmax(-1) == labels[known]).sum())
     result = totals.result(site)
     if labelled:
         ce = {name: total / labelled for name, (total, _) in scores.items()}
         top1 = {name: hits / labelled for name, (_, hits) in scores.items()}
         for name in scores:
-            result[f"ce_{name}"], result[f"top1_{name}"] = ce[name], top1[name]
+            result[f"ce_{name}"] = ce[name]
+            result[f"top1_{name}"] = top1[name]
         result["ce_recovered"] = _ratio(ce["zero"] - ce["sae"], ce["zero"] - ce["clean"])
         result["top1_recovered"] = _ratio(top1["zero"] - top1["sae"], top1["zero"] - top1["clean"])
     return result
@@ -140,7 +141,8 @@ class _Totals:
         """Take in one batch; returns its reconstruction (B, T, d)."""
         images, positions, d = x.shape
         rows = x.reshape(-1, d)
-        parts, l0 = [], []
+        parts = []
+        l0 = []
         for part in chunks(self.sae, rows):
             out = self.sae(part)
             on = out.acts > 0
@@ -172,9 +174,12 @@ class _Totals:
     def _merge(self, mean: Tensor, spread: float, count: int) -> None:
         # Chan, Golub and LeVeque's update: no cancellation, whatever the mean
         if self.mean is None:
-            self.mean, self.spread, self.count = mean, spread, count
+            self.mean = mean
+            self.spread = spread
+            self.count = count
             return
-        delta, total = mean - self.mean, self.count + count
+        delta = mean - self.mean
+        total = self.count + count
         self.spread += spread + float(delta.square().sum()) * self.count * count / total
         self.mean = self.mean + delta * (count / total)
         self.count = total

@@ -155,36 +155,31 @@ def top_images(
         raise ValueError(f"count: expected at least 1, got {count}")
     site = find_site(sae, clip, hook_point, tokens)
     chosen = _checked(sae, features)
-    best = images = maps = None
+    best = images = maps = torch.empty(0)
     seen = 0
     with evaluating(sae, clip):
         for pixels, _ in image_batches(clip, dataset, batch_size, "top images"):
             x = site.select(clean_pass(clip, pixels, site)[0])
             acts = _selected_acts(sae, x, chosen).permute(2, 0, 1)  # (m, B, T)
-            if best is None:
+            if seen == 0:
                 best = acts.new_zeros(len(chosen), count)
                 images = torch.full((len(chosen), count), -1, device=acts.device)
                 maps = acts.new_zeros(len(chosen), count, acts.shape[-1])
-            here = torch.arange(seen, seen + len(pixels), device=acts.device).expand(
-                len(chosen), -1
-            )
-            best, order = torch.cat([best, acts.amax(-1)], 1).sort(
-                dim=1, descending=True, stable=True
-            )
-            best, order = best[:, :count], order[:, :count]
-            images = torch.cat([images, here], 1).gather(1, order)
-            maps = torch.cat([maps, acts], 1).gather(
-                1, order[..., None].expand(-1, -1, acts.shape[-1])
-            )
+            here = torch.arange(seen, seen + len(pixels), device=acts.device)
+            both = torch.cat([best, acts.amax(-1)], 1)  # (m, count + B)
+            order = both.argsort(dim=1, descending=True, stable=True)[:, :count]
+            best = both.gather(1, order)
+            images = torch.cat([images, here.expand(len(chosen), -1)], 1).gather(1, order)
+            every = order[..., None].expand(-1, -1, acts.shape[-1])
+            maps = torch.cat([maps, acts], 1).gather(1, every)
             seen += len(pixels)
-    assert maps is not None
+    assert seen > 0
     patches = site.patches(maps)
     side = grid_side(patches.shape[-1])
-    maps = (
-        patches.unflatten(-1, (side, side))
-        if side
-        else (patches if patches.shape[-1] else maps).unflatten(-1, (1, -1))
-    )
+    if side:
+        maps = patches.unflatten(-1, (side, side))
+    else:
+        maps = (patches if patches.shape[-1] else maps).unflatten(-1, (1, -1))
     return TopImages(chosen, images, best, maps)
 
 

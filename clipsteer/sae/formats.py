@@ -16,9 +16,11 @@ it, and checks the weights against the configuration before anything is allocate
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from clipsteer._version import __version__
@@ -27,20 +29,13 @@ from clipsteer.io.files import (
     json_object,
     read_json,
     read_safetensors,
+    refuse_nan,
     write_json,
     write_safetensors,
 )
 from clipsteer.io.kinds import Kind, write_kind
-from clipsteer.sae.foreign import (
-    SAELENS_FILE,
-    SPARSIFY_FILE,
-    Described,
-    export_saelens,
-    export_sparsify,
-    read_prisma,
-    read_saelens,
-    read_sparsify,
-)
+from clipsteer.sae import prisma, saelens, sparsify
+from clipsteer.sae.foreign import Described
 from clipsteer.sae.foreign import open_clip_name as open_clip_name
 
 _OWN_FILE = "model.safetensors"
@@ -49,12 +44,13 @@ _HUB_FILES = (
     "cfg.json",
     "config.json",
     _OWN_FILE,
-    SAELENS_FILE,
-    SPARSIFY_FILE,
+    saelens.FILE,
+    sparsify.FILE,
     "weights.pt",
     "n_images_*.pt",
 )
 _HUB = "hf-hub:"
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Describable(Protocol):
@@ -73,17 +69,16 @@ def _read_own(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> 
         raise FileFormatError(f"{path}: no {missing[0]!r}")
     if not isinstance(cfg["apply_b_dec_to_input"], bool):
         raise FileFormatError(f"{path}: apply_b_dec_to_input must be true or false")
-    return Described(
-        {name: cfg[name] for name in names}, weights, json_object(path, cfg.get("metadata", {}))
-    )
+    config = {name: cfg[name] for name in names}
+    return Described(config, weights, json_object(path, cfg.get("metadata", {})))
 
 
 _READERS = {
     "clipsteer": (_OWN_FILE, _read_own),
-    "saelens": (SAELENS_FILE, read_saelens),
-    "sparsify": (SPARSIFY_FILE, read_sparsify),
+    "saelens": (saelens.FILE, saelens.read),
+    "sparsify": (sparsify.FILE, sparsify.read),
 }
-_WRITERS = {"saelens": (SAELENS_FILE, export_saelens), "sparsify": (SPARSIFY_FILE, export_sparsify)}
+_WRITERS = {"saelens": (saelens.FILE, saelens.export), "sparsify": (sparsify.FILE, sparsify.export)}
 
 
 def detect(folder: str | Path) -> str:
@@ -99,15 +94,14 @@ def detect(folder: str | Path) -> str:
         cfg = json_object(folder / "cfg.json", read_json(folder / "cfg.json"))
         if cfg.get("format") == _KIND.format:
             return "clipsteer"
-        for name, found in ((SAELENS_FILE, "saelens"), (SPARSIFY_FILE, "sparsify")):
+        for name, found in ((saelens.FILE, "saelens"), (sparsify.FILE, "sparsify")):
             if (folder / name).is_file():
                 return found
     elif folder.is_dir() and any(folder.glob("*.pt")):
         return "prisma"
     raise FileFormatError(
         f"{folder}: no SAE in here; looked for cfg.json with {_OWN_FILE} (clipsteer), "
-        f"{SAELENS_FILE} (SAELens) or "
-        f"{SPARSIFY_FILE} (sparsify), and for *.pt (ViT-Prisma)"
+        f"{saelens.FILE} (SAELens) or {sparsify.FILE} (sparsify), and for *.pt (ViT-Prisma)"
     )
 
 
@@ -116,8 +110,8 @@ def parse_hub(path: str) -> tuple[str, str]:
     parts = path.removeprefix(_HUB).split("/")
     if len(parts) < 2 or not all(parts) or any(part in (".", "..") for part in parts):
         raise ValueError(
-            f"SAE.from_pretrained: expected 'hf-hub:org/repo' or 'hf-hub:org/repo/subfolder', got "
-            f"{path!r}"
+            "SAE.from_pretrained: expected 'hf-hub:org/repo' or 'hf-hub:org/repo/subfolder', "
+            f"got {path!r}"
         )
     return "/".join(parts[:2]), "/".join(parts[2:])
 
@@ -150,10 +144,30 @@ def read(path: str | Path) -> tuple[Path, Described]:
     folder = _download(path) if isinstance(path, str) and path.startswith(_HUB) else Path(path)
     kind = detect(folder)
     if kind == "prisma":
-        return folder, read_prisma(folder)
+        return folder, prisma.read(folder)
     name, reader = _READERS[kind]
     cfg = json_object(folder / "cfg.json", read_json(folder / "cfg.json"))
     return folder, reader(folder, cfg, read_safetensors(folder / name))
+
+
+def fitting(
+    path: Path, weights: Mapping[str, Any], wanted: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors that an SAE's state dict wants, or FileFormatError. Others are passed over."""
+    chosen: dict[str, Tensor] = {}
+    for name, like in wanted.items():
+        tensor = weights.get(name)
+        if not isinstance(tensor, Tensor):
+            there = sorted(map(str, weights))
+            raise FileFormatError(f"{path}: no tensor {name!r}; there are {there}")
+        if tensor.shape != like.shape or tensor.dtype not in _FLOATS:
+            raise FileFormatError(
+                f"{path}: {name} must be a floating tensor of shape {tuple(like.shape)}, "
+                f"got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        chosen[name] = tensor.detach()
+    refuse_nan(path, chosen)
+    return chosen
 
 
 def _checked(sae: Describable) -> Described:

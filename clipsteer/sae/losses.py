@@ -9,7 +9,7 @@ Sources: Joseph et al. 2025 (arXiv 2504.08729) for relu, Gao et al. 2024 (2406.0
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ class BatchStats(NamedTuple):
     """What the losses divide by: the joint batch's rows, each row's distance from their mean, the
     total variance."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's method is called so, too
     distance: Tensor  # (B,) ‖x - mean‖ of this process's rows
     total_variance: Tensor  # () Σ ‖x - mean‖² over all processes
 
@@ -42,46 +42,49 @@ def batch_stats(x: Tensor, world: World) -> BatchStats:
 
 
 def fvu(x: Tensor, x_hat: Tensor, stats: BatchStats) -> Tensor:
-    """Fraction of variance unexplained: Σ ‖x̂ - x‖² / Σ ‖x - mean‖²."""
+    """Of rows (B, d) the fraction of variance unexplained: Σ ‖x̂ - x‖² / Σ ‖x - mean‖²."""
     return (x_hat - x).square().sum() / stats.total_variance
 
 
 def scaled_mse(x: Tensor, x_hat: Tensor, stats: BatchStats) -> Tensor:
-    """Mean over tokens and dimensions of (x̂ - x)² / ‖x - mean‖₂ (Joseph et al. 2025: the norm, not
-    its square)."""
+    """Of rows (B, d) the mean over tokens and dimensions of (x̂ - x)² / ‖x - mean‖₂ (Joseph et al.
+    2025: the norm, not its square)."""
     per_token = (x_hat - x).square().sum(-1) / stats.distance
     return per_token.sum() / (stats.count * x.shape[-1])
 
 
 def l1(acts: Tensor, stats: BatchStats) -> Tensor:
-    """Mean over tokens of ‖f‖₁."""
+    """Mean over tokens of ‖f‖₁; acts (B, d_sae)."""
     return acts.abs().sum() / stats.count
 
 
 def auxk(
-    sae: SAE, x: Tensor, out: SAEOutput, stats: BatchStats, dead: Tensor, sparse_grad: bool = False
+    sae: SAE,
+    x: Tensor,  # (B, d_in)
+    out: SAEOutput,
+    stats: BatchStats,
+    dead: Tensor,  # (n_dead,) int64, not empty
+    sparse_grad: bool = False,
 ) -> Tensor:
     """AuxK: how much of the residual x - x̂ the dead features leave, over the total variance.
 
     The k_aux = min(d_in / 2, n_dead) largest of the dead features decode the residual, without
     b_dec and in x's own scale; with fewer than d_in / 2 dead features the loss shrinks in
     proportion. The residual is a constant; the gradient reaches encoder and decoder of the dead
-    features, as rows alone if ``sparse_grad``. dead: (n_dead,) int64, not empty.
+    features, as rows alone if ``sparse_grad``.
     """
     half = max(sae.d_in // 2, 1)
     k = min(half, len(dead))
     centred, _ = sae._centred(x)
-    W_enc, W_dec = (F.embedding(dead, W, sparse=sparse_grad) for W in (sae.W_enc, sae.W_dec))
-    acts, indices = ops.topk_encode(centred, W_enc, sae.b_enc[dead], k=k)
-    guess = ops.sparse_decode(acts, indices, W_dec)
+    W_enc = F.embedding(dead, sae.W_enc, sparse=sparse_grad)  # (n_dead, d_in)
+    W_dec = F.embedding(dead, sae.W_dec, sparse=sparse_grad)
+    acts, indices = ops.topk_encode(centred, W_enc, sae.b_enc[dead], k=k)  # (B, k) each
+    guess = ops.sparse_decode(acts, indices, W_dec)  # (B, d_in)
     if out.stats.scale is not None:
         guess = guess * out.stats.scale
     residual = (x - out.x_hat).detach()
-    return (
-        (guess.to(x.dtype) - residual).square().sum()
-        / stats.total_variance
-        * min(len(dead) / half, 1.0)
-    )
+    left = (guess.to(x.dtype) - residual).square().sum() / stats.total_variance
+    return left * min(len(dead) / half, 1.0)
 
 
 def forward(sae: SAE, x: Tensor, world: World, sparse_grad: bool = False) -> SAEOutput:
@@ -92,14 +95,15 @@ def forward(sae: SAE, x: Tensor, world: World, sparse_grad: bool = False) -> SAE
     centred, stats = sae._centred(x)
     acts = torch.relu(F.linear(centred, sae.W_enc, sae.b_enc))  # (B, d_sae)
     with torch.no_grad():
-        keep = max(1, int(sae.k * len(x) * world.size))
+        keep = max(1, int(cast(float, sae.k) * len(x) * world.size))
         flat = acts.reshape(-1)
         # no process can own more than all of the kept ones
         largest = torch.topk(flat, min(keep, len(flat)), sorted=False).values
         threshold = torch.topk(world.gather(largest), keep, sorted=False).values.amin()
     acts = acts * (acts >= threshold)
     with torch.no_grad():
-        sae._update_threshold(world.min_(torch.where(acts > 0, acts, torch.inf).amin().reshape(1)))
+        least = torch.where(acts > 0, acts, torch.inf).amin()
+        sae._update_threshold(world.min_(least.reshape(1)))
     return SAEOutput(sae.decode(acts, stats).to(x.dtype), acts, None, stats)
 
 

@@ -3,69 +3,36 @@
     x' = (x - mean) / scale,  pre = (x' - b_dec) W_encᵀ + b_enc,  f = activation(pre),
     x̂ = (f W_dec + b_dec) · scale + mean
 
-Both dictionaries are (d_sae, d_in), a feature a row. Sources: Gao et al. 2024 (arXiv 2406.04093)
-for topk, Bussmann et al. 2024 (2412.06410) for batch_topk, Rajamanoharan et al. 2024 (2407.14435,
-2404.16014) for jumprelu and gated, Joseph et al. 2025 (2504.08729) for the normalisations and the
-initialisation.
+Both dictionaries are (d_sae, d_in), a feature a row. Sources: ``clipsteer.sae.architectures``; for
+the normalisations and the initialisation Joseph et al. 2025 (arXiv 2504.08729).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipsteer import ops
-from clipsteer.io.files import FileFormatError, refuse_nan
+from clipsteer.io.files import FileFormatError
 from clipsteer.sae import formats
+from clipsteer.sae.architectures import batch_topk, check, checked_k, running_threshold
 from clipsteer.sae.foreign import Described
-
-ARCHITECTURES = ("relu", "topk", "batch_topk", "jumprelu", "gated")
-NORMALIZATIONS = ("none", "layer_norm", "constant_norm")
-_LAYER_NORM_EPS = 1e-5
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# weight of the newest batch in batch_topk's running threshold
-_THRESHOLD_RATE = 0.01
-
-
-class InputStats(NamedTuple):
-    """What the normalisation took out of each row and the decoder puts back; None where there is
-    nothing to do."""
-
-    mean: Tensor | None  # (..., 1)
-    scale: Tensor | None  # (..., 1)
+from clipsteer.sae.normalization import InputStats, denormalize, normalize
+from clipsteer.sae.rows import geometric_median, unit_rows
 
 
 class SAEOutput(NamedTuple):
-    """What a forward pass gives.
+    """What a forward pass gives; acts are in descending order for topk, dense for the others."""
 
-    x_hat (..., d_in), in x's dtype. acts and indices: for topk (..., k) each, descending; for the
-    other architectures acts is dense (..., d_sae) and indices is None. stats: the input
-    normalisation, as ``decode`` takes it.
-    """
-
-    x_hat: Tensor
-    acts: Tensor
-    indices: Tensor | None
-    stats: InputStats
-
-
-def _unit_rows(weight: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
-    # a row of zeros stays zero
-    return weight / norm.clamp_min(torch.finfo(weight.dtype).tiny)
-
-
-def _positive_int(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"SAE: {name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"SAE: {name} must be at least 1, got {value}")
-    return value
+    x_hat: Tensor  # (..., d_in), in x's dtype
+    acts: Tensor  # (..., k) for topk, else (..., d_sae)
+    indices: Tensor | None  # (..., k) int64 for topk, else None
+    stats: InputStats  # of the input, as ``decode`` takes them
 
 
 class SAE(nn.Module):
@@ -97,6 +64,13 @@ class SAE(nn.Module):
         ValueError, TypeError: unknown names, sizes or k out of range.
     """
 
+    # those that only some architectures have
+    b_enc: nn.Parameter  # (d_sae,)
+    b_gate: nn.Parameter  # (d_sae,)
+    b_mag: nn.Parameter  # (d_sae,)
+    r_mag: nn.Parameter  # (d_sae,)
+    threshold: Tensor  # (d_sae,) or ()
+
     def __init__(
         self,
         d_in: int,
@@ -111,53 +85,37 @@ class SAE(nn.Module):
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.d_in, self.d_sae = _positive_int("d_in", d_in), _positive_int("d_sae", d_sae)
-        if architecture not in ARCHITECTURES:
-            raise ValueError(
-                f"SAE: architecture must be one of {ARCHITECTURES}, got {architecture!r}"
-            )
-        if normalize not in NORMALIZATIONS:
-            raise ValueError(f"SAE: normalize must be one of {NORMALIZATIONS}, got {normalize!r}")
-        if normalize == "layer_norm" and d_in < 2:
-            raise ValueError(f"SAE: layer_norm needs d_in of at least 2, got {d_in}")
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"SAE: dtype must be a floating type, got {dtype}")
-        self.architecture, self.normalize = architecture, normalize
+        check(d_in, d_sae, architecture, normalize, dtype)
+        self.d_in = d_in
+        self.d_sae = d_sae
+        self.architecture = architecture
+        self.normalize = normalize
         self.apply_b_dec_to_input = bool(apply_b_dec_to_input)
         self.metadata: dict[str, Any] = dict(metadata or {})
-        self.k = self._checked_k(k)
-        like = {"dtype": dtype, "device": device}
-        self.W_enc = nn.Parameter(torch.empty(d_sae, d_in, **like))
-        self.W_dec = nn.Parameter(torch.empty(d_sae, d_in, **like))
-        self.b_dec = nn.Parameter(torch.empty(d_in, **like))
+        self.k = checked_k(k, architecture, d_sae)
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        self.W_enc = nn.Parameter(empty(d_sae, d_in))
+        self.W_dec = nn.Parameter(empty(d_sae, d_in))
+        self.b_dec = nn.Parameter(empty(d_in))
         for name in ("b_gate", "b_mag", "r_mag") if architecture == "gated" else ("b_enc",):
-            self.register_parameter(name, nn.Parameter(torch.empty(d_sae, **like)))
+            self.register_parameter(name, nn.Parameter(empty(d_sae)))
         if architecture == "jumprelu":
-            self.register_buffer("threshold", torch.empty(d_sae, **like))
+            self.register_buffer("threshold", empty(d_sae))
         elif architecture == "batch_topk":
-            self.register_buffer("threshold", torch.empty((), **like))
+            self.register_buffer("threshold", empty())
         # the loader builds on "meta", where there is nothing to fill
         if not self.W_enc.is_meta:
             self.reset_parameters()
-
-    def _checked_k(self, k: int | float | None) -> int | float | None:
-        if self.architecture not in ("topk", "batch_topk"):
-            return None
-        fractional = self.architecture == "batch_topk"
-        if isinstance(k, bool) or not isinstance(k, (int, float) if fractional else int):
-            raise TypeError(
-                f"SAE: k must be an int for {self.architecture}, got {type(k).__name__}"
-            )
-        if not (0 if fractional else 1) <= k <= self.d_sae or k == 0:
-            raise ValueError(f"SAE: k must be in [1, d_sae = {self.d_sae}], got {k}")
-        return int(k) if k == int(k) else k
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Decoder rows uniform, then of unit norm; W_enc = W_dec; biases 0; the threshold of
         batch_topk unset (-1)."""
         self.W_dec.uniform_(-1, 1)
-        self.W_dec.copy_(_unit_rows(self.W_dec))
+        self.W_dec.copy_(unit_rows(self.W_dec))
         self.W_enc.copy_(self.W_dec)
         for name, parameter in self.named_parameters():
             if name not in ("W_enc", "W_dec"):
@@ -172,48 +130,41 @@ class SAE(nn.Module):
         return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
+        """The configuration, as ``repr`` shows it."""
         return ", ".join(
             f"{name}={value!r}" for name, value in self.config.items() if value is not None
         )
 
     def normalize_input(self, x: Tensor) -> tuple[Tensor, InputStats]:
         """(..., d_in) -> the normalised rows in the parameters' dtype, and what it takes to undo
-        that.
+        that (``clipsteer.sae.normalization``).
 
-        Statistics of 16-bit rows are taken in float32. A constant row is mapped to 0, and so is a
-        row of zeros.
+        Raises TypeError, ValueError: no floating tensor, or one of another width.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(
-                f"SAE: x must be a floating tensor, got "
-                f"{x.dtype if isinstance(x, Tensor) else type(x)}"
-            )
+            got = x.dtype if isinstance(x, Tensor) else type(x)
+            raise TypeError(f"SAE: x must be a floating tensor, got {got}")
         if x.dim() == 0 or x.shape[-1] != self.d_in:
             raise ValueError(
                 f"SAE: x must be of shape (..., d_in = {self.d_in}), got {tuple(x.shape)}"
             )
-        if self.normalize == "none":
-            return x.to(self.W_enc.dtype), InputStats(None, None)
-        wide = torch.promote_types(torch.promote_types(x.dtype, self.W_enc.dtype), torch.float32)
-        x = x.to(wide)
-        if self.normalize == "layer_norm":
-            mean = x.mean(-1, keepdim=True)
-            x = x - mean
-            # the unbiased standard deviation; as a norm its gradient at no spread is 0, not NaN
-            scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / (self.d_in - 1) ** 0.5
-            return (x / (scale + _LAYER_NORM_EPS)).to(self.W_enc.dtype), InputStats(mean, scale)
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / self.d_in**0.5
-        return (x / scale.clamp_min(torch.finfo(wide).tiny)).to(self.W_enc.dtype), InputStats(
-            None, scale
-        )
+        return normalize(x, self.normalize, self.W_enc.dtype)
 
     def _centred(self, x: Tensor) -> tuple[Tensor, InputStats]:
+        """(..., d_in) -> what the encoder's product takes, and the normalisation's statistics."""
         x, stats = self.normalize_input(x)
-        return x - self.b_dec if self.apply_b_dec_to_input else x, stats
+        if self.apply_b_dec_to_input:
+            x = x - self.b_dec
+        return x, stats
 
-    def _dense_acts(self, x: Tensor, features: Tensor | None = None, batch: bool = False) -> Tensor:
-        """Activations of all or some features, for every architecture but topk; x normalised and
-        centred."""
+    def _dense_acts(
+        self,
+        x: Tensor,  # (..., d_in), normalised and centred
+        features: Tensor | None = None,  # (m,) int64; None: all
+        batch: bool = False,
+    ) -> Tensor:
+        """Activations (..., m) for every architecture but topk; with ``batch`` those of
+        batch_topk's selection over the batch."""
 
         def of(parameter: Tensor) -> Tensor:
             return parameter if features is None else parameter[features]
@@ -226,40 +177,33 @@ class SAE(nn.Module):
         if self.architecture == "relu":
             return torch.relu(pre)
         if batch:
-            return self._batch_topk(torch.relu(pre))
+            return batch_topk(torch.relu(pre), cast(float, self.k))
         threshold = of(self.threshold) if self.architecture == "jumprelu" else self.threshold
         return torch.relu(pre) * (pre > threshold)
 
-    def _batch_topk(self, acts: Tensor) -> Tensor:
-        flat = acts.reshape(-1)
-        if flat.numel() == 0:
-            return acts
-        count = self.k * (flat.shape[0] // self.d_sae)
-        values, positions = torch.topk(
-            flat, count if isinstance(self.k, int) else max(1, int(count)), sorted=False
-        )
-        return torch.zeros_like(flat).scatter(0, positions, values).reshape(acts.shape)
-
     @torch.no_grad()
     def _update_threshold(self, acts: Tensor) -> None:
-        """Running mean of the smallest activation that each batch kept; no host sync."""
-        if acts.numel() == 0:
-            return
-        least = torch.where(acts > 0, acts, torch.inf).amin().to(self.threshold.dtype)
-        running = torch.where(
-            self.threshold < 0, least, torch.lerp(self.threshold, least, _THRESHOLD_RATE)
-        )
-        self.threshold.copy_(torch.where(least.isfinite(), running, self.threshold))
+        """Take in the activations (..., d_sae) that batch_topk kept."""
+        if acts.numel() > 0:
+            self.threshold.copy_(running_threshold(self.threshold, acts))
+
+    def _topk_encode(
+        self,
+        x: Tensor,  # (..., d_in), normalised and centred
+        sparse_grad: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        k = cast(int, self.k)
+        return ops.topk_encode(x, self.W_enc, self.b_enc, k=k, sparse_grad=sparse_grad)
 
     def encode_topk(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(..., d_in) -> acts (..., k), descending, and indices (..., k) int64. For architecture
         "topk" alone."""
         if self.architecture != "topk":
             raise ValueError(
-                f"SAE.encode_topk: needs architecture 'topk', this is {self.architecture!r}; use "
-                f"encode"
+                "SAE.encode_topk: needs architecture 'topk', this is "
+                f"{self.architecture!r}; use encode"
             )
-        return ops.topk_encode(self._centred(x)[0], self.W_enc, self.b_enc, k=self.k)
+        return self._topk_encode(self._centred(x)[0])
 
     def encode(self, x: Tensor) -> Tensor:
         """(..., d_in) -> dense activations (..., d_sae). batch_topk selects over the batch in
@@ -282,7 +226,7 @@ class SAE(nn.Module):
         scale = torch.ones_like(centred[..., :1]) if stats.scale is None else stats.scale
         if self.architecture != "topk":
             return self._dense_acts(centred, features), scale
-        acts, indices = ops.topk_encode(centred, self.W_enc, self.b_enc, k=self.k)
+        acts, indices = self._topk_encode(centred)  # (..., k) each
         chosen = indices.unsqueeze(-2) == features.unsqueeze(-1)  # (..., m, k)
         return torch.where(chosen, acts.unsqueeze(-2), 0).sum(-1), scale
 
@@ -300,8 +244,9 @@ class SAE(nn.Module):
         it is in x's own.
         """
         if isinstance(acts, tuple):
+            values, indices = acts
             x_hat = ops.sparse_decode(
-                acts[0], acts[1], self.W_dec, self.b_dec, sparse_grad=sparse_grad
+                values, indices, self.W_dec, self.b_dec, sparse_grad=sparse_grad
             )
         elif acts.dim() == 0 or acts.shape[-1] != self.d_sae:
             raise ValueError(
@@ -309,11 +254,7 @@ class SAE(nn.Module):
             )
         else:
             x_hat = F.linear(acts.to(self.W_dec.dtype), self.W_dec.T, self.b_dec)
-        if stats is None:
-            return x_hat
-        if stats.scale is not None:
-            x_hat = x_hat * stats.scale
-        return x_hat if stats.mean is None else x_hat + stats.mean
+        return x_hat if stats is None else denormalize(x_hat, stats)
 
     def forward(self, x: Tensor, *, sparse_grad: bool = False) -> SAEOutput:
         """(..., d_in) -> ``SAEOutput``. Gradients reach x and every parameter the architecture
@@ -325,9 +266,7 @@ class SAE(nn.Module):
         """
         centred, stats = self._centred(x)
         if self.architecture == "topk":
-            acts, indices = ops.topk_encode(
-                centred, self.W_enc, self.b_enc, k=self.k, sparse_grad=sparse_grad
-            )
+            acts, indices = self._topk_encode(centred, sparse_grad)
             x_hat = self.decode((acts, indices), stats, sparse_grad=sparse_grad)
             return SAEOutput(x_hat.to(x.dtype), acts, indices, stats)
         batch = self.architecture == "batch_topk" and self.training
@@ -339,43 +278,26 @@ class SAE(nn.Module):
     @torch.no_grad()
     def init_b_dec_(self, x: Tensor, *, max_iterations: int = 200, tolerance: float = 1e-7) -> None:
         """Set b_dec to the geometric median of the normalised rows of x (..., d_in), the point of
-        least total distance.
-
-        Weiszfeld's iteration in float64 with Vardi and Zhang's step (2000) at a data point, where
-        the plain one stops.
-        """
+        least total distance, in float64 (``clipsteer.sae.rows.geometric_median``)."""
         rows = self.normalize_input(x)[0].reshape(-1, self.d_in).double()
         if rows.shape[0] == 0:
             raise ValueError(f"SAE.init_b_dec_: x must hold at least one row, got {tuple(x.shape)}")
-        median = rows.mean(0)
-        for _ in range(max_iterations):
-            distance = torch.linalg.vector_norm(rows - median, dim=-1)  # (N,)
-            here = distance == 0
-            weight = torch.where(here, 0, 1 / distance)
-            if not bool(weight.any()):
-                break
-            target = weight @ rows / weight.sum()
-            pull = torch.linalg.vector_norm(weight @ (rows - median))
-            share = (here.sum() / pull.clamp_min(1e-300)).clamp(max=1)
-            step = (1 - share) * (target - median)
-            median = median + step
-            if torch.linalg.vector_norm(step) <= tolerance * distance.mean():
-                break
-        self.b_dec.copy_(median)
+        self.b_dec.copy_(geometric_median(rows, max_iterations, tolerance))
 
     @torch.no_grad()
     def renormalize_decoder_(self) -> None:
         """Scale every decoder row to norm 1; a row of zeros stays."""
-        self.W_dec.copy_(_unit_rows(self.W_dec))
+        self.W_dec.copy_(unit_rows(self.W_dec))
 
     @torch.no_grad()
     def remove_parallel_gradient_(self) -> None:
         """Take from W_dec's gradient, row by row, its component along the row; nothing to do
         without a gradient."""
-        if self.W_dec.grad is None:
+        grad = self.W_dec.grad
+        if grad is None:
             return
-        unit = _unit_rows(self.W_dec)
-        self.W_dec.grad.sub_((self.W_dec.grad * unit).sum(-1, keepdim=True) * unit)
+        unit = unit_rows(self.W_dec)
+        grad.sub_((grad * unit).sum(-1, keepdim=True) * unit)
 
     def described(self) -> Described:
         """What is written to a file: the arguments that rebuild this module, its tensors on the
@@ -415,33 +337,14 @@ class SAE(nn.Module):
         """
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"SAE.from_pretrained: dtype must be a floating type, got {dtype}")
-        return _build(*formats.read(path), dtype).to(device)
-
-
-def _build(path: Path, found: Described, dtype: torch.dtype | None) -> SAE:
-    """An SAE of these tensors, or FileFormatError. Keys that the architecture has no use for are
-    passed over."""
-    try:
-        # on "meta" nothing is allocated, whatever sizes the file claims
-        sae = SAE(**found.config, device="meta", metadata=found.metadata)
-    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise FileFormatError(f"{path}: {error}") from None
-    chosen: dict[str, Tensor] = {}
-    for name, wanted in sae.state_dict().items():
-        tensor = found.weights.get(name)
-        if not isinstance(tensor, Tensor):
-            raise FileFormatError(
-                f"{path}: no tensor {name!r}; there are {sorted(map(str, found.weights))}"
-            )
-        if tensor.shape != wanted.shape or tensor.dtype not in _FLOATS:
-            raise FileFormatError(
-                f"{path}: {name} must be a floating tensor of shape {tuple(wanted.shape)}, "
-                f"got {tensor.dtype} {tuple(tensor.shape)}"
-            )
-        chosen[name] = tensor.detach()
-    refuse_nan(path, chosen)
-    dtype = dtype or chosen["W_enc"].dtype
-    sae.load_state_dict(
-        {name: tensor.to(dtype).contiguous() for name, tensor in chosen.items()}, assign=True
-    )
-    return sae.requires_grad_(True).eval()
+        folder, found = formats.read(path)
+        try:
+            # on "meta" nothing is allocated, whatever sizes the file claims
+            sae = cls(**found.config, device="meta", metadata=found.metadata)
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+            raise FileFormatError(f"{folder}: {error}") from None
+        weights = formats.fitting(folder, found.weights, sae.state_dict())
+        dtype = dtype or weights["W_enc"].dtype
+        state = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
+        sae.load_state_dict(state, assign=True)
+        return sae.requires_grad_(True).eval().to(device)

@@ -27,7 +27,7 @@ class Site(NamedTuple):
     """Where an SAE sits: one module, and which of its tokens."""
 
     hook_point: str
-    tokens: str
+    tokens: str  # "all", "cls" or "patches"
     layout: Layout
 
     def select(self, x: Tensor) -> Tensor:
@@ -35,14 +35,19 @@ class Site(NamedTuple):
         where there are none."""
         return x[:, self.layout.where("tokens", self.tokens, x.shape[1])]
 
-    def put(self, x: Tensor, new: Tensor) -> Tensor:
+    def put(
+        self,
+        x: Tensor,  # (B, T, d)
+        new: Tensor,  # (B, T', d)
+    ) -> Tensor:
         """x with the selected tokens replaced."""
         if self.tokens == "all":
             return new
         where = self.layout.where("tokens", self.tokens, x.shape[1])
-        return torch.cat(
-            [x[:, : where.start], new, *([] if where.stop is None else [x[:, where.stop :]])], dim=1
-        )
+        parts = [x[:, : where.start], new]
+        if where.stop is not None:
+            parts.append(x[:, where.stop :])
+        return torch.cat(parts, dim=1)
 
     def patches(self, per_token: Tensor) -> Tensor:
         """Of values (..., T') at the selected tokens those of patches; empty where none is."""
@@ -96,7 +101,11 @@ def clean_pass(clip: CLIP, pixels: Tensor, site: Site) -> tuple[Tensor, Tensor]:
 
 
 def from_site(
-    clip: CLIP, pixels: Tensor, site: Site, x: Tensor, embedded: Tensor
+    clip: CLIP,
+    pixels: Tensor,  # (B, 3, H, W)
+    site: Site,
+    x: Tensor,  # (B, T, d)
+    embedded: Tensor,  # (B, e)
 ) -> Callable[[Tensor], Tensor]:
     """A function from activations (B, T, d) at the site to unit embeddings (B, e) of the same
     images.
@@ -129,19 +138,26 @@ def _without_blocks_up_to(model: nn.Module, hook_point: str) -> nn.Module | None
         return None
     root = here = copy.copy(model)
     for name in path:
-        here._modules = {**here._modules, name: copy.copy(here._modules[name])}
-        here = here._modules[name]
+        child = copy.copy(here.get_submodule(name))
+        here._modules = {**here._modules, name: child}
+        here = child
     here._modules = dict(here._modules)
+
+    def hand_on(x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return x
+
     for index in range(int(last) + 1):
-        block = copy.copy(here._modules[str(index)])
+        block = copy.copy(here.get_submodule(str(index)))
         # the blocks' hooks have had their say in the activations that are handed on
-        block._forward_hooks, block._forward_pre_hooks = OrderedDict(), OrderedDict()
-        block.forward = lambda x, *args, **kwargs: x
+        block._forward_hooks = OrderedDict()
+        block._forward_pre_hooks = OrderedDict()
+        block.forward = hand_on
         here._modules[str(index)] = block
     return root
 
 
 def chunks(sae: SAE, rows: Tensor) -> Iterator[Tensor]:
+    """Rows (N, d) in parts whose dense code (n, d_sae) fits into ``BLOCK`` elements."""
     return iter(rows.split(max(1, BLOCK // sae.d_sae)))
 
 
@@ -152,8 +168,11 @@ def grid_side(patches: int) -> int:
 
 
 def set_features(
-    x: Tensor, acts: Tensor, wanted: Tensor, directions: Tensor, scale: Tensor
+    x: Tensor,  # (..., d)
+    acts: Tensor,  # (..., m)
+    wanted: Tensor,  # (m,)
+    directions: Tensor,  # (m, d)
+    scale: Tensor,  # (..., 1)
 ) -> Tensor:
-    """The formula above: x (…, d), acts (…, m), wanted (m,), directions (m, d), scale (…, 1) -> (…,
-    d)."""
+    """x (..., d) with m features moved from their activations to the wanted ones."""
     return (x + (wanted - acts) @ directions * scale).to(x.dtype)

@@ -1,7 +1,7 @@
 """Rows in shuffled batches, from a tensor or an iterable; the base of the sources in
 ``clipsteer.sae.activations``.
 
-Every source is a list of *groups* of rows, each small enough for memory. An epoch visits the groups
+Every source is a list of groups of rows, each small enough for memory. An epoch visits the groups
 in a permuted order and the rows of a group in a permuted order; both permutations are functions of
 (seed, epoch, group) alone, so the pair (epoch, row) is the complete state of the shuffle and any
 position can be reached without replaying.
@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from clipsteer.training.schedule import seed_of
 
 
 class Position(NamedTuple):
@@ -33,13 +35,9 @@ class Batch(NamedTuple):
     next: Position  # where the batch after this one starts
 
 
-def generator(*key: int) -> torch.Generator:
+def generator(*key: int | str) -> torch.Generator:
     """A CPU generator of its own for every key, such as (seed, epoch, group)."""
-    # splitmix-like mixing keeps (seed, epoch, group) streams apart without overflow
-    state = 0
-    for value in key:
-        state = (state * 6364136223846793005 + (value + 1) * 1442695040888963407) % (1 << 63)
-    return torch.Generator().manual_seed(state)
+    return torch.Generator().manual_seed(seed_of(*key))
 
 
 class ActivationSource:

@@ -24,6 +24,7 @@ from clipsteer.sae.model import SAE
 from clipsteer.sae.sources import ActivationSource, Batch, Position, as_source
 from clipsteer.sae.trainer import SAETrainer
 from clipsteer.training.loop import TrainingRun
+from clipsteer.training.schedule import seed_of
 from clipsteer.training.world import World
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def _new_sae(d_in: int, config: TrainConfig) -> SAE:
     # the caller's generator is left as it was
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which would seed the GPUs' generators as well
-        torch.default_generator.manual_seed(config.seed)
+        torch.default_generator.manual_seed(seed_of(config.seed, "weights"))
         return SAE(
             d_in,
             config.d_sae if config.d_sae is not None else config.expansion * d_in,
@@ -194,13 +195,16 @@ class Run(TrainingRun):
                 self.world.broadcast_(tensor)
 
     def tensors(self) -> dict[str, Tensor]:
+        """What changes while training."""
         return self.trainer.state_tensors() | {"position": torch.tensor(self.position)}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take in what ``tensors`` gave."""
         self.trainer.load_state_tensors(dict(tensors), self.step)
         self.position = Position(*tensors["position"].tolist())
 
     def batches(self) -> Iterator[Batch]:
+        """The batches from where the run stands."""
         stream = self.source.batches(
             self.config.batch_size,
             seed=self.config.seed,
@@ -211,6 +215,7 @@ class Run(TrainingRun):
         return islice(stream, self.total - self.step)
 
     def train_step(self, batch: Batch) -> Tensor:
+        """One step; returns its metrics, of this process."""
         trainer = self.trainer
         rows = batch.rows.to(trainer.device, trainer.sae.W_enc.dtype, non_blocking=True)
         if self.step == 0 and self.fresh:
@@ -220,6 +225,7 @@ class Run(TrainingRun):
         return metrics
 
     def figures(self, values: Tensor) -> dict[str, float]:
+        """What is logged: the metrics summed over all processes, tokens and learning rate."""
         found = dict(zip(METRICS, self.world.sum_(values).tolist()))
         lr = self.config.lr_at(self.step - 1, self.total)
         return {"tokens": self.step * self.config.batch_size, **found, "lr": lr}

@@ -113,8 +113,8 @@ def _peers(groups: Groups) -> str:
             cells.append(f"{_time(record['seconds'])} ({record['seconds'] / base:.2f}×)")
         tables.setdefault(tuple(names), []).append(tuple(cells))
     parts = []
-    for names, columns in tables.items():
-        head, *rows = zip(names, *columns)
+    for contenders, columns in tables.items():
+        head, *rows = zip(contenders, *columns)
         parts.append("\n" + _table(head, rows))
     return "".join(parts)
 

@@ -9,10 +9,10 @@ from clipsteer import _lazy
 if TYPE_CHECKING:
     from clipsteer.training.loop import TrainingRun as TrainingRun
     from clipsteer.training.loop import check_same_settings as check_same_settings
+    from clipsteer.training.schedule import DATA_ORDER as DATA_ORDER
     from clipsteer.training.schedule import Keys as Keys
     from clipsteer.training.schedule import Order as Order
     from clipsteer.training.schedule import cosine_lr as cosine_lr
-    from clipsteer.training.schedule import mix as mix
     from clipsteer.training.schedule import seed_of as seed_of
     from clipsteer.training.settings import SettingError as SettingError
     from clipsteer.training.settings import check_fields as check_fields

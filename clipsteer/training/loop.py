@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from clipsteer.io import checkpoint
 from clipsteer.io.checkpoint import Checkpoint
+from clipsteer.training.schedule import DATA_ORDER
 from clipsteer.training.settings import COSMETIC
 from clipsteer.training.signals import StopSignal, leave
 from clipsteer.training.tracking import TRACKERS, Reporter, trim_log
@@ -38,6 +39,12 @@ def check_same_settings(
     """
     old = _flat(there)
     new = _flat(here)
+    if new.get("data order") != old.get("data order"):
+        raise ValueError(
+            f"{name}: {folder} holds a run of another version of clipsteer, which draws other data "
+            f"from a seed (data order {old.get('data order', 1)} there, {new.get('data order', 1)} "
+            f"here); finish it with that version or use another folder"
+        )
     changed = [
         f"{key}: {old.get(key)!r:.80} there, {new.get(key)!r:.80} asked for"
         for key in {**old, **new}
@@ -104,7 +111,7 @@ class TrainingRun:
         self.total = total
         self.parameters = dict(parameters)
         self.optimizer = optimizer
-        self.settings = json.loads(json.dumps(settings))
+        self.settings = json.loads(json.dumps({**settings, "data order": DATA_ORDER}))
         self.out = out
         self.checkpoints = None if out is None else out / "checkpoints"
         self.log = None if out is None else out / "log.jsonl"
@@ -168,8 +175,7 @@ class TrainingRun:
         if self.optimizer is not None:
             self._load_optimizer(found.tensors)
         if self.lead:
-            where = (self.step, self.total, self.out)
-            logger.info("%s: goes on at step %d of %d in %s", self.name, *where)
+            logger.info("%s: goes on at step %d of %d", self.name, self.step, self.total)
         return True
 
     def _newest(self, device: torch.device, resume: bool) -> Checkpoint | None:

@@ -10,9 +10,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+# which sample a step sees, and what is drawn in it; a run goes on only in the order it began in
+DATA_ORDER = 2
 
-def seed_of(number: int) -> int:
-    return number % 2**63  # torch takes no more
+
+def seed_of(*parts: int | str) -> int:
+    """One seed for torch from several parts, unlike for any two lists of them."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
 def cosine_lr(step: int, total: int, peak: float, warmup_steps: int) -> float:
@@ -36,18 +40,17 @@ class Order:
         self._epoch = lru_cache(maxsize=1)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed_of(self.seed * 1_000_003 + epoch))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
         return torch.randperm(self.n, generator=generator)
 
     def rows(self, step: int) -> list[int]:
+        """The rows of a step."""
         epoch, at = divmod(step, self.per_epoch)
         return self._epoch(epoch)[at * self.batch_size : (at + 1) * self.batch_size].tolist()
 
     def keys(self, step: int) -> list[tuple[int, int]]:
         """(row, seed) pairs; the seed is the sample's own in this step."""
-        return [
-            (row, seed_of((self.seed * 1_000_003 + step) * self.n + row)) for row in self.rows(step)
-        ]
+        return [(row, seed_of(self.seed, "sample", step, row)) for row in self.rows(step)]
 
 
 class Keys:
@@ -62,8 +65,3 @@ class Keys:
 
     def __len__(self) -> int:
         return self.length
-
-
-def mix(*parts: int | str) -> int:
-    """One seed from several parts, unlike for any two lists of them."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1

@@ -66,6 +66,7 @@ class World:
         return tensor
 
     def min_(self, tensor: Tensor) -> Tensor:
+        """The smallest over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
         return tensor
@@ -134,4 +135,5 @@ class JointBatch:
         return self.world.gather(x.unsqueeze(0)).logsumexp(0)
 
     def sum_(self, x: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
         return self.world.sum_(x)

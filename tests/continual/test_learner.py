@@ -57,13 +57,18 @@ def weights(learner: ClassIncrementalLearner) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("spec", [*STRATEGIES, *(s for s in ABLATION if ":" in s), "finetune:softmax=seen"])
 def test_every_strategy_learns_tasks_and_predicts_among_the_classes_seen(spec):
-    where = scenario()
-    run = run_tasks(where, encoder, strategy(spec, **FAST), zero_shot=zero_shot(),
-                    plasticity=plasticity() if "plasticity" in spec else None)  # fmt: skip
-    assert run.matrix.tril().isfinite().all()
-    assert sorted(run.records) == [0, 1, 2]
+    where, last = scenario(), []
+    given = {"zero_shot": zero_shot(), "plasticity": plasticity() if "plasticity" in spec else None}
+    # heads that are neither aligned nor trained together forget more or less, as the seed has it: by a tenth
+    config = strategy(spec, **FAST)
+    seeds = (0, 1, 2) if config.classifier == "heads" and not (config.align or config.cumulative) else (config.seed,)
+    for seed in seeds:
+        run = run_tasks(where, encoder, strategy(spec, **FAST, seed=seed), **given)
+        assert run.matrix.tril().isfinite().all()
+        assert sorted(run.records) == [0, 1, 2]
+        last.append(run.A_last)
     if spec != "zero_shot":  # its head is random here
-        assert run.A_last > 1 / 3, run.matrix  # twice chance
+        assert sum(last) / len(last) > 1 / 3, last  # twice chance
 
 
 def test_a_frozen_tower_stays_as_it_is_and_training_changes_what_it_says_it_does():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import clipsteer
 from clipsteer import SAE, ops
 from clipsteer.ops._dispatch import missing
-from clipsteer.sae.model import ARCHITECTURES, NORMALIZATIONS
+from clipsteer.sae import ARCHITECTURES, NORMALIZATIONS
 
 D, N, K = 12, 40, 5
 CASES = [(a, n) for a in ARCHITECTURES for n in NORMALIZATIONS]

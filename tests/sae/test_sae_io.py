@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 import clipsteer
 from clipsteer import SAE, FileFormatError
 from clipsteer.io.files import read_json, read_safetensors, write_json, write_safetensors
+from clipsteer.sae import ARCHITECTURES, NORMALIZATIONS
 from clipsteer.sae import formats as sae_io
-from clipsteer.sae.model import ARCHITECTURES, NORMALIZATIONS
 
 GOLDEN = Path(__file__).parent / "golden"
 FOLDERS = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir() and path.name != "__pycache__")

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from _command import run as command
 from _training import SMALL, STEPS, USERS, VARIANTS, pictures
 from clipsteer.io.checkpoint import load_latest
 from clipsteer.training.loop import check_same_settings
+from clipsteer.training.schedule import seed_of
 from clipsteer.training.signals import StopSignal
 from clipsteer.training.tracking import Reporter, trim_log
 
@@ -151,6 +153,24 @@ def test_the_settings_that_differ_are_named_wherever_they_stand(tmp_path):
     with pytest.raises(ValueError, match=r"\(model.width: 3 there, 4 asked for, old: 1 there, None asked for, new: "):
         check_same_settings("run", tmp_path, there, here, ("log_every",))
     check_same_settings("run", tmp_path, {**here, "log_every": 1}, here, ("log_every",))
+
+
+def test_a_run_of_another_data_order_is_refused(tmp_path, at, monkeypatch, user):
+    at(3, stop, user)
+    with pytest.raises(Stop):
+        user.train(tmp_path)
+    for path in tmp_path.rglob("*.json"):  # as a version wrote them that had but one order
+        path.write_text(re.sub(r'"data order":\s*2,\s*|,\s*"data order":\s*2', "", path.read_text()))
+    with pytest.raises(ValueError, match=r"other data from a seed \(data order 1 there, 2 here\)"):
+        user.train(tmp_path)
+
+
+def test_seeds_are_unlike_for_unlike_parts_and_fit_torch():
+    parts = [(1, 23), (12, 3), (123,), ("1", 23), (1, "23"), (-1,), (2**80,), (1, 2, 3), (), ("order", 0), (0, "order")]
+    seeds = [seed_of(*part) for part in parts]
+    assert len(set(seeds)) == len(parts)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seed_of(0, "order", 1) == 125578804223736978
 
 
 def test_a_full_disk_ends_the_run_and_costs_no_checkpoint(tmp_path, at, undisturbed, user):

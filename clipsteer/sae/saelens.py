@@ -1,0 +1,141 @@
+"""The layout of SAELens, both ways: cfg.json and sae_weights.safetensors.
+
+Checked against sae-lens 6.54, which also wrote the golden files of the tests.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipsteer.io.files import FileFormatError
+from clipsteer.sae.foreign import Described, lookup, metadata_of, positive
+
+logger = logging.getLogger(__name__)
+
+FILE = "sae_weights.safetensors"
+# the release whose layout is written
+_VERSION = "6.0.0"
+_NORMS = {
+    None: "none",
+    False: "none",
+    "none": "none",
+    "layer_norm": "layer_norm",
+    "constant_norm_rescale": "constant_norm",
+}
+
+
+def read(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> Described:
+    """SAELens ≥ 6, and the flat configurations before it."""
+    meta = cfg.get("metadata")
+    meta = meta if isinstance(meta, dict) else cfg
+    activation = cfg.get("activation_fn", cfg.get("activation_fn_str", "relu"))
+    architecture = cfg.get("architecture", "standard")
+    kwargs = cfg.get("activation_fn_kwargs")
+    k = cfg.get("k")
+    if activation == "topk" and architecture == "standard":
+        architecture = "topk"
+        k = kwargs.get("k") if isinstance(kwargs, dict) else None
+    elif activation not in ("relu", "topk"):
+        raise FileFormatError(f"{folder}: activation function {activation!r:.60} is not supported")
+    table = {
+        "standard": "relu",
+        "topk": "topk",
+        "batchtopk": "batch_topk",
+        "jumprelu": "jumprelu",
+        "gated": "gated",
+    }
+    architecture = lookup(folder, "architecture", architecture, table)
+    normalize = cfg.get("normalize_activations")
+    if normalize in ("expected_average_only_in", True):
+        logger.warning(
+            "%s: %s is taken as folded into the weights, as SAELens does at inference",
+            folder,
+            normalize,
+        )
+        normalize = "none"
+    lookup(
+        folder,
+        "reshape_activations",
+        cfg.get("reshape_activations"),
+        {None: "none", "none": "none"},
+    )
+    scaling = weights.pop("scaling_factor", None)
+    if scaling is not None and not bool((scaling == 1).all()):
+        raise FileFormatError(f"{folder}: a fine-tuning scaling_factor is not supported")
+    _need_matrices(folder, weights)
+    weights["W_enc"] = weights["W_enc"].T
+    if "topk_threshold" in weights and weights["topk_threshold"].numel() == 1:
+        weights["threshold"] = weights.pop("topk_threshold").reshape(())
+    if cfg.get("rescale_acts_by_decoder_norm") and architecture in ("topk", "batch_topk"):
+        _fold_decoder_norm(folder, weights)
+    config = {
+        "d_in": positive(folder, cfg, "d_in"),
+        "d_sae": positive(folder, cfg, "d_sae"),
+        "architecture": architecture,
+        "k": k,
+        "normalize": lookup(folder, "normalize_activations", normalize, _NORMS),
+        "apply_b_dec_to_input": bool(cfg.get("apply_b_dec_to_input", True)),
+    }
+    hook = meta.get("hook_name", meta.get("hook_point"))
+    own = meta.get("clipsteer")
+    if not isinstance(own, dict):
+        own = metadata_of("saelens", meta.get("model_name"), hook)
+    return Described(config, weights, own)
+
+
+def _need_matrices(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    for name in ("W_enc", "W_dec"):
+        if name not in weights or weights[name].dim() != 2 or not weights[name].is_floating_point():
+            raise FileFormatError(f"{folder}: no matrix {name!r}; there are {sorted(weights)}")
+
+
+def _fold_decoder_norm(folder: Path, weights: dict[str, Tensor]) -> None:
+    """Selecting by pre · ‖W_dec‖ and decoding acts / ‖W_dec‖ is a plain top-k of rescaled
+    weights."""
+    if "b_enc" not in weights or weights["b_enc"].shape != weights["W_dec"].shape[:1]:
+        raise FileFormatError(f"{folder}: no b_enc of one number a feature")
+    if weights["W_enc"].shape != weights["W_dec"].shape:
+        raise FileFormatError(f"{folder}: W_enc and W_dec are not of one shape")
+    norm = torch.linalg.vector_norm(weights["W_dec"], dim=-1, keepdim=True).clamp_min(1e-8)
+    weights |= {
+        "W_enc": weights["W_enc"] * norm,
+        "b_enc": weights["b_enc"] * norm[:, 0],
+        "W_dec": weights["W_dec"] / norm,
+    }
+
+
+def export(sae: Described) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of SAELens' file, and its cfg.json."""
+    weights = dict(sae.weights)
+    architecture = sae.config["architecture"]
+    names = {"relu": "standard", "batch_topk": "jumprelu"}
+    norms = {ours: theirs for theirs, ours in _NORMS.items() if isinstance(theirs, str)}
+    weights["W_enc"] = weights["W_enc"].T
+    if architecture == "batch_topk":
+        weights["threshold"] = weights["threshold"].expand(sae.config["d_sae"])
+    cfg = {
+        "architecture": names.get(architecture, architecture),
+        "d_in": sae.config["d_in"],
+        "d_sae": sae.config["d_sae"],
+        "dtype": str(weights["W_enc"].dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": sae.config["apply_b_dec_to_input"],
+        "normalize_activations": norms[sae.config["normalize"]],
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": _VERSION,
+            "sae_lens_training_version": None,
+            "model_name": sae.metadata.get("clip_model"),
+            "hook_name": sae.metadata.get("hook_point"),
+            "clipsteer": sae.metadata,
+        },
+    }
+    if architecture == "topk":
+        cfg |= {"k": sae.config["k"], "rescale_acts_by_decoder_norm": False}
+    return weights, cfg
