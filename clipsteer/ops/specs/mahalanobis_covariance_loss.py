@@ -145,6 +145,11 @@ def _low_rank_floor(shape: Shape) -> tuple[float, float]:
 _EDGES = sizes("B C d r plain", (7, 2, 33, 5), *GROUPED_EDGES)
 # several blocks of rows a class, several tiles of columns
 _ON_DEVICE = sizes("B C d r", (150, 6, 320, 40))
+_BENCH = {
+    "B48-C20": {"B": 48, "C": 20, "d": 768},
+    "B256-C20": {"B": 256, "C": 20, "d": 768},
+}
+_LOW_RANK_BENCH = {"B256-C20-r64": {"B": 256, "C": 20, "d": 768, "r": 64}}
 _COMMON: dict[str, Any] = {
     "outputs": ("loss",),
     "differentiable": ("new",),
@@ -163,14 +168,8 @@ SPEC = OpSpec(
     device_shapes=without_rank(_ON_DEVICE),
     small_shape={"B": 6, "C": 2, "d": 3},
     repeat_shape={"B": 200, "C": 5, "d": 40},
-    bench_shapes={
-        "B48-C20": {"B": 48, "C": 20, "d": 768},
-        "B256-C20": {"B": 256, "C": 20, "d": 768},
-    },
-    gpu_bench_shapes={
-        "B48-C20": {"B": 48, "C": 20, "d": 768},
-        "B256-C20": {"B": 256, "C": 20, "d": 768},
-    },
+    bench_shapes=_BENCH,
+    gpu_bench_shapes=_BENCH,
     baselines={"vectorised": _vectorised, "pair loop": _pair_loop},
     floor=_floor,
     **_COMMON,
@@ -183,8 +182,8 @@ LOW_RANK_SPEC = OpSpec(
     device_shapes=_ON_DEVICE,
     small_shape={"B": 6, "C": 2, "d": 3, "r": 2},
     repeat_shape={"B": 200, "C": 5, "d": 40, "r": 17},
-    bench_shapes={"B256-C20-r64": {"B": 256, "C": 20, "d": 768, "r": 64}},
-    gpu_bench_shapes={"B256-C20-r64": {"B": 256, "C": 20, "d": 768, "r": 64}},
+    bench_shapes=_LOW_RANK_BENCH,
+    gpu_bench_shapes=_LOW_RANK_BENCH,
     baselines={"vectorised": _vectorised_low_rank},
     floor=_low_rank_floor,
     **_COMMON,
