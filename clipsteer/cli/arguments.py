@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
+from clipsteer.clip.tokens import TOKENS
 from clipsteer.training.settings import (
     Setting,
     alternatives,
@@ -189,6 +190,20 @@ def add_data(p: argparse.ArgumentParser, what: str) -> None:
         metavar="PATH",
         help=f"emoji[:style[:part]], folder, captions .csv/.jsonl, or .tar shards: {what}",
     )
+
+
+def add_site(p: argparse.ArgumentParser, what: str) -> None:
+    """Which activations are ``what``: a module's output, on some of the tokens."""
+    p.add_argument(
+        "--hook-point", help=f"module whose output is {what} (default: the last but one block)"
+    )
+    p.add_argument("--tokens", choices=TOKENS, default="all", help="which tokens (default: all)")
+
+
+def add_known_site(p: argparse.ArgumentParser, default: str) -> None:
+    """The same where a file says which activations they were."""
+    p.add_argument("--hook-point", help=f"default: {default}")
+    p.add_argument("--tokens", choices=TOKENS, help=f"default: {default}")
 
 
 def device_of(args: argparse.Namespace) -> str:

@@ -12,13 +12,14 @@ from typing import Any
 
 from clipsteer.cli.arguments import (
     add_data,
+    add_known_site,
     add_model,
     add_shown,
+    add_site,
     device_of,
     show_steering,
     whole,
 )
-from clipsteer.cli.sae import TOKENS
 
 _ORIGIN = ("clip_model", "pretrained", "hook_point", "tokens")
 
@@ -96,10 +97,7 @@ def _fit_options(p: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="activations on disk in place of a model and images",
     )
-    p.add_argument(
-        "--hook-point", help="module whose output is taken (default: the last but one block)"
-    )
-    p.add_argument("--tokens", choices=TOKENS, default="all", help="which tokens (default: all)")
+    add_site(p, "taken")
     size = p.add_mutually_exclusive_group()
     size.add_argument(
         "--aperture",
@@ -165,8 +163,7 @@ def _steer_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--beta", type=float, default=1.0, help="strength (default: 1)")
     add_model(p, None, "what the conceptor was fitted on")
     add_data(p, "images to look at (default: the bundled held-out style)")
-    p.add_argument("--hook-point", help="default: what the conceptor was fitted on")
-    p.add_argument("--tokens", choices=TOKENS, help="default: what the conceptor was fitted on")
+    add_known_site(p, "what the conceptor was fitted on")
     add_shown(p)
 
 

@@ -12,15 +12,16 @@ from typing import Any
 from clipsteer.cli.arguments import (
     Options,
     add_data,
+    add_known_site,
     add_model,
     add_shown,
+    add_site,
     add_workers,
     count,
     device_of,
     show_steering,
     whole,
 )
-from clipsteer.clip.tokens import TOKENS
 
 # of training, where nothing else is asked for: a pass over few images is over before the warm-up is
 _LEAST_TOKENS = 2_000_000
@@ -121,10 +122,7 @@ def _train_options(p: argparse.ArgumentParser) -> None:
 
     add_model(p)
     add_data(p, "images to train on (default: the bundled drawings that EmojiCLIP was trained on)")
-    p.add_argument(
-        "--hook-point", help="module whose output is encoded (default: the last but one block)"
-    )
-    p.add_argument("--tokens", choices=TOKENS, default="all", help="which tokens (default: all)")
+    add_site(p, "encoded")
     p.add_argument(
         "--out",
         type=Path,
@@ -218,8 +216,7 @@ def _sae(p: argparse.ArgumentParser) -> None:
     )
     add_model(p, None)
     add_data(p, "images to look at (default: the bundled held-out style)")
-    p.add_argument("--hook-point", help="default: what the SAE was trained on")
-    p.add_argument("--tokens", choices=TOKENS, help="default: what the SAE was trained on")
+    add_known_site(p, "what the SAE was trained on")
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -29,9 +29,6 @@ ACCUMULATE = {
 }
 HALVES = (torch.float16, torch.bfloat16)
 TF32_OPERAND = 2.0**-10
-# e^x in roundings: 1 for the reduced argument, 2 for the polynomial and its last step, 1 for the
-# scaling.
-EXP = 4
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,16 +104,22 @@ def _low_level(backend: str, op: str, *args: Any) -> tuple[Tensor, Tensor, Tenso
     return call(backend, op, *args)
 
 
+class Arguments(NamedTuple):
+    """Those of ``drrho_loss``, checked; of M of the batch's rows."""
+
+    image: Tensor  # (M, d)
+    text: Tensor  # (M, d)
+    ref_image: Tensor | None  # (M, r)
+    ref_text: Tensor | None  # (M, r)
+    tau: Tensor  # (), at least float32
+    u: Tensor | None  # (2, M), without gradient
+    gamma: float
+    eps: float
+    rho: float
+
+
 def evaluate(
-    image: Tensor,  # (M, d)
-    text: Tensor,  # (M, d)
-    ref_image: Tensor | None,  # (M, r)
-    ref_text: Tensor | None,  # (M, r)
-    tau: Tensor,  # ()
-    u: Tensor | None,  # (2, M)
-    gamma: float,
-    eps: float,
-    rho: float,
+    arguments: Arguments,
     needs: tuple[bool, bool, bool],
     backend: str,
     world: Any = None,
@@ -125,6 +131,7 @@ def evaluate(
     process has its rows against all columns, columns get what all rows say of them, and image's and
     text's gradients are complete.
     """
+    image, text, ref_image, ref_text, tau, u, gamma, eps, rho = arguments
     wide = torch.promote_types(image.dtype, torch.float32)
     M = image.shape[0]
     d = image.shape[1]

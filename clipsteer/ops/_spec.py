@@ -36,6 +36,11 @@ def sizes(names: str, *rows: tuple[int | None, ...]) -> tuple[Shape, ...]:
     return tuple(found)
 
 
+def unpacked(shape: Shape, names: str) -> tuple[int, ...]:
+    """The sizes of these names."""
+    return tuple(shape[name] for name in names.split())
+
+
 @dataclass(frozen=True)
 class Draw:
     """A case to be drawn: its sizes, and what its numbers are made of."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._dispatch import choose, tracked
-from clipsteer.ops._drrho_sweeps import averaged, evaluate
+from clipsteer.ops._drrho_sweeps import Arguments, averaged, evaluate
 
 __all__ = ["drrho_loss", "drrho_loss_reference"]
 
@@ -58,29 +58,17 @@ class Loss(torch.autograd.Function):
     """The sweeps hand back the gradients with the value."""
 
     @staticmethod
-    def forward(
-        ctx,
-        image,  # (B, d)
-        text,  # (B, d)
-        ref_image,  # (B, d_ref) or None
-        ref_text,  # (B, d_ref) or None
-        tau,  # ()
-        u,  # (2, B) or None
-        gamma,
-        eps,
-        rho,
-        backend,
-        world,
-    ):
-        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4])
-        inputs = (image, text, ref_image, ref_text, tau, u)
-        loss, new, *grads = evaluate(*inputs, gamma, eps, rho, needs, backend, world)
-        ctx.save_for_backward(*grads, *inputs)
-        B = image.shape[0] if world is None else world.rows
+    def forward(ctx, backend, world, *arguments):
+        arguments = Arguments(*arguments)
+        needs = Arguments(*ctx.needs_input_grad[2:])
+        ctx.needs = (needs.image, needs.text, needs.tau)
+        loss, new, *grads = evaluate(arguments, ctx.needs, backend, world)
+        ctx.save_for_backward(*grads, *arguments[:6])
+        B = arguments.image.shape[0] if world is None else world.rows
         size = 1 if world is None else world.size
         # data-parallel training averages gradients over the processes, each of which has those of
         # its rows
-        ctx.options = (gamma, eps, rho)
+        ctx.numbers = arguments[6:]
         ctx.factor = size / (2 * B * B)
         ctx.mark_non_differentiable(new)
         ctx.together = world is not None
@@ -88,11 +76,10 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        flags = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
-        settings = (ctx.options, ctx.factor, flags, ctx.together)
-        result = _Gradient.apply(grad, *ctx.saved_tensors, *settings)
-        d_image, d_text, d_tau = (g if f else None for g, f in zip(result, flags))
-        return d_image, d_text, None, None, d_tau, *[None] * 6
+        settings = (ctx.factor, ctx.needs, ctx.together)
+        result = _Gradient.apply(grad, *settings, *ctx.saved_tensors, *ctx.numbers)
+        d_image, d_text, d_tau = (g if f else None for g, f in zip(result, ctx.needs))
+        return None, None, d_image, d_text, None, None, d_tau, *[None] * 4
 
 
 class _Gradient(torch.autograd.Function):
@@ -102,27 +89,22 @@ class _Gradient(torch.autograd.Function):
     def forward(
         ctx,
         grad,  # ()
+        factor,
+        needs,
+        together,
         d_image,  # (B, d)
         d_text,  # (B, d)
         d_tau,  # ()
-        image,  # (B, d)
-        text,  # (B, d)
-        ref_image,  # (B, d_ref) or None
-        ref_text,  # (B, d_ref) or None
-        tau,  # ()
-        u,  # (2, B) or None
-        options,
-        factor,
-        flags,
-        together,
+        *arguments,
     ):
-        ctx.save_for_backward(grad, image, text, ref_image, ref_text, tau, u)
-        ctx.options = options
-        ctx.flags = flags
+        arguments = Arguments(*arguments)
+        ctx.save_for_backward(grad, *arguments[:6])
+        ctx.numbers = arguments[6:]
+        ctx.needs = needs
         ctx.together = together
         scaled = grad * factor
-        d_image = (scaled * d_image).to(image.dtype)
-        d_text = (scaled * d_text).to(text.dtype)
+        d_image = (scaled * d_image).to(arguments.image.dtype)
+        d_text = (scaled * d_text).to(arguments.text.dtype)
         return d_image, d_text, grad * d_tau
 
     @staticmethod
@@ -131,7 +113,7 @@ class _Gradient(torch.autograd.Function):
             what = "over several processes it has first derivatives only"
             raise RuntimeError(f"drrho_loss: {what}; use a single one")
         grad, image, text, ref_image, ref_text, tau, u = ctx.saved_tensors
-        gamma, eps, rho = ctx.options
+        gamma, eps, rho = ctx.numbers
         with torch.enable_grad():
             leaves = []
             for x in (image, text, tau):
@@ -146,11 +128,11 @@ class _Gradient(torch.autograd.Function):
                 eps=eps,
                 rho=rho,
             )
-            wanted = [(x, o) for x, o, flag in zip(leaves, outer, ctx.flags) if flag]
+            wanted = [(x, o) for x, o, flag in zip(leaves, outer, ctx.needs) if flag]
             once = torch.autograd.grad(loss, [x for x, _ in wanted], create_graph=True)
             along = sum((g * o).sum() for g, (_, o) in zip(once, wanted))
             twice = torch.autograd.grad(along * grad, leaves, create_graph=True, allow_unused=True)
-        return along, None, None, None, twice[0], twice[1], None, None, twice[2], *[None] * 5
+        return along, *[None] * 6, twice[0], twice[1], None, None, twice[2], *[None] * 4
 
 
 def checked(
@@ -165,8 +147,7 @@ def checked(
     rho,
     rows=None,
 ):
-    """The features in one dtype, the temperature as a tensor of the wide one, u detached or None.
-    ``rows``: of all processes, one of which may have none."""
+    """``Arguments``. ``rows``: of all processes, one of which may have none."""
     op = "drrho_loss"
     numbers = {"gamma": gamma, "eps": eps, "rho": rho}
     named = {"image": image, "text": text, "ref_image": ref_image, "ref_text": ref_text}
@@ -205,7 +186,7 @@ def checked(
     tau = _checked_temperature(op, temperature, named, wide)
     if u is not None:
         u = _checked_u(op, u, named)
-    return (*named.values(), tau, u)
+    return Arguments(*named.values(), tau, u, gamma, eps, rho)
 
 
 def _checked_temperature(op, temperature, named, wide):
@@ -298,38 +279,23 @@ def drrho_loss(
     Source: Wei et al. 2025 (arXiv 2505.06699); Wei et al. 2024 (arXiv 2407.01445), equations of u
     and of RGCL-g.
     """
-    *features, tau, u = checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho)
-    image, text, ref_image, ref_text = features
-    backend = choose("drrho_loss", backend, image)
-    return run(image, text, ref_image, ref_text, tau, u, gamma, eps, rho, backend)
+    given = checked(image, text, ref_image, ref_text, temperature, gamma, u, eps, rho)
+    return run(given, choose("drrho_loss", backend, given.image))
 
 
-def run(
-    image: Tensor,  # (B, d)
-    text: Tensor,  # (B, d)
-    ref_image: Tensor | None,  # (B, d_ref)
-    ref_text: Tensor | None,  # (B, d_ref)
-    tau: Tensor,  # ()
-    u: Tensor | None,  # (2, B)
-    gamma: float,
-    eps: float,
-    rho: float,
-    backend: str,
-    world: Any = None,
-) -> tuple[Tensor, Tensor]:
+def run(arguments: Arguments, backend: str, world: Any = None) -> tuple[Tensor, Tensor]:
     """Checked arguments through the definition or the sweeps, differentiable if something asks for
     it."""
+    image, text, ref_image, ref_text, tau, u, gamma, eps, rho = arguments
     if ref_image is not None and ref_text is not None:
-        ref_image = ref_image.detach()
-        ref_text = ref_text.detach()
-    features = (image, text, ref_image, ref_text)
+        arguments = arguments._replace(ref_image=ref_image.detach(), ref_text=ref_text.detach())
     kind = image.device.type
     # inside its region autocast would take the reference's float32 products to halves
     casting = kind != "meta" and torch.is_autocast_enabled(kind)
     with torch.autocast(kind, enabled=False) if casting else contextlib.nullcontext():
         if backend == "reference" and world is None:
             return drrho_loss_reference(
-                *features,
+                *arguments[:4],
                 temperature=tau,
                 gamma=gamma,
                 u=u,
@@ -337,5 +303,5 @@ def run(
                 rho=rho,
             )
         if tracked(image, text, tau):
-            return Loss.apply(*features, tau, u, gamma, eps, rho, backend, world)
-        return evaluate(*features, tau, u, gamma, eps, rho, (False,) * 3, backend, world)[:2]
+            return Loss.apply(backend, world, *arguments)
+        return evaluate(arguments, (False,) * 3, backend, world)[:2]

@@ -79,18 +79,9 @@ class _Loss(torch.autograd.Function):
     """The kernel hands back the gradient with the value."""
 
     @staticmethod
-    def forward(
-        ctx,
-        new,  # (B, d)
-        old,  # (B, d)
-        labels,  # (B,)
-        factor,  # (C, d, d), or U (C, d, r)
-        s,  # (C, r) or None
-        diag,  # (C, d) or None
-        normalize,
-        backend,
-    ):
-        inputs = (new, old, labels, factor, s, diag)
+    def forward(ctx, backend, normalize, new, *others):
+        """``others``: old, labels, factor, s and diag, as ``_Gradient`` has them."""
+        inputs = (new, *others)
         loss, d_new = call(backend, "mahalanobis_covariance_loss", *inputs, normalize, True)
         ctx.save_for_backward(d_new, *inputs)
         ctx.normalize = normalize
@@ -99,7 +90,8 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         d_new, *inputs = ctx.saved_tensors
-        return _Gradient.apply(grad, d_new, *inputs, ctx.normalize), *[None] * 7
+        d_new = _Gradient.apply(grad, d_new, *inputs, ctx.normalize)
+        return None, None, d_new, *[None] * 5
 
 
 class _Gradient(torch.autograd.Function):
@@ -237,6 +229,6 @@ def mahalanobis_covariance_loss(
     inputs = (new, old.detach(), labels, first, s, diag)
     contiguous = [t if t is None else t.contiguous() for t in inputs]
     if torch.is_grad_enabled() and new.requires_grad:
-        return _Loss.apply(*contiguous, normalize, backend)
+        return _Loss.apply(backend, normalize, *contiguous)
     loss, _ = call(backend, "mahalanobis_covariance_loss", *contiguous, normalize, False)
     return loss.to(new.dtype)

@@ -209,12 +209,9 @@ class DRRhoLoss(nn.Module):
         mine = slice(batch.offset, batch.offset + len(image))
         ids = batch.join(ids)
         u = self._recall(world, ids)[:, mine]
-        numbers = (gamma, self.eps, self.rho)
-        image, text, ref_image, ref_text, tau, u = checked(
-            *features, self.temperature, gamma, u, self.eps, self.rho, rows=batch.rows
-        )
-        backend = choose("drrho_loss", self.backend, image)
-        loss, u = run(image, text, ref_image, ref_text, tau, u, *numbers, backend, batch)
+        given = checked(*features, self.temperature, gamma, u, self.eps, self.rho, rows=batch.rows)
+        backend = choose("drrho_loss", self.backend, given.image)
+        loss, u = run(given, backend, batch)
         u = batch.join(u.T).T
         if self.training:
             self._remember(ids, u)

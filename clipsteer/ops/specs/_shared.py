@@ -1,8 +1,12 @@
-"""Sizes that the specs of several ops have in common."""
+"""What the specs of several ops have in common."""
 
 from __future__ import annotations
 
 from clipsteer.ops._spec import Shape
+
+# e^x in roundings: 1 for the reduced argument, 2 for the polynomial and its last step, 1 for the
+# scaling. A logarithm is held to the same.
+EXP = 4
 
 # Edges of B rows in groups that each have a matrix (d, d), of rank r in low rank: B, groups, d, r
 # and whether the call is plain.

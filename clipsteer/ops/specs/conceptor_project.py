@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsteer.ops._spec import Draw, Inputs, OpSpec, Shape, sizes
+from clipsteer.ops._spec import Draw, Inputs, OpSpec, Shape, sizes, unpacked
 from clipsteer.ops.conceptor_project import LowRank, conceptor_project, conceptor_project_reference
 from clipsteer.ops.specs._shared import GROUPED_EDGES, without_rank
 from clipsteer.ops.specs.conceptor_project_bounds import check_grads, check_values
@@ -26,9 +26,7 @@ def _low_rank_reference(*, U: Tensor, s: Tensor, **rows: Any) -> Tensor:
 
 def _draw(case: Draw) -> Inputs:
     """Keys B, K, d, and r in low rank; plain=1 leaves out β and μ, and K=1 the index."""
-    B = case.shape["B"]
-    K = case.shape["K"]
-    d = case.shape["d"]
+    B, K, d = unpacked(case.shape, "B K d")
     r = case.shape.get("r")
     inputs: Inputs = {"h": case.tensor(B, d)}
     if r is None:
@@ -89,16 +87,13 @@ def _one_product(*, h: Tensor, C: Tensor, **_: Any) -> Tensor:
 
 
 def _floor(shape: Shape) -> tuple[float, float]:
-    B = shape["B"]
-    d = shape["d"]
-    return 2.0 * B * d**2, 4.0 * (2 * B * d + shape["K"] * d**2)
+    B, K, d = unpacked(shape, "B K d")
+    return 2.0 * B * d**2, 4.0 * (2 * B * d + K * d**2)
 
 
 def _low_rank_floor(shape: Shape) -> tuple[float, float]:
-    B = shape["B"]
-    d = shape["d"]
-    r = shape["r"]
-    return 4.0 * B * d * r, 4.0 * (2 * B * d + shape["K"] * (d + 1) * r)
+    B, K, d, r = unpacked(shape, "B K d r")
+    return 4.0 * B * d * r, 4.0 * (2 * B * d + K * (d + 1) * r)
 
 
 _EDGES = sizes("B K d r plain", (7, 3, 33, 5), *GROUPED_EDGES)

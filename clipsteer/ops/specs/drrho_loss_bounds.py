@@ -16,13 +16,13 @@ from torch import Tensor
 
 from clipsteer.ops._bounds import (
     ACCUMULATE,
-    EXP,
     HALVES,
     fraction_of_bound,
     operand_error,
     smallest_normal,
 )
 from clipsteer.ops._spec import Errors, Inputs, Tensors, in_float64
+from clipsteer.ops.specs._shared import EXP
 
 
 def _finite(x: Tensor) -> Tensor:

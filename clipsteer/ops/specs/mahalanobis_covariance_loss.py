@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsteer.ops._spec import Draw, Inputs, OpSpec, Shape, sizes
+from clipsteer.ops._spec import Draw, Inputs, OpSpec, Shape, sizes, unpacked
 from clipsteer.ops.mahalanobis_covariance_loss import (
     LowRankDiag,
     mahalanobis_covariance_loss,
@@ -33,9 +33,7 @@ def _draw(case: Draw) -> Inputs:
     ignored."""
     dtype = case.dtype
     generator = case.generator
-    B = case.shape["B"]
-    C = case.shape["C"]
-    d = case.shape["d"]
+    B, C, d = unpacked(case.shape, "B C d")
     r = case.shape.get("r")
     normalize = not case.shape.get("plain")
     scale = case.scale if normalize else min(case.scale, 1.0)  # squares have to stay in range
@@ -135,21 +133,23 @@ def _pair_loop(
 
 
 def _floor(shape: Shape) -> tuple[float, float]:
-    B = shape["B"]
-    d = shape["d"]
-    return 4.0 * B * d**2, 4.0 * (2 * B * d + shape["C"] * d**2)
+    B, C, d = unpacked(shape, "B C d")
+    return 4.0 * B * d**2, 4.0 * (2 * B * d + C * d**2)
 
 
 def _low_rank_floor(shape: Shape) -> tuple[float, float]:
-    B = shape["B"]
-    d = shape["d"]
-    r = shape["r"]
-    return 4.0 * B * d * r, 4.0 * (2 * B + shape["C"] * (r + 1)) * d
+    B, C, d, r = unpacked(shape, "B C d r")
+    return 4.0 * B * d * r, 4.0 * (2 * B + C * (r + 1)) * d
 
 
 _EDGES = sizes("B C d r plain", (7, 2, 33, 5), *GROUPED_EDGES)
 # several blocks of rows a class, several tiles of columns
 _ON_DEVICE = sizes("B C d r", (150, 6, 320, 40))
+_BENCH = {
+    "B48-C20": {"B": 48, "C": 20, "d": 768},
+    "B256-C20": {"B": 256, "C": 20, "d": 768},
+}
+_LOW_RANK_BENCH = {"B256-C20-r64": {"B": 256, "C": 20, "d": 768, "r": 64}}
 _COMMON: dict[str, Any] = {
     "outputs": ("loss",),
     "differentiable": ("new",),
@@ -168,14 +168,8 @@ SPEC = OpSpec(
     device_shapes=without_rank(_ON_DEVICE),
     small_shape={"B": 6, "C": 2, "d": 3},
     repeat_shape={"B": 200, "C": 5, "d": 40},
-    bench_shapes={
-        "B48-C20": {"B": 48, "C": 20, "d": 768},
-        "B256-C20": {"B": 256, "C": 20, "d": 768},
-    },
-    gpu_bench_shapes={
-        "B48-C20": {"B": 48, "C": 20, "d": 768},
-        "B256-C20": {"B": 256, "C": 20, "d": 768},
-    },
+    bench_shapes=_BENCH,
+    gpu_bench_shapes=_BENCH,
     baselines={"vectorised": _vectorised, "pair loop": _pair_loop},
     floor=_floor,
     **_COMMON,
@@ -188,8 +182,8 @@ LOW_RANK_SPEC = OpSpec(
     device_shapes=_ON_DEVICE,
     small_shape={"B": 6, "C": 2, "d": 3, "r": 2},
     repeat_shape={"B": 200, "C": 5, "d": 40, "r": 17},
-    bench_shapes={"B256-C20-r64": {"B": 256, "C": 20, "d": 768, "r": 64}},
-    gpu_bench_shapes={"B256-C20-r64": {"B": 256, "C": 20, "d": 768, "r": 64}},
+    bench_shapes=_LOW_RANK_BENCH,
+    gpu_bench_shapes=_LOW_RANK_BENCH,
     baselines={"vectorised": _vectorised_low_rank},
     floor=_low_rank_floor,
     **_COMMON,

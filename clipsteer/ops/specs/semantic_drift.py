@@ -19,14 +19,14 @@ from torch import Tensor
 
 from clipsteer.ops._bounds import (
     ACCUMULATE,
-    EXP,
     HALVES,
     fraction_of_bound,
     operand_error,
     smallest_normal,
 )
-from clipsteer.ops._spec import Draw, Errors, Inputs, OpSpec, Shape, Tensors, sizes
+from clipsteer.ops._spec import Draw, Errors, Inputs, OpSpec, Shape, Tensors, sizes, unpacked
 from clipsteer.ops.semantic_drift import semantic_drift, semantic_drift_reference
+from clipsteer.ops.specs._shared import EXP
 
 
 def depth(rows: int) -> int:
@@ -113,14 +113,13 @@ def _draw(case: Draw) -> Inputs:
     """Keys N, C, d; floor=1 has one. σ is such that a few rows share each prototype's weight.
     ``exact`` has a tiny σ: the nearest rows alone count, ties alike, so that sums of integers stay
     integers."""
-    N = case.shape["N"]
-    d = case.shape["d"]
+    N, C, d = unpacked(case.shape, "N C d")
     old = case.tensor(N, d)
     step = case.tensor(N, d)
     return {
         "old": old,
         "new": old + step,
-        "prototypes": case.tensor(case.shape["C"], d),
+        "prototypes": case.tensor(C, d),
         "sigma": 2.0**-6 if case.exact else case.scale * (d / 4) ** 0.5,
         "floor": 1e-3 if case.shape.get("floor") and not case.exact else 0.0,
     }
@@ -154,9 +153,7 @@ def _no_gradients(*_: Tensors) -> Errors:
 
 
 def _floor(shape: Shape) -> tuple[float, float]:
-    N = shape["N"]
-    C = shape["C"]
-    d = shape["d"]
+    N, C, d = unpacked(shape, "N C d")
     return 4.0 * N * C * d, 4.0 * (2 * N + 2 * C) * d
 
 

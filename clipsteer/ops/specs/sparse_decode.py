@@ -7,14 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.ops._bounds import fraction_of_bound
-from clipsteer.ops._spec import Draw, Errors, Inputs, OpSpec, Shape, Tensors, sizes
+from clipsteer.ops._spec import Draw, Errors, Inputs, OpSpec, Shape, Tensors, sizes, unpacked
 from clipsteer.ops.sparse_decode import sparse_decode, sparse_decode_reference
 from clipsteer.ops.specs._shared import dictionary_bench
-
-
-def unpacked(shape: Shape) -> tuple[int, int, int, int]:
-    """B, d, n, k."""
-    return shape["B"], shape["d"], shape["n"], shape["k"]
 
 
 def decode_truth(acts: Tensor, indices: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,7 +42,7 @@ def outer_truth(
 
 
 def _draw(case: Draw) -> Inputs:
-    B, d, n, k = unpacked(case.shape)
+    B, d, n, k = unpacked(case.shape, "B d n k")
     indices = torch.randint(0, n, (B, k), generator=case.generator)
     acts = case.tensor(B, k)
     W_dec = case.tensor(n, d, scale=1.0)
@@ -104,7 +99,7 @@ def _embedding_bag(
 
 
 def _floor(shape: Shape) -> tuple[float, float]:
-    B, d, _, k = unpacked(shape)
+    B, d, k = unpacked(shape, "B d k")
     return 2.0 * B * k * d, 4.0 * B * (k * d + d + 3 * k)
 
 

@@ -9,16 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.ops._bounds import ACCUMULATE, fraction_of_bound, operand_error, smallest_normal
-from clipsteer.ops._spec import Draw, Errors, Inputs, OpSpec, Shape, Tensors, sizes
+from clipsteer.ops._spec import Draw, Errors, Inputs, OpSpec, Shape, Tensors, sizes, unpacked
 from clipsteer.ops.specs._shared import dictionary_bench
-from clipsteer.ops.specs.sparse_decode import decode_truth, outer_truth, unpacked
+from clipsteer.ops.specs.sparse_decode import decode_truth, outer_truth
 from clipsteer.ops.topk_encode import topk_encode, topk_encode_reference
 
 
 def _draw(case: Draw) -> Inputs:
     """Keys B, d, n, k; crowded=1: every row's winners are neighbours, more of them than one
     bucket's share."""
-    B, d, n, k = unpacked(case.shape)
+    B, d, n, k = unpacked(case.shape, "B d n k")
     x = case.tensor(B, d)
     W_enc = case.tensor(n, d, scale=1.0)
     b_enc = case.tensor(n)
@@ -98,7 +98,7 @@ def _linear_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, *, k: int) -> tuple[Te
 
 
 def _floor(shape: Shape) -> tuple[float, float]:
-    B, d, n, k = unpacked(shape)
+    B, d, n, k = unpacked(shape, "B d n k")
     numbers = n * (d + 1) + B * (d + 3 * k)
     return 2.0 * B * n * d, 4.0 * numbers
 
