@@ -40,8 +40,13 @@ def name(block: tuple[str, str]) -> str:
     return f"{kind}: {code.splitlines()[0][:40]} …"
 
 
+def timed(block: tuple[str, str]) -> object:
+    """Commands that train take a minute each: the long rest runs them."""
+    return pytest.param(block, id=name(block), marks=[pytest.mark.nightly] if block[0] == "bash" else [])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("block", REST, ids=map(name, REST))
+@pytest.mark.parametrize("block", [timed(block) for block in REST])
 def test_a_block_runs_as_it_stands(block, tmp_path):
     kind, code = block
     env = {**os.environ, "PYTHONWARNINGS": "error::DeprecationWarning:clipsteer"}
