@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -114,7 +115,7 @@ INTERPRETED = """
 import pytest
 import torch
 import test_adam_rows as tests
-from clipsteer import _sae_adam
+from clipsteer.sae import adam as sae_adam
 from clipsteer.kernels.adam_rows import adam_rows
 
 with pytest.MonkeyPatch.context() as patch:
@@ -128,10 +129,10 @@ with pytest.MonkeyPatch.context() as patch:
     tests.says_no_to_the_rest("cpu")
     tests.resumes("cpu")
 check = "adam_rows", "triton", torch.device("cpu"), torch.float32
-assert _sae_adam._verdict(*check) is None
+assert sae_adam._verdict(*check) is None
 with pytest.MonkeyPatch.context() as patch:
     patch.setattr("clipsteer.kernels.adam_rows.adam_rows", lambda *args: None)
-    assert "failed" in _sae_adam._verdict(*check)
+    assert "failed" in sae_adam._verdict(*check)
 # the corrections of both moments, at any step: a gradient of 1 from moments of 0 moves a weight by exactly that much
 for t in (1, 2, 10, 1000, 10**6):
     for beta1, beta2 in ((0.9, 0.999), (0.0, 0.0), (0.99, 0.99999)):
@@ -149,7 +150,8 @@ assert w.isfinite().all() and ((w.norm(dim=1) - 1).abs() <= tests.norm_bound(w))
 
 @pytest.mark.slow
 def test_interpreted(interpret):
-    interpret(f"sys.path.insert(0, {__file__.rsplit('/', 2)[0]!r})\n" + INTERPRETED)
+    here = Path(__file__).parent
+    interpret(f"sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]\n" + INTERPRETED)
 
 
 @pytest.mark.parametrize(

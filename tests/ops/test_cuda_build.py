@@ -409,7 +409,7 @@ STUB = """#!/bin/sh
 case "$*" in
   *"-m venv"*) for last; do :; done
     mkdir -p "$last/bin"
-    for name in pip python clipsteer ruff; do cp "$0" "$last/bin/$name"; done ;;
+    for name in pip python clipsteer ruff mypy; do cp "$0" "$last/bin/$name"; done ;;
   *"install --quiet -e"*) if [ "$CLIPSTEER_BUILD_CUDA" = 1 ]; then : > clipsteer/_C_cuda.so; fi ;;
 esac
 """
