@@ -31,8 +31,8 @@ def attach(
     """``__getattr__``, ``__dir__`` and ``__all__`` of a package.
 
     The names are those that the ``if TYPE_CHECKING:`` blocks of its ``__init__.py`` import, so
-    that type checkers, editors and Python read one list. ``__all__`` is the first block; names of
-    further blocks can be imported, and are listed nowhere.
+    that type checkers, editors and Python read one list; the source has to be there for that.
+    ``__all__`` is the first block; names of further blocks can be imported, and are listed nowhere.
     """
     tree = ast.parse(Path(file).read_text(encoding="utf-8"))
     blocks = [

@@ -188,7 +188,7 @@ def add_data(p: argparse.ArgumentParser, what: str) -> None:
     p.add_argument(
         "--data",
         metavar="PATH",
-        help=f"emoji[:style[:part]], folder, captions .csv/.jsonl, or .tar shards: {what}",
+        help=f"emoji[:style[:part]], folder, captions .csv/.tsv/.jsonl, or .tar shards: {what}",
     )
 
 

@@ -2,7 +2,7 @@
 quick.
 
 Exit codes: 0 done, 1 the work failed or a validation is red, 2 a mistake in the call (also a path
-that is not there), 130 interrupted.
+that is not there), 130 interrupted, 143 terminated, both once a run is saved.
 """
 
 from __future__ import annotations

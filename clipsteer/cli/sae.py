@@ -365,8 +365,8 @@ def _names(
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from clipsteer import SAE
     from clipsteer.sae import formats as sae_io
+    from clipsteer.sae.model import SAE
 
     sae = SAE.from_pretrained(args.source)
     if args.format == "clipsteer":

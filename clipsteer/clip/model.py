@@ -205,4 +205,7 @@ def default_hook_point(clip: CLIP) -> str:
         blocks = [name for name in hook_points(clip, pattern) if name.count(".") == depth]
         if blocks:
             return blocks[max(len(blocks) - 2, 0)]
-    raise ValueError(f"{clip.name} has no blocks that I know; pass hook_point, a module's name")
+    raise ValueError(
+        f"default_hook_point: {clip.name} has no blocks at visual.transformer.resblocks or "
+        "visual.trunk.blocks; pass hook_point, a module's name"
+    )
