@@ -28,8 +28,8 @@ from clipsteer.continual.scenario import Scenario
 from clipsteer.io.digests import digest_of
 from clipsteer.io.files import read_json, write_json
 from clipsteer.testing.machine import extra_memory
-from clipsteer.training.loop import check_same_settings
 from clipsteer.training.schedule import DATA_ORDER
+from clipsteer.training.settings import check_same_settings
 
 __all__ = ["run_all", "run_tasks"]
 

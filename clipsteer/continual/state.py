@@ -17,8 +17,8 @@ from clipsteer.continual.lora import LoRA
 from clipsteer.continual.plasticity import Plasticity, pack_history, unpack_history
 from clipsteer.io import checkpoint
 from clipsteer.io.digests import described, parts_digest, weights_digest
-from clipsteer.training.loop import check_same_settings
 from clipsteer.training.schedule import DATA_ORDER
+from clipsteer.training.settings import check_same_settings
 
 
 def check_parts(

@@ -8,7 +8,6 @@ from clipsteer import _lazy
 
 if TYPE_CHECKING:
     from clipsteer.training.loop import TrainingRun as TrainingRun
-    from clipsteer.training.loop import check_same_settings as check_same_settings
     from clipsteer.training.schedule import DATA_ORDER as DATA_ORDER
     from clipsteer.training.schedule import Keys as Keys
     from clipsteer.training.schedule import Order as Order
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from clipsteer.training.schedule import seed_of as seed_of
     from clipsteer.training.settings import SettingError as SettingError
     from clipsteer.training.settings import check_fields as check_fields
+    from clipsteer.training.settings import check_same_settings as check_same_settings
     from clipsteer.training.settings import read_value as read_value
     from clipsteer.training.settings import settings_of as settings_of
     from clipsteer.training.signals import EXIT_TERMINATED as EXIT_TERMINATED

@@ -17,54 +17,12 @@ from torch import Tensor, nn
 from clipsteer.io import checkpoint
 from clipsteer.io.checkpoint import Checkpoint
 from clipsteer.training.schedule import DATA_ORDER
-from clipsteer.training.settings import COSMETIC
+from clipsteer.training.settings import COSMETIC, check_same_settings
 from clipsteer.training.signals import StopSignal, leave
 from clipsteer.training.tracking import TRACKERS, Reporter, trim_log
 from clipsteer.training.world import World
 
 logger = logging.getLogger(__name__)
-
-
-def check_same_settings(
-    name: str,
-    folder: Path,
-    there: Mapping[str, Any],
-    here: Mapping[str, Any],
-    cosmetic: tuple[str, ...] = (),
-) -> None:
-    """Raise ValueError where `folder` holds a run with other settings than those asked for.
-
-    Both are as JSON gives them back; dictionaries in them are compared entry by entry, and a
-    setting that is None is as good as none.
-    """
-    old = _flat(there)
-    new = _flat(here)
-    if new.get("data order") != old.get("data order"):
-        raise ValueError(
-            f"{name}: {folder} holds a run of another version of clipsteer, which draws other data "
-            f"from a seed (data order {old.get('data order', 1)} there, {new.get('data order', 1)} "
-            f"here); finish it with that version or use another folder"
-        )
-    changed = [
-        f"{key}: {old.get(key)!r:.80} there, {new.get(key)!r:.80} asked for"
-        for key in {**old, **new}
-        if key not in cosmetic and old.get(key) != new.get(key)
-    ]
-    if changed:
-        raise ValueError(
-            f"{name}: {folder} holds a run with other settings ({', '.join(changed)}); use another "
-            f"folder"
-        )
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
 
 
 class TrainingRun:

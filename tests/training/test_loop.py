@@ -24,8 +24,8 @@ import torch
 from _command import run as command
 from _training import SMALL, STEPS, USERS, VARIANTS, pictures
 from clipsteer.io.checkpoint import load_latest
-from clipsteer.training.loop import check_same_settings
 from clipsteer.training.schedule import seed_of
+from clipsteer.training.settings import check_same_settings
 from clipsteer.training.signals import StopSignal
 from clipsteer.training.tracking import Reporter, trim_log
 
