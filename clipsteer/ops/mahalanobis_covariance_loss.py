@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._dispatch import call, choose
+from clipsteer.ops._reference import rounded_once, rows_of
 
 __all__ = ["LowRankDiag", "mahalanobis_covariance_loss", "mahalanobis_covariance_loss_reference"]
 
@@ -37,6 +38,7 @@ def _unit(x: Tensor) -> Tensor:
     return (x / torch.where(norm > 0, norm, torch.inf)).to(x.dtype)
 
 
+@rounded_once
 def mahalanobis_covariance_loss_reference(
     new: Tensor,  # (B, d)
     old: Tensor,  # (B, d)
@@ -55,7 +57,7 @@ def mahalanobis_covariance_loss_reference(
     first = (labels.unsqueeze(1) == labels).int().argmax(1)  # of the row's class
 
     def squares(z: Tensor) -> Tensor:
-        return torch.where(same, z[i] - z[j], 0).square()
+        return torch.where(same, rows_of(z, i) - rows_of(z, j), 0).square()
 
     def through(x: Tensor, W: Tensor) -> Tensor:
         return (x.unsqueeze(1) @ W[c].detach()).squeeze(1)
