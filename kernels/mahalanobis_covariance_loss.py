@@ -165,7 +165,8 @@ def _mahalanobis_covariance_loss_kernel(
                     )
                     pull = tl.sum(strength[:, :, None] * (a[:, None, :] - b[None, :, :]), axis=1)
                     if HAS_WEIGHTS:
-                        pull *= _weights(diag_ptr, s_ptr, k, d, n)[None, :]
+                        # what nothing pulls at stays 0 under an infinite weight too
+                        pull = tl.where(pull == 0, 0.0, pull * _weights(diag_ptr, s_ptr, k, d, n)[None, :])
                     pull += tl.load(pull_ptr + here, mask=inside & (at > first), other=0.0)
                     tl.store(pull_ptr + here, pull, mask=inside)
         tl.store(parts_ptr + rows, total, mask=live)

@@ -245,6 +245,10 @@ def drrho_loss(
 ) -> tuple[Tensor, Tensor]:
     """The contrastive loss of a batch relative to a frozen reference model, or without one.
 
+    The batch is this process's own, with its own pairs alone as negatives. Under
+    ``DistributedDataParallel`` that is another loss than the joint batch's, whose gradients
+    ``reference.DRRhoLoss`` gives, and ``reference.ContrastiveLoss`` for CLIP's loss.
+
     Args:
         image, text: (B, d) features of B pairs, as a rule of unit norm (the op does not normalise
             them); float32, bfloat16, float16 or (reference, cpp) float64.
