@@ -233,7 +233,8 @@ def precision_factor(
             f"beyond rounding (the first one's eigenvalues go from {float(spectrum[0]):.3g} to "
             f"{float(spectrum[-1]):.3g}); shrink them first"
         )
-    # P = A⁻ᵀA⁻¹ + ridge·I with S = A Aᵀ is at least ridge·I; LAPACK's factors lie by columns, which every call of an op on them would put right anew
+    # P = A⁻ᵀA⁻¹ + ridge·I with S = A Aᵀ is at least ridge·I. LAPACK's factors lie by columns, which
+    # every call of an op on them would put right anew
     L = torch.linalg.cholesky(inverse + ridge * eye).contiguous()
     return Factor(L.reshape(S.shape), torch.zeros(S.shape[:-2], dtype=S.dtype, device=S.device))
 
