@@ -225,12 +225,13 @@ def compile_all(target_name: str, cases: list[str]) -> dict[str, list[dict]]:
         topk_encode,
     )  # fmt: skip
     hip = target_name.startswith("gfx")
-    target = GPUTarget("hip", target_name, 64) if hip else GPUTarget("cuda", int(target_name[3:]), 32)
+    lanes = 64 if target_name.startswith("gfx9") else 32
+    target = GPUTarget("hip", target_name, lanes) if hip else GPUTarget("cuda", int(target_name[3:]), lanes)
     # what the launchers ask to choose a configuration, and the products that torch makes between launches
     torch.version.hip = "ahead of time" if hip else None
     _launch.has_bulk_copies = lambda device: target_name == "sm_90"
     topk_encode.shared_memory_limit = conceptor_project.shared_memory_limit = lambda device: SHARED_MEMORY[target_name]
-    _launch.has_tf32 = lambda device: not hip
+    _launch.has_tf32 = lambda device: not hip or target_name == "gfx942"
     _launch.two_programs = lambda device: {"maxnreg": 128} if target_name == "sm_90" else {}
     drrho_loss.add_product = lambda total, a, b: total
     semantic_drift.multiply = drrho_loss.multiply = lambda a, b: torch.empty(*a.shape[:-1], b.shape[-1])
