@@ -345,8 +345,9 @@ class _Run(TrainingRun):
         draws = torch.Generator(ids.device)
         draws.manual_seed(seed_of(self.config.seed, "select", self.step))
         tau = self._temperature()
+        keep = self.config.loss_pairs
         kept = select_learnable(
-            *ours, *theirs, self.config.loss_pairs, temperature=tau, generator=draws
+            ours[0], ours[1], theirs[0], theirs[1], keep, temperature=tau, generator=draws
         )
         self.world.broadcast_(kept)  # GPUs of two kinds may round differently
         owner = kept // len(ids)
