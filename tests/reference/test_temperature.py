@@ -15,6 +15,7 @@ from clipsteer.cli.main import main
 from clipsteer.reference import train
 from clipsteer.reference.config import ContrastiveConfig
 from clipsteer.reference.drrho import DRRhoLoss
+from clipsteer.training.settings import settings_of
 from clipsteer.training.world import World
 
 B = 256
@@ -147,3 +148,16 @@ def test_a_run_from_before_eps_was_a_setting_goes_on(tmp_path, capsys, monkeypat
     assert main([*command, "--eps", "1e-4"]) == 2
     assert "eps: 1e-14 there, 0.0001 asked for" in capsys.readouterr().err
     assert main(command) == 0
+
+
+def test_op_module_and_settings_say_which_way_rho_pushes():
+    settings = settings_of(ContrastiveConfig)
+    for text in (ops.drrho_loss.__doc__, settings["rho"].doc):
+        assert "down" in text
+        assert "up" not in text.split("pushes")[1].split(",")[0]
+        assert "log B" in text
+        assert "not carry over" in " ".join(text.split())
+    for text in (ops.drrho_loss.__doc__, DRRhoLoss.__doc__, settings["eps"].doc):
+        assert "1e-6" in text
+        assert "1e-4" in text
+    assert "clip none" in settings["grad_clip"].doc
