@@ -56,8 +56,8 @@ class ContrastiveConfig:
     warmup_steps: CountOrZero = 500
     """steps of linear warm-up, but at most a tenth of the run"""
     grad_clip: Positive = 1.0
-    """largest norm of the gradient in the model's weights; the scripts of FastCLIP and DRRho-CLIP
-    clip none, which any large number does here"""
+    """largest norm of the gradient in the model's weights; FastCLIP's and DRRho-CLIP's scripts do
+    not clip, for which give a large number"""
     temperature: Positive | None = None
     """τ, or where a learnt one starts, which is at least 0.01 (default: 0.01; for clip and distill
     0.07)"""
@@ -70,7 +70,8 @@ class ContrastiveConfig:
     learnt)"""
     eps: NotNegative = 1e-14
     """ε inside the logarithm, for drrho and global; FastCLIP takes 1e-14 to 1e-6, DRRho-CLIP 1e-4.
-    What is not far above it counts less: the larger the differences over τ, the more rows"""
+    Pairs whose average over the others is not far above it count less, which at a small τ without
+    a reference can be most of them"""
     gamma_min: Share | None = None
     """what γ, the share of the newest batch in the averages of drrho and global, falls to
     (default: min(1, 4.177·E^-0.7265) for a run of E epochs, as DRRho-CLIP)"""

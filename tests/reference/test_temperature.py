@@ -160,4 +160,4 @@ def test_op_module_and_settings_say_which_way_rho_pushes():
     for text in (ops.drrho_loss.__doc__, DRRhoLoss.__doc__, settings["eps"].doc):
         assert "1e-6" in text
         assert "1e-4" in text
-    assert "clip none" in settings["grad_clip"].doc
+    assert "do not clip" in settings["grad_clip"].doc
