@@ -221,7 +221,8 @@ def precision_factor(
     flat = S.reshape(-1, d, d)
     lower, info = torch.linalg.cholesky_ex(flat)
     eye = torch.eye(d, dtype=S.dtype, device=S.device)
-    inverse = torch.cholesky_inverse(torch.where((info == 0)[:, None, None], lower, eye))
+    lower[info != 0] = eye  # which has an inverse
+    inverse = torch.cholesky_inverse(lower)
     inflation = flat.diagonal(dim1=1, dim2=2) * inverse.diagonal(dim1=1, dim2=2)  # (n, d)
     most = 1 / (_ROUNDING * d * torch.finfo(S.dtype).eps)
     singular = (info != 0) | ~(inflation < most).all(1)

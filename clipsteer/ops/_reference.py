@@ -40,10 +40,10 @@ def rounded_once(definition: Callable[..., Result]) -> Callable[..., Result]:
 
     @functools.wraps(definition)
     def defined(*args: Any, **named: Any) -> Result:
-        first = next(t for t in (*args, *named.values()) if isinstance(t, Tensor))
-        dtype = first.dtype
-        if dtype not in HALVES:
+        first = next((t for t in (*args, *named.values()) if isinstance(t, Tensor)), None)
+        if first is None or first.dtype not in HALVES:
             return definition(*args, **named)
+        dtype = first.dtype
         kind = first.device.type
         casting = kind != "meta" and torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if casting else contextlib.nullcontext():
