@@ -14,9 +14,21 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.pooling import (
+    _AdaptiveAvgPoolNd,
+    _AdaptiveMaxPoolNd,
+    _AvgPoolNd,
+    _LPPoolNd,
+    _MaxPoolNd,
+)
+
+from clipsteer.clip.tokens import OF_HEADS
 
 # their channels are axis 1, whatever else they do
-_FIRST = (_ConvNd, _NormBase, nn.GroupNorm, nn.LocalResponseNorm, nn.PixelShuffle)
+_FIRST = (
+    *(_ConvNd, _NormBase, nn.GroupNorm, nn.LocalResponseNorm, nn.PixelShuffle, nn.Unfold),
+    *(_AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _LPPoolNd, _MaxPoolNd),
+)
 _WIDTHS = ("in_channels", "out_channels", "num_channels", "in_features", "out_features")
 # formats of timm and transformers by the name of the attribute that holds them
 _DECLARED = ("output_fmt", "data_format")
@@ -102,6 +114,8 @@ class Axes:
         seen: Seen | None,
     ) -> bool:
         told = _declared(self.module, 4)
+        if self.name.rpartition(".")[2] in OF_HEADS:
+            told = False
         if told is None:
             told = _of_leaf(self.module, x)
         if told is not None:
@@ -193,7 +207,7 @@ def _by_pixels(x: Tensor, seen: Seen | None) -> bool | None:
 
 def _is_map(size: tuple[int, int], height: int, width: int) -> bool:
     high, wide = size
-    for stride in range(1, max(size) + 1):
+    for stride in range(max(high // (height + 1), 1), high // max(height - 1, 1) + 2):
         rounded_down = (high // stride, wide // stride)
         rounded_up = (-(-high // stride), -(-wide // stride))
         if (height, width) in (rounded_down, rounded_up):

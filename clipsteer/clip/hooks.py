@@ -181,12 +181,13 @@ def capture(
         patterns: one fnmatch pattern of module names or several.
         detach: cut the tensors from the graph; without it gradients flow through them.
 
-    Modules of a pattern that the forward pass does not call stay absent.
+    Of a pattern that matches several modules, those that the forward pass does not call, and those
+    whose outputs cannot be shown as (B, T, d), stay absent.
 
     Raises:
         ValueError: a pattern without a match, or one that matches no module that ran, though the
             model did, when the block ends; in the forward pass, an output that cannot be shown as
-            (B, T, d), such as windows of several images.
+            (B, T, d), such as windows of several images, of a single module.
         RuntimeError: the module, or one that it is part of, is compiled.
     """
     with captured("capture", model, patterns, detach=detach) as found:
@@ -201,14 +202,20 @@ def captured(
     found: dict[str, Tensor] = {}
     root = module_of(model)
     listed = [patterns] if isinstance(patterns, str) else patterns
-    calls = Calls(
-        where, root, {pattern: _hook_points(where, root, [pattern]) for pattern in listed}
-    )
+    groups = {pattern: _hook_points(where, root, [pattern]) for pattern in listed}
+    calls = Calls(where, root, groups)
+    alone = {names[0] for names in groups.values() if len(names) == 1}
 
     def record(name: str, axes: Axes) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             seen = calls.seen()
-            x = as_tokens(output, axes.order(output, seen), seen)
+            try:
+                x = as_tokens(output, axes.order(output, seen), seen)
+            except (TypeError, ValueError):
+                if name in alone:
+                    raise
+                found.pop(name, None)
+                return
             found[name] = x.detach() if detach else x
 
         return hook

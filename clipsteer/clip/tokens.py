@@ -16,8 +16,8 @@ TOKENS = ("all", "cls", "patches")
 _POOLED = "it comes after the pooling of the tokens"
 _HEADS = "its rows are heads of tokens"
 _PADDED = "images are padded to one number of patches, and which are padding is not said"
-# norms of queries and keys, by timm's and open_clip's names
-_OF_HEADS = ("q_norm", "k_norm", "ln_q", "ln_k")
+# norms of queries and keys (B, heads, T, d), by timm's and open_clip's names
+OF_HEADS = ("q_norm", "k_norm", "ln_q", "ln_k")
 # of timm's and of transformers' towers
 _AFTER_POOLING = ("attn_pool", "fc_norm", "head", "head_drop", "pooler", "classifier")
 # in the embeddings of transformers' towers, in the order in which they stand before the patches
@@ -92,7 +92,7 @@ def layout_at(model: Any, hook_point: str) -> Layout:
             tower = tower.get_submodule(names[at - 1])
         inside = [name for name in names[at:] if name not in WRAPPED]
         layout = _layout_in(_unwrapped(tower), layout, inside) or layout
-    if names[-1] in _OF_HEADS and not layout.unknown:
+    if names[-1] in OF_HEADS and not layout.unknown:
         return layout._replace(unknown=_HEADS)
     return layout
 
