@@ -51,7 +51,6 @@ class Axes:
         for part in name.split("."):
             self.path.append(getattr(self.path[-1], part))
         self.batch_first = is_batch_first(self.path)
-        self._widths: set[int] | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -126,8 +125,8 @@ class Axes:
                 told = _declared(module, 4)
         if told is None:
             told = self._of_parts(x)
-        # what is no width of any layer is no number of channels: attention has maps as well
-        if told is None or x.shape[1 if told else 3] not in self.widths():
+        # what is no width of a layer is no number of channels: attention has maps as well
+        if told is None or x.shape[1 if told else 3] not in self._widths():
             shape = tuple(x.shape)
             raise ValueError(
                 f"hook point {self.name!r}: it is not known whether axis 1 or axis 3 of its output "
@@ -144,11 +143,14 @@ class Axes:
                 return found.pop() if len(found) == 1 else None
         return None
 
-    def widths(self) -> set[int]:
-        """The numbers of channels that layers of the model take or give."""
-        if self._widths is None:
-            self._widths = {width for layer in _layers(self.root) for width in _widths_of(layer)}
-        return self._widths
+    def _widths(self) -> set[int]:
+        """The numbers of channels that layers of the model take or give; what has no layers itself
+        belongs to those of the module around it."""
+        for module in reversed(self.path):
+            if any(True for _ in _layers(module)):
+                around = self.root if module is self.module else module
+                return {width for layer in _layers(around) for width in _widths_of(layer)}
+        return set()
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:

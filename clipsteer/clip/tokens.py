@@ -138,12 +138,14 @@ def _timm(trunk: Any, layout: Layout, inside: list[str]) -> Layout:
         return layout._replace(unknown=unknown)
     if inside and inside[0] in _AFTER_POOLING:
         layout = layout._replace(unknown=_POOLED)
+    if prefix is None:
+        return layout  # of many scales, none of which are "the" patches
     if getattr(trunk, "dynamic_img_size", False):
         # the patch embedding itself comes before the class token, and how many patches there are
         # is only seen in its output
-        return layout._replace(prefix=0 if "patch_embed" in inside else int(prefix or 0))
+        return layout._replace(prefix=0 if "patch_embed" in inside else int(prefix))
     return layout._replace(
-        prefix=int(prefix or 0), patches=patches if isinstance(patches, int) else None
+        prefix=int(prefix), patches=patches if isinstance(patches, int) else None
     )
 
 
