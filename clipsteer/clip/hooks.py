@@ -297,8 +297,8 @@ def harvest(
         acts = found[name]  # (B, T, d)
         if len(acts) != len(x):
             raise ValueError(
-                f"harvest: {name!r} gives {tuple(acts.shape)} for {len(x)} images, the same for all "
-                "of them; choose another hook point"
+                f"harvest: {name!r} gives {tuple(acts.shape)} for {len(x)} images, the same for "
+                "all of them; choose another hook point"
             )
         kept = acts[:, layout.where("harvest", tokens, acts.shape[1])]
         yield kept.reshape(-1, kept.shape[-1])

@@ -138,6 +138,8 @@ def _timm(trunk: Any, layout: Layout, inside: list[str]) -> Layout:
         return layout._replace(unknown=unknown)
     if inside and inside[0] in _AFTER_POOLING:
         layout = layout._replace(unknown=_POOLED)
+    if len(inside) > 1 and inside[0] == "embeds":  # of a NaFlexVit
+        layout = layout._replace(unknown=f"it is part of {type(trunk).__name__}'s embedding")
     if prefix is None:
         return layout  # of many scales, none of which are "the" patches
     if getattr(trunk, "dynamic_img_size", False):

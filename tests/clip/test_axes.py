@@ -262,7 +262,8 @@ class Cube(nn.Module):
 def test_what_cannot_be_told_is_refused_and_can_be_said():
     torch.manual_seed(0)
     model, x = Cube().eval(), torch.randn(2, 3, 32, 32)
-    with pytest.raises(ValueError, match=r"axis 1 or axis 3 of its output \(2, 8, 8, 8\).*output_fmt = 'NCHW' or 'NHWC'"):
+    said = r"axis 1 or axis 3 of its output \(2, 8, 8, 8\).*output_fmt = 'NCHW' or 'NHWC'"
+    with pytest.raises(ValueError, match=said):
         next(clip.harvest(model, [x], "block"))
     raw = model.block.forward(x)
     model.block.output_fmt = "NCHW"

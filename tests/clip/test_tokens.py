@@ -177,6 +177,71 @@ def test_a_batch_of_one_and_saes_see_the_same_tokens():
     torch.testing.assert_close(rows[rows[:, 0].argsort()], want[want[:, 0].argsort()])
 
 
+def timm_tower(name, **settings):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    return timm.create_model(name, pretrained=False, num_classes=0, depth=2, **settings).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "has_class"),
+    [
+        ("vit_tiny_patch16_224", 1, True),
+        ("deit_tiny_distilled_patch16_224", 2, True),
+        ("vit_small_patch14_reg4_dinov2", 5, True),
+        ("vit_base_patch16_reg4_gap_256", 4, False),  # registers, and no class token
+        ("vit_base_patch16_siglip_224", 0, False),
+        ("eva02_tiny_patch14_224", 1, True),
+        ("vit_small_patch16_dinov3", 5, True),  # images of any size
+    ],
+)
+@torch.no_grad()
+def test_timm_towers_on_their_own(name, prefix, has_class):
+    tower = timm_tower(name, img_size=28 if "14" in name else 32)
+    x = torch.randn(2, 3, *tower.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
+    assert clip.class_tokens(tower, "blocks.0") == prefix
+    with clip.capture(tower, "blocks.0") as found:
+        tower(x)
+    want = found["blocks.0"]
+    assert want.shape[1] == prefix + 4
+    patches = next(clip.harvest(tower, [x], "blocks.0", tokens="patches"))
+    assert torch.equal(patches, want[:, prefix:].flatten(0, 1))
+    if has_class:
+        assert torch.equal(next(clip.harvest(tower, [x], "blocks.0", tokens="cls")), want[:, 0])
+    else:
+        with pytest.raises(ValueError, match=r"no class token at 'blocks\.0'"):
+            next(clip.harvest(tower, [x], "blocks.0", tokens="cls"))
+
+
+@torch.no_grad()
+def test_outputs_of_towers_of_any_size_that_are_no_tokens():
+    tower = timm_tower("vit_small_patch16_dinov3", img_size=32, qk_norm=True)
+    x = torch.randn(2, 3, 32, 48)
+    for name in clip.hook_points(tower, "blocks.0.attn.?_norm"):
+        assert next(clip.harvest(tower, [x], name)).shape == (2 * 6 * 11, 64)  # heads, and their width
+        with pytest.raises(ValueError, match="rows are heads of tokens"):
+            next(clip.harvest(tower, [x], name, tokens="patches"))
+    assert len(next(clip.harvest(tower, [x], "patch_embed"))) == 2 * 6
+
+
+@torch.no_grad()
+def test_as_many_queries_as_patches_are_no_patches():
+    """CoCa's attention pooling has 256 queries over 256 patches."""
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"image_size": 32, "layers": 1, "width": WIDTH, "head_width": 16, "patch_size": 8,
+              "attentional_pool": True, "attn_pooler_heads": 2}  # fmt: skip
+    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+    for queries in (GRID, GRID + 1):
+        config = {**vision, "attn_pooler_queries": queries}
+        model = open_clip.CLIP(embed_dim=WIDTH, vision_cfg=config, text_cfg=text).eval()
+        for name in ("visual.attn_pool", "visual.ln_post"):
+            assert len(next(clip.harvest(model, [pixels()], name))) == 3 * queries
+            for tokens in ("cls", "patches"):
+                with pytest.raises(ValueError, match=r"comes after the pooling of the tokens"):
+                    next(clip.harvest(model, [pixels()], name, tokens=tokens))
+        assert len(next(clip.harvest(model, [pixels()], "visual.ln_pre", tokens="patches"))) == 3 * GRID
+
+
 # transformers' own towers, small and random: class -> (configuration, settings, prefix, has class, layers' name)
 REAL = {
     "CLIPVisionModel": ("CLIPVisionConfig", {}, 1, True),

@@ -102,7 +102,9 @@ def test_contrastive_training_is_that_without_tokens(case, settings, folder, tmp
     assert len(set(logs[0])) > 1
     again = load_run(tmp_path / "tokens")
     images = [data[i][0] for i in range(8)]
-    torch.testing.assert_close(again.encode_images(images).double(), ends[0].encode_images(images), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        again.encode_images(images).double(), ends[0].encode_images(images), rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
