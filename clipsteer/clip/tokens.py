@@ -67,9 +67,12 @@ class Layout(NamedTuple):
             if tokens == "all" or (tokens == "patches" and self.patches):
                 continue
             if not self.prefix or (tokens == "cls" and not self.has_class):
+                missing = "there is no class token"
+                if self.unknown:
+                    missing = "it is not known which tokens are which"
                 raise ValueError(
-                    f"{what}: there is no class token at {self.hook_point!r}{self._why}; tokens "
-                    f"must be 'all', got {tokens!r}"
+                    f"{what}: {missing} at {self.hook_point!r}{self._why}; tokens must be 'all', "
+                    f"got {tokens!r}"
                 )
 
     @property
@@ -108,7 +111,7 @@ def _layout_in(tower: Any, layout: Layout, inside: list[str]) -> Layout | None:
     this module is no tower that says it."""
     if hasattr(tower, "class_embedding") and hasattr(tower, "transformer"):
         return _open_clip(tower, layout, inside)
-    if hasattr(tower, "num_prefix_tokens") or hasattr(tower, "patch_embed"):
+    if hasattr(tower, "num_prefix_tokens") or hasattr(tower, "forward_features"):
         return _timm(tower, layout, inside)
     if hasattr(tower, "embeddings") and hasattr(getattr(tower, "config", None), "patch_size"):
         return _transformers(tower, layout, inside)
@@ -130,7 +133,8 @@ def _timm(trunk: Any, layout: Layout, inside: list[str]) -> Layout:
     embedding = getattr(trunk, "patch_embed", None)
     prefix = getattr(trunk, "num_prefix_tokens", None)
     patches = getattr(embedding, "num_patches", None)
-    has_class = getattr(trunk, "cls_token", None) is not None
+    own = [name for name, _ in trunk.named_parameters(recurse=False)]
+    has_class = any(name.startswith("cls_token") for name in own)
     has_class |= bool(getattr(trunk, "has_class_token", False))
     layout = layout._replace(has_class=has_class)
     if prefix is None and has_class:

@@ -213,6 +213,22 @@ def test_timm_towers_on_their_own(name, prefix, has_class):
             next(clip.harvest(tower, [x], "blocks.0", tokens="cls"))
 
 
+@pytest.mark.parametrize(
+    ("name", "hook_point"),
+    [("crossvit_tiny_240", "blocks.0"), ("coat_tiny", "serial_blocks1.0"), ("pit_ti_224", "norm")],
+)
+def test_class_tokens_that_no_tower_places_are_refused(name, hook_point):
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        tower = timm.create_model(name, pretrained=False, num_classes=0)
+    for tokens in ("cls", "patches"):
+        steering = clipsteer.VectorSteering(torch.ones(8), tokens=tokens)
+        with pytest.raises(
+            ValueError, match=r"not known which tokens are which at .*does not say where its class token"
+        ):
+            clipsteer.steer(tower, {hook_point: steering})
+
+
 @torch.no_grad()
 def test_outputs_of_towers_of_any_size_that_are_no_tokens():
     tower = timm_tower("vit_small_patch16_dinov3", img_size=32, qk_norm=True)
