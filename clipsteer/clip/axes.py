@@ -32,6 +32,8 @@ _FIRST = (
 _WIDTHS = ("in_channels", "out_channels", "num_channels", "in_features", "out_features")
 # formats of timm and transformers by the name of the attribute that holds them
 _DECLARED = ("output_fmt", "data_format")
+# what timm calls the parts of its mixers that are given (B, d, T)
+_TOKEN_MIXERS = {"mlp_tokens", "linear_tokens"}
 
 
 class Seen(NamedTuple):
@@ -75,7 +77,7 @@ class Axes:
         if x.ndim == 2:
             return (0, 1)
         if x.ndim == 3:
-            order = (0, 1, 2) if self.batch_first else (1, 0, 2)
+            order: tuple[int, ...] = (0, 1, 2) if self.batch_first else (1, 0, 2)
             if self._is_channels_first(x):
                 order = (0, 2, 1)
         else:
@@ -105,7 +107,13 @@ class Axes:
         x: Tensor,  # (B, T, d) or (B, d, T)
     ) -> bool:
         declared = _declared(self.module, 3)
-        return isinstance(self.module, _FIRST) if declared is None else declared
+        if declared is not None:
+            return declared
+        if isinstance(self.module, _FIRST):
+            return True
+        if isinstance(self.module, nn.Linear) and _is_gate(self.path[-2]):
+            return True
+        return not _TOKEN_MIXERS.isdisjoint(self.name.split("."))
 
     def _map_is_channels_first(
         self,
@@ -151,6 +159,11 @@ class Axes:
                 around = self.root if module is self.module else module
                 return {width for layer in _layers(around) for width in _widths_of(layer)}
         return set()
+
+
+def _is_gate(module: nn.Module) -> bool:
+    # of a gMLP, which transposes for its product with the tokens alone
+    return type(module).__name__ == "SpatialGatingUnit"
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:

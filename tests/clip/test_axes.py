@@ -316,6 +316,23 @@ def test_maps_of_attention_tables_and_other_orders():
         next(clip.harvest(model, [x], "table"))
 
 
+@pytest.mark.parametrize("name", ["mixer_s32_224", "resmlp_12_224", "gmlp_ti16_224"])
+@torch.no_grad()
+def test_parts_that_mix_tokens_keep_their_channels(name):
+    shapes_of = []
+    for size in (64, 96):
+        tower = timm.create_model(name, pretrained=False, num_classes=0, img_size=size).eval()
+        with clip.capture(tower, "blocks.*") as found:
+            tower(torch.randn(2, 3, size, size))
+        shapes_of.append({name: x.shape for name, x in found.items()})
+    assert len(shapes_of[0]) > 10
+    mixing = [name for name in shapes_of[0] if "tokens" in name or "gate.proj" in name]
+    assert len(mixing) >= 2
+    for name, shape in shapes_of[0].items():
+        assert shape[0] == 2
+        assert shape[2] == shapes_of[1][name][2], name  # channels, whatever the number of patches
+
+
 @torch.no_grad()
 def test_images_and_texts_of_other_numbers_in_one_pass():
     text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
