@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -53,6 +54,8 @@ class Axes:
         for part in name.split("."):
             self.path.append(getattr(self.path[-1], part))
         self.batch_first = is_batch_first(self.path)
+        # by shape of a map: a block that is checkpointed runs again when nothing is known of pixels
+        self._found: dict[torch.Size, bool] = {}
 
     @property
     def module(self) -> nn.Module:
@@ -81,7 +84,10 @@ class Axes:
             if self._is_channels_first(x):
                 order = (0, 2, 1)
         else:
-            order = (0, 2, 3, 1) if self._map_is_channels_first(x, seen) else (0, 1, 2, 3)
+            shape = x.shape[1:]
+            if shape not in self._found:
+                self._found[shape] = self._map_is_channels_first(x, seen)
+            order = (0, 2, 3, 1) if self._found[shape] else (0, 1, 2, 3)
         if seen is not None and x.shape[order[0]] not in (seen.batch, 1):
             raise ValueError(self._other_batch(x, order[0], seen.batch))
         return order

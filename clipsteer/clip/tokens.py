@@ -115,6 +115,11 @@ def _layout_in(tower: Any, layout: Layout, inside: list[str]) -> Layout | None:
         return _timm(tower, layout, inside)
     if hasattr(tower, "embeddings") and hasattr(getattr(tower, "config", None), "patch_size"):
         return _transformers(tower, layout, inside)
+    own = [name for name, _ in tower.named_parameters(recurse=False)]
+    strange = [name for name in own if name.startswith(("cls_", "class_"))]
+    if strange and not (layout.prefix or layout.patches):
+        unknown = f"{type(tower).__name__} does not say where its {strange[0]} stands"
+        return layout._replace(unknown=unknown)
     return None
 
 

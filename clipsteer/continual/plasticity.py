@@ -75,6 +75,11 @@ class Plasticity:
             for found in _outputs(module, list(self.saes), pixel_batches):
                 for block, x in found.items():
                     sae = self.saes[block]
+                    if x.shape[-1] != sae.d_in:
+                        raise ValueError(
+                            f"Plasticity.usage: the SAE of {block!r} has d_in = {sae.d_in}, but "
+                            f"the activations there have {x.shape[-1]}"
+                        )
                     rows[block] += len(x)
                     for part in chunks(sae, x.to(sae.W_enc.device)):
                         acts = sae.encode(part)  # (rows, d_sae)

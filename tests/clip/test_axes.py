@@ -276,6 +276,23 @@ def test_what_cannot_be_told_is_refused_and_can_be_said():
     assert next(clip.harvest(model, [oblong], "block")).shape == (2 * 8 * 16, 8)
 
 
+def test_a_checkpointed_block_is_read_alike_when_it_runs_again():
+    tower = make("convnext_atto", 64, 64)
+    name = "stages.2.blocks.3"
+    vector = torch.zeros(160, requires_grad=True)
+    grads = []
+    for again in (False, True):
+        tower.set_grad_checkpointing(again)
+        tower.train()
+        vector.grad = None
+        x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+        with clipsteer.steer(tower, {name: clipsteer.VectorSteering(vector)}):
+            tower(x).square().sum().backward()
+        grads.append(vector.grad.clone())
+    torch.testing.assert_close(grads[0], grads[1])
+    assert grads[0].abs().sum() > 0
+
+
 class Odd(nn.Module):
     """Attention maps, channels before tokens, a sequence before the batch, and rows of no image."""
 

@@ -139,6 +139,14 @@ def test_prefix_tokens_are_read_from_the_embeddings(kind):
         next(clip.harvest(model, [pixels()], patches, tokens="cls"))
 
 
+def test_a_class_token_of_a_strange_tower_is_not_denied():
+    model = nn.Module()
+    model.class_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
+    model.layer = nn.Linear(WIDTH, WIDTH)
+    with pytest.raises(ValueError, match=r"not known which tokens are which at 'layer' \(Module does not say"):
+        layout_at(model, "layer").check("steer", ["cls"])
+
+
 def test_towers_are_found_inside_of_models_and_wrappers():
     model = nn.Module()
     model.vision_model = Tower(Embeddings(cls_token=1, register_tokens=4))
