@@ -81,7 +81,7 @@ class Axes:
             return (0, 1)
         if x.ndim == 3:
             order: tuple[int, ...] = (0, 1, 2) if self.batch_first else (1, 0, 2)
-            if self._is_channels_first(x):
+            if self._is_channels_first():
                 order = (0, 2, 1)
         else:
             shape = x.shape[1:]
@@ -108,10 +108,8 @@ class Axes:
             "the hook point"
         )
 
-    def _is_channels_first(
-        self,
-        x: Tensor,  # (B, T, d) or (B, d, T)
-    ) -> bool:
+    def _is_channels_first(self) -> bool:
+        """Whether an output with three axes is (B, d, T)."""
         declared = _declared(self.module, 3)
         if declared is not None:
             return declared

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from clipsteer.clip.axes import Axes, Seen, is_batch_first
@@ -48,6 +49,8 @@ class Calls:
             stack.callback(handle.remove)
         for name in around:
             module = self.root.get_submodule(name)
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # it takes no hooks
             enter, leave = self._watch(name)
             handle = module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
             stack.callback(handle.remove)

@@ -367,6 +367,14 @@ def test_images_and_texts_of_other_numbers_in_one_pass():
     assert [len(found[name]) for name in both] == [3, 7]
 
 
+def test_scripted_parts_may_stand_beside():
+    root = nn.Sequential(torch.jit.script(nn.Linear(4, 4)), nn.Linear(4, 4))
+    x = torch.ones(2, 4)
+    with clip.capture(root, "1") as found:
+        out = root(x)
+    assert torch.equal(found["1"][:, 0], out)
+
+
 def test_axes_of_a_module_are_those_of_its_kind():
     root = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Linear(8, 8), nn.LayerNorm(8), nn.BatchNorm2d(8), nn.RMSNorm(8))
     cube = torch.zeros(2, 8, 8, 8)
