@@ -367,6 +367,7 @@ def test_images_and_texts_of_other_numbers_in_one_pass():
     assert [len(found[name]) for name in both] == [3, 7]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_scripted_parts_may_stand_beside():
     root = nn.Sequential(torch.jit.script(nn.Linear(4, 4)), nn.Linear(4, 4))
     x = torch.ones(2, 4)
