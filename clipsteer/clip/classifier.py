@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipsteer.clip.hooks import _first
+from clipsteer.clip.axes import first_of
 from clipsteer.clip.model import CLIP, load
 from clipsteer.clip.runs import ARCHITECTURE, CONFIG, WEIGHTS, read_run
 from clipsteer.io.files import (
@@ -57,7 +57,7 @@ class ImageClassifier(nn.Module):
         images: Tensor,  # (B, 3, H, W)
     ) -> Tensor:
         """Unit embeddings (B, e)."""
-        features = _first(self.visual(images))
+        features = first_of(self.visual(images))
         return F.normalize(features.to(self.head.weight.dtype), dim=-1)
 
     def forward(

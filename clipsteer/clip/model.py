@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsteer.clip.hooks import _first, _float_dtype, evaluating, hook_points
+from clipsteer.clip.axes import first_of
+from clipsteer.clip.hooks import _float_dtype, evaluating, hook_points
 from clipsteer.clip.open_clip_models import (
     EMOJI_TINY,
     EMOJICLIP,
@@ -110,7 +111,7 @@ class CLIP:
         pixels: Tensor,  # (B, 3, H, W)
     ) -> Tensor:
         """Unit embeddings (B, e) of preprocessed images, at least float32; with gradients."""
-        features = _first(self.model.encode_image(pixels.to(self.device, self.dtype)))
+        features = first_of(self.model.encode_image(pixels.to(self.device, self.dtype)))
         wide = torch.promote_types(features.dtype, torch.float32)
         return F.normalize(features.to(wide), dim=-1)
 

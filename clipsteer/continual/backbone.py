@@ -19,6 +19,7 @@ from clipsteer.clip.hooks import capture
 from clipsteer.clip.model import CLIP, load
 from clipsteer.clip.pixels import train_transform
 from clipsteer.clip.timm_models import TIMM, transforms_of
+from clipsteer.clip.tokens import layout_at
 
 __all__ = ["Encoder", "Tokens"]
 
@@ -71,7 +72,9 @@ class Encoder(nn.Module):
         trunk = getattr(module, "trunk", module)
         first: Any = None if hasattr(trunk, "embed_dim") else module.conv1
         self.width = trunk.embed_dim if first is None else first.out_channels
-        self.prefix = int(getattr(trunk, "num_prefix_tokens", hasattr(module, "class_embedding")))
+        layout = layout_at(module, self.blocks[0])
+        # registers alone are no class token
+        self.prefix = layout.prefix if layout.has_class else 0
         self._last = self._normalised_tokens()
 
     def _normalised_tokens(self) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from clipsteer.clip.model import CLIP
 from clipsteer.clip.pixels import loader
+from clipsteer.clip.towers import joint_module
 from clipsteer.data.dataset import ImageDataset, data_digest
 from clipsteer.io.digests import weights_digest
 from clipsteer.io.files import read_json, write_json, write_safetensors
@@ -158,7 +159,7 @@ class _Run(TrainingRun):
 
     def run(self, on_log: Callable[[dict[str, Any]], None] | None, resume: bool) -> CLIP:
         self.restore(self.clip.device, resume)
-        self.model: Any = self.clip.model
+        self.model: Any = joint_module(self.clip.model)
         if self.world.size > 1:
             ids = [self.clip.device.index] if self.clip.device.type == "cuda" else None
             self.model = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
