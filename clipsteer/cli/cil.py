@@ -8,7 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from clipsteer.cli.arguments import Options, add_model, add_workers, count, device_of
+from clipsteer.cli.arguments import (
+    Options,
+    add_model,
+    add_workers,
+    count,
+    device_of,
+    setup_options,
+)
 
 # Wu et al. 2025 and Zhang et al. 2023, section "implementation details"
 PAPER = {"first_epochs": 20, "epochs": 10, "batch_size": 48, "rank": 32}
@@ -212,10 +219,12 @@ def _scenario(
     return found.on_validation() if measure == "validation" else found
 
 
-def _encoder(model: str, pretrained: str | None, unit_range: bool, device: str) -> tuple[Any, Any]:
+def _encoder(
+    model: str, pretrained: str | None, unit_range: bool, device: str, setup: dict[str, Any]
+) -> tuple[Any, Any]:
     from clipsteer.continual.backbone import Encoder
 
-    return Encoder.open(model, pretrained, unit_range=unit_range, device=device)
+    return Encoder.open(model, pretrained, unit_range=unit_range, device=device, **setup)
 
 
 def _run(
@@ -321,7 +330,7 @@ def _cil(args: argparse.Namespace) -> int:
     configs, settings = _configs(args, names)
     by_paper = args.recipe == "paper"
     model = args.model or (PAPER_MODEL if by_paper else "emojiclip")
-    encoder = (model, args.pretrained, by_paper, device_of(args))
+    encoder = (model, args.pretrained, by_paper, device_of(args), setup_options(args))
     place = (args.data, args.tasks, args.init_cls, args.increment, args.split, args.measure)
     saes = args.saes or args.out / "saes"
     if any(config.plasticity for config in configs) and not (saes / _BACKGROUND).exists():

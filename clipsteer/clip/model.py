@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ __all__ = [
     "EMOJICLIP",
     "EMOJI_TINY",
     "KINDS",
+    "as_texts",
     "class_tokens",
     "default_hook_point",
     "load",
@@ -247,6 +249,15 @@ def provenance(clip: CLIP, hook_point: str, tokens: str) -> dict[str, Any]:
     if (setup := clip.setup) is not None:
         found["setup"] = setup.to_json()
     return found
+
+
+def as_texts(origin: Mapping[str, Any]) -> dict[str, str]:
+    """`provenance` for metadata that are text alone; what is None is left out."""
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        for name, value in origin.items()
+        if value is not None
+    }
 
 
 def _timm_parts(name: str, weights: str | None, asked: Asked) -> Parts:

@@ -11,7 +11,7 @@ from torch import nn
 from clipsteer import assets
 from clipsteer.clip.build import SetupError, build, evaluation_transform, fill, fits, resize
 from clipsteer.clip.published import Settled, settle
-from clipsteer.clip.setup import OPEN_CLIP, Asked, as_size
+from clipsteer.clip.setup import NOTHING, OPEN_CLIP, Asked, as_size
 from clipsteer.io.files import FileFormatError, read_json, read_safetensors
 
 EMOJICLIP = "emojiclip"
@@ -63,7 +63,7 @@ def is_open_clip(name: str) -> bool:
 
 
 def open_parts(
-    name: str, pretrained: str | None, device: str | torch.device, asked: Asked = Asked()
+    name: str, pretrained: str | None, device: str | torch.device, asked: Asked = NOTHING
 ) -> Parts:
     """A model that open_clip makes; the arguments are those of ``clipsteer.load``.
 

@@ -239,3 +239,6 @@ class Asked:
         if self.known is not None or weights is None or not Path(weights).is_file():
             return self
         return Asked(self.preprocess, self.quick_gelu, self.image_size, read_setup(weights))
+
+
+NOTHING = Asked()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clipsteer.clip.hooks import evaluating
 from clipsteer.clip.published import told
-from clipsteer.clip.setup import TIMM_DATA, Asked, check_preprocess
+from clipsteer.clip.setup import NOTHING, TIMM_DATA, Asked, check_preprocess
 from clipsteer.io.files import FileFormatError, read_safetensors
 
 logger = logging.getLogger(__name__)
@@ -98,25 +98,24 @@ def data_config(trunk: nn.Module) -> dict[str, Any]:
     return resolve_model_data_config(trunk)
 
 
-def transforms_of(model: ImageModel, crop: float = 0.05, unit_range: bool = False) -> Transforms:
-    """Preprocessing of a timm model.
+# pixels in [0, 1] without mean and deviation, 256 px cut to 224: the recipe of SLCA and MACIL
+UNIT_RANGE = {
+    "mean": (0.0,) * 3,
+    "std": (1.0,) * 3,
+    "crop_pct": 0.875,
+    "interpolation": "bicubic",
+}
 
-    Args:
-        crop: the least share of an image's area that a random crop keeps.
-        unit_range: pixels in [0, 1] without mean and deviation, 256 px cut to 224: the published
-            recipe of SLCA and MACIL. False is what the model's setup says.
+
+def transforms_of(model: ImageModel, crop: float = 0.05) -> Transforms:
+    """Preprocessing of a timm model, as its setup says.
+
+    crop: the least share of an image's area that a random crop keeps.
     """
     from timm.data import create_transform
     from torchvision import transforms
 
-    config = dict(model.visual.preprocess_cfg)
-    if unit_range:
-        config |= {
-            "mean": (0.0,) * 3,
-            "std": (1.0,) * 3,
-            "crop_pct": 0.875,
-            "interpolation": "bicubic",
-        }
+    config = model.visual.preprocess_cfg
     # timm's own crops draw from Python's generator, which seeds of samples do not reach
     train = transforms.Compose(
         [
@@ -129,7 +128,7 @@ def transforms_of(model: ImageModel, crop: float = 0.05, unit_range: bool = Fals
     return Transforms(create_transform(**config), train)
 
 
-def open_timm(name: str, weights: str | None = None, asked: Asked = Asked()) -> ImageModel:
+def open_timm(name: str, weights: str | None = None, asked: Asked = NOTHING) -> ImageModel:
     """A model of timm without its classifier.
 
     Args:

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from clipsteer.clip.hooks import capture
 from clipsteer.clip.model import CLIP, load
 from clipsteer.clip.pixels import train_transform
-from clipsteer.clip.timm_models import TIMM, transforms_of
+from clipsteer.clip.timm_models import TIMM, UNIT_RANGE, transforms_of
 
 __all__ = ["Encoder", "Tokens"]
 
@@ -113,6 +113,7 @@ class Encoder(nn.Module):
         unit_range: bool = False,
         crop: float = 0.05,
         device: str | torch.device = "cpu",
+        **setup: Any,
     ) -> Encoder:
         """A ViT of timm without its classifier.
 
@@ -123,12 +124,21 @@ class Encoder(nn.Module):
             unit_range: pixels in [0, 1] without mean and deviation, 256 px cut to 224: the
                 published recipe of SLCA and MACIL. False is what timm says of the model.
             crop: the least share of an image that a random crop keeps.
+            setup: preprocess and force_image_size of ``clipsteer.load``.
 
-        Raises: as ``clipsteer.load("timm:NAME")``, which opens it.
+        Raises ValueError for unit_range beside another preprocess, and else as
+        ``clipsteer.load("timm:NAME")``, which opens it.
         """
-        clip = load(TIMM + name, weights, device=device)
-        transforms = transforms_of(clip.model, crop, unit_range)
-        return cls(clip.model.visual.trunk, transforms.evaluate, transforms.train, clip.name)
+        if unit_range and setup.get("preprocess") is not None:
+            raise ValueError(
+                "Encoder.from_timm: unit_range is a preprocessing, and another one was asked for; "
+                "leave one of them out"
+            )
+        if unit_range:
+            setup = {**setup, "preprocess": UNIT_RANGE}
+        clip = load(TIMM + name, weights, device=device, **setup)
+        train = transforms_of(clip.model, crop).train
+        return cls(clip.model.visual.trunk, clip.preprocess, train, clip.name)
 
     @classmethod
     def open(
@@ -138,17 +148,20 @@ class Encoder(nn.Module):
         *,
         unit_range: bool = False,
         device: str | torch.device = "cpu",
+        **setup: Any,
     ) -> tuple[Encoder, CLIP | None]:
         """An encoder of whatever ``clipsteer.load`` takes, with the CLIP where it has a text tower.
 
         unit_range: pixels in [0, 1], as in `from_timm`. Raises ValueError for it with other models.
+        setup: preprocess, force_quick_gelu and force_image_size of ``clipsteer.load``.
         """
         if model.startswith(TIMM):
             name = model.removeprefix(TIMM)
-            return cls.from_timm(name, weights, unit_range=unit_range, device=device), None
+            timm = cls.from_timm(name, weights, unit_range=unit_range, device=device, **setup)
+            return timm, None
         if unit_range:
             raise ValueError(f"Encoder.open: pixels in [0, 1] are for timm models, got {model!r}")
-        clip = load(model, weights, device=device)
+        clip = load(model, weights, device=device, **setup)
         return cls.from_clip(clip), clip if clip.has_text else None
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipsteer.clip.setup import has_quick_gelu
 from clipsteer.continual.backbone import Encoder
 from clipsteer.continual.config import CILConfig
 from clipsteer.continual.heads import RandomProjection, TaskHeads
@@ -137,6 +138,7 @@ class LearnerState:
             "num_classes": self.num_classes,
             "preprocess": described(encoder.preprocess),
             "train_transform": described(encoder.train_transform),
+            "quick_gelu": has_quick_gelu(encoder) or None,
         }
         if self.zero_shot is not None:
             found["zero-shot head"] = parts_digest(self.zero_shot)

@@ -149,6 +149,8 @@ class ConceptDictionary:
             "pretrained": clip.pretrained,
             "templates": list(templates),
         }
+        if (setup := clip.setup) is not None:
+            metadata["setup"] = setup.to_json()
         return cls(concepts, texts, image_mean, metadata)
 
     def __len__(self) -> int:
