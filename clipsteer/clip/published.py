@@ -117,15 +117,17 @@ def _of_file(
         preprocess = default
         quick_gelu = own
         doubtful = any(cfg != default for cfg in preprocessings.values())
-        told = True
+        is_known = True
     else:
         preprocess = _commonest(preprocessings, default)
         quick_gelu = _commonest(activations, own)
         doubtful = len({_key(cfg) for cfg in preprocessings.values()}) > 1
-        told = len(set(activations.values())) == 1
+        is_known = len(set(activations.values())) == 1
     if doubtful and asked.preprocess is None:
         _warn_preprocess(known, path, preprocess, preprocessings)
-    if not told and asked.quick_gelu is None:
+    elif preprocess != default and asked.preprocess is None:
+        logger.info("%s: as all published weights of %s: %s", path, known, told(preprocess))
+    if not is_known and asked.quick_gelu is None:
         others = [tag for tag, quick in activations.items() if quick != quick_gelu]
         logger.warning(
             "%s: the file does not say its activation, and weights of %s are published with both; "

@@ -270,14 +270,20 @@ def _check_name(timm: Any, name: str) -> None:
 
 
 def _load(trunk: nn.Module, name: str, weights: Path, size: tuple[int, int] | None) -> None:
-    # a run of ours keeps the whole model; timm's own files also hold a classifier
+    # a run of ours keeps the whole model; timm's own files also hold a classifier, under a name
+    # that differs from model to model
+    own = trunk.state_dict()
+    classifier = getattr(trunk, "pretrained_cfg", {}).get("classifier") or "head"
+    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     tensors = {
-        key.removeprefix(_TRUNK): tensor
-        for key, tensor in read_safetensors(weights).items()
-        if not key.startswith("head.")
+        key.removeprefix(_TRUNK): tensor for key, tensor in read_safetensors(weights).items()
+    }
+    tensors = {
+        key: tensor
+        for key, tensor in tensors.items()
+        if key in own or not key.startswith(tuple(f"{name}." for name in names))
     }
     try:
-        own = trunk.state_dict()
         fitting = all(key not in own or own[key].shape == x.shape for key, x in tensors.items())
         if size is not None and not fitting:
             # they have the size already
