@@ -287,6 +287,8 @@ def _fit_saes(folder: Path, images: str, encoder: tuple[Any, ...]) -> None:
     else:
         size = {"d_sae": 4 * tower.width, "k": 16, "steps": SAE_STEPS}
         saes = fit_saes(tower.module, tower.blocks, pixel_batches(tower, found), **size)
+        for block, sae in saes.items():
+            sae.metadata.update(tower.origins[block])
         folder.mkdir(parents=True, exist_ok=True)
         save_saes(folder, saes)
     usage = Plasticity(saes).usage(tower.module, pixel_batches(tower, found))

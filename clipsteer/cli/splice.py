@@ -82,11 +82,11 @@ def _splice(args: argparse.Namespace) -> int:
                 f"{(clip.name, clip.pretrained)}"
             )
         known = dictionary.metadata.get("setup")
-        setup = clip.setup
-        if None not in (known, setup) and known != setup.to_json():
+        setup = None if clip.setup is None else clip.setup.to_json()
+        if None not in (known, setup) and known != setup:
             raise ValueError(
                 f"--dictionary {args.dictionary} belongs to {clip.name} set up as {known}, not as "
-                f"{setup.to_json()}"
+                f"{setup}"
             )
         if args.words is not None and dictionary.concepts != read_words(args.words):
             raise ValueError(

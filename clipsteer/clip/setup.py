@@ -7,11 +7,9 @@ weights, and under "setup" into metadata. Whoever opens the model again goes by 
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ def _numbers(value: Any, count: int) -> bool:
     return (
         isinstance(value, list | tuple)
         and len(value) == count
-        and all(isinstance(x, Real) and math.isfinite(x) for x in value)
+        and all(isinstance(x, int | float) and -1e6 < x < 1e6 for x in value)
     )
 
 
@@ -61,7 +59,7 @@ def _is_level(value: Any) -> bool:
 
 def _is_share(value: Any) -> bool:
     # some published models see more than the image, with a border about it
-    return isinstance(value, Real) and 0 < value <= 2
+    return isinstance(value, int | float) and 0 < value <= 2
 
 
 class _OneOf:
@@ -116,7 +114,7 @@ def check_preprocess(cfg: Mapping[str, Any], fields: Mapping[str, Field]) -> dic
         if name not in fields:
             raise ValueError(f"preprocess has the fields {', '.join(fields)}; got {name!r}")
         is_right, expected = fields[name]
-        if name in ("mean", "std") and isinstance(value, Real):
+        if name in ("mean", "std") and isinstance(value, int | float):
             value = (value,) * 3
         if not is_right(value):
             raise ValueError(f"preprocess: {name} must be {expected}, got {value!r:.80}")

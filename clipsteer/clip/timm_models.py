@@ -215,7 +215,7 @@ def _published(timm: Any, name: str) -> dict[str, Any]:
 
 
 def _warn_of_others(timm: Any, known: str, file: Path, taken: dict[str, Any]) -> None:
-    others = {}
+    others: dict[str, str] = {}
     for tag in _tags(timm, known):
         cfg = _published(timm, f"{known}.{tag}")
         if cfg != taken:

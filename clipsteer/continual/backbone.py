@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from clipsteer.clip.hooks import capture
-from clipsteer.clip.model import CLIP, load
+from clipsteer.clip.model import CLIP, load, provenance
 from clipsteer.clip.pixels import train_transform
 from clipsteer.clip.timm_models import TIMM, UNIT_RANGE, transforms_of
 
@@ -46,6 +46,8 @@ class Encoder(nn.Module):
     Attributes:
         blocks: names of the transformer blocks in ``module``, first to last.
         width: of the tokens in them.
+        origins: of each block, where it is in what ``clipsteer.load`` gives, for the metadata of
+            what is fitted on it; empty for a tower that is none of its.
 
     Raises:
         ValueError: no transformer block is found.
@@ -70,6 +72,7 @@ class Encoder(nn.Module):
             )
         trunk = getattr(module, "trunk", module)
         first: Any = None if hasattr(trunk, "embed_dim") else module.conv1
+        self.origins: dict[str, dict[str, Any]] = {}
         self.width = trunk.embed_dim if first is None else first.out_channels
         self.prefix = int(getattr(trunk, "num_prefix_tokens", hasattr(module, "class_embedding")))
         self._last = self._normalised_tokens()
@@ -100,9 +103,16 @@ class Encoder(nn.Module):
 
         crop: the least share of an image that crops keep. Of a timm model the module is timm's own.
         """
-        visual = clip.model.visual
-        module = visual if clip.has_text else visual.trunk
-        return cls(module, clip.preprocess, train_transform(clip, crop), clip.name)
+        return cls._of(clip, train_transform(clip, crop))
+
+    @classmethod
+    def _of(cls, clip: CLIP, train: Callable[[Any], Tensor]) -> Encoder:
+        prefix = "visual." if clip.has_text else "visual.trunk."
+        module = clip.model.get_submodule(prefix[:-1])
+        made = cls(module, clip.preprocess, train, clip.name)
+        for block in made.blocks:
+            made.origins[block] = provenance(clip, prefix + block, "all")
+        return made
 
     @classmethod
     def from_timm(
@@ -137,8 +147,7 @@ class Encoder(nn.Module):
         if unit_range:
             setup = {**setup, "preprocess": UNIT_RANGE}
         clip = load(TIMM + name, weights, device=device, **setup)
-        train = transforms_of(clip.model, crop).train
-        return cls(clip.model.visual.trunk, clip.preprocess, train, clip.name)
+        return cls._of(clip, transforms_of(clip.model, crop).train)
 
     @classmethod
     def open(

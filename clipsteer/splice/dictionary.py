@@ -144,7 +144,7 @@ class ConceptDictionary:
         texts = texts.to(torch.promote_types(texts.dtype, torch.float32))
         if not isinstance(image_mean, Tensor):
             image_mean = mean_embedding(clip, image_mean)
-        metadata = {
+        metadata: dict[str, Any] = {
             "clip_model": clip.name,
             "pretrained": clip.pretrained,
             "templates": list(templates),

@@ -83,7 +83,7 @@ def test_finetune_then_curve_measures_what_finetune_measured(publish, images, tm
     rows = [line.split(",") for line in (tmp_path / "curve" / "curve.csv").read_text().splitlines()]
     found = [dict(zip(rows[0], row)) for row in rows[1:]]
     at_one = [r for r in found if r["method"] == "weight" and float(r["alpha"]) == 1]
-    assert float(at_one[0]["reference"]) == pytest.approx(last["validation"])
+    assert float(at_one[0]["accuracy"]) == pytest.approx(last["validation"])
     # every folder has the setup of the model that it came from
     start = clipsteer.load(name, tag)
     assert run(capsys, "wise-ft", "merge", *ends, "--alpha", 0, 0.5, 1, "--out", out / "at-{alpha}")[0] == 0
@@ -274,6 +274,28 @@ def test_cil_opens_its_tower_as_it_is_asked(publish, images, monkeypatch, tmp_pa
     assert _encoder(*jobs[0][1]["encoder"])[1].setup == model.setup
     picture = Image.open(images / "red" / "0.png")
     assert torch.equal(encoder.preprocess(picture), model.preprocess(picture))
+
+
+def test_the_saes_of_plasticity_belong_to_a_setup(publish, images, tmp_path, monkeypatch):
+    from clipsteer.cli.cil import _fit_saes
+    from clipsteer.continual.learner import ClassIncrementalLearner
+    from clipsteer.continual.plasticity import Plasticity, load_saes
+    from clipsteer.continual.strategies import strategy
+
+    name, weights = publish()
+    asked = {"preprocess": "squash", "force_quick_gelu": True}
+    monkeypatch.setattr("clipsteer.cli.cil.SAE_STEPS", 3)
+    _fit_saes(tmp_path / "saes", str(images), (name, str(weights), False, "cpu", asked))
+    saes = load_saes(tmp_path / "saes")
+    encoder, model = Encoder.open(name, weights, **asked)
+    for block, sae in saes.items():
+        assert sae.metadata["hook_point"] == f"visual.{block}"
+        assert sae.metadata["setup"] == model.setup.to_json()
+    config = strategy("macil", plasticity=True)
+    ClassIncrementalLearner(encoder, config, 3, plasticity=Plasticity(saes))
+    other, _ = Encoder.open(name, weights, preprocess="plain", force_quick_gelu=True)
+    with pytest.raises(ValueError, match="another preprocessing, activation or image size"):
+        ClassIncrementalLearner(other, config, 3, plasticity=Plasticity(saes))
 
 
 @pytest.mark.parametrize(("option", "text"), [
