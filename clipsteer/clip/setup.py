@@ -148,8 +148,9 @@ class Setup:
         return as_size(self.preprocess["size"])
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in files."""
-        return json.loads(json.dumps(asdict(self)))
+        """As it stands in files; without quick_gelu where it is False."""
+        found = json.loads(json.dumps(asdict(self)))
+        return found if self.quick_gelu else {"preprocess": found["preprocess"]}
 
     @classmethod
     def from_json(cls, where: str | Path, value: Any) -> Setup:
@@ -158,7 +159,7 @@ class Setup:
             if isinstance(value, str):
                 value = json.loads(value)
             cfg = value["preprocess"]
-            quick_gelu = value["quick_gelu"]
+            quick_gelu = value.get("quick_gelu", False)
             fields = TIMM_DATA if "input_size" in cfg else OPEN_CLIP
             checked = check_preprocess(cfg, fields)
             if missing := [name for name in fields if name not in checked]:

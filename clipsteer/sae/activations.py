@@ -267,7 +267,7 @@ def _claim(directory: Path, settings: dict[str, Any]) -> None:
     found = read_json(path)
     if not isinstance(found, dict):
         raise FileFormatError(f"{path}: expected a JSON object")
-    if "setup" not in found and "setup" in settings and not settings["setup"]["quick_gelu"]:
+    if "setup" not in found and "setup" in settings and "quick_gelu" not in settings["setup"]:
         # of a version that did not write it, and built every model without
         logger.warning("%s does not say how its images were preprocessed", path)
         settings = {key: value for key, value in settings.items() if key != "setup"}
