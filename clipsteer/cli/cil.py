@@ -260,6 +260,7 @@ def _run(
         plasticity=plasticity,
         out=out,
         workers=workers,
+        asked=encoder[4],
     )
 
 

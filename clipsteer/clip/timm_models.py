@@ -186,6 +186,8 @@ def _preprocess(
     cfg = data_config(trunk)
     known, _, tag = name.partition(".")
     if asked.known is not None:
+        if "input_size" not in asked.known.preprocess:
+            raise FileFormatError(f"{file}: weights of a model of open_clip's, not of {TIMM}{name}")
         cfg = check_preprocess(asked.known.preprocess, TIMM_DATA)
     elif file is not None and not tag and asked.preprocess is None:
         _warn_of_others(timm, known, file, cfg)

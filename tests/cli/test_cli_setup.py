@@ -10,13 +10,18 @@ import torch
 from PIL import Image
 from torch import nn
 
+import _tiny
 import clipsteer
 from _command import run
 from clipsteer import clip
 from clipsteer.clip.pixels import pixel_batches
-from clipsteer.clip.setup import read_setup
+from clipsteer.clip.setup import Setup, read_setup
 from clipsteer.conceptors.conceptor import Conceptor
 from clipsteer.continual.backbone import Encoder
+from clipsteer.continual.experiment import run_tasks
+from clipsteer.continual.learner import ClassIncrementalLearner
+from clipsteer.continual.plasticity import Plasticity, load_saes
+from clipsteer.continual.strategies import strategy
 from clipsteer.data.files import open_dataset
 from clipsteer.ensembles.config import FinetuneConfig
 from clipsteer.ensembles.finetuning import finetune
@@ -28,6 +33,7 @@ from clipsteer.sae.activations import ActivationStore, harvest_to_store
 from clipsteer.sae.evaluate import evaluate_sae
 from clipsteer.sae.model import SAE
 from clipsteer.splice.dictionary import ConceptDictionary
+from clipsteer.training.settings import check_same_settings
 
 pytest.importorskip("open_clip")
 
@@ -269,18 +275,71 @@ def test_cil_opens_its_tower_as_it_is_asked(publish, images, monkeypatch, tmp_pa
     options = ["--preprocess", "squash", "--force-quick-gelu", "--force-image-size", "48x48"]
     run(capsys, "cil", "--data", images, "--model", name, "--pretrained", weights, "--strategy", "finetune", *options,
         "--tasks", 3, "--seeds", 1, "--out", tmp_path / "cil")  # fmt: skip
-    from clipsteer.cli.cil import _encoder
+    from clipsteer.cli.cil import _encoder, _run
 
+    given = []
+    monkeypatch.setattr("clipsteer.cli.cil._scenario", lambda *_: None)
+    monkeypatch.setattr("clipsteer.continual.experiment.run_tasks", lambda *_, **named: given.append(named["asked"]))
+    _run(**jobs[0][1])
+    assert given == [asked]
     assert _encoder(*jobs[0][1]["encoder"])[1].setup == model.setup
     picture = Image.open(images / "red" / "0.png")
     assert torch.equal(encoder.preprocess(picture), model.preprocess(picture))
 
 
+def test_a_class_incremental_run_of_another_setup_is_not_gone_on_with(tmp_path):
+    arguments = (_tiny.scenario(), _tiny.encoder, strategy("ncm"))
+    done = run_tasks(*arguments, out=tmp_path, asked={"force_image_size": (48, 48)})
+    again = run_tasks(*arguments, out=tmp_path, asked={"force_image_size": (48, 48)})
+    assert again.to_json() == done.to_json()
+    with pytest.raises(ValueError, match="force_image_size"):
+        run_tasks(*arguments, out=tmp_path, asked={"force_image_size": (64, 64)})
+
+
+def test_a_run_of_an_earlier_version_is_gone_on_with_where_it_says_nothing():
+    setup = Setup({"mean": (0, 0, 0)})
+    check_same_settings("x", "out", {"lr": 1}, {"lr": 1, "setup": setup.to_json()})
+    check_same_settings("x", "out", {"metadata": {}}, {"metadata": {"setup": setup.to_json()}})
+    other = Setup({"mean": (1, 1, 1)})
+    with pytest.raises(ValueError, match=r"setup\.preprocess\.mean"):
+        check_same_settings("x", "out", {"setup": other.to_json()}, {"setup": setup.to_json()})
+    with pytest.raises(ValueError, match=r"setup\.quick_gelu"):  # they all had GELU
+        check_same_settings("x", "out", {}, {"setup": Setup(setup.preprocess, quick_gelu=True).to_json()})
+
+
+NAMING = [
+    ("demo",), ("sae", "train"), ("sae", "eval"), ("sae", "steer"), ("conceptor", "fit"), ("conceptor", "steer"),
+    ("finetune",), ("train",), ("cil",), ("splice",), ("wise-ft", "curve"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", NAMING)
+def test_every_command_that_names_a_model_has_the_options(capsys, words):
+    code, out, _ = run(capsys, *words, "--help")
+    assert code == 0
+    for option in ("--preprocess ", "--force-quick-gelu", "--no-force-quick-gelu", "--force-image-size "):
+        assert option in out
+        assert words != ("train",) or f"--reference-{option.removeprefix('--')}" in out or "--no-" in option
+
+
+def test_the_demo_says_how_its_model_is_opened(capsys, monkeypatch):
+    given = {}
+
+    def opened(*args, **named):
+        given.update(named)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("clipsteer.demo.findings.load", opened)
+    run(capsys, "demo", "--model", "ViT-B-32", "--pretrained", "openai", "--preprocess", "laion2b_e16",
+        "--no-force-quick-gelu", "--force-image-size", 288)  # fmt: skip
+    assert given == {
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "preprocess": "laion2b_e16", "force_quick_gelu": False, "force_image_size": (288, 288),
+    }  # fmt: skip
+
+
 def test_the_saes_of_plasticity_belong_to_a_setup(publish, images, tmp_path, monkeypatch):
     from clipsteer.cli.cil import _fit_saes
-    from clipsteer.continual.learner import ClassIncrementalLearner
-    from clipsteer.continual.plasticity import Plasticity, load_saes
-    from clipsteer.continual.strategies import strategy
 
     name, weights = publish()
     asked = {"preprocess": "squash", "force_quick_gelu": True}
