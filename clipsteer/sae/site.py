@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from clipsteer.clip.hooks import edited, hook_points
 from clipsteer.clip.model import CLIP
 from clipsteer.clip.tokens import Layout, layout_at
 from clipsteer.sae.model import SAE
+
+logger = logging.getLogger(__name__)
 
 LOGIT_SCALE = 100.0
 # elements of a dense (rows, d_sae) block that are held at once: 128 MB in float32
@@ -80,6 +83,15 @@ def find_site(sae: SAE, clip: CLIP, hook_point: str | None, tokens: str | None) 
         raise ValueError(
             f"hook_point: {hook_point!r} must name one module of {clip.name}, it matches "
             f"{len(names)}"
+        )
+    theirs = sae.metadata.get("setup")
+    ours = clip.setup
+    if theirs is not None and ours is not None and theirs != ours.to_json():
+        logger.warning(
+            "the SAE was trained on %s set up as %s; here it is %s",
+            sae.metadata.get("clip_model"),
+            theirs,
+            ours.to_json(),
         )
     layout = layout_at(clip, names[0])
     layout.check("tokens", [tokens])
