@@ -17,10 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsteer.ops._lowlevel import BACKENDS, DTYPES, LIBRARIES, OPS, RECORDS
+from clipsteer.ops import _vmap
+from clipsteer.ops._lowlevel import BACKENDS, DTYPES, LIBRARIES, OPS, RECORDS, LowLevel
 
 # Libraries that hold Python registrations live as long as the process.
 _LIBRARIES: list[torch.library.Library] = []
+
+
+def _describe(name: str, low: LowLevel) -> None:
+    """Tell torch what an op's outputs are like, and how torch.vmap runs it."""
+    torch.library.register_fake(name, low.fake)
+    if "!" not in low.schema:  # it writes into no argument
+        namespace, op = name.split("::")
+        function = getattr(getattr(torch.ops, namespace), op)
+        torch.library.register_vmap(name, _vmap.rule(function, low))
 
 
 def _load_binary(backend: str, how: str) -> str | None:
@@ -32,7 +42,7 @@ def _load_binary(backend: str, how: str) -> str | None:
         for op in RECORDS:
             for name, low in op.low_level.items():
                 if backend in op.backends:
-                    torch.library.register_fake(f"clipsteer_{backend}::{name}", low.fake)
+                    _describe(f"clipsteer_{backend}::{name}", low)
     except (OSError, RuntimeError) as error:
         return f"{path.name} does not load with torch {torch.__version__} ({error}); {how}"
     return None
@@ -65,7 +75,7 @@ def _load_triton() -> str | None:
             library.define(name + low.schema)
             for key in ("CPU", "CUDA") if interpreted() else ("CUDA",):
                 library.impl(name, getattr(modules[op.stem], name), key)
-            torch.library.register_fake(f"clipsteer_triton::{name}", low.fake, lib=library)
+            _describe(f"clipsteer_triton::{name}", low)
     if interpreted() and (failure := launch.interpreter_failure()) is not None:
         what = f"the interpreter of triton {triton.__version__} fails here ({failure})"
         return f"{what}; try another triton or numpy"
@@ -218,11 +228,6 @@ def choose(op: str, backend: str, tensor: Tensor) -> str:
 def call(backend: str, op: str, *args: Any) -> Any:
     """Run low-level ``op`` of ``backend`` on contiguous tensors."""
     return getattr(getattr(torch.ops, f"clipsteer_{backend}"), op)(*args)
-
-
-def tracked(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to know what is computed from these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 @dataclass(frozen=True)

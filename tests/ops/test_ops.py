@@ -629,7 +629,7 @@ def test_a_gradient_may_take_another_backend_than_its_encode(monkeypatch):
 
     # the package's attributes of these names are the ops
     monkeypatch.setattr(sys.modules["clipsteer.ops.topk_encode"], "choose", choose)
-    monkeypatch.setattr(sys.modules["clipsteer.ops.sparse_decode"], "call", call)
+    monkeypatch.setattr(sys.modules["clipsteer.ops._sparse"], "call", call)
     x, W = torch.randn(5, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
     with torch.no_grad():
         ops.topk_encode(x, W, k=3)
