@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,13 +19,21 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops import _vmap
-from clipsteer.ops._lowlevel import BACKENDS, DTYPES, LIBRARIES, OPS, RECORDS, LowLevel
+from clipsteer.ops._lowlevel import (
+    BACKENDS,
+    DTYPES,
+    LIBRARIES,
+    OPS,
+    PORTABLE,
+    RECORDS,
+    LowLevel,
+)
 
 # Libraries that hold Python registrations live as long as the process.
 _LIBRARIES: list[torch.library.Library] = []
 
 
-def _describe(name: str, low: LowLevel) -> None:
+def describe(name: str, low: LowLevel) -> None:
     """Tell torch what an op's outputs are like, and how torch.vmap runs it."""
     torch.library.register_fake(name, low.fake)
     if "!" not in low.schema:  # it writes into no argument
@@ -42,7 +51,7 @@ def _load_binary(backend: str, how: str) -> str | None:
         for op in RECORDS:
             for name, low in op.low_level.items():
                 if backend in op.backends:
-                    _describe(f"clipsteer_{backend}::{name}", low)
+                    describe(f"clipsteer_{backend}::{name}", low)
     except (OSError, RuntimeError) as error:
         return f"{path.name} does not load with torch {torch.__version__} ({error}); {how}"
     return None
@@ -75,7 +84,7 @@ def _load_triton() -> str | None:
             library.define(name + low.schema)
             for key in ("CPU", "CUDA") if interpreted() else ("CUDA",):
                 library.impl(name, getattr(modules[op.stem], name), key)
-            _describe(f"clipsteer_triton::{name}", low)
+            describe(f"clipsteer_triton::{name}", low)
     if interpreted() and (failure := launch.interpreter_failure()) is not None:
         what = f"the interpreter of triton {triton.__version__} fails here ({failure})"
         return f"{what}; try another triton or numpy"
@@ -121,6 +130,23 @@ def unusable(
     if elsewhere and (backend == "cuda" or not interpreted()):
         return f"it serves CUDA tensors, these are on {device}"
     return None
+
+
+_portable: Callable[[], None] | None = None
+
+
+def set_portable(function: Callable[[], None]) -> None:
+    """``function`` defines ``torch.ops.clipsteer``: ops/__init__ hands it in, as it knows the ops'
+    files, and they stand above this one."""
+    global _portable
+    _portable = function
+
+
+@functools.cache
+def register_portable() -> None:
+    """Define ``torch.ops.clipsteer``, once and where it is asked for: that takes 20 ms."""
+    assert _portable is not None
+    _portable()
 
 
 Verdict = Callable[[str, str, torch.device, torch.dtype], "str | None"]
@@ -178,6 +204,12 @@ def _gpu_order(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, 
     return OPS[op].gpu_order(torch.cuda.get_device_capability(device) if known else (0, 0), dtype)
 
 
+def exporting_to_onnx() -> bool:
+    """Whether ``torch.onnx.export`` traces this call: then it wants torch's own operations."""
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and onnx.is_in_onnx_export()
+
+
 def resolve(
     op: str,
     backend: str,
@@ -185,12 +217,17 @@ def resolve(
     device_index: int | None,
     dtype: torch.dtype,
 ) -> str:
-    """The backend that runs: the keyword, then ``CLIPSTEER_BACKEND``, then the fastest one that is
-    trusted here."""
+    """The backend that runs: the keyword, then ``CLIPSTEER_BACKEND``, then what an exported graph
+    is to name, then the fastest one that is trusted here."""
     if backend == "auto":
         backend = os.environ.get("CLIPSTEER_BACKEND", "auto").lower() or "auto"
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"{op}: backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
+    if backend == "auto" and exporting_to_onnx():
+        return "reference"
+    if backend == "auto" and torch.compiler.is_exporting():
+        register_portable()
+        return PORTABLE
     device = torch.device(device_type)
     if device_index is not None:
         device = torch.device(device_type, device_index)
@@ -212,7 +249,8 @@ def resolve(
 
 # What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo
 # here.
-vars(resolve)["_dynamo_marked_constant"] = True
+for _constant in (resolve, exporting_to_onnx):
+    vars(_constant)["_dynamo_marked_constant"] = True
 
 
 @functools.cache
@@ -227,7 +265,8 @@ def choose(op: str, backend: str, tensor: Tensor) -> str:
 
 def call(backend: str, op: str, *args: Any) -> Any:
     """Run low-level ``op`` of ``backend`` on contiguous tensors."""
-    return getattr(getattr(torch.ops, f"clipsteer_{backend}"), op)(*args)
+    namespace = "clipsteer" if backend == PORTABLE else f"clipsteer_{backend}"
+    return getattr(getattr(torch.ops, namespace), op)(*args)
 
 
 @dataclass(frozen=True)
@@ -278,6 +317,16 @@ def explain(op: str, *tensors: Any, **named: Any) -> Explanation:
             reason = "chosen by auto" if backend == chosen else ""
         rows.append(BackendStatus(backend, usable, reason))
     return Explanation(rows)
+
+
+def load() -> list[BackendStatus]:
+    """Make every low-level op of this installation known to torch, so that programs of
+    ``torch.export`` and AOTInductor can be loaded. Returns every backend, usable or why not.
+
+    Call it in a new process before ``torch.export.load`` or ``torch._inductor.aoti_load_package``.
+    """
+    register_portable()
+    return status()
 
 
 def status() -> list[BackendStatus]:

@@ -34,7 +34,7 @@ def _centred(x: Tensor, index: Tensor | None, mean: Tensor | None) -> Tensor:
     return x if mean is None else x - _of_rows(mean, index)
 
 
-class _Matmul(Function):
+class Matmul(Function):
     @staticmethod
     def forward(
         x,  # (B, m)
@@ -94,7 +94,7 @@ class _Matmul(Function):
         return total(of_x, of_W, of_beta, of_mean)
 
 
-class _Outer(Function):
+class Outer(Function):
     @staticmethod
     def forward(
         a,  # (B, m)
@@ -128,7 +128,7 @@ class _Outer(Function):
         return total(of_a, of_b)
 
 
-class _LowRank(Function):
+class LowRank(Function):
     @staticmethod
     def forward(
         x,  # (B, d)
@@ -233,7 +233,7 @@ def matmul(
     """β_k (x_b − μ_k) W_k + μ_k, W_kᵀ if ``transpose``: (B, n)."""
     args = (*map(_contiguous, (x, W, index, beta, mean)), transpose)
     if tracked(x, W, beta, mean):
-        return _Matmul.run(*args, backend)
+        return Matmul.run(*args, backend)
     return call(backend, "grouped_matmul", *args)
 
 
@@ -247,7 +247,7 @@ def outer(
     """Σ over the rows of each group of a_b ⊗ b_b, in ascending order: (K, m, n)."""
     args = (*map(_contiguous, (a, b, index)), groups)
     if tracked(a, b):
-        return _Outer.run(*args, backend)
+        return Outer.run(*args, backend)
     return call(backend, "grouped_outer", *args)
 
 
@@ -268,5 +268,5 @@ def low_rank(
     """U_k (s_k ∘ U_kᵀ(x_b − μ_k)) + μ_k: (B, d)."""
     args = tuple(map(_contiguous, (x, U, s, index, mean)))
     if tracked(x, U, s, mean):
-        return _LowRank.run(*args, backend)
+        return LowRank.run(*args, backend)
     return call(backend, "low_rank_project", *args)

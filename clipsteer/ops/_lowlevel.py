@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
+# what an exported graph names; at every call it is the fastest of the others, where the tensors are
+PORTABLE = "portable"
 LIBRARIES = {"cpp": "_C", "cuda": "_C_cuda"}  # the file beside the package, where there is one
 DTYPES = {
     "reference": (torch.float32, torch.float64, torch.bfloat16, torch.float16),

@@ -15,7 +15,7 @@ from clipsteer.ops._autograd import Function, save, total, tracked, transformed
 from clipsteer.ops._dispatch import call
 
 
-class _SparseDecode(Function):
+class SparseDecode(Function):
     """``decode``, with the options that its dictionary's gradient has."""
 
     @staticmethod
@@ -64,7 +64,7 @@ class _SparseDecode(Function):
         return total(of_acts, of_W, of_b)
 
 
-class _GatherDot(Function):
+class GatherDot(Function):
     @staticmethod
     def forward(
         rows,  # (B, d)
@@ -101,7 +101,7 @@ class _GatherDot(Function):
         return total(of_rows, of_W)
 
 
-class _SparseOuter(Function):
+class SparseOuter(Function):
     @staticmethod
     def forward(
         coeff,  # (B, k)
@@ -151,7 +151,7 @@ def decode(
 ) -> Tensor:
     """Σ_j acts_bj W[indices_bj] + b: (B, d); contiguous inputs, nothing checked."""
     if tracked(acts, W, b):
-        return _SparseDecode.run(acts, indices, W, b, backend, sparse_grad, grad_buffer)
+        return SparseDecode.run(acts, indices, W, b, backend, sparse_grad, grad_buffer)
     return call(backend, "sparse_decode", acts, indices, W, b)
 
 
@@ -163,7 +163,7 @@ def gather_dot(
 ) -> Tensor:
     """⟨rows_b, W[indices_bj]⟩: (B, k)."""
     if tracked(rows, W):
-        return _GatherDot.run(rows, indices, W, backend)
+        return GatherDot.run(rows, indices, W, backend)
     return call(backend, "gather_dot", rows, indices, W)
 
 
@@ -176,7 +176,7 @@ def sparse_outer(
 ) -> tuple[Tensor, Tensor]:
     """Segment sums Σ coeff·rows and Σ coeff over the pairs of each feature: (n, d), (n,)."""
     if tracked(coeff, rows):
-        return _SparseOuter.run(coeff, indices, rows, n, backend)
+        return SparseOuter.run(coeff, indices, rows, n, backend)
     return call(backend, "sparse_outer", coeff, indices, rows, n)
 
 
@@ -236,7 +236,7 @@ def claimed(buffer: Tensor) -> Tensor | None:
 
 def _holders(t: Tensor) -> tuple[int, int]:
     """How many hold the storage of a tensor, and the tensor."""
-    return torch._C._storage_Use_Count(t.untyped_storage()._cdata), t._use_count()
+    return torch._C._storage_Use_Count(t.untyped_storage()._cdata), t._use_count()  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -28,7 +28,7 @@ from clipsteer.ops._autograd import (
     transformed,
 )
 from clipsteer.ops._dispatch import choose
-from clipsteer.ops._drrho_sweeps import Arguments, averaged, evaluate
+from clipsteer.ops._drrho_sweeps import Arguments, averaged, evaluate, log_of
 
 __all__ = ["drrho_loss", "drrho_loss_reference"]
 
@@ -56,7 +56,7 @@ def drrho_loss_reference(
         s = s - ref_image.detach().to(wide) @ ref_text.detach().to(wide).T
     d = (torch.stack([s, s.T]) - s.diagonal().unsqueeze(1)) / temperature  # (2, B, B)
     own = torch.eye(B, dtype=torch.bool, device=s.device)
-    log_G = d.masked_fill(own, -torch.inf).logsumexp(2) - math.log(B)
+    log_G = d.masked_fill(own, -torch.inf).logsumexp(2) - log_of(B, s)
     u, share = averaged(log_G, u, gamma, eps)
     moving = (u - u.detach()).nan_to_num(0.0)  # 0, with u's gradient
     loss = (u.detach() + moving / share).sum() / (2 * B) + rho

@@ -38,6 +38,13 @@ def _unit(x: Tensor) -> Tensor:
     return (x / torch.where(norm > 0, norm, torch.inf)).to(x.dtype)
 
 
+def _pairs(B: int, device: torch.device) -> Tensor:
+    """Every i < j < B, in order: (2, B (B - 1) / 2)."""
+    if torch.compiler.is_exporting():  # where triu_indices makes a number of a symbol
+        return torch.ones(B, B, dtype=torch.bool, device=device).triu(1).nonzero().T
+    return torch.triu_indices(B, B, 1, device=device)
+
+
 def mahalanobis_covariance_loss_reference(
     new: Tensor,  # (B, d)
     old: Tensor,  # (B, d)
@@ -50,7 +57,7 @@ def mahalanobis_covariance_loss_reference(
     B = new.shape[0]
     if B == 0:
         return new.sum()
-    i, j = torch.triu_indices(B, B, 1, device=new.device)
+    i, j = _pairs(B, new.device)
     same = ((labels[i] == labels[j]) & (labels[i] >= 0)).unsqueeze(1)
     c = labels.clamp(min=0)
     first = (labels.unsqueeze(1) == labels).int().argmax(1)  # of the row's class
@@ -139,7 +146,7 @@ class _Gradient(Function):
     @staticmethod
     def backward(ctx, outer):
         grad, _, new, *rest = ctx.saved_tensors
-        first = torch.func.grad(_of_new(*rest, ctx.normalize))
+        first = torch.func.grad(loss_of_new(*rest, ctx.normalize))
 
         def along(x: Tensor) -> Tensor:
             return (first(x) * outer).sum()
@@ -154,12 +161,12 @@ class _Gradient(Function):
         if t_grad is not None:
             of_grad = (d_new * t_grad).to(new.dtype)
         if t_new is not None:
-            first = torch.func.grad(_of_new(*rest, ctx.normalize))
+            first = torch.func.grad(loss_of_new(*rest, ctx.normalize))
             of_new = torch.func.jvp(first, (new,), (t_new,))[1] * grad
         return total(of_grad, of_new)
 
 
-def _of_new(old, labels, factor, s, diag, normalize):
+def loss_of_new(old, labels, factor, s, diag, normalize):
     """The reference's loss as a function of ``new`` alone."""
     given = factor if s is None else LowRankDiag(factor, s, diag)
     return lambda new: mahalanobis_covariance_loss_reference(new, old, labels, given, normalize)

@@ -17,6 +17,7 @@ from torch import Tensor
 from clipsteer.ops import _check
 from clipsteer.ops._autograd import Function, save, total, tracked
 from clipsteer.ops._dispatch import call, choose
+from clipsteer.ops._lowlevel import PORTABLE
 from clipsteer.ops._sparse import (
     check_gradient_options,
     decode,
@@ -44,7 +45,7 @@ def topk_encode_reference(
     return torch.relu(values.masked_fill(pre.isnan().any(-1, keepdim=True), float("nan"))), indices
 
 
-class _TopkEncode(Function):
+class TopkEncode(Function):
     @staticmethod
     def forward(
         x,  # (B, d)
@@ -174,13 +175,13 @@ def topk_encode(
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
     W = W_enc.contiguous()
     b = None if b_enc is None else b_enc.contiguous()
-    options = (screen == "auto",) if backend == "cpp" else ()
+    options = (screen == "auto",) if backend in ("cpp", PORTABLE) else ()
     if tracked(flat, W, b):
         # the gradient is made of sparse_decode's operations, which another backend may be faster at
         faster = choose("sparse_decode", asked, x)
         grad_backend = backend if faster == "reference" else faster
         gradient = (grad_backend, sparse_grad, grad_buffer)
-        acts, indices = _TopkEncode.run(flat, W, b, k, backend, options, *gradient)
+        acts, indices = TopkEncode.run(flat, W, b, k, backend, options, *gradient)
     else:
         acts, indices = call(backend, "topk_encode", flat, W, b, k, *options)
     return acts.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)
