@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._autograd import Function, save, total, tracked
-from clipsteer.ops._dispatch import call, choose
+from clipsteer.ops._dispatch import call, choose, exporting_to_onnx
 from clipsteer.ops._lowlevel import PORTABLE
 from clipsteer.ops._sparse import (
     check_gradient_options,
@@ -42,6 +42,19 @@ def topk_encode_reference(
     values, order = torch.sort(pre + 0.0, dim=-1, descending=True, stable=True)
     values = values[..., :k]
     indices = order[..., :k]
+    return torch.relu(values.masked_fill(pre.isnan().any(-1, keepdim=True), float("nan"))), indices
+
+
+def _for_onnx(
+    x: Tensor,  # (..., d_in)
+    W_enc: Tensor,  # (d_sae, d_in)
+    b_enc: Tensor | None,  # (d_sae,)
+    *,
+    k: int,
+) -> tuple[Tensor, Tensor]:
+    """The same for ONNX, which has no stable sort, but whose TopK gives ties to the lower index."""
+    pre = F.linear(x, W_enc, b_enc)  # (..., d_sae)
+    values, indices = torch.topk(pre, k)
     return torch.relu(values.masked_fill(pre.isnan().any(-1, keepdim=True), float("nan"))), indices
 
 
@@ -170,7 +183,8 @@ def topk_encode(
     backend = choose(op, backend, x)
     check_gradient_options(op, W_enc, sparse_grad, grad_buffer, backend)
     if backend == "reference":
-        return topk_encode_reference(x, W_enc, b_enc, k=k)
+        plain = _for_onnx if exporting_to_onnx() else topk_encode_reference
+        return plain(x, W_enc, b_enc, k=k)
     # math.prod keeps a symbolic batch, which Size.numel() makes a number of
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
     W = W_enc.contiguous()
