@@ -191,7 +191,7 @@ def weight_gradient(
 ) -> tuple[Tensor, Tensor]:
     """``sparse_outer`` as the caller wants it: dense, row-sparse, or written into a kept buffer."""
     n = W.shape[0]
-    if buffer is not None and (torch.compiler.is_compiling() or transformed()):
+    if torch.compiler.is_compiling() or transformed():
         buffer = None
     if (sparse or buffer is not None) and tracked(coeff, rows):
         what = "sparse_grad and grad_buffer give first derivatives only"
@@ -223,12 +223,14 @@ def weight_gradient(
 
 def claimed(buffer: Tensor) -> Tensor | None:
     """A tensor that stands for ``buffer``, to be written and handed out; None while anything else
-    can see what is in it.
+    can see what is in it, and under transforms.
 
     What can see it holds its storage: a gradient of an earlier backward pass or of an earlier use
     in this one, whatever views it went through, who keeps it, and the tensor that ``buffer`` is a
     view of. Or it holds ``buffer`` itself, as an attribute ``grad``.
     """
+    if torch.compiler.is_compiling() or transformed():
+        return None
     # taken first, so that of two threads that come together neither finds itself alone
     taken = buffer.detach()
     return taken if _holders(buffer) == _holders_of_one() else None
@@ -250,21 +252,68 @@ def _holders_of_one() -> tuple[int, int]:
     return found
 
 
-def check_gradient_options(
+class _Cast(Function):
+    """A dictionary in autocast's dtype; its gradient comes back as it was asked for."""
+
+    @staticmethod
+    def forward(
+        W,  # (n, d)
+        cast,  # the same in another dtype
+        grad_buffer,  # (n, d), of W's dtype, or None
+    ):
+        return cast.detach()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        W, cast, ctx.grad_buffer = inputs
+        ctx.dtype = W.dtype
+        ctx.cast_dtype = cast.dtype
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad.is_sparse:  # which torch's own cast refuses
+            d_W = torch.sparse_coo_tensor(
+                grad._indices(),
+                grad._values().to(ctx.dtype),
+                grad.shape,
+                is_coalesced=grad.is_coalesced(),
+                check_invariants=False,
+            )
+            return d_W, None, None
+        buffer = ctx.grad_buffer
+        if buffer is not None and not grad.requires_grad and (d_W := claimed(buffer)) is not None:
+            return d_W.copy_(grad), None, None
+        return grad.to(ctx.dtype), None, None
+
+    @staticmethod
+    def jvp(ctx, t_W, *others):
+        return None if t_W is None else t_W.to(ctx.cast_dtype)
+
+
+def with_gradient_options(
     op: str,
+    given: Tensor,  # (d_sae, d_in)
     W: Tensor,  # (d_sae, d_in)
     sparse_grad: bool,
     grad_buffer: Tensor | None,  # (d_sae, d_in)
     backend: str,
-) -> None:
-    """ValueError or RuntimeError where the two options do not fit the dictionary or the backend."""
+) -> tuple[Tensor, Tensor | None]:
+    """The dictionary and the buffer that the op's gradient takes; ``W`` is the one that was given,
+    or what autocast made of it.
+
+    ValueError or RuntimeError where the two options do not fit the dictionary or the backend.
+    """
+    of_cast = False  # whether the buffer is for the gradient before it is cast back
     if grad_buffer is not None:
         if sparse_grad:
             raise ValueError(f"{op}: sparse_grad and grad_buffer exclude each other")
-        fits = grad_buffer.shape == W.shape and grad_buffer.dtype == W.dtype
+        of_cast = grad_buffer.dtype == W.dtype
+        fits = grad_buffer.shape == W.shape and grad_buffer.dtype in (W.dtype, given.dtype)
         fits = fits and grad_buffer.device == W.device and grad_buffer.is_contiguous()
         if not fits:
-            expected = f"{tuple(W.shape)} {W.dtype} on {W.device}"
+            expected = f"{tuple(W.shape)} {given.dtype} on {W.device}"
+            if W.dtype != given.dtype:
+                expected += f" (or {W.dtype}, which autocast makes of it)"
             got = f"{tuple(grad_buffer.shape)} {grad_buffer.dtype} on {grad_buffer.device}"
             like = f"contiguous and like the dictionary, {expected}"
             raise ValueError(f"{op}: grad_buffer must be {like}, got {got}")
@@ -279,3 +328,6 @@ def check_gradient_options(
         raise RuntimeError(
             f"{op}: torch.func takes no sparse gradients; leave sparse_grad out, on any backend"
         )
+    if W.dtype == given.dtype or of_cast or not (sparse_grad or grad_buffer is not None):
+        return W, grad_buffer
+    return _Cast.run(given, W, grad_buffer), None

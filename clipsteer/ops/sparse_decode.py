@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._dispatch import choose
-from clipsteer.ops._sparse import check_gradient_options, decode
+from clipsteer.ops._sparse import decode, with_gradient_options
 
 __all__ = ["sparse_decode", "sparse_decode_reference"]
 
@@ -78,6 +78,7 @@ def sparse_decode(
     Source: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
     """
     op = "sparse_decode"
+    given = W_dec
     named = {"acts": acts, "indices": indices, "W_dec": W_dec, "b_dec": b_dec}
     if all(isinstance(t, Tensor) for t in (acts, W_dec)):
         acts, W_dec, b_dec = _check.autocast(acts, W_dec, b_dec)
@@ -92,7 +93,7 @@ def sparse_decode(
     _check.check_shape(op, named, "b_dec", (W_dec.shape[1],), "(d_in,)")
     _check.check_indices(op, indices, W_dec.shape[0], named)
     backend = choose(op, backend, acts)
-    check_gradient_options(op, W_dec, sparse_grad, grad_buffer, backend)
+    W_dec, grad_buffer = with_gradient_options(op, given, W_dec, sparse_grad, grad_buffer, backend)
     if backend == "reference":
         return sparse_decode_reference(acts, indices, W_dec, b_dec)
     # math.prod keeps a symbolic batch, which Size.numel() makes a number of

@@ -19,10 +19,10 @@ from clipsteer.ops._autograd import Function, save, total, tracked
 from clipsteer.ops._dispatch import call, choose, exporting_to_onnx
 from clipsteer.ops._lowlevel import PORTABLE
 from clipsteer.ops._sparse import (
-    check_gradient_options,
     decode,
     gather_dot,
     weight_gradient,
+    with_gradient_options,
 )
 
 __all__ = ["topk_encode", "topk_encode_reference"]
@@ -160,6 +160,7 @@ def topk_encode(
     Source: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
     """
     op = "topk_encode"
+    given = W_enc
     named = {"x": x, "W_enc": W_enc, "b_enc": b_enc}
     if all(isinstance(t, Tensor) for t in (x, W_enc)):
         x, W_enc, b_enc = _check.autocast(x, W_enc, b_enc)
@@ -181,7 +182,7 @@ def topk_encode(
         raise ValueError(f'{op}: screen must be "auto" or "off", got {screen!r}')
     asked = backend
     backend = choose(op, backend, x)
-    check_gradient_options(op, W_enc, sparse_grad, grad_buffer, backend)
+    W_enc, grad_buffer = with_gradient_options(op, given, W_enc, sparse_grad, grad_buffer, backend)
     if backend == "reference":
         plain = _for_onnx if exporting_to_onnx() else topk_encode_reference
         return plain(x, W_enc, b_enc, k=k)

@@ -189,3 +189,43 @@ def test_a_buffer_under_gradient_accumulation_in_a_ddp_bucket(tmp_path) -> None:
                 assert torch.equal(model.module.W.grad, plain.W.grad)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("how", ["e", "d", "ed"])
+@pytest.mark.parametrize("option", ["sparse", "float32 buffer", "half buffer"])
+def test_the_options_inside_autocast(option: str, how: str, dtype: torch.dtype) -> None:
+    """The gradient of what autocast made of the dictionary, cast back: sparse, or in the buffer, and bit for bit."""
+    x = torch.randn(7, D, generator=torch.Generator().manual_seed(0))
+    acts, indices = torch.linspace(1, 2, 7 * K).view(-1, K), torch.arange(7 * K).view(-1, K) % N
+    W = torch.randn(N, D, generator=torch.Generator().manual_seed(1))
+
+    def gradient(leaf: Tensor, steps: int, **options: Any) -> Tensor:
+        for _ in range(steps):
+            with torch.autocast("cpu", dtype=dtype):
+                loss = x.new_zeros(())
+                if "e" in how:
+                    loss = loss + ops.topk_encode(x, leaf, k=K, **options)[0].float().square().mean()
+                if "d" in how:
+                    loss = loss + ops.sparse_decode(acts, indices, leaf, **options).float().sin().sum()
+            loss.backward()
+        return leaf.grad
+
+    buffer = torch.full((N, D), float("nan"), dtype=dtype if "half" in option else torch.float32)
+    options = {"sparse_grad": True} if option == "sparse" else {"grad_buffer": buffer}
+    for steps in (1, 2):
+        leaf = W.clone().requires_grad_()
+        found = gradient(leaf, steps, **options)
+        assert found.dtype == torch.float32
+        if option == "sparse":
+            assert found.is_sparse
+            found = found.to_dense()
+        elif option == "float32 buffer" and steps == 1 and how != "ed":
+            assert found.data_ptr() == buffer.data_ptr()
+        assert torch.equal(found, gradient(W.clone().requires_grad_(), steps))
+
+
+def test_a_buffer_that_fits_neither_dtype_names_autocast() -> None:
+    W, buffer = torch.randn(N, D, requires_grad=True), torch.empty(N, D, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="autocast makes of it"):
+        ops.topk_encode(torch.randn(3, D), W, k=K, grad_buffer=buffer)

@@ -45,7 +45,7 @@ def exported(module: nn.Module, x: Tensor, dynamo: bool) -> Any:
         )
         model = onnx.load_from_string(file.getvalue())
     assert {opset.domain for opset in model.opset_import} <= {"", "pkg.onnxscript.torch_lib.common"}
-    if "topk" == getattr(module, "sae", module).architecture:
+    if getattr(module, "sae", module).architecture == "topk":
         assert "TopK" in {node.op_type for node in model.graph.node}
     return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
