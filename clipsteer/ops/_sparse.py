@@ -290,29 +290,25 @@ class _Cast(Function):
         return None if t_W is None else t_W.to(ctx.cast_dtype)
 
 
-def with_gradient_options(
+def check_gradient_options(
     op: str,
-    given: Tensor,  # (d_sae, d_in)
     W: Tensor,  # (d_sae, d_in)
     sparse_grad: bool,
     grad_buffer: Tensor | None,  # (d_sae, d_in)
     backend: str,
-) -> tuple[Tensor, Tensor | None]:
-    """The dictionary and the buffer that the op's gradient takes; ``W`` is the one that was given,
-    or what autocast made of it.
-
-    ValueError or RuntimeError where the two options do not fit the dictionary or the backend.
-    """
-    of_cast = False  # whether the buffer is for the gradient before it is cast back
+    given: Tensor | None = None,  # (d_sae, d_in)
+) -> None:
+    """ValueError or RuntimeError where the two options do not fit the dictionary or the backend;
+    ``given`` is the dictionary where ``W`` is what autocast made of it."""
+    dtypes = [W.dtype] if given is None or given.dtype == W.dtype else [given.dtype, W.dtype]
     if grad_buffer is not None:
         if sparse_grad:
             raise ValueError(f"{op}: sparse_grad and grad_buffer exclude each other")
-        of_cast = grad_buffer.dtype == W.dtype
-        fits = grad_buffer.shape == W.shape and grad_buffer.dtype in (W.dtype, given.dtype)
+        fits = grad_buffer.shape == W.shape and grad_buffer.dtype in dtypes
         fits = fits and grad_buffer.device == W.device and grad_buffer.is_contiguous()
         if not fits:
-            expected = f"{tuple(W.shape)} {given.dtype} on {W.device}"
-            if W.dtype != given.dtype:
+            expected = f"{tuple(W.shape)} {dtypes[0]} on {W.device}"
+            if len(dtypes) > 1:
                 expected += f" (or {W.dtype}, which autocast makes of it)"
             got = f"{tuple(grad_buffer.shape)} {grad_buffer.dtype} on {grad_buffer.device}"
             like = f"contiguous and like the dictionary, {expected}"
@@ -328,6 +324,25 @@ def with_gradient_options(
         raise RuntimeError(
             f"{op}: torch.func takes no sparse gradients; leave sparse_grad out, on any backend"
         )
-    if W.dtype == given.dtype or of_cast or not (sparse_grad or grad_buffer is not None):
+
+
+def with_gradient_options(
+    op: str,
+    given: Tensor,  # (d_sae, d_in)
+    W: Tensor,  # (d_sae, d_in)
+    sparse_grad: bool,
+    grad_buffer: Tensor | None,  # (d_sae, d_in)
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """The dictionary and the buffer that the op itself takes, once both options are checked.
+
+    Where ``W`` is what autocast made of ``given``, its gradient has to be cast back: sparse ones as
+    well, and into a buffer of ``given``'s dtype.
+    """
+    if not sparse_grad and grad_buffer is None:
+        return W, None
+    check_gradient_options(op, W, sparse_grad, grad_buffer, backend, given)
+    cast_back = grad_buffer is None or grad_buffer.dtype != W.dtype
+    if W.dtype == given.dtype or not cast_back:
         return W, grad_buffer
     return _Cast.run(given, W, grad_buffer), None

@@ -16,7 +16,11 @@ from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._dispatch import choose
+from clipsteer.ops._sparse import check_gradient_options as check_gradient_options
 from clipsteer.ops._sparse import decode, with_gradient_options
+from clipsteer.ops._sparse import gather_dot as gather_dot
+from clipsteer.ops._sparse import sparse_outer as sparse_outer
+from clipsteer.ops._sparse import weight_gradient as weight_gradient
 
 __all__ = ["sparse_decode", "sparse_decode_reference"]
 
