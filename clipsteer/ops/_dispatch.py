@@ -5,6 +5,7 @@ It knows the ops by their records in ``_lowlevel``, and neither their files nor 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
@@ -91,10 +92,24 @@ def _load_triton() -> str | None:
     return None
 
 
+def untransformed() -> contextlib.AbstractContextManager[Any]:
+    """Outside of torch.func's transforms, which would take the tensors of a check for theirs."""
+    if not torch._C._are_functorch_transforms_active():
+        return contextlib.nullcontext()
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()
+
+
 @functools.cache
 def missing(backend: str) -> str | None:
     """Why ``backend`` cannot run at all in this process (and how to get it), or None when it
     can."""
+    with untransformed():
+        return _load(backend)
+
+
+def _load(backend: str) -> str | None:
     if backend == "cpp":
         return _load_binary("cpp", "reinstall clipsteer with a C++20 compiler on the PATH")
     if backend in ("triton", "cuda") and not torch.cuda.is_available():
@@ -173,8 +188,8 @@ def self_check(
     wrong. ``verdict`` says it of a kernel that is none of the ops'.
 
     The verdict is kept, unless it says nothing about the kernel: no memory was left, or a CUDA
-    graph is being captured. The caller's modes (inference, autocast, a default device) do not reach
-    it.
+    graph is being captured. The caller's modes (inference, autocast, a default device, torch.func's
+    transforms) do not reach it.
     """
     verdict = verdict or _ops_verdict
     assert verdict is not None
@@ -185,6 +200,7 @@ def self_check(
         return "it cannot be checked while a CUDA graph is captured; run the op once before"
     try:
         with (
+            untransformed(),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(device.type, enabled=False),
