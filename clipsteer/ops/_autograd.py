@@ -7,16 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-
-def transformed() -> bool:
-    """Whether a ``torch.func`` transform (grad, vjp, jvp, vmap, …) is at work."""
-    return torch._C._are_functorch_transforms_active()
+# whether a torch.func transform (grad, vjp, jvp, vmap, …) is at work
+transformed = torch._C._are_functorch_transforms_active
 
 
 def has_tangents() -> bool:
     """Whether tensors may carry tangents of forward-mode differentiation."""
-    return torch.autograd.forward_ad._current_level >= 0
+    return forward_ad._current_level >= 0
 
 
 def tracked(*tensors: Tensor | None) -> bool:
@@ -25,8 +24,10 @@ def tracked(*tensors: Tensor | None) -> bool:
     Inside a transform a tensor tells of the innermost one alone, and a tangent shows in no flag, so
     there the answer is yes.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return True
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
     return transformed() or has_tangents()
 
 
