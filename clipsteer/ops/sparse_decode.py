@@ -65,7 +65,8 @@ def sparse_decode(
             it still lives (gradients are accumulated, somebody keeps one, a second use in the same
             backward pass), and where the buffer is a view or a ``.grad`` itself, the gradient is a
             fresh tensor. So one buffer for each dictionary serves best, and any number is right.
-            Ignored under ``torch.compile`` and ``torch.func``.
+            Inside autocast it may have the dictionary's dtype or autocast's. Ignored under
+            ``torch.compile`` and ``torch.func``.
 
     Returns:
         (..., d_in), rounded once from float32 accumulation for half precisions. All gradients, of
