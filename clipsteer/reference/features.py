@@ -96,7 +96,7 @@ def _divided(
     own = shares[world.rank].tolist()
     # without a batch of its own a process still has to know e
     part = encode(own or [0])[: len(own)]
-    joined = JointBatch(world, len(own), part.device).join(part)
+    joined = JointBatch(world, len(own)).join(part)
     order = torch.cat(shares).argsort()
     return joined[order.to(part.device)]
 

@@ -102,7 +102,7 @@ class ContrastiveLoss(nn.Module):
         """
         if self.distill and (ref_image is None or ref_text is None):
             raise ValueError("ContrastiveLoss: distill > 0 needs ref_image and ref_text")
-        batch = None if self.world is None else JointBatch(self.world, len(image), image.device)
+        batch = None if self.world is None else JointBatch(self.world, len(image))
         rows = self._logits(image, text, batch)
         own = torch.arange(len(image), device=image.device)
         share = 1 / len(image) if batch is None else batch.size / batch.rows

@@ -344,7 +344,7 @@ class _Run(TrainingRun):
         assert ref_image is not None
         assert ref_text is not None
         assert self.config.select is not None
-        batch = JointBatch(self.world, len(ids), ids.device)
+        batch = JointBatch(self.world, len(ids))
         ours = [batch.join(x) for x in self._seen(inputs, size)]
         theirs = [batch.join(ref_image), batch.join(ref_text)]
         draws = torch.Generator(ids.device)
