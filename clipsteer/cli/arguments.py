@@ -149,9 +149,10 @@ def _text(*lines: str) -> None:
 def read_words(path: Path | None, classes: Sequence[str] | None = None) -> list[str]:
     """The lines of a file, or the bundled concepts after the classes."""
     from clipsteer.data.emoji import EmojiStyles
+    from clipsteer.io.files import read_text
 
     if path is not None:
-        words = [w.strip() for w in path.read_text(encoding="utf-8").splitlines()]
+        words = [w.strip() for w in read_text(path).splitlines()]
     else:
         words = [
             *(c.replace("_", " ") for c in classes or []),
@@ -181,6 +182,29 @@ def add_model(
 def add_device(p: argparse.ArgumentParser) -> None:
     """The option that names a device."""
     p.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
+
+
+def load_known(args: argparse.Namespace, metadata: Mapping[str, Any], what: Any) -> Any:
+    """The model that a file's metadata name, or ``--model``.
+
+    Raises ValueError where neither names one, and where its weights would be random: what the file
+    was made from is then another model.
+    """
+    from clipsteer.clip.model import load, needs_weights
+
+    known = metadata.get("clip_model")
+    name = args.model or known
+    if name is None:
+        raise ValueError(
+            f"{what} does not say which model it belongs to; pass --model and --hook-point"
+        )
+    pretrained = args.pretrained or (metadata.get("pretrained") if name == known else None)
+    if pretrained is None and needs_weights(name):
+        raise ValueError(
+            f"{what} belongs to {name}, of which no weights are named, and random ones would be "
+            f"another model; pass --pretrained, a tag of open_clip or a weights file"
+        )
+    return load(name, pretrained, device=device_of(args))
 
 
 def add_data(p: argparse.ArgumentParser, what: str) -> None:
@@ -253,9 +277,7 @@ def show_steering(
     if args.top < 1 or args.count < 1:
         raise ValueError(f"--top and --count must be at least 1, got {args.top} and {args.count}")
     if args.words is not None:
-        words = [
-            w.strip() for w in args.words.read_text(encoding="utf-8").splitlines() if w.strip()
-        ]
+        words = read_words(args.words)
     else:
         words = dataset.classes or [c.label for c in EmojiStyles().concepts]
     head = zero_shot_head(clip, words, None if clip.name == EMOJICLIP else ("a photo of a {}.",))

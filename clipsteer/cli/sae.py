@@ -19,6 +19,7 @@ from clipsteer.cli.arguments import (
     add_workers,
     count,
     device_of,
+    load_known,
     show_steering,
     whole,
 )
@@ -253,18 +254,10 @@ def _train(args: argparse.Namespace) -> int:
 def _open(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The SAE, the model it belongs to, and the images."""
     import clipsteer
-    from clipsteer.clip.model import load
     from clipsteer.data.files import open_dataset
 
-    device = device_of(args)
-    sae = clipsteer.SAE.from_pretrained(args.sae, device=device)
-    name = args.model or sae.metadata.get("clip_model")
-    if name is None:
-        raise ValueError(
-            f"{args.sae} does not say which model it belongs to; pass --model and --hook-point"
-        )
-    pretrained = args.pretrained or (sae.metadata.get("pretrained") if args.model is None else None)
-    clip = load(name, pretrained, device=device)
+    sae = clipsteer.SAE.from_pretrained(args.sae, device=device_of(args))
+    clip = load_known(args, sae.metadata, args.sae)
     return sae, clip, open_dataset(args.data or "emoji", emoji="held-out:seen")
 
 

@@ -34,6 +34,7 @@ from clipsteer.clip.timm_models import (
     transforms_of,
 )
 from clipsteer.clip.tokens import class_tokens as class_tokens
+from clipsteer.io.places import on_cpu
 
 __all__ = ["CLIP", "EMOJICLIP", "EMOJI_TINY", "KINDS", "class_tokens", "default_hook_point", "load"]
 
@@ -115,6 +116,12 @@ class CLIP:
         return F.normalize(features.to(wide), dim=-1)
 
 
+def needs_weights(name: str) -> bool:
+    """Whether a name is an architecture alone, whose weights are random where none are named."""
+    return is_open_clip(name) and name != EMOJICLIP and not name.startswith(PREFIXES)
+
+
+@on_cpu
 def load(
     name: str | Path = EMOJICLIP,
     pretrained: str | Path | None = None,
@@ -152,7 +159,7 @@ def load(
     if name.startswith(TIMM):
         parts = _timm_parts(name, weights)
     elif is_open_clip(name):
-        if weights is None and name != EMOJICLIP and not name.startswith(PREFIXES):
+        if needs_weights(name) and weights is None:
             logger.warning(
                 "%s: no pretrained weights were asked for, so the weights are random", name
             )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor, nn
 
-from clipsteer.io.files import FileFormatError, read_safetensors
+from clipsteer.io.files import FileFormatError, read_safetensors, refuse_nan
 
 TIMM = "timm:"
 RANDOM = "random"
@@ -147,6 +147,8 @@ def open_timm(name: str, weights: str | None = None) -> ImageModel:
         ) from error
     if weights not in (None, RANDOM):
         _load(trunk, name, Path(weights))
+    if weights != RANDOM:
+        refuse_nan(weights or f"{TIMM}{name}", trunk.state_dict(), infinity=True)
     return ImageModel(trunk)
 
 

@@ -8,13 +8,14 @@ https://huggingface.co/docs/safetensors, "Format".
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -22,7 +23,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from clipsteer.io.messages import printable
+from clipsteer.io.places import on_cpu
+
 MAX_JSON_BYTES = 16 << 20
+# of JSON: what is read takes memory in proportion, and can be copied, compared and written again
+_MAX_VALUES = 1 << 20
+_MAX_DEPTH = 200
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -45,7 +52,22 @@ _MAX_SIZE = 1 << 62  # of a dimension
 
 class FileFormatError(Exception):
     """A file is not what it should be: damaged, truncated, or of another format. The message names
-    the path."""
+    the path, and holds nothing that a terminal would act on."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(printable(message))
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Errors of the system that come out of the block name the path: a full disk does not say
+    which file it was."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
@@ -66,7 +88,7 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
             break
         file.close()
     try:
-        with file:
+        with naming(path), file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -180,12 +202,19 @@ def write_safetensors(
 def open_regular(path: Path) -> tuple[BinaryIO, int]:
     """An open regular file and its size in bytes.
 
-    Raises FileFormatError for anything else (a folder, a pipe that would block).
+    Raises FileFormatError for anything else (a folder, a pipe that would block, a name that no file
+    can have).
     """
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        raise FileFormatError(f"{path}: not a regular file")
-    file = path.open("rb")
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise FileFormatError(f"{path}: not a regular file")
+        file = path.open("rb")
+    except (OSError, ValueError) as error:
+        # ValueError: a null character
+        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+            raise
+        raise FileFormatError(f"{path!s:.200}: no file can have this name") from None
     return file, os.fstat(file.fileno()).st_size
 
 
@@ -197,10 +226,46 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse(path: Path, data: bytes) -> Any:
+    # three characters of an empty list take 64 bytes of memory
+    if sum(map(data.count, (b"[", b"{", b","))) > _MAX_VALUES:
+        raise FileFormatError(f"{path}: more than {_MAX_VALUES} values are not read as JSON")
     try:
-        return json.loads(data, object_pairs_hook=_no_duplicates)
+        value = json.loads(data, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: not valid JSON: {error}") from None
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [part for whole in level for part in _parts(whole)]
+    if level:
+        raise FileFormatError(f"{path}: more than {_MAX_DEPTH - 1} lists and objects, nested")
+    return value
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """What a list or an object holds."""
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def read_text(path: str | Path, *, max_bytes: int = MAX_JSON_BYTES) -> str:
+    """The text in a UTF-8 file of at most ``max_bytes``, without a byte order mark.
+
+    Raises FileFormatError.
+    """
+    path = Path(path)
+    try:
+        return _content(path, max_bytes, "text").decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{path}: not text in UTF-8: {error}") from None
+
+
+def _content(path: Path, max_bytes: int, what: str) -> bytes:
+    file, size = open_regular(path)
+    with file, naming(path):
+        if size > max_bytes:
+            raise FileFormatError(f"{path}: {size} bytes, at most {max_bytes} are read as {what}")
+        return file.read(max_bytes)
 
 
 def read_json(path: str | Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
@@ -209,12 +274,7 @@ def read_json(path: str | Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
     Raises FileFormatError, also where a name occurs twice in an object.
     """
     path = Path(path)
-    file, size = open_regular(path)
-    with file:
-        if size > max_bytes:
-            raise FileFormatError(f"{path}: {size} bytes, at most {max_bytes} are read as JSON")
-        data = file.read(max_bytes)
-    return _parse(path, data)
+    return _parse(path, _content(path, max_bytes, "JSON"))
 
 
 class StoredTensor(NamedTuple):
@@ -282,6 +342,7 @@ def _opened(path: Path) -> Iterator[tuple[safe_open, Header]]:
         raise FileFormatError(f"{path}: {error}") from None
 
 
+@on_cpu
 def read_safetensors_header(path: str | Path) -> Header:
     """Names, dtypes, shapes and metadata, without the data. Raises FileFormatError."""
     with _opened(Path(path)) as (_, header):
@@ -302,13 +363,21 @@ def _read_tensor(path: Path, file: safe_open, stored: StoredTensor) -> Tensor:
     return tensor
 
 
-def refuse_nan(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise FileFormatError where a tensor of ``path`` holds NaN; infinities are let through."""
+def refuse_nan(path: str | Path, tensors: Mapping[str, Tensor], *, infinity: bool = False) -> None:
+    """Raise FileFormatError where a tensor of ``path`` holds NaN, and with ``infinity`` also where
+    one holds that."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        # unlike isnan and isfinite these take no memory
+        ends = torch.stack(tensor.detach().aminmax())
+        if bool(ends.isnan().any()):
             raise FileFormatError(f"{path}: {name!r} holds NaN")
+        if infinity and bool(ends.isinf().any()):
+            raise FileFormatError(f"{path}: {name!r} holds infinities")
 
 
+@on_cpu
 def read_safetensors(path: str | Path, *, allow_nan: bool = True) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU, bit for bit, NaN payloads included.
 

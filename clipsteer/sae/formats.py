@@ -34,6 +34,8 @@ from clipsteer.io.files import (
     write_safetensors,
 )
 from clipsteer.io.kinds import Kind, write_kind
+from clipsteer.io.places import on_cpu
+from clipsteer.io.weights import some
 from clipsteer.sae import prisma, saelens, sparsify
 from clipsteer.sae.foreign import Described
 from clipsteer.sae.foreign import open_clip_name as open_clip_name
@@ -138,22 +140,31 @@ def _download(path: str) -> Path:
     return folder
 
 
+@on_cpu
 def read(path: str | Path) -> tuple[Path, Described]:
     """The SAE at `path` (see ``SAE.from_pretrained``) as it was written, and the folder that it was
     found in."""
     folder = _download(path) if isinstance(path, str) and path.startswith(_HUB) else Path(path)
     kind = detect(folder)
     if kind == "prisma":
-        return folder, prisma.read(folder)
-    name, reader = _READERS[kind]
-    cfg = json_object(folder / "cfg.json", read_json(folder / "cfg.json"))
-    return folder, reader(folder, cfg, read_safetensors(folder / name))
+        found = prisma.read(folder)
+    else:
+        name, reader = _READERS[kind]
+        cfg = json_object(folder / "cfg.json", read_json(folder / "cfg.json"))
+        found = reader(folder, cfg, read_safetensors(folder / name))
+    for key in ("clip_model", "pretrained", "hook_point", "tokens"):
+        if not isinstance(found.metadata.get(key), (str, type(None))):
+            raise FileFormatError(
+                f"{folder}: {key} of the metadata must be text, got {found.metadata[key]!r:.60}"
+            )
+    return folder, found
 
 
 def fitting(
     path: Path, weights: Mapping[str, Any], wanted: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors that an SAE's state dict wants, or FileFormatError. Others are passed over."""
+    """The tensors that an SAE's state dict wants; FileFormatError where one is missing, does not
+    fit, or is there and unknown: what it would do to the result is not known either."""
     chosen: dict[str, Tensor] = {}
     for name, like in wanted.items():
         tensor = weights.get(name)
@@ -166,6 +177,12 @@ def fitting(
                 f"got {tensor.dtype} {tuple(tensor.shape)}"
             )
         chosen[name] = tensor.detach()
+    unknown = {name for name, value in weights.items() if isinstance(value, Tensor)} - set(chosen)
+    if unknown:
+        raise FileFormatError(
+            f"{path}: this architecture has no {some(sorted(map(repr, unknown)))}; it has "
+            f"{', '.join(wanted)}"
+        )
     refuse_nan(path, chosen)
     return chosen
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from clipsteer import ops
 from clipsteer.io.files import FileFormatError
+from clipsteer.io.places import on_cpu
 from clipsteer.sae import formats
 from clipsteer.sae.architectures import batch_topk, check, checked_k, running_threshold
 from clipsteer.sae.foreign import Described
@@ -315,6 +316,7 @@ class SAE(nn.Module):
         return formats.save(self, directory)
 
     @classmethod
+    @on_cpu
     def from_pretrained(
         cls,
         path: str | Path,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clipsteer.io.files import FileFormatError, read_json
+from clipsteer.io.files import FileFormatError, read_json, write_atomically
 from clipsteer.testing.machine import machine
 
 Record = dict[str, Any]
@@ -19,13 +20,15 @@ def write(path: Path, records: list[Record], device: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".csv":
         fields = list(dict.fromkeys(name for record in records for name in record))
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, fields)
-            writer.writeheader()
-            writer.writerows(records)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fields)
+        writer.writeheader()
+        writer.writerows(records)
+        written = text.getvalue()
     else:
         found = {"machine": machine(device), "records": records}
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        written = json.dumps(found, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(written.encode()))
 
 
 def table(records: list[Record]) -> str:

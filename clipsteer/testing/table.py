@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from clipsteer.io.files import FileFormatError, read_json, write_atomically
+from clipsteer.io.files import FileFormatError, read_json, read_text, write_atomically
 from clipsteer.ops import BACKENDS
 
 __all__ = ["markdown", "put"]
@@ -134,7 +134,7 @@ def put(file: str | Path, table: str) -> None:
 
     Raises ValueError where there is no such pair.
     """
-    text = Path(file).read_text(encoding="utf-8")
+    text = read_text(file)
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

@@ -1,0 +1,26 @@
+"""Text from files and the command line, as a terminal may see it."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+# what a terminal acts on or hides: control characters but for line feed and tab, marks that turn
+# the direction of writing or take no place, half characters of names that are not UTF-8
+_ACTED_ON = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
+    r"\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+
+
+def printable(text: object) -> str:
+    r"""``str(text)`` with every character that a terminal would act on written out: \x1b."""
+    return _ACTED_ON.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+class PrintableFormatter(logging.Formatter):
+    """Log lines without what a terminal would act on, wherever their words come from."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        return printable(super().format(record))
