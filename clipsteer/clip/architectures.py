@@ -23,6 +23,8 @@ _LIMITS = {
     "attn_pooler_queries": 1 << 13,
     "attn_pooler_heads": 1 << 10,
 }
+# a number a stage, or one for the height and one for the width
+_SEVERAL = ("layers", "image_size", "patch_size")
 _MOST_PARAMETERS = 1 << 35
 _MOST_TOKENS = 1 << 16
 # what a description without these has in open_clip
@@ -69,11 +71,11 @@ def _check_part(path: str | Path, part: str, config: Any) -> None:
         raise FileFormatError(f"{path}: {part} must be an object")
     for name, most in _LIMITS.items():
         value = config.get(name)
-        several = value if isinstance(value, list) else [value]
-        if value is not None:
-            if len(several) > 4:
-                raise FileFormatError(f"{path}: {part} has {len(several)} values for {name}")
-            for number in several:
+        several = value if isinstance(value, list) and name in _SEVERAL else [value]
+        if len(several) > 4:
+            raise FileFormatError(f"{path}: {part} has {len(several)} values for {name}")
+        for number in several:
+            if value is not None:
                 _number(path, f"{name} of {part}", number, most)
 
 
@@ -81,7 +83,7 @@ def _vision(path: str | Path, config: Mapping[str, Any], embed: int) -> float:
     """Parameters of an image tower, roughly; 0 where timm knows its sizes."""
     if config.get("timm_model_name"):
         return 0
-    known = {**_VISION, **config}
+    known = _with(_VISION, config)
     width = known["width"]
     if isinstance(known["layers"], list):
         # a bottleneck of 4w → w → w → 4w channels; each stage has twice those of the one before
@@ -104,11 +106,17 @@ def _text(config: Mapping[str, Any], embed: int) -> float:
     """Parameters of a text tower, roughly; 0 where transformers knows its sizes."""
     if config.get("hf_model_name"):
         return 0
-    known = {**_TEXT, **config}
+    known = _with(_TEXT, config)
     outside = known["vocab_size"] + known["context_length"] + embed
     return outside * known["width"] + _blocks(known)
 
 
+def _with(defaults: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    return {**defaults, **{name: value for name, value in config.items() if value is not None}}
+
+
 def _blocks(known: Mapping[str, Any]) -> float:
     """Attention's four square matrices and the two of the MLP, in each layer."""
-    return known["layers"] * known["width"] ** 2 * (4 + 2 * known["mlp_ratio"])
+    layers = known["layers"]
+    depth = sum(layers) if isinstance(layers, list) else layers
+    return depth * known["width"] ** 2 * (4 + 2 * known["mlp_ratio"])

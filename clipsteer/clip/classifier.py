@@ -18,9 +18,11 @@ from clipsteer.io.files import (
     FileFormatError,
     read_json,
     read_safetensors,
+    refuse_nan,
     write_json,
     write_safetensors,
 )
+from clipsteer.io.places import on_cpu
 
 HEAD = "head.safetensors"
 
@@ -111,6 +113,7 @@ def save_classifier(
     return folder
 
 
+@on_cpu
 def load_classifier(
     folder: str | Path, *, device: str | torch.device = "cpu"
 ) -> tuple[CLIP, ImageClassifier, list[str]]:
@@ -141,7 +144,8 @@ def load_classifier(
 
 def _read_head(path: Path, classes: int) -> tuple[Tensor, Tensor]:
     """Weight (C, e) and bias (C,)."""
-    head = read_safetensors(path, allow_nan=False)
+    head = read_safetensors(path)
+    refuse_nan(path, head, infinity=True)
     shapes = {key: tuple(tensor.shape) for key, tensor in head.items()}
     if (
         shapes.keys() != {"weight", "bias"}

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from clipsteer.io.messages import printable
+from clipsteer.io.messages import naming, printable
 from clipsteer.io.places import on_cpu
 
 MAX_JSON_BYTES = 16 << 20
@@ -56,18 +56,6 @@ class FileFormatError(Exception):
 
     def __init__(self, message: object) -> None:
         super().__init__(printable(message))
-
-
-@contextlib.contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Errors of the system that come out of the block name the path: a full disk does not say
-    which file it was."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            error.filename = str(path)
-        raise
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:

@@ -1,9 +1,12 @@
-"""Text from files and the command line, as a terminal may see it."""
+"""What errors and log lines say: which file it was, and nothing that a terminal would act on."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 # what a terminal acts on or hides: control characters but for line feed and tab, marks that turn
 # the direction of writing or take no place, half characters of names that are not UTF-8
@@ -24,3 +27,15 @@ class PrintableFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
         return printable(super().format(record))
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Errors of the system that come out of the block name the path: a full disk does not say
+    which file it was."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise

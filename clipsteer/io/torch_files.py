@@ -105,6 +105,11 @@ def _bytes_of(path: Path, tensor: Tensor) -> int:
             f"{path}: holds a tensor {tuple(tensor.shape)} {tensor.dtype} that is {what}, where "
             "dense ones can be read"
         )
+    if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype.itemsize < 2):
+        raise FileFormatError(
+            f"{path}: holds a tensor {tuple(tensor.shape)} {tensor.dtype}; weights are read in "
+            "float16, bfloat16, float32 and float64"
+        )
     wanted = tensor.numel() * tensor.element_size()
     there = tensor.untyped_storage().nbytes()
     if wanted > there:

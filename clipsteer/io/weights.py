@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from clipsteer.io.files import (
     FileFormatError,
-    naming,
     open_regular,
     read_json,
     read_safetensors_header,
     tensor_bytes,
 )
+from clipsteer.io.messages import naming
 from clipsteer.io.places import on_cpu
 from clipsteer.io.torch_files import check_npz, read_torch_weights_only
 

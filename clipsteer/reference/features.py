@@ -21,8 +21,10 @@ from clipsteer.io.files import (
     FileFormatError,
     read_safetensors,
     read_safetensors_header,
+    refuse_nan,
     write_safetensors,
 )
+from clipsteer.io.places import on_cpu
 from clipsteer.training.world import JointBatch, World
 
 KIND = "clipsteer reference features"
@@ -169,6 +171,7 @@ def compute(
     )
 
 
+@on_cpu
 def read(path: str | Path, dataset: ImageDataset) -> ReferenceFeatures:
     """Features that `compute` or another tool left in a safetensors file.
 
@@ -180,7 +183,8 @@ def read(path: str | Path, dataset: ImageDataset) -> ReferenceFeatures:
         ValueError: the features of another data set. FileFormatError: no features of pairs.
             FileNotFoundError.
     """
-    tensors = read_safetensors(path, allow_nan=False)
+    tensors = read_safetensors(path)
+    refuse_nan(path, tensors, infinity=True)
     metadata = read_safetensors_header(path).metadata
     if not _are_features(tensors):
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -213,6 +217,7 @@ def _unit(features: ReferenceFeatures) -> ReferenceFeatures:
     return features._replace(image=image, text=text)
 
 
+@on_cpu
 def cached(
     path: str | Path,
     clip: CLIP,
@@ -247,6 +252,7 @@ def cached(
     return _unit(features)  # as `read` gives them, to the last bit
 
 
+@on_cpu
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> CLIP:
     """The model that `clipsteer train --out folder` left there: ``load(folder)``, which says more
     where there is none."""

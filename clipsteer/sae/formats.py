@@ -52,6 +52,7 @@ _HUB_FILES = (
     "n_images_*.pt",
 )
 _HUB = "hf-hub:"
+_FINITE = ("W_enc", "W_dec", "b_dec")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -184,6 +185,8 @@ def fitting(
             f"{', '.join(wanted)}"
         )
     refuse_nan(path, chosen)
+    # a threshold or a bias of infinity keeps a feature off
+    refuse_nan(path, {n: t for n, t in chosen.items() if n in _FINITE}, infinity=True)
     return chosen
 
 
@@ -191,10 +194,12 @@ def _checked(sae: Describable) -> Described:
     """What is about to be written; whatever could not be read again shows here, before a file is
     touched."""
     config, weights, metadata = sae.described()
-    if broken := [name for name, tensor in weights.items() if bool(tensor.isnan().any())]:
-        raise ValueError(
-            f"SAE: {', '.join(broken)} hold NaN; such a file could not be loaded again"
-        )
+    for name, tensor in weights.items():
+        wrong = ~tensor.isfinite() if name in _FINITE else tensor.isnan()
+        if bool(wrong.any()):
+            raise ValueError(
+                f"SAE: {name} holds NaN or an infinity; such a file could not be loaded again"
+            )
     metadata = {**metadata, "clipsteer_version": __version__}
     return Described(config, weights, json.loads(json.dumps(metadata, allow_nan=False)))
 

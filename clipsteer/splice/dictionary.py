@@ -25,6 +25,7 @@ from clipsteer.clip.zero_shot import zero_shot_head
 from clipsteer.data.emoji import EmojiStyles
 from clipsteer.io.files import FileFormatError
 from clipsteer.io.kinds import Kind, read_kind, write_kind
+from clipsteer.io.places import on_cpu
 from clipsteer.splice.lasso import Decomposition, nonnegative_lasso
 
 __all__ = ["ConceptDictionary", "Decomposition", "mean_embedding", "nonnegative_lasso"]
@@ -313,6 +314,7 @@ class ConceptDictionary:
         return write_kind(folder, _KIND, tensors, values)
 
     @classmethod
+    @on_cpu
     def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> ConceptDictionary:
         """Read what `save` wrote. Raises FileNotFoundError, or FileFormatError where the files do
         not fit together."""

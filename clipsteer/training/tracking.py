@@ -12,7 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from clipsteer.io.files import naming, write_atomically
+from clipsteer.io.files import write_atomically
+from clipsteer.io.messages import naming
 
 logger = logging.getLogger(__name__)
 

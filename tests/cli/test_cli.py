@@ -225,7 +225,7 @@ def test_sae_train_eval_convert_steer(capsys, sae, model, images, tmp_path):
     assert "[0, 48)" in err
 
 
-class Stop(Exception):
+class Stop(BaseException):  # of others the command line makes a message
     pass
 
 
