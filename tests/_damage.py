@@ -173,7 +173,7 @@ def wrong_zip(rng: random.Random, data: bytes) -> bytes:
         members[one] = name, content[: rng.randrange(len(content) + 1)]
     elif kind == 4:
         members[one] = rng.choice(
-            [("", b""), ("x/" * 500, b"x"), ("archive/code/a.py", b""), ("weights/constants.pkl", b"")]
+            [("x", b""), ("x/" * 500, b"x"), ("archive/code/a.py", b""), ("weights/constants.pkl", b"")]
         )
     elif kind == 5:
         members.append(members[one])

@@ -112,7 +112,8 @@ def _create(
             raise FileFormatError(
                 f"{weights}: cannot be loaded as weights of {name}: {error}"
             ) from error
-        if name.endswith(".json"):
+        local = name.endswith(".json") or name.startswith("local-dir:")
+        if local and not isinstance(error, FileNotFoundError):
             raise FileFormatError(f"{name}: no model can be made of it: {error}") from error
         raise
     if weights is not None or name.startswith(PREFIXES):

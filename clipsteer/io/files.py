@@ -321,7 +321,7 @@ def _opened(path: Path) -> Iterator[tuple[safe_open, Header]]:
     try:
         # not mapped: a file that is cut off while it is read raises, and does not kill the process
         with safe_open(path, framework="pt", backend="pread") as file:
-            metadata = described.pop("__metadata__", {})
+            metadata = described.pop("__metadata__", None) or {}
             stored = [_stored(path, name, entry) for name, entry in described.items()]
             stored.sort(key=lambda tensor: (tensor.begin, tensor.end))
             yield file, Header(tuple(stored), metadata, start)

@@ -53,15 +53,15 @@ def check_npz(path: str | Path) -> None:
 def _check_archive(path: Path) -> None:
     """torch.save archives are stored, not compressed; a compressed one could unfold to any size."""
     with _archive(path) as archive:
-        if any(m.compress_type != zipfile.ZIP_STORED for m in archive.infolist()):
-            raise FileFormatError(f"{path}: a compressed archive, not one written by torch.save")
-        _check_claims(path, archive, path.stat().st_size)
         names = {name.partition("/")[2]: name for name in archive.namelist()}
         if "constants.pkl" in names:
             raise FileFormatError(
                 f"{path}: a TorchScript archive, a program with its weights; write these alone: "
                 f"torch.save(torch.jit.load({path.name!r}).state_dict(), 'weights.pt')"
             )
+        if any(m.compress_type != zipfile.ZIP_STORED for m in archive.infolist()):
+            raise FileFormatError(f"{path}: a compressed archive, not one written by torch.save")
+        _check_claims(path, archive, path.stat().st_size)
         if "data.pkl" in names:
             _check_program(path, archive.read(names["data.pkl"]))
 
@@ -81,12 +81,13 @@ def _check_tensors(path: Path, value: Any) -> None:
     left = [value]
     while left:
         part = left.pop()
+        if isinstance(part, Tensor):
+            total += _bytes_of(path, part)
+            continue
         if id(part) in seen:
             continue
         seen.add(id(part))
-        if isinstance(part, Tensor):
-            total += _bytes_of(path, part)
-        elif isinstance(part, dict):
+        if isinstance(part, dict):
             left += [*part.keys(), *part.values()]
         elif isinstance(part, (list, tuple, set, frozenset)):
             left += part

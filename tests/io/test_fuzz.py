@@ -257,7 +257,7 @@ READERS = {
     "merged shards": Reader(lambda f: sharded(f, write_and_swap, "model", ".safetensors"), merged, 1000, NAMES),
     "merged torch shards": Reader(lambda f: sharded(f, torch.save, "pytorch_model", ".bin"), merged, 1000, NAMES),
     "run": Reader(run_folder, clipsteer.load, 700, NAMES),
-    "classifier": Reader(run_folder, lambda f: clipsteer.clip.load_classifier(f), 500, NAMES),
+    "classifier": Reader(run_folder, clipsteer.clip.load_classifier, 500, NAMES),
     "local-dir": Reader(local_dir, lambda f: clipsteer.load(f"local-dir:{f}"), 500, NAMES),
     "weights in safetensors": Reader(
         lambda f: clip(f, write_and_swap, "w.safetensors"), lambda f: loaded(f, "w.safetensors"), 500, NAMES
