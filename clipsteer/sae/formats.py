@@ -194,12 +194,16 @@ def _checked(sae: Describable) -> Described:
     """What is about to be written; whatever could not be read again shows here, before a file is
     touched."""
     config, weights, metadata = sae.described()
+    broken = []
     for name, tensor in weights.items():
         wrong = ~tensor.isfinite() if name in _FINITE else tensor.isnan()
         if bool(wrong.any()):
-            raise ValueError(
-                f"SAE: {name} holds NaN or an infinity; such a file could not be loaded again"
-            )
+            broken.append(name)
+    if broken:
+        raise ValueError(
+            f"SAE: {', '.join(broken)} hold NaN or infinities; such a file could not be loaded "
+            f"again"
+        )
     metadata = {**metadata, "clipsteer_version": __version__}
     return Described(config, weights, json.loads(json.dumps(metadata, allow_nan=False)))
 

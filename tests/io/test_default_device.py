@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from tests.io import test_fuzz as made
+from tests import _readers as made
 from torch import Tensor, nn
 
 import clipsteer
