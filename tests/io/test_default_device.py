@@ -20,15 +20,16 @@ from torch import Tensor, nn
 
 import clipsteer
 from clipsteer import SAE
+from clipsteer.continual import Encoder
 from clipsteer.io import Kind, checkpoint, read_kind, write_kind
 from clipsteer.reference import features
 
 # what a public function or class method that reads tensors may be called
-VERBS = ("load", "read", "open_weights", "from_pretrained", "wise_ft", "cached")
+VERBS = ("load", "open", "read", "from_pretrained", "wise_ft", "cached")
 # readers of other things than tensors: JSON, text, images, headers, figures
 WITHOUT_TENSORS = {
-    "clipsteer.clip.loader", "clipsteer.data.read_image", "clipsteer.io.read_json", "clipsteer.io.read_text",
-    "clipsteer.io.read_safetensors_header", "clipsteer.training.read_value",
+    "clipsteer.clip.loader", "clipsteer.data.open_dataset", "clipsteer.data.read_image", "clipsteer.io.read_json",
+    "clipsteer.io.read_safetensors_header", "clipsteer.io.read_text", "clipsteer.training.read_value",
 }  # fmt: skip
 
 
@@ -134,6 +135,7 @@ CASES = {
     "clipsteer.ConceptDictionary.load": of("concept dictionary"),
     "clipsteer.continual.ClassStatistics.load": of("class statistics"),
     "clipsteer.continual.LoRA.load": of("LoRA"),
+    "clipsteer.continual.Encoder.open": RUN._replace(read=lambda f: Encoder.open(str(f))),
 }
 
 
