@@ -143,7 +143,10 @@ def _help(field: Setting, own: str | None) -> str:
 
 
 def _text(*lines: str) -> None:
-    sys.stdout.write("\n".join(lines) + "\n")
+    """Write lines; names from files are among their words."""
+    from clipsteer.io.messages import printable
+
+    sys.stdout.write(printable("\n".join(lines)) + "\n")
 
 
 def read_words(path: Path | None, classes: Sequence[str] | None = None) -> list[str]:
@@ -295,10 +298,10 @@ def show_steering(
 
     names = sample_names(dataset)
     for i, p, q in zip(rows, before, after):
-        sys.stdout.write(f"{names[i][:60]}\n  before  {shown(p)}\n  after   {shown(q)}\n")
+        _text(names[i][:60], f"  before  {shown(p)}", f"  after   {shown(q)}")
     change = (after - before).mean(0)
     order = change.abs().argsort(descending=True)[: 2 * args.top].tolist()
-    sys.stdout.write("mean change, in points\n")
+    _text("mean change, in points")
     for i in sorted(order, key=lambda i: -float(change[i])):
-        sys.stdout.write(f"  {100 * float(change[i]):+6.1f}  {words[i]}\n")
+        _text(f"  {100 * float(change[i]):+6.1f}  {words[i]}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,21 @@ def check_architecture(path: str | Path, config: Any, weights: Path | None = Non
     for part in ("text_cfg", "multimodal_cfg"):
         if part in config:
             count += _text(config[part], config["embed_dim"])
-    most = _MOST_PARAMETERS
-    says = f"at most {most} are made"
+    most = min(_MOST_PARAMETERS, _memory() // 4)
+    says = f"at most {most:.3g} are made, and fit into the memory of this machine"
     if weights is not None:
         most = weights.stat().st_size
         says = f"{weights} has {most} bytes"
     if count > most:
         raise FileFormatError(f"{path}: describes {count:.3g} parameters; {says}")
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory, or as many as would never be too few."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 1 << 60
 
 
 def _number(path: str | Path, name: str, value: Any, most: int) -> None:

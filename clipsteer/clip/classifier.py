@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from clipsteer.clip.hooks import _first
 from clipsteer.clip.model import CLIP, load
 from clipsteer.clip.runs import ARCHITECTURE, CONFIG, WEIGHTS, read_run
+from clipsteer.io.doors import door
 from clipsteer.io.files import (
     FileFormatError,
     read_json,
@@ -22,7 +23,6 @@ from clipsteer.io.files import (
     write_json,
     write_safetensors,
 )
-from clipsteer.io.places import on_cpu
 
 HEAD = "head.safetensors"
 
@@ -113,7 +113,7 @@ def save_classifier(
     return folder
 
 
-@on_cpu
+@door
 def load_classifier(
     folder: str | Path, *, device: str | torch.device = "cpu"
 ) -> tuple[CLIP, ImageClassifier, list[str]]:

@@ -34,7 +34,7 @@ from clipsteer.clip.timm_models import (
     transforms_of,
 )
 from clipsteer.clip.tokens import class_tokens as class_tokens
-from clipsteer.io.places import on_cpu
+from clipsteer.io.doors import door
 
 __all__ = ["CLIP", "EMOJICLIP", "EMOJI_TINY", "KINDS", "class_tokens", "default_hook_point", "load"]
 
@@ -121,7 +121,7 @@ def needs_weights(name: str) -> bool:
     return is_open_clip(name) and name != EMOJICLIP and not name.startswith(PREFIXES)
 
 
-@on_cpu
+@door
 def load(
     name: str | Path = EMOJICLIP,
     pretrained: str | Path | None = None,

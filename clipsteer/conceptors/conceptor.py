@@ -29,7 +29,7 @@ from clipsteer.conceptors.fit import (
     shares,
     spectrum,
 )
-from clipsteer.io.places import on_cpu
+from clipsteer.io.doors import door
 from clipsteer.ops._check import what_came
 
 
@@ -338,7 +338,7 @@ class Conceptor:
         return files.write(path, self.factors, self.aperture, self.mean, self.metadata)
 
     @classmethod
-    @on_cpu
+    @door
     def load(cls, path: str | Path) -> Conceptor:
         """Read what ``save`` wrote. Raises FileNotFoundError, or FileFormatError for anything else
         that is there."""

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from clipsteer.io.doors import door
 from clipsteer.io.files import FileFormatError
 from clipsteer.io.kinds import Kind, read_kind, write_kind
-from clipsteer.io.places import on_cpu
 from clipsteer.training.world import World
 
 __all__ = ["ClassStatistics", "Compressed", "Factor", "compress", "precision_factor", "shrink"]
@@ -140,7 +140,7 @@ class ClassStatistics:
         return write_kind(path, _KIND, tensors)
 
     @classmethod
-    @on_cpu
+    @door
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> ClassStatistics:
         """Read what ``save`` wrote.
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from clipsteer.ensembles.blend import blend
+from clipsteer.io.doors import door
 from clipsteer.io.files import safetensors_layout, tensor_bytes, write_atomically
-from clipsteer.io.places import on_cpu
 from clipsteer.io.weights import Entry, Source, Weights, open_weights, some
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ Alpha = float | Mapping[str, float]
 _PIECE = 1 << 18
 
 
-@on_cpu
+@door
 def wise_ft(
     zeroshot: Weights,
     finetuned: Weights,

@@ -8,7 +8,6 @@ https://huggingface.co/docs/safetensors, "Format".
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -23,8 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from clipsteer.io.doors import door
 from clipsteer.io.messages import naming, printable
-from clipsteer.io.places import on_cpu
 
 MAX_JSON_BYTES = 16 << 20
 # of JSON: what is read takes memory in proportion, and can be copied, compared and written again
@@ -187,22 +186,16 @@ def write_safetensors(
     write_atomically(path, write)
 
 
+@door
 def open_regular(path: Path) -> tuple[BinaryIO, int]:
     """An open regular file and its size in bytes.
 
-    Raises FileFormatError for anything else (a folder, a pipe that would block, a name that no file
-    can have).
+    Raises FileFormatError for anything else (a folder, a pipe that would block).
     """
-    try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            raise FileFormatError(f"{path}: not a regular file")
-        file = path.open("rb")
-    except (OSError, ValueError) as error:
-        # ValueError: a null character
-        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
-            raise
-        raise FileFormatError(f"{path!s:.200}: no file can have this name") from None
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise FileFormatError(f"{path}: not a regular file")
+    file = path.open("rb")
     return file, os.fstat(file.fileno()).st_size
 
 
@@ -236,6 +229,7 @@ def _parts(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else ()
 
 
+@door
 def read_text(path: str | Path, *, max_bytes: int = MAX_JSON_BYTES) -> str:
     """The text in a UTF-8 file of at most ``max_bytes``, without a byte order mark.
 
@@ -256,6 +250,7 @@ def _content(path: Path, max_bytes: int, what: str) -> bytes:
         return file.read(max_bytes)
 
 
+@door
 def read_json(path: str | Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """The value in a JSON file of at most ``max_bytes``.
 
@@ -330,7 +325,7 @@ def _opened(path: Path) -> Iterator[tuple[safe_open, Header]]:
         raise FileFormatError(f"{path}: {error}") from None
 
 
-@on_cpu
+@door
 def read_safetensors_header(path: str | Path) -> Header:
     """Names, dtypes, shapes and metadata, without the data. Raises FileFormatError."""
     with _opened(Path(path)) as (_, header):
@@ -365,7 +360,7 @@ def refuse_nan(path: str | Path, tensors: Mapping[str, Tensor], *, infinity: boo
             raise FileFormatError(f"{path}: {name!r} holds infinities")
 
 
-@on_cpu
+@door
 def read_safetensors(path: str | Path, *, allow_nan: bool = True) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU, bit for bit, NaN payloads included.
 

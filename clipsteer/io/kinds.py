@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from clipsteer.io.doors import door
 from clipsteer.io.files import (
     FileFormatError,
     json_object,
@@ -23,7 +24,6 @@ from clipsteer.io.files import (
     write_json,
     write_safetensors,
 )
-from clipsteer.io.places import on_cpu
 
 
 class Kind(NamedTuple):
@@ -98,7 +98,7 @@ def write_kind(
     return path
 
 
-@on_cpu
+@door
 def read_kind(path: str | Path, kind: Kind, *, allow_nan: bool = True) -> Found:
     """Read what ``write_kind`` wrote.
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipsteer.io.doors import door
 from clipsteer.io.files import FileFormatError, open_regular
-from clipsteer.io.places import on_cpu
 
 # bytes of all tensors, tied ones counted each time, for each byte of their file
 _MOST = 4
@@ -142,7 +142,7 @@ def _starts(path: Path, sign: bytes) -> bool:
         return file.read(len(sign)) == sign
 
 
-@on_cpu
+@door
 def read_torch_weights_only(
     path: str | Path, *, stand_in_modules: Sequence[str] = (), before_archives: bool = False
 ) -> Any:

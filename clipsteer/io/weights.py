@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from clipsteer.io.doors import door
 from clipsteer.io.files import (
     FileFormatError,
     open_regular,
@@ -19,7 +20,6 @@ from clipsteer.io.files import (
     tensor_bytes,
 )
 from clipsteer.io.messages import naming
-from clipsteer.io.places import on_cpu
 from clipsteer.io.torch_files import check_npz, read_torch_weights_only
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -57,7 +57,7 @@ class Source(NamedTuple):
     entries: dict[str, Entry]
 
 
-@on_cpu
+@door
 def open_weights(argument: str, weights: Weights, stack: ExitStack) -> Source:
     """The tensors of what `wise_ft` was given as `argument`; files stay open until the stack
     closes.

@@ -17,6 +17,7 @@ from clipsteer.clip.pixels import pixel_batches
 from clipsteer.clip.runs import read_run
 from clipsteer.data.dataset import ImageDataset, captions_of, data_digest
 from clipsteer.io.digests import described, digest_of, tensors_digest, weights_digest
+from clipsteer.io.doors import door
 from clipsteer.io.files import (
     FileFormatError,
     read_safetensors,
@@ -24,7 +25,6 @@ from clipsteer.io.files import (
     refuse_nan,
     write_safetensors,
 )
-from clipsteer.io.places import on_cpu
 from clipsteer.training.world import JointBatch, World
 
 KIND = "clipsteer reference features"
@@ -171,7 +171,7 @@ def compute(
     )
 
 
-@on_cpu
+@door
 def read(path: str | Path, dataset: ImageDataset) -> ReferenceFeatures:
     """Features that `compute` or another tool left in a safetensors file.
 
@@ -217,7 +217,7 @@ def _unit(features: ReferenceFeatures) -> ReferenceFeatures:
     return features._replace(image=image, text=text)
 
 
-@on_cpu
+@door
 def cached(
     path: str | Path,
     clip: CLIP,
@@ -252,7 +252,7 @@ def cached(
     return _unit(features)  # as `read` gives them, to the last bit
 
 
-@on_cpu
+@door
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> CLIP:
     """The model that `clipsteer train --out folder` left there: ``load(folder)``, which says more
     where there is none."""

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from clipsteer._version import __version__
+from clipsteer.io.doors import door
 from clipsteer.io.files import (
     FileFormatError,
     json_object,
@@ -34,7 +35,6 @@ from clipsteer.io.files import (
     write_safetensors,
 )
 from clipsteer.io.kinds import Kind, write_kind
-from clipsteer.io.places import on_cpu
 from clipsteer.io.weights import some
 from clipsteer.sae import prisma, saelens, sparsify
 from clipsteer.sae.foreign import Described
@@ -141,7 +141,7 @@ def _download(path: str) -> Path:
     return folder
 
 
-@on_cpu
+@door
 def read(path: str | Path) -> tuple[Path, Described]:
     """The SAE at `path` (see ``SAE.from_pretrained``) as it was written, and the folder that it was
     found in."""

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipsteer import ops
+from clipsteer.io.doors import door
 from clipsteer.io.files import FileFormatError
-from clipsteer.io.places import on_cpu
 from clipsteer.sae import formats
 from clipsteer.sae.architectures import batch_topk, check, checked_k, running_threshold
 from clipsteer.sae.foreign import Described
@@ -316,7 +316,7 @@ class SAE(nn.Module):
         return formats.save(self, directory)
 
     @classmethod
-    @on_cpu
+    @door
     def from_pretrained(
         cls,
         path: str | Path,

@@ -23,9 +23,9 @@ from clipsteer.clip.model import CLIP
 from clipsteer.clip.pixels import image_embeddings
 from clipsteer.clip.zero_shot import zero_shot_head
 from clipsteer.data.emoji import EmojiStyles
+from clipsteer.io.doors import door
 from clipsteer.io.files import FileFormatError
 from clipsteer.io.kinds import Kind, read_kind, write_kind
-from clipsteer.io.places import on_cpu
 from clipsteer.splice.lasso import Decomposition, nonnegative_lasso
 
 __all__ = ["ConceptDictionary", "Decomposition", "mean_embedding", "nonnegative_lasso"]
@@ -314,7 +314,7 @@ class ConceptDictionary:
         return write_kind(folder, _KIND, tensors, values)
 
     @classmethod
-    @on_cpu
+    @door
     def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> ConceptDictionary:
         """Read what `save` wrote. Raises FileNotFoundError, or FileFormatError where the files do
         not fit together."""

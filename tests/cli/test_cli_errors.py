@@ -112,6 +112,16 @@ def test_words_that_are_no_text_are_named(capsys, tmp_path):
     assert "words.txt: not text in UTF-8" in err
 
 
+def test_names_that_are_shown_are_written_out(capsys, tmp_path):
+    SAE(192, 8, k=2, metadata={"clip_model": "emojiclip", "hook_point": "visual.ln_pre"}).save_pretrained(tmp_path)
+    (tmp_path / "words.txt").write_text("c\x1b[31mat\ndog\n")
+    call = ["sae", "steer", tmp_path, "--feature", "1=2", "--words", tmp_path / "words.txt", "--count", 2]
+    code, out, _ = run(capsys, *call)
+    assert code == 0
+    assert r"c\x1b[31mat" in out
+    assert out.replace("\n", "").isprintable()
+
+
 # weights that nobody named
 
 

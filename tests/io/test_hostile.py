@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 import torch
 
+import clipsteer
 from clipsteer import SAE, FileFormatError, wise_ft
+from clipsteer.conceptors import Conceptor
 from clipsteer.io import read_json, read_safetensors, read_text, read_torch_weights_only, write_json
 from clipsteer.io.files import write_atomically
 from clipsteer.io.messages import PrintableFormatter, printable
 from clipsteer.io.weights import check_weights_file
+from clipsteer.splice import ConceptDictionary
 
 
 def repack(path: Path, change, compression: int = zipfile.ZIP_STORED) -> None:
@@ -167,6 +170,15 @@ def test_names_that_no_file_can_have(name, read, tmp_path):
         read(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "y/" + "x" * 5000, "x" * 300 + ".safetensors"])
+def test_every_door_refuses_names_that_no_file_can_have(name, tmp_path):
+    doors = [clipsteer.load, lambda n: clipsteer.load("emoji-tiny", n), SAE.from_pretrained, Conceptor.load]
+    doors += [ConceptDictionary.load, lambda n: wise_ft(n, n), clipsteer.clip.load_classifier]
+    for door in doors:
+        with pytest.raises(FileFormatError, match="no file can have this name"):
+            door(str(tmp_path / name))
+
+
 def test_a_text_that_is_none_names_its_file(tmp_path):
     (tmp_path / "words.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(FileFormatError, match=r"words\.txt: not text in UTF-8"):
@@ -236,6 +248,7 @@ def test_files_are_checked_within_little_memory(tmp_path):
 import resource
 from clipsteer import FileFormatError
 from clipsteer.io.weights import check_weights_file
+from clipsteer.splice import ConceptDictionary
 with open("/proc/self/statm") as file:
     limit = int(file.read().split()[0]) * resource.getpagesize() + (600 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
