@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 
 import clipsteer
@@ -72,9 +73,8 @@ ARCHITECTURE = {
 
 
 def clip_weights() -> Weights:
-    from open_clip.model import CLIP
-
-    return CLIP(**json.loads(json.dumps(ARCHITECTURE))).state_dict()
+    open_clip = pytest.importorskip("open_clip")
+    return open_clip.CLIP(**json.loads(json.dumps(ARCHITECTURE))).state_dict()
 
 
 def clip(folder: Path, save: Save, name: str) -> None:
@@ -209,9 +209,8 @@ def each_plain(folder: Path) -> None:
         raise error
 
 
-def timm(folder: Path) -> None:
-    import timm
-
+def timm_tower(folder: Path) -> None:
+    timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     write_safetensors(folder / "w.safetensors", timm.create_model("test_vit", num_classes=0).state_dict())
 
@@ -257,7 +256,7 @@ READERS = {
         lambda f: clip(f, saved_before_archives, "w.pt"), lambda f: loaded(f, "w.pt"), 500, NAMES
     ),
     "weights in numpy's": Reader(lambda f: clip(f, saved_as_numpy, "w.npz"), lambda f: loaded(f, "w.npz"), 300, NAMES),
-    "weights of timm": Reader(timm, lambda f: clipsteer.load("timm:test_vit", f / "w.safetensors"), 300),
+    "weights of timm": Reader(timm_tower, lambda f: clipsteer.load("timm:test_vit", f / "w.safetensors"), 300),
 }  # fmt: skip
 # whose valid files open_clip does not take for this architecture
 NEVER = ("weights in numpy's",)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests._readers import ARCHITECTURE, clip_weights, local_dir, run_folder, saved_as_numpy, timm
+from tests._readers import ARCHITECTURE, clip_weights, local_dir, run_folder, saved_as_numpy, timm_tower
 
 import clipsteer
 from clipsteer import FileFormatError
@@ -125,8 +125,7 @@ def test_folders_and_image_towers_are_held_to_the_same(value, tmp_path):
             write_safetensors(path, poisoned(clip_weights(), value))
         with pytest.raises(FileFormatError, match="holds"):
             clipsteer.load(name)
-    pytest.importorskip("timm")
-    timm(tmp_path)
+    timm_tower(tmp_path)
     from clipsteer.io.files import read_safetensors
 
     tensors = read_safetensors(tmp_path / "w.safetensors")
