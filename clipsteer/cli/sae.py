@@ -21,6 +21,7 @@ from clipsteer.cli.arguments import (
     count,
     device_of,
     load_known,
+    setup_options,
     show_steering,
     whole,
 )
@@ -231,7 +232,7 @@ def _train(args: argparse.Namespace) -> int:
     config = args.options.read(args)
     # before anything is loaded: under torchrun each process has its own GPU
     world = World(args.device)
-    clip = load(args.model, args.pretrained, device=world.device)
+    clip = load(args.model, args.pretrained, device=world.device, **setup_options(args))
     dataset = open_dataset(args.data or "emoji", emoji="trained:seen")
     hook_point = args.hook_point or default_hook_point(clip)
     common = {"tokens": args.tokens, "num_workers": args.workers}

@@ -51,10 +51,11 @@ class Entry(NamedTuple):
 
 
 class Source(NamedTuple):
-    """The tensors of one model, and what to call it in a message."""
+    """The tensors of one model, what to call it in a message, and what the file's header says."""
 
     where: str
     entries: dict[str, Entry]
+    metadata: Mapping[str, str] = {}
 
 
 @door
@@ -82,12 +83,12 @@ def open_weights(argument: str, weights: Weights, stack: ExitStack) -> Source:
             raise FileNotFoundError(f"{path}: no weights in it; looked for {', '.join(_FOLDER)}")
         path = found
     if path.name.endswith(".index.json"):
-        return Source(str(path), _plain(_shards(path, stack)))
+        return _plain(_shards(path, stack))
     if path.suffix not in _SUFFIXES:
         raise ValueError(
             f"wise_ft: {argument} must be .safetensors, .index.json, .pt, .pth or .bin, got {path}"
         )
-    return Source(str(path), _plain(_file(path, stack)))
+    return _plain(_file(path, stack))
 
 
 def check_weights_file(path: str | Path) -> None:
@@ -107,7 +108,7 @@ def check_weights_file(path: str | Path) -> None:
         read_torch_weights_only(path, before_archives=True)
 
 
-def _file(path: Path, stack: ExitStack) -> dict[str, Entry]:
+def _file(path: Path, stack: ExitStack) -> Source:
     if path.suffix == ".safetensors":
         return _safetensors(path, stack)
     value = read_torch_weights_only(path, stand_in_modules=_STAND_INS)
@@ -121,20 +122,20 @@ def _file(path: Path, stack: ExitStack) -> dict[str, Entry]:
             f"{', '.join(map(repr, _UNDER))}"
         )
     try:
-        return _tensors(str(path), value)
+        return Source(str(path), _tensors(str(path), value))
     except TypeError as error:
         raise FileFormatError(str(error)) from None
 
 
-def _plain(entries: dict[str, Entry]) -> dict[str, Entry]:
+def _plain(source: Source) -> Source:
     """Names as the model itself has them: torch.compile puts a part of its own into them, and
     DistributedDataParallel one in front of all."""
-    plain = {_COMPILED.sub("", name): entry for name, entry in entries.items()}
-    if len(plain) != len(entries):
-        return entries
+    plain = {_COMPILED.sub("", name): entry for name, entry in source.entries.items()}
+    if len(plain) != len(source.entries):
+        return source
     while plain and all(name.startswith("module.") for name in plain):
         plain = {name[7:]: entry for name, entry in plain.items()}
-    return plain
+    return source._replace(entries=plain)
 
 
 def _tensors(where: str, weights: Mapping[str, Tensor]) -> dict[str, Entry]:
@@ -157,7 +158,7 @@ def _tensors(where: str, weights: Mapping[str, Tensor]) -> dict[str, Entry]:
     return {name: entry(name, tensor) for name, tensor in weights.items()}
 
 
-def _safetensors(path: Path, stack: ExitStack) -> dict[str, Entry]:
+def _safetensors(path: Path, stack: ExitStack) -> Source:
     header = read_safetensors_header(path)
     file = stack.enter_context(path.open("rb", buffering=0))
 
@@ -179,10 +180,10 @@ def _safetensors(path: Path, stack: ExitStack) -> dict[str, Entry]:
     found = {}
     for name, dtype, shape, begin, _ in header.entries:
         found[name] = Entry(dtype, shape, reader(name, dtype, header.start + begin))
-    return found
+    return Source(str(path), found, header.metadata)
 
 
-def _shards(index: Path, stack: ExitStack) -> dict[str, Entry]:
+def _shards(index: Path, stack: ExitStack) -> Source:
     value = read_json(index)
     places = value.get("weight_map") if isinstance(value, dict) else None
     named = isinstance(places, dict) and all(isinstance(file, str) for file in places.values())
@@ -195,9 +196,13 @@ def _shards(index: Path, stack: ExitStack) -> dict[str, Entry]:
                 f"{index}: shard {name!r:.200} is not a file of weights beside the index"
             )
         files[name] = _file(index.parent / name, stack)
-    if lost := [name for name, file in places.items() if name not in files[file]]:
+    if lost := [name for name, file in places.items() if name not in files[file].entries]:
         raise FileFormatError(f"{index}: its shards lack {some(lost)}")
-    return {name: files[file][name] for name, file in places.items()}
+    entries = {name: files[file].entries[name] for name, file in places.items()}
+    metadata: dict[str, str] = {}
+    for file in files.values():
+        metadata.update(file.metadata)
+    return Source(str(index), entries, metadata)
 
 
 def some(items: Sequence[str], limit: int = 8) -> str:

@@ -137,7 +137,7 @@ def test_what_belongs_to_a_model_is_not_tried_on_random_weights(call, more, caps
     def load(*args, **kwargs):
         raise AssertionError("a model was made")
 
-    monkeypatch.setattr("clipsteer.clip.model.load", load)
+    monkeypatch.setattr("clipsteer.clip.model.load_origin", load)
     path = tmp_path / ("sae" if call[0] == "sae" else "c.safetensors")
     code, _, err = run(capsys, *call[:2], path, *call[2:], *more)
     assert code == 2
@@ -152,10 +152,10 @@ def test_the_weights_that_it_was_made_from_are_taken(more, capsys, monkeypatch, 
     seen = []
 
     def load(*args, **kwargs):
-        seen.append(args)
+        seen.append((kwargs["model"] or "ViT-B-32", kwargs["pretrained"]))
         raise ValueError("enough")
 
-    monkeypatch.setattr("clipsteer.clip.model.load", load)
+    monkeypatch.setattr("clipsteer.clip.model.load_origin", load)
     assert run(capsys, "sae", "eval", tmp_path, *more)[0] == 2
     assert seen == [("ViT-B-32", "openai")]
 

@@ -106,6 +106,7 @@ RUN, FEATURES, TWO = of("run"), of("reference features"), of("merged safetensors
 CASES = {
     "clipsteer.load": RUN,
     "clipsteer.clip.load": of("weights of timm"),
+    "clipsteer.clip.load_origin": RUN._replace(read=lambda f: clipsteer.clip.load_origin({"clip_model": str(f)})),
     "clipsteer.clip.load_classifier": of("classifier"),
     "clipsteer.reference.load_run": RUN._replace(read=features.load_run),
     "clipsteer.reference.read": FEATURES,
