@@ -9,6 +9,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from clipsteer.io.messages import FileFormatError
+
 Given = ParamSpec("Given")
 Found = TypeVar("Found")
 
@@ -29,8 +31,6 @@ def door(reader: Callable[Given, Found]) -> Callable[Given, Found]:
         except (OSError, ValueError) as error:
             if not _is_of_a_name(error):
                 raise
-            from clipsteer.io.files import FileFormatError  # which has doors itself
-
             where = str(getattr(error, "filename", None) or "a name with a null character")
             raise FileFormatError(f"{where:.200}: no file can have this name") from None
 

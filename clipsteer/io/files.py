@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from clipsteer.io.doors import door
-from clipsteer.io.messages import naming, printable
+from clipsteer.io.messages import FileFormatError as FileFormatError
+from clipsteer.io.messages import naming
 
 MAX_JSON_BYTES = 16 << 20
 # of JSON: what is read takes memory in proportion, and can be copied, compared and written again
@@ -47,14 +48,6 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_DIMS = 32
 _MAX_SIZE = 1 << 62  # of a dimension
-
-
-class FileFormatError(Exception):
-    """A file is not what it should be: damaged, truncated, or of another format. The message names
-    the path, and holds nothing that a terminal would act on."""
-
-    def __init__(self, message: object) -> None:
-        super().__init__(printable(message))
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:

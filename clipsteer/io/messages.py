@@ -29,6 +29,14 @@ class PrintableFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
+class FileFormatError(Exception):
+    """A file is not what it should be: damaged, truncated, or of another format. The message names
+    the path, and holds nothing that a terminal would act on."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(printable(message))
+
+
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
     """Errors of the system that come out of the block name the path: a full disk does not say
