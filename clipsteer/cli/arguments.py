@@ -144,15 +144,19 @@ def _help(field: Setting, own: str | None) -> str:
 
 
 def _text(*lines: str) -> None:
-    sys.stdout.write("\n".join(lines) + "\n")
+    """Write lines; names from files are among their words."""
+    from clipsteer.io.messages import printable
+
+    sys.stdout.write(printable("\n".join(lines)) + "\n")
 
 
 def read_words(path: Path | None, classes: Sequence[str] | None = None) -> list[str]:
     """The lines of a file, or the bundled concepts after the classes."""
     from clipsteer.data.emoji import EmojiStyles
+    from clipsteer.io.files import read_text
 
     if path is not None:
-        words = [w.strip() for w in path.read_text(encoding="utf-8").splitlines()]
+        words = [w.strip() for w in read_text(path).splitlines()]
     else:
         words = [
             *(c.replace("_", " ") for c in classes or []),
@@ -238,6 +242,30 @@ def add_device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
 
 
+def load_known(args: argparse.Namespace, metadata: Mapping[str, Any], what: Any) -> Any:
+    """The model that a file's metadata name, or ``--model``.
+
+    Raises ValueError where neither names one, and where its weights would be random: what the file
+    was made from is then another model.
+    """
+    from clipsteer.clip.model import load_origin, needs_weights
+
+    known = metadata.get("clip_model")
+    name = args.model or known
+    if name is None:
+        raise ValueError(
+            f"{what} does not say which model it belongs to; pass --model and --hook-point"
+        )
+    pretrained = args.pretrained or (metadata.get("pretrained") if name == known else None)
+    if pretrained is None and needs_weights(name):
+        raise ValueError(
+            f"{what} belongs to {name}, of which no weights are named, and random ones would be "
+            f"another model; pass --pretrained, a tag of open_clip or a weights file"
+        )
+    named = {"model": args.model, "pretrained": pretrained, **setup_options(args)}
+    return load_origin(metadata, device=device_of(args), **named)
+
+
 def add_data(p: argparse.ArgumentParser, what: str) -> None:
     """The option that names images, and ``what`` is done with them."""
     p.add_argument(
@@ -308,9 +336,7 @@ def show_steering(
     if args.top < 1 or args.count < 1:
         raise ValueError(f"--top and --count must be at least 1, got {args.top} and {args.count}")
     if args.words is not None:
-        words = [
-            w.strip() for w in args.words.read_text(encoding="utf-8").splitlines() if w.strip()
-        ]
+        words = read_words(args.words)
     else:
         words = dataset.classes or [c.label for c in EmojiStyles().concepts]
     head = zero_shot_head(clip, words, None if clip.name == EMOJICLIP else ("a photo of a {}.",))
@@ -328,10 +354,10 @@ def show_steering(
 
     names = sample_names(dataset)
     for i, p, q in zip(rows, before, after):
-        sys.stdout.write(f"{names[i][:60]}\n  before  {shown(p)}\n  after   {shown(q)}\n")
+        _text(names[i][:60], f"  before  {shown(p)}", f"  after   {shown(q)}")
     change = (after - before).mean(0)
     order = change.abs().argsort(descending=True)[: 2 * args.top].tolist()
-    sys.stdout.write("mean change, in points\n")
+    _text("mean change, in points")
     for i in sorted(order, key=lambda i: -float(change[i])):
-        sys.stdout.write(f"  {100 * float(change[i]):+6.1f}  {words[i]}\n")
+        _text(f"  {100 * float(change[i]):+6.1f}  {words[i]}")
     return 0

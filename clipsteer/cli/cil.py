@@ -268,9 +268,11 @@ _BACKGROUND = "background.safetensors"
 
 
 def _background(folder: Path, saes: Any) -> Any:
-    from clipsteer.io.files import read_safetensors
+    from clipsteer.io.files import FileFormatError, read_safetensors
 
     usage = read_safetensors(folder / _BACKGROUND)
+    if lost := [block for block in saes if block not in usage]:
+        raise FileFormatError(f"{folder / _BACKGROUND}: no usage of {', '.join(lost)}")
     return {block: usage[block] for block in saes}
 
 

@@ -17,6 +17,7 @@ from clipsteer.cli.arguments import (
     add_shown,
     add_site,
     device_of,
+    load_known,
     setup_options,
     show_steering,
     whole,
@@ -295,11 +296,15 @@ def _fit(args: argparse.Namespace) -> int:
 
 def _pick(path: Path | str, name: str | None) -> Any:
     from clipsteer.conceptors.conceptor import Conceptor
+    from clipsteer.io.files import FileFormatError
 
     C = Conceptor.load(path)
     if not C.is_batch:
         return C
-    names = json.loads(C.metadata.get("classes", "[]"))
+    try:
+        names = [str(name) for name in json.loads(C.metadata.get("classes", "[]"))]
+    except (ValueError, TypeError, RecursionError):
+        raise FileFormatError(f"{path}: classes must be a list of names") from None
     if name not in names:
         raise ValueError(
             f"{path} holds several conceptors; pass --class, one of: {', '.join(names)}"
@@ -308,7 +313,6 @@ def _pick(path: Path | str, name: str | None) -> Any:
 
 
 def _steer(args: argparse.Namespace) -> int:
-    from clipsteer.clip.model import load_origin
     from clipsteer.data.files import open_dataset
     from clipsteer.steering import ConceptorSteering
 
@@ -335,20 +339,13 @@ def _steer(args: argparse.Namespace) -> int:
         C = C | other if op == "or" else C & (other if op == "and" else ~other)
     if args.scale_aperture is not None:
         C = C.scale_aperture(args.scale_aperture)
-    name, hook_point = (
-        args.model or provenance.get("clip_model"),
-        args.hook_point or provenance.get("hook_point"),
-    )
-    if name is None or hook_point is None:
-        raise ValueError(
-            f"{args.conceptor} does not say which model it belongs to; pass --model and "
-            f"--hook-point"
-        )
+    hook_point = args.hook_point or provenance.get("hook_point")
+    if hook_point is None:
+        raise ValueError(f"{args.conceptor} does not name its hook point; pass --hook-point")
+    clip = load_known(args, provenance, args.conceptor)
     steering = ConceptorSteering(
         C, args.beta, tokens=args.tokens or provenance.get("tokens") or "all"
     )
     sys.stdout.write(f"{C}\n")
-    named = {"model": args.model, "pretrained": args.pretrained, **setup_options(args)}
-    clip = load_origin(provenance, device=device_of(args), **named)
     dataset = open_dataset(args.data or "emoji", emoji="held-out:seen")
     return show_steering(args, clip, dataset, hook_point, steering)

@@ -11,6 +11,7 @@ from typing import Any
 
 from clipsteer.cli.arguments import (
     Options,
+    _text,
     add_data,
     add_known_site,
     add_model,
@@ -19,6 +20,7 @@ from clipsteer.cli.arguments import (
     add_workers,
     count,
     device_of,
+    load_known,
     setup_options,
     show_steering,
     whole,
@@ -254,17 +256,10 @@ def _train(args: argparse.Namespace) -> int:
 def _open(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The SAE, the model it belongs to, and the images."""
     import clipsteer
-    from clipsteer.clip.model import load_origin
     from clipsteer.data.files import open_dataset
 
-    device = device_of(args)
-    sae = clipsteer.SAE.from_pretrained(args.sae, device=device)
-    if (args.model or sae.metadata.get("clip_model")) is None:
-        raise ValueError(
-            f"{args.sae} does not say which model it belongs to; pass --model and --hook-point"
-        )
-    named = {"model": args.model, "pretrained": args.pretrained, **setup_options(args)}
-    clip = load_origin(sae.metadata, device=device, **named)
+    sae = clipsteer.SAE.from_pretrained(args.sae, device=device_of(args))
+    clip = load_known(args, sae.metadata, args.sae)
     return sae, clip, open_dataset(args.data or "emoji", emoji="held-out:seen")
 
 
@@ -289,19 +284,19 @@ def _eval(args: argparse.Namespace) -> int:
 def _show(figures: dict[str, Any]) -> None:
     for name, value in figures.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            sys.stdout.write(f"{name:<16} {value:.6g}\n")
+            _text(f"{name:<16} {value:.6g}")
         elif isinstance(value, str):
-            sys.stdout.write(f"{name:<16} {value}\n")
+            _text(f"{name:<16} {value}")
     if "steerability" in figures:
         found = figures["steerability"]
         of_features = f"{found['share']:.1%} of {found['features']} features"
-        sys.stdout.write(f"{'steerable':<16} {of_features} at {found['strength']:g}\n")
+        _text(f"{'steerable':<16} {of_features} at {found['strength']:g}")
         for row in found["best"]:
             measured = f"S {row['score']:.3f}  power {row['power']:.3f}"
-            sys.stdout.write(f"  feature {row['feature']:<7} {measured}  {row['concept']}\n")
+            _text(f"  feature {row['feature']:<7} {measured}  {row['concept']}")
     for row in figures.get("names", []):
         named = ", ".join(f"{concept} {weight:.2f}" for concept, weight in row["names"])
-        sys.stdout.write(f"  feature {row['feature']:<7} peak {row['peak']:<8.4g} {named}\n")
+        _text(f"  feature {row['feature']:<7} peak {row['peak']:<8.4g} {named}")
 
 
 def _steerability(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clipsteer.cli.arguments import (
+    _text,
     add_data,
     add_model,
     device_of,
@@ -111,10 +112,9 @@ def _splice(args: argparse.Namespace) -> int:
             [dictionary.concepts[i], v] for v, i in zip(values[:l0].tolist(), places[:l0].tolist())
         ]
         rows.append({"image": str(path), "l0": l0, "cosine": near, "concepts": concepts})
-        sys.stdout.write(f"{path}: {l0} concepts, cosine of the reconstruction {near:.3f}\n")
-        sys.stdout.writelines(
-            f"  {value:.3f}  {concept}\n" for concept, value in concepts[: args.top]
-        )
+        _text(f"{path}: {l0} concepts, cosine of the reconstruction {near:.3f}")
+        for concept, value in concepts[: args.top]:
+            _text(f"  {value:.3f}  {concept}")
     if not bool(found.converged.all()):
         worst = float(found.violation.max())
         sys.stderr.write(

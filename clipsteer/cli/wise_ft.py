@@ -182,10 +182,12 @@ def _merge_classifiers(
     from clipsteer.clip.classifier import HEAD
     from clipsteer.clip.runs import ARCHITECTURE, CONFIG, WEIGHTS
     from clipsteer.ensembles.merging import deciding, wise_ft
-    from clipsteer.io.files import read_json, read_safetensors_header, write_json
+    from clipsteer.io.files import json_object, read_json, read_safetensors_header, write_json
 
-    config = read_json(zeroshot / "config.json")
-    if config.get("classes") != read_json(finetuned / "config.json").get("classes"):
+    config, other = (
+        json_object(folder / CONFIG, read_json(folder / CONFIG)) for folder in (zeroshot, finetuned)
+    )
+    if config.get("classes") != other.get("classes"):
         raise ValueError(f"{zeroshot} and {finetuned} are classifiers of different classes")
     heads = models = alphas
     if isinstance(alphas[0], Mapping):
@@ -295,21 +297,23 @@ def _kept(clip: Any, images: Any, workers: int) -> Any:
 
 def _models(path: Path) -> list[tuple[float, int, float, int]]:
     import csv
+    import io
 
-    from clipsteer.io.files import FileFormatError
+    from clipsteer.io.files import FileFormatError, read_text
 
     columns = ("reference", "reference_n", "shifted", "shifted_n")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        try:
-            rows = [tuple(float(row[c]) for c in columns) for row in csv.DictReader(file)]
-        except (KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(
-                f"{path}: expected numbers in the columns {', '.join(columns)}: {error}"
-            ) from None
+    file = io.StringIO(read_text(path), newline="")
+    try:
+        rows = [tuple(float(row[c]) for c in columns) for row in csv.DictReader(file)]
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise FileFormatError(
+            f"{path}: expected numbers in the columns {', '.join(columns)}: {error}"
+        ) from None
     if bad := [
         row
         for row in rows
-        if not (0 <= row[0] <= 1 and 0 <= row[2] <= 1 and row[1] >= 1 and row[3] >= 1)
+        if not (0 <= row[0] <= 1 and 0 <= row[2] <= 1)
+        or not all(1 <= row[place] <= 1 << 53 for place in (1, 3))
     ]:
         raise FileFormatError(
             f"{path}: accuracies must be in [0, 1] and counts at least 1, got {bad[0]}"

@@ -31,6 +31,7 @@ from clipsteer.clip.setup import Asked, Setup, as_size, setup_of
 from clipsteer.clip.timm_models import TIMM, ImageModel, NoTokenizer, no_text, open_timm
 from clipsteer.clip.tokens import class_tokens as class_tokens
 from clipsteer.io.digests import described
+from clipsteer.io.doors import door
 
 __all__ = [
     "CLIP",
@@ -139,6 +140,12 @@ class CLIP:
         return F.normalize(features.to(wide), dim=-1)
 
 
+def needs_weights(name: str) -> bool:
+    """Whether a name is an architecture alone, whose weights are random where none are named."""
+    return is_open_clip(name) and name != EMOJICLIP and not name.startswith(PREFIXES)
+
+
+@door
 def load(
     name: str | Path = EMOJICLIP,
     pretrained: str | Path | None = None,
@@ -200,7 +207,7 @@ def _load(
     if name.startswith(TIMM):
         parts = _timm_parts(name, weights, asked)
     elif is_open_clip(name):
-        if weights is None and name != EMOJICLIP and not name.startswith(PREFIXES):
+        if needs_weights(name) and weights is None:
             logger.warning(
                 "%s: no pretrained weights were asked for, so the weights are random", name
             )
@@ -211,6 +218,7 @@ def _load(
     return CLIP(module, parts.preprocess, parts.tokenizer, name, weights)
 
 
+@door
 def load_origin(
     origin: Mapping[str, Any],
     *,

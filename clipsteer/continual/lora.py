@@ -28,6 +28,7 @@ from clipsteer.continual.adapters import (
     spread_panels,
     write_adapter,
 )
+from clipsteer.io.doors import door
 from clipsteer.io.files import FileFormatError
 from clipsteer.io.kinds import Kind, read_kind, write_kind
 
@@ -247,6 +248,7 @@ class LoRA:
         write_kind(path, _KIND, self.state_dict(), {"config": self.config})
 
     @classmethod
+    @door
     def load(cls, module: nn.Module, path: str | Path) -> LoRA:
         """Put what ``save`` wrote on an equal module, which is left as it was if that fails.
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from clipsteer.io.files import read_json as read_json
     from clipsteer.io.files import read_safetensors as read_safetensors
     from clipsteer.io.files import read_safetensors_header as read_safetensors_header
+    from clipsteer.io.files import read_text as read_text
     from clipsteer.io.files import refuse_nan as refuse_nan
     from clipsteer.io.files import safetensors_layout as safetensors_layout
     from clipsteer.io.files import tensor_bytes as tensor_bytes
@@ -30,10 +31,12 @@ if TYPE_CHECKING:
     from clipsteer.io.kinds import Kind as Kind
     from clipsteer.io.kinds import read_kind as read_kind
     from clipsteer.io.kinds import write_kind as write_kind
+    from clipsteer.io.messages import printable as printable
     from clipsteer.io.torch_files import read_torch_weights_only as read_torch_weights_only
     from clipsteer.io.weights import Entry as Entry
     from clipsteer.io.weights import Source as Source
     from clipsteer.io.weights import Weights as Weights
+    from clipsteer.io.weights import check_weights_file as check_weights_file
     from clipsteer.io.weights import open_weights as open_weights
     from clipsteer.io.weights import some as some
 

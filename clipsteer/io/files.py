@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -22,7 +22,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from clipsteer.io.doors import door
+from clipsteer.io.messages import FileFormatError as FileFormatError
+from clipsteer.io.messages import naming
+
 MAX_JSON_BYTES = 16 << 20
+# of JSON: what is read takes memory in proportion, and can be copied, compared and written again
+_MAX_VALUES = 1 << 20
+_MAX_DEPTH = 200
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -43,11 +50,6 @@ _MAX_DIMS = 32
 _MAX_SIZE = 1 << 62  # of a dimension
 
 
-class FileFormatError(Exception):
-    """A file is not what it should be: damaged, truncated, or of another format. The message names
-    the path."""
-
-
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Replace ``path`` by what ``write`` puts into the open file: all of it, or none of it when
     anything fails.
@@ -66,7 +68,7 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
             break
         file.close()
     try:
-        with file:
+        with naming(path), file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -177,6 +179,7 @@ def write_safetensors(
     write_atomically(path, write)
 
 
+@door
 def open_regular(path: Path) -> tuple[BinaryIO, int]:
     """An open regular file and its size in bytes.
 
@@ -197,24 +200,57 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse(path: Path, data: bytes) -> Any:
+    # three characters of an empty list take 64 bytes of memory
+    if sum(map(data.count, (b"[", b"{", b","))) > _MAX_VALUES:
+        raise FileFormatError(f"{path}: more than {_MAX_VALUES} values are not read as JSON")
     try:
-        return json.loads(data, object_pairs_hook=_no_duplicates)
+        value = json.loads(data, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: not valid JSON: {error}") from None
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [part for whole in level for part in _parts(whole)]
+    if level:
+        raise FileFormatError(f"{path}: more than {_MAX_DEPTH - 1} lists and objects, nested")
+    return value
 
 
+def _parts(value: Any) -> Iterable[Any]:
+    """What a list or an object holds."""
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+@door
+def read_text(path: str | Path, *, max_bytes: int = MAX_JSON_BYTES) -> str:
+    """The text in a UTF-8 file of at most ``max_bytes``, without a byte order mark.
+
+    Raises FileFormatError.
+    """
+    path = Path(path)
+    try:
+        return _content(path, max_bytes, "text").decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{path}: not text in UTF-8: {error}") from None
+
+
+def _content(path: Path, max_bytes: int, what: str) -> bytes:
+    file, size = open_regular(path)
+    with file, naming(path):
+        if size > max_bytes:
+            raise FileFormatError(f"{path}: {size} bytes, at most {max_bytes} are read as {what}")
+        return file.read(max_bytes)
+
+
+@door
 def read_json(path: str | Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """The value in a JSON file of at most ``max_bytes``.
 
     Raises FileFormatError, also where a name occurs twice in an object.
     """
     path = Path(path)
-    file, size = open_regular(path)
-    with file:
-        if size > max_bytes:
-            raise FileFormatError(f"{path}: {size} bytes, at most {max_bytes} are read as JSON")
-        data = file.read(max_bytes)
-    return _parse(path, data)
+    return _parse(path, _content(path, max_bytes, "JSON"))
 
 
 class StoredTensor(NamedTuple):
@@ -273,7 +309,7 @@ def _opened(path: Path) -> Iterator[tuple[safe_open, Header]]:
     try:
         # not mapped: a file that is cut off while it is read raises, and does not kill the process
         with safe_open(path, framework="pt", backend="pread") as file:
-            metadata = described.pop("__metadata__", {})
+            metadata = described.pop("__metadata__", None) or {}
             stored = [_stored(path, name, entry) for name, entry in described.items()]
             stored.sort(key=lambda tensor: (tensor.begin, tensor.end))
             yield file, Header(tuple(stored), metadata, start)
@@ -282,6 +318,7 @@ def _opened(path: Path) -> Iterator[tuple[safe_open, Header]]:
         raise FileFormatError(f"{path}: {error}") from None
 
 
+@door
 def read_safetensors_header(path: str | Path) -> Header:
     """Names, dtypes, shapes and metadata, without the data. Raises FileFormatError."""
     with _opened(Path(path)) as (_, header):
@@ -302,13 +339,21 @@ def _read_tensor(path: Path, file: safe_open, stored: StoredTensor) -> Tensor:
     return tensor
 
 
-def refuse_nan(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise FileFormatError where a tensor of ``path`` holds NaN; infinities are let through."""
+def refuse_nan(path: str | Path, tensors: Mapping[str, Tensor], *, infinity: bool = False) -> None:
+    """Raise FileFormatError where a tensor of ``path`` holds NaN, and with ``infinity`` also where
+    one holds that."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        # unlike isnan and isfinite these take no memory
+        ends = torch.stack(tensor.detach().aminmax())
+        if bool(ends.isnan().any()):
             raise FileFormatError(f"{path}: {name!r} holds NaN")
+        if infinity and bool(ends.isinf().any()):
+            raise FileFormatError(f"{path}: {name!r} holds infinities")
 
 
+@door
 def read_safetensors(path: str | Path, *, allow_nan: bool = True) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU, bit for bit, NaN payloads included.
 

@@ -18,10 +18,12 @@ from clipsteer.clip.pixels import pixel_batches
 from clipsteer.clip.runs import read_run
 from clipsteer.data.dataset import ImageDataset, captions_of, data_digest
 from clipsteer.io.digests import described, digest_of, tensors_digest, weights_digest
+from clipsteer.io.doors import door
 from clipsteer.io.files import (
     FileFormatError,
     read_safetensors,
     read_safetensors_header,
+    refuse_nan,
     write_safetensors,
 )
 from clipsteer.training.world import JointBatch, World
@@ -170,6 +172,7 @@ def compute(
     )
 
 
+@door
 def read(path: str | Path, dataset: ImageDataset) -> ReferenceFeatures:
     """Features that `compute` or another tool left in a safetensors file.
 
@@ -181,7 +184,8 @@ def read(path: str | Path, dataset: ImageDataset) -> ReferenceFeatures:
         ValueError: the features of another data set. FileFormatError: no features of pairs.
             FileNotFoundError.
     """
-    tensors = read_safetensors(path, allow_nan=False)
+    tensors = read_safetensors(path)
+    refuse_nan(path, tensors, infinity=True)
     metadata = read_safetensors_header(path).metadata
     if not _are_features(tensors):
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -214,6 +218,7 @@ def _unit(features: ReferenceFeatures) -> ReferenceFeatures:
     return features._replace(image=image, text=text)
 
 
+@door
 def cached(
     path: str | Path,
     clip: CLIP,
@@ -248,6 +253,7 @@ def cached(
     return _unit(features)  # as `read` gives them, to the last bit
 
 
+@door
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> CLIP:
     """The model that `clipsteer train --out folder` left there: ``load(folder)``, which says more
     where there is none."""

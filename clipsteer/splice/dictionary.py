@@ -23,6 +23,7 @@ from clipsteer.clip.model import CLIP
 from clipsteer.clip.pixels import image_embeddings
 from clipsteer.clip.zero_shot import zero_shot_head
 from clipsteer.data.emoji import EmojiStyles
+from clipsteer.io.doors import door
 from clipsteer.io.files import FileFormatError
 from clipsteer.io.kinds import Kind, read_kind, write_kind
 from clipsteer.splice.lasso import Decomposition, nonnegative_lasso
@@ -315,6 +316,7 @@ class ConceptDictionary:
         return write_kind(folder, _KIND, tensors, values)
 
     @classmethod
+    @door
     def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> ConceptDictionary:
         """Read what `save` wrote. Raises FileNotFoundError, or FileFormatError where the files do
         not fit together."""

@@ -245,7 +245,7 @@ def test_hook_points_that_are_never_called(capsys, sae, model, images, tmp_path)
         assert "after" not in out
 
 
-class Stop(Exception):
+class Stop(BaseException):  # of others the command line makes a message
     pass
 
 
