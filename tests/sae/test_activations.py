@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from clipsteer import FileFormatError, clip
 from clipsteer.clip.pixels import image_loader
+from clipsteer.io.checked import write_checked
 from clipsteer.sae.activations import (
     ActivationSource,
     ActivationStore,
@@ -179,8 +180,8 @@ def test_a_harvest_is_resumed_shard_by_shard(model, tmp_path):
     assert (len(part.shards), part.complete, len(part)) == (2, False, 30)
     data = Pictures()
     whole = harvest_to_store(model, data, BLOCK, tmp_path, **settings)
-    # one image to learn the shape, then 6 … 10
-    assert data.asked == 1 + 5
+    # one image to learn the shape, eight twice to know the data, then 6 … 10
+    assert data.asked == 1 + 16 + 5
     assert whole.complete
     assert whole.read_shard(3).dtype == torch.float16
     alone = harvest_to_store(model, Pictures(), BLOCK, tmp_path / "alone", **settings)
@@ -188,7 +189,8 @@ def test_a_harvest_is_resumed_shard_by_shard(model, tmp_path):
         assert torch.equal(whole.read_shard(index), alone.read_shard(index))
     truncated = whole.shards[1]
     truncated.write_bytes(truncated.read_bytes()[:-3])
-    assert len(ActivationStore(tmp_path).shards) == 3
+    with pytest.raises(FileFormatError, match=r"shard-000001.safetensors: of \d+ bytes, its index tells of"):
+        ActivationStore(tmp_path)
     mended = harvest_to_store(model, Pictures(), BLOCK, tmp_path, **settings)
     assert torch.equal(mended.read_shard(1), alone.read_shard(1))
 
@@ -201,6 +203,9 @@ def test_a_store_that_other_processes_write_elsewhere_is_refused(model, tmp_path
 
         def any(self, flag):
             return flag
+
+        def broadcast_json(self, value):
+            return value
 
     settings = {"dtype": "float32", "shard_rows": 15}
     monkeypatch.setattr("clipsteer.sae.activations.World", Second)
@@ -242,13 +247,21 @@ def test_another_harvest_is_not_mixed_in(model, tmp_path):
 
 def test_damaged_stores_are_format_errors(model, tmp_path):
     store = harvest_to_store(model, Pictures(), BLOCK, tmp_path, shard_rows=30)
-    entry = store.shards[0].with_suffix(".json")
-    lying = json.loads(entry.read_text())
-    entry.write_text(json.dumps({**lying, "rows": lying["rows"] + 1}))
-    with pytest.raises(FileFormatError, match="expected activations"):
+    index = store.shards[0].with_suffix(".json")
+    lying = json.loads(index.read_text())
+    index.write_text(json.dumps({**lying, "rows": lying["rows"] + 1}))
+    with pytest.raises(FileFormatError, match="its checksum is of other contents"):
+        ActivationStore(tmp_path)
+    del lying["checksum"]
+    write_checked(index, {**lying, "rows": lying["rows"] + 1})
+    with pytest.raises(FileFormatError, match=r"'activations' must be float16 \(31, 16\), got float16 \(30, 16\)"):
         ActivationStore(tmp_path).read_shard(0)
     for path in tmp_path.glob("shard-*.json"):
         path.write_text("{")
+    with pytest.raises(FileFormatError, match="not valid JSON"):
+        ActivationStore(tmp_path)
+    for path in tmp_path.glob("shard-*.json"):
+        path.unlink()
     with pytest.raises(FileFormatError, match="no complete shard"):
         ActivationStore(tmp_path)
     for text in ("{", "[1]", "{}", '{"shards": "x", "d_in": 3}', '{"shards": 100000000000, "d_in": 3}'):
