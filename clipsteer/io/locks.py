@@ -133,7 +133,8 @@ def only_writer(folder: str | Path, what: str) -> Iterator[None]:
     """Be the only process, and the only thread, that writes to ``folder``, which is made.
 
     Where the thread is that already, nothing happens. The lock is a hidden file in the folder; it
-    goes at the end, and one that a killed process left is taken over.
+    goes at the end, with the folder where nothing else came into it, and one that a killed process
+    left is taken over.
 
     Args:
         what: writes; begins the message.
@@ -142,7 +143,7 @@ def only_writer(folder: str | Path, what: str) -> Iterator[None]:
         RuntimeError: another process or thread is; the message says which, where and since when.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    is_new = not folder.exists()
     owner = (os.path.realpath(folder), threading.get_ident())
     if owner in _held:
         yield
@@ -157,10 +158,14 @@ def only_writer(folder: str | Path, what: str) -> Iterator[None]:
         if _held.pop(owner, None) is not None:
             path.unlink(missing_ok=True)
             file.close()
+            if is_new:
+                with contextlib.suppress(OSError):  # there is something in it, as there should be
+                    folder.rmdir()
 
 
 def _claim(path: Path, what: str) -> BinaryIO:
     while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
         # opened for appending: what the holder wrote stays
         file = path.open("a+b")
         locked = _lock(file, wait=False)

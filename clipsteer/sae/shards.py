@@ -86,7 +86,11 @@ def shards_of(directory: Path, total: int) -> list[Path]:
     numbers = []
     for path in directory.iterdir():
         match = _NAME.fullmatch(path.name)
-        if match and int(match[1]) < total and shard_path(directory, int(match[1])).stem == path.stem:
+        if (
+            match
+            and int(match[1]) < total
+            and shard_path(directory, int(match[1])).stem == path.stem
+        ):
             numbers.append(int(match[1]))
     return [shard_path(directory, number) for number in sorted(numbers)]
 
