@@ -22,7 +22,7 @@ from clipsteer.io.files import FileFormatError
 from clipsteer.io.layout import Layout, Spec, check_layout, layout_of
 from clipsteer.training.resume import entry
 from clipsteer.training.schedule import DATA_ORDER
-from clipsteer.training.settings import Weight, check_same_settings
+from clipsteer.training.settings import check_same_settings
 
 
 def check_parts(
@@ -190,20 +190,21 @@ class LearnerState:
         if len(tasks) != found.step:
             raise FileFormatError(f"{found.index}: {len(tasks)} tasks, named {found.step}")
         multipliers = entry(found, "multipliers", list)
-        blocks = set(self.plasticity.saes) if self.plasticity is not None else set()
         wanted = len(tasks) if self.config.plasticity else 0
-        are_factors = all(
-            isinstance(factors, dict)
-            and factors.keys() == blocks
-            and all(factor in Weight.__metadata__[0] for factor in factors.values())
-            for factors in multipliers
-        )
-        if len(multipliers) != wanted or not are_factors:
+        if len(multipliers) != wanted or not all(map(self._are_factors, multipliers)):
             raise FileFormatError(
-                f"{found.index}: 'multipliers' must be {wanted} objects of factors in [0, 1], got "
-                f"{multipliers!r:.80}"
+                f"{found.index}: 'multipliers' must be {wanted} objects of factors of the blocks, "
+                f"got {multipliers!r:.80}"
             )
         check_layout(found.data, found.tensors, self._layout(tasks))
+
+    def _are_factors(self, factors: Any) -> bool:
+        """Whether these can be the learning-rate factors of a task."""
+        assert self.plasticity is not None
+        if not isinstance(factors, dict) or factors.keys() != self.plasticity.saes.keys():
+            return False
+        floor = self.plasticity.floor
+        return all(type(f) in (int, float) and floor <= f <= 1 for f in factors.values())
 
     def _settings(self) -> dict[str, Any]:
         encoder = self.encoder

@@ -102,15 +102,12 @@ def _of_images(dataset: ImageDataset) -> Identity:
     sources = dataset.sources
     targets = _targets(dataset.targets, dataset.classes)
     if sources and isinstance(sources[0], tuple):
-        if isinstance(sources[0][0], Path):
+        first = sources[0]
+        if isinstance(first[0], Path):
             return _of_files(sources, targets)
-        # bundled drawings
-        return {
-            "kind": "drawings",
-            "samples": len(sources),
-            "names": _digest(map(str, sources)),
-            "targets": targets,
-        }
+        if isinstance(first[0], str):  # (style, index) of the bundled drawings
+            names = _digest(map(str, sources))
+            return {"kind": "drawings", "samples": len(sources), "names": names, "targets": targets}
     found = {"kind": "items", "samples": len(dataset), "targets": targets}
     return {**found, "items": _items(dataset)}
 

@@ -196,7 +196,7 @@ class TrainingRun:
             resuming.check_same_data(self.name, self.out, data, self.identity)
             check_layout(found.data, found.tensors, layout)
             if self.optimizer is not None:
-                resuming.check_optimizer(found, layout)
+                resuming.check_optimizer(found, layout, self.parameters)
             self.check(found)
         trim_log(self.log, 0 if found is None else found.step)
         return found

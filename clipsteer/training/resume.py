@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def strided_like(parameter: Tensor, value: Tensor) -> Tensor:
     return torch.zeros_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def check_optimizer(found: Checkpoint, layout: Layout) -> None:
+def check_optimizer(found: Checkpoint, layout: Layout, parameters: Iterable[str]) -> None:
     """Raise FileFormatError unless each parameter has all of its state, or none and is known to
     have none."""
     wanted: dict[str, set[str]] = {}
@@ -114,11 +114,18 @@ def check_optimizer(found: Checkpoint, layout: Layout) -> None:
             _, key, parameter = name.split(".", 2)
             wanted.setdefault(parameter, set()).add(key)
     states = _by_parameter(found.tensors)
-    without = found.meta.get("without state")  # unknown to older versions
+    without = None  # unknown to older versions
+    if "without state" in found.meta:
+        without = entry(found, "without state", list)
+        known = list(parameters)
+        if strange := [name for name in without if name not in known]:
+            raise FileFormatError(
+                f"{found.index}: 'without state' must name parameters, got {strange[0]!r:.80}"
+            )
     for parameter, keys in wanted.items():
         state = states.get(parameter, {})
         lacks = keys - state.keys()
-        expects_none = parameter in without if isinstance(without, list) else not state
+        expects_none = not state if without is None else parameter in without
         if (lacks and not expects_none) or (state and expects_none):
             raise FileFormatError(
                 f"{found.data}: the optimizer's state of {parameter!r} must be {sorted(keys)}, got "
