@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
+import shutil
+import threading
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ from hypothesis import strategies as st
 from clipsteer import FileFormatError, clip
 from clipsteer.clip.pixels import image_loader
 from clipsteer.io.checked import write_checked
+from clipsteer.io.locks import only_writer
+from clipsteer.sae import shards
 from clipsteer.sae.activations import (
     ActivationSource,
     ActivationStore,
@@ -268,6 +273,119 @@ def test_damaged_stores_are_format_errors(model, tmp_path):
         (tmp_path / "store.json").write_text(text)
         with pytest.raises(FileFormatError):
             ActivationStore(tmp_path)
+
+
+def damage(draw, path):
+    """A few other bytes, fewer bytes, or none."""
+    content = bytearray(path.read_bytes())
+    kind = draw.choice(["byte", "byte", "byte", "bytes", "cut", "gone"])
+    if kind == "gone":
+        path.unlink()
+    elif kind == "cut":
+        path.write_bytes(content[: draw.randrange(len(content))])
+    else:
+        for _ in range(1 if kind == "byte" else 8):
+            at = draw.randrange(len(content))
+            content[at] ^= draw.randint(1, 255)
+        path.write_bytes(content)
+
+
+def test_a_damaged_store_does_not_load_as_another(model, tmp_path, caplog):
+    whole = harvest_to_store(model, Pictures(), BLOCK, tmp_path / "whole", shard_rows=15)
+    rows = [whole.read_shard(i) for i in range(4)]
+    draw, refused, fewer = random.Random(0), 0, 0
+    for _ in range(300):
+        shutil.rmtree(tmp_path / "store", ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", tmp_path / "store")
+        damage(draw, draw.choice(sorted((tmp_path / "store").iterdir())))
+        caplog.clear()
+        try:
+            store = ActivationStore(tmp_path / "store")
+            found = {path.name: store.read_shard(i) for i, path in enumerate(store.shards)}
+        except (FileFormatError, FileNotFoundError) as error:
+            assert str(tmp_path / "store") in str(error)  # noqa: PT017
+            refused += 1
+            continue
+        # an index that is gone is a shard that is not done, which is said
+        fewer += len(found) < 4
+        assert (len(found) == 4) == ("of 4 shards are there" not in caplog.text)
+        assert all(torch.equal(rows[int(name[6:12])], shard) for name, shard in found.items())
+    assert refused > 250
+    assert refused + fewer > 290  # another blank in a description is no damage
+
+
+def test_a_shard_is_held_against_its_checksum_once(model, tmp_path, monkeypatch):
+    store = harvest_to_store(model, Pictures(), BLOCK, tmp_path, shard_rows=30)
+    looked_at = []
+    plain = shards.check_file
+    monkeypatch.setattr(shards, "check_file", lambda path, facts: (looked_at.append(path.name), plain(path, facts)))
+    take(store, 3 * len(store), 1)
+    assert sorted(looked_at) == [path.name for path in store.shards]
+    content = bytearray(store.shards[1].read_bytes())
+    content[-1] ^= 1
+    store.shards[1].write_bytes(content)
+    with pytest.raises(FileFormatError, match=r"remove it and shard-000001\.json, and harvest again"):
+        ActivationStore(tmp_path).read_shard(1)
+    store.shards[1].unlink()
+    store.shards[1].with_suffix(".json").unlink()
+    assert harvest_to_store(model, Pictures(), BLOCK, tmp_path, shard_rows=30).complete
+
+
+def test_a_store_of_an_older_version_is_read_and_gone_on_with(model, tmp_path, caplog):
+    whole = harvest_to_store(model, Pictures(), BLOCK, tmp_path, shard_rows=15)
+    rows = [whole.read_shard(i) for i in range(4)]
+    for path in tmp_path.glob("*.json"):
+        found = json.loads(path.read_text())
+        for new in ("checksum", "sha256", "data", "weights", "preprocess"):
+            found.pop(new, None)
+        path.write_text(json.dumps(found))
+    (tmp_path / "shard-000003.json").unlink()
+    store = harvest_to_store(model, Pictures(), BLOCK, tmp_path, shard_rows=15)
+    assert "that noted no data, preprocess, weights" in caplog.text
+    assert "3 shards of a version that kept no checksums" in caplog.text
+    for i in range(4):
+        assert torch.equal(store.read_shard(i), rows[i])
+
+
+def test_a_harvest_goes_on_with_the_same_images_and_model_alone(model, tmp_path):
+    harvest_to_store(model, Pictures(), BLOCK, tmp_path, shard_rows=30)
+    other = Pictures()
+    other.images[3, 0, 0, 0] += 1
+    with pytest.raises(ValueError, match="holds another harvest"):
+        harvest_to_store(model, other, BLOCK, tmp_path, shard_rows=30)
+    weight = model.model.visual.transformer.resblocks[0].mlp.c_proj.bias
+    with torch.no_grad():
+        weight.add_(1)
+    try:
+        with pytest.raises(ValueError, match=r"holds another harvest \(weights"):
+            harvest_to_store(model, Pictures(), BLOCK, tmp_path, shard_rows=30)
+    finally:
+        with torch.no_grad():
+            weight.sub_(1)
+
+
+def test_a_harvest_is_one_processs_and_a_whole_store_is_everybodys(model, tmp_path):
+    class Meanwhile(Pictures):
+        def __getitem__(self, index):
+            if self.asked > 20 and not refused:
+                thread = threading.Thread(target=second)
+                thread.start()
+                thread.join()
+            return super().__getitem__(index)
+
+    def second():
+        try:
+            harvest_to_store(model, Pictures(), BLOCK, tmp_path, shard_rows=15)
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    refused = []
+    store = harvest_to_store(model, Meanwhile(), BLOCK, tmp_path, shard_rows=15)
+    assert store.complete
+    assert "is being written by another thread" in refused[0]
+    with only_writer(tmp_path, "somebody"):
+        second()
+    assert len(refused) == 1
 
 
 def test_half_precision_that_overflows_is_refused(model, tmp_path):
