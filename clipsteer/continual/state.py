@@ -184,19 +184,19 @@ class LearnerState:
         are_tasks = all(isinstance(task, list) and task for task in tasks)
         if not are_tasks or not are_classes or len(set(ids)) < len(ids):
             raise FileFormatError(
-                f"{found.index}: 'tasks' must be lists of different classes below "
+                f"{found.meta_path}: 'tasks' must be lists of different classes below "
                 f"{self.num_classes}, got {tasks!r:.80}"
             )
         if len(tasks) != found.step:
-            raise FileFormatError(f"{found.index}: {len(tasks)} tasks, named {found.step}")
+            raise FileFormatError(f"{found.meta_path}: {len(tasks)} tasks, named {found.step}")
         multipliers = entry(found, "multipliers", list)
         wanted = len(tasks) if self.config.plasticity else 0
         if len(multipliers) != wanted or not all(map(self._are_factors, multipliers)):
             raise FileFormatError(
-                f"{found.index}: 'multipliers' must be {wanted} objects of factors of the blocks, "
-                f"got {multipliers!r:.80}"
+                f"{found.meta_path}: 'multipliers' must be {wanted} objects of factors of the "
+                f"blocks, got {multipliers!r:.80}"
             )
-        check_layout(found.data, found.tensors, self._layout(tasks))
+        check_layout(found.tensors_path, found.tensors, self._layout(tasks))
 
     def _are_factors(self, factors: Any) -> bool:
         """Whether these can be the learning-rate factors of a task."""

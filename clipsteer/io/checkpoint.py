@@ -31,8 +31,8 @@ class Checkpoint(NamedTuple):
     step: int
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
-    data: Path = Path()
-    index: Path = Path()
+    tensors_path: Path = Path()
+    meta_path: Path = Path()
 
 
 def _paths(directory: Path, step: int) -> tuple[Path, Path]:

@@ -227,12 +227,12 @@ class Run(TrainingRun):
             count = int(found.tensors[name].max())
             if count > most:
                 raise FileFormatError(
-                    f"{found.data}: {name!r} has {count} at step {found.step}, at most {most} rows "
-                    f"were seen"
+                    f"{found.tensors_path}: {name!r} has {count} at step {found.step}, at most "
+                    f"{most} rows were seen"
                 )
         for name, device in self.trainer.generators().items():
             if name in found.tensors:
-                check_generator(found.data, name, found.tensors[name], device)
+                check_generator(found.tensors_path, name, found.tensors[name], device)
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take in what ``tensors`` gave."""

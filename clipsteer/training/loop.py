@@ -107,7 +107,7 @@ class TrainingRun:
         written."""
         if found.step > self.total:
             raise FileFormatError(
-                f"{found.index}: a checkpoint of step {found.step} in a run of {self.total}"
+                f"{found.meta_path}: a checkpoint of step {found.step} in a run of {self.total}"
             )
 
     def data_identity(self) -> dict[str, Any] | None:
@@ -194,7 +194,7 @@ class TrainingRun:
                 cosmetic += self.places
             check_same_settings(self.name, self.out, there, self.settings, cosmetic)
             resuming.check_same_data(self.name, self.out, data, self.identity)
-            check_layout(found.data, found.tensors, layout)
+            check_layout(found.tensors_path, found.tensors, layout)
             if self.optimizer is not None:
                 resuming.check_optimizer(found, layout, self.parameters)
             self.check(found)

@@ -120,7 +120,7 @@ def check_optimizer(found: Checkpoint, layout: Layout, parameters: Iterable[str]
         known = list(parameters)
         if strange := [name for name in without if name not in known]:
             raise FileFormatError(
-                f"{found.index}: 'without state' must name parameters, got {strange[0]!r:.80}"
+                f"{found.meta_path}: 'without state' must name parameters, got {strange[0]!r:.80}"
             )
     for parameter, keys in wanted.items():
         state = states.get(parameter, {})
@@ -128,13 +128,14 @@ def check_optimizer(found: Checkpoint, layout: Layout, parameters: Iterable[str]
         expects_none = not state if without is None else parameter in without
         if (lacks and not expects_none) or (state and expects_none):
             raise FileFormatError(
-                f"{found.data}: the optimizer's state of {parameter!r} must be {sorted(keys)}, got "
-                f"{sorted(state)}"
+                f"{found.tensors_path}: the optimizer's state of {parameter!r} must be "
+                f"{sorted(keys)}, got {sorted(state)}"
             )
         if "step" in state and not bool(state["step"] <= found.step):
             steps = float(state["step"])
             raise FileFormatError(
-                f"{found.data}: '{_OPTIMIZER}step.{parameter}' is {steps:g} at step {found.step}"
+                f"{found.tensors_path}: '{_OPTIMIZER}step.{parameter}' is {steps:g} at step "
+                f"{found.step}"
             )
 
 
@@ -152,7 +153,7 @@ def entry(found: Checkpoint, name: str, kind: type) -> Any:
     value = found.meta.get(name)
     if not isinstance(value, kind):
         raise FileFormatError(
-            f"{found.index}: {name!r} must be a JSON {kind.__name__}, got {value!r:.80}"
+            f"{found.meta_path}: {name!r} must be a JSON {kind.__name__}, got {value!r:.80}"
         )
     return value
 

@@ -71,7 +71,7 @@ def test_every_tensor_is_checked_before_it_reaches_anything(runs, guard, kind):
         tampered = whole._replace(tensors=TENSORS[change](dict(whole.tensors), name))
         with pytest.raises(FileFormatError) as refused:
             guard(run, tampered)
-        assert str(whole.data) in str(refused.value), (name, change)
+        assert str(whole.tensors_path) in str(refused.value), (name, change)
         # of an optimizer's state that lacks a part the parameter is named
         assert name in str(refused.value) or name.split(".", 2)[-1] in str(refused.value), (change, refused.value)
     for (name, tensor), value in product(whole.tensors.items(), VALUES.values()):
@@ -98,7 +98,10 @@ def test_every_entry_of_the_index_is_checked(runs, guard, kind):
                     guard(run, whole._replace(meta=meta))
                 said = str(refused.value)
                 assert isinstance(refused.value, FileFormatError) or "holds a run" in said, (path, said)
-                assert str(whole.index) in said or str(whole.data) in said or "holds a run" in said, (path, said)
+                assert str(whole.meta_path) in said or str(whole.tensors_path) in said or "holds a run" in said, (
+                    path,
+                    said,
+                )
                 tried += 1
     assert tried > 100
 
@@ -209,14 +212,14 @@ def test_moments_of_strided_weights_are_resumed_in_their_order(tmp_path):
 def test_a_checkpoint_of_an_older_version_goes_on_with_a_warning(tmp_path, caplog):
     run = stopped("finetune", tmp_path / "run")
     found = load_latest(run.folder)
-    index = json.loads(found.index.read_text())
+    index = json.loads(found.meta_path.read_text())
     for new in ("checksum", "data", "without state"):
         index.pop(new, None)
         index["meta"].pop(new, None)
     for path in run.folder.glob("*.json"):
-        if path != found.index:
+        if path != found.meta_path:
             path.unlink()
-    found.index.write_text(json.dumps(index))
+    found.meta_path.write_text(json.dumps(index))
     with caplog.at_level(logging.WARNING, "clipsteer"):
         assert run.resume() is True
     assert "a version that kept no checksum" in caplog.text
