@@ -83,8 +83,9 @@ def sae(architecture: str) -> Callable[..., Weights]:
 
 
 def picture_files(root: Path) -> Path:
-    """The pictures in class folders, uncompressed."""
-    for row, (image, target) in enumerate(pictures()[i] for i in range(len(pictures()))):
+    """The pictures in class folders, each four times, uncompressed."""
+    for row in range(4 * len(pictures())):
+        image, target = pictures()[row % len(pictures())]
         folder = root / [*COLOURS][target]
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f"{row:02}.bmp")
@@ -101,7 +102,7 @@ def sae_of_files(out: Path, folder: Path) -> None:
 def tuned_on_files(out: Path, folder: Path) -> None:
     clip = clip_module.load()
     head = clip_module.zero_shot_head(clip, sorted(COLOURS))
-    finetune(clip, image_folder(folder), head, FinetuneConfig(mode="lc", batch_size=6, epochs=4, **EVERY), out=out)
+    finetune(clip, image_folder(folder), head, FinetuneConfig(mode="lc", batch_size=6, epochs=1, **EVERY), out=out)
 
 
 def contrastive_on_files(out: Path, folder: Path) -> None:
@@ -110,14 +111,14 @@ def contrastive_on_files(out: Path, folder: Path) -> None:
         path.write_text(json.dumps(SMALL))
         torch.manual_seed(0)
         clip = replace(clip_module.load(str(path)), name="small")
-    config = ContrastiveConfig(loss="clip", batch_size=6, epochs=4, **EVERY)
+    config = ContrastiveConfig(loss="clip", batch_size=6, epochs=1, **EVERY)
     train_contrastive(clip, image_folder(folder), config, out=out)
 
 
 def tasks_of_files(out: Path, folder: Path) -> None:
     images = image_folder(folder)
     found = Scenario(images, images.subset([]), images, [[0, 1], [2, 3]], sorted(COLOURS))
-    config = strategy("finetune", first_epochs=8, epochs=8, batch_size=6, rank=2, **EVERY)
+    config = strategy("finetune", first_epochs=2, epochs=2, batch_size=6, rank=2, **EVERY)
     run_tasks(found, encoder, config, out=out)
 
 
