@@ -4,6 +4,7 @@ by side."""
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import multiprocessing
 import os
@@ -51,6 +52,7 @@ def run_tasks(
     plasticity: Plasticity | None = None,
     out: str | Path | None = None,
     workers: int = 0,
+    asked: Mapping[str, Any] | None = None,
 ) -> Run:
     """Learn the scenario's tasks with one strategy, measuring after each on the test images of all
     tasks so far.
@@ -61,6 +63,8 @@ def run_tasks(
         out: folder for checkpoints and run.json. A run that was stopped there goes on, and on a CPU
             with as many threads ends with the same matrix; seconds are then of the last process
             alone.
+        asked: what `encoder` was asked for beside a name (the setup of `Encoder.open`), JSON-able:
+            another model is another run.
 
     Raises:
         ValueError: another run in ``out``: other settings, starting weights or images.
@@ -68,20 +72,23 @@ def run_tasks(
         RuntimeError: another process writes to ``out``.
     """
     out = None if out is None else Path(out)
+    settings = {**config.outcome(), "data order": DATA_ORDER, "data": _identity(scenario)}
+    if asked:
+        settings["asked"] = json.loads(json.dumps(dict(asked)))
+    run = Run(config.name, config.seed, scenario.tasks, settings)
     arguments = {"zero_shot": zero_shot, "plasticity": plasticity, "workers": workers}
     with claimed(out, "run_tasks"):
-        return _run_tasks(scenario, encoder, config, out, arguments)
+        return _run_tasks(run, scenario, encoder, config, out, arguments)
 
 
 def _run_tasks(
+    run: Run,
     scenario: Scenario,
     encoder: Callable[[], Encoder],
     config: CILConfig,
     out: Path | None,
     arguments: Mapping[str, Any],
 ) -> Run:
-    settings = {**config.outcome(), "data order": DATA_ORDER, "data": _identity(scenario)}
-    run = Run(config.name, config.seed, scenario.tasks, settings)
     data: Identity | None = None
     if out is not None:
         data = {"learned": identity_of(scenario.train), "measured": identity_of(scenario.test)}

@@ -20,6 +20,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from clipsteer.clip.hooks import harvest
+from clipsteer.clip.model import provenance
 from clipsteer.clip.module import module_of
 from clipsteer.clip.pixels import image_loader
 from clipsteer.data.identity import Identity, identity_of
@@ -53,7 +54,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _DTYPES = shards.DTYPES
-_PROVENANCE = shards.PROVENANCE
+_PROVENANCE = (*shards.PROVENANCE, "setup")
 
 
 class HarvestSource(ActivationSource):
@@ -91,7 +92,7 @@ class HarvestSource(ActivationSource):
         self.images_per_group = images_per_group
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self.provenance = _provenance(clip, hook_point, tokens)
+        self.provenance = provenance(clip, hook_point, tokens)
         probe = self._run([0])
         self.tokens_per_image, self.d_in = probe.shape
 
@@ -156,7 +157,8 @@ class ActivationStore(ActivationSource):
             )
         if not self.complete:
             logger.warning("%s: %d of %d shards are there", self.directory, len(self.shards), total)
-        self.provenance = {name: self.metadata.get(name) for name in _PROVENANCE}
+        known = [name for name in _PROVENANCE if name != "setup" or name in self.metadata]
+        self.provenance = {name: self.metadata.get(name) for name in known}
         self.buffer_shards = len(self.shards) if buffer_shards is None else buffer_shards
         if self.buffer_shards < 1:
             raise ValueError(f"buffer_shards must be at least 1 or None, got {buffer_shards}")
@@ -235,7 +237,7 @@ def harvest_to_store(
     tokens_per_image, d_in = probe.shape
     images = max(1, shard_rows // tokens_per_image)
     settings = {
-        **_provenance(clip, hook_point, tokens),
+        **provenance(clip, hook_point, tokens),
         "dtype": dtype,
         "d_in": d_in,
         "tokens_per_image": tokens_per_image,
@@ -284,7 +286,3 @@ def _seen(clip: Any, dataset: Any) -> dict[str, Any]:
         "weights": weights_digest(module_of(clip)),
         "preprocess": described(clip.preprocess),
     }
-
-
-def _provenance(clip: Any, hook_point: str, tokens: str) -> dict[str, Any]:
-    return dict(zip(_PROVENANCE, (clip.name, clip.pretrained, hook_point, tokens)))

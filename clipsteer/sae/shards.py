@@ -55,16 +55,22 @@ def begin(directory: Path, settings: dict[str, Any]) -> None:
         return
     found = read_description(directory)
     seen = {name: value for name, value in settings.items() if name not in _OLDER}
-    if unknown := sorted(seen.keys() - found.keys()):
+    unknown = sorted(seen.keys() - found.keys())
+    if "setup" in unknown:
+        logger.warning("%s does not say how its images were preprocessed", path)
+    if unknown:
         logger.warning(
             "%s: of a version that noted no %s; that they are the same is not checked",
             path,
             ", ".join(unknown),
         )
+    compared = [*_OLDER, "setup"]
+    if "setup" in unknown and "quick_gelu" not in settings["setup"]:
+        compared.remove("setup")  # an older version built every model without
     differing = [
-        f"{key}: {found.get(key)!r:.80} there, {settings[key]!r:.80} asked for"
-        for key in _OLDER
-        if found.get(key) != settings[key]
+        f"{key}: {found.get(key)!r:.80} there, {settings.get(key)!r:.80} asked for"
+        for key in compared
+        if found.get(key) != settings.get(key)
     ]
     known = {name: found[name] for name in seen if name in found}
     other = other_data(known, {name: seen[name] for name in known})
