@@ -102,6 +102,7 @@ def train_contrastive(
 class _Run(TrainingRun):
     name = "train"
     cosmetic = (*TrainingRun.cosmetic, "micro_batch", "evaluate_every")
+    since: Mapping[str, Any] = {"eps": 1e-14}
     shown = ("loss", "loss_share")
     optimizer: torch.optim.Optimizer
     world: World
@@ -150,7 +151,7 @@ class _Run(TrainingRun):
             f"loss.{name}": p for name, p in self.loss.named_parameters() if p.requires_grad
         }
         optimizer = make_optimizer(config, self.trained, self.scale)
-        settings = {**asdict(config), "pairs": len(dataset)}
+        settings = {**asdict(config), "rho": config.resolved_rho, "pairs": len(dataset)}
         if out is not None:
             # an architecture that a file describes is known by what stands there
             settings["model"] = read_json(clip.name) if clip.name.endswith(".json") else clip.name
@@ -363,8 +364,8 @@ class _Run(TrainingRun):
         theirs = [batch.join(ref_image), batch.join(ref_text)]
         draws = torch.Generator(ids.device)
         draws.manual_seed(seed_of(self.config.seed, "select", self.step))
-        keep = max(1, round(self.config.select * batch.rows))
         tau = self._temperature()
+        keep = self.config.loss_pairs
         kept = select_learnable(
             ours[0], ours[1], theirs[0], theirs[1], keep, temperature=tau, generator=draws
         )

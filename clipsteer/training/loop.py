@@ -53,6 +53,8 @@ class TrainingRun:
     shown: tuple[str, ...] = ("loss",)
     # settings that say where the data lie, which may have moved
     places: tuple[str, ...] = ()
+    # settings that came later, and what a run from before has of them
+    since: Mapping[str, Any] = {}
     # figures of the last line
     quality: tuple[str, ...] = ("loss",)
 
@@ -187,7 +189,7 @@ class TrainingRun:
                 raise ValueError(
                     f"{self.name}: {self.out} holds a run; resume it or choose another folder"
                 )
-            there = resuming.entry(found, "settings", dict)
+            there = {**self.since, **resuming.entry(found, "settings", dict)}
             data = resuming.entry(found, "data", dict) if "data" in found.meta else None
             cosmetic = self.cosmetic
             if data is not None:
