@@ -327,6 +327,13 @@ def _configs(args: argparse.Namespace, names: list[str]) -> tuple[list[Any], dic
 
 
 def _cil(args: argparse.Namespace) -> int:
+    from clipsteer.training.claim import claimed
+
+    with claimed(args.out, "cil"):
+        return _learn(args)
+
+
+def _learn(args: argparse.Namespace) -> int:
     from clipsteer.continual.experiment import folder_name, run_all
     from clipsteer.continual.report import write_results
     from clipsteer.data.files import is_emoji

@@ -102,6 +102,21 @@ def build_parser() -> Command:
     return parser
 
 
+# commands that processes of torchrun share; others, that write, would each do the whole
+SHARED = {("sae", "train"), ("train", None)}
+
+
+def _refuse_processes(args: argparse.Namespace) -> None:
+    """ValueError where torchrun started several processes of a command that writes for one."""
+    command = (args.command, getattr(args, "action", None))
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1 or command in SHARED:
+        return
+    if getattr(args, "out", None) is not None:
+        name = " ".join(word for word in command if word)
+        jobs = "; --jobs N learns several strategies and seeds at a time" * hasattr(args, "jobs")
+        raise ValueError(f"{name} runs in one process: start it without torchrun{jobs}")
+
+
 # experiments of this repository, which were commands once
 _MOVED = {
     ("conceptor", "eval"): "benchmarks.conceptors.run",
@@ -140,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("clipsteer").setLevel(logging.INFO)
 
     try:
+        _refuse_processes(args)
         return args.function(args)
     except KeyboardInterrupt:
         sys.stderr.write("clipsteer: interrupted\n")

@@ -186,6 +186,16 @@ def _reference(args: argparse.Namespace, dataset: Any, world: Any) -> tuple[Any,
 
 
 def _train(args: argparse.Namespace) -> int:
+    from clipsteer.training.claim import claimed
+    from clipsteer.training.world import World
+
+    # before anything is loaded: under torchrun each process has its own GPU
+    world = World(args.device)
+    with claimed(args.out, "train", world):
+        return _train_in(args, world)
+
+
+def _train_in(args: argparse.Namespace, world: Any) -> int:
     import statistics
 
     import torch
@@ -195,7 +205,6 @@ def _train(args: argparse.Namespace) -> int:
     from clipsteer.reference import features as reference_features
     from clipsteer.reference.evaluate import excess_losses, write_excess
     from clipsteer.reference.train import train_contrastive
-    from clipsteer.training.world import World
 
     config = args.options.read(args)
     if args.reference is None and (config.wants_reference or args.excess is not None):
@@ -204,8 +213,6 @@ def _train(args: argparse.Namespace) -> int:
             f"--loss {args.loss}{why} needs --reference; --loss clip and --loss global train "
             "without one"
         )
-    # before anything is loaded: under torchrun each process has its own GPU
-    world = World(args.device)
     dataset = _pairs(args.data)
     validation = _validation(args.val)
     # now, not at the end of the first epoch

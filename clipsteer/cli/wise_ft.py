@@ -174,15 +174,15 @@ def _merge_classifiers(
     is written.
 
     A process that is killed outright leaves a hidden folder, .NAME.….tmp, beside the one it was
-    writing.
+    writing; the next merge into that one removes it.
     """
-    import secrets
-    import shutil
+    from contextlib import ExitStack
 
     from clipsteer.clip.classifier import HEAD
     from clipsteer.clip.runs import ARCHITECTURE, CONFIG, WEIGHTS
     from clipsteer.ensembles.merging import deciding, wise_ft
     from clipsteer.io.files import json_object, read_json, read_safetensors_header, write_json
+    from clipsteer.io.locks import temporary_folder
 
     config, other = (
         json_object(folder / CONFIG, read_json(folder / CONFIG)) for folder in (zeroshot, finetuned)
@@ -204,13 +204,9 @@ def _merge_classifiers(
         heads = [{name: layers[chosen[f"head.{name}"]] for name in names["head"]}]
         of_model = {chosen[name] for name in names["model"]}
         models = [{pattern: a for pattern, a in layers.items() if pattern in of_model}]
-    unfinished = [
-        folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
-        for folder in map(Path.resolve, folders)
-    ]
-    try:
-        for temporary in unfinished:
-            temporary.mkdir(parents=True)
+    with ExitStack() as stack:
+        resolved = [folder.resolve() for folder in folders]
+        unfinished = [stack.enter_context(temporary_folder(folder)) for folder in resolved]
         for part, values in (("head", heads), ("model", models)):
             file = f"{part}.safetensors"
             wise_ft(
@@ -231,9 +227,6 @@ def _merge_classifiers(
                         (temporary / name).replace(folder / name)
             else:
                 temporary.rename(folder)
-    finally:
-        for temporary in unfinished:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _curve(args: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from clipsteer.continual.config import CILConfig
 from clipsteer.continual.covariance import by_class, places, precision_factor, shrink
 from clipsteer.continual.heads import TaskHeads
 from clipsteer.data.dataset import ImageDataset
+from clipsteer.data.identity import identity_of
 from clipsteer.training.loop import TrainingRun
 from clipsteer.training.schedule import Keys, Order, cosine_lr, seed_of
 
@@ -155,6 +156,10 @@ class TaskRun(TrainingRun):
     def tensors(self) -> dict[str, Tensor]:
         """What trains."""
         return {f"parameter.{name}": parameter for name, parameter in self.parameters.items()}
+
+    def data_identity(self) -> dict[str, Any]:
+        """That of the task's images."""
+        return identity_of(self.images)
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy what `tensors` gave into the network and the heads."""

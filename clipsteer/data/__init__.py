@@ -32,5 +32,7 @@ if TYPE_CHECKING:
     from clipsteer.data.files import is_emoji as is_emoji
     from clipsteer.data.files import open_dataset as open_dataset
     from clipsteer.data.files import shards as shards
+    from clipsteer.data.identity import Identity as Identity
+    from clipsteer.data.identity import identity_of as identity_of
 
 __getattr__, __dir__, __all__ = _lazy.attach(__name__, __file__)

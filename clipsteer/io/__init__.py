@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from clipsteer import _lazy
 
 if TYPE_CHECKING:
+    from clipsteer.io.checked import read_checked as read_checked
+    from clipsteer.io.checked import write_checked as write_checked
     from clipsteer.io.checkpoint import Checkpoint as Checkpoint
     from clipsteer.io.checkpoint import load_latest as load_latest
     from clipsteer.io.checkpoint import save_state as save_state
@@ -31,6 +33,11 @@ if TYPE_CHECKING:
     from clipsteer.io.kinds import Kind as Kind
     from clipsteer.io.kinds import read_kind as read_kind
     from clipsteer.io.kinds import write_kind as write_kind
+    from clipsteer.io.layout import Layout as Layout
+    from clipsteer.io.layout import Spec as Spec
+    from clipsteer.io.layout import check_layout as check_layout
+    from clipsteer.io.layout import layout_of as layout_of
+    from clipsteer.io.locks import only_writer as only_writer
     from clipsteer.io.messages import printable as printable
     from clipsteer.io.torch_files import read_torch_weights_only as read_torch_weights_only
     from clipsteer.io.weights import Entry as Entry

@@ -11,8 +11,6 @@ import contextlib
 import json
 import math
 import os
-import re
-import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from clipsteer.io.doors import door
+from clipsteer.io.locks import open_temporary, remove_abandoned
 from clipsteer.io.messages import FileFormatError as FileFormatError
 from clipsteer.io.messages import naming
 
@@ -59,14 +58,8 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
     where the system has file locks.
     """
     path = Path(path)
-    _remove_abandoned(path)
-    while True:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-        file = temporary.open("xb")
-        # between the two lines another writer may have taken it for abandoned
-        if not _lock(file) or os.fstat(file.fileno()).st_nlink:
-            break
-        file.close()
+    remove_abandoned(path)
+    temporary, file = open_temporary(path)
     try:
         with naming(path), file:
             write(file)
@@ -82,28 +75,6 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def _lock(file: BinaryIO, wait: bool = True) -> bool:
-    """Take the lock that says "being written", which ends with its process; False when it is taken
-    or there is none."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except (ImportError, OSError):
-        return False
-    return True
-
-
-def _remove_abandoned(path: Path) -> None:
-    pattern = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{12}\.tmp")
-    with contextlib.suppress(OSError):  # a folder that may be written to but not listed
-        for name in filter(pattern.fullmatch, os.listdir(path.parent)):
-            temporary = path.parent / name
-            with contextlib.suppress(OSError), temporary.open("r+b") as file:
-                if _lock(file, wait=False):
-                    temporary.unlink()
 
 
 def write_json(path: str | Path, value: Any) -> None:

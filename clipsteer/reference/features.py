@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +19,8 @@ from clipsteer.clip.model import CLIP, load
 from clipsteer.clip.pixels import pixel_batches
 from clipsteer.clip.runs import read_run
 from clipsteer.data.dataset import ImageDataset, captions_of, data_digest
+from clipsteer.data.identity import identity_of
+from clipsteer.io.checked import CHECKSUM, checksum_of
 from clipsteer.io.digests import described, digest_of, tensors_digest, weights_digest
 from clipsteer.io.doors import door
 from clipsteer.io.files import (
@@ -26,7 +30,10 @@ from clipsteer.io.files import (
     refuse_nan,
     write_safetensors,
 )
+from clipsteer.training.settings import other_data
 from clipsteer.training.world import JointBatch, World
+
+logger = logging.getLogger(__name__)
 
 KIND = "clipsteer reference features"
 
@@ -34,7 +41,8 @@ KIND = "clipsteer reference features"
 class ReferenceFeatures(NamedTuple):
     """Unit features of every pair of a data set; row i belongs to sample i.
 
-    data and weights are digests of what they came from, empty where that is not known.
+    data and weights are digests of what they came from, identity is what
+    ``clipsteer.data.identity_of`` says of the data, as JSON; each empty where that is not known.
     """
 
     image: Tensor  # (N, d_ref)
@@ -42,6 +50,7 @@ class ReferenceFeatures(NamedTuple):
     name: str  # of the model
     data: str
     weights: str
+    identity: str = ""
 
     def digest(self) -> str:
         """That of the weights that they came from, or of the features themselves."""
@@ -49,17 +58,30 @@ class ReferenceFeatures(NamedTuple):
 
     def check_data(self, dataset: ImageDataset) -> None:
         """Raise ValueError unless these are features of the pairs of `dataset`."""
-        known = self.data in ("", data_digest(dataset))
-        if len(self.image) != len(dataset) or not known:
+        reason = self._other_data(dataset)
+        if reason is not None:
             raise ValueError(
                 f"train: the reference features are of {len(self.image)} other pairs than "
-                f"these {len(dataset)}"
+                f"these {len(dataset)} ({reason})"
             )
+
+    def _other_data(self, dataset: ImageDataset) -> str | None:
+        if len(self.image) != len(dataset):
+            return "their number"
+        if self.data and self.data != data_digest(dataset):
+            return "captions or images"
+        if not self.identity:
+            return None
+        there = json.loads(self.identity)
+        return other_data(there, json.loads(json.dumps(identity_of(dataset))))
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file that ``read`` takes."""
+        tensors = {"image": self.image, "text": self.text}
         metadata = {"kind": KIND, "model": self.name, "data": self.data, "weights": self.weights}
-        write_safetensors(path, {"image": self.image, "text": self.text}, metadata)
+        metadata["identity"] = self.identity
+        metadata[CHECKSUM] = _checksum(tensors, metadata)
+        write_safetensors(path, tensors, metadata)
 
 
 def model_digest(clip: CLIP) -> str:
@@ -169,6 +191,7 @@ def compute(
         name=clip.name,
         data=data_digest(dataset),
         weights=model_digest(clip),
+        identity=json.dumps(identity_of(dataset)),
     )
 
 
@@ -181,9 +204,10 @@ def read(path: str | Path, dataset: ImageDataset) -> ReferenceFeatures:
     checked.
 
     Raises:
-        ValueError: the features of another data set. FileFormatError: no features of pairs.
-            FileNotFoundError.
+        ValueError: the features of another data set. FileFormatError: no features of pairs, or
+            damaged ones. FileNotFoundError.
     """
+    path = Path(path)
     tensors = read_safetensors(path)
     refuse_nan(path, tensors, infinity=True)
     metadata = read_safetensors_header(path).metadata
@@ -192,16 +216,42 @@ def read(path: str | Path, dataset: ImageDataset) -> ReferenceFeatures:
         raise FileFormatError(
             f'{path}: expected features "image" and "text" of one shape (N, d), got {shapes}'
         )
-    image = tensors["image"]
-    text = tensors["text"]
-    data = metadata.get("data", "")
-    if len(image) != len(dataset) or (data and data != data_digest(dataset)):
-        raise ValueError(
-            f"{path}: reference features of {len(image)} other pairs; this data set has "
-            f"{len(dataset)}. Compute them anew, on the same captions and images in the same order"
-        )
+    _check_whole(path, tensors, metadata)
     name = metadata.get("model", str(path))
-    return _unit(ReferenceFeatures(image, text, name, data, metadata.get("weights", "")))
+    facts = (metadata.get(key, "") for key in ("data", "weights", "identity"))
+    found = ReferenceFeatures(tensors["image"], tensors["text"], name, *facts)
+    reason = found._other_data(dataset)
+    if reason is not None:
+        raise ValueError(
+            f"{path}: reference features of {len(found.image)} other pairs ({reason}); this data "
+            f"set has {len(dataset)}. Compute them anew, on the same captions and images in the "
+            f"same order"
+        )
+    return _unit(found)
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Of the features and of all that is said of them."""
+    said = {name: text for name, text in metadata.items() if name != CHECKSUM}
+    return checksum_of({**said, "tensors": tensors_digest(dict(sorted(tensors.items())))})
+
+
+def _check_whole(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Raise FileFormatError for damaged features of ours; those of other tools have no checksum."""
+    stated = metadata.get(CHECKSUM)
+    if stated is not None:
+        if stated != _checksum(tensors, metadata):
+            raise FileFormatError(f"{path}: damaged: its checksum is of other features")
+        try:
+            is_object = isinstance(json.loads(metadata.get("identity") or "{}"), dict)
+        except (ValueError, RecursionError):
+            is_object = False
+        if not is_object:
+            raise FileFormatError(f"{path}: 'identity' must be a JSON object")
+    elif "identity" in metadata:
+        raise FileFormatError(f"{path}: damaged: lacks its checksum")
+    elif metadata.get("kind") == KIND:
+        logger.warning("%s: of a version that kept no checksum; taken as it is", path)
 
 
 def _are_features(tensors: dict[str, Tensor]) -> bool:
@@ -230,8 +280,8 @@ def cached(
     """The features in `path` where they are this model's of this data set; otherwise computed and
     written there.
 
-    The data set is known by its captions and 16 of its images (`data_digest`). With `world` the
-    processes compute them together and the first one writes; the file must be where all see it.
+    The data set is known by its captions and its files (`clipsteer.data.identity_of`). With `world`
+    the processes compute them together and the first one writes; the file must be where all see it.
     """
     path = Path(path)
     is_lead = world is None or world.rank == 0
