@@ -59,9 +59,9 @@ def _splice(args: argparse.Namespace) -> int:
     import torch.nn.functional as F
 
     from clipsteer.clip.model import load
-    from clipsteer.data.dataset import read_image
     from clipsteer.data.files import open_dataset
     from clipsteer.io.files import write_json
+    from clipsteer.io.images import read_image
     from clipsteer.splice.dictionary import ConceptDictionary
 
     images = [read_image(path) for path in args.images]

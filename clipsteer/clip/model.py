@@ -23,7 +23,7 @@ from clipsteer.clip.open_clip_models import (
     known_names,
     open_parts,
 )
-from clipsteer.clip.pixels import stacks
+from clipsteer.clip.pixels import from_any_mode, stacks
 from clipsteer.clip.runs import CONFIG, missing_run, read_run
 from clipsteer.clip.timm_models import (
     TIMM,
@@ -55,7 +55,7 @@ class CLIP:
 
     Attributes:
         model: the torch module, in eval mode.
-        preprocess: PIL image -> (3, H, W) float tensor.
+        preprocess: PIL image of any mode -> (3, H, W) float tensor, as `encode_images` sees it.
         tokenizer: list of n strings -> (n, context) int64 tensor.
         name, pretrained: the architecture and the weights, as `load` takes them.
     """
@@ -160,7 +160,7 @@ def load(
     else:
         return _load_run(name, weights, device, dtype)
     module = parts.model.to(device=device, dtype=dtype).eval()
-    return CLIP(module, parts.preprocess, parts.tokenizer, name, weights)
+    return CLIP(module, from_any_mode(parts.preprocess), parts.tokenizer, name, weights)
 
 
 def _timm_parts(name: str, weights: str | None) -> Parts:

@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING
 from clipsteer import _lazy
 
 if TYPE_CHECKING:
-    from clipsteer.data.dataset import IMAGE_SUFFIXES as IMAGE_SUFFIXES
-    from clipsteer.data.dataset import MAX_PIXELS as MAX_PIXELS
     from clipsteer.data.dataset import ImageDataset as ImageDataset
     from clipsteer.data.dataset import captions_of as captions_of
     from clipsteer.data.dataset import data_digest as data_digest
     from clipsteer.data.dataset import labelled as labelled
-    from clipsteer.data.dataset import read_image as read_image
     from clipsteer.data.dataset import renamed as renamed
     from clipsteer.data.dataset import sample_names as sample_names
     from clipsteer.data.dataset import spread as spread
@@ -32,5 +29,8 @@ if TYPE_CHECKING:
     from clipsteer.data.files import is_emoji as is_emoji
     from clipsteer.data.files import open_dataset as open_dataset
     from clipsteer.data.files import shards as shards
+    from clipsteer.io.images import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+    from clipsteer.io.images import MAX_PIXELS as MAX_PIXELS
+    from clipsteer.io.images import read_image as read_image
 
 __getattr__, __dir__, __all__ = _lazy.attach(__name__, __file__)

@@ -8,7 +8,6 @@ white.
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,20 +16,12 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from clipsteer.io.digests import digest_of
-from clipsteer.io.files import FileFormatError
+from clipsteer.io.images import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+from clipsteer.io.images import MAX_PIXELS as MAX_PIXELS
+from clipsteer.io.images import read_image as read_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-# Pillow's own default, at which it begins to warn of decompression bombs
-MAX_PIXELS = 89_478_485
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-)
-
-
-_TRANSPARENT = frozenset({"RGBA", "LA", "PA", "RGBa", "La"})
 
 
 class ImageDataset(Dataset):
@@ -96,40 +87,6 @@ class _Reader:
         if isinstance(self.function, _Reader):
             return self.function.source(*arguments)
         return arguments
-
-
-def read_image(source: str | Path | bytes, name: str | None = None) -> Image:
-    """An image file, or its bytes, as RGB, upright, on white.
-
-    Raises:
-        FileFormatError: not an image, damaged, or of more than MAX_PIXELS pixels; the message names
-            `name`.
-    """
-    from PIL import Image, ImageOps
-
-    file: Any = source
-    if isinstance(source, bytes):
-        file = io.BytesIO(source)
-        name = name or f"{len(source)} bytes"
-    name = name or str(source)
-    try:
-        with Image.open(file) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                size = f"{width} × {height}"
-                raise FileFormatError(f"{name}: {size} pixels; at most {MAX_PIXELS:,} are read")
-            upright: Image.Image = ImageOps.exif_transpose(image)
-            if upright.mode in _TRANSPARENT or "transparency" in upright.info:
-                upright = upright.convert("RGBA")
-                white = Image.new("RGBA", upright.size, "white")
-                upright = Image.alpha_composite(white, upright)
-            return upright.convert("RGB")
-    except Image.DecompressionBombError as error:
-        raise FileFormatError(f"{name}: {error}") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise FileFormatError(f"{name}: cannot be read as an image: {error}") from error
 
 
 LAYOUTS = (

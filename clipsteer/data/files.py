@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clipsteer.data.dataset import (
-    IMAGE_SUFFIXES,
     LAYOUTS,
     ImageDataset,
     _Reader,
     labelled,
-    read_image,
 )
 from clipsteer.data.emoji import EmojiStyles
 from clipsteer.io.files import FileFormatError
+from clipsteer.io.images import IMAGE_SUFFIXES, read_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from clipsteer.clip.hooks import capture
 from clipsteer.clip.model import CLIP
+from clipsteer.clip.pixels import as_pixels
 from clipsteer.data.dataset import ImageDataset, sample_names, spread
 from clipsteer.data.emoji import EmojiStyles
 from clipsteer.data.files import open_dataset
@@ -153,7 +154,7 @@ def augmented(image: Any, generator: torch.Generator) -> Any:
 
 def pixels(clip: CLIP, pictures: Pictures, rows: Sequence[int]) -> Tensor:
     """Preprocessed images (B, 3, H, W), on the model's device and in its dtype."""
-    images = [clip.preprocess(pictures.dataset[row][0]) for row in rows]
+    images = [as_pixels(pictures.dataset[row][0], clip.preprocess) for row in rows]
     return torch.stack(images).to(clip.device, clip.dtype)
 
 

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from clipsteer.clip.model import CLIP
 from clipsteer.data.dataset import ImageDataset, captions_of
+from clipsteer.io.images import as_rgb
 
 
 class Pairs(Dataset):
@@ -31,7 +32,7 @@ class Pairs(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...]:
         row, seed = key
-        image = self.dataset[row][0]
+        image = as_rgb(self.dataset[row][0])
         if self.crop < 1:
             image = _square_crop(image, self.crop, seed)
         tensors = []

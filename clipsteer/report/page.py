@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from clipsteer.io.files import write_atomically
+from clipsteer.io.images import as_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -144,10 +145,10 @@ def image(picture: Image, alt: str, *, quality: int = 80) -> Html:
     buffer = io.BytesIO()
     if features.check("webp"):
         kind = "webp"
-        picture.convert("RGB").save(buffer, kind, quality=quality)
+        as_rgb(picture).save(buffer, kind, quality=quality)
     else:
         kind = "png"
-        picture.convert("RGB").save(buffer, kind)
+        as_rgb(picture).save(buffer, kind)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     return render("image", source=f"data:image/{kind};base64,{data}", alt=alt, size=picture.size)
 
@@ -183,7 +184,7 @@ def heat_overlay(
     values = np.clip(values / top, 0, 1) if top > 0 else np.zeros_like(values)
     glow = PILImage.fromarray((values * 165).astype(np.uint8))
     mask = glow.resize((size, size), PILImage.Resampling.BICUBIC)
-    colour = picture.convert("RGB").resize((size, size), PILImage.Resampling.LANCZOS)
+    colour = as_rgb(picture).resize((size, size), PILImage.Resampling.LANCZOS)
     pale = PILImage.blend(colour, colour.convert("L").convert("RGB"), 0.6)
     return PILImage.composite(PILImage.new("RGB", (size, size), (255, 110, 0)), pale, mask)
 
