@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
+from clipsteer.cli.images import add_skip_unreadable
 from clipsteer.clip.tokens import TOKENS
 from clipsteer.training.settings import (
     Setting,
@@ -184,12 +185,13 @@ def add_device(p: argparse.ArgumentParser) -> None:
 
 
 def add_data(p: argparse.ArgumentParser, what: str) -> None:
-    """The option that names images, and ``what`` is done with them."""
+    """The options that name images, ``what`` is done with them, and what with unreadable ones."""
     p.add_argument(
         "--data",
         metavar="PATH",
         help=f"emoji[:style[:part]], folder, captions .csv/.tsv/.jsonl, or .tar shards: {what}",
     )
+    add_skip_unreadable(p)
 
 
 def add_site(p: argparse.ArgumentParser, what: str) -> None:

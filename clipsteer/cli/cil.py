@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clipsteer.cli.arguments import Options, add_model, add_workers, count, device_of
+from clipsteer.cli.images import add_skip_unreadable, left_out, lists_unreadable, open_images
 
 # Wu et al. 2025 and Zhang et al. 2023, section "implementation details"
 PAPER = {"first_epochs": 20, "epochs": 10, "batch_size": 48, "rank": 32}
@@ -140,6 +141,7 @@ def _cil_options(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="runs at a time (CPU), each with some of the cores (default: 1)",
     )
+    add_skip_unreadable(p)
     add_workers(p)
     unset = dict.fromkeys({"lr", *EMOJI, *PAPER}, "that of the recipe")
     Options(CILConfig, leave=BY_STRATEGY, unset=unset).add(p)
@@ -178,6 +180,7 @@ def _scenario(
     split: Literal["concepts", "styles"],
     measure: str,
     seed: int,
+    leave_out: frozenset[Path] = frozenset(),
 ) -> Any:
     from clipsteer.continual.scenario import emoji_scenario, folder_scenario
     from clipsteer.data.emoji import STYLES
@@ -207,7 +210,13 @@ def _scenario(
         if tasks is None and increment is None:
             tasks = 5
         found = folder_scenario(
-            data, tasks, seed, init_cls=init_cls, increment=increment, validation=share
+            data,
+            tasks,
+            seed,
+            init_cls=init_cls,
+            increment=increment,
+            validation=share,
+            leave_out=leave_out,
         )
     return found.on_validation() if measure == "validation" else found
 
@@ -264,23 +273,21 @@ def _background(folder: Path, saes: Any) -> Any:
     return {block: usage[block] for block in saes}
 
 
-def _fit_saes(folder: Path, images: str, encoder: tuple[Any, ...]) -> None:
+def _fit_saes(folder: Path, images: Any, encoder: tuple[Any, ...]) -> None:
     """SAEs of every block from images of all kinds, and the usage that these have on average."""
     from clipsteer.clip.pixels import pixel_batches
     from clipsteer.continual.plasticity import Plasticity, fit_saes, load_saes, save_saes
-    from clipsteer.data.files import open_dataset
     from clipsteer.io.files import write_safetensors
 
     tower = _encoder(*encoder)[0]
-    found = open_dataset(images, emoji="trained:seen")  # what EmojiCLIP was trained on
     if any(folder.glob("*/cfg.json")):  # somebody's own: only what they have in common is lacking
         saes = load_saes(folder, device=encoder[3])
     else:
         size = {"d_sae": 4 * tower.width, "k": 16, "steps": SAE_STEPS}
-        saes = fit_saes(tower.module, tower.blocks, pixel_batches(tower, found), **size)
+        saes = fit_saes(tower.module, tower.blocks, pixel_batches(tower, images), **size)
         folder.mkdir(parents=True, exist_ok=True)
         save_saes(folder, saes)
-    usage = Plasticity(saes).usage(tower.module, pixel_batches(tower, found))
+    usage = Plasticity(saes).usage(tower.module, pixel_batches(tower, images))
     write_safetensors(folder / _BACKGROUND, usage)
 
 
@@ -312,6 +319,26 @@ def _configs(args: argparse.Namespace, names: list[str]) -> tuple[list[Any], dic
     return configs, notes
 
 
+def _unreadable(args: argparse.Namespace) -> frozenset[Path]:
+    """With --skip-unreadable, the files of train/ and test/ that cannot be read.
+
+    Looked for once: every run, in whatever process, leaves out the same.
+    """
+    from clipsteer.data.files import image_folder, is_emoji
+    from clipsteer.data.readable import unreadable
+
+    if is_emoji(args.data) or not args.skip_unreadable:
+        return frozenset()
+    files: set[Path] = set()
+    for part in ("train", "test"):
+        images = image_folder(Path(args.data) / part)
+        found = unreadable(images)
+        files.update(images.sources[row][0] for row in found)
+        left_out(args).update(dict.fromkeys(found.values()))
+    return frozenset(files)
+
+
+@lists_unreadable
 def _cil(args: argparse.Namespace) -> int:
     from clipsteer.continual.experiment import folder_name, run_all
     from clipsteer.continual.report import write_results
@@ -323,6 +350,7 @@ def _cil(args: argparse.Namespace) -> int:
     model = args.model or (PAPER_MODEL if by_paper else "emojiclip")
     encoder = (model, args.pretrained, by_paper, device_of(args))
     place = (args.data, args.tasks, args.init_cls, args.increment, args.split, args.measure)
+    skipped = _unreadable(args)
     saes = args.saes or args.out / "saes"
     if any(config.plasticity for config in configs) and not (saes / _BACKGROUND).exists():
         images = args.sae_images or ("emoji" if is_emoji(args.data) else None)
@@ -331,11 +359,11 @@ def _cil(args: argparse.Namespace) -> int:
                 "plasticity needs --sae-images, images of all kinds that SAEs of the blocks are "
                 "trained on"
             )
-        _fit_saes(saes, images, encoder)
+        _fit_saes(saes, open_images(args, images, emoji="trained:seen"), encoder)
     jobs = []
     for config in configs:
         job = {
-            "scenario": (*place, config.seed),
+            "scenario": (*place, config.seed, skipped),
             "encoder": encoder,
             "config": config,
             "saes": str(saes),
@@ -345,7 +373,7 @@ def _cil(args: argparse.Namespace) -> int:
         jobs.append((_run, job))
     runs = run_all(jobs, workers=args.jobs, title="cil")
     notes = {
-        "data": _data_note(args, _scenario(*place, configs[0].seed)),
+        "data": _data_note(args, _scenario(*place, configs[0].seed, skipped)),
         "model": model,
         **settings,
     }

@@ -20,6 +20,7 @@ from clipsteer.cli.arguments import (
     show_steering,
     whole,
 )
+from clipsteer.cli.images import lists_unreadable, open_images
 
 _ORIGIN = ("clip_model", "pretrained", "hook_point", "tokens")
 
@@ -223,13 +224,13 @@ def _activations(
         at += images
 
 
+@lists_unreadable
 def _fit(args: argparse.Namespace) -> int:
     import torch
 
     from clipsteer.clip.model import default_hook_point, load
     from clipsteer.conceptors.conceptor import Conceptor
     from clipsteer.conceptors.fit import aperture_sweep, choose_aperture, correlation
-    from clipsteer.data.files import open_dataset
     from clipsteer.sae.activations import ActivationStore
     from clipsteer.steering import AdditiveSteering
 
@@ -250,12 +251,14 @@ def _fit(args: argparse.Namespace) -> int:
         batches: Any = (store.read_shard(i) for i in range(len(store.shards)))
     else:
         clip = load(args.model, args.pretrained, device=device_of(args))
-        dataset = open_dataset(args.data) if args.data else _drawings(args.style, args.category)
+        dataset = (
+            open_images(args, args.data) if args.data else _drawings(args.style, args.category)
+        )
         hook_point = args.hook_point or default_hook_point(clip)
         values = (clip.name, clip.pretrained, hook_point, args.tokens)
         provenance = dict(zip(_ORIGIN, values))
         if args.centre is not None:
-            background = open_dataset(args.centre or "emoji")
+            background = open_images(args, args.centre or "emoji")
             rows = (r for r, _ in _activations(clip, background, hook_point, args, "background"))
             mean = AdditiveSteering.fit(rows).mean
         pairs = _activations(clip, dataset, hook_point, args, "activations")
@@ -307,9 +310,9 @@ def _pick(path: Path | str, name: str | None) -> Any:
     return C[names.index(name)]
 
 
+@lists_unreadable
 def _steer(args: argparse.Namespace) -> int:
     from clipsteer.clip.model import load
-    from clipsteer.data.files import open_dataset
     from clipsteer.steering import ConceptorSteering
 
     C = _pick(args.conceptor, args.chosen)
@@ -347,5 +350,5 @@ def _steer(args: argparse.Namespace) -> int:
     )
     sys.stdout.write(f"{C}\n")
     clip = load(name, pretrained, device=device_of(args))
-    dataset = open_dataset(args.data or "emoji", emoji="held-out:seen")
+    dataset = open_images(args, args.data or "emoji", emoji="held-out:seen")
     return show_steering(args, clip, dataset, hook_point, steering)

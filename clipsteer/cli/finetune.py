@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clipsteer.cli.arguments import Options, add_model, add_workers, device_of
+from clipsteer.cli.images import add_skip_unreadable, lists_unreadable, open_images
 from clipsteer.cli.wise_ft import DATA
 
 
@@ -57,20 +58,21 @@ def _finetune_options(p: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="zeroshot/, finetuned/, log.jsonl, checkpoints/",
     )
+    add_skip_unreadable(p)
     add_workers(p)
     Options(FinetuneConfig).add(p)
 
 
+@lists_unreadable
 def _finetune(args: argparse.Namespace) -> int:
     from clipsteer.clip.model import load
     from clipsteer.clip.zero_shot import zero_shot_head
     from clipsteer.data.dataset import labelled, renamed
-    from clipsteer.data.files import open_dataset
     from clipsteer.ensembles.finetuning import finetune
     from clipsteer.io.files import read_json
 
     config = args.options.read(args)
-    images = labelled(open_dataset(args.data), "--data")
+    images = labelled(open_images(args, args.data), "--data")
     classes = images.classes
     assert classes is not None
     spoken = read_json(args.names) if args.names is not None else {}
@@ -79,7 +81,7 @@ def _finetune(args: argparse.Namespace) -> int:
     words = [spoken.get(name, name.replace("_", " ").replace("-", " ")) for name in classes]
     validation = None
     if args.val is not None:
-        validation = renamed(labelled(open_dataset(args.val), "--val"), classes)
+        validation = renamed(labelled(open_images(args, args.val), "--val"), classes)
     clip = load(args.model, args.pretrained, device=device_of(args))
     head = zero_shot_head(clip, words, args.template)
     finetune(clip, images, head, config, out=args.out, validation=validation, workers=args.workers)

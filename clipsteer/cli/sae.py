@@ -22,6 +22,7 @@ from clipsteer.cli.arguments import (
     show_steering,
     whole,
 )
+from clipsteer.cli.images import lists_unreadable, open_images
 
 # of training, where nothing else is asked for: a pass over few images is over before the warm-up is
 _LEAST_TOKENS = 2_000_000
@@ -219,10 +220,10 @@ def _sae(p: argparse.ArgumentParser) -> None:
     add_known_site(p, "what the SAE was trained on")
 
 
+@lists_unreadable
 def _train(args: argparse.Namespace) -> int:
     import clipsteer
     from clipsteer.clip.model import default_hook_point, load
-    from clipsteer.data.files import open_dataset
     from clipsteer.sae.activations import HarvestSource, harvest_to_store
     from clipsteer.training.world import World
 
@@ -230,7 +231,7 @@ def _train(args: argparse.Namespace) -> int:
     # before anything is loaded: under torchrun each process has its own GPU
     world = World(args.device)
     clip = load(args.model, args.pretrained, device=world.device)
-    dataset = open_dataset(args.data or "emoji", emoji="trained:seen")
+    dataset = open_images(args, args.data or "emoji", emoji="trained:seen")
     hook_point = args.hook_point or default_hook_point(clip)
     common = {"tokens": args.tokens, "num_workers": args.workers}
     source: Any
@@ -254,7 +255,6 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The SAE, the model it belongs to, and the images."""
     import clipsteer
     from clipsteer.clip.model import load
-    from clipsteer.data.files import open_dataset
 
     device = device_of(args)
     sae = clipsteer.SAE.from_pretrained(args.sae, device=device)
@@ -265,9 +265,10 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any, Any]:
         )
     pretrained = args.pretrained or (sae.metadata.get("pretrained") if args.model is None else None)
     clip = load(name, pretrained, device=device)
-    return sae, clip, open_dataset(args.data or "emoji", emoji="held-out:seen")
+    return sae, clip, open_images(args, args.data or "emoji", emoji="held-out:seen")
 
 
+@lists_unreadable
 def _eval(args: argparse.Namespace) -> int:
     from clipsteer.io.files import write_json
     from clipsteer.sae.evaluate import evaluate_sae
@@ -379,6 +380,7 @@ def _convert(args: argparse.Namespace) -> int:
     return 0
 
 
+@lists_unreadable
 def _steer(args: argparse.Namespace) -> int:
     from clipsteer.steering import SAESteering
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clipsteer.cli.arguments import add_device, add_workers, device_of
+from clipsteer.cli.images import add_skip_unreadable, lists_unreadable, open_images
 
 DATA = (
     "emoji:STYLE:PART, a folder of class folders, captions .csv/.jsonl or .tar shards (captions "
@@ -117,6 +118,7 @@ def _curve_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="for curve.html, .csv, .svg and .png"
     )
+    add_skip_unreadable(p)
     add_device(p)
     add_workers(p)
 
@@ -233,12 +235,12 @@ def _merge_classifiers(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@lists_unreadable
 def _curve(args: argparse.Namespace) -> int:
     import torch
 
     from clipsteer.clip.classifier import load_classifier
     from clipsteer.data.dataset import labelled, renamed
-    from clipsteer.data.files import open_dataset
     from clipsteer.ensembles import page as robustness_page
     from clipsteer.ensembles import robustness
     from clipsteer.report.page import write_csv
@@ -254,7 +256,7 @@ def _curve(args: argparse.Namespace) -> int:
     sets = []
     for role in ("reference", "shifted"):
         for spec in getattr(args, role):
-            images = renamed(labelled(open_dataset(spec), f"--{role}"), classes)
+            images = renamed(labelled(open_images(args, spec), f"--{role}"), classes)
             sets.append(
                 robustness.EvalSet(
                     spec, role, _kept(clip, images, args.workers), torch.tensor(images.targets)

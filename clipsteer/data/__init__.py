@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from clipsteer.data.emoji import classify30 as classify30
     from clipsteer.data.emoji import split as split
     from clipsteer.data.emoji import stratified as stratified
-    from clipsteer.data.files import captions as captions
     from clipsteer.data.files import class_folder as class_folder
     from clipsteer.data.files import image_folder as image_folder
     from clipsteer.data.files import is_emoji as is_emoji
     from clipsteer.data.files import open_dataset as open_dataset
-    from clipsteer.data.files import shards as shards
+    from clipsteer.data.readable import unreadable as unreadable
+    from clipsteer.data.readable import without_unreadable as without_unreadable
+    from clipsteer.data.tables import captions as captions
+    from clipsteer.data.webdataset import shards as shards
     from clipsteer.io.images import IMAGE_SUFFIXES as IMAGE_SUFFIXES
     from clipsteer.io.images import MAX_PIXELS as MAX_PIXELS
     from clipsteer.io.images import read_image as read_image

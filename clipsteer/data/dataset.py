@@ -31,6 +31,7 @@ class ImageDataset(Dataset):
         targets: one a sample: an index into `classes`; where `classes` is None a caption, or None
             in a set of images alone.
         classes: class names or None.
+        unreadable: why images were left out, of a set opened with ``skip_unreadable``.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class ImageDataset(Dataset):
         self._read = read
         self.targets: list[Any] = list(targets)
         self.classes = list(classes) if classes is not None else None
+        self.unreadable: list[str] = []
 
     def __len__(self) -> int:
         return len(self.targets)

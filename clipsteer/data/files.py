@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,7 @@ from clipsteer.data.dataset import (
     labelled,
 )
 from clipsteer.data.emoji import EmojiStyles
+from clipsteer.data.readable import without_unreadable
 from clipsteer.data.tables import TABLES, captions
 from clipsteer.data.webdataset import is_hidden, shards
 from clipsteer.io.images import IMAGE_SUFFIXES, read_image
@@ -30,7 +31,11 @@ _CLASSIFY30 = "classify30"
 
 
 def open_dataset(
-    spec: str | Path, *, emoji: str = "all", targets: Targets | None = None
+    spec: str | Path,
+    *,
+    emoji: str = "all",
+    targets: Targets | None = None,
+    skip_unreadable: bool = False,
 ) -> ImageDataset:
     """Images by name: what every ``--data`` and every function that takes a data set goes through.
 
@@ -46,14 +51,21 @@ def open_dataset(
         targets: of drawings alone: "label", "category" or "subcategory" are classes, "caption" is
             the label as a caption, "captions" all that is said of a drawing, a sample each. By
             default the subcategory for train and test (the 30 classes), and the label otherwise.
+        skip_unreadable: read every image once, and leave out those that cannot be read; the set's
+            `unreadable` says why. Else the first of them ends what reads it.
 
     Raises:
-        ValueError: nothing is there, or it is none of these; an unknown style or part.
+        ValueError: nothing is there, or it is none of these; an unknown style or part; no image
+            can be read.
         FileFormatError: a damaged table or shard.
     """
-    text = str(spec)
-    if is_emoji(text):
-        return _drawings(text, emoji, targets)
+    if is_emoji(spec):
+        return _drawings(str(spec), emoji, targets)
+    found = _opened(str(spec))
+    return without_unreadable(found) if skip_unreadable else found
+
+
+def _opened(text: str) -> ImageDataset:
     path = Path(text)
     if path.is_dir():
         return image_folder(path)
@@ -107,12 +119,14 @@ def _kinds(path: Path) -> str:
     return f"{LAYOUTS}, or a flat folder of images{hint}"
 
 
-def image_folder(path: str | Path) -> ImageDataset:
+def image_folder(path: str | Path, *, leave_out: Collection[Path] = ()) -> ImageDataset:
     """A folder of class folders, as torchvision's ImageFolder, or a flat folder of images.
 
     Images of a flat folder have neither classes nor captions (``classes`` is None). Where there are
     class folders, images that lie beside them form one more class, of the folder's name. Hidden
-    files and folders are passed over.
+    files and folders are passed over, and what is in no regular file.
+
+    leave_out: files under `path` that are passed over too.
 
     Raises:
         ValueError: not a folder, or no image in it.
@@ -120,9 +134,10 @@ def image_folder(path: str | Path) -> ImageDataset:
     root = Path(path)
     if not root.is_dir():
         raise ValueError(f"image_folder: path must be a folder, got {path}")
-    loose = _images(root.iterdir(), root)
+    skipped = frozenset(leave_out)
+    loose = _images(root.iterdir(), root, skipped)
     groups = {
-        folder.name: _images(folder.rglob("*"), root)
+        folder.name: _images(folder.rglob("*"), root, skipped)
         for folder in sorted(root.iterdir())
         if folder.is_dir() and not is_hidden(folder.name)
     }
@@ -141,17 +156,18 @@ def image_folder(path: str | Path) -> ImageDataset:
     return ImageDataset(_Reader(read_image, files), targets, classes)
 
 
-def class_folder(path: str | Path, what: str) -> ImageDataset:
+def class_folder(path: str | Path, what: str, *, leave_out: Collection[Path] = ()) -> ImageDataset:
     """`image_folder` of a folder that must have class folders; ``what`` begins the message."""
-    return labelled(image_folder(path), f"{what}: {path}")
+    return labelled(image_folder(path, leave_out=leave_out), f"{what}: {path}")
 
 
-def _images(paths: Iterable[Path], root: Path) -> list[Path]:
-    """Image files among paths under root, sorted, without hidden ones."""
+def _images(paths: Iterable[Path], root: Path, skipped: Collection[Path]) -> list[Path]:
+    """Image files among paths under root, sorted, without hidden and skipped ones."""
     return sorted(
         path
         for path in paths
         if path.suffix.lower() in IMAGE_SUFFIXES
         and not is_hidden(path.relative_to(root).as_posix())
+        and path not in skipped
         and path.is_file()
     )

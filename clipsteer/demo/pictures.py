@@ -96,12 +96,17 @@ def emoji_pictures(max_images: int | None = None, emojiclip: bool = True) -> Pic
     )
 
 
-def folder_pictures(path: str | Path, seed: int, max_images: int) -> Pictures:
+def folder_pictures(
+    path: str | Path,
+    seed: int,
+    max_images: int,
+    open_images: Callable[[str | Path], ImageDataset] = open_dataset,
+) -> Pictures:
     """A user's images, four fifths for the SAE. Vocabulary: class names, if any, and bundled ones.
 
     Raises ValueError for fewer than 10 images.
     """
-    dataset = open_dataset(path)
+    dataset = open_images(path)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(dataset), generator=generator).tolist()[:max_images]
     if len(order) < 10:

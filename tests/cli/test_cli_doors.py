@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
@@ -150,8 +151,9 @@ def test_drawings_by_style_and_part(capsys, tmp_path):
 def test_what_the_drawings_are_for_a_contrastive_run():
     emoji = data.EmojiStyles()
     cells = emoji.cells()
-    assert _pairs("emoji").targets == emoji.captioned(cells["trained", True], "noisy").targets
-    found = _validation(["emoji", "emoji:fluent:seen"])
+    args = Namespace(data="emoji", val=["emoji", "emoji:fluent:seen"], skip_unreadable=False)
+    assert _pairs(args).targets == emoji.captioned(cells["trained", True], "noisy").targets
+    found = _validation(args)
     expected = {
         "trained style, new concepts": cells["trained", False],
         "held-out style, seen concepts": cells["held-out", True],
