@@ -34,6 +34,7 @@ from clipsteer.clip.timm_models import (
     transforms_of,
 )
 from clipsteer.clip.tokens import class_tokens as class_tokens
+from clipsteer.io.names import utf8_path
 
 __all__ = ["CLIP", "EMOJICLIP", "EMOJI_TINY", "KINDS", "class_tokens", "default_hook_point", "load"]
 
@@ -156,7 +157,8 @@ def load(
             logger.warning(
                 "%s: no pretrained weights were asked for, so the weights are random", name
             )
-        parts = open_parts(name, weights, device)
+        with utf8_path(weights or "") as file:
+            parts = open_parts(name, file or None, device)
     else:
         return _load_run(name, weights, device, dtype)
     module = parts.model.to(device=device, dtype=dtype).eval()

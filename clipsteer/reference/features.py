@@ -23,6 +23,7 @@ from clipsteer.io.files import (
     read_safetensors_header,
     write_safetensors,
 )
+from clipsteer.io.names import spoken
 from clipsteer.training.world import JointBatch, World
 
 KIND = "clipsteer reference features"
@@ -115,7 +116,7 @@ def encode_texts(
     def encode(rows: Sequence[int]) -> Tensor:
         parts = []
         for at in range(0, len(rows), batch_size):
-            tokens = clip.tokenizer([distinct[row] for row in rows[at : at + batch_size]])
+            tokens = clip.tokenizer([spoken(distinct[row]) for row in rows[at : at + batch_size]])
             found = model.encode_text(tokens.to(clip.device))
             wide = torch.promote_types(found.dtype, torch.float32)
             parts.append(F.normalize(found.to(wide), dim=-1))

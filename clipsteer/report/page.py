@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from clipsteer.io.files import write_atomically
 from clipsteer.io.images import as_rgb
+from clipsteer.io.names import spoken
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -130,7 +131,8 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -
     writer.writeheader()
     for row in rows:
         writer.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
-    write_whole(Path(path), lines.getvalue().encode())
+    # bytes of names that are not UTF-8 are those of the names again
+    write_whole(Path(path), lines.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -278,4 +280,4 @@ class Page:
 
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write the page whole or not at all."""
-        return write_whole(Path(path), self.html().encode())
+        return write_whole(Path(path), spoken(self.html()).encode())
