@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clipsteer.cli.arguments import Options, add_model, add_workers, count, device_of
-from clipsteer.cli.images import add_skip_unreadable, left_out, lists_unreadable, open_images
+from clipsteer.cli.images import (
+    add_skip_unreadable,
+    lists_unreadable,
+    open_images,
+    unreadable_files,
+)
 
-# Wu et al. 2025 and Zhang et al. 2023, section "implementation details"
-PAPER = {"first_epochs": 20, "epochs": 10, "batch_size": 48, "rank": 32}
 PAPER_MODEL = "timm:vit_base_patch16_224.augreg_in21k"
 # chosen on validation images: benchmarks/results/cil-emoji.md
 EMOJI = {"first_epochs": 5, "epochs": 5, "batch_size": 48, "projections": 2000, "align_epochs": 20}
 SAE_STEPS = 1000
+# of the paper's settings, those that folders of images take without --recipe too
+FOLDERS = ("first_epochs", "epochs", "batch_size", "rank")
 EMOJI_RATES = {"macil": 0.03, "finetune": 0.003, "sdc": 0.03, "slca": 0.03, "joint": 0.01}
 # what --strategy and --seeds set
 BY_STRATEGY = (
@@ -73,6 +78,7 @@ A command that was stopped, or killed, goes on where it was when it is given aga
 
 def _cil_options(p: argparse.ArgumentParser) -> None:
     from clipsteer.continual.config import CILConfig
+    from clipsteer.continual.strategies import PAPER
 
     p.add_argument(
         "--data", required=True, metavar="PATH", help="emoji, or a folder with train/ and test/"
@@ -109,13 +115,15 @@ def _cil_options(p: argparse.ArgumentParser) -> None:
         type=count,
         default=3,
         metavar="N",
-        help="seeds 1993, 1994 …: class order and training (default: 3)",
+        help="seeds 1993, 1994 … (with --recipe paper 1993, 1996, 1997): class order and training "
+        "(default: 3)",
     )
     add_model(p, None, "emojiclip, or the recipe's")
     p.add_argument(
         "--recipe",
         choices=("paper",),
-        help=f"that of MACIL: {PAPER_MODEL}, pixels in [0, 1], 20 and 10 epochs, σ = 1",
+        help=f"that of MACIL's authors: {PAPER_MODEL}, pixels in [0, 1], 20 and 10 epochs, no "
+        "weight decay, a cosine that falls once an epoch, σ = 1",
     )
     p.add_argument(
         "--measure",
@@ -143,7 +151,7 @@ def _cil_options(p: argparse.ArgumentParser) -> None:
     )
     add_skip_unreadable(p)
     add_workers(p)
-    unset = dict.fromkeys({"lr", *EMOJI, *PAPER}, "that of the recipe")
+    unset = dict.fromkeys({"lr", *EMOJI, *PAPER} - {*BY_STRATEGY}, "that of the recipe")
     Options(CILConfig, leave=BY_STRATEGY, unset=unset).add(p)
     p.add_argument(
         "--out",
@@ -294,13 +302,15 @@ def _fit_saes(folder: Path, images: Any, encoder: tuple[Any, ...]) -> None:
 def _configs(args: argparse.Namespace, names: list[str]) -> tuple[list[Any], dict[str, Any]]:
     """Settings of each run, and what the notes say about them."""
     from clipsteer.continual.config import CILConfig
-    from clipsteer.continual.strategies import strategy
+    from clipsteer.continual.strategies import PAPER, PAPER_SEEDS, strategy
     from clipsteer.data.files import is_emoji
 
     drawings = is_emoji(args.data)
-    recipe: dict[str, Any] = EMOJI if drawings else PAPER
+    recipe: dict[str, Any] = EMOJI if drawings else {name: PAPER[name] for name in FOLDERS}
+    seeds = [CILConfig.seed + i for i in range(args.seeds)]
     if args.recipe == "paper":
-        recipe = {**PAPER, "sigma": 1.0}
+        recipe = {**PAPER}
+        seeds = [*PAPER_SEEDS, *range(1998, 1998 + args.seeds)][: args.seeds]
     given = args.options.given(args)
     rates = EMOJI_RATES if drawings and args.recipe is None else {}
     if "lr" in given:
@@ -308,8 +318,8 @@ def _configs(args: argparse.Namespace, names: list[str]) -> tuple[list[Any], dic
     configs = []
     for name in names:
         rate = rates.get(name.partition(":")[0], CILConfig.lr)
-        for i in range(args.seeds):
-            settings = {"lr": rate, **recipe, **given, "seed": CILConfig.seed + i}
+        for seed in seeds:
+            settings = {"lr": rate, **recipe, **given, "seed": seed}
             configs.append(strategy(name, **settings))
     changed = {field: value for field, value in given.items() if value != getattr(CILConfig, field)}
     overridden = {field: given[field] for field in recipe if field in given}
@@ -317,25 +327,6 @@ def _configs(args: argparse.Namespace, names: list[str]) -> tuple[list[Any], dic
     if rates:
         notes["learning rates"] = rates
     return configs, notes
-
-
-def _unreadable(args: argparse.Namespace) -> frozenset[Path]:
-    """With --skip-unreadable, the files of train/ and test/ that cannot be read.
-
-    Looked for once: every run, in whatever process, leaves out the same.
-    """
-    from clipsteer.data.files import image_folder, is_emoji
-    from clipsteer.data.readable import unreadable
-
-    if is_emoji(args.data) or not args.skip_unreadable:
-        return frozenset()
-    files: set[Path] = set()
-    for part in ("train", "test"):
-        images = image_folder(Path(args.data) / part)
-        found = unreadable(images)
-        files.update(images.sources[row][0] for row in found)
-        left_out(args).update(dict.fromkeys(found.values()))
-    return frozenset(files)
 
 
 @lists_unreadable
@@ -350,7 +341,8 @@ def _cil(args: argparse.Namespace) -> int:
     model = args.model or (PAPER_MODEL if by_paper else "emojiclip")
     encoder = (model, args.pretrained, by_paper, device_of(args))
     place = (args.data, args.tasks, args.init_cls, args.increment, args.split, args.measure)
-    skipped = _unreadable(args)
+    parts = [] if is_emoji(args.data) else [Path(args.data) / part for part in ("train", "test")]
+    skipped = unreadable_files(args, parts)
     saes = args.saes or args.out / "saes"
     if any(config.plasticity for config in configs) and not (saes / _BACKGROUND).exists():
         images = args.sae_images or ("emoji" if is_emoji(args.data) else None)

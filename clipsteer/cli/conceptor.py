@@ -162,6 +162,12 @@ def _steer_options(p: argparse.ArgumentParser) -> None:
         "--scale-aperture", type=float, metavar="G", help="multiply the aperture of the result by G"
     )
     p.add_argument("--beta", type=float, default=1.0, help="strength (default: 1)")
+    p.add_argument(
+        "--form",
+        choices=("project", "residual"),
+        default="project",
+        help="h becomes β·C·h (default; the paper's), or β·C·h + h (its authors' code)",
+    )
     add_model(p, None, "what the conceptor was fitted on")
     add_data(p, "images to look at (default: the bundled held-out style)")
     add_known_site(p, "what the conceptor was fitted on")
@@ -345,9 +351,8 @@ def _steer(args: argparse.Namespace) -> int:
             f"--hook-point"
         )
     pretrained = args.pretrained or (provenance.get("pretrained") if args.model is None else None)
-    steering = ConceptorSteering(
-        C, args.beta, tokens=args.tokens or provenance.get("tokens") or "all"
-    )
+    tokens = args.tokens or provenance.get("tokens") or "all"
+    steering = ConceptorSteering(C, args.beta, tokens=tokens, form=args.form)
     sys.stdout.write(f"{C}\n")
     clip = load(name, pretrained, device=device_of(args))
     dataset = open_images(args, args.data or "emoji", emoji="held-out:seen")

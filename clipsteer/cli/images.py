@@ -6,7 +6,8 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 _SHOWN = 100
@@ -30,6 +31,23 @@ def open_images(args: argparse.Namespace, spec: Any, **options: Any) -> Any:
     found = open_dataset(spec, skip_unreadable=args.skip_unreadable, **options)
     left_out(args).update(dict.fromkeys(found.unreadable))
     return found
+
+
+def unreadable_files(args: argparse.Namespace, folders: Sequence[Path]) -> frozenset[Path]:
+    """With --skip-unreadable, the files in class folders that cannot be read.
+
+    Looked for once: several runs, in whatever processes, then leave out the same.
+    """
+    from clipsteer.data.files import image_folder
+    from clipsteer.data.readable import unreadable
+
+    files: set[Path] = set()
+    for folder in folders if args.skip_unreadable else ():
+        images = image_folder(folder)
+        found = unreadable(images)
+        files.update(images.sources[row][0] for row in found)
+        left_out(args).update(dict.fromkeys(found.values()))
+    return frozenset(files)
 
 
 def left_out(args: argparse.Namespace) -> dict[str, None]:
