@@ -289,7 +289,7 @@ def test_the_papers_recomposition_differs_by_how_far_it_goes():
     """It goes one unit from the mean; the sphere is further away where a direction points back by more than |μ|²/2."""
     dictionary, _, _ = small()
     mean = dictionary.image_mean
-    x = unit(400, 16, 7)
+    x = F.normalize(mean + (1 - mean.square().sum()).sqrt() * unit(400, 16, 7), dim=1)  # scattered about it
     hit = torch.linalg.lstsq(dictionary.matrix.T, dictionary.align(x).T).solution.T
     for weights, exact in ((hit, True), (dictionary.decompose(x, 0.5).weights, False)):
         ray = F.normalize(weights @ dictionary.matrix, dim=1)
