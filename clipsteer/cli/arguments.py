@@ -248,7 +248,7 @@ def show_steering(
 
     from clipsteer.clip.model import EMOJICLIP
     from clipsteer.clip.zero_shot import zero_shot_head
-    from clipsteer.data.dataset import sample_names, spread
+    from clipsteer.data.dataset import sample_names, spread, told_apart
     from clipsteer.data.emoji import EmojiStyles
     from clipsteer.steering import steer
 
@@ -259,7 +259,7 @@ def show_steering(
             w.strip() for w in args.words.read_text(encoding="utf-8").splitlines() if w.strip()
         ]
     else:
-        words = dataset.classes or [c.label for c in EmojiStyles().concepts]
+        words = told_apart(dataset) or [c.label for c in EmojiStyles().concepts]
     head = zero_shot_head(clip, words, None if clip.name == EMOJICLIP else ("a photo of a {}.",))
     rows = spread(range(len(dataset)), args.count)
     images = [dataset[i][0] for i in rows]

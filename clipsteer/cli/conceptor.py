@@ -351,7 +351,7 @@ def _steer(args: argparse.Namespace) -> int:
             f"--hook-point"
         )
     pretrained = args.pretrained or (provenance.get("pretrained") if args.model is None else None)
-    tokens = args.tokens or provenance.get("tokens") or "all"
+    tokens: Any = args.tokens or provenance.get("tokens") or "all"
     steering = ConceptorSteering(C, args.beta, tokens=tokens, form=args.form)
     sys.stdout.write(f"{C}\n")
     clip = load(name, pretrained, device=device_of(args))

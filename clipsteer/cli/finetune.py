@@ -67,7 +67,7 @@ def _finetune_options(p: argparse.ArgumentParser) -> None:
 def _finetune(args: argparse.Namespace) -> int:
     from clipsteer.clip.model import load
     from clipsteer.clip.zero_shot import zero_shot_head
-    from clipsteer.data.dataset import labelled, renamed
+    from clipsteer.data.dataset import LAYOUTS, labelled, renamed
     from clipsteer.ensembles.finetuning import finetune
     from clipsteer.io.files import read_json
 
@@ -75,6 +75,8 @@ def _finetune(args: argparse.Namespace) -> int:
     images = labelled(open_images(args, args.data), "--data")
     classes = images.classes
     assert classes is not None
+    if len(classes) < 2:
+        raise ValueError(f"--data: one class alone, {classes[0]!r}; expected {LAYOUTS}")
     spoken = read_json(args.names) if args.names is not None else {}
     if not isinstance(spoken, Mapping) or not all(isinstance(v, str) for v in spoken.values()):
         raise ValueError(f"{args.names}: expected a JSON object from class to name")

@@ -311,11 +311,11 @@ def _steerability(
     """How many of the first features steer 32 images to a concept, and the ten best."""
     from torch.utils.data import Subset
 
-    from clipsteer.data.dataset import spread
+    from clipsteer.data.dataset import spread, told_apart
     from clipsteer.data.emoji import EmojiStyles
     from clipsteer.sae.evaluate import steerability
 
-    words = dataset.classes or [c.label for c in EmojiStyles().concepts]
+    words = told_apart(dataset) or [c.label for c in EmojiStyles().concepts]
     features = list(range(min(args.features, sae.d_sae)))
     few = Subset(dataset, spread(range(len(dataset)), 32))
     found = steerability(sae, clip, few, words, strength=args.steer, features=features, **where)

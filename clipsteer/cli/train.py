@@ -189,7 +189,7 @@ def _train(args: argparse.Namespace) -> int:
     import torch
 
     from clipsteer.clip.model import load
-    from clipsteer.data.dataset import captions_of
+    from clipsteer.data.dataset import LAYOUTS, captions_of, told_apart
     from clipsteer.reference import features as reference_features
     from clipsteer.reference.evaluate import excess_losses, write_excess
     from clipsteer.reference.train import train_contrastive
@@ -210,6 +210,10 @@ def _train(args: argparse.Namespace) -> int:
     captions_of(dataset, "--data")
     for name, images in validation.items():
         captions_of(images, f"--val {name}")
+        if images.classes is not None and told_apart(images) is None:
+            raise ValueError(
+                f"--val {name}: one class alone, {images.classes[0]!r}; expected {LAYOUTS}"
+            )
     config.check_batches(len(dataset), world.size)
     reference, kept = _reference(args, dataset, world)
     torch.manual_seed(config.seed)  # of random weights

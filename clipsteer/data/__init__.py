@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from clipsteer.data.dataset import renamed as renamed
     from clipsteer.data.dataset import sample_names as sample_names
     from clipsteer.data.dataset import spread as spread
+    from clipsteer.data.dataset import told_apart as told_apart
     from clipsteer.data.emoji import HELD_OUT_STYLE as HELD_OUT_STYLE
     from clipsteer.data.emoji import TRAINED_STYLES as TRAINED_STYLES
     from clipsteer.data.emoji import Concept as Concept

@@ -126,6 +126,12 @@ def labelled(dataset: ImageDataset, what: str) -> ImageDataset:
     return renamed(dataset, sorted(set(map(str, dataset.targets))))
 
 
+def told_apart(dataset: Any) -> list[str] | None:
+    """The classes, where there are at least two: among one alone every prediction is right."""
+    classes = getattr(dataset, "classes", None)
+    return classes if classes is not None and len(classes) > 1 else None
+
+
 def sample_names(dataset: ImageDataset) -> list[str]:
     """What to call each sample: its class, its caption, or the name of its file."""
     if dataset.classes is not None:

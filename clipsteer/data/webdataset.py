@@ -100,7 +100,7 @@ def _members(file: Path) -> list[tuple[Place, str]]:
     texts: dict[str, str] = {}
     try:
         with tarfile.open(file, "r:") as tar:
-            for member in _sound(tar, file.stat().st_size):
+            for member in _sound(tar, file):
                 if not member.isfile() or is_hidden(member.name):
                     continue
                 # WebDataset's rule: the key ends at the first dot of the base name
@@ -123,18 +123,19 @@ def _members(file: Path) -> list[tuple[Place, str]]:
     return [(place, texts[key]) for key, place in images.items() if key in texts]
 
 
-def _sound(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar file of so many bytes, each of them whole and behind the last.
+def _sound(tar: tarfile.TarFile, file: Path) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar file, each of them whole and behind the last.
 
     tarfile itself goes back where a size is negative, for ever, expands sparse members to sizes
     that the file does not have, and takes a damaged header for the end.
     """
+    size = file.stat().st_size
     behind = -1
     for member in tar:
         is_whole = 0 <= member.size <= size - member.offset_data or not member.isreg()
         if member.offset <= behind or member.size < 0 or member.issparse() or not is_whole:
             raise FileFormatError(
-                f"{tar.name}: the member {member.name!r} of {member.size} bytes is sparse, or does "
+                f"{file}: the member {member.name!r} of {member.size} bytes is sparse, or does "
                 f"not lie within the {size} bytes of the file"
             )
         behind = member.offset
@@ -142,7 +143,7 @@ def _sound(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
-        raise FileFormatError(f"{tar.name}: a damaged header at byte {tar.offset}")
+        raise FileFormatError(f"{file}: a damaged header at byte {tar.offset}")
 
 
 def _caption(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, where: str) -> str | None:

@@ -56,8 +56,7 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Iterator[
     """
     from PIL import Image, UnidentifiedImageError
 
-    is_file = not isinstance(source, bytes)
-    name = name or (str(source) if is_file else f"{len(source)} bytes")
+    name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else str(source))
     try:
         with contextlib.ExitStack() as stack:
             file: BinaryIO = io.BytesIO()
