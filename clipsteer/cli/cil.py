@@ -8,7 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from clipsteer.cli.arguments import Options, add_model, add_workers, count, device_of
+from clipsteer.cli.arguments import (
+    Options,
+    add_model,
+    add_workers,
+    count,
+    device_of,
+    setup_options,
+)
 from clipsteer.cli.images import (
     add_skip_unreadable,
     lists_unreadable,
@@ -20,7 +27,6 @@ PAPER_MODEL = "timm:vit_base_patch16_224.augreg_in21k"
 # chosen on validation images: benchmarks/results/cil-emoji.md
 EMOJI = {"first_epochs": 5, "epochs": 5, "batch_size": 48, "projections": 2000, "align_epochs": 20}
 SAE_STEPS = 1000
-# of the paper's settings, those that folders of images take without --recipe too
 FOLDERS = ("first_epochs", "epochs", "batch_size", "rank")
 EMOJI_RATES = {"macil": 0.03, "finetune": 0.003, "sdc": 0.03, "slca": 0.03, "joint": 0.01}
 # what --strategy and --seeds set
@@ -115,8 +121,7 @@ def _cil_options(p: argparse.ArgumentParser) -> None:
         type=count,
         default=3,
         metavar="N",
-        help="seeds 1993, 1994 … (with --recipe paper 1993, 1996, 1997): class order and training "
-        "(default: 3)",
+        help="of class order and training: 1993, 1994 …; the paper's 1993, 1996, 1997 (default: 3)",
     )
     add_model(p, None, "emojiclip, or the recipe's")
     p.add_argument(
@@ -229,10 +234,12 @@ def _scenario(
     return found.on_validation() if measure == "validation" else found
 
 
-def _encoder(model: str, pretrained: str | None, unit_range: bool, device: str) -> tuple[Any, Any]:
+def _encoder(
+    model: str, pretrained: str | None, unit_range: bool, device: str, setup: dict[str, Any]
+) -> tuple[Any, Any]:
     from clipsteer.continual.backbone import Encoder
 
-    return Encoder.open(model, pretrained, unit_range=unit_range, device=device)
+    return Encoder.open(model, pretrained, unit_range=unit_range, device=device, **setup)
 
 
 def _run(
@@ -268,6 +275,7 @@ def _run(
         plasticity=plasticity,
         out=out,
         workers=workers,
+        asked=encoder[4],
     )
 
 
@@ -293,6 +301,8 @@ def _fit_saes(folder: Path, images: Any, encoder: tuple[Any, ...]) -> None:
     else:
         size = {"d_sae": 4 * tower.width, "k": 16, "steps": SAE_STEPS}
         saes = fit_saes(tower.module, tower.blocks, pixel_batches(tower, images), **size)
+        for block, sae in saes.items():
+            sae.metadata.update(tower.origins[block])
         folder.mkdir(parents=True, exist_ok=True)
         save_saes(folder, saes)
     usage = Plasticity(saes).usage(tower.module, pixel_batches(tower, images))
@@ -339,10 +349,10 @@ def _cil(args: argparse.Namespace) -> int:
     configs, settings = _configs(args, names)
     by_paper = args.recipe == "paper"
     model = args.model or (PAPER_MODEL if by_paper else "emojiclip")
-    encoder = (model, args.pretrained, by_paper, device_of(args))
+    encoder = (model, args.pretrained, by_paper, device_of(args), setup_options(args))
     place = (args.data, args.tasks, args.init_cls, args.increment, args.split, args.measure)
-    parts = [] if is_emoji(args.data) else [Path(args.data) / part for part in ("train", "test")]
-    skipped = unreadable_files(args, parts)
+    parts = () if is_emoji(args.data) else ("train", "test")
+    skipped = unreadable_files(args, [Path(args.data) / part for part in parts])
     saes = args.saes or args.out / "saes"
     if any(config.plasticity for config in configs) and not (saes / _BACKGROUND).exists():
         images = args.sae_images or ("emoji" if is_emoji(args.data) else None)

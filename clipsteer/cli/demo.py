@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clipsteer.cli.arguments import _text, add_data, add_model, device_of, whole
+from clipsteer.cli.arguments import _text, add_data, add_model, device_of, setup_options, whole
 from clipsteer.cli.images import lists_unreadable, open_images
 
 
@@ -76,6 +76,7 @@ def _demo(args: argparse.Namespace) -> int:
         max_images=args.max_images,
         open_images=partial(open_images, args),
         device=device_of(args),
+        **setup_options(args),
     )
     _text(
         *result.lines(),
