@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
+from clipsteer.cli.images import add_skip_unreadable
 from clipsteer.clip.tokens import TOKENS
 from clipsteer.training.settings import (
     Setting,
@@ -267,12 +268,13 @@ def load_known(args: argparse.Namespace, metadata: Mapping[str, Any], what: Any)
 
 
 def add_data(p: argparse.ArgumentParser, what: str) -> None:
-    """The option that names images, and ``what`` is done with them."""
+    """The options that name images, ``what`` is done with them, and what with unreadable ones."""
     p.add_argument(
         "--data",
         metavar="PATH",
         help=f"emoji[:style[:part]], folder, captions .csv/.tsv/.jsonl, or .tar shards: {what}",
     )
+    add_skip_unreadable(p)
 
 
 def add_site(p: argparse.ArgumentParser, what: str) -> None:
@@ -329,7 +331,7 @@ def show_steering(
 
     from clipsteer.clip.model import EMOJICLIP
     from clipsteer.clip.zero_shot import zero_shot_head
-    from clipsteer.data.dataset import sample_names, spread
+    from clipsteer.data.dataset import sample_names, spread, told_apart
     from clipsteer.data.emoji import EmojiStyles
     from clipsteer.steering import steer
 
@@ -338,7 +340,7 @@ def show_steering(
     if args.words is not None:
         words = read_words(args.words)
     else:
-        words = dataset.classes or [c.label for c in EmojiStyles().concepts]
+        words = told_apart(dataset) or [c.label for c in EmojiStyles().concepts]
     head = zero_shot_head(clip, words, None if clip.name == EMOJICLIP else ("a photo of a {}.",))
     rows = spread(range(len(dataset)), args.count)
     images = [dataset[i][0] for i in rows]

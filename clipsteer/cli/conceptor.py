@@ -22,6 +22,7 @@ from clipsteer.cli.arguments import (
     show_steering,
     whole,
 )
+from clipsteer.cli.images import lists_unreadable, open_images
 
 _ORIGIN = ("clip_model", "pretrained", "hook_point", "tokens", "setup")
 
@@ -163,6 +164,12 @@ def _steer_options(p: argparse.ArgumentParser) -> None:
         "--scale-aperture", type=float, metavar="G", help="multiply the aperture of the result by G"
     )
     p.add_argument("--beta", type=float, default=1.0, help="strength (default: 1)")
+    p.add_argument(
+        "--form",
+        choices=("project", "residual"),
+        default="project",
+        help="h becomes β·C·h (default; the paper's), or β·C·h + h (its authors' code)",
+    )
     add_model(p, None, "what the conceptor was fitted on")
     add_data(p, "images to look at (default: the bundled held-out style)")
     add_known_site(p, "what the conceptor was fitted on")
@@ -225,13 +232,13 @@ def _activations(
         at += images
 
 
+@lists_unreadable
 def _fit(args: argparse.Namespace) -> int:
     import torch
 
     from clipsteer.clip.model import as_texts, default_hook_point, load, provenance
     from clipsteer.conceptors.conceptor import Conceptor
     from clipsteer.conceptors.fit import aperture_sweep, choose_aperture, correlation
-    from clipsteer.data.files import open_dataset
     from clipsteer.sae.activations import ActivationStore
     from clipsteer.steering import AdditiveSteering
 
@@ -252,11 +259,13 @@ def _fit(args: argparse.Namespace) -> int:
         batches: Any = (store.read_shard(i) for i in range(len(store.shards)))
     else:
         clip = load(args.model, args.pretrained, device=device_of(args), **setup_options(args))
-        dataset = open_dataset(args.data) if args.data else _drawings(args.style, args.category)
+        dataset = (
+            open_images(args, args.data) if args.data else _drawings(args.style, args.category)
+        )
         hook_point = args.hook_point or default_hook_point(clip)
         origin = provenance(clip, hook_point, args.tokens)
         if args.centre is not None:
-            background = open_dataset(args.centre or "emoji")
+            background = open_images(args, args.centre or "emoji")
             rows = (r for r, _ in _activations(clip, background, hook_point, args, "background"))
             mean = AdditiveSteering.fit(rows).mean
         pairs = _activations(clip, dataset, hook_point, args, "activations")
@@ -312,8 +321,8 @@ def _pick(path: Path | str, name: str | None) -> Any:
     return C[names.index(name)]
 
 
+@lists_unreadable
 def _steer(args: argparse.Namespace) -> int:
-    from clipsteer.data.files import open_dataset
     from clipsteer.steering import ConceptorSteering
 
     C = _pick(args.conceptor, args.chosen)
@@ -343,9 +352,8 @@ def _steer(args: argparse.Namespace) -> int:
     if hook_point is None:
         raise ValueError(f"{args.conceptor} does not name its hook point; pass --hook-point")
     clip = load_known(args, provenance, args.conceptor)
-    steering = ConceptorSteering(
-        C, args.beta, tokens=args.tokens or provenance.get("tokens") or "all"
-    )
+    tokens: Any = args.tokens or provenance.get("tokens") or "all"
+    steering = ConceptorSteering(C, args.beta, tokens=tokens, form=args.form)
     sys.stdout.write(f"{C}\n")
-    dataset = open_dataset(args.data or "emoji", emoji="held-out:seen")
+    dataset = open_images(args, args.data or "emoji", emoji="held-out:seen")
     return show_steering(args, clip, dataset, hook_point, steering)

@@ -8,6 +8,7 @@ that is not there), 130 interrupted, 143 terminated, both once a run is saved.
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -154,6 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # figures of training runs; what a library says is left out
     logging.getLogger("clipsteer").setLevel(logging.INFO)
 
+    # names of files need not be UTF-8: as stderr writes them
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _refuse_processes(args)
         return args.function(args)

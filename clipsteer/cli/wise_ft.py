@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clipsteer.cli.arguments import add_device, add_setup, add_workers, device_of, setup_options
+from clipsteer.cli.images import add_skip_unreadable, lists_unreadable, open_images
 
 DATA = (
     "emoji:STYLE:PART, a folder of class folders, captions .csv/.jsonl or .tar shards (captions "
@@ -117,6 +118,7 @@ def _curve_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="for curve.html, .csv, .svg and .png"
     )
+    add_skip_unreadable(p)
     add_setup(p)
     add_device(p)
     add_workers(p)
@@ -229,12 +231,12 @@ def _merge_classifiers(
                 temporary.rename(folder)
 
 
+@lists_unreadable
 def _curve(args: argparse.Namespace) -> int:
     import torch
 
     from clipsteer.clip.classifier import load_classifier
     from clipsteer.data.dataset import labelled, renamed
-    from clipsteer.data.files import open_dataset
     from clipsteer.ensembles import page as robustness_page
     from clipsteer.ensembles import robustness
     from clipsteer.ensembles.merging import same_setup
@@ -253,7 +255,7 @@ def _curve(args: argparse.Namespace) -> int:
     sets = []
     for role in ("reference", "shifted"):
         for spec in getattr(args, role):
-            images = renamed(labelled(open_dataset(spec), f"--{role}"), classes)
+            images = renamed(labelled(open_images(args, spec), f"--{role}"), classes)
             sets.append(
                 robustness.EvalSet(
                     spec, role, _kept(clip, images, args.workers), torch.tensor(images.targets)

@@ -97,11 +97,12 @@ class _Run(TrainingRun):
         if (
             dataset.classes is None
             or not len(dataset)
+            or len(head) < 2
             or not 0 <= min(dataset.targets) <= max(dataset.targets) < len(head)
         ):
             raise ValueError(
                 f"finetune: dataset must hold images of classes 0 … {len(head) - 1}, the rows of "
-                f"head"
+                f"head, of which there must be at least two"
             )
         self.clip = clip
         self.dataset = dataset

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from clipsteer.io.files import write_atomically as write_atomically
     from clipsteer.io.files import write_json as write_json
     from clipsteer.io.files import write_safetensors as write_safetensors
+    from clipsteer.io.images import as_rgb as as_rgb
+    from clipsteer.io.images import open_image as open_image
+    from clipsteer.io.images import read_image as read_image
     from clipsteer.io.kinds import Kind as Kind
     from clipsteer.io.kinds import read_kind as read_kind
     from clipsteer.io.kinds import write_kind as write_kind

@@ -24,6 +24,7 @@ from clipsteer.io.doors import door
 from clipsteer.io.locks import open_temporary, remove_abandoned
 from clipsteer.io.messages import FileFormatError as FileFormatError
 from clipsteer.io.messages import naming
+from clipsteer.io.names import escaped, unescaped, utf8_path
 
 MAX_JSON_BYTES = 16 << 20
 # of JSON: what is read takes memory in proportion, and can be copied, compared and written again
@@ -79,8 +80,13 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON. Raises ValueError for NaN and infinity, TypeError for what
-    JSON has not."""
-    data = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+    JSON has not.
+
+    Names that are not UTF-8, which Python holds with halves of pairs (surrogateescape), come back
+    as they were: JSON's way to write such a half is Python's.
+    """
+    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False)
+    data = text.encode("utf-8", "backslashreplace") + b"\n"
     write_atomically(path, lambda file: file.write(data))
 
 
@@ -95,7 +101,7 @@ def safetensors_layout(
     """
     header: dict[str, Any] = {}
     if metadata:
-        header["__metadata__"] = {str(key): str(value) for key, value in metadata.items()}
+        header["__metadata__"] = {str(key): escaped(str(value)) for key, value in metadata.items()}
     # widest elements first, then by name: every tensor is aligned and the bytes do not depend on
     # the order given
     order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
@@ -279,8 +285,12 @@ def _opened(path: Path) -> Iterator[tuple[safe_open, Header]]:
     described, start = _described(path)
     try:
         # not mapped: a file that is cut off while it is read raises, and does not kill the process
-        with safe_open(path, framework="pt", backend="pread") as file:
-            metadata = described.pop("__metadata__", None) or {}
+        with (
+            utf8_path(path) as opened,
+            safe_open(opened, framework="pt", backend="pread") as file,
+        ):
+            texts = described.pop("__metadata__", None) or {}
+            metadata = {key: unescaped(text) for key, text in texts.items()}
             stored = [_stored(path, name, entry) for name, entry in described.items()]
             stored.sort(key=lambda tensor: (tensor.begin, tensor.end))
             yield file, Header(tuple(stored), metadata, start)

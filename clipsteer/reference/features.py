@@ -30,6 +30,7 @@ from clipsteer.io.files import (
     refuse_nan,
     write_safetensors,
 )
+from clipsteer.io.names import spoken
 from clipsteer.training.settings import other_data
 from clipsteer.training.world import JointBatch, World
 
@@ -140,7 +141,7 @@ def encode_texts(
     def encode(rows: Sequence[int]) -> Tensor:
         parts = []
         for at in range(0, len(rows), batch_size):
-            tokens = clip.tokenizer([distinct[row] for row in rows[at : at + batch_size]])
+            tokens = clip.tokenizer([spoken(distinct[row]) for row in rows[at : at + batch_size]])
             found = first_of(model.encode_text(tokens.to(clip.device)))
             wide = torch.promote_types(found.dtype, torch.float32)
             parts.append(F.normalize(found.to(wide), dim=-1))
