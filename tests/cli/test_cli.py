@@ -299,13 +299,14 @@ def test_sae_train_with_a_store_resumes(capsys, model, images, tmp_path):
         (["--k", 5], "k: 4 there, 5"),
         (["--hook-point", hook, "--store", other], f"metadata.hook_point: '{HOOK}' there, '{hook}'"),
         (["--tokens", "cls", "--store", tmp_path / "cls"], "metadata.tokens: 'all' there, 'cls'"),
-        (["--data", f"{images}/"], "metadata.data"),
     ):
         code, _, err = run(capsys, *args, *change)
         assert code == 2
         assert "other settings" in err
         assert word in err
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+    # a run knows its data, however they are called
+    assert run(capsys, *args, "--data", f"{images}/")[0] == 0
 
 
 def test_module_runs_as_a_program():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import re
@@ -146,5 +147,9 @@ def test_validation_sets_of_one_name_are_both_kept(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "val.csv").write_text("image,caption\nx.png,a\n")
-    found = _validation([str(tmp_path / "a" / "val.csv"), str(tmp_path / "b" / "val.csv")])
+    found = _validation(
+        argparse.Namespace(
+            val=[str(tmp_path / "a" / "val.csv"), str(tmp_path / "b" / "val.csv")], skip_unreadable=False
+        )
+    )
     assert list(found) == ["val", str(tmp_path / "b" / "val.csv")]

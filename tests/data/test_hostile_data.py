@@ -169,5 +169,5 @@ def test_images_that_a_table_cannot_mean(tmp_path):
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = data.open_dataset(tmp_path / "t.jsonl")
     for row in range(2):
-        with pytest.raises(FileFormatError, match="cannot be read as an image"):
+        with pytest.raises(FileFormatError, match=r"cannot be read as an image|no file can have this name"):
             found[row]
