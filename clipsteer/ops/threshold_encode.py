@@ -1,0 +1,187 @@
+"""``threshold_encode``: all pre-activations x W_encᵀ + b_enc above a threshold, as ragged codes.
+
+Fused like ``topk_encode``, with a bound that is known from the start: the (B, d_sae)
+pre-activations are never stored. Source: Rajamanoharan et al. 2024 (arXiv 2407.14435) for
+JumpReLU; Bussmann et al. 2024 (arXiv 2412.06410) for the inference of BatchTopK.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipsteer.ops import _check
+from clipsteer.ops._dispatch import call, choose
+from clipsteer.ops.ragged_decode import SparseCodes, decode, needs_compiled, pair_gradient, rows_of
+
+__all__ = ["threshold_encode", "threshold_encode_reference"]
+
+
+def codes_where(
+    pre: Tensor,  # (B, n)
+    keep: Tensor,  # (B, n) bool
+    capacity: int | None,
+) -> SparseCodes:
+    """The kept pre-activations in order; a row with a NaN has one code, NaN at feature 0."""
+    nan = pre.isnan().any(-1, keepdim=True)
+    first = torch.arange(pre.shape[1], device=pre.device) == 0
+    keep = torch.where(nan, first, keep)
+    offsets = F.pad(keep.sum(-1).cumsum(0), (1, 0))
+    flat = pre.masked_fill(nan, float("nan")).flatten()
+    if capacity is None:
+        at = keep.flatten().nonzero().flatten()
+        return SparseCodes(flat.gather(0, at), at % pre.shape[1], offsets)
+    at = torch.argsort(~keep.flatten(), stable=True)[:capacity]
+    there = torch.arange(at.shape[0], device=pre.device) < offsets[-1]
+    rest = (0, capacity - at.shape[0])
+    values = torch.where(there, flat.gather(0, at), 0)
+    indices = torch.where(there, at % max(pre.shape[1], 1), 0)
+    return SparseCodes(F.pad(values, rest), F.pad(indices, rest), offsets)
+
+
+def threshold_encode_reference(
+    x: Tensor,  # (B, d_in)
+    W_enc: Tensor,  # (d_sae, d_in)
+    b_enc: Tensor | None = None,  # (d_sae,)
+    *,
+    threshold: Tensor,  # () or (d_sae,)
+    relu: bool = True,
+    capacity: int | None = None,
+) -> SparseCodes:
+    """The definition in plain torch."""
+    pre = F.linear(x, W_enc, b_enc)
+    keep = pre > (threshold.clamp_min(0) if relu else threshold)
+    return codes_where(pre, keep, capacity)
+
+
+class RaggedEncode(torch.autograd.Function):
+    """Ragged codes of a low-level op of the arguments (x, W, b, threshold if any, size); the
+    gradient holds the set of codes fixed."""
+
+    @staticmethod
+    def forward(
+        x,  # (B, d)
+        W,  # (n, d)
+        b,  # (n,) or None
+        threshold,  # (1,) or (n,), or None
+        size,
+        low_level,
+        backend,
+        sparse_grad,
+    ):
+        if threshold is None:
+            return call(backend, low_level, x, W, b, size)
+        return call(backend, low_level, x, W, b, threshold, size)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, W, *_, ctx.backend, ctx.sparse_grad = inputs
+        values, indices, offsets = output
+        ctx.save_for_backward(x, W, values, indices, offsets)
+        ctx.mark_non_differentiable(indices, offsets)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * 8
+        x, W, values, indices, offsets = ctx.saved_tensors
+        grad = torch.where(values.isnan(), 0, grad)
+        d_x = d_W = d_b = None
+        if ctx.needs_input_grad[0]:
+            d_x = decode(grad, indices, offsets, W, ctx.backend)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            row = rows_of(offsets, len(values))
+            row = torch.where(row < x.shape[0], row, -1)
+            d_W, d_b = pair_gradient(grad, indices, row, x, W, ctx.backend, ctx.sparse_grad)
+        needs = ctx.needs_input_grad
+        return d_x, d_W if needs[1] else None, d_b if needs[2] else None, *[None] * 5
+
+
+def check_encoder(op: str, named: dict[str, Any]) -> None:
+    """Shapes and dtypes of x, W_enc, b_enc."""
+    _check.check_tensors(op, named)
+    x, W_enc = named["x"], named["W_enc"]
+    if W_enc.dim() != 2:
+        expected = "of shape (d_sae, d_in)"
+        raise ValueError(_check.mistake(op, "W_enc", expected, tuple(W_enc.shape), named))
+    if x.dim() != 2 or x.shape[1] != W_enc.shape[1]:
+        expected = f"of shape (B, d_in = {W_enc.shape[1]})"
+        raise ValueError(_check.mistake(op, "x", expected, tuple(x.shape), named))
+    _check.check_shape(op, named, "b_enc", (W_enc.shape[0],), "(d_sae,)")
+
+
+def threshold_encode(
+    x: Tensor,  # (B, d_in)
+    W_enc: Tensor,  # (d_sae, d_in)
+    b_enc: Tensor | None = None,  # (d_sae,)
+    *,
+    threshold: Tensor | float,  # () or (d_sae,)
+    relu: bool = True,
+    capacity: int | None = None,
+    backend: str = "auto",
+    sparse_grad: bool = False,
+) -> SparseCodes:
+    """Encode to all pre-activations that are larger than a threshold.
+
+    Args:
+        x: (B, d_in) activations, float32, bfloat16, float16 or float64.
+        W_enc: (d_sae, d_in) dictionary, a feature a row, of ``x``'s dtype.
+        b_enc: (d_sae,) or None.
+        threshold: one for all features, or one a feature; compared strictly.
+        relu: only positive pre-activations are codes, whatever the threshold.
+        capacity: how many codes there is room for; None makes as much as there are, which a GPU has
+            to wait for. With too little room the last codes are missing, and
+            ``codes.offsets[-1] > capacity`` says so.
+        backend: ``"auto" | "reference" | "cpp"``; ``ops.explain`` says which can run.
+        sparse_grad: the gradient of ``W_enc`` is a sparse COO tensor of the rows in use.
+
+    Returns ``SparseCodes``, a row's features in ascending order. A row with a NaN pre-activation has
+    one code, NaN at feature 0. The gradient of the values holds the set of codes fixed; the
+    threshold has none.
+
+    Raises:
+        ValueError: shapes, devices or a capacity that do not fit.
+        TypeError: not tensors, or dtypes that differ outside autocast.
+        RuntimeError: the backend asked for cannot run here.
+
+    Source: Rajamanoharan et al. 2024 (arXiv 2407.14435), equation 4.
+    """
+    op = "threshold_encode"
+    named: dict[str, Any] = {"x": x, "W_enc": W_enc, "b_enc": b_enc}
+    if isinstance(x, Tensor):
+        if not isinstance(threshold, Tensor):
+            threshold = torch.tensor(threshold, dtype=x.dtype, device=x.device)
+        if isinstance(W_enc, Tensor):
+            x, W_enc, b_enc, threshold = _check.autocast(x, W_enc, b_enc, threshold)
+        named = {"x": x, "W_enc": W_enc, "b_enc": b_enc, "threshold": threshold}
+    check_encoder(op, named)
+    assert isinstance(threshold, Tensor)
+    n = W_enc.shape[0]
+    if threshold.dim() > 1 or (threshold.dim() == 1 and threshold.shape[0] != n):
+        expected = f"a number or of shape (d_sae = {n},)"
+        raise ValueError(_check.mistake(op, "threshold", expected, tuple(threshold.shape), named))
+    if capacity is not None and capacity < 0:
+        raise ValueError(f"{op}: capacity must be None or at least 0, got {capacity}")
+    backend = choose(op, backend, x)
+    needs_compiled(op, sparse_grad, backend)
+    threshold = threshold.detach()
+    if backend == "reference":
+        return threshold_encode_reference(
+            x, W_enc, b_enc, threshold=threshold, relu=relu, capacity=capacity
+        )
+    limit = threshold.clamp_min(0) if relu else threshold
+    found = RaggedEncode.apply(
+        x.contiguous(),
+        W_enc.contiguous(),
+        None if b_enc is None else b_enc.contiguous(),
+        limit.reshape(-1).contiguous(),
+        -1 if capacity is None else capacity,
+        op,
+        backend,
+        sparse_grad,
+    )
+    return SparseCodes(*found)
