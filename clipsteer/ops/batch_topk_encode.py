@@ -1,4 +1,4 @@
-"""``batch_topk_encode``: the k·B largest positive pre-activations x W_encᵀ + b_enc of a whole batch.
+"""``batch_topk_encode``: the k·B largest positive pre-activations x W_encᵀ + b_enc of a batch.
 
 Fused like ``topk_encode``, with one bound that all rows share: the (B, d_sae) pre-activations are
 never stored. Source: Bussmann et al. 2024 (arXiv 2412.06410), section 3.
@@ -27,13 +27,14 @@ def batch_topk_encode_reference(
     *,
     count: int,
 ) -> SparseCodes:
-    """The definition in plain torch; ties go to the earlier row, then to the lower feature, and
-    rows with a NaN do not compete."""
+    """The definition in plain torch; ties go to the earlier row, then to the lower feature, and a
+    row with a NaN has one code."""
     pre = F.linear(x, W_enc, b_enc)  # (B, n)
-    ranked = pre.masked_fill(pre.isnan().any(-1, keepdim=True), 0).flatten()
+    nan = pre.isnan().any(-1, keepdim=True)
+    ranked = pre.masked_fill(nan, 0).flatten()
     order = torch.argsort(ranked, descending=True, stable=True)
-    keep = torch.zeros_like(ranked, dtype=torch.bool).index_fill(0, order[:count], True)
-    keep = keep & (ranked > 0)
+    first = torch.arange(order.shape[0], device=x.device) < count - nan.sum()
+    keep = torch.zeros_like(ranked, dtype=torch.bool).scatter(0, order, first) & (ranked > 0)
     return codes_where(pre, keep.view_as(pre), max(count, x.shape[0]))
 
 
@@ -58,8 +59,8 @@ def batch_topk_encode(
 
     Returns ``SparseCodes`` with room for max(count, B) codes, a row's features in ascending order.
     Equal pre-activations go to the earlier row, then to the lower feature. A row with a NaN
-    pre-activation has one code, NaN at feature 0, and does not compete. The gradient of the values
-    holds the set of codes fixed.
+    pre-activation has one code of them, NaN at feature 0. The gradient of the values holds the set
+    of codes fixed.
 
     Raises:
         ValueError: shapes, devices or a count that do not fit.

@@ -1,5 +1,5 @@
-"""``ragged_decode``: x_hat = Σ_j values_j · W_dec[indices_j] + b_dec, over as many codes as each row
-has, for every prefix of the dictionary at once.
+"""``ragged_decode``: x_hat = Σ_j values_j · W_dec[indices_j] + b_dec, over as many codes as each
+row has, for every prefix of the dictionary at once.
 
 Fused: the sum over the first features goes on into the sum over more of them, so that all prefixes
 cost one pass over the codes; so does the way back. Its gradients, ``_dot`` (for the values) and
@@ -287,7 +287,11 @@ def ragged_decode(
     """
     op = "ragged_decode"
     named: dict[str, Any] = {
-        "values": values, "indices": indices, "offsets": offsets, "W_dec": W_dec, "b_dec": b_dec
+        "values": values,
+        "indices": indices,
+        "offsets": offsets,
+        "W_dec": W_dec,
+        "b_dec": b_dec,
     }
     if all(isinstance(t, Tensor) for t in (values, W_dec)):
         values, W_dec, b_dec = _check.autocast(values, W_dec, b_dec)

@@ -139,8 +139,8 @@ def threshold_encode(
         backend: ``"auto" | "reference" | "cpp"``; ``ops.explain`` says which can run.
         sparse_grad: the gradient of ``W_enc`` is a sparse COO tensor of the rows in use.
 
-    Returns ``SparseCodes``, a row's features in ascending order. A row with a NaN pre-activation has
-    one code, NaN at feature 0. The gradient of the values holds the set of codes fixed; the
+    Returns ``SparseCodes``, a row's features in ascending order. A row with a NaN pre-activation
+    has one code, NaN at feature 0. The gradient of the values holds the set of codes fixed; the
     threshold has none.
 
     Raises:

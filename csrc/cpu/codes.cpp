@@ -78,6 +78,7 @@ struct Largest : Found<V> {
   void cut() {
     std::vector<Entry<V>>& all = this->entries;
     if (int64_t(all.size()) <= most) return;
+    if (most == 0) return all.clear();
     std::nth_element(all.begin(), all.begin() + (most - 1), all.end(), std::greater<>());
     all.resize(most);
     // never below zero, nor a number that the processor may read as zero
@@ -280,7 +281,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_topk_encode(Tensor x, Tensor w_enc, std
       again = seen != nan;
       nan = seen;
     }
-    Largest<V> joint(0, count);
+    // the one code of a row with a NaN is among them
+    Largest<V> joint(0, std::max<int64_t>(count - std::count(nan.begin(), nan.end(), 1), 0));
     joint.entries = std::move(all);
     joint.cut();
     write<T>(in_order<V>(joint.entries, nan, rows), size, data<T>(values), data<int64_t>(indices),

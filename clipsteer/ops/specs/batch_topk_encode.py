@@ -17,7 +17,6 @@ from clipsteer.ops.specs.threshold_encode import (
     check_code_grads,
     check_codes,
     draw_dictionary,
-    pre_activations,
 )
 
 
@@ -28,25 +27,20 @@ def _draw(case: Draw) -> Inputs:
 
 def _check_values(inputs: Inputs, outputs: Tensors) -> Errors:
     """The set is right when none that was left out is larger, by more than both roundings, than one
-    that was taken, and there are as many as positive ones, up to ``count``."""
-    pre, _, slack = pre_activations(inputs)
-    count = inputs["count"]
-    nan = pre.isnan().any(-1)
-    low = (pre - slack)[~nan].flatten()
-    high = (pre + slack)[~nan].flatten()
-    # whatever the roundings, the value of this rank lies between these two
-    rank = min(count, len(low))
-    most = low.sort(descending=True).values[rank - 1] if rank else torch.tensor(math.inf)
-    least = high.sort(descending=True).values[count] if count < len(high) else torch.tensor(0.0)
-    zero = torch.zeros((), dtype=torch.float64)
-    # one may be kept whose upper end reaches the least of those that can be among the first
-    errors = check_codes(
-        inputs, outputs, torch.maximum(most, zero).nextafter(-zero - 1), torch.maximum(least, zero)
-    )
-    kept = int(outputs["offsets"][-1]) - int(nan.sum())
-    if not min(count, int((low > 0).sum())) <= kept <= min(count, int((high > 0).sum())):
-        errors["offsets"] = math.inf
-    if len(outputs["values"]) != max(count, len(pre)):
+    that was taken, and when it is full or all positive ones are there."""
+
+    def right(high: Tensor, low: Tensor, kept: Tensor, left: Tensor) -> bool:
+        room = max(inputs["count"] - int(outputs["values"].isnan().sum()), 0)
+        taken = int(kept.sum())
+        if taken > room or bool((high[kept] <= 0).any()):
+            return False
+        rest = low[left].clamp_min(0)
+        if taken < room and bool(rest.any()):
+            return False
+        return taken == 0 or len(rest) == 0 or bool(rest.max() <= high[kept].min())
+
+    errors = check_codes(inputs, outputs, right)
+    if len(outputs["values"]) != max(inputs["count"], len(inputs["x"])):
         errors["values"] = math.inf
     return errors
 

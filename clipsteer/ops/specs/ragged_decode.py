@@ -100,9 +100,7 @@ def _check_grads(inputs: Inputs, outputs: Tensors, grad_out: Tensors, grads: Ten
     return {
         "values": fraction_of_bound(grads["values"], dots, dot_sizes, d, extra),
         "W_dec": fraction_of_bound(grads["W_dec"], d_W, size, terms, extra),
-        "b_dec": fraction_of_bound(
-            grads["b_dec"], g.sum((0, 1)), g.abs().sum((0, 1)), groups * B
-        ),
+        "b_dec": fraction_of_bound(grads["b_dec"], g.sum((0, 1)), g.abs().sum((0, 1)), groups * B),
     }
 
 

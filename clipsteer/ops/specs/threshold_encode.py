@@ -1,8 +1,9 @@
-"""What ``threshold_encode`` may be off by, how its cases are drawn, and what it is timed against."""
+"""What ``threshold_encode`` may be off by, how its cases are drawn, what it is timed against."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -97,10 +98,10 @@ def read_codes(outputs: Tensors, n: int) -> tuple[Tensor, Tensor, Tensor] | None
 def check_codes(
     inputs: Inputs,
     outputs: Tensors,
-    least: Tensor,  # (B, n) or (n,): what is below cannot have been kept
-    most: Tensor,  # (B, n) or (n,): what is above must have been
+    right: Callable[[Tensor, Tensor, Tensor, Tensor], bool],
 ) -> Errors:
-    """Structure, values and the set, given the limits of what may be and what has to be there."""
+    """Structure, values and the set: ``right`` of what the kept can be at most and the left out at
+    least, and where either is, (B, n) each; rows with a NaN, or not there whole, are neither."""
     pre, magnitude, slack = pre_activations(inputs)
     x = inputs["x"]
     n = pre.shape[1]
@@ -115,24 +116,25 @@ def check_codes(
     for r in (nan & whole).nonzero().flatten().tolist():
         if keep[r].nonzero().flatten().tolist() != [0] or not bool(dense[r, 0].isnan()):
             return broken
-    checked = keep & ~nan[:, None]
-    there = keep | ~whole[:, None] | nan[:, None]
-    right = bool((pre + slack > least)[checked].all()) and bool((pre - slack <= most)[~there].all())
+    kept = keep & ~nan[:, None]
+    left = ~keep & whole[:, None] & ~nan[:, None]
     error = fraction_of_bound(
-        dense[checked], pre[checked], magnitude[checked], x.shape[1], operand_error(x.dtype)
+        dense[kept], pre[kept], magnitude[kept], x.shape[1], operand_error(x.dtype)
     )
-    wrong = 0.0 if right else math.inf
+    wrong = 0.0 if right(pre + slack, pre - slack, kept, left) else math.inf
     return {"values": error, "indices": wrong, "offsets": wrong}
 
 
 def _check_values(inputs: Inputs, outputs: Tensors) -> Errors:
     limit = inputs["threshold"].double().clamp_min(0)
-    return check_codes(inputs, outputs, limit, limit)
+
+    def right(high: Tensor, low: Tensor, kept: Tensor, left: Tensor) -> bool:
+        return bool((high > limit)[kept].all()) and bool((low <= limit)[left].all())
+
+    return check_codes(inputs, outputs, right)
 
 
-def check_code_grads(
-    inputs: Inputs, outputs: Tensors, grad_out: Tensors, grads: Tensors
-) -> Errors:
+def check_code_grads(inputs: Inputs, outputs: Tensors, grad_out: Tensors, grads: Tensors) -> Errors:
     """Of the set that was chosen, as sums over its pairs."""
     x = inputs["x"].double()
     W = inputs["W_enc"].double()
