@@ -245,7 +245,6 @@ def _drrho_grad(
 
 # ---------------------------------------------------------------- the records
 
-_WITHOUT_GPU = ("reference", "cpp")
 _WITHOUT_CUDA = ("reference", "cpp", "triton")
 
 RECORDS = (
@@ -298,7 +297,7 @@ RECORDS = (
                 _ragged_outer,
             ),
         },
-        backends=_WITHOUT_GPU,
+        backends=_WITHOUT_CUDA,
     ),
     Op(
         "threshold_encode",
@@ -309,7 +308,7 @@ RECORDS = (
                 _threshold_encode,
             ),
         },
-        backends=_WITHOUT_GPU,
+        backends=_WITHOUT_CUDA,
     ),
     Op(
         "batch_topk_encode",
@@ -319,7 +318,7 @@ RECORDS = (
                 _batch_topk_encode,
             ),
         },
-        backends=_WITHOUT_GPU,
+        backends=_WITHOUT_CUDA,
     ),
     Op(
         "conceptor_project",

@@ -183,3 +183,46 @@ def test_kernels_check_offsets_and_rows_themselves():
             call.ragged_dot(torch.ones(6, 6), row, indices, W)
         with pytest.raises((RuntimeError, IndexError), match=str(bad)):
             call.ragged_outer(values, indices, row, torch.ones(6, 6), 9)
+
+
+CROWDED = """
+import torch
+from clipsteer import ops
+from clipsteer.kernels import batch_topk_encode, threshold_encode
+
+# one-hot rows of x pick a row of the table: its pre-activations are those values, exactly
+n, generator = 200, torch.Generator().manual_seed(0)
+table = torch.randint(-9, 9, (12, n), generator=generator).float()
+table[1, 64:128] += 100  # all winners in one tile of 64
+table[2] = 7.0  # ties throughout
+table[3] = -table[3].abs()
+table[4, ::3] = torch.inf
+table[5, 70] = torch.nan
+table[6] = 0.0
+table[7, 3] = 1e-45  # the least positive number there is
+x, W = torch.eye(12), table.nan_to_num(nan=0.0, posinf=1e30).T.contiguous()
+bias = torch.zeros(n)
+
+def same(found, expected):
+    assert all(torch.equal(a.nan_to_num(nan=-1.0), b.nan_to_num(nan=-1.0)) for a, b in zip(found, expected))
+
+for count in (1, 5, 40, 100, 64 * 3, 700, 12 * n):
+    found = batch_topk_encode.batch_topk_encode(x, W, bias, count)
+    same(found, ops.batch_topk_encode(x, W, bias, count=count, backend="reference"))
+for limit in (torch.tensor([6.0]), torch.tensor([0.0]), torch.randint(0, 9, (n,), generator=generator).float()):
+    for room in (-1, 30, 5000):
+        found = threshold_encode.threshold_encode(x, W, bias, limit, room)
+        expected = ops.threshold_encode(
+            x, W, bias, threshold=limit.squeeze(), capacity=None if room < 0 else room, backend="reference"
+        )
+        same(found, expected)
+bias[3] = torch.nan
+same(batch_topk_encode.batch_topk_encode(x, W, bias, 30), ops.batch_topk_encode(x, W, bias, count=30))
+same(threshold_encode.threshold_encode(x, W, bias, torch.tensor([2.0]), -1), ops.threshold_encode(x, W, bias, threshold=2.0))
+assert threshold_encode.EMITTED < 64
+"""
+
+
+def test_crowded_tiles_are_multiplied_again(interpret):
+    """More codes in a tile than are emitted of it, ties across the limit, infinities, rows with a NaN."""
+    interpret(CROWDED)
