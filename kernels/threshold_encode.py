@@ -86,16 +86,11 @@ def _threshold_write_kernel(
     at = rows.to(tl.int64) * tl.cdiv(n, BLOCK_N) + tile_n
     base = tl.load(base_ptr + at, mask=live, other=0)
     spoiled = tl.load(spoiled_ptr + rows, mask=live, other=0) != 0
-    total = tl.load(total_ptr + at, mask=live & (spoiled == 0), other=0)
+    total = tl.load(total_ptr + at, mask=live, other=0)
     quota = tl.zeros((BLOCK_B,), dtype=tl.int32)
-    if TIES:
-        quota = tl.load(quota_ptr + at, mask=live, other=0)
     if tile_n == 0:
         nan = tl.full((BLOCK_B,), float("nan"), dtype=tl.float32)
         tl.store(values_ptr + base, nan.to(values_ptr.dtype.element_ty), mask=spoiled & (base < capacity))
-    single = tl.load(limit_ptr).to(tl.float32)
-    written = tl.zeros((BLOCK_B,), dtype=tl.int64)
-    ties = tl.zeros((BLOCK_B,), dtype=tl.int32)
     if tl.max(total, axis=0) > J:
         local = tl.arange(0, BLOCK_N)
         cols = tile_n * BLOCK_N + local
@@ -104,37 +99,47 @@ def _threshold_write_kernel(
             HAS_BIAS, TMA, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         limit = _limits(limit_ptr, cols, n, SINGLE)[None, :]
+        # read again, as registers are short while the product is made
+        base = tl.load(base_ptr + at, mask=live, other=0)
+        total = tl.load(total_ptr + at, mask=live, other=0)
         there = (cols < n)[None, :] & (total > 0)[:, None]
         if TIES:
+            quota = tl.load(quota_ptr + at, mask=live, other=0)
             left = tl.where((acc >= limit) & there, acc, float("nan"))
         else:
             left = tl.where((acc > limit) & there, acc, float("nan"))
+        written = tl.zeros((BLOCK_B,), dtype=tl.int32)
+        ties = tl.zeros((BLOCK_B,), dtype=tl.int32)
         for j in range(0, tl.max(total, axis=0)):
             col, value, left = next_number(left, local, BLOCK_N)
             chosen = j < total
             if TIES:
-                equal = value == single
+                equal = value == tl.load(limit_ptr)
                 chosen = chosen & ((equal == 0) | (ties < quota))
                 ties += (chosen & equal).to(tl.int32)
             place = base + written
             mask = chosen & (place < capacity)
             tl.store(values_ptr + place, value.to(values_ptr.dtype.element_ty), mask=mask)
             tl.store(indices_ptr + place, (tile_n * BLOCK_N + col).to(tl.int64), mask=mask)
-            written += chosen.to(tl.int64)
+            written += chosen.to(tl.int32)
     else:
+        if TIES:
+            quota = tl.load(quota_ptr + at, mask=live, other=0)
+        written = tl.zeros((BLOCK_B,), dtype=tl.int32)
+        ties = tl.zeros((BLOCK_B,), dtype=tl.int32)
         for j in range(0, tl.max(total, axis=0)):
             taken = j < total
             number = tl.load(value_ptr + at * J + j, mask=taken, other=0.0)
             column = tl.load(col_ptr + at * J + j, mask=taken, other=0).to(tl.int64)
             if TIES:
-                same = number == single
+                same = number == tl.load(limit_ptr)
                 taken = taken & ((same == 0) | (ties < quota))
                 ties += (taken & same).to(tl.int32)
             where = base + written
             inside = taken & (where < capacity)
             tl.store(values_ptr + where, number.to(values_ptr.dtype.element_ty), mask=inside)
             tl.store(indices_ptr + where, tile_n * BLOCK_N + column, mask=inside)
-            written += taken.to(tl.int64)
+            written += taken.to(tl.int32)
 
 
 class Product(NamedTuple):
@@ -196,6 +201,7 @@ def encode_above(
         before = equal.flatten().cumsum(0).view_as(equal) - equal
         quotas = torch.minimum((quota - before).clamp(min=0), equal).to(torch.int32)
         total, kept = above + equal, above + quotas
+    total = total.masked_fill(spoiled[:, None], 0)
     first = torch.arange(tiles, device=device) == 0
     kept = torch.where(spoiled[:, None], first.to(torch.int32), kept)
     ends = kept.flatten().cumsum(0)
