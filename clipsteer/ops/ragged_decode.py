@@ -18,7 +18,7 @@ from torch import Tensor
 from clipsteer.ops import _check
 from clipsteer.ops._dispatch import call, choose, tracked
 
-__all__ = ["SparseCodes", "ragged_decode", "ragged_decode_reference"]
+__all__ = ["SparseCodes", "ragged_decode", "ragged_decode_reference", "rows_of"]
 
 
 class SparseCodes(NamedTuple):
@@ -34,10 +34,10 @@ class SparseCodes(NamedTuple):
     offsets: Tensor  # (B + 1,) int64, from 0
 
 
-def rows_of(offsets: Tensor, codes: int) -> Tensor:
-    """The row (codes,) of each code, B for padding."""
-    at = torch.arange(codes, device=offsets.device)
-    return torch.searchsorted(offsets[1:].contiguous(), at, right=True)
+def rows_of(codes: SparseCodes) -> Tensor:
+    """The row (m,) of each code, B for padding."""
+    at = torch.arange(codes.values.shape[0], device=codes.offsets.device)
+    return torch.searchsorted(codes.offsets[1:].contiguous(), at, right=True)
 
 
 def ragged_decode_reference(
@@ -53,7 +53,7 @@ def ragged_decode_reference(
     rows = offsets.shape[0] - 1
     wide = torch.promote_types(values.dtype, torch.float32)
     terms = values.to(wide)[:, None] * W_dec.to(wide).index_select(0, indices)  # (m, d)
-    row = rows_of(offsets, values.shape[0])
+    row = rows_of(SparseCodes(values, indices, offsets))
     zeros = terms.new_zeros(rows + 1, W_dec.shape[1])
     sums = []
     for prefix in prefixes or (W_dec.shape[0],):
@@ -87,7 +87,7 @@ class _Decode(torch.autograd.Function):
     def backward(ctx, grad):  # (G, B, d)
         values, indices, offsets, W = ctx.saved_tensors
         groups, rows, d = grad.shape
-        row = rows_of(offsets, values.shape[0])
+        row = rows_of(SparseCodes(values, indices, offsets))
         there = row < rows
         # a feature is in its own prefix and in all that are longer
         tails = grad

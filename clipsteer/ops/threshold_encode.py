@@ -94,7 +94,7 @@ class RaggedEncode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_x = decode(grad, indices, offsets, W, ctx.backend)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            row = rows_of(offsets, len(values))
+            row = rows_of(SparseCodes(values, indices, offsets))
             row = torch.where(row < x.shape[0], row, -1)
             d_W, d_b = pair_gradient(grad, indices, row, x, W, ctx.backend, ctx.sparse_grad)
         needs = ctx.needs_input_grad

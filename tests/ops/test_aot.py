@@ -93,10 +93,12 @@ KERNELS = {  # a case, whose last word is the dtype, and what it launches
     "drrho of few columns fp32": ["drrho_sums", "drrho_weights"],
     "adam fp32": ["adam_rows", "adam_scales"],
 }
-PRODUCTS = ("topk_encode_fwd", "threshold_count", "threshold_write", "topk_encode_keys", "grouped_matmul", "grouped_outer", "low_rank_project", "drift_tile",
-            "drrho_sums", "drrho_weights")  # fmt: skip
-TILED = ("topk_encode_fwd", "threshold_count", "threshold_write", "topk_encode_keys", "drift_tile", "drrho_sums", "drrho_weights")
-LOADED_WIDE = (*PRODUCTS, "ragged_decode_fwd", "ragged_dot", "sparse_decode_fwd", "gather_dot", "sparse_outer_bwd", "adam_rows")
+PRODUCTS = ("topk_encode_fwd", "threshold_count", "threshold_write", "topk_encode_keys", "grouped_matmul",
+            "grouped_outer", "low_rank_project", "drift_tile", "drrho_sums", "drrho_weights")  # fmt: skip
+TILED = ("topk_encode_fwd", "threshold_count", "threshold_write", "topk_encode_keys", "drift_tile", "drrho_sums",
+         "drrho_weights")  # fmt: skip
+LOADED_WIDE = (*PRODUCTS, "ragged_decode_fwd", "ragged_dot", "sparse_decode_fwd", "gather_dot", "sparse_outer_bwd",
+               "adam_rows")  # fmt: skip
 
 
 @functools.cache

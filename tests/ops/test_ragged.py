@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from clipsteer import ops, testing
-from clipsteer.ops.ragged_decode import rows_of
 
 needs_cpp = pytest.mark.skipif(not testing.supported("cpp"), reason="the C++ library is not built")
 
@@ -20,7 +19,7 @@ def dense(codes: ops.SparseCodes, n: int) -> Tensor:
     """(B, n): the values where a code is, elsewhere -inf."""
     rows = len(codes.offsets) - 1
     out = torch.full((rows + 1, n), -torch.inf, dtype=codes.values.dtype)
-    out[rows_of(codes.offsets, len(codes.values)), codes.indices] = codes.values
+    out[ops.rows_of(codes), codes.indices] = codes.values
     return out[:-1]
 
 
@@ -87,7 +86,7 @@ def test_too_little_room_is_told_and_the_first_codes_are_kept(backend):
         # what is missing is missing from the reconstruction, and nothing else is read
         x_hat = ops.ragged_decode(*codes, W, backend=backend)
         code = dense(whole, 30).clamp_min(0)
-        code[rows_of(whole.offsets, len(whole.values))[there:], whole.indices[there:]] = 0
+        code[ops.rows_of(whole)[there:], whole.indices[there:]] = 0
         assert torch.equal(x_hat, code @ W)
 
 
@@ -218,7 +217,8 @@ for limit in (torch.tensor([6.0]), torch.tensor([0.0]), torch.randint(0, 9, (n,)
         same(found, expected)
 bias[3] = torch.nan
 same(batch_topk_encode.batch_topk_encode(x, W, bias, 30), ops.batch_topk_encode(x, W, bias, count=30))
-same(threshold_encode.threshold_encode(x, W, bias, torch.tensor([2.0]), -1), ops.threshold_encode(x, W, bias, threshold=2.0))
+found = threshold_encode.threshold_encode(x, W, bias, torch.tensor([2.0]), -1)
+same(found, ops.threshold_encode(x, W, bias, threshold=2.0))
 assert threshold_encode.EMITTED < 64
 """
 

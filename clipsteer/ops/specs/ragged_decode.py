@@ -8,7 +8,12 @@ from torch import Tensor
 
 from clipsteer.ops._bounds import fraction_of_bound
 from clipsteer.ops._spec import Draw, Errors, Inputs, OpSpec, Shape, Tensors, sizes, unpacked
-from clipsteer.ops.ragged_decode import ragged_decode, ragged_decode_reference, rows_of
+from clipsteer.ops.ragged_decode import (
+    SparseCodes,
+    ragged_decode,
+    ragged_decode_reference,
+    rows_of,
+)
 
 
 def draw_codes(case: Draw, B: int, n: int, k: int) -> Inputs:
@@ -34,9 +39,9 @@ def _draw(case: Draw) -> Inputs:
 
 def _pairs(inputs: Inputs) -> tuple[Tensor, Tensor, list[int]]:
     """Of each code its row, -1 for padding, and the number of its prefix; the prefixes."""
-    offsets = inputs["offsets"]
-    row = rows_of(offsets, len(inputs["values"]))
-    row = torch.where(row < len(offsets) - 1, row, -1)
+    codes = SparseCodes(inputs["values"], inputs["indices"], inputs["offsets"])
+    row = rows_of(codes)
+    row = torch.where(row < len(codes.offsets) - 1, row, -1)
     limits = inputs["prefixes"] or [inputs["W_dec"].shape[0]]
     group = torch.searchsorted(torch.tensor(limits), inputs["indices"], right=True)
     return row, group, limits
