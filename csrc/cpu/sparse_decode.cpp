@@ -128,12 +128,13 @@ void decode(const T* acts, const int64_t* indices, const T* w, const T* b, const
             kernel.axpy(sum, c + j, source, more ? &next : nullptr, terms, columns);
             j += terms;
           }
-          std::copy_n(sum, columns, total);
+          V* out = g + 1 < groups ? total : sum;
+          if (out == total) std::copy_n(sum, columns, total);
           if (b) {
             const V* bias = widened(b + c0, wide, columns);
-            kernel.axpy(total, &one, &bias, nullptr, 1, columns);
+            kernel.axpy(out, &one, &bias, nullptr, 1, columns);
           }
-          store<T>(total, y + (g * rows + r) * d + c0, columns);
+          store<T>(out, y + (g * rows + r) * d + c0, columns);
         }
       }
     }
