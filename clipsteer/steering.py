@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from clipsteer.clip.hooks import apply_at, beside, match
+from clipsteer.clip.hooks import beside, edited, match
 from clipsteer.clip.tokens import TOKENS as _TOKENS
 from clipsteer.clip.tokens import Layout, layout_at
 from clipsteer.conceptors.conceptor import Conceptor
@@ -35,10 +36,10 @@ def _check_tokens(tokens: str) -> None:
         raise ValueError(f"steer: tokens must be one of {_TOKENS}, got {tokens!r}")
 
 
-def _check_width(what: str, width: int, x: Tensor) -> None:
+def _check_width(what: str, width: int, x: Tensor, place: str = "this hook point") -> None:
     if x.shape[-1] != width:
         raise ValueError(
-            f"steer: {what} has d_in = {width}, but the activations at this hook point are "
+            f"steer: {what} has d_in = {width}, but the activations at {place} are "
             f"{tuple(x.shape)}; they must have {width} in the last dimension"
         )
 
@@ -91,6 +92,11 @@ class SAESteering:
         object.__setattr__(self, "strengths", clean)
         self._tables(self.sae.W_dec)
 
+    @property
+    def width(self) -> tuple[str, int]:
+        """What has to fit the activations, and their width."""
+        return "the SAE", self.sae.d_in
+
     def _tables(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Features (m,) and strengths (m,), made once: a copy would stop every forward pass."""
         found = self.__dict__.get("_cache")
@@ -104,7 +110,7 @@ class SAESteering:
 
     def apply(self, x: Tensor) -> Tensor:
         """(…, d_in) -> (…, d_in), every position steered; ``tokens`` is applied by ``steer``."""
-        _check_width("the SAE", self.sae.d_in, x)
+        _check_width(*self.width, x)
         weight = self.sae.W_dec
         features, wanted = self._tables(weight)
         acts, scale = self.sae.feature_acts(x, features)  # (…, m), (…, 1)
@@ -143,9 +149,14 @@ class VectorSteering:
         _check_vector("VectorSteering", "vector", self.vector)
         _check_finite("VectorSteering", "strength", self.strength)
 
+    @property
+    def width(self) -> tuple[str, int]:
+        """What has to fit the activations, and their width."""
+        return "the vector", len(self.vector)
+
     def apply(self, x: Tensor) -> Tensor:
         """(…, d) -> (…, d), every position steered."""
-        _check_width("the vector", len(self.vector), x)
+        _check_width(*self.width, x)
         return x + beside(self._cache, x, lambda v: self.strength * v, self.vector)
 
 
@@ -246,9 +257,14 @@ class ConceptorSteering:
             _check_vector("ConceptorSteering", "mean", self.mean, self.conceptor.d)
         _check_finite("ConceptorSteering", "beta", self.beta)
 
+    @property
+    def width(self) -> tuple[str, int]:
+        """What has to fit the activations, and their width."""
+        return "the conceptor", self.conceptor.d
+
     def apply(self, x: Tensor) -> Tensor:
         """(…, d) -> (…, d), every position steered, in x's dtype."""
-        _check_width("the conceptor", self.conceptor.d, x)
+        _check_width(*self.width, x)
         mean = self.mean
         if mean is not None:
             mean = beside(self._cache, x, lambda m: m, mean)
@@ -269,9 +285,10 @@ def _positions(
     layout: Layout,
 ) -> Tensor:
     """Steer the positions that ``steering.tokens`` names; the others keep their bits."""
+    where = layout.where("steer", steering.tokens, x.shape[1])
+    _check_width(*steering.width, x, repr(layout.hook_point))
     if steering.tokens == "all":
         return steering.apply(x)
-    where = layout.where("steer", steering.tokens, x.shape[1])
     parts = [x[:, : where.start], steering.apply(x[:, where])]
     if where.stop is not None:
         parts.append(x[:, where.stop :])
@@ -296,14 +313,19 @@ class SteeringHandle:
         self._stack = stack
 
     def remove(self) -> None:
-        """Steer no more; twice is fine."""
-        self._stack.close()
+        """Steer no more; twice is fine.
+
+        Raises ValueError, without steering any longer, where the model ran and a module to be
+        steered was never called.
+        """
+        # an error that is on its way goes first
+        self._stack.__exit__(*sys.exc_info())
 
     def __enter__(self) -> SteeringHandle:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.remove()
+    def __exit__(self, *exc_info: Any) -> None:
+        self._stack.__exit__(*exc_info)
 
 
 def steer(model: Any, steerings: Mapping[str, Steering | Sequence[Steering]]) -> SteeringHandle:
@@ -313,11 +335,14 @@ def steer(model: Any, steerings: Mapping[str, Steering | Sequence[Steering]]) ->
         steering = clipsteer.SAESteering(sae, {123: 50.0})
         with clipsteer.steer(model, {"visual.transformer.resblocks.9": steering}):
             features = model.encode_images(images)
+        with clipsteer.steer(model, {"visual.transformer.resblocks.[6-9]": steering}):
+            features = model.encode_images(images)  # the same at four blocks
 
     Args:
         model: what ``clipsteer.load`` returns, or a module whose named modules give (B, T, d).
         steerings: hook point -> one steering or a list of them, applied in order. A hook point is a
-            plain module name or an fnmatch pattern ("visual.transformer.resblocks.*").
+            plain module name or an fnmatch pattern, such as "visual.transformer.resblocks.[6-9]";
+            "*" also crosses dots, so that "resblocks.*" takes what is inside of the blocks as well.
 
     Returns:
         a ``SteeringHandle``: use it in a ``with`` statement, or keep it and call ``remove()``.
@@ -325,7 +350,8 @@ def steer(model: Any, steerings: Mapping[str, Steering | Sequence[Steering]]) ->
     Raises:
         ValueError: a pattern that matches no module (near matches are named), "cls" or "patches"
             where the tower has no class token; at the next forward pass, "cls" or "patches" at a
-            module without such tokens, and a steering whose width is not that of the hook point.
+            module without such tokens, and a steering whose width is not that of the hook point;
+            when steering ends, a hook point that the forward pass never called.
         RuntimeError: the module, or one that it is part of, is compiled: torch.compile leaves hooks
             out.
     """
@@ -349,5 +375,5 @@ def steer(model: Any, steerings: Mapping[str, Steering | Sequence[Steering]]) ->
         layout.check("steer", [s.tokens for s in listed])
         functions[name] = _compose(listed, layout)
     with ExitStack() as stack:
-        stack.enter_context(apply_at(model, functions))
+        stack.enter_context(edited("steer", model, functions))
         return SteeringHandle(list(functions), stack.pop_all())

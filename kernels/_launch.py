@@ -45,8 +45,12 @@ def has_bulk_copies(device: torch.device) -> bool:
 
 @functools.lru_cache(None)
 def has_tf32(device: torch.device) -> bool:
-    """Whether ``device`` has tensor cores that take float32 numbers as TF32, as NVIDIA's from Ampere on."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether ``device`` has cores that take float32 numbers as TF32: NVIDIA's from Ampere on, of AMD's gfx942."""
+    if device.type != "cuda":
+        return False
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0] == "gfx942"
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.lru_cache(None)
@@ -60,11 +64,11 @@ def two_programs(device: torch.device) -> dict[str, int]:
 def precision(x: torch.Tensor, depth: int) -> str:
     """How tensor cores take the numbers of sums of ``depth`` products: float32 as TF32 if torch's settings say so, else
     as two of them, which loses some 2^-20 of a product, where that is little beside what the sum's order may lose."""
-    if x.dtype != torch.float32:
+    if x.dtype != torch.float32 or not has_tf32(x.device):
         return "ieee"
     if tf32_allowed():
         return "tf32"
-    return "tf32x3" if depth >= 64 and has_tf32(x.device) else "ieee"
+    return "tf32x3" if depth >= 64 and torch.version.hip is None else "ieee"
 
 
 def product_options(*matrices: torch.Tensor) -> dict[str, object]:

@@ -155,6 +155,8 @@ def _mahalanobis_covariance_loss_kernel(
             if NEED_GRAD:
                 sign = tl.where(change > 0, 1.0, tl.where(change < 0, -1.0, change))
                 strength = tl.where(pair & (below == 0), sign / (distance * B), 0.0)
+                # by rows, as triton 3.9 interprets a comparison of two numbers as an int32
+                further = tl.zeros((BLOCK_B,), dtype=tl.int32) + at > first
                 for start in range(0, n, BLOCK_N):
                     k = start + tl.arange(0, BLOCK_N)
                     inside = live[:, None] & (k < n)[None, :]
@@ -165,8 +167,9 @@ def _mahalanobis_covariance_loss_kernel(
                     )
                     pull = tl.sum(strength[:, :, None] * (a[:, None, :] - b[None, :, :]), axis=1)
                     if HAS_WEIGHTS:
-                        pull *= _weights(diag_ptr, s_ptr, k, d, n)[None, :]
-                    pull += tl.load(pull_ptr + here, mask=inside & (at > first), other=0.0)
+                        # what nothing pulls at stays 0 under an infinite weight too
+                        pull = tl.where(pull == 0, 0.0, pull * _weights(diag_ptr, s_ptr, k, d, n)[None, :])
+                    pull += tl.load(pull_ptr + here, mask=inside & further[:, None], other=0.0)
                     tl.store(pull_ptr + here, pull, mask=inside)
         tl.store(parts_ptr + rows, total, mask=live)
 

@@ -89,7 +89,7 @@ told = {s.backend: s for s in ops.explain("row_sums", x)}
 assert told["reference"].reason == "chosen by auto"
 assert told["cpp"].reason == "it has no kernel for row_sums, which reference serve"
 rows = testing.validate(["row_sums"], ["reference"], cases=10)
-assert [r.verdict for r in rows] == ["pass", "pass"], testing.table(rows)
+assert [r.verdict for r in rows] == ["pass"] * 4, testing.table(rows)
 
 torch.compile = lambda function: function
 records = testing.bench.run(["row_sums"], repeats=1, device="cpu")

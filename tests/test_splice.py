@@ -416,7 +416,10 @@ def test_a_dictionary_from_a_model(emojiclip, drawings, dictionary):
     embeddings = emojiclip.encode_images(image for image, _ in drawings)
     torch.testing.assert_close(dictionary.image_mean, embeddings.mean(0), rtol=0, atol=1e-5)
     torch.testing.assert_close(mean_embedding(emojiclip, drawings, 5), dictionary.image_mean, rtol=0, atol=1e-5)
-    assert dictionary.metadata == {"clip_model": "emojiclip", "pretrained": None, "templates": ["{}"]}
+    setup = emojiclip.setup.to_json()
+    assert dictionary.metadata == {
+        "clip_model": "emojiclip", "pretrained": None, "templates": ["{}"], "setup": setup,
+    }  # fmt: skip
 
 
 def test_drawings_are_named_after_what_they_show(emojiclip, drawings, dictionary):

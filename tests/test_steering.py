@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import textwrap
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import clipsteer
 from clipsteer import SAE, AdditiveSteering, Conceptor, ConceptorSteering, SAESteering, VectorSteering, steer
+from clipsteer.clip import apply_at, capture, harvest
 from clipsteer.sae import ARCHITECTURES, NORMALIZATIONS
 
 WIDTH, LAYERS, TOKENS = 32, 3, 5
@@ -276,6 +279,155 @@ def test_mistakes_are_explained(model):
         SAESteering(sae, {1.5: 1.0})
     with pytest.raises(ValueError, match=r"no class token at 'transformer\.resblocks\.0'"):
         steer(model, {"transformer.resblocks.0": VectorSteering(vector, tokens="patches")})
+
+
+# hook points that the forward pass never calls -> what to take instead
+NEVER = {
+    f"{BLOCK}.attn.out_proj": f"'{BLOCK}.attn'",
+    "visual.transformer.resblocks": r"'visual\.transformer\.resblocks\.0'",
+}
+
+
+@pytest.mark.parametrize("name", NEVER)
+@torch.no_grad()
+def test_a_module_that_is_never_called_is_an_error_at_the_end(model, images, name):
+    push = VectorSteering(torch.ones(WIDTH))
+    with (
+        pytest.raises(ValueError, match=f"steer: the forward pass never calls '{name}' as a module; .*{NEVER[name]}"),
+        steer(model, {name: push}),
+    ):
+        clean = model.encode_image(images)
+    assert torch.equal(clean, model.encode_image(images))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    # the same of a handle, and of those that ran beside it
+    handle = steer(model, {name: push, BLOCK: push})
+    model.encode_image(images)
+    with pytest.raises(ValueError, match=f"never calls '{name}'"):
+        handle.remove()
+    handle.remove()
+    assert torch.equal(clean, model.encode_image(images))
+    for door in (lambda: capture(model, name), lambda: apply_at(model, {name: torch.neg})):
+        with pytest.raises(ValueError, match=f"never calls '{name}'"), door():
+            model.encode_image(images)
+    with pytest.raises(ValueError, match=f"harvest: the forward pass never calls '{name}'"):
+        next(harvest(model, [images], name))
+
+
+@torch.no_grad()
+def test_of_a_pattern_every_module_must_be_called(model, images):
+    every = f"{BLOCK}.attn*"
+    with (
+        pytest.raises(ValueError, match=rf"never calls '{BLOCK}\.attn\.out_proj'"),
+        steer(model, {every: VectorSteering(torch.ones(WIDTH))}),
+    ):
+        model.encode_image(images)
+    # what only looks takes what there is, unless there is nothing
+    with capture(model, every) as found, apply_at(model, {every: lambda x: x}):
+        model.encode_image(images)
+    assert list(found) == [f"{BLOCK}.attn"]
+    with (
+        pytest.raises(ValueError, match=rf"never calls 'visual\.\*\.out_proj', {LAYERS} modules, as a module"),
+        capture(model, "visual.*.out_proj"),
+    ):
+        model.encode_image(images)
+
+
+@torch.no_grad()
+def test_when_a_module_that_does_not_run_is_no_error(model, images):
+    push = VectorSteering(torch.ones(WIDTH))
+    out_proj = f"{BLOCK}.attn.out_proj"
+    # nothing ran
+    with steer(model, {out_proj: push}):
+        pass
+
+    # an error of the block's own goes first, also where the handle is removed by hand
+    def fail():
+        model.encode_image(images)
+        raise ZeroDivisionError
+
+    def fail_by_hand():
+        handle = steer(model, {out_proj: push})
+        try:
+            fail()
+        finally:
+            handle.remove()
+
+    with pytest.raises(ZeroDivisionError), steer(model, {out_proj: push}):
+        fail()
+    with pytest.raises(ZeroDivisionError):
+        fail_by_hand()
+    with pytest.raises(RuntimeError), steer(model, {out_proj: push}):
+        model.encode_image(images[:, :1])
+    # of two towers the one that nothing was given to
+    both = {BLOCK: push, "transformer.resblocks.0": push}
+    with steer(model, both):
+        model.encode_image(images)
+    with steer(model, both):
+        model.encode_text(torch.ones(2, 8, dtype=torch.long))
+    with (
+        pytest.raises(ValueError, match=f"'{BLOCK}' did not run, though other parts of the model did"),
+        steer(model, {BLOCK: push}),
+    ):
+        model.encode_text(torch.ones(2, 8, dtype=torch.long))
+
+
+@torch.no_grad()
+def test_dropout_of_fused_attention_is_never_called():
+    timm = pytest.importorskip("timm")
+    tower = timm.create_model("test_vit", pretrained=False, num_classes=0).eval()
+    x, push = torch.randn(2, 3, 160, 160), VectorSteering(torch.ones(64))
+    with (
+        pytest.raises(ValueError, match=r"never calls 'blocks\.0\.attn\.attn_drop'"),
+        steer(tower, {"blocks.0.attn.attn_drop": push, "blocks.1": push}),
+    ):
+        tower(x)
+
+
+@torch.no_grad()
+def test_the_example_in_the_docstring_runs(model, images, monkeypatch):
+    vision = {"image_size": 32, "layers": 12, "width": WIDTH, "head_width": 16, "patch_size": 16}
+    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+    import open_clip
+
+    deep = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text).eval()
+    loaded = clipsteer.clip.CLIP(deep, lambda image: image, lambda texts: texts, "deep", None)
+    asked = []
+    monkeypatch.setattr(clipsteer, "load", lambda *names: asked.append(names) or loaded)
+    points = []
+    monkeypatch.setattr(
+        clipsteer, "steer", lambda *given: (handle := steer(*given), points.append(handle.hook_points))[0]
+    )
+    lines = steer.__doc__.splitlines()
+    first = next(i for i, line in enumerate(lines) if "clipsteer.load" in line)
+    example = "\n".join(lines[first : lines.index("", first)])
+    sae = make_sae("relu", dtype=torch.float32)
+    wide = SAE(WIDTH, 200, "topk", k=6)
+    names = {"clipsteer": clipsteer, "sae": wide, "images": list(images)}
+    exec(textwrap.dedent(example), names)
+    assert asked == [("ViT-B-32", "laion2b_s34b_b79k")]
+    assert points == [[BLOCK.replace("1", "9")], [BLOCK.replace("1", str(i)) for i in (6, 7, 8, 9)]]
+    assert names["features"].shape == (3, 16)
+    # the pattern of its arguments, and what it warns of
+    assert '"visual.transformer.resblocks.[6-9]"' in steer.__doc__
+    with (
+        pytest.raises(ValueError, match=r"activations at 'visual\.transformer\.resblocks\.0\."),
+        steer(model, {"visual.transformer.resblocks.*": SAESteering(sae, {0: 1.0})}),
+    ):
+        model.encode_image(images)
+
+
+def test_width_errors_name_the_hook_point(model, images):
+    wrong = {"the SAE": SAESteering(make_sae(d_in=WIDTH + 1, dtype=torch.float32), {0: 1.0}),
+             "the vector": VectorSteering(torch.ones(WIDTH + 1)),
+             "the conceptor": ConceptorSteering(Conceptor.identity(WIDTH + 1))}  # fmt: skip
+    for what, steering in wrong.items():
+        with (
+            pytest.raises(ValueError, match=f"{what} has d_in = {WIDTH + 1}, but the activations at '{BLOCK}' are"),
+            steer(model, {BLOCK: steering}),
+        ):
+            model.encode_image(images)
+        with pytest.raises(ValueError, match=f"{what} has d_in = {WIDTH + 1}, but the activations at this hook point"):
+            steering.apply(torch.ones(2, WIDTH))
 
 
 def draw(seed, *shape):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.conceptors.experiment import evaluate
 from benchmarks.conceptors.report import lines, page
-from clipsteer.cli.arguments import add_model, device_of
+from clipsteer.cli.arguments import add_model, device_of, setup_options
 from clipsteer.clip.model import load
 from clipsteer.io.files import write_json
 from clipsteer.testing.machine import machine
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, metavar="FILE", help="write an HTML page with tables and curves")
     args = parser.parse_args(argv)
     began, spent = time.monotonic(), time.process_time()
-    result = evaluate(load(args.model, args.pretrained, device=device_of(args)), args.seeds)
+    result = evaluate(load(args.model, args.pretrained, device=device_of(args), **setup_options(args)), args.seeds)
     result["model"] = args.model
     result["seconds"] = round(time.monotonic() - began)
     result["processor_seconds"] = round(time.process_time() - spent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -175,7 +176,61 @@ def add_model(
         f"(default: {source})",
     )
     p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or a local weights file")
+    add_setup(p)
     add_device(p)
+
+
+def add_setup(p: argparse.ArgumentParser, whose: str = "") -> None:
+    """Options of what weights do not say of a model; ``whose`` stands in front of their names."""
+    own = "default: what was written or published with the weights"
+    p.add_argument(
+        f"--{whose}preprocess",
+        type=_preprocess,
+        metavar="TAG|JSON",
+        help="how images are prepared: as for this tag of the architecture, or fields such as "
+        f'\'{{"interpolation": "bilinear"}}\' ({own})',
+    )
+    p.add_argument(
+        f"--{whose}force-quick-gelu",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help=f"towers with QuickGELU, or with GELU ({own})",
+    )
+    p.add_argument(
+        f"--{whose}force-image-size",
+        type=_image_size,
+        metavar="N|HxW",
+        help=f"of what the model sees; position embeddings are resampled ({own})",
+    )
+
+
+def _preprocess(text: str) -> Any:
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected a tag or a JSON object, got {text!r} ({error})"
+        ) from None
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    try:
+        lengths = [whole(part) for part in parts]
+    except argparse.ArgumentTypeError:
+        lengths = []
+    if len(lengths) not in (1, 2) or min(lengths) < 1:
+        raise argparse.ArgumentTypeError(f"expected N or HxW, such as 336 or 240x320, got {text!r}")
+    return lengths[0], lengths[-1]
+
+
+def setup_options(args: argparse.Namespace, whose: str = "") -> dict[str, Any]:
+    """What the options of ``add_setup`` say, as arguments of ``clipsteer.load``."""
+    names = ("preprocess", "force_quick_gelu", "force_image_size")
+    found = {name: getattr(args, whose.replace("-", "_") + name) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def add_device(p: argparse.ArgumentParser) -> None:

@@ -8,7 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from clipsteer.cli.arguments import Options, add_model, add_workers, count, device_of
+from clipsteer.cli.arguments import (
+    Options,
+    add_model,
+    add_workers,
+    count,
+    device_of,
+    setup_options,
+)
 
 # Wu et al. 2025 and Zhang et al. 2023, section "implementation details"
 PAPER = {"first_epochs": 20, "epochs": 10, "batch_size": 48, "rank": 32}
@@ -212,10 +219,12 @@ def _scenario(
     return found.on_validation() if measure == "validation" else found
 
 
-def _encoder(model: str, pretrained: str | None, unit_range: bool, device: str) -> tuple[Any, Any]:
+def _encoder(
+    model: str, pretrained: str | None, unit_range: bool, device: str, setup: dict[str, Any]
+) -> tuple[Any, Any]:
     from clipsteer.continual.backbone import Encoder
 
-    return Encoder.open(model, pretrained, unit_range=unit_range, device=device)
+    return Encoder.open(model, pretrained, unit_range=unit_range, device=device, **setup)
 
 
 def _run(
@@ -251,6 +260,7 @@ def _run(
         plasticity=plasticity,
         out=out,
         workers=workers,
+        asked=encoder[4],
     )
 
 
@@ -278,6 +288,8 @@ def _fit_saes(folder: Path, images: str, encoder: tuple[Any, ...]) -> None:
     else:
         size = {"d_sae": 4 * tower.width, "k": 16, "steps": SAE_STEPS}
         saes = fit_saes(tower.module, tower.blocks, pixel_batches(tower, found), **size)
+        for block, sae in saes.items():
+            sae.metadata.update(tower.origins[block])
         folder.mkdir(parents=True, exist_ok=True)
         save_saes(folder, saes)
     usage = Plasticity(saes).usage(tower.module, pixel_batches(tower, found))
@@ -321,7 +333,7 @@ def _cil(args: argparse.Namespace) -> int:
     configs, settings = _configs(args, names)
     by_paper = args.recipe == "paper"
     model = args.model or (PAPER_MODEL if by_paper else "emojiclip")
-    encoder = (model, args.pretrained, by_paper, device_of(args))
+    encoder = (model, args.pretrained, by_paper, device_of(args), setup_options(args))
     place = (args.data, args.tasks, args.init_cls, args.increment, args.split, args.measure)
     saes = args.saes or args.out / "saes"
     if any(config.plasticity for config in configs) and not (saes / _BACKGROUND).exists():

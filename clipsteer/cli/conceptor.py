@@ -17,11 +17,12 @@ from clipsteer.cli.arguments import (
     add_shown,
     add_site,
     device_of,
+    setup_options,
     show_steering,
     whole,
 )
 
-_ORIGIN = ("clip_model", "pretrained", "hook_point", "tokens")
+_ORIGIN = ("clip_model", "pretrained", "hook_point", "tokens", "setup")
 
 
 def add_parser(commands: Any, add: Any) -> None:
@@ -226,7 +227,7 @@ def _activations(
 def _fit(args: argparse.Namespace) -> int:
     import torch
 
-    from clipsteer.clip.model import default_hook_point, load
+    from clipsteer.clip.model import as_texts, default_hook_point, load, provenance
     from clipsteer.conceptors.conceptor import Conceptor
     from clipsteer.conceptors.fit import aperture_sweep, choose_aperture, correlation
     from clipsteer.data.files import open_dataset
@@ -246,14 +247,13 @@ def _fit(args: argparse.Namespace) -> int:
     classes = None
     if args.store is not None:
         store = ActivationStore(args.store)
-        provenance = store.provenance
+        origin = store.provenance
         batches: Any = (store.read_shard(i) for i in range(len(store.shards)))
     else:
-        clip = load(args.model, args.pretrained, device=device_of(args))
+        clip = load(args.model, args.pretrained, device=device_of(args), **setup_options(args))
         dataset = open_dataset(args.data) if args.data else _drawings(args.style, args.category)
         hook_point = args.hook_point or default_hook_point(clip)
-        values = (clip.name, clip.pretrained, hook_point, args.tokens)
-        provenance = dict(zip(_ORIGIN, values))
+        origin = provenance(clip, hook_point, args.tokens)
         if args.centre is not None:
             background = open_dataset(args.centre or "emoji")
             rows = (r for r, _ in _activations(clip, background, hook_point, args, "background"))
@@ -272,7 +272,7 @@ def _fit(args: argparse.Namespace) -> int:
             batches = (rows for rows, _ in pairs)
     R = correlation(batches, mean=mean, classes=classes)
     aperture = args.aperture if args.quota is None else choose_aperture(R, args.quota)
-    metadata = {k: v for k, v in provenance.items() if v is not None}
+    metadata = as_texts(origin)
     if names is not None:
         metadata["classes"] = json.dumps(names)
     C = Conceptor.from_correlation(R, aperture, mean=mean, metadata=metadata)
@@ -308,7 +308,7 @@ def _pick(path: Path | str, name: str | None) -> Any:
 
 
 def _steer(args: argparse.Namespace) -> int:
-    from clipsteer.clip.model import load
+    from clipsteer.clip.model import load_origin
     from clipsteer.data.files import open_dataset
     from clipsteer.steering import ConceptorSteering
 
@@ -319,9 +319,12 @@ def _steer(args: argparse.Namespace) -> int:
         other = _pick(path, args.chosen)
         for key in _ORIGIN:
             ours, theirs = provenance.get(key), other.metadata.get(key)
-            # a file saved without any of this says nothing that could differ
+            # a file saved without any of this says nothing that could differ, and old ones say
+            # nothing of the setup
+            silent = key == "setup" and None in (ours, theirs)
             if (
                 ours != theirs
+                and not silent
                 and provenance.keys() & set(_ORIGIN)
                 and other.metadata.keys() & set(_ORIGIN)
             ):
@@ -341,11 +344,11 @@ def _steer(args: argparse.Namespace) -> int:
             f"{args.conceptor} does not say which model it belongs to; pass --model and "
             f"--hook-point"
         )
-    pretrained = args.pretrained or (provenance.get("pretrained") if args.model is None else None)
     steering = ConceptorSteering(
         C, args.beta, tokens=args.tokens or provenance.get("tokens") or "all"
     )
     sys.stdout.write(f"{C}\n")
-    clip = load(name, pretrained, device=device_of(args))
+    named = {"model": args.model, "pretrained": args.pretrained, **setup_options(args)}
+    clip = load_origin(provenance, device=device_of(args), **named)
     dataset = open_dataset(args.data or "emoji", emoji="held-out:seen")
     return show_steering(args, clip, dataset, hook_point, steering)

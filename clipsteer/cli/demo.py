@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from clipsteer.cli.arguments import _text, add_data, add_model, device_of, whole
+from clipsteer.cli.arguments import _text, add_data, add_model, device_of, setup_options, whole
 
 
 def add_parser(commands: Any, add: Any) -> None:
@@ -72,6 +72,7 @@ def _demo(args: argparse.Namespace) -> int:
         minutes=args.minutes,
         max_images=args.max_images,
         device=device_of(args),
+        **setup_options(args),
     )
     _text(
         *result.lines(),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clipsteer.cli.arguments import Options, add_model, add_workers, device_of
+from clipsteer.cli.arguments import Options, add_model, add_workers, device_of, setup_options
 from clipsteer.cli.wise_ft import DATA
 
 
@@ -80,7 +80,7 @@ def _finetune(args: argparse.Namespace) -> int:
     validation = None
     if args.val is not None:
         validation = renamed(labelled(open_dataset(args.val), "--val"), classes)
-    clip = load(args.model, args.pretrained, device=device_of(args))
+    clip = load(args.model, args.pretrained, device=device_of(args), **setup_options(args))
     head = zero_shot_head(clip, words, args.template)
     finetune(clip, images, head, config, out=args.out, validation=validation, workers=args.workers)
     ends = f"{args.out / 'zeroshot'} {args.out / 'finetuned'}"

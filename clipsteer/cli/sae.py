@@ -19,6 +19,7 @@ from clipsteer.cli.arguments import (
     add_workers,
     count,
     device_of,
+    setup_options,
     show_steering,
     whole,
 )
@@ -229,7 +230,7 @@ def _train(args: argparse.Namespace) -> int:
     config = args.options.read(args)
     # before anything is loaded: under torchrun each process has its own GPU
     world = World(args.device)
-    clip = load(args.model, args.pretrained, device=world.device)
+    clip = load(args.model, args.pretrained, device=world.device, **setup_options(args))
     dataset = open_dataset(args.data or "emoji", emoji="trained:seen")
     hook_point = args.hook_point or default_hook_point(clip)
     common = {"tokens": args.tokens, "num_workers": args.workers}
@@ -253,18 +254,17 @@ def _train(args: argparse.Namespace) -> int:
 def _open(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The SAE, the model it belongs to, and the images."""
     import clipsteer
-    from clipsteer.clip.model import load
+    from clipsteer.clip.model import load_origin
     from clipsteer.data.files import open_dataset
 
     device = device_of(args)
     sae = clipsteer.SAE.from_pretrained(args.sae, device=device)
-    name = args.model or sae.metadata.get("clip_model")
-    if name is None:
+    if (args.model or sae.metadata.get("clip_model")) is None:
         raise ValueError(
             f"{args.sae} does not say which model it belongs to; pass --model and --hook-point"
         )
-    pretrained = args.pretrained or (sae.metadata.get("pretrained") if args.model is None else None)
-    clip = load(name, pretrained, device=device)
+    named = {"model": args.model, "pretrained": args.pretrained, **setup_options(args)}
+    clip = load_origin(sae.metadata, device=device, **named)
     return sae, clip, open_dataset(args.data or "emoji", emoji="held-out:seen")
 
 

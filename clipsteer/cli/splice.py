@@ -7,7 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clipsteer.cli.arguments import add_data, add_model, device_of, read_words, whole
+from clipsteer.cli.arguments import (
+    add_data,
+    add_model,
+    device_of,
+    read_words,
+    setup_options,
+    whole,
+)
 
 
 def add_parser(commands: Any, add: Any) -> None:
@@ -65,7 +72,7 @@ def _splice(args: argparse.Namespace) -> int:
     from clipsteer.splice.dictionary import ConceptDictionary
 
     images = [read_image(path) for path in args.images]
-    clip = load(args.model, args.pretrained, device=device_of(args))
+    clip = load(args.model, args.pretrained, device=device_of(args), **setup_options(args))
     if args.dictionary is not None and args.dictionary.exists():
         dictionary = ConceptDictionary.load(args.dictionary, device=device_of(args))
         model = (dictionary.metadata.get("clip_model"), dictionary.metadata.get("pretrained"))
@@ -73,6 +80,13 @@ def _splice(args: argparse.Namespace) -> int:
             raise ValueError(
                 f"--dictionary {args.dictionary} belongs to {model}, not to "
                 f"{(clip.name, clip.pretrained)}"
+            )
+        known = dictionary.metadata.get("setup")
+        setup = None if clip.setup is None else clip.setup.to_json()
+        if None not in (known, setup) and known != setup:
+            raise ValueError(
+                f"--dictionary {args.dictionary} belongs to {clip.name} set up as {known}, not as "
+                f"{setup}"
             )
         if args.words is not None and dictionary.concepts != read_words(args.words):
             raise ValueError(

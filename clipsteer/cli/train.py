@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clipsteer.cli.arguments import Options, add_device, add_workers
+from clipsteer.cli.arguments import Options, add_device, add_setup, add_workers, setup_options
 
 DATA = (
     "a .csv, .tsv or .jsonl with columns image and caption, .tar shards (WebDataset), a folder of "
@@ -97,6 +97,7 @@ def _train_options(p: argparse.ArgumentParser) -> None:
         metavar="TAG",
         help="open_clip tag or weights file to start from (default: random)",
     )
+    add_setup(p)
     p.add_argument(
         "--reference",
         metavar="NAME|FILE|DIR",
@@ -108,6 +109,7 @@ def _train_options(p: argparse.ArgumentParser) -> None:
         metavar="TAG",
         help="open_clip tag or a weights file of the reference",
     )
+    add_setup(p, "reference-")
     p.add_argument(
         "--reference-live",
         action="store_true",
@@ -169,7 +171,8 @@ def _reference(args: argparse.Namespace, dataset: Any, world: Any) -> tuple[Any,
             raise ValueError(f"--reference-live needs a model, not the features in {name}")
         kept = reference_features.read(name, dataset)
         return kept, kept
-    model = load(name, args.reference_pretrained, device=world.device)
+    options = setup_options(args, "reference-")
+    model = load(name, args.reference_pretrained, device=world.device, **options)
     if model.pretrained is None and name != EMOJICLIP and ":" not in name:
         raise ValueError(
             f"--reference {name} needs --reference-pretrained, a tag of open_clip or a weights file"
@@ -212,7 +215,7 @@ def _train(args: argparse.Namespace) -> int:
     config.check_batches(len(dataset), world.size)
     reference, kept = _reference(args, dataset, world)
     torch.manual_seed(config.seed)  # of random weights
-    clip = load(args.model, args.pretrained, device=world.device)
+    clip = load(args.model, args.pretrained, device=world.device, **setup_options(args))
     shares: list[float] = []
 
     def on_log(line: dict[str, Any]) -> None:

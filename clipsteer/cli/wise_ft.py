@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clipsteer.cli.arguments import add_device, add_workers, device_of
+from clipsteer.cli.arguments import add_device, add_setup, add_workers, device_of, setup_options
 
 DATA = (
     "emoji:STYLE:PART, a folder of class folders, captions .csv/.jsonl or .tar shards (captions "
@@ -117,6 +117,7 @@ def _curve_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="for curve.html, .csv, .svg and .png"
     )
+    add_setup(p)
     add_device(p)
     add_workers(p)
 
@@ -241,12 +242,15 @@ def _curve(args: argparse.Namespace) -> int:
     from clipsteer.data.files import open_dataset
     from clipsteer.ensembles import page as robustness_page
     from clipsteer.ensembles import robustness
+    from clipsteer.ensembles.merging import same_setup
     from clipsteer.report.page import write_csv
 
     models = _models(args.baseline) if args.baseline is not None else []
     baseline = robustness.fit_baseline(models) if models else None
-    clip, classifier, classes = load_classifier(args.finetuned, device=device_of(args))
-    _, start, same = load_classifier(args.zeroshot, device=device_of(args))
+    where = {"device": device_of(args), **setup_options(args)}
+    clip, classifier, classes = load_classifier(args.finetuned, **where)
+    first, start, same = load_classifier(args.zeroshot, **where)
+    same_setup(args.zeroshot, first.setup, args.finetuned, clip.setup)
     if same != classes:
         raise ValueError(
             f"{args.zeroshot} and {args.finetuned} are classifiers of different classes"

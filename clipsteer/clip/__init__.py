@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from clipsteer.clip.model import EMOJICLIP as EMOJICLIP
     from clipsteer.clip.model import default_hook_point as default_hook_point
     from clipsteer.clip.model import load as load
+    from clipsteer.clip.model import load_origin as load_origin
     from clipsteer.clip.module import module_of as module_of
     from clipsteer.clip.pixels import Samples as Samples
     from clipsteer.clip.pixels import image_batches as image_batches
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from clipsteer.clip.pixels import loader as loader
     from clipsteer.clip.pixels import pixel_batches as pixel_batches
     from clipsteer.clip.pixels import train_transform as train_transform
+    from clipsteer.clip.setup import Setup as Setup
     from clipsteer.clip.tokens import TOKENS as TOKENS
     from clipsteer.clip.tokens import Layout as Layout
     from clipsteer.clip.tokens import class_tokens as class_tokens

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipsteer.clip.hooks import _first
+from clipsteer.clip.axes import first_of
 from clipsteer.clip.model import CLIP, load
 from clipsteer.clip.runs import ARCHITECTURE, CONFIG, WEIGHTS, read_run
+from clipsteer.clip.setup import header_of
 from clipsteer.io.files import (
     FileFormatError,
     read_json,
@@ -57,7 +58,7 @@ class ImageClassifier(nn.Module):
         images: Tensor,  # (B, 3, H, W)
     ) -> Tensor:
         """Unit embeddings (B, e)."""
-        features = _first(self.visual(images))
+        features = first_of(self.visual(images))
         return F.normalize(features.to(self.head.weight.dtype), dim=-1)
 
     def forward(
@@ -101,7 +102,7 @@ def save_classifier(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / WEIGHTS, clip.model.state_dict(), {"format": "pt"})
+    write_safetensors(folder / WEIGHTS, clip.model.state_dict(), header_of(clip.setup))
     write_safetensors(folder / HEAD, classifier.head.state_dict(), {"format": "pt"})
     name = clip.name
     if name.endswith(".json"):
@@ -112,10 +113,12 @@ def save_classifier(
 
 
 def load_classifier(
-    folder: str | Path, *, device: str | torch.device = "cpu"
+    folder: str | Path, *, device: str | torch.device = "cpu", **setup: Any
 ) -> tuple[CLIP, ImageClassifier, list[str]]:
     """The CLIP, the classifier on its image tower, and the class names, from a folder of
     `save_classifier`.
+
+    setup: preprocess, force_quick_gelu and force_image_size of ``clipsteer.load``.
 
     Raises:
         FileFormatError: a file that is damaged or does not fit the others. FileNotFoundError: one
@@ -128,7 +131,7 @@ def load_classifier(
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise FileFormatError(f"{folder / CONFIG}: expected a model name and a list of class names")
     weight, bias = _read_head(folder / HEAD, len(classes))
-    clip = load(run.model, run.weights, device=device)
+    clip = load(run.model, run.weights, device=device, **setup)
     width = weight.shape[1]
     given = getattr(clip.model.visual, "output_dim", width)  # open_clip's timm towers do not say
     if width != given:

@@ -1,8 +1,7 @@
 """Hook points by module name: finding them, capturing and editing activations there.
 
 Every function takes what ``clipsteer.load`` returns, or any torch module. Every activation is shown
-as (B, T, d), whatever the block's own layout is: sequence-first blocks are transposed, feature maps
-(B, C, H, W) flattened to (B, H*W, C), pooled outputs (B, d) given one token.
+as (B, T, d), whatever the block's own layout is (``clipsteer.clip.axes``).
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from clipsteer.clip.axes import Axes, as_tokens, first_of, from_tokens
+from clipsteer.clip.calls import Calls
 from clipsteer.clip.module import module_of
 from clipsteer.clip.tokens import layout_at
 
@@ -106,67 +107,6 @@ def _warn_of_compilation(where: str) -> None:
     )
 
 
-def _batch_first(model: nn.Module, name: str) -> bool:
-    """Layout of a module's output: the innermost enclosing module that has a `batch_first` says
-    it."""
-    module = model
-    innermost: Any = True
-    for part in name.split("."):
-        innermost = getattr(module, "batch_first", innermost)
-        module = getattr(module, part)
-    # a transformer transposes back on its way out; attention alone keeps its own layout to the end
-    if isinstance(module, nn.MultiheadAttention):
-        return bool(module.batch_first)
-    return bool(innermost)
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple | list) else output
-
-
-def _channels_last(module: nn.Module) -> bool:
-    # timm's patch embeddings for images of any size give (B, H, W, C)
-    return "NHWC" in str(getattr(module, "output_fmt", ""))
-
-
-def _as_tokens(name: str, output: Any, batch_first: bool, channels_last: bool) -> Tensor:
-    """A module's output as (B, T, d); of several outputs the first counts. A view where the layout
-    allows it."""
-    x = _first(output)
-    if not isinstance(x, Tensor) or x.ndim not in (2, 3, 4):
-        got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(
-            f"hook point {name!r}: expected an output with 2, 3 or 4 dimensions, got {got}"
-        )
-    if x.ndim == 2:
-        return x[:, None]
-    if x.ndim == 4:
-        return x.flatten(1, 2) if channels_last else x.flatten(2).transpose(1, 2)
-    return x if batch_first else x.transpose(0, 1)
-
-
-def _from_tokens(
-    x: Tensor,  # (B, T, d)
-    output: Any,
-    batch_first: bool,
-    channels_last: bool,
-) -> Any:
-    """Undo `_as_tokens`: x in the place and layout of a module's output."""
-    old = _first(output)
-    if old.ndim == 2:
-        x = x[:, 0]
-    elif old.ndim == 4:
-        x = (x if channels_last else x.transpose(1, 2)).reshape(old.shape)
-    elif not batch_first:
-        x = x.transpose(0, 1)
-    if not isinstance(output, tuple | list):
-        return x
-    parts = (x, *output[1:])
-    if hasattr(output, "_fields"):  # a named tuple
-        return type(output)(*parts)
-    return type(output)(parts)
-
-
 @contextmanager
 def apply_at(model: Model, functions: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[Model]:
     """Replace activations x by fn(x) at hook points while the block runs.
@@ -180,32 +120,51 @@ def apply_at(model: Model, functions: Mapping[str, Callable[[Tensor], Tensor]]) 
     and an fn that returns its argument leaves every output bit-identical.
 
     Raises:
-        ValueError: a pattern without a match; in the forward pass, an fn that changes the shape.
+        ValueError: a pattern without a match, or one that matches no module that ran, though the
+            model did, when the block ends; in the forward pass, an fn that changes the shape, and
+            an output that cannot be shown as (B, T, d), such as windows of several images.
         RuntimeError: the module, or one that it is part of, is compiled: torch.compile leaves hooks
             out.
     """
-    root = module_of(model)
-    with ExitStack() as stack:
-        for pattern, fn in functions.items():
-            for name in _hook_points("apply_at", root, [pattern]):
-                hook = _edit_hook(name, _batch_first(root, name), fn)
-                handle = root.get_submodule(name).register_forward_hook(hook)
-                stack.callback(handle.remove)
+    with edited("apply_at", model, functions):
         yield model
 
 
-def _edit_hook(name: str, batch_first: bool, fn: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+@contextmanager
+def edited(
+    where: str, model: Any, functions: Mapping[str, Callable[[Tensor], Tensor]]
+) -> Iterator[None]:
+    """`apply_at`, with `where` in front of its messages."""
+    root = module_of(model)
+    groups = {pattern: _hook_points(where, root, [pattern]) for pattern in functions}
+    calls = Calls(where, root, groups)
+    hooks = []
+    for pattern, fn in functions.items():
+        hooks += [(name, _edit_hook(where, calls, name, fn)) for name in groups[pattern]]
+    with ExitStack() as stack:
+        calls.stand(stack, hooks)
+        yield
+        calls.end()
+
+
+def _edit_hook(
+    where: str, calls: Calls, name: str, fn: Callable[[Tensor], Tensor]
+) -> Callable[..., Any]:
+    axes = calls.axes[name]
+
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        x = _as_tokens(name, output, batch_first, _channels_last(module))
+        seen = calls.seen()
+        order = axes.order(output, seen)
+        x = as_tokens(output, order, seen)
         y = fn(x)
         if y is x:
             return None
         if not isinstance(y, Tensor) or y.shape != x.shape:
             got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise ValueError(
-                f"apply_at: at {name!r} the function must return shape {tuple(x.shape)}, got {got}"
+                f"{where}: at {name!r} the function must return shape {tuple(x.shape)}, got {got}"
             )
-        return _from_tokens(y, output, batch_first, _channels_last(module))
+        return from_tokens(y, output, order)
 
     return hook
 
@@ -215,33 +174,56 @@ def capture(
     model: Any, patterns: str | Iterable[str], *, detach: bool = False
 ) -> Iterator[dict[str, Tensor]]:
     """Collect activations while the block runs: yields a dict, module name -> (B, T, d) of its
-    latest call.
+    latest call. What is the same for every image, such as learnt queries, has B = 1.
 
     Args:
         model: what ``clipsteer.load`` returns, or any module tree.
         patterns: one fnmatch pattern of module names or several.
         detach: cut the tensors from the graph; without it gradients flow through them.
 
-    A module that the forward pass does not call stays absent. Raises ValueError for a pattern
-    without a match, and RuntimeError for a module that is compiled or part of one.
-    """
-    found: dict[str, Tensor] = {}
+    Of a pattern that matches several modules, those that the forward pass does not call, and those
+    whose outputs cannot be shown as (B, T, d), stay absent.
 
-    def record(name: str, batch_first: bool) -> Callable[..., None]:
+    Raises:
+        ValueError: a pattern without a match, or one that matches no module that ran, though the
+            model did, when the block ends; in the forward pass, an output that cannot be shown as
+            (B, T, d), such as windows of several images, of a single module.
+        RuntimeError: the module, or one that it is part of, is compiled.
+    """
+    with captured("capture", model, patterns, detach=detach) as found:
+        yield found
+
+
+@contextmanager
+def captured(
+    where: str, model: Any, patterns: str | Iterable[str], *, detach: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """`capture`, with `where` in front of its messages."""
+    found: dict[str, Tensor] = {}
+    root = module_of(model)
+    listed = [patterns] if isinstance(patterns, str) else patterns
+    groups = {pattern: _hook_points(where, root, [pattern]) for pattern in listed}
+    calls = Calls(where, root, groups)
+    alone = {names[0] for names in groups.values() if len(names) == 1}
+
+    def record(name: str, axes: Axes) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            x = _as_tokens(name, output, batch_first, _channels_last(module))
+            seen = calls.seen()
+            try:
+                x = as_tokens(output, axes.order(output, seen), seen)
+            except (TypeError, ValueError):
+                if name in alone:
+                    raise
+                found.pop(name, None)
+                return
             found[name] = x.detach() if detach else x
 
         return hook
 
-    root = module_of(model)
-    names = _hook_points("capture", root, [patterns] if isinstance(patterns, str) else patterns)
     with ExitStack() as stack:
-        for name in names:
-            hook = record(name, _batch_first(root, name))
-            handle = root.get_submodule(name).register_forward_hook(hook)
-            stack.callback(handle.remove)
+        calls.stand(stack, [(name, record(name, axes)) for name, axes in calls.axes.items()])
         yield found
+        calls.end()
 
 
 @contextmanager
@@ -273,7 +255,8 @@ def harvest(
     mode.
 
     Args:
-        model: what ``clipsteer.load`` returns, or a module with encode_image and encode_text.
+        model: what ``clipsteer.load`` returns, or a module with encode_image and encode_text
+            (transformers: get_image_features, get_text_features), or one that is called itself.
         loader: batches (B, 3, H, W) of preprocessed images, or (B, context) of token ids for the
             text tower; of a tuple or list the first item counts.
         hook_point: one module name, or a pattern that matches exactly one.
@@ -299,18 +282,31 @@ def harvest(
     device = next(root.parameters()).device
     dtype = _float_dtype(root)
     for batch in loader:
-        x = _first(batch).to(device)
+        x = first_of(batch).to(device)
         # the guards are opened per batch: a consumer may stop, or train, between two of them
-        with evaluating(root), capture(root, name, detach=True) as found:
+        with evaluating(root), captured("harvest", root, name, detach=True) as found:
             if x.is_floating_point():
-                root.encode_image(x.to(dtype))
+                _encoder(root, "image")(x.to(dtype))
             else:
-                root.encode_text(x)
+                _encoder(root, "text")(x)
         if name not in found:
             raise ValueError(
                 f"harvest: the forward pass never calls {name!r} as a module; choose another hook "
                 f"point"
             )
         acts = found[name]  # (B, T, d)
+        if len(acts) != len(x):
+            raise ValueError(
+                f"harvest: {name!r} gives {tuple(acts.shape)} for {len(x)} images, the same for "
+                "all of them; choose another hook point"
+            )
         kept = acts[:, layout.where("harvest", tokens, acts.shape[1])]
         yield kept.reshape(-1, kept.shape[-1])
+
+
+def _encoder(root: Any, kind: str) -> Callable[[Tensor], Any]:
+    """What runs a tower: as open_clip calls it, as transformers does, or the module itself."""
+    for name in (f"encode_{kind}", f"get_{kind}_features"):
+        if hasattr(root, name):
+            return getattr(root, name)
+    return root

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsteer.clip.hooks import _first, _float_dtype, evaluating, hook_points
+from clipsteer.clip.axes import first_of
+from clipsteer.clip.hooks import _float_dtype, evaluating, hook_points
 from clipsteer.clip.open_clip_models import (
     EMOJI_TINY,
     EMOJICLIP,
@@ -23,19 +25,25 @@ from clipsteer.clip.open_clip_models import (
     known_names,
     open_parts,
 )
-from clipsteer.clip.pixels import stacks
+from clipsteer.clip.pixels import evaluation_transform_of, stacks
 from clipsteer.clip.runs import CONFIG, missing_run, read_run
-from clipsteer.clip.timm_models import (
-    TIMM,
-    ImageModel,
-    NoTokenizer,
-    no_text,
-    open_timm,
-    transforms_of,
-)
+from clipsteer.clip.setup import Asked, Setup, as_size, setup_of
+from clipsteer.clip.timm_models import TIMM, ImageModel, NoTokenizer, no_text, open_timm
 from clipsteer.clip.tokens import class_tokens as class_tokens
+from clipsteer.io.digests import described
 
-__all__ = ["CLIP", "EMOJICLIP", "EMOJI_TINY", "KINDS", "class_tokens", "default_hook_point", "load"]
+__all__ = [
+    "CLIP",
+    "EMOJICLIP",
+    "EMOJI_TINY",
+    "KINDS",
+    "as_texts",
+    "class_tokens",
+    "default_hook_point",
+    "load",
+    "load_origin",
+    "provenance",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +86,22 @@ class CLIP:
         return _float_dtype(self.model)
 
     @property
+    def setup(self) -> Setup | None:
+        """Its preprocessing and activation, which are written with it; None where the module is not
+        one of `load`."""
+        found = setup_of(self.model)
+        if found is not None:
+            own = evaluation_transform_of(self.model)
+            if described(own) != described(self.preprocess):
+                logger.warning(
+                    "%s: the preprocess of this CLIP is not that of its setup, and what is written "
+                    "with it is the setup, %s; load(…, preprocess=…) makes one that is",
+                    self.name,
+                    dict(found.preprocess),
+                )
+        return found
+
+    @property
     def has_text(self) -> bool:
         """Whether there is a text tower; models of timm have none."""
         return not isinstance(self.model, ImageModel)
@@ -110,7 +134,7 @@ class CLIP:
         pixels: Tensor,  # (B, 3, H, W)
     ) -> Tensor:
         """Unit embeddings (B, e) of preprocessed images, at least float32; with gradients."""
-        features = _first(self.model.encode_image(pixels.to(self.device, self.dtype)))
+        features = first_of(self.model.encode_image(pixels.to(self.device, self.dtype)))
         wide = torch.promote_types(features.dtype, torch.float32)
         return F.normalize(features.to(wide), dim=-1)
 
@@ -121,6 +145,9 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    preprocess: str | Mapping[str, Any] | None = None,
+    force_quick_gelu: bool | None = None,
+    force_image_size: int | tuple[int, int] | None = None,
 ) -> CLIP:
     """Open a model by name.
 
@@ -137,39 +164,114 @@ def load(
             random weights. For "emojiclip" other weights than the bundled ones. For timm a
             safetensors file or "random"; None downloads timm's own. Not for a folder.
         device, dtype: where and as what the weights are kept; None keeps the library's float32.
+        preprocess: how images are prepared: a published tag of the architecture, whose way it is,
+            or fields of open_clip's preprocess_cfg (for timm of its data configuration) that are
+            to be others. None is what was written with the weights, or published with the tag. A
+            weights file that says nothing gets what all published weights of the architecture
+            have; where these differ, a warning says what was taken.
+        force_quick_gelu: True builds open_clip's towers with QuickGELU, False with GELU. None is
+            found as `preprocess` is.
+        force_image_size: N or (height, width) of the images that the model sees; position
+            embeddings are resampled. None is the size that was written with the weights, or the
+            architecture's.
 
     Returns a `CLIP`. That of a folder has the name of its architecture, and its weights file as
     `pretrained`.
 
     Raises:
-        ValueError: an unknown name or tag, or a weights file that is not there.
+        ValueError: an unknown name or tag, a weights file that is not there, or a setup that the
+            model cannot have.
         FileFormatError: a damaged file, or weights of another architecture.
         RuntimeError: open_clip, timm or torchvision cannot be imported; weights could not be
             downloaded.
     """
-    name = str(name)
+    size = None if force_image_size is None else as_size(force_image_size)
     weights = None if pretrained is None else str(pretrained)
+    return _load(str(name), weights, device, dtype, Asked(preprocess, force_quick_gelu, size))
+
+
+def _load(
+    name: str,
+    weights: str | None,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    asked: Asked,
+) -> CLIP:
     if name.startswith(TIMM):
-        parts = _timm_parts(name, weights)
+        parts = _timm_parts(name, weights, asked)
     elif is_open_clip(name):
         if weights is None and name != EMOJICLIP and not name.startswith(PREFIXES):
             logger.warning(
                 "%s: no pretrained weights were asked for, so the weights are random", name
             )
-        parts = open_parts(name, weights, device)
+        parts = open_parts(name, weights, device, asked)
     else:
-        return _load_run(name, weights, device, dtype)
+        return _load_run(name, weights, device, dtype, asked)
     module = parts.model.to(device=device, dtype=dtype).eval()
     return CLIP(module, parts.preprocess, parts.tokenizer, name, weights)
 
 
-def _timm_parts(name: str, weights: str | None) -> Parts:
-    model = open_timm(name.removeprefix(TIMM), weights)
-    return Parts(model, transforms_of(model).evaluate, NoTokenizer(name))
+def load_origin(
+    origin: Mapping[str, Any],
+    *,
+    model: str | None = None,
+    pretrained: str | None = None,
+    device: str | torch.device = "cpu",
+    preprocess: str | Mapping[str, Any] | None = None,
+    force_quick_gelu: bool | None = None,
+    force_image_size: int | tuple[int, int] | None = None,
+) -> CLIP:
+    """The model that something was fitted on, of its metadata as `provenance` gives them.
+
+    The other arguments are taken in place of what stands there. A model of another name has a setup
+    of its own. Raises as `load`, and ValueError where no model is named.
+    """
+    name = model or origin.get("clip_model")
+    if name is None:
+        raise ValueError("load_origin: the metadata name no model; pass one")
+    if model is None and pretrained is None:
+        pretrained = origin.get("pretrained")
+    known = None
+    if origin.get("setup") is not None and name == origin.get("clip_model"):
+        known = Setup.from_json(f"the metadata of something fitted on {name}", origin["setup"])
+    size = None if force_image_size is None else as_size(force_image_size)
+    asked = Asked(preprocess, force_quick_gelu, size, known)
+    return _load(name, pretrained, device, None, asked)
+
+
+def provenance(clip: CLIP, hook_point: str, tokens: str) -> dict[str, Any]:
+    """Which activations these are, for the metadata of what is fitted on them; JSON-able."""
+    found: dict[str, Any] = {
+        "clip_model": clip.name,
+        "pretrained": clip.pretrained,
+        "hook_point": hook_point,
+        "tokens": tokens,
+    }
+    if (setup := clip.setup) is not None:
+        found["setup"] = setup.to_json()
+    return found
+
+
+def as_texts(origin: Mapping[str, Any]) -> dict[str, str]:
+    """`provenance` for metadata that are text alone; what is None is left out."""
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        for name, value in origin.items()
+        if value is not None
+    }
+
+
+def _timm_parts(name: str, weights: str | None, asked: Asked) -> Parts:
+    model = open_timm(name.removeprefix(TIMM), weights, asked)
+    return Parts(model, evaluation_transform_of(model), NoTokenizer(name))
 
 
 def _load_run(
-    name: str, weights: str | None, device: str | torch.device, dtype: torch.dtype | None
+    name: str,
+    weights: str | None,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    asked: Asked,
 ) -> CLIP:
     """The model in a folder. Raises ValueError where there is none, as no kind has the name."""
     folder = Path(name)
@@ -183,7 +285,7 @@ def _load_run(
     if not (folder / CONFIG).is_file():
         raise ValueError(f"load: {missing_run(folder)}")
     run = read_run(folder)
-    return load(run.model, run.weights, device=device, dtype=dtype)
+    return _load(run.model, str(run.weights), device, dtype, asked)
 
 
 def _unknown(name: str) -> str:

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
+# what torch.compile and DistributedDataParallel call the module that they wrap
+WRAPPED = ("_orig_mod", "module")
+
 
 def module_of(model: Any) -> nn.Module:
     """The torch module of a model: of what ``clipsteer.load`` returns, or a module as it is.

@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 from clipsteer import assets
+from clipsteer.clip.build import SetupError, build, evaluation_transform, fill, fits, resize
+from clipsteer.clip.published import Settled, settle
+from clipsteer.clip.setup import NOTHING, OPEN_CLIP, Asked, as_size
 from clipsteer.io.files import FileFormatError, read_json, read_safetensors
 
 EMOJICLIP = "emojiclip"
@@ -59,17 +62,19 @@ def is_open_clip(name: str) -> bool:
     return name.replace("/", "-") in known_names()
 
 
-def open_parts(name: str, pretrained: str | None, device: str | torch.device) -> Parts:
+def open_parts(
+    name: str, pretrained: str | None, device: str | torch.device, asked: Asked = NOTHING
+) -> Parts:
     """A model that open_clip makes; the arguments are those of ``clipsteer.load``.
 
     Raises:
-        ValueError: an unknown tag, or a file that is not there.
+        ValueError: an unknown tag, a file that is not there, or a setup that the model cannot have.
         FileFormatError: a damaged file, or weights of another architecture.
         RuntimeError: open_clip cannot be imported; weights could not be downloaded.
     """
     open_clip = import_open_clip()
     if name.startswith(PREFIXES):
-        return _with_own_weights(open_clip, name, pretrained, device)
+        return _with_own_weights(open_clip, name, pretrained, device, asked)
     known = name
     tokenizer_args: dict[str, str] = {}
     if name in BUNDLED:
@@ -81,7 +86,8 @@ def open_parts(name: str, pretrained: str | None, device: str | torch.device) ->
     elif name.endswith(".json"):
         known = _add_architecture(open_clip, Path(name))
     _check_weights(open_clip, known, pretrained)
-    return _create(open_clip, name, known, pretrained, device, tokenizer_args)
+    settled = settle(open_clip, known, pretrained, asked)
+    return _create(open_clip, name, known, pretrained, device, tokenizer_args, settled)
 
 
 def _create(
@@ -91,22 +97,22 @@ def _create(
     weights: str | None,
     device: str | torch.device,
     tokenizer_args: dict[str, str],
+    settled: Settled,
 ) -> Parts:
     try:
-        module, _, preprocess = open_clip.create_model_and_transforms(
-            known, pretrained=weights, device=device
-        )
+        module = build(open_clip, known, weights, device, settled)
     except Exception as error:
-        if weights is not None and Path(weights).is_file():
+        if weights is not None and Path(weights).is_file() and not isinstance(error, SetupError):
             raise FileFormatError(
                 f"{weights}: cannot be loaded as weights of {name}: {error}"
             ) from error
         raise
-    return Parts(module, preprocess, open_clip.get_tokenizer(known, **tokenizer_args))
+    tokenizer = open_clip.get_tokenizer(known, **tokenizer_args)
+    return Parts(module, evaluation_transform(module), tokenizer)
 
 
 def _with_own_weights(
-    open_clip: Any, name: str, weights: str | None, device: str | torch.device
+    open_clip: Any, name: str, weights: str | None, device: str | torch.device, asked: Asked
 ) -> Parts:
     """A model of a repository or folder; a weights file, such as a run leaves, replaces its own."""
     if weights is not None and not Path(weights).is_file():
@@ -114,15 +120,31 @@ def _with_own_weights(
             f"load: {name!r} brings its own weights; pretrained must be None or a weights file, "
             f"got {weights!r}"
         )
-    parts = _create(open_clip, name, name, None, device, {})
-    if weights is not None:
-        try:
-            parts.model.load_state_dict(read_safetensors(weights))
-        except RuntimeError as error:
-            raise FileFormatError(
-                f"{weights}: cannot be loaded as weights of {name}: {error}"
-            ) from error
-    return parts
+    if isinstance(asked.preprocess, str):
+        raise ValueError(
+            f"load: {name!r} has no tags; preprocess must be a dictionary with fields of "
+            f"{', '.join(OPEN_CLIP)}, got {asked.preprocess!r}"
+        )
+    # its description says how it is preprocessed, and which activation it has
+    settled = settle(open_clip, name, None, asked.knowing(weights))
+    parts = _create(open_clip, name, name, None, device, {}, settled)
+    if weights is None:
+        return parts
+    tensors = read_safetensors(weights)
+    try:
+        if settled.image_size is None or fits(parts.model, tensors):
+            fill(parts.model, tensors)
+            return parts
+        # of the published size: the tower is set to another afterwards
+        native = settled._replace(image_size=None)
+        parts = _create(open_clip, name, name, None, device, {}, native)
+        fill(parts.model, tensors)
+    except RuntimeError as error:
+        raise FileFormatError(
+            f"{weights}: cannot be loaded as weights of {name}: {error}"
+        ) from error
+    resize(parts.model.visual, as_size(settled.image_size))
+    return parts._replace(preprocess=evaluation_transform(parts.model))
 
 
 def _add_architecture(open_clip: Any, path: Path) -> str:

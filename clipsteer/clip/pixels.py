@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from clipsteer.clip.build import evaluation_transform
 from clipsteer.clip.hooks import evaluating
 from clipsteer.clip.timm_models import ImageModel, transforms_of
 from clipsteer.data.dataset import read_image
@@ -223,6 +224,13 @@ def pixel_batches(
     """
     for pixels, _ in image_loader(clip, dataset, batch_size, workers, seed=0):
         yield pixels.to(clip.device, clip.dtype)
+
+
+def evaluation_transform_of(model: Any) -> Transform:
+    """PIL image -> (3, H, W), as the setup of a loaded module says."""
+    if isinstance(model, ImageModel):
+        return transforms_of(model).evaluate
+    return evaluation_transform(model)
 
 
 def train_transform(clip: Any, crop: float) -> Transform:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 from torch import Tensor, nn
 
+from clipsteer.clip.hooks import evaluating
+from clipsteer.clip.published import told
+from clipsteer.clip.setup import NOTHING, TIMM_DATA, Asked, check_preprocess
 from clipsteer.io.files import FileFormatError, read_safetensors
+
+logger = logging.getLogger(__name__)
 
 TIMM = "timm:"
 RANDOM = "random"
@@ -16,13 +24,18 @@ _TRUNK = "visual.trunk."
 
 
 class ImageTower(nn.Module):
-    """(B, 3, H, W) -> (B, e), timm's pooled output; `trunk` is timm's model."""
+    """(B, 3, H, W) -> (B, e), timm's pooled output; `trunk` is timm's model.
 
-    def __init__(self, trunk: nn.Module) -> None:
+    preprocess: timm's data configuration; by default what timm says of the model.
+    """
+
+    def __init__(self, trunk: nn.Module, preprocess: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.trunk = trunk
         self.output_dim = getattr(trunk, "head_hidden_size", trunk.num_features)
-        self.image_size = data_config(trunk)["input_size"][-2:]
+        # under the name that open_clip's towers have for theirs
+        self.preprocess_cfg = dict(preprocess or data_config(trunk))
+        self.image_size = self.preprocess_cfg["input_size"][-2:]
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> features (B, d)."""
@@ -32,9 +45,9 @@ class ImageTower(nn.Module):
 class ImageModel(nn.Module):
     """A model with an image tower alone; modules of it are named as in open_clip's timm towers."""
 
-    def __init__(self, trunk: nn.Module) -> None:
+    def __init__(self, trunk: nn.Module, preprocess: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self.visual = ImageTower(trunk)
+        self.visual = ImageTower(trunk, preprocess)
 
     def encode_image(
         self,
@@ -85,25 +98,24 @@ def data_config(trunk: nn.Module) -> dict[str, Any]:
     return resolve_model_data_config(trunk)
 
 
-def transforms_of(model: ImageModel, crop: float = 0.05, unit_range: bool = False) -> Transforms:
-    """Preprocessing of a timm model.
+# pixels in [0, 1] without mean and deviation, 256 px cut to 224: the recipe of SLCA and MACIL
+UNIT_RANGE = {
+    "mean": (0.0,) * 3,
+    "std": (1.0,) * 3,
+    "crop_pct": 0.875,
+    "interpolation": "bicubic",
+}
 
-    Args:
-        crop: the least share of an image's area that a random crop keeps.
-        unit_range: pixels in [0, 1] without mean and deviation, 256 px cut to 224: the published
-            recipe of SLCA and MACIL. False is what timm says of the model.
+
+def transforms_of(model: ImageModel, crop: float = 0.05) -> Transforms:
+    """Preprocessing of a timm model, as its setup says.
+
+    crop: the least share of an image's area that a random crop keeps.
     """
     from timm.data import create_transform
     from torchvision import transforms
 
-    config = data_config(model.visual.trunk)
-    if unit_range:
-        config |= {
-            "mean": (0.0,) * 3,
-            "std": (1.0,) * 3,
-            "crop_pct": 0.875,
-            "interpolation": "bicubic",
-        }
+    config = model.visual.preprocess_cfg
     # timm's own crops draw from Python's generator, which seeds of samples do not reach
     train = transforms.Compose(
         [
@@ -116,16 +128,18 @@ def transforms_of(model: ImageModel, crop: float = 0.05, unit_range: bool = Fals
     return Transforms(create_transform(**config), train)
 
 
-def open_timm(name: str, weights: str | None = None) -> ImageModel:
+def open_timm(name: str, weights: str | None = None, asked: Asked = NOTHING) -> ImageModel:
     """A model of timm without its classifier.
 
     Args:
         name: timm's, such as "vit_base_patch16_224.augreg_in21k".
         weights: a safetensors file of timm's keys; None downloads timm's own, "random" leaves
             random ones.
+        asked: how it is set up.
 
     Raises:
-        ValueError: a name that timm does not know, or a weights file that is not there.
+        ValueError: a name that timm does not know, a weights file that is not there, or a setup
+            that the model cannot have.
         FileFormatError: weights of another model.
         RuntimeError: timm cannot be imported, or its weights could not be downloaded.
     """
@@ -136,6 +150,11 @@ def open_timm(name: str, weights: str | None = None) -> ImageModel:
             f"load: weights of {TIMM}{name} must be a safetensors file, 'random', or None for "
             f"timm's own, got {weights!r}"
         )
+    if asked.quick_gelu:
+        raise ValueError(
+            f"load: force_quick_gelu is for open_clip's models; timm names its own, such as "
+            f"{TIMM}vit_base_patch32_clip_quickgelu_224, got {TIMM}{name}"
+        )
     try:
         trunk = timm.create_model(name, pretrained=weights is None, num_classes=0)
     except Exception as error:
@@ -145,9 +164,90 @@ def open_timm(name: str, weights: str | None = None) -> ImageModel:
             f"load: timm's weights of {name} could not be had ({error}); pass a safetensors file "
             "as pretrained, or 'random'"
         ) from error
-    if weights not in (None, RANDOM):
-        _load(trunk, name, Path(weights))
-    return ImageModel(trunk)
+    file = None if weights in (None, RANDOM) else Path(weights)
+    cfg = _preprocess(timm, name, trunk, file, asked.knowing(weights))
+    own = tuple(data_config(trunk)["input_size"])
+    size = cfg["input_size"][-2:] if cfg["input_size"] != own else None
+    if file is not None:
+        _load(trunk, name, file, size)
+    elif size is not None:
+        _set_size(trunk, size)
+    model = ImageModel(trunk, cfg)
+    if size is not None:
+        _check_size(name, model, size)
+    return model
+
+
+def _preprocess(
+    timm: Any, name: str, trunk: nn.Module, file: Path | None, asked: Asked
+) -> dict[str, Any]:
+    """The data configuration: what is asked for, then what was written with the weights, then
+    timm's."""
+    cfg = data_config(trunk)
+    known, _, tag = name.partition(".")
+    if asked.known is not None:
+        if "input_size" not in asked.known.preprocess:
+            raise FileFormatError(f"{file}: weights of a model of open_clip's, not of {TIMM}{name}")
+        cfg = check_preprocess(asked.known.preprocess, TIMM_DATA)
+    elif file is not None and not tag and asked.preprocess is None:
+        _warn_of_others(timm, known, file, cfg)
+    if isinstance(asked.preprocess, str):
+        tags = _tags(timm, known)
+        if asked.preprocess not in tags:
+            raise ValueError(
+                f"load: preprocess must be one of timm's tags of {known}, {', '.join(tags)}, or a "
+                f"dictionary with fields of {', '.join(TIMM_DATA)}; got {asked.preprocess!r}"
+            )
+        cfg = _published(timm, f"{known}.{asked.preprocess}")
+    elif asked.preprocess is not None:
+        cfg = {**cfg, **check_preprocess(asked.preprocess, TIMM_DATA)}
+    if asked.image_size is not None:
+        cfg = {**cfg, "input_size": (3, *asked.image_size)}
+    return cfg
+
+
+def _tags(timm: Any, known: str) -> list[str]:
+    return [full.partition(".")[2] for full in timm.list_pretrained(f"{known}.*")]
+
+
+def _published(timm: Any, name: str) -> dict[str, Any]:
+    from timm.data import resolve_data_config
+
+    return resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+
+
+def _warn_of_others(timm: Any, known: str, file: Path, taken: dict[str, Any]) -> None:
+    others: dict[str, str] = {}
+    for tag in _tags(timm, known):
+        cfg = _published(timm, f"{known}.{tag}")
+        if cfg != taken:
+            others.setdefault(told(cfg), tag)
+    if others:
+        logger.warning(
+            "%s: the file does not say how its images are preprocessed, and weights of timm's %s "
+            "are published with several ways; taken is %s. If the model was trained otherwise, "
+            "pass preprocess=TAG (--preprocess TAG), one of %s",
+            file,
+            known,
+            told(taken),
+            ", ".join(others.values()),
+        )
+
+
+def _set_size(trunk: Any, size: tuple[int, int]) -> None:
+    """A trunk without the method, such as a convolutional one, sees images of any size."""
+    if hasattr(trunk, "set_input_size"):
+        trunk.set_input_size(size)
+
+
+def _check_size(name: str, model: ImageModel, size: tuple[int, int]) -> None:
+    try:
+        with evaluating(model):
+            model(torch.zeros(1, 3, *size))
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        raise ValueError(
+            f"load: {TIMM}{name} cannot see {size[0]}x{size[1]} images: {error}"
+        ) from error
 
 
 def _timm() -> Any:
@@ -166,20 +266,33 @@ def _check_name(timm: Any, name: str) -> None:
         near = difflib.get_close_matches(known, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models()"
         raise ValueError(f"load: timm has no model {name!r}{hint}")
-    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{known}.*")]
+    tags = _tags(timm, known)
     if tag and tags and tag not in tags:
         raise ValueError(f"load: timm's weights of {known} are {', '.join(tags)}; got {tag!r}")
 
 
-def _load(trunk: nn.Module, name: str, weights: Path) -> None:
-    # a run of ours keeps the whole model; timm's own files also hold a classifier
+def _load(trunk: nn.Module, name: str, weights: Path, size: tuple[int, int] | None) -> None:
+    # a run of ours keeps the whole model; timm's own files also hold a classifier, under a name
+    # that differs from model to model
+    own = trunk.state_dict()
+    classifier = getattr(trunk, "pretrained_cfg", {}).get("classifier") or "head"
+    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     tensors = {
-        key.removeprefix(_TRUNK): tensor
-        for key, tensor in read_safetensors(weights).items()
-        if not key.startswith("head.")
+        key.removeprefix(_TRUNK): tensor for key, tensor in read_safetensors(weights).items()
+    }
+    tensors = {
+        key: tensor
+        for key, tensor in tensors.items()
+        if key in own or not key.startswith(tuple(f"{name}." for name in names))
     }
     try:
+        fitting = all(key not in own or own[key].shape == x.shape for key, x in tensors.items())
+        if size is not None and not fitting:
+            # they have the size already
+            _set_size(trunk, size)
         trunk.load_state_dict(tensors)
+        if size is not None and fitting:
+            _set_size(trunk, size)
     except RuntimeError as error:
         raise FileFormatError(
             f"{weights}: cannot be loaded as weights of {name}: {error}"

@@ -306,8 +306,9 @@ class Conceptor:
             # made under torch.inference_mode(), it could not be saved for a later backward pass
             with torch.inference_mode(False):
                 low = rest == 0 and 0 < 2 * self.rank < self.d
+                # eigenvectors lie by columns, which every projection would put right anew
                 self._cache[key] = (
-                    ops.LowRank(U.to(device, dtype), s.to(device, dtype))
+                    ops.LowRank(U.to(device, dtype).contiguous(), s.to(device, dtype))
                     if low
                     else self.matrix.to(device, dtype)
                 )

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from clipsteer.clip.hooks import capture
-from clipsteer.clip.model import CLIP, load
+from clipsteer.clip.model import CLIP, load, provenance
 from clipsteer.clip.pixels import train_transform
-from clipsteer.clip.timm_models import TIMM, transforms_of
+from clipsteer.clip.timm_models import TIMM, UNIT_RANGE, transforms_of
+from clipsteer.clip.tokens import layout_at
 
 __all__ = ["Encoder", "Tokens"]
 
@@ -46,6 +47,8 @@ class Encoder(nn.Module):
     Attributes:
         blocks: names of the transformer blocks in ``module``, first to last.
         width: of the tokens in them.
+        origins: of each block, where it is in what ``clipsteer.load`` gives, for the metadata of
+            what is fitted on it; empty for a tower that is none of its.
 
     Raises:
         ValueError: no transformer block is found.
@@ -70,8 +73,11 @@ class Encoder(nn.Module):
             )
         trunk = getattr(module, "trunk", module)
         first: Any = None if hasattr(trunk, "embed_dim") else module.conv1
+        self.origins: dict[str, dict[str, Any]] = {}
         self.width = trunk.embed_dim if first is None else first.out_channels
-        self.prefix = int(getattr(trunk, "num_prefix_tokens", hasattr(module, "class_embedding")))
+        layout = layout_at(module, self.blocks[0])
+        # registers alone are no class token
+        self.prefix = layout.prefix if layout.has_class else 0
         self._last = self._normalised_tokens()
 
     def _normalised_tokens(self) -> str:
@@ -100,9 +106,16 @@ class Encoder(nn.Module):
 
         crop: the least share of an image that crops keep. Of a timm model the module is timm's own.
         """
-        visual = clip.model.visual
-        module = visual if clip.has_text else visual.trunk
-        return cls(module, clip.preprocess, train_transform(clip, crop), clip.name)
+        return cls._of(clip, train_transform(clip, crop))
+
+    @classmethod
+    def _of(cls, clip: CLIP, train: Callable[[Any], Tensor]) -> Encoder:
+        prefix = "visual." if clip.has_text else "visual.trunk."
+        module = clip.model.get_submodule(prefix[:-1])
+        made = cls(module, clip.preprocess, train, clip.name)
+        for block in made.blocks:
+            made.origins[block] = provenance(clip, prefix + block, "all")
+        return made
 
     @classmethod
     def from_timm(
@@ -113,6 +126,7 @@ class Encoder(nn.Module):
         unit_range: bool = False,
         crop: float = 0.05,
         device: str | torch.device = "cpu",
+        **setup: Any,
     ) -> Encoder:
         """A ViT of timm without its classifier.
 
@@ -123,12 +137,20 @@ class Encoder(nn.Module):
             unit_range: pixels in [0, 1] without mean and deviation, 256 px cut to 224: the
                 published recipe of SLCA and MACIL. False is what timm says of the model.
             crop: the least share of an image that a random crop keeps.
+            setup: preprocess and force_image_size of ``clipsteer.load``.
 
-        Raises: as ``clipsteer.load("timm:NAME")``, which opens it.
+        Raises ValueError for unit_range beside another preprocess, and else as
+        ``clipsteer.load("timm:NAME")``, which opens it.
         """
-        clip = load(TIMM + name, weights, device=device)
-        transforms = transforms_of(clip.model, crop, unit_range)
-        return cls(clip.model.visual.trunk, transforms.evaluate, transforms.train, clip.name)
+        if unit_range and setup.get("preprocess") is not None:
+            raise ValueError(
+                "Encoder.from_timm: unit_range is a preprocessing, and another one was asked for; "
+                "leave one of them out"
+            )
+        if unit_range:
+            setup = {**setup, "preprocess": UNIT_RANGE}
+        clip = load(TIMM + name, weights, device=device, **setup)
+        return cls._of(clip, transforms_of(clip.model, crop).train)
 
     @classmethod
     def open(
@@ -138,17 +160,20 @@ class Encoder(nn.Module):
         *,
         unit_range: bool = False,
         device: str | torch.device = "cpu",
+        **setup: Any,
     ) -> tuple[Encoder, CLIP | None]:
         """An encoder of whatever ``clipsteer.load`` takes, with the CLIP where it has a text tower.
 
         unit_range: pixels in [0, 1], as in `from_timm`. Raises ValueError for it with other models.
+        setup: preprocess, force_quick_gelu and force_image_size of ``clipsteer.load``.
         """
         if model.startswith(TIMM):
             name = model.removeprefix(TIMM)
-            return cls.from_timm(name, weights, unit_range=unit_range, device=device), None
+            timm = cls.from_timm(name, weights, unit_range=unit_range, device=device, **setup)
+            return timm, None
         if unit_range:
             raise ValueError(f"Encoder.open: pixels in [0, 1] are for timm models, got {model!r}")
-        clip = load(model, weights, device=device)
+        clip = load(model, weights, device=device, **setup)
         return cls.from_clip(clip), clip if clip.has_text else None
 
     @property

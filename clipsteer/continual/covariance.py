@@ -21,9 +21,8 @@ from clipsteer.training.world import World
 __all__ = ["ClassStatistics", "Compressed", "Factor", "compress", "precision_factor", "shrink"]
 
 _KIND = Kind("clipsteer-class-statistics", 1, "class statistics")
-# Jitter relative to the mean of the diagonal, by tens: from where rounding acts to what must not be
-# hidden.
-_JITTERS = (0.0, *(10.0**e for e in range(-14, -5)))
+# A smallest eigenvalue below so many d·eps of the largest is rounding, as LAPACK's testers count.
+_ROUNDING = 20
 
 
 class ClassStatistics:
@@ -191,9 +190,9 @@ class Factor(NamedTuple):
     """A factor of precisions P = L Lᵀ."""
 
     L: Tensor
-    """(…, d, d)"""
+    """(…, d, d), contiguous"""
     jitter: Tensor
-    """(…,): what had to be added to the diagonal of S, 0 where nothing"""
+    """(…,): 0, as a singular S raises"""
 
 
 def precision_factor(
@@ -204,16 +203,15 @@ def precision_factor(
     """A lower triangular L with L Lᵀ = P = S⁻¹ + ridge·I, in float64.
 
     Args:
-        covariance: S (…, d, d), symmetric; usually shrunk.
+        covariance: S (…, d, d), symmetric; usually shrunk, as the covariance of N ≤ d rows is
+            singular.
         ridge: added to the precision.
 
-    A matrix whose Cholesky factorisation fails is tried again with 1e-14, 1e-13, … 1e-6 times its
-    mean diagonal added; ``jitter`` says what was. Only rounding is mended so: a matrix that is
-    truly indefinite, or singular beyond that, raises.
-
     Raises:
-        ValueError: not square, not finite, or not positive definite even then, with the numbers of
-            the classes.
+        ValueError: not square, not finite, or not positive definite beyond rounding, with the
+            numbers of the classes. That is where the Cholesky factorisation fails, or a feature's
+            variance inflation S_ii (S⁻¹)_ii, which is 1/(1 − R²) of its regression on the others,
+            is 1/(20·d·eps) or more: no digit of S⁻¹ would be right.
     """
     d = _square("precision_factor", "covariance", covariance)
     S = covariance.double()
@@ -221,36 +219,25 @@ def precision_factor(
     if not bool(S.isfinite().all()):
         raise ValueError("precision_factor: covariance must be finite, got NaN or infinity")
     flat = S.reshape(-1, d, d)
-    lower, jitter = _cholesky(flat)
-    # P = A⁻ᵀA⁻¹ + ridge·I with S = A Aᵀ is at least ridge·I and needs no jitter of its own
+    lower, info = torch.linalg.cholesky_ex(flat)
     eye = torch.eye(d, dtype=S.dtype, device=S.device)
-    P = torch.cholesky_inverse(lower) + ridge * eye
-    return Factor(torch.linalg.cholesky(P).reshape(S.shape), jitter.reshape(S.shape[:-2]))
-
-
-def _cholesky(
-    S: Tensor,  # (n, d, d)
-) -> tuple[Tensor, Tensor]:  # (n, d, d), (n,)
-    """Lower factors, and what had to be added to each diagonal."""
-    mean = S.diagonal(dim1=1, dim2=2).mean(1).abs()
-    eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
-    lower = torch.empty_like(S)
-    jitter = torch.zeros_like(mean)
-    left = torch.arange(len(S), device=S.device)
-    for relative in _JITTERS:
-        jitter[left] = relative * mean[left]
-        found, info = torch.linalg.cholesky_ex(S[left] + jitter[left][:, None, None] * eye)
-        good = info == 0
-        lower[left[good]] = found[good]
-        left = left[~good]
-        if not len(left):
-            return lower, jitter
-    smallest = float(torch.linalg.eigvalsh(S[left[0]])[0])
-    raise ValueError(
-        f"precision_factor: covariance must be positive definite, matrices {left.tolist()} are "
-        f"not, even with {_JITTERS[-1]:g} of their mean diagonal added (the first one's smallest "
-        f"eigenvalue is {smallest:.3g}); shrink them first"
-    )
+    lower[info != 0] = eye  # which has an inverse
+    inverse = torch.cholesky_inverse(lower)
+    inflation = flat.diagonal(dim1=1, dim2=2) * inverse.diagonal(dim1=1, dim2=2)  # (n, d)
+    most = 1 / (_ROUNDING * d * torch.finfo(S.dtype).eps)
+    singular = (info != 0) | ~(inflation < most).all(1)
+    if bool(singular.any()):
+        classes = singular.nonzero().flatten().tolist()
+        spectrum = torch.linalg.eigvalsh(flat[classes[0]])
+        raise ValueError(
+            f"precision_factor: covariance must be positive definite, matrices {classes} are not, "
+            f"beyond rounding (the first one's eigenvalues go from {float(spectrum[0]):.3g} to "
+            f"{float(spectrum[-1]):.3g}); shrink them first"
+        )
+    # P = A⁻ᵀA⁻¹ + ridge·I with S = A Aᵀ is at least ridge·I. LAPACK's factors lie by columns, which
+    # every call of an op on them would put right anew
+    L = torch.linalg.cholesky(inverse + ridge * eye).contiguous()
+    return Factor(L.reshape(S.shape), torch.zeros(S.shape[:-2], dtype=S.dtype, device=S.device))
 
 
 class Compressed(NamedTuple):

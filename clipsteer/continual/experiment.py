@@ -4,6 +4,7 @@ by side."""
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import multiprocessing
 import os
@@ -45,6 +46,7 @@ def run_tasks(
     plasticity: Plasticity | None = None,
     out: str | Path | None = None,
     workers: int = 0,
+    asked: Mapping[str, Any] | None = None,
 ) -> Run:
     """Learn the scenario's tasks with one strategy, measuring after each on the test images of all
     tasks so far.
@@ -55,9 +57,13 @@ def run_tasks(
         out: folder for checkpoints and run.json. A run that was stopped there goes on, and on a CPU
             with as many threads ends with the same matrix; seconds are then of the last process
             alone.
+        asked: what `encoder` was asked for beside a name (the setup of `Encoder.open`), JSON-able:
+            another model is another run.
     """
     out = None if out is None else Path(out)
     settings = {**config.outcome(), "data order": DATA_ORDER, "data": _identity(scenario)}
+    if asked:
+        settings["asked"] = json.loads(json.dumps(dict(asked)))
     run = Run(config.name, config.seed, scenario.tasks, settings)
     if out is not None and (out / "run.json").exists():
         run = _found(run, out)

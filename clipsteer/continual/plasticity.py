@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipsteer.clip.hooks import capture, evaluating
+from clipsteer.clip.hooks import captured, evaluating
 from clipsteer.clip.module import module_of
 from clipsteer.io.files import FileFormatError
 from clipsteer.sae.config import TrainConfig
@@ -75,6 +75,11 @@ class Plasticity:
             for found in _outputs(module, list(self.saes), pixel_batches):
                 for block, x in found.items():
                     sae = self.saes[block]
+                    if x.shape[-1] != sae.d_in:
+                        raise ValueError(
+                            f"Plasticity.usage: the SAE of {block!r} has d_in = {sae.d_in}, but "
+                            f"the activations there have {x.shape[-1]}"
+                        )
                     rows[block] += len(x)
                     for part in chunks(sae, x.to(sae.W_enc.device)):
                         acts = sae.encode(part)  # (rows, d_sae)
@@ -136,10 +141,9 @@ def _outputs(
     for batch in pixel_batches:
         pixels = batch[0] if isinstance(batch, tuple | list) else batch
         # opened for each batch: a consumer may train between two of them
-        with evaluating(module), capture(module, blocks, detach=True) as found:
+        watch = captured("plasticity", module, blocks, detach=True)
+        with evaluating(module), watch as found:
             module(pixels.to(like.device, like.dtype))
-        if missing := [block for block in blocks if block not in found]:
-            raise ValueError(f"plasticity: the forward pass never calls {missing[0]!r} as a module")
         count += len(pixels)
         yield {block: found[block].flatten(0, 1) for block in blocks}
     if not count:

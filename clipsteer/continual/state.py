@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipsteer.clip.setup import has_quick_gelu
 from clipsteer.continual.backbone import Encoder
 from clipsteer.continual.config import CILConfig
 from clipsteer.continual.heads import RandomProjection, TaskHeads
@@ -37,10 +38,25 @@ def check_parts(
         wrong = f"{config.name!r} needs plasticity, with an SAE for each block"
     elif config.plasticity and plasticity and set(plasticity.saes) != set(encoder.blocks):
         wrong = f"plasticity needs SAEs of {encoder.blocks}, got {[*plasticity.saes]}"
+    elif config.plasticity and plasticity and (other := _of_other_setup(encoder, plasticity)):
+        wrong = (
+            f"plasticity: the SAE of {other} was trained on {encoder.name} with another "
+            "preprocessing, activation or image size"
+        )
     elif config.distill and not encoder.prefix:
         wrong = f"distill needs a class token, and {encoder.name} has none"
     if wrong is not None:
         raise ValueError(f"ClassIncrementalLearner: {wrong}")
+
+
+def _of_other_setup(encoder: Encoder, plasticity: Plasticity) -> str | None:
+    """A block whose SAE says another setup than the encoder's, if there is one."""
+    for block, sae in plasticity.saes.items():
+        theirs = sae.metadata.get("setup")
+        ours = encoder.origins.get(block, {}).get("setup")
+        if theirs is not None and ours is not None and theirs != ours:
+            return block
+    return None
 
 
 class LearnerState:
@@ -137,6 +153,7 @@ class LearnerState:
             "num_classes": self.num_classes,
             "preprocess": described(encoder.preprocess),
             "train_transform": described(encoder.train_transform),
+            "quick_gelu": has_quick_gelu(encoder) or None,
         }
         if self.zero_shot is not None:
             found["zero-shot head"] = parts_digest(self.zero_shot)

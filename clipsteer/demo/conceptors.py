@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipsteer.clip.model import as_texts, provenance
 from clipsteer.conceptors.conceptor import Conceptor
 from clipsteer.conceptors.fit import correlation
 from clipsteer.data.dataset import spread
@@ -193,8 +194,7 @@ def measure(
     assert pictures.truth is not None
     fitted = fit(tokens, kinds, pictures.train)
     fitted.own.metadata.update(
-        clip_model=predictor.clip.name,
-        hook_point=predictor.hook_point,
+        as_texts(provenance(predictor.clip, predictor.hook_point, "all")),
         names=json.dumps(kinds.names),
     )
     fitted.own.save(path)

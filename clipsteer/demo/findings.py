@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import clipsteer
-from clipsteer.clip.model import CLIP, EMOJICLIP, default_hook_point, load
+from clipsteer.clip.model import CLIP, EMOJICLIP, default_hook_point, load, provenance
 from clipsteer.clip.zero_shot import EMOJI_TEMPLATES, SIMPLE_TEMPLATES, zero_shot_head
 from clipsteer.continual.metrics import Run
 from clipsteer.data.dataset import ImageDataset, spread
@@ -128,6 +128,7 @@ def run(
     minutes: float = 1.0,
     max_images: int | None = None,
     device: str = "cpu",
+    **setup: Any,
 ) -> Demo:
     """Run the demo into the folder ``out``.
 
@@ -136,7 +137,8 @@ def run(
 
     Args:
         seed: of the SAE, its batches and what is drawn.
-        model, pretrained: as in ``clipsteer.load``.
+        model, pretrained: as in ``clipsteer.load``, and setup its preprocess, force_quick_gelu and
+            force_image_size.
         data: as in ``clipsteer.data.open_dataset``; by default the bundled drawings in four cells.
         hook_point: a block's module name; by default the last but one of the image tower.
         minutes: SAE training, in nominal minutes of two CPU cores. It sets the number of steps, so
@@ -153,7 +155,7 @@ def run(
     if max_images is not None and max_images < 16:
         raise ValueError(f"demo: max_images must be at least 16, got {max_images}")
     out = Path(out)
-    clip = load(model, pretrained, device=device)
+    clip = load(model, pretrained, device=device, **setup)
     clip.need_text("demo")
     if data is not None and str(data) == "emoji":
         data = None
@@ -175,6 +177,8 @@ def run(
         "seed": seed,
         "vocabulary": len(pictures.vocabulary),
     }
+    if setup:
+        figures["model"]["setup"] = setup
     if pictures.classes is not None:
         figures["zero_shot"] = zero_shot(pictures, embeddings, head[: len(pictures.classes)])
     sae, history = train(clip, pictures, tokens, hook_point, seed, minutes, out)
@@ -284,12 +288,7 @@ def train(
         log_every=max(1, steps // 60),
         normalize="layer_norm",
     )
-    metadata = {
-        "clip_model": clip.name,
-        "pretrained": clip.pretrained,
-        "hook_point": hook_point,
-        "tokens": "all",
-    }
+    metadata = provenance(clip, hook_point, "all")
     history: list[dict[str, float]] = []
     sae = clipsteer.train_sae(
         activations, config, metadata=metadata, on_log=history.append, device=clip.device

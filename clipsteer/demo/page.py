@@ -172,6 +172,8 @@ def _snippet(
     found: Mapping[str, Any],
 ) -> list[Html]:
     name = repr(clip.name) + (f", {clip.pretrained!r}" if clip.pretrained else "")
+    asked = found["model"].get("setup", {})
+    name += "".join(f", {key}={value!r}" for key, value in asked.items())
     strength = multiple * feature.peak
     path = found["data"]["path"]
     if path == "EmojiStyles":

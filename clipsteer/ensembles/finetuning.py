@@ -118,6 +118,8 @@ class _Run(TrainingRun):
             # what would mix two runs in one folder if it changed between them
             settings["data"] = digest_of([self.classes, list(dataset.targets)])
             settings["weights"] = weights_digest(clip.model)
+            if (setup := clip.setup) is not None:
+                settings["setup"] = setup.to_json()
             settings["frozen"] = [
                 name for name, p in self.trained.named_parameters() if not p.requires_grad
             ]

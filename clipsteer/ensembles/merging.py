@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor, nn
 
+from clipsteer.clip.setup import Setup, header_of, setup_in, setup_of
 from clipsteer.ensembles.blend import blend
 from clipsteer.io.files import safetensors_layout, tensor_bytes, write_atomically
 from clipsteer.io.weights import Entry, Source, Weights, open_weights, some
@@ -63,9 +64,11 @@ def wise_ft(
     are taken from `zeroshot` and a warning names the ones that differ. Writing needs a few MiB of
     memory for each output, and `out` appears only once it is whole.
 
+    What a file or module says of its preprocessing and activation is said of the average, too.
+
     Raises:
-        ValueError: models that do not match, with a list of what differs; alpha outside [0, 1]; a
-            name in `out`.
+        ValueError: models that do not match, with a list of what differs; that say different
+            things of their preprocessing or activation; alpha outside [0, 1]; a name in `out`.
         FileFormatError: a damaged file. FileNotFoundError: no such file, or a folder without
             weights.
 
@@ -78,6 +81,9 @@ def wise_ft(
         first = open_weights("zeroshot", zeroshot, stack)
         second = open_weights("finetuned", finetuned, stack)
         _check_same(first, second)
+        setup = same_setup(
+            first.where, _setup(first, zeroshot), second.where, _setup(second, finetuned)
+        )
         by_tensor = [_resolve(a, first.entries) for a in alphas]
         results: list[Any]
         if paths is None:
@@ -85,9 +91,39 @@ def wise_ft(
             if isinstance(zeroshot, nn.Module) and isinstance(finetuned, nn.Module):
                 results = [_with_weights(zeroshot, weights) for weights in results]
         else:
-            _stream(first, second, by_tensor, paths, alphas)
+            _stream(first, second, by_tensor, paths, alphas, setup)
             results = list(paths)
     return results if several else results[0]
+
+
+def _setup(source: Source, weights: Weights) -> Setup | None:
+    if isinstance(weights, nn.Module):
+        return setup_of(weights)
+    return setup_in(source.where, source.metadata)
+
+
+def same_setup(
+    first: str | Path, one: Setup | None, second: str | Path, other: Setup | None
+) -> Setup | None:
+    """The setup of two models that are averaged, or of the one that says its own.
+
+    Raises ValueError where they differ: between two preprocessings or activations lies none that
+    the average would be right under, and no figure would show it.
+    """
+    if one is None or other is None or one == other:
+        return one or other
+    ours = {**one.preprocess, "quick_gelu": one.quick_gelu}
+    theirs = {**other.preprocess, "quick_gelu": other.quick_gelu}
+    differing = [
+        f"{name} {ours.get(name)} and {theirs.get(name)}"
+        for name in {**ours, **theirs}
+        if ours.get(name) != theirs.get(name)
+    ]
+    raise ValueError(
+        f"wise_ft: {first} and {second} see images differently ({'; '.join(differing)}), so that "
+        "their average has no right way; average models of one preprocessing and activation. If "
+        "one of them was opened in a wrong one, load it with preprocess=… and save it anew"
+    )
 
 
 def _check_same(zeroshot: Source, finetuned: Source) -> None:
@@ -237,6 +273,7 @@ def _stream(
     by_tensor: list[dict[str, float]],
     paths: list[Path],
     alphas: list[Alpha],
+    setup: Setup | None,
 ) -> None:
     """Write every average at once, a piece of each at a time."""
     _warn_of_integers(zeroshot, finetuned, by_tensor)
@@ -245,7 +282,7 @@ def _stream(
     heads = []
     for alpha in alphas:
         note = json.dumps(dict(alpha) if isinstance(alpha, Mapping) else alpha)
-        metadata = {"format": "pt", "wise_ft_alpha": note}
+        metadata = {**header_of(setup), "wise_ft_alpha": note}
         head, order = safetensors_layout(described, metadata)
         heads.append(head)
 

@@ -39,10 +39,11 @@ class Entry(NamedTuple):
 
 
 class Source(NamedTuple):
-    """The tensors of one model, and what to call it in a message."""
+    """The tensors of one model, what to call it in a message, and what the file's header says."""
 
     where: str
     entries: dict[str, Entry]
+    metadata: Mapping[str, str] = {}
 
 
 def open_weights(argument: str, weights: Weights, stack: ExitStack) -> Source:
@@ -69,9 +70,9 @@ def open_weights(argument: str, weights: Weights, stack: ExitStack) -> Source:
             raise FileNotFoundError(f"{path}: no weights in it; looked for {', '.join(_FOLDER)}")
         path = found
     if path.name.endswith(".index.json"):
-        return Source(str(path), _shards(path, stack))
+        return _shards(path, stack)
     if path.suffix == ".safetensors":
-        return Source(str(path), _file(path, stack))
+        return _file(path, stack)
     if path.suffix not in (".pt", ".pth", ".bin"):
         raise ValueError(
             f"wise_ft: {argument} must be .safetensors, .index.json, .pt, .pth or .bin, got {path}"
@@ -109,7 +110,7 @@ def _tensors(where: str, weights: Mapping[str, Tensor]) -> dict[str, Entry]:
     return {name: entry(name, tensor) for name, tensor in weights.items()}
 
 
-def _file(path: Path, stack: ExitStack) -> dict[str, Entry]:
+def _file(path: Path, stack: ExitStack) -> Source:
     header = read_safetensors_header(path)
     file = stack.enter_context(path.open("rb", buffering=0))
 
@@ -130,10 +131,10 @@ def _file(path: Path, stack: ExitStack) -> dict[str, Entry]:
     found = {}
     for name, dtype, shape, begin, _ in header.entries:
         found[name] = Entry(dtype, shape, reader(name, dtype, header.start + begin))
-    return found
+    return Source(str(path), found, header.metadata)
 
 
-def _shards(index: Path, stack: ExitStack) -> dict[str, Entry]:
+def _shards(index: Path, stack: ExitStack) -> Source:
     value = read_json(index)
     places = value.get("weight_map") if isinstance(value, dict) else None
     named = isinstance(places, dict) and all(isinstance(file, str) for file in places.values())
@@ -144,9 +145,13 @@ def _shards(index: Path, stack: ExitStack) -> dict[str, Entry]:
         if Path(name).name != name:
             raise FileFormatError(f"{index}: shard {name!r} is not a file name beside the index")
         files[name] = _file(index.parent / name, stack)
-    if lost := [name for name, file in places.items() if name not in files[file]]:
+    if lost := [name for name, file in places.items() if name not in files[file].entries]:
         raise FileFormatError(f"{index}: its shards lack {some(lost)}")
-    return {name: files[file][name] for name, file in places.items()}
+    entries = {name: files[file].entries[name] for name, file in places.items()}
+    metadata: dict[str, str] = {}
+    for file in files.values():
+        metadata.update(file.metadata)
+    return Source(str(index), entries, metadata)
 
 
 def some(items: Sequence[str], limit: int = 8) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipsteer.kernels._precision import tf32_allowed
 from clipsteer.ops._lowlevel import BACKENDS, DTYPES, LIBRARIES, OPS, RECORDS
 
 # Libraries that hold Python registrations live as long as the process.
@@ -114,7 +115,9 @@ def unusable(
 
 
 Verdict = Callable[[str, str, torch.device, torch.dtype], "str | None"]
-_VERDICTS: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}
+# by op, backend, device and dtype, and by torch's setting for float32 products, which another
+# kernel answers
+_VERDICTS: dict[tuple[str, str, torch.device, torch.dtype, bool], str | None] = {}
 _ops_verdict: Verdict | None = None
 
 
@@ -136,13 +139,13 @@ def self_check(
     """Run a GPU kernel against its bound on the device at hand; None when it passed, else what went
     wrong. ``verdict`` says it of a kernel that is none of the ops'.
 
-    The verdict is kept, unless it says nothing about the kernel: no memory was left, or a CUDA
-    graph is being captured. The caller's modes (inference, autocast, a default device) do not reach
-    it.
+    The verdict is kept, for torch's setting of float32 products at hand, unless it says nothing
+    about the kernel: no memory was left, or a CUDA graph is being captured. The caller's modes
+    (inference, autocast, a default device) do not reach it.
     """
     verdict = verdict or _ops_verdict
     assert verdict is not None
-    key = (op, backend, device, dtype)
+    key = (op, backend, device, dtype, dtype == torch.float32 and tf32_allowed())
     if key in _VERDICTS:
         return _VERDICTS[key]
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():

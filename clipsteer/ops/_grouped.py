@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops._dispatch import call, tracked
+from clipsteer.ops._reference import rows_of
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,7 +27,7 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
 
 def _of_rows(t: Tensor, index: Tensor | None) -> Tensor:
     """A group's row of ``t`` for each row of the batch, or one that broadcasts."""
-    return t if index is None else t[index]
+    return t if index is None else rows_of(t, index)
 
 
 def _centred(x: Tensor, index: Tensor | None, mean: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clipsteer.ops import _check, _grouped
 from clipsteer.ops._dispatch import choose
+from clipsteer.ops._reference import rounded_once, rows_of
 
 __all__ = ["LowRank", "conceptor_project", "conceptor_project_reference"]
 
@@ -27,6 +28,7 @@ class LowRank(NamedTuple):
     s: Tensor  # (K, r)
 
 
+@rounded_once
 def conceptor_project_reference(
     h: Tensor,  # (..., d)
     C: Tensor | LowRank,  # (K, d, d) or (d, d)
@@ -43,7 +45,7 @@ def conceptor_project_reference(
 
     def pick(t: Tensor, dims: int) -> Tensor:
         """Each row's part of what there is for K conceptors, of so many dimensions."""
-        return t[(0,) * (t.dim() - dims)] if index is None else t[index]
+        return t[(0,) * (t.dim() - dims)] if index is None else rows_of(t, index)
 
     mu = 0.0 if mean is None else pick(mean, 1) if mean.dim() == 2 else mean
     x = (h - mu).unsqueeze(-1)  # (..., d, 1)

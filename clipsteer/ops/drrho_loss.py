@@ -245,6 +245,10 @@ def drrho_loss(
 ) -> tuple[Tensor, Tensor]:
     """The contrastive loss of a batch relative to a frozen reference model, or without one.
 
+    The batch is this process's own, with its own pairs alone as negatives. Under
+    ``DistributedDataParallel`` that is another loss than the joint batch's, whose gradients
+    ``reference.DRRhoLoss`` gives, and ``reference.ContrastiveLoss`` for CLIP's loss.
+
     Args:
         image, text: (B, d) features of B pairs, as a rule of unit norm (the op does not normalise
             them); float32, bfloat16, float16 or (reference, cpp) float64.
@@ -254,8 +258,12 @@ def drrho_loss(
         gamma: share γ in (0, 1] of this batch in u; 1 forgets the past.
         u: (2, B) what earlier calls returned for these samples, image side and text side; NaN:
             never visited, as all are when it is None.
-        eps: ε ≥ 0 inside the logarithm.
-        rho: weight of the ρτ term, which holds a learnable τ up; it moves no feature.
+        eps: ε ≥ 0 inside the logarithm. FastCLIP takes 1e-14 to 1e-6, DRRho-CLIP 1e-4.
+        rho: weight ρ of the ρτ term, which pushes a learnable τ down; it moves no feature. For γ =
+            1 and ε → 0 the gradient in τ is ρ − mean KL(w_i/B ‖ uniform), a divergence that falls
+            in τ from log B at most to log(B/(B − 1)): τ settles where it is ρ, at infinity for ρ =
+            0, at 0 for ρ ≥ log B. The 6.5 and 11 of FastCLIP do not carry over: its code counts
+            the last term of that gradient, below, twice.
         backend: ``"auto" | "reference" | "cpp" | "triton"``; ``ops.explain`` says which can run.
 
     Returns:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._dispatch import call, choose
+from clipsteer.ops._reference import rounded_once, rows_of
 
 __all__ = ["LowRankDiag", "mahalanobis_covariance_loss", "mahalanobis_covariance_loss_reference"]
 
@@ -37,6 +38,7 @@ def _unit(x: Tensor) -> Tensor:
     return (x / torch.where(norm > 0, norm, torch.inf)).to(x.dtype)
 
 
+@rounded_once
 def mahalanobis_covariance_loss_reference(
     new: Tensor,  # (B, d)
     old: Tensor,  # (B, d)
@@ -55,10 +57,15 @@ def mahalanobis_covariance_loss_reference(
     first = (labels.unsqueeze(1) == labels).int().argmax(1)  # of the row's class
 
     def squares(z: Tensor) -> Tensor:
-        return torch.where(same, z[i] - z[j], 0).square()
+        return torch.where(same, rows_of(z, i) - rows_of(z, j), 0).square()
 
     def through(x: Tensor, W: Tensor) -> Tensor:
         return (x.unsqueeze(1) @ W[c].detach()).squeeze(1)
+
+    def weighed(parts: tuple[tuple[Tensor, Tensor], ...], of: Tensor) -> Tensor:
+        """Σ of squares times the class's weights; pairs that are not ``of`` them have none."""
+        weights = [torch.where(of, w.detach()[c[i]], 0) for _, w in parts]
+        return torch.stack([(squares(z) * w).sum(-1) for (z, _), w in zip(parts, weights)]).sum(0)
 
     def distances(x: Tensor) -> Tensor:
         x = torch.where(labels.unsqueeze(1) >= 0, x, 0)
@@ -66,11 +73,13 @@ def mahalanobis_covariance_loss_reference(
         # moves a class, changes no difference, and near pairs keep their digits
         x = x - x[first].detach()
         if isinstance(factor, LowRankDiag):
-            square = (squares(x) * factor.diag[c[i]]).sum(-1)
-            square = square + (squares(through(x, factor.U)) * factor.s[c[i]]).sum(-1)
+            parts = ((x, factor.diag), (through(x, factor.U), factor.s))
+            # no gradient where a square is negative, and 0 times an infinite weight is no number
+            below = weighed(parts, same).detach() < 0
+            square = weighed(parts, same & ~below.unsqueeze(1))
         else:
             square = squares(through(x, factor)).sum(-1)
-        return (square.clamp(min=0) + 1e-8).sqrt()
+        return (square + 1e-8).sqrt()
 
     return (distances(old.detach()) - distances(new)).abs().sum() / B
 
@@ -174,6 +183,9 @@ def _checked(
         _check.check_shape(op, named, "s", (C, r), "(C, r)")
         _check.check_shape(op, named, "diag", (C, d), "(C, d)")
     _check.check_indices(op, labels, C, named, "labels", lowest=-1)
+    if torch.is_grad_enabled() and old.requires_grad and not new.requires_grad:
+        expected = "without a gradient where new has none: the order is (new, old)"
+        raise ValueError(_check.mistake(op, "old", expected, "requires_grad", named))
     return (
         named["new"],
         named["old"],
@@ -192,6 +204,9 @@ def mahalanobis_covariance_loss(
     backend: str = "auto",
 ) -> Tensor:
     """How far training has moved the Mahalanobis distances between rows of one class.
+
+    Rows and pairs are those of this process: averaged over several, it is the loss of the pairs
+    that share a process, not of all pairs of the joint batch.
 
     Args:
         new, old: (B, d) features of the same images under the network in training and under the
@@ -214,7 +229,7 @@ def mahalanobis_covariance_loss(
     Raises:
         ValueError: shapes or devices that do not fit; a label outside [-1, C) (on a GPU, where the
             check would synchronise, only under ``CLIPSTEER_CHECK_INDICES=1``; such rows are ignored
-            there).
+            there); ``old`` alone requires a gradient, as in the authors' order (old, new).
         TypeError: not tensors, dtypes that differ outside autocast, labels that are not int64.
         RuntimeError: the backend asked for cannot run here.
 

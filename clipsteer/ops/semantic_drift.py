@@ -173,6 +173,9 @@ def semantic_drift(
 ) -> Tensor:
     """Move class prototypes by the drift of the rows near them.
 
+    The rows are those of this process; ``continual.DriftAccumulator`` joins those of several, and
+    of several batches.
+
     Args:
         old: (N, d) features of some images under the old network, float32, bfloat16, float16 or
             (reference, cpp) float64.

@@ -10,15 +10,16 @@ on the same kernels. Source: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._dispatch import call, choose, tracked
+from clipsteer.ops._reference import rounded_once, rows_of
 
 __all__ = ["sparse_decode", "sparse_decode_reference"]
 
 
+@rounded_once
 def sparse_decode_reference(
     acts: Tensor,  # (..., k)
     indices: Tensor,  # (..., k)
@@ -26,7 +27,7 @@ def sparse_decode_reference(
     b_dec: Tensor | None = None,  # (d_in,)
 ) -> Tensor:
     """The definition in plain torch; any leading shape, any float dtype, twice differentiable."""
-    x_hat = (acts.unsqueeze(-1) * F.embedding(indices, W_dec)).sum(-2)
+    x_hat = (acts.unsqueeze(-1) * rows_of(W_dec, indices)).sum(-2)
     return x_hat if b_dec is None else x_hat + b_dec
 
 
@@ -106,7 +107,7 @@ class _SparseOuter(torch.autograd.Function):
         grad_W = grad_W.contiguous()
         d_coeff = d_rows = None
         if ctx.needs_input_grad[0]:
-            d_coeff = gather_dot(rows, indices, grad_W, ctx.backend) + grad_b[indices]
+            d_coeff = gather_dot(rows, indices, grad_W, ctx.backend) + rows_of(grad_b, indices)
         if ctx.needs_input_grad[2]:
             d_rows = decode(coeff, indices, grad_W, None, ctx.backend)
         return d_coeff, None, d_rows, None, None

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._dispatch import call, choose, tracked
+from clipsteer.ops._reference import rounded_once
 from clipsteer.ops.sparse_decode import check_gradient_options, decode, weight_gradient
 
 __all__ = ["topk_encode", "topk_encode_reference"]
 
 
+@rounded_once
 def topk_encode_reference(
     x: Tensor,  # (..., d_in)
     W_enc: Tensor,  # (d_sae, d_in)

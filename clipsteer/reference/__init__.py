@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from clipsteer.reference.losses import ContrastiveLoss as ContrastiveLoss
     from clipsteer.reference.losses import select_learnable as select_learnable
     from clipsteer.reference.pairs import Pairs as Pairs
+    from clipsteer.reference.temperature import balanced_rho as balanced_rho
     from clipsteer.reference.train import train_contrastive as train_contrastive
 
 __getattr__, __dir__, __all__ = _lazy.attach(__name__, __file__)

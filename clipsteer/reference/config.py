@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
+from clipsteer.reference.temperature import balanced_rho, unbalanced
 from clipsteer.training.settings import (
     Count,
     CountOrZero,
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 # the rule of CLIP and of FastCLIP for a learnt τ
 LEAST_TEMPERATURE = 0.01
+# the least that float32 resolves in full
+LEAST_EPS = 2.0**-126
 Loss = Literal["drrho", "global", "clip", "distill"]
 LOSSES = get_args(Loss)
 
@@ -52,14 +56,22 @@ class ContrastiveConfig:
     warmup_steps: CountOrZero = 500
     """steps of linear warm-up, but at most a tenth of the run"""
     grad_clip: Positive = 1.0
-    """largest norm of the gradient in the model's weights"""
+    """largest norm of the gradient in the model's weights; FastCLIP's and DRRho-CLIP's scripts do
+    not clip, for which give a large number"""
     temperature: Positive | None = None
     """τ, or where a learnt one starts, which is at least 0.01 (default: 0.01; for clip and distill
     0.07)"""
     learnable_temperature: bool | None = None
     """learn τ (default: for clip and distill, as published)"""
-    rho: NotNegative = 0.0
-    """keeps a learnt τ up, for drrho and global; FastCLIP uses 6.5 to 11"""
+    rho: NotNegative | None = None
+    """pushes a learnt τ down, for drrho and global, against the unevenness of the weights, which
+    pushes it up; above 0 and below log B there is a balance. FastCLIP's 6.5 and 11 do not carry
+    over, as its code counts a term of τ's gradient twice (default: half of log B where τ is
+    learnt)"""
+    eps: NotNegative = 1e-14
+    """ε inside the logarithm, for drrho and global; FastCLIP takes 1e-14 to 1e-6, DRRho-CLIP 1e-4.
+    Pairs whose average over the others is not far above it count less, which at a small τ without
+    a reference can be most of them"""
     gamma_min: Share | None = None
     """what γ, the share of the newest batch in the averages of drrho and global, falls to
     (default: min(1, 4.177·E^-0.7265) for a run of E epochs, as DRRho-CLIP)"""
@@ -94,6 +106,13 @@ class ContrastiveConfig:
                 f"{{temperature}} must be at least {LEAST_TEMPERATURE} where it is learnt, "
                 f"got {tau}"
             )
+        if 0 < self.eps < LEAST_EPS:
+            raise self._error(
+                f"{{eps}} must be 0 or at least {LEAST_EPS:.2g}, what float32 resolves, got "
+                f"{self.eps}"
+            )
+        if self.learns_by_rho and (text := unbalanced(self.resolved_rho, self.loss_pairs)):
+            warnings.warn(f"{type(self).__name__}: {text}", stacklevel=3)
 
     def _error(self, text: str) -> SettingError:
         return SettingError(type(self).__name__, text)
@@ -110,6 +129,24 @@ class ContrastiveConfig:
     def remembers(self) -> bool:
         """Whether the loss averages its denominators over earlier batches."""
         return self.loss in ("drrho", "global")
+
+    @property
+    def loss_pairs(self) -> int:
+        """B, how many pairs of a batch reach the loss."""
+        share = 1.0 if self.select is None else self.select
+        return max(1, round(share * self.batch_size))
+
+    @property
+    def learns_by_rho(self) -> bool:
+        """Whether τ is learnt under ρ."""
+        return self.remembers and self._temperature()[1]
+
+    @property
+    def resolved_rho(self) -> float:
+        """ρ, with its default."""
+        if self.rho is not None:
+            return self.rho
+        return balanced_rho(self.loss_pairs) if self.learns_by_rho else 0.0
 
     @property
     def wants_reference(self) -> bool:
@@ -134,14 +171,17 @@ class ContrastiveConfig:
 
         tau, learnt = self._temperature()
         if self.remembers:
-            return DRRhoLoss(
+            loss = DRRhoLoss(
                 num_samples,
                 temperature=tau,
                 learnable_temperature=learnt,
                 temperature_min=LEAST_TEMPERATURE,
-                rho=self.rho,
+                rho=self.resolved_rho,
+                eps=self.eps,
                 world=world,
             )
+            loss.warned = True  # these settings have
+            return loss
         distill = self.distill if self.loss == "distill" else 0.0
         return ContrastiveLoss(
             temperature=tau, learnable_temperature=learnt, distill=distill, world=world

@@ -10,6 +10,7 @@ Sources: Wei et al. 2025 (DRRho-CLIP, arXiv 2505.06699), Wei et al. 2024 (FastCL
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from clipsteer import ops
 from clipsteer.ops import _check
 from clipsteer.ops._dispatch import choose
 from clipsteer.ops.drrho_loss import checked, run
+from clipsteer.reference.temperature import balanced_rho, unbalanced
 from clipsteer.training.world import JointBatch, World, training_world
 
 # FastCLIP's rule for τ: from here down its learning rate is cut to a third.
@@ -51,8 +53,11 @@ class DRRhoLoss(nn.Module):
     A learnable temperature follows FastCLIP-v3: the parameter ``logit_scale`` = log(1/τ), trained
     by AdamW in a group of its own without weight decay or warm-up, at a constant learning rate
     (2e-4 beside 1e-3 for the model, a quarter of it in DRRho-CLIP's runs), a third of that once τ ≤
-    0.03; call ``settle_temperature_`` after every optimiser step. It starts at 0.07 there, with ρ
-    of 6.5 to 11; a fixed one is 0.01.
+    0.03; call ``settle_temperature_`` after every optimiser step. It starts at 0.07 there; a fixed
+    one is 0.01. It settles where the rows' weights diverge from uniform ones by ρ, which takes
+    log(B/(B - 1)) < ρ < log B (see ``ops.drrho_loss``). With another ρ it goes to a bound and the
+    first step warns, no more than that, as the published 6.5 to 11 are such a ρ in most batches.
+    They do not carry over: FastCLIP's code counts a term of τ's gradient twice.
 
     With a ``World`` of several processes (by default that of an initialised process group) the loss
     is that of the joint batch, of which each process gives its rows, as many as it has. Each
@@ -64,8 +69,10 @@ class DRRhoLoss(nn.Module):
         num_samples: ids are in [0, num_samples).
         temperature: τ, or where it starts.
         learnable_temperature: whether it is trained.
-        rho, backend: see ``ops.drrho_loss``.
-        eps: the same, in float32: 0 or one of its normal numbers.
+        rho: see ``ops.drrho_loss``; None is ½·log B of each batch where τ is learnable, else 0.
+        eps: ε, in float32: 0 or one of its normal numbers. FastCLIP takes 1e-14 to 1e-6,
+            DRRho-CLIP 1e-4.
+        backend: see ``ops.drrho_loss``.
         temperature_min: the least that ``settle_temperature_`` leaves of a learnable one.
         world: the processes.
 
@@ -86,7 +93,7 @@ class DRRhoLoss(nn.Module):
         *,
         temperature: float = 0.01,
         learnable_temperature: bool = False,
-        rho: float = 0.0,
+        rho: float | None = None,
         eps: float = 1e-14,
         temperature_min: float = 0.01,
         backend: str = "auto",
@@ -110,10 +117,11 @@ class DRRhoLoss(nn.Module):
                 f"DRRhoLoss: eps must be 0 or at least {least:.2g}, what float32 resolves, got "
                 f"{eps}"
             )
-        if not math.isfinite(rho):
+        if rho is not None and not math.isfinite(rho):
             raise ValueError(f"DRRhoLoss: rho must be finite, got {rho}")
         self.num_samples = num_samples
         self.rho = rho
+        self.warned = False  # that ρ has no balance
         self.eps = eps
         self.backend = backend
         self.logit_scale = None
@@ -189,7 +197,7 @@ class DRRhoLoss(nn.Module):
             gamma=gamma,
             u=self.u[:, ids],
             eps=self.eps,
-            rho=self.rho,
+            rho=self._rho(len(ids)),
             backend=self.backend,
         )
         if self.training:
@@ -209,13 +217,27 @@ class DRRhoLoss(nn.Module):
         mine = slice(batch.offset, batch.offset + len(image))
         ids = batch.join(ids)
         u = self._recall(world, ids)[:, mine]
-        given = checked(*features, self.temperature, gamma, u, self.eps, self.rho, rows=batch.rows)
+        rho = self._rho(batch.rows)
+        given = checked(*features, self.temperature, gamma, u, self.eps, rho, rows=batch.rows)
         backend = choose("drrho_loss", self.backend, given.image)
         loss, u = run(given, backend, batch)
         u = batch.join(u.T).T
         if self.training:
             self._remember(ids, u)
         return loss
+
+    def _rho(self, pairs: int) -> float:
+        """ρ for a batch of so many pairs; the first that leaves a learnable τ without a balance
+        warns."""
+        if self.logit_scale is None or pairs < 1:
+            return self.rho or 0.0
+        rho = balanced_rho(pairs) if self.rho is None else self.rho
+        if self.training and not self.warned and not torch.compiler.is_compiling():
+            text = unbalanced(rho, pairs)
+            if text is not None:
+                self.warned = True
+                warnings.warn(f"DRRhoLoss: {text}", stacklevel=5)
+        return rho
 
     def _check_ids(self, ids: Any, image: Tensor) -> None:
         if not isinstance(ids, Tensor) or ids.dtype != torch.int64:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from clipsteer.clip.axes import first_of
 from clipsteer.clip.hooks import evaluating
 from clipsteer.clip.model import CLIP, load
 from clipsteer.clip.pixels import pixel_batches
@@ -76,7 +77,7 @@ def referred(
         return reference.image[ids], reference.text[ids]
     with evaluating(reference.model):
         image = reference.embed(theirs[0])
-        text = reference.model.encode_text(theirs[1].to(reference.device))
+        text = first_of(reference.model.encode_text(theirs[1].to(reference.device)))
     return image, F.normalize(text.float(), dim=-1)
 
 
@@ -116,7 +117,7 @@ def encode_texts(
         parts = []
         for at in range(0, len(rows), batch_size):
             tokens = clip.tokenizer([distinct[row] for row in rows[at : at + batch_size]])
-            found = model.encode_text(tokens.to(clip.device))
+            found = first_of(model.encode_text(tokens.to(clip.device)))
             wide = torch.promote_types(found.dtype, torch.float32)
             parts.append(F.normalize(found.to(wide), dim=-1))
         return torch.cat(parts)

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from clipsteer.clip.model import CLIP
 from clipsteer.clip.pixels import loader
+from clipsteer.clip.setup import header_of
+from clipsteer.clip.towers import joint_module
 from clipsteer.data.dataset import ImageDataset, data_digest
 from clipsteer.io.digests import weights_digest
 from clipsteer.io.files import read_json, write_json, write_safetensors
@@ -95,6 +97,7 @@ def train_contrastive(
 class _Run(TrainingRun):
     name = "train"
     cosmetic = (*TrainingRun.cosmetic, "micro_batch", "evaluate_every")
+    since: Mapping[str, Any] = {"eps": 1e-14}
     shown = ("loss", "loss_share")
     optimizer: torch.optim.Optimizer
     world: World
@@ -143,11 +146,13 @@ class _Run(TrainingRun):
             f"loss.{name}": p for name, p in self.loss.named_parameters() if p.requires_grad
         }
         optimizer = make_optimizer(config, self.trained, self.scale)
-        settings = {**asdict(config), "pairs": len(dataset)}
+        settings = {**asdict(config), "rho": config.resolved_rho, "pairs": len(dataset)}
         if out is not None:
             # an architecture that a file describes is known by what stands there
             settings["model"] = read_json(clip.name) if clip.name.endswith(".json") else clip.name
             settings |= {"data": data_digest(dataset), "weights": weights_digest(clip.model)}
+            if (setup := clip.setup) is not None:
+                settings["setup"] = setup.to_json()
             parameters_of = clip.model.named_parameters()
             settings["frozen"] = [name for name, p in parameters_of if not p.requires_grad]
             if isinstance(self.reference, CLIP):
@@ -158,7 +163,7 @@ class _Run(TrainingRun):
 
     def run(self, on_log: Callable[[dict[str, Any]], None] | None, resume: bool) -> CLIP:
         self.restore(self.clip.device, resume)
-        self.model: Any = self.clip.model
+        self.model: Any = joint_module(self.clip.model)
         if self.world.size > 1:
             ids = [self.clip.device.index] if self.clip.device.type == "cuda" else None
             self.model = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
@@ -177,7 +182,8 @@ class _Run(TrainingRun):
             self.clip.model.logit_scale.fill_(-math.log(float(self._temperature())))
         if self.out is not None and self.lead:
             weights = self.clip.model.state_dict()
-            write_safetensors(self.out / "model.safetensors", weights, {"format": "pt"})
+            header = header_of(self.clip.setup)
+            write_safetensors(self.out / "model.safetensors", weights, header)
             name = self.settings["model"]
             if not isinstance(name, str):
                 write_json(self.out / "architecture.json", name)
@@ -343,8 +349,8 @@ class _Run(TrainingRun):
         theirs = [batch.join(ref_image), batch.join(ref_text)]
         draws = torch.Generator(ids.device)
         draws.manual_seed(seed_of(self.config.seed, "select", self.step))
-        keep = max(1, round(self.config.select * batch.rows))
         tau = self._temperature()
+        keep = self.config.loss_pairs
         kept = select_learnable(
             ours[0], ours[1], theirs[0], theirs[1], keep, temperature=tau, generator=draws
         )

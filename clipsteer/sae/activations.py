@@ -20,6 +20,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from clipsteer.clip.hooks import harvest
+from clipsteer.clip.model import provenance
 from clipsteer.clip.pixels import image_loader
 from clipsteer.io.files import (
     FileFormatError,
@@ -54,7 +55,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_PROVENANCE = ("clip_model", "pretrained", "hook_point", "tokens")
+_PROVENANCE = ("clip_model", "pretrained", "hook_point", "tokens", "setup")
 
 
 class HarvestSource(ActivationSource):
@@ -90,7 +91,7 @@ class HarvestSource(ActivationSource):
         self.images_per_group = images_per_group
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self.provenance = _provenance(clip, hook_point, tokens)
+        self.provenance = provenance(clip, hook_point, tokens)
         probe = self._run([0])
         self.tokens_per_image, self.d_in = probe.shape
 
@@ -146,7 +147,8 @@ class ActivationStore(ActivationSource):
             )
         if not self.complete:
             logger.warning("%s: %d of %d shards are there", self.directory, len(self.shards), total)
-        self.provenance = {name: self.metadata.get(name) for name in _PROVENANCE}
+        known = [name for name in _PROVENANCE if name != "setup" or name in self.metadata]
+        self.provenance = {name: self.metadata.get(name) for name in known}
         self.buffer_shards = len(self.shards) if buffer_shards is None else buffer_shards
         if self.buffer_shards < 1:
             raise ValueError(f"buffer_shards must be at least 1 or None, got {buffer_shards}")
@@ -219,7 +221,7 @@ def harvest_to_store(
     tokens_per_image, d_in = probe.shape
     images = max(1, shard_rows // tokens_per_image)
     settings = {
-        **_provenance(clip, hook_point, tokens),
+        **provenance(clip, hook_point, tokens),
         "dtype": dtype,
         "d_in": d_in,
         "tokens_per_image": tokens_per_image,
@@ -265,16 +267,16 @@ def _claim(directory: Path, settings: dict[str, Any]) -> None:
     found = read_json(path)
     if not isinstance(found, dict):
         raise FileFormatError(f"{path}: expected a JSON object")
+    if "setup" not in found and "setup" in settings and "quick_gelu" not in settings["setup"]:
+        # of a version that did not write it, and built every model without
+        logger.warning("%s does not say how its images were preprocessed", path)
+        settings = {key: value for key, value in settings.items() if key != "setup"}
     changed = [key for key, value in settings.items() if found.get(key) != value]
     differing = [f"{key}: {found.get(key)!r} there, {settings[key]!r} asked for" for key in changed]
     if differing:
         raise ValueError(
             f"{directory} holds another harvest ({'; '.join(differing)}); choose another directory"
         )
-
-
-def _provenance(clip: Any, hook_point: str, tokens: str) -> dict[str, Any]:
-    return dict(zip(_PROVENANCE, (clip.name, clip.pretrained, hook_point, tokens)))
 
 
 def _shard_path(directory: Path, index: int) -> Path:

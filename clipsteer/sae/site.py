@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -13,10 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clipsteer.clip.hooks import apply_at, hook_points
+from clipsteer.clip.hooks import edited, hook_points
 from clipsteer.clip.model import CLIP
 from clipsteer.clip.tokens import Layout, layout_at
 from clipsteer.sae.model import SAE
+
+logger = logging.getLogger(__name__)
 
 LOGIT_SCALE = 100.0
 # elements of a dense (rows, d_sae) block that are held at once: 128 MB in float32
@@ -29,11 +32,18 @@ class Site(NamedTuple):
     hook_point: str
     tokens: str  # "all", "cls" or "patches"
     layout: Layout
+    d_in: int | None = None  # the SAE's width; None takes any
 
     def select(self, x: Tensor) -> Tensor:
         """(B, T, d) -> (B, T', d), a view of the tokens that the SAE is for. Raises ValueError
-        where there are none."""
-        return x[:, self.layout.where("tokens", self.tokens, x.shape[1])]
+        where there are none, and for activations of another width."""
+        where = self.layout.where("tokens", self.tokens, x.shape[1])
+        if self.d_in not in (None, x.shape[-1]):
+            raise ValueError(
+                f"hook_point: the SAE has d_in = {self.d_in}, but the activations at "
+                f"{self.hook_point!r} are {tuple(x.shape)}"
+            )
+        return x[:, where]
 
     def put(
         self,
@@ -74,15 +84,24 @@ def find_site(sae: SAE, clip: CLIP, hook_point: str | None, tokens: str | None) 
             f"hook_point: {hook_point!r} must name one module of {clip.name}, it matches "
             f"{len(names)}"
         )
+    theirs = sae.metadata.get("setup")
+    ours = clip.setup
+    if theirs is not None and ours is not None and theirs != ours.to_json():
+        logger.warning(
+            "the SAE was trained on %s set up as %s; here it is %s",
+            sae.metadata.get("clip_model"),
+            theirs,
+            ours.to_json(),
+        )
     layout = layout_at(clip, names[0])
     layout.check("tokens", [tokens])
-    return Site(names[0], tokens, layout)
+    return Site(names[0], tokens, layout, sae.d_in)
 
 
 def embed(clip: CLIP, pixels: Tensor, site: Site, edit: Callable[[Tensor], Tensor]) -> Tensor:
     """Unit image embeddings (B, e), at least float32, with the activations at the site replaced by
     edit(x)."""
-    with apply_at(clip, {site.hook_point: edit}):
+    with edited("hook_point", clip, {site.hook_point: edit}):
         return clip.embed(pixels)
 
 

@@ -144,11 +144,13 @@ class ConceptDictionary:
         texts = texts.to(torch.promote_types(texts.dtype, torch.float32))
         if not isinstance(image_mean, Tensor):
             image_mean = mean_embedding(clip, image_mean)
-        metadata = {
+        metadata: dict[str, Any] = {
             "clip_model": clip.name,
             "pretrained": clip.pretrained,
             "templates": list(templates),
         }
+        if (setup := clip.setup) is not None:
+            metadata["setup"] = setup.to_json()
         return cls(concepts, texts, image_mean, metadata)
 
     def __len__(self) -> int:

@@ -23,17 +23,9 @@ __all__ = ["Row", "cases", "supported", "table", "validate"]
 
 def supported(backend: str, device: str = "cpu") -> tuple[torch.dtype, ...]:
     """The dtypes in which ``backend`` is held to the bounds on ``device``; empty when it cannot run
-    there.
-
-    Not among them: the reference in half precision (torch rounds its intermediates), and
-    interpreted bf16 Triton arithmetic is exercised in float32 only where the interpreter itself is
-    wrong.
-    """
+    there."""
     place = torch.device(device)
-    found = [d for d in DTYPES[backend] if _dispatch.unusable(backend, place, d) is None]
-    if backend == "reference":
-        found = [d for d in found if d in (torch.float32, torch.float64)]
-    return tuple(found)
+    return tuple(d for d in DTYPES[backend] if _dispatch.unusable(backend, place, d) is None)
 
 
 def scales(dtype: torch.dtype) -> tuple[float, ...]:

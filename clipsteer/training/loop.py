@@ -48,6 +48,8 @@ class TrainingRun:
     cosmetic: tuple[str, ...] = COSMETIC
     # figures of the log that the progress bar has too
     shown: tuple[str, ...] = ("loss",)
+    # settings that came later, and what a run from before has of them
+    since: Mapping[str, Any] = {}
     # figures of the last line
     quality: tuple[str, ...] = ("loss",)
 
@@ -148,7 +150,7 @@ class TrainingRun:
                 raise ValueError(
                     f"{self.name}: {self.out} holds a run; resume it or choose another folder"
                 )
-            there = found.meta.get("settings", {})
+            there = {**self.since, **found.meta.get("settings", {})}
             check_same_settings(self.name, self.out, there, self.settings, self.cosmetic)
         trim_log(self.log, 0 if found is None else found.step)
         return found

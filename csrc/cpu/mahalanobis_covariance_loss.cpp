@@ -223,8 +223,9 @@ class Loss {
           if (low_rank_) kernel.repel(gx, c, x(here), x(pairs_.fresh(j)), d_);
         }
         if (!dx || !low_rank_) continue;
-        for (int64_t k = 0; k < r_; ++k) gz[k] *= s_[group * r_ + k];
-        for (int64_t k = 0; k < d_; ++k) gx[k] *= diag_[group * d_ + k];
+        // what nothing pulls at stays 0 under an infinite weight too
+        for (int64_t k = 0; k < r_; ++k) gz[k] = gz[k] == 0 ? V(0) : gz[k] * s_[group * r_ + k];
+        for (int64_t k = 0; k < d_; ++k) gx[k] = gx[k] == 0 ? V(0) : gx[k] * diag_[group * d_ + k];
       }
     });
     double total = 0;

@@ -225,6 +225,26 @@ def test_sae_train_eval_convert_steer(capsys, sae, model, images, tmp_path):
     assert "[0, 48)" in err
 
 
+def test_hook_points_that_are_never_called(capsys, sae, model, images, tmp_path):
+    file, never = tmp_path / "c.safetensors", f"{HOOK}.attn.out_proj"
+    fit = ["conceptor", "fit", *model, "--data", images, "--hook-point"]
+    assert run(capsys, *fit, HOOK, "--out", file)[0] == 0
+    train = ["sae", "train", *model, "--data", images, "--out", tmp_path / "run", "--d-sae", 8, "--k", 2, "--steps", 1]
+    for args in (
+        [*train, "--hook-point", never],
+        [*train, "--hook-point", never, "--store", tmp_path / "store"],
+        ["sae", "eval", sae, "--data", images, "--hook-point", never],
+        ["sae", "eval", sae, "--data", images, "--hook-point", never, "--steer", 4, "--features", 2],
+        ["sae", "steer", sae, "--data", images, "--feature", "3=9", "--hook-point", never],
+        [*fit, never, "--out", tmp_path / "other.safetensors"],
+        ["conceptor", "steer", file, "--data", images, "--hook-point", never],
+    ):
+        code, out, err = run(capsys, *args)
+        assert (code, len(err.splitlines())) == (2, 1), (args, err)
+        assert f"never calls '{never}' as a module; choose '{HOOK}.attn'" in err, args
+        assert "after" not in out
+
+
 class Stop(Exception):
     pass
 

@@ -207,7 +207,8 @@ def test_a_timm_model_is_an_image_tower_under_open_clips_names(timm_model, drawi
     assert hook in clip.hook_points(timm_model, "visual.trunk.blocks.*")
     assert clip.class_tokens(timm_model, hook) == trunk.num_prefix_tokens
     rows = HarvestSource(timm_model, drawings, hook, tokens="cls")
-    assert rows.provenance == {"clip_model": TIMM, "pretrained": "random", "hook_point": hook, "tokens": "cls"}
+    origin = {"clip_model": TIMM, "pretrained": "random", "hook_point": hook, "tokens": "cls"}
+    assert rows.provenance == {**origin, "setup": timm_model.setup.to_json()}
     # its own weights file, and the one that a run would leave
     write_safetensors(tmp_path / "own.safetensors", trunk.state_dict())
     write_safetensors(tmp_path / "run.safetensors", timm_model.model.state_dict())

@@ -111,6 +111,13 @@ def test_towers_that_cannot_serve_are_refused():
         made.tokens(torch.rand(1, 3, 32, 32))
 
 
+def test_registers_alone_are_no_class_token():
+    timm = pytest.importorskip("timm")
+    tower = timm.create_model("vit_base_patch16_reg4_gap_256", pretrained=False, num_classes=0, img_size=32, depth=2)
+    with pytest.raises(ValueError, match="no class token"):
+        Encoder(tower, pixels).tokens(torch.rand(1, 3, 32, 32))
+
+
 def test_features_are_at_least_float32():
     made = encoder().to(torch.bfloat16)
     assert made.dtype == torch.bfloat16

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipsteer import FileFormatError
+from clipsteer import FileFormatError, ops
+from clipsteer.conceptors import Conceptor
 from clipsteer.continual.covariance import ClassStatistics, compress, precision_factor, shrink
 
 EPS = 2.0**-52
@@ -171,20 +172,52 @@ def test_factor_is_one_of_the_precision(seed, d, C, n):
         assert precision_factor(S[0]).L.shape == (d, d)
 
 
-def test_jitter_mends_rounding_and_nothing_else():
-    x = rows(4, 12, seed=3)
-    singular = x.T @ x  # rank 4, and eigenvalues of ±1e-14
+@pytest.mark.parametrize("d", [3, 12, 64])
+def test_a_singular_covariance_raises(d):
+    x = rows(400, d, seed=3)
+    twice, constant, few = x.clone(), x.clone(), x[: d - 1]
+    twice[:, 1] = x[:, 0] - 2 * x[:, 2]
+    constant[:, 1] = 7.0
+    for data in (twice, constant, few, few[:2]):
+        for dtype in (torch.float64, torch.float32):
+            for shift in range(4):  # rounding falls another way each time
+                S = torch.cov((data + shift).T.to(dtype))
+                if dtype == torch.float32 and bool(torch.linalg.eigvalsh(S.double())[0] > 1e-12):
+                    continue  # what rounding made of it is positive definite
+                with pytest.raises(ValueError, match=r"matrices \[1\] are not, beyond rounding.*shrink"):
+                    precision_factor(torch.stack([torch.eye(d, dtype=dtype), S]))
     indefinite = torch.diag(torch.tensor([1.0, 1.0, -0.01])).double()
-    L, jitter = precision_factor(torch.stack([singular, torch.eye(12).double()]))
-    assert 0 < float(jitter[0]) <= 1e-6 * float(singular.diagonal().mean())
-    assert float(jitter[1]) == 0
-    assert bool(L.isfinite().all())
-    with pytest.raises(ValueError, match=r"positive definite, matrices \[1\] are not.*-0\.01.*shrink"):
+    with pytest.raises(ValueError, match=r"positive definite, matrices \[1\] are not.*-0\.01 to 1.*shrink"):
         precision_factor(torch.stack([torch.eye(3).double(), indefinite]))
     with pytest.raises(ValueError, match="positive definite"):
-        precision_factor(torch.zeros(1, 3, 3))
+        precision_factor(torch.zeros(1, d, d))
     with pytest.raises(ValueError, match="finite"):
-        precision_factor(torch.full((3, 3), float("nan")))
+        precision_factor(torch.full((d, d), float("nan")))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_a_covariance_of_uneven_scales_is_not_singular(scale):
+    """A feature in other units has a small variance and is as well determined as the others."""
+    S = torch.cov(rows(50, 6, seed=1).T)
+    units = scale * torch.logspace(-9, 9, 6, dtype=torch.float64)
+    L, jitter = precision_factor(S * units * units[:, None], ridge=0.0)
+    assert not jitter.any()
+    torch.testing.assert_close(L @ L.mT * units * units[:, None], torch.linalg.inv(S), rtol=1e-9, atol=1e-9)
+    # nearly singular, with digits left
+    near = torch.eye(2).double() + (1 - 1e-9) * (1 - torch.eye(2).double())
+    assert float(precision_factor(near).L[0, 0] ** 2) == pytest.approx(0.5e9, rel=1e-6)
+
+
+def test_what_an_op_takes_at_every_step_is_contiguous():
+    S = shrink(torch.cov(rows(50, 24, seed=1).T).expand(3, 24, 24))
+    L = precision_factor(S).L.float()
+    assert L.is_contiguous()
+    assert all(part.is_contiguous() for part in compress(S, 3))
+    fitted = Conceptor.fit(rows(6, 24, seed=1), 1.0)
+    for operator in (fitted.operator(), fitted.operator(torch.float64), Conceptor.fit(rows(50, 24, seed=1)).operator()):
+        parts = operator if isinstance(operator, tuple) else (operator,)
+        assert all(part.is_contiguous() for part in parts)
+    assert isinstance(fitted.operator(), ops.LowRank)
 
 
 def dense(c) -> torch.Tensor:

@@ -127,6 +127,9 @@ def test_arguments():
         model.usage(Tower(), [])
     with pytest.raises(ValueError, match="never calls 'unused'"):
         Plasticity({"unused": saes()["blocks.0"]}).usage(Tower(), [images(1)])
+    narrow = SAE(D - 1, N, "topk", k=2)
+    with pytest.raises(ValueError, match=rf"the SAE of 'blocks\.0' has d_in = {D - 1}, but"):
+        Plasticity({"blocks.0": narrow}).usage(Tower(), [images(1)])
     with pytest.raises(ValueError, match="no module of the model matches"):
         Plasticity({"blocks.7": saes()["blocks.0"]}).usage(Tower(), [images(1)])
 

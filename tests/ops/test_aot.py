@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -36,9 +37,9 @@ SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024} 
 # Bytes of a thread that compilers put aside where that lets one more block run (at 128 and 168 registers of 255); which
 # binaries have them changes with the release of triton. Tiles too large for the registers spill hundreds.
 PARKED = 32
-# Two programs on a multiprocessor leave 128 registers; all but 16 bytes of this are of tiles at an edge or beside the
-# diagonal.
-PARKED_WEIGHTS = 128
+# Two programs on a multiprocessor leave 128 registers; of this all but 16 bytes (48 from triton 3.9 on, which shares
+# less between the two ways through the kernel) are of tiles at an edge or beside the diagonal.
+PARKED_WEIGHTS, PARKED_WEIGHTS_FROM_3_9 = 128, 168
 ENCODE = ["topk_encode_fwd", "topk_encode_select"]
 MAHALANOBIS = ["grouped_matmul", "mahalanobis_centre", "mahalanobis_covariance_loss", "mahalanobis_finish"]
 DRIFT = ["drift_change", "drift_square", "drift_tile"]
@@ -161,8 +162,10 @@ def binaries(request: pytest.FixtureRequest, kept: Path) -> tuple[str, dict[str,
 def test_launches_keep_their_budgets(binaries: tuple[str, dict[str, list[dict]]], case: str) -> None:
     target, found = binaries
     assert sorted({binary["kernel"] for binary in found[case]}) == KERNELS[case]
+    new = tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) >= (3, 9)
+    weights = PARKED_WEIGHTS_FROM_3_9 if new else PARKED_WEIGHTS
     for binary in found[case]:
-        assert binary["spilled_bytes"] <= (PARKED_WEIGHTS if binary["kernel"] == "drrho_weights" else PARKED), binary
+        assert binary["spilled_bytes"] <= (weights if binary["kernel"] == "drrho_weights" else PARKED), binary
         assert binary["shared_memory"] <= SHARED_MEMORY[target], binary
 
 
@@ -239,13 +242,14 @@ def compile_all(target_name: str, cases: list[str]) -> dict[str, list[dict]]:
         semantic_drift, sparse_decode, threshold_encode, topk_encode,
     )  # fmt: skip
     hip = target_name.startswith("gfx")
-    target = GPUTarget("hip", target_name, 64) if hip else GPUTarget("cuda", int(target_name[3:]), 32)
+    lanes = 64 if target_name.startswith("gfx9") else 32
+    target = GPUTarget("hip", target_name, lanes) if hip else GPUTarget("cuda", int(target_name[3:]), lanes)
     # what the launchers ask to choose a configuration, and the products that torch makes between launches
     torch.version.hip = "ahead of time" if hip else None
     _launch.has_bulk_copies = lambda device: target_name == "sm_90"
     for module in (topk_encode, threshold_encode, conceptor_project):
         module.shared_memory_limit = lambda device: SHARED_MEMORY[target_name]
-    _launch.has_tf32 = lambda device: not hip
+    _launch.has_tf32 = lambda device: not hip or target_name == "gfx942"
     _launch.two_programs = lambda device: {"maxnreg": 128} if target_name == "sm_90" else {}
     drrho_loss.add_product = lambda total, a, b: total
     semantic_drift.multiply = drrho_loss.multiply = lambda a, b: torch.empty(*a.shape[:-1], b.shape[-1])

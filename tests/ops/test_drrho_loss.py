@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import subprocess
@@ -426,3 +427,19 @@ for first, last in ((60, 200), (0, 0)):
 @pytest.mark.slow
 def test_interpreted_chunks_and_blocks_of_rows(interpret):
     interpret(INTERPRETED)
+
+
+@pytest.mark.parametrize(
+    ("op", "joint"),
+    [("drrho_loss", "reference.DRRhoLoss"), ("semantic_drift", "continual.DriftAccumulator"),
+     ("mahalanobis_covariance_loss", None)],
+)  # fmt: skip
+def test_ops_over_a_batch_say_that_it_is_this_processs(op, joint):
+    """What of several processes has the joint batch is named, and is there."""
+    text = " ".join(getattr(ops, op).__doc__.split())
+    assert "this process" in text
+    if joint is not None:
+        assert f"``{joint}``" in text
+        wing, name = joint.split(".")
+        found = getattr(importlib.import_module(f"clipsteer.{wing}"), name)
+        assert "process" in found.__doc__

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -58,3 +63,60 @@ def test_groups_are_counted_on_chip_while_their_bins_fit(groups: int) -> None:
     how = kernels._grouping(torch.empty(1, 4), index, groups)[1]
     assert how["BINS"] <= 2048
     assert how["GROUPING"] == ("index" if groups < 2048 else "order")
+
+
+# what a device says of itself, and how float32 products of 64 and 32 terms are taken under "highest" and "high"
+CHIPS = {
+    "gfx942:sramecc+:xnack-": (True, ["ieee", "ieee", "tf32", "tf32"]),
+    "gfx90a:sramecc+:xnack-": (True, ["ieee"] * 4),
+    "gfx950": (True, ["ieee"] * 4),
+    "gfx1100": (True, ["ieee"] * 4),
+    "gfx1201": (True, ["ieee"] * 4),
+    (9, 0): (False, ["tf32x3", "ieee", "tf32", "tf32"]),
+    (8, 0): (False, ["tf32x3", "ieee", "tf32", "tf32"]),
+    (7, 5): (False, ["ieee"] * 4),
+}
+
+
+@pytest.mark.parametrize("chip", CHIPS, ids=str)
+def test_tf32_is_taken_where_the_chip_has_it(chip, monkeypatch) -> None:
+    launch = pytest.importorskip("clipsteer.kernels._launch")
+    hip, expected = CHIPS[chip]
+    monkeypatch.setattr(torch.version, "hip", "7.0" if hip else None)
+    # ROCm's builds of torch say a capability too, of 9.x
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4) if hip else chip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=chip))
+    launch.has_tf32.cache_clear()
+    on_chip = lambda dtype: SimpleNamespace(dtype=dtype, device=torch.device("cuda", 0))
+    before, found = torch.get_float32_matmul_precision(), []
+    try:
+        for setting in ("highest", "high"):
+            torch.set_float32_matmul_precision(setting)
+            found += [launch.precision(on_chip(torch.float32), depth) for depth in (64, 32)]
+            assert launch.precision(on_chip(torch.bfloat16), 64) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
+        launch.has_tf32.cache_clear()
+    assert found == expected
+
+
+AMD = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("aot", sys.argv[1])
+aot = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(aot)
+from clipsteer.kernels import _launch
+aot.SHARED_MEMORY[sys.argv[2]] = 64 * 1024
+found = aot.compile_all(sys.argv[2], ["encode by rows tf32", "drrho of few columns tf32"])
+assert all(found.values()), found
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["gfx90a", "gfx950", "gfx1100", "gfx1201"])
+def test_float32_products_compile_for_chips_without_tf32(target) -> None:
+    """With TF32 allowed, as triton refuses it there."""
+    pytest.importorskip("triton")
+    file = Path(__file__).with_name("test_aot.py")
+    done = subprocess.run([sys.executable, "-c", AMD, file, target], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]

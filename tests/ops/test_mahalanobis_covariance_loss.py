@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -252,7 +253,38 @@ def test_only_new_has_a_gradient(backend):
     assert new.grad.any()
     assert old.grad is None
     assert factor.grad is None
-    assert not loss_of(case["new"], old, case["labels"], factor, backend=backend).requires_grad
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_the_authors_order_is_refused(backend):
+    """(old, new) has the same value, and would train nothing."""
+    case = drawn()
+    new = case["new"].clone().requires_grad_()
+    for factor in (dense(), LowRankDiag(case["U"], case["s"], case["diag"])):
+        with pytest.raises(ValueError, match=r"old must be without a gradient .*: the order is \(new, old\)"):
+            loss_of(case["old"], new, case["labels"], factor, backend=backend)
+        with torch.no_grad():
+            value = loss_of(case["old"], new, case["labels"], factor, backend=backend)
+        assert torch.equal(value, loss_of(new, case["old"], case["labels"], factor, backend=backend))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("part", ["diag", "s"])
+@pytest.mark.parametrize("share", ["one", "all"])
+def test_a_weight_of_minus_infinity_has_one_answer(part, share, normalize):
+    """Every square of its class is negative: it counts as 0, without a gradient, and spoils no other class."""
+    case = drawn(B=20, C=2, dtype=torch.float32)
+    weights = case[part].clone()
+    weights[0, slice(None) if share == "all" else 1] = -math.inf
+    factor = LowRankDiag(case["U"], *(weights if n == part else case[n] for n in ("s", "diag")))
+    others = torch.where(case["labels"] == 0, -1, case["labels"])
+    args = case["old"], case["labels"], factor, normalize
+    expected = gradient(lambda x: loss_of(x, case["old"], others, factor, normalize, "reference"), case["new"])
+    assert float(expected[0]) > 0
+    for backend in FAST:
+        found = gradient(lambda x, b=backend: loss_of(x, *args, b), case["new"])
+        for value, right in zip(found, expected):
+            torch.testing.assert_close(value, right, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.skipif("cpp" not in FAST, reason="the C++ library is not built")
@@ -383,6 +415,14 @@ loss, grad = run(old, some)
 holds((loss, grad), old, some)
 assert not grad[labels == 1].any()
 assert run(old, labels)[0].isnan()
+# of a weight of -inf every square is negative, which counts as 0, without a gradient
+U, s, diag = torch.randn(3, 33, 4, generator=g) / 6, -torch.rand(3, 4, generator=g), 1 + torch.rand(3, 33, generator=g)
+diag[1, 5] = -torch.inf
+for normalize in (True, False):
+    found, expected = (run(old, c, clean, ops.LowRankDiag(U, s, diag), normalize=normalize) for c in (labels, some))
+    assert expected[0] > 0
+    for value, right in zip(found, expected):
+        torch.testing.assert_close(value, right, rtol=1e-5, atol=1e-7)
 """
 
 

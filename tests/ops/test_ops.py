@@ -622,6 +622,28 @@ def test_a_self_check_that_says_nothing_is_not_kept(monkeypatch):
     assert _dispatch.self_check("sparse_decode", "reference", torch.device("cpu"), torch.float32) is None
 
 
+def test_a_self_check_is_of_the_precision_at_hand(monkeypatch):
+    """What a kernel does under TF32 says nothing about IEEE, and the other way round; of halves there is one way."""
+    asked = []
+
+    def verdict(op, backend, device, dtype):
+        asked.append((dtype, torch.get_float32_matmul_precision()))
+        return "wrong" if torch.get_float32_matmul_precision() == "high" and dtype == torch.float32 else None
+
+    monkeypatch.setattr(_dispatch, "_VERDICTS", {})
+    before = torch.get_float32_matmul_precision()
+    try:
+        for _ in range(2):
+            for setting in ("highest", "high"):
+                torch.set_float32_matmul_precision(setting)
+                for dtype in (torch.float32, torch.bfloat16):
+                    found = _dispatch.self_check("sparse_decode", "reference", torch.device("cpu"), dtype, verdict)
+                    assert (found == "wrong") == (setting == "high" and dtype == torch.float32)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert asked == [(torch.float32, "highest"), (torch.bfloat16, "highest"), (torch.float32, "high")]
+
+
 @pytest.mark.skipif(_dispatch.missing("cpp") is not None, reason="the C++ library is not built")
 def test_a_gradient_may_take_another_backend_than_its_encode(monkeypatch):
     asked = []
