@@ -33,9 +33,9 @@ if TYPE_CHECKING:  # at run time the loop below takes what each op's file names
         mahalanobis_covariance_loss_reference as mahalanobis_covariance_loss_reference,
     )
     from clipsteer.ops.ragged_decode import SparseCodes as SparseCodes
+    from clipsteer.ops.ragged_decode import code_rows as code_rows
     from clipsteer.ops.ragged_decode import ragged_decode as ragged_decode
     from clipsteer.ops.ragged_decode import ragged_decode_reference as ragged_decode_reference
-    from clipsteer.ops.ragged_decode import rows_of as rows_of
     from clipsteer.ops.semantic_drift import semantic_drift as semantic_drift
     from clipsteer.ops.semantic_drift import semantic_drift_reference as semantic_drift_reference
     from clipsteer.ops.sparse_decode import sparse_decode as sparse_decode

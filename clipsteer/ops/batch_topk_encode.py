@@ -14,12 +14,14 @@ from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._dispatch import choose
+from clipsteer.ops._reference import rounded_once
 from clipsteer.ops.ragged_decode import SparseCodes, needs_compiled
 from clipsteer.ops.threshold_encode import RaggedEncode, check_encoder, codes_where
 
 __all__ = ["batch_topk_encode", "batch_topk_encode_reference"]
 
 
+@rounded_once
 def batch_topk_encode_reference(
     x: Tensor,  # (B, d_in)
     W_enc: Tensor,  # (d_sae, d_in)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._dispatch import call, choose, tracked
+from clipsteer.ops._reference import rounded_once
 
-__all__ = ["SparseCodes", "ragged_decode", "ragged_decode_reference", "rows_of"]
+__all__ = ["SparseCodes", "code_rows", "ragged_decode", "ragged_decode_reference"]
 
 
 class SparseCodes(NamedTuple):
@@ -34,12 +35,13 @@ class SparseCodes(NamedTuple):
     offsets: Tensor  # (B + 1,) int64, from 0
 
 
-def rows_of(codes: SparseCodes) -> Tensor:
+def code_rows(codes: SparseCodes) -> Tensor:
     """The row (m,) of each code, B for padding."""
     at = torch.arange(codes.values.shape[0], device=codes.offsets.device)
     return torch.searchsorted(codes.offsets[1:].contiguous(), at, right=True)
 
 
+@rounded_once
 def ragged_decode_reference(
     values: Tensor,  # (m,)
     indices: Tensor,  # (m,)
@@ -49,18 +51,17 @@ def ragged_decode_reference(
     *,
     prefixes: Sequence[int] | None = None,
 ) -> Tensor:
-    """The definition in plain torch; sums are taken in float32 or float64."""
+    """The definition in plain torch."""
     rows = offsets.shape[0] - 1
-    wide = torch.promote_types(values.dtype, torch.float32)
-    terms = values.to(wide)[:, None] * W_dec.to(wide).index_select(0, indices)  # (m, d)
-    row = rows_of(SparseCodes(values, indices, offsets))
+    terms = values[:, None] * W_dec.index_select(0, indices)  # (m, d)
+    row = code_rows(SparseCodes(values, indices, offsets))
     zeros = terms.new_zeros(rows + 1, W_dec.shape[1])
     sums = []
     for prefix in prefixes or (W_dec.shape[0],):
         there = torch.where(indices < prefix, row, rows)
         sums.append(zeros.index_add(0, there, terms)[:-1])
     x_hat = torch.stack(sums)
-    x_hat = (x_hat if b_dec is None else x_hat + b_dec).to(values.dtype)
+    x_hat = x_hat if b_dec is None else x_hat + b_dec
     return x_hat[0] if prefixes is None else x_hat
 
 
@@ -87,7 +88,7 @@ class _Decode(torch.autograd.Function):
     def backward(ctx, grad):  # (G, B, d)
         values, indices, offsets, W = ctx.saved_tensors
         groups, rows, d = grad.shape
-        row = rows_of(SparseCodes(values, indices, offsets))
+        row = code_rows(SparseCodes(values, indices, offsets))
         there = row < rows
         # a feature is in its own prefix and in all that are longer
         tails = grad

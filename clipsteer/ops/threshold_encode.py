@@ -15,7 +15,14 @@ from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._dispatch import call, choose
-from clipsteer.ops.ragged_decode import SparseCodes, decode, needs_compiled, pair_gradient, rows_of
+from clipsteer.ops._reference import rounded_once
+from clipsteer.ops.ragged_decode import (
+    SparseCodes,
+    code_rows,
+    decode,
+    needs_compiled,
+    pair_gradient,
+)
 
 __all__ = ["threshold_encode", "threshold_encode_reference"]
 
@@ -42,6 +49,7 @@ def codes_where(
     return SparseCodes(F.pad(values, rest), F.pad(indices, rest), offsets)
 
 
+@rounded_once
 def threshold_encode_reference(
     x: Tensor,  # (B, d_in)
     W_enc: Tensor,  # (d_sae, d_in)
@@ -94,7 +102,7 @@ class RaggedEncode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_x = decode(grad, indices, offsets, W, ctx.backend)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            row = rows_of(SparseCodes(values, indices, offsets))
+            row = code_rows(SparseCodes(values, indices, offsets))
             row = torch.where(row < x.shape[0], row, -1)
             d_W, d_b = pair_gradient(grad, indices, row, x, W, ctx.backend, ctx.sparse_grad)
         needs = ctx.needs_input_grad

@@ -231,7 +231,7 @@ class SAE(nn.Module):
 
     def _dense(self, codes: ops.SparseCodes, shape: torch.Size) -> Tensor:
         """Ragged codes of rows of this shape as activations (..., d_sae)."""
-        rows = ops.rows_of(codes)
+        rows = ops.code_rows(codes)
         # padding goes to a spare row
         dense = codes.values.new_zeros(shape.numel() + 1, self.d_sae)
         dense = dense.index_put((rows, codes.indices), codes.values)

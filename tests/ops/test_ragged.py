@@ -19,7 +19,7 @@ def dense(codes: ops.SparseCodes, n: int) -> Tensor:
     """(B, n): the values where a code is, elsewhere -inf."""
     rows = len(codes.offsets) - 1
     out = torch.full((rows + 1, n), -torch.inf, dtype=codes.values.dtype)
-    out[ops.rows_of(codes), codes.indices] = codes.values
+    out[ops.code_rows(codes), codes.indices] = codes.values
     return out[:-1]
 
 
@@ -86,7 +86,7 @@ def test_too_little_room_is_told_and_the_first_codes_are_kept(backend):
         # what is missing is missing from the reconstruction, and nothing else is read
         x_hat = ops.ragged_decode(*codes, W, backend=backend)
         code = dense(whole, 30).clamp_min(0)
-        code[ops.rows_of(whole)[there:], whole.indices[there:]] = 0
+        code[ops.code_rows(whole)[there:], whole.indices[there:]] = 0
         assert torch.equal(x_hat, code @ W)
 
 

@@ -17,7 +17,7 @@ from clipsteer.ops._bounds import (
     smallest_normal,
 )
 from clipsteer.ops._spec import Draw, Errors, Inputs, OpSpec, Shape, Tensors, sizes, unpacked
-from clipsteer.ops.ragged_decode import SparseCodes, rows_of
+from clipsteer.ops.ragged_decode import SparseCodes, code_rows
 from clipsteer.ops.specs._shared import dictionary_bench
 from clipsteer.ops.threshold_encode import threshold_encode, threshold_encode_reference
 
@@ -81,7 +81,7 @@ def read_codes(outputs: Tensors, n: int) -> tuple[Tensor, Tensor, Tensor] | None
         return None
     if bool((offsets.diff() < 0).any()) or bool(((indices < 0) | (indices >= max(n, 1))).any()):
         return None
-    row = rows_of(SparseCodes(values, indices, offsets))
+    row = code_rows(SparseCodes(values, indices, offsets))
     there = row < B
     if bool(values[~there].any()) or bool(indices[~there].any()):
         return None
@@ -140,7 +140,7 @@ def check_code_grads(inputs: Inputs, outputs: Tensors, grad_out: Tensors, grads:
     W = inputs["W_enc"].double()
     n, d = W.shape
     B = len(x)
-    row = rows_of(SparseCodes(**outputs))
+    row = code_rows(SparseCodes(**outputs))
     there = (row < B) & ~outputs["values"].isnan()
     row = row[there]
     feature = outputs["indices"][there]
