@@ -6,6 +6,16 @@ name. ``clipsteer.steering``: what changes a model's activations. ``clipsteer.en
 averages. ``clipsteer.reference``: training with a reference model. ``clipsteer.continual``: classes
 task by task. ``clipsteer.ops``: the ops. Below all: ``clipsteer.data``, ``clipsteer.training``,
 ``clipsteer.report``, ``clipsteer.testing``, ``clipsteer.io``.
+
+Not offered, of what the papers behind these modules have:
+
+- Fisher-weighted merging (Matena & Raffel 2022); ``clipsteer.ensembles`` takes plain averages;
+- a temperature of its own for every pair (iSogCLR; FastCLIP's and DRRho-CLIP's "individual"
+  schemes); one is learnt for all;
+- ghost gradients (Anthropic 2024) for features that never fire; ``clipsteer.sae`` has the
+  auxiliary loss on the k strongest dead features (Gao et al. 2024);
+- SpLiCE's interventions on single concepts, and its vocabularies (LAION, MSCOCO);
+  ``clipsteer.splice`` takes any texts, and weights can be set to 0 before ``reconstruct``.
 """
 
 from __future__ import annotations

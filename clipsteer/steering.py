@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from clipsteer.sae.model import SAE
 from clipsteer.sae.site import set_features
 
 Tokens = Literal["all", "cls", "patches"]
+Form = Literal["project", "residual"]
 
 
 def _check_tokens(tokens: str) -> None:
@@ -226,20 +227,27 @@ class AdditiveSteering(VectorSteering):
 class ConceptorSteering:
     """Take h to ``beta · C (h - μ) + μ``: keep what the conceptor keeps, soften the rest.
 
+    The form "project" is the paper's as we read it (Postmus & Abreu 2024, arXiv 2410.16314); with
+    "residual" h goes to ``beta · C (h - μ) + h``, which its authors' repository applies: nothing is
+    taken away, and what the conceptor keeps is made stronger.
+
     Args:
         conceptor: a single one of the hook point's width, such as ``animals & ~sketch``.
         beta: strength.
         mean: (d,) the μ above; None takes the one that the conceptor was fitted about, 0 if none.
         tokens: "all", "cls" or "patches", as in ``SAESteering``.
+        form: "project" or "residual".
 
     Raises:
-        ValueError: a batch, shapes that do not fit, a beta that is not finite, unknown ``tokens``.
+        ValueError: a batch, shapes that do not fit, a beta that is not finite, unknown ``tokens``
+            or ``form``.
     """
 
     conceptor: Conceptor
     beta: float = 1.0
     mean: Tensor | None = None  # (d,)
     tokens: Tokens = "all"
+    form: Form = "project"
     _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -256,6 +264,10 @@ class ConceptorSteering:
         if self.mean is not None:
             _check_vector("ConceptorSteering", "mean", self.mean, self.conceptor.d)
         _check_finite("ConceptorSteering", "beta", self.beta)
+        if self.form not in get_args(Form):
+            raise ValueError(
+                f"ConceptorSteering: form must be 'project' or 'residual', got {self.form!r}"
+            )
 
     @property
     def width(self) -> tuple[str, int]:
@@ -265,14 +277,17 @@ class ConceptorSteering:
     def apply(self, x: Tensor) -> Tensor:
         """(…, d) -> (…, d), every position steered, in x's dtype."""
         _check_width(*self.width, x)
-        mean = self.mean
+        mean = self.conceptor.mean if self.mean is None else self.mean
         if mean is not None:
             mean = beside(self._cache, x, lambda m: m, mean)
         # under autocast too: rounding βC(x - μ) + μ would round all of the residual stream
         kind = x.device.type
         active = kind != "meta" and torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if active else nullcontext():
-            return self.conceptor.project(x, beta=self.beta, mean=mean)
+            steered = self.conceptor.project(x, beta=self.beta, mean=mean)
+            if self.form == "project":
+                return steered
+            return x + (steered if mean is None else steered - mean)
 
 
 Steering = SAESteering | VectorSteering | ConceptorSteering

@@ -19,12 +19,15 @@ from clipsteer import TrainConfig, train_sae
 from clipsteer import clip as clip_module
 from clipsteer.continual.experiment import run_tasks
 from clipsteer.continual.plasticity import Plasticity, fit_saes
+from clipsteer.continual.scenario import Scenario
 from clipsteer.continual.strategies import strategy
 from clipsteer.data.dataset import ImageDataset
+from clipsteer.data.files import image_folder
 from clipsteer.ensembles.finetuning import FinetuneConfig, finetune
 from clipsteer.io.checkpoint import load_latest
 from clipsteer.reference.features import ReferenceFeatures
 from clipsteer.reference.train import ContrastiveConfig, train_contrastive
+from clipsteer.sae.activations import HarvestSource
 
 STEPS = 8
 EVERY = {"checkpoint_every": 2, "log_every": 1}
@@ -77,6 +80,46 @@ def sae(architecture: str) -> Callable[..., Weights]:
         return train_sae(x, config, out=out, resume=resume).state_dict()
 
     return train
+
+
+def picture_files(root: Path) -> Path:
+    """The pictures in class folders, each four times, uncompressed."""
+    for row in range(4 * len(pictures())):
+        image, target = pictures()[row % len(pictures())]
+        folder = root / [*COLOURS][target]
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{row:02}.bmp")
+    return root
+
+
+def sae_of_files(out: Path, folder: Path) -> None:
+    clip = clip_module.load()
+    source = HarvestSource(clip, image_folder(folder), "visual.transformer.resblocks.0")
+    config = TrainConfig(d_sae=8, k=4, batch_size=32, steps=STEPS, warmup_steps=2, **EVERY)
+    train_sae(source, config, out=out, metadata={"data": str(folder)})
+
+
+def tuned_on_files(out: Path, folder: Path) -> None:
+    clip = clip_module.load()
+    head = clip_module.zero_shot_head(clip, sorted(COLOURS))
+    finetune(clip, image_folder(folder), head, FinetuneConfig(mode="lc", batch_size=6, epochs=1, **EVERY), out=out)
+
+
+def contrastive_on_files(out: Path, folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as described, torch.random.fork_rng():
+        path = Path(described) / "clipsteer-test-loop.json"
+        path.write_text(json.dumps(SMALL))
+        torch.manual_seed(0)
+        clip = replace(clip_module.load(str(path)), name="small")
+    config = ContrastiveConfig(loss="clip", batch_size=6, epochs=1, **EVERY)
+    train_contrastive(clip, image_folder(folder), config, out=out)
+
+
+def tasks_of_files(out: Path, folder: Path) -> None:
+    images = image_folder(folder)
+    found = Scenario(images, images.subset([]), images, [[0, 1], [2, 3]], sorted(COLOURS))
+    config = strategy("finetune", first_epochs=2, epochs=2, batch_size=6, rank=2, **EVERY)
+    run_tasks(found, encoder, config, out=out)
 
 
 def tuned(mode: str) -> Callable[..., Weights]:
@@ -132,6 +175,13 @@ USERS = {
     "finetune": User(tuned("e2e"), {"loss", "validation", "validation_ensemble"}),
     "contrastive": User(contrastive("drrho"), {"loss", "all/zero_shot"}),
     "tasks": User(tasks("macil"), {"loss"}, **TASK),
+}
+# (out, folder of pictures); stopped at a step of the first part
+ON_FILES = {
+    "sae": User(sae_of_files, set()),
+    "finetune": User(tuned_on_files, set()),
+    "contrastive": User(contrastive_on_files, set()),
+    "tasks": User(tasks_of_files, set(), checkpoints="checkpoints/steps/task-0", name="task 1"),
 }
 VARIANTS = {
     **USERS,

@@ -34,3 +34,30 @@ def test_every_package_is_installed():
     folders = {path.parent for path in (ROOT / "clipsteer").rglob("*.py")}
     names = {str(folder.relative_to(ROOT)).replace("/", ".") for folder in folders} | {"clipsteer.kernels"}
     assert sorted(re.findall(r'"(.+?)"', listed[1])) == sorted(names)
+
+
+def test_what_is_not_offered_is_listed_in_one_place_of_the_reference():
+    """On the first page that pdoc shows; nothing in the list has come to be offered since."""
+    listed = clipsteer.__doc__.partition("Not offered")[2]
+    for what in ("Fisher", "temperature of its own", "ghost gradients", "interventions", "vocabularies"):
+        assert what in listed
+    source = "".join(path.read_text(encoding="utf-8").lower() for path in (ROOT / "clipsteer").rglob("*.py"))
+    assert source.count("fisher") == source.count("ghost grad") == source.count("mscoco") == 1
+
+
+def test_where_a_method_is_not_its_authors_code_is_said_where_it_stands():
+    from clipsteer import ConceptorSteering
+    from clipsteer.continual import strategies
+    from clipsteer.reference.losses import select_learnable
+    from clipsteer.splice.dictionary import ConceptDictionary
+
+    said = {
+        strategies: ("weight decay", "once an epoch", "σ", "1993, 1996, 1997", "alignment starts anew", "pairs",
+                     "size of the latest task", "batch of 48", "RanPAC chooses its"),
+        select_learnable: ("first chunk", "without the pair itself", "fixed 100"),
+        ConceptorSteering: ("residual", "authors' repository"),
+        ConceptDictionary.reconstruct: ("one\n        unit from μ", "-|μ|²/2"),
+    }  # fmt: skip
+    for where, parts in said.items():
+        missing = [part for part in parts if part not in where.__doc__]
+        assert not missing, (where, missing)

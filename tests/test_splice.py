@@ -285,6 +285,27 @@ def test_reconstruct_undoes_align():
     torch.testing.assert_close(nothing[0], F.normalize(dictionary.image_mean, dim=0))
 
 
+def test_the_papers_recomposition_differs_by_how_far_it_goes():
+    """It goes one unit from the mean; the sphere is further away where a direction points back by more than |μ|²/2."""
+    dictionary, _, _ = small()
+    mean = dictionary.image_mean
+    x = F.normalize(mean + (1 - mean.square().sum()).sqrt() * unit(400, 16, 7), dim=1)  # scattered about it
+    hit = torch.linalg.lstsq(dictionary.matrix.T, dictionary.align(x).T).solution.T
+    for weights, exact in ((hit, True), (dictionary.decompose(x, 0.5).weights, False)):
+        ray = F.normalize(weights @ dictionary.matrix, dim=1)
+        ours = dictionary.reconstruct(weights)
+        theirs = F.normalize(mean + ray, dim=1)
+        length = ((ours - mean) * ray).sum(1)
+        used = ray.norm(dim=1) > 0.5
+        back = ray @ mean < -mean.square().sum() / 2
+        assert torch.equal((length > 1)[used], back[used])
+        near, nearer = (x * ours).sum(1), (x * theirs).sum(1)
+        if exact:
+            assert float(near.min()) > 1 - 1e-9 > float(nearer.min())
+        else:
+            assert float((nearer - near)[used & back].mean()) > 0  # coarse directions, and the longer way
+
+
 def test_names_are_the_heaviest_concepts():
     dictionary, _, mean = small()
     x = unit(9, 16, 11)

@@ -447,6 +447,13 @@ def test_conceptor_steering_is_its_formula(rows, centred):
     wanted = 1.5 * (x - other) @ C.matrix + other
     torch.testing.assert_close(ConceptorSteering(C, 1.5, other).apply(x), wanted, rtol=1e-12, atol=1e-12)
     assert ConceptorSteering(C).apply(x.bfloat16()).dtype == torch.bfloat16
+    residual = ConceptorSteering(C, 1.5, form="residual")
+    torch.testing.assert_close(residual.apply(x), 1.5 * (x - mu) @ C.matrix + x, rtol=1e-12, atol=1e-12)
+    residual = ConceptorSteering(C, 1.5, other, form="residual")
+    torch.testing.assert_close(residual.apply(x), 1.5 * (x - other) @ C.matrix + x, rtol=1e-12, atol=1e-12)
+    assert torch.equal(ConceptorSteering(C, 0.0, form="residual").apply(x), x) or centred
+    with pytest.raises(ValueError, match="form must be 'project' or 'residual', got 'added'"):
+        ConceptorSteering(C, form="added")
     everything = ConceptorSteering(Conceptor.identity(WIDTH))
     torch.testing.assert_close(everything.apply(x), x)
 

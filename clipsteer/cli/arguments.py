@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
+from clipsteer.cli.images import add_skip_unreadable
 from clipsteer.clip.tokens import TOKENS
 from clipsteer.training.settings import (
     Setting,
@@ -144,15 +145,19 @@ def _help(field: Setting, own: str | None) -> str:
 
 
 def _text(*lines: str) -> None:
-    sys.stdout.write("\n".join(lines) + "\n")
+    """Write lines; names from files are among their words."""
+    from clipsteer.io.messages import printable
+
+    sys.stdout.write(printable("\n".join(lines)) + "\n")
 
 
 def read_words(path: Path | None, classes: Sequence[str] | None = None) -> list[str]:
     """The lines of a file, or the bundled concepts after the classes."""
     from clipsteer.data.emoji import EmojiStyles
+    from clipsteer.io.files import read_text
 
     if path is not None:
-        words = [w.strip() for w in path.read_text(encoding="utf-8").splitlines()]
+        words = [w.strip() for w in read_text(path).splitlines()]
     else:
         words = [
             *(c.replace("_", " ") for c in classes or []),
@@ -238,13 +243,38 @@ def add_device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
 
 
+def load_known(args: argparse.Namespace, metadata: Mapping[str, Any], what: Any) -> Any:
+    """The model that a file's metadata name, or ``--model``.
+
+    Raises ValueError where neither names one, and where its weights would be random: what the file
+    was made from is then another model.
+    """
+    from clipsteer.clip.model import load_origin, needs_weights
+
+    known = metadata.get("clip_model")
+    name = args.model or known
+    if name is None:
+        raise ValueError(
+            f"{what} does not say which model it belongs to; pass --model and --hook-point"
+        )
+    pretrained = args.pretrained or (metadata.get("pretrained") if name == known else None)
+    if pretrained is None and needs_weights(name):
+        raise ValueError(
+            f"{what} belongs to {name}, of which no weights are named, and random ones would be "
+            f"another model; pass --pretrained, a tag of open_clip or a weights file"
+        )
+    named = {"model": args.model, "pretrained": pretrained, **setup_options(args)}
+    return load_origin(metadata, device=device_of(args), **named)
+
+
 def add_data(p: argparse.ArgumentParser, what: str) -> None:
-    """The option that names images, and ``what`` is done with them."""
+    """The options that name images, ``what`` is done with them, and what with unreadable ones."""
     p.add_argument(
         "--data",
         metavar="PATH",
         help=f"emoji[:style[:part]], folder, captions .csv/.tsv/.jsonl, or .tar shards: {what}",
     )
+    add_skip_unreadable(p)
 
 
 def add_site(p: argparse.ArgumentParser, what: str) -> None:
@@ -301,18 +331,16 @@ def show_steering(
 
     from clipsteer.clip.model import EMOJICLIP
     from clipsteer.clip.zero_shot import zero_shot_head
-    from clipsteer.data.dataset import sample_names, spread
+    from clipsteer.data.dataset import sample_names, spread, told_apart
     from clipsteer.data.emoji import EmojiStyles
     from clipsteer.steering import steer
 
     if args.top < 1 or args.count < 1:
         raise ValueError(f"--top and --count must be at least 1, got {args.top} and {args.count}")
     if args.words is not None:
-        words = [
-            w.strip() for w in args.words.read_text(encoding="utf-8").splitlines() if w.strip()
-        ]
+        words = read_words(args.words)
     else:
-        words = dataset.classes or [c.label for c in EmojiStyles().concepts]
+        words = told_apart(dataset) or [c.label for c in EmojiStyles().concepts]
     head = zero_shot_head(clip, words, None if clip.name == EMOJICLIP else ("a photo of a {}.",))
     rows = spread(range(len(dataset)), args.count)
     images = [dataset[i][0] for i in rows]
@@ -328,10 +356,10 @@ def show_steering(
 
     names = sample_names(dataset)
     for i, p, q in zip(rows, before, after):
-        sys.stdout.write(f"{names[i][:60]}\n  before  {shown(p)}\n  after   {shown(q)}\n")
+        _text(names[i][:60], f"  before  {shown(p)}", f"  after   {shown(q)}")
     change = (after - before).mean(0)
     order = change.abs().argsort(descending=True)[: 2 * args.top].tolist()
-    sys.stdout.write("mean change, in points\n")
+    _text("mean change, in points")
     for i in sorted(order, key=lambda i: -float(change[i])):
-        sys.stdout.write(f"  {100 * float(change[i]):+6.1f}  {words[i]}\n")
+        _text(f"  {100 * float(change[i]):+6.1f}  {words[i]}")
     return 0

@@ -16,35 +16,16 @@ from clipsteer.cli.arguments import (
     device_of,
     setup_options,
 )
-
-# Wu et al. 2025 and Zhang et al. 2023, section "implementation details"
-PAPER = {"first_epochs": 20, "epochs": 10, "batch_size": 48, "rank": 32}
-PAPER_MODEL = "timm:vit_base_patch16_224.augreg_in21k"
-# chosen on validation images: benchmarks/results/cil-emoji.md
-EMOJI = {"first_epochs": 5, "epochs": 5, "batch_size": 48, "projections": 2000, "align_epochs": 20}
-SAE_STEPS = 1000
-EMOJI_RATES = {"macil": 0.03, "finetune": 0.003, "sdc": 0.03, "slca": 0.03, "joint": 0.01}
-# what --strategy and --seeds set
-BY_STRATEGY = (
-    "name",
-    "train",
-    "lora",
-    "classifier",
-    "cosine",
-    "softmax",
-    "covariance",
-    "consistent",
-    "distill",
-    "compensation",
-    "sigma",
-    "floor",
-    "transport",
-    "align",
-    "plasticity",
-    "cumulative",
-    "slow",
-    "seed",
+from clipsteer.cli.cil_settings import BY_STRATEGY, EMOJI, configs_of
+from clipsteer.cli.images import (
+    add_skip_unreadable,
+    lists_unreadable,
+    open_images,
+    unreadable_files,
 )
+
+PAPER_MODEL = "timm:vit_base_patch16_224.augreg_in21k"
+SAE_STEPS = 1000
 
 
 def add_parser(commands: Any, add: Any) -> None:
@@ -79,6 +60,7 @@ A command that was stopped, or killed, goes on where it was when it is given aga
 
 def _cil_options(p: argparse.ArgumentParser) -> None:
     from clipsteer.continual.config import CILConfig
+    from clipsteer.continual.strategies import PAPER
 
     p.add_argument(
         "--data", required=True, metavar="PATH", help="emoji, or a folder with train/ and test/"
@@ -115,13 +97,14 @@ def _cil_options(p: argparse.ArgumentParser) -> None:
         type=count,
         default=3,
         metavar="N",
-        help="seeds 1993, 1994 …: class order and training (default: 3)",
+        help="of class order and training: 1993, 1994 …; the paper's 1993, 1996, 1997 (default: 3)",
     )
     add_model(p, None, "emojiclip, or the recipe's")
     p.add_argument(
         "--recipe",
         choices=("paper",),
-        help=f"that of MACIL: {PAPER_MODEL}, pixels in [0, 1], 20 and 10 epochs, σ = 1",
+        help=f"that of MACIL's authors: {PAPER_MODEL}, pixels in [0, 1], 20 and 10 epochs, no "
+        "weight decay, a cosine that falls once an epoch, σ = 1",
     )
     p.add_argument(
         "--measure",
@@ -147,8 +130,9 @@ def _cil_options(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="runs at a time (CPU), each with some of the cores (default: 1)",
     )
+    add_skip_unreadable(p)
     add_workers(p)
-    unset = dict.fromkeys({"lr", *EMOJI, *PAPER}, "that of the recipe")
+    unset = dict.fromkeys({"lr", *EMOJI, *PAPER} - {*BY_STRATEGY}, "that of the recipe")
     Options(CILConfig, leave=BY_STRATEGY, unset=unset).add(p)
     p.add_argument(
         "--out",
@@ -185,6 +169,7 @@ def _scenario(
     split: Literal["concepts", "styles"],
     measure: str,
     seed: int,
+    leave_out: frozenset[Path] = frozenset(),
 ) -> Any:
     from clipsteer.continual.scenario import emoji_scenario, folder_scenario
     from clipsteer.data.emoji import STYLES
@@ -214,7 +199,13 @@ def _scenario(
         if tasks is None and increment is None:
             tasks = 5
         found = folder_scenario(
-            data, tasks, seed, init_cls=init_cls, increment=increment, validation=share
+            data,
+            tasks,
+            seed,
+            init_cls=init_cls,
+            increment=increment,
+            validation=share,
+            leave_out=leave_out,
         )
     return found.on_validation() if measure == "validation" else found
 
@@ -268,73 +259,55 @@ _BACKGROUND = "background.safetensors"
 
 
 def _background(folder: Path, saes: Any) -> Any:
-    from clipsteer.io.files import read_safetensors
+    from clipsteer.io.files import FileFormatError, read_safetensors
 
     usage = read_safetensors(folder / _BACKGROUND)
+    if lost := [block for block in saes if block not in usage]:
+        raise FileFormatError(f"{folder / _BACKGROUND}: no usage of {', '.join(lost)}")
     return {block: usage[block] for block in saes}
 
 
-def _fit_saes(folder: Path, images: str, encoder: tuple[Any, ...]) -> None:
+def _fit_saes(folder: Path, images: Any, encoder: tuple[Any, ...]) -> None:
     """SAEs of every block from images of all kinds, and the usage that these have on average."""
     from clipsteer.clip.pixels import pixel_batches
     from clipsteer.continual.plasticity import Plasticity, fit_saes, load_saes, save_saes
-    from clipsteer.data.files import open_dataset
     from clipsteer.io.files import write_safetensors
 
     tower = _encoder(*encoder)[0]
-    found = open_dataset(images, emoji="trained:seen")  # what EmojiCLIP was trained on
     if any(folder.glob("*/cfg.json")):  # somebody's own: only what they have in common is lacking
         saes = load_saes(folder, device=encoder[3])
     else:
         size = {"d_sae": 4 * tower.width, "k": 16, "steps": SAE_STEPS}
-        saes = fit_saes(tower.module, tower.blocks, pixel_batches(tower, found), **size)
+        saes = fit_saes(tower.module, tower.blocks, pixel_batches(tower, images), **size)
         for block, sae in saes.items():
             sae.metadata.update(tower.origins[block])
         folder.mkdir(parents=True, exist_ok=True)
         save_saes(folder, saes)
-    usage = Plasticity(saes).usage(tower.module, pixel_batches(tower, found))
+    usage = Plasticity(saes).usage(tower.module, pixel_batches(tower, images))
     write_safetensors(folder / _BACKGROUND, usage)
 
 
-def _configs(args: argparse.Namespace, names: list[str]) -> tuple[list[Any], dict[str, Any]]:
-    """Settings of each run, and what the notes say about them."""
-    from clipsteer.continual.config import CILConfig
-    from clipsteer.continual.strategies import strategy
-    from clipsteer.data.files import is_emoji
-
-    drawings = is_emoji(args.data)
-    recipe: dict[str, Any] = EMOJI if drawings else PAPER
-    if args.recipe == "paper":
-        recipe = {**PAPER, "sigma": 1.0}
-    given = args.options.given(args)
-    rates = EMOJI_RATES if drawings and args.recipe is None else {}
-    if "lr" in given:
-        rates = {}
-    configs = []
-    for name in names:
-        rate = rates.get(name.partition(":")[0], CILConfig.lr)
-        for i in range(args.seeds):
-            settings = {"lr": rate, **recipe, **given, "seed": CILConfig.seed + i}
-            configs.append(strategy(name, **settings))
-    changed = {field: value for field, value in given.items() if value != getattr(CILConfig, field)}
-    overridden = {field: given[field] for field in recipe if field in given}
-    notes = {"settings": {**recipe, **overridden, **changed}}
-    if rates:
-        notes["learning rates"] = rates
-    return configs, notes
-
-
+@lists_unreadable
 def _cil(args: argparse.Namespace) -> int:
+    from clipsteer.training.claim import claimed
+
+    with claimed(args.out, "cil"):
+        return _learn(args)
+
+
+def _learn(args: argparse.Namespace) -> int:
     from clipsteer.continual.experiment import folder_name, run_all
     from clipsteer.continual.report import write_results
     from clipsteer.data.files import is_emoji
 
     names = _names(args.strategy)
-    configs, settings = _configs(args, names)
+    configs, settings = configs_of(args, names)
     by_paper = args.recipe == "paper"
     model = args.model or (PAPER_MODEL if by_paper else "emojiclip")
     encoder = (model, args.pretrained, by_paper, device_of(args), setup_options(args))
     place = (args.data, args.tasks, args.init_cls, args.increment, args.split, args.measure)
+    parts = () if is_emoji(args.data) else ("train", "test")
+    skipped = unreadable_files(args, [Path(args.data) / part for part in parts])
     saes = args.saes or args.out / "saes"
     if any(config.plasticity for config in configs) and not (saes / _BACKGROUND).exists():
         images = args.sae_images or ("emoji" if is_emoji(args.data) else None)
@@ -343,11 +316,11 @@ def _cil(args: argparse.Namespace) -> int:
                 "plasticity needs --sae-images, images of all kinds that SAEs of the blocks are "
                 "trained on"
             )
-        _fit_saes(saes, images, encoder)
+        _fit_saes(saes, open_images(args, images, emoji="trained:seen"), encoder)
     jobs = []
     for config in configs:
         job = {
-            "scenario": (*place, config.seed),
+            "scenario": (*place, config.seed, skipped),
             "encoder": encoder,
             "config": config,
             "saes": str(saes),
@@ -357,7 +330,7 @@ def _cil(args: argparse.Namespace) -> int:
         jobs.append((_run, job))
     runs = run_all(jobs, workers=args.jobs, title="cil")
     notes = {
-        "data": _data_note(args, _scenario(*place, configs[0].seed)),
+        "data": _data_note(args, _scenario(*place, configs[0].seed, skipped)),
         "model": model,
         **settings,
     }

@@ -17,10 +17,12 @@ from clipsteer.cli.arguments import (
     add_shown,
     add_site,
     device_of,
+    load_known,
     setup_options,
     show_steering,
     whole,
 )
+from clipsteer.cli.images import lists_unreadable, open_images
 
 _ORIGIN = ("clip_model", "pretrained", "hook_point", "tokens", "setup")
 
@@ -162,6 +164,12 @@ def _steer_options(p: argparse.ArgumentParser) -> None:
         "--scale-aperture", type=float, metavar="G", help="multiply the aperture of the result by G"
     )
     p.add_argument("--beta", type=float, default=1.0, help="strength (default: 1)")
+    p.add_argument(
+        "--form",
+        choices=("project", "residual"),
+        default="project",
+        help="h becomes β·C·h (default; the paper's), or β·C·h + h (its authors' code)",
+    )
     add_model(p, None, "what the conceptor was fitted on")
     add_data(p, "images to look at (default: the bundled held-out style)")
     add_known_site(p, "what the conceptor was fitted on")
@@ -224,13 +232,13 @@ def _activations(
         at += images
 
 
+@lists_unreadable
 def _fit(args: argparse.Namespace) -> int:
     import torch
 
     from clipsteer.clip.model import as_texts, default_hook_point, load, provenance
     from clipsteer.conceptors.conceptor import Conceptor
     from clipsteer.conceptors.fit import aperture_sweep, choose_aperture, correlation
-    from clipsteer.data.files import open_dataset
     from clipsteer.sae.activations import ActivationStore
     from clipsteer.steering import AdditiveSteering
 
@@ -251,11 +259,13 @@ def _fit(args: argparse.Namespace) -> int:
         batches: Any = (store.read_shard(i) for i in range(len(store.shards)))
     else:
         clip = load(args.model, args.pretrained, device=device_of(args), **setup_options(args))
-        dataset = open_dataset(args.data) if args.data else _drawings(args.style, args.category)
+        dataset = (
+            open_images(args, args.data) if args.data else _drawings(args.style, args.category)
+        )
         hook_point = args.hook_point or default_hook_point(clip)
         origin = provenance(clip, hook_point, args.tokens)
         if args.centre is not None:
-            background = open_dataset(args.centre or "emoji")
+            background = open_images(args, args.centre or "emoji")
             rows = (r for r, _ in _activations(clip, background, hook_point, args, "background"))
             mean = AdditiveSteering.fit(rows).mean
         pairs = _activations(clip, dataset, hook_point, args, "activations")
@@ -295,11 +305,15 @@ def _fit(args: argparse.Namespace) -> int:
 
 def _pick(path: Path | str, name: str | None) -> Any:
     from clipsteer.conceptors.conceptor import Conceptor
+    from clipsteer.io.files import FileFormatError
 
     C = Conceptor.load(path)
     if not C.is_batch:
         return C
-    names = json.loads(C.metadata.get("classes", "[]"))
+    try:
+        names = [str(name) for name in json.loads(C.metadata.get("classes", "[]"))]
+    except (ValueError, TypeError, RecursionError):
+        raise FileFormatError(f"{path}: classes must be a list of names") from None
     if name not in names:
         raise ValueError(
             f"{path} holds several conceptors; pass --class, one of: {', '.join(names)}"
@@ -307,9 +321,8 @@ def _pick(path: Path | str, name: str | None) -> Any:
     return C[names.index(name)]
 
 
+@lists_unreadable
 def _steer(args: argparse.Namespace) -> int:
-    from clipsteer.clip.model import load_origin
-    from clipsteer.data.files import open_dataset
     from clipsteer.steering import ConceptorSteering
 
     C = _pick(args.conceptor, args.chosen)
@@ -335,20 +348,12 @@ def _steer(args: argparse.Namespace) -> int:
         C = C | other if op == "or" else C & (other if op == "and" else ~other)
     if args.scale_aperture is not None:
         C = C.scale_aperture(args.scale_aperture)
-    name, hook_point = (
-        args.model or provenance.get("clip_model"),
-        args.hook_point or provenance.get("hook_point"),
-    )
-    if name is None or hook_point is None:
-        raise ValueError(
-            f"{args.conceptor} does not say which model it belongs to; pass --model and "
-            f"--hook-point"
-        )
-    steering = ConceptorSteering(
-        C, args.beta, tokens=args.tokens or provenance.get("tokens") or "all"
-    )
+    hook_point = args.hook_point or provenance.get("hook_point")
+    if hook_point is None:
+        raise ValueError(f"{args.conceptor} does not name its hook point; pass --hook-point")
+    clip = load_known(args, provenance, args.conceptor)
+    tokens: Any = args.tokens or provenance.get("tokens") or "all"
+    steering = ConceptorSteering(C, args.beta, tokens=tokens, form=args.form)
     sys.stdout.write(f"{C}\n")
-    named = {"model": args.model, "pretrained": args.pretrained, **setup_options(args)}
-    clip = load_origin(provenance, device=device_of(args), **named)
-    dataset = open_dataset(args.data or "emoji", emoji="held-out:seen")
+    dataset = open_images(args, args.data or "emoji", emoji="held-out:seen")
     return show_steering(args, clip, dataset, hook_point, steering)

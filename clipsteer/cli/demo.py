@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from clipsteer.cli.arguments import _text, add_data, add_model, device_of, setup_options, whole
+from clipsteer.cli.images import lists_unreadable, open_images
 
 
 def add_parser(commands: Any, add: Any) -> None:
@@ -59,6 +61,7 @@ def _demo_options(p: argparse.ArgumentParser) -> None:
     )
 
 
+@lists_unreadable
 def _demo(args: argparse.Namespace) -> int:
     from clipsteer.demo.findings import run
 
@@ -71,6 +74,7 @@ def _demo(args: argparse.Namespace) -> int:
         hook_point=args.hook_point,
         minutes=args.minutes,
         max_images=args.max_images,
+        open_images=partial(open_images, args),
         device=device_of(args),
         **setup_options(args),
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clipsteer.cli.arguments import Options, add_model, add_workers, device_of, setup_options
+from clipsteer.cli.images import add_skip_unreadable, lists_unreadable, open_images
 from clipsteer.cli.wise_ft import DATA
 
 
@@ -57,29 +58,32 @@ def _finetune_options(p: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="zeroshot/, finetuned/, log.jsonl, checkpoints/",
     )
+    add_skip_unreadable(p)
     add_workers(p)
     Options(FinetuneConfig).add(p)
 
 
+@lists_unreadable
 def _finetune(args: argparse.Namespace) -> int:
     from clipsteer.clip.model import load
     from clipsteer.clip.zero_shot import zero_shot_head
-    from clipsteer.data.dataset import labelled, renamed
-    from clipsteer.data.files import open_dataset
+    from clipsteer.data.dataset import LAYOUTS, labelled, renamed
     from clipsteer.ensembles.finetuning import finetune
     from clipsteer.io.files import read_json
 
     config = args.options.read(args)
-    images = labelled(open_dataset(args.data), "--data")
+    images = labelled(open_images(args, args.data), "--data")
     classes = images.classes
     assert classes is not None
+    if len(classes) < 2:
+        raise ValueError(f"--data: one class alone, {classes[0]!r}; expected {LAYOUTS}")
     spoken = read_json(args.names) if args.names is not None else {}
     if not isinstance(spoken, Mapping) or not all(isinstance(v, str) for v in spoken.values()):
         raise ValueError(f"{args.names}: expected a JSON object from class to name")
     words = [spoken.get(name, name.replace("_", " ").replace("-", " ")) for name in classes]
     validation = None
     if args.val is not None:
-        validation = renamed(labelled(open_dataset(args.val), "--val"), classes)
+        validation = renamed(labelled(open_images(args, args.val), "--val"), classes)
     clip = load(args.model, args.pretrained, device=device_of(args), **setup_options(args))
     head = zero_shot_head(clip, words, args.template)
     finetune(clip, images, head, config, out=args.out, validation=validation, workers=args.workers)

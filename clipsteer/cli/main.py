@@ -8,12 +8,13 @@ that is not there), 130 interrupted, 143 terminated, both once a run is saved.
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from clipsteer.cli.arguments import _text
 from clipsteer.training.settings import SettingError
@@ -38,6 +39,12 @@ class Command(argparse.ArgumentParser):
         self.make_options = None
         if make is not None:
             make(self)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2 and a message that holds nothing that a terminal would act on."""
+        from clipsteer.io.messages import printable
+
+        super().error(printable(message))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, once the options of the command are there."""
@@ -96,6 +103,21 @@ def build_parser() -> Command:
     return parser
 
 
+# commands that processes of torchrun share; others, that write, would each do the whole
+SHARED = {("sae", "train"), ("train", None)}
+
+
+def _refuse_processes(args: argparse.Namespace) -> None:
+    """ValueError where torchrun started several processes of a command that writes for one."""
+    command = (args.command, getattr(args, "action", None))
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1 or command in SHARED:
+        return
+    if getattr(args, "out", None) is not None:
+        name = " ".join(word for word in command if word)
+        jobs = "; --jobs N learns several strategies and seeds at a time" * hasattr(args, "jobs")
+        raise ValueError(f"{name} runs in one process: start it without torchrun{jobs}")
+
+
 # experiments of this repository, which were commands once
 _MOVED = {
     ("conceptor", "eval"): "benchmarks.conceptors.run",
@@ -124,12 +146,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Before torch is loaded: threads that spin while others use the cores make its many small
         # products three times slower; on idle cores not spinning costs a tenth.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    logging.basicConfig(format="clipsteer: %(message)s", level=logging.WARNING)
+    from clipsteer.io.files import FileFormatError
+    from clipsteer.io.messages import PrintableFormatter, printable
+
+    lines = logging.StreamHandler()
+    lines.setFormatter(PrintableFormatter("clipsteer: %(message)s"))
+    logging.basicConfig(handlers=[lines], level=logging.WARNING)
     # figures of training runs; what a library says is left out
     logging.getLogger("clipsteer").setLevel(logging.INFO)
-    from clipsteer.io.files import FileFormatError
 
+    # names of files need not be UTF-8: as stderr writes them
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        _refuse_processes(args)
         return args.function(args)
     except KeyboardInterrupt:
         sys.stderr.write("clipsteer: interrupted\n")
@@ -138,9 +168,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the reader of a pipe has left; what is still buffered has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, TypeError, OSError, RuntimeError, FileFormatError) as error:
+    except Exception as error:
         if args.debug:
             raise
-        message = " ".join(_spelled(error, args).split()) or type(error).__name__
+        message = " ".join(_spelled(error, args).split())
+        said = (ValueError, TypeError, OSError, RuntimeError, FileFormatError)
+        if not message or not isinstance(error, said):
+            # not raised with a sentence: of a KeyError this is the key alone
+            message = f"{type(error).__name__}: {message}".removesuffix(": ")
+        message = printable(message)
         sys.stderr.write(f"clipsteer: error: {message} (--debug shows where)\n")
         return 2 if isinstance(error, (ValueError, TypeError, FileNotFoundError)) else 1

@@ -11,6 +11,7 @@ from typing import Any
 
 from clipsteer.cli.arguments import (
     Options,
+    _text,
     add_data,
     add_known_site,
     add_model,
@@ -19,10 +20,12 @@ from clipsteer.cli.arguments import (
     add_workers,
     count,
     device_of,
+    load_known,
     setup_options,
     show_steering,
     whole,
 )
+from clipsteer.cli.images import lists_unreadable, open_images
 
 # of training, where nothing else is asked for: a pass over few images is over before the warm-up is
 _LEAST_TOKENS = 2_000_000
@@ -220,10 +223,10 @@ def _sae(p: argparse.ArgumentParser) -> None:
     add_known_site(p, "what the SAE was trained on")
 
 
+@lists_unreadable
 def _train(args: argparse.Namespace) -> int:
     import clipsteer
     from clipsteer.clip.model import default_hook_point, load
-    from clipsteer.data.files import open_dataset
     from clipsteer.sae.activations import HarvestSource, harvest_to_store
     from clipsteer.training.world import World
 
@@ -231,7 +234,7 @@ def _train(args: argparse.Namespace) -> int:
     # before anything is loaded: under torchrun each process has its own GPU
     world = World(args.device)
     clip = load(args.model, args.pretrained, device=world.device, **setup_options(args))
-    dataset = open_dataset(args.data or "emoji", emoji="trained:seen")
+    dataset = open_images(args, args.data or "emoji", emoji="trained:seen")
     hook_point = args.hook_point or default_hook_point(clip)
     common = {"tokens": args.tokens, "num_workers": args.workers}
     source: Any
@@ -254,20 +257,13 @@ def _train(args: argparse.Namespace) -> int:
 def _open(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The SAE, the model it belongs to, and the images."""
     import clipsteer
-    from clipsteer.clip.model import load_origin
-    from clipsteer.data.files import open_dataset
 
-    device = device_of(args)
-    sae = clipsteer.SAE.from_pretrained(args.sae, device=device)
-    if (args.model or sae.metadata.get("clip_model")) is None:
-        raise ValueError(
-            f"{args.sae} does not say which model it belongs to; pass --model and --hook-point"
-        )
-    named = {"model": args.model, "pretrained": args.pretrained, **setup_options(args)}
-    clip = load_origin(sae.metadata, device=device, **named)
-    return sae, clip, open_dataset(args.data or "emoji", emoji="held-out:seen")
+    sae = clipsteer.SAE.from_pretrained(args.sae, device=device_of(args))
+    clip = load_known(args, sae.metadata, args.sae)
+    return sae, clip, open_images(args, args.data or "emoji", emoji="held-out:seen")
 
 
+@lists_unreadable
 def _eval(args: argparse.Namespace) -> int:
     from clipsteer.io.files import write_json
     from clipsteer.sae.evaluate import evaluate_sae
@@ -289,19 +285,19 @@ def _eval(args: argparse.Namespace) -> int:
 def _show(figures: dict[str, Any]) -> None:
     for name, value in figures.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            sys.stdout.write(f"{name:<16} {value:.6g}\n")
+            _text(f"{name:<16} {value:.6g}")
         elif isinstance(value, str):
-            sys.stdout.write(f"{name:<16} {value}\n")
+            _text(f"{name:<16} {value}")
     if "steerability" in figures:
         found = figures["steerability"]
         of_features = f"{found['share']:.1%} of {found['features']} features"
-        sys.stdout.write(f"{'steerable':<16} {of_features} at {found['strength']:g}\n")
+        _text(f"{'steerable':<16} {of_features} at {found['strength']:g}")
         for row in found["best"]:
             measured = f"S {row['score']:.3f}  power {row['power']:.3f}"
-            sys.stdout.write(f"  feature {row['feature']:<7} {measured}  {row['concept']}\n")
+            _text(f"  feature {row['feature']:<7} {measured}  {row['concept']}")
     for row in figures.get("names", []):
         named = ", ".join(f"{concept} {weight:.2f}" for concept, weight in row["names"])
-        sys.stdout.write(f"  feature {row['feature']:<7} peak {row['peak']:<8.4g} {named}\n")
+        _text(f"  feature {row['feature']:<7} peak {row['peak']:<8.4g} {named}")
 
 
 def _steerability(
@@ -310,11 +306,11 @@ def _steerability(
     """How many of the first features steer 32 images to a concept, and the ten best."""
     from torch.utils.data import Subset
 
-    from clipsteer.data.dataset import spread
+    from clipsteer.data.dataset import spread, told_apart
     from clipsteer.data.emoji import EmojiStyles
     from clipsteer.sae.evaluate import steerability
 
-    words = dataset.classes or [c.label for c in EmojiStyles().concepts]
+    words = told_apart(dataset) or [c.label for c in EmojiStyles().concepts]
     features = list(range(min(args.features, sae.d_sae)))
     few = Subset(dataset, spread(range(len(dataset)), 32))
     found = steerability(sae, clip, few, words, strength=args.steer, features=features, **where)
@@ -379,6 +375,7 @@ def _convert(args: argparse.Namespace) -> int:
     return 0
 
 
+@lists_unreadable
 def _steer(args: argparse.Namespace) -> int:
     from clipsteer.steering import SAESteering
 

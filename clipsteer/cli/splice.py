@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clipsteer.cli.arguments import (
+    _text,
     add_data,
     add_model,
     device_of,
@@ -15,6 +16,7 @@ from clipsteer.cli.arguments import (
     setup_options,
     whole,
 )
+from clipsteer.cli.images import left_out, lists_unreadable, open_images
 
 
 def add_parser(commands: Any, add: Any) -> None:
@@ -62,16 +64,37 @@ def _splice_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", type=Path, metavar="FILE", help="write the decompositions as JSON")
 
 
+def _readable(args: argparse.Namespace) -> tuple[list[Any], list[Any]]:
+    """The paths of the images, and the images; with --skip-unreadable those that can be read."""
+    from clipsteer.io.files import FileFormatError
+    from clipsteer.io.images import read_image
+
+    paths = []
+    images = []
+    for path in args.images:
+        try:
+            images.append(read_image(path))
+        except (FileFormatError, OSError) as error:
+            if not args.skip_unreadable:
+                raise
+            left_out(args)[str(error)] = None
+        else:
+            paths.append(path)
+    if not images:
+        first = next(iter(left_out(args)))
+        raise ValueError(f"none of {len(args.images)} images can be read; the first: {first}")
+    return paths, images
+
+
+@lists_unreadable
 def _splice(args: argparse.Namespace) -> int:
     import torch.nn.functional as F
 
     from clipsteer.clip.model import load
-    from clipsteer.data.dataset import read_image
-    from clipsteer.data.files import open_dataset
     from clipsteer.io.files import write_json
     from clipsteer.splice.dictionary import ConceptDictionary
 
-    images = [read_image(path) for path in args.images]
+    paths, images = _readable(args)
     clip = load(args.model, args.pretrained, device=device_of(args), **setup_options(args))
     if args.dictionary is not None and args.dictionary.exists():
         dictionary = ConceptDictionary.load(args.dictionary, device=device_of(args))
@@ -93,7 +116,7 @@ def _splice(args: argparse.Namespace) -> int:
                 f"--dictionary {args.dictionary} holds other concepts than --words {args.words}"
             )
     else:
-        mean_of = open_dataset(args.data or "emoji", emoji="trained:seen")
+        mean_of = open_images(args, args.data or "emoji", emoji="trained:seen")
         dictionary = ConceptDictionary.from_clip(clip, read_words(args.words), image_mean=mean_of)
         if args.dictionary is not None:
             dictionary.save(args.dictionary)
@@ -103,18 +126,15 @@ def _splice(args: argparse.Namespace) -> int:
         dictionary.reconstruct(found.weights), embeddings.to(dictionary.matrix)
     )
     rows = []
-    for path, weights, l0, near in zip(
-        args.images, found.weights, found.l0.tolist(), cosine.tolist()
-    ):
+    for path, weights, l0, near in zip(paths, found.weights, found.l0.tolist(), cosine.tolist()):
         values, places = weights.sort(descending=True, stable=True)
         concepts = [
             [dictionary.concepts[i], v] for v, i in zip(values[:l0].tolist(), places[:l0].tolist())
         ]
         rows.append({"image": str(path), "l0": l0, "cosine": near, "concepts": concepts})
-        sys.stdout.write(f"{path}: {l0} concepts, cosine of the reconstruction {near:.3f}\n")
-        sys.stdout.writelines(
-            f"  {value:.3f}  {concept}\n" for concept, value in concepts[: args.top]
-        )
+        _text(f"{path}: {l0} concepts, cosine of the reconstruction {near:.3f}")
+        for concept, value in concepts[: args.top]:
+            _text(f"  {value:.3f}  {concept}")
     if not bool(found.converged.all()):
         worst = float(found.violation.max())
         sys.stderr.write(

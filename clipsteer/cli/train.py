@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clipsteer.cli.arguments import Options, add_device, add_setup, add_workers, setup_options
+from clipsteer.cli.images import add_skip_unreadable, lists_unreadable, open_images
 
 DATA = (
     "a .csv, .tsv or .jsonl with columns image and caption, .tar shards (WebDataset), a folder of "
@@ -76,6 +77,7 @@ def _train_options(p: argparse.ArgumentParser) -> None:
         help="measured every epoch, the same kinds; captions: recall at 1, classes: zero-shot "
         "accuracy; repeatable",
     )
+    add_skip_unreadable(p)
     p.add_argument(
         "--template", action="append", metavar="TEXT", help="prompt with {} for classes; repeatable"
     )
@@ -139,23 +141,21 @@ _CELLS = {
 }
 
 
-def _pairs(spec: str) -> Any:
-    from clipsteer.data.files import open_dataset
-
-    return open_dataset(spec, emoji="trained:seen", targets="captions")
+def _pairs(args: argparse.Namespace) -> Any:
+    return open_images(args, args.data, emoji="trained:seen", targets="captions")
 
 
-def _validation(specs: list[str]) -> dict[str, Any]:
-    from clipsteer.data.files import is_emoji, open_dataset
+def _validation(args: argparse.Namespace) -> dict[str, Any]:
+    from clipsteer.data.files import is_emoji
 
     named: dict[str, str] = {}
-    for spec in specs:
+    for spec in args.val:
         if spec == "emoji":
             named |= _CELLS
             continue
         name = spec if is_emoji(spec) else Path(spec).stem
         named[name if name not in named else spec] = spec
-    return {name: open_dataset(spec, targets="caption") for name, spec in named.items()}
+    return {name: open_images(args, spec, targets="caption") for name, spec in named.items()}
 
 
 def _reference(args: argparse.Namespace, dataset: Any, world: Any) -> tuple[Any, Any]:
@@ -185,17 +185,27 @@ def _reference(args: argparse.Namespace, dataset: Any, world: Any) -> tuple[Any,
     return kept, kept
 
 
+@lists_unreadable
 def _train(args: argparse.Namespace) -> int:
+    from clipsteer.training.claim import claimed
+    from clipsteer.training.world import World
+
+    # before anything is loaded: under torchrun each process has its own GPU
+    world = World(args.device)
+    with claimed(args.out, "train", world):
+        return _train_in(args, world)
+
+
+def _train_in(args: argparse.Namespace, world: Any) -> int:
     import statistics
 
     import torch
 
     from clipsteer.clip.model import load
-    from clipsteer.data.dataset import captions_of
+    from clipsteer.data.dataset import LAYOUTS, captions_of, told_apart
     from clipsteer.reference import features as reference_features
     from clipsteer.reference.evaluate import excess_losses, write_excess
     from clipsteer.reference.train import train_contrastive
-    from clipsteer.training.world import World
 
     config = args.options.read(args)
     if args.reference is None and (config.wants_reference or args.excess is not None):
@@ -204,14 +214,16 @@ def _train(args: argparse.Namespace) -> int:
             f"--loss {args.loss}{why} needs --reference; --loss clip and --loss global train "
             "without one"
         )
-    # before anything is loaded: under torchrun each process has its own GPU
-    world = World(args.device)
-    dataset = _pairs(args.data)
-    validation = _validation(args.val)
+    dataset = _pairs(args)
+    validation = _validation(args)
     # now, not at the end of the first epoch
     captions_of(dataset, "--data")
     for name, images in validation.items():
         captions_of(images, f"--val {name}")
+        if images.classes is not None and told_apart(images) is None:
+            raise ValueError(
+                f"--val {name}: one class alone, {images.classes[0]!r}; expected {LAYOUTS}"
+            )
     config.check_batches(len(dataset), world.size)
     reference, kept = _reference(args, dataset, world)
     torch.manual_seed(config.seed)  # of random weights

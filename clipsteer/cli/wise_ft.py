@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clipsteer.cli.arguments import add_device, add_setup, add_workers, device_of, setup_options
+from clipsteer.cli.images import add_skip_unreadable, lists_unreadable, open_images
 
 DATA = (
     "emoji:STYLE:PART, a folder of class folders, captions .csv/.jsonl or .tar shards (captions "
@@ -117,6 +118,7 @@ def _curve_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="for curve.html, .csv, .svg and .png"
     )
+    add_skip_unreadable(p)
     add_setup(p)
     add_device(p)
     add_workers(p)
@@ -174,18 +176,20 @@ def _merge_classifiers(
     is written.
 
     A process that is killed outright leaves a hidden folder, .NAME.….tmp, beside the one it was
-    writing.
+    writing; the next merge into that one removes it.
     """
-    import secrets
-    import shutil
+    from contextlib import ExitStack
 
     from clipsteer.clip.classifier import HEAD
     from clipsteer.clip.runs import ARCHITECTURE, CONFIG, WEIGHTS
     from clipsteer.ensembles.merging import deciding, wise_ft
-    from clipsteer.io.files import read_json, read_safetensors_header, write_json
+    from clipsteer.io.files import json_object, read_json, read_safetensors_header, write_json
+    from clipsteer.io.locks import temporary_folder
 
-    config = read_json(zeroshot / "config.json")
-    if config.get("classes") != read_json(finetuned / "config.json").get("classes"):
+    config, other = (
+        json_object(folder / CONFIG, read_json(folder / CONFIG)) for folder in (zeroshot, finetuned)
+    )
+    if config.get("classes") != other.get("classes"):
         raise ValueError(f"{zeroshot} and {finetuned} are classifiers of different classes")
     heads = models = alphas
     if isinstance(alphas[0], Mapping):
@@ -202,13 +206,9 @@ def _merge_classifiers(
         heads = [{name: layers[chosen[f"head.{name}"]] for name in names["head"]}]
         of_model = {chosen[name] for name in names["model"]}
         models = [{pattern: a for pattern, a in layers.items() if pattern in of_model}]
-    unfinished = [
-        folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
-        for folder in map(Path.resolve, folders)
-    ]
-    try:
-        for temporary in unfinished:
-            temporary.mkdir(parents=True)
+    with ExitStack() as stack:
+        resolved = [folder.resolve() for folder in folders]
+        unfinished = [stack.enter_context(temporary_folder(folder)) for folder in resolved]
         for part, values in (("head", heads), ("model", models)):
             file = f"{part}.safetensors"
             wise_ft(
@@ -229,17 +229,14 @@ def _merge_classifiers(
                         (temporary / name).replace(folder / name)
             else:
                 temporary.rename(folder)
-    finally:
-        for temporary in unfinished:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
+@lists_unreadable
 def _curve(args: argparse.Namespace) -> int:
     import torch
 
     from clipsteer.clip.classifier import load_classifier
     from clipsteer.data.dataset import labelled, renamed
-    from clipsteer.data.files import open_dataset
     from clipsteer.ensembles import page as robustness_page
     from clipsteer.ensembles import robustness
     from clipsteer.ensembles.merging import same_setup
@@ -258,7 +255,7 @@ def _curve(args: argparse.Namespace) -> int:
     sets = []
     for role in ("reference", "shifted"):
         for spec in getattr(args, role):
-            images = renamed(labelled(open_dataset(spec), f"--{role}"), classes)
+            images = renamed(labelled(open_images(args, spec), f"--{role}"), classes)
             sets.append(
                 robustness.EvalSet(
                     spec, role, _kept(clip, images, args.workers), torch.tensor(images.targets)
@@ -295,21 +292,23 @@ def _kept(clip: Any, images: Any, workers: int) -> Any:
 
 def _models(path: Path) -> list[tuple[float, int, float, int]]:
     import csv
+    import io
 
-    from clipsteer.io.files import FileFormatError
+    from clipsteer.io.files import FileFormatError, read_text
 
     columns = ("reference", "reference_n", "shifted", "shifted_n")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        try:
-            rows = [tuple(float(row[c]) for c in columns) for row in csv.DictReader(file)]
-        except (KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(
-                f"{path}: expected numbers in the columns {', '.join(columns)}: {error}"
-            ) from None
+    file = io.StringIO(read_text(path), newline="")
+    try:
+        rows = [tuple(float(row[c]) for c in columns) for row in csv.DictReader(file)]
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise FileFormatError(
+            f"{path}: expected numbers in the columns {', '.join(columns)}: {error}"
+        ) from None
     if bad := [
         row
         for row in rows
-        if not (0 <= row[0] <= 1 and 0 <= row[2] <= 1 and row[1] >= 1 and row[3] >= 1)
+        if not (0 <= row[0] <= 1 and 0 <= row[2] <= 1)
+        or not all(1 <= row[place] <= 1 << 53 for place in (1, 3))
     ]:
         raise FileFormatError(
             f"{path}: accuracies must be in [0, 1] and counts at least 1, got {bad[0]}"

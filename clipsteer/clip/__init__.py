@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from clipsteer.clip.pixels import loader as loader
     from clipsteer.clip.pixels import pixel_batches as pixel_batches
     from clipsteer.clip.pixels import train_transform as train_transform
+    from clipsteer.clip.seen import Box as Box
+    from clipsteer.clip.seen import seen_box as seen_box
     from clipsteer.clip.setup import Setup as Setup
     from clipsteer.clip.tokens import TOKENS as TOKENS
     from clipsteer.clip.tokens import Layout as Layout

@@ -15,10 +15,12 @@ from clipsteer.clip.axes import first_of
 from clipsteer.clip.model import CLIP, load
 from clipsteer.clip.runs import ARCHITECTURE, CONFIG, WEIGHTS, read_run
 from clipsteer.clip.setup import header_of
+from clipsteer.io.doors import door
 from clipsteer.io.files import (
     FileFormatError,
     read_json,
     read_safetensors,
+    refuse_nan,
     write_json,
     write_safetensors,
 )
@@ -112,6 +114,7 @@ def save_classifier(
     return folder
 
 
+@door
 def load_classifier(
     folder: str | Path, *, device: str | torch.device = "cpu", **setup: Any
 ) -> tuple[CLIP, ImageClassifier, list[str]]:
@@ -144,7 +147,8 @@ def load_classifier(
 
 def _read_head(path: Path, classes: int) -> tuple[Tensor, Tensor]:
     """Weight (C, e) and bias (C,)."""
-    head = read_safetensors(path, allow_nan=False)
+    head = read_safetensors(path)
+    refuse_nan(path, head, infinity=True)
     shapes = {key: tuple(tensor.shape) for key, tensor in head.items()}
     if (
         shapes.keys() != {"weight", "bias"}

@@ -25,12 +25,14 @@ from clipsteer.clip.open_clip_models import (
     known_names,
     open_parts,
 )
-from clipsteer.clip.pixels import evaluation_transform_of, stacks
+from clipsteer.clip.pixels import evaluation_transform_of, from_any_mode, stacks
 from clipsteer.clip.runs import CONFIG, missing_run, read_run
 from clipsteer.clip.setup import Asked, Setup, as_size, setup_of
 from clipsteer.clip.timm_models import TIMM, ImageModel, NoTokenizer, no_text, open_timm
 from clipsteer.clip.tokens import class_tokens as class_tokens
 from clipsteer.io.digests import described
+from clipsteer.io.doors import door
+from clipsteer.io.names import utf8_path
 
 __all__ = [
     "CLIP",
@@ -63,7 +65,7 @@ class CLIP:
 
     Attributes:
         model: the torch module, in eval mode.
-        preprocess: PIL image -> (3, H, W) float tensor.
+        preprocess: PIL image of any mode -> (3, H, W) float tensor, as `encode_images` sees it.
         tokenizer: list of n strings -> (n, context) int64 tensor.
         name, pretrained: the architecture and the weights, as `load` takes them.
     """
@@ -92,7 +94,8 @@ class CLIP:
         found = setup_of(self.model)
         if found is not None:
             own = evaluation_transform_of(self.model)
-            if described(own) != described(self.preprocess):
+            known = (described(own), described(from_any_mode(own)))
+            if described(self.preprocess) not in known:
                 logger.warning(
                     "%s: the preprocess of this CLIP is not that of its setup, and what is written "
                     "with it is the setup, %s; load(…, preprocess=…) makes one that is",
@@ -139,6 +142,12 @@ class CLIP:
         return F.normalize(features.to(wide), dim=-1)
 
 
+def needs_weights(name: str) -> bool:
+    """Whether a name is an architecture alone, whose weights are random where none are named."""
+    return is_open_clip(name) and name != EMOJICLIP and not name.startswith(PREFIXES)
+
+
+@door
 def load(
     name: str | Path = EMOJICLIP,
     pretrained: str | Path | None = None,
@@ -200,17 +209,19 @@ def _load(
     if name.startswith(TIMM):
         parts = _timm_parts(name, weights, asked)
     elif is_open_clip(name):
-        if weights is None and name != EMOJICLIP and not name.startswith(PREFIXES):
+        if needs_weights(name) and weights is None:
             logger.warning(
                 "%s: no pretrained weights were asked for, so the weights are random", name
             )
-        parts = open_parts(name, weights, device, asked)
+        with utf8_path(weights or "") as file:
+            parts = open_parts(name, file or None, device, asked)
     else:
         return _load_run(name, weights, device, dtype, asked)
     module = parts.model.to(device=device, dtype=dtype).eval()
-    return CLIP(module, parts.preprocess, parts.tokenizer, name, weights)
+    return CLIP(module, from_any_mode(parts.preprocess), parts.tokenizer, name, weights)
 
 
+@door
 def load_origin(
     origin: Mapping[str, Any],
     *,

@@ -9,10 +9,18 @@ import torch
 from torch import nn
 
 from clipsteer import assets
+from clipsteer.clip.architectures import check_architecture
 from clipsteer.clip.build import SetupError, build, evaluation_transform, fill, fits, resize
 from clipsteer.clip.published import Settled, settle
 from clipsteer.clip.setup import NOTHING, OPEN_CLIP, Asked, as_size
-from clipsteer.io.files import FileFormatError, read_json, read_safetensors
+from clipsteer.io.files import (
+    FileFormatError,
+    json_object,
+    read_json,
+    read_safetensors,
+    refuse_nan,
+)
+from clipsteer.io.weights import check_weights_file
 
 EMOJICLIP = "emojiclip"
 EMOJI_TINY = "emoji-tiny"
@@ -84,7 +92,7 @@ def open_parts(
             pretrained = str(_ASSETS / "emojiclip.safetensors")
         tokenizer_args = {"bpe_path": str(_ASSETS / "bpe_merges.txt.gz")}
     elif name.endswith(".json"):
-        known = _add_architecture(open_clip, Path(name))
+        known = _add_architecture(open_clip, Path(name), pretrained)
     _check_weights(open_clip, known, pretrained)
     settled = settle(open_clip, known, pretrained, asked)
     return _create(open_clip, name, known, pretrained, device, tokenizer_args, settled)
@@ -99,14 +107,22 @@ def _create(
     tokenizer_args: dict[str, str],
     settled: Settled,
 ) -> Parts:
+    given = weights is not None and Path(weights).is_file()
+    if given:
+        check_weights_file(str(weights))
     try:
         module = build(open_clip, known, weights, device, settled)
     except Exception as error:
-        if weights is not None and Path(weights).is_file() and not isinstance(error, SetupError):
+        if given and not isinstance(error, SetupError):
             raise FileFormatError(
                 f"{weights}: cannot be loaded as weights of {name}: {error}"
             ) from error
+        local = name.endswith(".json") or name.startswith("local-dir:")
+        if local and not isinstance(error, (FileNotFoundError, SetupError)):
+            raise FileFormatError(f"{name}: no model can be made of it: {error}") from error
         raise
+    if weights is not None or name.startswith(PREFIXES):
+        refuse_nan(weights or name, module.state_dict(), infinity=True)
     tokenizer = open_clip.get_tokenizer(known, **tokenizer_args)
     return Parts(module, evaluation_transform(module), tokenizer)
 
@@ -120,6 +136,7 @@ def _with_own_weights(
             f"load: {name!r} brings its own weights; pretrained must be None or a weights file, "
             f"got {weights!r}"
         )
+    _check_folder(name)
     if isinstance(asked.preprocess, str):
         raise ValueError(
             f"load: {name!r} has no tags; preprocess must be a dictionary with fields of "
@@ -131,6 +148,7 @@ def _with_own_weights(
     if weights is None:
         return parts
     tensors = read_safetensors(weights)
+    refuse_nan(weights, tensors, infinity=True)
     try:
         if settled.image_size is None or fits(parts.model, tensors):
             fill(parts.model, tensors)
@@ -147,14 +165,26 @@ def _with_own_weights(
     return parts._replace(preprocess=evaluation_transform(parts.model))
 
 
-def _add_architecture(open_clip: Any, path: Path) -> str:
+def _check_folder(name: str) -> None:
+    """What open_clip is about to read in a folder of "local-dir:"."""
+    folder = Path(name.removeprefix("local-dir:"))
+    described = folder / "open_clip_config.json"
+    if not name.startswith("local-dir:") or not described.is_file():
+        return
+    files = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pth")]
+    for file in files:
+        check_weights_file(file)
+    config = json_object(described, read_json(described)).get("model_cfg")
+    sizes = {file.stat().st_size: file for file in files}
+    check_architecture(described, config, sizes[max(sizes)] if sizes else None)
+
+
+def _add_architecture(open_clip: Any, path: Path, weights: str | None) -> str:
     """Make open_clip know the architecture of a .json file; returns its name."""
     if not path.is_file():
         raise ValueError(f"load: no such file: {path}")
-    parts = ("embed_dim", "vision_cfg", "text_cfg")
-    config = read_json(path)
-    if not isinstance(config, dict) or not all(part in config for part in parts):
-        raise FileFormatError(f"{path}: not a model of open_clip's: expected {', '.join(parts)}")
+    file = None if weights is None or not Path(weights).is_file() else Path(weights)
+    check_architecture(path, read_json(path), file)
     open_clip.add_model_config(path)
     return path.stem
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from clipsteer.clip.build import evaluation_transform
 from clipsteer.clip.hooks import evaluating
 from clipsteer.clip.timm_models import ImageModel, transforms_of
-from clipsteer.data.dataset import read_image
+from clipsteer.io.images import as_rgb, read_image
 
 Transform = Callable[[Any], Tensor]
 Key = int | tuple[int, int]  # a row of a data set, or (row, seed)
@@ -56,11 +56,13 @@ def as_pixels(image: Any, transform: Transform) -> Tensor:
     """One image, preprocessed: (3, H, W).
 
     Args:
-        image: a PIL image or a path, which `transform` is applied to, or a preprocessed tensor
-            (3, H, W), which is taken as it is.
+        image: a PIL image or a path, which `transform` is applied to once `as_rgb` has made it
+            RGB, upright and laid on white, or a preprocessed tensor (3, H, W), which is taken as it
+            is.
 
     Raises:
-        TypeError: anything else. ValueError: a tensor of another shape, or of whole numbers.
+        TypeError: anything else. ValueError: a tensor of another shape, or of whole numbers; a PIL
+            image of mode I or F, whose range nothing tells.
         FileFormatError: a file that is no image. FileNotFoundError.
     """
     if isinstance(image, Tensor):
@@ -75,11 +77,19 @@ def as_pixels(image: Any, transform: Transform) -> Tensor:
     from PIL import Image
 
     if isinstance(image, Image.Image):
-        return transform(image)
+        return transform(as_rgb(image))
     raise TypeError(
         "images: expected PIL images, paths, or preprocessed tensors (3, H, W), got "
         f"{type(image).__name__}"
     )
+
+
+def from_any_mode(transform: Any) -> Transform:
+    """A transform of torchvision's with `as_rgb` before it: images given to it by hand are seen as
+    files are."""
+    from torchvision.transforms import Compose
+
+    return Compose([as_rgb, *transform.transforms])
 
 
 def stacks(images: Any, transform: Transform, batch_size: int) -> Iterator[Tensor]:

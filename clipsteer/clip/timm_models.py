@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clipsteer.clip.hooks import evaluating
 from clipsteer.clip.published import told
 from clipsteer.clip.setup import NOTHING, TIMM_DATA, Asked, check_preprocess
-from clipsteer.io.files import FileFormatError, read_safetensors
+from clipsteer.io.files import FileFormatError, read_safetensors, refuse_nan
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +172,8 @@ def open_timm(name: str, weights: str | None = None, asked: Asked = NOTHING) -> 
         _load(trunk, name, file, size)
     elif size is not None:
         _set_size(trunk, size)
+    if weights != RANDOM:
+        refuse_nan(weights or f"{TIMM}{name}", trunk.state_dict(), infinity=True)
     model = ImageModel(trunk, cfg)
     if size is not None:
         _check_size(name, model, size)

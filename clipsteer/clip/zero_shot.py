@@ -11,6 +11,7 @@ from torch import Tensor
 from clipsteer.clip.axes import first_of
 from clipsteer.clip.hooks import evaluating
 from clipsteer.clip.model import CLIP, EMOJICLIP
+from clipsteer.io.names import spoken
 
 SIMPLE_TEMPLATES = ("a photo of a {}.",)
 
@@ -73,7 +74,7 @@ def zero_shot_head(
     parts = []
     with evaluating(clip):
         for at in range(0, len(texts), batch_size):
-            tokens = clip.tokenizer(texts[at : at + batch_size])
+            tokens = clip.tokenizer([*map(spoken, texts[at : at + batch_size])])
             parts.append(first_of(clip.model.encode_text(tokens.to(clip.device))))
     rows = F.normalize(torch.cat(parts), dim=-1)  # (C·n, e)
     features = rows.unflatten(0, (len(classnames), len(templates)))  # (C, n, e)

@@ -29,6 +29,7 @@ from clipsteer.conceptors.fit import (
     shares,
     spectrum,
 )
+from clipsteer.io.doors import door
 from clipsteer.ops._check import what_came
 
 
@@ -338,6 +339,7 @@ class Conceptor:
         return files.write(path, self.factors, self.aperture, self.mean, self.metadata)
 
     @classmethod
+    @door
     def load(cls, path: str | Path) -> Conceptor:
         """Read what ``save`` wrote. Raises FileNotFoundError, or FileFormatError for anything else
         that is there."""

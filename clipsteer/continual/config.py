@@ -97,6 +97,9 @@ class CILConfig:
     """of SGD"""
     batch_size: Count = 48
     """images a step"""
+    schedule: Literal["step", "epoch"] = "step"
+    """the half cosine of the learning rate falls every step, or once an epoch, as MACIL's authors
+    have it"""
     first_epochs: Count = 20
     """passes over the images of the first task"""
     epochs: Count = 10
@@ -142,6 +145,8 @@ class CILConfig:
         found = asdict(self)
         for name in COSMETIC:
             del found[name]
+        if found["schedule"] == CILConfig.schedule:
+            del found["schedule"]  # runs of before the field had this one
         return json.loads(json.dumps(found))
 
     @property

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from clipsteer.io.doors import door
 from clipsteer.io.files import FileFormatError
 from clipsteer.io.kinds import Kind, read_kind, write_kind
 from clipsteer.training.world import World
@@ -138,6 +139,7 @@ class ClassStatistics:
         return write_kind(path, _KIND, tensors)
 
     @classmethod
+    @door
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> ClassStatistics:
         """Read what ``save`` wrote.
 

@@ -26,15 +26,21 @@ from clipsteer.continual.learner import ClassIncrementalLearner
 from clipsteer.continual.metrics import Run
 from clipsteer.continual.plasticity import Plasticity
 from clipsteer.continual.scenario import Scenario
+from clipsteer.data.identity import Identity, identity_of
+from clipsteer.io.checked import read_checked, write_checked
 from clipsteer.io.digests import digest_of
-from clipsteer.io.files import read_json, write_json
+from clipsteer.io.files import FileFormatError
 from clipsteer.testing.machine import extra_memory
+from clipsteer.training.claim import claimed
+from clipsteer.training.resume import check_same_data
 from clipsteer.training.schedule import DATA_ORDER
 from clipsteer.training.settings import check_same_settings
 
 __all__ = ["run_all", "run_tasks"]
 
 logger = logging.getLogger(__name__)
+
+_FILE = "run.json"
 
 
 def run_tasks(
@@ -59,14 +65,35 @@ def run_tasks(
             alone.
         asked: what `encoder` was asked for beside a name (the setup of `Encoder.open`), JSON-able:
             another model is another run.
+
+    Raises:
+        ValueError: another run in ``out``: other settings, starting weights or images.
+        FileFormatError: a damaged run, or checkpoints that are not of such a run.
+        RuntimeError: another process writes to ``out``.
     """
     out = None if out is None else Path(out)
     settings = {**config.outcome(), "data order": DATA_ORDER, "data": _identity(scenario)}
     if asked:
         settings["asked"] = json.loads(json.dumps(dict(asked)))
     run = Run(config.name, config.seed, scenario.tasks, settings)
-    if out is not None and (out / "run.json").exists():
-        run = _found(run, out)
+    arguments = {"zero_shot": zero_shot, "plasticity": plasticity, "workers": workers}
+    with claimed(out, "run_tasks"):
+        return _run_tasks(run, scenario, encoder, config, out, arguments)
+
+
+def _run_tasks(
+    run: Run,
+    scenario: Scenario,
+    encoder: Callable[[], Encoder],
+    config: CILConfig,
+    out: Path | None,
+    arguments: Mapping[str, Any],
+) -> Run:
+    data: Identity | None = None
+    if out is not None:
+        data = {"learned": identity_of(scenario.train), "measured": identity_of(scenario.test)}
+        if (out / _FILE).exists():
+            run = _found(run, data, out)
     if len(run.records) == len(scenario.tasks):
         return run
 
@@ -76,10 +103,8 @@ def run_tasks(
             encoder(),
             config,
             len(scenario.classes),
-            zero_shot=zero_shot,
-            plasticity=plasticity,
             out=where,
-            workers=workers,
+            **arguments,
         )
         if where is not None:
             made.resume()
@@ -107,15 +132,24 @@ def run_tasks(
             "%s: task=%d of=%d accuracy=%.4g", config.name, t + 1, len(scenario.tasks), run.seen[t]
         )
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            write_json(out / "run.json", run.to_json())
+            write_checked(out / _FILE, {**run.to_json(), "data": data})
     return run
 
 
-def _found(run: Run, out: Path) -> Run:
-    """The run in the folder; ValueError where it has other settings."""
-    found = Run.from_json(read_json(out / "run.json"))
+def _found(run: Run, data: Identity | None, out: Path) -> Run:
+    """The run in the folder; ValueError where it has other settings or data, FileFormatError for a
+    damaged one."""
+    path = out / _FILE
+    values, _ = read_checked(path, run.to_json())
+    try:
+        found = Run.from_json(values)
+    except FileFormatError as error:
+        raise FileFormatError(f"{path}: {error}") from None
     check_same_settings("run_tasks", out, _settings(found), _settings(run))
+    there = values.get("data")
+    if not isinstance(there, (dict, type(None))):
+        raise FileFormatError(f"{path}: 'data' must be a JSON object, got {there!r:.80}")
+    check_same_data("run_tasks", out, there, data)
     return found
 
 

@@ -27,6 +27,7 @@ from clipsteer.continual.heads import align, nearest_mean
 from clipsteer.continual.state import LearnerState
 from clipsteer.continual.task import Before, TaskRun
 from clipsteer.data.dataset import ImageDataset
+from clipsteer.training.claim import claimed
 from clipsteer.training.schedule import seed_of
 from clipsteer.training.signals import leave
 
@@ -64,11 +65,6 @@ class ClassIncrementalLearner(LearnerState):
     def compensates(self) -> bool:
         """Whether means follow the drift of features."""
         return self.config.compensation != "none"
-
-    @property
-    def _keeps_means(self) -> bool:
-        # of what trains at least to measure how they age
-        return self.config.classifier == "ncm" or self.config.train != "none"
 
     def _pixels(self, images: ImageDataset) -> Iterator[Tensor]:
         return pixel_batches(self.encoder, images, workers=self.workers)
@@ -144,9 +140,10 @@ class ClassIncrementalLearner(LearnerState):
 
         Raises:
             ValueError: classes that were seen, or without images, or targets outside of them.
-            RuntimeError: the loss is not finite; this learner is then spent, what ``out`` holds is
-            not. SystemExit(143): SIGTERM came and the state is saved; KeyboardInterrupt: so did
-            Ctrl-C.
+            RuntimeError: the loss is not finite (this learner is then spent, what ``out`` holds is
+            not), or another process writes to ``out``. FileFormatError: a checkpoint of the task
+            that is not of such a run. SystemExit(143): SIGTERM came and the state is saved;
+            KeyboardInterrupt: so did Ctrl-C.
         """
         classes = list(classes)
         if not classes or len({*classes, *self.seen}) < len(classes) + len(self.seen):
@@ -161,10 +158,11 @@ class ClassIncrementalLearner(LearnerState):
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(seed_of(self.config.seed, len(self.tasks)))
-            asked = self._fit(images, classes)
-        if self.out is not None:
-            self.save()
-            shutil.rmtree(self.out / "steps", ignore_errors=True)
+            with claimed(self.out, self.config.name):
+                asked = self._fit(images, classes)
+                if self.out is not None:
+                    self.save()
+                    shutil.rmtree(self.out / "steps", ignore_errors=True)
         if asked:
             message = f"task {len(self.tasks)} is saved in {self.out}; run the same again to go on"
             logger.warning("%s: %s", self.config.name, message)

@@ -28,8 +28,10 @@ from clipsteer.continual.adapters import (
     spread_panels,
     write_adapter,
 )
+from clipsteer.io.doors import door
 from clipsteer.io.files import FileFormatError
 from clipsteer.io.kinds import Kind, read_kind, write_kind
+from clipsteer.io.layout import Layout, Spec
 
 __all__ = ["LoRA"]
 
@@ -203,6 +205,17 @@ class LoRA:
                 state[name] = parameter.detach()
         return state
 
+    def layout(self, tasks: int) -> Layout:
+        """What ``state_dict`` is after so many tasks."""
+        found = {"tasks": Spec(torch.int64, (), least=tasks, most=tasks)}
+        counts = self._counts(tasks)
+        for site in self.sites:
+            dtype = torch.promote_types(self._chain(site).original.dtype, torch.float32)
+            for letter, shape in self._shapes(site).items():
+                for i in range(counts[letter]):
+                    found[f"{site.owner}.{site.weight}.{letter}.{i}"] = Spec(dtype, shape)
+        return found
+
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over pairs of a LoRA of the same settings on the same tower; the newest trains.
 
@@ -211,16 +224,11 @@ class LoRA:
         """
         known = state.get("tasks")
         tasks = int(known) if known is not None and known.numel() == 1 else -1
-        counts = self._counts(tasks)
-        if tasks < 0 or max(counts.values()) > len(state):
+        if tasks < 0 or max(self._counts(tasks).values()) > len(state):
             raise ValueError(
                 f"LoRA.load_state_dict: expected the number of tasks in 'tasks', got {known}"
             )
-        wanted: dict[str, tuple[int, ...]] = {"tasks": ()}
-        for site in self.sites:
-            for letter, shape in self._shapes(site).items():
-                for i in range(counts[letter]):
-                    wanted[f"{site.owner}.{site.weight}.{letter}.{i}"] = shape
+        wanted = {name: spec.shape for name, spec in self.layout(tasks).items()}
         for name in sorted({*wanted, *state}):
             got = tuple(state[name].shape) if name in state else None
             if name not in wanted or got != wanted[name]:
@@ -247,6 +255,7 @@ class LoRA:
         write_kind(path, _KIND, self.state_dict(), {"config": self.config})
 
     @classmethod
+    @door
     def load(cls, module: nn.Module, path: str | Path) -> LoRA:
         """Put what ``save`` wrote on an equal module, which is left as it was if that fails.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from clipsteer.io.files import FileFormatError
 from clipsteer.report.intervals import excludes_zero, mean_interval
+from clipsteer.training.settings import Range
 
 DRIFTS = ("compensated", "uncompensated", "cosine_compensated", "cosine_uncompensated")
 # name -> whether more is better
@@ -254,24 +255,43 @@ class Run:
         """Raises FileFormatError where the data are not what `to_json` gives."""
         try:
             run = cls(data["strategy"], data["seed"], data["tasks"], data["settings"])
+            if not isinstance(run.settings, dict):
+                raise TypeError("settings must be an object")
+            if not all(type(c) is int and 0 <= c < 1 << 31 for c in run._seen(len(run.tasks))):
+                raise ValueError("tasks must hold class ids")
             for key, fields in data["records"].items():
                 run.records[int(key)] = run._record(int(key), fields)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FileFormatError(f"not a run as Run.to_json gives it: {error!r}") from error
         return run
 
     def _record(self, t: int, fields: Mapping[str, Any]) -> Record:
         record = Record(**fields)
         classes = len(self._seen(t))
-        sizes = {len(record.correct), len(record.count)}
-        if t not in range(len(self.tasks)) or sizes != {classes}:
+        if t not in range(len(self.tasks)) or not _are_counts(record, classes):
             raise ValueError(f"record {t} does not fit the tasks")
-        if record.drift is not None:
-            drift = {}
-            for kind, errors in record.drift.items():
-                drift[kind] = [math.nan if error is None else error for error in errors]
-            record.drift = drift
-        return record
+        costs = (record.seconds, record.peak_mb)
+        if not all(cost is None or cost in Range("finite") for cost in costs):
+            raise ValueError(f"seconds and peak_mb of record {t} must be finite, got {costs}")
+        if record.drift is None:
+            return record
+        old = classes - len(self.tasks[t])
+        drift = {}
+        for kind, errors in record.drift.items():
+            drift[kind] = [math.nan if error is None else float(error) for error in errors]
+            if kind not in DRIFTS or len(errors) != old:
+                raise ValueError(f"drift of record {t} must be lists of {old}, any of {DRIFTS}")
+        return replace(record, drift=drift)
+
+
+def _are_counts(record: Record, classes: int) -> bool:
+    """Whether of each class as many rows are right as there are, at the most."""
+    lists = (record.correct, record.count)
+    if not all(isinstance(found, list) and len(found) == classes for found in lists):
+        return False
+    pairs = list(zip(*lists))
+    are_whole = all(type(right) is int and type(n) is int for right, n in pairs)
+    return are_whole and all(0 <= right <= n < 1 << 53 for right, n in pairs)
 
 
 def by_strategy(runs: Iterable[Run]) -> dict[str, list[Run]]:

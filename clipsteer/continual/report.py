@@ -21,6 +21,7 @@ from clipsteer.continual.tables import (
     results_table,
 )
 from clipsteer.io.files import FileFormatError, read_json, write_atomically, write_json
+from clipsteer.io.names import spoken
 from clipsteer.report.axes import Axis
 from clipsteer.report.charts import Chart
 from clipsteer.report.layers import Cells, Line
@@ -171,7 +172,7 @@ def write_results(
     write_csv(matrix_csv, [row for run in runs for row in _matrix_rows(run)])
     _page(runs, notes, reference, title).write(page)
     markdown = "\n".join(_summary(runs, notes, reference, title)) + "\n"
-    write_atomically(summary, lambda file: file.write(markdown.encode()))
+    write_atomically(summary, lambda file: file.write(spoken(markdown).encode()))
     return paths
 
 

@@ -9,7 +9,7 @@ what remains in the last task.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -211,6 +211,7 @@ def folder_scenario(
     init_cls: int | None = None,
     increment: int | None = None,
     validation: float = 0.0,
+    leave_out: Collection[Path] = (),
 ) -> Scenario:
     """PILOT's layout: ``path``/train/<class>/… and ``path``/test/<class>/….
 
@@ -219,12 +220,13 @@ def folder_scenario(
         seed: of the class order alone.
         validation: the share of each class's training images that is held out; the same for every
             seed.
+        leave_out: files that are passed over, such as unreadable ones.
 
     Raises ValueError where a folder is missing or flat, or train and test have different classes.
     """
     _check_share("folder_scenario", validation)
-    whole = class_folder(Path(path) / "train", "folder_scenario")
-    test = class_folder(Path(path) / "test", "folder_scenario")
+    whole = class_folder(Path(path) / "train", "folder_scenario", leave_out=leave_out)
+    test = class_folder(Path(path) / "test", "folder_scenario", leave_out=leave_out)
     assert whole.classes is not None
     assert test.classes is not None
     classes = whole.classes

@@ -17,7 +17,11 @@ from clipsteer.continual.heads import RandomProjection, TaskHeads
 from clipsteer.continual.lora import LoRA
 from clipsteer.continual.plasticity import Plasticity, pack_history, unpack_history
 from clipsteer.io import checkpoint
+from clipsteer.io.checkpoint import Checkpoint
 from clipsteer.io.digests import described, parts_digest, weights_digest
+from clipsteer.io.files import FileFormatError
+from clipsteer.io.layout import Layout, Spec, check_layout, layout_of
+from clipsteer.training.resume import entry
 from clipsteer.training.schedule import DATA_ORDER
 from clipsteer.training.settings import check_same_settings
 
@@ -118,6 +122,11 @@ class LearnerState:
         return image[None].to(self.device, self.encoder.dtype)
 
     @property
+    def _keeps_means(self) -> bool:
+        # of what trains at least to measure how they age
+        return self.config.classifier == "ncm" or self.config.train != "none"
+
+    @property
     def seen(self) -> list[int]:
         """Classes in the order of the tasks."""
         return [c for task in self.tasks for c in task]
@@ -142,6 +151,76 @@ class LearnerState:
             for name, tensor in tensors.items():
                 found[f"{part}.{name}"] = tensor
         return found
+
+    def _layout(self, tasks: list[list[int]]) -> Layout:
+        """What `_tensors` are after these tasks."""
+        C = sum(map(len, tasks))
+        kept = C if self._keeps_means else 0
+        width = self.means.shape[1]
+        parts: dict[str, Layout] = {}
+        if self.lora is not None:
+            parts["lora"] = self.lora.layout(len(tasks))
+        elif self.config.train == "full":
+            parts["encoder"] = layout_of(self.encoder.module.state_dict())
+        if self.heads is not None:
+            parts["heads"] = layout_of(self._grown(tasks).state_dict())
+            if self.config.align and len(tasks) > 1:
+                parts["aligned"] = parts["heads"]
+        if self.ridge is not None:
+            parts["ridge"] = layout_of(self.ridge.state_dict())
+        if self.config.plasticity and self.plasticity is not None:
+            parts["history"] = {
+                f"{task}/{block}": Spec(torch.float64, (sae.d_sae,), least=0)
+                for task in range(len(tasks))
+                for block, sae in self.plasticity.saes.items()
+            }
+        found = {
+            "means": Spec(torch.float64, (kept, width)),
+            "uncompensated": Spec(torch.float64, (kept, width)),
+            "covariances": Spec(torch.float32, (C if self.config.align else 0, width, width)),
+        }
+        for part, layout in parts.items():
+            found |= {f"{part}.{name}": spec for name, spec in layout.items()}
+        return found
+
+    def _grown(self, tasks: list[list[int]]) -> TaskHeads:
+        """A copy of the heads, with one for each of these tasks; torch's generator stays."""
+        heads = copy.deepcopy(self.heads)
+        assert heads is not None
+        with torch.random.fork_rng(devices=[]):
+            for task in tasks:
+                heads.add(len(task), device=self.device)
+        return heads
+
+    def _check(self, found: Checkpoint) -> None:
+        """Raise FileFormatError for what no learner of these settings can have saved."""
+        tasks = entry(found, "tasks", list)
+        ids = [c for task in tasks if isinstance(task, list) for c in task]
+        are_classes = all(type(c) is int and 0 <= c < self.num_classes for c in ids)
+        are_tasks = all(isinstance(task, list) and task for task in tasks)
+        if not are_tasks or not are_classes or len(set(ids)) < len(ids):
+            raise FileFormatError(
+                f"{found.meta_path}: 'tasks' must be lists of different classes below "
+                f"{self.num_classes}, got {tasks!r:.80}"
+            )
+        if len(tasks) != found.step:
+            raise FileFormatError(f"{found.meta_path}: {len(tasks)} tasks, named {found.step}")
+        multipliers = entry(found, "multipliers", list)
+        wanted = len(tasks) if self.config.plasticity else 0
+        if len(multipliers) != wanted or not all(map(self._are_factors, multipliers)):
+            raise FileFormatError(
+                f"{found.meta_path}: 'multipliers' must be {wanted} objects of factors of the "
+                f"blocks, got {multipliers!r:.80}"
+            )
+        check_layout(found.tensors_path, found.tensors, self._layout(tasks))
+
+    def _are_factors(self, factors: Any) -> bool:
+        """Whether these can be the learning-rate factors of a task."""
+        assert self.plasticity is not None
+        if not isinstance(factors, dict) or factors.keys() != self.plasticity.saes.keys():
+            return False
+        floor = self.plasticity.floor
+        return all(type(f) in (int, float) and floor <= f <= 1 for f in factors.values())
 
     def _settings(self) -> dict[str, Any]:
         encoder = self.encoder
@@ -185,7 +264,8 @@ class LearnerState:
 
         Raises:
             ValueError: tasks were already learned here, or the run there has other settings or
-                starting weights.
+                starting weights. FileFormatError: it holds what no such learner saves; then
+                nothing was taken from it.
         """
         if self.out is None or self.tasks:
             raise ValueError(
@@ -194,8 +274,9 @@ class LearnerState:
         found = checkpoint.load_latest(self.out / "tasks", device=str(self.device))
         if found is None:
             return 0
-        there = found.meta["settings"]
+        there = entry(found, "settings", dict)
         check_same_settings("ClassIncrementalLearner", self.out, there, self.settings)
+        self._check(found)
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {k[len(prefix) :]: v for k, v in found.tensors.items() if k.startswith(prefix)}
@@ -210,9 +291,7 @@ class LearnerState:
         elif self.config.train == "full":
             self.encoder.module.load_state_dict(part("encoder."))
         if self.heads is not None:
-            with torch.random.fork_rng(devices=[]):
-                for task in self.tasks:
-                    self.heads.add(len(task), device=self.device)
+            self.heads = self._grown(self.tasks)
             self.heads.load_state_dict(part("heads."))
         aligned = part("aligned.")
         if aligned and self.heads is not None:

@@ -20,6 +20,7 @@ from clipsteer.continual.config import CILConfig
 from clipsteer.continual.covariance import by_class, places, precision_factor, shrink
 from clipsteer.continual.heads import TaskHeads
 from clipsteer.data.dataset import ImageDataset
+from clipsteer.data.identity import identity_of
 from clipsteer.training.loop import TrainingRun
 from clipsteer.training.schedule import Keys, Order, cosine_lr, seed_of
 
@@ -127,7 +128,7 @@ class TaskRun(TrainingRun):
         self.workers = workers
         self.name = f"{config.name}, task {self.task + 1}"
         self.order = Order(len(images), config.batch_size, seed_of(config.seed, self.task))
-        epochs = config.epochs if self.task else config.first_epochs
+        self.epochs = config.epochs if self.task else config.first_epochs
         self.sgd = torch.optim.SGD(
             groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
@@ -135,7 +136,7 @@ class TaskRun(TrainingRun):
         trained = [p for group in groups for p in group["params"]]
         super().__init__(
             config,
-            self.order.per_epoch * epochs,
+            self.order.per_epoch * self.epochs,
             {str(number): parameter for number, parameter in enumerate(trained)},
             self.sgd,
             {**settings, "task": self.task, "classes": classes, "images": len(images)},
@@ -156,6 +157,10 @@ class TaskRun(TrainingRun):
         """What trains."""
         return {f"parameter.{name}": parameter for name, parameter in self.parameters.items()}
 
+    def data_identity(self) -> dict[str, Any]:
+        """That of the task's images."""
+        return identity_of(self.images)
+
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy what `tensors` gave into the network and the heads."""
         with torch.no_grad():
@@ -174,13 +179,20 @@ class TaskRun(TrainingRun):
         """One step of SGD; the loss, and the rate of the heads."""
         pixels, targets = batch  # (B, 3, H, W), (B,)
         for group, peak in zip(self.sgd.param_groups, self.peaks):
-            group["lr"] = cosine_lr(self.step, self.total, peak, 0)
+            group["lr"] = self.rate(self.step, peak)
         torch.manual_seed(seed_of(self.config.seed, self.task, "step", self.step))  # for dropout
         self.sgd.zero_grad(set_to_none=True)
         loss = self.loss(pixels, targets)
         loss.backward()
         self.sgd.step()
         return {"loss": loss.detach(), "lr": self.sgd.param_groups[-1]["lr"]}
+
+    def rate(self, step: int, peak: float) -> float:
+        """The learning rate of a step: peak · (1 + cos(π at/total))/2, at and total in steps, or in
+        epochs where ``config.schedule`` says so."""
+        if self.config.schedule == "epoch":
+            return cosine_lr(step // self.order.per_epoch, self.epochs, peak, 0)
+        return cosine_lr(step, self.total, peak, 0)
 
     def loss(
         self,

@@ -8,7 +8,6 @@ white.
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,20 +16,12 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from clipsteer.io.digests import digest_of
-from clipsteer.io.files import FileFormatError
+from clipsteer.io.images import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+from clipsteer.io.images import MAX_PIXELS as MAX_PIXELS
+from clipsteer.io.images import read_image as read_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-# Pillow's own default, at which it begins to warn of decompression bombs
-MAX_PIXELS = 89_478_485
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-)
-
-
-_TRANSPARENT = frozenset({"RGBA", "LA", "PA", "RGBa", "La"})
 
 
 class ImageDataset(Dataset):
@@ -40,6 +31,7 @@ class ImageDataset(Dataset):
         targets: one a sample: an index into `classes`; where `classes` is None a caption, or None
             in a set of images alone.
         classes: class names or None.
+        unreadable: why images were left out, of a set opened with ``skip_unreadable``.
     """
 
     def __init__(
@@ -51,6 +43,7 @@ class ImageDataset(Dataset):
         self._read = read
         self.targets: list[Any] = list(targets)
         self.classes = list(classes) if classes is not None else None
+        self.unreadable: list[str] = []
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -98,40 +91,6 @@ class _Reader:
         return arguments
 
 
-def read_image(source: str | Path | bytes, name: str | None = None) -> Image:
-    """An image file, or its bytes, as RGB, upright, on white.
-
-    Raises:
-        FileFormatError: not an image, damaged, or of more than MAX_PIXELS pixels; the message names
-            `name`.
-    """
-    from PIL import Image, ImageOps
-
-    file: Any = source
-    if isinstance(source, bytes):
-        file = io.BytesIO(source)
-        name = name or f"{len(source)} bytes"
-    name = name or str(source)
-    try:
-        with Image.open(file) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                size = f"{width} × {height}"
-                raise FileFormatError(f"{name}: {size} pixels; at most {MAX_PIXELS:,} are read")
-            upright: Image.Image = ImageOps.exif_transpose(image)
-            if upright.mode in _TRANSPARENT or "transparency" in upright.info:
-                upright = upright.convert("RGBA")
-                white = Image.new("RGBA", upright.size, "white")
-                upright = Image.alpha_composite(white, upright)
-            return upright.convert("RGB")
-    except Image.DecompressionBombError as error:
-        raise FileFormatError(f"{name}: {error}") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise FileFormatError(f"{name}: cannot be read as an image: {error}") from error
-
-
 LAYOUTS = (
     "a folder of class folders (FOLDER/CLASS/image.jpg), a .csv, .tsv or .jsonl table with "
     "captions, .tar shards with captions, or emoji"
@@ -165,6 +124,12 @@ def labelled(dataset: ImageDataset, what: str) -> ImageDataset:
     if dataset.images_alone:
         raise ValueError(f"{what}: these images have no classes; expected {LAYOUTS}")
     return renamed(dataset, sorted(set(map(str, dataset.targets))))
+
+
+def told_apart(dataset: Any) -> list[str] | None:
+    """The classes, where there are at least two: among one alone every prediction is right."""
+    classes = getattr(dataset, "classes", None)
+    return classes if classes is not None and len(classes) > 1 else None
 
 
 def sample_names(dataset: ImageDataset) -> list[str]:

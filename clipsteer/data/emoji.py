@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from clipsteer import assets
-from clipsteer.data.dataset import ImageDataset, _Reader, read_image, renamed
+from clipsteer.data.dataset import ImageDataset, _Reader, renamed
+from clipsteer.io.images import read_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image

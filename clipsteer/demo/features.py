@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from clipsteer.clip.seen import seen_box
 from clipsteer.clip.tokens import layout_at
 from clipsteer.data.dataset import spread
 from clipsteer.demo.explore import Feature, Predictor, feature_heat
@@ -32,13 +33,18 @@ def _heat(
     feature: Feature,
     row: int,
 ) -> Any:
-    """The image with a glow where the feature is active; plain where it hardly is."""
+    """The image with a glow where the feature is active, grey where the model does not look.
+
+    Plain where the feature hardly is active, and where nobody knows which part the model sees.
+    """
     layout = layout_at(predictor.clip, predictor.hook_point)
     prefix = layout.before_patches(tokens.shape[1]) or 0
     grid = feature_heat(predictor.sae, tokens[row], feature.index, prefix)
-    if grid is None or float(grid.max()) < 0.1 * feature.peak:
+    image = pictures.dataset[row][0]
+    seen = seen_box(predictor.clip.preprocess, image.size)
+    if grid is None or seen is None or float(grid.max()) < 0.1 * feature.peak:
         return pictures.thumb(row)
-    return heat_overlay(pictures.dataset[row][0], grid, size=_SIZE)
+    return heat_overlay(image, grid, size=_SIZE, seen=seen)
 
 
 def features(
@@ -76,7 +82,8 @@ def features(
             f"Shown are {len(chosen)}, picked by what they do: those that push the predictions "
             "towards what they look like, the most steerable first, then the most steerable of "
             "the others; no two towards the same name. Each comes with the images on which it is "
-            "strongest, and a glow where it is active (none where only the class token has it). "
+            "strongest, and a glow where it is active (none where only the class token has it); "
+            "what the model's preprocessing cuts off is grey. "
             "Its name is what those images are made of: each is decomposed into a sparse, "
             f"non-negative sum of the {found['vocabulary']} names (SpLiCE, Bhalla et al. 2024), "
             "and the weights are averaged."

@@ -8,7 +8,7 @@ the same figures.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from clipsteer.clip.model import CLIP, EMOJICLIP, default_hook_point, load, prov
 from clipsteer.clip.zero_shot import EMOJI_TEMPLATES, SIMPLE_TEMPLATES, zero_shot_head
 from clipsteer.continual.metrics import Run
 from clipsteer.data.dataset import ImageDataset, spread
+from clipsteer.data.files import open_dataset
 from clipsteer.demo import conceptors as demo_conceptors
 from clipsteer.demo import continual as demo_continual
 from clipsteer.demo import page as demo_page
@@ -128,6 +129,7 @@ def run(
     minutes: float = 1.0,
     max_images: int | None = None,
     device: str = "cpu",
+    open_images: Callable[[str | Path], ImageDataset] = open_dataset,
     **setup: Any,
 ) -> Demo:
     """Run the demo into the folder ``out``.
@@ -146,6 +148,7 @@ def run(
             a minute, which takes longer.
         max_images: at most so many; by default all bundled drawings for EmojiCLIP and 1000
             otherwise.
+        open_images: opens ``data``.
 
     Raises ValueError for arguments or data that do not fit, RuntimeError where no SAE feature is
     worth a look.
@@ -165,7 +168,7 @@ def run(
     if data is None:
         pictures = emoji_pictures(limit, emojiclip)
     else:
-        pictures = folder_pictures(data, seed, limit or 1000)
+        pictures = folder_pictures(data, seed, limit or 1000, open_images)
     hook_point = hook_point or default_hook_point(clip)
     tokens, embeddings = look(clip, pictures, hook_point)  # (N, T, d), (N, e)
     # the prompts of a large vocabulary cost a real text tower minutes, so one template does for it

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from clipsteer.clip.hooks import capture
 from clipsteer.clip.model import CLIP
+from clipsteer.clip.pixels import as_pixels
 from clipsteer.data.dataset import ImageDataset, sample_names, spread
 from clipsteer.data.emoji import EmojiStyles
 from clipsteer.data.files import open_dataset
@@ -95,12 +96,17 @@ def emoji_pictures(max_images: int | None = None, emojiclip: bool = True) -> Pic
     )
 
 
-def folder_pictures(path: str | Path, seed: int, max_images: int) -> Pictures:
+def folder_pictures(
+    path: str | Path,
+    seed: int,
+    max_images: int,
+    open_images: Callable[[str | Path], ImageDataset] = open_dataset,
+) -> Pictures:
     """A user's images, four fifths for the SAE. Vocabulary: class names, if any, and bundled ones.
 
     Raises ValueError for fewer than 10 images.
     """
-    dataset = open_dataset(path)
+    dataset = open_images(path)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(dataset), generator=generator).tolist()[:max_images]
     if len(order) < 10:
@@ -153,7 +159,7 @@ def augmented(image: Any, generator: torch.Generator) -> Any:
 
 def pixels(clip: CLIP, pictures: Pictures, rows: Sequence[int]) -> Tensor:
     """Preprocessed images (B, 3, H, W), on the model's device and in its dtype."""
-    images = [clip.preprocess(pictures.dataset[row][0]) for row in rows]
+    images = [as_pixels(pictures.dataset[row][0], clip.preprocess) for row in rows]
     return torch.stack(images).to(clip.device, clip.dtype)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +26,12 @@ from clipsteer.clip.classifier import (
 from clipsteer.clip.model import CLIP
 from clipsteer.clip.pixels import Samples, loader, pixel_batches, train_transform
 from clipsteer.data.dataset import ImageDataset
+from clipsteer.data.identity import identity_of
 from clipsteer.ensembles.config import FinetuneConfig
 from clipsteer.ensembles.merging import RunningEnsemble
 from clipsteer.io.digests import digest_of, weights_digest
 from clipsteer.io.files import FileFormatError, read_safetensors
+from clipsteer.training.claim import claimed
 from clipsteer.training.loop import TrainingRun
 from clipsteer.training.schedule import Keys, Order, seed_of
 
@@ -63,13 +66,16 @@ def finetune(
 
     Raises:
         ValueError: no classes, targets outside the head, nothing to train, or a run in `out` with
-            other settings, classes or starting weights.
-        RuntimeError: the loss is not finite. SystemExit(143): SIGTERM came and the state is saved;
-            KeyboardInterrupt: so did Ctrl-C.
+            other settings, images, classes or starting weights.
+        FileFormatError: a checkpoint in `out` that is not of such a run.
+        RuntimeError: the loss is not finite, or another process writes to `out`. SystemExit(143):
+            SIGTERM came and the state is saved; KeyboardInterrupt: so did Ctrl-C.
     """
     folder = Path(out) if out is not None else None
     config = config or FinetuneConfig()
-    return _Run(clip, dataset, head, config, folder, validation, workers).run(on_step, resume)
+    run = _Run(clip, dataset, head, config, folder, validation, workers)
+    with claimed(folder, run.name):
+        return run.run(on_step, resume)
 
 
 class _Run(TrainingRun):
@@ -91,11 +97,12 @@ class _Run(TrainingRun):
         if (
             dataset.classes is None
             or not len(dataset)
+            or len(head) < 2
             or not 0 <= min(dataset.targets) <= max(dataset.targets) < len(head)
         ):
             raise ValueError(
                 f"finetune: dataset must hold images of classes 0 … {len(head) - 1}, the rows of "
-                f"head"
+                f"head, of which there must be at least two"
             )
         self.clip = clip
         self.dataset = dataset
@@ -152,6 +159,9 @@ class _Run(TrainingRun):
                 finetune=self.settings,
             )
         return self.classifier
+
+    def data_identity(self) -> dict[str, Any]:
+        return identity_of(self.dataset)
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"model.{name}": tensor for name, tensor in self.trained.state_dict().items()}

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from clipsteer.clip.setup import Setup, header_of, setup_in, setup_of
 from clipsteer.ensembles.blend import blend
+from clipsteer.io.doors import door
 from clipsteer.io.files import safetensors_layout, tensor_bytes, write_atomically
 from clipsteer.io.weights import Entry, Source, Weights, open_weights, some
 
@@ -35,6 +36,7 @@ Alpha = float | Mapping[str, float]
 _PIECE = 1 << 18
 
 
+@door
 def wise_ft(
     zeroshot: Weights,
     finetuned: Weights,
@@ -45,9 +47,12 @@ def wise_ft(
 
     Args:
         zeroshot, finetuned: each a .safetensors file, an index of shards
-            (``*.safetensors.index.json``), a folder that holds one of these (transformers' and
-            open_clip's names), a ``.pt``/``.bin`` file of weights alone, a state dict or a module.
-            Names, shapes and dtypes must be the same.
+            (``*.safetensors.index.json``, ``pytorch_model.bin.index.json``), a folder that holds
+            one of these (transformers' and open_clip's names), a ``.pt``/``.bin`` file of weights
+            (or of a checkpoint with them under "state_dict" or "model"), a state dict or a module.
+            Names, shapes and dtypes must be the same; in files, what torch.compile
+            (``_orig_mod.``) and DistributedDataParallel (``module.``) put into the names does not
+            count.
         alpha: 0 is zero-shot, 1 fine-tuned. A mapping of fnmatch patterns to numbers sets it by
             tensor: the first pattern that matches counts, and every tensor needs one. A list gives
             a result each, in one pass.

@@ -1,13 +1,12 @@
 """Training state that survives crashes: a safetensors and a JSON file a step, the two newest kept.
 
-The JSON is written last and holds the size and SHA-256 of the tensors, so a checkpoint either is
-whole or is passed over: a crash, a full disk or a damaged file costs at most the steps since the
-checkpoint before.
+The JSON is written last and holds the size and SHA-256 of the tensors and a checksum of itself, so
+a checkpoint either is whole or is passed over: a crash, a full disk or a damaged file costs at most
+the steps since the checkpoint before.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from collections.abc import Mapping
@@ -16,39 +15,29 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from clipsteer.io.files import (
-    FileFormatError,
-    read_json,
-    read_safetensors,
-    write_json,
-    write_safetensors,
-)
+from clipsteer.io.checked import check_file, file_facts, read_checked, write_checked
+from clipsteer.io.files import FileFormatError, read_safetensors, write_safetensors
+from clipsteer.io.locks import remove_abandoned
 
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"step-(\d{10})\.(json|safetensors)")
+_NAME = re.compile(r"step-(\d{10})\.(json|safetensors)", re.ASCII)
+_HEAD = ("step", "bytes", "sha256", "meta")
 
 
 class Checkpoint(NamedTuple):
-    """What ``save_state`` was given."""
+    """What ``save_state`` was given, and the files that it is from."""
 
     step: int
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
+    tensors_path: Path = Path()
+    meta_path: Path = Path()
 
 
 def _paths(directory: Path, step: int) -> tuple[Path, Path]:
     stem = directory / f"step-{step:010d}"
     return stem.with_suffix(".safetensors"), stem.with_suffix(".json")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        # Python 3.10 has no hashlib.file_digest
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()
 
 
 def _steps(directory: Path) -> dict[int, set[str]]:
@@ -82,10 +71,11 @@ def save_state(
         raise ValueError(f"step must be in [0, 10**10), got {step}")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    # of any step: a run that was killed while it wrote may never come to that step again
+    remove_abandoned(directory / "*", _NAME.pattern)
     data, index = _paths(directory, step)
     write_safetensors(data, tensors)
-    head = {"step": step, "bytes": data.stat().st_size, "sha256": _digest(data)}
-    write_json(index, {**head, "meta": dict(meta)})
+    write_checked(index, {"step": step, **file_facts(data), "meta": dict(meta)})
     found = _steps(directory)
     older = sorted((s for s, kinds in found.items() if s < step and "json" in kinds), reverse=True)
     # later steps belong to a branch that this save has left
@@ -113,11 +103,11 @@ def load_latest(directory: str | Path, *, device: str = "cpu") -> Checkpoint | N
 
 def _load(directory: Path, step: int, device: str) -> Checkpoint:
     data, index = _paths(directory, step)
-    head = read_json(index)
-    names = {"step", "bytes", "sha256", "meta"}
-    if not isinstance(head, dict) or not names <= head.keys() or head["step"] != step:
+    head, is_checked = read_checked(index, _HEAD)
+    if head.keys() != set(_HEAD) or head["step"] != step or not isinstance(head["meta"], dict):
         raise FileFormatError(f"{index}: not a checkpoint index")
-    if data.stat().st_size != head["bytes"] or _digest(data) != head["sha256"]:
-        raise FileFormatError(f"{data}: truncated or damaged")
+    check_file(data, head)
     tensors = {name: tensor.to(device) for name, tensor in read_safetensors(data).items()}
-    return Checkpoint(step, tensors, head["meta"])
+    if not is_checked:
+        logger.warning("%s: of a version that kept no checksum of it; taken as it is", index)
+    return Checkpoint(step, tensors, head["meta"], data, index)

@@ -11,10 +11,8 @@ import contextlib
 import json
 import math
 import os
-import re
-import secrets
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -22,7 +20,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from clipsteer.io.doors import door
+from clipsteer.io.locks import open_temporary, remove_abandoned
+from clipsteer.io.messages import FileFormatError as FileFormatError
+from clipsteer.io.messages import naming
+from clipsteer.io.names import escaped, unescaped, utf8_path
+
 MAX_JSON_BYTES = 16 << 20
+# of JSON: what is read takes memory in proportion, and can be copied, compared and written again
+_MAX_VALUES = 1 << 20
+_MAX_DEPTH = 200
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -43,11 +50,6 @@ _MAX_DIMS = 32
 _MAX_SIZE = 1 << 62  # of a dimension
 
 
-class FileFormatError(Exception):
-    """A file is not what it should be: damaged, truncated, or of another format. The message names
-    the path."""
-
-
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Replace ``path`` by what ``write`` puts into the open file: all of it, or none of it when
     anything fails.
@@ -57,16 +59,10 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
     where the system has file locks.
     """
     path = Path(path)
-    _remove_abandoned(path)
-    while True:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-        file = temporary.open("xb")
-        # between the two lines another writer may have taken it for abandoned
-        if not _lock(file) or os.fstat(file.fileno()).st_nlink:
-            break
-        file.close()
+    remove_abandoned(path)
+    temporary, file = open_temporary(path)
     try:
-        with file:
+        with naming(path), file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -82,32 +78,15 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
             os.close(folder)
 
 
-def _lock(file: BinaryIO, wait: bool = True) -> bool:
-    """Take the lock that says "being written", which ends with its process; False when it is taken
-    or there is none."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except (ImportError, OSError):
-        return False
-    return True
-
-
-def _remove_abandoned(path: Path) -> None:
-    pattern = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{12}\.tmp")
-    with contextlib.suppress(OSError):  # a folder that may be written to but not listed
-        for name in filter(pattern.fullmatch, os.listdir(path.parent)):
-            temporary = path.parent / name
-            with contextlib.suppress(OSError), temporary.open("r+b") as file:
-                if _lock(file, wait=False):
-                    temporary.unlink()
-
-
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON. Raises ValueError for NaN and infinity, TypeError for what
-    JSON has not."""
-    data = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+    JSON has not.
+
+    Names that are not UTF-8, which Python holds with halves of pairs (surrogateescape), come back
+    as they were: JSON's way to write such a half is Python's.
+    """
+    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False)
+    data = text.encode("utf-8", "backslashreplace") + b"\n"
     write_atomically(path, lambda file: file.write(data))
 
 
@@ -122,7 +101,7 @@ def safetensors_layout(
     """
     header: dict[str, Any] = {}
     if metadata:
-        header["__metadata__"] = {str(key): str(value) for key, value in metadata.items()}
+        header["__metadata__"] = {str(key): escaped(str(value)) for key, value in metadata.items()}
     # widest elements first, then by name: every tensor is aligned and the bytes do not depend on
     # the order given
     order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
@@ -177,6 +156,7 @@ def write_safetensors(
     write_atomically(path, write)
 
 
+@door
 def open_regular(path: Path) -> tuple[BinaryIO, int]:
     """An open regular file and its size in bytes.
 
@@ -197,24 +177,57 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse(path: Path, data: bytes) -> Any:
+    # three characters of an empty list take 64 bytes of memory
+    if sum(map(data.count, (b"[", b"{", b","))) > _MAX_VALUES:
+        raise FileFormatError(f"{path}: more than {_MAX_VALUES} values are not read as JSON")
     try:
-        return json.loads(data, object_pairs_hook=_no_duplicates)
+        value = json.loads(data, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: not valid JSON: {error}") from None
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [part for whole in level for part in _parts(whole)]
+    if level:
+        raise FileFormatError(f"{path}: more than {_MAX_DEPTH - 1} lists and objects, nested")
+    return value
 
 
+def _parts(value: Any) -> Iterable[Any]:
+    """What a list or an object holds."""
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+@door
+def read_text(path: str | Path, *, max_bytes: int = MAX_JSON_BYTES) -> str:
+    """The text in a UTF-8 file of at most ``max_bytes``, without a byte order mark.
+
+    Raises FileFormatError.
+    """
+    path = Path(path)
+    try:
+        return _content(path, max_bytes, "text").decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{path}: not text in UTF-8: {error}") from None
+
+
+def _content(path: Path, max_bytes: int, what: str) -> bytes:
+    file, size = open_regular(path)
+    with file, naming(path):
+        if size > max_bytes:
+            raise FileFormatError(f"{path}: {size} bytes, at most {max_bytes} are read as {what}")
+        return file.read(max_bytes)
+
+
+@door
 def read_json(path: str | Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """The value in a JSON file of at most ``max_bytes``.
 
     Raises FileFormatError, also where a name occurs twice in an object.
     """
     path = Path(path)
-    file, size = open_regular(path)
-    with file:
-        if size > max_bytes:
-            raise FileFormatError(f"{path}: {size} bytes, at most {max_bytes} are read as JSON")
-        data = file.read(max_bytes)
-    return _parse(path, data)
+    return _parse(path, _content(path, max_bytes, "JSON"))
 
 
 class StoredTensor(NamedTuple):
@@ -272,8 +285,12 @@ def _opened(path: Path) -> Iterator[tuple[safe_open, Header]]:
     described, start = _described(path)
     try:
         # not mapped: a file that is cut off while it is read raises, and does not kill the process
-        with safe_open(path, framework="pt", backend="pread") as file:
-            metadata = described.pop("__metadata__", {})
+        with (
+            utf8_path(path) as opened,
+            safe_open(opened, framework="pt", backend="pread") as file,
+        ):
+            texts = described.pop("__metadata__", None) or {}
+            metadata = {key: unescaped(text) for key, text in texts.items()}
             stored = [_stored(path, name, entry) for name, entry in described.items()]
             stored.sort(key=lambda tensor: (tensor.begin, tensor.end))
             yield file, Header(tuple(stored), metadata, start)
@@ -282,6 +299,7 @@ def _opened(path: Path) -> Iterator[tuple[safe_open, Header]]:
         raise FileFormatError(f"{path}: {error}") from None
 
 
+@door
 def read_safetensors_header(path: str | Path) -> Header:
     """Names, dtypes, shapes and metadata, without the data. Raises FileFormatError."""
     with _opened(Path(path)) as (_, header):
@@ -302,13 +320,21 @@ def _read_tensor(path: Path, file: safe_open, stored: StoredTensor) -> Tensor:
     return tensor
 
 
-def refuse_nan(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise FileFormatError where a tensor of ``path`` holds NaN; infinities are let through."""
+def refuse_nan(path: str | Path, tensors: Mapping[str, Tensor], *, infinity: bool = False) -> None:
+    """Raise FileFormatError where a tensor of ``path`` holds NaN, and with ``infinity`` also where
+    one holds that."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        # unlike isnan and isfinite these take no memory
+        ends = torch.stack(tensor.detach().aminmax())
+        if bool(ends.isnan().any()):
             raise FileFormatError(f"{path}: {name!r} holds NaN")
+        if infinity and bool(ends.isinf().any()):
+            raise FileFormatError(f"{path}: {name!r} holds infinities")
 
 
+@door
 def read_safetensors(path: str | Path, *, allow_nan: bool = True) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU, bit for bit, NaN payloads included.
 

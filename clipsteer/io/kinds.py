@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from clipsteer.io.doors import door
 from clipsteer.io.files import (
     FileFormatError,
     json_object,
     read_json,
     read_safetensors,
     read_safetensors_header,
+    refuse_nan,
     write_json,
     write_safetensors,
 )
@@ -96,18 +98,23 @@ def write_kind(
     return path
 
 
+@door
 def read_kind(path: str | Path, kind: Kind, *, allow_nan: bool = True) -> Found:
     """Read what ``write_kind`` wrote.
 
     Raises:
-        FileNotFoundError. FileFormatError: a damaged file, another format or version, or NaN where
-            ``allow_nan`` is False.
+        FileNotFoundError. FileFormatError: a damaged file, another format or version, or NaN or an
+            infinity where ``allow_nan`` is False.
     """
     path = Path(path)
     if kind.values:
         values = json_object(path / kind.values, read_json(path / kind.values))
         kind.check(path / kind.values, values)
-        return Found(read_safetensors(path / kind.tensors, allow_nan=allow_nan), values)
-    values = dict(read_safetensors_header(path).metadata)
-    kind.check(path, values)
-    return Found(read_safetensors(path, allow_nan=allow_nan), values)
+        path /= kind.tensors
+    else:
+        values = dict(read_safetensors_header(path).metadata)
+        kind.check(path, values)
+    tensors = read_safetensors(path)
+    if not allow_nan:
+        refuse_nan(path, tensors, infinity=True)
+    return Found(tensors, values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,13 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from clipsteer.io.doors import door
 from clipsteer.io.files import (
     FileFormatError,
+    open_regular,
     read_json,
     read_safetensors_header,
     tensor_bytes,
 )
-from clipsteer.io.torch_files import read_torch_weights_only
+from clipsteer.io.messages import naming
+from clipsteer.io.torch_files import check_npz, read_torch_weights_only
+
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 Weights = str | Path | nn.Module | Mapping[str, Tensor]
 
@@ -25,9 +31,15 @@ _FOLDER = (
     "open_clip_model.safetensors.index.json",
     "model.safetensors",
     "open_clip_model.safetensors",
+    "pytorch_model.bin.index.json",
     "open_clip_pytorch_model.bin",
     "pytorch_model.bin",
 )
+# under which a checkpoint holds its state dict
+_UNDER = ("state_dict", "model", "model_state_dict")
+_COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
+# whose settings stand beside the weights of many training scripts
+_STAND_INS = ("argparse",)
 
 
 class Entry(NamedTuple):
@@ -46,6 +58,7 @@ class Source(NamedTuple):
     metadata: Mapping[str, str] = {}
 
 
+@door
 def open_weights(argument: str, weights: Weights, stack: ExitStack) -> Source:
     """The tensors of what `wise_ft` was given as `argument`; files stay open until the stack
     closes.
@@ -70,26 +83,59 @@ def open_weights(argument: str, weights: Weights, stack: ExitStack) -> Source:
             raise FileNotFoundError(f"{path}: no weights in it; looked for {', '.join(_FOLDER)}")
         path = found
     if path.name.endswith(".index.json"):
-        return _shards(path, stack)
-    if path.suffix == ".safetensors":
-        return _file(path, stack)
-    if path.suffix not in (".pt", ".pth", ".bin"):
+        return _plain(_shards(path, stack))
+    if path.suffix not in _SUFFIXES:
         raise ValueError(
             f"wise_ft: {argument} must be .safetensors, .index.json, .pt, .pth or .bin, got {path}"
         )
-    value = read_torch_weights_only(path)
-    if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
-        value = value["state_dict"]
+    return _plain(_file(path, stack))
+
+
+def check_weights_file(path: str | Path) -> None:
+    """Raise FileFormatError where reading a weights file would take much more memory than it has
+    bytes, or run what is in it: for files that another library then reads.
+
+    Takes what open_clip takes: safetensors, torch.save's formats, numpy's.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        read_safetensors_header(path)
+    elif path.suffix == ".npz":
+        check_npz(path)
+    elif path.suffix == ".npy":
+        open_regular(path)[0].close()
+    else:
+        read_torch_weights_only(path, before_archives=True)
+
+
+def _file(path: Path, stack: ExitStack) -> Source:
+    if path.suffix == ".safetensors":
+        return _safetensors(path, stack)
+    value = read_torch_weights_only(path, stand_in_modules=_STAND_INS)
+    if isinstance(value, dict):
+        value = next((value[k] for k in _UNDER if isinstance(value.get(k), dict)), value)
     if not isinstance(value, dict) or not all(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()
     ):
         raise FileFormatError(
-            f"{path}: not a state dict, nor a checkpoint with one under 'state_dict'"
+            f"{path}: not a state dict, nor a checkpoint with one under "
+            f"{', '.join(map(repr, _UNDER))}"
         )
-    # as DistributedDataParallel saves it
-    if value and all(name.startswith("module.") for name in value):
-        value = {name[7:]: tensor for name, tensor in value.items()}
-    return Source(str(path), _tensors(str(path), value))
+    try:
+        return Source(str(path), _tensors(str(path), value))
+    except TypeError as error:
+        raise FileFormatError(str(error)) from None
+
+
+def _plain(source: Source) -> Source:
+    """Names as the model itself has them: torch.compile puts a part of its own into them, and
+    DistributedDataParallel one in front of all."""
+    plain = {_COMPILED.sub("", name): entry for name, entry in source.entries.items()}
+    if len(plain) != len(source.entries):
+        return source
+    while plain and all(name.startswith("module.") for name in plain):
+        plain = {name[7:]: entry for name, entry in plain.items()}
+    return source._replace(entries=plain)
 
 
 def _tensors(where: str, weights: Mapping[str, Tensor]) -> dict[str, Entry]:
@@ -99,6 +145,8 @@ def _tensors(where: str, weights: Mapping[str, Tensor]) -> dict[str, Entry]:
             if isinstance(tensor, Tensor):
                 got = f"{tensor.layout} {tensor.dtype}"
             raise TypeError(f"wise_ft: {where}: {name!r} must be a dense real tensor, got {got}")
+        if tensor.is_meta:
+            raise TypeError(f"wise_ft: {where}: {name!r} is on meta, where it has no values")
         if tensor.is_quantized or (tensor.is_floating_point() and tensor.dtype.itemsize < 2):
             raise TypeError(
                 f"wise_ft: {where}: {name!r} is {tensor.dtype}; float16, bfloat16, float32 and "
@@ -110,7 +158,7 @@ def _tensors(where: str, weights: Mapping[str, Tensor]) -> dict[str, Entry]:
     return {name: entry(name, tensor) for name, tensor in weights.items()}
 
 
-def _file(path: Path, stack: ExitStack) -> Source:
+def _safetensors(path: Path, stack: ExitStack) -> Source:
     header = read_safetensors_header(path)
     file = stack.enter_context(path.open("rb", buffering=0))
 
@@ -120,7 +168,8 @@ def _file(path: Path, stack: ExitStack) -> Source:
             file.seek(begin + start * dtype.itemsize)
             rest = tensor_bytes(piece)
             while rest:
-                count = file.readinto(rest)
+                with naming(path):
+                    count = file.readinto(rest)
                 if not count:
                     raise FileFormatError(f"{path}: ends inside the data of {name!r}")
                 rest = rest[count:]
@@ -142,8 +191,10 @@ def _shards(index: Path, stack: ExitStack) -> Source:
         raise FileFormatError(f"{index}: expected a weight_map from tensor names to file names")
     files = {}
     for name in sorted(set(places.values())):
-        if Path(name).name != name:
-            raise FileFormatError(f"{index}: shard {name!r} is not a file name beside the index")
+        if Path(name).name != name or Path(name).suffix not in _SUFFIXES:
+            raise FileFormatError(
+                f"{index}: shard {name!r:.200} is not a file of weights beside the index"
+            )
         files[name] = _file(index.parent / name, stack)
     if lost := [name for name, file in places.items() if name not in files[file].entries]:
         raise FileFormatError(f"{index}: its shards lack {some(lost)}")

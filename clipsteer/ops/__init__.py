@@ -10,6 +10,7 @@ import torch
 
 from clipsteer.ops import _dispatch
 from clipsteer.ops._dispatch import explain as explain
+from clipsteer.ops._dispatch import load as load
 from clipsteer.ops._lowlevel import BACKENDS as BACKENDS
 from clipsteer.ops._lowlevel import RECORDS
 
@@ -55,7 +56,7 @@ for _op in RECORDS:
 # once all are imported, as importing a file binds its name to the module
 globals().update(_public)
 
-__all__ = ["BACKENDS", "REGISTRY", *sorted([*_public, "explain"])]
+__all__ = ["BACKENDS", "REGISTRY", *sorted([*_public, "explain", "load"])]
 
 
 def _verdict(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -64,7 +65,14 @@ def _verdict(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
     return verdict(op, backend, device, dtype)
 
 
+def _register_portable() -> None:
+    from clipsteer.ops._portable import register
+
+    register()
+
+
 _dispatch.set_verdict(_verdict)
+_dispatch.set_portable(_register_portable)
 
 
 def __getattr__(name: str) -> Any:

@@ -55,6 +55,19 @@ def check_shape(
         raise ValueError(mistake(op, name, expected, tuple(named[name].shape), named))
 
 
+def has_values(t: Tensor) -> bool:
+    """Whether Python may look at a tensor's values: not of a fake one, nor of what stands for many
+    under vmap."""
+    if torch.compiler.is_compiling() or type(t) not in (Tensor, torch.nn.Parameter):
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t):
+        if functorch.is_batchedtensor(t):
+            return False
+        t = functorch.get_unwrapped(t)
+    return not t.is_meta
+
+
 def check_indices(
     op: str,
     indices: Tensor,
@@ -66,11 +79,8 @@ def check_indices(
     """Raise on an index outside [lowest, n): always on the CPU; on a GPU, where it costs a
     synchronisation, only under ``CLIPSTEER_CHECK_INDICES=1``. Compiled CPU code relies on the
     kernels' own check."""
-    # a tensor subclass may have no values to look at (fake tensors); the kernels check for
-    # themselves
-    if torch.compiler.is_compiling() or type(indices) is not Tensor:
-        return
-    if indices.is_meta or indices.numel() == 0:
+    # where there are none to look at, the kernels check for themselves
+    if not has_values(indices) or indices.numel() == 0:
         return
     if indices.device.type != "cpu" and os.environ.get("CLIPSTEER_CHECK_INDICES", "0") != "1":
         return

@@ -5,9 +5,11 @@ It knows the ops by their records in ``_lowlevel``, and neither their files nor 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +20,28 @@ import torch
 from torch import Tensor
 
 from clipsteer.kernels._precision import tf32_allowed
-from clipsteer.ops._lowlevel import BACKENDS, DTYPES, LIBRARIES, OPS, RECORDS
+from clipsteer.ops import _vmap
+from clipsteer.ops._lowlevel import (
+    BACKENDS,
+    DTYPES,
+    LIBRARIES,
+    OPS,
+    PORTABLE,
+    RECORDS,
+    LowLevel,
+)
 
 # Libraries that hold Python registrations live as long as the process.
 _LIBRARIES: list[torch.library.Library] = []
+
+
+def describe(name: str, low: LowLevel) -> None:
+    """Tell torch what an op's outputs are like, and how torch.vmap runs it."""
+    torch.library.register_fake(name, low.fake)
+    if "!" not in low.schema:  # it writes into no argument
+        namespace, op = name.split("::")
+        function = getattr(getattr(torch.ops, namespace), op)
+        torch.library.register_vmap(name, _vmap.rule(function, low))
 
 
 def _load_binary(backend: str, how: str) -> str | None:
@@ -33,7 +53,7 @@ def _load_binary(backend: str, how: str) -> str | None:
         for op in RECORDS:
             for name, low in op.low_level.items():
                 if backend in op.backends:
-                    torch.library.register_fake(f"clipsteer_{backend}::{name}", low.fake)
+                    describe(f"clipsteer_{backend}::{name}", low)
     except (OSError, RuntimeError) as error:
         return f"{path.name} does not load with torch {torch.__version__} ({error}); {how}"
     return None
@@ -66,17 +86,31 @@ def _load_triton() -> str | None:
             library.define(name + low.schema)
             for key in ("CPU", "CUDA") if interpreted() else ("CUDA",):
                 library.impl(name, getattr(modules[op.stem], name), key)
-            torch.library.register_fake(f"clipsteer_triton::{name}", low.fake, lib=library)
+            describe(f"clipsteer_triton::{name}", low)
     if interpreted() and (failure := launch.interpreter_failure()) is not None:
         what = f"the interpreter of triton {triton.__version__} fails here ({failure})"
         return f"{what}; try another triton or numpy"
     return None
 
 
+def untransformed() -> contextlib.AbstractContextManager[Any]:
+    """Outside of torch.func's transforms, which would take the tensors of a check for theirs."""
+    if not torch._C._are_functorch_transforms_active():
+        return contextlib.nullcontext()
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()
+
+
 @functools.cache
 def missing(backend: str) -> str | None:
     """Why ``backend`` cannot run at all in this process (and how to get it), or None when it
     can."""
+    with untransformed():
+        return _load(backend)
+
+
+def _load(backend: str) -> str | None:
     if backend == "cpp":
         return _load_binary("cpp", "reinstall clipsteer with a C++20 compiler on the PATH")
     if backend in ("triton", "cuda") and not torch.cuda.is_available():
@@ -114,6 +148,23 @@ def unusable(
     return None
 
 
+_portable: Callable[[], None] | None = None
+
+
+def set_portable(function: Callable[[], None]) -> None:
+    """``function`` defines ``torch.ops.clipsteer``: ops/__init__ hands it in, as it knows the ops'
+    files, and they stand above this one."""
+    global _portable
+    _portable = function
+
+
+@functools.cache
+def register_portable() -> None:
+    """Define ``torch.ops.clipsteer``, once and where it is asked for: that takes 20 ms."""
+    assert _portable is not None
+    _portable()
+
+
 Verdict = Callable[[str, str, torch.device, torch.dtype], "str | None"]
 # by op, backend, device and dtype, and by torch's setting for float32 products, which another
 # kernel answers
@@ -141,7 +192,7 @@ def self_check(
 
     The verdict is kept, for torch's setting of float32 products at hand, unless it says nothing
     about the kernel: no memory was left, or a CUDA graph is being captured. The caller's modes
-    (inference, autocast, a default device) do not reach it.
+    (inference, autocast, a default device, torch.func's transforms) do not reach it.
     """
     verdict = verdict or _ops_verdict
     assert verdict is not None
@@ -152,6 +203,7 @@ def self_check(
         return "it cannot be checked while a CUDA graph is captured; run the op once before"
     try:
         with (
+            untransformed(),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(device.type, enabled=False),
@@ -171,6 +223,12 @@ def _gpu_order(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, 
     return OPS[op].gpu_order(torch.cuda.get_device_capability(device) if known else (0, 0), dtype)
 
 
+def exporting_to_onnx() -> bool:
+    """Whether ``torch.onnx.export`` traces this call: then it wants torch's own operations."""
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and onnx.is_in_onnx_export()
+
+
 def resolve(
     op: str,
     backend: str,
@@ -178,12 +236,17 @@ def resolve(
     device_index: int | None,
     dtype: torch.dtype,
 ) -> str:
-    """The backend that runs: the keyword, then ``CLIPSTEER_BACKEND``, then the fastest one that is
-    trusted here."""
+    """The backend that runs: the keyword, then ``CLIPSTEER_BACKEND``, then what an exported graph
+    is to name, then the fastest one that is trusted here."""
     if backend == "auto":
         backend = os.environ.get("CLIPSTEER_BACKEND", "auto").lower() or "auto"
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"{op}: backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
+    if backend == "auto" and exporting_to_onnx():
+        return "reference"
+    if backend == "auto" and torch.compiler.is_exporting():
+        register_portable()
+        return PORTABLE
     device = torch.device(device_type)
     if device_index is not None:
         device = torch.device(device_type, device_index)
@@ -205,7 +268,8 @@ def resolve(
 
 # What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo
 # here.
-vars(resolve)["_dynamo_marked_constant"] = True
+for _constant in (resolve, exporting_to_onnx):
+    vars(_constant)["_dynamo_marked_constant"] = True
 
 
 @functools.cache
@@ -220,12 +284,8 @@ def choose(op: str, backend: str, tensor: Tensor) -> str:
 
 def call(backend: str, op: str, *args: Any) -> Any:
     """Run low-level ``op`` of ``backend`` on contiguous tensors."""
-    return getattr(getattr(torch.ops, f"clipsteer_{backend}"), op)(*args)
-
-
-def tracked(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to know what is computed from these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    namespace = "clipsteer" if backend == PORTABLE else f"clipsteer_{backend}"
+    return getattr(getattr(torch.ops, namespace), op)(*args)
 
 
 @dataclass(frozen=True)
@@ -276,6 +336,16 @@ def explain(op: str, *tensors: Any, **named: Any) -> Explanation:
             reason = "chosen by auto" if backend == chosen else ""
         rows.append(BackendStatus(backend, usable, reason))
     return Explanation(rows)
+
+
+def load() -> list[BackendStatus]:
+    """Make every low-level op of this installation known to torch, so that programs of
+    ``torch.export`` and AOTInductor can be loaded. Returns every backend, usable or why not.
+
+    Call it in a new process before ``torch.export.load`` or ``torch._inductor.aoti_load_package``.
+    """
+    register_portable()
+    return status()
 
 
 def status() -> list[BackendStatus]:

@@ -35,6 +35,14 @@ def averaged(
     return torch.logaddexp(kept, log_G + share.log()), share
 
 
+def log_of(B: int, like: Tensor) -> float | Tensor:
+    """log B."""
+    if torch.compiler.is_exporting():  # where math.log makes a number of a symbol
+        count = torch.full((), B, dtype=torch.float64, device=like.device)
+        return count.log().to(like.dtype)
+    return math.log(B)
+
+
 def _plain_sides(
     rows: Tensor,  # (M, D)
     cols: Tensor,  # (N, D)
@@ -92,7 +100,7 @@ def _plain_grad(
     return d_rows, d_cols, moment
 
 
-_PLAIN: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
+PLAIN: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
     "drrho_sums": _plain_sums,
     "drrho_grad": _plain_grad,
 }
@@ -100,7 +108,7 @@ _PLAIN: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
 
 def _low_level(backend: str, op: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "reference":
-        return _PLAIN[op](*args)
+        return PLAIN[op](*args)
     return call(backend, op, *args)
 
 
@@ -148,15 +156,16 @@ def evaluate(
         cols = world.join(cols)
         diag = world.join(diag)
     B = cols.shape[0]
-    fits = KEEP * (M + B) * rows.shape[1] >= M * B
-    keep = any(needs) and rows.device.type == "cpu" and fits
+    keep = any(needs) and rows.device.type == "cpu" and not torch.compiler.is_exporting()
+    # last, as it says something of B, which an exported graph would keep to
+    keep = keep and KEEP * (M + B) * rows.shape[1] >= M * B
     similarities = (rows, cols, diag, scale, offset)
     row_lse, col_lse, kept = _low_level(backend, "drrho_sums", *similarities, keep)
     if world is not None:
         col_lse = world.logsumexp(col_lse)
     mine = slice(offset, offset + M)
     lse = torch.stack([row_lse, col_lse[mine]])
-    u, _ = averaged(lse - math.log(B), u, gamma, eps)
+    u, _ = averaged(lse - log_of(B, lse), u, gamma, eps)
     col_u = u[1]
     total = u.double().sum()
     if world is not None:

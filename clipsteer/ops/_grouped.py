@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipsteer.ops._dispatch import call, tracked
+from clipsteer.ops._autograd import Function, save, total, tracked
+from clipsteer.ops._dispatch import call
 from clipsteer.ops._reference import rows_of
 
 
@@ -34,10 +35,9 @@ def _centred(x: Tensor, index: Tensor | None, mean: Tensor | None) -> Tensor:
     return x if mean is None else x - _of_rows(mean, index)
 
 
-class _Matmul(torch.autograd.Function):
+class Matmul(Function):
     @staticmethod
     def forward(
-        ctx,
         x,  # (B, m)
         W,  # (K, m, n)
         index,  # (B,) or None
@@ -46,9 +46,13 @@ class _Matmul(torch.autograd.Function):
         transpose,
         backend,
     ):
-        ctx.save_for_backward(x, W, index, beta, mean)
-        ctx.options = transpose, backend
         return call(backend, "grouped_matmul", x, W, index, beta, mean, transpose)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, transpose, backend = inputs
+        save(ctx, *tensors)
+        ctx.options = transpose, backend
 
     @staticmethod
     def backward(ctx, grad):
@@ -75,20 +79,37 @@ class _Matmul(torch.autograd.Function):
             d_W = outer(*pair, index, W.shape[0], backend)
         return d_x if need_x else None, d_W, None, d_beta, d_mean, None, None
 
+    @staticmethod
+    def jvp(ctx, t_x, t_W, _, t_beta, t_mean, *options):
+        x, W, index, beta, mean = ctx.saved_tensors
+        transpose, backend = ctx.options
+        t_x, of_mean = _moved(t_x, t_mean, index, x.shape[0])
+        centred = _centred(x, index, mean)
+        of_x = of_W = of_beta = None
+        if t_x is not None:
+            of_x = matmul(t_x, W, index, beta, None, transpose, backend)
+        if t_W is not None:
+            of_W = matmul(centred, t_W, index, beta, None, transpose, backend)
+        if t_beta is not None:
+            of_beta = matmul(centred, W, index, t_beta, None, transpose, backend)
+        return total(of_x, of_W, of_beta, of_mean)
 
-class _Outer(torch.autograd.Function):
+
+class Outer(Function):
     @staticmethod
     def forward(
-        ctx,
         a,  # (B, m)
         b,  # (B, n)
         index,  # (B,) or None
         groups,
         backend,
     ):
-        ctx.save_for_backward(a, b, index)
-        ctx.backend = backend
         return call(backend, "grouped_outer", a, b, index, groups)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.groups, ctx.backend = inputs
+        save(ctx, *tensors)
 
     @staticmethod
     def backward(ctx, grad):
@@ -100,11 +121,17 @@ class _Outer(torch.autograd.Function):
             d_b = matmul(a, grad, index, None, None, False, ctx.backend)
         return d_a, d_b, None, None, None
 
+    @staticmethod
+    def jvp(ctx, t_a, t_b, *options):
+        a, b, index = ctx.saved_tensors
+        of_a = None if t_a is None else outer(t_a, b, index, ctx.groups, ctx.backend)
+        of_b = None if t_b is None else outer(a, t_b, index, ctx.groups, ctx.backend)
+        return total(of_a, of_b)
 
-class _LowRank(torch.autograd.Function):
+
+class LowRank(Function):
     @staticmethod
     def forward(
-        ctx,
         x,  # (B, d)
         U,  # (K, d, r)
         s,  # (K, r)
@@ -112,9 +139,12 @@ class _LowRank(torch.autograd.Function):
         mean,  # (K, d) or None
         backend,
     ):
-        ctx.save_for_backward(x, U, s, index, mean)
-        ctx.backend = backend
         return call(backend, "low_rank_project", x, U, s, index, mean)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.backend = inputs
+        save(ctx, *tensors)
 
     @staticmethod
     def backward(ctx, grad):
@@ -143,6 +173,42 @@ class _LowRank(torch.autograd.Function):
                 d_U = outer(both, partners.to(x.dtype), twice, K, ctx.backend)
         return d_x if need_x else None, d_U, d_s, None, d_mean, None
 
+    @staticmethod
+    def jvp(ctx, t_x, t_U, t_s, _, t_mean, *options):
+        x, U, s, index, mean = ctx.saved_tensors
+        backend = ctx.backend
+        t_x, of_mean = _moved(t_x, t_mean, index, x.shape[0])
+        centred = _centred(x, index, mean)
+        of_x = of_s = left = right = None
+        if t_x is not None:
+            of_x = low_rank(t_x, U, s, index, None, backend)
+        if t_s is not None:
+            of_s = low_rank(centred, U, t_s, index, None, backend)
+        if t_U is not None:
+            of_rows = _of_rows(s, index)
+
+            def between(V: Tensor) -> Tensor:
+                """s ∘ Vᵀ x: (B, r)."""
+                inner = matmul(centred, V, index, None, None, False, backend)
+                return (inner * of_rows).to(x.dtype)
+
+            left = matmul(between(U), t_U, index, None, None, True, backend)
+            right = matmul(between(t_U), U, index, None, None, True, backend)
+        return total(of_x, of_s, left, right, of_mean)
+
+
+def _moved(
+    t_x: Tensor | None,  # (B, d)
+    t_mean: Tensor | None,  # (K, d)
+    index: Tensor | None,  # (B,)
+    rows: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Tangents of x − μ and of the μ that is added again: (B, d) each."""
+    if t_mean is None:
+        return t_x, None
+    of_mean = _of_rows(t_mean, index).expand(rows, -1)
+    return (-of_mean if t_x is None else t_x - of_mean), of_mean
+
 
 def _mean_gradient(
     grad: Tensor,  # (B, d)
@@ -168,7 +234,7 @@ def matmul(
     """β_k (x_b − μ_k) W_k + μ_k, W_kᵀ if ``transpose``: (B, n)."""
     args = (*map(_contiguous, (x, W, index, beta, mean)), transpose)
     if tracked(x, W, beta, mean):
-        return _Matmul.apply(*args, backend)
+        return Matmul.run(*args, backend)
     return call(backend, "grouped_matmul", *args)
 
 
@@ -182,7 +248,7 @@ def outer(
     """Σ over the rows of each group of a_b ⊗ b_b, in ascending order: (K, m, n)."""
     args = (*map(_contiguous, (a, b, index)), groups)
     if tracked(a, b):
-        return _Outer.apply(*args, backend)
+        return Outer.run(*args, backend)
     return call(backend, "grouped_outer", *args)
 
 
@@ -203,5 +269,5 @@ def low_rank(
     """U_k (s_k ∘ U_kᵀ(x_b − μ_k)) + μ_k: (B, d)."""
     args = tuple(map(_contiguous, (x, U, s, index, mean)))
     if tracked(x, U, s, mean):
-        return _LowRank.apply(*args, backend)
+        return LowRank.run(*args, backend)
     return call(backend, "low_rank_project", *args)

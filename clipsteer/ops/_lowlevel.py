@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
+# what an exported graph names; at every call it is the fastest of the others, where the tensors are
+PORTABLE = "portable"
 LIBRARIES = {"cpp": "_C", "cuda": "_C_cuda"}  # the file beside the package, where there is one
 DTYPES = {
     "reference": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
@@ -31,6 +33,11 @@ class LowLevel(NamedTuple):
 
     schema: str
     fake: Callable[..., Any]
+    # the arguments that have a row each of the batch, by position: torch.vmap adds to the rows
+    rows: tuple[int, ...] = ()
+    # where the rows are summed by groups: which of them says a row's group, and the argument that
+    # says how many there are
+    groups: tuple[int, int] | None = None
 
 
 # backends by compute capability and dtype, the faster first
@@ -254,6 +261,7 @@ RECORDS = (
             "topk_encode": LowLevel(
                 "(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt k) -> (Tensor, Tensor)",
                 _topk_encode,
+                rows=(0,),
             ),
         },
         gpu_order=_hopper_takes_cuda,
@@ -264,14 +272,18 @@ RECORDS = (
             "sparse_decode": LowLevel(
                 "(Tensor acts, Tensor indices, Tensor W, Tensor? b) -> Tensor",
                 _sparse_decode,
+                rows=(0, 1),
             ),
             "gather_dot": LowLevel(
                 "(Tensor rows, Tensor indices, Tensor W) -> Tensor",
                 _gather_dot,
+                rows=(0, 1),
             ),
             "sparse_outer": LowLevel(
                 "(Tensor coeff, Tensor indices, Tensor rows, SymInt n) -> (Tensor, Tensor)",
                 _sparse_outer,
+                rows=(0, 1, 2),
+                groups=(1, 3),
             ),
             "sparse_outer_out": LowLevel(
                 "(Tensor coeff, Tensor indices, Tensor rows, Tensor(a!) dW, Tensor(b!) db) -> ()",
@@ -328,14 +340,18 @@ RECORDS = (
                 # (B, n)
                 " -> Tensor",
                 _grouped_matmul,
+                rows=(0, 2),
             ),
             "grouped_outer": LowLevel(
                 "(Tensor a, Tensor b, Tensor? index, SymInt groups) -> Tensor",
                 _grouped_outer,
+                rows=(0, 1, 2),
+                groups=(2, 3),
             ),
             "low_rank_project": LowLevel(
                 "(Tensor x, Tensor U, Tensor s, Tensor? index, Tensor? mean) -> Tensor",
                 _low_rank_project,
+                rows=(0, 3),
             ),
         },
         variants=("conceptor_project_low_rank",),

@@ -166,7 +166,7 @@ def conceptor_project(
         strength = strength.to(wide)
     if isinstance(C, LowRank):
         s = C.s
-        if backend == "cpp" or strength is not None:  # Triton's kernel widens s itself
+        if backend != "triton" or strength is not None:  # Triton's kernel widens s itself
             s = s.to(wide)
         if isinstance(strength, Tensor):
             s = s * strength.unsqueeze(-1)

@@ -12,14 +12,23 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from clipsteer.ops import _check
-from clipsteer.ops._dispatch import choose, tracked
-from clipsteer.ops._drrho_sweeps import Arguments, averaged, evaluate
+from clipsteer.ops._autograd import (
+    Function,
+    has_tangents,
+    save,
+    total,
+    tracked,
+    transformed,
+)
+from clipsteer.ops._dispatch import choose
+from clipsteer.ops._drrho_sweeps import Arguments, averaged, evaluate, log_of
 
 __all__ = ["drrho_loss", "drrho_loss_reference"]
 
@@ -47,47 +56,63 @@ def drrho_loss_reference(
         s = s - ref_image.detach().to(wide) @ ref_text.detach().to(wide).T
     d = (torch.stack([s, s.T]) - s.diagonal().unsqueeze(1)) / temperature  # (2, B, B)
     own = torch.eye(B, dtype=torch.bool, device=s.device)
-    log_G = d.masked_fill(own, -torch.inf).logsumexp(2) - math.log(B)
+    log_G = d.masked_fill(own, -torch.inf).logsumexp(2) - log_of(B, s)
     u, share = averaged(log_G, u, gamma, eps)
     moving = (u - u.detach()).nan_to_num(0.0)  # 0, with u's gradient
     loss = (u.detach() + moving / share).sum() / (2 * B) + rho
     return (loss * temperature).to(wide), u.detach()
 
 
-class Loss(torch.autograd.Function):
+class Loss(Function):
     """The sweeps hand back the gradients with the value."""
 
     @staticmethod
-    def forward(ctx, backend, world, *arguments):
-        arguments = Arguments(*arguments)
-        needs = Arguments(*ctx.needs_input_grad[2:])
-        ctx.needs = (needs.image, needs.text, needs.tau)
-        loss, new, *grads = evaluate(arguments, ctx.needs, backend, world)
-        ctx.save_for_backward(*grads, *arguments[:6])
-        B = arguments.image.shape[0] if world is None else world.rows
+    def forward(backend, world, needs, *arguments):
+        return evaluate(Arguments(*arguments), needs, backend, world)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, world, ctx.needs, *arguments = inputs
+        _, new, *grads = output
+        save(ctx, *grads, *arguments[:6])
+        B = arguments[0].shape[0] if world is None else world.rows
         size = 1 if world is None else world.size
         # data-parallel training averages gradients over the processes, each of which has those of
         # its rows
         ctx.numbers = arguments[6:]
         ctx.factor = size / (2 * B * B)
-        ctx.mark_non_differentiable(new)
+        ctx.mark_non_differentiable(new, *grads)
+        ctx.set_materialize_grads(False)
         ctx.together = world is not None
-        return loss, new
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * 12
         settings = (ctx.factor, ctx.needs, ctx.together)
-        result = _Gradient.apply(grad, *settings, *ctx.saved_tensors, *ctx.numbers)
+        result = _Gradient.run(grad, *settings, *ctx.saved_tensors, *ctx.numbers)
         d_image, d_text, d_tau = (g if f else None for g, f in zip(result, ctx.needs))
-        return None, None, d_image, d_text, None, None, d_tau, *[None] * 4
+        return None, None, None, d_image, d_text, None, None, d_tau, *[None] * 4
+
+    @staticmethod
+    def jvp(ctx, backend, world, needs, t_image, t_text, _, __, t_tau, *options):
+        if ctx.together:
+            what = "over several processes it has no forward-mode derivative"
+            raise RuntimeError(f"drrho_loss: {what}; use a single one")
+        one = ctx.saved_tensors[2].new_ones(())
+        settings = (ctx.factor, ctx.needs, ctx.together)
+        # through what knows that the gradients move, too
+        grads = _Gradient.run(one, *settings, *ctx.saved_tensors, *ctx.numbers)
+        pairs = zip(grads, (t_image, t_text, t_tau))
+        along = [(g * t).sum(dtype=one.dtype) for g, t in pairs if t is not None]
+        return total(*along), *[None] * 4
 
 
-class _Gradient(torch.autograd.Function):
+class _Gradient(Function):
     """grad times each gradient; the derivatives of that are the reference's."""
 
     @staticmethod
     def forward(
-        ctx,
         grad,  # ()
         factor,
         needs,
@@ -98,41 +123,74 @@ class _Gradient(torch.autograd.Function):
         *arguments,
     ):
         arguments = Arguments(*arguments)
-        ctx.save_for_backward(grad, *arguments[:6])
-        ctx.numbers = arguments[6:]
-        ctx.needs = needs
-        ctx.together = together
         scaled = grad * factor
         d_image = (scaled * d_image).to(arguments.image.dtype)
         d_text = (scaled * d_text).to(arguments.text.dtype)
         return d_image, d_text, grad * d_tau
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad, ctx.factor, ctx.needs, ctx.together, *grads = inputs[:7]
+        arguments = inputs[7:]
+        save(ctx, grad, *grads, *arguments[:6])
+        ctx.numbers = arguments[6:]
+
+    @staticmethod
     def backward(ctx, *outer):
         if ctx.together:
             what = "over several processes it has first derivatives only"
             raise RuntimeError(f"drrho_loss: {what}; use a single one")
-        grad, image, text, ref_image, ref_text, tau, u = ctx.saved_tensors
-        gamma, eps, rho = ctx.numbers
-        with torch.enable_grad():
-            leaves = []
-            for x in (image, text, tau):
-                leaves.append(x.view_as(x) if x.requires_grad else x.detach().requires_grad_())
-            loss, _ = drrho_loss_reference(
-                *leaves[:2],
-                ref_image,
-                ref_text,
-                temperature=leaves[2],
-                gamma=gamma,
-                u=u,
-                eps=eps,
-                rho=rho,
-            )
-            wanted = [(x, o) for x, o, flag in zip(leaves, outer, ctx.needs) if flag]
-            once = torch.autograd.grad(loss, [x for x, _ in wanted], create_graph=True)
-            along = sum((g * o).sum() for g, (_, o) in zip(once, wanted))
-            twice = torch.autograd.grad(along * grad, leaves, create_graph=True, allow_unused=True)
-        return along, *[None] * 6, twice[0], twice[1], None, None, twice[2], *[None] * 4
+        grad, _, _, _, *tensors = ctx.saved_tensors
+        first = _first(tensors, ctx.numbers)
+
+        def along(*leaves: Tensor) -> Tensor:
+            pairs = zip(first(*leaves), outer, ctx.needs)
+            return sum((g * o).sum() for g, o, needed in pairs if needed)
+
+        leaves = (tensors[0], tensors[1], tensors[4])
+        twice, once = torch.func.grad_and_value(along, argnums=(0, 1, 2))(*leaves)
+        d_image, d_text, d_tau = (g * grad for g in twice)
+        return once, *[None] * 6, d_image, d_text, None, None, d_tau, *[None] * 4
+
+    @staticmethod
+    def jvp(ctx, t_grad, *tangents):
+        if ctx.together:
+            what = "over several processes it has first derivatives only"
+            raise RuntimeError(f"drrho_loss: {what}; use a single one")
+        grad, d_image, d_text, d_tau, *tensors = ctx.saved_tensors
+        leaves = (tensors[0], tensors[1], tensors[4])
+        given = (tangents[6], tangents[7], tangents[10])
+        moves = tuple(torch.zeros_like(x) if t is None else t for x, t in zip(leaves, given))
+        along = torch.func.jvp(_first(tensors, ctx.numbers), leaves, moves)[1]
+        found = [g * grad for g in along]
+        if t_grad is not None:
+            of_grad = (ctx.factor * d_image, ctx.factor * d_text, d_tau)
+            found = [g + (t_grad * d).to(g.dtype) for g, d in zip(found, of_grad)]
+        return tuple(found)
+
+
+def _first(
+    tensors: Sequence[Tensor],
+    numbers: tuple[float, float, float],
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The reference's gradients as a function of image, text and τ; the rest stands."""
+    _, _, ref_image, ref_text, _, u = tensors
+    gamma, eps, rho = numbers
+
+    def loss(image: Tensor, text: Tensor, tau: Tensor) -> Tensor:
+        return drrho_loss_reference(
+            image,
+            text,
+            ref_image,
+            ref_text,
+            temperature=tau,
+            gamma=gamma,
+            u=u,
+            eps=eps,
+            rho=rho,
+        )[0]
+
+    return torch.func.grad(loss, argnums=(0, 1, 2))
 
 
 def checked(
@@ -201,8 +259,7 @@ def _checked_temperature(op, temperature, named, wide):
             got = f"{tuple(temperature.shape)} on {temperature.device}"
             raise ValueError(_check.mistake(op, "temperature", expected, got, named))
         # a value is looked at where that costs no synchronisation
-        looked_at = device.type == "cpu" and not torch.compiler.is_compiling()
-        looked_at = looked_at and type(temperature) in (Tensor, torch.nn.Parameter)
+        looked_at = device.type == "cpu" and _check.has_values(temperature)
         wrong = looked_at and float(temperature.detach()) <= 0
         tau = temperature.reshape(()).to(wide)
     elif isinstance(temperature, bool) or not isinstance(temperature, (int, float, torch.SymFloat)):
@@ -291,6 +348,14 @@ def drrho_loss(
     return run(given, choose("drrho_loss", backend, given.image))
 
 
+def _needed(*tensors: Tensor) -> tuple[bool, bool, bool]:
+    """Which gradients the sweeps make: inside a transform, and with a tangent, all of them."""
+    if transformed() or has_tangents():
+        return True, True, True
+    image, text, tau = (t.requires_grad for t in tensors)
+    return image, text, tau
+
+
 def run(arguments: Arguments, backend: str, world: Any = None) -> tuple[Tensor, Tensor]:
     """Checked arguments through the definition or the sweeps, differentiable if something asks for
     it."""
@@ -311,5 +376,5 @@ def run(arguments: Arguments, backend: str, world: Any = None) -> tuple[Tensor, 
                 rho=rho,
             )
         if tracked(image, text, tau):
-            return Loss.apply(backend, world, *arguments)
+            return Loss.run(backend, world, _needed(image, text, tau), *arguments)[:2]
         return evaluate(arguments, (False,) * 3, backend, world)[:2]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops import _check
+from clipsteer.ops._autograd import Function, save, total, tracked
 from clipsteer.ops._dispatch import call, choose
 from clipsteer.ops._reference import rounded_once, rows_of
 
@@ -38,6 +39,13 @@ def _unit(x: Tensor) -> Tensor:
     return (x / torch.where(norm > 0, norm, torch.inf)).to(x.dtype)
 
 
+def _pairs(B: int, device: torch.device) -> Tensor:
+    """Every i < j < B, in order: (2, B (B - 1) / 2)."""
+    if torch.compiler.is_exporting():  # where triu_indices makes a number of a symbol
+        return torch.ones(B, B, dtype=torch.bool, device=device).triu(1).nonzero().T
+    return torch.triu_indices(B, B, 1, device=device)
+
+
 @rounded_once
 def mahalanobis_covariance_loss_reference(
     new: Tensor,  # (B, d)
@@ -51,7 +59,7 @@ def mahalanobis_covariance_loss_reference(
     B = new.shape[0]
     if B == 0:
         return new.sum()
-    i, j = torch.triu_indices(B, B, 1, device=new.device)
+    i, j = _pairs(B, new.device)
     same = ((labels[i] == labels[j]) & (labels[i] >= 0)).unsqueeze(1)
     c = labels.clamp(min=0)
     first = (labels.unsqueeze(1) == labels).int().argmax(1)  # of the row's class
@@ -84,31 +92,48 @@ def mahalanobis_covariance_loss_reference(
     return (distances(old.detach()) - distances(new)).abs().sum() / B
 
 
-class _Loss(torch.autograd.Function):
+class _Loss(Function):
     """The kernel hands back the gradient with the value."""
 
     @staticmethod
-    def forward(ctx, backend, normalize, new, *others):
+    def forward(backend, normalize, new, *others):
         """``others``: old, labels, factor, s and diag, as ``_Gradient`` has them."""
         inputs = (new, *others)
         loss, d_new = call(backend, "mahalanobis_covariance_loss", *inputs, normalize, True)
-        ctx.save_for_backward(d_new, *inputs)
-        ctx.normalize = normalize
-        return loss.to(new.dtype)
+        return loss.to(new.dtype), d_new
 
     @staticmethod
-    def backward(ctx, grad):
+    def setup_context(ctx, inputs, output):
+        _, ctx.normalize, *tensors = inputs
+        _, d_new = output
+        save(ctx, d_new, *tensors)
+        ctx.mark_non_differentiable(d_new)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 8
         d_new, *inputs = ctx.saved_tensors
-        d_new = _Gradient.apply(grad, d_new, *inputs, ctx.normalize)
+        d_new = _Gradient.run(grad, d_new, *inputs, ctx.normalize)
         return None, None, d_new, *[None] * 5
 
+    @staticmethod
+    def jvp(ctx, backend, normalize, t_new, *others):
+        if t_new is None:
+            return None, None
+        d_new, *inputs = ctx.saved_tensors
+        one = t_new.new_ones(())
+        # through what knows that the gradient moves, too
+        d_new = _Gradient.run(one, d_new, *inputs, ctx.normalize)
+        return (d_new * t_new).sum(), None
 
-class _Gradient(torch.autograd.Function):
+
+class _Gradient(Function):
     """grad · d_new; its own derivatives, which nobody trains with, are the reference's."""
 
     @staticmethod
     def forward(
-        ctx,
         grad,  # ()
         d_new,  # (B, d), float32 or wider
         new,  # (B, d)
@@ -119,31 +144,41 @@ class _Gradient(torch.autograd.Function):
         diag,  # (C, d) or None
         normalize,
     ):
-        ctx.save_for_backward(grad, d_new, new, old, labels, factor, s, diag)
-        ctx.normalize = normalize
         # in float32 or wider, rounded once
-        return torch.mul(d_new, grad, out=torch.empty_like(new))
+        return (d_new * grad).to(new.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad, d_new, *tensors, ctx.normalize = inputs
+        save(ctx, grad, d_new, *tensors)
 
     @staticmethod
     def backward(ctx, outer):
-        grad, d_new, new, old, labels, factor, s, diag = ctx.saved_tensors
-        factor = factor if s is None else LowRankDiag(factor, s, diag)
-        with torch.enable_grad():
-            x = new.view_as(new)
-            if not x.requires_grad:
-                x.requires_grad_()
-            loss = mahalanobis_covariance_loss_reference(x, old, labels, factor, ctx.normalize)
-            (once,) = torch.autograd.grad(loss, x, create_graph=True)
-            twice = None
-            if once.requires_grad:
-                (twice,) = torch.autograd.grad(
-                    once,
-                    x,
-                    outer * grad,
-                    create_graph=True,
-                    allow_unused=True,
-                )
-        return (once * outer).sum(), None, twice, *[None] * 6
+        grad, _, new, *rest = ctx.saved_tensors
+        first = torch.func.grad(loss_of_new(*rest, ctx.normalize))
+
+        def along(x: Tensor) -> Tensor:
+            return (first(x) * outer).sum()
+
+        twice, once = torch.func.grad_and_value(along)(new)
+        return once, None, twice * grad, *[None] * 6
+
+    @staticmethod
+    def jvp(ctx, t_grad, _, t_new, *others):
+        grad, d_new, new, *rest = ctx.saved_tensors
+        of_grad = of_new = None
+        if t_grad is not None:
+            of_grad = (d_new * t_grad).to(new.dtype)
+        if t_new is not None:
+            first = torch.func.grad(loss_of_new(*rest, ctx.normalize))
+            of_new = torch.func.jvp(first, (new,), (t_new,))[1] * grad
+        return total(of_grad, of_new)
+
+
+def loss_of_new(old, labels, factor, s, diag, normalize):
+    """The reference's loss as a function of ``new`` alone."""
+    given = factor if s is None else LowRankDiag(factor, s, diag)
+    return lambda new: mahalanobis_covariance_loss_reference(new, old, labels, given, normalize)
 
 
 def _checked(
@@ -243,7 +278,7 @@ def mahalanobis_covariance_loss(
         return mahalanobis_covariance_loss_reference(new, old, labels, given, normalize)
     inputs = (new, old.detach(), labels, first, s, diag)
     contiguous = [t if t is None else t.contiguous() for t in inputs]
-    if torch.is_grad_enabled() and new.requires_grad:
-        return _Loss.apply(backend, normalize, *contiguous)
+    if tracked(new):
+        return _Loss.run(backend, normalize, *contiguous)[0]
     loss, _ = call(backend, "mahalanobis_covariance_loss", *contiguous, normalize, False)
     return loss.to(new.dtype)

@@ -23,7 +23,7 @@ __all__ = ["semantic_drift", "semantic_drift_reference"]
 MEDIAN_ROWS = 4096
 
 
-def _reference_sums(
+def reference_sums(
     old: Tensor,  # (N, d)
     new: Tensor,  # (N, d)
     prototypes: Tensor,  # (C, d)
@@ -54,7 +54,7 @@ def semantic_drift_reference(
     if 0 in old.shape or 0 in prototypes.shape:
         return prototypes.clone()
     scale = _scale(old, prototypes, sigma, floor)
-    return moved_by(prototypes, *_reference_sums(old, new, prototypes, scale))
+    return moved_by(prototypes, *reference_sums(old, new, prototypes, scale))
 
 
 def moved_by(
@@ -127,7 +127,7 @@ def drift_sums(
     scale = _scale(old, prototypes, sigma, floor)
     inputs = (old.contiguous(), new.contiguous(), prototypes.contiguous(), scale)
     if backend == "reference":
-        return _reference_sums(*inputs)
+        return reference_sums(*inputs)
     return call(backend, "drift_sums", *inputs)
 
 

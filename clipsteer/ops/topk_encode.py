@@ -8,14 +8,23 @@ only when k others are larger. Source: Gao et al. 2024 (arXiv 2406.04093), secti
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.ops import _check
-from clipsteer.ops._dispatch import call, choose, tracked
+from clipsteer.ops._autograd import Function, save, total, tracked
+from clipsteer.ops._dispatch import call, choose, exporting_to_onnx
+from clipsteer.ops._lowlevel import PORTABLE
 from clipsteer.ops._reference import rounded_once
-from clipsteer.ops.sparse_decode import check_gradient_options, decode, weight_gradient
+from clipsteer.ops._sparse import (
+    decode,
+    gather_dot,
+    weight_gradient,
+    with_gradient_options,
+)
 
 __all__ = ["topk_encode", "topk_encode_reference"]
 
@@ -38,34 +47,42 @@ def topk_encode_reference(
     return torch.relu(values.masked_fill(pre.isnan().any(-1, keepdim=True), float("nan"))), indices
 
 
-class _TopkEncode(torch.autograd.Function):
+def _for_onnx(
+    x: Tensor,  # (..., d_in)
+    W_enc: Tensor,  # (d_sae, d_in)
+    b_enc: Tensor | None,  # (d_sae,)
+    *,
+    k: int,
+) -> tuple[Tensor, Tensor]:
+    """The same for ONNX, which has no stable sort, but whose TopK gives ties to the lower index."""
+    pre = F.linear(x, W_enc, b_enc)  # (..., d_sae)
+    values, indices = torch.topk(pre, k)
+    return torch.relu(values.masked_fill(pre.isnan().any(-1, keepdim=True), float("nan"))), indices
+
+
+class TopkEncode(Function):
     @staticmethod
     def forward(
-        ctx,
         x,  # (B, d)
         W,  # (n, d)
         b,  # (n,) or None
         k,
         backend,
+        options,
         grad_backend,
         sparse_grad,
         grad_buffer,  # (n, d) or None
-        screen,
     ):
-        acts, indices = call(
-            backend,
-            "topk_encode",
-            x,
-            W,
-            b,
-            k,
-            *((screen,) if backend == "cpp" else ()),
-        )
-        ctx.save_for_backward(x, W, acts, indices)
+        return call(backend, "topk_encode", x, W, b, k, *options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, W = inputs[:2]
+        acts, indices = output
+        save(ctx, x, W, acts, indices)
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
-        ctx.options = grad_backend, sparse_grad, grad_buffer
-        return acts, indices
+        ctx.options = inputs[6:]
 
     @staticmethod
     def backward(ctx, grad, _):
@@ -81,6 +98,20 @@ class _TopkEncode(torch.autograd.Function):
             d_W, d_b = weight_gradient(grad, indices, x, W, backend, sparse_grad, grad_buffer)
         needs = ctx.needs_input_grad
         return d_x, d_W if needs[1] else None, d_b if needs[2] else None, *[None] * 6
+
+    @staticmethod
+    def jvp(ctx, t_x, t_W, t_b, *options):
+        x, W, acts, indices = ctx.saved_tensors
+        backend = ctx.options[0]
+        of_x = of_W = of_b = None
+        if t_x is not None:
+            of_x = gather_dot(t_x.contiguous(), indices, W, backend)
+        if t_W is not None:
+            of_W = gather_dot(x, indices, t_W.contiguous(), backend)
+        if t_b is not None:
+            of_b = t_b[indices]
+        tangent = total(of_x, of_W, of_b)
+        return (None if tangent is None else torch.where(acts > 0, tangent, 0)), None
 
 
 def topk_encode(
@@ -131,6 +162,7 @@ def topk_encode(
     Source: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
     """
     op = "topk_encode"
+    given = W_enc
     named = {"x": x, "W_enc": W_enc, "b_enc": b_enc}
     if all(isinstance(t, Tensor) for t in (x, W_enc)):
         x, W_enc, b_enc = _check.autocast(x, W_enc, b_enc)
@@ -152,25 +184,21 @@ def topk_encode(
         raise ValueError(f'{op}: screen must be "auto" or "off", got {screen!r}')
     asked = backend
     backend = choose(op, backend, x)
-    check_gradient_options(op, W_enc, sparse_grad, grad_buffer, backend)
+    W_enc, grad_buffer = with_gradient_options(op, given, W_enc, sparse_grad, grad_buffer, backend)
     if backend == "reference":
-        return topk_encode_reference(x, W_enc, b_enc, k=k)
-    # the gradient is made of sparse_decode's operations, which another backend may be faster at
-    grad_backend = backend
-    if tracked(x, W_enc, b_enc) and (faster := choose("sparse_decode", asked, x)) != "reference":
-        grad_backend = faster
-    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+        plain = _for_onnx if exporting_to_onnx() else topk_encode_reference
+        return plain(x, W_enc, b_enc, k=k)
+    # math.prod keeps a symbolic batch, which Size.numel() makes a number of
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
     W = W_enc.contiguous()
     b = None if b_enc is None else b_enc.contiguous()
-    acts, indices = _TopkEncode.apply(
-        flat,
-        W,
-        b,
-        k,
-        backend,
-        grad_backend,
-        sparse_grad,
-        grad_buffer,
-        screen == "auto",
-    )
+    options = (screen == "auto",) if backend in ("cpp", PORTABLE) else ()
+    if tracked(flat, W, b):
+        # the gradient is made of sparse_decode's operations, which another backend may be faster at
+        faster = choose("sparse_decode", asked, x)
+        grad_backend = backend if faster == "reference" else faster
+        gradient = (grad_backend, sparse_grad, grad_buffer)
+        acts, indices = TopkEncode.run(flat, W, b, k, backend, options, *gradient)
+    else:
+        acts, indices = call(backend, "topk_encode", flat, W, b, k, *options)
     return acts.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)

@@ -213,7 +213,7 @@ class DRRhoLoss(nn.Module):
     ) -> Tensor:
         """The loss of all processes' batches, of which this one gives its rows."""
         image = features[0]
-        batch = JointBatch(world, len(image), image.device)
+        batch = JointBatch(world, len(image))
         mine = slice(batch.offset, batch.offset + len(image))
         ids = batch.join(ids)
         u = self._recall(world, ids)[:, mine]
@@ -293,12 +293,19 @@ class DRRhoLoss(nn.Module):
         ids: Tensor,  # (B,), of the joint batch
         u: Tensor,  # (2, B)
     ) -> None:
+        places = ids
+        order = torch.argsort(ids, stable=True)
         if self.world is not None:
+            if not self.u.shape[1]:
+                return
+            # samples of other processes write what stands in the first place, before what comes to
+            # it: so the shapes say nothing of the values, and a GPU need not be waited for
             here = ids % self.world.size == self.world.rank
-            ids = ids[here] // self.world.size
-            u = u[:, here]
-        # equal ids all write what the last of them has, so that no write depends on the order of
+            places = torch.where(here, ids // self.world.size, 0)
+            u = torch.where(here, u.to(self.u.dtype), self.u[:, :1])
+            order = torch.argsort(2 * places + here, stable=True)
+        # equal places all write what the last of them has, so that no write depends on the order of
         # another
-        ordered, order = ids.sort(stable=True)
+        ordered = places[order]
         last = torch.searchsorted(ordered, ordered, right=True) - 1
         self.u[:, ordered] = u[:, order[last]].to(self.u.dtype)

@@ -134,5 +134,5 @@ def write_excess(
     for row in order.tolist():
         numbers = [f"{values[row]:.6g}" for values in losses.values()]
         writer.writerow([row, *numbers, captions[row]])
-    data = text.getvalue().encode()
+    data = text.getvalue().encode("utf-8", "surrogateescape")
     write_atomically(path, lambda file: file.write(data))

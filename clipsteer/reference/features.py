@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,14 +19,22 @@ from clipsteer.clip.model import CLIP, load
 from clipsteer.clip.pixels import pixel_batches
 from clipsteer.clip.runs import read_run
 from clipsteer.data.dataset import ImageDataset, captions_of, data_digest
+from clipsteer.data.identity import identity_of
+from clipsteer.io.checked import CHECKSUM, checksum_of
 from clipsteer.io.digests import described, digest_of, tensors_digest, weights_digest
+from clipsteer.io.doors import door
 from clipsteer.io.files import (
     FileFormatError,
     read_safetensors,
     read_safetensors_header,
+    refuse_nan,
     write_safetensors,
 )
+from clipsteer.io.names import spoken
+from clipsteer.training.settings import other_data
 from clipsteer.training.world import JointBatch, World
+
+logger = logging.getLogger(__name__)
 
 KIND = "clipsteer reference features"
 
@@ -32,7 +42,8 @@ KIND = "clipsteer reference features"
 class ReferenceFeatures(NamedTuple):
     """Unit features of every pair of a data set; row i belongs to sample i.
 
-    data and weights are digests of what they came from, empty where that is not known.
+    data and weights are digests of what they came from, identity is what
+    ``clipsteer.data.identity_of`` says of the data, as JSON; each empty where that is not known.
     """
 
     image: Tensor  # (N, d_ref)
@@ -40,6 +51,7 @@ class ReferenceFeatures(NamedTuple):
     name: str  # of the model
     data: str
     weights: str
+    identity: str = ""
 
     def digest(self) -> str:
         """That of the weights that they came from, or of the features themselves."""
@@ -47,17 +59,30 @@ class ReferenceFeatures(NamedTuple):
 
     def check_data(self, dataset: ImageDataset) -> None:
         """Raise ValueError unless these are features of the pairs of `dataset`."""
-        known = self.data in ("", data_digest(dataset))
-        if len(self.image) != len(dataset) or not known:
+        reason = self._other_data(dataset)
+        if reason is not None:
             raise ValueError(
                 f"train: the reference features are of {len(self.image)} other pairs than "
-                f"these {len(dataset)}"
+                f"these {len(dataset)} ({reason})"
             )
+
+    def _other_data(self, dataset: ImageDataset) -> str | None:
+        if len(self.image) != len(dataset):
+            return "their number"
+        if self.data and self.data != data_digest(dataset):
+            return "captions or images"
+        if not self.identity:
+            return None
+        there = json.loads(self.identity)
+        return other_data(there, json.loads(json.dumps(identity_of(dataset))))
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file that ``read`` takes."""
+        tensors = {"image": self.image, "text": self.text}
         metadata = {"kind": KIND, "model": self.name, "data": self.data, "weights": self.weights}
-        write_safetensors(path, {"image": self.image, "text": self.text}, metadata)
+        metadata["identity"] = self.identity
+        metadata[CHECKSUM] = _checksum(tensors, metadata)
+        write_safetensors(path, tensors, metadata)
 
 
 def model_digest(clip: CLIP) -> str:
@@ -96,7 +121,7 @@ def _divided(
     own = shares[world.rank].tolist()
     # without a batch of its own a process still has to know e
     part = encode(own or [0])[: len(own)]
-    joined = JointBatch(world, len(own), part.device).join(part)
+    joined = JointBatch(world, len(own)).join(part)
     order = torch.cat(shares).argsort()
     return joined[order.to(part.device)]
 
@@ -116,7 +141,7 @@ def encode_texts(
     def encode(rows: Sequence[int]) -> Tensor:
         parts = []
         for at in range(0, len(rows), batch_size):
-            tokens = clip.tokenizer([distinct[row] for row in rows[at : at + batch_size]])
+            tokens = clip.tokenizer([spoken(distinct[row]) for row in rows[at : at + batch_size]])
             found = first_of(model.encode_text(tokens.to(clip.device)))
             wide = torch.promote_types(found.dtype, torch.float32)
             parts.append(F.normalize(found.to(wide), dim=-1))
@@ -167,9 +192,11 @@ def compute(
         name=clip.name,
         data=data_digest(dataset),
         weights=model_digest(clip),
+        identity=json.dumps(identity_of(dataset)),
     )
 
 
+@door
 def read(path: str | Path, dataset: ImageDataset) -> ReferenceFeatures:
     """Features that `compute` or another tool left in a safetensors file.
 
@@ -178,26 +205,54 @@ def read(path: str | Path, dataset: ImageDataset) -> ReferenceFeatures:
     checked.
 
     Raises:
-        ValueError: the features of another data set. FileFormatError: no features of pairs.
-            FileNotFoundError.
+        ValueError: the features of another data set. FileFormatError: no features of pairs, or
+            damaged ones. FileNotFoundError.
     """
-    tensors = read_safetensors(path, allow_nan=False)
+    path = Path(path)
+    tensors = read_safetensors(path)
+    refuse_nan(path, tensors, infinity=True)
     metadata = read_safetensors_header(path).metadata
     if not _are_features(tensors):
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         raise FileFormatError(
             f'{path}: expected features "image" and "text" of one shape (N, d), got {shapes}'
         )
-    image = tensors["image"]
-    text = tensors["text"]
-    data = metadata.get("data", "")
-    if len(image) != len(dataset) or (data and data != data_digest(dataset)):
-        raise ValueError(
-            f"{path}: reference features of {len(image)} other pairs; this data set has "
-            f"{len(dataset)}. Compute them anew, on the same captions and images in the same order"
-        )
+    _check_whole(path, tensors, metadata)
     name = metadata.get("model", str(path))
-    return _unit(ReferenceFeatures(image, text, name, data, metadata.get("weights", "")))
+    facts = (metadata.get(key, "") for key in ("data", "weights", "identity"))
+    found = ReferenceFeatures(tensors["image"], tensors["text"], name, *facts)
+    reason = found._other_data(dataset)
+    if reason is not None:
+        raise ValueError(
+            f"{path}: reference features of {len(found.image)} other pairs ({reason}); this data "
+            f"set has {len(dataset)}. Compute them anew, on the same captions and images in the "
+            f"same order"
+        )
+    return _unit(found)
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Of the features and of all that is said of them."""
+    said = {name: text for name, text in metadata.items() if name != CHECKSUM}
+    return checksum_of({**said, "tensors": tensors_digest(dict(sorted(tensors.items())))})
+
+
+def _check_whole(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Raise FileFormatError for damaged features of ours; those of other tools have no checksum."""
+    stated = metadata.get(CHECKSUM)
+    if stated is not None:
+        if stated != _checksum(tensors, metadata):
+            raise FileFormatError(f"{path}: damaged: its checksum is of other features")
+        try:
+            is_object = isinstance(json.loads(metadata.get("identity") or "{}"), dict)
+        except (ValueError, RecursionError):
+            is_object = False
+        if not is_object:
+            raise FileFormatError(f"{path}: 'identity' must be a JSON object")
+    elif "identity" in metadata:
+        raise FileFormatError(f"{path}: damaged: lacks its checksum")
+    elif metadata.get("kind") == KIND:
+        logger.warning("%s: of a version that kept no checksum; taken as it is", path)
 
 
 def _are_features(tensors: dict[str, Tensor]) -> bool:
@@ -214,6 +269,7 @@ def _unit(features: ReferenceFeatures) -> ReferenceFeatures:
     return features._replace(image=image, text=text)
 
 
+@door
 def cached(
     path: str | Path,
     clip: CLIP,
@@ -225,8 +281,8 @@ def cached(
     """The features in `path` where they are this model's of this data set; otherwise computed and
     written there.
 
-    The data set is known by its captions and 16 of its images (`data_digest`). With `world` the
-    processes compute them together and the first one writes; the file must be where all see it.
+    The data set is known by its captions and its files (`clipsteer.data.identity_of`). With `world`
+    the processes compute them together and the first one writes; the file must be where all see it.
     """
     path = Path(path)
     is_lead = world is None or world.rank == 0
@@ -248,6 +304,7 @@ def cached(
     return _unit(features)  # as `read` gives them, to the last bit
 
 
+@door
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> CLIP:
     """The model that `clipsteer train --out folder` left there: ``load(folder)``, which says more
     where there is none."""

@@ -102,7 +102,7 @@ class ContrastiveLoss(nn.Module):
         """
         if self.distill and (ref_image is None or ref_text is None):
             raise ValueError("ContrastiveLoss: distill > 0 needs ref_image and ref_text")
-        batch = None if self.world is None else JointBatch(self.world, len(image), image.device)
+        batch = None if self.world is None else JointBatch(self.world, len(image))
         rows = self._logits(image, text, batch)
         own = torch.arange(len(image), device=image.device)
         share = 1 / len(image) if batch is None else batch.size / batch.rows
@@ -176,6 +176,11 @@ def select_learnable(
     far and itself.
 
     Source: Evans et al. 2024, JEST (arXiv 2406.17711), algorithm 1, with the softmax loss.
+    DRRho-CLIP's code (Wei et al. 2025) departs from this in three ways: its first chunk is drawn
+    with probability ∝ a pair's own difference of logits less the smallest one, not evenly; a later
+    chunk compares a pair with those drawn so far alone, without the pair itself in the denominator;
+    and the reference's logits are scaled by a fixed 100, not by the learner's temperature. (There
+    each process draws its share from its own pairs, with the negatives of all.)
 
     Args:
         image, text: (N, e) unit rows of the learner.

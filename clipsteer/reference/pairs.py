@@ -10,6 +10,8 @@ from torch.utils.data import Dataset
 
 from clipsteer.clip.model import CLIP
 from clipsteer.data.dataset import ImageDataset, captions_of
+from clipsteer.io.images import as_rgb
+from clipsteer.io.names import spoken
 
 
 class Pairs(Dataset):
@@ -24,14 +26,14 @@ class Pairs(Dataset):
 
     def __init__(self, dataset: ImageDataset, crop: float, *models: CLIP) -> None:
         self.dataset = dataset
-        self.texts = captions_of(dataset)
+        self.texts = [spoken(text) for text in captions_of(dataset)]
         self.crop = crop
         # not the models: loader processes need none of their weights
         self.models = [(model.preprocess, model.tokenizer) for model in models]
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...]:
         row, seed = key
-        image = self.dataset[row][0]
+        image = as_rgb(self.dataset[row][0])
         if self.crop < 1:
             image = _square_crop(image, self.crop, seed)
         tensors = []

@@ -26,14 +26,17 @@ from clipsteer.clip.pixels import loader
 from clipsteer.clip.setup import header_of
 from clipsteer.clip.towers import joint_module
 from clipsteer.data.dataset import ImageDataset, data_digest
+from clipsteer.data.identity import identity_of
 from clipsteer.io.digests import weights_digest
 from clipsteer.io.files import read_json, write_json, write_safetensors
+from clipsteer.io.layout import Layout
 from clipsteer.reference.config import ContrastiveConfig
 from clipsteer.reference.evaluate import evaluate
 from clipsteer.reference.features import ReferenceFeatures, model_digest, referred
 from clipsteer.reference.losses import select_learnable
 from clipsteer.reference.optimizer import gamma_of, make_optimizer
 from clipsteer.reference.pairs import Pairs
+from clipsteer.training.claim import claimed
 from clipsteer.training.loop import TrainingRun
 from clipsteer.training.schedule import Keys, Order, cosine_lr, seed_of
 from clipsteer.training.world import JointBatch, World
@@ -77,8 +80,9 @@ def train_contrastive(
     Raises:
         ValueError: a data set of less than a batch, no reference where one is needed or one of
             other pairs, or a run in `out` with other settings, data or starting weights.
-        RuntimeError: the loss is not finite. SystemExit(143): SIGTERM came and the state is saved;
-            KeyboardInterrupt: so did Ctrl-C.
+        FileFormatError: a checkpoint in `out` that is not of such a run.
+        RuntimeError: the loss is not finite, or another process writes to `out`. SystemExit(143):
+            SIGTERM came and the state is saved; KeyboardInterrupt: so did Ctrl-C.
     """
     run = _Run(
         clip,
@@ -91,7 +95,8 @@ def train_contrastive(
         workers,
         world or World(clip.device),
     )
-    return run.run(on_log, resume)
+    with claimed(run.out, run.name, run.world):
+        return run.run(on_log, resume)
 
 
 class _Run(TrainingRun):
@@ -203,6 +208,16 @@ class _Run(TrainingRun):
         found = {f"model.{name}": tensor for name, tensor in self.clip.model.state_dict().items()}
         found |= {f"loss.{name}": parameter for name, parameter in self.loss.named_parameters()}
         return found | ({"loss.u": self.loss.gather_u()} if self.config.remembers else {})
+
+    def layout(self) -> Layout:
+        found = super().layout()
+        if "loss.u" in found:
+            # NaN until a sample is seen
+            found["loss.u"] = found["loss.u"]._replace(any_value=True)
+        return found
+
+    def data_identity(self) -> dict[str, Any]:
+        return identity_of(self.dataset)
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         self.clip.model.load_state_dict(
@@ -344,7 +359,7 @@ class _Run(TrainingRun):
         assert ref_image is not None
         assert ref_text is not None
         assert self.config.select is not None
-        batch = JointBatch(self.world, len(ids), ids.device)
+        batch = JointBatch(self.world, len(ids))
         ours = [batch.join(x) for x in self._seen(inputs, size)]
         theirs = [batch.join(ref_image), batch.join(ref_text)]
         draws = torch.Generator(ids.device)

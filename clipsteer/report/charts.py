@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from clipsteer.io.names import spoken
 from clipsteer.report.axes import SCALES, Axis, Ruler
 from clipsteer.report.layers import LEFT, NAMES, Frame, Layer, Plot, Scales
 from clipsteer.report.page import FOLDER, LINE, Html, lines_of, render, width_of, write_whole
@@ -142,7 +143,7 @@ class Chart:
 
         The PNG needs resvg-py; without that a line in the log says so. Returns the files written.
         """
-        source = self.svg()
+        source = spoken(self.svg())
         path = write_whole(Path(path), source.encode())
         try:
             from resvg_py import svg_to_bytes

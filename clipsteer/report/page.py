@@ -20,9 +20,11 @@ import textwrap
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from clipsteer.io.files import write_atomically
+from clipsteer.io.images import as_rgb
+from clipsteer.io.names import spoken
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -129,7 +131,8 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -
     writer.writeheader()
     for row in rows:
         writer.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
-    write_whole(Path(path), lines.getvalue().encode())
+    # bytes of names that are not UTF-8 are those of the names again
+    write_whole(Path(path), lines.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -144,10 +147,10 @@ def image(picture: Image, alt: str, *, quality: int = 80) -> Html:
     buffer = io.BytesIO()
     if features.check("webp"):
         kind = "webp"
-        picture.convert("RGB").save(buffer, kind, quality=quality)
+        as_rgb(picture).save(buffer, kind, quality=quality)
     else:
         kind = "png"
-        picture.convert("RGB").save(buffer, kind)
+        as_rgb(picture).save(buffer, kind)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     return render("image", source=f"data:image/{kind};base64,{data}", alt=alt, size=picture.size)
 
@@ -160,32 +163,68 @@ def figures(items: Iterable[tuple[Any, ...]], *, size: str = "5rem") -> Html:
     return render("figures", cells=cells, size=size)
 
 
+class _Span(NamedTuple):
+    """Along one side of a picture: pixels [begin, end), under cells [first, last) of a grid."""
+
+    begin: int
+    end: int
+    first: float
+    last: float
+
+
+def _span(low: float, high: float, cells: int, pixels: int) -> _Span:
+    """What can be seen of cells that reach from ``low`` to ``high``, in shares of the picture."""
+    first = max(low, 0.0)
+    last = min(high, 1.0)
+    if not first < last:
+        raise ValueError(
+            f"heat_overlay: seen must be left, top, right and bottom of a part of the picture, got "
+            f"{low} to {high}"
+        )
+    begin = min(round(first * pixels), pixels - 1)
+    end = max(round(last * pixels), begin + 1)
+    share = cells / (high - low)
+    return _Span(begin, end, (first - low) * share, min((last - low) * share, cells))
+
+
 def heat_overlay(
     picture: Image,
     heat: Any,  # (h, w)
     *,
     size: int = 128,
     peak: float | None = None,
+    seen: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
 ) -> Image:
     """``picture``, paler, with an orange glow where ``heat``, at least 0, is high.
 
     Args:
         picture: any size; resized to ``size`` × ``size`` pixels.
         heat: array or tensor over the patch grid; ``peak`` (default its maximum) counts as full.
+        seen: left, top, right and bottom of what the grid covers, in shares of the picture, as
+            ``clipsteer.clip.seen_box`` gives it. The rest is grey; what lies outside the picture is
+            not shown.
     """
     import numpy as np
     from PIL import Image as PILImage
 
     values = np.asarray(heat, dtype=np.float32)
-    if values.ndim != 2:
+    if values.ndim != 2 or 0 in values.shape:
         raise ValueError(f"heat_overlay: heat must have shape (h, w), got {values.shape}")
-    top = float(values.max()) if peak is None else float(peak)
-    values = np.clip(values / top, 0, 1) if top > 0 else np.zeros_like(values)
+    x = _span(seen[0], seen[2], values.shape[1], size)
+    y = _span(seen[1], seen[3], values.shape[0], size)
+    full = float(values.max()) if peak is None else float(peak)
+    values = np.clip(values / full, 0, 1) if full > 0 else np.zeros_like(values)
     glow = PILImage.fromarray((values * 165).astype(np.uint8))
-    mask = glow.resize((size, size), PILImage.Resampling.BICUBIC)
-    colour = picture.convert("RGB").resize((size, size), PILImage.Resampling.LANCZOS)
-    pale = PILImage.blend(colour, colour.convert("L").convert("RGB"), 0.6)
-    return PILImage.composite(PILImage.new("RGB", (size, size), (255, 110, 0)), pale, mask)
+    part = (x.first, y.first, x.last, y.last)
+    glow = glow.resize((x.end - x.begin, y.end - y.begin), PILImage.Resampling.BICUBIC, part)
+    mask = PILImage.new("L", (size, size))
+    mask.paste(glow, (x.begin, y.begin))
+    colour = as_rgb(picture).resize((size, size), PILImage.Resampling.LANCZOS)
+    grey = colour.convert("L").convert("RGB")
+    shown = PILImage.blend(grey, PILImage.new("RGB", (size, size), (128, 128, 128)), 0.6)
+    pale = PILImage.blend(colour, grey, 0.6)
+    shown.paste(pale.crop((x.begin, y.begin, x.end, y.end)), (x.begin, y.begin))
+    return PILImage.composite(PILImage.new("RGB", (size, size), (255, 110, 0)), shown, mask)
 
 
 def grid(*charts: Any) -> Html:
@@ -241,4 +280,4 @@ class Page:
 
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write the page whole or not at all."""
-        return write_whole(Path(path), self.html().encode())
+        return write_whole(Path(path), spoken(self.html()).encode())

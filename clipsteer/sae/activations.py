@@ -21,14 +21,12 @@ from tqdm import tqdm
 
 from clipsteer.clip.hooks import harvest
 from clipsteer.clip.model import provenance
+from clipsteer.clip.module import module_of
 from clipsteer.clip.pixels import image_loader
-from clipsteer.io.files import (
-    FileFormatError,
-    read_json,
-    read_safetensors,
-    write_json,
-    write_safetensors,
-)
+from clipsteer.data.identity import Identity, identity_of
+from clipsteer.io.digests import described, digest_of, weights_digest
+from clipsteer.io.files import FileFormatError
+from clipsteer.sae import shards
 from clipsteer.sae.sources import (
     ActivationSource,
     Batch,
@@ -38,6 +36,7 @@ from clipsteer.sae.sources import (
     as_source,
     generator,
 )
+from clipsteer.training.claim import claimed
 from clipsteer.training.world import World
 
 __all__ = [
@@ -54,8 +53,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_PROVENANCE = ("clip_model", "pretrained", "hook_point", "tokens", "setup")
+_DTYPES = shards.DTYPES
+_PROVENANCE = (*shards.PROVENANCE, "setup")
 
 
 class HarvestSource(ActivationSource):
@@ -72,6 +71,8 @@ class HarvestSource(ActivationSource):
     augmentations draw from torch's generator, which is seeded per (seed, epoch, group), so a
     resumed run sees the same ones.
     """
+
+    from_files = True
 
     def __init__(
         self,
@@ -94,6 +95,10 @@ class HarvestSource(ActivationSource):
         self.provenance = provenance(clip, hook_point, tokens)
         probe = self._run([0])
         self.tokens_per_image, self.d_in = probe.shape
+
+    def identity(self) -> Identity | None:
+        """Of the images and of the model that sees them."""
+        return {"kind": "harvest", **_seen(self.clip, self.dataset)}
 
     def _run(self, images: Sequence[int]) -> Tensor:
         chosen = Subset(self.dataset, images)
@@ -121,26 +126,31 @@ class ActivationStore(ActivationSource):
 
     An epoch permutes the shards; `buffer_shards` of them at a time are read and their rows permuted
     together (all of them, hence a full permutation, when `buffer_shards` is None). Memory: the
-    buffer in the stored dtype.
+    buffer in the stored dtype. Each shard is held against its checksum when it is first read.
+
+    Raises:
+        FileFormatError: a damaged description or index, a shard of another size, or none that is
+            complete. FileNotFoundError.
     """
+
+    from_files = True
 
     def __init__(self, directory: str | Path, *, buffer_shards: int | None = 4) -> None:
         self.directory = Path(directory)
-        path = self.directory / "store.json"
-        self.metadata: dict[str, Any] = read_json(path)
-        there = self.metadata if isinstance(self.metadata, dict) else {}
-        total = there.get("shards")
-        d_in = there.get("d_in")
-        if type(total) is not int or type(d_in) is not int or total < 1 or d_in < 1:
-            raise FileFormatError(f"{path}: not the description of an activation store")
-        self.d_in = d_in
-        self.shards: list[Path] = []
-        self._sizes: list[int] = []
-        for path in sorted(self.directory.glob("shard-*.safetensors")):
-            entry = _read_entry(path)
-            if entry is not None and path.stem[6:].isdecimal() and int(path.stem[6:]) < total:
-                self.shards.append(path)
-                self._sizes.append(entry["rows"])
+        self.metadata: dict[str, Any] = shards.read_description(self.directory)
+        total = self.metadata["shards"]
+        self.d_in = self.metadata["d_in"]
+        self.shards = shards.shards_of(self.directory, total)
+        self._entries = [shards.read_index(path) for path in self.shards]
+        self._sizes = [entry["rows"] for entry in self._entries]
+        # those that need not be looked at again
+        self._checked = {i for i, entry in enumerate(self._entries) if "sha256" not in entry}
+        if self._checked:
+            logger.warning(
+                "%s: %d shards of a version that kept no checksums; taken as they are",
+                self.directory,
+                len(self._checked),
+            )
         if not self.shards:
             raise FileFormatError(
                 f"{self.directory}: no complete shard; run harvest_to_store again to go on with it"
@@ -164,13 +174,19 @@ class ActivationStore(ActivationSource):
     def read_shard(self, index: int) -> Tensor:
         """Rows (n, d) of one shard, images in the data set's order."""
         path = self.shards[index]
-        rows = read_safetensors(path).get("activations")
-        if rows is None or tuple(rows.shape) != (self._sizes[index], self.d_in):
-            got = None if rows is None else tuple(rows.shape)
-            raise FileFormatError(
-                f"{path}: expected activations {(self._sizes[index], self.d_in)}, got {got}"
-            )
-        return rows
+        if index not in self._checked:
+            shards.check_shard(path, self._entries[index])
+            self._checked.add(index)
+        return shards.read_rows(path, self.metadata["dtype"], self._sizes[index], self.d_in)
+
+    def identity(self) -> Identity | None:
+        """Of the shards that are there: their checksums, or their sizes and times where they have
+        none."""
+        parts = []
+        for path, entry in zip(self.shards, self._entries):
+            known = entry.get("sha256") or [entry["bytes"], int(path.stat().st_mtime)]
+            parts.append([path.name, entry["rows"], known])
+        return {"kind": "shards", "rows": len(self), "shards": digest_of(parts)}
 
     def _order(self, seed: int, epoch: int) -> list[list[int]]:
         order = torch.randperm(len(self.shards), generator=generator(seed, epoch)).tolist()
@@ -205,10 +221,10 @@ def harvest_to_store(
     A shard holds the rows of a fixed run of images (about `shard_rows` rows) and counts once its
     index file, written after it, is there; a second call with the same settings does only what is
     missing. `tokens` is "all", "cls" or "patches"; `dtype` "float16", "bfloat16" or "float32"
-    (float16 overflows at 65504 and raises then). Another model, data set length or setting in the
-    same directory raises ValueError. Under ``torchrun`` every process must call it: each writes its
-    share of the shards, and none returns before all are there; the directory must be one that they
-    all see.
+    (float16 overflows at 65504 and raises then). Another model, data set or setting in the same
+    directory raises ValueError, another process that writes there RuntimeError. Under ``torchrun``
+    every process must call it: each writes its share of the shards, and none returns before all are
+    there; the directory must be one that they all see.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype: expected one of {sorted(_DTYPES)}, got {dtype!r}")
@@ -230,26 +246,30 @@ def harvest_to_store(
         "shards": math.ceil(len(dataset) / images),
     }
     world = World(clip.device)
-    _claim(directory, settings)
-    mine = range(world.rank, settings["shards"], world.size)
-    todo = [i for i in mine if _read_entry(_shard_path(directory, i)) is None]
-    for index in tqdm(todo, desc=f"harvest {hook_point}", unit="shard", disable=None):
-        span = range(index * images, min((index + 1) * images, len(dataset)))
-        loader = image_loader(clip, Subset(dataset, span), batch_size, num_workers)
-        parts = [
-            part.to("cpu", _DTYPES[dtype])
-            for part in harvest(clip, loader, hook_point, tokens=tokens)
-        ]
-        rows = torch.cat(parts).contiguous()
-        if not torch.isfinite(rows).all():
-            raise ValueError(
-                f"{hook_point}: activations are not finite in {dtype}; pass dtype='float32'"
-            )
-        path = _shard_path(directory, index)
-        write_safetensors(path, {"activations": rows})
-        entry = {"rows": len(rows), "images": [span.start, span.stop], "bytes": path.stat().st_size}
-        write_json(path.with_suffix(".json"), entry)
-    world.any(False)  # wait for the others
+    settings |= _seen(clip, dataset)
+    if (directory / shards.DESCRIPTION).exists():
+        shards.begin(directory, settings)
+    paths = [shards.shard_path(directory, index) for index in range(settings["shards"])]
+    # a store that is whole is read, by any number of runs
+    if world.any(not all(map(shards.is_done, paths))):
+        with claimed(directory, "harvest_to_store", world):
+            shards.begin(directory, settings)
+            todo = [i for i in range(len(paths)) if i % world.size == world.rank]
+            todo = [i for i in todo if not shards.is_done(paths[i])]
+            for index in tqdm(todo, desc=f"harvest {hook_point}", unit="shard", disable=None):
+                span = range(index * images, min((index + 1) * images, len(dataset)))
+                loader = image_loader(clip, Subset(dataset, span), batch_size, num_workers)
+                parts = [
+                    part.to("cpu", _DTYPES[dtype])
+                    for part in harvest(clip, loader, hook_point, tokens=tokens)
+                ]
+                rows = torch.cat(parts).contiguous()
+                if not torch.isfinite(rows).all():
+                    raise ValueError(
+                        f"{hook_point}: activations are not finite in {dtype}; pass dtype='float32'"
+                    )
+                shards.write_shard(paths[index], rows, span)
+            world.any(False)  # wait for the others
     store = ActivationStore(directory)
     if not store.complete:
         raise RuntimeError(
@@ -259,34 +279,10 @@ def harvest_to_store(
     return store
 
 
-def _claim(directory: Path, settings: dict[str, Any]) -> None:
-    path = directory / "store.json"
-    if not path.exists():
-        write_json(path, settings)
-        return
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise FileFormatError(f"{path}: expected a JSON object")
-    if "setup" not in found and "setup" in settings and "quick_gelu" not in settings["setup"]:
-        # of a version that did not write it, and built every model without
-        logger.warning("%s does not say how its images were preprocessed", path)
-        settings = {key: value for key, value in settings.items() if key != "setup"}
-    changed = [key for key, value in settings.items() if found.get(key) != value]
-    differing = [f"{key}: {found.get(key)!r} there, {settings[key]!r} asked for" for key in changed]
-    if differing:
-        raise ValueError(
-            f"{directory} holds another harvest ({'; '.join(differing)}); choose another directory"
-        )
-
-
-def _shard_path(directory: Path, index: int) -> Path:
-    return directory / f"shard-{index:06d}.safetensors"
-
-
-def _read_entry(path: Path) -> dict[str, Any] | None:
-    try:
-        entry = read_json(path.with_suffix(".json"))
-        rows, size = entry["rows"], entry["bytes"]
-        return entry if type(rows) is int and rows > 0 and path.stat().st_size == size else None
-    except (OSError, FileFormatError, KeyError, TypeError):
-        return None
+def _seen(clip: Any, dataset: Any) -> dict[str, Any]:
+    """What is seen and what sees it, beyond their names."""
+    return {
+        "data": identity_of(dataset),
+        "weights": weights_digest(module_of(clip)),
+        "preprocess": described(clip.preprocess),
+    }

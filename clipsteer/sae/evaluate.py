@@ -20,6 +20,7 @@ from clipsteer.clip.hooks import evaluating
 from clipsteer.clip.model import CLIP
 from clipsteer.clip.pixels import image_batches
 from clipsteer.clip.zero_shot import zero_shot_head
+from clipsteer.data.dataset import told_apart
 from clipsteer.sae.features import (
     FeatureStatistics,
     Steerability,
@@ -69,8 +70,8 @@ def evaluate_sae(
     Args:
         hook_point, tokens: by default what the SAE's metadata say.
         classnames, templates: classes that integer labels index; by default those of
-            ``dataset.classes``. Without classes, with captions as labels, or without a text tower,
-            the substitution metrics are left out.
+            ``dataset.classes``. Without two classes, with captions as labels, or without a text
+            tower, the substitution metrics are left out.
         batch_size: images a batch. EV is centred on the batch's mean, so it depends on this; FVU
             does not.
 
@@ -83,7 +84,7 @@ def evaluate_sae(
     """
     site = find_site(sae, clip, hook_point, tokens)
     if classnames is None and clip.has_text:
-        classnames = getattr(dataset, "classes", None)
+        classnames = told_apart(dataset)
     head = zero_shot_head(clip, classnames, templates) if classnames else None
     totals = _Totals(sae)
     scores = {name: [0.0, 0] for name in ("clean", "sae", "zero")}

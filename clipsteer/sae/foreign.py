@@ -12,7 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from clipsteer.io.files import FileFormatError
+
+_SCALING = ("scaling_factor", "finetuning_scaling_factor")
 
 
 class Described(NamedTuple):
@@ -62,6 +67,42 @@ def metadata_of(source: str, model: Any, hook_name: Any, **more: Any) -> dict[st
     if isinstance(hook_name, str):
         found |= {"hook_point": open_clip_name(hook_name), "source_hook": hook_name}
     return {key: value for key, value in found.items() if value is not None}
+
+
+def without_scaling(
+    path: Path, weights: Mapping[str, Tensor], *, applied: bool
+) -> dict[str, Tensor]:
+    """The weights (W_dec with a feature a row) with the factors of a fine-tuned SAE folded in.
+
+    SAELens before version 6, and what grew from it, decode (acts · factor) W_dec where the
+    configuration says that the SAE was fine-tuned (``applied``). For a while they wrote ones into
+    every file.
+
+    Raises FileFormatError for other factors than ones where they are not applied, and for factors
+    of another shape than one a feature.
+    """
+    rest = {name: tensor for name, tensor in weights.items() if name not in _SCALING}
+    names = [name for name in _SCALING if name in weights]
+    if not names:
+        return rest
+    factor = weights[names[0]]
+    decoder = rest["W_dec"]
+    fits = decoder.dim() == 2 and factor.shape == decoder.shape[:1] and factor.is_floating_point()
+    if len(names) > 1 or not fits:
+        raise FileFormatError(
+            f"{path}: {' and '.join(names)} must be one factor a feature, W_dec is "
+            f"{tuple(decoder.shape)}, {names[0]} {factor.dtype} {tuple(factor.shape)}"
+        )
+    if bool((factor == 1).all()):
+        return rest
+    if not applied:
+        raise FileFormatError(
+            f"{path}: {names[0]} is not 1 everywhere, and the configuration does not say "
+            f"finetuning_scaling_factor: whether it counts cannot be known"
+        )
+    wide = torch.promote_types(decoder.dtype, torch.float32)
+    rest["W_dec"] = (decoder.to(wide) * factor.to(wide).unsqueeze(1)).to(decoder.dtype)
+    return rest
 
 
 def positive(path: Path, cfg: Mapping[str, Any], key: str) -> int:

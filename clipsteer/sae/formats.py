@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from clipsteer._version import __version__
+from clipsteer.io.doors import door
 from clipsteer.io.files import (
     FileFormatError,
     json_object,
@@ -34,6 +35,7 @@ from clipsteer.io.files import (
     write_safetensors,
 )
 from clipsteer.io.kinds import Kind, write_kind
+from clipsteer.io.weights import some
 from clipsteer.sae import prisma, saelens, sparsify
 from clipsteer.sae.foreign import Described
 from clipsteer.sae.foreign import open_clip_name as open_clip_name
@@ -50,6 +52,7 @@ _HUB_FILES = (
     "n_images_*.pt",
 )
 _HUB = "hf-hub:"
+_FINITE = ("W_enc", "W_dec", "b_dec")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -138,22 +141,31 @@ def _download(path: str) -> Path:
     return folder
 
 
+@door
 def read(path: str | Path) -> tuple[Path, Described]:
     """The SAE at `path` (see ``SAE.from_pretrained``) as it was written, and the folder that it was
     found in."""
     folder = _download(path) if isinstance(path, str) and path.startswith(_HUB) else Path(path)
     kind = detect(folder)
     if kind == "prisma":
-        return folder, prisma.read(folder)
-    name, reader = _READERS[kind]
-    cfg = json_object(folder / "cfg.json", read_json(folder / "cfg.json"))
-    return folder, reader(folder, cfg, read_safetensors(folder / name))
+        found = prisma.read(folder)
+    else:
+        name, reader = _READERS[kind]
+        cfg = json_object(folder / "cfg.json", read_json(folder / "cfg.json"))
+        found = reader(folder, cfg, read_safetensors(folder / name))
+    for key in ("clip_model", "pretrained", "hook_point", "tokens"):
+        if not isinstance(found.metadata.get(key), (str, type(None))):
+            raise FileFormatError(
+                f"{folder}: {key} of the metadata must be text, got {found.metadata[key]!r:.60}"
+            )
+    return folder, found
 
 
 def fitting(
     path: Path, weights: Mapping[str, Any], wanted: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors that an SAE's state dict wants, or FileFormatError. Others are passed over."""
+    """The tensors that an SAE's state dict wants; FileFormatError where one is missing, does not
+    fit, or is there and unknown: what it would do to the result is not known either."""
     chosen: dict[str, Tensor] = {}
     for name, like in wanted.items():
         tensor = weights.get(name)
@@ -166,7 +178,15 @@ def fitting(
                 f"got {tensor.dtype} {tuple(tensor.shape)}"
             )
         chosen[name] = tensor.detach()
+    unknown = {name for name, value in weights.items() if isinstance(value, Tensor)} - set(chosen)
+    if unknown:
+        raise FileFormatError(
+            f"{path}: this architecture has no {some(sorted(map(repr, unknown)))}; it has "
+            f"{', '.join(wanted)}"
+        )
     refuse_nan(path, chosen)
+    # a threshold or a bias of infinity keeps a feature off
+    refuse_nan(path, {n: t for n, t in chosen.items() if n in _FINITE}, infinity=True)
     return chosen
 
 
@@ -174,9 +194,15 @@ def _checked(sae: Describable) -> Described:
     """What is about to be written; whatever could not be read again shows here, before a file is
     touched."""
     config, weights, metadata = sae.described()
-    if broken := [name for name, tensor in weights.items() if bool(tensor.isnan().any())]:
+    broken = []
+    for name, tensor in weights.items():
+        wrong = ~tensor.isfinite() if name in _FINITE else tensor.isnan()
+        if bool(wrong.any()):
+            broken.append(name)
+    if broken:
         raise ValueError(
-            f"SAE: {', '.join(broken)} hold NaN; such a file could not be loaded again"
+            f"SAE: {', '.join(broken)} hold NaN or infinities; such a file could not be loaded "
+            f"again"
         )
     metadata = {**metadata, "clipsteer_version": __version__}
     return Described(config, weights, json.loads(json.dumps(metadata, allow_nan=False)))

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipsteer import ops
+from clipsteer.io.doors import door
 from clipsteer.io.files import FileFormatError
 from clipsteer.sae import formats
 from clipsteer.sae.architectures import batch_count, check, checked_k, running_threshold
@@ -343,6 +344,7 @@ class SAE(nn.Module):
         return formats.save(self, directory)
 
     @classmethod
+    @door
     def from_pretrained(
         cls,
         path: str | Path,

@@ -6,12 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from clipsteer.io.files import FileFormatError, read_json
 from clipsteer.io.torch_files import read_torch_weights_only
-from clipsteer.sae.foreign import Described, lookup, metadata_of, positive
+from clipsteer.sae.foreign import Described, lookup, metadata_of, positive, without_scaling
 
 # packages whose configuration classes occur inside the checkpoints; they are replaced by inert
 # stand-ins
@@ -46,23 +45,28 @@ def _as_dict(path: Path, cfg: Any) -> dict[str, Any]:
     values = cfg if isinstance(cfg, dict) else getattr(cfg, "__dict__", None)
     if not isinstance(values, dict):
         raise FileFormatError(f"{path}: the configuration is a {type(cfg).__name__}")
-    # what could not stand in a JSON file (a device, a dtype, a tensor) says nothing about the SAE
-    return {
-        key: value
-        for key, value in values.items()
-        if isinstance(value, (str, int, float, list, dict))
-    }
+    # what is read here is flat; a device, a dtype or a tensor says nothing about the SAE
+    found = {key: _flat(value) for key, value in values.items() if isinstance(key, str)}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _flat(value: Any) -> Any:
+    """A text, a number that prints, or a list or a dictionary of such; else None."""
+    if isinstance(value, list):
+        return [_flat(part) for part in value if not isinstance(part, (list, dict))]
+    if isinstance(value, dict):
+        return {
+            key: _flat(part)
+            for key, part in value.items()
+            if isinstance(key, str) and not isinstance(part, (list, dict))
+        }
+    if isinstance(value, (str, float)) or (isinstance(value, int) and abs(value) < 1 << 63):
+        return value
+    return None
 
 
 def _single(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 else value
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    """Dense, on the CPU, and not a small storage expanded to any size."""
-    if tensor.layout != torch.strided or tensor.device.type != "cpu":
-        return False
-    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def read(path: Path) -> Described:
@@ -102,12 +106,12 @@ def read(path: Path) -> Described:
         tokens = "patches"
     metadata = metadata_of("prisma", cfg.get("model_name"), hook, tokens=tokens)
     # copies: the file is only mapped, and two names may share one storage
-    copies = {
-        n: t.detach().clone() for n, t in weights.items() if isinstance(t, Tensor) and _is_whole(t)
-    }
-    if "W_enc" not in copies:
-        raise FileFormatError(f"{file}: W_enc is not a dense matrix with storage of its own")
-    return Described(_config(file, cfg), {**copies, "W_enc": copies["W_enc"].T}, metadata)
+    copies = {n: t.detach().clone() for n, t in weights.items() if isinstance(t, Tensor)}
+    copies = without_scaling(file, copies, applied=False)
+    config = _config(file, cfg)
+    if config["architecture"] == "gated":
+        copies.pop("b_enc", None)  # Prisma makes one for every architecture
+    return Described(config, {**copies, "W_enc": copies["W_enc"].T}, metadata)
 
 
 def _config(path: Path, cfg: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clipsteer.io.files import FileFormatError
-from clipsteer.sae.foreign import Described, lookup, metadata_of, positive
+from clipsteer.sae.foreign import Described, lookup, metadata_of, positive, without_scaling
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +40,10 @@ def read(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> Descr
     k = cfg.get("k")
     if activation == "topk" and architecture == "standard":
         architecture = "topk"
-        k = kwargs.get("k") if isinstance(kwargs, dict) else None
     elif activation not in ("relu", "topk"):
         raise FileFormatError(f"{folder}: activation function {activation!r:.60} is not supported")
+    if architecture == "topk" and isinstance(kwargs, dict):
+        k = kwargs.get("k", k)  # before version 6
     table = {
         "standard": "relu",
         "topk": "topk",
@@ -65,28 +66,39 @@ def read(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> Descr
         cfg.get("reshape_activations"),
         {None: "none", "none": "none"},
     )
-    scaling = weights.pop("scaling_factor", None)
-    if scaling is not None and not bool((scaling == 1).all()):
-        raise FileFormatError(f"{folder}: a fine-tuning scaling_factor is not supported")
     _need_matrices(folder, weights)
     weights["W_enc"] = weights["W_enc"].T
     if "topk_threshold" in weights and weights["topk_threshold"].numel() == 1:
         weights["threshold"] = weights.pop("topk_threshold").reshape(())
-    if cfg.get("rescale_acts_by_decoder_norm") and architecture in ("topk", "batch_topk"):
+    rescale = _flag(folder, cfg, "rescale_acts_by_decoder_norm", False)
+    if rescale and architecture in ("topk", "batch_topk"):
         _fold_decoder_norm(folder, weights)
+    # after that: the norms are those of the decoder without factors
+    weights = without_scaling(
+        folder, weights, applied=_flag(folder, cfg, "finetuning_scaling_factor", False)
+    )
     config = {
         "d_in": positive(folder, cfg, "d_in"),
         "d_sae": positive(folder, cfg, "d_sae"),
         "architecture": architecture,
         "k": k,
         "normalize": lookup(folder, "normalize_activations", normalize, _NORMS),
-        "apply_b_dec_to_input": bool(cfg.get("apply_b_dec_to_input", True)),
+        "apply_b_dec_to_input": _flag(folder, cfg, "apply_b_dec_to_input", True),
     }
     hook = meta.get("hook_name", meta.get("hook_point"))
     own = meta.get("clipsteer")
     if not isinstance(own, dict):
         own = metadata_of("saelens", meta.get("model_name"), hook)
     return Described(config, weights, own)
+
+
+def _flag(folder: Path, cfg: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = cfg.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise FileFormatError(f"{folder}: {key} must be true or false, got {value!r:.60}")
+    return value
 
 
 def _need_matrices(folder: Path, weights: Mapping[str, Tensor]) -> None:

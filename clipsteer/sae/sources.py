@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from clipsteer.data.identity import Identity, identity_of, tensor_digest
 from clipsteer.training.schedule import seed_of
 
 
@@ -48,6 +49,7 @@ class ActivationSource:
     provenance: dict[
         str, Any
     ] = {}  # what is known of the model, under the names of ``SAE.metadata``
+    from_files = False  # whether the rows come of files, whose place is not what they are
 
     def group_sizes(self, seed: int, epoch: int) -> list[int]:
         """Rows of each group in the order in which this epoch visits them."""
@@ -56,6 +58,11 @@ class ActivationSource:
     def load_group(self, seed: int, epoch: int, group: int) -> Tensor:
         """The rows (n, d) of the group visited as number `group`, in any fixed order."""
         raise NotImplementedError
+
+    def identity(self) -> Identity | None:
+        """What the rows are known by, for JSON: a run is not resumed on others. None where nothing
+        is known."""
+        return None
 
     def rows_per_epoch(self) -> int | None:
         """Rows of one pass, or None where only reading would tell."""
@@ -139,6 +146,10 @@ class TensorSource(ActivationSource):
         self.rows = rows.detach().reshape(-1, rows.shape[-1])
         self.d_in = self.rows.shape[1]
 
+    def identity(self) -> Identity | None:
+        """A digest of all elements."""
+        return identity_of(self.rows)
+
     def group_sizes(self, seed: int, epoch: int) -> list[int]:
         """All rows in one group."""
         return [len(self.rows)]
@@ -151,7 +162,8 @@ class TensorSource(ActivationSource):
 class IterableSource(ActivationSource):
     """Any iterable of tensors (..., d): rows in the order in which they come, no shuffling.
 
-    A position is reached by reading up to it, so resuming needs an iterable that repeats itself.
+    A position is reached by reading up to it, so resuming needs an iterable that repeats itself. Of
+    a list of tensors that is checked; of any other iterable nothing is known before it is read.
     """
 
     def __init__(self, parts: Iterable[Tensor]) -> None:
@@ -162,6 +174,13 @@ class IterableSource(ActivationSource):
             raise ValueError("activations: the iterable is empty")
         self.d_in = first.shape[-1]
         self._first: Tensor | None = first
+
+    def identity(self) -> Identity | None:
+        """Of a list of tensors, a digest of all elements."""
+        parts = self._again
+        if not isinstance(parts, (list, tuple)):
+            return None
+        return {"kind": "tensors", "parts": len(parts), "contents": tensor_digest(parts)}
 
     def rows_per_epoch(self) -> int | None:
         """None: only reading would tell."""

@@ -19,11 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipsteer.io.checkpoint import Checkpoint
+from clipsteer.io.files import FileFormatError
+from clipsteer.io.layout import Layout, Spec
 from clipsteer.sae.config import TRAINABLE, TrainConfig
 from clipsteer.sae.model import SAE
 from clipsteer.sae.sources import ActivationSource, Batch, Position, as_source
 from clipsteer.sae.trainer import SAETrainer
+from clipsteer.training.claim import claimed
 from clipsteer.training.loop import TrainingRun
+from clipsteer.training.resume import check_generator
 from clipsteer.training.schedule import seed_of
 from clipsteer.training.world import World
 
@@ -66,8 +71,10 @@ def train_sae(
 
     Raises:
         ValueError: settings out of range, or another run in ``out``: other settings, metadata,
-            length or number of rows. The rows themselves are not compared.
-        RuntimeError: the loss is not finite (the last checkpoint is from before).
+            length or rows (of an iterable that is no list these are not known).
+        FileFormatError: a checkpoint in ``out`` that is not of such a run.
+        RuntimeError: the loss is not finite (the last checkpoint is from before), or another
+            process writes to ``out``.
         SystemExit: code 143, after SIGTERM, once a checkpoint is written (only with ``out``);
             KeyboardInterrupt after Ctrl-C.
     """
@@ -99,14 +106,15 @@ def train_sae(
     sae.metadata.update({**(metadata or {}), "training": asdict(config)})
     trainer = SAETrainer(sae, config, total, world)
     run = Run(trainer, source, None if out is None else Path(out), fresh)
-    run.start(resume)
-    run.loop(on_log=on_log)
-    sae.renormalize_decoder_()
-    sae.eval()
-    if out is not None and world.rank == 0:
-        sae.save_pretrained(out)
-    # no process goes on before the files are there
-    world.any(False)
+    with claimed(out, run.name, world):
+        run.start(resume)
+        run.loop(on_log=on_log)
+        sae.renormalize_decoder_()
+        sae.eval()
+        if out is not None and world.rank == 0:
+            sae.save_pretrained(out)
+        # no process goes on before the files are there
+        world.any(False)
     return sae
 
 
@@ -188,6 +196,12 @@ class Run(TrainingRun):
             trainer.config, trainer.total_steps, parameters, None, settings, out, world
         )
         self.agree_every = self.config.sync_every
+        if source.from_files:
+            self.places = ("metadata.data",)
+
+    def data_identity(self) -> dict[str, Any] | None:
+        """That of the activations."""
+        return self.source.identity()
 
     def start(self, resume: bool) -> None:
         """Go to the newest checkpoint; without one, every process to the weights of rank 0."""
@@ -199,10 +213,32 @@ class Run(TrainingRun):
         """What changes while training."""
         return self.trainer.state_tensors() | {"position": torch.tensor(self.position)}
 
+    def layout(self) -> Layout:
+        """What ``tensors`` must be in a checkpoint."""
+        found = self.trainer.state_layout()
+        return found | {"position": Spec(torch.int64, (2,), least=0)}
+
+    def check(self, found: Checkpoint) -> None:
+        """Raise FileFormatError for counts beyond the steps so far, and states that are none of a
+        generator."""
+        super().check(found)
+        most = found.step * self.config.batch_size
+        for name in ("tokens_since_fired", "position"):
+            count = int(found.tensors[name].max())
+            if count > most:
+                raise FileFormatError(
+                    f"{found.tensors_path}: {name!r} has {count} at step {found.step}, at most "
+                    f"{most} rows were seen"
+                )
+        for name, device in self.trainer.generators().items():
+            if name in found.tensors:
+                check_generator(found.tensors_path, name, found.tensors[name], device)
+
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take in what ``tensors`` gave."""
-        self.trainer.load_state_tensors(dict(tensors), self.step)
-        self.position = Position(*tensors["position"].tolist())
+        state = dict(tensors)
+        self.position = Position(*state.pop("position").tolist())
+        self.trainer.load_state_tensors(state, self.step)
 
     def batches(self) -> Iterator[Batch]:
         """The batches from where the run stands."""

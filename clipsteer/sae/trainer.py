@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from clipsteer.io.layout import Layout, Spec, check_layout, layout_of
 from clipsteer.sae import losses as sae_loss
 from clipsteer.sae.adam import UnitRowAdam, takes_row_sparse
 from clipsteer.sae.config import TRAINABLE, TrainConfig
 from clipsteer.sae.model import SAE
+from clipsteer.training.resume import strided_like
 from clipsteer.training.world import World
 
 
@@ -131,15 +134,41 @@ class SAETrainer:
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         return tensors
 
+    def state_layout(self) -> Layout:
+        """What `state_tensors` must be in a checkpoint; of one from a CPU no GPU's generator."""
+        found = layout_of(self.state_tensors())
+        for name, spec in found.items():
+            if name.startswith("exp_avg_sq."):
+                # a square may overflow; it divides, so nothing moves then
+                found[name] = spec._replace(least=0.0, most=torch.inf, any_value=False)
+            elif name.startswith("exp_avg."):
+                found[name] = spec._replace(any_value=False)
+        found["tokens_since_fired"] = found["tokens_since_fired"]._replace(least=0)
+        found["dead"] = found["dead"]._replace(least=0, most=1)
+        gpu = found.get("rng.cuda", Spec(torch.uint8, (16,)))
+        return found | {"rng.cuda": gpu._replace(optional=True)}
+
+    def generators(self) -> dict[str, torch.device]:
+        """torch's generators whose states are kept, and their devices."""
+        found = {"rng.cpu": torch.device("cpu")}
+        if self.device.type == "cuda":
+            found["rng.cuda"] = self.device
+        return found
+
     def load_state_tensors(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Undo ``state_tensors``; torch's generators are set too."""
+        """Undo ``state_tensors``; torch's generators are set too.
+
+        Raises FileFormatError for other tensors, before any is taken: a fused optimiser looks at
+        no shape.
+        """
+        check_layout(Path(f"state of step {step}"), tensors, self.state_layout())
         self.sae.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("sae.")})
         device = self.device if self.device.type == "cuda" else "cpu"
         for name, parameter in self.sae.named_parameters():
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(step, dtype=torch.float32, device=device),
-                "exp_avg": tensors[f"exp_avg.{name}"].to(parameter).clone(),
-                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter).clone(),
+                "exp_avg": strided_like(parameter, tensors[f"exp_avg.{name}"]),
+                "exp_avg_sq": strided_like(parameter, tensors[f"exp_avg_sq.{name}"]),
             }
         self.tokens_since_fired = tensors["tokens_since_fired"].to(self.device)
         self.dead = tensors["dead"].to(self.device).nonzero().flatten()

@@ -23,6 +23,7 @@ from clipsteer.clip.model import CLIP
 from clipsteer.clip.pixels import image_embeddings
 from clipsteer.clip.zero_shot import zero_shot_head
 from clipsteer.data.emoji import EmojiStyles
+from clipsteer.io.doors import door
 from clipsteer.io.files import FileFormatError
 from clipsteer.io.kinds import Kind, read_kind, write_kind
 from clipsteer.splice.lasso import Decomposition, nonnegative_lasso
@@ -235,8 +236,15 @@ class ConceptDictionary:
         """Unit embeddings (B, e) of weights (B, n): where the unit sphere is met from μ in the
         direction of wC.
 
-        It undoes `align`: where wC = z, the embedding itself comes back. (The paper's code adds
-        norm(wC) to μ and normalises; that overstates how far an image is from the mean.)
+        It undoes `align`: where wC = z, the embedding itself comes back. The paper's code goes one
+        unit from μ along norm(wC) and normalises, which gives another embedding even then. How far
+        the sphere is depends on the direction: sqrt(1 - |μ|² + a²) - a, with a = norm(wC)·μ, so
+        that it is more than a unit where a < -|μ|²/2. A wrong direction costs more the further one
+        goes along it, and at a large l1 directions are coarse: there the paper's shorter step ends
+        nearer to the image. On EmojiCLIP and the Twemoji drawings (|μ| = .33) that is 14 % of the
+        rows at l1 = .25, 30 % at .5 and 36 % at 1, nearly all of them (98 %) those of more than a
+        unit, and the mean cosine to the image is .854 (the paper's .853), .783 (.782) and .616
+        (.615); where most directions point away from μ, the paper's mean is the higher.
         """
         summed = self._rows(weights, len(self), "weights") @ self.matrix
         ray = F.normalize(summed, dim=1)  # (B, e)
@@ -315,6 +323,7 @@ class ConceptDictionary:
         return write_kind(folder, _KIND, tensors, values)
 
     @classmethod
+    @door
     def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> ConceptDictionary:
         """Read what `save` wrote. Raises FileNotFoundError, or FileFormatError where the files do
         not fit together."""

@@ -126,18 +126,23 @@ def run(
     (``speedup_compiled``); for forward passes also the share of the floor and the peak extra memory
     in bytes. ``out`` names a .json or .csv file to write.
 
-    Raises ValueError for an op that is not known, RuntimeError where a backend is wrong.
+    Raises ValueError for an op that is not known, and for a shape that lacks a size of an op or has
+    others; RuntimeError where a backend is wrong.
     """
+    names = ops or list(REGISTRY)
+    for name in names:
+        if name not in REGISTRY:
+            raise ValueError(f"bench: op must be one of {sorted(REGISTRY)}, got {name!r}")
+        if shape is not None:
+            check_shape(REGISTRY[name], shape)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rates = ceilings(device, dtype)
     wanted = backends or list(BACKENDS)
     records: list[Record] = []
-    for name in ops or list(REGISTRY):
-        if name not in REGISTRY:
-            raise ValueError(f"bench: op must be one of {sorted(REGISTRY)}, got {name!r}")
+    for name in names:
         spec = REGISTRY[name]
         given = spec.bench_shapes if device == "cpu" else spec.gpu_bench_shapes
-        if shape:
+        if shape is not None:
             given = {"given": shape}
         for label, sizes in given.items():
             passes, leaves = _passes(spec, sizes, wanted, device, dtype)
@@ -157,6 +162,26 @@ def run(
     if out is not None:
         write(Path(out), records, device)
     return records
+
+
+def check_shape(spec: OpSpec, shape: Shape) -> None:
+    """Raise ValueError where a shape lacks a size of this op, has others, or one is below 1."""
+    known = [*spec.shapes, *spec.device_shapes, spec.small_shape, spec.repeat_shape]
+    known += [*spec.bench_shapes.values(), *spec.gpu_bench_shapes.values()]
+    wanted = [name for name in spec.small_shape if all(name in other for other in known)]
+    more = {name: None for other in known for name in other if name not in wanted}
+    example = ",".join(f"{n}={size}" for n, size in next(iter(spec.bench_shapes.values())).items())
+    says = f"{spec.name} has the sizes {', '.join(wanted)}"
+    if more:
+        says += f" and may have {', '.join(more)}"
+    lost = [name for name in wanted if name not in shape]
+    other = [name for name in shape if name not in wanted and name not in more]
+    if lost or other:
+        parts = [f"lacks {', '.join(lost)}"] * bool(lost)
+        parts += [f"has {', '.join(other)}"] * bool(other)
+        raise ValueError(f"bench: the shape {' and '.join(parts)}; {says}, such as {example}")
+    if wrong := [f"{name}={shape[name]}" for name in wanted if shape[name] < 1]:
+        raise ValueError(f"bench: sizes must be at least 1, got {', '.join(wrong)}; {says}")
 
 
 def _passes(

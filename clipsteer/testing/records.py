@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clipsteer.io.files import FileFormatError, read_json
+from clipsteer.io.files import FileFormatError, read_json, write_atomically
 from clipsteer.testing.machine import machine
 
 Record = dict[str, Any]
@@ -19,13 +20,15 @@ def write(path: Path, records: list[Record], device: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".csv":
         fields = list(dict.fromkeys(name for record in records for name in record))
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, fields)
-            writer.writeheader()
-            writer.writerows(records)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fields)
+        writer.writeheader()
+        writer.writerows(records)
+        written = text.getvalue()
     else:
         found = {"machine": machine(device), "records": records}
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        written = json.dumps(found, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(written.encode()))
 
 
 def table(records: list[Record]) -> str:
@@ -49,6 +52,38 @@ def _width(records: list[Record], name: str) -> int:
     return max([len(name), *(len(r[name]) for r in records)]) + 2
 
 
+_TEXTS = ("op", "shape", "pass", "contender", "baseline", "version")
+_NUMBERS = ("seconds", "speedup", "speedup_low", "speedup_high", "floor_share")
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], list[Record]]:
+    """The machine and the records of a .json file of ``run``, or of a script in benchmarks/.
+
+    Raises FileFormatError for another file.
+    """
+    found = read_json(path)
+    try:
+        machine = found["machine"]
+        parts = {name: machine[name] for name in ("chip", "threads")}
+        records = found["records"]
+        wrong = not isinstance(records, list) or not isinstance(parts["threads"], int)
+        for record in records:
+            needed = {"op", "shape", "pass", "contender", "seconds"} - record.keys()
+            texts = all(isinstance(record.get(name, ""), str) for name in _TEXTS)
+            numbers = all(_is_number(record.get(name, 1.0)) for name in _NUMBERS)
+            wrong |= bool(needed) or not texts or not numbers or not record["seconds"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FileFormatError(f"{path}: not a file of clipsteer bench: {error!r}") from error
+    if wrong or not isinstance(machine, dict):
+        raise FileFormatError(f"{path}: not a file of clipsteer bench: a record is of another form")
+    return machine, records
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 <= value <= 1e30
+
+
 def compare(old: str | Path, records: list[Record], device: str = "cpu") -> tuple[str, bool]:
     """What has changed beyond noise since ``old``, a .json file of ``run``, as text, and whether
     anything is slower.
@@ -59,12 +94,9 @@ def compare(old: str | Path, records: list[Record], device: str = "cpu") -> tupl
 
     Raises FileFormatError for another file.
     """
-    found = read_json(old)
-    try:
-        before = {_key(r): r for r in found["records"]}
-        there = {name: found["machine"][name] for name in ("chip", "threads")}
-    except (KeyError, TypeError) as error:
-        raise FileFormatError(f"{old}: not a file of clipsteer bench: {error!r}") from error
+    machine_then, records_then = read(old)
+    before = {_key(r): r for r in records_then if "baseline" in r and "speedup" in r}
+    there = {name: machine_then[name] for name in ("chip", "threads")}
     lines = []
     here = {name: value for name, value in machine(device).items() if name in there}
     if here != there:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from clipsteer.io.files import FileFormatError, read_json, write_atomically
+from clipsteer.io.files import read_text, write_atomically
 from clipsteer.ops import BACKENDS
+from clipsteer.testing.records import read
 
 __all__ = ["markdown", "put"]
 
@@ -42,19 +43,15 @@ def markdown(files: Sequence[str | Path]) -> str:
     """
     machines: dict[str, Groups] = {}
     for file in files:
-        found = read_json(file)
-        try:
-            machine = found["machine"]
-            threads = f"{machine['threads']} thread" + "s" * (machine["threads"] != 1)
-            torch_version = machine["torch"].partition("+")[0]
-            where = f"{machine['chip']}, {threads}, torch {torch_version}"
-            new: Groups = {}
-            for r in found["records"]:
-                group = new.setdefault((r["op"], r["shape"], r["pass"]), {})
-                group[r["contender"]] = r
-            machines.setdefault(where, {}).update(new)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise FileFormatError(f"{file}: not a file of clipsteer bench: {error!r}") from error
+        machine, records = read(file)
+        threads = f"{machine['threads']} thread" + "s" * (machine["threads"] != 1)
+        torch_version = str(machine.get("torch", "of unknown version")).partition("+")[0]
+        where = f"{machine['chip']}, {threads}, torch {torch_version}"
+        new: Groups = {}
+        for r in records:
+            group = new.setdefault((r["op"], r["shape"], r["pass"]), {})
+            group[r["contender"]] = r
+        machines.setdefault(where, {}).update(new)
     parts = []
     for where, groups in machines.items():
         parts.append(f"{where}:\n\n{_best(groups)}{_peers(groups)}")
@@ -103,7 +100,7 @@ def _peers(groups: Groups) -> str:
     of the shapes that the same ones were timed at, a column each."""
     tables: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for (op, shape, _), found in groups.items():
-        if not any("version" in record for record in found.values()):
+        if not any("version" in r for r in found.values()) or not any(map(ours, found)):
             continue
         base = next(record["seconds"] for name, record in found.items() if ours(name))
         names = [op]
@@ -134,7 +131,7 @@ def put(file: str | Path, table: str) -> None:
 
     Raises ValueError where there is no such pair.
     """
-    text = Path(file).read_text(encoding="utf-8")
+    text = read_text(file)
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

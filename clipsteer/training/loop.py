@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from clipsteer.io import checkpoint
 from clipsteer.io.checkpoint import Checkpoint
+from clipsteer.io.files import FileFormatError
+from clipsteer.io.layout import Layout, check_layout, layout_of
+from clipsteer.training import resume as resuming
 from clipsteer.training.schedule import DATA_ORDER
 from clipsteer.training.settings import COSMETIC, check_same_settings
 from clipsteer.training.signals import StopSignal, leave
@@ -48,6 +51,8 @@ class TrainingRun:
     cosmetic: tuple[str, ...] = COSMETIC
     # figures of the log that the progress bar has too
     shown: tuple[str, ...] = ("loss",)
+    # settings that say where the data lie, which may have moved
+    places: tuple[str, ...] = ()
     # settings that came later, and what a run from before has of them
     since: Mapping[str, Any] = {}
     # figures of the last line
@@ -80,6 +85,7 @@ class TrainingRun:
         self.lead = world is None or world.rank == 0
         # several processes ask each other for signals every so many steps
         self.agree_every = config.log_every
+        self.identity: dict[str, Any] | None = None
         self.step = 0
         self.saved_at = -1
         # the signal that ended the loop, or came in its last step
@@ -93,6 +99,23 @@ class TrainingRun:
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Undo `tensors`; `self.step` is the checkpoint's."""
         raise NotImplementedError
+
+    def layout(self) -> Layout:
+        """What `tensors` must be in a checkpoint; called in every process."""
+        return layout_of(self.tensors())
+
+    def check(self, found: Checkpoint) -> None:
+        """Raise FileFormatError for a checkpoint of the right layout that no such run can have
+        written."""
+        if found.step > self.total:
+            raise FileFormatError(
+                f"{found.meta_path}: a checkpoint of step {found.step} in a run of {self.total}"
+            )
+
+    def data_identity(self) -> dict[str, Any] | None:
+        """What the run's data are known by, for JSON; None where nothing is known. Asked for once,
+        in the first process."""
+        return None
 
     def batches(self) -> Iterable[Any]:
         """The steps that remain; what a step sees depends on the seed and its number alone."""
@@ -122,24 +145,40 @@ class TrainingRun:
     def restore(self, device: torch.device, resume: bool = True) -> bool:
         """Go to the newest checkpoint; False when there is none.
 
-        Raises ValueError where `out` holds another run, or any with resume=False.
+        Raises:
+            ValueError: `out` holds another run, or any with resume=False. FileFormatError: the
+                checkpoint holds what no such run writes; then nothing was taken from it.
         """
         if self.out is None:
             return False
-
-        found = self._shared(device, resume) if self.together else self._newest(device, resume)
+        layout = self.layout()
+        if self.optimizer is not None:
+            layout |= resuming.optimizer_layout(self.optimizer, self.parameters)
+        found = None
+        failure = None
+        if self.lead:
+            self.identity = self.data_identity()
+            try:
+                found = self._newest(device, resume, layout)
+            except Exception as error:
+                if not self.together:
+                    raise
+                failure = error
+        if self.together:
+            assert self.world is not None
+            found = resuming.shared(self.world, found, failure)
         if found is None:
             return False
         self.step = found.step
         self.saved_at = found.step
         self.load_tensors(found.tensors)
         if self.optimizer is not None:
-            self._load_optimizer(found.tensors)
+            resuming.load_optimizer(self.optimizer, self.parameters, found.tensors)
         if self.lead:
             logger.info("%s: goes on at step %d of %d", self.name, self.step, self.total)
         return True
 
-    def _newest(self, device: torch.device, resume: bool) -> Checkpoint | None:
+    def _newest(self, device: torch.device, resume: bool, layout: Layout) -> Checkpoint | None:
         """Read the newest checkpoint, once it is known to be of this run."""
         assert self.out is not None
         assert self.checkpoints is not None
@@ -150,51 +189,19 @@ class TrainingRun:
                 raise ValueError(
                     f"{self.name}: {self.out} holds a run; resume it or choose another folder"
                 )
-            there = {**self.since, **found.meta.get("settings", {})}
-            check_same_settings(self.name, self.out, there, self.settings, self.cosmetic)
+            there = {**self.since, **resuming.entry(found, "settings", dict)}
+            data = resuming.entry(found, "data", dict) if "data" in found.meta else None
+            cosmetic = self.cosmetic
+            if data is not None:
+                cosmetic += self.places
+            check_same_settings(self.name, self.out, there, self.settings, cosmetic)
+            resuming.check_same_data(self.name, self.out, data, self.identity)
+            check_layout(found.tensors_path, found.tensors, layout)
+            if self.optimizer is not None:
+                resuming.check_optimizer(found, layout, self.parameters)
+            self.check(found)
         trim_log(self.log, 0 if found is None else found.step)
         return found
-
-    def _shared(self, device: torch.device, resume: bool) -> Checkpoint | None:
-        """What `_newest` finds in rank 0, in every process; so is its ValueError."""
-        world = self.world
-        assert world is not None
-        found = None
-        refusal = None
-        shapes: dict[str, Any] = {}
-        if self.lead:
-            try:
-                found = self._newest(device, resume)
-            except ValueError as error:
-                refusal = str(error)
-        if found is not None:
-            for name, tensor in found.tensors.items():
-                shapes[name] = [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
-        step = -1 if found is None else found.step
-        step, shapes, refusal = world.broadcast_json([step, shapes, refusal])
-        if refusal is not None:
-            raise ValueError(refusal)
-        if step < 0:
-            return None
-        tensors = {}
-        for name, (shape, dtype) in shapes.items():
-            if found is not None:
-                tensor = found.tensors[name].to(world.device)
-            else:
-                tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=world.device)
-            tensors[name] = world.broadcast_(tensor)
-        return Checkpoint(step, tensors, {})
-
-    def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        states: dict[str, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, key, name = key.split(".", 2)
-                states.setdefault(name, {})[key] = value.cpu() if key == "step" else value.clone()
-        assert self.optimizer is not None
-        # a parameter without a gradient so far has no state
-        for name, state in states.items():
-            self.optimizer.state[self.parameters[name]] = state
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless it is there; called in every process.
@@ -210,13 +217,14 @@ class TrainingRun:
                 )
         tensors = self.tensors()
         if self.lead:
+            meta: dict[str, Any] = {"settings": self.settings}
+            if self.identity is not None:
+                meta["data"] = self.identity
             if self.optimizer is not None:
-                for name, parameter in self.parameters.items():
-                    for key, value in self.optimizer.state.get(parameter, {}).items():
-                        if value is not None:
-                            tensors[f"optimizer.{key}.{name}"] = value
+                states, without = resuming.optimizer_tensors(self.optimizer, self.parameters)
+                tensors |= states
+                meta["without state"] = without
             assert self.checkpoints is not None
-            meta = {"settings": self.settings}
             checkpoint.save_state(self.checkpoints, self.step, tensors, meta)
         self.saved_at = self.step
 

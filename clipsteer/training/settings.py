@@ -240,6 +240,40 @@ def check_same_settings(
         )
 
 
+_REMEDIES = {
+    "times": "times of files; a copy must keep them, as cp -a and rsync -a do, where the files are "
+    "too many to be read at once",
+    "names": "names of files",
+    "sizes": "sizes of files",
+    "targets": "classes or captions",
+    "contents": "contents of files",
+}
+
+
+def other_data(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """In what two identities of data differ; None where nothing does.
+
+    Times of files are looked at only where not all contents are known: a copy may have new ones.
+    """
+    has_contents = bool(there.get("contents")) and bool(here.get("contents"))
+    for key in {**there, **here}:
+        old = there.get(key)
+        new = here.get(key)
+        if old == new or (key == "times" and has_contents):
+            continue
+        if key == "contents" and not has_contents:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            reason = other_data(old, new)
+            if reason is not None:
+                return reason
+            continue
+        if key in _REMEDIES:
+            return f"other {_REMEDIES[key]}"
+        return f"{key}: {old!r:.80} there, {new!r:.80} given"
+    return None
+
+
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in settings.items():

@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from clipsteer.io.files import write_atomically
+from clipsteer.io.messages import naming
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def trim_log(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + b"\n")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     write_atomically(path, lambda file: file.write(b"".join(kept)))
 
@@ -109,9 +110,10 @@ class Reporter:
         if not self.lead:
             return
         self.latest |= record
-        if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+        if self._file is not None and self.log is not None:
+            with naming(self.log):
+                self._file.write(json.dumps(record) + "\n")
+                self._file.flush()
         if self._send is not None:
             self._send(record)
         if self.bar.disable:

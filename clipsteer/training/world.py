@@ -35,6 +35,11 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
+def _serves_hosts(group: Any) -> bool:
+    """Whether a process group takes tensors of the CPU, as gloo's do and nccl's do not."""
+    return any(device.type == "cpu" for device in group._device_types)
+
+
 class World:
     """A view of torch.distributed: sums, gathers and broadcasts over all processes, in rank order.
 
@@ -58,6 +63,20 @@ class World:
         together = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if together else 0
         self.size = dist.get_world_size() if together else 1
+        self._host: Any = None
+
+    def counts(self, number: int) -> list[int]:
+        """Every process's number, in rank order. They go from host to host, so that no device is
+        waited for and a CUDA graph can be captured (once the first call has made a group)."""
+        if self.size == 1:
+            return [number]
+        if self._host is None:
+            group = dist.distributed_c10d._get_default_group()
+            self._host = group if _serves_hosts(group) else dist.new_group(backend="gloo")
+        parts = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(self.size)]
+        mine = torch.tensor([number], dtype=torch.int64, device="cpu")
+        dist.all_gather(parts, mine, group=self._host)
+        return [int(part) for part in parts]
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum in place over the processes."""
@@ -113,10 +132,10 @@ def training_world(world: World | None) -> World | None:
 class JointBatch:
     """One batch's rows over the processes: ``rows`` in all, any number of them in each."""
 
-    def __init__(self, world: World, rows: int, device: torch.device) -> None:
+    def __init__(self, world: World, rows: int) -> None:
         self.world = world
         self.size = world.size
-        self.counts = world.gather(torch.tensor([rows], device=device)).tolist()
+        self.counts = world.counts(rows)
         self.rows = sum(self.counts)
         self.offset = sum(self.counts[: world.rank])
 

@@ -245,7 +245,7 @@ def test_hook_points_that_are_never_called(capsys, sae, model, images, tmp_path)
         assert "after" not in out
 
 
-class Stop(Exception):
+class Stop(BaseException):  # of others the command line makes a message
     pass
 
 
@@ -370,6 +370,14 @@ def test_conceptor_fit_and_steer(capsys, model, images, tmp_path):
     code, out, _ = run(capsys, *steer, "--or", tmp_path / "low.safetensors", "--and-not", tmp_path / "all.safetensors")
     assert f"quota={float(((fitted | low) & ~fitted).quota):.4g}" in out.splitlines()[0]
 
+    shown = {form: run(capsys, *steer, "--beta", 0, "--form", form) for form in ("project", "residual")}
+    assert {code for code, _, _ in shown.values()} == {0}
+    same = {
+        form: [line[10:] for line in out.splitlines() if line.startswith("  before")]
+        == [line[10:] for line in out.splitlines() if line.startswith("  after")]
+        for form, (_, out, _) in shown.items()
+    }  # fmt: skip
+    assert same == {"project": False, "residual": True}  # nothing added, and all taken away
     code, _, err = run(capsys, "conceptor", "steer", tmp_path / "classes.safetensors", "--data", images)
     assert (code, len(err.splitlines())) == (2, 1)
     assert "red thing" in err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_commands_that_need_no_classes_go_on_with_a_flat_folder(capsys, sae, mod
     assert code == 0, err
     figures = json.loads((tmp_path / "m.json").read_text())
     assert figures["images"] == 8
-    assert "ce_clean" not in figures
+    assert not [name for name in figures if name.startswith(("ce_", "top1_"))]
     code, out, err = run(
         capsys, "sae", "steer", sae, "--data", flat, "--feature", "3=9", "--count", 2, "--device", "cpu"
     )
@@ -116,6 +117,32 @@ def test_commands_that_need_classes_or_captions_name_the_layout(capsys, model, f
     assert not (tmp_path / "out").exists()
 
 
+def test_one_class_folder_is_no_classes_to_tell_apart(capsys, sae, model, tmp_path):
+    """A folder too high: every prediction would be right, and a head of one row learns nothing."""
+    fill(tmp_path / "one" / "red", 4)
+    fill(tmp_path / "two" / "red", 4)
+    fill(tmp_path / "two" / "blue", 4)
+    common = ["--out", tmp_path / "out", "--device", "cpu"]
+    code, _, err = run(
+        capsys, "sae", "eval", sae, "--data", tmp_path / "one", "--out", tmp_path / "m.json", "--device", "cpu"
+    )
+    assert code == 0, err
+    figures = json.loads((tmp_path / "m.json").read_text())
+    assert not [name for name in figures if name.startswith(("ce_", "top1_"))]
+    steer = ["sae", "steer", sae, "--feature", "3=9", "--count", 1, "--top", 1, "--device", "cpu"]
+    code, out, err = run(capsys, *steer, "--data", tmp_path / "one")
+    assert code == 0, err
+    assert "red 100%" not in out
+    train = ["train", "--loss", "clip", "--batch-size", 4, "--data", tmp_path / "two", "--val", tmp_path / "one"]
+    finetune = ["finetune", "--model", model, "--data", tmp_path / "one"]
+    for args, option in ((finetune, "--data"), (train, "--val one")):
+        code, _, err = run(capsys, *args, *common)
+        assert code == 2, err
+        assert f"clipsteer: error: {option}: one class alone, 'red'; expected" in err
+        assert LAYOUT in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_hidden_folders_are_no_classes(capsys, model, sorted_, tmp_path):
     args = ["finetune", "--model", model, "--data", sorted_, "--batch-size", 4, "--epochs", 1, "--mode", "lc"]
     code, out, err = run(capsys, *args, "--out", tmp_path / "run", "--device", "cpu")
@@ -150,8 +177,9 @@ def test_drawings_by_style_and_part(capsys, tmp_path):
 def test_what_the_drawings_are_for_a_contrastive_run():
     emoji = data.EmojiStyles()
     cells = emoji.cells()
-    assert _pairs("emoji").targets == emoji.captioned(cells["trained", True], "noisy").targets
-    found = _validation(["emoji", "emoji:fluent:seen"])
+    args = Namespace(data="emoji", val=["emoji", "emoji:fluent:seen"], skip_unreadable=False)
+    assert _pairs(args).targets == emoji.captioned(cells["trained", True], "noisy").targets
+    found = _validation(args)
     expected = {
         "trained style, new concepts": cells["trained", False],
         "held-out style, seen concepts": cells["held-out", True],

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import shutil
+import threading
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from clipsteer.cli import main as cli
 from clipsteer.data.emoji import EmojiStyles
 from clipsteer.ensembles.robustness import Baseline
 from clipsteer.io.files import read_safetensors, write_safetensors
+from clipsteer.io.locks import NAME, only_writer, temporary_folder
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +126,64 @@ def test_a_merge_of_runs_is_whole_or_not_at_all(tuned, capsys):
     assert run(capsys, "wise-ft", "merge", ends[0], bad, "--out", out)[0] == 2
     assert {p.name: p.read_bytes() for p in out.iterdir()} == kept
     assert not [p for p in tuned.iterdir() if p.suffix == ".tmp"]
+
+
+def test_what_a_killed_merge_left_goes_with_the_next(tuned, capsys):
+    ends = [tuned / "run" / "zeroshot", tuned / "run" / "finetuned"]
+    left = [tuned / f".killed-{alpha}.0123456789ab.tmp" for alpha in (0.25, 0.5)]
+    other = tuned / ".another.0123456789ab.tmp"
+    for folder in (*left, other):
+        folder.mkdir()
+        (folder / "head.safetensors").write_bytes(b"half")
+    merge = ["wise-ft", "merge", *ends, "--alpha", 0.25, 0.5, "--out", tuned / "killed-{alpha}"]
+    with temporary_folder(tuned / "killed-0.5") as running:
+        left[1].mkdir()  # the other merge has removed it
+        assert run(capsys, *merge)[0] == 0
+        assert running.is_dir()
+    assert [folder for folder in (*left, running) if folder.exists()] == []
+    assert other.is_dir()
+    shutil.rmtree(other)
+
+
+def test_commands_that_write_for_one_process_refuse_several(tuned, capsys, monkeypatch):
+    ends = [tuned / "run" / "zeroshot", tuned / "run" / "finetuned"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command, says in (
+        (["cil", "--data", "emoji"], "cil runs in one process: start it without torchrun; --jobs N"),
+        (["finetune", "--data", "emoji:noto:train"], "finetune runs in one process"),
+        (["wise-ft", "merge", *ends], "wise-ft merge runs in one process"),
+        (["demo"], "demo runs in one process"),
+    ):
+        code, _, err = run(capsys, *command, "--out", tuned / "several")
+        assert code == 2
+        assert says in err
+        assert not (tuned / "several").exists()
+    assert run(capsys, "env")[0] == 0  # which writes nothing
+
+
+def test_a_second_command_in_the_folder_is_told_who_writes_there(tuned, capsys):
+    """Whatever the folder is of, and before anything is computed."""
+    data = ["--data", tuned / "plain"]
+    folder = tuned / "taken"
+    for command in (
+        ["finetune", *data],
+        ["train", *data, "--loss", "clip"],
+        ["cil", "--data", tuned],
+        ["sae", "train"],
+    ):
+        told = []
+
+        def second(command=command, told=told):
+            told.append(run(capsys, *command, "--out", folder))
+
+        with only_writer(folder, "first"):
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join()
+            assert [path.name for path in folder.iterdir()] == [NAME]
+        code, _, err = told[0]
+        assert code == 1
+        assert f"{folder} is being written by another thread of this process" in err
 
 
 def test_curve(tuned, capsys):

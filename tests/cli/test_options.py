@@ -121,7 +121,7 @@ def test_options_are_the_fields(words):
 
 
 def cli_left_out():
-    from clipsteer.cli.cil import BY_STRATEGY
+    from clipsteer.cli.cil_settings import BY_STRATEGY
 
     return BY_STRATEGY
 
@@ -274,11 +274,11 @@ def test_a_setting_out_of_range_is_named_as_it_was_typed(args, says, capsys, tmp
 
 
 def test_what_the_user_of_cil_gives_goes_before_the_recipe_and_after_the_strategy():
-    from clipsteer.cli.cil import EMOJI, EMOJI_RATES, _configs
+    from clipsteer.cli.cil_settings import EMOJI, EMOJI_RATES, configs_of
 
     def configs(*more):
         args = cli.build_parser().parse_args(["cil", "--data", "emoji", "--out", "x", "--seeds", "1", *more])
-        return _configs(args, ["macil", "slca:lr=0.5,rank=2"])
+        return configs_of(args, ["macil", "slca:lr=0.5,rank=2"])
 
     (macil, slca), notes = configs()
     assert (macil.lr, slca.lr, slca.rank) == (EMOJI_RATES["macil"], 0.5, 2)
@@ -287,6 +287,30 @@ def test_what_the_user_of_cil_gives_goes_before_the_recipe_and_after_the_strateg
     (macil, slca), notes = configs("--lr", "0.2", "--epochs", "10", "--rank", "4", "--momentum", "0.5")
     assert (macil.lr, slca.lr, macil.epochs, macil.rank, slca.rank) == (0.2, 0.5, 10, 4, 2)
     assert notes == {"settings": {**EMOJI, "epochs": 10, "lr": 0.2, "rank": 4, "momentum": 0.5}}
+
+
+def test_the_papers_recipe_is_that_of_its_authors():
+    from clipsteer.cli.cil_settings import configs_of
+    from clipsteer.continual.strategies import PAPER, PAPER_SEEDS
+
+    def configs(*more):
+        args = cli.build_parser().parse_args(["cil", "--data", "photos", "--out", "x", *more])
+        return configs_of(args, ["macil"])[0]
+
+    published = {"weight_decay": 0.0, "schedule": "epoch", "sigma": 1.0, "first_epochs": 20, "epochs": 10,
+                 "batch_size": 48, "rank": 32, "lr": 0.01, "momentum": 0.9, "align_epochs": 5, "align_samples": 256,
+                 "align_lr": 0.01, "distill": 0.4, "covariance": 1.0}  # fmt: skip
+    found = configs("--recipe", "paper")
+    assert [config.seed for config in found] == [1993, 1996, 1997] == list(PAPER_SEEDS)
+    for config in found:
+        assert {name: getattr(config, name) for name in published} == published
+        assert PAPER.items() <= vars(config).items()
+    assert [config.seed for config in configs("--recipe", "paper", "--seeds", "5")] == [1993, 1996, 1997, 1998, 1999]
+    assert configs("--recipe", "paper", "--weight-decay", "0.1", "--schedule", "step")[0].weight_decay == 0.1
+    # without it a folder keeps what it had
+    plain = configs()
+    assert [config.seed for config in plain] == [1993, 1994, 1995]
+    assert (plain[0].weight_decay, plain[0].schedule, plain[0].sigma, plain[0].epochs) == (5e-4, "step", "median", 10)
 
 
 def test_help_of_every_command_is_free_of_torch():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -137,6 +138,34 @@ def test_rates_are_of_the_heads_the_tower_and_each_block():
     assert run.peaks[-1] == 0.02
     assert sum(len(group["params"]) for group in tower) == len(list(learner.encoder.parameters()))
     assert head["params"] == learner.heads.of_task(1)
+
+
+@pytest.mark.parametrize("schedule", ["step", "epoch"])
+def test_the_cosine_falls_every_step_or_once_an_epoch_as_torchs_does(schedule):
+    """Per epoch: torch's CosineAnnealingLR with T_max epochs, stepped after each, as MACIL's authors have it."""
+    _, run = second_task("finetune", schedule=schedule, epochs=4)
+    per_epoch = run.order.per_epoch
+    assert per_epoch > 1
+    assert run.total == 4 * per_epoch
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    every = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=run.total if schedule == "step" else 4)
+    for step in range(run.total):
+        assert run.rate(step, 0.3) == pytest.approx(sgd.param_groups[0]["lr"], rel=1e-9)
+        sgd.step()
+        if schedule == "step" or (step + 1) % per_epoch == 0:
+            every.step()
+    seen = []
+    for batch in itertools.islice(run.batches(), 2 * per_epoch):
+        run.train_step(batch)
+        seen.append(run.sgd.param_groups[-1]["lr"])
+        run.step += 1
+    assert seen == [run.rate(step, run.peaks[-1]) for step in range(len(seen))]
+    assert len(set(seen)) == (len(seen) if schedule == "step" else 2)
+
+
+def test_a_run_of_before_the_schedule_had_a_name_goes_on():
+    assert "schedule" not in CILConfig().outcome()
+    assert CILConfig(schedule="epoch").outcome()["schedule"] == "epoch"
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])

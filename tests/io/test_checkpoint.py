@@ -128,7 +128,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     assert_bits(load_latest(tmp_path).tensors, state(1))
 
 
-@pytest.mark.parametrize("failing", ["write_safetensors", "write_json"])
+@pytest.mark.parametrize("failing", ["write_safetensors", "write_checked"])
 def test_a_save_that_breaks_off_leaves_the_old_checkpoint(tmp_path, monkeypatch, failing):
     save_state(tmp_path, 10, state(1), {})
 

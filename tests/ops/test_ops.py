@@ -611,6 +611,23 @@ def test_self_check_does_not_depend_on_the_callers_modes(monkeypatch, mode):
         assert _dispatch.self_check("topk_encode", "reference", torch.device("cpu"), torch.float32) is None
 
 
+@pytest.mark.parametrize(
+    "transform", [torch.func.grad, torch.func.vmap, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))]
+)
+def test_self_check_does_not_depend_on_the_callers_transforms(monkeypatch, transform):
+    monkeypatch.setattr(_dispatch, "_VERDICTS", {})
+    found = []
+
+    def inside(x):
+        found.append(_dispatch.self_check("topk_encode", "cpp", torch.device("cpu"), torch.float32))
+        return x.sum()
+
+    if not testing.supported("cpp"):
+        pytest.skip("the C++ library is not built")
+    transform(inside)(torch.ones(3))
+    assert found == [None]
+
+
 def test_a_self_check_that_says_nothing_is_not_kept(monkeypatch):
     def no_memory(*args, **options):
         raise torch.OutOfMemoryError("none left")
@@ -658,7 +675,7 @@ def test_a_gradient_may_take_another_backend_than_its_encode(monkeypatch):
 
     # the package's attributes of these names are the ops
     monkeypatch.setattr(sys.modules["clipsteer.ops.topk_encode"], "choose", choose)
-    monkeypatch.setattr(sys.modules["clipsteer.ops.sparse_decode"], "call", call)
+    monkeypatch.setattr(sys.modules["clipsteer.ops._sparse"], "call", call)
     x, W = torch.randn(5, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
     with torch.no_grad():
         ops.topk_encode(x, W, k=3)

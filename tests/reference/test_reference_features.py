@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -7,7 +10,13 @@ from PIL import Image
 from clipsteer import clip as clip_module
 from clipsteer.data.dataset import captions_of
 from clipsteer.data.files import captions, image_folder
-from clipsteer.io.files import FileFormatError, write_json, write_safetensors
+from clipsteer.io.files import (
+    FileFormatError,
+    read_safetensors,
+    read_safetensors_header,
+    write_json,
+    write_safetensors,
+)
 from clipsteer.reference import features as reference_features
 
 
@@ -19,7 +28,7 @@ def clip():
 def table(root, texts):
     root.mkdir(exist_ok=True)
     for i in range(len(texts)):
-        Image.new("RGB", (70, 50), (40 * i, 200 - 30 * i, 90)).save(root / f"{i}.png")
+        Image.new("RGB", (70, 50), (40 * i % 256, (200 - 30 * i) % 256, 90)).save(root / f"{i}.png")
     lines = [f"{i}.png,{text}" for i, text in enumerate(texts)]
     (root / "table.csv").write_text("\n".join(["image,caption", *lines]))
     return captions(root / "table.csv")
@@ -106,3 +115,48 @@ def test_features_of_a_model_with_other_activations_are_refused(tmp_path):
     reference_features.cached(tmp_path / "features.safetensors", models[0], data)
     with pytest.raises(ValueError, match="activations"):
         reference_features.cached(tmp_path / "features.safetensors", models[1], data)
+
+
+def test_one_changed_byte_of_kept_features_is_seen(clip, tmp_path):
+    data, path = table(tmp_path / "a", TEXTS), tmp_path / "ref.safetensors"
+    kept = reference_features.cached(path, clip, data)
+    whole, draw = path.read_bytes(), random.Random(0)
+    end = 8 + int.from_bytes(whole[:8], "little")
+    for at in [*range(end), *(draw.randrange(end, len(whole)) for _ in range(200))]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ draw.choice([1, 4, 32])]) + whole[at + 1 :])
+        try:
+            found = reference_features.read(path, data)
+        except (FileFormatError, ValueError) as error:
+            assert str(path) in str(error)  # noqa: PT017
+            continue
+        # what the header is padded with
+        assert at < end
+        assert torch.equal(found.image, kept.image)
+        assert found[2:] == kept[2:]
+
+
+def test_features_of_an_older_version_are_taken_with_a_warning(clip, tmp_path, caplog):
+    data, path = table(tmp_path / "a", TEXTS), tmp_path / "ref.safetensors"
+    first = reference_features.cached(path, clip, data)
+    metadata = read_safetensors_header(path).metadata
+    older = {name: metadata[name] for name in ("kind", "model", "data", "weights")}
+    write_safetensors(path, read_safetensors(path), older)
+    again = reference_features.cached(path, clip, data)
+    assert torch.equal(again.image, first.image)
+    assert "a version that kept no checksum" in caplog.text
+    write_safetensors(path, read_safetensors(path), {**older, "identity": metadata["identity"]})
+    with pytest.raises(FileFormatError, match="lacks its checksum"):
+        reference_features.read(path, data)
+
+
+def test_any_of_many_images_that_is_another_is_seen(clip, tmp_path):
+    """Not only those of a sample."""
+    texts = [f"thing {i}" for i in range(40)]
+    data, path = table(tmp_path / "a", texts), tmp_path / "ref.safetensors"
+    reference_features.cached(path, clip, data)
+    reference_features.read(path, table(tmp_path / "b", texts))
+    seen = np.linspace(0, 39, 16).round().astype(int)
+    row = next(i for i in range(40) if i not in seen)
+    Image.new("RGB", (70, 50), (1, 2, 3)).save(tmp_path / "b" / f"{row}.png")
+    with pytest.raises(ValueError, match="other pairs"):
+        reference_features.read(path, captions(tmp_path / "b" / "table.csv"))

@@ -208,3 +208,94 @@ def test_processes_with_uneven_shares_equal_one_on_the_joint_batch(tmp_path, siz
                     error = (torch.tensor(got, dtype=torch.float64).view_as(truth) - truth).abs().max()
                     size_of = truth.abs().max().clamp(min=1.0 if dtype == "float32" else 0.0)
                     assert float(error) <= 1e-6 * float(size_of), (name, step, key, float(error))
+
+
+UNREAD = """
+import json, sys
+import torch
+from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
+from clipsteer.ops import _check
+from clipsteer.reference.drrho import DRRhoLoss
+from clipsteer.reference.losses import ContrastiveLoss
+from clipsteer.training.world import World
+
+class Unread(TorchDispatchMode):
+    # what makes the host wait for a GPU: reading a value, or a shape that depends on values
+    READS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero")
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        if name in self.READS:
+            raise AssertionError(f"{name} reads values")
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            if any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]):
+                raise AssertionError(f"{name} by a mask reads values")
+        return func(*args, **(kwargs or {}))
+
+def refuse(*args):
+    raise AssertionError("a tensor's values are read")
+
+world = World("cpu")
+# on a GPU values are not looked at
+_check.has_values = lambda t: False
+counts = World.counts
+mode = Unread()
+def outside(self, number):
+    # the one exchange that is of the hosts'
+    with torch.utils._python_dispatch._disable_current_modes():
+        return counts(self, number)
+World.counts = outside
+torch.Tensor.tolist = torch.Tensor.numpy = refuse
+losses = [
+    DRRhoLoss(40, temperature=0.07, learnable_temperature=True, world=world),
+    DRRhoLoss(1, world=world), ContrastiveLoss(world=world), ContrastiveLoss(distill=0.5, world=world),
+]
+for step in range(3):
+    B = 4 + 3 * ((world.rank + step) % 2)
+    image, text, *refs = (normalize(torch.randn(B, 6), dim=1).requires_grad_() for _ in range(4))
+    for loss in losses:
+        ids = torch.randint(loss.num_samples if isinstance(loss, DRRhoLoss) else 40, (B,))
+        with mode:
+            loss(image, text, ids, *(r.detach() for r in refs)).backward()
+            loss.settle_temperature_()
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_no_value_is_read_in_a_step_of_several_processes(tmp_path):
+    """So that a CUDA graph can hold a step, and the host runs ahead of the GPU."""
+    (tmp_path / "worker.py").write_text(UNREAD)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "worker.py")], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+COUNTED = """
+import torch, torch.distributed as dist
+from clipsteer.training import world as of_world
+world = of_world.World("cpu")
+assert of_world._serves_hosts(dist.distributed_c10d._get_default_group())
+assert world.counts(7 + world.rank) == [7, 8]
+assert world._host is dist.distributed_c10d._get_default_group()
+of_world._serves_hosts = lambda group: False  # as of nccl's
+other = of_world.World("cpu")
+with torch.device("meta"):
+    assert [other.counts(world.rank), other.counts(3)] == [[0, 1], [3, 3]]
+assert other._host is not world._host and dist.get_backend(other._host) == "gloo"
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_rows_are_counted_between_hosts(tmp_path):
+    (tmp_path / "worker.py").write_text(COUNTED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "worker.py")], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
+import shutil
+import threading
 
 import pytest
 import torch
@@ -10,6 +13,9 @@ from hypothesis import strategies as st
 
 from clipsteer import FileFormatError, clip
 from clipsteer.clip.pixels import image_loader
+from clipsteer.io.checked import write_checked
+from clipsteer.io.locks import only_writer
+from clipsteer.sae import shards
 from clipsteer.sae.activations import (
     ActivationSource,
     ActivationStore,
@@ -179,8 +185,8 @@ def test_a_harvest_is_resumed_shard_by_shard(model, tmp_path):
     assert (len(part.shards), part.complete, len(part)) == (2, False, 30)
     data = Pictures()
     whole = harvest_to_store(model, data, BLOCK, tmp_path, **settings)
-    # one image to learn the shape, then 6 … 10
-    assert data.asked == 1 + 5
+    # one image to learn the shape, eight twice to know the data, then 6 … 10
+    assert data.asked == 1 + 16 + 5
     assert whole.complete
     assert whole.read_shard(3).dtype == torch.float16
     alone = harvest_to_store(model, Pictures(), BLOCK, tmp_path / "alone", **settings)
@@ -188,7 +194,8 @@ def test_a_harvest_is_resumed_shard_by_shard(model, tmp_path):
         assert torch.equal(whole.read_shard(index), alone.read_shard(index))
     truncated = whole.shards[1]
     truncated.write_bytes(truncated.read_bytes()[:-3])
-    assert len(ActivationStore(tmp_path).shards) == 3
+    with pytest.raises(FileFormatError, match=r"shard-000001.safetensors: of \d+ bytes, its index tells of"):
+        ActivationStore(tmp_path)
     mended = harvest_to_store(model, Pictures(), BLOCK, tmp_path, **settings)
     assert torch.equal(mended.read_shard(1), alone.read_shard(1))
 
@@ -201,6 +208,9 @@ def test_a_store_that_other_processes_write_elsewhere_is_refused(model, tmp_path
 
         def any(self, flag):
             return flag
+
+        def broadcast_json(self, value):
+            return value
 
     settings = {"dtype": "float32", "shard_rows": 15}
     monkeypatch.setattr("clipsteer.sae.activations.World", Second)
@@ -242,19 +252,140 @@ def test_another_harvest_is_not_mixed_in(model, tmp_path):
 
 def test_damaged_stores_are_format_errors(model, tmp_path):
     store = harvest_to_store(model, Pictures(), BLOCK, tmp_path, shard_rows=30)
-    entry = store.shards[0].with_suffix(".json")
-    lying = json.loads(entry.read_text())
-    entry.write_text(json.dumps({**lying, "rows": lying["rows"] + 1}))
-    with pytest.raises(FileFormatError, match="expected activations"):
+    index = store.shards[0].with_suffix(".json")
+    lying = json.loads(index.read_text())
+    index.write_text(json.dumps({**lying, "rows": lying["rows"] + 1}))
+    with pytest.raises(FileFormatError, match="its checksum is of other contents"):
+        ActivationStore(tmp_path)
+    del lying["checksum"]
+    write_checked(index, {**lying, "rows": lying["rows"] + 1})
+    with pytest.raises(FileFormatError, match=r"'activations' must be float16 \(31, 16\), got float16 \(30, 16\)"):
         ActivationStore(tmp_path).read_shard(0)
     for path in tmp_path.glob("shard-*.json"):
         path.write_text("{")
+    with pytest.raises(FileFormatError, match="not valid JSON"):
+        ActivationStore(tmp_path)
+    for path in tmp_path.glob("shard-*.json"):
+        path.unlink()
     with pytest.raises(FileFormatError, match="no complete shard"):
         ActivationStore(tmp_path)
     for text in ("{", "[1]", "{}", '{"shards": "x", "d_in": 3}', '{"shards": 100000000000, "d_in": 3}'):
         (tmp_path / "store.json").write_text(text)
         with pytest.raises(FileFormatError):
             ActivationStore(tmp_path)
+
+
+def damage(draw, path):
+    """A few other bytes, fewer bytes, or none."""
+    content = bytearray(path.read_bytes())
+    kind = draw.choice(["byte", "byte", "byte", "bytes", "cut", "gone"])
+    if kind == "gone":
+        path.unlink()
+    elif kind == "cut":
+        path.write_bytes(content[: draw.randrange(len(content))])
+    else:
+        for _ in range(1 if kind == "byte" else 8):
+            at = draw.randrange(len(content))
+            content[at] ^= draw.randint(1, 255)
+        path.write_bytes(content)
+
+
+def test_a_damaged_store_does_not_load_as_another(model, tmp_path, caplog):
+    whole = harvest_to_store(model, Pictures(), BLOCK, tmp_path / "whole", shard_rows=15)
+    rows = [whole.read_shard(i) for i in range(4)]
+    draw, refused, fewer = random.Random(0), 0, 0
+    for _ in range(300):
+        shutil.rmtree(tmp_path / "store", ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", tmp_path / "store")
+        damage(draw, draw.choice(sorted((tmp_path / "store").iterdir())))
+        caplog.clear()
+        try:
+            store = ActivationStore(tmp_path / "store")
+            found = {path.name: store.read_shard(i) for i, path in enumerate(store.shards)}
+        except (FileFormatError, FileNotFoundError) as error:
+            assert str(tmp_path / "store") in str(error)  # noqa: PT017
+            refused += 1
+            continue
+        # an index that is gone is a shard that is not done, which is said
+        fewer += len(found) < 4
+        assert (len(found) == 4) == ("of 4 shards are there" not in caplog.text)
+        assert all(torch.equal(rows[int(name[6:12])], shard) for name, shard in found.items())
+    assert refused > 250
+    assert refused + fewer > 290  # another blank in a description is no damage
+
+
+def test_a_shard_is_held_against_its_checksum_once(model, tmp_path, monkeypatch):
+    store = harvest_to_store(model, Pictures(), BLOCK, tmp_path, shard_rows=30)
+    looked_at = []
+    plain = shards.check_file
+    monkeypatch.setattr(shards, "check_file", lambda path, facts: (looked_at.append(path.name), plain(path, facts)))
+    take(store, 3 * len(store), 1)
+    assert sorted(looked_at) == [path.name for path in store.shards]
+    content = bytearray(store.shards[1].read_bytes())
+    content[-1] ^= 1
+    store.shards[1].write_bytes(content)
+    with pytest.raises(FileFormatError, match=r"remove it and shard-000001\.json, and harvest again"):
+        ActivationStore(tmp_path).read_shard(1)
+    store.shards[1].unlink()
+    store.shards[1].with_suffix(".json").unlink()
+    assert harvest_to_store(model, Pictures(), BLOCK, tmp_path, shard_rows=30).complete
+
+
+def test_a_store_of_an_older_version_is_read_and_gone_on_with(model, tmp_path, caplog):
+    whole = harvest_to_store(model, Pictures(), BLOCK, tmp_path, shard_rows=15)
+    rows = [whole.read_shard(i) for i in range(4)]
+    for path in tmp_path.glob("*.json"):
+        found = json.loads(path.read_text())
+        for new in ("checksum", "sha256", "data", "weights", "preprocess"):
+            found.pop(new, None)
+        path.write_text(json.dumps(found))
+    (tmp_path / "shard-000003.json").unlink()
+    store = harvest_to_store(model, Pictures(), BLOCK, tmp_path, shard_rows=15)
+    assert "that noted no data, preprocess, weights" in caplog.text
+    assert "3 shards of a version that kept no checksums" in caplog.text
+    for i in range(4):
+        assert torch.equal(store.read_shard(i), rows[i])
+
+
+def test_a_harvest_goes_on_with_the_same_images_and_model_alone(model, tmp_path):
+    harvest_to_store(model, Pictures(), BLOCK, tmp_path, shard_rows=30)
+    other = Pictures()
+    other.images[3, 0, 0, 0] += 1
+    with pytest.raises(ValueError, match="holds another harvest"):
+        harvest_to_store(model, other, BLOCK, tmp_path, shard_rows=30)
+    weight = model.model.visual.transformer.resblocks[0].mlp.c_proj.bias
+    with torch.no_grad():
+        weight.add_(1)
+    try:
+        with pytest.raises(ValueError, match=r"holds another harvest \(weights"):
+            harvest_to_store(model, Pictures(), BLOCK, tmp_path, shard_rows=30)
+    finally:
+        with torch.no_grad():
+            weight.sub_(1)
+
+
+def test_a_harvest_is_one_processs_and_a_whole_store_is_everybodys(model, tmp_path):
+    class Meanwhile(Pictures):
+        def __getitem__(self, index):
+            if self.asked > 20 and not refused:
+                thread = threading.Thread(target=second)
+                thread.start()
+                thread.join()
+            return super().__getitem__(index)
+
+    def second():
+        try:
+            harvest_to_store(model, Pictures(), BLOCK, tmp_path, shard_rows=15)
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    refused = []
+    store = harvest_to_store(model, Meanwhile(), BLOCK, tmp_path, shard_rows=15)
+    assert store.complete
+    assert "is being written by another thread" in refused[0]
+    with only_writer(tmp_path, "somebody"):
+        second()
+    assert len(refused) == 1
 
 
 def test_half_precision_that_overflows_is_refused(model, tmp_path):

@@ -115,15 +115,16 @@ STORE_WORKER = """
 import json, os, sys
 import torch
 from clipsteer.cli import main as cli
-from clipsteer.sae.activations import write_safetensors
+from clipsteer.io.files import write_safetensors
 import clipsteer.sae.activations as activations
+import clipsteer.sae.shards as shards
 
 torch.set_num_threads(1)
 rank, written = os.environ["RANK"], []
 def write(path, tensors):
     written.append(path.name)
     write_safetensors(path, tensors)
-activations.write_safetensors = write
+shards.write_safetensors = write
 whole = activations.harvest_to_store
 activations.harvest_to_store = lambda *a, **k: whole(*a, shard_rows=68, **k)
 out = sys.argv[1]

@@ -1,0 +1,170 @@
+"""``torch.ops.clipsteer``: the low-level ops under one name for every device and backend.
+
+``torch.export`` writes these names, so that a graph moves between a CPU and a GPU and between
+installations: at every call the fastest trusted backend of where the tensors are runs, or plain
+torch. They are differentiable, as far as their backends are, so that an exported module trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipsteer.ops import _drrho_sweeps, _grouped, _sparse
+from clipsteer.ops._autograd import Function
+from clipsteer.ops._dispatch import call, describe, resolve
+from clipsteer.ops._lowlevel import PORTABLE, RECORDS, Op
+from clipsteer.ops.conceptor_project import LowRank, conceptor_project_reference
+from clipsteer.ops.mahalanobis_covariance_loss import loss_of_new
+from clipsteer.ops.semantic_drift import reference_sums
+from clipsteer.ops.sparse_decode import sparse_decode_reference
+from clipsteer.ops.topk_encode import TopkEncode, topk_encode_reference
+
+_LIBRARIES: list[torch.library.Library] = []
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _topk_encode(x, W_enc, b_enc, k, screen=True):
+    acts, indices = topk_encode_reference(x, W_enc, b_enc, k=k)
+    return acts.contiguous(), indices.contiguous()
+
+
+def _gather_dot(rows, indices, W):
+    return (W[indices] @ rows.unsqueeze(-1)).squeeze(-1)
+
+
+def _sparse_outer(coeff, indices, rows, n):
+    pairs = _wide(coeff).unsqueeze(-1) * _wide(rows).unsqueeze(-2)  # (B, k, d)
+    dW = pairs.new_zeros(n, rows.shape[1]).index_add(0, indices.flatten(), pairs.flatten(0, 1))
+    db = pairs.new_zeros(n).index_add(0, indices.flatten(), _wide(coeff).flatten())
+    return dW.to(rows.dtype), db.to(rows.dtype)
+
+
+def _sparse_outer_out(coeff, indices, rows, dW, db):
+    for target, value in zip((dW, db), _sparse_outer(coeff, indices, rows, dW.shape[0])):
+        target.copy_(value)
+
+
+def _grouped_matmul(x, W, index, beta, mean, transpose):
+    C = _wide(W if transpose else W.mT)
+    centred = _wide(x) if mean is None else _wide(x) - _wide(mean)[0 if index is None else index]
+    strength = 1.0 if beta is None else beta
+    y = conceptor_project_reference(centred, C, index, beta=strength)
+    return (y if mean is None else y + _wide(mean)[0 if index is None else index]).to(x.dtype)
+
+
+def _grouped_outer(a, b, index, groups):
+    pairs = _wide(a).unsqueeze(-1) * _wide(b).unsqueeze(-2)  # (B, m, n)
+    if index is None:
+        return pairs.sum(0, keepdim=True).to(a.dtype)
+    return pairs.new_zeros(groups, *pairs.shape[1:]).index_add(0, index, pairs).to(a.dtype)
+
+
+def _low_rank_project(x, U, s, index, mean):
+    factors = LowRank(_wide(U), _wide(s))
+    mean = None if mean is None else _wide(mean)
+    return conceptor_project_reference(_wide(x), factors, index, mean=mean).to(x.dtype)
+
+
+def _mahalanobis(new, old, labels, factor, s, diag, normalize, need_grad):
+    loss = loss_of_new(old, labels, factor, s, diag, normalize)
+    if not need_grad:
+        return _wide(loss(new)), _wide(new.new_empty(0, new.shape[1]))
+    gradient, value = torch.func.grad_and_value(loss)(new)
+    return _wide(value), _wide(gradient)
+
+
+def _drift_sums(old, new, prototypes, scale):
+    wide = torch.promote_types(old.dtype, torch.float32)
+    return tuple(t.to(wide) for t in reference_sums(old, new, prototypes, scale))
+
+
+_PLAIN: dict[str, Callable[..., Any]] = {
+    "topk_encode": _topk_encode,
+    "sparse_decode": sparse_decode_reference,
+    "gather_dot": _gather_dot,
+    "sparse_outer": _sparse_outer,
+    "sparse_outer_out": _sparse_outer_out,
+    "grouped_matmul": _grouped_matmul,
+    "grouped_outer": _grouped_outer,
+    "low_rank_project": _low_rank_project,
+    "mahalanobis_covariance_loss": _mahalanobis,
+    "drift_sums": _drift_sums,
+    **_drrho_sweeps.PLAIN,
+}
+
+# where the derivatives are written, and what they take after the op's own arguments
+_DERIVATIVES: dict[str, tuple[type[Function], tuple[Any, ...]]] = {
+    "topk_encode": (TopkEncode, (PORTABLE, (), PORTABLE, False, None)),
+    "sparse_decode": (_sparse.SparseDecode, (PORTABLE, False, None)),
+    "gather_dot": (_sparse.GatherDot, (PORTABLE,)),
+    "sparse_outer": (_sparse.SparseOuter, (PORTABLE,)),
+    "grouped_matmul": (_grouped.Matmul, (PORTABLE,)),
+    "grouped_outer": (_grouped.Outer, (PORTABLE,)),
+    "low_rank_project": (_grouped.LowRank, (PORTABLE,)),
+}
+
+
+def register() -> None:
+    """Define the ops."""
+    library = torch.library.Library("clipsteer", "DEF")
+    _LIBRARIES.append(library)
+    for op in RECORDS:
+        for name, low in op.low_level.items():
+            library.define(name + _schema(name, low.schema))
+            library.impl(name, _kernel(op, name), "CompositeExplicitAutograd")
+            describe(f"clipsteer::{name}", low)
+            if "!" not in low.schema:
+                _differentiate(name)
+
+
+def _schema(name: str, schema: str) -> str:
+    """As in the record; topk_encode's screen is an argument of the C++ library alone."""
+    if name == "topk_encode":
+        return schema.replace("SymInt k)", "SymInt k, bool screen=True)")
+    return schema
+
+
+def _kernel(op: Op, name: str) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        first = next(a for a in args if isinstance(a, Tensor) and a.is_floating_point())
+        device = first.device
+        backends = {resolve(n, "auto", device.type, device.index, first.dtype) for n in op.names}
+        # a variant whose self-check fails is not told from the others here
+        backend = backends.pop() if len(backends) == 1 else "reference"
+        if backend in ("reference", PORTABLE):
+            return _PLAIN[name](*args)
+        if name == "topk_encode" and backend != "cpp":
+            args = args[:4]
+        return call(backend, name, *args)
+
+    return kernel
+
+
+def _differentiate(name: str) -> None:
+    function, extra = _DERIVATIVES.get(name, (None, ()))
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.count = len(inputs)
+        if function is not None:
+            own = inputs[:4] if name == "topk_encode" else inputs
+            function.setup_context(ctx, (*own, *extra), output)
+
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if function is None:
+            raise RuntimeError(
+                f"an exported program's clipsteer::{name} has no gradient; export what is to be "
+                'trained with backend="reference", or train the module itself'
+            )
+        found = function.backward(ctx, *grads)
+        return tuple(found[i] if i < len(found) else None for i in range(ctx.count))
+
+    torch.library.register_autograd(
+        f"clipsteer::{name}", backward, setup_context=setup_context, lib=_LIBRARIES[0]
+    )

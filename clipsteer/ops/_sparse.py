@@ -1,0 +1,349 @@
+"""Differentiable sums over sparse codes; the low-level ops of ``csrc/cpu/sparse_decode.cpp``.
+
+``decode``, ``gather_dot`` and ``sparse_outer`` are closed under differentiation, so derivatives of
+any order, forward and reverse, run on the same kernels. Nothing is checked here.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from clipsteer.ops._autograd import Function, save, total, tracked, transformed
+from clipsteer.ops._dispatch import call
+from clipsteer.ops._reference import rows_of
+
+
+class SparseDecode(Function):
+    """``decode``, with the options that its dictionary's gradient has."""
+
+    @staticmethod
+    def forward(
+        acts,  # (B, k)
+        indices,  # (B, k)
+        W,  # (n, d)
+        b,  # (d,) or None
+        backend,
+        sparse_grad,
+        grad_buffer,  # (n, d) or None
+    ):
+        return call(backend, "sparse_decode", acts, indices, W, b)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        acts, indices, W, _, *options = inputs
+        save(ctx, acts, indices, W)
+        ctx.options = options
+
+    @staticmethod
+    def backward(ctx, grad):
+        acts, indices, W = ctx.saved_tensors
+        backend, sparse_grad, grad_buffer = ctx.options
+        grad = grad.contiguous()
+        d_acts = d_W = d_b = None
+        if ctx.needs_input_grad[0]:
+            d_acts = gather_dot(grad, indices, W, backend)
+        if ctx.needs_input_grad[2]:
+            d_W, _ = weight_gradient(acts, indices, grad, W, backend, sparse_grad, grad_buffer)
+        if ctx.needs_input_grad[3]:
+            d_b = grad.sum(0)
+        return d_acts, None, d_W, d_b, None, None, None
+
+    @staticmethod
+    def jvp(ctx, t_acts, _, t_W, t_b, *options):
+        acts, indices, W = ctx.saved_tensors
+        backend = ctx.options[0]
+        of_acts = of_W = of_b = None
+        if t_acts is not None:
+            of_acts = decode(t_acts.contiguous(), indices, W, None, backend)
+        if t_W is not None:
+            of_W = decode(acts, indices, t_W.contiguous(), None, backend)
+        if t_b is not None:
+            of_b = t_b.expand(acts.shape[0], -1)
+        return total(of_acts, of_W, of_b)
+
+
+class GatherDot(Function):
+    @staticmethod
+    def forward(
+        rows,  # (B, d)
+        indices,  # (B, k)
+        W,  # (n, d)
+        backend,
+    ):
+        return call(backend, "gather_dot", rows, indices, W)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.backend = inputs
+        save(ctx, *tensors)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, indices, W = ctx.saved_tensors
+        grad = grad.contiguous()
+        d_rows = d_W = None
+        if ctx.needs_input_grad[0]:
+            d_rows = decode(grad, indices, W, None, ctx.backend)
+        if ctx.needs_input_grad[2]:
+            d_W, _ = sparse_outer(grad, indices, rows, W.shape[0], ctx.backend)
+        return d_rows, None, d_W, None
+
+    @staticmethod
+    def jvp(ctx, t_rows, _, t_W, *options):
+        rows, indices, W = ctx.saved_tensors
+        of_rows = of_W = None
+        if t_rows is not None:
+            of_rows = gather_dot(t_rows.contiguous(), indices, W, ctx.backend)
+        if t_W is not None:
+            of_W = gather_dot(rows, indices, t_W.contiguous(), ctx.backend)
+        return total(of_rows, of_W)
+
+
+class SparseOuter(Function):
+    @staticmethod
+    def forward(
+        coeff,  # (B, k)
+        indices,  # (B, k)
+        rows,  # (B, d)
+        n,
+        backend,
+    ):
+        return call(backend, "sparse_outer", coeff, indices, rows, n)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.n, ctx.backend = inputs
+        save(ctx, *tensors)
+
+    @staticmethod
+    def backward(ctx, grad_W, grad_b):
+        coeff, indices, rows = ctx.saved_tensors
+        grad_W = grad_W.contiguous()
+        d_coeff = d_rows = None
+        if ctx.needs_input_grad[0]:
+            d_coeff = gather_dot(rows, indices, grad_W, ctx.backend) + rows_of(grad_b, indices)
+        if ctx.needs_input_grad[2]:
+            d_rows = decode(coeff, indices, grad_W, None, ctx.backend)
+        return d_coeff, None, d_rows, None, None
+
+    @staticmethod
+    def jvp(ctx, t_coeff, _, t_rows, *options):
+        coeff, indices, rows = ctx.saved_tensors
+        of_coeff = of_rows = (None, None)
+        if t_coeff is not None:
+            of_coeff = sparse_outer(t_coeff.contiguous(), indices, rows, ctx.n, ctx.backend)
+        if t_rows is not None:
+            of_rows = sparse_outer(coeff, indices, t_rows.contiguous(), ctx.n, ctx.backend)
+        t_db = torch.zeros_like(of_rows[1]) if of_coeff[1] is None else of_coeff[1]
+        return total(of_coeff[0], of_rows[0]), t_db
+
+
+def decode(
+    acts: Tensor,  # (B, k)
+    indices: Tensor,  # (B, k)
+    W: Tensor,  # (n, d)
+    b: Tensor | None,  # (d,)
+    backend: str,
+    sparse_grad: bool = False,
+    grad_buffer: Tensor | None = None,  # (n, d)
+) -> Tensor:
+    """Σ_j acts_bj W[indices_bj] + b: (B, d); contiguous inputs, nothing checked."""
+    if tracked(acts, W, b):
+        return SparseDecode.run(acts, indices, W, b, backend, sparse_grad, grad_buffer)
+    return call(backend, "sparse_decode", acts, indices, W, b)
+
+
+def gather_dot(
+    rows: Tensor,  # (B, d)
+    indices: Tensor,  # (B, k)
+    W: Tensor,  # (n, d)
+    backend: str,
+) -> Tensor:
+    """⟨rows_b, W[indices_bj]⟩: (B, k)."""
+    if tracked(rows, W):
+        return GatherDot.run(rows, indices, W, backend)
+    return call(backend, "gather_dot", rows, indices, W)
+
+
+def sparse_outer(
+    coeff: Tensor,  # (B, k)
+    indices: Tensor,  # (B, k)
+    rows: Tensor,  # (B, d)
+    n: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Segment sums Σ coeff·rows and Σ coeff over the pairs of each feature: (n, d), (n,)."""
+    if tracked(coeff, rows):
+        return SparseOuter.run(coeff, indices, rows, n, backend)
+    return call(backend, "sparse_outer", coeff, indices, rows, n)
+
+
+def weight_gradient(
+    coeff: Tensor,  # (B, k)
+    indices: Tensor,  # (B, k)
+    rows: Tensor,  # (B, d)
+    W: Tensor,  # (n, d)
+    backend: str,
+    sparse: bool,
+    buffer: Tensor | None,  # (n, d)
+) -> tuple[Tensor, Tensor]:
+    """``sparse_outer`` as the caller wants it: dense, row-sparse, or written into a kept buffer."""
+    n = W.shape[0]
+    if torch.compiler.is_compiling() or transformed():
+        buffer = None
+    if (sparse or buffer is not None) and tracked(coeff, rows):
+        what = "sparse_grad and grad_buffer give first derivatives only"
+        raise RuntimeError(f"{what}; leave them out to go further")
+    if sparse:
+        features, compact = torch.unique(indices, return_inverse=True)
+        d_W, d_b = call(
+            backend,
+            "sparse_outer",
+            coeff,
+            compact.contiguous(),
+            rows,
+            features.numel(),
+        )
+        d_W = torch.sparse_coo_tensor(
+            features[None],
+            d_W,
+            (n, rows.shape[1]),
+            is_coalesced=True,
+            check_invariants=False,
+        )
+        return d_W, torch.zeros(n, dtype=d_b.dtype, device=d_b.device).index_copy(0, features, d_b)
+    if buffer is not None and (d_W := claimed(buffer)) is not None:
+        d_b = rows.new_empty(n)
+        call(backend, "sparse_outer_out", coeff, indices, rows, d_W, d_b)
+        return d_W, d_b
+    return sparse_outer(coeff, indices, rows, n, backend)
+
+
+def claimed(buffer: Tensor) -> Tensor | None:
+    """A tensor that stands for ``buffer``, to be written and handed out; None while anything else
+    can see what is in it, and under transforms.
+
+    What can see it holds its storage: a gradient of an earlier backward pass or of an earlier use
+    in this one, whatever views it went through, who keeps it, and the tensor that ``buffer`` is a
+    view of. Or it holds ``buffer`` itself, as an attribute ``grad``.
+    """
+    if torch.compiler.is_compiling() or transformed():
+        return None
+    # taken first, so that of two threads that come together neither finds itself alone
+    taken = buffer.detach()
+    return taken if _holders(buffer) == _holders_of_one() else None
+
+
+def _holders(t: Tensor) -> tuple[int, int]:
+    """How many hold the storage of a tensor, and the tensor."""
+    return torch._C._storage_Use_Count(t.untyped_storage()._cdata), t._use_count()  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _holders_of_one() -> tuple[int, int]:
+    """The same of a tensor that has just been claimed: what torch and Python hold of themselves
+    changes with their release."""
+    buffer = torch.empty(0, device="cpu")
+    taken = buffer.detach()
+    found = _holders(buffer)
+    del taken
+    return found
+
+
+class _Cast(Function):
+    """A dictionary in autocast's dtype; its gradient comes back as it was asked for."""
+
+    @staticmethod
+    def forward(
+        W,  # (n, d)
+        cast,  # the same in another dtype
+        grad_buffer,  # (n, d), of W's dtype, or None
+    ):
+        return cast.detach()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        W, cast, ctx.grad_buffer = inputs
+        ctx.dtype = W.dtype
+        ctx.cast_dtype = cast.dtype
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad.is_sparse:  # which torch's own cast refuses
+            d_W = torch.sparse_coo_tensor(
+                grad._indices(),
+                grad._values().to(ctx.dtype),
+                grad.shape,
+                is_coalesced=grad.is_coalesced(),
+                check_invariants=False,
+            )
+            return d_W, None, None
+        buffer = ctx.grad_buffer
+        if buffer is not None and not grad.requires_grad and (d_W := claimed(buffer)) is not None:
+            return d_W.copy_(grad), None, None
+        return grad.to(ctx.dtype), None, None
+
+    @staticmethod
+    def jvp(ctx, t_W, *others):
+        return None if t_W is None else t_W.to(ctx.cast_dtype)
+
+
+def check_gradient_options(
+    op: str,
+    W: Tensor,  # (d_sae, d_in)
+    sparse_grad: bool,
+    grad_buffer: Tensor | None,  # (d_sae, d_in)
+    backend: str,
+    given: Tensor | None = None,  # (d_sae, d_in)
+) -> None:
+    """ValueError or RuntimeError where the two options do not fit the dictionary or the backend;
+    ``given`` is the dictionary where ``W`` is what autocast made of it."""
+    dtypes = [W.dtype] if given is None or given.dtype == W.dtype else [given.dtype, W.dtype]
+    if grad_buffer is not None:
+        if sparse_grad:
+            raise ValueError(f"{op}: sparse_grad and grad_buffer exclude each other")
+        fits = grad_buffer.shape == W.shape and grad_buffer.dtype in dtypes
+        fits = fits and grad_buffer.device == W.device and grad_buffer.is_contiguous()
+        if not fits:
+            expected = f"{tuple(W.shape)} {dtypes[0]} on {W.device}"
+            if len(dtypes) > 1:
+                expected += f" (or {W.dtype}, which autocast makes of it)"
+            got = f"{tuple(grad_buffer.shape)} {grad_buffer.dtype} on {grad_buffer.device}"
+            like = f"contiguous and like the dictionary, {expected}"
+            raise ValueError(f"{op}: grad_buffer must be {like}, got {got}")
+        if grad_buffer.requires_grad:
+            raise ValueError(f"{op}: grad_buffer must not require a gradient")
+    if backend == "reference" and (sparse_grad or grad_buffer is not None):
+        raise RuntimeError(
+            f"{op}: sparse_grad and grad_buffer need a compiled backend, and this call runs on "
+            '"reference"; leave them out, or see clipsteer env for how to get one'
+        )
+    if sparse_grad and transformed():
+        raise RuntimeError(
+            f"{op}: torch.func takes no sparse gradients; leave sparse_grad out, on any backend"
+        )
+
+
+def with_gradient_options(
+    op: str,
+    given: Tensor,  # (d_sae, d_in)
+    W: Tensor,  # (d_sae, d_in)
+    sparse_grad: bool,
+    grad_buffer: Tensor | None,  # (d_sae, d_in)
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """The dictionary and the buffer that the op itself takes, once both options are checked.
+
+    Where ``W`` is what autocast made of ``given``, its gradient has to be cast back: sparse ones as
+    well, and into a buffer of ``given``'s dtype.
+    """
+    if not sparse_grad and grad_buffer is None:
+        return W, None
+    check_gradient_options(op, W, sparse_grad, grad_buffer, backend, given)
+    cast_back = grad_buffer is None or grad_buffer.dtype != W.dtype
+    if W.dtype == given.dtype or not cast_back:
+        return W, grad_buffer
+    return _Cast.run(given, W, grad_buffer), None
