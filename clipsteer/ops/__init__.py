@@ -15,6 +15,8 @@ from clipsteer.ops._lowlevel import BACKENDS as BACKENDS
 from clipsteer.ops._lowlevel import RECORDS
 
 if TYPE_CHECKING:  # at run time the loop below takes what each op's file names
+    from clipsteer.ops._ragged import SparseCodes as SparseCodes
+    from clipsteer.ops._ragged import code_rows as code_rows
     from clipsteer.ops.batch_topk_encode import batch_topk_encode as batch_topk_encode
     from clipsteer.ops.batch_topk_encode import (
         batch_topk_encode_reference as batch_topk_encode_reference,
@@ -33,8 +35,6 @@ if TYPE_CHECKING:  # at run time the loop below takes what each op's file names
     from clipsteer.ops.mahalanobis_covariance_loss import (
         mahalanobis_covariance_loss_reference as mahalanobis_covariance_loss_reference,
     )
-    from clipsteer.ops.ragged_decode import SparseCodes as SparseCodes
-    from clipsteer.ops.ragged_decode import code_rows as code_rows
     from clipsteer.ops.ragged_decode import ragged_decode as ragged_decode
     from clipsteer.ops.ragged_decode import ragged_decode_reference as ragged_decode_reference
     from clipsteer.ops.semantic_drift import semantic_drift as semantic_drift

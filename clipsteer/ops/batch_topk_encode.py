@@ -14,9 +14,10 @@ from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._dispatch import choose
+from clipsteer.ops._ragged import SparseCodes, encode
 from clipsteer.ops._reference import rounded_once
-from clipsteer.ops.ragged_decode import SparseCodes, needs_compiled
-from clipsteer.ops.threshold_encode import RaggedEncode, check_encoder, codes_where
+from clipsteer.ops._sparse import with_gradient_options
+from clipsteer.ops.threshold_encode import check_encoder, codes_where
 
 __all__ = ["batch_topk_encode", "batch_topk_encode_reference"]
 
@@ -72,6 +73,7 @@ def batch_topk_encode(
     Source: Bussmann et al. 2024 (arXiv 2412.06410), section 3.
     """
     op = "batch_topk_encode"
+    given = W_enc
     named: dict[str, Any] = {"x": x, "W_enc": W_enc, "b_enc": b_enc}
     if all(isinstance(t, Tensor) for t in (x, W_enc)):
         x, W_enc, b_enc = _check.autocast(x, W_enc, b_enc)
@@ -82,17 +84,7 @@ def batch_topk_encode(
     if count < 0:
         raise ValueError(_check.mistake(op, "count", "at least 0", count, named))
     backend = choose(op, backend, x)
-    needs_compiled(op, sparse_grad, backend)
+    W_enc, _ = with_gradient_options(op, given, W_enc, sparse_grad, None, backend)
     if backend == "reference":
         return batch_topk_encode_reference(x, W_enc, b_enc, count=count)
-    found = RaggedEncode.apply(
-        x.contiguous(),
-        W_enc.contiguous(),
-        None if b_enc is None else b_enc.contiguous(),
-        None,
-        count,
-        op,
-        backend,
-        sparse_grad,
-    )
-    return SparseCodes(*found)
+    return encode(op, x, W_enc, b_enc, count, backend=backend, sparse_grad=sparse_grad)

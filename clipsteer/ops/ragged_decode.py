@@ -2,43 +2,25 @@
 row has, for every prefix of the dictionary at once.
 
 Fused: the sum over the first features goes on into the sum over more of them, so that all prefixes
-cost one pass over the codes; so does the way back. Its gradients, ``_dot`` (for the values) and
-``_outer`` (for the dictionary), take pairs of a row and a feature, and the three are closed under
-differentiation. Source: Bussmann et al. 2025 (arXiv 2503.17547) for the prefixes.
+cost one pass over the codes; so does the way back (``_ragged.py``). Source: Bussmann et al. 2025
+(arXiv 2503.17547) for the prefixes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clipsteer.ops import _check
-from clipsteer.ops._dispatch import call, choose, tracked
+from clipsteer.ops._dispatch import choose
+from clipsteer.ops._ragged import SparseCodes, code_rows, decode
 from clipsteer.ops._reference import rounded_once
+from clipsteer.ops._sparse import with_gradient_options
 
 __all__ = ["SparseCodes", "code_rows", "ragged_decode", "ragged_decode_reference"]
-
-
-class SparseCodes(NamedTuple):
-    """Codes of B rows, of as many features as each has.
-
-    Row r has ``values[offsets[r] : offsets[r + 1]]`` at ``indices[offsets[r] : offsets[r + 1]]``;
-    what comes after is padding, of value 0 and index 0. Where ``offsets[-1]`` exceeds their number
-    the capacity asked for was too small, and the last codes are missing.
-    """
-
-    values: Tensor  # (m,)
-    indices: Tensor  # (m,) int64, ascending in each row
-    offsets: Tensor  # (B + 1,) int64, from 0
-
-
-def code_rows(codes: SparseCodes) -> Tensor:
-    """The row (m,) of each code, B for padding."""
-    at = torch.arange(codes.values.shape[0], device=codes.offsets.device)
-    return torch.searchsorted(codes.offsets[1:].contiguous(), at, right=True)
 
 
 @rounded_once
@@ -63,194 +45,6 @@ def ragged_decode_reference(
     x_hat = torch.stack(sums)
     x_hat = x_hat if b_dec is None else x_hat + b_dec
     return x_hat[0] if prefixes is None else x_hat
-
-
-class _Decode(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        values,  # (m,)
-        indices,  # (m,)
-        offsets,  # (B + 1,)
-        W,  # (n, d)
-        b,  # (d,) or None
-        prefixes,
-        backend,
-        sparse_grad,
-    ):
-        return call(backend, "ragged_decode", values, indices, offsets, W, b, prefixes)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        values, indices, offsets, W, _, ctx.prefixes, ctx.backend, ctx.sparse_grad = inputs
-        ctx.save_for_backward(values, indices, offsets, W)
-
-    @staticmethod
-    def backward(ctx, grad):  # (G, B, d)
-        values, indices, offsets, W = ctx.saved_tensors
-        groups, rows, d = grad.shape
-        row = code_rows(SparseCodes(values, indices, offsets))
-        there = row < rows
-        # a feature is in its own prefix and in all that are longer
-        tails = grad
-        if groups > 1:
-            tails = grad.flip(0).cumsum(0).flip(0)
-            for prefix in ctx.prefixes[:-1]:
-                row = row + torch.where(indices < prefix, 0, rows)
-        row = torch.where(there, row, -1)
-        tails = tails.reshape(groups * rows, d).contiguous()
-        d_values = d_W = d_b = None
-        if ctx.needs_input_grad[0]:
-            d_values = dot(tails, row, indices, W, ctx.backend)
-        if ctx.needs_input_grad[3]:
-            d_W, _ = pair_gradient(values, indices, row, tails, W, ctx.backend, ctx.sparse_grad)
-        if ctx.needs_input_grad[4]:
-            d_b = grad.sum((0, 1))
-        return d_values, None, None, d_W, d_b, None, None, None
-
-
-class _Dot(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        rows,  # (R, d)
-        row,  # (m,), -1 for none
-        indices,  # (m,)
-        W,  # (n, d)
-        backend,
-    ):
-        return call(backend, "ragged_dot", rows, row, indices, W)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        rows, row, indices, W, ctx.backend = inputs
-        ctx.save_for_backward(rows, row, indices, W)
-
-    @staticmethod
-    def backward(ctx, grad):
-        rows, row, indices, W = ctx.saved_tensors
-        grad = grad.contiguous()
-        d_rows = d_W = None
-        if ctx.needs_input_grad[0]:
-            d_rows = decode_pairs(grad, indices, row, W, rows.shape[0], ctx.backend)
-        if ctx.needs_input_grad[3]:
-            d_W, _ = outer(grad, indices, row, rows, W.shape[0], ctx.backend)
-        return d_rows, None, None, d_W, None
-
-
-class _Outer(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        coeff,  # (m,)
-        indices,  # (m,)
-        row,  # (m,), -1 for none
-        rows,  # (R, d)
-        n,
-        backend,
-    ):
-        return call(backend, "ragged_outer", coeff, indices, row, rows, n)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        coeff, indices, row, rows, _, ctx.backend = inputs
-        ctx.save_for_backward(coeff, indices, row, rows)
-
-    @staticmethod
-    def backward(ctx, grad_W, grad_b):
-        coeff, indices, row, rows = ctx.saved_tensors
-        grad_W = grad_W.contiguous()
-        d_coeff = d_rows = None
-        if ctx.needs_input_grad[0]:
-            d_coeff = dot(rows, row, indices, grad_W, ctx.backend)
-            d_coeff = d_coeff + torch.where(row < 0, 0, grad_b.index_select(0, indices))
-        if ctx.needs_input_grad[3]:
-            d_rows = decode_pairs(coeff, indices, row, grad_W, rows.shape[0], ctx.backend)
-        return d_coeff, None, None, d_rows, None, None
-
-
-def decode(
-    values: Tensor,  # (m,)
-    indices: Tensor,  # (m,)
-    offsets: Tensor,  # (B + 1,)
-    W: Tensor,  # (n, d)
-    backend: str,
-) -> Tensor:
-    """Σ_j values_j W[indices_j] of each row: (B, d); contiguous inputs, nothing checked."""
-    whole = (values, indices, offsets, W, None, [W.shape[0]])
-    if tracked(values, W):
-        return _Decode.apply(*whole, backend, False)[0]
-    return call(backend, "ragged_decode", *whole)[0]
-
-
-def decode_pairs(
-    values: Tensor,  # (m,)
-    indices: Tensor,  # (m,)
-    row: Tensor,  # (m,) in any order, -1 for none
-    W: Tensor,  # (n, d)
-    rows: int,
-    backend: str,
-) -> Tensor:
-    """The same of pairs in any order: (rows, d)."""
-    row, order = torch.sort(row, stable=True)
-    offsets = torch.searchsorted(row, torch.arange(rows + 1, device=row.device))
-    return decode(values[order], indices[order], offsets, W, backend)
-
-
-def dot(
-    rows: Tensor,  # (R, d)
-    row: Tensor,  # (m,), -1 for none
-    indices: Tensor,  # (m,)
-    W: Tensor,  # (n, d)
-    backend: str,
-) -> Tensor:
-    """⟨rows[row_p], W[indices_p]⟩, 0 for a pair without a row: (m,)."""
-    if tracked(rows, W):
-        return _Dot.apply(rows, row, indices, W, backend)
-    return call(backend, "ragged_dot", rows, row, indices, W)
-
-
-def outer(
-    coeff: Tensor,  # (m,)
-    indices: Tensor,  # (m,)
-    row: Tensor,  # (m,), -1 for none
-    rows: Tensor,  # (R, d)
-    n: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Segment sums Σ coeff·rows and Σ coeff over the pairs of each feature: (n, d), (n,)."""
-    if tracked(coeff, rows):
-        return _Outer.apply(coeff, indices, row, rows, n, backend)
-    return call(backend, "ragged_outer", coeff, indices, row, rows, n)
-
-
-def pair_gradient(
-    coeff: Tensor,  # (m,)
-    indices: Tensor,  # (m,)
-    row: Tensor,  # (m,), -1 for none
-    rows: Tensor,  # (R, d)
-    W: Tensor,  # (n, d)
-    backend: str,
-    sparse: bool,
-) -> tuple[Tensor, Tensor]:
-    """``outer`` as the caller wants it: dense, or of the rows in use alone."""
-    n = W.shape[0]
-    if not sparse:
-        return outer(coeff, indices, row, rows, n, backend)
-    if tracked(coeff, rows):
-        raise RuntimeError("sparse_grad gives first derivatives only; leave it out to go further")
-    features, compact = torch.unique(indices, return_inverse=True)
-    d_W, d_b = outer(coeff, compact, row, rows, features.numel(), backend)
-    d_W = torch.sparse_coo_tensor(
-        features[None], d_W, (n, rows.shape[1]), is_coalesced=True, check_invariants=False
-    )
-    return d_W, torch.zeros(n, dtype=d_b.dtype, device=d_b.device).index_copy(0, features, d_b)
-
-
-def needs_compiled(op: str, sparse_grad: bool, backend: str) -> None:
-    """RuntimeError where rows alone are asked of the reference, which has none."""
-    if sparse_grad and backend == "reference":
-        raise RuntimeError(
-            f'{op}: sparse_grad needs a compiled backend, and this call runs on "reference"; leave '
-            "it out, or see clipsteer env for how to get one"
-        )
 
 
 def ragged_decode(
@@ -287,6 +81,7 @@ def ragged_decode(
     Source: Bussmann et al. 2025 (arXiv 2503.17547).
     """
     op = "ragged_decode"
+    given = W_dec
     named: dict[str, Any] = {
         "values": values,
         "indices": indices,
@@ -317,18 +112,17 @@ def ragged_decode(
                 f"{op}: prefixes must ascend from above 0 to d_sae = {n}, got {tuple(prefixes)}"
             )
     backend = choose(op, backend, values)
-    needs_compiled(op, sparse_grad, backend)
+    W_dec, _ = with_gradient_options(op, given, W_dec, sparse_grad, None, backend)
     if backend == "reference":
         return ragged_decode_reference(values, indices, offsets, W_dec, b_dec, prefixes=prefixes)
-    b = None if b_dec is None else b_dec.contiguous()
     # a compiler may take them for symbols, which a node of autograd cannot keep
     limits = [n] if prefixes is None else [int(prefix) for prefix in prefixes]
-    x_hat = _Decode.apply(
+    x_hat = decode(
         values.contiguous(),
         indices.contiguous(),
         offsets.contiguous(),
         W_dec.contiguous(),
-        b,
+        None if b_dec is None else b_dec.contiguous(),
         limits,
         backend,
         sparse_grad,

@@ -14,15 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.ops import _check
-from clipsteer.ops._dispatch import call, choose
+from clipsteer.ops._dispatch import choose
+from clipsteer.ops._ragged import SparseCodes, encode
 from clipsteer.ops._reference import rounded_once
-from clipsteer.ops.ragged_decode import (
-    SparseCodes,
-    code_rows,
-    decode,
-    needs_compiled,
-    pair_gradient,
-)
+from clipsteer.ops._sparse import with_gradient_options
 
 __all__ = ["threshold_encode", "threshold_encode_reference"]
 
@@ -63,50 +58,6 @@ def threshold_encode_reference(
     pre = F.linear(x, W_enc, b_enc)
     keep = pre > (threshold.clamp_min(0) if relu else threshold)
     return codes_where(pre, keep, capacity)
-
-
-class RaggedEncode(torch.autograd.Function):
-    """Ragged codes of a low-level op of the arguments (x, W, b, threshold if any, size); the
-    gradient holds the set of codes fixed."""
-
-    @staticmethod
-    def forward(
-        x,  # (B, d)
-        W,  # (n, d)
-        b,  # (n,) or None
-        threshold,  # (1,) or (n,), or None
-        size,
-        low_level,
-        backend,
-        sparse_grad,
-    ):
-        if threshold is None:
-            return call(backend, low_level, x, W, b, size)
-        return call(backend, low_level, x, W, b, threshold, size)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, W, *_, ctx.backend, ctx.sparse_grad = inputs
-        values, indices, offsets = output
-        ctx.save_for_backward(x, W, values, indices, offsets)
-        ctx.mark_non_differentiable(indices, offsets)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        if grad is None:
-            return (None,) * 8
-        x, W, values, indices, offsets = ctx.saved_tensors
-        grad = torch.where(values.isnan(), 0, grad)
-        d_x = d_W = d_b = None
-        if ctx.needs_input_grad[0]:
-            d_x = decode(grad, indices, offsets, W, ctx.backend)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            row = code_rows(SparseCodes(values, indices, offsets))
-            row = torch.where(row < x.shape[0], row, -1)
-            d_W, d_b = pair_gradient(grad, indices, row, x, W, ctx.backend, ctx.sparse_grad)
-        needs = ctx.needs_input_grad
-        return d_x, d_W if needs[1] else None, d_b if needs[2] else None, *[None] * 5
 
 
 def check_encoder(op: str, named: dict[str, Any]) -> None:
@@ -159,6 +110,7 @@ def threshold_encode(
     Source: Rajamanoharan et al. 2024 (arXiv 2407.14435), equation 4.
     """
     op = "threshold_encode"
+    given = W_enc
     named: dict[str, Any] = {"x": x, "W_enc": W_enc, "b_enc": b_enc}
     if isinstance(x, Tensor):
         if not isinstance(threshold, Tensor):
@@ -175,21 +127,12 @@ def threshold_encode(
     if capacity is not None and capacity < 0:
         raise ValueError(f"{op}: capacity must be None or at least 0, got {capacity}")
     backend = choose(op, backend, x)
-    needs_compiled(op, sparse_grad, backend)
+    W_enc, _ = with_gradient_options(op, given, W_enc, sparse_grad, None, backend)
     threshold = threshold.detach()
     if backend == "reference":
         return threshold_encode_reference(
             x, W_enc, b_enc, threshold=threshold, relu=relu, capacity=capacity
         )
     limit = threshold.clamp_min(0) if relu else threshold
-    found = RaggedEncode.apply(
-        x.contiguous(),
-        W_enc.contiguous(),
-        None if b_enc is None else b_enc.contiguous(),
-        limit.reshape(-1).contiguous(),
-        -1 if capacity is None else capacity,
-        op,
-        backend,
-        sparse_grad,
-    )
-    return SparseCodes(*found)
+    limits = (limit.reshape(-1).contiguous(), -1 if capacity is None else capacity)
+    return encode(op, x, W_enc, b_enc, *limits, backend=backend, sparse_grad=sparse_grad)
