@@ -36,12 +36,13 @@ def codes_where(
     if capacity is None:
         at = keep.flatten().nonzero().flatten()
         return SparseCodes(flat.gather(0, at), at % pre.shape[1], offsets)
-    at = torch.argsort(~keep.flatten(), stable=True)[:capacity]
-    there = torch.arange(at.shape[0], device=pre.device) < offsets[-1]
-    rest = (0, capacity - at.shape[0])
-    values = torch.where(there, flat.gather(0, at), 0)
-    indices = torch.where(there, at % max(pre.shape[1], 1), 0)
-    return SparseCodes(F.pad(values, rest), F.pad(indices, rest), offsets)
+    # each kept one to its place, all others to a spare one
+    place = keep.flatten().cumsum(0) - 1
+    place = torch.where(keep.flatten() & (place < capacity), place, capacity)
+    columns = torch.arange(pre.shape[1], device=pre.device).expand_as(pre).flatten()
+    values = flat.new_zeros(capacity + 1).scatter(0, place, flat)[:-1]
+    indices = columns.new_zeros(capacity + 1).scatter(0, place, columns)[:-1]
+    return SparseCodes(values, indices, offsets)
 
 
 @rounded_once

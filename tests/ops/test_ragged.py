@@ -157,7 +157,7 @@ def mistakes():
     yield ValueError, r"values must be of indices' shape", lambda: ops.ragged_decode(codes[0][:2], *codes[1:], W)
     yield (
         RuntimeError,
-        "needs a compiled backend",
+        "need a compiled backend",
         lambda: ops.batch_topk_encode(x, W, count=2, sparse_grad=True, backend="reference"),
     )
 
