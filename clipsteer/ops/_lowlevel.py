@@ -110,7 +110,7 @@ def _sparse_outer_out(coeff: Tensor, indices: Tensor, rows: Tensor, dW: Tensor, 
 # ---------------------------------------------------------------- ragged codes
 
 
-def _codes(x: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+def _codes(x: Tensor, capacity: int | torch.SymInt) -> tuple[Tensor, Tensor, Tensor]:
     index = torch.int64
     values = x.new_empty(capacity)
     return values, x.new_empty(capacity, dtype=index), x.new_empty(x.shape[0] + 1, dtype=index)
@@ -119,9 +119,7 @@ def _codes(x: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
 def _threshold_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if capacity < 0:
-        capacity = torch.library.get_ctx().new_dynamic_size()
-    return _codes(x, capacity)
+    return _codes(x, torch.library.get_ctx().new_dynamic_size() if capacity < 0 else capacity)
 
 
 def _batch_topk_encode(
