@@ -72,8 +72,8 @@ def _gather_dot_kernel(
 
 @triton.jit
 def _sparse_outer_bwd_kernel(
-    coeff_ptr, pairs_ptr, offsets_ptr, rows_ptr, dw_ptr, db_ptr, n, d, k,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    coeff_ptr, pairs_ptr, offsets_ptr, row_ptr, rows_ptr, dw_ptr, db_ptr, n, d, k,
+    RAGGED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     features = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -88,8 +88,11 @@ def _sparse_outer_bwd_kernel(
         some = at < last
         pair = tl.load(pairs_ptr + at, mask=some, other=0)
         c = tl.load(coeff_ptr + pair, mask=some, other=0.0).to(tl.float32)
+        row = pair // k
+        if RAGGED:
+            row = tl.load(row_ptr + pair, mask=some, other=0)
         x = tl.load(
-            rows_ptr + (pair // k)[:, None] * d + cols[None, :],
+            rows_ptr + row[:, None] * d + cols[None, :],
             mask=some[:, None] & inside[None, :],
             other=0.0,
         )
@@ -169,18 +172,27 @@ def sparse_outer_out(
     coeff: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor, dW: torch.Tensor, db: torch.Tensor
 ) -> None:
     """coeff (B, k), indices (B, k), rows (B, d) -> dW (n, d), db (n,): every element of both is written."""
+    segment_sums(coeff.reshape(-1), indices.reshape(-1), None, rows, dW, db, coeff.shape[1])
+
+
+def segment_sums(
+    coeff: torch.Tensor, features: torch.Tensor, row_of: torch.Tensor | None, rows: torch.Tensor, dW: torch.Tensor,
+    db: torch.Tensor, k: int = 1,
+) -> None:  # fmt: skip
+    """coeff, features and row_of (m,), rows (R, d) -> dW (n, d), db (n,). Pair p belongs to row p // k where row_of is
+    None; feature n is nobody's."""
     if _interpreted_bf16(_sparse_outer_bwd_kernel, dW):
-        dW32, db32 = sparse_outer(coeff.float(), indices, rows.float(), dW.shape[0])
+        dW32, db32 = dW.float(), db.float()
+        segment_sums(coeff.float(), features, row_of, rows.float(), dW32, db32, k)
         dW.copy_(dW32)
         db.copy_(db32)
         return
     n, d = dW.shape
-    k = coeff.shape[1]
     if n == 0:
         return
     # Stable, so pairs of a feature keep ascending order; narrow keys take fewer radix passes.
     kind, low = (torch.int16, -(2**15)) if n < 2**16 else (torch.int32, 0)
-    ordered, pairs = torch.sort((indices.reshape(-1) + low).to(kind), stable=True)
+    ordered, pairs = torch.sort((features + low).to(kind), stable=True)
     offsets = torch.searchsorted(ordered, torch.arange(low, n + 1 + low, dtype=kind, device=dW.device))
     if interpreted(_sparse_outer_bwd_kernel):
         config = {"BLOCK_N": 64, "BLOCK_D": 128}
@@ -188,7 +200,10 @@ def sparse_outer_out(
         config = outer_config(d, dW.element_size())
     grid = (cdiv(n, config["BLOCK_N"]), max(1, cdiv(d, config["BLOCK_D"])))
     with on_device(dW):
-        _sparse_outer_bwd_kernel[grid](coeff, pairs, offsets, rows, dW, db, n, d, k, **config)
+        _sparse_outer_bwd_kernel[grid](
+            coeff, pairs, offsets, pairs if row_of is None else row_of, rows, dW, db, n, d, k,
+            RAGGED=row_of is not None, **config,
+        )  # fmt: skip
 
 
 def sparse_outer(

@@ -15,6 +15,12 @@ from clipsteer.ops._lowlevel import BACKENDS as BACKENDS
 from clipsteer.ops._lowlevel import RECORDS
 
 if TYPE_CHECKING:  # at run time the loop below takes what each op's file names
+    from clipsteer.ops._ragged import SparseCodes as SparseCodes
+    from clipsteer.ops._ragged import code_rows as code_rows
+    from clipsteer.ops.batch_topk_encode import batch_topk_encode as batch_topk_encode
+    from clipsteer.ops.batch_topk_encode import (
+        batch_topk_encode_reference as batch_topk_encode_reference,
+    )
     from clipsteer.ops.conceptor_project import LowRank as LowRank
     from clipsteer.ops.conceptor_project import conceptor_project as conceptor_project
     from clipsteer.ops.conceptor_project import (
@@ -29,11 +35,17 @@ if TYPE_CHECKING:  # at run time the loop below takes what each op's file names
     from clipsteer.ops.mahalanobis_covariance_loss import (
         mahalanobis_covariance_loss_reference as mahalanobis_covariance_loss_reference,
     )
+    from clipsteer.ops.ragged_decode import ragged_decode as ragged_decode
+    from clipsteer.ops.ragged_decode import ragged_decode_reference as ragged_decode_reference
     from clipsteer.ops.semantic_drift import semantic_drift as semantic_drift
     from clipsteer.ops.semantic_drift import semantic_drift_reference as semantic_drift_reference
     from clipsteer.ops.sparse_decode import sparse_decode as sparse_decode
     from clipsteer.ops.sparse_decode import sparse_decode_reference as sparse_decode_reference
     from clipsteer.ops.specs import REGISTRY as REGISTRY
+    from clipsteer.ops.threshold_encode import threshold_encode as threshold_encode
+    from clipsteer.ops.threshold_encode import (
+        threshold_encode_reference as threshold_encode_reference,
+    )
     from clipsteer.ops.topk_encode import topk_encode as topk_encode
     from clipsteer.ops.topk_encode import topk_encode_reference as topk_encode_reference
 

@@ -107,6 +107,48 @@ def _sparse_outer_out(coeff: Tensor, indices: Tensor, rows: Tensor, dW: Tensor, 
     return None
 
 
+# ---------------------------------------------------------------- ragged codes
+
+
+def _codes(x: Tensor, capacity: int | torch.SymInt) -> tuple[Tensor, Tensor, Tensor]:
+    index = torch.int64
+    values = x.new_empty(capacity)
+    return values, x.new_empty(capacity, dtype=index), x.new_empty(x.shape[0] + 1, dtype=index)
+
+
+def _threshold_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor, capacity: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _codes(x, torch.library.get_ctx().new_dynamic_size() if capacity < 0 else capacity)
+
+
+def _batch_topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _codes(x, torch.sym_max(count, x.shape[0]))
+
+
+def _ragged_decode(
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    prefixes: list[int],
+) -> Tensor:
+    return values.new_empty(len(prefixes), offsets.shape[0] - 1, W.shape[1])
+
+
+def _ragged_dot(rows: Tensor, row_of: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+    return rows.new_empty(indices.shape)
+
+
+def _ragged_outer(
+    coeff: Tensor, indices: Tensor, row_of: Tensor, rows: Tensor, n: int
+) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(n, rows.shape[1]), rows.new_empty(n)
+
+
 # ---------------------------------------------------------------- conceptor_project
 
 
@@ -246,6 +288,47 @@ RECORDS = (
                 _sparse_outer_out,
             ),
         },
+    ),
+    Op(
+        "ragged_decode",
+        {
+            "ragged_decode": LowLevel(
+                "(Tensor values, Tensor indices, Tensor offsets, Tensor W, Tensor? b, "
+                "SymInt[] prefixes) -> Tensor",
+                _ragged_decode,
+            ),
+            "ragged_dot": LowLevel(
+                "(Tensor rows, Tensor row_of, Tensor indices, Tensor W) -> Tensor",
+                _ragged_dot,
+            ),
+            "ragged_outer": LowLevel(
+                "(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, SymInt n)"
+                " -> (Tensor, Tensor)",
+                _ragged_outer,
+            ),
+        },
+        backends=_WITHOUT_CUDA,
+    ),
+    Op(
+        "threshold_encode",
+        {
+            "threshold_encode": LowLevel(
+                "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor threshold, SymInt capacity)"
+                " -> (Tensor, Tensor, Tensor)",
+                _threshold_encode,
+            ),
+        },
+        backends=_WITHOUT_CUDA,
+    ),
+    Op(
+        "batch_topk_encode",
+        {
+            "batch_topk_encode": LowLevel(
+                "(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt count) -> (Tensor, Tensor, Tensor)",
+                _batch_topk_encode,
+            ),
+        },
+        backends=_WITHOUT_CUDA,
     ),
     Op(
         "conceptor_project",

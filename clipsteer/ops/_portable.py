@@ -13,14 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsteer.ops import _drrho_sweeps, _grouped, _sparse
+from clipsteer.ops import _drrho_sweeps, _grouped, _ragged, _sparse
 from clipsteer.ops._autograd import Function
 from clipsteer.ops._dispatch import call, describe, resolve
 from clipsteer.ops._lowlevel import PORTABLE, RECORDS, Op
+from clipsteer.ops.batch_topk_encode import batch_topk_encode_reference
 from clipsteer.ops.conceptor_project import LowRank, conceptor_project_reference
 from clipsteer.ops.mahalanobis_covariance_loss import loss_of_new
+from clipsteer.ops.ragged_decode import ragged_decode_reference
 from clipsteer.ops.semantic_drift import reference_sums
 from clipsteer.ops.sparse_decode import sparse_decode_reference
+from clipsteer.ops.threshold_encode import threshold_encode_reference
 from clipsteer.ops.topk_encode import TopkEncode, topk_encode_reference
 
 _LIBRARIES: list[torch.library.Library] = []
@@ -44,6 +47,37 @@ def _sparse_outer(coeff, indices, rows, n):
     dW = pairs.new_zeros(n, rows.shape[1]).index_add(0, indices.flatten(), pairs.flatten(0, 1))
     db = pairs.new_zeros(n).index_add(0, indices.flatten(), _wide(coeff).flatten())
     return dW.to(rows.dtype), db.to(rows.dtype)
+
+
+def _threshold_encode(x, W_enc, b_enc, threshold, capacity):
+    room = None if capacity < 0 else capacity
+    if threshold.shape[0] == 1:
+        threshold = threshold[0]
+    return tuple(
+        threshold_encode_reference(x, W_enc, b_enc, threshold=threshold, relu=False, capacity=room)
+    )
+
+
+def _batch_topk_encode(x, W_enc, b_enc, count):
+    return tuple(batch_topk_encode_reference(x, W_enc, b_enc, count=count))
+
+
+def _ragged_decode(values, indices, offsets, W, b, prefixes):
+    return ragged_decode_reference(values, indices, offsets, W, b, prefixes=prefixes)
+
+
+def _ragged_dot(rows, row, indices, W):
+    products = _wide(rows)[row.clamp_min(0)] * _wide(W)[indices]  # (m, d)
+    return torch.where(row < 0, 0, products.sum(-1)).to(rows.dtype)
+
+
+def _ragged_outer(coeff, indices, row, rows, n):
+    there = torch.where(row < 0, 0, _wide(coeff))[:, None]
+    sums = there.new_zeros(n, rows.shape[1] + 1)
+    pairs = torch.cat([there * _wide(rows)[row.clamp_min(0)], there], dim=1)
+    # a pair without a row adds nothing, not even a zero times an infinity
+    sums = sums.index_add(0, indices, torch.where(row[:, None] < 0, 0, pairs))
+    return sums[:, :-1].to(rows.dtype).contiguous(), sums[:, -1].to(rows.dtype).contiguous()
 
 
 def _sparse_outer_out(coeff, indices, rows, dW, db):
@@ -91,6 +125,11 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "gather_dot": _gather_dot,
     "sparse_outer": _sparse_outer,
     "sparse_outer_out": _sparse_outer_out,
+    "ragged_decode": _ragged_decode,
+    "ragged_dot": _ragged_dot,
+    "ragged_outer": _ragged_outer,
+    "threshold_encode": _threshold_encode,
+    "batch_topk_encode": _batch_topk_encode,
     "grouped_matmul": _grouped_matmul,
     "grouped_outer": _grouped_outer,
     "low_rank_project": _low_rank_project,
@@ -105,6 +144,11 @@ _DERIVATIVES: dict[str, tuple[type[Function], tuple[Any, ...]]] = {
     "sparse_decode": (_sparse.SparseDecode, (PORTABLE, False, None)),
     "gather_dot": (_sparse.GatherDot, (PORTABLE,)),
     "sparse_outer": (_sparse.SparseOuter, (PORTABLE,)),
+    "ragged_decode": (_ragged.RaggedDecode, (PORTABLE, False)),
+    "ragged_dot": (_ragged.RaggedDot, (PORTABLE,)),
+    "ragged_outer": (_ragged.RaggedOuter, (PORTABLE,)),
+    "threshold_encode": (_ragged.RaggedEncode, ("threshold_encode", PORTABLE, False)),
+    "batch_topk_encode": (_ragged.RaggedEncode, ("batch_topk_encode", PORTABLE, False)),
     "grouped_matmul": (_grouped.Matmul, (PORTABLE,)),
     "grouped_outer": (_grouped.Outer, (PORTABLE,)),
     "low_rank_project": (_grouped.LowRank, (PORTABLE,)),

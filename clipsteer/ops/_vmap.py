@@ -23,10 +23,10 @@ def rule(op: Callable[..., Any], low: LowLevel) -> Rule:
     def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size
         moved = list(args)
-        for i, dim in enumerate(in_dims):
-            if dim is not None:
-                moved[i] = args[i].movedim(dim, 0)
-        own = {i for i, dim in enumerate(in_dims) if dim is not None}
+        # of an argument that is a list there is a list
+        own = {i for i, dim in enumerate(in_dims) if isinstance(dim, int)}
+        for i in own:
+            moved[i] = args[i].movedim(in_dims[i], 0)
         if own <= set(low.rows):
             if low.groups is None:
                 return _more_rows(op, low, size, own, moved)

@@ -1,4 +1,4 @@
-"""The five architectures: which there are, what they take, and batch_topk's selection.
+"""The five architectures: which there are, what they take, and batch_topk's threshold.
 
 Sources: Gao et al. 2024 (arXiv 2406.04093) for topk, Bussmann et al. 2024 (2412.06410) for
 batch_topk, Rajamanoharan et al. 2024 (2407.14435, 2404.16014) for jumprelu and gated.
@@ -54,23 +54,14 @@ def checked_k(k: int | float | None, architecture: str, d_sae: int) -> int | flo
     return int(k) if k == int(k) else k
 
 
-def batch_topk(
-    acts: Tensor,  # (..., d_sae)
-    k: int | float,
-) -> Tensor:
-    """The k · rows largest of all activations, zeros elsewhere."""
-    flat = acts.reshape(-1)
-    if flat.numel() == 0:
-        return acts
-    rows = flat.shape[0] // acts.shape[-1]
-    count = k * rows if isinstance(k, int) else max(1, int(k * rows))
-    values, positions = torch.topk(flat, count, sorted=False)
-    return torch.zeros_like(flat).scatter(0, positions, values).reshape(acts.shape)
+def batch_count(k: int | float, rows: int) -> int:
+    """How many activations batch_topk keeps of a batch."""
+    return k * rows if isinstance(k, int) else max(1, int(k * rows))
 
 
 def running_threshold(
     threshold: Tensor,  # (); negative: the first batch sets it
-    acts: Tensor,  # (..., d_sae) as selected
+    acts: Tensor,  # of any shape, as selected; zeros do not count
 ) -> Tensor:
     """The running mean of the smallest activation that each batch kept; no host sync."""
     least = torch.where(acts > 0, acts, torch.inf).amin().to(threshold.dtype)

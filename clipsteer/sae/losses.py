@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer import ops
+from clipsteer.sae.architectures import batch_count
 from clipsteer.sae.model import SAE, SAEOutput
 from clipsteer.training.world import World
 
@@ -89,22 +90,24 @@ def auxk(
 
 def forward(sae: SAE, x: Tensor, world: World, sparse_grad: bool = False) -> SAEOutput:
     """The SAE's forward pass in training mode; batch_topk selects over the joint batch of all
-    processes."""
-    if sae.architecture != "batch_topk" or world.size == 1:
+    processes, and its acts and indices are those of ragged codes (m,)."""
+    if sae.architecture != "batch_topk":
         return sae(x, sparse_grad=sparse_grad)
     centred, stats = sae._centred(x)
-    acts = torch.relu(F.linear(centred, sae.W_enc, sae.b_enc))  # (B, d_sae)
-    with torch.no_grad():
-        keep = max(1, int(cast(float, sae.k) * len(x) * world.size))
-        flat = acts.reshape(-1)
-        # no process can own more than all of the kept ones
-        largest = torch.topk(flat, min(keep, len(flat)), sorted=False).values
-        threshold = torch.topk(world.gather(largest), keep, sorted=False).values.amin()
-    acts = acts * (acts >= threshold)
+    count = batch_count(cast(float, sae.k), len(x) * world.size)
+    # no process can own more than all of the kept ones
+    codes = sae.batch_codes(centred, min(count, len(x) * sae.d_sae), sparse_grad)
+    acts = codes.values
+    if world.size > 1:
+        with torch.no_grad():
+            every = world.gather(acts)
+            threshold = torch.topk(every, min(count, len(every)), sorted=False).values.amin()
+        acts = torch.where(acts >= threshold, acts, 0)
     with torch.no_grad():
         least = torch.where(acts > 0, acts, torch.inf).amin()
         sae._update_threshold(world.min_(least.reshape(1)))
-    return SAEOutput(sae.decode(acts, stats).to(x.dtype), acts, None, stats)
+    x_hat = sae.decode(codes._replace(values=acts), stats, sparse_grad=sparse_grad)
+    return SAEOutput(x_hat.to(x.dtype), acts, codes.indices, stats)
 
 
 @torch.no_grad()

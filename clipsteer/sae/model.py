@@ -21,7 +21,7 @@ from clipsteer import ops
 from clipsteer.io.doors import door
 from clipsteer.io.files import FileFormatError
 from clipsteer.sae import formats
-from clipsteer.sae.architectures import batch_topk, check, checked_k, running_threshold
+from clipsteer.sae.architectures import batch_count, check, checked_k, running_threshold
 from clipsteer.sae.foreign import Described
 from clipsteer.sae.normalization import InputStats, denormalize, normalize
 from clipsteer.sae.rows import geometric_median, unit_rows
@@ -162,10 +162,9 @@ class SAE(nn.Module):
         self,
         x: Tensor,  # (..., d_in), normalised and centred
         features: Tensor | None = None,  # (m,) int64; None: all
-        batch: bool = False,
     ) -> Tensor:
-        """Activations (..., m) for every architecture but topk; with ``batch`` those of
-        batch_topk's selection over the batch."""
+        """Activations (..., m) for every architecture but topk; of batch_topk those above its
+        threshold."""
 
         def of(parameter: Tensor) -> Tensor:
             return parameter if features is None else parameter[features]
@@ -177,14 +176,12 @@ class SAE(nn.Module):
         pre = F.linear(x, of(self.W_enc), of(self.b_enc))
         if self.architecture == "relu":
             return torch.relu(pre)
-        if batch:
-            return batch_topk(torch.relu(pre), cast(float, self.k))
         threshold = of(self.threshold) if self.architecture == "jumprelu" else self.threshold
         return torch.relu(pre) * (pre > threshold)
 
     @torch.no_grad()
     def _update_threshold(self, acts: Tensor) -> None:
-        """Take in the activations (..., d_sae) that batch_topk kept."""
+        """Take in the activations that batch_topk kept, of any shape, zeros among them."""
         if acts.numel() > 0:
             self.threshold.copy_(running_threshold(self.threshold, acts))
 
@@ -195,6 +192,17 @@ class SAE(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         k = cast(int, self.k)
         return ops.topk_encode(x, self.W_enc, self.b_enc, k=k, sparse_grad=sparse_grad)
+
+    def batch_codes(
+        self,
+        x: Tensor,  # (B, d_in), normalised and centred
+        count: int,
+        sparse_grad: bool = False,
+    ) -> ops.SparseCodes:
+        """The ``count`` largest activations of a batch (``ops.batch_topk_encode``)."""
+        return ops.batch_topk_encode(
+            x, self.W_enc, self.b_enc, count=count, sparse_grad=sparse_grad
+        )
 
     def encode_topk(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(..., d_in) -> acts (..., k), descending, and indices (..., k) int64. For architecture
@@ -212,8 +220,23 @@ class SAE(nn.Module):
         if self.architecture == "topk":
             acts, indices = self.encode_topk(x)
             return acts.new_zeros(*acts.shape[:-1], self.d_sae).scatter(-1, indices, acts)
-        batch = self.architecture == "batch_topk" and self.training
-        return self._dense_acts(self._centred(x)[0], batch=batch)
+        x = self._centred(x)[0]
+        if self.architecture == "batch_topk" and self.training:
+            return self._dense(self._selected(x), x.shape[:-1])
+        return self._dense_acts(x)
+
+    def _selected(self, x: Tensor, sparse_grad: bool = False) -> ops.SparseCodes:
+        """The k · rows largest activations of x (..., d_in), normalised and centred."""
+        rows = x.reshape(-1, self.d_in)
+        return self.batch_codes(rows, batch_count(cast(float, self.k), len(rows)), sparse_grad)
+
+    def _dense(self, codes: ops.SparseCodes, shape: torch.Size) -> Tensor:
+        """Ragged codes of rows of this shape as activations (..., d_sae)."""
+        rows = ops.code_rows(codes)
+        # padding goes to a spare row
+        dense = codes.values.new_zeros(shape.numel() + 1, self.d_sae)
+        dense = dense.index_put((rows, codes.indices), codes.values)
+        return dense[:-1].reshape(*shape, self.d_sae)
 
     def feature_acts(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Activations of some features and the factor that brings a decoder row back to the scale
@@ -233,18 +256,20 @@ class SAE(nn.Module):
 
     def decode(
         self,
-        acts: Tensor | tuple[Tensor, Tensor],
+        acts: Tensor | tuple[Tensor, Tensor] | ops.SparseCodes,
         stats: InputStats | None = None,
         *,
         sparse_grad: bool = False,
     ) -> Tensor:
         """Dense activations (..., d_sae), or a pair (acts, indices) of (..., k) each -> (...,
-        d_in).
+        d_in); ragged codes of B rows -> (B, d_in).
 
         Without ``stats`` the result is in the normalised space; with those of ``normalize_input``
         it is in x's own.
         """
-        if isinstance(acts, tuple):
+        if isinstance(acts, ops.SparseCodes):
+            x_hat = ops.ragged_decode(*acts, self.W_dec, self.b_dec, sparse_grad=sparse_grad)
+        elif isinstance(acts, tuple):
             values, indices = acts
             x_hat = ops.sparse_decode(
                 values, indices, self.W_dec, self.b_dec, sparse_grad=sparse_grad
@@ -270,10 +295,13 @@ class SAE(nn.Module):
             acts, indices = self._topk_encode(centred, sparse_grad)
             x_hat = self.decode((acts, indices), stats, sparse_grad=sparse_grad)
             return SAEOutput(x_hat.to(x.dtype), acts, indices, stats)
-        batch = self.architecture == "batch_topk" and self.training
-        acts = self._dense_acts(centred, batch=batch)
-        if batch:
-            self._update_threshold(acts)
+        if self.architecture == "batch_topk" and self.training:
+            codes = self._selected(centred, sparse_grad)
+            self._update_threshold(codes.values)
+            x_hat = self.decode(codes, sparse_grad=sparse_grad).reshape(x.shape)
+            acts = self._dense(codes, x.shape[:-1])
+            return SAEOutput(denormalize(x_hat, stats).to(x.dtype), acts, None, stats)
+        acts = self._dense_acts(centred)
         return SAEOutput(self.decode(acts, stats).to(x.dtype), acts, None, stats)
 
     @torch.no_grad()

@@ -53,7 +53,8 @@ class SAETrainer:
         if bf16:
             self._autocast = partial(torch.autocast, self.device.type, torch.bfloat16)
         # gradients are summed over processes, and cast under autocast, as dense tensors
-        self._sparse = sae.architecture == "topk" and not bf16 and self.world.size == 1
+        sparse = sae.architecture in ("topk", "batch_topk")
+        self._sparse = sparse and not bf16 and self.world.size == 1
         self._sparse = self._sparse and takes_row_sparse(sae.W_enc) and takes_row_sparse(sae.W_dec)
 
     def step(

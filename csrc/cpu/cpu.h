@@ -26,6 +26,13 @@ using torch::stable::Tensor;
 std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k, bool screen);
 std::tuple<Tensor, Tensor, Tensor> topk_encode_screened(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k);
 std::tuple<Tensor, Tensor> topk(Tensor pre, int64_t k);
+std::tuple<Tensor, Tensor, Tensor> threshold_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, Tensor threshold,
+                                                    int64_t capacity);
+std::tuple<Tensor, Tensor, Tensor> batch_topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t count);
+Tensor ragged_decode(Tensor values, Tensor indices, Tensor offsets, Tensor w, std::optional<Tensor> b,
+                    std::vector<int64_t> prefixes);
+Tensor ragged_dot(Tensor rows, Tensor row_of, Tensor indices, Tensor w);
+std::tuple<Tensor, Tensor> ragged_outer(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, int64_t n);
 Tensor sparse_decode(Tensor acts, Tensor indices, Tensor w, std::optional<Tensor> b);
 Tensor gather_dot(Tensor rows, Tensor indices, Tensor w);
 std::tuple<Tensor, Tensor> sparse_outer(Tensor coeff, Tensor indices, Tensor rows, int64_t n);

@@ -15,6 +15,15 @@ STABLE_TORCH_LIBRARY(clipsteer_cpp, m) {
       "topk_encode_screened(Tensor x, Tensor W_enc, Tensor? b_enc, int k) -> (Tensor acts, Tensor indices, "
       "Tensor computed)");
   m.def("topk(Tensor pre, int k) -> (Tensor values, Tensor indices)");
+  m.def(
+      "threshold_encode(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor threshold, SymInt capacity) -> (Tensor values, "
+      "Tensor indices, Tensor offsets)");
+  m.def(
+      "batch_topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt count) -> (Tensor values, Tensor indices, "
+      "Tensor offsets)");
+  m.def("ragged_decode(Tensor values, Tensor indices, Tensor offsets, Tensor W, Tensor? b, SymInt[] prefixes) -> Tensor");
+  m.def("ragged_dot(Tensor rows, Tensor row_of, Tensor indices, Tensor W) -> Tensor");
+  m.def("ragged_outer(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, SymInt n) -> (Tensor dW, Tensor db)");
   m.def("sparse_decode(Tensor acts, Tensor indices, Tensor W, Tensor? b) -> Tensor");
   m.def("gather_dot(Tensor rows, Tensor indices, Tensor W) -> Tensor");
   m.def("sparse_outer(Tensor coeff, Tensor indices, Tensor rows, SymInt n) -> (Tensor dW, Tensor db)");
@@ -43,6 +52,11 @@ STABLE_TORCH_LIBRARY_IMPL(clipsteer_cpp, CPU, m) {
   m.impl("topk_encode", TORCH_BOX(&clipsteer::topk_encode));
   m.impl("topk_encode_screened", TORCH_BOX(&clipsteer::topk_encode_screened));
   m.impl("topk", TORCH_BOX(&clipsteer::topk));
+  m.impl("threshold_encode", TORCH_BOX(&clipsteer::threshold_encode));
+  m.impl("batch_topk_encode", TORCH_BOX(&clipsteer::batch_topk_encode));
+  m.impl("ragged_decode", TORCH_BOX(&clipsteer::ragged_decode));
+  m.impl("ragged_dot", TORCH_BOX(&clipsteer::ragged_dot));
+  m.impl("ragged_outer", TORCH_BOX(&clipsteer::ragged_outer));
   m.impl("sparse_decode", TORCH_BOX(&clipsteer::sparse_decode));
   m.impl("gather_dot", TORCH_BOX(&clipsteer::gather_dot));
   m.impl("sparse_outer", TORCH_BOX(&clipsteer::sparse_outer));

@@ -77,81 +77,108 @@ void store(const Compute<T>* src, T* dst, int64_t n) {
   }
 }
 
+// Where the pairs of each row are: `k` a row, or by offsets, of which no more than `pairs` are there.
+struct Spans {
+  int64_t rows, k, pairs;
+  const int64_t* offsets;
+  int64_t begin(int64_t r) const { return offsets ? std::min(offsets[r], pairs) : r * k; }
+  int64_t end(int64_t r) const { return begin(r + 1); }
+};
+
+// y[g] is the sum over the features below prefix[g], of which there are `groups`; with more than one a row's features
+// ascend, so that each sum goes on where the last one stopped.
 template <class T>
-void decode(const T* acts, const int64_t* indices, const T* w, const T* b, int64_t rows, int64_t k, int64_t d, T* y) {
+void decode(const T* acts, const int64_t* indices, const T* w, const T* b, const Spans& spans, int64_t d,
+            const int64_t* prefix, int64_t groups, T* y) {
   using V = Compute<T>;
   const Kernels<V>& kernel = kernels<V>();
-  const int64_t* indices_end = indices + rows * k;
-  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, k * d));
+  const int64_t rows = spans.rows, last_pair = spans.begin(rows);
+  const int64_t mean = rows ? last_pair / rows : 0;
+  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, mean * d));
   parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    std::vector<V> wide_acts(kNarrow<T> ? k : 0);
     alignas(64) V sum[kTile];
+    alignas(64) V total[kTile];
     alignas(64) V wide[kNarrow<T> ? 4 * kTile : 1];
+    std::vector<V> wide_acts;
     const V one = 1;
     for (int64_t r = begin; r < end; ++r) {
-      const V* c = widened(acts + r * k, wide_acts.data(), k);
-      const int64_t* index = indices + r * k;
+      const int64_t first = spans.begin(r), k = spans.end(r) - first;
+      if (kNarrow<T>) wide_acts.resize(k);
+      const V* c = widened(acts + first, wide_acts.data(), k);
+      const int64_t* index = indices + first;
       for (int64_t c0 = 0; c0 < d; c0 += kTile) {
         const int64_t columns = std::min(kTile, d - c0);
         std::fill_n(sum, columns, V(0));
-        for (int64_t j = 0; j < k; j += 4) {
-          const int terms = int(std::min<int64_t>(4, k - j));
-          const V* source[4];
-          Ahead next{{}, sizeof(T)};
-          // indices is one run over all rows of the batch: after the last of this row come the first of the next.
-          const bool more = indices_end - (index + j) >= 8;
-          for (int m = 0; m < terms; ++m) {
-            source[m] = widened(w + index[j + m] * d + c0, wide + (kNarrow<T> ? m * kTile : 0), columns);
+        int64_t j = 0;
+        for (int64_t g = 0; g < groups; ++g) {
+          int64_t stop = k;
+          if (g + 1 < groups) stop = std::lower_bound(index + j, index + k, prefix[g]) - index;
+          while (j < stop) {
+            const int terms = int(std::min<int64_t>(4, stop - j));
+            const V* source[4];
+            Ahead next{{}, sizeof(T)};
+            // indices is one run over all rows of the batch: after the last of this row come the first of the next.
+            const bool more = last_pair - (first + j) >= 8;
+            for (int m = 0; m < terms; ++m) {
+              source[m] = widened(w + index[j + m] * d + c0, wide + (kNarrow<T> ? m * kTile : 0), columns);
+            }
+            for (int m = 0; m < 4 && more; ++m) {
+              next.row[m] = reinterpret_cast<const char*>(w + index[j + 4 + m] * d + c0);
+            }
+            kernel.axpy(sum, c + j, source, more ? &next : nullptr, terms, columns);
+            j += terms;
           }
-          for (int m = 0; m < 4 && more; ++m) {
-            next.row[m] = reinterpret_cast<const char*>(w + index[j + 4 + m] * d + c0);
+          V* out = g + 1 < groups ? total : sum;
+          if (out == total) std::copy_n(sum, columns, total);
+          if (b) {
+            const V* bias = widened(b + c0, wide, columns);
+            kernel.axpy(out, &one, &bias, nullptr, 1, columns);
           }
-          kernel.axpy(sum, c + j, source, more ? &next : nullptr, terms, columns);
+          store<T>(out, y + (g * rows + r) * d + c0, columns);
         }
-        if (b) {
-          const V* bias = widened(b + c0, wide, columns);
-          kernel.axpy(sum, &one, &bias, nullptr, 1, columns);
-        }
-        store<T>(sum, y + r * d + c0, columns);
       }
     }
   });
 }
 
-template <class T>
-void dots(const T* rows, const int64_t* indices, const T* w, int64_t count, int64_t k, int64_t d, T* out) {
+// out[p] = <rows[row_of(p)], W[indices[p]]>; a pair without a row has 0.
+template <class T, class RowOf>
+void dots(const T* rows, RowOf row_of, const int64_t* indices, const T* w, int64_t pairs, int64_t d, T* out) {
   using V = Compute<T>;
   const Kernels<V>& kernel = kernels<V>();
-  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, k * d));
-  parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    std::vector<V> wide_row(kNarrow<T> ? d : 0), wide_w(kNarrow<T> ? d : 0), buffer(k);
-    for (int64_t r = begin; r < end; ++r) {
-      const V* row = widened(rows + r * d, wide_row.data(), d);
-      for (int64_t j = 0; j < k; ++j) {
-        const int64_t at = r * k + j;
-        const bool more = at + kAhead < count * k;
-        const Ahead next{{more ? reinterpret_cast<const char*>(w + indices[at + kAhead] * d) : nullptr}, sizeof(T)};
-        const V* feature = widened(w + indices[at] * d, wide_w.data(), d);
-        buffer[j] = kernel.dot(row, feature, more ? &next : nullptr, d);
-      }
-      store<T>(buffer.data(), out + r * k, k);
+  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, d));
+  parallel_for(0, pairs, grain, [&](int64_t begin, int64_t end) {
+    std::vector<V> wide_row(kNarrow<T> ? d : 0), wide_w(kNarrow<T> ? d : 0), buffer(end - begin);
+    const V* row = nullptr;
+    int64_t current = -1;
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t r = row_of(p);
+      if (r < 0) continue;
+      if (r != current) row = widened(rows + r * d, wide_row.data(), d);
+      current = r;
+      const bool more = p + kAhead < pairs;
+      const Ahead next{{more ? reinterpret_cast<const char*>(w + indices[p + kAhead] * d) : nullptr}, sizeof(T)};
+      const V* feature = widened(w + indices[p] * d, wide_w.data(), d);
+      buffer[p - begin] = kernel.dot(row, feature, more ? &next : nullptr, d);
     }
+    store<T>(buffer.data(), out + begin, end - begin);
   });
 }
 
 // dW[i] = sum of coeff * row over the pairs of feature i, in ascending order of the pair: one writer and one order
 // for each element, whatever the thread count. Rows without a pair are zeroed by the same pass.
-template <class T>
-void outer(const T* coeff, const int64_t* indices, const T* rows, int64_t count, int64_t k, int64_t d, int64_t n,
-           T* dw, T* db) {
+template <class T, class RowOf>
+void outer(const T* coeff, const int64_t* indices, RowOf row_of, int64_t pairs, const T* rows, int64_t count, int64_t d,
+           int64_t n, T* dw, T* db) {
   using V = Compute<T>;
   const Kernels<V>& kernel = kernels<V>();
-  const int64_t pairs = count * k;
   std::vector<int64_t> end_of(n + 1, 0), order(pairs);
-  for (int64_t p = 0; p < pairs; ++p) ++end_of[indices[p] + 1];
+  for (int64_t p = 0; p < pairs; ++p) end_of[indices[p] + 1] += row_of(p) >= 0;
   for (int64_t i = 0; i < n; ++i) end_of[i + 1] += end_of[i];
   // Filling moves each feature's offset from the start of its run to the end of it.
-  for (int64_t p = 0; p < pairs; ++p) order[end_of[indices[p]]++] = p;
+  for (int64_t p = 0; p < pairs; ++p) {
+    if (row_of(p) >= 0) order[end_of[indices[p]]++] = p;
+  }
   const auto start_of = [&](int64_t i) { return i == 0 ? 0 : end_of[i - 1]; };
 
   std::vector<V> wide_rows(kNarrow<T> ? count * d : 0), wide_coeff(kNarrow<T> ? pairs : 0);
@@ -186,7 +213,7 @@ void outer(const T* coeff, const int64_t* indices, const T* rows, int64_t count,
         V factor[4];
         for (int m = 0; m < terms; ++m) {
           factor[m] = c[order[p + m]];
-          source[m] = x + order[p + m] / k * d;
+          source[m] = x + row_of(order[p + m]) * d;
           total += factor[m];
         }
         kernel.axpy(sum.data(), factor, source, nullptr, terms, d);
@@ -221,7 +248,9 @@ Tensor sparse_decode(Tensor acts, Tensor indices, Tensor w, std::optional<Tensor
   Tensor y = torch::stable::new_empty(acts, {sizes, 2});
   dispatch(op, dtype, [&](auto zero) {
     using T = decltype(zero);
-    decode<T>(data<T>(acts), data<int64_t>(indices), data<T>(w), b ? data<T>(*b) : nullptr, rows, k, d, data<T>(y));
+    const Spans spans{rows, k, rows * k, nullptr};
+    decode<T>(data<T>(acts), data<int64_t>(indices), data<T>(w), b ? data<T>(*b) : nullptr, spans, d, nullptr, 1,
+              data<T>(y));
   });
   return y;
 }
@@ -241,7 +270,8 @@ Tensor gather_dot(Tensor rows, Tensor indices, Tensor w) {
   Tensor out = torch::stable::new_empty(rows, {sizes, 2});
   dispatch(op, dtype, [&](auto zero) {
     using T = decltype(zero);
-    dots<T>(data<T>(rows), data<int64_t>(indices), data<T>(w), count, k, d, data<T>(out));
+    dots<T>(data<T>(rows), [k](int64_t p) { return p / k; }, data<int64_t>(indices), data<T>(w), count * k, d,
+            data<T>(out));
   });
   return out;
 }
@@ -262,7 +292,8 @@ void sparse_outer_out(Tensor coeff, Tensor indices, Tensor rows, Tensor dw, Tens
   if (n == 0) return;
   dispatch(op, dtype, [&](auto zero) {
     using T = decltype(zero);
-    outer<T>(data<T>(coeff), data<int64_t>(indices), data<T>(rows), count, k, d, n, data<T>(dw), data<T>(db));
+    outer<T>(data<T>(coeff), data<int64_t>(indices), [k](int64_t p) { return p / k; }, count * k, data<T>(rows), count,
+             d, n, data<T>(dw), data<T>(db));
   });
 }
 
@@ -274,6 +305,96 @@ std::tuple<Tensor, Tensor> sparse_outer(Tensor coeff, Tensor indices, Tensor row
   Tensor db = torch::stable::new_empty(coeff, {sizes, 1});
   prefer_huge_pages(dw.data_ptr(), dw.numel() * int64_t(dw.element_size()));
   sparse_outer_out(coeff, indices, rows, dw, db);
+  return {dw, db};
+}
+
+Tensor ragged_decode(Tensor values, Tensor indices, Tensor offsets, Tensor w, std::optional<Tensor> b,
+                    std::vector<int64_t> prefixes) {
+  const char* op = "ragged_decode";
+  check_dim(op, "values", values, 1);
+  check_dim(op, "offsets", offsets, 1);
+  check_dim(op, "W", w, 2);
+  const int64_t pairs = values.size(0), rows = offsets.size(0) - 1, n = w.size(0), d = w.size(1);
+  const int64_t groups = int64_t(prefixes.size());
+  const ScalarType dtype = values.scalar_type();
+  require(rows >= 0 && groups > 0, op, "expected offsets of rows + 1 numbers, and a prefix");
+  check(op, "values", values, dtype, {pairs});
+  check(op, "indices", indices, ScalarType::Long, {pairs});
+  check(op, "offsets", offsets, ScalarType::Long, {rows + 1});
+  check(op, "W", w, dtype, {n, d});
+  if (b) check(op, "b", *b, dtype, {d});
+  const int64_t* at = data<int64_t>(offsets);
+  check_indices(op, data<int64_t>(indices), pairs, std::max<int64_t>(n, 1));
+  require(at[0] >= 0, op, "expected offsets from 0 on");
+  for (int64_t r = 0; r < rows; ++r) require(at[r] <= at[r + 1], op, "expected ascending offsets");
+  require(n > 0 || std::min(at[rows], pairs) == 0, op, "expected features, as there are codes");
+  const int64_t sizes[] = {groups, rows, d};
+  Tensor y = torch::stable::new_empty(values, {sizes, 3});
+  dispatch(op, dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Spans spans{rows, 0, pairs, at};
+    decode<T>(data<T>(values), data<int64_t>(indices), data<T>(w), b ? data<T>(*b) : nullptr, spans, d,
+              prefixes.data(), groups, data<T>(y));
+  });
+  return y;
+}
+
+namespace {
+
+// Pairs and the rows of a matrix that they name, -1 for none.
+void check_pairs(const char* op, const Tensor& row_of, const Tensor& indices, const Tensor& rows, int64_t n) {
+  check_dim(op, "indices", indices, 1);
+  check_dim(op, "rows", rows, 2);
+  check(op, "indices", indices, ScalarType::Long, {indices.size(0)});
+  check(op, "row_of", row_of, ScalarType::Long, {indices.size(0)});
+  check(op, "rows", rows, rows.scalar_type(), {rows.size(0), rows.size(1)});
+  const int64_t pairs = indices.size(0), count = rows.size(0);
+  check_indices(op, data<int64_t>(indices), pairs, n);
+  const int64_t* row = data<int64_t>(row_of);
+  for (int64_t p = 0; p < pairs; ++p) {
+    if (row[p] < -1 || row[p] >= count) {
+      throw std::out_of_range(std::string(op) + ": row " + std::to_string(row[p]) + " is out of range [-1, " +
+                              std::to_string(count) + ")");
+    }
+  }
+}
+
+}  // namespace
+
+Tensor ragged_dot(Tensor rows, Tensor row_of, Tensor indices, Tensor w) {
+  const char* op = "ragged_dot";
+  check_dim(op, "W", w, 2);
+  const int64_t n = w.size(0), d = w.size(1);
+  check_pairs(op, row_of, indices, rows, n);
+  check(op, "W", w, rows.scalar_type(), {n, rows.size(1)});
+  const int64_t pairs = indices.size(0);
+  Tensor out = torch::stable::new_empty(rows, {&pairs, 1});
+  dispatch(op, rows.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t* row = data<int64_t>(row_of);
+    dots<T>(data<T>(rows), [row](int64_t p) { return row[p]; }, data<int64_t>(indices), data<T>(w), pairs, d,
+            data<T>(out));
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> ragged_outer(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, int64_t n) {
+  const char* op = "ragged_outer";
+  require(n >= 0, op, "expected n >= 0, got " + std::to_string(n));
+  check_pairs(op, row_of, indices, rows, n);
+  const int64_t pairs = indices.size(0), count = rows.size(0), d = rows.size(1);
+  check(op, "coeff", coeff, rows.scalar_type(), {pairs});
+  const int64_t sizes[] = {n, d};
+  Tensor dw = torch::stable::new_empty(rows, {sizes, 2});
+  Tensor db = torch::stable::new_empty(rows, {sizes, 1});
+  if (n == 0) return {dw, db};
+  prefer_huge_pages(dw.data_ptr(), dw.numel() * int64_t(dw.element_size()));
+  dispatch(op, rows.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t* row = data<int64_t>(row_of);
+    outer<T>(data<T>(coeff), data<int64_t>(indices), [row](int64_t p) { return row[p]; }, pairs, data<T>(rows), count,
+             d, n, data<T>(dw), data<T>(db));
+  });
   return {dw, db};
 }
 

@@ -74,11 +74,6 @@ void encode(const T* x, const T* w, const T* b, int64_t rows, int64_t n, int64_t
   }
 }
 
-// Where screening pays: enough rows for the price of making bytes of W, few winners among many columns.
-bool worth_screening(int64_t rows, int64_t n, int64_t d, int64_t k) {
-  return isa().screen && rows >= 48 && n >= 4096 && d >= 128 && d <= kScreenMaxDim && k <= n / 128;
-}
-
 template <class T>
 void select_rows(const T* pre, int64_t rows, int64_t n, int64_t k, T* values, int64_t* indices) {
   using V = Compute<T>;

@@ -8,6 +8,11 @@ namespace clipsteer {
 constexpr int64_t kScreenMaxDim = 8192;
 constexpr int64_t kScratchBytes = int64_t(40) << 20;
 
+// Where screening pays: enough rows for the price of making bytes of W, few winners among many columns.
+inline bool worth_screening(int64_t rows, int64_t n, int64_t d, int64_t k) {
+  return isa().screen && rows >= 48 && n >= 4096 && d >= 128 && d <= kScreenMaxDim && k <= n / 128;
+}
+
 // Encodes with int8 screening (topk_screen.cpp). `computed`, if any, gets how many columns of each row were computed in
 // float32.
 void screened(const float* x, const float* w, const float* b, int64_t rows, int64_t n, int64_t d, int64_t k,

@@ -1,186 +1,61 @@
-// topk_encode in int8 first: most columns are ruled out by a proven bound, the rest is computed in float32.
-#include "topk_encode.h"
+// topk_encode in int8 first.
+#include "screening.h"
 
 namespace clipsteer {
 namespace {
 
-using torch::stable::parallel_for;
-
-// Scales 2^e per dimension, in the middle between those that would level x and those that would level W, and their
-// inverses. They only decide how tight the bounds are, so a sample of the rows will do.
-void level(const float* x, int64_t rows, const float* w, int64_t n, int64_t d, float* scale_x, float* scale_w) {
-  std::vector<double> size_x(d), size_w(d);
-  const auto add = [d](const float* m, int64_t count, std::vector<double>& size) {
-    const int64_t taken = std::min<int64_t>(count, 64);
-    for (int64_t s = 0; s < taken; ++s) {
-      const float* row = m + count * s / taken * d;
-      for (int64_t j = 0; j < d; ++j) size[j] += std::abs(row[j]) / double(taken);
-    }
-  };
-  add(x, rows, size_x);
-  add(w, n, size_w);
-  for (int64_t j = 0; j < d; ++j) {
-    const double ratio = size_w[j] / size_x[j];
-    const double power = ratio > 0 && ratio <= std::numeric_limits<double>::max() ? std::log2(ratio) / 2 : 0;
-    const int e = int(std::lround(std::clamp(power, -12.0, 12.0)));
-    scale_x[j] = std::ldexp(1.0f, e);
-    scale_w[j] = std::ldexp(1.0f, -e);
-  }
-}
-
-// The k greatest keys seen, as a heap whose root is the least of them.
+// The k greatest keys of each row of a block, as heaps whose roots are the least of them.
 struct Greatest {
-  Key32* keys;
-  int64_t count, k, computed;
-  bool whole;  // screening has ceased to pay
-  bool nan;
+  struct Row {
+    int64_t count;
+    bool nan;
+  };
+  int64_t k;
+  std::unique_ptr<Key32[]> keys;
+  std::vector<Row> state;
 
-  bool full() const { return count == k; }
-  void take(float value, int64_t column) {
-    ++computed;
-    if (full() && value <= keys[0].value()) return;  // columns ascend: one that equals the k-th value has lost its tie
-    nan |= value != value;
-    if (full()) std::pop_heap(keys, keys + count--, std::greater<>());
-    keys[count++] = Key32::make(value, uint32_t(column));
-    std::push_heap(keys, keys + count, std::greater<>());
+  Greatest(int64_t block, int64_t most) : k(most), keys(new Key32[block * most]), state(block) {}
+  void begin(int64_t, int64_t count) { std::fill_n(state.begin(), count, Row{0, false}); }
+  bool done(int64_t r) const { return state[r].nan; }
+  bool bounded(int64_t r) const { return state[r].count == k; }
+  float bound(int64_t r) const { return keys[r * k].value(); }
+  void take(int64_t r, float value, int64_t column) {
+    Row& row = state[r];
+    Key32* heap = keys.get() + r * k;
+    // columns ascend: one that equals the k-th value has lost its tie
+    if (row.count == k && value <= heap[0].value()) return;
+    row.nan |= value != value;
+    if (row.count == k) std::pop_heap(heap, heap + row.count--, std::greater<>());
+    heap[row.count++] = Key32::make(value, uint32_t(column));
+    std::push_heap(heap, heap + row.count, std::greater<>());
   }
 };
-
-// The same result from fewer float32 products. With x' = x * s and w' = w / s, s powers of two, and x' = x^ + r,
-// w' = w^ + t, where x^ and w^ are steps times bytes:
-//   |x . w - x^ . w^| <= |r| |w'| + |x^| |t|.
-// With u = 2^-24, the float32 sum kept for a column differs from x . w by at most (d + 4) u |x'| |w'| + u |b| + what
-// underflows, a sum in any other order by as much, and the bound as evaluated from the exact one by less than
-// 30 u (|x'| |w'| + |b|). Elements are at most 2^24 and the largest of a row at least 2^-24 (other rows are not
-// screened), |log2 s| <= 12 and d <= 8192. So norms are good to 2^-10, and underflow, even if denormal numbers are read
-// as zero, is below d 2^-89, against d 2^-71 of the second term. Hence rounding() and kWiden.
-// Columns come in ascending order: one whose upper bound equals the k-th value has lost its tie. A
-// column that is not screened always passes, so that no NaN is missed. Every float32 product is
-// summed in one order, that of dot<float>, so the result does not depend on what was ruled out, nor
-// on threads or the other rows.
-constexpr float kWiden = 1 + 1.0f / 256, kBiasMargin = 1.0f / (1 << 18);
-constexpr int64_t kScreenRows = 512;
-
-float rounding(int64_t d) { return float(2 * d + 64) / (1 << 24); }
 
 }  // namespace
 
 void screened(const float* x, const float* w, const float* b, int64_t rows, int64_t n, int64_t d, int64_t k,
               float* acts, int64_t* indices, int64_t* computed) {
-  const Screening& int8 = isa();
-  const int64_t width = (d + 63) / 64 * 64, quads = width / 4, panels = (n + 63) / 64;
-  const int64_t slots = std::min<int64_t>(torch::stable::get_num_threads(), panels);
+  const int64_t slots = std::min<int64_t>(torch::stable::get_num_threads(), (n + 63) / 64);
   const int64_t room = kScratchBytes / (slots * k * int64_t(sizeof(Key32)));
   const int64_t block = std::min({rows, kScreenRows, std::max<int64_t>(room, 64)});
-  std::vector<float> scale_x(d), scale_w(d), wide(k);
-  const int64_t padded = (block + kScreenTile - 1) / kScreenTile * kScreenTile;
-  Buffer<uint8_t> codes(padded * width);
-  std::fill_n(codes.get() + block * width, (padded - block) * width, uint8_t(0));
-  Buffer<int8_t> packed(slots * 64 * width), flat(slots * 64 * width);
-  std::vector<ScreenRow> bounds(block);
-  std::vector<char> usable(block);
-  std::unique_ptr<Key32[]> keys(new Key32[slots * block * k]);
-  std::vector<Greatest> state(slots * block);
+  std::vector<Greatest> searches;
+  for (int64_t s = 0; s < slots; ++s) searches.emplace_back(block, k);
   std::vector<Key32> merged;
-
-  for (int64_t r0 = 0; r0 < rows; r0 += block) {
-    const int64_t count = std::min(block, rows - r0);
-    const float* input = x + r0 * d;
-    level(input, count, w, n, d, scale_x.data(), scale_w.data());
-    for (int64_t r = 0; r < count; ++r) {
-      Digits row;
-      uint8_t* code = codes.get() + r * width;
-      int8.quantise(input + r * d, scale_x.data(), d, width, reinterpret_cast<int8_t*>(code), row);
-      for (int64_t i = 0; i < width; ++i) code[i] ^= 0x80;
-      usable[r] = row.usable;
-      bounds[r] = {row.step, (row.error + rounding(d) * row.norm) * kWiden, (row.norm + row.error) * kWiden, 0, false};
-    }
-    parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
-      std::vector<uint16_t> whole;  // the rows that are computed whole; the others are wanted
-      std::vector<ScreenRow> lines(bounds.begin(), bounds.begin() + count);
-      std::vector<uint64_t> pass(count);
-      Buffer<uint16_t> hits(64 * count);  // the rows that may have a column among their k
-      for (int64_t s = begin; s < end; ++s) {
-        int8_t *bytes = flat.get() + s * 64 * width, *panel = packed.get() + s * 64 * width;
-        Greatest* slot = state.data() + s * block;
-        for (int64_t r = 0; r < count; ++r) slot[r] = {keys.get() + (s * block + r) * k, 0, k, 0, !usable[r], false};
-        // Columns [first, first + columns) of some rows in float32, a row of W with several rows of x at a time.
-        const auto compute = [&](const uint16_t* which, int64_t chosen, int64_t first, int64_t columns) {
-          const float* left[kDotRows];
-          float value[kDotRows][kDotColumns];
-          for (int64_t at = 0; at < chosen; at += kDotRows) {
-            const int together = int(std::min<int64_t>(kDotRows, chosen - at));
-            for (int i = 0; i < together; ++i) left[i] = input + which[at + i] * d;
-            int8.dots(left, together, w + first * d, d, columns, value);
-            for (int i = 0; i < together; ++i) {
-              for (int64_t c = 0; c < columns; ++c) {
-                slot[which[at + i]].take(value[i][c] + (b ? b[first + c] : 0), first + c);
-              }
-            }
-          }
-        };
-        const int64_t start = panels * s / slots, end_of_slot = panels * (s + 1) / slots;
-        for (int64_t p = start; p < end_of_slot; ++p) {
-          const int64_t first = p * 64, columns = std::min<int64_t>(64, n - first);
-          bool any = false;
-          whole.clear();
-          for (int64_t r = 0; r < count; ++r) {
-            lines[r].wanted = !slot[r].nan && !slot[r].whole && slot[r].full();
-            lines[r].bound = lines[r].wanted ? slot[r].keys[0].value() : 0;
-            if (!slot[r].nan && !lines[r].wanted) whole.push_back(uint16_t(r));
-            any |= lines[r].wanted;
-          }
-          for (int64_t c = 0; c < columns; c += kDotColumns) {
-            compute(whole.data(), int64_t(whole.size()), first + c, std::min<int64_t>(kDotColumns, columns - c));
-          }
-          if (!any) continue;
-          ScreenColumns column = {};
-          for (int64_t c = 0; c < columns; ++c) {
-            Digits row;
-            int8.quantise(w + (first + c) * d, scale_w.data(), d, width, bytes + c * width, row);
-            column.step[c] = row.usable ? row.step : 0;
-            column.norm[c] = row.usable ? row.norm * kWiden : std::numeric_limits<float>::quiet_NaN();
-            column.error[c] = row.usable ? row.error * kWiden : 0;
-            const float bias = b ? b[first + c] : 0;
-            column.base[c] = bias * (1 + (bias > 0 ? kBiasMargin : -kBiasMargin));
-            column.offset[c] = -128 * row.sum;
-          }
-          kernels<float>().pack(reinterpret_cast<const float*>(bytes), quads, columns, quads,
-                                reinterpret_cast<float*>(panel));
-          // The next rows of W come from memory meanwhile.
-          const int64_t coming = p + 1 < end_of_slot ? std::min<int64_t>(64, n - first - columns) * d / 16 : 0;
-          int8.screen(codes.get(), width, lines.data(), count, panel, column,
-                     reinterpret_cast<const char*>(w + (first + columns) * d), coming, pass.data());
-          const uint64_t inside = columns == 64 ? ~uint64_t(0) : (uint64_t(1) << columns) - 1;
-          int64_t hit[64] = {};
-          for (int64_t r = 0; r < count; ++r) {
-            for (uint64_t bits = lines[r].wanted ? pass[r] & inside : 0; bits; bits &= bits - 1) {
-              const int c = __builtin_ctzll(bits);
-              hits.get()[c * count + hit[c]++] = uint16_t(r);
-            }
-          }
-          for (int64_t c = 0; c < columns; ++c) compute(hits.get() + c * count, hit[c], first + c, 1);
-          // Computing more than this one by one costs more than computing the row whole.
-          const int64_t most = 16 * k + 512 + (p - start + 1) * 64 / 16;
-          for (int64_t r = 0; r < count; ++r) slot[r].whole |= lines[r].wanted && slot[r].computed > most;
-        }
-      }
-    });
+  std::vector<float> wide(k);
+  search_screened(x, w, b, nullptr, rows, n, d, block, k, searches, [&](int64_t r0, int64_t count, const int64_t* work) {
     for (int64_t r = 0; r < count; ++r) {
       bool nan = false;
-      int64_t work = 0;
       merged.clear();
-      for (int64_t s = 0; s < slots; ++s) {
-        const Greatest& found = state[s * block + r];
-        merged.insert(merged.end(), found.keys, found.keys + found.count);
-        nan |= found.nan;
-        work += found.computed;
+      for (const Greatest& found : searches) {
+        const Key32* keys = found.keys.get() + r * k;
+        merged.insert(merged.end(), keys, keys + found.state[r].count);
+        nan |= found.state[r].nan;
       }
-      if (computed) computed[r0 + r] = work;
+      if (computed) computed[r0 + r] = work[r];
       select<float, float>(merged.data(), merged.size(), k, nan, true, wide.data(), acts + (r0 + r) * k,
                            indices + (r0 + r) * k);
     }
-  }
+  });
 }
 
 }  // namespace clipsteer

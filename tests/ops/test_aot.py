@@ -43,6 +43,7 @@ PARKED_WEIGHTS, PARKED_WEIGHTS_FROM_3_9 = 128, 168
 ENCODE = ["topk_encode_fwd", "topk_encode_select"]
 MAHALANOBIS = ["grouped_matmul", "mahalanobis_centre", "mahalanobis_covariance_loss", "mahalanobis_finish"]
 DRIFT = ["drift_change", "drift_square", "drift_tile"]
+ABOVE = ["threshold_count", "threshold_write"]
 KERNELS = {  # a case, whose last word is the dtype, and what it launches
     "encode bf16": ENCODE,
     "encode fp16": ENCODE,
@@ -54,6 +55,14 @@ KERNELS = {  # a case, whose last word is the dtype, and what it launches
     "decode bf16": ["gather_dot", "sparse_decode_fwd", "sparse_outer_bwd"],
     "decode fp32": ["gather_dot", "sparse_decode_fwd", "sparse_outer_bwd"],
     "decode of 70,000 features bf16": ["gather_dot", "sparse_decode_fwd", "sparse_outer_bwd"],
+    "encode above thresholds bf16": ABOVE,
+    "encode above thresholds fp32": ABOVE,
+    "encode above thresholds tf32": ABOVE,
+    "encode above thresholds of odd width bf16": ABOVE,
+    "encode a batch bf16": ["batch_bins", *ABOVE, "topk_encode_fwd"],
+    "encode a batch fp32": ["batch_bins", *ABOVE, "topk_encode_fwd"],
+    "ragged decode bf16": ["ragged_decode_fwd", "ragged_dot", "sparse_outer_bwd"],
+    "ragged decode fp32": ["ragged_decode_fwd", "ragged_dot", "sparse_outer_bwd"],
     "one conceptor bf16": ["grouped_matmul", "grouped_outer", "low_rank_project"],
     "conceptors bf16": ["group", "grouped_matmul", "grouped_outer", "low_rank_project"],
     "conceptors fp16": ["group", "grouped_matmul", "grouped_outer", "low_rank_project"],
@@ -85,10 +94,12 @@ KERNELS = {  # a case, whose last word is the dtype, and what it launches
     "drrho of few columns fp32": ["drrho_sums", "drrho_weights"],
     "adam fp32": ["adam_rows", "adam_scales"],
 }
-PRODUCTS = ("topk_encode_fwd", "topk_encode_keys", "grouped_matmul", "grouped_outer", "low_rank_project", "drift_tile",
-            "drrho_sums", "drrho_weights")  # fmt: skip
-TILED = ("topk_encode_fwd", "topk_encode_keys", "drift_tile", "drrho_sums", "drrho_weights")
-LOADED_WIDE = (*PRODUCTS, "sparse_decode_fwd", "gather_dot", "sparse_outer_bwd", "adam_rows")
+PRODUCTS = ("topk_encode_fwd", "threshold_count", "threshold_write", "topk_encode_keys", "grouped_matmul",
+            "grouped_outer", "low_rank_project", "drift_tile", "drrho_sums", "drrho_weights")  # fmt: skip
+TILED = ("topk_encode_fwd", "threshold_count", "threshold_write", "topk_encode_keys", "drift_tile", "drrho_sums",
+         "drrho_weights")  # fmt: skip
+LOADED_WIDE = (*PRODUCTS, "ragged_decode_fwd", "ragged_dot", "sparse_decode_fwd", "gather_dot", "sparse_outer_bwd",
+               "adam_rows")  # fmt: skip
 
 
 @functools.cache
@@ -215,17 +226,20 @@ def compile_all(target_name: str, cases: list[str]) -> dict[str, list[dict]]:
     from clipsteer.kernels import (
         _launch,
         adam_rows,
+        batch_topk_encode,
         conceptor_project,
         drrho_loss,
         mahalanobis_covariance_loss,
+        ragged_decode,
         semantic_drift,
         sparse_decode,
+        threshold_encode,
         topk_encode,
     )
 
     modules = (
-        adam_rows, conceptor_project, drrho_loss, mahalanobis_covariance_loss, semantic_drift, sparse_decode,
-        topk_encode,
+        adam_rows, batch_topk_encode, conceptor_project, drrho_loss, mahalanobis_covariance_loss, ragged_decode,
+        semantic_drift, sparse_decode, threshold_encode, topk_encode,
     )  # fmt: skip
     hip = target_name.startswith("gfx")
     lanes = 64 if target_name.startswith("gfx9") else 32
@@ -233,7 +247,8 @@ def compile_all(target_name: str, cases: list[str]) -> dict[str, list[dict]]:
     # what the launchers ask to choose a configuration, and the products that torch makes between launches
     torch.version.hip = "ahead of time" if hip else None
     _launch.has_bulk_copies = lambda device: target_name == "sm_90"
-    topk_encode.shared_memory_limit = conceptor_project.shared_memory_limit = lambda device: SHARED_MEMORY[target_name]
+    for module in (topk_encode, threshold_encode, conceptor_project):
+        module.shared_memory_limit = lambda device: SHARED_MEMORY[target_name]
     _launch.has_tf32 = lambda device: not hip or target_name == "gfx942"
     _launch.two_programs = lambda device: {"maxnreg": 128} if target_name == "sm_90" else {}
     drrho_loss.add_product = lambda total, a, b: total
@@ -292,6 +307,16 @@ def compile_all(target_name: str, cases: list[str]) -> dict[str, list[dict]]:
     def encode(d: int = 768, n: int = 49152, k: int = 64, bias: bool = True) -> None:
         topk_encode.topk_encode(empty(48, d), empty(n, d), empty(n) if bias else None, k)
 
+    def encode_above(d: int = 768, n: int = 49152) -> None:
+        for thresholds in (1, n):
+            threshold_encode.threshold_encode(empty(48, d), empty(n, d), empty(n), empty(thresholds), 48 * 64)
+
+    def ragged(n: int = 49152, B: int = 48, m: int = 48 * 64, d: int = 768) -> None:
+        offsets = numbers(B + 1)
+        ragged_decode.ragged_decode(empty(m), numbers(m), offsets, empty(n, d), empty(d), [n // 2, n])
+        ragged_decode.ragged_dot(empty(B, d), numbers(m), numbers(m), empty(n, d))
+        ragged_decode.ragged_outer(empty(m), numbers(m), numbers(m), empty(B, d), n)
+
     def decode(n: int = 49152, B: int = 48, k: int = 64, d: int = 768) -> None:
         indices = numbers(B, k)
         sparse_decode.sparse_decode(empty(B, k), indices, empty(n, d), empty(d))
@@ -335,6 +360,12 @@ def compile_all(target_name: str, cases: list[str]) -> dict[str, list[dict]]:
         "encode": encode,
         "encode by rows": lambda: encode(n=2048, k=512),
         "encode of odd width, no bias": lambda: encode(d=771, bias=False),
+        "encode above thresholds": encode_above,
+        "encode above thresholds of odd width": lambda: encode_above(d=771),
+        "encode a batch": lambda: batch_topk_encode.batch_topk_encode(
+            empty(48, 768), empty(49152, 768), empty(49152), 48 * 64
+        ),
+        "ragged decode": ragged,
         "decode": decode,
         "decode of 70,000 features": lambda: decode(n=70_000),
         "one conceptor": lambda: conceptors(K=1),

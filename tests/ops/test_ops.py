@@ -480,6 +480,11 @@ LOW_LEVEL_ARGUMENTS = {
     ),
     "mahalanobis_covariance_loss": lambda t: (t["x"], t["x"] + 1, t["group"], t["C"], None, None, True, True),
     "topk_encode": lambda t: (t["x"], t["W"], t["b_n"], 4),
+    "threshold_encode": lambda t: (t["x"], t["W"], t["b_n"], t["b_n"], 50),
+    "batch_topk_encode": lambda t: (t["x"], t["W"], t["b_n"], 24),
+    "ragged_decode": lambda t: (t["b_n"][:12], t["code"], t["offsets"], t["W"], t["b_d"], [9, 17]),
+    "ragged_dot": lambda t: (t["x"], t["row"], t["code"], t["W"]),
+    "ragged_outer": lambda t: (t["b_n"][:12], t["code"], t["row"], t["x"], 17),
     "sparse_decode": lambda t: (t["acts"], t["indices"], t["W"], t["b_d"]),
     "gather_dot": lambda t: (t["x"], t["indices"], t["W"]),
     "sparse_outer": lambda t: (t["acts"], t["indices"], t["x"], 17),
@@ -501,6 +506,8 @@ def test_opcheck(op):
     t["indices"] = torch.randint(17, (6, 4), generator=g)
     t |= {"C": torch.randn(3, 10, 10, generator=g), "mean": torch.randn(3, 10, generator=g)}
     t |= {"beta": torch.randn(3, generator=g), "group": torch.randint(3, (6,), generator=g)}
+    t["code"], t["row"] = torch.arange(12) % 5, torch.arange(12) // 2
+    t["offsets"] = torch.tensor([0, 0, 5, 5, 10, 10, 12])
     torch.library.opcheck(
         getattr(torch.ops.clipsteer_cpp, op).default,
         LOW_LEVEL_ARGUMENTS[op](t),

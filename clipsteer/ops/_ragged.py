@@ -1,0 +1,328 @@
+"""Differentiable sums over ragged codes; the low-level ops of ``csrc/cpu/sparse_decode.cpp`` that
+take pairs of a row and a feature.
+
+``decode``, ``dot`` and ``outer`` are closed under differentiation, forward and reverse. Nothing is
+checked here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from clipsteer.ops._autograd import Function, save, total, tracked
+from clipsteer.ops._dispatch import call
+from clipsteer.ops._reference import rows_of
+
+
+class SparseCodes(NamedTuple):
+    """Codes of B rows, of as many features as each has.
+
+    Row r has ``values[offsets[r] : offsets[r + 1]]`` at ``indices[offsets[r] : offsets[r + 1]]``;
+    what comes after is padding, of value 0 and index 0. Where ``offsets[-1]`` exceeds their number
+    the capacity asked for was too small, and the last codes are missing.
+    """
+
+    values: Tensor  # (m,)
+    indices: Tensor  # (m,) int64, ascending in each row
+    offsets: Tensor  # (B + 1,) int64, from 0
+
+
+def code_rows(codes: SparseCodes) -> Tensor:
+    """The row (m,) of each code, B for padding."""
+    at = torch.arange(codes.values.shape[0], device=codes.offsets.device)
+    return torch.searchsorted(codes.offsets[1:].contiguous(), at, right=True)
+
+
+class RaggedDecode(Function):
+    @staticmethod
+    def forward(
+        values,  # (m,)
+        indices,  # (m,)
+        offsets,  # (B + 1,)
+        W,  # (n, d)
+        b,  # (d,) or None
+        prefixes,
+        backend,
+        sparse_grad,
+    ):
+        return call(backend, "ragged_decode", values, indices, offsets, W, b, prefixes)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        values, indices, offsets, W, _, ctx.prefixes, ctx.backend, ctx.sparse_grad = inputs
+        save(ctx, values, indices, offsets, W)
+
+    @staticmethod
+    def backward(ctx, grad):  # (G, B, d)
+        values, indices, offsets, W = ctx.saved_tensors
+        groups, rows, d = grad.shape
+        row = code_rows(SparseCodes(values, indices, offsets))
+        there = row < rows
+        # a feature is in its own prefix and in all that are longer
+        tails = grad
+        if groups > 1:
+            tails = grad.flip(0).cumsum(0).flip(0)
+            for prefix in ctx.prefixes[:-1]:
+                row = row + torch.where(indices < prefix, 0, rows)
+        row = torch.where(there, row, -1)
+        tails = tails.reshape(groups * rows, d).contiguous()
+        d_values = d_W = d_b = None
+        if ctx.needs_input_grad[0]:
+            d_values = dot(tails, row, indices, W, ctx.backend)
+        if ctx.needs_input_grad[3]:
+            d_W, _ = pair_gradient(values, indices, row, tails, W, ctx.backend, ctx.sparse_grad)
+        if ctx.needs_input_grad[4]:
+            d_b = grad.sum((0, 1))
+        return d_values, None, None, d_W, d_b, None, None, None
+
+    @staticmethod
+    def jvp(ctx, t_values, _, __, t_W, t_b, *options):
+        values, indices, offsets, W = ctx.saved_tensors
+        of_values = of_W = of_b = None
+        groups, backend = ctx.prefixes, ctx.backend
+        if t_values is not None:
+            of_values = decode(t_values.contiguous(), indices, offsets, W, None, groups, backend)
+        if t_W is not None:
+            of_W = decode(values, indices, offsets, t_W.contiguous(), None, groups, backend)
+        if t_b is not None:
+            of_b = t_b.expand(len(groups), offsets.shape[0] - 1, -1)
+        return total(of_values, of_W, of_b)
+
+
+class RaggedDot(Function):
+    @staticmethod
+    def forward(
+        rows,  # (R, d)
+        row,  # (m,), -1 for none
+        indices,  # (m,)
+        W,  # (n, d)
+        backend,
+    ):
+        return call(backend, "ragged_dot", rows, row, indices, W)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.backend = inputs
+        save(ctx, *tensors)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, row, indices, W = ctx.saved_tensors
+        grad = grad.contiguous()
+        d_rows = d_W = None
+        if ctx.needs_input_grad[0]:
+            d_rows = decode_pairs(grad, indices, row, W, rows.shape[0], ctx.backend)
+        if ctx.needs_input_grad[3]:
+            d_W, _ = outer(grad, indices, row, rows, W.shape[0], ctx.backend)
+        return d_rows, None, None, d_W, None
+
+    @staticmethod
+    def jvp(ctx, t_rows, _, __, t_W, *options):
+        rows, row, indices, W = ctx.saved_tensors
+        of_rows = of_W = None
+        if t_rows is not None:
+            of_rows = dot(t_rows.contiguous(), row, indices, W, ctx.backend)
+        if t_W is not None:
+            of_W = dot(rows, row, indices, t_W.contiguous(), ctx.backend)
+        return total(of_rows, of_W)
+
+
+class RaggedOuter(Function):
+    @staticmethod
+    def forward(
+        coeff,  # (m,)
+        indices,  # (m,)
+        row,  # (m,), -1 for none
+        rows,  # (R, d)
+        n,
+        backend,
+    ):
+        return call(backend, "ragged_outer", coeff, indices, row, rows, n)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.n, ctx.backend = inputs
+        save(ctx, *tensors)
+
+    @staticmethod
+    def backward(ctx, grad_W, grad_b):
+        coeff, indices, row, rows = ctx.saved_tensors
+        grad_W = grad_W.contiguous()
+        d_coeff = d_rows = None
+        if ctx.needs_input_grad[0]:
+            d_coeff = dot(rows, row, indices, grad_W, ctx.backend)
+            d_coeff = d_coeff + torch.where(row < 0, 0, rows_of(grad_b, indices))
+        if ctx.needs_input_grad[3]:
+            d_rows = decode_pairs(coeff, indices, row, grad_W, rows.shape[0], ctx.backend)
+        return d_coeff, None, None, d_rows, None, None
+
+    @staticmethod
+    def jvp(ctx, t_coeff, _, __, t_rows, *options):
+        coeff, indices, row, rows = ctx.saved_tensors
+        of_coeff = of_rows = (None, None)
+        if t_coeff is not None:
+            of_coeff = outer(t_coeff.contiguous(), indices, row, rows, ctx.n, ctx.backend)
+        if t_rows is not None:
+            of_rows = outer(coeff, indices, row, t_rows.contiguous(), ctx.n, ctx.backend)
+        t_db = torch.zeros_like(of_rows[1]) if of_coeff[1] is None else of_coeff[1]
+        return total(of_coeff[0], of_rows[0]), t_db
+
+
+class RaggedEncode(Function):
+    """Ragged codes of a low-level op of the arguments (x, W, b, limits…); the gradient holds the
+    set of codes fixed."""
+
+    @staticmethod
+    def forward(*inputs):
+        *arguments, low_level, backend, _ = inputs
+        return call(backend, low_level, *arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, W = inputs[:2]
+        values, indices, offsets = output
+        save(ctx, x, W, values, indices, offsets)
+        ctx.mark_non_differentiable(indices, offsets)
+        ctx.set_materialize_grads(False)
+        ctx.options = inputs[-2:]
+        ctx.others = len(inputs) - 3
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        others = (None,) * ctx.others
+        if grad is None:
+            return None, None, None, *others
+        x, W, values, indices, offsets = ctx.saved_tensors
+        backend, sparse_grad = ctx.options
+        grad = torch.where(values.isnan(), 0, grad)
+        d_x = d_W = d_b = None
+        if ctx.needs_input_grad[0]:
+            d_x = decode(grad, indices, offsets, W, None, [W.shape[0]], backend)[0]
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            row = _row_or_none(SparseCodes(values, indices, offsets))
+            d_W, d_b = pair_gradient(grad, indices, row, x, W, backend, sparse_grad)
+        needs = ctx.needs_input_grad
+        return d_x, d_W if needs[1] else None, d_b if needs[2] else None, *others
+
+    @staticmethod
+    def jvp(ctx, t_x, t_W, t_b, *others):
+        x, W, values, indices, offsets = ctx.saved_tensors
+        row = _row_or_none(SparseCodes(values, indices, offsets))
+        of_x = of_W = of_b = None
+        if t_x is not None:
+            of_x = dot(t_x.contiguous(), row, indices, W, ctx.options[0])
+        if t_W is not None:
+            of_W = dot(x, row, indices, t_W.contiguous(), ctx.options[0])
+        if t_b is not None:
+            of_b = rows_of(t_b, indices)
+        tangent = total(of_x, of_W, of_b)
+        if tangent is not None:
+            tangent = torch.where((row < 0) | values.isnan(), 0, tangent)
+        return tangent, None, None
+
+
+def _row_or_none(codes: SparseCodes) -> Tensor:
+    """The row (m,) of each code, -1 for padding."""
+    row = code_rows(codes)
+    return torch.where(row < codes.offsets.shape[0] - 1, row, -1)
+
+
+def encode(
+    low_level: str,
+    x: Tensor,  # (B, d)
+    W: Tensor,  # (n, d)
+    b: Tensor | None,  # (n,)
+    *limits: Any,
+    backend: str,
+    sparse_grad: bool,
+) -> SparseCodes:
+    """The codes that a low-level op finds."""
+    arguments = (x.contiguous(), W.contiguous(), None if b is None else b.contiguous(), *limits)
+    if tracked(x, W, b):
+        return SparseCodes(*RaggedEncode.run(*arguments, low_level, backend, sparse_grad))
+    return SparseCodes(*call(backend, low_level, *arguments))
+
+
+def decode(
+    values: Tensor,  # (m,)
+    indices: Tensor,  # (m,)
+    offsets: Tensor,  # (B + 1,)
+    W: Tensor,  # (n, d)
+    b: Tensor | None,  # (d,)
+    prefixes: list[int],
+    backend: str,
+    sparse_grad: bool = False,
+) -> Tensor:
+    """Σ_j values_j W[indices_j] + b of each row and prefix: (G, B, d); contiguous inputs."""
+    arguments = (values, indices, offsets, W, b, prefixes)
+    if tracked(values, W, b):
+        return RaggedDecode.run(*arguments, backend, sparse_grad)
+    return call(backend, "ragged_decode", *arguments)
+
+
+def decode_pairs(
+    values: Tensor,  # (m,)
+    indices: Tensor,  # (m,)
+    row: Tensor,  # (m,) in any order, -1 for none
+    W: Tensor,  # (n, d)
+    rows: int,
+    backend: str,
+) -> Tensor:
+    """The same of pairs in any order: (rows, d)."""
+    row, order = torch.sort(row, stable=True)
+    offsets = torch.searchsorted(row, torch.arange(rows + 1, device=row.device))
+    values = values.gather(0, order)
+    return decode(values, indices.gather(0, order), offsets, W, None, [W.shape[0]], backend)[0]
+
+
+def dot(
+    rows: Tensor,  # (R, d)
+    row: Tensor,  # (m,), -1 for none
+    indices: Tensor,  # (m,)
+    W: Tensor,  # (n, d)
+    backend: str,
+) -> Tensor:
+    """⟨rows[row_p], W[indices_p]⟩, 0 for a pair without a row: (m,)."""
+    if tracked(rows, W):
+        return RaggedDot.run(rows, row, indices, W, backend)
+    return call(backend, "ragged_dot", rows, row, indices, W)
+
+
+def outer(
+    coeff: Tensor,  # (m,)
+    indices: Tensor,  # (m,)
+    row: Tensor,  # (m,), -1 for none
+    rows: Tensor,  # (R, d)
+    n: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Segment sums Σ coeff·rows and Σ coeff over the pairs of each feature: (n, d), (n,)."""
+    if tracked(coeff, rows):
+        return RaggedOuter.run(coeff, indices, row, rows, n, backend)
+    return call(backend, "ragged_outer", coeff, indices, row, rows, n)
+
+
+def pair_gradient(
+    coeff: Tensor,  # (m,)
+    indices: Tensor,  # (m,)
+    row: Tensor,  # (m,), -1 for none
+    rows: Tensor,  # (R, d)
+    W: Tensor,  # (n, d)
+    backend: str,
+    sparse: bool,
+) -> tuple[Tensor, Tensor]:
+    """``outer`` as the caller wants it: dense, or of the rows in use alone."""
+    n = W.shape[0]
+    if not sparse:
+        return outer(coeff, indices, row, rows, n, backend)
+    if tracked(coeff, rows):
+        raise RuntimeError("sparse_grad gives first derivatives only; leave it out to go further")
+    features, compact = torch.unique(indices, return_inverse=True)
+    d_W, d_b = outer(coeff, compact, row, rows, features.numel(), backend)
+    d_W = torch.sparse_coo_tensor(
+        features[None], d_W, (n, rows.shape[1]), is_coalesced=True, check_invariants=False
+    )
+    return d_W, torch.zeros(n, dtype=d_b.dtype, device=d_b.device).index_copy(0, features, d_b)

@@ -1,0 +1,205 @@
+"""What ``threshold_encode`` may be off by, how its cases are drawn, what it is timed against."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipsteer.ops._bounds import (
+    ACCUMULATE,
+    UNIT,
+    fraction_of_bound,
+    operand_error,
+    smallest_normal,
+)
+from clipsteer.ops._spec import Draw, Errors, Inputs, OpSpec, Shape, Tensors, sizes, unpacked
+from clipsteer.ops.ragged_decode import SparseCodes, code_rows
+from clipsteer.ops.specs._shared import dictionary_bench
+from clipsteer.ops.threshold_encode import threshold_encode, threshold_encode_reference
+
+
+def draw_dictionary(case: Draw) -> Inputs:
+    """x, W_enc, b_enc."""
+    B, d, n = unpacked(case.shape, "B d n")
+    x = case.tensor(B, d)
+    W_enc = case.tensor(n, d, scale=1.0)
+    return {"x": x, "W_enc": W_enc, "b_enc": case.tensor(n)}
+
+
+def _draw(case: Draw) -> Inputs:
+    """Keys B, d, n, k; single=1: one threshold; short=1: less room than codes. The threshold lets
+    about k of n through."""
+    inputs = draw_dictionary(case)
+    B, d, n, k = unpacked(case.shape, "B d n k")
+    level = math.sqrt(2 * d) if case.exact else math.sqrt(d + 1) * case.scale
+    level *= math.sqrt(2) * float(torch.erfinv(torch.tensor(1 - 2 * min(k / n, 0.5))))
+    threshold = torch.full((n,), level).to(case.dtype)
+    if case.exact:
+        threshold = threshold.round()
+    if case.shape.get("single"):
+        threshold = threshold[0]
+    else:
+        # some let all pass, some none
+        threshold[::7] *= -1
+        threshold[3::7] *= 4
+    room = B if case.shape.get("short") else B * n
+    return {**inputs, "threshold": threshold, "capacity": room}
+
+
+def pre_activations(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """In float64: their values (B, n), magnitudes, and by how much any backend may be off."""
+    x = inputs["x"]
+    dtype = x.dtype
+    x64 = x.double()
+    W64 = inputs["W_enc"].double()
+    b64 = inputs["b_enc"].double()
+    pre = x64 @ W64.T + b64
+    magnitude = x64.abs() @ W64.abs().T + b64.abs()
+    d = x.shape[1]
+    gamma = (d + 1) * ACCUMULATE[dtype] + operand_error(dtype)
+    lost = smallest_normal(dtype) * (d + 2)
+    # the reference rounds them to its dtype before it compares
+    slack = gamma * magnitude + UNIT[dtype] * (pre.abs() + gamma * magnitude) + lost
+    if dtype == torch.float16:
+        slack = slack + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return pre, magnitude, torch.where(pre.isinf(), 0.0, slack)
+
+
+def read_codes(outputs: Tensors, n: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Which features are kept (B, n), their values (B, n), and which rows are there whole (B,);
+    None where the codes are not in order."""
+    values = outputs["values"]
+    indices = outputs["indices"]
+    offsets = outputs["offsets"]
+    B = len(offsets) - 1
+    m = len(values)
+    if offsets.dtype != torch.int64 or indices.dtype != torch.int64 or int(offsets[0]) != 0:
+        return None
+    if bool((offsets.diff() < 0).any()) or bool(((indices < 0) | (indices >= max(n, 1))).any()):
+        return None
+    row = code_rows(SparseCodes(values, indices, offsets))
+    there = row < B
+    if bool(values[~there].any()) or bool(indices[~there].any()):
+        return None
+    same_row = (row[1:] == row[:-1]) & there[1:]
+    if bool((indices[1:][same_row] <= indices[:-1][same_row]).any()):
+        return None
+    keep = torch.zeros(B, n, dtype=torch.bool)
+    dense = torch.zeros(B, n, dtype=values.dtype)
+    keep[row[there], indices[there]] = True
+    dense[row[there], indices[there]] = values[there]
+    return keep, dense, offsets[1:] <= m
+
+
+def check_codes(
+    inputs: Inputs,
+    outputs: Tensors,
+    right: Callable[[Tensor, Tensor, Tensor, Tensor], bool],
+) -> Errors:
+    """Structure, values and the set: ``right`` of what the kept can be at most and the left out at
+    least, and where either is, (B, n) each; rows with a NaN, or not there whole, are neither."""
+    pre, magnitude, slack = pre_activations(inputs)
+    x = inputs["x"]
+    n = pre.shape[1]
+    broken = dict.fromkeys(("values", "indices", "offsets"), math.inf)
+    if outputs["values"].dtype != x.dtype or len(outputs["offsets"]) != len(x) + 1:
+        return broken
+    found = read_codes(outputs, n)
+    if found is None:
+        return broken
+    keep, dense, whole = found
+    nan = pre.isnan().any(-1)
+    for r in (nan & whole).nonzero().flatten().tolist():
+        if keep[r].nonzero().flatten().tolist() != [0] or not bool(dense[r, 0].isnan()):
+            return broken
+    kept = keep & ~nan[:, None]
+    left = ~keep & whole[:, None] & ~nan[:, None]
+    error = fraction_of_bound(
+        dense[kept], pre[kept], magnitude[kept], x.shape[1], operand_error(x.dtype)
+    )
+    wrong = 0.0 if right(pre + slack, pre - slack, kept, left) else math.inf
+    return {"values": error, "indices": wrong, "offsets": wrong}
+
+
+def _check_values(inputs: Inputs, outputs: Tensors) -> Errors:
+    limit = inputs["threshold"].double().clamp_min(0)
+
+    def right(high: Tensor, low: Tensor, kept: Tensor, left: Tensor) -> bool:
+        return bool((high > limit)[kept].all()) and bool((low <= limit)[left].all())
+
+    return check_codes(inputs, outputs, right)
+
+
+def check_code_grads(inputs: Inputs, outputs: Tensors, grad_out: Tensors, grads: Tensors) -> Errors:
+    """Of the set that was chosen, as sums over its pairs."""
+    x = inputs["x"].double()
+    W = inputs["W_enc"].double()
+    n, d = W.shape
+    B = len(x)
+    row = code_rows(SparseCodes(**outputs))
+    there = (row < B) & ~outputs["values"].isnan()
+    row = row[there]
+    feature = outputs["indices"][there]
+    g = grad_out["values"].double()[there]
+    code = torch.zeros(B, n, dtype=torch.float64)
+    code[row, feature] = g
+    used = torch.zeros(B, n, dtype=torch.float64)
+    used[row, feature] = 1
+    terms = used.sum(0)
+    return {
+        "x": fraction_of_bound(grads["x"], code @ W, code.abs() @ W.abs(), used.sum(1)[:, None]),
+        "W_enc": fraction_of_bound(
+            grads["W_enc"], code.T @ x, code.abs().T @ x.abs(), terms[:, None]
+        ),
+        "b_enc": fraction_of_bound(grads["b_enc"], code.sum(0), code.abs().sum(0), terms),
+    }
+
+
+def _linear_threshold(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, *, threshold: Tensor, capacity: int
+) -> Tensor:
+    pre = F.linear(x, W_enc, b_enc)
+    return torch.relu(pre) * (pre > threshold)
+
+
+def _floor(shape: Shape) -> tuple[float, float]:
+    B, d, n, k = unpacked(shape, "B d n k")
+    numbers = n * (d + 1) + B * (d + 3 * k)
+    return 2.0 * B * n * d, 4.0 * numbers
+
+
+EDGES = (
+    (5, 33, 65, 4),
+    (33, 31, 129, 8, 1),
+    (2, 128, 127, 60),
+    (1, 1, 1, 1),
+    (0, 8, 16, 4),
+    (3, 127, 300, 32, 1),
+    (31, 129, 33, 1),
+)
+
+SPEC = OpSpec(
+    name="threshold_encode",
+    function=threshold_encode,
+    reference=threshold_encode_reference,
+    outputs=("values", "indices", "offsets"),
+    differentiable=("x", "W_enc", "b_enc"),
+    draw=_draw,
+    check=_check_values,
+    check_grads=check_code_grads,
+    shapes=sizes("B d n k single short", *EDGES, (4, 16, 32, 16, None, 1)),
+    small_shape={"B": 3, "d": 4, "n": 9, "k": 3},
+    repeat_shape={"B": 70, "d": 40, "n": 300, "k": 9},
+    optional=("b_enc",),
+    torch_sums=("values",),
+    bench_shapes=dictionary_bench(256),
+    gpu_bench_shapes=dictionary_bench(4096),
+    baselines={"linear+threshold": _linear_threshold},
+    floor=_floor,
+)
+
+SPECS = (SPEC,)

@@ -1,0 +1,139 @@
+"""``threshold_encode``: all pre-activations x W_encᵀ + b_enc above a threshold, as ragged codes.
+
+Fused like ``topk_encode``, with a bound that is known from the start: the (B, d_sae)
+pre-activations are never stored. Source: Rajamanoharan et al. 2024 (arXiv 2407.14435) for
+JumpReLU; Bussmann et al. 2024 (arXiv 2412.06410) for the inference of BatchTopK.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipsteer.ops import _check
+from clipsteer.ops._dispatch import choose
+from clipsteer.ops._ragged import SparseCodes, encode
+from clipsteer.ops._reference import rounded_once
+from clipsteer.ops._sparse import with_gradient_options
+
+__all__ = ["threshold_encode", "threshold_encode_reference"]
+
+
+def codes_where(
+    pre: Tensor,  # (B, n)
+    keep: Tensor,  # (B, n) bool
+    capacity: int | None,
+) -> SparseCodes:
+    """The kept pre-activations in order; a row with a NaN has one code, NaN at feature 0."""
+    nan = pre.isnan().any(-1, keepdim=True)
+    first = torch.arange(pre.shape[1], device=pre.device) == 0
+    keep = torch.where(nan, first, keep)
+    offsets = F.pad(keep.sum(-1).cumsum(0), (1, 0))
+    flat = pre.masked_fill(nan, float("nan")).flatten()
+    if capacity is None:
+        at = keep.flatten().nonzero().flatten()
+        return SparseCodes(flat.gather(0, at), at % pre.shape[1], offsets)
+    # each kept one to its place, all others to a spare one
+    place = keep.flatten().cumsum(0) - 1
+    place = torch.where(keep.flatten() & (place < capacity), place, capacity)
+    columns = torch.arange(pre.shape[1], device=pre.device).expand_as(pre).flatten()
+    values = flat.new_zeros(capacity + 1).scatter(0, place, flat)[:-1]
+    indices = columns.new_zeros(capacity + 1).scatter(0, place, columns)[:-1]
+    return SparseCodes(values, indices, offsets)
+
+
+@rounded_once
+def threshold_encode_reference(
+    x: Tensor,  # (B, d_in)
+    W_enc: Tensor,  # (d_sae, d_in)
+    b_enc: Tensor | None = None,  # (d_sae,)
+    *,
+    threshold: Tensor,  # () or (d_sae,)
+    relu: bool = True,
+    capacity: int | None = None,
+) -> SparseCodes:
+    """The definition in plain torch."""
+    pre = F.linear(x, W_enc, b_enc)
+    keep = pre > (threshold.clamp_min(0) if relu else threshold)
+    return codes_where(pre, keep, capacity)
+
+
+def check_encoder(op: str, named: dict[str, Any]) -> None:
+    """Shapes and dtypes of x, W_enc, b_enc."""
+    _check.check_tensors(op, named)
+    x, W_enc = named["x"], named["W_enc"]
+    if W_enc.dim() != 2:
+        expected = "of shape (d_sae, d_in)"
+        raise ValueError(_check.mistake(op, "W_enc", expected, tuple(W_enc.shape), named))
+    if x.dim() != 2 or x.shape[1] != W_enc.shape[1]:
+        expected = f"of shape (B, d_in = {W_enc.shape[1]})"
+        raise ValueError(_check.mistake(op, "x", expected, tuple(x.shape), named))
+    _check.check_shape(op, named, "b_enc", (W_enc.shape[0],), "(d_sae,)")
+
+
+def threshold_encode(
+    x: Tensor,  # (B, d_in)
+    W_enc: Tensor,  # (d_sae, d_in)
+    b_enc: Tensor | None = None,  # (d_sae,)
+    *,
+    threshold: Tensor | float,  # () or (d_sae,)
+    relu: bool = True,
+    capacity: int | None = None,
+    backend: str = "auto",
+    sparse_grad: bool = False,
+) -> SparseCodes:
+    """Encode to all pre-activations that are larger than a threshold.
+
+    Args:
+        x: (B, d_in) activations, float32, bfloat16, float16 or float64.
+        W_enc: (d_sae, d_in) dictionary, a feature a row, of ``x``'s dtype.
+        b_enc: (d_sae,) or None.
+        threshold: one for all features, or one a feature; compared strictly.
+        relu: only positive pre-activations are codes, whatever the threshold.
+        capacity: how many codes there is room for; None makes as much as there are, which a GPU has
+            to wait for. With too little room the last codes are missing, and
+            ``codes.offsets[-1] > capacity`` says so.
+        backend: ``"auto" | "reference" | "cpp"``; ``ops.explain`` says which can run.
+        sparse_grad: the gradient of ``W_enc`` is a sparse COO tensor of the rows in use.
+
+    Returns ``SparseCodes``, a row's features in ascending order. A row with a NaN pre-activation
+    has one code, NaN at feature 0. The gradient of the values holds the set of codes fixed; the
+    threshold has none.
+
+    Raises:
+        ValueError: shapes, devices or a capacity that do not fit.
+        TypeError: not tensors, or dtypes that differ outside autocast.
+        RuntimeError: the backend asked for cannot run here.
+
+    Source: Rajamanoharan et al. 2024 (arXiv 2407.14435), equation 4.
+    """
+    op = "threshold_encode"
+    given = W_enc
+    named: dict[str, Any] = {"x": x, "W_enc": W_enc, "b_enc": b_enc}
+    if isinstance(x, Tensor):
+        if not isinstance(threshold, Tensor):
+            threshold = torch.tensor(threshold, dtype=x.dtype, device=x.device)
+        if isinstance(W_enc, Tensor):
+            x, W_enc, b_enc, threshold = _check.autocast(x, W_enc, b_enc, threshold)
+        named = {"x": x, "W_enc": W_enc, "b_enc": b_enc, "threshold": threshold}
+    check_encoder(op, named)
+    assert isinstance(threshold, Tensor)
+    n = W_enc.shape[0]
+    if threshold.dim() > 1 or (threshold.dim() == 1 and threshold.shape[0] != n):
+        expected = f"a number or of shape (d_sae = {n},)"
+        raise ValueError(_check.mistake(op, "threshold", expected, tuple(threshold.shape), named))
+    if capacity is not None and capacity < 0:
+        raise ValueError(f"{op}: capacity must be None or at least 0, got {capacity}")
+    backend = choose(op, backend, x)
+    W_enc, _ = with_gradient_options(op, given, W_enc, sparse_grad, None, backend)
+    threshold = threshold.detach()
+    if backend == "reference":
+        return threshold_encode_reference(
+            x, W_enc, b_enc, threshold=threshold, relu=relu, capacity=capacity
+        )
+    limit = threshold.clamp_min(0) if relu else threshold
+    limits = (limit.reshape(-1).contiguous(), -1 if capacity is None else capacity)
+    return encode(op, x, W_enc, b_enc, *limits, backend=backend, sparse_grad=sparse_grad)

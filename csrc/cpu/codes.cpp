@@ -1,0 +1,294 @@
+// threshold_encode and batch_topk_encode: codes of as many features as each row has, found like top-k's, without a
+// (B, n) buffer.
+#include "screening.h"
+
+namespace clipsteer {
+namespace {
+
+using torch::stable::parallel_for;
+
+constexpr int64_t kPanelColumns = 512;
+
+// A pre-activation of a row; the greater is larger or, at equal values, comes first.
+template <class V>
+struct Entry {
+  V value;
+  int32_t row, column;
+  bool operator>(const Entry& other) const {
+    if (value != other.value) return value > other.value;
+    return row < other.row || (row == other.row && column < other.column);
+  }
+};
+
+// What both searches keep: entries of all rows, and which rows had a NaN.
+template <class V>
+struct Found {
+  std::vector<Entry<V>> entries;
+  std::vector<char> nan;
+  int64_t first = 0;
+
+  explicit Found(int64_t rows) : nan(rows) {}
+  void begin(int64_t from, int64_t) { first = from; }
+  bool done(int64_t r) const { return nan[first + r]; }
+  bool bounded(int64_t) const { return true; }
+};
+
+// All above a threshold: the only one, or a column's own.
+template <class V>
+struct Above : Found<V> {
+  const V* threshold;
+  bool single;
+  std::vector<V> least;  // of the thresholds of each panel of a whole product
+
+  Above(int64_t rows, const V* thresholds, int64_t number, int64_t n)
+      : Found<V>(rows), threshold(thresholds), single(number == 1 && n != 1) {
+    for (int64_t c = 0; c < number; c += kPanelColumns) {
+      V lowest = std::numeric_limits<V>::infinity();
+      for (int64_t i = c; i < std::min(number, c + kPanelColumns); ++i) lowest = std::min(lowest, threshold[i]);
+      least.push_back(lowest);
+    }
+  }
+  // A column's own threshold is taken off its pre-activation before.
+  V bound(int64_t) const { return single ? threshold[0] : 0; }
+  V panel_bound(int64_t first_column) const { return least[single ? 0 : first_column / kPanelColumns]; }
+  void take(int64_t r, V value, int64_t column) {
+    if (value > threshold[single ? 0 : column]) {
+      this->entries.push_back({value, int32_t(this->first + r), int32_t(column)});
+    }
+    this->nan[this->first + r] |= value != value;
+  }
+};
+
+// The `most` largest positive ones of all rows. Rows come in blocks and columns in panels, so one that equals the least
+// of them may still come before it.
+template <class V>
+struct Largest : Found<V> {
+  int64_t most;
+  V limit = 0;  // what is wanted is larger
+
+  Largest(int64_t rows, int64_t number) : Found<V>(rows), most(number) {}
+  V bound(int64_t) const { return limit; }
+  V panel_bound(int64_t) const { return limit; }
+  void take(int64_t r, V value, int64_t column) {
+    this->nan[this->first + r] |= value != value;
+    if (!(value > limit)) return;
+    this->entries.push_back({value, int32_t(this->first + r), int32_t(column)});
+    if (int64_t(this->entries.size()) >= 2 * most + 1024) cut();
+  }
+  void cut() {
+    std::vector<Entry<V>>& all = this->entries;
+    if (int64_t(all.size()) <= most) return;
+    if (most == 0) return all.clear();
+    std::nth_element(all.begin(), all.begin() + (most - 1), all.end(), std::greater<>());
+    all.resize(most);
+    // never below zero, nor a number that the processor may read as zero
+    const V lower = std::nextafter(all[most - 1].value, V(0));
+    limit = lower >= std::numeric_limits<V>::min() ? lower : V(0);
+  }
+};
+
+// The same search over panels of a whole product by torch's GEMM.
+template <class T, class Search>
+void search_whole(const T* x, const T* w, const T* b, int64_t rows, int64_t n, int64_t d,
+                  std::vector<Search>& searches) {
+  using V = Compute<T>;
+  const Kernels<V>& kernel = kernels<V>();
+  constexpr int64_t kRows = 256, kRoom = kPanelColumns + Candidates<V>::kSlack;
+  const int64_t panels = (n + kPanelColumns - 1) / kPanelColumns, slots = int64_t(searches.size());
+  const int64_t block = std::min(rows, kRows);
+  std::unique_ptr<V[]> panel(new V[slots * block * kPanelColumns]);
+  std::unique_ptr<V[]> wide_w(kNarrow<T> ? new V[slots * kPanelColumns * d] : nullptr);
+  std::unique_ptr<V[]> wide_x(kNarrow<T> ? new V[block * d] : nullptr);
+  std::unique_ptr<V[]> wide_b(kNarrow<T> && b ? new V[n] : nullptr);
+  const V* bias = b ? widened(b, wide_b.get(), n) : nullptr;
+  for (int64_t r0 = 0; r0 < rows; r0 += block) {
+    const int64_t count = std::min(block, rows - r0);
+    const Tensor input = matrix(widened(x + r0 * d, wide_x.get(), count * d), count, d, d, 1);
+    parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
+      std::unique_ptr<Key<V>[]> keys(new Key<V>[kRoom]);
+      for (int64_t s = begin; s < end; ++s) {
+        V* out = panel.get() + s * block * kPanelColumns;
+        Search& search = searches[s];
+        search.begin(r0, count);
+        for (int64_t p = panels * s / slots; p < panels * (s + 1) / slots; ++p) {
+          const int64_t first = p * kPanelColumns, columns = std::min(kPanelColumns, n - first);
+          if (d > 0) {
+            const V* weights =
+                widened(w + first * d, wide_w.get() + (kNarrow<T> ? s * kPanelColumns * d : 0), columns * d);
+            multiply(input, matrix(weights, d, columns, 1, d), matrix(out, count, columns, columns, 1));
+          } else {
+            std::fill_n(out, count * columns, V(0));
+          }
+          for (int64_t r = 0; r < count; ++r) {
+            if (search.done(r)) continue;
+            Candidates<V> found{keys.get(), 0, kRoom, kRoom, search.panel_bound(first), false};
+            kernel.filter(out + r * columns, bias ? bias + first : nullptr, columns, uint32_t(first), found);
+            if (found.nan) search.take(r, std::numeric_limits<V>::quiet_NaN(), first);
+            for (int64_t i = 0; i < found.count; ++i) search.take(r, keys[i].value(), keys[i].column());
+          }
+        }
+      }
+    });
+  }
+}
+
+template <class V>
+struct Codes {
+  std::vector<Entry<V>> entries;  // by row, then by column
+  std::vector<int64_t> offsets;   // (rows + 1)
+};
+
+// Entries of several slots in order. A row with a NaN has one code, of NaN.
+template <class V>
+Codes<V> in_order(std::vector<Entry<V>>& all, const std::vector<char>& nan, int64_t rows) {
+  Codes<V> codes;
+  codes.offsets.assign(rows + 1, 0);
+  for (const Entry<V>& entry : all) codes.offsets[entry.row + 1] += !nan[entry.row];
+  for (int64_t r = 0; r < rows; ++r) codes.offsets[r + 1] += codes.offsets[r] + (nan[r] ? 1 : 0);
+  codes.entries.resize(codes.offsets[rows]);
+  std::vector<int64_t> next(codes.offsets.begin(), codes.offsets.end() - 1);
+  for (const Entry<V>& entry : all) {
+    if (!nan[entry.row]) codes.entries[next[entry.row]++] = entry;
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto from = codes.entries.begin() + codes.offsets[r], to = codes.entries.begin() + codes.offsets[r + 1];
+    if (nan[r]) *from = {std::numeric_limits<V>::quiet_NaN(), int32_t(r), 0};
+    std::sort(from, to, [](const Entry<V>& a, const Entry<V>& b) { return a.column < b.column; });
+  }
+  return codes;
+}
+
+template <class V, class Search>
+std::vector<char> gather(std::vector<Search>& searches, std::vector<Entry<V>>& all, int64_t rows) {
+  std::vector<char> nan(rows);
+  for (Search& found : searches) {
+    all.insert(all.end(), found.entries.begin(), found.entries.end());
+    for (int64_t r = 0; r < rows; ++r) nan[r] |= found.nan[r];
+  }
+  return nan;
+}
+
+template <class T, class Search>
+void search(const T* x, const T* w, const T* b, const float* threshold, int64_t rows, int64_t n, int64_t d,
+            int64_t expected, bool screen, std::vector<Search>& searches) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (screen) {
+      const int64_t block = std::min(rows, kScreenRows);
+      return search_screened(x, w, b, threshold, rows, n, d, block, expected, searches,
+                             [](int64_t, int64_t, const int64_t*) {});
+    }
+  }
+  search_whole(x, w, b, rows, n, d, searches);
+}
+
+template <class T>
+void write(const Codes<Compute<T>>& codes, int64_t capacity, T* values, int64_t* indices, int64_t* offsets) {
+  using V = Compute<T>;
+  const int64_t count = std::min<int64_t>(capacity, codes.entries.size());
+  std::vector<V> wide(kNarrow<T> ? count : 0);
+  for (int64_t i = 0; i < count; ++i) {
+    indices[i] = codes.entries[i].column;
+    if constexpr (kNarrow<T>) {
+      wide[i] = codes.entries[i].value;
+    } else {
+      values[i] = codes.entries[i].value;
+    }
+  }
+  if constexpr (kNarrow<T>) kernels<T>().narrow(wide.data(), values, count);
+  std::fill_n(values + count, capacity - count, T(0));
+  std::fill_n(indices + count, capacity - count, 0);
+  std::copy(codes.offsets.begin(), codes.offsets.end(), offsets);
+}
+
+int64_t slots_for(int64_t n) { return std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), n / 64)); }
+
+void check_dictionary(const char* op, const Tensor& x, const Tensor& w, const std::optional<Tensor>& b) {
+  check_dim(op, "x", x, 2);
+  check_dim(op, "W_enc", w, 2);
+  const ScalarType dtype = x.scalar_type();
+  check(op, "x", x, dtype, {x.size(0), x.size(1)});
+  check(op, "W_enc", w, dtype, {w.size(0), x.size(1)});
+  if (b) check(op, "b_enc", *b, dtype, {w.size(0)});
+  const int64_t most = std::numeric_limits<int32_t>::max();
+  require(w.size(0) < most && x.size(0) < most, op, "expected fewer than 2**31 rows and features");
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> threshold_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc,
+                                                    Tensor threshold, int64_t capacity) {
+  const char* op = "threshold_encode";
+  check_dictionary(op, x, w_enc, b_enc);
+  const int64_t rows = x.size(0), d = x.size(1), n = w_enc.size(0), number = threshold.numel();
+  const ScalarType dtype = x.scalar_type();
+  check(op, "threshold", threshold, dtype, {number});
+  require(number == 1 || number == n, op, "expected one threshold or one a feature, got " + std::to_string(number));
+  require(capacity >= -1, op, "expected capacity >= 0, or -1 for no limit, got " + std::to_string(capacity));
+  const int64_t more = rows + 1;
+  Tensor offsets = torch::stable::new_empty(x, {&more, 1}, ScalarType::Long);
+  std::optional<Tensor> values, indices;
+  dispatch(op, dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using V = Compute<T>;
+    std::unique_ptr<V[]> wide(kNarrow<T> ? new V[number] : nullptr);
+    const V* limits = widened(data<T>(threshold), wide.get(), number);
+    std::vector<Above<V>> searches;
+    for (int64_t s = 0; s < slots_for(n); ++s) searches.emplace_back(rows, limits, number, n);
+    const float* own = nullptr;
+    if constexpr (std::is_same_v<V, float>) own = searches[0].single ? nullptr : limits;
+    if (rows > 0 && n > 0) {
+      search(data<T>(x), data<T>(w_enc), b_enc ? data<T>(*b_enc) : nullptr, own, rows, n, d, 0,
+             worth_screening(rows, n, d, 0), searches);
+    }
+    std::vector<Entry<V>> all;
+    const std::vector<char> nan = gather<V>(searches, all, rows);
+    const Codes<V> codes = in_order<V>(all, nan, rows);
+    const int64_t size = capacity < 0 ? int64_t(codes.entries.size()) : capacity;
+    values = torch::stable::new_empty(x, {&size, 1});
+    indices = torch::stable::new_empty(x, {&size, 1}, ScalarType::Long);
+    write<T>(codes, size, data<T>(*values), data<int64_t>(*indices), data<int64_t>(offsets));
+  });
+  return {*values, *indices, offsets};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc,
+                                                     int64_t count) {
+  const char* op = "batch_topk_encode";
+  check_dictionary(op, x, w_enc, b_enc);
+  const int64_t rows = x.size(0), d = x.size(1), n = w_enc.size(0);
+  require(count >= 0, op, "expected count >= 0, got " + std::to_string(count));
+  const int64_t size = std::max(count, rows), more = rows + 1;
+  Tensor values = torch::stable::new_empty(x, {&size, 1});
+  Tensor indices = torch::stable::new_empty(x, {&size, 1}, ScalarType::Long);
+  Tensor offsets = torch::stable::new_empty(x, {&more, 1}, ScalarType::Long);
+  dispatch(op, x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using V = Compute<T>;
+    const int64_t each = rows ? (count + rows - 1) / rows : 0;
+    std::vector<char> nan(rows);
+    std::vector<Entry<V>> all;
+    for (bool again = count > 0 && rows > 0 && n > 0; again;) {
+      std::vector<Largest<V>> searches;
+      for (int64_t s = 0; s < slots_for(n); ++s) {
+        searches.emplace_back(rows, count);
+        searches.back().nan = nan;
+      }
+      search(data<T>(x), data<T>(w_enc), b_enc ? data<T>(*b_enc) : nullptr, nullptr, rows, n, d,
+             each, worth_screening(rows, n, d, each), searches);
+      all.clear();
+      const std::vector<char> seen = gather<V>(searches, all, rows);
+      // a row with a NaN may have crowded others out before the NaN was met: once more without it
+      again = seen != nan;
+      nan = seen;
+    }
+    // the one code of a row with a NaN is among them
+    Largest<V> joint(0, std::max<int64_t>(count - std::count(nan.begin(), nan.end(), 1), 0));
+    joint.entries = std::move(all);
+    joint.cut();
+    write<T>(in_order<V>(joint.entries, nan, rows), size, data<T>(values), data<int64_t>(indices),
+             data<int64_t>(offsets));
+  });
+  return {values, indices, offsets};
+}
+
+}  // namespace clipsteer

@@ -1,0 +1,166 @@
+// A float32 product searched in int8 first: most columns are ruled out by a proven bound, the rest is computed in float32.
+#pragma once
+
+#include "topk_encode.h"
+
+namespace clipsteer {
+
+// Scales 2^e per dimension, in the middle between those that would level x and those that would level W, and their
+// inverses. They only decide how tight the bounds are, so a sample of the rows will do.
+inline void level(const float* x, int64_t rows, const float* w, int64_t n, int64_t d, float* scale_x, float* scale_w) {
+  std::vector<double> size_x(d), size_w(d);
+  const auto add = [d](const float* m, int64_t count, std::vector<double>& size) {
+    const int64_t taken = std::min<int64_t>(count, 64);
+    for (int64_t s = 0; s < taken; ++s) {
+      const float* row = m + count * s / taken * d;
+      for (int64_t j = 0; j < d; ++j) size[j] += std::abs(row[j]) / double(taken);
+    }
+  };
+  add(x, rows, size_x);
+  add(w, n, size_w);
+  for (int64_t j = 0; j < d; ++j) {
+    const double ratio = size_w[j] / size_x[j];
+    const double power = ratio > 0 && ratio <= std::numeric_limits<double>::max() ? std::log2(ratio) / 2 : 0;
+    const int e = int(std::lround(std::clamp(power, -12.0, 12.0)));
+    scale_x[j] = std::ldexp(1.0f, e);
+    scale_w[j] = std::ldexp(1.0f, -e);
+  }
+}
+
+// The same result from fewer float32 products. With x' = x * s and w' = w / s, s powers of two, and x' = x^ + r,
+// w' = w^ + t, where x^ and w^ are steps times bytes:
+//   |x . w - x^ . w^| <= |r| |w'| + |x^| |t|.
+// With u = 2^-24, the float32 sum kept for a column differs from x . w by at most (d + 4) u |x'| |w'| + u |b| + what
+// underflows, a sum in any other order by as much, and the bound as evaluated from the exact one by less than
+// 30 u (|x'| |w'| + |b|), or |b| + |theta| where a threshold theta is taken off. Elements are at most 2^24 and the largest of a row at least 2^-24 (other rows are not
+// screened), |log2 s| <= 12 and d <= 8192. So norms are good to 2^-10, and underflow, even if denormal numbers are read
+// as zero, is below d 2^-89, against d 2^-71 of the second term. Hence rounding() and kWiden.
+// A column that is not screened always passes, so that no NaN is missed. Every float32 product is
+// summed in one order, that of dot<float>, so the result does not depend on what was ruled out, nor
+// on threads or the other rows.
+constexpr float kWiden = 1 + 1.0f / 256, kBiasMargin = 1.0f / (1 << 18);
+constexpr int64_t kScreenRows = 512;
+
+// An upper bound of a term that is not part of the product.
+inline float raised(float term) { return term * (1 + (term > 0 ? kBiasMargin : -kBiasMargin)); }
+
+inline float rounding(int64_t d) { return float(2 * d + 64) / (1 << 24); }
+
+// What is looked for in the rows of a block, of which each slot of columns has its own:
+//   begin(first, count)   rows first to first + count - 1 come next
+//   done(r)               row r of the block had a NaN
+//   bounded(r), bound(r)  columns whose pre-activation (less their threshold) is at most the bound are not wanted
+//   take(r, value, c)     a column that may be; columns come in ascending order
+// `threshold`, if any, is a column's own; `expected` is how many columns a row will have.
+template <class Search, class Finish>
+void search_screened(const float* x, const float* w, const float* b, const float* threshold, int64_t rows, int64_t n,
+                     int64_t d, int64_t block, int64_t expected, std::vector<Search>& searches, Finish&& finish) {
+  using torch::stable::parallel_for;
+  const Screening& int8 = isa();
+  const int64_t width = (d + 63) / 64 * 64, quads = width / 4, panels = (n + 63) / 64;
+  const int64_t slots = int64_t(searches.size());
+  std::vector<float> scale_x(d), scale_w(d);
+  const int64_t padded = (block + kScreenTile - 1) / kScreenTile * kScreenTile;
+  Buffer<uint8_t> codes(padded * width);
+  std::fill_n(codes.get() + block * width, (padded - block) * width, uint8_t(0));
+  Buffer<int8_t> packed(slots * 64 * width), flat(slots * 64 * width);
+  std::vector<ScreenRow> bounds(block);
+  std::vector<char> usable(block);
+  std::vector<int64_t> computed(slots * block);
+
+  for (int64_t r0 = 0; r0 < rows; r0 += block) {
+    const int64_t count = std::min(block, rows - r0);
+    const float* input = x + r0 * d;
+    level(input, count, w, n, d, scale_x.data(), scale_w.data());
+    for (int64_t r = 0; r < count; ++r) {
+      Digits row;
+      uint8_t* code = codes.get() + r * width;
+      int8.quantise(input + r * d, scale_x.data(), d, width, reinterpret_cast<int8_t*>(code), row);
+      for (int64_t i = 0; i < width; ++i) code[i] ^= 0x80;
+      usable[r] = row.usable;
+      bounds[r] = {row.step, (row.error + rounding(d) * row.norm) * kWiden, (row.norm + row.error) * kWiden, 0, false};
+    }
+    parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
+      std::vector<uint16_t> whole;  // the rows that are computed whole; the others are wanted
+      std::vector<ScreenRow> lines(bounds.begin(), bounds.begin() + count);
+      std::vector<uint64_t> pass(count);
+      std::vector<char> screened(count);  // as long as that pays
+      Buffer<uint16_t> hits(64 * count);  // the rows that may have a column among theirs
+      for (int64_t s = begin; s < end; ++s) {
+        int8_t *bytes = flat.get() + s * 64 * width, *panel = packed.get() + s * 64 * width;
+        Search& search = searches[s];
+        search.begin(r0, count);
+        int64_t* work = computed.data() + s * block;
+        std::fill_n(work, count, 0);
+        std::copy_n(usable.begin(), count, screened.begin());
+        // Columns [first, first + columns) of some rows in float32, a row of W with several rows of x at a time.
+        const auto compute = [&](const uint16_t* which, int64_t chosen, int64_t first, int64_t columns) {
+          const float* left[kDotRows];
+          float value[kDotRows][kDotColumns];
+          for (int64_t at = 0; at < chosen; at += kDotRows) {
+            const int together = int(std::min<int64_t>(kDotRows, chosen - at));
+            for (int i = 0; i < together; ++i) left[i] = input + which[at + i] * d;
+            int8.dots(left, together, w + first * d, d, columns, value);
+            for (int i = 0; i < together; ++i) {
+              work[which[at + i]] += columns;
+              for (int64_t c = 0; c < columns; ++c) {
+                search.take(which[at + i], value[i][c] + (b ? b[first + c] : 0), first + c);
+              }
+            }
+          }
+        };
+        const int64_t start = panels * s / slots, end_of_slot = panels * (s + 1) / slots;
+        for (int64_t p = start; p < end_of_slot; ++p) {
+          const int64_t first = p * 64, columns = std::min<int64_t>(64, n - first);
+          bool any = false;
+          whole.clear();
+          for (int64_t r = 0; r < count; ++r) {
+            lines[r].wanted = screened[r] && !search.done(r) && search.bounded(r);
+            lines[r].bound = lines[r].wanted ? search.bound(r) : 0;
+            if (!search.done(r) && !lines[r].wanted) whole.push_back(uint16_t(r));
+            any |= lines[r].wanted;
+          }
+          for (int64_t c = 0; c < columns; c += kDotColumns) {
+            compute(whole.data(), int64_t(whole.size()), first + c, std::min<int64_t>(kDotColumns, columns - c));
+          }
+          if (!any) continue;
+          ScreenColumns column = {};
+          for (int64_t c = 0; c < columns; ++c) {
+            Digits row;
+            int8.quantise(w + (first + c) * d, scale_w.data(), d, width, bytes + c * width, row);
+            column.step[c] = row.usable ? row.step : 0;
+            column.norm[c] = row.usable ? row.norm * kWiden : std::numeric_limits<float>::quiet_NaN();
+            column.error[c] = row.usable ? row.error * kWiden : 0;
+            column.base[c] = b ? raised(b[first + c]) : 0;
+            if (threshold) column.base[c] += raised(-threshold[first + c]);
+            column.offset[c] = -128 * row.sum;
+          }
+          kernels<float>().pack(reinterpret_cast<const float*>(bytes), quads, columns, quads,
+                                reinterpret_cast<float*>(panel));
+          // The next rows of W come from memory meanwhile.
+          const int64_t coming = p + 1 < end_of_slot ? std::min<int64_t>(64, n - first - columns) * d / 16 : 0;
+          int8.screen(codes.get(), width, lines.data(), count, panel, column,
+                      reinterpret_cast<const char*>(w + (first + columns) * d), coming, pass.data());
+          const uint64_t inside = columns == 64 ? ~uint64_t(0) : (uint64_t(1) << columns) - 1;
+          int64_t hit[64] = {};
+          for (int64_t r = 0; r < count; ++r) {
+            for (uint64_t bits = lines[r].wanted ? pass[r] & inside : 0; bits; bits &= bits - 1) {
+              const int c = __builtin_ctzll(bits);
+              hits.get()[c * count + hit[c]++] = uint16_t(r);
+            }
+          }
+          for (int64_t c = 0; c < columns; ++c) compute(hits.get() + c * count, hit[c], first + c, 1);
+          // Computing more than this one by one costs more than computing the row whole.
+          const int64_t most = 16 * expected + 512 + (p - start + 1) * 64 / 16;
+          for (int64_t r = 0; r < count; ++r) screened[r] &= !lines[r].wanted || work[r] <= most;
+        }
+      }
+    });
+    for (int64_t s = 1; s < slots; ++s) {
+      for (int64_t r = 0; r < count; ++r) computed[r] += computed[s * block + r];
+    }
+    finish(r0, count, computed.data());
+  }
+}
+
+}  // namespace clipsteer

@@ -1,0 +1,121 @@
+"""The ``count`` largest positive pre-activations of a batch, exact, without a (B, n) buffer.
+
+Launch 1 is ``topk_encode``'s: the J largest of each row of each tile. Three histograms of them, of ever narrower bins,
+find the ``count``-th, T, which no true one is below. Three more find that of all pre-activations: a row of a tile can
+hold more of at least T than its J only when its J-th is, and such tiles are multiplied again. What is above that
+value, and the first of what equals it, is gathered as by a threshold.
+
+Numbers are compared as ``topk_encode``'s integers; a row with a NaN has one code, which is one of the count.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import interpreted, next_power_of_2, on_device
+from ._product import tile_numbers
+from .threshold_encode import Product, encode_above, next_number, none_at_all, product_of
+from .topk_encode import _ordered, _pre_acts_tile, _topk_encode_fwd_kernel, candidates_per_bucket
+
+BINS = 2048
+WIDTHS = (20, 9, 0)  # bits of a bin: 2^31 numbers, then the bins' own
+MAX_EMITTED = 16
+NAN = 0x7FFFFFFF
+
+
+@triton.jit(do_not_specialize=["B"])
+def _batch_bins_kernel(
+    order_ptr, spoiled_ptr, least_ptr, bins_ptr, x_ptr, w_ptr, b_ptr, B, n, d,
+    J: tl.constexpr, J2: tl.constexpr, WHOLE: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    tile_b, tile_n = tile_numbers(B, n, BLOCK_B, BLOCK_N)
+    rows = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
+    competes = (rows < B) & (tl.load(spoiled_ptr + rows, mask=rows < B, other=1) == 0)
+    least = tl.load(least_ptr)
+    at = (rows.to(tl.int64) * tl.cdiv(n, BLOCK_N) + tile_n) * J
+    last = tl.load(order_ptr + at + J - 1, mask=competes, other=-0x80000000)
+    hidden = tl.max(last, axis=0) >= least
+    if WHOLE and hidden:
+        cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        acc = _pre_acts_tile(
+            x_ptr, w_ptr, b_ptr, tile_b, tile_n, B, n, d,
+            HAS_BIAS, TMA, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        # only of positive numbers can orders be compared as they are
+        value = least.to(tl.float32, bitcast=True)
+        left = tl.where((acc >= value) & (cols < n)[None, :], acc, float("nan"))
+        many = tl.where(competes, tl.sum((left == left).to(tl.int32), axis=1), 0)
+        for i in range(0, tl.max(many, axis=0)):
+            _, number, left = next_number(left, tl.arange(0, BLOCK_N), BLOCK_N)
+            place = (_ordered(number) - least) >> SHIFT
+            tl.atomic_add(bins_ptr + place, 1, mask=(i < many) & (place < BINS), sem="relaxed")
+    else:
+        j = tl.arange(0, J2)
+        there = competes[:, None] & (j < J)[None, :]
+        order = tl.load(order_ptr + at[:, None] + j[None, :], mask=there, other=-0x80000000)
+        bin = (order - least) >> SHIFT
+        tl.atomic_add(bins_ptr + bin, 1, mask=(order >= least) & (bin < BINS), sem="relaxed")
+
+
+def _kth(
+    product: Product,
+    order: torch.Tensor,  # (B, tiles, J)
+    spoiled: torch.Tensor,  # (B,)
+    least: torch.Tensor,  # () int32: none that is wanted is below
+    count: torch.Tensor,  # () int64
+    whole: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``count``-th largest order, of all pre-activations if ``whole``, else of the emitted ones, and how many that
+    equal it are among the ``count``."""
+    J = order.shape[2]
+    top = least
+    for shift in WIDTHS:
+        bins = torch.zeros(BINS, dtype=torch.int32, device=order.device)
+        _batch_bins_kernel[product.grid](
+            order, spoiled, top, bins, *product.factors, product.bias, *product.sizes,
+            J=J, J2=next_power_of_2(J), WHOLE=whole, SHIFT=shift, BINS=BINS,
+            **product.flags, **product.config,
+        )  # fmt: skip
+        # how many there are from a bin on upwards
+        upwards = bins.flip(0).cumsum(0).flip(0)
+        number = ((upwards >= count).sum() - 1).clamp(min=0)
+        count = count - (upwards.gather(0, number[None]) - bins.gather(0, number[None]))[0]
+        top = (top + (number << shift)).to(torch.int32)
+    return top, count
+
+
+def batch_topk_encode(
+    x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor | None, count: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x (B, d), W_enc (n, d), b_enc (n,) or None -> values and indices (max(count, B),), offsets (B + 1,)."""
+    if interpreted(_batch_bins_kernel) and x.dtype == torch.bfloat16:
+        bias = None if b_enc is None else b_enc.float()
+        values, *rest = batch_topk_encode(x.float(), W_enc.float(), bias, count)
+        return values.bfloat16(), *rest
+    B, n = x.shape[0], W_enc.shape[0]
+    capacity = max(count, B)
+    if B == 0 or n == 0:
+        return none_at_all(x, capacity)
+    with on_device(x):
+        product = product_of(x, W_enc, b_enc)
+        # as many a row as on average, and half as many again
+        J = min(MAX_EMITTED, candidates_per_bucket(product.tiles, min(n, max(1, 3 * count // (2 * B)))))
+        order = torch.empty((B, product.tiles, J), dtype=torch.int32, device=x.device)
+        col = torch.empty((B, product.tiles, J), dtype=torch.uint8, device=x.device)
+        _topk_encode_fwd_kernel[product.grid](
+            *product.factors, product.bias, order, col, *product.sizes, J=J, **product.flags, **product.config
+        )
+        spoiled = (order == NAN).any(2).any(1)
+        wanted = count - spoiled.sum()
+        spoiled = spoiled.to(torch.int8)
+        # order 1 is the smallest positive number
+        least = torch.ones((), dtype=torch.int32, device=x.device)
+        least, _ = _kth(product, order, spoiled, least, wanted, whole=False)
+        least, quota = _kth(product, order, spoiled, least, wanted, whole=True)
+        limit = least.view(torch.float32)[None]
+        limit = torch.where(wanted > 0, limit, torch.inf)
+        return encode_above(product, limit, quota, capacity, x.dtype)

@@ -1,0 +1,241 @@
+"""All pre-activations of x W_encᵀ + b_enc above a limit, as ragged codes, without a (B, n) buffer.
+
+Launch 1 multiplies BLOCK_B x BLOCK_N tiles, counts what each row of a tile keeps and emits the first J of it. The
+counts' running sum says where every row of every tile writes. Launch 2 copies what was emitted; only a tile that kept
+more than J of a row is multiplied again.
+
+With TIES the limit is a value that some pre-activations equal, of which the first ``quota`` are kept.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import cdiv, interpreted, on_device, operands, product_options, shared_memory_limit
+from ._product import tile_numbers
+from .topk_encode import _pre_acts_tile, tile_config
+
+EMITTED = 8  # a row of a tile, 256 features wide at most
+
+
+@triton.jit
+def _limits(limit_ptr, cols, n, SINGLE: tl.constexpr):
+    if SINGLE:
+        return tl.load(limit_ptr + tl.zeros_like(cols)).to(tl.float32)
+    return tl.load(limit_ptr + cols, mask=cols < n, other=float("inf")).to(tl.float32)
+
+
+@triton.jit
+def next_number(tile, local, BLOCK_N: tl.constexpr):
+    """The first column of each row that holds a number, that number, and the tile without it. One at a time: whole
+    tiles of columns and places do not fit into registers beside the product."""
+    at = tl.min(tl.where(tile == tile, local[None, :], BLOCK_N), axis=1)
+    here = local[None, :] == at[:, None]
+    number = tl.sum(tl.where(here, tile, 0.0), axis=1)
+    return at, number, tl.where(here, float("nan"), tile)
+
+
+@triton.jit(do_not_specialize=["B"])
+def _threshold_count_kernel(
+    x_ptr, w_ptr, b_ptr, limit_ptr, above_ptr, equal_ptr, nan_ptr, value_ptr, col_ptr, B, n, d,
+    J: tl.constexpr, SINGLE: tl.constexpr, TIES: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
+    EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    tile_b, tile_n = tile_numbers(B, n, BLOCK_B, BLOCK_N)
+    rows = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
+    local = tl.arange(0, BLOCK_N)
+    cols = tile_n * BLOCK_N + local
+    acc = _pre_acts_tile(
+        x_ptr, w_ptr, b_ptr, tile_b, tile_n, B, n, d,
+        HAS_BIAS, TMA, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    limit = _limits(limit_ptr, cols, n, SINGLE)[None, :]
+    inside = (cols < n)[None, :]
+    live = rows < B
+    at = rows.to(tl.int64) * tl.cdiv(n, BLOCK_N) + tile_n
+    tl.store(above_ptr + at, tl.sum(((acc > limit) & inside).to(tl.int32), axis=1), mask=live)
+    tl.store(nan_ptr + at, tl.sum(((acc != acc) & inside).to(tl.int32), axis=1), mask=live)
+    if TIES:
+        tl.store(equal_ptr + at, tl.sum(((acc == limit) & inside).to(tl.int32), axis=1), mask=live)
+        left = tl.where((acc >= limit) & inside, acc, float("nan"))
+    else:
+        left = tl.where((acc > limit) & inside, acc, float("nan"))
+    for j in range(J):
+        col, value, left = next_number(left, local, BLOCK_N)
+        emitted = live & (col < BLOCK_N)
+        tl.store(value_ptr + at * J + j, value, mask=emitted)
+        tl.store(col_ptr + at * J + j, col.to(tl.uint8), mask=emitted)
+
+
+@triton.jit(do_not_specialize=["B"])
+def _threshold_write_kernel(
+    x_ptr, w_ptr, b_ptr, limit_ptr, total_ptr, quota_ptr, base_ptr, spoiled_ptr, value_ptr, col_ptr,
+    values_ptr, indices_ptr, B, n, d, capacity,
+    J: tl.constexpr, SINGLE: tl.constexpr, TIES: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
+    EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    tile_b, tile_n = tile_numbers(B, n, BLOCK_B, BLOCK_N)
+    rows = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
+    live = rows < B
+    at = rows.to(tl.int64) * tl.cdiv(n, BLOCK_N) + tile_n
+    base = tl.load(base_ptr + at, mask=live, other=0)
+    spoiled = tl.load(spoiled_ptr + rows, mask=live, other=0) != 0
+    total = tl.load(total_ptr + at, mask=live, other=0)
+    quota = tl.zeros((BLOCK_B,), dtype=tl.int32)
+    if tile_n == 0:
+        nan = tl.full((BLOCK_B,), float("nan"), dtype=tl.float32)
+        tl.store(values_ptr + base, nan.to(values_ptr.dtype.element_ty), mask=spoiled & (base < capacity))
+    if tl.max(total, axis=0) > J:
+        local = tl.arange(0, BLOCK_N)
+        cols = tile_n * BLOCK_N + local
+        acc = _pre_acts_tile(
+            x_ptr, w_ptr, b_ptr, tile_b, tile_n, B, n, d,
+            HAS_BIAS, TMA, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        limit = _limits(limit_ptr, cols, n, SINGLE)[None, :]
+        # read again, as registers are short while the product is made
+        base = tl.load(base_ptr + at, mask=live, other=0)
+        total = tl.load(total_ptr + at, mask=live, other=0)
+        there = (cols < n)[None, :] & (total > 0)[:, None]
+        if TIES:
+            quota = tl.load(quota_ptr + at, mask=live, other=0)
+            left = tl.where((acc >= limit) & there, acc, float("nan"))
+        else:
+            left = tl.where((acc > limit) & there, acc, float("nan"))
+        written = tl.zeros((BLOCK_B,), dtype=tl.int32)
+        ties = tl.zeros((BLOCK_B,), dtype=tl.int32)
+        for j in range(0, tl.max(total, axis=0)):
+            col, value, left = next_number(left, local, BLOCK_N)
+            chosen = j < total
+            if TIES:
+                equal = value == tl.load(limit_ptr)
+                chosen = chosen & ((equal == 0) | (ties < quota))
+                ties += (chosen & equal).to(tl.int32)
+            place = base + written
+            mask = chosen & (place < capacity)
+            tl.store(values_ptr + place, value.to(values_ptr.dtype.element_ty), mask=mask)
+            tl.store(indices_ptr + place, (tile_n * BLOCK_N + col).to(tl.int64), mask=mask)
+            written += chosen.to(tl.int32)
+    else:
+        if TIES:
+            quota = tl.load(quota_ptr + at, mask=live, other=0)
+        written = tl.zeros((BLOCK_B,), dtype=tl.int32)
+        ties = tl.zeros((BLOCK_B,), dtype=tl.int32)
+        for j in range(0, tl.max(total, axis=0)):
+            taken = j < total
+            number = tl.load(value_ptr + at * J + j, mask=taken, other=0.0)
+            column = tl.load(col_ptr + at * J + j, mask=taken, other=0).to(tl.int64)
+            if TIES:
+                same = number == tl.load(limit_ptr)
+                taken = taken & ((same == 0) | (ties < quota))
+                ties += (taken & same).to(tl.int32)
+            where = base + written
+            inside = taken & (where < capacity)
+            tl.store(values_ptr + where, number.to(values_ptr.dtype.element_ty), mask=inside)
+            tl.store(indices_ptr + where, tile_n * BLOCK_N + column, mask=inside)
+            written += taken.to(tl.int32)
+
+
+class Product(NamedTuple):
+    """How the pre-activations of a call are multiplied: what its kernels are given besides their own."""
+
+    factors: tuple[object, object]
+    bias: torch.Tensor
+    config: dict[str, int]
+    flags: dict[str, object]
+    sizes: tuple[int, int, int]  # B, n, d
+
+    @property
+    def tiles(self) -> int:
+        return cdiv(self.sizes[1], self.config["BLOCK_N"])
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (cdiv(self.sizes[0], self.config["BLOCK_B"]) * self.tiles,)
+
+
+def product_of(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> Product:
+    """Tiles of x Wᵀ + b as ``topk_encode`` takes them."""
+    d = x.shape[1]
+    options = product_options(x, W)
+    by_number = not options["TMA"] and d % 16 != 0
+    if interpreted(_threshold_count_kernel):
+        config = {"BLOCK_B": 64, "BLOCK_N": 64, "BLOCK_D": 64}
+    else:
+        machine = options["PRECISION"], shared_memory_limit(x.device)
+        config = tile_config(x.dtype, *machine, by_number=by_number, tma=options["TMA"])
+    factors = operands(x, W, options["TMA"], config["BLOCK_B"], config["BLOCK_N"], config["BLOCK_D"])
+    flags = {"HAS_BIAS": b is not None, "EVEN_D": d % config["BLOCK_D"] == 0, **options}
+    return Product(factors, W if b is None else b, config, flags, (x.shape[0], W.shape[0], d))
+
+
+def encode_above(
+    product: Product,
+    limit: torch.Tensor,  # (1,) or (n,)
+    quota: torch.Tensor | None,  # () how many that equal the limit are kept; None: none
+    capacity: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """values and indices (capacity,), offsets (B + 1,); -1 makes as much room as is needed."""
+    B, n, _ = product.sizes
+    device, tiles = limit.device, product.tiles
+    above, equal, nan = torch.empty((3, B, tiles), dtype=torch.int32, device=device)
+    value = torch.empty((B, tiles, EMITTED), dtype=torch.float32, device=device)
+    col = torch.empty((B, tiles, EMITTED), dtype=torch.uint8, device=device)
+    kinds = {"J": EMITTED, "SINGLE": limit.numel() == 1 and n != 1, "TIES": quota is not None}
+    kinds = {**kinds, **product.flags, **product.config}
+    _threshold_count_kernel[product.grid](
+        *product.factors, product.bias, limit, above, equal, nan, value, col, *product.sizes, **kinds
+    )
+    spoiled = nan.any(1)
+    total, kept, quotas = above, above, above
+    if quota is not None:
+        # in the order of rows, and of features in each, as many as there is a quota for
+        equal = equal.masked_fill(spoiled[:, None], 0)
+        before = equal.flatten().cumsum(0).view_as(equal) - equal
+        quotas = torch.minimum((quota - before).clamp(min=0), equal).to(torch.int32)
+        total, kept = above + equal, above + quotas
+    total = total.masked_fill(spoiled[:, None], 0)
+    first = torch.arange(tiles, device=device) == 0
+    kept = torch.where(spoiled[:, None], first.to(torch.int32), kept)
+    ends = kept.flatten().cumsum(0)
+    base = (ends - kept.flatten()).contiguous()
+    offsets = torch.zeros(B + 1, dtype=torch.int64, device=device)
+    offsets[1:] = ends.view(B, tiles)[:, -1]
+    room = int(offsets[-1]) if capacity < 0 else capacity
+    values = torch.zeros(room, dtype=dtype, device=device)
+    indices = torch.zeros(room, dtype=torch.int64, device=device)
+    _threshold_write_kernel[product.grid](
+        *product.factors, product.bias, limit, total, quotas, base, spoiled.to(torch.int8), value, col, values,
+        indices, *product.sizes, room, **kinds,
+    )  # fmt: skip
+    return values, indices, offsets
+
+
+def none_at_all(x: torch.Tensor, capacity: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The codes where there are no rows or no features."""
+    index = {"dtype": torch.int64, "device": x.device}
+    room = max(capacity, 0)
+    return x.new_zeros(room), torch.zeros(room, **index), torch.zeros(x.shape[0] + 1, **index)
+
+
+def threshold_encode(
+    x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor | None, threshold: torch.Tensor, capacity: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x (B, d), W_enc (n, d), b_enc (n,) or None, threshold (1,) or (n,) -> values and indices (capacity,), offsets
+    (B + 1,): all pre-activations above their threshold."""
+    if interpreted(_threshold_count_kernel) and x.dtype == torch.bfloat16:
+        # The interpreter's bf16 dot multiplies raw bits and its bf16 store truncates.
+        bias = None if b_enc is None else b_enc.float()
+        values, *rest = threshold_encode(x.float(), W_enc.float(), bias, threshold.float(), capacity)
+        return values.bfloat16(), *rest
+    if x.shape[0] == 0 or W_enc.shape[0] == 0:
+        return none_at_all(x, capacity)
+    with on_device(x):
+        return encode_above(product_of(x, W_enc, b_enc), threshold, None, capacity, x.dtype)
