@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+
+from clipsteer.ops import _fakes
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 # what an exported graph names; at every call it is the fastest of the others, where the tensors are
@@ -67,185 +68,12 @@ class Op:
         return (self.stem, *self.variants)
 
 
-# ---------------------------------------------------------------- topk_encode
-
-
-def _topk_encode(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor | None,
-    k: int,
-    screen: bool = True,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
-
-
 def _hopper_takes_cuda(capability: tuple[int, int], dtype: torch.dtype) -> tuple[str, ...]:
     """CUDA C++ has a fused kernel for Hopper's tensor cores; elsewhere it makes the whole
     product."""
     if capability == (9, 0) and dtype != torch.float32:
         return ("cuda", "triton")
     return ("triton", "cuda")
-
-
-# ---------------------------------------------------------------- sparse_decode
-
-
-def _sparse_decode(acts: Tensor, indices: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    return W.new_empty(acts.shape[0], W.shape[1])
-
-
-def _gather_dot(rows: Tensor, indices: Tensor, W: Tensor) -> Tensor:
-    return rows.new_empty(indices.shape)
-
-
-def _sparse_outer(coeff: Tensor, indices: Tensor, rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    return rows.new_empty(n, rows.shape[1]), rows.new_empty(n)
-
-
-def _sparse_outer_out(coeff: Tensor, indices: Tensor, rows: Tensor, dW: Tensor, db: Tensor) -> None:
-    return None
-
-
-# ---------------------------------------------------------------- ragged codes
-
-
-def _codes(x: Tensor, capacity: int | torch.SymInt) -> tuple[Tensor, Tensor, Tensor]:
-    index = torch.int64
-    values = x.new_empty(capacity)
-    return values, x.new_empty(capacity, dtype=index), x.new_empty(x.shape[0] + 1, dtype=index)
-
-
-def _threshold_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor, capacity: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _codes(x, torch.library.get_ctx().new_dynamic_size() if capacity < 0 else capacity)
-
-
-def _batch_topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, count: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _codes(x, torch.sym_max(count, x.shape[0]))
-
-
-def _ragged_decode(
-    values: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    W: Tensor,
-    b: Tensor | None,
-    prefixes: list[int],
-) -> Tensor:
-    return values.new_empty(len(prefixes), offsets.shape[0] - 1, W.shape[1])
-
-
-def _ragged_dot(rows: Tensor, row_of: Tensor, indices: Tensor, W: Tensor) -> Tensor:
-    return rows.new_empty(indices.shape)
-
-
-def _ragged_outer(
-    coeff: Tensor, indices: Tensor, row_of: Tensor, rows: Tensor, n: int
-) -> tuple[Tensor, Tensor]:
-    return rows.new_empty(n, rows.shape[1]), rows.new_empty(n)
-
-
-# ---------------------------------------------------------------- conceptor_project
-
-
-def _grouped_matmul(
-    x: Tensor,
-    W: Tensor,
-    index: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor | None,
-    transpose: bool,
-) -> Tensor:
-    return x.new_empty(x.shape[0], W.shape[1] if transpose else W.shape[2])
-
-
-def _grouped_outer(a: Tensor, b: Tensor, index: Tensor | None, groups: int) -> Tensor:
-    return a.new_empty(groups, a.shape[1], b.shape[1])
-
-
-def _low_rank_project(
-    x: Tensor,
-    U: Tensor,
-    s: Tensor,
-    index: Tensor | None,
-    mean: Tensor | None,
-) -> Tensor:
-    return torch.empty_like(x)
-
-
-# ---------------------------------------------------------------- mahalanobis_covariance_loss
-
-
-def _mahalanobis_covariance_loss(
-    new: Tensor,
-    old: Tensor,
-    labels: Tensor,
-    factor: Tensor,
-    s: Tensor | None,
-    diag: Tensor | None,
-    normalize: bool,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(new.dtype, torch.float32)
-    rows = new.shape[0] if need_grad else 0
-    return new.new_empty((), dtype=wide), new.new_empty(rows, new.shape[1], dtype=wide)
-
-
-# ---------------------------------------------------------------- semantic_drift
-
-
-def _drift_sums(
-    old: Tensor,
-    new: Tensor,
-    prototypes: Tensor,
-    scale: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    C = prototypes.shape[0]
-    wide = torch.promote_types(old.dtype, torch.float32)
-    peak = prototypes.new_empty(C, dtype=wide)
-    total = prototypes.new_empty(C, dtype=wide)
-    return peak, total, prototypes.new_empty(prototypes.shape, dtype=wide)
-
-
-# ---------------------------------------------------------------- drrho_loss
-
-
-def _drrho_sums(
-    rows: Tensor,
-    cols: Tensor,
-    diag: Tensor,
-    scale: Tensor,
-    offset: int,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    M = rows.shape[0]
-    N = cols.shape[0]
-    # whole panels and a line; see row_stride in drrho_loss.cpp
-    stride = (N + 63) // 64 * 64 + 16
-    return diag.new_empty(M), diag.new_empty(N), diag.new_empty(M if keep else 0, stride)
-
-
-def _drrho_grad(
-    rows: Tensor,
-    cols: Tensor,
-    diag: Tensor,
-    scale: Tensor,
-    offset: int,
-    row_u: Tensor,
-    col_u: Tensor,
-    own: Tensor,
-    kept: Tensor,
-    width: int,
-    need_rows: bool,
-    need_cols: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    M = rows.shape[0] if need_rows else 0
-    N = cols.shape[0] if need_cols else 0
-    return diag.new_empty(M, width), diag.new_empty(N, width), diag.new_empty(())
 
 
 # ---------------------------------------------------------------- the records
@@ -258,7 +86,7 @@ RECORDS = (
         {
             "topk_encode": LowLevel(
                 "(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt k) -> (Tensor, Tensor)",
-                _topk_encode,
+                _fakes.topk_encode,
                 rows=(0,),
             ),
         },
@@ -269,23 +97,23 @@ RECORDS = (
         {
             "sparse_decode": LowLevel(
                 "(Tensor acts, Tensor indices, Tensor W, Tensor? b) -> Tensor",
-                _sparse_decode,
+                _fakes.sparse_decode,
                 rows=(0, 1),
             ),
             "gather_dot": LowLevel(
                 "(Tensor rows, Tensor indices, Tensor W) -> Tensor",
-                _gather_dot,
+                _fakes.gather_dot,
                 rows=(0, 1),
             ),
             "sparse_outer": LowLevel(
                 "(Tensor coeff, Tensor indices, Tensor rows, SymInt n) -> (Tensor, Tensor)",
-                _sparse_outer,
+                _fakes.sparse_outer,
                 rows=(0, 1, 2),
                 groups=(1, 3),
             ),
             "sparse_outer_out": LowLevel(
                 "(Tensor coeff, Tensor indices, Tensor rows, Tensor(a!) dW, Tensor(b!) db) -> ()",
-                _sparse_outer_out,
+                _fakes.sparse_outer_out,
             ),
         },
     ),
@@ -295,16 +123,16 @@ RECORDS = (
             "ragged_decode": LowLevel(
                 "(Tensor values, Tensor indices, Tensor offsets, Tensor W, Tensor? b, "
                 "SymInt[] prefixes) -> Tensor",
-                _ragged_decode,
+                _fakes.ragged_decode,
             ),
             "ragged_dot": LowLevel(
                 "(Tensor rows, Tensor row_of, Tensor indices, Tensor W) -> Tensor",
-                _ragged_dot,
+                _fakes.ragged_dot,
             ),
             "ragged_outer": LowLevel(
                 "(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, SymInt n)"
                 " -> (Tensor, Tensor)",
-                _ragged_outer,
+                _fakes.ragged_outer,
             ),
         },
         backends=_WITHOUT_CUDA,
@@ -315,7 +143,7 @@ RECORDS = (
             "threshold_encode": LowLevel(
                 "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor threshold, SymInt capacity)"
                 " -> (Tensor, Tensor, Tensor)",
-                _threshold_encode,
+                _fakes.threshold_encode,
             ),
         },
         backends=_WITHOUT_CUDA,
@@ -325,7 +153,7 @@ RECORDS = (
         {
             "batch_topk_encode": LowLevel(
                 "(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt count) -> (Tensor, Tensor, Tensor)",
-                _batch_topk_encode,
+                _fakes.batch_topk_encode,
             ),
         },
         backends=_WITHOUT_CUDA,
@@ -337,18 +165,18 @@ RECORDS = (
                 "(Tensor x, Tensor W, Tensor? index, Tensor? beta, Tensor? mean, bool transpose)"
                 # (B, n)
                 " -> Tensor",
-                _grouped_matmul,
+                _fakes.grouped_matmul,
                 rows=(0, 2),
             ),
             "grouped_outer": LowLevel(
                 "(Tensor a, Tensor b, Tensor? index, SymInt groups) -> Tensor",
-                _grouped_outer,
+                _fakes.grouped_outer,
                 rows=(0, 1, 2),
                 groups=(2, 3),
             ),
             "low_rank_project": LowLevel(
                 "(Tensor x, Tensor U, Tensor s, Tensor? index, Tensor? mean) -> Tensor",
-                _low_rank_project,
+                _fakes.low_rank_project,
                 rows=(0, 3),
             ),
         },
@@ -361,7 +189,7 @@ RECORDS = (
             "mahalanobis_covariance_loss": LowLevel(
                 "(Tensor new, Tensor old, Tensor labels, Tensor factor, Tensor? s, Tensor? diag, "
                 "bool normalize, bool need_grad) -> (Tensor, Tensor)",
-                _mahalanobis_covariance_loss,
+                _fakes.mahalanobis_covariance_loss,
             ),
         },
         variants=("mahalanobis_covariance_loss_low_rank",),
@@ -374,7 +202,7 @@ RECORDS = (
                 "(Tensor old, Tensor new, Tensor prototypes, Tensor scale)"
                 # (C,), (C,), (C, d)
                 " -> (Tensor, Tensor, Tensor)",
-                _drift_sums,
+                _fakes.drift_sums,
             ),
         },
         backends=_WITHOUT_CUDA,
@@ -385,13 +213,13 @@ RECORDS = (
             "drrho_sums": LowLevel(
                 "(Tensor rows, Tensor cols, Tensor diag, Tensor scale, SymInt offset, "
                 "bool keep) -> (Tensor, Tensor, Tensor)",
-                _drrho_sums,
+                _fakes.drrho_sums,
             ),
             "drrho_grad": LowLevel(
                 "(Tensor rows, Tensor cols, Tensor diag, Tensor scale, SymInt offset, "
                 "Tensor row_u, Tensor col_u, Tensor own, Tensor kept, SymInt width, "
                 "bool need_rows, bool need_cols) -> (Tensor, Tensor, Tensor)",
-                _drrho_grad,
+                _fakes.drrho_grad,
             ),
         },
         backends=_WITHOUT_CUDA,

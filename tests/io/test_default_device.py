@@ -30,7 +30,8 @@ VERBS = ("load", "open", "read", "from_pretrained", "wise_ft", "cached")
 WITHOUT_TENSORS = {
     "clipsteer.clip.loader", "clipsteer.data.open_dataset", "clipsteer.data.read_image", "clipsteer.io.read_json",
     "clipsteer.io.open_image", "clipsteer.io.read_checked", "clipsteer.io.read_image",
-    "clipsteer.io.read_safetensors_header", "clipsteer.io.read_text", "clipsteer.ops.load", "clipsteer.training.read_value",
+    "clipsteer.io.read_safetensors_header", "clipsteer.io.read_text", "clipsteer.ops.load",
+    "clipsteer.training.read_value",
 }  # fmt: skip
 
 

@@ -1,0 +1,178 @@
+"""What the low-level ops give, without their values: for compilers and tensors without any."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# ---------------------------------------------------------------- topk_encode
+
+
+def topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    screen: bool = True,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
+
+
+# ---------------------------------------------------------------- sparse_decode
+
+
+def sparse_decode(acts: Tensor, indices: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    return W.new_empty(acts.shape[0], W.shape[1])
+
+
+def gather_dot(rows: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+    return rows.new_empty(indices.shape)
+
+
+def sparse_outer(coeff: Tensor, indices: Tensor, rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(n, rows.shape[1]), rows.new_empty(n)
+
+
+def sparse_outer_out(coeff: Tensor, indices: Tensor, rows: Tensor, dW: Tensor, db: Tensor) -> None:
+    return None
+
+
+# ---------------------------------------------------------------- ragged codes
+
+
+def _codes(x: Tensor, capacity: int | torch.SymInt) -> tuple[Tensor, Tensor, Tensor]:
+    index = torch.int64
+    values = x.new_empty(capacity)
+    return values, x.new_empty(capacity, dtype=index), x.new_empty(x.shape[0] + 1, dtype=index)
+
+
+def threshold_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor, capacity: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _codes(x, torch.library.get_ctx().new_dynamic_size() if capacity < 0 else capacity)
+
+
+def batch_topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _codes(x, torch.sym_max(count, x.shape[0]))
+
+
+def ragged_decode(
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    prefixes: list[int],
+) -> Tensor:
+    return values.new_empty(len(prefixes), offsets.shape[0] - 1, W.shape[1])
+
+
+def ragged_dot(rows: Tensor, row_of: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+    return rows.new_empty(indices.shape)
+
+
+def ragged_outer(
+    coeff: Tensor, indices: Tensor, row_of: Tensor, rows: Tensor, n: int
+) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(n, rows.shape[1]), rows.new_empty(n)
+
+
+# ---------------------------------------------------------------- conceptor_project
+
+
+def grouped_matmul(
+    x: Tensor,
+    W: Tensor,
+    index: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    transpose: bool,
+) -> Tensor:
+    return x.new_empty(x.shape[0], W.shape[1] if transpose else W.shape[2])
+
+
+def grouped_outer(a: Tensor, b: Tensor, index: Tensor | None, groups: int) -> Tensor:
+    return a.new_empty(groups, a.shape[1], b.shape[1])
+
+
+def low_rank_project(
+    x: Tensor,
+    U: Tensor,
+    s: Tensor,
+    index: Tensor | None,
+    mean: Tensor | None,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+# ---------------------------------------------------------------- mahalanobis_covariance_loss
+
+
+def mahalanobis_covariance_loss(
+    new: Tensor,
+    old: Tensor,
+    labels: Tensor,
+    factor: Tensor,
+    s: Tensor | None,
+    diag: Tensor | None,
+    normalize: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(new.dtype, torch.float32)
+    rows = new.shape[0] if need_grad else 0
+    return new.new_empty((), dtype=wide), new.new_empty(rows, new.shape[1], dtype=wide)
+
+
+# ---------------------------------------------------------------- semantic_drift
+
+
+def drift_sums(
+    old: Tensor,
+    new: Tensor,
+    prototypes: Tensor,
+    scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    C = prototypes.shape[0]
+    wide = torch.promote_types(old.dtype, torch.float32)
+    peak = prototypes.new_empty(C, dtype=wide)
+    total = prototypes.new_empty(C, dtype=wide)
+    return peak, total, prototypes.new_empty(prototypes.shape, dtype=wide)
+
+
+# ---------------------------------------------------------------- drrho_loss
+
+
+def drrho_sums(
+    rows: Tensor,
+    cols: Tensor,
+    diag: Tensor,
+    scale: Tensor,
+    offset: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    M = rows.shape[0]
+    N = cols.shape[0]
+    # whole panels and a line; see row_stride in drrho_loss.cpp
+    stride = (N + 63) // 64 * 64 + 16
+    return diag.new_empty(M), diag.new_empty(N), diag.new_empty(M if keep else 0, stride)
+
+
+def drrho_grad(
+    rows: Tensor,
+    cols: Tensor,
+    diag: Tensor,
+    scale: Tensor,
+    offset: int,
+    row_u: Tensor,
+    col_u: Tensor,
+    own: Tensor,
+    kept: Tensor,
+    width: int,
+    need_rows: bool,
+    need_cols: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    M = rows.shape[0] if need_rows else 0
+    N = cols.shape[0] if need_cols else 0
+    return diag.new_empty(M, width), diag.new_empty(N, width), diag.new_empty(())
