@@ -87,11 +87,12 @@ def _threshold_write_kernel(
     base = tl.load(base_ptr + at, mask=live, other=0)
     spoiled = tl.load(spoiled_ptr + rows, mask=live, other=0) != 0
     total = tl.load(total_ptr + at, mask=live, other=0)
-    quota = tl.zeros((BLOCK_B,), dtype=tl.int32)
     if tile_n == 0:
         nan = tl.full((BLOCK_B,), float("nan"), dtype=tl.float32)
         tl.store(values_ptr + base, nan.to(values_ptr.dtype.element_ty), mask=spoiled & (base < capacity))
-    if tl.max(total, axis=0) > J:
+    most = tl.max(total, axis=0)
+    ties = tl.zeros((BLOCK_B,), dtype=tl.int32)
+    if most > J:
         local = tl.arange(0, BLOCK_N)
         cols = tile_n * BLOCK_N + local
         acc = _pre_acts_tile(
@@ -99,47 +100,41 @@ def _threshold_write_kernel(
             HAS_BIAS, TMA, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         limit = _limits(limit_ptr, cols, n, SINGLE)[None, :]
-        # read again, as registers are short while the product is made
-        base = tl.load(base_ptr + at, mask=live, other=0)
+        # read again and again, as registers are short beside the product
         total = tl.load(total_ptr + at, mask=live, other=0)
         there = (cols < n)[None, :] & (total > 0)[:, None]
         if TIES:
-            quota = tl.load(quota_ptr + at, mask=live, other=0)
             left = tl.where((acc >= limit) & there, acc, float("nan"))
         else:
             left = tl.where((acc > limit) & there, acc, float("nan"))
-        written = tl.zeros((BLOCK_B,), dtype=tl.int32)
-        ties = tl.zeros((BLOCK_B,), dtype=tl.int32)
-        for j in range(0, tl.max(total, axis=0)):
+        for j in range(0, most):
             col, value, left = next_number(left, local, BLOCK_N)
-            chosen = j < total
+            chosen = col < BLOCK_N
+            place = tl.load(base_ptr + at, mask=live, other=0) + j
             if TIES:
                 equal = value == tl.load(limit_ptr)
-                chosen = chosen & ((equal == 0) | (ties < quota))
-                ties += (chosen & equal).to(tl.int32)
-            place = base + written
+                spare = ties - tl.load(quota_ptr + at, mask=live, other=0)
+                chosen = chosen & ((equal == 0) | (spare < 0))
+                place -= tl.maximum(spare, 0)
+                ties += equal.to(tl.int32)
             mask = chosen & (place < capacity)
             tl.store(values_ptr + place, value.to(values_ptr.dtype.element_ty), mask=mask)
             tl.store(indices_ptr + place, (tile_n * BLOCK_N + col).to(tl.int64), mask=mask)
-            written += chosen.to(tl.int32)
     else:
-        if TIES:
-            quota = tl.load(quota_ptr + at, mask=live, other=0)
-        written = tl.zeros((BLOCK_B,), dtype=tl.int32)
-        ties = tl.zeros((BLOCK_B,), dtype=tl.int32)
-        for j in range(0, tl.max(total, axis=0)):
+        for j in range(0, most):
             taken = j < total
             number = tl.load(value_ptr + at * J + j, mask=taken, other=0.0)
             column = tl.load(col_ptr + at * J + j, mask=taken, other=0).to(tl.int64)
+            where = base + j
             if TIES:
-                same = number == tl.load(limit_ptr)
-                taken = taken & ((same == 0) | (ties < quota))
-                ties += (taken & same).to(tl.int32)
-            where = base + written
+                same = taken & (number == tl.load(limit_ptr))
+                over = ties - tl.load(quota_ptr + at, mask=live, other=0)
+                taken = taken & ((same == 0) | (over < 0))
+                where -= tl.maximum(over, 0)
+                ties += same.to(tl.int32)
             inside = taken & (where < capacity)
             tl.store(values_ptr + where, number.to(values_ptr.dtype.element_ty), mask=inside)
             tl.store(indices_ptr + where, tile_n * BLOCK_N + column, mask=inside)
-            written += taken.to(tl.int32)
 
 
 class Product(NamedTuple):

@@ -17,6 +17,9 @@ HALVES = (torch.bfloat16, torch.float16)
 CROWDED = {
     "topk_encode": {"B": 3000, "d": 8, "n": 2, "k": 1},
     "sparse_decode": {"B": 3000, "d": 8, "n": 2, "k": 1},
+    "ragged_decode": {"B": 3000, "d": 8, "n": 2, "k": 1},
+    "threshold_encode": {"B": 3000, "d": 8, "n": 2, "k": 1},
+    "batch_topk_encode": {"B": 3000, "d": 8, "n": 2, "k": 1},
     "conceptor_project": {"B": 3000, "K": 2, "d": 8},
     "conceptor_project_low_rank": {"B": 3000, "K": 2, "d": 8, "r": 3},
     "mahalanobis_covariance_loss": {"B": 600, "C": 1, "d": 8},
