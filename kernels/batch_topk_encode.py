@@ -46,8 +46,8 @@ def _batch_bins_kernel(
             HAS_BIAS, TMA, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         # only of positive numbers can orders be compared as they are
-        value = least.to(tl.float32, bitcast=True)
-        left = tl.where((acc >= value) & (cols < n)[None, :], acc, float("nan"))
+        value = tl.where(cols < n, least.to(tl.float32, bitcast=True), float("nan"))
+        left = tl.where(acc >= value[None, :], acc, float("nan"))
         many = tl.where(competes, tl.sum((left == left).to(tl.int32), axis=1), 0)
         for i in range(0, tl.max(many, axis=0)):
             _, number, left = next_number(left, tl.arange(0, BLOCK_N), BLOCK_N)

@@ -24,9 +24,9 @@ EMITTED = 8  # a row of a tile, 256 features wide at most
 
 @triton.jit
 def _limits(limit_ptr, cols, n, SINGLE: tl.constexpr):
-    if SINGLE:
-        return tl.load(limit_ptr + tl.zeros_like(cols)).to(tl.float32)
-    return tl.load(limit_ptr + cols, mask=cols < n, other=float("inf")).to(tl.float32)
+    """A column's limit; beyond the last one NaN, which nothing is above or equals."""
+    at = tl.zeros_like(cols) if SINGLE else cols
+    return tl.load(limit_ptr + at, mask=cols < n, other=float("nan")).to(tl.float32)
 
 
 @triton.jit
@@ -55,16 +55,16 @@ def _threshold_count_kernel(
         HAS_BIAS, TMA, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     limit = _limits(limit_ptr, cols, n, SINGLE)[None, :]
-    inside = (cols < n)[None, :]
     live = rows < B
     at = rows.to(tl.int64) * tl.cdiv(n, BLOCK_N) + tile_n
-    tl.store(above_ptr + at, tl.sum(((acc > limit) & inside).to(tl.int32), axis=1), mask=live)
-    tl.store(nan_ptr + at, tl.sum(((acc != acc) & inside).to(tl.int32), axis=1), mask=live)
+    tl.store(above_ptr + at, tl.sum((acc > limit).to(tl.int32), axis=1), mask=live)
+    # columns beyond the last one repeat it
+    tl.store(nan_ptr + at, tl.sum((acc != acc).to(tl.int32), axis=1), mask=live)
     if TIES:
-        tl.store(equal_ptr + at, tl.sum(((acc == limit) & inside).to(tl.int32), axis=1), mask=live)
-        left = tl.where((acc >= limit) & inside, acc, float("nan"))
+        tl.store(equal_ptr + at, tl.sum((acc == limit).to(tl.int32), axis=1), mask=live)
+        left = tl.where(acc >= limit, acc, float("nan"))
     else:
-        left = tl.where((acc > limit) & inside, acc, float("nan"))
+        left = tl.where(acc > limit, acc, float("nan"))
     for j in range(J):
         col, value, left = next_number(left, local, BLOCK_N)
         emitted = live & (col < BLOCK_N)
@@ -102,7 +102,7 @@ def _threshold_write_kernel(
         limit = _limits(limit_ptr, cols, n, SINGLE)[None, :]
         # read again and again, as registers are short beside the product
         total = tl.load(total_ptr + at, mask=live, other=0)
-        there = (cols < n)[None, :] & (total > 0)[:, None]
+        there = (total > 0)[:, None]
         if TIES:
             left = tl.where((acc >= limit) & there, acc, float("nan"))
         else:
