@@ -5,10 +5,6 @@
 namespace clipsteer {
 namespace {
 
-using torch::stable::parallel_for;
-
-constexpr int64_t kPanelColumns = 512;
-
 // A pre-activation of a row; the greater is larger or, at equal values, comes first.
 template <class V>
 struct Entry {
@@ -94,42 +90,18 @@ void search_whole(const T* x, const T* w, const T* b, int64_t rows, int64_t n, i
   using V = Compute<T>;
   const Kernels<V>& kernel = kernels<V>();
   constexpr int64_t kRows = 256, kRoom = kPanelColumns + Candidates<V>::kSlack;
-  const int64_t panels = (n + kPanelColumns - 1) / kPanelColumns, slots = int64_t(searches.size());
-  const int64_t block = std::min(rows, kRows);
-  std::unique_ptr<V[]> panel(new V[slots * block * kPanelColumns]);
-  std::unique_ptr<V[]> wide_w(kNarrow<T> ? new V[slots * kPanelColumns * d] : nullptr);
-  std::unique_ptr<V[]> wide_x(kNarrow<T> ? new V[block * d] : nullptr);
-  std::unique_ptr<V[]> wide_b(kNarrow<T> && b ? new V[n] : nullptr);
-  const V* bias = b ? widened(b, wide_b.get(), n) : nullptr;
-  for (int64_t r0 = 0; r0 < rows; r0 += block) {
-    const int64_t count = std::min(block, rows - r0);
-    const Tensor input = matrix(widened(x + r0 * d, wide_x.get(), count * d), count, d, d, 1);
-    parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
-      std::unique_ptr<Key<V>[]> keys(new Key<V>[kRoom]);
-      for (int64_t s = begin; s < end; ++s) {
-        V* out = panel.get() + s * block * kPanelColumns;
-        Search& search = searches[s];
-        search.begin(r0, count);
-        for (int64_t p = panels * s / slots; p < panels * (s + 1) / slots; ++p) {
-          const int64_t first = p * kPanelColumns, columns = std::min(kPanelColumns, n - first);
-          if (d > 0) {
-            const V* weights =
-                widened(w + first * d, wide_w.get() + (kNarrow<T> ? s * kPanelColumns * d : 0), columns * d);
-            multiply(input, matrix(weights, d, columns, 1, d), matrix(out, count, columns, columns, 1));
-          } else {
-            std::fill_n(out, count * columns, V(0));
-          }
-          for (int64_t r = 0; r < count; ++r) {
-            if (search.done(r)) continue;
-            Candidates<V> found{keys.get(), 0, kRoom, kRoom, search.panel_bound(first), false};
-            kernel.filter(out + r * columns, bias ? bias + first : nullptr, columns, uint32_t(first), found);
-            if (found.nan) search.take(r, std::numeric_limits<V>::quiet_NaN(), first);
-            for (int64_t i = 0; i < found.count; ++i) search.take(r, keys[i].value(), keys[i].column());
-          }
-        }
-      }
-    });
-  }
+  const int64_t slots = int64_t(searches.size());
+  std::unique_ptr<Key<V>[]> keys(new Key<V>[slots * kRoom]);
+  const auto begin_slot = [&](int64_t s, int64_t r0, int64_t count) { searches[s].begin(r0, count); };
+  const auto take_row = [&](int64_t s, int64_t r, const V* values, const V* bias, int64_t first, int64_t columns) {
+    Search& search = searches[s];
+    if (search.done(r)) return;
+    Candidates<V> found{keys.get() + s * kRoom, 0, kRoom, kRoom, search.panel_bound(first), false};
+    kernel.filter(values, bias, columns, uint32_t(first), found);
+    if (found.nan) search.take(r, std::numeric_limits<V>::quiet_NaN(), first);
+    for (int64_t i = 0; i < found.count; ++i) search.take(r, found.keys[i].value(), found.keys[i].column());
+  };
+  for_each_panel(x, w, b, rows, n, d, slots, std::min(rows, kRows), begin_slot, take_row, [](int64_t, int64_t) {});
 }
 
 template <class V>

@@ -7,7 +7,6 @@ namespace {
 
 using torch::stable::parallel_for;
 
-constexpr int64_t kPanelColumns = 512;
 constexpr int64_t kMaxBlockRows = 256;
 
 template <class T>
@@ -16,7 +15,6 @@ void encode(const T* x, const T* w, const T* b, int64_t rows, int64_t n, int64_t
   using V = Compute<T>;
   const Kernels<V>& kernel = kernels<V>();
   const int64_t panels = (n + kPanelColumns - 1) / kPanelColumns;
-  // Each slot takes a run of panels with its own bounds, so one thread makes each GEMM, whatever the thread count.
   const int64_t slots = std::min<int64_t>(torch::stable::get_num_threads(), panels);
   const int64_t slot_columns = std::min(n, (panels + slots - 1) / slots * kPanelColumns);
   const int64_t limit = Candidates<V>::limit_for(k, slot_columns);
@@ -24,38 +22,16 @@ void encode(const T* x, const T* w, const T* b, int64_t rows, int64_t n, int64_t
   const int64_t row_bytes = slots * (kPanelColumns * sizeof(V) + capacity * sizeof(Key<V>));
   const int64_t block = std::min({rows, kMaxBlockRows, std::max<int64_t>(kScratchBytes / row_bytes, 16)});
 
-  std::unique_ptr<V[]> panel(new V[slots * block * kPanelColumns]);
   std::unique_ptr<Key<V>[]> keys(new Key<V>[slots * block * capacity]);
   std::vector<Candidates<V>> state(slots * block);
-  std::unique_ptr<V[]> wide_w(kNarrow<T> ? new V[slots * kPanelColumns * d] : nullptr);
-  std::unique_ptr<V[]> wide_x(kNarrow<T> ? new V[block * d] : nullptr);
-  std::unique_ptr<V[]> wide_b(kNarrow<T> && b ? new V[n] : nullptr);
-  const V* bias = b ? widened(b, wide_b.get(), n) : nullptr;
-
-  for (int64_t r0 = 0; r0 < rows; r0 += block) {
-    const int64_t count = std::min(block, rows - r0);
-    const Tensor input = matrix(widened(x + r0 * d, wide_x.get(), count * d), count, d, d, 1);
-    parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t s = begin; s < end; ++s) {
-        V* out = panel.get() + s * block * kPanelColumns;
-        Candidates<V>* slot = state.data() + s * block;
-        for (int64_t r = 0; r < count; ++r) slot[r].reset(keys.get() + (s * block + r) * capacity, limit, k);
-        for (int64_t p = panels * s / slots; p < panels * (s + 1) / slots; ++p) {
-          const int64_t first = p * kPanelColumns, columns = std::min(kPanelColumns, n - first);
-          if (d > 0) {
-            const V* weights =
-                widened(w + first * d, wide_w.get() + (kNarrow<T> ? s * kPanelColumns * d : 0), columns * d);
-            multiply(input, matrix(weights, d, columns, 1, d), matrix(out, count, columns, columns, 1));
-          } else {
-            std::fill_n(out, count * columns, V(0));
-          }
-          for (int64_t r = 0; r < count; ++r) {
-            if (slot[r].nan) continue;
-            kernel.filter(out + r * columns, bias ? bias + first : nullptr, columns, first, slot[r]);
-          }
-        }
-      }
-    });
+  const auto begin_slot = [&](int64_t s, int64_t, int64_t count) {
+    for (int64_t r = s * block; r < s * block + count; ++r) state[r].reset(keys.get() + r * capacity, limit, k);
+  };
+  const auto take_row = [&](int64_t s, int64_t r, const V* values, const V* bias, int64_t first, int64_t columns) {
+    Candidates<V>& row = state[s * block + r];
+    if (!row.nan) kernel.filter(values, bias, columns, uint32_t(first), row);
+  };
+  for_each_panel(x, w, b, rows, n, d, slots, block, begin_slot, take_row, [&](int64_t r0, int64_t count) {
     parallel_for(0, count, 32, [&](int64_t begin, int64_t end) {
       std::vector<Key<V>> merged;
       std::vector<V> buffer(k);
@@ -71,7 +47,7 @@ void encode(const T* x, const T* w, const T* b, int64_t rows, int64_t n, int64_t
                      indices + (r0 + r) * k);
       }
     });
-  }
+  });
 }
 
 template <class T>
