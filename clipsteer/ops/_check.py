@@ -68,6 +68,22 @@ def has_values(t: Tensor) -> bool:
     return not t.is_meta
 
 
+def check_encoder(op: str, named: dict[str, Any], leading: str) -> None:
+    """x (leading, d_in), W_enc (d_sae, d_in) and, if any, b_enc (d_sae,), where ``leading`` is "B"
+    or, for any shape, "..."."""
+    check_tensors(op, named)
+    x = named["x"]
+    W_enc = named["W_enc"]
+    if W_enc.dim() != 2:
+        expected = "of shape (d_sae, d_in)"
+        raise ValueError(mistake(op, "W_enc", expected, tuple(W_enc.shape), named))
+    fits = x.dim() == 2 if leading == "B" else x.dim() > 0
+    if not fits or x.shape[-1] != W_enc.shape[1]:
+        expected = f"of shape ({leading}, d_in = {W_enc.shape[1]})"
+        raise ValueError(mistake(op, "x", expected, tuple(x.shape), named))
+    check_shape(op, named, "b_enc", (W_enc.shape[0],), "(d_sae,)")
+
+
 def check_indices(
     op: str,
     indices: Tensor,

@@ -72,9 +72,9 @@ def _ragged_dot(rows, row, indices, W):
 
 
 def _ragged_outer(coeff, indices, row, rows, n):
-    there = torch.where(row < 0, 0, _wide(coeff))[:, None]
-    sums = there.new_zeros(n, rows.shape[1] + 1)
-    pairs = torch.cat([there * _wide(rows)[row.clamp_min(0)], there], dim=1)
+    factor = _wide(coeff)[:, None]
+    sums = factor.new_zeros(n, rows.shape[1] + 1)
+    pairs = torch.cat([factor * _wide(rows)[row.clamp_min(0)], factor], dim=1)
     # a pair without a row adds nothing, not even a zero times an infinity
     sums = sums.index_add(0, indices, torch.where(row[:, None] < 0, 0, pairs))
     return sums[:, :-1].to(rows.dtype).contiguous(), sums[:, -1].to(rows.dtype).contiguous()

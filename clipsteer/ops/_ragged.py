@@ -202,7 +202,7 @@ class RaggedEncode(Function):
         if ctx.needs_input_grad[0]:
             d_x = decode(grad, indices, offsets, W, None, [W.shape[0]], backend)[0]
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            row = _row_or_none(SparseCodes(values, indices, offsets))
+            row = row_or_none(SparseCodes(values, indices, offsets))
             d_W, d_b = pair_gradient(grad, indices, row, x, W, backend, sparse_grad)
         needs = ctx.needs_input_grad
         return d_x, d_W if needs[1] else None, d_b if needs[2] else None, *others
@@ -210,7 +210,7 @@ class RaggedEncode(Function):
     @staticmethod
     def jvp(ctx, t_x, t_W, t_b, *others):
         x, W, values, indices, offsets = ctx.saved_tensors
-        row = _row_or_none(SparseCodes(values, indices, offsets))
+        row = row_or_none(SparseCodes(values, indices, offsets))
         of_x = of_W = of_b = None
         if t_x is not None:
             of_x = dot(t_x.contiguous(), row, indices, W, ctx.options[0])
@@ -224,7 +224,7 @@ class RaggedEncode(Function):
         return tangent, None, None
 
 
-def _row_or_none(codes: SparseCodes) -> Tensor:
+def row_or_none(codes: SparseCodes) -> Tensor:
     """The row (m,) of each code, -1 for padding."""
     row = code_rows(codes)
     return torch.where(row < codes.offsets.shape[0] - 1, row, -1)

@@ -17,7 +17,7 @@ from clipsteer.ops._dispatch import choose
 from clipsteer.ops._ragged import SparseCodes, encode
 from clipsteer.ops._reference import rounded_once
 from clipsteer.ops._sparse import with_gradient_options
-from clipsteer.ops.threshold_encode import check_encoder, codes_where
+from clipsteer.ops.threshold_encode import codes_where
 
 __all__ = ["batch_topk_encode", "batch_topk_encode_reference"]
 
@@ -53,11 +53,11 @@ def batch_topk_encode(
     """Encode a batch to its ``count`` largest pre-activations, those that are positive.
 
     Args:
-        x: (B, d_in) activations, float32, bfloat16, float16 or float64.
+        x: (B, d_in) activations, float32, bfloat16, float16 or (reference, cpp) float64.
         W_enc: (d_sae, d_in) dictionary, a feature a row, of ``x``'s dtype.
         b_enc: (d_sae,) or None.
         count: how many in all, k·B for k a row on average.
-        backend: ``"auto" | "reference" | "cpp"``; ``ops.explain`` says which can run.
+        backend: ``"auto" | "reference" | "cpp" | "triton"``; ``ops.explain`` says which can run.
         sparse_grad: the gradient of ``W_enc`` is a sparse COO tensor of the rows in use.
 
     Returns ``SparseCodes`` with room for max(count, B) codes, a row's features in ascending order.
@@ -78,7 +78,7 @@ def batch_topk_encode(
     if all(isinstance(t, Tensor) for t in (x, W_enc)):
         x, W_enc, b_enc = _check.autocast(x, W_enc, b_enc)
         named.update(x=x, W_enc=W_enc, b_enc=b_enc)
-    check_encoder(op, named)
+    _check.check_encoder(op, named, "B")
     if isinstance(count, bool) or not isinstance(count, (int, torch.SymInt)):
         raise TypeError(_check.mistake(op, "count", "an int", type(count).__name__, named))
     if count < 0:

@@ -66,7 +66,7 @@ def ragged_decode(
         b_dec: (d_in,) or None.
         prefixes: n_1 < n_2 < … = d_sae: one reconstruction from the features below each of them,
             as a Matryoshka SAE is trained on.
-        backend: ``"auto" | "reference" | "cpp"``; ``ops.explain`` says which can run.
+        backend: ``"auto" | "reference" | "cpp" | "triton"``; ``ops.explain`` says which can run.
         sparse_grad: the gradient of ``W_dec`` is a sparse COO tensor of the rows in use.
 
     Returns:

@@ -61,19 +61,6 @@ def threshold_encode_reference(
     return codes_where(pre, keep, capacity)
 
 
-def check_encoder(op: str, named: dict[str, Any]) -> None:
-    """Shapes and dtypes of x, W_enc, b_enc."""
-    _check.check_tensors(op, named)
-    x, W_enc = named["x"], named["W_enc"]
-    if W_enc.dim() != 2:
-        expected = "of shape (d_sae, d_in)"
-        raise ValueError(_check.mistake(op, "W_enc", expected, tuple(W_enc.shape), named))
-    if x.dim() != 2 or x.shape[1] != W_enc.shape[1]:
-        expected = f"of shape (B, d_in = {W_enc.shape[1]})"
-        raise ValueError(_check.mistake(op, "x", expected, tuple(x.shape), named))
-    _check.check_shape(op, named, "b_enc", (W_enc.shape[0],), "(d_sae,)")
-
-
 def threshold_encode(
     x: Tensor,  # (B, d_in)
     W_enc: Tensor,  # (d_sae, d_in)
@@ -88,7 +75,7 @@ def threshold_encode(
     """Encode to all pre-activations that are larger than a threshold.
 
     Args:
-        x: (B, d_in) activations, float32, bfloat16, float16 or float64.
+        x: (B, d_in) activations, float32, bfloat16, float16 or (reference, cpp) float64.
         W_enc: (d_sae, d_in) dictionary, a feature a row, of ``x``'s dtype.
         b_enc: (d_sae,) or None.
         threshold: one for all features, or one a feature; compared strictly.
@@ -96,7 +83,7 @@ def threshold_encode(
         capacity: how many codes there is room for; None makes as much as there are, which a GPU has
             to wait for. With too little room the last codes are missing, and
             ``codes.offsets[-1] > capacity`` says so.
-        backend: ``"auto" | "reference" | "cpp"``; ``ops.explain`` says which can run.
+        backend: ``"auto" | "reference" | "cpp" | "triton"``; ``ops.explain`` says which can run.
         sparse_grad: the gradient of ``W_enc`` is a sparse COO tensor of the rows in use.
 
     Returns ``SparseCodes``, a row's features in ascending order. A row with a NaN pre-activation
@@ -119,7 +106,7 @@ def threshold_encode(
         if isinstance(W_enc, Tensor):
             x, W_enc, b_enc, threshold = _check.autocast(x, W_enc, b_enc, threshold)
         named = {"x": x, "W_enc": W_enc, "b_enc": b_enc, "threshold": threshold}
-    check_encoder(op, named)
+    _check.check_encoder(op, named, "B")
     assert isinstance(threshold, Tensor)
     n = W_enc.shape[0]
     if threshold.dim() > 1 or (threshold.dim() == 1 and threshold.shape[0] != n):

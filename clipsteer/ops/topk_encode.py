@@ -167,14 +167,7 @@ def topk_encode(
     if all(isinstance(t, Tensor) for t in (x, W_enc)):
         x, W_enc, b_enc = _check.autocast(x, W_enc, b_enc)
         named.update(x=x, W_enc=W_enc, b_enc=b_enc)
-    _check.check_tensors(op, named)
-    if W_enc.dim() != 2:
-        expected = "of shape (d_sae, d_in)"
-        raise ValueError(_check.mistake(op, "W_enc", expected, tuple(W_enc.shape), named))
-    if x.dim() == 0 or x.shape[-1] != W_enc.shape[1]:
-        expected = f"of shape (..., d_in = {W_enc.shape[1]})"
-        raise ValueError(_check.mistake(op, "x", expected, tuple(x.shape), named))
-    _check.check_shape(op, named, "b_enc", (W_enc.shape[0],), "(d_sae,)")
+    _check.check_encoder(op, named, "...")
     if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
         raise TypeError(_check.mistake(op, "k", "an int", type(k).__name__, named))
     if not 1 <= k <= W_enc.shape[0]:

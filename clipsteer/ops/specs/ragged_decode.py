@@ -7,13 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.ops._bounds import fraction_of_bound
+from clipsteer.ops._ragged import SparseCodes, row_or_none
 from clipsteer.ops._spec import Draw, Errors, Inputs, OpSpec, Shape, Tensors, sizes, unpacked
-from clipsteer.ops.ragged_decode import (
-    SparseCodes,
-    code_rows,
-    ragged_decode,
-    ragged_decode_reference,
-)
+from clipsteer.ops.ragged_decode import ragged_decode, ragged_decode_reference
 
 
 def draw_codes(case: Draw, B: int, n: int, k: int) -> Inputs:
@@ -40,8 +36,7 @@ def _draw(case: Draw) -> Inputs:
 def _pairs(inputs: Inputs) -> tuple[Tensor, Tensor, list[int]]:
     """Of each code its row, -1 for padding, and the number of its prefix; the prefixes."""
     codes = SparseCodes(inputs["values"], inputs["indices"], inputs["offsets"])
-    row = code_rows(codes)
-    row = torch.where(row < len(codes.offsets) - 1, row, -1)
+    row = row_or_none(codes)
     limits = inputs["prefixes"] or [inputs["W_dec"].shape[0]]
     group = torch.searchsorted(torch.tensor(limits), inputs["indices"], right=True)
     return row, group, limits
