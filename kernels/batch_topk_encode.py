@@ -16,12 +16,19 @@ import triton.language as tl
 
 from ._launch import interpreted, next_power_of_2, on_device
 from ._product import tile_numbers
-from .threshold_encode import Product, encode_above, next_number, none_at_all, product_of
-from .topk_encode import _ordered, _pre_acts_tile, _topk_encode_fwd_kernel, candidates_per_bucket
+from .threshold_encode import encode_above, next_number, none_at_all
+from .topk_encode import (
+    MAX_CANDIDATES_PER_BUCKET,
+    Product,
+    _ordered,
+    _pre_acts_tile,
+    candidates_per_bucket,
+    emitted,
+    product_of,
+)
 
 BINS = 2048
 WIDTHS = (20, 9, 0)  # bits of a bin: 2^31 numbers, then the bins' own
-MAX_EMITTED = 16
 NAN = 0x7FFFFFFF
 
 
@@ -103,12 +110,8 @@ def batch_topk_encode(
     with on_device(x):
         product = product_of(x, W_enc, b_enc)
         # as many a row as on average, and half as many again
-        J = min(MAX_EMITTED, candidates_per_bucket(product.tiles, min(n, max(1, 3 * count // (2 * B)))))
-        order = torch.empty((B, product.tiles, J), dtype=torch.int32, device=x.device)
-        col = torch.empty((B, product.tiles, J), dtype=torch.uint8, device=x.device)
-        _topk_encode_fwd_kernel[product.grid](
-            *product.factors, product.bias, order, col, *product.sizes, J=J, **product.flags, **product.config
-        )
+        J = min(MAX_CANDIDATES_PER_BUCKET, candidates_per_bucket(product.tiles, min(n, max(1, 3 * count // (2 * B)))))
+        order, _ = emitted(product, J)
         spoiled = (order == NAN).any(2).any(1)
         wanted = count - spoiled.sum()
         spoiled = spoiled.to(torch.int8)

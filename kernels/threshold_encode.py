@@ -9,15 +9,13 @@ With TIES the limit is a value that some pre-activations equal, of which the fir
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, interpreted, on_device, operands, product_options, shared_memory_limit
+from ._launch import interpreted, on_device
 from ._product import tile_numbers
-from .topk_encode import _pre_acts_tile, tile_config
+from .topk_encode import Product, _pre_acts_tile, product_of
 
 EMITTED = 8  # a row of a tile, 256 features wide at most
 
@@ -135,39 +133,6 @@ def _threshold_write_kernel(
             inside = taken & (where < capacity)
             tl.store(values_ptr + where, number.to(values_ptr.dtype.element_ty), mask=inside)
             tl.store(indices_ptr + where, tile_n * BLOCK_N + column, mask=inside)
-
-
-class Product(NamedTuple):
-    """How the pre-activations of a call are multiplied: what its kernels are given besides their own."""
-
-    factors: tuple[object, object]
-    bias: torch.Tensor
-    config: dict[str, int]
-    flags: dict[str, object]
-    sizes: tuple[int, int, int]  # B, n, d
-
-    @property
-    def tiles(self) -> int:
-        return cdiv(self.sizes[1], self.config["BLOCK_N"])
-
-    @property
-    def grid(self) -> tuple[int]:
-        return (cdiv(self.sizes[0], self.config["BLOCK_B"]) * self.tiles,)
-
-
-def product_of(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> Product:
-    """Tiles of x Wᵀ + b as ``topk_encode`` takes them."""
-    d = x.shape[1]
-    options = product_options(x, W)
-    by_number = not options["TMA"] and d % 16 != 0
-    if interpreted(_threshold_count_kernel):
-        config = {"BLOCK_B": 64, "BLOCK_N": 64, "BLOCK_D": 64}
-    else:
-        machine = options["PRECISION"], shared_memory_limit(x.device)
-        config = tile_config(x.dtype, *machine, by_number=by_number, tma=options["TMA"])
-    factors = operands(x, W, options["TMA"], config["BLOCK_B"], config["BLOCK_N"], config["BLOCK_D"])
-    flags = {"HAS_BIAS": b is not None, "EVEN_D": d % config["BLOCK_D"] == 0, **options}
-    return Product(factors, W if b is None else b, config, flags, (x.shape[0], W.shape[0], d))
 
 
 def encode_above(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -238,6 +239,51 @@ def select_config(k: int, candidates: int, block_n: int, element_size: int) -> d
     }
 
 
+class Product(NamedTuple):
+    """How the pre-activations of a call are multiplied: what its kernels are given besides their own."""
+
+    factors: tuple[object, object]
+    bias: torch.Tensor
+    config: dict[str, int]
+    flags: dict[str, object]
+    sizes: tuple[int, int, int]  # B, n, d
+
+    @property
+    def tiles(self) -> int:
+        return cdiv(self.sizes[1], self.config["BLOCK_N"])
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (cdiv(self.sizes[0], self.config["BLOCK_B"]) * self.tiles,)
+
+
+def product_of(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, whole_rows: bool = False) -> Product:
+    """Tiles of x Wᵀ + b, of which keys of ``whole_rows`` may be written."""
+    d = x.shape[1]
+    options = product_options(x, W)
+    by_number = not options["TMA"] and d % 16 != 0  # what triton's specialisation knows of d
+    if interpreted(_topk_encode_fwd_kernel):
+        # few programs, but several buckets: an interpreted program costs tens of milliseconds
+        config = {"BLOCK_B": 64, "BLOCK_N": 64, "BLOCK_D": 64}
+    else:
+        machine = options["PRECISION"], shared_memory_limit(x.device)
+        config = tile_config(x.dtype, *machine, whole_rows, by_number, options["TMA"])
+    factors = operands(x, W, options["TMA"], config["BLOCK_B"], config["BLOCK_N"], config["BLOCK_D"])
+    flags = {"HAS_BIAS": b is not None, "EVEN_D": d % config["BLOCK_D"] == 0, **options}
+    return Product(factors, W if b is None else b, config, flags, (x.shape[0], W.shape[0], d))
+
+
+def emitted(product: Product, J: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The J largest of each row of each tile: orders and columns within the tile, (B, tiles, J)."""
+    shape = (product.sizes[0], product.tiles, J)
+    order = torch.empty(shape, dtype=torch.int32, device=product.bias.device)
+    col = torch.empty(shape, dtype=torch.uint8, device=product.bias.device)
+    _topk_encode_fwd_kernel[product.grid](
+        *product.factors, product.bias, order, col, *product.sizes, J=J, **product.flags, **product.config
+    )
+    return order, col
+
+
 def topk_encode(
     x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor | None, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -254,34 +300,17 @@ def topk_encode(
     if B == 0 or k == 0:
         return acts, indices
 
-    options = product_options(x, W_enc)
-    by_number = not options["TMA"] and d % 16 != 0  # what triton's specialisation knows of d
-    machine = options["PRECISION"], shared_memory_limit(x.device)
-    if on_cpu:
-        # Few programs, but several buckets: an interpreted program costs tens of milliseconds.
-        config = {"BLOCK_B": 64, "BLOCK_N": 64, "BLOCK_D": 64}
-    else:
-        config = tile_config(x.dtype, *machine, by_number=by_number, tma=options["TMA"])
-    buckets = cdiv(n, config["BLOCK_N"])
-    J = candidates_per_bucket(buckets, k)
-    whole_rows = k > MAX_K or J > MAX_CANDIDATES_PER_BUCKET
-    if whole_rows and not on_cpu:
-        config = tile_config(x.dtype, *machine, whole_rows=True, by_number=by_number, tma=options["TMA"])
-        buckets = cdiv(n, config["BLOCK_N"])
-    flags = {"HAS_BIAS": b_enc is not None, "EVEN_D": d % config["BLOCK_D"] == 0, **options}
-    bias = W_enc if b_enc is None else b_enc
-
-    def factors(rows: torch.Tensor) -> tuple[object, object]:
-        return operands(rows, W_enc, options["TMA"], config["BLOCK_B"], config["BLOCK_N"], config["BLOCK_D"])
-
+    product = product_of(x, W_enc, b_enc)
+    J = candidates_per_bucket(product.tiles, k)
     with on_device(x):
-        if whole_rows:
+        if k > MAX_K or J > MAX_CANDIDATES_PER_BUCKET:
             step = max(1, KEY_BUFFER_BYTES // (8 * n))
             for start in range(0, B, step):
-                rows = x[start : start + step]
-                keys = torch.empty((rows.shape[0], n), dtype=torch.int64, device=x.device)
-                grid = (cdiv(rows.shape[0], config["BLOCK_B"]) * buckets,)
-                _topk_encode_keys_kernel[grid](*factors(rows), bias, keys, rows.shape[0], n, d, **flags, **config)
+                part = product_of(x[start : start + step], W_enc, b_enc, whole_rows=True)
+                keys = torch.empty((part.sizes[0], n), dtype=torch.int64, device=x.device)
+                _topk_encode_keys_kernel[part.grid](
+                    *part.factors, part.bias, keys, *part.sizes, **part.flags, **part.config
+                )
                 top = torch.topk(keys, k, dim=1, sorted=True).values
                 order = (top >> 32).to(torch.int32)
                 value = order.clamp(min=0).view(torch.float32)
@@ -289,16 +318,14 @@ def topk_encode(
                 indices[start : start + step] = 0x7FFFFFFF - (top & 0x7FFFFFFF)
             return acts, indices
 
-        order = torch.empty((B, buckets, J), dtype=torch.int32, device=x.device)
-        col = torch.empty((B, buckets, J), dtype=torch.uint8, device=x.device)
-        grid = (cdiv(B, config["BLOCK_B"]) * buckets,)
-        _topk_encode_fwd_kernel[grid](*factors(x), bias, order, col, B, n, d, J=J, **flags, **config)
-        select = select_config(k, buckets * J, config["BLOCK_N"], x.element_size())
+        order, col = emitted(product, J)
+        select = select_config(k, product.tiles * J, product.config["BLOCK_N"], x.element_size())
         if on_cpu:
             select = {**select, "BLOCK_B": 32, "BLOCK_D": 64}
             del select["num_warps"], select["num_stages"]
         grid = (cdiv(B, select["BLOCK_B"]),)
         _topk_encode_select_kernel[grid](
-            order, col, x, W_enc, bias, acts, indices, B, n, d, k, J=J, HAS_BIAS=b_enc is not None, **select
-        )
+            order, col, x, W_enc, product.bias, acts, indices, *product.sizes, k,
+            J=J, HAS_BIAS=b_enc is not None, **select,
+        )  # fmt: skip
     return acts, indices

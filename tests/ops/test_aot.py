@@ -248,7 +248,7 @@ def compile_all(target_name: str, cases: list[str]) -> dict[str, list[dict]]:
     # what the launchers ask to choose a configuration, and the products that torch makes between launches
     torch.version.hip = "ahead of time" if hip else None
     _launch.has_bulk_copies = lambda device: target_name == "sm_90"
-    for module in (topk_encode, threshold_encode, conceptor_project):
+    for module in (topk_encode, conceptor_project):
         module.shared_memory_limit = lambda device: SHARED_MEMORY[target_name]
     _launch.has_tf32 = lambda device: not hip or target_name == "gfx942"
     _launch.two_programs = lambda device: {"maxnreg": 128} if target_name == "sm_90" else {}
