@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from _command import in_processes
 from clipsteer import FileFormatError, ops
 from clipsteer.conceptors import Conceptor
 from clipsteer.continual.covariance import ClassStatistics, compress, precision_factor, shrink
@@ -120,13 +117,7 @@ def test_two_processes_equal_numpy_on_all_rows(tmp_path):
     x, labels = rows(150, 6, offset=100.0), torch.arange(150) % 3
     labels[100:110] = 3
     torch.save({"x": x, "labels": labels}, tmp_path / "rows.pt")
-    (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "worker.py"), str(tmp_path)], capture_output=True, text=True, timeout=150,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_processes(tmp_path, WORKER, tmp_path, timeout=150)
     for rank in (0, 1):
         assert_equals_numpy(ClassStatistics.load(tmp_path / f"joint-{rank}.safetensors"), x, labels)
 

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from _command import in_processes
 from clipsteer import ops, testing
 from clipsteer.continual.drift import DriftAccumulator, median_sigma
 from clipsteer.ops import REGISTRY, _dispatch
@@ -292,14 +293,7 @@ torch.save({"moved": lonely.all_reduce().result()}, f"{out}/lonely-{rank}.pt")
 def test_two_processes_equal_one_call(tmp_path):
     x = torch.randn(410, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.save(x, tmp_path / "rows.pt")
-    (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*command, str(tmp_path / "worker.py"), str(tmp_path)],
-        env=environment, capture_output=True, text=True, timeout=150,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_processes(tmp_path, WORKER, tmp_path, timeout=150)
     old, new, mu = x[:400], x[:400].roll(3, 1) * 0.9, x[400:410]
     for name, sigma, floor in (("near", 0.4, 0.0), ("wide", 3.0, 1e-5), ("lonely", 1.0, 0.0)):
         expected = ops.semantic_drift(old, new, mu, sigma, floor)

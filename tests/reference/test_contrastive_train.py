@@ -2,9 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from _command import in_processes
 from clipsteer import clip as clip_module
 from clipsteer.data.files import captions, image_folder
 from clipsteer.io.files import FileFormatError, read_safetensors, write_json
@@ -296,12 +294,7 @@ def test_two_and_three_processes_equal_one(folder, data, tmp_path, sizes):
         out = tmp_path / str(size)
         out.mkdir()
         (out / "reference.safetensors").write_bytes((tmp_path / "reference.safetensors").read_bytes())
-        (out / "worker.py").write_text(WORKER)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-        command += [str(out / "worker.py"), str(folder), str(out), json.dumps(cases)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-        assert done.returncode == 0, done.stderr
+        in_processes(out, WORKER, folder, out, json.dumps(cases), size=size, timeout=300)
         for name in cases:
             logs[size, name] = [json.loads(line) for line in (out / name / "log.jsonl").read_text().splitlines()]
     features = {

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch import Tensor
 
+from _command import in_processes
 from clipsteer import ops, testing
 from clipsteer.reference.drrho import DRRhoLoss, gamma_schedule
 
@@ -186,14 +184,7 @@ def test_processes_with_uneven_shares_equal_one_on_the_joint_batch(tmp_path, siz
     cases = {
         f"{b}-{d}-{r}": (SPLITS[size], d, b, r) for b in backends for d in ("float32", "float64") for r in (True, False)
     }
-    (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*command, str(tmp_path / "worker.py"), str(tmp_path), json.dumps(cases)],
-        env=environment, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_processes(tmp_path, WORKER, tmp_path, json.dumps(cases), size=size)
     scope = {"__name__": "worker"}
     exec(compile(WORKER, "worker.py", "exec"), scope)
     for name, (splits, dtype, backend, reference) in cases.items():
@@ -265,13 +256,7 @@ torch.distributed.destroy_process_group()
 
 def test_no_value_is_read_in_a_step_of_several_processes(tmp_path):
     """So that a CUDA graph can hold a step, and the host runs ahead of the GPU."""
-    (tmp_path / "worker.py").write_text(UNREAD)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*command, str(tmp_path / "worker.py")], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_processes(tmp_path, UNREAD)
 
 
 COUNTED = """
@@ -292,10 +277,4 @@ dist.destroy_process_group()
 
 
 def test_rows_are_counted_between_hosts(tmp_path):
-    (tmp_path / "worker.py").write_text(COUNTED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*command, str(tmp_path / "worker.py")], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_processes(tmp_path, COUNTED)
