@@ -54,12 +54,12 @@ def _batch_bins_kernel(
         )  # fmt: skip
         # only of positive numbers can orders be compared as they are
         value = tl.where(cols < n, least.to(tl.float32, bitcast=True), float("nan"))
-        left = tl.where(acc >= value[None, :], acc, float("nan"))
-        many = tl.where(competes, tl.sum((left == left).to(tl.int32), axis=1), 0)
-        for i in range(0, tl.max(many, axis=0)):
-            _, number, left = next_number(left, tl.arange(0, BLOCK_N), BLOCK_N)
+        left = tl.where((acc >= value[None, :]) & competes[:, None], acc, float("nan"))
+        most = tl.max(tl.sum((left == left).to(tl.int32), axis=1), axis=0)
+        for _ in range(0, most):
+            col, number, left = next_number(left, tl.arange(0, BLOCK_N), BLOCK_N)
             place = (_ordered(number) - least) >> SHIFT
-            tl.atomic_add(bins_ptr + place, 1, mask=(i < many) & (place < BINS), sem="relaxed")
+            tl.atomic_add(bins_ptr + place, 1, mask=(col < BLOCK_N) & (place < BINS), sem="relaxed")
     else:
         j = tl.arange(0, J2)
         there = competes[:, None] & (j < J)[None, :]
