@@ -26,32 +26,50 @@ def tile_numbers(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 def product_tile(
     rows_ptr, cols_ptr, tile_m, tile_n, M, N, D, TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    chosen_ptr=None, across=None, ACROSS: tl.constexpr = False,
 ):  # fmt: skip
     """A tile of rows (M, D) @ cols (N, D)^T, by pointers or, with TMA, by descriptors. What lies past the ends of M and
-    N has some product."""
+    N has some product. If ``chosen_ptr`` says which rows of ``cols`` are meant, these are gathered; ACROSS: they lie as
+    (D, across)."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if TMA:
         for start in range(0, D, BLOCK_D):
             a = rows_ptr.load([tile_m * BLOCK_M, start])
-            b = cols_ptr.load([tile_n * BLOCK_N, start])
-            acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+            if ACROSS:
+                acc = tl.dot(a, cols_ptr.load([start, tile_n * BLOCK_N]), acc, input_precision=PRECISION)
+            else:
+                b = cols_ptr.load([tile_n * BLOCK_N, start])
+                acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
     else:
         offs = tl.arange(0, BLOCK_D)
         m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         # rows past the end repeat the last one, so that only D needs a mask
         row_ptrs = rows_ptr + tl.minimum(m, M - 1).to(tl.int64)[:, None] * D + offs[None, :]
-        col_ptrs = cols_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * D + offs[None, :]
+        at = tl.minimum(n, N - 1).to(tl.int64)
+        if chosen_ptr is not None:
+            at = tl.load(chosen_ptr + at)
+        if ACROSS:
+            col_ptrs = cols_ptr + offs.to(tl.int64)[:, None] * across + at[None, :]
+        else:
+            col_ptrs = cols_ptr + at[:, None] * D + offs[None, :]
         for start in range(0, D, BLOCK_D):
             if EVEN_D:
                 a = tl.load(row_ptrs)
                 b = tl.load(col_ptrs)
             else:
                 a = tl.load(row_ptrs, mask=(start + offs < D)[None, :], other=0.0)
-                b = tl.load(col_ptrs, mask=(start + offs < D)[None, :], other=0.0)
-            acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+                if ACROSS:
+                    b = tl.load(col_ptrs, mask=(start + offs < D)[:, None], other=0.0)
+                else:
+                    b = tl.load(col_ptrs, mask=(start + offs < D)[None, :], other=0.0)
             row_ptrs += BLOCK_D
-            col_ptrs += BLOCK_D
+            if ACROSS:
+                acc = tl.dot(a, b, acc, input_precision=PRECISION)
+                col_ptrs += BLOCK_D * across
+            else:
+                acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+                col_ptrs += BLOCK_D
     return acc
 
 

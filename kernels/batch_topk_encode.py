@@ -19,6 +19,7 @@ from ._product import tile_numbers
 from .threshold_encode import encode_above, next_number, none_at_all
 from .topk_encode import (
     MAX_CANDIDATES_PER_BUCKET,
+    Dictionary,
     Product,
     _ordered,
     _pre_acts_tile,
@@ -34,9 +35,9 @@ NAN = 0x7FFFFFFF
 
 @triton.jit(do_not_specialize=["B"])
 def _batch_bins_kernel(
-    order_ptr, spoiled_ptr, least_ptr, bins_ptr, x_ptr, w_ptr, b_ptr, B, n, d,
+    order_ptr, spoiled_ptr, least_ptr, bins_ptr, x_ptr, w_ptr, b_ptr, scale_ptr, columns_ptr, B, n, d, features,
     J: tl.constexpr, J2: tl.constexpr, WHOLE: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACROSS: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tile_b, tile_n = tile_numbers(B, n, BLOCK_B, BLOCK_N)
@@ -49,8 +50,8 @@ def _batch_bins_kernel(
     if WHOLE and hidden:
         cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = _pre_acts_tile(
-            x_ptr, w_ptr, b_ptr, tile_b, tile_n, B, n, d,
-            HAS_BIAS, TMA, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
+            x_ptr, w_ptr, b_ptr, scale_ptr, columns_ptr, tile_b, tile_n, B, n, d, features,
+            HAS_BIAS, ACROSS, TMA, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         # only of positive numbers can orders be compared as they are
         value = tl.where(cols < n, least.to(tl.float32, bitcast=True), float("nan"))
@@ -83,7 +84,7 @@ def _kth(
     for shift in WIDTHS:
         bins = torch.zeros(BINS, dtype=torch.int32, device=order.device)
         _batch_bins_kernel[product.grid](
-            order, spoiled, top, bins, *product.factors, product.bias, *product.sizes,
+            order, spoiled, top, bins, *product.inputs, *product.sizes,
             J=J, J2=next_power_of_2(J), WHOLE=whole, SHIFT=shift, BINS=BINS,
             **product.flags, **product.config,
         )  # fmt: skip
@@ -96,19 +97,24 @@ def _kth(
 
 
 def batch_topk_encode(
-    x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor | None, count: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x (B, d), W_enc (n, d), b_enc (n,) or None -> values and indices (max(count, B),), offsets (B + 1,)."""
+    x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor | None, count: int,
+    scale: torch.Tensor | None = None, columns: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """x (B, d), W_enc (n, d), b_enc and scale (n,) or None, columns (m,) or None -> values and indices
+    (max(count, B),), offsets (B + 1,)."""
+    return _largest(x, Dictionary(W_enc, b_enc, scale, columns), count)
+
+
+def _largest(x: torch.Tensor, dictionary: Dictionary, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if interpreted(_batch_bins_kernel) and x.dtype == torch.bfloat16:
-        bias = None if b_enc is None else b_enc.float()
-        values, *rest = batch_topk_encode(x.float(), W_enc.float(), bias, count)
+        values, *rest = _largest(x.float(), dictionary.widened(), count)
         return values.bfloat16(), *rest
-    B, n = x.shape[0], W_enc.shape[0]
-    capacity = max(count, B)
-    if B == 0 or n == 0:
-        return none_at_all(x, capacity)
     with on_device(x):
-        product = product_of(x, W_enc, b_enc)
+        product = product_of(x, dictionary)
+        B, n = product.sizes[:2]
+        capacity = max(count, B)
+        if B == 0 or n == 0:
+            return none_at_all(x, capacity)
         # as many a row as on average, and half as many again
         J = min(MAX_CANDIDATES_PER_BUCKET, candidates_per_bucket(product.tiles, min(n, max(1, 3 * count // (2 * B)))))
         order, _ = emitted(product, J)
@@ -121,4 +127,4 @@ def batch_topk_encode(
         least, quota = _kth(product, order, spoiled, least, wanted, whole=True)
         limit = least.view(torch.float32)[None]
         limit = torch.where(wanted > 0, limit, torch.inf)
-        return encode_above(product, limit, quota, capacity, x.dtype)
+        return encode_above(product, limit, n != 1, quota, capacity, x.dtype)

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ._launch import interpreted, on_device
 from ._product import tile_numbers
-from .topk_encode import Product, _pre_acts_tile, product_of
+from .topk_encode import Dictionary, Product, _pre_acts_tile, feature_numbers, product_of
 
 EMITTED = 8  # a row of a tile, 256 features wide at most
 
@@ -39,9 +39,10 @@ def next_number(tile, local, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B"])
 def _threshold_count_kernel(
-    x_ptr, w_ptr, b_ptr, limit_ptr, above_ptr, equal_ptr, nan_ptr, value_ptr, col_ptr, B, n, d,
-    J: tl.constexpr, SINGLE: tl.constexpr, TIES: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
-    EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, w_ptr, b_ptr, scale_ptr, columns_ptr, limit_ptr, above_ptr, equal_ptr, nan_ptr, value_ptr, col_ptr,
+    B, n, d, features,
+    J: tl.constexpr, SINGLE: tl.constexpr, TIES: tl.constexpr, HAS_BIAS: tl.constexpr, ACROSS: tl.constexpr,
+    TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tile_b, tile_n = tile_numbers(B, n, BLOCK_B, BLOCK_N)
@@ -49,8 +50,8 @@ def _threshold_count_kernel(
     local = tl.arange(0, BLOCK_N)
     cols = tile_n * BLOCK_N + local
     acc = _pre_acts_tile(
-        x_ptr, w_ptr, b_ptr, tile_b, tile_n, B, n, d,
-        HAS_BIAS, TMA, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
+        x_ptr, w_ptr, b_ptr, scale_ptr, columns_ptr, tile_b, tile_n, B, n, d, features,
+        HAS_BIAS, ACROSS, TMA, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     limit = _limits(limit_ptr, cols, n, SINGLE)[None, :]
     live = rows < B
@@ -72,10 +73,10 @@ def _threshold_count_kernel(
 
 @triton.jit(do_not_specialize=["B"])
 def _threshold_write_kernel(
-    x_ptr, w_ptr, b_ptr, limit_ptr, total_ptr, quota_ptr, base_ptr, spoiled_ptr, value_ptr, col_ptr,
-    values_ptr, indices_ptr, B, n, d, capacity,
-    J: tl.constexpr, SINGLE: tl.constexpr, TIES: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
-    EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, w_ptr, b_ptr, scale_ptr, columns_ptr, limit_ptr, total_ptr, quota_ptr, base_ptr, spoiled_ptr, value_ptr,
+    col_ptr, values_ptr, indices_ptr, B, n, d, features, capacity,
+    J: tl.constexpr, SINGLE: tl.constexpr, TIES: tl.constexpr, HAS_BIAS: tl.constexpr, ACROSS: tl.constexpr,
+    TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tile_b, tile_n = tile_numbers(B, n, BLOCK_B, BLOCK_N)
@@ -88,14 +89,17 @@ def _threshold_write_kernel(
     if tile_n == 0:
         nan = tl.full((BLOCK_B,), float("nan"), dtype=tl.float32)
         tl.store(values_ptr + base, nan.to(values_ptr.dtype.element_ty), mask=spoiled & (base < capacity))
+        if columns_ptr is not None:
+            name = feature_numbers(columns_ptr, tl.zeros((BLOCK_B,), dtype=tl.int64), spoiled)
+            tl.store(indices_ptr + base, name, mask=spoiled & (base < capacity))
     most = tl.max(total, axis=0)
     ties = tl.zeros((BLOCK_B,), dtype=tl.int32)
     if most > J:
         local = tl.arange(0, BLOCK_N)
         cols = tile_n * BLOCK_N + local
         acc = _pre_acts_tile(
-            x_ptr, w_ptr, b_ptr, tile_b, tile_n, B, n, d,
-            HAS_BIAS, TMA, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
+            x_ptr, w_ptr, b_ptr, scale_ptr, columns_ptr, tile_b, tile_n, B, n, d, features,
+            HAS_BIAS, ACROSS, TMA, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         limit = _limits(limit_ptr, cols, n, SINGLE)[None, :]
         # read again and again, as registers are short beside the product
@@ -117,7 +121,7 @@ def _threshold_write_kernel(
                 ties += equal.to(tl.int32)
             mask = chosen & (place < capacity)
             tl.store(values_ptr + place, value.to(values_ptr.dtype.element_ty), mask=mask)
-            tl.store(indices_ptr + place, (tile_n * BLOCK_N + col).to(tl.int64), mask=mask)
+            tl.store(indices_ptr + place, feature_numbers(columns_ptr, (tile_n * BLOCK_N + col).to(tl.int64), mask), mask=mask)
     else:
         for j in range(0, most):
             taken = j < total
@@ -132,26 +136,27 @@ def _threshold_write_kernel(
                 ties += same.to(tl.int32)
             inside = taken & (where < capacity)
             tl.store(values_ptr + where, number.to(values_ptr.dtype.element_ty), mask=inside)
-            tl.store(indices_ptr + where, tile_n * BLOCK_N + column, mask=inside)
+            tl.store(indices_ptr + where, feature_numbers(columns_ptr, tile_n * BLOCK_N + column, inside), mask=inside)
 
 
 def encode_above(
     product: Product,
-    limit: torch.Tensor,  # (1,) or (n,)
+    limit: torch.Tensor,  # (1,) if ``single``, else one a column
+    single: bool,
     quota: torch.Tensor | None,  # () how many that equal the limit are kept; None: none
     capacity: int,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """values and indices (capacity,), offsets (B + 1,); -1 makes as much room as is needed."""
-    B, n, _ = product.sizes
+    B = product.sizes[0]
     device, tiles = limit.device, product.tiles
     above, equal, nan = torch.empty((3, B, tiles), dtype=torch.int32, device=device)
     value = torch.empty((B, tiles, EMITTED), dtype=torch.float32, device=device)
     col = torch.empty((B, tiles, EMITTED), dtype=torch.uint8, device=device)
-    kinds = {"J": EMITTED, "SINGLE": limit.numel() == 1 and n != 1, "TIES": quota is not None}
+    kinds = {"J": EMITTED, "SINGLE": single, "TIES": quota is not None}
     kinds = {**kinds, **product.flags, **product.config}
     _threshold_count_kernel[product.grid](
-        *product.factors, product.bias, limit, above, equal, nan, value, col, *product.sizes, **kinds
+        *product.inputs, limit, above, equal, nan, value, col, *product.sizes, **kinds
     )
     spoiled = nan.any(1)
     total, kept, quotas = above, above, above
@@ -172,8 +177,8 @@ def encode_above(
     values = torch.zeros(room, dtype=dtype, device=device)
     indices = torch.zeros(room, dtype=torch.int64, device=device)
     _threshold_write_kernel[product.grid](
-        *product.factors, product.bias, limit, total, quotas, base, spoiled.to(torch.int8), value, col, values,
-        indices, *product.sizes, room, **kinds,
+        *product.inputs, limit, total, quotas, base, spoiled.to(torch.int8), value, col, values, indices,
+        *product.sizes, room, **kinds,
     )  # fmt: skip
     return values, indices, offsets
 
@@ -186,16 +191,25 @@ def none_at_all(x: torch.Tensor, capacity: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def threshold_encode(
-    x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor | None, threshold: torch.Tensor, capacity: int
+    x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor | None, threshold: torch.Tensor, capacity: int,
+    scale: torch.Tensor | None = None, columns: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """x (B, d), W_enc (n, d), b_enc and scale (n,) or None, threshold (1,) or (n,), columns (m,) or None -> values and
+    indices (capacity,), offsets (B + 1,): all pre-activations above their threshold."""
+    return _above(x, Dictionary(W_enc, b_enc, scale, columns), threshold, capacity)
+
+
+def _above(
+    x: torch.Tensor, dictionary: Dictionary, threshold: torch.Tensor, capacity: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x (B, d), W_enc (n, d), b_enc (n,) or None, threshold (1,) or (n,) -> values and indices (capacity,), offsets
-    (B + 1,): all pre-activations above their threshold."""
     if interpreted(_threshold_count_kernel) and x.dtype == torch.bfloat16:
         # The interpreter's bf16 dot multiplies raw bits and its bf16 store truncates.
-        bias = None if b_enc is None else b_enc.float()
-        values, *rest = threshold_encode(x.float(), W_enc.float(), bias, threshold.float(), capacity)
+        values, *rest = _above(x.float(), dictionary.widened(), threshold.float(), capacity)
         return values.bfloat16(), *rest
-    if x.shape[0] == 0 or W_enc.shape[0] == 0:
-        return none_at_all(x, capacity)
     with on_device(x):
-        return encode_above(product_of(x, W_enc, b_enc), threshold, None, capacity, x.dtype)
+        product = product_of(x, dictionary)
+        if 0 in product.sizes[:2]:
+            return none_at_all(x, capacity)
+        single = threshold.numel() == 1 and product.sizes[3] != 1
+        limit = threshold if single else dictionary.of_columns(threshold)
+        return encode_above(product, limit, single, None, capacity, x.dtype)

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, interpreted, next_power_of_2, on_device, operands, product_options, shared_memory_limit
+from ._launch import cdiv, interpreted, next_power_of_2, on_device, product_options, shared_memory_limit, tiles
 from ._product import product_tile, tile_numbers
 from ._sort import merged_top, sorted_top
 
@@ -31,17 +31,31 @@ KEY_BUFFER_BYTES = 32 << 20
 
 @triton.jit
 def _pre_acts_tile(
-    x_ptr, w_ptr, b_ptr, tile_b, tile_n, B, n, d,
-    HAS_BIAS: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, w_ptr, b_ptr, scale_ptr, columns_ptr, tile_b, tile_n, B, n, d, features,
+    HAS_BIAS: tl.constexpr, ACROSS: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """(x Wᵀ + b) · scale, whose bias and scale are those of the n columns that are looked at."""
     acc = product_tile(
-        x_ptr, w_ptr, tile_b, tile_n, B, n, d, TMA, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D
+        x_ptr, w_ptr, tile_b, tile_n, B, n, d, TMA, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
+        columns_ptr, features, ACROSS,
     )  # fmt: skip
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if HAS_BIAS:
-        cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         acc += tl.load(b_ptr + cols, mask=cols < n, other=0.0).to(tl.float32)[None, :]
+    if scale_ptr is not None:
+        acc *= tl.load(scale_ptr + cols, mask=cols < n, other=1.0).to(tl.float32)[None, :]
     return acc  # (BLOCK_B, BLOCK_N)
+
+
+@triton.jit
+def feature_numbers(columns_ptr, place, mask):
+    """The features' own numbers of places among the columns that are looked at."""
+    if columns_ptr is None:
+        name = place
+    else:
+        name = tl.load(columns_ptr + place, mask=mask, other=0)
+    return name
 
 
 @triton.jit
@@ -63,8 +77,9 @@ def _kth(best, k, K2: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B"])
 def _topk_encode_fwd_kernel(
-    x_ptr, w_ptr, b_ptr, order_ptr, col_ptr, B, n, d,
-    J: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, w_ptr, b_ptr, scale_ptr, columns_ptr, order_ptr, col_ptr, B, n, d, features,
+    J: tl.constexpr, HAS_BIAS: tl.constexpr, ACROSS: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tile_b, tile_n = tile_numbers(B, n, BLOCK_B, BLOCK_N)
@@ -72,8 +87,8 @@ def _topk_encode_fwd_kernel(
     local = tl.arange(0, BLOCK_N)
     cols = tile_n * BLOCK_N + local
     acc = _pre_acts_tile(
-        x_ptr, w_ptr, b_ptr, tile_b, tile_n, B, n, d,
-        HAS_BIAS, TMA, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
+        x_ptr, w_ptr, b_ptr, scale_ptr, columns_ptr, tile_b, tile_n, B, n, d, features,
+        HAS_BIAS, ACROSS, TMA, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     order = tl.where((cols < n)[None, :], _ordered(acc), -0x80000000)
     out = (rows.to(tl.int64) * tl.cdiv(n, BLOCK_N) + tile_n) * J
@@ -87,8 +102,9 @@ def _topk_encode_fwd_kernel(
 
 @triton.jit(do_not_specialize=["B"])
 def _topk_encode_select_kernel(
-    order_ptr, col_ptr, x_ptr, w_ptr, b_ptr, acts_ptr, indices_ptr, B, n, d, k,
-    J: tl.constexpr, K2: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr,
+    order_ptr, col_ptr, x_ptr, w_ptr, b_ptr, scale_ptr, columns_ptr, acts_ptr, indices_ptr, B, n, d, features, k,
+    J: tl.constexpr, K2: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, RELU: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACROSS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -127,6 +143,9 @@ def _topk_encode_select_kernel(
                 local = tl.arange(0, WIDTH)
                 cols = bucket * BLOCK_N + local
                 inside = (local < BLOCK_N) & (cols < n)
+                at = cols.to(tl.int64)
+                if columns_ptr is not None:
+                    at = tl.load(columns_ptr + cols, mask=inside, other=0)
                 acc = tl.zeros((BLOCK_B, WIDTH), dtype=tl.float32)
                 for start in range(0, d, BLOCK_D):
                     offs = start + tl.arange(0, BLOCK_D)
@@ -135,14 +154,20 @@ def _topk_encode_select_kernel(
                         mask=live[:, None] & (offs < d)[None, :],
                         other=0.0,
                     ).to(tl.float32)
+                    if ACROSS:
+                        place = offs.to(tl.int64)[None, :] * features + at[:, None]
+                    else:
+                        place = at[:, None] * d + offs[None, :]
                     w = tl.load(
-                        w_ptr + cols.to(tl.int64)[:, None] * d + offs[None, :],
+                        w_ptr + place,
                         mask=inside[:, None] & (offs < d)[None, :],
                         other=0.0,
                     ).to(tl.float32)
                     acc += tl.sum(x[:, None, :] * w[None, :, :], axis=2)
                 if HAS_BIAS:
                     acc += tl.load(b_ptr + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
+                if scale_ptr is not None:
+                    acc *= tl.load(scale_ptr + cols, mask=inside, other=1.0).to(tl.float32)[None, :]
                 fresh = inside[None, :] & redo[:, None]
                 for j in range(J):
                     seen = tl.load(col_ptr + base + bucket * J + j, mask=live, other=0).to(tl.int32)
@@ -154,26 +179,30 @@ def _topk_encode_select_kernel(
     order = (best >> 32).to(tl.int32)
     col = 0x7FFFFFFF - (best & 0x7FFFFFFF)
     # A row that holds a NaN has it in front. The relu is exact on the integers too.
-    bits = tl.where(tl.max(order, axis=1)[:, None] == 0x7FFFFFFF, 0x7FC00000, tl.maximum(order, 0))
+    if RELU:
+        number = tl.maximum(order, 0)
+    else:
+        number = tl.where(order < 0, -order ^ -0x80000000, order)
+    bits = tl.where(tl.max(order, axis=1)[:, None] == 0x7FFFFFFF, 0x7FC00000, number)
     j = tl.arange(0, K2)
     out = rows.to(tl.int64)[:, None] * k + j[None, :]
     mask = live[:, None] & (j < k)[None, :]
     tl.store(acts_ptr + out, bits.to(tl.float32, bitcast=True).to(acts_ptr.dtype.element_ty), mask=mask)
-    tl.store(indices_ptr + out, col, mask=mask)
+    tl.store(indices_ptr + out, feature_numbers(columns_ptr, col, mask), mask=mask)
 
 
 @triton.jit(do_not_specialize=["B"])
 def _topk_encode_keys_kernel(
-    x_ptr, w_ptr, b_ptr, keys_ptr, B, n, d,
-    HAS_BIAS: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, w_ptr, b_ptr, scale_ptr, columns_ptr, keys_ptr, B, n, d, features,
+    HAS_BIAS: tl.constexpr, ACROSS: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tile_b, tile_n = tile_numbers(B, n, BLOCK_B, BLOCK_N)
     rows = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = _pre_acts_tile(
-        x_ptr, w_ptr, b_ptr, tile_b, tile_n, B, n, d,
-        HAS_BIAS, TMA, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
+        x_ptr, w_ptr, b_ptr, scale_ptr, columns_ptr, tile_b, tile_n, B, n, d, features,
+        HAS_BIAS, ACROSS, TMA, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     out = keys_ptr + rows.to(tl.int64)[:, None] * n + cols[None, :]
     tl.store(out, _key(_ordered(acc), cols[None, :]), mask=(rows < B)[:, None] & (cols < n)[None, :])
@@ -242,11 +271,10 @@ def select_config(k: int, candidates: int, block_n: int, element_size: int) -> d
 class Product(NamedTuple):
     """How the pre-activations of a call are multiplied: what its kernels are given besides their own."""
 
-    factors: tuple[object, object]
-    bias: torch.Tensor
+    inputs: tuple[object, ...]  # x, W, bias, scale, columns
     config: dict[str, int]
     flags: dict[str, object]
-    sizes: tuple[int, int, int]  # B, n, d
+    sizes: tuple[int, int, int, int]  # B, columns that are looked at, d, features that there are
 
     @property
     def tiles(self) -> int:
@@ -257,10 +285,32 @@ class Product(NamedTuple):
         return (cdiv(self.sizes[0], self.config["BLOCK_B"]) * self.tiles,)
 
 
-def product_of(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, whole_rows: bool = False) -> Product:
-    """Tiles of x Wᵀ + b, of which keys of ``whole_rows`` may be written."""
+class Dictionary(NamedTuple):
+    """What x is multiplied by, either way in memory."""
+
+    W: torch.Tensor  # (n, d)
+    b: torch.Tensor | None  # (n,)
+    scale: torch.Tensor | None  # (n,)
+    columns: torch.Tensor | None  # (m,)
+
+    def widened(self) -> Dictionary:
+        """In float32."""
+        return Dictionary(*(t if t is None or t is self.columns else t.float() for t in self))
+
+    def of_columns(self, t: torch.Tensor | None) -> torch.Tensor | None:
+        """One number a feature of those that are looked at."""
+        return t if t is None or self.columns is None else t[self.columns]
+
+
+def product_of(x: torch.Tensor, dictionary: Dictionary, whole_rows: bool = False) -> Product:
+    """Tiles of (x Wᵀ + b) · scale, of which keys of ``whole_rows`` may be written."""
+    W, b, scale, columns = dictionary
     d = x.shape[1]
-    options = product_options(x, W)
+    across = not W.is_contiguous()
+    lying = W.t() if across else W
+    options = product_options(x, lying)
+    if columns is not None:
+        options["TMA"] = False  # bulk copies are of neighbours
     by_number = not options["TMA"] and d % 16 != 0  # what triton's specialisation knows of d
     if interpreted(_topk_encode_fwd_kernel):
         # few programs, but several buckets: an interpreted program costs tens of milliseconds
@@ -268,54 +318,66 @@ def product_of(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, whole_r
     else:
         machine = options["PRECISION"], shared_memory_limit(x.device)
         config = tile_config(x.dtype, *machine, whole_rows, by_number, options["TMA"])
-    factors = operands(x, W, options["TMA"], config["BLOCK_B"], config["BLOCK_N"], config["BLOCK_D"])
-    flags = {"HAS_BIAS": b is not None, "EVEN_D": d % config["BLOCK_D"] == 0, **options}
-    return Product(factors, W if b is None else b, config, flags, (x.shape[0], W.shape[0], d))
+    rows, cols, depth = config["BLOCK_B"], config["BLOCK_N"], config["BLOCK_D"]
+    factors = (x, W)
+    if options["TMA"]:
+        factors = (tiles(x, rows, depth), tiles(lying, *((depth, cols) if across else (cols, depth))))
+    flags = {"HAS_BIAS": b is not None, "ACROSS": across, "EVEN_D": d % depth == 0, **options}
+    bias = W if b is None else dictionary.of_columns(b)
+    n = W.shape[0] if columns is None else columns.shape[0]
+    inputs = (*factors, bias, dictionary.of_columns(scale), columns)
+    return Product(inputs, config, flags, (x.shape[0], n, d, W.shape[0]))
 
 
 def emitted(product: Product, J: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The J largest of each row of each tile: orders and columns within the tile, (B, tiles, J)."""
     shape = (product.sizes[0], product.tiles, J)
-    order = torch.empty(shape, dtype=torch.int32, device=product.bias.device)
-    col = torch.empty(shape, dtype=torch.uint8, device=product.bias.device)
+    device = product.inputs[2].device
+    order = torch.empty(shape, dtype=torch.int32, device=device)
+    col = torch.empty(shape, dtype=torch.uint8, device=device)
     _topk_encode_fwd_kernel[product.grid](
-        *product.factors, product.bias, order, col, *product.sizes, J=J, **product.flags, **product.config
+        *product.inputs, order, col, *product.sizes, J=J, **product.flags, **product.config
     )
     return order, col
 
 
 def topk_encode(
-    x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor | None, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (B, d), W_enc (n, d), b_enc (n,) or None -> acts (B, k) in x's dtype, descending, and indices (B, k) int64."""
+    x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor | None, k: int, screen: bool = True,
+    scale: torch.Tensor | None = None, columns: torch.Tensor | None = None, relu: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """x (B, d), W_enc (n, d), b_enc and scale (n,) or None, columns (m,) or None -> acts (B, k) in x's dtype,
+    descending, and indices (B, k) int64. ``screen`` is the CPU's."""
+    return _topk(x, Dictionary(W_enc, b_enc, scale, columns), k, relu)
+
+
+def _topk(x: torch.Tensor, dictionary: Dictionary, k: int, relu: bool) -> tuple[torch.Tensor, torch.Tensor]:
     on_cpu = interpreted(_topk_encode_fwd_kernel)
     if on_cpu and x.dtype == torch.bfloat16:
         # The interpreter's bf16 dot multiplies raw bits and its bf16 store truncates.
-        acts, indices = topk_encode(x.float(), W_enc.float(), None if b_enc is None else b_enc.float(), k)
+        acts, indices = _topk(x.float(), dictionary.widened(), k, relu)
         return acts.bfloat16(), indices
-    B, d = x.shape
-    n = W_enc.shape[0]
+    B, columns = x.shape[0], dictionary.columns
     acts = torch.empty((B, k), dtype=x.dtype, device=x.device)
     indices = torch.empty((B, k), dtype=torch.int64, device=x.device)
     if B == 0 or k == 0:
         return acts, indices
 
-    product = product_of(x, W_enc, b_enc)
-    J = candidates_per_bucket(product.tiles, k)
     with on_device(x):
+        product = product_of(x, dictionary)
+        n = product.sizes[1]
+        J = candidates_per_bucket(product.tiles, k)
         if k > MAX_K or J > MAX_CANDIDATES_PER_BUCKET:
             step = max(1, KEY_BUFFER_BYTES // (8 * n))
             for start in range(0, B, step):
-                part = product_of(x[start : start + step], W_enc, b_enc, whole_rows=True)
+                part = product_of(x[start : start + step], dictionary, whole_rows=True)
                 keys = torch.empty((part.sizes[0], n), dtype=torch.int64, device=x.device)
-                _topk_encode_keys_kernel[part.grid](
-                    *part.factors, part.bias, keys, *part.sizes, **part.flags, **part.config
-                )
+                _topk_encode_keys_kernel[part.grid](*part.inputs, keys, *part.sizes, **part.flags, **part.config)
                 top = torch.topk(keys, k, dim=1, sorted=True).values
                 order = (top >> 32).to(torch.int32)
-                value = order.clamp(min=0).view(torch.float32)
-                acts[start : start + step] = value.masked_fill(order[:, :1] == 0x7FFFFFFF, math.nan)
-                indices[start : start + step] = 0x7FFFFFFF - (top & 0x7FFFFFFF)
+                bits = order.clamp(min=0) if relu else torch.where(order < 0, -order ^ -(2**31), order)
+                acts[start : start + step] = bits.view(torch.float32).masked_fill(order[:, :1] == 0x7FFFFFFF, math.nan)
+                places = 0x7FFFFFFF - (top & 0x7FFFFFFF)
+                indices[start : start + step] = places if columns is None else columns[places]
             return acts, indices
 
         order, col = emitted(product, J)
@@ -324,8 +386,9 @@ def topk_encode(
             select = {**select, "BLOCK_B": 32, "BLOCK_D": 64}
             del select["num_warps"], select["num_stages"]
         grid = (cdiv(B, select["BLOCK_B"]),)
+        flags = {name: product.flags[name] for name in ("HAS_BIAS", "ACROSS")}
         _topk_encode_select_kernel[grid](
-            order, col, x, W_enc, product.bias, acts, indices, *product.sizes, k,
-            J=J, HAS_BIAS=b_enc is not None, **select,
+            order, col, x, dictionary.W, *product.inputs[2:], acts, indices, *product.sizes, k,
+            J=J, RELU=relu, **flags, **select,
         )  # fmt: skip
     return acts, indices

@@ -135,7 +135,9 @@ def unusable(
     """Why ``backend`` cannot serve (public op ``op`` on) tensors of this device and dtype, or None
     when it can."""
     if op is not None and backend not in (served := OPS[op].served_by(op)):
-        what = op if not OPS[op].options else f"{OPS[op].stem} with {OPS[op].options}"
+        what = op
+        if OPS[op].options and op in OPS[op].variants:
+            what = f"{OPS[op].stem} with {OPS[op].options}"
         return f"it has no kernel for {what}, which {', '.join(served)} serve"
     if (reason := missing(backend)) is not None:
         return reason

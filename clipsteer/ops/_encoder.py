@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.ops._reference import rows_of
+from clipsteer.ops._sparse import by_columns
 
 
 def pre_activations(
@@ -24,6 +25,11 @@ def pre_activations(
         scale = None if scale is None else rows_of(scale, columns)
     pre = F.linear(x, W_enc, b_enc)
     return pre if scale is None else pre * scale
+
+
+def readable(W: Tensor, backend: str) -> Tensor:
+    """A dictionary (n, d) as the encoders of a backend read it: in either layout, but for CUDA."""
+    return W if by_columns(W) and backend != "cuda" else W.contiguous()
 
 
 def named_by(columns: Tensor | None, indices: Tensor) -> Tensor:

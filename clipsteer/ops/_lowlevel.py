@@ -88,7 +88,6 @@ def _hopper_takes_cuda(capability: tuple[int, int], dtype: torch.dtype) -> tuple
 # ---------------------------------------------------------------- the records
 
 _WITHOUT_CUDA = ("reference", "cpp", "triton")
-_ON_CPU = ("reference", "cpp")
 
 RECORDS = (
     Op(
@@ -102,7 +101,7 @@ RECORDS = (
             ),
         },
         variants=("topk_encode_options",),
-        variant_backends=_ON_CPU,
+        variant_backends=_WITHOUT_CUDA,
         options="scale, columns or relu=False",
         gpu_order=_hopper_takes_cuda,
     ),
@@ -169,7 +168,6 @@ RECORDS = (
         },
         variants=("threshold_encode_options",),
         backends=_WITHOUT_CUDA,
-        variant_backends=_ON_CPU,
         options="scale or columns",
     ),
     Op(
@@ -183,7 +181,6 @@ RECORDS = (
         },
         variants=("batch_topk_encode_options",),
         backends=_WITHOUT_CUDA,
-        variant_backends=_ON_CPU,
         options="scale or columns",
     ),
     Op(

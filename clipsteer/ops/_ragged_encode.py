@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clipsteer.ops._autograd import Function, save, total, tracked
 from clipsteer.ops._dispatch import call
-from clipsteer.ops._encoder import scaled, unscaled
+from clipsteer.ops._encoder import readable, scaled, unscaled
 from clipsteer.ops._ragged import SparseCodes, decode, dot, outer, pair_gradient, row_or_none
 from clipsteer.ops._reference import rows_of
 from clipsteer.ops._sparse import laid_out
@@ -44,6 +44,7 @@ class RaggedEncode(Function):
             return None, None, None, *limits, *[None] * 6
         x, W, b, scale, values, indices, offsets = ctx.saved_tensors
         backend, sparse_grad = ctx.options
+        W = laid_out(W, backend)
         needs = ctx.needs_input_grad
         row = row_or_none(SparseCodes(values, indices, offsets))
         grad = torch.where(values.isnan() | (row < 0), 0, grad)
@@ -65,6 +66,7 @@ class RaggedEncode(Function):
     def jvp(ctx, t_x, t_W, t_b, *others):
         x, W, b, scale, values, indices, offsets = ctx.saved_tensors
         backend = ctx.options[0]
+        W = laid_out(W, backend)
         t_scale = others[-6]
         row = row_or_none(SparseCodes(values, indices, offsets))
         of_x = of_W = of_b = of_scale = None
@@ -118,7 +120,7 @@ def encode(
 ) -> SparseCodes:
     """The codes that a low-level op finds, whose values are all positive if ``positive``."""
     b, scale, columns = (None if t is None else t.contiguous() for t in (b, scale, columns))
-    arguments = (x.contiguous(), laid_out(W, backend), b, *limits, scale, columns)
+    arguments = (x.contiguous(), readable(W, backend), b, *limits, scale, columns)
     if tracked(x, W, b, scale):
         return SparseCodes(*RaggedEncode.run(*arguments, low_level, positive, backend, sparse_grad))
     return SparseCodes(*call(backend, low_level, *arguments))

@@ -20,6 +20,7 @@ from clipsteer.ops._dispatch import call, choose, exporting_to_onnx
 from clipsteer.ops._encoder import (
     named_by,
     pre_activations,
+    readable,
     scaled,
     unscaled,
 )
@@ -261,7 +262,7 @@ def topk_encode(
         return definition(x, W_enc, b_enc, k=k, relu=relu, scale=scale, columns=columns)
     # math.prod keeps a symbolic batch, which Size.numel() makes a number of
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
-    W = laid_out(W_enc, backend)
+    W = readable(W_enc, backend)
     b, scale, columns = (None if t is None else t.contiguous() for t in (b_enc, scale, columns))
     arguments = (flat, W, b, k, screen == "auto", scale, columns, relu)
     if tracked(flat, W, b, scale):
