@@ -15,6 +15,7 @@ from clipsteer.io.layout import Layout, Spec, check_layout, layout_of
 from clipsteer.sae import losses as sae_loss
 from clipsteer.sae.adam import UnitRowAdam, takes_row_sparse
 from clipsteer.sae.config import TRAINABLE, TrainConfig
+from clipsteer.sae.encoding import with_values
 from clipsteer.sae.model import SAE
 from clipsteer.training.resume import strided_like
 from clipsteer.training.world import World
@@ -45,16 +46,15 @@ class SAETrainer:
         self.optimizer = UnitRowAdam(sae, config.peak_lr)
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)
         self.dead = torch.zeros(0, dtype=torch.int64, device=self.device)
-        by_default = "scaled_mse" if sae.architecture == "relu" else "fvu"
+        by_default = "scaled_mse" if sae.architecture in ("relu", "gated") else "fvu"
         self._loss = by_default if config.loss == "auto" else config.loss
         on_gpu = self.device.type == "cuda"
         bf16 = config.autocast == "bfloat16" or (config.autocast == "auto" and on_gpu)
         self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         if bf16:
             self._autocast = partial(torch.autocast, self.device.type, torch.bfloat16)
-        # gradients are summed over processes, and cast under autocast, as dense tensors
-        sparse = sae.architecture in ("topk", "batch_topk")
-        self._sparse = sparse and not bf16 and self.world.size == 1
+        # gradients are summed over processes as dense tensors
+        self._sparse = self.world.size == 1
         self._sparse = self._sparse and takes_row_sparse(sae.W_enc) and takes_row_sparse(sae.W_dec)
 
     def step(
@@ -77,14 +77,13 @@ class SAETrainer:
         stats = sae_loss.batch_stats(x, world)
         aux = x.new_zeros(())
         with self._autocast():
-            out = sae_loss.forward(sae, x, world, self._sparse)
-            if sae.architecture != "relu" and config.auxk_coefficient and len(self.dead):
-                aux = sae_loss.auxk(sae, x, out, stats, self.dead, self._sparse)
+            out = sae_loss.forward(sae, x, world, self._sparse, config.bandwidth)
+            if config.auxk and len(self.dead):
+                rows = self._sparse and out.indices is not None
+                aux = sae_loss.auxk(sae, x, out, stats, self.dead, rows)
+            penalty = self._penalty(x, out, stats)
         fvu = sae_loss.fvu(x, out.x_hat, stats)
-        loss = fvu if self._loss == "fvu" else sae_loss.scaled_mse(x, out.x_hat, stats)
-        if sae.architecture == "relu":
-            loss = loss + config.l1_coefficient * sae_loss.l1(out.acts, stats)
-        loss = loss + config.auxk_coefficient * aux
+        loss = self._reconstruction(x, out.x_hat, stats) + penalty + config.auxk * aux
         loss.backward()
         self._update(config.lr_at(self.step_count, self.total_steps))
         fired = sae_loss.fired(sae, out, world)
@@ -95,12 +94,39 @@ class SAETrainer:
             dead = (self.tokens_since_fired > config.dead_after).sum() / (sae.d_sae * world.size)
             return torch.stack([value.detach().float() for value in (loss, fvu, l0, dead, aux)])
 
+    def _reconstruction(self, x: Tensor, x_hat: Tensor, stats: sae_loss.BatchStats) -> Tensor:
+        of = sae_loss.fvu if self._loss == "fvu" else sae_loss.scaled_mse
+        return of(x, x_hat, stats)
+
+    def _penalty(
+        self,
+        x: Tensor,  # (B, d_in)
+        out: sae_loss.TrainingOutput,
+        stats: sae_loss.BatchStats,
+    ) -> Tensor:
+        """What makes the codes of an architecture without k sparse; decoder rows are of norm 1, so
+        that penalties weighted by their norms are the same."""
+        config = self.config
+        if self.sae.architecture == "relu":
+            return config.l1_coefficient * sae_loss.l1(out.acts, stats)
+        if out.gate is None:
+            return x.new_zeros(())
+        if self.sae.architecture == "gated":
+            # the gates learn from what they alone would reconstruct (Rajamanoharan et al. 2024,
+            # arXiv 2404.16014, equation 8)
+            by_gates = self.sae.decode(with_values(out.codes, out.gate), out.stats, frozen=True)
+            found = self._reconstruction(x, by_gates.to(x.dtype), stats)
+            return found + config.l1_coefficient * sae_loss.l1(out.gate, stats)
+        if config.l0_penalty == "tanh":
+            return config.l0_coefficient * sae_loss.tanh_l0(out.acts, stats)
+        return config.l0_coefficient * out.gate.sum() / stats.count
+
     def _update(self, lr: float) -> None:
         parameters = list(self.sae.parameters())
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            elif parameter.grad.is_sparse and self.config.auxk_coefficient and len(self.dead):
+            elif parameter.grad.is_sparse and self.config.auxk and len(self.dead):
                 # the rows of the batch and those of the dead features
                 parameter.grad = parameter.grad.coalesce()
             self.world.sum_(parameter.grad)
@@ -114,6 +140,10 @@ class SAETrainer:
             group["lr"] = lr
         self.optimizer.step(factor=factor)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.sae.architecture == "jumprelu":
+            # below 0 it would let negative activations through
+            with torch.no_grad():
+                self.sae.threshold.clamp_(min=0)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that changes from step to step: weights, both moments, dead-feature counts,
