@@ -619,7 +619,8 @@ def test_autocast_trains_in_bfloat16():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"architecture": "vanilla"}, {"loss": "mse"}, {"bandwidth": 0.0}, {"l0_penalty": "l0"}, {"dtype": "int8"}, {"autocast": "fp8"}, {"batch_size": 1},
+        {"architecture": "vanilla"}, {"loss": "mse"}, {"bandwidth": 0.0}, {"l0_penalty": "l0"},
+        {"dtype": "int8"}, {"autocast": "fp8"}, {"batch_size": 1},
         {"batch_size": 0}, {"d_sae": 0}, {"lr": -1.0}, {"lr": math.nan}, {"grad_clip": math.inf},
         {"tokens": 5, "steps": 5},
     ],
