@@ -14,6 +14,9 @@ def topk_encode(
     b_enc: Tensor | None,
     k: int,
     screen: bool = True,
+    scale: Tensor | None = None,
+    columns: Tensor | None = None,
+    relu: bool = True,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
 
@@ -47,13 +50,24 @@ def _codes(x: Tensor, capacity: int | torch.SymInt) -> tuple[Tensor, Tensor, Ten
 
 
 def threshold_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor, capacity: int
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    threshold: Tensor,
+    capacity: int,
+    scale: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _codes(x, torch.library.get_ctx().new_dynamic_size() if capacity < 0 else capacity)
 
 
 def batch_topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, count: int
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    count: int,
+    scale: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _codes(x, torch.sym_max(count, x.shape[0]))
 

@@ -75,9 +75,11 @@ class SAETrainer:
         if self.step_count == 0:
             sae.renormalize_decoder_()
         stats = sae_loss.batch_stats(x, world)
+        scale = self._scale(stats)
         aux = x.new_zeros(())
         with self._autocast():
-            out = sae_loss.forward(sae, x, world, self._sparse, config.bandwidth)
+            bandwidth = config.bandwidth * scale
+            out = sae_loss.forward(sae, x, world, self._sparse, bandwidth)
             if config.auxk and len(self.dead):
                 rows = self._sparse and out.indices is not None
                 aux = sae_loss.auxk(sae, x, out, stats, self.dead, rows)
@@ -85,7 +87,7 @@ class SAETrainer:
         fvu = sae_loss.fvu(x, out.x_hat, stats)
         loss = self._reconstruction(x, out.x_hat, stats) + penalty + config.auxk * aux
         loss.backward()
-        self._update(config.lr_at(self.step_count, self.total_steps))
+        self._update(config.lr_at(self.step_count, self.total_steps), scale)
         fired = sae_loss.fired(sae, out, world)
         self.tokens_since_fired.add_(stats.count).masked_fill_(fired, 0)
         self.step_count += 1
@@ -121,7 +123,19 @@ class SAETrainer:
             return config.l0_coefficient * sae_loss.tanh_l0(out.acts, stats)
         return config.l0_coefficient * out.gate.sum() / stats.count
 
-    def _update(self, lr: float) -> None:
+    def _scale(self, stats: sae_loss.BatchStats) -> Tensor:
+        """() How long the rows are that are encoded: a row of W_enc that moves by 1 moves its
+        pre-activations by so much. jumprelu's thresholds are as many of it as in the papers, where
+        rows are scaled to 1."""
+        if self.sae.normalize != "none":
+            return stats.total_variance.new_tensor(self.sae.d_in).sqrt()
+        return (stats.total_variance / stats.count).sqrt()
+
+    def _update(
+        self,
+        lr: float,
+        scale: Tensor,  # ()
+    ) -> None:
         parameters = list(self.sae.parameters())
         for parameter in parameters:
             if parameter.grad is None:
@@ -136,8 +150,7 @@ class SAETrainer:
             grads = [grad._values() if grad.is_sparse else grad for grad in there]
             norm = torch.nn.utils.get_total_norm(grads)
             factor = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.optimizer.set_lr(lr, scale)
         self.optimizer.step(factor=factor)
         self.optimizer.zero_grad(set_to_none=True)
         if self.sae.architecture == "jumprelu":

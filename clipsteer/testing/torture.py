@@ -28,7 +28,7 @@ from clipsteer.ops._spec import (
     spec_errors,
 )
 
-__all__ = ["PROPERTIES", "Case", "fenced", "poisoned", "same_bits", "strided"]
+__all__ = ["PROPERTIES", "Case", "across", "fenced", "poisoned", "same_bits", "strided"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,11 @@ def strided(t: Tensor) -> Tensor:
     return view.copy_(t)
 
 
+def across(t: Tensor) -> Tensor:
+    """The same values fenced, a matrix as the transpose of a contiguous one."""
+    return fenced(t.t()).t() if t.dim() == 2 else fenced(t)
+
+
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Fresh memory is filled with NaN: an output element that is never written is found out."""
@@ -129,10 +134,9 @@ def values_and_gradients(case: Case) -> Errors:
 
 
 def layouts(case: Case) -> Errors:
-    """Fenced and strided inputs are read where they lie and nowhere else."""
-    first = case.errors(arrange=fenced)
-    second = case.errors(arrange=strided)
-    return {name: max(first[name], second[name]) for name in first}
+    """Fenced, strided and transposed inputs are read where they lie and nowhere else."""
+    found = [case.errors(arrange=how) for how in (fenced, strided, across)]
+    return {name: max(errors[name] for errors in found) for name in found[0]}
 
 
 def integers_bitwise(case: Case) -> Errors:

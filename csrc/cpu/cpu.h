@@ -23,12 +23,17 @@ namespace clipsteer {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k, bool screen);
-std::tuple<Tensor, Tensor, Tensor> topk_encode_screened(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k);
+std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k, bool screen,
+                                       std::optional<Tensor> scale, std::optional<Tensor> columns, bool relu);
+std::tuple<Tensor, Tensor, Tensor> topk_encode_screened(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k,
+                                                        std::optional<Tensor> scale, std::optional<Tensor> columns,
+                                                        bool relu);
 std::tuple<Tensor, Tensor> topk(Tensor pre, int64_t k);
 std::tuple<Tensor, Tensor, Tensor> threshold_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, Tensor threshold,
-                                                    int64_t capacity);
-std::tuple<Tensor, Tensor, Tensor> batch_topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t count);
+                                                    int64_t capacity, std::optional<Tensor> scale,
+                                                    std::optional<Tensor> columns);
+std::tuple<Tensor, Tensor, Tensor> batch_topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t count,
+                                                     std::optional<Tensor> scale, std::optional<Tensor> columns);
 Tensor ragged_decode(Tensor values, Tensor indices, Tensor offsets, Tensor w, std::optional<Tensor> b,
                     std::vector<int64_t> prefixes);
 Tensor ragged_dot(Tensor rows, Tensor row_of, Tensor indices, Tensor w);

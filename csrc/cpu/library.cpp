@@ -10,17 +10,19 @@ int64_t isa_level() { return isa().level; }
 }  // namespace clipsteer
 
 STABLE_TORCH_LIBRARY(clipsteer_cpp, m) {
-  m.def("topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, int k, bool screen=True) -> (Tensor acts, Tensor indices)");
   m.def(
-      "topk_encode_screened(Tensor x, Tensor W_enc, Tensor? b_enc, int k) -> (Tensor acts, Tensor indices, "
-      "Tensor computed)");
+      "topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt k, bool screen=True, Tensor? scale=None, "
+      "Tensor? columns=None, bool relu=True) -> (Tensor acts, Tensor indices)");
+  m.def(
+      "topk_encode_screened(Tensor x, Tensor W_enc, Tensor? b_enc, int k, Tensor? scale=None, Tensor? columns=None, "
+      "bool relu=True) -> (Tensor acts, Tensor indices, Tensor computed)");
   m.def("topk(Tensor pre, int k) -> (Tensor values, Tensor indices)");
   m.def(
-      "threshold_encode(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor threshold, SymInt capacity) -> (Tensor values, "
-      "Tensor indices, Tensor offsets)");
+      "threshold_encode(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor threshold, SymInt capacity, Tensor? scale=None, "
+      "Tensor? columns=None) -> (Tensor values, Tensor indices, Tensor offsets)");
   m.def(
-      "batch_topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt count) -> (Tensor values, Tensor indices, "
-      "Tensor offsets)");
+      "batch_topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt count, Tensor? scale=None, "
+      "Tensor? columns=None) -> (Tensor values, Tensor indices, Tensor offsets)");
   m.def("ragged_decode(Tensor values, Tensor indices, Tensor offsets, Tensor W, Tensor? b, SymInt[] prefixes) -> Tensor");
   m.def("ragged_dot(Tensor rows, Tensor row_of, Tensor indices, Tensor W) -> Tensor");
   m.def("ragged_outer(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, SymInt n) -> (Tensor dW, Tensor db)");

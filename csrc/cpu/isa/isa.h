@@ -186,6 +186,9 @@ struct Kernels {
                     int64_t n);
   // Adam's rule on weights, both moments and gradient (null: zeros) of a row.
   void (*adam)(V* p, V* m, V* v, const V* g, const AdamStep<V>& at, int64_t n);
+  // out[j * out_stride + i] = u[i * stride + j] for `rows` values of i and `columns` of j.
+  void (*turn)(const V* u, int64_t stride, int64_t rows, int64_t columns, V* out,
+               int64_t out_stride);
   // The rest is not there, and block_columns is 0, where torch's GEMM has the better inner loop.
   int64_t block_columns = 0;
   // c[i] = a[i] (k numbers, `step` apart) @ b (k rows of block_columns, `stride` apart), += if
@@ -214,7 +217,7 @@ struct Screening {
   void (*screen)(const uint8_t* x, int64_t width, const ScreenRow* row, int64_t rows,
                  const int8_t* panel, const ScreenColumns& column, const char* next, int64_t lines,
                  uint64_t* pass);
-  void (*dots)(const float* const* x, int rows, const float* w, int64_t d, int64_t columns,
+  void (*dots)(const float* const* x, int rows, const float* const* w, int64_t d, int64_t columns,
                float (*out)[kDotColumns]);
 };
 

@@ -210,13 +210,13 @@ VNNI static inline void products(int rows, const float* const* x, const float* c
   }
 }
 
-// out[i][c] = x[i] . row c of w, for 1 to kDotRows rows and 1 to kDotColumns columns, two at a time.
-VNNI void dots(const float* const* x, int rows, const float* w, int64_t d, int64_t columns, float (*out)[kDotColumns]) {
-  if (columns == 1) return products<1>(rows, x, &w, d, out[0]);
+// out[i][c] = x[i] . w[c], for 1 to kDotRows rows and 1 to kDotColumns columns, two at a time.
+VNNI void dots(const float* const* x, int rows, const float* const* w, int64_t d, int64_t columns,
+               float (*out)[kDotColumns]) {
+  if (columns == 1) return products<1>(rows, x, w, d, out[0]);
   for (int64_t c = 0; c < columns; c += 2) {
     const int64_t first = std::min(c, columns - 2);
-    const float* right[2] = {w + first * d, w + (first + 1) * d};
-    products<2>(rows, x, right, d, out[0] + first);
+    products<2>(rows, x, w + first, d, out[0] + first);
   }
 }
 
