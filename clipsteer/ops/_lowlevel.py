@@ -170,6 +170,8 @@ RECORDS = (
         backends=_WITHOUT_CUDA,
         options="scale or columns",
     ),
+    # threshold_encode's codes, and torch's operations on their values
+    Op("jumprelu_encode", {}, backends=_WITHOUT_CUDA),
     Op(
         "batch_topk_encode",
         {

@@ -3,7 +3,9 @@
 One step: forward, backward, clip the gradient, remove its component parallel to each decoder row,
 Adam with linear warm-up and cosine decay, decoder rows to norm 1 (as they are before the first
 step). relu: scaled MSE + λ₁·‖f‖₁ (Joseph et al. 2025, arXiv 2504.08729); topk and batch_topk: FVU +
-AuxK / 32 (Gao et al. 2024, arXiv 2406.04093). Under ``torchrun`` the batch is split over the
+AuxK / 32 (Gao et al. 2024, arXiv 2406.04093); jumprelu: FVU + λ₀·L0; gated: scaled MSE of the
+reconstruction and of the gates', + λ₁·‖gates‖₁ (Rajamanoharan et al. 2024, arXiv 2407.14435 and
+2404.16014). Under ``torchrun`` the batch is split over the
 processes and the result is that of one process. Runs resume from checkpoints, on a CPU bit for bit.
 """
 
@@ -22,7 +24,7 @@ from torch import Tensor
 from clipsteer.io.checkpoint import Checkpoint
 from clipsteer.io.files import FileFormatError
 from clipsteer.io.layout import Layout, Spec
-from clipsteer.sae.config import TRAINABLE, TrainConfig
+from clipsteer.sae.config import AUXK, TRAINABLE, TrainConfig
 from clipsteer.sae.model import SAE
 from clipsteer.sae.sources import ActivationSource, Batch, Position, as_source
 from clipsteer.sae.trainer import SAETrainer
@@ -183,8 +185,17 @@ class Run(TrainingRun):
             for name, value in trainer.sae.metadata.items()
             if name not in ("training", "clipsteer_version")
         }
+        config = trainer.config
+        # a coefficient that was not given is written as it always was; the one in use beside it
+        given = AUXK if config.auxk_coefficient is None else config.auxk_coefficient
+        # earlier versions had none for relu, and nothing of jumprelu
+        later = ("l0_coefficient", "l0_penalty", "bandwidth")
+        self.since = {name: getattr(config, name) for name in later}
+        self.since["auxk"] = 0.0 if config.architecture == "relu" else config.auxk
         settings = {
-            **asdict(trainer.config),
+            **asdict(config),
+            "auxk_coefficient": given,
+            "auxk": config.auxk,
             "d_in": source.d_in,
             "rows of a pass": source.rows_per_epoch(),
             "metadata": known,
@@ -256,7 +267,9 @@ class Run(TrainingRun):
         trainer = self.trainer
         rows = batch.rows.to(trainer.device, trainer.sae.W_enc.dtype, non_blocking=True)
         if self.step == 0 and self.fresh:
-            trainer.sae.init_b_dec_(self.world.gather(rows))
+            every = self.world.gather(rows)
+            trainer.sae.init_b_dec_(every)
+            trainer.sae.init_threshold_(every, self.config.k)
         metrics = trainer.step(rows)
         self.position = batch.next
         return metrics

@@ -15,6 +15,7 @@ from clipsteer.io.layout import Layout, Spec, check_layout, layout_of
 from clipsteer.sae import losses as sae_loss
 from clipsteer.sae.adam import UnitRowAdam, takes_row_sparse
 from clipsteer.sae.config import TRAINABLE, TrainConfig
+from clipsteer.sae.encoding import with_values
 from clipsteer.sae.model import SAE
 from clipsteer.training.resume import strided_like
 from clipsteer.training.world import World
@@ -45,16 +46,15 @@ class SAETrainer:
         self.optimizer = UnitRowAdam(sae, config.peak_lr)
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)
         self.dead = torch.zeros(0, dtype=torch.int64, device=self.device)
-        by_default = "scaled_mse" if sae.architecture == "relu" else "fvu"
+        by_default = "scaled_mse" if sae.architecture in ("relu", "gated") else "fvu"
         self._loss = by_default if config.loss == "auto" else config.loss
         on_gpu = self.device.type == "cuda"
         bf16 = config.autocast == "bfloat16" or (config.autocast == "auto" and on_gpu)
         self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         if bf16:
             self._autocast = partial(torch.autocast, self.device.type, torch.bfloat16)
-        # gradients are summed over processes, and cast under autocast, as dense tensors
-        sparse = sae.architecture in ("topk", "batch_topk")
-        self._sparse = sparse and not bf16 and self.world.size == 1
+        # gradients are summed over processes as dense tensors
+        self._sparse = self.world.size == 1
         self._sparse = self._sparse and takes_row_sparse(sae.W_enc) and takes_row_sparse(sae.W_dec)
 
     def step(
@@ -75,18 +75,19 @@ class SAETrainer:
         if self.step_count == 0:
             sae.renormalize_decoder_()
         stats = sae_loss.batch_stats(x, world)
+        scale = self._scale(stats)
         aux = x.new_zeros(())
         with self._autocast():
-            out = sae_loss.forward(sae, x, world, self._sparse)
-            if sae.architecture != "relu" and config.auxk_coefficient and len(self.dead):
-                aux = sae_loss.auxk(sae, x, out, stats, self.dead, self._sparse)
+            bandwidth = config.bandwidth * scale
+            out = sae_loss.forward(sae, x, world, self._sparse, bandwidth)
+            if config.auxk and len(self.dead):
+                rows = self._sparse and out.indices is not None
+                aux = sae_loss.auxk(sae, x, out, stats, self.dead, rows)
+            penalty = self._penalty(x, out, stats)
         fvu = sae_loss.fvu(x, out.x_hat, stats)
-        loss = fvu if self._loss == "fvu" else sae_loss.scaled_mse(x, out.x_hat, stats)
-        if sae.architecture == "relu":
-            loss = loss + config.l1_coefficient * sae_loss.l1(out.acts, stats)
-        loss = loss + config.auxk_coefficient * aux
+        loss = self._reconstruction(x, out.x_hat, stats) + penalty + config.auxk * aux
         loss.backward()
-        self._update(config.lr_at(self.step_count, self.total_steps))
+        self._update(config.lr_at(self.step_count, self.total_steps), scale)
         fired = sae_loss.fired(sae, out, world)
         self.tokens_since_fired.add_(stats.count).masked_fill_(fired, 0)
         self.step_count += 1
@@ -95,12 +96,51 @@ class SAETrainer:
             dead = (self.tokens_since_fired > config.dead_after).sum() / (sae.d_sae * world.size)
             return torch.stack([value.detach().float() for value in (loss, fvu, l0, dead, aux)])
 
-    def _update(self, lr: float) -> None:
+    def _reconstruction(self, x: Tensor, x_hat: Tensor, stats: sae_loss.BatchStats) -> Tensor:
+        of = sae_loss.fvu if self._loss == "fvu" else sae_loss.scaled_mse
+        return of(x, x_hat, stats)
+
+    def _penalty(
+        self,
+        x: Tensor,  # (B, d_in)
+        out: sae_loss.TrainingOutput,
+        stats: sae_loss.BatchStats,
+    ) -> Tensor:
+        """What makes the codes of an architecture without k sparse; decoder rows are of norm 1, so
+        that penalties weighted by their norms are the same."""
+        config = self.config
+        if self.sae.architecture == "relu":
+            return config.l1_coefficient * sae_loss.l1(out.acts, stats)
+        if out.gate is None:
+            return x.new_zeros(())
+        if self.sae.architecture == "gated":
+            # the gates learn from what they alone would reconstruct (Rajamanoharan et al. 2024,
+            # arXiv 2404.16014, equation 8)
+            by_gates = self.sae.decode(with_values(out.codes, out.gate), out.stats, frozen=True)
+            found = self._reconstruction(x, by_gates.to(x.dtype), stats)
+            return found + config.l1_coefficient * sae_loss.l1(out.gate, stats)
+        if config.l0_penalty == "tanh":
+            return config.l0_coefficient * sae_loss.tanh_l0(out.acts, stats)
+        return config.l0_coefficient * out.gate.sum() / stats.count
+
+    def _scale(self, stats: sae_loss.BatchStats) -> Tensor:
+        """() How long the rows are that are encoded: a row of W_enc that moves by 1 moves its
+        pre-activations by so much. jumprelu's thresholds are as many of it as in the papers, where
+        rows are scaled to 1."""
+        if self.sae.normalize != "none":
+            return stats.total_variance.new_tensor(self.sae.d_in).sqrt()
+        return (stats.total_variance / stats.count).sqrt()
+
+    def _update(
+        self,
+        lr: float,
+        scale: Tensor,  # ()
+    ) -> None:
         parameters = list(self.sae.parameters())
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            elif parameter.grad.is_sparse and self.config.auxk_coefficient and len(self.dead):
+            elif parameter.grad.is_sparse and self.config.auxk and len(self.dead):
                 # the rows of the batch and those of the dead features
                 parameter.grad = parameter.grad.coalesce()
             self.world.sum_(parameter.grad)
@@ -110,10 +150,13 @@ class SAETrainer:
             grads = [grad._values() if grad.is_sparse else grad for grad in there]
             norm = torch.nn.utils.get_total_norm(grads)
             factor = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.optimizer.set_lr(lr, scale)
         self.optimizer.step(factor=factor)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.sae.architecture == "jumprelu":
+            # below 0 it would let negative activations through
+            with torch.no_grad():
+                self.sae.threshold.clamp_(min=0)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that changes from step to step: weights, both moments, dead-feature counts,

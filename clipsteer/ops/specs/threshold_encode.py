@@ -92,9 +92,13 @@ def check_codes(
     inputs: Inputs,
     outputs: Tensors,
     right: Callable[[Tensor, Tensor, Tensor, Tensor], bool],
+    valued: str | None = None,
 ) -> Errors:
     """Structure, values and the set: ``right`` of what the kept can be at most and the left out at
-    least, and where either is, (B, n) each; rows with a NaN, or not there whole, are neither."""
+    least, and where either is, (B, n) each; rows with a NaN, or not there whole, are neither.
+
+    Codes where the output ``valued`` is 0 have to be 0.
+    """
     pre, magnitude, slack = pre_activations(inputs)
     # the reference rounds them to its dtype before it compares
     slack = rounded(inputs, pre, slack)
@@ -113,13 +117,19 @@ def check_codes(
             return broken
     kept = keep & ~nan[:, None]
     left = ~keep & whole[:, None] & ~nan[:, None]
+    has_value = kept
+    if valued is not None:
+        flags = read_codes(inputs, {**outputs, "values": outputs[valued]})
+        if flags is None or bool(dense[kept & (flags[1] == 0)].any()):
+            return broken
+        has_value = kept & (flags[1] != 0)
     error = fraction_of_bound(
-        dense[kept],
-        pre[kept],
-        magnitude[kept],
+        dense[has_value],
+        pre[has_value],
+        magnitude[has_value],
         terms_of(inputs),
         operand_error(x.dtype),
-        underflow(inputs)[columns].expand_as(pre)[kept],
+        underflow(inputs)[columns].expand_as(pre)[has_value],
     )
     wrong = 0.0 if right(pre + slack, pre - slack, kept, left) else math.inf
     return {"values": error, "indices": wrong, "offsets": wrong}
