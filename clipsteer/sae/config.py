@@ -68,6 +68,8 @@ class TrainConfig:
     """of the first weights and of the order of the tokens"""
     autocast: Literal["auto", "bfloat16", "none"] = "auto"
     """precision of the products; auto is bfloat16 on a GPU and none on a CPU"""
+    shard_features: bool = False
+    """under torchrun, let each process hold and train its share of the features"""
     sync_every: Count = 10
     """steps between two looks at which features are dead; a GPU is waited for only then"""
     log_every: Count = 50

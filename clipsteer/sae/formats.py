@@ -190,7 +190,7 @@ def fitting(
     return chosen
 
 
-def _checked(sae: Describable) -> Described:
+def checked(sae: Describable) -> Described:
     """What is about to be written; whatever could not be read again shows here, before a file is
     touched."""
     config, weights, metadata = sae.described()
@@ -210,7 +210,12 @@ def _checked(sae: Describable) -> Described:
 
 def save(sae: Describable, directory: str | Path) -> Path:
     """See ``SAE.save_pretrained``."""
-    config, weights, metadata = _checked(sae)
+    return write(checked(sae), directory)
+
+
+def write(found: Described, directory: str | Path) -> Path:
+    """What ``checked`` gave, to a folder."""
+    config, weights, metadata = found
     dtype = str(weights["W_enc"].dtype).removeprefix("torch.")
     texts = {key: value for key, value in metadata.items() if isinstance(value, str)}
     values = {**config, "dtype": dtype, "metadata": metadata}
@@ -230,7 +235,7 @@ def export(sae: Describable, directory: str | Path, format: str) -> Path:
     if format not in _WRITERS:
         raise ValueError(f"export: format must be one of {tuple(_WRITERS)}, got {format!r}")
     name, writer = _WRITERS[format]
-    weights, cfg = writer(_checked(sae))
+    weights, cfg = writer(checked(sae))
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_safetensors(directory / name, weights)

@@ -18,6 +18,7 @@ from torch import Tensor
 from clipsteer import ops
 from clipsteer.sae.architectures import batch_count
 from clipsteer.sae.model import SAE, SAEOutput
+from clipsteer.sae.selection import joint_largest
 from clipsteer.training.world import World
 
 
@@ -32,8 +33,8 @@ class BatchStats(NamedTuple):
 
 @torch.no_grad()
 def batch_stats(x: Tensor, world: World) -> BatchStats:
-    """Statistics of the joint batch; x (B, d) is this process's share, of the same B everywhere."""
-    count = len(x) * world.size
+    """Statistics of the joint batch; x (B, d) is this process's share of it."""
+    count = sum(world.counts(len(x)))
     mean = world.sum_(x.sum(0)) / count
     distance = torch.linalg.vector_norm(x - mean, dim=-1)
     # identical rows have no variance: tiny keeps a perfect reconstruction at 0 instead of NaN
@@ -66,48 +67,63 @@ def auxk(
     stats: BatchStats,
     dead: Tensor,  # (n_dead,) int64, not empty
     sparse_grad: bool = False,
+    number: int | None = None,
 ) -> Tensor:
     """AuxK: how much of the residual x - x̂ the dead features leave, over the total variance.
 
     The k_aux = min(d_in / 2, n_dead) largest of the dead features decode the residual, without
     b_dec and in x's own scale; with fewer than d_in / 2 dead features the loss shrinks in
     proportion. The residual is a constant; the gradient reaches encoder and decoder of the dead
-    features, as rows alone if ``sparse_grad``.
+    features, as rows alone if ``sparse_grad``. ``number``: n_dead of all processes, where each has
+    a part of the features, and then this one's may be none.
     """
     half = max(sae.d_in // 2, 1)
-    k = min(half, len(dead))
+    number = len(dead) if number is None else number
+    k = min(half, number)
     centred, _ = sae._centred(x)
     W_enc = F.embedding(dead, sae.W_enc, sparse=sparse_grad)  # (n_dead, d_in)
     W_dec = F.embedding(dead, sae.W_dec, sparse=sparse_grad)
-    acts, indices = ops.topk_encode(centred, W_enc, sae.b_enc[dead], k=k)  # (B, k) each
-    guess = ops.sparse_decode(acts, indices, W_dec)  # (B, d_in)
+    codes = sae._ops.topk_encode(centred, W_enc, sae.b_enc[dead], k=k)
+    ragged = isinstance(codes, ops.SparseCodes)
+    decode = sae._ops.ragged_decode if ragged else sae._ops.sparse_decode
+    guess = decode(*codes, W_dec)  # (B, d_in)
     if out.stats.scale is not None:
         guess = guess * out.stats.scale
     residual = (x - out.x_hat).detach()
     left = (guess.to(x.dtype) - residual).square().sum() / stats.total_variance
-    return left * min(len(dead) / half, 1.0)
+    return left * min(number / half, 1.0)
 
 
 def forward(sae: SAE, x: Tensor, world: World, sparse_grad: bool = False) -> SAEOutput:
     """The SAE's forward pass in training mode; batch_topk selects over the joint batch of all
     processes, and its acts and indices are those of ragged codes (m,)."""
-    if sae.architecture != "batch_topk":
+    if sae.architecture not in ("topk", "batch_topk"):
         return sae(x, sparse_grad=sparse_grad)
     centred, stats = sae._centred(x)
-    count = batch_count(cast(float, sae.k), len(x) * world.size)
-    # no process can own more than all of the kept ones
-    codes = sae.batch_codes(centred, min(count, len(x) * sae.d_sae), sparse_grad)
-    acts = codes.values
+    if sae.architecture == "topk":
+        codes = sae._topk_encode(centred, sparse_grad)
+    else:
+        codes = _batch_codes(sae, centred, world, sparse_grad)
+    x_hat = sae.decode(codes, stats, sparse_grad=sparse_grad)
+    return SAEOutput(x_hat.to(x.dtype), codes[0], codes[1], stats)
+
+
+def _batch_codes(
+    sae: SAE,
+    centred: Tensor,  # (B, d_in)
+    world: World,
+    sparse_grad: bool,
+) -> ops.SparseCodes:
+    """The largest of the joint batch, those of this process."""
+    count = batch_count(cast(float, sae.k), sum(world.counts(len(centred))))
+    codes = sae.batch_codes(centred, count, sparse_grad)
     if world.size > 1:
-        with torch.no_grad():
-            every = world.gather(acts)
-            threshold = torch.topk(every, min(count, len(every)), sorted=False).values.amin()
-        acts = torch.where(acts >= threshold, acts, 0)
+        codes = codes._replace(values=joint_largest(codes, count, world))
     with torch.no_grad():
+        acts = codes.values
         least = torch.where(acts > 0, acts, torch.inf).amin()
         sae._update_threshold(world.min_(least.reshape(1)))
-    x_hat = sae.decode(codes._replace(values=acts), stats, sparse_grad=sparse_grad)
-    return SAEOutput(x_hat.to(x.dtype), acts, codes.indices, stats)
+    return codes
 
 
 @torch.no_grad()

@@ -71,6 +71,8 @@ class SAE(nn.Module):
     b_mag: nn.Parameter  # (d_sae,)
     r_mag: nn.Parameter  # (d_sae,)
     threshold: Tensor  # (d_sae,) or ()
+    # encoders and decoders; others while several processes train (``clipsteer.sae.parallel``)
+    _ops: Any = ops
 
     def __init__(
         self,
@@ -115,7 +117,7 @@ class SAE(nn.Module):
     def reset_parameters(self) -> None:
         """Decoder rows uniform, then of unit norm; W_enc = W_dec; biases 0; the threshold of
         batch_topk unset (-1)."""
-        self.W_dec.uniform_(-1, 1)
+        self._draw_(self.W_dec)
         self.W_dec.copy_(unit_rows(self.W_dec))
         self.W_enc.copy_(self.W_dec)
         for name, parameter in self.named_parameters():
@@ -123,6 +125,10 @@ class SAE(nn.Module):
                 parameter.zero_()
         if self.architecture in ("jumprelu", "batch_topk"):
             self.threshold.fill_(0.0 if self.architecture == "jumprelu" else -1.0)
+
+    def _draw_(self, weight: Tensor) -> None:
+        """First values of a dictionary (d_sae, ...)."""
+        weight.uniform_(-1, 1)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -191,7 +197,7 @@ class SAE(nn.Module):
         sparse_grad: bool = False,
     ) -> tuple[Tensor, Tensor]:
         k = cast(int, self.k)
-        return ops.topk_encode(x, self.W_enc, self.b_enc, k=k, sparse_grad=sparse_grad)
+        return self._ops.topk_encode(x, self.W_enc, self.b_enc, k=k, sparse_grad=sparse_grad)
 
     def batch_codes(
         self,
@@ -200,7 +206,7 @@ class SAE(nn.Module):
         sparse_grad: bool = False,
     ) -> ops.SparseCodes:
         """The ``count`` largest activations of a batch (``ops.batch_topk_encode``)."""
-        return ops.batch_topk_encode(
+        return self._ops.batch_topk_encode(
             x, self.W_enc, self.b_enc, count=count, sparse_grad=sparse_grad
         )
 
@@ -268,10 +274,10 @@ class SAE(nn.Module):
         it is in x's own.
         """
         if isinstance(acts, ops.SparseCodes):
-            x_hat = ops.ragged_decode(*acts, self.W_dec, self.b_dec, sparse_grad=sparse_grad)
+            x_hat = self._ops.ragged_decode(*acts, self.W_dec, self.b_dec, sparse_grad=sparse_grad)
         elif isinstance(acts, tuple):
             values, indices = acts
-            x_hat = ops.sparse_decode(
+            x_hat = self._ops.sparse_decode(
                 values, indices, self.W_dec, self.b_dec, sparse_grad=sparse_grad
             )
         elif acts.dim() == 0 or acts.shape[-1] != self.d_sae:

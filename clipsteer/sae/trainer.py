@@ -13,9 +13,11 @@ from torch import Tensor
 
 from clipsteer.io.layout import Layout, Spec, check_layout, layout_of
 from clipsteer.sae import losses as sae_loss
+from clipsteer.sae import parallel
 from clipsteer.sae.adam import UnitRowAdam, takes_row_sparse
 from clipsteer.sae.config import TRAINABLE, TrainConfig
 from clipsteer.sae.model import SAE
+from clipsteer.sae.shard import Shard, is_spread
 from clipsteer.training.resume import strided_like
 from clipsteer.training.world import World
 
@@ -24,7 +26,8 @@ class SAETrainer:
     """The optimisation of one SAE, step by step; ``train_sae`` adds data, checkpoints and logging.
 
     Args:
-        sae: trained in place, on its device.
+        sae: trained in place, on its device; with ``shard_features`` and several processes it
+            may be a ``Shard``, or its part is copied, and is ``self.sae``.
         config: its SAE settings (d_sae, k, …) are not looked at.
         total_steps: for the learning rate.
     """
@@ -36,15 +39,19 @@ class SAETrainer:
             raise ValueError(
                 f"train_sae: architecture must be one of {TRAINABLE}, got {sae.architecture!r}"
             )
-        self.sae = sae.train()
         self.config = config
         self.total_steps = total_steps
         self.device = sae.W_enc.device
         self.world = world if world is not None else World(self.device)
+        if config.shard_features and self.world.size > 1 and not isinstance(sae, Shard):
+            sae = Shard.of(sae, self.world)
+        self.sae = sae.train()
         self.step_count = 0
         self.optimizer = UnitRowAdam(sae, config.peak_lr)
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)
         self.dead = torch.zeros(0, dtype=torch.int64, device=self.device)
+        # of all processes
+        self._n_dead = 0
         by_default = "scaled_mse" if sae.architecture == "relu" else "fvu"
         self._loss = by_default if config.loss == "auto" else config.loss
         on_gpu = self.device.type == "cuda"
@@ -52,10 +59,19 @@ class SAETrainer:
         self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         if bf16:
             self._autocast = partial(torch.autocast, self.device.type, torch.bfloat16)
-        # gradients are summed over processes, and cast under autocast, as dense tensors
-        sparse = sae.architecture in ("topk", "batch_topk")
-        self._sparse = sparse and not bf16 and self.world.size == 1
-        self._sparse = self._sparse and takes_row_sparse(sae.W_enc) and takes_row_sparse(sae.W_dec)
+        # gradients are cast under autocast as dense tensors
+        sparse = sae.architecture in ("topk", "batch_topk") and not bf16
+        sparse = sparse and takes_row_sparse(sae.W_enc) and takes_row_sparse(sae.W_dec)
+        # all processes must go the same way
+        self._sparse = not self.world.any(not sparse)
+        kind: type[parallel.Sums] = parallel.Sums
+        if isinstance(sae, Shard):
+            kind = parallel.Features
+        elif self._sparse and self.world.size > 1:
+            kind = parallel.Codes
+        elif self.world.size > 1:
+            self._sparse = False
+        self.plan = kind(sae, self.world)
 
     def step(
         self,
@@ -68,47 +84,54 @@ class SAETrainer:
         """
         sae = self.sae
         config = self.config
-        world = self.world
+        plan = self.plan
         if self.step_count % config.sync_every == 0:
-            self.dead = (self.tokens_since_fired > config.dead_after).nonzero().flatten()
+            self._look_for_dead()
         x = x.to(self.device, sae.W_enc.dtype, non_blocking=True)
         if self.step_count == 0:
             sae.renormalize_decoder_()
-        stats = sae_loss.batch_stats(x, world)
+        (x,) = plan.rows(x)
+        stats = sae_loss.batch_stats(x, plan.view)
         aux = x.new_zeros(())
-        with self._autocast():
-            out = sae_loss.forward(sae, x, world, self._sparse)
-            if sae.architecture != "relu" and config.auxk_coefficient and len(self.dead):
-                aux = sae_loss.auxk(sae, x, out, stats, self.dead, self._sparse)
+        with self._autocast(), plan.at_work():
+            out = sae_loss.forward(sae, x, plan.view, self._sparse)
+            if sae.architecture != "relu" and config.auxk_coefficient and self._n_dead:
+                aux = sae_loss.auxk(sae, x, out, stats, self.dead, self._sparse, self._n_dead)
         fvu = sae_loss.fvu(x, out.x_hat, stats)
         loss = fvu if self._loss == "fvu" else sae_loss.scaled_mse(x, out.x_hat, stats)
         if sae.architecture == "relu":
-            loss = loss + config.l1_coefficient * sae_loss.l1(out.acts, stats)
+            loss = loss + config.l1_coefficient * plan.total(sae_loss.l1(out.acts, stats))
         loss = loss + config.auxk_coefficient * aux
         loss.backward()
         self._update(config.lr_at(self.step_count, self.total_steps))
-        fired = sae_loss.fired(sae, out, world)
+        fired = sae_loss.fired(sae, out, plan.view)
         self.tokens_since_fired.add_(stats.count).masked_fill_(fired, 0)
         self.step_count += 1
         with torch.no_grad():
-            l0 = (out.acts > 0).sum() / stats.count
-            dead = (self.tokens_since_fired > config.dead_after).sum() / (sae.d_sae * world.size)
-            return torch.stack([value.detach().float() for value in (loss, fvu, l0, dead, aux)])
+            l0 = plan.total((out.acts > 0).sum()) / stats.count
+            dead = (self.tokens_since_fired > config.dead_after).sum() / sae.d_sae
+            whole = [value.detach().float() for value in (loss, fvu, l0, aux)]
+            loss, fvu, l0, aux = torch.stack(whole) * plan.share
+            return torch.stack([loss, fvu, l0, dead.float() / self.world.size, aux])
+
+    def _look_for_dead(self) -> None:
+        self.dead = (self.tokens_since_fired > self.config.dead_after).nonzero().flatten()
+        self._n_dead = self.plan.number(self.dead)
 
     def _update(self, lr: float) -> None:
-        parameters = list(self.sae.parameters())
-        for parameter in parameters:
+        named = dict(self.sae.named_parameters())
+        for parameter in named.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             elif parameter.grad.is_sparse and self.config.auxk_coefficient and len(self.dead):
                 # the rows of the batch and those of the dead features
                 parameter.grad = parameter.grad.coalesce()
-            self.world.sum_(parameter.grad)
+        there = [p.grad for p in named.values() if p.grad is not None]
+        self.plan.sum_gradients(there)
         factor = None
         if self.config.grad_clip is not None:
-            there = [p.grad for p in parameters if p.grad is not None]
             grads = [grad._values() if grad.is_sparse else grad for grad in there]
-            norm = torch.nn.utils.get_total_norm(grads)
+            norm = self.plan.norm(grads, [is_spread(name, p) for name, p in named.items()])
             factor = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -134,8 +157,26 @@ class SAETrainer:
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         return tensors
 
+    def spread(self) -> set[str]:
+        """The names of those of `state_tensors` of which this process has a part."""
+        if not isinstance(self.sae, Shard):
+            return set()
+        own = dict(self.sae.state_dict())
+        of_sae = {name for name in own if is_spread(name, own[name])}
+        kinds = ("sae", "exp_avg", "exp_avg_sq")
+        names = {f"{kind}.{name}" for kind in kinds for name in of_sae}
+        return (names & self.state_tensors().keys()) | {"tokens_since_fired", "dead"}
+
     def state_layout(self) -> Layout:
-        """What `state_tensors` must be in a checkpoint; of one from a CPU no GPU's generator."""
+        """What `state_tensors` of one process must be in a checkpoint; of one from a CPU no GPU's
+        generator."""
+        found = self._layout()
+        for name in self.spread():
+            rows, *others = found[name].shape
+            found[name] = found[name]._replace(shape=(rows * self.world.size, *others))
+        return found
+
+    def _layout(self) -> Layout:
         found = layout_of(self.state_tensors())
         for name, spec in found.items():
             if name.startswith("exp_avg_sq."):
@@ -161,7 +202,7 @@ class SAETrainer:
         Raises FileFormatError for other tensors, before any is taken: a fused optimiser looks at
         no shape.
         """
-        check_layout(Path(f"state of step {step}"), tensors, self.state_layout())
+        check_layout(Path(f"state of step {step}"), tensors, self._layout())
         self.sae.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("sae.")})
         device = self.device if self.device.type == "cuda" else "cpu"
         for name, parameter in self.sae.named_parameters():
@@ -172,6 +213,7 @@ class SAETrainer:
             }
         self.tokens_since_fired = tensors["tokens_since_fired"].to(self.device)
         self.dead = tensors["dead"].to(self.device).nonzero().flatten()
+        self._n_dead = self.plan.number(self.dead)
         self.step_count = step
         torch.set_rng_state(tensors["rng.cpu"].cpu())
         if self.device.type == "cuda" and "rng.cuda" in tensors:
