@@ -92,19 +92,6 @@ class _Joint(Sums):
         self.batch = JointBatch(self.world, len(tensors[0]))
         return self.batch.join_all(*tensors)
 
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """With ops that take and give what all processes do."""
-        self.sae._ops = self.ops()
-        try:
-            yield
-        finally:
-            del self.sae._ops
-
-    def ops(self) -> Any:
-        """In place of ``clipsteer.ops``."""
-        raise NotImplementedError
-
     def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Nothing: they are those of all rows."""
 
@@ -112,17 +99,18 @@ class _Joint(Sums):
 class Codes(_Joint):
     """See the module."""
 
-    def ops(self) -> Any:
-        """Encoders that look at this process's rows alone."""
-        return RowOps(self.batch)
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """With encoders that look at this process's rows alone."""
+        self.sae._ops = RowOps(self.batch)
+        try:
+            yield
+        finally:
+            del self.sae._ops
 
 
 class Features(_Joint):
     """See the module."""
-
-    def ops(self) -> Any:
-        """Encoders and decoders of this process's features."""
-        return FeatureOps(self.world)
 
     def total(self, figure: Tensor) -> Tensor:
         """Over the processes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,8 @@ class SAETrainer:
         self.optimizer = UnitRowAdam(sae, config.peak_lr)
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)
         self.dead = torch.zeros(0, dtype=torch.int64, device=self.device)
-        # of all processes
-        self._n_dead = 0
+        # those of all processes, where they are not the same
+        self._n_dead: int | None = None
         by_default = "scaled_mse" if sae.architecture == "relu" else "fvu"
         self._loss = by_default if config.loss == "auto" else config.loss
         on_gpu = self.device.type == "cuda"
@@ -62,16 +62,19 @@ class SAETrainer:
         # gradients are cast under autocast as dense tensors
         sparse = sae.architecture in ("topk", "batch_topk") and not bf16
         sparse = sparse and takes_row_sparse(sae.W_enc) and takes_row_sparse(sae.W_dec)
-        # all processes must go the same way
-        self._sparse = not self.world.any(not sparse)
-        kind: type[parallel.Sums] = parallel.Sums
-        if isinstance(sae, Shard):
-            kind = parallel.Features
-        elif self._sparse and self.world.size > 1:
-            kind = parallel.Codes
-        elif self.world.size > 1:
-            self._sparse = False
-        self.plan = kind(sae, self.world)
+        self._sparse = sparse
+
+    @cached_property
+    def plan(self) -> parallel.Sums:
+        """How the processes share the work; all of them ask for it together, at the first step."""
+        # they must go the same way
+        self._sparse = not self.world.any(not self._sparse)
+        if isinstance(self.sae, Shard):
+            return parallel.Features(self.sae, self.world)
+        if self._sparse and self.world.size > 1:
+            return parallel.Codes(self.sae, self.world)
+        self._sparse = self._sparse and self.world.size == 1
+        return parallel.Sums(self.sae, self.world)
 
     def step(
         self,
@@ -86,7 +89,10 @@ class SAETrainer:
         config = self.config
         plan = self.plan
         if self.step_count % config.sync_every == 0:
-            self._look_for_dead()
+            self.dead = (self.tokens_since_fired > config.dead_after).nonzero().flatten()
+            self._n_dead = None
+        if self._n_dead is None:
+            self._n_dead = plan.number(self.dead)
         x = x.to(self.device, sae.W_enc.dtype, non_blocking=True)
         if self.step_count == 0:
             sae.renormalize_decoder_()
@@ -113,10 +119,6 @@ class SAETrainer:
             whole = [value.detach().float() for value in (loss, fvu, l0, aux)]
             loss, fvu, l0, aux = torch.stack(whole) * plan.share
             return torch.stack([loss, fvu, l0, dead.float() / self.world.size, aux])
-
-    def _look_for_dead(self) -> None:
-        self.dead = (self.tokens_since_fired > self.config.dead_after).nonzero().flatten()
-        self._n_dead = self.plan.number(self.dead)
 
     def _update(self, lr: float) -> None:
         named = dict(self.sae.named_parameters())
@@ -213,7 +215,7 @@ class SAETrainer:
             }
         self.tokens_since_fired = tensors["tokens_since_fired"].to(self.device)
         self.dead = tensors["dead"].to(self.device).nonzero().flatten()
-        self._n_dead = self.plan.number(self.dead)
+        self._n_dead = None
         self.step_count = step
         torch.set_rng_state(tensors["rng.cpu"].cpu())
         if self.device.type == "cuda" and "rng.cuda" in tensors:

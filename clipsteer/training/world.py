@@ -14,6 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+# groups that take tensors of the CPU, made here for groups that do not
+_host_groups: dict[Any, Any] = {}
+
+
 def _join(backend: str) -> None:
     # Not at the top: absent from builds of torch without distributed. The functions of
     # torch.distributed.nn take the group there is when they are imported (an optimizer does that)
@@ -32,6 +36,7 @@ def _join(backend: str) -> None:
 
 
 def _leave() -> None:
+    _host_groups.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -90,11 +95,22 @@ class World:
         if self.rank < 0:
             raise ValueError("mesh must be of processes among which this one is")
         self.sent = 0
-        self._host: Any = None
 
     def _global(self, rank: int) -> int:
         """A rank of the group among all processes."""
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+    def _host_group(self) -> Any:
+        """One of the same processes that takes tensors of the CPU. It is not kept here: a group
+        that outlives the one it belongs to aborts the process at its end."""
+        group = self.group or dist.distributed_c10d._get_default_group()
+        if _serves_hosts(group):
+            return group
+        if group not in _host_groups:
+            ranks = dist.get_process_group_ranks(group)
+            made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+            _host_groups[group] = made
+        return _host_groups[group]
 
     def _summed(self, tensor: Tensor, op: Any) -> Tensor:
         if self.size > 1:
@@ -107,15 +123,10 @@ class World:
         waited for and a CUDA graph can be captured (once the first call has made a group)."""
         if self.size == 1:
             return [number]
-        if self._host is None:
-            group = self.group or dist.distributed_c10d._get_default_group()
-            if not _serves_hosts(group):
-                ranks = dist.get_process_group_ranks(group)
-                group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-            self._host = group
         parts = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(self.size)]
         mine = torch.tensor([number], dtype=torch.int64, device="cpu")
-        dist.all_gather(parts, mine, group=self._host)
+        dist.all_gather(parts, mine, group=self._host_group())
+        self.sent += (self.size - 1) * mine.nbytes
         return [int(part) for part in parts]
 
     def sum_(self, tensor: Tensor) -> Tensor:
