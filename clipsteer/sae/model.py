@@ -319,8 +319,9 @@ class SAE(nn.Module):
     ) -> Tensor:
         """``decode`` with the features of each prefix of ``matryoshka`` alone: (G, ..., d_in). The
         last is ``decode``'s; without ``matryoshka`` there is none but that."""
-        prefixes = self.matryoshka or (self.d_sae,)
-        x_hats = decode_prefixes(acts, self.W_dec, self.b_dec, prefixes, sparse_grad)
+        if self.matryoshka is None:
+            return self.decode(acts, stats, sparse_grad=sparse_grad).unsqueeze(0)
+        x_hats = decode_prefixes(acts, self.W_dec, self.b_dec, self.matryoshka, sparse_grad)
         return x_hats if stats is None else denormalize(x_hats, stats)
 
     def with_skip(self, x_hat: Tensor, x: Tensor) -> Tensor:
