@@ -133,20 +133,28 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Decoder rows uniform, then of unit norm; W_enc = W_dec, of a transcoder rows of its own;
-        biases and W_skip 0; the threshold of batch_topk unset (-1)."""
-        self.W_dec.uniform_(-1, 1)
-        self.W_dec.copy_(unit_rows(self.W_dec))
+        """Decoder rows uniform, then of unit norm; W_enc = W_dec; biases 0; the threshold of
+        batch_topk unset (-1). Of a transcoder W_enc uniform, within 1 / √d_in, and W_dec and W_skip
+        0 (Paulo et al. 2025, arXiv 2501.18823)."""
         if self.d_out is None:
+            self.W_dec.uniform_(-1, 1)
+            self.W_dec.copy_(unit_rows(self.W_dec))
             self.W_enc.copy_(self.W_dec)
         else:
-            self.W_enc.uniform_(-1, 1)
-            self.W_enc.copy_(unit_rows(self.W_enc))
+            bound = self.d_in**-0.5
+            self.W_enc.uniform_(-bound, bound)
+            self.W_dec.zero_()
         for name, parameter in self.named_parameters():
             if name not in ("W_enc", "W_dec"):
                 parameter.zero_()
         if self.architecture in ("jumprelu", "batch_topk"):
             self.threshold.fill_(0.0 if self.architecture == "jumprelu" else -1.0)
+
+    @property
+    def has_unit_rows(self) -> bool:
+        """Whether training keeps decoder rows at norm 1: not those of a transcoder, which start
+        at 0."""
+        return self.d_out is None
 
     @property
     def config(self) -> dict[str, Any]:

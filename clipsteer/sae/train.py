@@ -73,7 +73,7 @@ def train_sae(
         settings: fields of ``TrainConfig`` to change.
 
     Returns:
-        the SAE in evaluation mode, decoder rows of norm 1.
+        the SAE in evaluation mode, decoder rows of norm 1 (but those of a transcoder).
 
     Raises:
         ValueError: settings out of range, a target that does not go with the activations, or
@@ -121,7 +121,8 @@ def train_sae(
     with claimed(out, run.name, world):
         run.start(resume)
         run.loop(on_log=on_log)
-        sae.renormalize_decoder_()
+        if sae.has_unit_rows:
+            sae.renormalize_decoder_()
         sae.eval()
         if out is not None and world.rank == 0:
             sae.save_pretrained(out)

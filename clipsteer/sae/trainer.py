@@ -80,7 +80,7 @@ class SAETrainer:
         if (target is None) != (sae.d_out is None):
             raise ValueError(f"SAETrainer.step: a target is needed with d_out, here {sae.d_out}")
         y = x if target is None else target.to(self.device, x.dtype, non_blocking=True)
-        if self.step_count == 0:
+        if self.step_count == 0 and sae.has_unit_rows:
             sae.renormalize_decoder_()
         stats = sae_loss.batch_stats(y, world)
         aux = x.new_zeros(())
