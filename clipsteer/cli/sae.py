@@ -144,7 +144,11 @@ def _train_options(p: argparse.ArgumentParser) -> None:
     settings = Options(
         TrainConfig,
         # --tokens says which tokens
-        names={"tokens": "train_tokens", "l1_coefficient": "l1"},
+        names={
+            "tokens": "train_tokens",
+            "l1_coefficient": "l1",
+            "l0_coefficient": "l0",
+        },
         exclusive=(("d_sae", "expansion"), ("tokens", "steps")),
         unset={"tokens": f"one pass, but at least {_LEAST_TOKENS:g}"},
     )
