@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipsteer.ops import _check
 from clipsteer.ops._bounds import HALVES
 from clipsteer.ops._ragged import SparseCodes, code_rows
 from clipsteer.ops._reference import rounded_once, rows_of
@@ -51,17 +52,20 @@ def jumprelu(
     Gradients of any order, forward and reverse: those of the formulas above for the threshold, the
     jump held fixed for pre. Where ``there`` is False the threshold has none. NaN stays.
     """
+    dtype = pre.dtype
+    fixed = threshold.detach()
+    # in pre's precision, as codes are selected
+    level = fixed.to(dtype)
     half = bandwidth / 2
-    near = (pre > threshold - half) & (pre < threshold + half)
+    near = (pre > level - half) & (pre < level + half)
     if there is not None:
         near = near & there
-    dtype = pre.dtype
+    below = pre <= level
     if dtype in HALVES:
         pre = pre.float()
         threshold = threshold.float()
-    below = pre <= threshold
+        fixed = fixed.float()
     # exactly 0, with the rectangle's gradient
-    fixed = threshold.detach()
     step = torch.where(near, threshold - fixed, 0) / bandwidth
     jump = torch.where(near, threshold.square() - fixed.square(), 0) / (2 * bandwidth)
     values = torch.where(below, 0, pre) - jump
@@ -69,9 +73,12 @@ def jumprelu(
 
 
 def _jumped(codes: SparseCodes, threshold: Tensor, bandwidth: float) -> JumpReLUCodes:
-    level = rows_of(threshold, codes.indices) if threshold.dim() else threshold
+    # in float32 the gradients of halves are summed without another rounding
+    wide = threshold.float() if threshold.dtype in HALVES else threshold
+    which = codes.indices if wide.dim() else torch.zeros_like(codes.indices)
     # padding is no code, whatever the threshold of feature 0
     there = code_rows(codes) < codes.offsets.shape[0] - 1
+    level = rows_of(wide.reshape(-1), which)
     values, active = jumprelu(codes.values, level, bandwidth, there)
     return JumpReLUCodes(values, codes.indices, codes.offsets, torch.where(there, active, 0))
 
@@ -131,6 +138,8 @@ def jumprelu_encode(
         raise TypeError(f"{op}: threshold must be a tensor, as it has a gradient, got {got}")
     if not 0 < bandwidth < float("inf"):
         raise ValueError(f"{op}: bandwidth must be positive and finite, got {bandwidth}")
+    if isinstance(x, Tensor):
+        _, threshold = _check.autocast(x, threshold)
     codes = threshold_encode(
         x,
         W_enc,

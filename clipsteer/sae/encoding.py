@@ -28,7 +28,7 @@ from clipsteer.sae.architectures import batch_count, running_threshold
 from clipsteer.sae.normalization import InputStats, normalize
 
 # share of features active above which the products of all are faster than sums over codes
-_DENSE_FROM = 1 / 16
+_DENSE_FROM = 1 / 8
 # rows that tell the share
 _PROBED = 8
 
