@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,21 @@ from torch import Tensor
 
 from clipsteer.io.layout import Layout, Spec, check_layout, layout_of
 from clipsteer.sae import losses as sae_loss
-from clipsteer.sae import parallel
 from clipsteer.sae.adam import UnitRowAdam, takes_row_sparse
 from clipsteer.sae.config import TRAINABLE, TrainConfig
+from clipsteer.sae.encoding import with_values
 from clipsteer.sae.model import SAE
-from clipsteer.sae.shard import Shard, is_spread
 from clipsteer.training.resume import strided_like
 from clipsteer.training.world import World
+
+METRICS = ("loss", "fvu", "l0", "dead", "auxk")
 
 
 class SAETrainer:
     """The optimisation of one SAE, step by step; ``train_sae`` adds data, checkpoints and logging.
 
     Args:
-        sae: trained in place, on its device; with ``shard_features`` and several processes it
-            may be a ``Shard``, or its part is copied, and is ``self.sae``.
+        sae: trained in place, on its device.
         config: its SAE settings (d_sae, k, …) are not looked at.
         total_steps: for the learning rate.
     """
@@ -39,106 +39,131 @@ class SAETrainer:
             raise ValueError(
                 f"train_sae: architecture must be one of {TRAINABLE}, got {sae.architecture!r}"
             )
+        self.sae = sae.train()
         self.config = config
         self.total_steps = total_steps
         self.device = sae.W_enc.device
         self.world = world if world is not None else World(self.device)
-        if config.shard_features and self.world.size > 1 and not isinstance(sae, Shard):
-            sae = Shard.of(sae, self.world)
-        self.sae = sae.train()
         self.step_count = 0
         self.optimizer = UnitRowAdam(sae, config.peak_lr)
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)
         self.dead = torch.zeros(0, dtype=torch.int64, device=self.device)
-        # those of all processes, where they are not the same
-        self._n_dead: int | None = None
-        by_default = "scaled_mse" if sae.architecture == "relu" else "fvu"
+        self.metrics = METRICS + tuple(f"fvu_{size}" for size in (sae.matryoshka or ())[:-1])
+        self._weighs_norms = not sae.has_unit_rows and sae.architecture not in (
+            "topk",
+            "batch_topk",
+        )
+        by_default = "scaled_mse" if sae.architecture in ("relu", "gated") else "fvu"
         self._loss = by_default if config.loss == "auto" else config.loss
         on_gpu = self.device.type == "cuda"
         bf16 = config.autocast == "bfloat16" or (config.autocast == "auto" and on_gpu)
         self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         if bf16:
             self._autocast = partial(torch.autocast, self.device.type, torch.bfloat16)
-        # gradients are cast under autocast as dense tensors
-        sparse = sae.architecture in ("topk", "batch_topk") and not bf16
-        sparse = sparse and takes_row_sparse(sae.W_enc) and takes_row_sparse(sae.W_dec)
-        self._sparse = sparse
-
-    @cached_property
-    def plan(self) -> parallel.Sums:
-        """How the processes share the work; all of them ask for it together, at the first step."""
-        # they must go the same way
-        self._sparse = not self.world.any(not self._sparse)
-        if isinstance(self.sae, Shard):
-            return parallel.Features(self.sae, self.world)
-        if self._sparse and self.world.size > 1:
-            return parallel.Codes(self.sae, self.world)
-        self._sparse = self._sparse and self.world.size == 1
-        return parallel.Sums(self.sae, self.world)
+        # gradients are summed over processes as dense tensors
+        self._sparse = self.world.size == 1
+        self._sparse = self._sparse and takes_row_sparse(sae.W_enc) and takes_row_sparse(sae.W_dec)
 
     def step(
         self,
         x: Tensor,  # (B, d_in)
-    ) -> Tensor:  # (5,)
+        target: Tensor | None = None,  # (B, d_out) for a transcoder
+    ) -> Tensor:  # (5 + prefixes before the last,)
         """One optimisation step on this process's rows x (B, d_in).
 
-        Returns (5,): loss, FVU, L0 and AuxK, this process's shares (which add up over the
-        processes), and the dead share divided by the number of processes. They stay on the device.
+        Returns ``metrics``: loss, FVU, L0 and AuxK, this process's shares (which add up over the
+        processes), the dead share divided by the number of processes, and the FVU of each prefix
+        before the last. They stay on the device.
         """
         sae = self.sae
         config = self.config
-        plan = self.plan
+        world = self.world
         if self.step_count % config.sync_every == 0:
             self.dead = (self.tokens_since_fired > config.dead_after).nonzero().flatten()
-            self._n_dead = None
-        if self._n_dead is None:
-            self._n_dead = plan.number(self.dead)
         x = x.to(self.device, sae.W_enc.dtype, non_blocking=True)
-        if self.step_count == 0:
+        if (target is None) != (sae.d_out is None):
+            raise ValueError(f"SAETrainer.step: a target is needed with d_out, here {sae.d_out}")
+        y = x if target is None else target.to(self.device, x.dtype, non_blocking=True)
+        if self.step_count == 0 and sae.has_unit_rows:
             sae.renormalize_decoder_()
-        (x,) = plan.rows(x)
-        stats = sae_loss.batch_stats(x, plan.view)
+        stats = sae_loss.batch_stats(y, world)
         aux = x.new_zeros(())
-        with self._autocast(), plan.at_work():
-            out = sae_loss.forward(sae, x, plan.view, self._sparse)
-            if sae.architecture != "relu" and config.auxk_coefficient and self._n_dead:
-                aux = sae_loss.auxk(sae, x, out, stats, self.dead, self._sparse, self._n_dead)
-        fvu = sae_loss.fvu(x, out.x_hat, stats)
-        loss = fvu if self._loss == "fvu" else sae_loss.scaled_mse(x, out.x_hat, stats)
-        if sae.architecture == "relu":
-            loss = loss + config.l1_coefficient * plan.total(sae_loss.l1(out.acts, stats))
-        loss = loss + config.auxk_coefficient * aux
+        with self._autocast():
+            out = sae_loss.forward(sae, x, world, self._sparse, config.bandwidth)
+            if config.auxk and len(self.dead):
+                rows = self._sparse and out.indices is not None
+                aux = sae_loss.auxk(sae, x, out, stats, self.dead, rows, target=y)
+            penalty = self._penalty(x, y, out, stats)
+        # the mean over prefixes
+        loss = self._reconstruction(y, out.x_hats, stats) / len(out.x_hats)
+        loss = loss + penalty + config.auxk * aux
         loss.backward()
         self._update(config.lr_at(self.step_count, self.total_steps))
-        fired = sae_loss.fired(sae, out, plan.view)
+        fired = sae_loss.fired(sae, out, world)
         self.tokens_since_fired.add_(stats.count).masked_fill_(fired, 0)
         self.step_count += 1
         with torch.no_grad():
-            l0 = plan.total((out.acts > 0).sum()) / stats.count
-            dead = (self.tokens_since_fired > config.dead_after).sum() / sae.d_sae
-            whole = [value.detach().float() for value in (loss, fvu, l0, aux)]
-            loss, fvu, l0, aux = torch.stack(whole) * plan.share
-            return torch.stack([loss, fvu, l0, dead.float() / self.world.size, aux])
+            l0 = (out.acts > 0).sum() / stats.count
+            dead = (self.tokens_since_fired > config.dead_after).sum() / (sae.d_sae * world.size)
+            *shorter, fvu = [sae_loss.fvu(y, x_hat, stats) for x_hat in out.x_hats]
+            values = (loss, fvu, l0, dead, aux, *shorter)
+            return torch.stack([value.detach().float() for value in values])
+
+    def _reconstruction(self, x: Tensor, x_hat: Tensor, stats: sae_loss.BatchStats) -> Tensor:
+        of = sae_loss.fvu if self._loss == "fvu" else sae_loss.scaled_mse
+        return of(x, x_hat, stats)
+
+    def _penalty(
+        self,
+        x: Tensor,  # (B, d_in)
+        y: Tensor,  # x, or a transcoder's target (B, d_out)
+        out: sae_loss.TrainingOutput,
+        stats: sae_loss.BatchStats,
+    ) -> Tensor:
+        """What makes the codes of an architecture without k sparse. Penalties are weighted by the
+        norms of decoder rows where these are free."""
+        config = self.config
+        if self.sae.architecture == "relu":
+            norms = sae_loss.decoder_norms(self.sae, out, self._sparse)
+            return config.l1_coefficient * sae_loss.l1(out.acts, stats, norms)
+        if out.gate is None:
+            return x.new_zeros(())
+        if config.l0_penalty == "step" and self.sae.architecture == "jumprelu":
+            return config.l0_coefficient * out.gate.sum() / stats.count
+        norms = sae_loss.decoder_norms(self.sae, out, self._sparse)
+        if self.sae.architecture == "gated":
+            # the gates learn from what they alone would reconstruct (Rajamanoharan et al. 2024,
+            # arXiv 2404.16014, equation 8)
+            by_gates = self.sae.decode(with_values(out.codes, out.gate), out.stats, frozen=True)
+            by_gates = self.sae.with_skip(by_gates, x, frozen=True)
+            found = self._reconstruction(y, by_gates, stats)
+            return found + config.l1_coefficient * sae_loss.l1(out.gate, stats, norms)
+        return config.l0_coefficient * sae_loss.tanh_l0(out.acts, stats, norms)
 
     def _update(self, lr: float) -> None:
-        named = dict(self.sae.named_parameters())
-        for parameter in named.values():
+        parameters = list(self.sae.parameters())
+        # the rows of the batch, and those of dead features or of penalised norms
+        joined = bool(self.config.auxk and len(self.dead)) or self._weighs_norms
+        for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            elif parameter.grad.is_sparse and self.config.auxk_coefficient and len(self.dead):
-                # the rows of the batch and those of the dead features
+            elif parameter.grad.is_sparse and joined:
                 parameter.grad = parameter.grad.coalesce()
-        there = [p.grad for p in named.values() if p.grad is not None]
-        self.plan.sum_gradients(there)
+            self.world.sum_(parameter.grad)
         factor = None
         if self.config.grad_clip is not None:
+            there = [p.grad for p in parameters if p.grad is not None]
             grads = [grad._values() if grad.is_sparse else grad for grad in there]
-            norm = self.plan.norm(grads, [is_spread(name, p) for name, p in named.items()])
+            norm = torch.nn.utils.get_total_norm(grads)
             factor = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step(factor=factor)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.sae.architecture == "jumprelu":
+            # below 0 it would let negative activations through
+            with torch.no_grad():
+                self.sae.threshold.clamp_(min=0)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that changes from step to step: weights, both moments, dead-feature counts,
@@ -159,26 +184,8 @@ class SAETrainer:
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         return tensors
 
-    def spread(self) -> set[str]:
-        """The names of those of `state_tensors` of which this process has a part."""
-        if not isinstance(self.sae, Shard):
-            return set()
-        own = dict(self.sae.state_dict())
-        of_sae = {name for name in own if is_spread(name, own[name])}
-        kinds = ("sae", "exp_avg", "exp_avg_sq")
-        names = {f"{kind}.{name}" for kind in kinds for name in of_sae}
-        return (names & self.state_tensors().keys()) | {"tokens_since_fired", "dead"}
-
     def state_layout(self) -> Layout:
-        """What `state_tensors` of one process must be in a checkpoint; of one from a CPU no GPU's
-        generator."""
-        found = self._layout()
-        for name in self.spread():
-            rows, *others = found[name].shape
-            found[name] = found[name]._replace(shape=(rows * self.world.size, *others))
-        return found
-
-    def _layout(self) -> Layout:
+        """What `state_tensors` must be in a checkpoint; of one from a CPU no GPU's generator."""
         found = layout_of(self.state_tensors())
         for name, spec in found.items():
             if name.startswith("exp_avg_sq."):
@@ -204,7 +211,7 @@ class SAETrainer:
         Raises FileFormatError for other tensors, before any is taken: a fused optimiser looks at
         no shape.
         """
-        check_layout(Path(f"state of step {step}"), tensors, self._layout())
+        check_layout(Path(f"state of step {step}"), tensors, self.state_layout())
         self.sae.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("sae.")})
         device = self.device if self.device.type == "cuda" else "cpu"
         for name, parameter in self.sae.named_parameters():
@@ -215,7 +222,6 @@ class SAETrainer:
             }
         self.tokens_since_fired = tensors["tokens_since_fired"].to(self.device)
         self.dead = tensors["dead"].to(self.device).nonzero().flatten()
-        self._n_dead = None
         self.step_count = step
         torch.set_rng_state(tensors["rng.cpu"].cpu())
         if self.device.type == "cuda" and "rng.cuda" in tensors:

@@ -22,6 +22,7 @@ PER_ROW = {
     "mahalanobis_covariance_loss_low_rank": ("new", "old", "labels"),
     "semantic_drift": ("old", "new"),
     "threshold_encode": ("x",),
+    "jumprelu_encode": ("x",),
     "batch_topk_encode": ("x",),
     "drrho_loss": ("image", "text", "ref_image", "ref_text", "u"),
 }

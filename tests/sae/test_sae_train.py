@@ -169,7 +169,7 @@ def plain_step(p, moments, step, x, config, architecture, dead, total):
             spare = pre[:, dead]
             spare = torch.relu(spare) * (spare >= spare.topk(k, 1).values[:, -1:])
             error = (spare @ q["W_dec"][dead] - (x - x_hat).detach()).square().sum() / variance
-            loss = loss + config.auxk_coefficient * error * min(len(dead) / (D // 2), 1)
+            loss = loss + config.auxk * error * min(len(dead) / (D // 2), 1)
     loss.backward()
     grads = {name: value.grad for name, value in q.items()}
     norm = math.sqrt(sum(float(g.square().sum()) for g in grads.values()))
