@@ -20,6 +20,7 @@ from clipsteer.sae.architectures import batch_count
 from clipsteer.sae.encoding import Codes, Encoded, indices_of, takes_codes, values_of
 from clipsteer.sae.model import SAE, SAEOutput
 from clipsteer.sae.normalization import InputStats
+from clipsteer.sae.selection import joint_largest
 from clipsteer.training.world import World
 
 
@@ -46,8 +47,8 @@ class TrainingOutput(NamedTuple):
 
 @torch.no_grad()
 def batch_stats(x: Tensor, world: World) -> BatchStats:
-    """Statistics of the joint batch; x (B, d) is this process's share, of the same B everywhere."""
-    count = len(x) * world.size
+    """Statistics of the joint batch; x (B, d) is this process's share of it."""
+    count = sum(world.counts(len(x)))
     mean = world.sum_(x.sum(0)) / count
     distance = torch.linalg.vector_norm(x - mean, dim=-1)
     # identical rows have no variance: tiny keeps a perfect reconstruction at 0 instead of NaN
@@ -94,6 +95,7 @@ def auxk(
     dead: Tensor,  # (n_dead,) int64, not empty
     sparse_grad: bool = False,
     target: Tensor | None = None,  # (B, d_out) for a transcoder
+    number: int | None = None,
 ) -> Tensor:
     """AuxK: how much of the residual x - x̂ the dead features leave, over the total variance; of
     gated by its gates. With prefixes x̂ is that of all features; of a transcoder the residual is
@@ -102,21 +104,25 @@ def auxk(
     The k_aux = min(d_in / 2, n_dead) largest of the dead features decode the residual, without
     b_dec and in x's own scale; with fewer than d_in / 2 dead features the loss shrinks in
     proportion. The residual is a constant; the gradient reaches encoder and decoder of the dead
-    features, as rows alone if ``sparse_grad``.
+    features, as rows alone if ``sparse_grad``. ``number``: n_dead of all processes, where each has
+    a part of the features, and then this one's may be none.
     """
     half = max(sae.W_dec.shape[1] // 2, 1)
-    k = min(half, len(dead))
+    number = len(dead) if number is None else number
+    k = min(half, number)
     centred, _ = sae._centred(x)
     W_enc = F.embedding(dead, sae.W_enc, sparse=sparse_grad)  # (n_dead, d_in)
     W_dec = F.embedding(dead, sae.W_dec, sparse=sparse_grad)
     bias = sae.encoder_bias[dead]
-    acts, indices = ops.topk_encode(centred, W_enc, bias, k=k)  # (B, k) each
-    guess = ops.sparse_decode(acts, indices, W_dec)  # (B, d_in)
+    codes = sae._ops.topk_encode(centred, W_enc, bias, k=k)
+    ragged = isinstance(codes, ops.SparseCodes)
+    decode = sae._ops.ragged_decode if ragged else sae._ops.sparse_decode
+    guess = decode(*codes, W_dec)  # (B, d_in)
     if out.stats.scale is not None:
         guess = guess * out.stats.scale
     residual = ((x if target is None else target) - out.x_hat).detach()
     left = (guess.to(x.dtype) - residual).square().sum() / stats.total_variance
-    return left * min(len(dead) / half, 1.0)
+    return left * min(number / half, 1.0)
 
 
 def forward(
@@ -151,19 +157,13 @@ def _joint_codes(
     world: World,
     sparse_grad: bool,
 ) -> ops.SparseCodes:
-    count = batch_count(cast(float, sae.k), len(centred) * world.size)
-    # no process can own more than all of the kept ones
-    codes = sae.batch_codes(centred, min(count, len(centred) * sae.d_sae), sparse_grad)
-    acts = codes.values
+    count = batch_count(cast(float, sae.k), sum(world.counts(len(centred))))
+    codes = sae.batch_codes(centred, count, sparse_grad)
     if world.size > 1:
-        with torch.no_grad():
-            every = world.gather(acts)
-            threshold = torch.topk(every, min(count, len(every)), sorted=False).values.amin()
-        acts = torch.where(acts >= threshold, acts, 0)
+        codes = codes._replace(values=joint_largest(codes, count, world))
     with torch.no_grad():
-        least = torch.where(acts > 0, acts, torch.inf).amin()
-        sae._update_threshold(world.min_(least.reshape(1)))
-    return codes._replace(values=acts)
+        sae._update_threshold(world.min_(sae._least(codes.values).reshape(1)))
+    return codes
 
 
 def decoder_norms(sae: SAE, out: TrainingOutput, sparse_grad: bool) -> Tensor | None:

@@ -131,18 +131,22 @@ class SAE(Encoding):
         0.01, that of batch_topk unset (-1). Of a transcoder W_enc uniform, within 1 / √d_in, and
         W_dec and W_skip 0 (Paulo et al. 2025, arXiv 2501.18823)."""
         if self.d_out is None:
-            self.W_dec.uniform_(-1, 1)
+            self._draw_(self.W_dec, 1)
             self.W_dec.copy_(unit_rows(self.W_dec))
             self.W_enc.copy_(self.W_dec)
         else:
             bound = self.d_in**-0.5
-            self.W_enc.uniform_(-bound, bound)
+            self._draw_(self.W_enc, bound)
             self.W_dec.zero_()
         for name, parameter in self.named_parameters():
             if name not in ("W_enc", "W_dec"):
                 parameter.zero_()
         if self.architecture in ("jumprelu", "batch_topk"):
             self.threshold.fill_(0.01 if self.architecture == "jumprelu" else -1.0)
+
+    def _draw_(self, weight: Tensor, bound: float) -> None:
+        """First values of a dictionary (d_sae, d), uniform in ± bound."""
+        weight.uniform_(-bound, bound)
 
     @property
     def has_unit_rows(self) -> bool:
@@ -183,10 +187,10 @@ class SAE(Encoding):
         if frozen:
             W_dec, b_dec = W_dec.detach(), b_dec.detach()
         if isinstance(acts, ops.SparseCodes):
-            x_hat = ops.ragged_decode(*acts, W_dec, b_dec, sparse_grad=sparse_grad)
+            x_hat = self._ops.ragged_decode(*acts, W_dec, b_dec, sparse_grad=sparse_grad)
         elif isinstance(acts, tuple):
             values, indices = acts
-            x_hat = ops.sparse_decode(values, indices, W_dec, b_dec, sparse_grad=sparse_grad)
+            x_hat = self._ops.sparse_decode(values, indices, W_dec, b_dec, sparse_grad=sparse_grad)
         elif acts.dim() == 0 or acts.shape[-1] != self.d_sae:
             raise ValueError(
                 f"SAE.decode: acts must be (..., d_sae = {self.d_sae}), got {tuple(acts.shape)}"
@@ -262,8 +266,8 @@ class SAE(Encoding):
         if self.architecture not in ("jumprelu", "gated"):
             return
         rows = self._centred(x)[0].reshape(-1, self.d_in)
-        codes = self.batch_codes(rows, batch_count(min(k, self.d_sae), len(rows)))
-        level = torch.where(codes.values > 0, codes.values, torch.inf).amin()
+        count = batch_count(min(k, self.config["d_sae"]), len(rows))
+        level = self._least(self.batch_codes(rows, count).values)
         if self.architecture == "gated":
             self.b_gate.add_(torch.where(level.isfinite(), -level, 0))
         else:

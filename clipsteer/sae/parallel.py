@@ -21,6 +21,7 @@ from torch import Tensor
 from clipsteer import ops
 from clipsteer.ops import SparseCodes
 from clipsteer.ops._chosen import chosen
+from clipsteer.ops.jumprelu_encode import JumpReLUCodes, jumped
 from clipsteer.sae.model import SAE
 from clipsteer.sae.selection import kept_of_batch, kept_of_rows, only, ragged
 from clipsteer.training.world import JointBatch, World
@@ -39,9 +40,13 @@ class Sums:
         # of a figure that every process has
         self.share = 1.0
 
-    def rows(self, *tensors: Tensor) -> list[Tensor]:
-        """The rows (B, ...) that the losses see, given this process's."""
-        return list(tensors)
+    def rows(
+        self,
+        x: Tensor,  # (B, d_in) of this process
+        target: Tensor,  # (B, d_out), or x itself
+    ) -> tuple[Tensor, Tensor]:
+        """Those that the losses see."""
+        return x, target
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -73,11 +78,6 @@ class _Here(World):
         self.device = world.device
         self.rank = 0
         self.size = 1
-        self._all = world
-
-    def min_(self, tensor: Tensor) -> Tensor:
-        """Over the features of all processes, in place."""
-        return self._all.min_(tensor)
 
 
 class _Joint(Sums):
@@ -87,10 +87,18 @@ class _Joint(Sums):
         self.share = 1 / world.size
         self.batch = JointBatch.of([1] * world.size, world)
 
-    def rows(self, *tensors: Tensor) -> list[Tensor]:
+    def rows(
+        self,
+        x: Tensor,  # (B, d_in) of this process
+        target: Tensor,  # (B, d_out), or x itself
+    ) -> tuple[Tensor, Tensor]:
         """Those of all processes, in rank order."""
-        self.batch = JointBatch(self.world, len(tensors[0]))
-        return self.batch.join_all(*tensors)
+        self.batch = JointBatch(self.world, len(x))
+        if target is x:
+            x = self.batch.join(x)
+            return x, x
+        x, target = self.batch.join_all(x, target)
+        return x, target
 
     def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Nothing: they are those of all rows."""
@@ -163,14 +171,31 @@ class RowOps:
         W_enc: Tensor,
         b_enc: Tensor | None = None,
         *,
+        relu: bool = True,
         sparse_grad: bool = False,
         **options: Any,
     ) -> SparseCodes:
         """``ops.threshold_encode``."""
         with torch.no_grad():
-            codes = ops.threshold_encode(self.batch.own(x), W_enc, b_enc, **options)
+            codes = ops.threshold_encode(self.batch.own(x), W_enc, b_enc, relu=False, **options)
             codes = self._joined(codes)
-        return chosen(x, W_enc, b_enc, codes, sparse_grad=sparse_grad)
+        codes = chosen(x, W_enc, b_enc, codes, sparse_grad=sparse_grad)
+        return codes._replace(values=torch.relu(codes.values)) if relu else codes
+
+    def jumprelu_encode(
+        self,
+        x: Tensor,  # (B, d_in) of all processes
+        W_enc: Tensor,
+        b_enc: Tensor | None = None,
+        *,
+        threshold: Tensor,  # () or (d_sae,)
+        bandwidth: float,
+        **options: Any,
+    ) -> JumpReLUCodes:
+        """``ops.jumprelu_encode``."""
+        level = threshold.detach() - bandwidth / 2
+        codes = self.threshold_encode(x, W_enc, b_enc, threshold=level, relu=False, **options)
+        return jumped(codes, threshold, bandwidth)
 
     def batch_topk_encode(
         self,
@@ -214,6 +239,7 @@ class FeatureOps:
     def __init__(self, world: World) -> None:
         self.world = world
         self.threshold_encode = ops.threshold_encode
+        self.jumprelu_encode = ops.jumprelu_encode
 
     def topk_encode(
         self,

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsteer import ops
 from clipsteer.sae import formats
+from clipsteer.sae.encoding import Codes
+from clipsteer.sae.matryoshka import decode_prefixes
 from clipsteer.sae.model import SAE
 from clipsteer.sae.normalization import InputStats, denormalize
 from clipsteer.sae.parallel import FeatureOps, SumGradient
@@ -43,14 +44,15 @@ class Shard(SAE):
                 f"shard_features: {d_sae} features cannot be dealt out evenly to {world.size} "
                 f"processes; choose a d_sae that is a multiple of {world.size}"
             )
-        self._world = world
-        self._d_sae = d_sae
-        # k is checked against all features
-        SAE(**{**config, "d_sae": d_sae, "device": "meta"})
+        whole = SAE(**{**config, "d_sae": d_sae, "device": "meta"})
         here = d_sae // world.size
-        k = config.pop("k", None)
-        super().__init__(d_sae=here, k=None if k is None else min(k, here), **config)
-        self.k = k
+        # which are those of all features
+        config.update(k=None if whole.k is None else min(whole.k, here), matryoshka=None)
+        self._world = world
+        super().__init__(d_sae=here, **config)
+        self._d_sae = d_sae
+        self.k = whole.k
+        self.matryoshka = whole.matryoshka
         self._ops = FeatureOps(world)
 
     @classmethod
@@ -89,11 +91,11 @@ class Shard(SAE):
         """The arguments that rebuild the whole."""
         return {**super().config, "d_sae": self._d_sae}
 
-    def _draw_(self, weight: Tensor) -> None:
+    def _draw_(self, weight: Tensor, bound: float) -> None:
         # what one process draws, of which the others' rows are passed over
         for rank in range(self._world.size):
             drawn = weight if rank == 0 else torch.empty_like(weight)
-            drawn.uniform_(-1, 1)
+            drawn.uniform_(-bound, bound)
             if rank == self._world.rank:
                 mine = drawn.clone() if rank == 0 else drawn
         weight.copy_(mine)
@@ -104,19 +106,46 @@ class Shard(SAE):
             x = x - SumGradient.apply(self.b_dec, self._world)
         return x, stats
 
+    def _least(self, acts: Tensor) -> Tensor:
+        return self._world.min_(super()._least(acts))
+
     def decode(
         self,
-        acts: Tensor | tuple[Tensor, Tensor] | ops.SparseCodes,
+        acts: Codes,
+        stats: InputStats | None = None,
+        *,
+        sparse_grad: bool = False,
+        frozen: bool = False,
+    ) -> Tensor:
+        """As ``SAE.decode``, of the codes that each process has of its features."""
+        if isinstance(acts, tuple):
+            return super().decode(acts, stats, sparse_grad=sparse_grad, frozen=frozen)
+        W_dec, b_dec = self.W_dec, self.b_dec
+        if frozen:
+            W_dec, b_dec = W_dec.detach(), b_dec.detach()
+        x_hat = self._ops.summed(F.linear(acts.to(W_dec.dtype), W_dec.T), b_dec)
+        return x_hat if stats is None else denormalize(x_hat, stats)
+
+    def decode_prefixes(
+        self,
+        acts: Codes,
         stats: InputStats | None = None,
         *,
         sparse_grad: bool = False,
     ) -> Tensor:
-        """As ``SAE.decode``, of the codes that each process has of its features."""
-        if isinstance(acts, tuple):
-            return super().decode(acts, stats, sparse_grad=sparse_grad)
-        part = F.linear(acts.to(self.W_dec.dtype), self.W_dec.T)
-        x_hat = self._ops.summed(part, self.b_dec)
-        return x_hat if stats is None else denormalize(x_hat, stats)
+        """As ``SAE.decode_prefixes``, of the codes that each process has of its features."""
+        if self.matryoshka is None:
+            return super().decode_prefixes(acts, stats, sparse_grad=sparse_grad)
+        first = self._world.rank * self.d_sae
+        # how much of each prefix is here
+        limits = [min(max(size - first, 0), self.d_sae) for size in self.matryoshka]
+        there = sorted({limit for limit in limits if limit})
+        none = torch.zeros_like(self.b_dec)
+        parts = decode_prefixes(acts, self.W_dec, none, there, sparse_grad)
+        parts = torch.cat([torch.zeros_like(parts[:1]), parts])
+        x_hats = self._ops.summed(parts[[there.index(n) + 1 if n else 0 for n in limits]])
+        x_hats = x_hats + self.b_dec
+        return x_hats if stats is None else denormalize(x_hats, stats)
 
     def spread_state(self) -> dict[str, Tensor | Spread]:
         """The state dict of the whole, to be written."""

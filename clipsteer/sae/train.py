@@ -27,6 +27,7 @@ from clipsteer.io.layout import Layout, Spec
 from clipsteer.sae.config import AUXK, TRAINABLE, TrainConfig
 from clipsteer.sae.model import SAE
 from clipsteer.sae.pairs import paired
+from clipsteer.sae.shard import Shard, is_spread
 from clipsteer.sae.sources import ActivationSource, Batch, Position
 from clipsteer.sae.trainer import METRICS, SAETrainer
 from clipsteer.training.claim import claimed
@@ -49,6 +50,7 @@ def train_sae(
     resume: bool = True,
     metadata: dict[str, Any] | None = None,
     on_log: Callable[[dict[str, float]], None] | None = None,
+    mesh: Any = None,
     **settings: Any,
 ) -> SAE:
     """Train a sparse autoencoder on activations.
@@ -72,15 +74,18 @@ def train_sae(
         metadata: kept in the SAE's ``cfg.json``; what a store or harvest knows of its model is
             added.
         on_log: called with every logged record, in rank 0.
+        mesh: the processes that train together, as a process group or a ``DeviceMesh`` of one
+            dimension; None: all there are.
         settings: fields of ``TrainConfig`` to change.
 
     Returns:
         the SAE in evaluation mode, decoder rows of norm 1 (but those of a transcoder).
 
     Raises:
-        ValueError: settings out of range, a target that does not go with the activations, or
-            another run in ``out``: other settings, metadata, length or rows (of an iterable that is
-            no list these are not known).
+        ValueError: settings out of range; a target that does not go with the activations; a batch,
+            or with ``shard_features`` a number of features, that cannot be dealt out evenly to the
+            processes; another run in ``out``: other settings, metadata, length or rows (of an
+            iterable that is no list these are not known).
         FileFormatError: a checkpoint in ``out`` that is not of such a run.
         RuntimeError: the loss is not finite (the last checkpoint is from before), or another
             process writes to ``out``.
@@ -100,7 +105,12 @@ def train_sae(
         )
     if device is None and sae is not None:
         device = sae.W_enc.device
-    world = World(device)
+    world = World(device, mesh)
+    if config.batch_size % world.size:
+        raise ValueError(
+            f"train_sae: batch_size must be a multiple of the {world.size} processes, got "
+            f"{config.batch_size}"
+        )
     total = config.total_steps(source.rows_per_epoch())
     if total <= config.warmup_steps and world.rank == 0:
         logger.warning(
@@ -112,25 +122,52 @@ def train_sae(
             config.lr_at(total - 1, total),
             config.peak_lr,
         )
-    fresh = sae is None
-    if sae is None:
-        sae = _new_sae(source.d_in, source.d_out, config)
+    given = sae
+    shard = config.shard_features and world.size > 1
+    if given is None:
+        sae = _new_sae(source.d_in, source.d_out, config, world if shard else None)
+    else:
+        sae = Shard.of(given, world) if shard else given
     sae.to(world.device)
     sae.metadata.update(getattr(source, "provenance", {}))
-    sae.metadata.update({**(metadata or {}), "training": asdict(config)})
+    sae.metadata.update({**(metadata or {}), "training": _kept(config)})
     trainer = SAETrainer(sae, config, total, world)
-    run = Run(trainer, source, None if out is None else Path(out), fresh)
+    run = Run(trainer, source, None if out is None else Path(out), fresh=given is None)
     with claimed(out, run.name, world):
         run.start(resume)
         run.loop(on_log=on_log)
         if sae.has_unit_rows:
             sae.renormalize_decoder_()
         sae.eval()
-        if out is not None and world.rank == 0:
+        if out is not None and (world.rank == 0 or shard):
             sae.save_pretrained(out)
         # no process goes on before the files are there
         world.any(False)
+    if not isinstance(sae, Shard):
+        return sae
+    # the moments' memory goes before the whole is made
+    del run, trainer
+    return _whole(sae, given, out, world)
+
+
+def _whole(shard: Shard, given: SAE | None, out: str | Path | None, world: World) -> SAE:
+    """The SAE of which every process has a part, in all of them."""
+    if given is not None:
+        given.metadata.update(shard.metadata)
+        return shard.gather_into(given).eval()
+    there = out is not None and (Path(out) / "cfg.json").is_file()
+    if world.any(not there):
+        return shard.whole().eval()
+    assert out is not None
+    # on a CPU the processes of a machine so share the file's pages
+    sae = SAE.from_pretrained(out, device=world.device)
+    sae.metadata = shard.metadata
     return sae
+
+
+def _kept(config: TrainConfig) -> dict[str, Any]:
+    """The settings that made an SAE what it is; how the work was shared is none."""
+    return {name: value for name, value in asdict(config).items() if name != "shard_features"}
 
 
 def _sae_and_config(
@@ -157,23 +194,25 @@ def _sae_and_config(
     return given, replace(config or TrainConfig(), **settings)
 
 
-def _new_sae(d_in: int, d_out: int | None, config: TrainConfig) -> SAE:
+def _new_sae(d_in: int, d_out: int | None, config: TrainConfig, world: World | None) -> SAE:
+    """``world``: the processes over which its features lie."""
+    arguments: dict[str, Any] = {
+        "d_in": d_in,
+        "d_sae": config.features(d_in),
+        "architecture": config.architecture,
+        "k": config.k,
+        "matryoshka": config.matryoshka,
+        "d_out": d_out,
+        "skip": config.skip,
+        "normalize": config.normalize,
+        "apply_b_dec_to_input": config.apply_b_dec_to_input,
+        "dtype": getattr(torch, config.dtype),
+    }
     # the caller's generator is left as it was
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which would seed the GPUs' generators as well
         torch.default_generator.manual_seed(seed_of(config.seed, "weights"))
-        return SAE(
-            d_in,
-            config.features(d_in),
-            config.architecture,
-            config.k,
-            matryoshka=config.matryoshka,
-            d_out=d_out,
-            skip=config.skip,
-            normalize=config.normalize,
-            apply_b_dec_to_input=config.apply_b_dec_to_input,
-            dtype=getattr(torch, config.dtype),
-        )
+        return SAE(**arguments) if world is None else Shard(world, **arguments)
 
 
 class Run(TrainingRun):
@@ -193,6 +232,8 @@ class Run(TrainingRun):
         self.source = source
         self.fresh = fresh
         self.position = Position()
+        # bytes, in the last step
+        self.sent = 0
         known = {
             name: value
             for name, value in trainer.sae.metadata.items()
@@ -206,7 +247,7 @@ class Run(TrainingRun):
         later = {"skip": False, "l0_coefficient": 1e-3, "l0_penalty": "step", "bandwidth": 0.05}
         self.since = {**later, "auxk": before}
         settings = {
-            **asdict(config),
+            **_kept(config),
             "auxk_coefficient": given,
             "auxk": config.auxk,
             "apply_b_dec_to_input": trainer.sae.apply_b_dec_to_input,
@@ -232,12 +273,17 @@ class Run(TrainingRun):
     def start(self, resume: bool) -> None:
         """Go to the newest checkpoint; without one, every process to the weights of rank 0."""
         if not self.restore(self.trainer.device, resume) and self.together:
-            for tensor in self.trainer.sae.state_dict().values():
-                self.world.broadcast_(tensor)
+            for name, tensor in self.trainer.sae.state_dict().items():
+                if not (isinstance(self.trainer.sae, Shard) and is_spread(name, tensor)):
+                    self.world.broadcast_(tensor)
 
     def tensors(self) -> dict[str, Tensor]:
         """What changes while training."""
         return self.trainer.state_tensors() | {"position": torch.tensor(self.position)}
+
+    def spread(self) -> set[str]:
+        """Those of which this process has a part."""
+        return self.trainer.spread()
 
     def layout(self) -> Layout:
         """What ``tensors`` must be in a checkpoint."""
@@ -288,12 +334,16 @@ class Run(TrainingRun):
             every = self.world.gather(rows)
             trainer.sae.init_b_dec_(every if target is None else self.world.gather(target))
             trainer.sae.init_threshold_(every, self.config.k)
+        sent = self.world.sent
         metrics = trainer.step(rows, target)
+        self.sent = self.world.sent - sent
         self.position = batch.next
         return metrics
 
     def figures(self, values: Tensor) -> dict[str, float]:
-        """What is logged: the metrics summed over all processes, tokens and learning rate."""
+        """What is logged: the metrics summed over all processes, tokens and learning rate; of
+        several processes also the bytes that each sent in the step."""
         found = dict(zip(self.trainer.metrics, self.world.sum_(values).tolist()))
         lr = self.config.lr_at(self.step - 1, self.total)
-        return {"tokens": self.step * self.config.batch_size, **found, "lr": lr}
+        figures = {"tokens": self.step * self.config.batch_size, **found, "lr": lr}
+        return {**figures, "bytes_sent": self.sent} if self.together else figures

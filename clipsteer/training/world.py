@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
 # groups that take tensors of the CPU, made here for groups that do not
 _host_groups: dict[Any, Any] = {}
 
