@@ -16,7 +16,7 @@ from clipsteer.sae import losses as sae_loss
 from clipsteer.sae import parallel
 from clipsteer.sae.adam import UnitRowAdam, takes_row_sparse
 from clipsteer.sae.config import TRAINABLE, TrainConfig
-from clipsteer.sae.encoding import with_values
+from clipsteer.sae.encoding import takes_codes, with_values
 from clipsteer.sae.model import SAE
 from clipsteer.sae.shard import Shard, is_spread
 from clipsteer.training.resume import strided_like
@@ -82,6 +82,16 @@ class SAETrainer:
         self._sparse = self._sparse and self.world.size == 1
         return parallel.Sums(self.sae, self.world)
 
+    @torch.no_grad()
+    def _plan_for(self, x: Tensor) -> parallel.Sums:
+        """How the processes share this step: where most features are active, codes are longer than
+        the dictionaries."""
+        free = self.sae.architecture not in ("topk", "batch_topk")
+        if not isinstance(self.plan, parallel.Codes) or not free:
+            return self.plan
+        dense = not takes_codes(x) or self.sae.mostly_active(self.sae._centred(x)[0])
+        return parallel.Sums(self.sae, self.world) if self.world.any(dense) else self.plan
+
     def step(
         self,
         x: Tensor,  # (B, d_in)
@@ -95,32 +105,33 @@ class SAETrainer:
         """
         sae = self.sae
         config = self.config
-        plan = self.plan
         if self.step_count % config.sync_every == 0:
             self.dead = (self.tokens_since_fired > config.dead_after).nonzero().flatten()
             self._n_dead = None
         if self._n_dead is None:
-            self._n_dead = plan.number(self.dead)
+            self._n_dead = self.plan.number(self.dead)
         x = x.to(self.device, sae.W_enc.dtype, non_blocking=True)
         if (target is None) != (sae.d_out is None):
             raise ValueError(f"SAETrainer.step: a target is needed with d_out, here {sae.d_out}")
         y = x if target is None else target.to(self.device, x.dtype, non_blocking=True)
         if self.step_count == 0 and sae.has_unit_rows:
             sae.renormalize_decoder_()
+        plan = self._plan_for(x)
+        sparse = self._sparse and plan is self.plan
         x, y = plan.rows(x, y)
         stats = sae_loss.batch_stats(y, plan.view)
         aux = x.new_zeros(())
         with self._autocast(), plan.at_work():
-            out = sae_loss.forward(sae, x, plan.view, self._sparse, config.bandwidth)
+            out = sae_loss.forward(sae, x, plan.view, sparse, config.bandwidth)
             if config.auxk and self._n_dead:
-                rows = self._sparse and out.indices is not None
+                rows = sparse and out.indices is not None
                 aux = sae_loss.auxk(sae, x, out, stats, self.dead, rows, y, self._n_dead)
-            penalty = self._penalty(x, y, out, stats)
+            penalty = self._penalty(x, y, out, stats, plan, sparse)
         # the mean over prefixes
         loss = self._reconstruction(y, out.x_hats, stats) / len(out.x_hats)
         loss = loss + penalty + config.auxk * aux
         loss.backward()
-        self._update(config.lr_at(self.step_count, self.total_steps))
+        self._update(config.lr_at(self.step_count, self.total_steps), plan)
         fired = sae_loss.fired(sae, out, plan.view)
         self.tokens_since_fired.add_(stats.count).masked_fill_(fired, 0)
         self.step_count += 1
@@ -143,19 +154,21 @@ class SAETrainer:
         y: Tensor,  # x, or a transcoder's target (B, d_out)
         out: sae_loss.TrainingOutput,
         stats: sae_loss.BatchStats,
+        plan: parallel.Sums,
+        sparse: bool,
     ) -> Tensor:
         """What makes the codes of an architecture without k sparse. Penalties are weighted by the
         norms of decoder rows where these are free."""
         config = self.config
-        total = self.plan.total
+        total = plan.total
         if self.sae.architecture == "relu":
-            norms = sae_loss.decoder_norms(self.sae, out, self._sparse)
+            norms = sae_loss.decoder_norms(self.sae, out, sparse)
             return config.l1_coefficient * total(sae_loss.l1(out.acts, stats, norms))
         if out.gate is None:
             return x.new_zeros(())
         if config.l0_penalty == "step" and self.sae.architecture == "jumprelu":
             return config.l0_coefficient * total(out.gate.sum()) / stats.count
-        norms = sae_loss.decoder_norms(self.sae, out, self._sparse)
+        norms = sae_loss.decoder_norms(self.sae, out, sparse)
         if self.sae.architecture == "gated":
             # the gates learn from what they alone would reconstruct (Rajamanoharan et al. 2024,
             # arXiv 2404.16014, equation 8)
@@ -165,7 +178,7 @@ class SAETrainer:
             return found + config.l1_coefficient * total(sae_loss.l1(out.gate, stats, norms))
         return config.l0_coefficient * total(sae_loss.tanh_l0(out.acts, stats, norms))
 
-    def _update(self, lr: float) -> None:
+    def _update(self, lr: float, plan: parallel.Sums) -> None:
         named = dict(self.sae.named_parameters())
         # the rows of the batch, and those of dead features or of penalised norms
         joined = bool(self.config.auxk and len(self.dead)) or self._weighs_norms
@@ -175,11 +188,11 @@ class SAETrainer:
             elif parameter.grad.is_sparse and joined:
                 parameter.grad = parameter.grad.coalesce()
         there = [p.grad for p in named.values() if p.grad is not None]
-        self.plan.sum_gradients(there)
+        plan.sum_gradients(there)
         factor = None
         if self.config.grad_clip is not None:
             grads = [grad._values() if grad.is_sparse else grad for grad in there]
-            norm = self.plan.norm(grads, [is_spread(name, p) for name, p in named.items()])
+            norm = plan.norm(grads, [is_spread(name, p) for name, p in named.items()])
             factor = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
