@@ -31,6 +31,9 @@ from clipsteer.sae.normalization import InputStats, denormalize
 from clipsteer.sae.rows import geometric_median, unit_rows
 from clipsteer.sae.transcoder import check_target
 
+# of a dictionary that are worked on at a time: what is made of them stays in the cache
+_ROWS = 4096
+
 
 class SAEOutput(NamedTuple):
     """What a forward pass gives; acts are in descending order for topk, dense for the others."""
@@ -276,7 +279,8 @@ class SAE(Encoding):
     @torch.no_grad()
     def renormalize_decoder_(self) -> None:
         """Scale every decoder row to norm 1; a row of zeros stays."""
-        self.W_dec.copy_(unit_rows(self.W_dec))
+        for rows in self.W_dec.split(_ROWS):
+            rows.copy_(unit_rows(rows))
 
     @torch.no_grad()
     def remove_parallel_gradient_(self) -> None:
@@ -285,8 +289,9 @@ class SAE(Encoding):
         grad = self.W_dec.grad
         if grad is None:
             return
-        unit = unit_rows(self.W_dec)
-        grad.sub_((grad * unit).sum(-1, keepdim=True) * unit)
+        for along, rows in zip(self.W_dec.split(_ROWS), grad.split(_ROWS)):
+            unit = unit_rows(along)
+            rows.sub_((rows * unit).sum(-1, keepdim=True) * unit)
 
     def described(self) -> Described:
         """What is written to a file: the arguments that rebuild this module, its tensors on the
