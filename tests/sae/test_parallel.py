@@ -81,7 +81,7 @@ def alone(settings, **options):
 def assert_close(found, wanted, what):
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
-        error = (found[key] - value).abs().max() / value.abs().max().clamp_min(1e-300)
+        error = (found[key] - value).abs().max() / value.abs().max().double().clamp_min(1e-300)
         assert float(error) <= RELATIVE, (what, key, float(error))
 
 
