@@ -31,7 +31,7 @@ def make(architecture="topk", seed=0, **more):
         sae = SAE(D, N, architecture, K, dtype=torch.float64, **more)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in sae.named_parameters():
+        for parameter in sae.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2)
         if sae.has_unit_rows:
             sae.renormalize_decoder_()

@@ -38,8 +38,7 @@ class PairSource(ActivationSource):
         if type(source) is not type(target):
             reason: str | None = f"{kinds[0]} and {kinds[1]} have each an order of their own"
         else:
-            ours = source.arrangement()
-            theirs = target.arrangement()
+            ours, theirs = ({**one.arrangement()} for one in (source, target))
             # an older store does not say of which images it is
             data = [one.pop("data", None) for one in (ours, theirs)]
             reason = other_data(ours, theirs)

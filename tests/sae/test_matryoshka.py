@@ -148,7 +148,7 @@ def test_sizes_of_another_type_are_refused(sizes):
 
 
 def test_gated_has_no_prefixes():
-    with pytest.raises(ValueError, match="matryoshka needs an architecture of .*'gated'"):
+    with pytest.raises(ValueError, match=r"matryoshka needs an architecture of .*'gated'"):
         SAE(D, N, "gated", matryoshka=PREFIXES)
 
 
