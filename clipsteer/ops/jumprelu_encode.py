@@ -45,21 +45,21 @@ def jumprelu(
     pre: Tensor,  # (...)
     threshold: Tensor,  # broadcasts with pre
     bandwidth: float,
-    there: Tensor | None = None,  # (...) bool
+    above: Tensor | None = None,  # (...) bool
 ) -> tuple[Tensor, Tensor]:
     """pre where it is above its threshold, and whether it is (1 or 0), element by element.
 
     Gradients of any order, forward and reverse: those of the formulas above for the threshold, the
-    jump held fixed for pre. Where ``there`` is False the threshold has none. NaN stays.
+    jump held fixed for pre. NaN stays. ``above``: which of pre are above θ - ε/2, where they were
+    looked at before they were rounded.
     """
     dtype = pre.dtype
     fixed = threshold.detach()
     # in pre's precision, as codes are selected
     level = fixed.to(dtype)
     half = bandwidth / 2
-    near = (pre > level - half) & (pre < level + half)
-    if there is not None:
-        near = near & there
+    above = pre > level - half if above is None else above
+    near = above & (pre < level + half)
     below = pre <= level
     if dtype in HALVES:
         pre = pre.float()
@@ -67,7 +67,7 @@ def jumprelu(
         fixed = fixed.float()
     # exactly 0, with the rectangle's gradient
     step = torch.where(near, threshold - fixed, 0) / bandwidth
-    jump = torch.where(near, threshold.square() - fixed.square(), 0) / (2 * bandwidth)
+    jump = step * torch.where(near, threshold / 2 + fixed / 2, 0)
     values = torch.where(below, 0, pre) - jump
     return values.to(dtype), ((~below).to(step.dtype) - step).to(dtype)
 
