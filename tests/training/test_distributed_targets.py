@@ -62,5 +62,5 @@ def test_two_processes_equal_one_on_the_joint_batch(tmp_path):
         for a, b in zip(records, log):
             for metric in ("loss", "fvu", "l0", "dead", "auxk", *(["fvu_3", "fvu_11"] if "nested" in name else [])):
                 assert a[metric] == pytest.approx(b[metric], rel=1e-5), (name, metric)
-    # the auxiliary loss must have been at work for this to say anything about it
-    assert max(record["auxk"] for record in log) >= 0
+        # the auxiliary loss must have been at work for this to say anything about it
+        assert "topk" not in name or max(record["auxk"] for record in log) > 0
