@@ -96,6 +96,7 @@ def ragged_decode(
     if _interpreted_bf16(_ragged_decode_fwd_kernel, W):
         bias = None if b is None else b.float()
         return ragged_decode(values.float(), indices, offsets, W.float(), bias, prefixes).bfloat16()
+    W = W.contiguous()
     B, d, groups = offsets.shape[0] - 1, W.shape[1], len(prefixes)
     out = torch.empty((groups, B, d), dtype=W.dtype, device=W.device)
     if out.numel() == 0:
@@ -117,6 +118,7 @@ def ragged_dot(rows: torch.Tensor, row_of: torch.Tensor, indices: torch.Tensor, 
     """rows (R, d), row_of and indices (m,), W (n, d) -> (m,): products of row and feature, 0 where there is no row."""
     if _interpreted_bf16(_ragged_dot_kernel, W):
         return ragged_dot(rows.float(), row_of, indices, W.float()).bfloat16()
+    W = W.contiguous()
     pairs, d = indices.shape[0], W.shape[1]
     out = torch.empty(pairs, dtype=W.dtype, device=W.device)
     if pairs == 0:
@@ -140,10 +142,12 @@ def ragged_outer_out(
 
 
 def ragged_outer(
-    coeff: torch.Tensor, indices: torch.Tensor, row_of: torch.Tensor, rows: torch.Tensor, n: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dW (n, d): dW[i] = sum of coeff_p rows[row_of_p] over the pairs with indices_p = i; db (n,): sum of coeff_p."""
+    coeff: torch.Tensor, indices: torch.Tensor, row_of: torch.Tensor, rows: torch.Tensor, n: int,
+    across: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """dW (n, d), which lies as (d, n) if ``across``: dW[i] = sum of coeff_p rows[row_of_p] over the pairs with
+    indices_p = i; db (n,): sum of coeff_p."""
     dW = torch.empty((n, rows.shape[1]), dtype=rows.dtype, device=rows.device)
     db = torch.empty((n,), dtype=rows.dtype, device=rows.device)
     ragged_outer_out(coeff, indices, row_of, rows, dW, db)
-    return dW, db
+    return (dW.t().contiguous().t() if across else dW), db

@@ -132,6 +132,7 @@ def sparse_decode(acts: torch.Tensor, indices: torch.Tensor, W: torch.Tensor, b:
     """acts (B, k), indices (B, k), W (n, d), b (d,) or None -> (B, d): sum_j acts_j W[indices_j] + b."""
     if _interpreted_bf16(_sparse_decode_fwd_kernel, W):
         return sparse_decode(acts.float(), indices, W.float(), None if b is None else b.float()).bfloat16()
+    W = W.contiguous()
     B, k = acts.shape
     d = W.shape[1]
     out = torch.empty((B, d), dtype=W.dtype, device=W.device)
@@ -153,6 +154,7 @@ def gather_dot(rows: torch.Tensor, indices: torch.Tensor, W: torch.Tensor) -> to
     """rows (B, d), indices (B, k), W (n, d) -> (B, k): the dot product of each row with its features' rows of W."""
     if _interpreted_bf16(_gather_dot_kernel, W):
         return gather_dot(rows.float(), indices, W.float()).bfloat16()
+    W = W.contiguous()
     B, d = rows.shape
     k = indices.shape[1]
     out = torch.empty((B, k), dtype=W.dtype, device=W.device)
@@ -207,10 +209,11 @@ def segment_sums(
 
 
 def sparse_outer(
-    coeff: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor, n: int
+    coeff: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor, n: int, across: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dW (n, d): dW[i] = sum of coeff_bj rows_b over the (b, j) with indices_bj = i; db (n,): sum of coeff_bj."""
+    """dW (n, d), which lies as (d, n) if ``across``: dW[i] = sum of coeff_bj rows_b over the (b, j) with
+    indices_bj = i; db (n,): sum of coeff_bj."""
     dW = torch.empty((n, rows.shape[1]), dtype=rows.dtype, device=rows.device)
     db = torch.empty((n,), dtype=rows.dtype, device=rows.device)
     sparse_outer_out(coeff, indices, rows, dW, db)
-    return dW, db
+    return (dW.t().contiguous().t() if across else dW), db

@@ -14,21 +14,36 @@ from torch import Tensor
 
 from clipsteer.ops._autograd import Function, save, total, tracked
 from clipsteer.ops._dispatch import call
+from clipsteer.ops._encoder import either_layout, laid_as, lies_across, scaled, unscaled
 from clipsteer.ops._reference import rows_of
-from clipsteer.ops._sparse import by_columns, in_columns, laid_out, optional_gradient
+from clipsteer.ops._sparse import across_if, laid_out, optional_gradient
 
 
 class SparseCodes(NamedTuple):
     """Codes of B rows, of as many features as each has.
 
     Row r has ``values[offsets[r] : offsets[r + 1]]`` at ``indices[offsets[r] : offsets[r + 1]]``;
-    what comes after is padding, of value 0 and index 0. Where ``offsets[-1]`` exceeds their number
-    the capacity asked for was too small, and the last codes are missing.
+    what comes after is padding, of value 0 and index 0. Where the capacity asked for was too small
+    the last codes are missing, and ``overflowed`` says so.
     """
 
     values: Tensor  # (m,)
-    indices: Tensor  # (m,) int64, ascending in each row
+    indices: Tensor  # (m,) int64, in each row in the order they were looked at: ascending
     offsets: Tensor  # (B + 1,) int64, from 0
+
+    @property
+    def overflowed(self) -> Tensor:
+        """Whether codes are missing: () bool, which no host has to wait for."""
+        return self.offsets[-1] > self.values.shape[0]
+
+    @property
+    def threshold(self) -> Tensor:
+        """The smallest value kept, of values' dtype: (); infinity where there is none."""
+        values = self.values.detach()
+        at = torch.arange(values.shape[0], device=values.device)
+        there = (at < self.offsets[-1]) & ~values.isnan()
+        none = values.new_full((1,), torch.inf)
+        return torch.cat([torch.where(there, values, torch.inf), none]).amin()
 
 
 def code_rows(codes: SparseCodes) -> Tensor:
@@ -130,7 +145,7 @@ class RaggedDot(Function):
         if ctx.needs_input_grad[0]:
             d_rows = decode_pairs(grad, indices, row, W, rows.shape[0], ctx.backend)
         if ctx.needs_input_grad[3]:
-            d_W, _ = outer(grad, indices, row, rows, W.shape[0], ctx.backend, by_columns(W))
+            d_W, _ = outer(grad, indices, row, rows, W.shape[0], ctx.backend, lies_across(W))
         return d_rows, None, None, d_W, None
 
     @staticmethod
@@ -152,14 +167,14 @@ class RaggedOuter(Function):
         row,  # (m,), -1 for none
         rows,  # (R, d)
         n,
-        columns,
+        across,
         backend,
     ):
-        return call(backend, "ragged_outer", coeff, indices, row, rows, n, *in_columns(columns))
+        return call(backend, "ragged_outer", coeff, indices, row, rows, n, *across_if(across))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.n, ctx.columns, ctx.backend = inputs
+        *tensors, ctx.n, ctx.across, ctx.backend = inputs
         save(ctx, *tensors)
 
     @staticmethod
@@ -177,7 +192,7 @@ class RaggedOuter(Function):
     @staticmethod
     def jvp(ctx, t_coeff, _, __, t_rows, *others):
         coeff, indices, row, rows = ctx.saved_tensors
-        options = (ctx.n, ctx.backend, ctx.columns)
+        options = (ctx.n, ctx.backend, ctx.across)
         of_coeff = of_rows = (None, None)
         if t_coeff is not None:
             of_coeff = outer(t_coeff.contiguous(), indices, row, rows, *options)
@@ -188,56 +203,91 @@ class RaggedOuter(Function):
 
 
 class RaggedEncode(Function):
-    """Ragged codes of a low-level op of the arguments (x, W, b, limits…); the gradient holds the
-    set of codes fixed."""
+    """Ragged codes of a low-level op of the arguments (x, W, b, limits…, scale, columns); the
+    gradient holds the set of codes fixed. ``positive``: their values are."""
 
     @staticmethod
     def forward(*inputs):
-        *arguments, low_level, backend, _ = inputs
+        *arguments, low_level, _, backend, _ = inputs
         return call(backend, low_level, *arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, W = inputs[:2]
+        x, W, b = inputs[:3]
+        scale, _, _, ctx.positive, *ctx.options = inputs[-6:]
         values, indices, offsets = output
-        save(ctx, x, W, values, indices, offsets)
+        save(ctx, x, W, b, scale, values, indices, offsets)
         ctx.mark_non_differentiable(indices, offsets)
         ctx.set_materialize_grads(False)
-        ctx.options = inputs[-2:]
-        ctx.others = len(inputs) - 3
+        ctx.at_scale = len(inputs) - 6
 
     @staticmethod
     def backward(ctx, grad, *_):
-        others = (None,) * ctx.others
+        limits = (None,) * (ctx.at_scale - 3)
         if grad is None:
-            return None, None, None, *others
-        x, W, values, indices, offsets = ctx.saved_tensors
+            return None, None, None, *limits, *[None] * 6
+        x, lies, b, scale, values, indices, offsets = ctx.saved_tensors
         backend, sparse_grad = ctx.options
-        grad = torch.where(values.isnan(), 0, grad)
-        d_x = d_W = d_b = None
-        if ctx.needs_input_grad[0]:
-            d_x = decode(grad, indices, offsets, W, None, [W.shape[0]], backend)[0]
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            row = row_or_none(SparseCodes(values, indices, offsets))
-            d_W, d_b = pair_gradient(grad, indices, row, x, W, backend, sparse_grad)
+        W = laid_out(lies, backend)
         needs = ctx.needs_input_grad
-        return d_x, d_W if needs[1] else None, d_b if needs[2] else None, *others
+        row = row_or_none(SparseCodes(values, indices, offsets))
+        grad = torch.where(values.isnan() | (row < 0), 0, grad)
+        d_x = d_W = d_b = d_scale = None
+        if scale is not None and needs[ctx.at_scale]:
+            pre = _before_scale(ctx.positive, x, W, b, scale, values, indices, row, backend)
+            ones = x.new_ones(x.shape[0], 1)
+            _, d_scale = outer((grad * pre).contiguous(), indices, row, ones, W.shape[0], backend)
+        grad = scaled(grad, scale, indices).contiguous()
+        if needs[0]:
+            d_x = decode(grad, indices, offsets, W, None, [W.shape[0]], backend)[0]
+        if needs[1] or needs[2]:
+            d_W, d_b = pair_gradient(grad, indices, row, x, W, backend, sparse_grad)
+        d_W = laid_as(lies, d_W) if needs[1] else None
+        d_b = d_b if needs[2] else None
+        return d_x, d_W, d_b, *limits, d_scale, *[None] * 5
 
     @staticmethod
     def jvp(ctx, t_x, t_W, t_b, *others):
-        x, W, values, indices, offsets = ctx.saved_tensors
+        x, W, b, scale, values, indices, offsets = ctx.saved_tensors
+        backend = ctx.options[0]
+        W = laid_out(W, backend)
+        t_scale = others[-6]
         row = row_or_none(SparseCodes(values, indices, offsets))
-        of_x = of_W = of_b = None
+        of_x = of_W = of_b = of_scale = None
         if t_x is not None:
-            of_x = dot(t_x.contiguous(), row, indices, W, ctx.options[0])
+            of_x = dot(t_x.contiguous(), row, indices, W, backend)
         if t_W is not None:
-            of_W = dot(x, row, indices, t_W.contiguous(), ctx.options[0])
+            of_W = dot(x, row, indices, laid_out(t_W, backend), backend)
         if t_b is not None:
             of_b = rows_of(t_b, indices)
         tangent = total(of_x, of_W, of_b)
         if tangent is not None:
+            tangent = scaled(tangent, scale, indices)
+        if t_scale is not None:
+            pre = _before_scale(ctx.positive, x, W, b, scale, values, indices, row, backend)
+            of_scale = rows_of(t_scale, indices) * pre
+        tangent = total(tangent, of_scale)
+        if tangent is not None:
             tangent = torch.where((row < 0) | values.isnan(), 0, tangent)
         return tangent, None, None
+
+
+def _before_scale(
+    positive: bool,
+    x: Tensor,  # (B, d)
+    W: Tensor,  # (n, d)
+    b: Tensor | None,  # (n,)
+    scale: Tensor,  # (n,)
+    values: Tensor,  # (m,)
+    indices: Tensor,  # (m,)
+    row: Tensor,  # (m,), -1 for padding
+    backend: str,
+) -> Tensor:
+    """x W_encᵀ + b_enc of the codes: (m,)."""
+    if positive:
+        return unscaled(values, scale, indices)
+    pre = dot(x, row, indices, W, backend)
+    return pre if b is None else pre + rows_of(b, indices)
 
 
 def row_or_none(codes: SparseCodes) -> Tensor:
@@ -249,16 +299,20 @@ def row_or_none(codes: SparseCodes) -> Tensor:
 def encode(
     low_level: str,
     x: Tensor,  # (B, d)
-    W: Tensor,  # (n, d)
+    W: Tensor,  # (n, d), in any layout
     b: Tensor | None,  # (n,)
     *limits: Any,
+    scale: Tensor | None,  # (n,)
+    columns: Tensor | None,  # (m,)
+    positive: bool,
     backend: str,
     sparse_grad: bool,
 ) -> SparseCodes:
-    """The codes that a low-level op finds."""
-    arguments = (x.contiguous(), W.contiguous(), None if b is None else b.contiguous(), *limits)
-    if tracked(x, W, b):
-        return SparseCodes(*RaggedEncode.run(*arguments, low_level, backend, sparse_grad))
+    """The codes that a low-level op finds, whose values are all positive if ``positive``."""
+    b, scale, columns = (None if t is None else t.contiguous() for t in (b, scale, columns))
+    arguments = (x.contiguous(), either_layout(W), b, *limits, scale, columns)
+    if tracked(x, W, b, scale):
+        return SparseCodes(*RaggedEncode.run(*arguments, low_level, positive, backend, sparse_grad))
     return SparseCodes(*call(backend, low_level, *arguments))
 
 
@@ -316,13 +370,13 @@ def outer(
     rows: Tensor,  # (R, d)
     n: int,
     backend: str,
-    columns: bool = False,
+    across: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Segment sums Σ coeff·rows and Σ coeff over the pairs of each feature: (n, d), which lies as
-    (d, n) if ``columns``, and (n,)."""
+    (d, n) if ``across``, and (n,)."""
     if tracked(coeff, rows):
-        return RaggedOuter.run(coeff, indices, row, rows, n, columns, backend)
-    return call(backend, "ragged_outer", coeff, indices, row, rows, n, *in_columns(columns))
+        return RaggedOuter.run(coeff, indices, row, rows, n, across, backend)
+    return call(backend, "ragged_outer", coeff, indices, row, rows, n, *across_if(across))
 
 
 def pair_gradient(
@@ -343,4 +397,4 @@ def pair_gradient(
     )
     if found is not None:
         return found
-    return outer(coeff, indices, row, rows, n, backend, by_columns(W))
+    return outer(coeff, indices, row, rows, n, backend, lies_across(W))

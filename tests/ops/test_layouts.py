@@ -83,7 +83,7 @@ def test_second_derivatives(name):
     def smooth(*tensors: Tensor) -> Tensor:
         return spec.function(**{**inputs, **dict(zip(free, tensors))}, backend="cpp")
 
-    leaves = [testing.transposed(inputs[n]).requires_grad_() for n in free]
+    leaves = [testing.across(inputs[n]).requires_grad_() for n in free]
     assert leaves[-1].stride(0) == 1
     assert torch.autograd.gradcheck(smooth, leaves)
     assert torch.autograd.gradgradcheck(smooth, leaves)
