@@ -45,7 +45,7 @@ class Chosen(Function):
         x, W, values, indices, offsets = ctx.saved_tensors
         backend, sparse_grad = ctx.options
         needs = ctx.needs_input_grad
-        grad = torch.where(_active(values, offsets), grad, 0)
+        grad = torch.where(_active(values, offsets), grad, 0).contiguous()
         d_x = d_W = d_b = None
         if needs[0] and offsets is None:
             d_x = sparse.decode(grad, indices, W, None, backend)

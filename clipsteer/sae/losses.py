@@ -111,13 +111,12 @@ def auxk(
     number = len(dead) if number is None else number
     k = min(half, number)
     centred, _ = sae._centred(x)
-    W_enc = F.embedding(dead, sae.W_enc, sparse=sparse_grad)  # (n_dead, d_in)
-    W_dec = F.embedding(dead, sae.W_dec, sparse=sparse_grad)
-    bias = sae.encoder_bias[dead]
-    codes = sae._ops.topk_encode(centred, W_enc, bias, k=k)
+    codes = sae._ops.topk_encode(
+        centred, sae.W_enc, sae.encoder_bias, k=k, columns=dead, sparse_grad=sparse_grad
+    )
     ragged = isinstance(codes, ops.SparseCodes)
     decode = sae._ops.ragged_decode if ragged else sae._ops.sparse_decode
-    guess = decode(*codes, W_dec)  # (B, d_in)
+    guess = decode(*codes[:3], sae.W_dec, sparse_grad=sparse_grad)  # (B, d_in)
     if out.stats.scale is not None:
         guess = guess * out.stats.scale
     residual = ((x if target is None else target) - out.x_hat).detach()
@@ -130,7 +129,7 @@ def forward(
     x: Tensor,  # (B, d_in)
     world: World,
     sparse_grad: bool = False,
-    bandwidth: float | None = None,
+    bandwidth: float | Tensor | None = None,
 ) -> TrainingOutput:
     """The SAE's forward pass in training mode.
 

@@ -248,13 +248,15 @@ class FeatureOps:
         b_enc: Tensor | None = None,
         *,
         k: int,
+        columns: Tensor | None = None,  # (m,) of this process's features
         sparse_grad: bool = False,
         **options: Any,
     ) -> SparseCodes:
         """The codes that are among the k largest of their row in all processes; those that are 0
         are left out."""
         with torch.no_grad():
-            here = min(k, W_enc.shape[0])
+            here = min(k, W_enc.shape[0] if columns is None else len(columns))
+            options["columns"] = columns
             acts = x.new_zeros(len(x), 0)
             indices = torch.zeros(len(x), 0, dtype=torch.int64, device=x.device)
             if here:

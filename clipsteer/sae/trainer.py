@@ -120,9 +120,11 @@ class SAETrainer:
         sparse = self._sparse and plan is self.plan
         x, y = plan.rows(x, y)
         stats = sae_loss.batch_stats(y, plan.view)
+        scale = self._scale(stats if y is x else sae_loss.batch_stats(x, plan.view))
         aux = x.new_zeros(())
         with self._autocast(), plan.at_work():
-            out = sae_loss.forward(sae, x, plan.view, sparse, config.bandwidth)
+            bandwidth = config.bandwidth * scale
+            out = sae_loss.forward(sae, x, plan.view, sparse, bandwidth)
             if config.auxk and self._n_dead:
                 rows = sparse and out.indices is not None
                 aux = sae_loss.auxk(sae, x, out, stats, self.dead, rows, y, self._n_dead)
@@ -131,7 +133,7 @@ class SAETrainer:
         loss = self._reconstruction(y, out.x_hats, stats) / len(out.x_hats)
         loss = loss + penalty + config.auxk * aux
         loss.backward()
-        self._update(config.lr_at(self.step_count, self.total_steps), plan)
+        self._update(config.lr_at(self.step_count, self.total_steps), scale, plan)
         fired = sae_loss.fired(sae, out, plan.view)
         self.tokens_since_fired.add_(stats.count).masked_fill_(fired, 0)
         self.step_count += 1
@@ -178,7 +180,20 @@ class SAETrainer:
             return found + config.l1_coefficient * total(sae_loss.l1(out.gate, stats, norms))
         return config.l0_coefficient * total(sae_loss.tanh_l0(out.acts, stats, norms))
 
-    def _update(self, lr: float, plan: parallel.Sums) -> None:
+    def _scale(self, stats: sae_loss.BatchStats) -> Tensor:
+        """() How long the rows are that are encoded: a row of W_enc that moves by 1 moves its
+        pre-activations by so much. jumprelu's thresholds are as many of it as in the papers, where
+        rows are scaled to 1."""
+        if self.sae.normalize != "none":
+            return stats.total_variance.new_tensor(self.sae.d_in).sqrt()
+        return (stats.total_variance / stats.count).sqrt()
+
+    def _update(
+        self,
+        lr: float,
+        scale: Tensor,  # ()
+        plan: parallel.Sums,
+    ) -> None:
         named = dict(self.sae.named_parameters())
         # the rows of the batch, and those of dead features or of penalised norms
         joined = bool(self.config.auxk and len(self.dead)) or self._weighs_norms
@@ -194,8 +209,7 @@ class SAETrainer:
             grads = [grad._values() if grad.is_sparse else grad for grad in there]
             norm = plan.norm(grads, [is_spread(name, p) for name, p in named.items()])
             factor = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.optimizer.set_lr(lr, scale)
         self.optimizer.step(factor=factor)
         self.optimizer.zero_grad(set_to_none=True)
         if self.sae.architecture == "jumprelu":
