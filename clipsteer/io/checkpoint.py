@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from clipsteer.io.checked import check_file, file_facts, read_checked, write_checked
-from clipsteer.io.files import FileFormatError, read_safetensors, write_safetensors
+from clipsteer.io.files import FileFormatError, InPieces, read_safetensors, write_safetensors
 from clipsteer.io.locks import remove_abandoned
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def _steps(directory: Path) -> dict[int, set[str]]:
 def save_state(
     directory: str | Path,
     step: int,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | InPieces],
     meta: Mapping[str, Any],
     *,
     keep: int = 2,

@@ -14,7 +14,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -129,10 +129,24 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
+class InPieces(Protocol):
+    """A tensor that is written piece by piece, as it need not be in memory as a whole."""
+
+    dtype: torch.dtype
+    shape: Sequence[int]
+    layout: torch.layout
+
+    def pieces(self) -> Iterable[Tensor]:
+        """Its rows in order, some at a time."""
+
+
 def write_safetensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: str | Path,
+    tensors: Mapping[str, Tensor | InPieces],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write dense tensors of any device and layout; they are streamed, one on the CPU at a time.
+    """Write dense tensors of any device and layout; they are streamed, one on the CPU at a time, or
+    a piece of one.
 
     Raises TypeError for what the format lacks, OSError where the file cannot be written.
     """
@@ -151,7 +165,9 @@ def write_safetensors(
     def write(file: BinaryIO) -> None:
         file.write(head)
         for name in order:
-            file.write(tensor_bytes(tensors[name]))
+            tensor = tensors[name]
+            for piece in (tensor,) if isinstance(tensor, Tensor) else tensor.pieces():
+                file.write(tensor_bytes(piece))
 
     write_atomically(path, write)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from clipsteer.io.doors import door
 from clipsteer.io.files import (
     FileFormatError,
+    InPieces,
     json_object,
     read_json,
     read_safetensors,
@@ -68,7 +69,7 @@ def _as_text(values: Mapping[str, Any]) -> dict[str, str]:
 def write_kind(
     path: str | Path,
     kind: Kind,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | InPieces],
     values: Mapping[str, Any] | None = None,
     *,
     texts: Mapping[str, str] | None = None,

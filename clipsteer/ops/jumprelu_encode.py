@@ -72,7 +72,12 @@ def jumprelu(
     return values.to(dtype), ((~below).to(step.dtype) - step).to(dtype)
 
 
-def _jumped(codes: SparseCodes, threshold: Tensor, bandwidth: float) -> JumpReLUCodes:
+def jumped(
+    codes: SparseCodes,
+    threshold: Tensor,  # () or (d_sae,)
+    bandwidth: float,
+) -> JumpReLUCodes:
+    """Codes above threshold - bandwidth / 2 as jumprelu has them."""
     # in float32 the gradients of halves are summed without another rounding
     wide = threshold.float() if threshold.dtype in HALVES else threshold
     which = codes.indices if wide.dim() else torch.zeros_like(codes.indices)
@@ -96,7 +101,7 @@ def jumprelu_encode_reference(
     """The definition in plain torch."""
     pre = F.linear(x, W_enc, b_enc)
     codes = codes_where(pre, pre > threshold.detach() - bandwidth / 2, capacity)
-    return _jumped(codes, threshold, bandwidth)
+    return jumped(codes, threshold, bandwidth)
 
 
 def jumprelu_encode(
@@ -150,4 +155,4 @@ def jumprelu_encode(
         backend=backend,
         sparse_grad=sparse_grad,
     )
-    return _jumped(codes, threshold, bandwidth)
+    return jumped(codes, threshold, bandwidth)

@@ -14,7 +14,7 @@ as the data say, would stop a compiler, an exporter or the host of a GPU.
 from __future__ import annotations
 
 import os
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -91,19 +91,22 @@ class Encoding(nn.Module):
     k: int | float | None
     normalize: str
     apply_b_dec_to_input: bool
+    d_out: int | None
     W_enc: nn.Parameter  # (d_sae, d_in)
-    W_dec: nn.Parameter  # (d_sae, d_in)
-    b_dec: nn.Parameter  # (d_in,)
+    W_dec: nn.Parameter  # (d_sae, d_in), of a transcoder (d_sae, d_out)
+    b_dec: nn.Parameter  # (d_in,), of a transcoder (d_out,)
     # those that only some architectures have
     b_enc: nn.Parameter  # (d_sae,)
     b_gate: nn.Parameter  # (d_sae,)
     b_mag: nn.Parameter  # (d_sae,)
     r_mag: nn.Parameter  # (d_sae,)
     threshold: Tensor  # (d_sae,) or ()
+    # encoders and decoders; others while several processes train (``clipsteer.sae.parallel``)
+    _ops: Any = ops
 
     def normalize_input(self, x: Tensor) -> tuple[Tensor, InputStats]:
         """(..., d_in) -> the normalised rows in the parameters' dtype, and what it takes to undo
-        that (``clipsteer.sae.normalization``).
+        that (``clipsteer.sae.normalization``); in a transcoder's output nothing has to be.
 
         Raises TypeError, ValueError: no floating tensor, or one of another width.
         """
@@ -114,7 +117,8 @@ class Encoding(nn.Module):
             raise ValueError(
                 f"SAE: x must be of shape (..., d_in = {self.d_in}), got {tuple(x.shape)}"
             )
-        return normalize(x, self.normalize, self.W_enc.dtype)
+        rows, stats = normalize(x, self.normalize, self.W_enc.dtype)
+        return rows, stats if self.d_out is None else InputStats(None, None)
 
     def _centred(self, x: Tensor) -> tuple[Tensor, InputStats]:
         """(..., d_in) -> what the encoder's product takes, and the normalisation's statistics."""
@@ -162,12 +166,12 @@ class Encoding(nn.Module):
             return Encoded(self._selected(x, sparse_grad))
         if self.architecture == "gated":
             # pre > -b_gate, so that the magnitude is of pre itself
-            pre = ops.threshold_encode(
+            pre = self._ops.threshold_encode(
                 x, self.W_enc, threshold=-self.b_gate, relu=False, sparse_grad=sparse_grad
             )
             return self._gated(pre)
         if self.architecture == "jumprelu" and bandwidth is not None:
-            jumped = ops.jumprelu_encode(
+            jumped = self._ops.jumprelu_encode(
                 x,
                 self.W_enc,
                 self.b_enc,
@@ -178,7 +182,7 @@ class Encoding(nn.Module):
             return Encoded(jumped.codes, jumped.active)
         threshold = 0.0 if self.architecture == "relu" else self.threshold
         return Encoded(
-            ops.threshold_encode(
+            self._ops.threshold_encode(
                 x, self.W_enc, self.b_enc, threshold=threshold, sparse_grad=sparse_grad
             )
         )
@@ -244,13 +248,20 @@ class Encoding(nn.Module):
         if acts.numel() > 0:
             self.threshold.copy_(running_threshold(self.threshold, acts))
 
+    @torch.no_grad()
+    def _least(self, acts: Tensor) -> Tensor:
+        """The smallest of activations that is not 0; infinity where none is there."""
+        if acts.numel() == 0:
+            return acts.new_full((), torch.inf)
+        return torch.where(acts > 0, acts, torch.inf).amin()
+
     def _topk_encode(
         self,
         x: Tensor,  # (..., d_in), normalised and centred
         sparse_grad: bool = False,
     ) -> tuple[Tensor, Tensor]:
         k = cast(int, self.k)
-        return ops.topk_encode(x, self.W_enc, self.b_enc, k=k, sparse_grad=sparse_grad)
+        return self._ops.topk_encode(x, self.W_enc, self.b_enc, k=k, sparse_grad=sparse_grad)
 
     def batch_codes(
         self,
@@ -259,8 +270,8 @@ class Encoding(nn.Module):
         sparse_grad: bool = False,
     ) -> ops.SparseCodes:
         """The ``count`` largest activations of a batch (``ops.batch_topk_encode``)."""
-        bias = self.encoder_bias
-        return ops.batch_topk_encode(x, self.W_enc, bias, count=count, sparse_grad=sparse_grad)
+        encode = self._ops.batch_topk_encode
+        return encode(x, self.W_enc, self.encoder_bias, count=count, sparse_grad=sparse_grad)
 
     def encode_topk(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(..., d_in) -> acts (..., k), descending, and indices (..., k) int64. For architecture

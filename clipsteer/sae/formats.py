@@ -52,7 +52,9 @@ _HUB_FILES = (
     "n_images_*.pt",
 )
 _HUB = "hf-hub:"
-_FINITE = ("W_enc", "W_dec", "b_dec")
+_FINITE = ("W_enc", "W_dec", "b_dec", "W_skip")
+# arguments of SAE that a file has only where they say something
+OPTIONAL = ("matryoshka", "d_out", "skip")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -72,7 +74,7 @@ def _read_own(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> 
         raise FileFormatError(f"{path}: no {missing[0]!r}")
     if not isinstance(cfg["apply_b_dec_to_input"], bool):
         raise FileFormatError(f"{path}: apply_b_dec_to_input must be true or false")
-    config = {name: cfg[name] for name in names}
+    config = {name: cfg[name] for name in (*names, *OPTIONAL) if name in cfg}
     return Described(config, weights, json_object(path, cfg.get("metadata", {})))
 
 
@@ -190,7 +192,7 @@ def fitting(
     return chosen
 
 
-def _checked(sae: Describable) -> Described:
+def checked(sae: Describable) -> Described:
     """What is about to be written; whatever could not be read again shows here, before a file is
     touched."""
     config, weights, metadata = sae.described()
@@ -210,7 +212,12 @@ def _checked(sae: Describable) -> Described:
 
 def save(sae: Describable, directory: str | Path) -> Path:
     """See ``SAE.save_pretrained``."""
-    config, weights, metadata = _checked(sae)
+    return write(checked(sae), directory)
+
+
+def write(found: Described, directory: str | Path) -> Path:
+    """What ``checked`` gave, to a folder."""
+    config, weights, metadata = found
     dtype = str(weights["W_enc"].dtype).removeprefix("torch.")
     texts = {key: value for key, value in metadata.items() if isinstance(value, str)}
     values = {**config, "dtype": dtype, "metadata": metadata}
@@ -229,8 +236,10 @@ def export(sae: Describable, directory: str | Path, format: str) -> Path:
     """
     if format not in _WRITERS:
         raise ValueError(f"export: format must be one of {tuple(_WRITERS)}, got {format!r}")
+    if sae.described().config.get("d_out") is not None:
+        raise ValueError(f"export: {format!r} is not written for transcoders; use save_pretrained")
     name, writer = _WRITERS[format]
-    weights, cfg = writer(_checked(sae))
+    weights, cfg = writer(checked(sae))
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_safetensors(directory / name, weights)

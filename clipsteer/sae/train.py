@@ -26,8 +26,10 @@ from clipsteer.io.files import FileFormatError
 from clipsteer.io.layout import Layout, Spec
 from clipsteer.sae.config import AUXK, TRAINABLE, TrainConfig
 from clipsteer.sae.model import SAE
-from clipsteer.sae.sources import ActivationSource, Batch, Position, as_source
-from clipsteer.sae.trainer import SAETrainer
+from clipsteer.sae.pairs import paired
+from clipsteer.sae.shard import Shard, is_spread
+from clipsteer.sae.sources import ActivationSource, Batch, Position
+from clipsteer.sae.trainer import METRICS, SAETrainer
 from clipsteer.training.claim import claimed
 from clipsteer.training.loop import TrainingRun
 from clipsteer.training.resume import check_generator
@@ -38,15 +40,17 @@ logger = logging.getLogger(__name__)
 
 
 def train_sae(
-    activations: Tensor | ActivationSource | Iterable[Tensor],
+    activations: Tensor | ActivationSource | Iterable[Tensor] | Iterable[tuple[Tensor, Tensor]],
     sae_or_config: SAE | TrainConfig | None = None,
     *,
+    target: Tensor | ActivationSource | Iterable[Tensor] | None = None,
     config: TrainConfig | None = None,
     out: str | Path | None = None,
     device: torch.device | str | None = None,
     resume: bool = True,
     metadata: dict[str, Any] | None = None,
     on_log: Callable[[dict[str, float]], None] | None = None,
+    mesh: Any = None,
     **settings: Any,
 ) -> SAE:
     """Train a sparse autoencoder on activations.
@@ -56,7 +60,11 @@ def train_sae(
     Args:
         activations: rows (..., d_in): a tensor, an ``ActivationStore``, a ``HarvestSource`` (a CLIP
             model on the fly) or an iterable of tensors. Tensors and sources are shuffled, an
-            iterable is taken as it comes.
+            iterable is taken as it comes. A harvest of two hook points, or an iterable of pairs
+            (..., d_in) and (..., d_out), has the target of a transcoder in it.
+        target: what a transcoder is to give for each row, (..., d_out): of the same kind as
+            ``activations`` and with the same rows in the same order (two stores: of the same images
+            and tokens, in shards of one size).
         sae_or_config: a ``TrainConfig``, or an SAE to go on training in place (then ``config`` says
             how).
         out: directory for checkpoints, ``log.jsonl`` and the finished SAE; None keeps nothing on
@@ -66,14 +74,18 @@ def train_sae(
         metadata: kept in the SAE's ``cfg.json``; what a store or harvest knows of its model is
             added.
         on_log: called with every logged record, in rank 0.
+        mesh: the processes that train together, as a process group or a ``DeviceMesh`` of one
+            dimension; None: all there are.
         settings: fields of ``TrainConfig`` to change.
 
     Returns:
-        the SAE in evaluation mode, decoder rows of norm 1.
+        the SAE in evaluation mode, decoder rows of norm 1 (but those of a transcoder).
 
     Raises:
-        ValueError: settings out of range, or another run in ``out``: other settings, metadata,
-            length or rows (of an iterable that is no list these are not known).
+        ValueError: settings out of range; a target that does not go with the activations; a batch,
+            or with ``shard_features`` a number of features, that cannot be dealt out evenly to the
+            processes; another run in ``out``: other settings, metadata, length or rows (of an
+            iterable that is no list these are not known).
         FileFormatError: a checkpoint in ``out`` that is not of such a run.
         RuntimeError: the loss is not finite (the last checkpoint is from before), or another
             process writes to ``out``.
@@ -81,14 +93,24 @@ def train_sae(
             KeyboardInterrupt after Ctrl-C.
     """
     sae, config = _sae_and_config(sae_or_config, config, settings)
-    source = as_source(activations)
+    source = paired(activations, target)
     if sae is not None and sae.d_in != source.d_in:
         raise ValueError(
             f"train_sae: the SAE has d_in = {sae.d_in}, the activations have {source.d_in}"
         )
+    if sae is not None and sae.d_out != source.d_out:
+        raise ValueError(
+            f"train_sae: the SAE has d_out = {sae.d_out}, the target has {source.d_out} (None: "
+            f"there is none)"
+        )
     if device is None and sae is not None:
         device = sae.W_enc.device
-    world = World(device)
+    world = World(device, mesh)
+    if config.batch_size % world.size:
+        raise ValueError(
+            f"train_sae: batch_size must be a multiple of the {world.size} processes, got "
+            f"{config.batch_size}"
+        )
     total = config.total_steps(source.rows_per_epoch())
     if total <= config.warmup_steps and world.rank == 0:
         logger.warning(
@@ -100,24 +122,52 @@ def train_sae(
             config.lr_at(total - 1, total),
             config.peak_lr,
         )
-    fresh = sae is None
-    if sae is None:
-        sae = _new_sae(source.d_in, config)
+    given = sae
+    shard = config.shard_features and world.size > 1
+    if given is None:
+        sae = _new_sae(source.d_in, source.d_out, config, world if shard else None)
+    else:
+        sae = Shard.of(given, world) if shard else given
     sae.to(world.device)
     sae.metadata.update(getattr(source, "provenance", {}))
-    sae.metadata.update({**(metadata or {}), "training": asdict(config)})
+    sae.metadata.update({**(metadata or {}), "training": _kept(config)})
     trainer = SAETrainer(sae, config, total, world)
-    run = Run(trainer, source, None if out is None else Path(out), fresh)
+    run = Run(trainer, source, None if out is None else Path(out), fresh=given is None)
     with claimed(out, run.name, world):
         run.start(resume)
         run.loop(on_log=on_log)
-        sae.renormalize_decoder_()
+        if sae.has_unit_rows:
+            sae.renormalize_decoder_()
         sae.eval()
-        if out is not None and world.rank == 0:
+        if out is not None and (world.rank == 0 or shard):
             sae.save_pretrained(out)
         # no process goes on before the files are there
         world.any(False)
+    if not isinstance(sae, Shard):
+        return sae
+    # the moments' memory goes before the whole is made
+    del run, trainer
+    return _whole(sae, given, out, world)
+
+
+def _whole(shard: Shard, given: SAE | None, out: str | Path | None, world: World) -> SAE:
+    """The SAE of which every process has a part, in all of them."""
+    if given is not None:
+        given.metadata.update(shard.metadata)
+        return shard.gather_into(given).eval()
+    there = out is not None and (Path(out) / "cfg.json").is_file()
+    if world.any(not there):
+        return shard.whole().eval()
+    assert out is not None
+    # on a CPU the processes of a machine so share the file's pages
+    sae = SAE.from_pretrained(out, device=world.device)
+    sae.metadata = shard.metadata
     return sae
+
+
+def _kept(config: TrainConfig) -> dict[str, Any]:
+    """The settings that made an SAE what it is; how the work was shared is none."""
+    return {name: value for name, value in asdict(config).items() if name != "shard_features"}
 
 
 def _sae_and_config(
@@ -138,29 +188,31 @@ def _sae_and_config(
         own = {
             name: value
             for name, value in given.config.items()
-            if name != "d_in" and value is not None
+            if name not in ("d_in", "d_out") and value is not None
         }
         settings = {**settings, **own, "dtype": str(given.W_enc.dtype).removeprefix("torch.")}
     return given, replace(config or TrainConfig(), **settings)
 
 
-def _new_sae(d_in: int, config: TrainConfig) -> SAE:
+def _new_sae(d_in: int, d_out: int | None, config: TrainConfig, world: World | None) -> SAE:
+    """``world``: the processes over which its features lie."""
+    arguments: dict[str, Any] = {
+        "d_in": d_in,
+        "d_sae": config.features(d_in),
+        "architecture": config.architecture,
+        "k": config.k,
+        "matryoshka": config.matryoshka,
+        "d_out": d_out,
+        "skip": config.skip,
+        "normalize": config.normalize,
+        "apply_b_dec_to_input": config.apply_b_dec_to_input,
+        "dtype": getattr(torch, config.dtype),
+    }
     # the caller's generator is left as it was
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which would seed the GPUs' generators as well
         torch.default_generator.manual_seed(seed_of(config.seed, "weights"))
-        return SAE(
-            d_in,
-            config.d_sae if config.d_sae is not None else config.expansion * d_in,
-            config.architecture,
-            config.k,
-            normalize=config.normalize,
-            apply_b_dec_to_input=config.apply_b_dec_to_input,
-            dtype=getattr(torch, config.dtype),
-        )
-
-
-METRICS = ("loss", "fvu", "l0", "dead", "auxk")
+        return SAE(**arguments) if world is None else Shard(world, **arguments)
 
 
 class Run(TrainingRun):
@@ -180,6 +232,8 @@ class Run(TrainingRun):
         self.source = source
         self.fresh = fresh
         self.position = Position()
+        # bytes, in the last step
+        self.sent = 0
         known = {
             name: value
             for name, value in trainer.sae.metadata.items()
@@ -191,12 +245,15 @@ class Run(TrainingRun):
         # earlier versions had none for relu, and nothing of jumprelu
         later = ("l0_coefficient", "l0_penalty", "bandwidth")
         self.since = {name: getattr(config, name) for name in later}
+        self.since["skip"] = False
         self.since["auxk"] = 0.0 if config.architecture == "relu" else config.auxk
         settings = {
-            **asdict(config),
+            **_kept(config),
             "auxk_coefficient": given,
             "auxk": config.auxk,
+            "apply_b_dec_to_input": trainer.sae.apply_b_dec_to_input,
             "d_in": source.d_in,
+            "d_out": source.d_out,
             "rows of a pass": source.rows_per_epoch(),
             "metadata": known,
             "total steps": trainer.total_steps,
@@ -217,12 +274,17 @@ class Run(TrainingRun):
     def start(self, resume: bool) -> None:
         """Go to the newest checkpoint; without one, every process to the weights of rank 0."""
         if not self.restore(self.trainer.device, resume) and self.together:
-            for tensor in self.trainer.sae.state_dict().values():
-                self.world.broadcast_(tensor)
+            for name, tensor in self.trainer.sae.state_dict().items():
+                if not (isinstance(self.trainer.sae, Shard) and is_spread(name, tensor)):
+                    self.world.broadcast_(tensor)
 
     def tensors(self) -> dict[str, Tensor]:
         """What changes while training."""
         return self.trainer.state_tensors() | {"position": torch.tensor(self.position)}
+
+    def spread(self) -> set[str]:
+        """Those of which this process has a part."""
+        return self.trainer.spread()
 
     def layout(self) -> Layout:
         """What ``tensors`` must be in a checkpoint."""
@@ -266,16 +328,23 @@ class Run(TrainingRun):
         """One step; returns its metrics, of this process."""
         trainer = self.trainer
         rows = batch.rows.to(trainer.device, trainer.sae.W_enc.dtype, non_blocking=True)
+        target = None
+        if self.source.d_out is not None:
+            rows, target = (part.contiguous() for part in rows.tensor_split([self.source.d_in], 1))
         if self.step == 0 and self.fresh:
             every = self.world.gather(rows)
-            trainer.sae.init_b_dec_(every)
+            trainer.sae.init_b_dec_(every if target is None else self.world.gather(target))
             trainer.sae.init_threshold_(every, self.config.k)
-        metrics = trainer.step(rows)
+        sent = self.world.sent
+        metrics = trainer.step(rows, target)
+        self.sent = self.world.sent - sent
         self.position = batch.next
         return metrics
 
     def figures(self, values: Tensor) -> dict[str, float]:
-        """What is logged: the metrics summed over all processes, tokens and learning rate."""
-        found = dict(zip(METRICS, self.world.sum_(values).tolist()))
+        """What is logged: the metrics summed over all processes, tokens and learning rate; of
+        several processes also the bytes that each sent in the step."""
+        found = dict(zip(self.trainer.metrics, self.world.sum_(values).tolist()))
         lr = self.config.lr_at(self.step - 1, self.total)
-        return {"tokens": self.step * self.config.batch_size, **found, "lr": lr}
+        figures = {"tokens": self.step * self.config.batch_size, **found, "lr": lr}
+        return {**figures, "bytes_sent": self.sent} if self.together else figures

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,24 @@ from torch import Tensor
 
 from clipsteer.io.layout import Layout, Spec, check_layout, layout_of
 from clipsteer.sae import losses as sae_loss
+from clipsteer.sae import parallel
 from clipsteer.sae.adam import UnitRowAdam, takes_row_sparse
 from clipsteer.sae.config import TRAINABLE, TrainConfig
-from clipsteer.sae.encoding import with_values
+from clipsteer.sae.encoding import takes_codes, with_values
 from clipsteer.sae.model import SAE
+from clipsteer.sae.shard import Shard, is_spread
 from clipsteer.training.resume import strided_like
 from clipsteer.training.world import World
+
+METRICS = ("loss", "fvu", "l0", "dead", "auxk")
 
 
 class SAETrainer:
     """The optimisation of one SAE, step by step; ``train_sae`` adds data, checkpoints and logging.
 
     Args:
-        sae: trained in place, on its device.
+        sae: trained in place, on its device; with ``shard_features`` and several processes it
+            may be a ``Shard``, or its part is copied, and is ``self.sae``.
         config: its SAE settings (d_sae, k, …) are not looked at.
         total_steps: for the learning rate.
     """
@@ -37,15 +42,24 @@ class SAETrainer:
             raise ValueError(
                 f"train_sae: architecture must be one of {TRAINABLE}, got {sae.architecture!r}"
             )
-        self.sae = sae.train()
         self.config = config
         self.total_steps = total_steps
         self.device = sae.W_enc.device
         self.world = world if world is not None else World(self.device)
+        if config.shard_features and self.world.size > 1 and not isinstance(sae, Shard):
+            sae = Shard.of(sae, self.world)
+        self.sae = sae.train()
         self.step_count = 0
         self.optimizer = UnitRowAdam(sae, config.peak_lr)
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)
         self.dead = torch.zeros(0, dtype=torch.int64, device=self.device)
+        # those of all processes
+        self._n_dead: int | None = None
+        self.metrics = METRICS + tuple(f"fvu_{size}" for size in (sae.matryoshka or ())[:-1])
+        self._weighs_norms = not sae.has_unit_rows and sae.architecture not in (
+            "topk",
+            "batch_topk",
+        )
         by_default = "scaled_mse" if sae.architecture in ("relu", "gated") else "fvu"
         self._loss = by_default if config.loss == "auto" else config.loss
         on_gpu = self.device.type == "cuda"
@@ -53,48 +67,84 @@ class SAETrainer:
         self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         if bf16:
             self._autocast = partial(torch.autocast, self.device.type, torch.bfloat16)
+        self._sparse = takes_row_sparse(sae.W_enc) and takes_row_sparse(sae.W_dec)
+
+    @cached_property
+    def plan(self) -> parallel.Sums:
+        """How the processes share the work; all of them ask for it together, at the first step."""
+        # they must go the same way
+        self._sparse = not self.world.any(not self._sparse)
+        if isinstance(self.sae, Shard):
+            return parallel.Features(self.sae, self.world)
+        if self._sparse and self.world.size > 1:
+            return parallel.Codes(self.sae, self.world)
         # gradients are summed over processes as dense tensors
-        self._sparse = self.world.size == 1
-        self._sparse = self._sparse and takes_row_sparse(sae.W_enc) and takes_row_sparse(sae.W_dec)
+        self._sparse = self._sparse and self.world.size == 1
+        return parallel.Sums(self.sae, self.world)
+
+    @torch.no_grad()
+    def _plan_for(self, x: Tensor) -> parallel.Sums:
+        """How the processes share this step: where most features are active, codes are longer than
+        the dictionaries."""
+        free = self.sae.architecture not in ("topk", "batch_topk")
+        if not isinstance(self.plan, parallel.Codes) or not free:
+            return self.plan
+        dense = not takes_codes(x) or self.sae.mostly_active(self.sae._centred(x)[0])
+        return parallel.Sums(self.sae, self.world) if self.world.any(dense) else self.plan
 
     def step(
         self,
         x: Tensor,  # (B, d_in)
-    ) -> Tensor:  # (5,)
+        target: Tensor | None = None,  # (B, d_out) for a transcoder
+    ) -> Tensor:  # (5 + prefixes before the last,)
         """One optimisation step on this process's rows x (B, d_in).
 
-        Returns (5,): loss, FVU, L0 and AuxK, this process's shares (which add up over the
-        processes), and the dead share divided by the number of processes. They stay on the device.
+        Returns ``metrics``: loss, FVU, L0 and AuxK, this process's shares (which add up over the
+        processes), the dead share divided by the number of processes, and the FVU of each prefix
+        before the last. They stay on the device.
         """
         sae = self.sae
         config = self.config
-        world = self.world
         if self.step_count % config.sync_every == 0:
             self.dead = (self.tokens_since_fired > config.dead_after).nonzero().flatten()
+            self._n_dead = None
+        if self._n_dead is None:
+            self._n_dead = self.plan.number(self.dead)
         x = x.to(self.device, sae.W_enc.dtype, non_blocking=True)
-        if self.step_count == 0:
+        if (target is None) != (sae.d_out is None):
+            raise ValueError(f"SAETrainer.step: a target is needed with d_out, here {sae.d_out}")
+        y = x if target is None else target.to(self.device, x.dtype, non_blocking=True)
+        if self.step_count == 0 and sae.has_unit_rows:
             sae.renormalize_decoder_()
-        stats = sae_loss.batch_stats(x, world)
-        scale = self._scale(stats)
+        plan = self._plan_for(x)
+        sparse = self._sparse and plan is self.plan
+        x, y = plan.rows(x, y)
+        stats = sae_loss.batch_stats(y, plan.view)
+        scale = self._scale(stats if y is x else sae_loss.batch_stats(x, plan.view))
         aux = x.new_zeros(())
-        with self._autocast():
+        with self._autocast(), plan.at_work():
             bandwidth = config.bandwidth * scale
-            out = sae_loss.forward(sae, x, world, self._sparse, bandwidth)
-            if config.auxk and len(self.dead):
-                rows = self._sparse and out.indices is not None
-                aux = sae_loss.auxk(sae, x, out, stats, self.dead, rows)
-            penalty = self._penalty(x, out, stats)
-        fvu = sae_loss.fvu(x, out.x_hat, stats)
-        loss = self._reconstruction(x, out.x_hat, stats) + penalty + config.auxk * aux
+            out = sae_loss.forward(sae, x, plan.view, sparse, bandwidth)
+            if config.auxk and self._n_dead:
+                rows = sparse and out.indices is not None
+                aux = sae_loss.auxk(sae, x, out, stats, self.dead, rows, y, self._n_dead)
+            penalty = self._penalty(x, y, out, stats, plan, sparse)
+        # the mean over prefixes
+        loss = self._reconstruction(y, out.x_hats, stats) / len(out.x_hats)
+        loss = loss + penalty + config.auxk * aux
         loss.backward()
-        self._update(config.lr_at(self.step_count, self.total_steps), scale)
-        fired = sae_loss.fired(sae, out, world)
+        self._update(config.lr_at(self.step_count, self.total_steps), scale, plan)
+        fired = sae_loss.fired(sae, out, plan.view)
         self.tokens_since_fired.add_(stats.count).masked_fill_(fired, 0)
         self.step_count += 1
         with torch.no_grad():
-            l0 = (out.acts > 0).sum() / stats.count
-            dead = (self.tokens_since_fired > config.dead_after).sum() / (sae.d_sae * world.size)
-            return torch.stack([value.detach().float() for value in (loss, fvu, l0, dead, aux)])
+            l0 = plan.total((out.acts > 0).sum()) / stats.count
+            dead = (self.tokens_since_fired > config.dead_after).sum() / sae.d_sae
+            # this process's share
+            dead = dead / self.world.size / plan.share
+            *shorter, fvu = [sae_loss.fvu(y, x_hat, stats) for x_hat in out.x_hats]
+            values = (loss, fvu, l0, dead, aux, *shorter)
+            return plan.share * torch.stack([value.detach().float() for value in values])
 
     def _reconstruction(self, x: Tensor, x_hat: Tensor, stats: sae_loss.BatchStats) -> Tensor:
         of = sae_loss.fvu if self._loss == "fvu" else sae_loss.scaled_mse
@@ -103,25 +153,32 @@ class SAETrainer:
     def _penalty(
         self,
         x: Tensor,  # (B, d_in)
+        y: Tensor,  # x, or a transcoder's target (B, d_out)
         out: sae_loss.TrainingOutput,
         stats: sae_loss.BatchStats,
+        plan: parallel.Sums,
+        sparse: bool,
     ) -> Tensor:
-        """What makes the codes of an architecture without k sparse; decoder rows are of norm 1, so
-        that penalties weighted by their norms are the same."""
+        """What makes the codes of an architecture without k sparse. Penalties are weighted by the
+        norms of decoder rows where these are free."""
         config = self.config
+        total = plan.total
         if self.sae.architecture == "relu":
-            return config.l1_coefficient * sae_loss.l1(out.acts, stats)
+            norms = sae_loss.decoder_norms(self.sae, out, sparse)
+            return config.l1_coefficient * total(sae_loss.l1(out.acts, stats, norms))
         if out.gate is None:
             return x.new_zeros(())
+        if config.l0_penalty == "step" and self.sae.architecture == "jumprelu":
+            return config.l0_coefficient * total(out.gate.sum()) / stats.count
+        norms = sae_loss.decoder_norms(self.sae, out, sparse)
         if self.sae.architecture == "gated":
             # the gates learn from what they alone would reconstruct (Rajamanoharan et al. 2024,
             # arXiv 2404.16014, equation 8)
             by_gates = self.sae.decode(with_values(out.codes, out.gate), out.stats, frozen=True)
-            found = self._reconstruction(x, by_gates.to(x.dtype), stats)
-            return found + config.l1_coefficient * sae_loss.l1(out.gate, stats)
-        if config.l0_penalty == "tanh":
-            return config.l0_coefficient * sae_loss.tanh_l0(out.acts, stats)
-        return config.l0_coefficient * out.gate.sum() / stats.count
+            by_gates = self.sae.with_skip(by_gates, x, frozen=True)
+            found = self._reconstruction(y, by_gates, stats)
+            return found + config.l1_coefficient * total(sae_loss.l1(out.gate, stats, norms))
+        return config.l0_coefficient * total(sae_loss.tanh_l0(out.acts, stats, norms))
 
     def _scale(self, stats: sae_loss.BatchStats) -> Tensor:
         """() How long the rows are that are encoded: a row of W_enc that moves by 1 moves its
@@ -135,20 +192,22 @@ class SAETrainer:
         self,
         lr: float,
         scale: Tensor,  # ()
+        plan: parallel.Sums,
     ) -> None:
-        parameters = list(self.sae.parameters())
-        for parameter in parameters:
+        named = dict(self.sae.named_parameters())
+        # the rows of the batch, and those of dead features or of penalised norms
+        joined = bool(self.config.auxk and len(self.dead)) or self._weighs_norms
+        for parameter in named.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            elif parameter.grad.is_sparse and self.config.auxk and len(self.dead):
-                # the rows of the batch and those of the dead features
+            elif parameter.grad.is_sparse and joined:
                 parameter.grad = parameter.grad.coalesce()
-            self.world.sum_(parameter.grad)
+        there = [p.grad for p in named.values() if p.grad is not None]
+        plan.sum_gradients(there)
         factor = None
         if self.config.grad_clip is not None:
-            there = [p.grad for p in parameters if p.grad is not None]
             grads = [grad._values() if grad.is_sparse else grad for grad in there]
-            norm = torch.nn.utils.get_total_norm(grads)
+            norm = plan.norm(grads, [is_spread(name, p) for name, p in named.items()])
             factor = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
         self.optimizer.set_lr(lr, scale)
         self.optimizer.step(factor=factor)
@@ -177,8 +236,26 @@ class SAETrainer:
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         return tensors
 
+    def spread(self) -> set[str]:
+        """The names of those of `state_tensors` of which this process has a part."""
+        if not isinstance(self.sae, Shard):
+            return set()
+        own = dict(self.sae.state_dict())
+        of_sae = {name for name in own if is_spread(name, own[name])}
+        kinds = ("sae", "exp_avg", "exp_avg_sq")
+        names = {f"{kind}.{name}" for kind in kinds for name in of_sae}
+        return (names & self.state_tensors().keys()) | {"tokens_since_fired", "dead"}
+
     def state_layout(self) -> Layout:
-        """What `state_tensors` must be in a checkpoint; of one from a CPU no GPU's generator."""
+        """What `state_tensors` of one process must be in a checkpoint; of one from a CPU no GPU's
+        generator."""
+        found = self._layout()
+        for name in self.spread():
+            rows, *others = found[name].shape
+            found[name] = found[name]._replace(shape=(rows * self.world.size, *others))
+        return found
+
+    def _layout(self) -> Layout:
         found = layout_of(self.state_tensors())
         for name, spec in found.items():
             if name.startswith("exp_avg_sq."):
@@ -204,7 +281,7 @@ class SAETrainer:
         Raises FileFormatError for other tensors, before any is taken: a fused optimiser looks at
         no shape.
         """
-        check_layout(Path(f"state of step {step}"), tensors, self.state_layout())
+        check_layout(Path(f"state of step {step}"), tensors, self._layout())
         self.sae.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("sae.")})
         device = self.device if self.device.type == "cuda" else "cpu"
         for name, parameter in self.sae.named_parameters():
@@ -215,6 +292,7 @@ class SAETrainer:
             }
         self.tokens_since_fired = tensors["tokens_since_fired"].to(self.device)
         self.dead = tensors["dead"].to(self.device).nonzero().flatten()
+        self._n_dead = None
         self.step_count = step
         torch.set_rng_state(tensors["rng.cpu"].cpu())
         if self.device.type == "cuda" and "rng.cuda" in tensors:

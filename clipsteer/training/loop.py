@@ -7,7 +7,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from clipsteer.training import resume as resuming
 from clipsteer.training.schedule import DATA_ORDER
 from clipsteer.training.settings import COSMETIC, check_same_settings
 from clipsteer.training.signals import StopSignal, leave
+from clipsteer.training.spread import Spread, give_all
 from clipsteer.training.tracking import TRACKERS, Reporter, trim_log
 from clipsteer.training.world import World
 
@@ -112,6 +113,10 @@ class TrainingRun:
                 f"{found.meta_path}: a checkpoint of step {found.step} in a run of {self.total}"
             )
 
+    def spread(self) -> Collection[str]:
+        """The names of those of `tensors` whose rows lie over the processes."""
+        return ()
+
     def data_identity(self) -> dict[str, Any] | None:
         """What the run's data are known by, for JSON; None where nothing is known. Asked for once,
         in the first process."""
@@ -166,7 +171,7 @@ class TrainingRun:
                 failure = error
         if self.together:
             assert self.world is not None
-            found = resuming.shared(self.world, found, failure)
+            found = resuming.shared(self.world, found, failure, self.spread())
         if found is None:
             return False
         self.step = found.step
@@ -210,12 +215,19 @@ class TrainingRun:
         """
         if self.out is None or self.saved_at == self.step:
             return
-        for parameter in self.parameters.values():
-            if not bool(parameter.isfinite().all()):
-                raise RuntimeError(
-                    f"{self.name}: the weights are not finite at step {self.step}{self._kept()}"
-                )
-        tensors = self.tensors()
+        # unlike isfinite this takes no memory
+        ends = [torch.stack(p.detach().aminmax()) for p in self.parameters.values() if p.numel()]
+        wrong = not all(bool(pair.isfinite().all()) for pair in ends)
+        if self.world is not None:
+            wrong = self.world.any(wrong)
+        if wrong:
+            raise RuntimeError(
+                f"{self.name}: the weights are not finite at step {self.step}{self._kept()}"
+            )
+        tensors: dict[str, Tensor | Spread] = {**self.tensors()}
+        for name in self.spread():
+            assert self.world is not None
+            tensors[name] = Spread(tensors[name], self.world)
         if self.lead:
             meta: dict[str, Any] = {"settings": self.settings}
             if self.identity is not None:
@@ -226,6 +238,8 @@ class TrainingRun:
                 meta["without state"] = without
             assert self.checkpoints is not None
             checkpoint.save_state(self.checkpoints, self.step, tensors, meta)
+        else:
+            give_all(tensors)
         self.saved_at = self.step
 
     def _kept(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from clipsteer.io.checkpoint import Checkpoint
 from clipsteer.io.files import FileFormatError
 from clipsteer.io.layout import Layout, Spec
 from clipsteer.training.settings import other_data
+from clipsteer.training.spread import scatter
 from clipsteer.training.world import World
 
 logger = logging.getLogger(__name__)
@@ -183,8 +184,14 @@ def check_same_data(
         )
 
 
-def shared(world: World, found: Checkpoint | None, error: Exception | None) -> Checkpoint | None:
-    """What rank 0 found, in every process; so is its error."""
+def shared(
+    world: World,
+    found: Checkpoint | None,
+    error: Exception | None,
+    spread: Collection[str] = (),
+) -> Checkpoint | None:
+    """What rank 0 found, in every process; so is its error. Of the tensors of these names every
+    process gets its part of the rows."""
     shapes: dict[str, Any] = {}
     if found is not None:
         for name, tensor in found.tensors.items():
@@ -201,6 +208,14 @@ def shared(world: World, found: Checkpoint | None, error: Exception | None) -> C
         return None
     tensors = {}
     for name, (shape, dtype) in shapes.items():
+        if name in spread:
+            rows, *others = shape
+            part = torch.empty(
+                (rows // world.size, *others), dtype=getattr(torch, dtype), device=world.device
+            )
+            whole = None if found is None else found.tensors[name]
+            tensors[name] = scatter(whole, part, world)
+            continue
         if found is not None:
             tensor = found.tensors[name].to(world.device)
         else:

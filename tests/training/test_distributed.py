@@ -152,8 +152,9 @@ def test_the_command_line_under_torchrun_shares_the_harvest(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_rank_is_restarted_and_resumes(tmp_path):
-    cases = {"topk": {**SHARED, **CASES["topk"]}}
+@pytest.mark.parametrize("shard_features", [False, True])
+def test_a_killed_rank_is_restarted_and_resumes(tmp_path, shard_features):
+    cases = {"topk": {**SHARED, **CASES["topk"], "shard_features": shard_features}}
     done = torchrun(tmp_path, cases, kill=11, restarts=1)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
