@@ -1,7 +1,8 @@
 """Sums over the features that each row uses, of which every row may use another number, and the two gradients.
 
-A row's features ascend, so that the sum of one prefix of the dictionary goes on into that of the next. The gradients
-take pairs of a row and a feature: a product of two rows each, and segment sums by ``sparse_outer``'s kernel.
+The features of the first prefix of the dictionary are summed before those of the second, so that one sum goes on into
+the next. The gradients take pairs of a row and a feature: a product of two rows each, and segment sums by
+``sparse_outer``'s kernel.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from ._launch import cdiv, interpreted, on_device
 from .sparse_decode import _interpreted_bf16, gather_config, segment_sums
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "groups", "pairs"])
 def _ragged_decode_fwd_kernel(
-    values_ptr, indices_ptr, ends_ptr, w_ptr, b_ptr, out_ptr, B, d, groups,
-    HAS_BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    values_ptr, indices_ptr, offsets_ptr, group_ptr, w_ptr, b_ptr, out_ptr, B, d, groups, pairs,
+    HAS_BIAS: tl.constexpr, GROUPED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -26,14 +27,16 @@ def _ragged_decode_fwd_kernel(
     bias = tl.zeros((BLOCK_D,), dtype=tl.float32)
     if HAS_BIAS:
         bias += tl.load(b_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    first = tl.minimum(tl.load(offsets_ptr + rows, mask=live, other=0), pairs)
+    last = tl.minimum(tl.load(offsets_ptr + rows + 1, mask=live, other=0), pairs)
+    longest = tl.max(last - first, axis=0)
     acc = tl.zeros((BLOCK_B, BLOCK_K, BLOCK_D), dtype=tl.float32)
     for g in range(0, groups):
-        # the ends of a row's groups follow on one another, after where the row begins
-        first = tl.load(ends_ptr + rows * (groups + 1) + g, mask=live, other=0)
-        last = tl.load(ends_ptr + rows * (groups + 1) + g + 1, mask=live, other=0)
-        for start in range(0, tl.max(last - first, axis=0), BLOCK_K):
+        for start in range(0, longest, BLOCK_K):
             at = first[:, None] + start + tl.arange(0, BLOCK_K)[None, :]
             pair = live[:, None] & (at < last[:, None])
+            if GROUPED:
+                pair = pair & (tl.load(group_ptr + at, mask=pair, other=-1) == g)
             index = tl.load(indices_ptr + at, mask=pair, other=0)
             value = tl.load(values_ptr + at, mask=pair, other=0.0).to(tl.float32)
             w = tl.load(
@@ -70,16 +73,6 @@ def _ragged_dot_kernel(
     tl.store(out_ptr + at, tl.sum(acc, axis=1).to(out_ptr.dtype.element_ty), mask=live)
 
 
-def _ends(indices: torch.Tensor, offsets: torch.Tensor, prefixes: list[int]) -> torch.Tensor:
-    """Where each row begins and each of its groups ends: (B, G + 1)."""
-    offsets = offsets.clamp(max=indices.shape[0])
-    ends = [offsets[:-1]]
-    for prefix in prefixes[:-1]:
-        below = torch.nn.functional.pad((indices < prefix).cumsum(0), (1, 0))
-        ends.append(offsets[:-1] + below[offsets[1:]] - below[offsets[:-1]])
-    return torch.stack([*ends, offsets[1:]], dim=1).contiguous()
-
-
 def ragged_decode(
     values: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None,
     prefixes: list[int],
@@ -98,10 +91,14 @@ def ragged_decode(
         config = gather_config(d, W.element_size())
     grid = (cdiv(B, config["BLOCK_B"]), cdiv(d, config["BLOCK_D"]))
     with on_device(W):
-        ends = _ends(indices, offsets, prefixes)
+        # how many prefixes are without a pair's feature
+        group = indices
+        if groups > 1:
+            group = sum((indices >= prefix).to(torch.int8) for prefix in prefixes[:-1])
         _ragged_decode_fwd_kernel[grid](
-            values, indices, ends, W, W if b is None else b, out, B, d, groups, HAS_BIAS=b is not None, **config
-        )
+            values, indices, offsets, group, W, W if b is None else b, out, B, d, groups, indices.shape[0],
+            HAS_BIAS=b is not None, GROUPED=groups > 1, **config,
+        )  # fmt: skip
     return out
 
 
@@ -122,12 +119,20 @@ def ragged_dot(rows: torch.Tensor, row_of: torch.Tensor, indices: torch.Tensor, 
     return out
 
 
+def ragged_outer_out(
+    coeff: torch.Tensor, indices: torch.Tensor, row_of: torch.Tensor, rows: torch.Tensor, dW: torch.Tensor,
+    db: torch.Tensor,
+) -> None:  # fmt: skip
+    """coeff, indices, row_of (m,), rows (R, d) -> dW (n, d), db (n,): every element of both is written."""
+    # a pair without a row is behind the last feature
+    segment_sums(coeff, torch.where(row_of < 0, dW.shape[0], indices), row_of, rows, dW, db)
+
+
 def ragged_outer(
     coeff: torch.Tensor, indices: torch.Tensor, row_of: torch.Tensor, rows: torch.Tensor, n: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dW (n, d): dW[i] = sum of coeff_p rows[row_of_p] over the pairs with indices_p = i; db (n,): sum of coeff_p."""
     dW = torch.empty((n, rows.shape[1]), dtype=rows.dtype, device=rows.device)
     db = torch.empty((n,), dtype=rows.dtype, device=rows.device)
-    # a pair without a row is behind the last feature
-    segment_sums(coeff, torch.where(row_of < 0, n, indices), row_of, rows, dW, db)
+    ragged_outer_out(coeff, indices, row_of, rows, dW, db)
     return dW, db

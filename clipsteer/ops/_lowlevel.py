@@ -134,7 +134,13 @@ RECORDS = (
                 " -> (Tensor, Tensor)",
                 _fakes.ragged_outer,
             ),
+            "ragged_outer_out": LowLevel(
+                "(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, Tensor(a!) dW, "
+                "Tensor(b!) db) -> ()",
+                _fakes.ragged_outer_out,
+            ),
         },
+        variants=("sparse_decode_prefixes",),
         backends=_WITHOUT_CUDA,
     ),
     Op(
