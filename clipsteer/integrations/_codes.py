@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipsteer.integrations._memory import gradient_buffer
 from clipsteer.integrations._on_demand import OnDemand, takes, waits
 from clipsteer.ops._ragged import SparseCodes, code_rows
 from clipsteer.ops.sparse_decode import sparse_decode
@@ -64,10 +65,19 @@ class Codes(OnDemand):
         self,
         W: Tensor,  # (n, d)
         b: Tensor | None = None,  # (d,)
-        **options: Any,
+        values: Tensor | None = None,  # like self.values
+        prefixes: Sequence[int] | None = None,
     ) -> Tensor:
-        """The values that are seen, times the dictionary."""
-        return sparse_decode(self.values, self.indices, W, b, offsets=self.offsets, **options)
+        """The values that are seen, or others in their place, times the dictionary."""
+        return sparse_decode(
+            self.values if values is None else values,
+            self.indices,
+            W,
+            b,
+            offsets=self.offsets,
+            prefixes=prefixes,
+            grad_buffer=gradient_buffer(W),
+        )
 
     def between(self, start: int, stop: int) -> Codes:
         """Columns start to stop, of two dimensions."""
@@ -134,7 +144,14 @@ class Preactivations(OnDemand):
         """The k largest of each row among those that the mask sets, and where they are."""
         columns = None if self.mask is None else self.mask.nonzero().flatten()
         values, indices = topk_encode(
-            self.x, self.W, self.b, k=k, relu=self.relu, scale=self.scale, columns=columns
+            self.x,
+            self.W,
+            self.b,
+            k=k,
+            relu=self.relu,
+            scale=self.scale,
+            columns=columns,
+            grad_buffer=gradient_buffer(self.W),
         )
         return values.to(self.dtype), indices
 

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from clipsteer.integrations._codes import Preactivations
+from clipsteer.integrations._memory import gradient_buffer, remove_parallel_, sign_step_, unit_rows_
 from clipsteer.ops.sparse_decode import sparse_decode
 from clipsteer.ops.topk_encode import topk_encode
 
 
 @contextmanager
 def sparsify() -> Iterator[None]:
-    """Inside, sparsify's two functions, the fused encoder and the decoder, are clipsteer's.
+    """Inside, what sparsify's ``SparseCoder`` computes with is clipsteer's: its fused encoder, its
+    decoder, and the two loops over decoder rows that keep their norms.
 
     ``SparseCoder``, its files and ``Trainer`` stay as they are and compute the same. The
     pre-activations that its encoder returns are built when somebody looks at them; the largest of
@@ -26,6 +28,7 @@ def sparsify() -> Iterator[None]:
     try:
         from sparsify import sparse_coder
         from sparsify.fused_encoder import EncoderOutput
+        from sparsify.sign_sgd import SignSGD
     except ImportError as error:
         raise ImportError(
             "clipsteer.integrations.sparsify needs sparsify: pip install eai-sparsify"
@@ -43,7 +46,9 @@ def sparsify() -> Iterator[None]:
         compiling = torch.compiler.is_compiling()
         if activation != "topk" or compiling or not 1 <= k <= weight.shape[0]:
             return encoder(input, weight, bias, k, activation)
-        acts, indices = topk_encode(input, weight, bias, k=k)
+        acts, indices = topk_encode(
+            input, weight, bias, k=k, grad_buffer=gradient_buffer(weight)
+        )
         fixed = [None if t is None else t.detach() for t in (input, weight, bias)]
         x, W, b = fixed
         return EncoderOutput(acts, indices, Preactivations.of(x, W, b, acts.dtype, relu=True))
@@ -55,12 +60,35 @@ def sparsify() -> Iterator[None]:
     ) -> Tensor:
         if torch.compiler.is_compiling():
             return decoder(top_indices, top_acts, W_dec)
-        return sparse_decode(top_acts, top_indices, W_dec.mT)
+        W = W_dec.mT
+        return sparse_decode(top_acts, top_indices, W, grad_buffer=gradient_buffer(W))
 
-    sparse_coder.fused_encoder = encode
-    sparse_coder.decoder_impl = decode
+    def unit_norm(self: Any) -> None:
+        unit_rows_(self.W_dec.data)
+
+    def remove_parallel(self: Any) -> None:
+        remove_parallel_(self.W_dec.grad, self.W_dec.data)
+
+    @torch.no_grad()
+    def sign_sgd(self: Any, closure: None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    sign_step_(parameter, parameter.grad, group["lr"])
+
+    coder = sparse_coder.SparseCoder
+    mine = [
+        (sparse_coder, "fused_encoder", encode),
+        (sparse_coder, "decoder_impl", decode),
+        (coder, "set_decoder_norm_to_unit_norm", unit_norm),
+        (coder, "remove_gradient_parallel_to_decoder_directions", remove_parallel),
+        (SignSGD, "step", sign_sgd),
+    ]
+    theirs = [(place, name, getattr(place, name)) for place, name, _ in mine]
+    for place, name, function in mine:
+        setattr(place, name, function)
     try:
         yield
     finally:
-        sparse_coder.fused_encoder = encoder
-        sparse_coder.decoder_impl = decoder
+        for place, name, function in theirs:
+            setattr(place, name, function)

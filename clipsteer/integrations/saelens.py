@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from clipsteer.integrations._codes import Codes, Preactivations
+from clipsteer.integrations._memory import gradient_buffer
 from clipsteer.integrations._on_demand import waits
 from clipsteer.ops._ragged import SparseCodes, code_rows
 from clipsteer.ops.batch_topk_encode import batch_topk_encode
@@ -89,9 +90,13 @@ class FastTopKTrainingSAE(_Fast, TopKTrainingSAE):
             return super().encode_with_hidden_pre(x)
         sae_in = self.process_sae_in(x)
         hidden_pre = self._hidden_pre(sae_in)
-        k = self.activation_fn.k
         acts, indices = topk_encode(
-            sae_in, self.W_enc.t(), self.b_enc, k=k, scale=_detached(hidden_pre.scale)
+            sae_in,
+            hidden_pre.W,
+            self.b_enc,
+            k=self.activation_fn.k,
+            scale=_detached(hidden_pre.scale),
+            grad_buffer=gradient_buffer(hidden_pre.W),
         )
         acts = acts.to(hidden_pre.dtype)
         if self.activation_fn.use_sparse_activations:
@@ -124,11 +129,7 @@ class FastTopKTrainingSAE(_Fast, TopKTrainingSAE):
         if not waits(feature_acts, Codes):
             return super().decode(feature_acts)
         values = self._for_decoder(feature_acts)
-        offsets = feature_acts.offsets
-        x_hat = sparse_decode(
-            values, feature_acts.indices, self.W_dec, self.b_dec, offsets=offsets
-        )
-        return self._reconstructed(x_hat)
+        return self._reconstructed(feature_acts.decode(self.W_dec, self.b_dec, values))
 
     def _for_decoder(self, codes: Codes) -> Tensor:
         if codes.for_decoder is not None:
@@ -202,14 +203,9 @@ class FastMatryoshkaBatchTopKTrainingSAE(
     def _levels(self, codes: Codes) -> Tensor:
         """The reconstruction (G, B, d_in) of every level, kept with the codes."""
         if not hasattr(codes, "levels"):
-            codes.levels = sparse_decode(
-                self._for_decoder(codes),
-                codes.indices,
-                self.W_dec,
-                self.b_dec,
-                offsets=codes.offsets,
-                prefixes=self.cfg.matryoshka_widths,
-            )
+            values = self._for_decoder(codes)
+            widths = self.cfg.matryoshka_widths
+            codes.levels = codes.decode(self.W_dec, self.b_dec, values, prefixes=widths)
         return codes.levels
 
     def _iterable_decode(
