@@ -119,6 +119,9 @@ def read(found: Found) -> Described:
     }
     if groups is not None:
         ours["matryoshka"] = _prefixes(path, groups)
+    buffer = config.get("buffer")
+    if isinstance(buffer, dict) and buffer.get("io") == "in_and_out":
+        _make_transcoder(path, ours, weights)
     own = config.get("clipsteer")
     if isinstance(own, dict):
         return Described(ours, weights, own)
@@ -137,6 +140,20 @@ def _k(path: Path, trainer: dict[str, Any], stored: Tensor | None) -> Any:
     if k is not None and k != stored.item():
         raise FileFormatError(f"{path}: k is {stored.item()}, its config.json says {k!r:.60}")
     return stored.item()
+
+
+def _make_transcoder(path: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """What was trained from one activation to another; its classes subtract the bias of the output
+    from the input, which goes into the encoder's bias."""
+    if config["apply_b_dec_to_input"]:
+        biases = [t.shape for n, t in weights.items() if n in ("b_enc", "b_gate", "b_mag", "r_mag")]
+        d_sae, d_in = weights["W_enc"].shape
+        count = 3 if config["architecture"] == "gated" else 1
+        whole = biases == [(d_sae,)] * count
+        if not whole or "b_dec" not in weights or weights["b_dec"].shape != (d_in,):
+            raise FileFormatError(f"{path}: biases that do not fit its encoder")
+        shift_encoder(config, weights, -1)
+    config |= {"d_out": weights["W_dec"].shape[1], "apply_b_dec_to_input": False}
 
 
 def _prefixes(path: Path, groups: Tensor) -> list[int]:

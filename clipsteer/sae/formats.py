@@ -61,7 +61,9 @@ from clipsteer.sae.hub import parse_hub as parse_hub
 
 _OWN_FILE = "model.safetensors"
 _KIND = Kind("clipsteer-sae", 1, "an SAE", _OWN_FILE, "cfg.json")
-_FINITE = ("W_enc", "W_dec", "b_dec")
+_FINITE = ("W_enc", "W_dec", "b_dec", "W_skip")
+# arguments of SAE that a file has only where they say something
+OPTIONAL = ("matryoshka", "d_out", "skip")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # of folders that hold SAEs, to name them where one was expected
 _DEEP = 3
@@ -84,7 +86,7 @@ def _read_own(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> 
         raise FileFormatError(f"{path}: no {missing[0]!r}")
     if not isinstance(cfg["apply_b_dec_to_input"], bool):
         raise FileFormatError(f"{path}: apply_b_dec_to_input must be true or false")
-    config = {name: cfg[name] for name in names}
+    config = {name: cfg[name] for name in (*names, *OPTIONAL) if name in cfg}
     return Described(config, weights, json_object(path, cfg.get("metadata", {})))
 
 
@@ -253,10 +255,12 @@ def export(sae: Describable, directory: str | Path, format: str) -> Path:
     """Write the SAE for another library: ``format`` is "saelens", "sparsify" or
     "dictionary_learning".
 
-    SAELens takes every architecture; batch_topk becomes the jumprelu it is at inference.
-    dictionary_learning takes every one without normalisation, sparsify topk alone; where a library
-    subtracts b_dec from its input and the SAE does not, or the other way, that is folded into the
-    encoder's bias.
+    SAELens takes every architecture, of transcoders all but topk and gated; batch_topk becomes the
+    jumprelu it is at inference. sparsify takes topk without normalisation, of transcoders those
+    whose output is as wide as their input. dictionary_learning takes every architecture without
+    normalisation, no transcoders; what is matryoshka is so there where it is batch_topk, and
+    computes the same where it is not. Where a library subtracts b_dec from its input and the SAE
+    does not, that is folded into the encoder's bias.
 
     Raises:
         ValueError: a format that cannot say what this SAE does, an unknown format, NaN among the

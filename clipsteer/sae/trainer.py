@@ -19,6 +19,8 @@ from clipsteer.sae.model import SAE
 from clipsteer.training.resume import strided_like
 from clipsteer.training.world import World
 
+METRICS = ("loss", "fvu", "l0", "dead", "auxk")
+
 
 class SAETrainer:
     """The optimisation of one SAE, step by step; ``train_sae`` adds data, checkpoints and logging.
@@ -45,6 +47,7 @@ class SAETrainer:
         self.optimizer = UnitRowAdam(sae, config.peak_lr)
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)
         self.dead = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.metrics = METRICS + tuple(f"fvu_{size}" for size in (sae.matryoshka or ())[:-1])
         by_default = "scaled_mse" if sae.architecture == "relu" else "fvu"
         self._loss = by_default if config.loss == "auto" else config.loss
         on_gpu = self.device.type == "cuda"
@@ -60,11 +63,13 @@ class SAETrainer:
     def step(
         self,
         x: Tensor,  # (B, d_in)
-    ) -> Tensor:  # (5,)
+        target: Tensor | None = None,  # (B, d_out) for a transcoder
+    ) -> Tensor:  # (5 + prefixes before the last,)
         """One optimisation step on this process's rows x (B, d_in).
 
-        Returns (5,): loss, FVU, L0 and AuxK, this process's shares (which add up over the
-        processes), and the dead share divided by the number of processes. They stay on the device.
+        Returns ``metrics``: loss, FVU, L0 and AuxK, this process's shares (which add up over the
+        processes), the dead share divided by the number of processes, and the FVU of each prefix
+        before the last. They stay on the device.
         """
         sae = self.sae
         config = self.config
@@ -72,16 +77,19 @@ class SAETrainer:
         if self.step_count % config.sync_every == 0:
             self.dead = (self.tokens_since_fired > config.dead_after).nonzero().flatten()
         x = x.to(self.device, sae.W_enc.dtype, non_blocking=True)
-        if self.step_count == 0:
+        if (target is None) != (sae.d_out is None):
+            raise ValueError(f"SAETrainer.step: a target is needed with d_out, here {sae.d_out}")
+        y = x if target is None else target.to(self.device, x.dtype, non_blocking=True)
+        if self.step_count == 0 and sae.has_unit_rows:
             sae.renormalize_decoder_()
-        stats = sae_loss.batch_stats(x, world)
+        stats = sae_loss.batch_stats(y, world)
         aux = x.new_zeros(())
         with self._autocast():
             out = sae_loss.forward(sae, x, world, self._sparse)
             if sae.architecture != "relu" and config.auxk_coefficient and len(self.dead):
-                aux = sae_loss.auxk(sae, x, out, stats, self.dead, self._sparse)
-        fvu = sae_loss.fvu(x, out.x_hat, stats)
-        loss = fvu if self._loss == "fvu" else sae_loss.scaled_mse(x, out.x_hat, stats)
+                aux = sae_loss.auxk(sae, x, out, stats, self.dead, self._sparse, target=y)
+        measure = sae_loss.fvu if self._loss == "fvu" else sae_loss.scaled_mse
+        loss = measure(y, out.x_hats, stats) / len(out.x_hats)
         if sae.architecture == "relu":
             loss = loss + config.l1_coefficient * sae_loss.l1(out.acts, stats)
         loss = loss + config.auxk_coefficient * aux
@@ -93,7 +101,9 @@ class SAETrainer:
         with torch.no_grad():
             l0 = (out.acts > 0).sum() / stats.count
             dead = (self.tokens_since_fired > config.dead_after).sum() / (sae.d_sae * world.size)
-            return torch.stack([value.detach().float() for value in (loss, fvu, l0, dead, aux)])
+            *shorter, fvu = [sae_loss.fvu(y, x_hat, stats) for x_hat in out.x_hats]
+            values = (loss, fvu, l0, dead, aux, *shorter)
+            return torch.stack([value.detach().float() for value in values])
 
     def _update(self, lr: float) -> None:
         parameters = list(self.sae.parameters())
