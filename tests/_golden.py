@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import torch
+from hypothesis import strategies as st
 
 from clipsteer import SAE
 from clipsteer.io.files import read_safetensors
@@ -71,3 +72,18 @@ def write_golden_live(folder: Path, script: str, function: str) -> None:
     spec.loader.exec_module(module)
     module.HERE = folder
     getattr(module, function)(torch.Generator().manual_seed(99))
+
+
+SIMPLE = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)
+VALUES = st.recursive(
+    SIMPLE, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+)
+
+
+def disturb(weights: dict[str, torch.Tensor], data: st.DataObject) -> None:
+    """Give one tensor another shape and dtype, or none."""
+    if data.draw(st.booleans()):
+        key = data.draw(st.sampled_from(sorted(weights)))
+        shape = data.draw(st.lists(st.sampled_from([0, 1, 6, 16]), max_size=3))
+        dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool]))
+        weights[key] = torch.zeros(shape, dtype=dtype)

@@ -36,6 +36,7 @@ from clipsteer.io.doors import door
 from clipsteer.io.files import (
     FileFormatError,
     json_object,
+    read_json,
     read_safetensors,
     refuse_nan,
     write_atomically,
@@ -176,10 +177,14 @@ def _inner(path: Path) -> list[Path]:
 
 
 @door
-def read(path: str | Path, config: Mapping[str, Any] | None = None) -> tuple[Path, Described]:
+def read(
+    path: str | Path, config: Mapping[str, Any] | str | Path | None = None
+) -> tuple[Path, Described]:
     """The SAE at `path` (see ``SAE.from_pretrained``) as it was written, and where it was found."""
     on_hub = isinstance(path, str) and path.startswith(hub.PREFIX)
     where = hub.download(str(path)) if on_hub else Path(path)
+    if isinstance(config, (str, Path)):
+        config = json_object(Path(config), read_json(config))
     found = Found(where, config)
     try:
         described = _FORMATS[_detect(found)].read(found)

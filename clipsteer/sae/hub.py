@@ -6,6 +6,7 @@ from collections.abc import Set
 from pathlib import Path, PurePosixPath
 
 PREFIX = "hf-hub:"
+_SECONDS = 10
 # the files of an SAE, whatever the library
 _FILES = (
     "cfg.json",
@@ -81,9 +82,11 @@ def folders(path: str) -> list[str]:
     the hub cannot say."""
     repo, _ = parse_hub(path)
     try:
-        from huggingface_hub import list_repo_files
+        from huggingface_hub import model_info
 
-        names = [PurePosixPath(name) for name in list_repo_files(repo)]
+        # unlike list_repo_files it gives up at once where there is no network
+        files = model_info(repo, timeout=_SECONDS).siblings or []
+        names = [PurePosixPath(file.rfilename) for file in files]
     except Exception:
         return []
     inside: dict[PurePosixPath, set[str]] = {}

@@ -413,7 +413,7 @@ class SAE(nn.Module):
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] | str | Path | None = None,
     ) -> SAE:
         """Load an SAE, in evaluation mode, from a folder, a file or the Hugging Face hub.
 
@@ -424,7 +424,8 @@ class SAE(nn.Module):
                 run.
             device, dtype: where and as what; by default the file's dtype.
             config: what the file of another library leaves open (``clipsteer.sae.overcomplete``
-                says what its constructor needs); a config.json beside the file can say it, too.
+                says what its constructor needs), or a JSON file with it; a config.json beside the
+                weights can say it, too.
 
         Raises:
             FileNotFoundError: nothing there.
