@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from clipsteer import SAE
 from clipsteer.io.files import read_safetensors
 from clipsteer.sae.normalization import normalize
 
+# before sparsify is imported: on a CPU its Triton cannot run
+os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
 GOLDEN = Path(__file__).parent / "sae" / "golden"
 # whose b_dec was subtracted from the input and is in the encoder's bias here
 FOLDED = ("sparsify-transcoder-only-skip",)
