@@ -1,4 +1,4 @@
-"""Files of torch.save, read through weights-only loading alone."""
+"""Files of torch.save: read through weights-only loading alone, and written with tensors alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import mmap
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clipsteer.io.doors import door
-from clipsteer.io.files import FileFormatError, open_regular, read_json_line
+from clipsteer.io.files import FileFormatError, open_regular, read_json_line, write_atomically
 
 # bytes of all tensors, tied ones counted each time, for each byte of their file
 _MOST = 4
@@ -213,3 +213,10 @@ def read_torch_after_json(path: str | Path) -> tuple[Any, Any] | None:
         copies = {n: t.clone() if isinstance(t, Tensor) else t for n, t in behind.items()}
         del behind
     return value, copies
+
+
+def write_torch(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors by name as torch.save does, for libraries that read nothing else; each alone,
+    not the whole storage that it may be a view of. Raises OSError."""
+    copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    write_atomically(path, lambda file: torch.save(copies, file))

@@ -39,11 +39,11 @@ from clipsteer.io.files import (
     read_json,
     read_safetensors,
     refuse_nan,
-    write_atomically,
     write_json,
     write_safetensors,
 )
 from clipsteer.io.kinds import Kind, write_kind
+from clipsteer.io.torch_files import write_torch
 from clipsteer.io.weights import some
 from clipsteer.sae import (
     dictionary_learning,
@@ -278,8 +278,7 @@ def export(sae: Describable, directory: str | Path, format: str) -> Path:
     if format == "dictionary_learning":
         weights, cfg = dictionary_learning.export(described)
         directory.mkdir(parents=True, exist_ok=True)
-        file = directory / dictionary_learning.FILE
-        write_atomically(file, lambda opened: torch.save(weights, opened))
+        write_torch(directory / dictionary_learning.FILE, weights)
         write_json(directory / "config.json", cfg)
         return directory
     writer = saelens if format == "saelens" else sparsify

@@ -89,9 +89,10 @@ def read(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> Descr
         folder, weights, applied=_flag(folder, cfg, "finetuning_scaling_factor", False)
     )
     transcoder = theirs.endswith("transcoder")
+    d_sae = positive(folder, cfg, "d_sae")
     config = {
         "d_in": positive(folder, cfg, "d_in"),
-        "d_sae": positive(folder, cfg, "d_sae"),
+        "d_sae": d_sae,
         "architecture": architecture,
         "k": k,
         "normalize": lookup(folder, "normalize_activations", normalize, _NORMS),
@@ -101,7 +102,7 @@ def read(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> Descr
         config |= {"d_out": positive(folder, cfg, "d_out"), "skip": "skip" in theirs}
     prefixes = cfg.get("matryoshka_widths", meta.get("matryoshka"))
     if prefixes is not None:
-        config["matryoshka"] = _prefixes(folder, prefixes, config["d_sae"])
+        config["matryoshka"] = _prefixes(folder, prefixes, d_sae)
     hook = meta.get("hook_name", meta.get("hook_point"))
     own = meta.get("clipsteer")
     if not isinstance(own, dict):
