@@ -29,8 +29,16 @@ def gather_dot(rows: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     return rows.new_empty(indices.shape)
 
 
-def sparse_outer(coeff: Tensor, indices: Tensor, rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    return rows.new_empty(n, rows.shape[1]), rows.new_empty(n)
+def _segment_sums(rows: Tensor, n: int, columns: bool) -> tuple[Tensor, Tensor]:
+    d = rows.shape[1]
+    dW = rows.new_empty(d, n).t() if columns else rows.new_empty(n, d)
+    return dW, rows.new_empty(n)
+
+
+def sparse_outer(
+    coeff: Tensor, indices: Tensor, rows: Tensor, n: int, columns: bool = False
+) -> tuple[Tensor, Tensor]:
+    return _segment_sums(rows, n, columns)
 
 
 def sparse_outer_out(coeff: Tensor, indices: Tensor, rows: Tensor, dW: Tensor, db: Tensor) -> None:
@@ -74,9 +82,15 @@ def ragged_dot(rows: Tensor, row_of: Tensor, indices: Tensor, W: Tensor) -> Tens
 
 
 def ragged_outer(
-    coeff: Tensor, indices: Tensor, row_of: Tensor, rows: Tensor, n: int
+    coeff: Tensor, indices: Tensor, row_of: Tensor, rows: Tensor, n: int, columns: bool = False
 ) -> tuple[Tensor, Tensor]:
-    return rows.new_empty(n, rows.shape[1]), rows.new_empty(n)
+    return _segment_sums(rows, n, columns)
+
+
+def ragged_outer_out(
+    coeff: Tensor, indices: Tensor, row_of: Tensor, rows: Tensor, dW: Tensor, db: Tensor
+) -> None:
+    return None
 
 
 # ---------------------------------------------------------------- conceptor_project

@@ -134,7 +134,13 @@ RECORDS = (
                 " -> (Tensor, Tensor)",
                 _fakes.ragged_outer,
             ),
+            "ragged_outer_out": LowLevel(
+                "(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, Tensor(a!) dW, "
+                "Tensor(b!) db) -> ()",
+                _fakes.ragged_outer_out,
+            ),
         },
+        variants=("sparse_decode_prefixes",),
         backends=_WITHOUT_CUDA,
     ),
     Op(
@@ -148,6 +154,8 @@ RECORDS = (
         },
         backends=_WITHOUT_CUDA,
     ),
+    # threshold_encode's codes, and torch's operations on their values
+    Op("jumprelu_encode", {}, backends=_WITHOUT_CUDA),
     Op(
         "batch_topk_encode",
         {

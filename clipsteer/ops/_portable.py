@@ -42,11 +42,16 @@ def _gather_dot(rows, indices, W):
     return (W[indices] @ rows.unsqueeze(-1)).squeeze(-1)
 
 
-def _sparse_outer(coeff, indices, rows, n):
+def _sparse_outer(coeff, indices, rows, n, columns=False):
     pairs = _wide(coeff).unsqueeze(-1) * _wide(rows).unsqueeze(-2)  # (B, k, d)
     dW = pairs.new_zeros(n, rows.shape[1]).index_add(0, indices.flatten(), pairs.flatten(0, 1))
     db = pairs.new_zeros(n).index_add(0, indices.flatten(), _wide(coeff).flatten())
-    return dW.to(rows.dtype), db.to(rows.dtype)
+    return _lying(dW.to(rows.dtype), columns), db.to(rows.dtype)
+
+
+def _lying(dW, columns):
+    """Segment sums (n, d) by rows or by columns."""
+    return dW.t().contiguous().t() if columns else dW.contiguous()
 
 
 def _threshold_encode(x, W_enc, b_enc, threshold, capacity):
@@ -71,17 +76,23 @@ def _ragged_dot(rows, row, indices, W):
     return torch.where(row < 0, 0, products.sum(-1)).to(rows.dtype)
 
 
-def _ragged_outer(coeff, indices, row, rows, n):
+def _ragged_outer(coeff, indices, row, rows, n, columns=False):
     factor = _wide(coeff)[:, None]
     sums = factor.new_zeros(n, rows.shape[1] + 1)
     pairs = torch.cat([factor * _wide(rows)[row.clamp_min(0)], factor], dim=1)
     # a pair without a row adds nothing, not even a zero times an infinity
     sums = sums.index_add(0, indices, torch.where(row[:, None] < 0, 0, pairs))
-    return sums[:, :-1].to(rows.dtype).contiguous(), sums[:, -1].to(rows.dtype).contiguous()
+    dW, db = sums[:, :-1].to(rows.dtype), sums[:, -1].to(rows.dtype)
+    return _lying(dW, columns), db.contiguous()
 
 
 def _sparse_outer_out(coeff, indices, rows, dW, db):
     for target, value in zip((dW, db), _sparse_outer(coeff, indices, rows, dW.shape[0])):
+        target.copy_(value)
+
+
+def _ragged_outer_out(coeff, indices, row, rows, dW, db):
+    for target, value in zip((dW, db), _ragged_outer(coeff, indices, row, rows, dW.shape[0])):
         target.copy_(value)
 
 
@@ -128,6 +139,7 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "ragged_decode": _ragged_decode,
     "ragged_dot": _ragged_dot,
     "ragged_outer": _ragged_outer,
+    "ragged_outer_out": _ragged_outer_out,
     "threshold_encode": _threshold_encode,
     "batch_topk_encode": _batch_topk_encode,
     "grouped_matmul": _grouped_matmul,
@@ -144,7 +156,7 @@ _DERIVATIVES: dict[str, tuple[type[Function], tuple[Any, ...]]] = {
     "sparse_decode": (_sparse.SparseDecode, (PORTABLE, False, None)),
     "gather_dot": (_sparse.GatherDot, (PORTABLE,)),
     "sparse_outer": (_sparse.SparseOuter, (PORTABLE,)),
-    "ragged_decode": (_ragged.RaggedDecode, (PORTABLE, False)),
+    "ragged_decode": (_ragged.RaggedDecode, (PORTABLE, False, None)),
     "ragged_dot": (_ragged.RaggedDot, (PORTABLE,)),
     "ragged_outer": (_ragged.RaggedOuter, (PORTABLE,)),
     "threshold_encode": (_ragged.RaggedEncode, ("threshold_encode", PORTABLE, False)),
@@ -168,10 +180,17 @@ def register() -> None:
                 _differentiate(name)
 
 
+# segment sums, and how many arguments they have with the last one, ``columns``
+_SUMS = {"sparse_outer": 5, "ragged_outer": 6}
+
+
 def _schema(name: str, schema: str) -> str:
-    """As in the record; topk_encode's screen is an argument of the C++ library alone."""
+    """As in the record; topk_encode's screen and the layout of dictionaries are arguments of the
+    C++ library alone."""
     if name == "topk_encode":
         return schema.replace("SymInt k)", "SymInt k, bool screen=True)")
+    if name in _SUMS:
+        return schema.replace("SymInt n)", "SymInt n, bool columns=False)")
     return schema
 
 
@@ -186,6 +205,14 @@ def _kernel(op: Op, name: str) -> Callable[..., Any]:
             return _PLAIN[name](*args)
         if name == "topk_encode" and backend != "cpp":
             args = args[:4]
+        if backend == "cpp":
+            return call(backend, name, *args)
+        # kernels of GPUs know dictionaries by rows alone
+        args = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
+        if len(args) == _SUMS.get(name):
+            *args, columns = args
+            dW, db = call(backend, name, *args)
+            return _lying(dW, columns), db
         return call(backend, name, *args)
 
     return kernel
@@ -198,6 +225,8 @@ def _differentiate(name: str) -> None:
         ctx.count = len(inputs)
         if function is not None:
             own = inputs[:4] if name == "topk_encode" else inputs
+            if len(inputs) + 1 == _SUMS.get(name):
+                own = (*inputs, False)
             function.setup_context(ctx, (*own, *extra), output)
 
     def backward(ctx: Any, *grads: Tensor | None) -> Any:

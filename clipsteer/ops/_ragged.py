@@ -15,6 +15,7 @@ from torch import Tensor
 from clipsteer.ops._autograd import Function, save, total, tracked
 from clipsteer.ops._dispatch import call
 from clipsteer.ops._reference import rows_of
+from clipsteer.ops._sparse import by_columns, in_columns, laid_out, optional_gradient
 
 
 class SparseCodes(NamedTuple):
@@ -47,49 +48,62 @@ class RaggedDecode(Function):
         prefixes,
         backend,
         sparse_grad,
+        grad_buffer,  # (n, d) or None
     ):
         return call(backend, "ragged_decode", values, indices, offsets, W, b, prefixes)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        values, indices, offsets, W, _, ctx.prefixes, ctx.backend, ctx.sparse_grad = inputs
+        values, indices, offsets, W, _, ctx.prefixes, *options = inputs
         save(ctx, values, indices, offsets, W)
+        ctx.options = options
 
     @staticmethod
     def backward(ctx, grad):  # (G, B, d)
         values, indices, offsets, W = ctx.saved_tensors
-        groups, rows, d = grad.shape
-        row = code_rows(SparseCodes(values, indices, offsets))
-        there = row < rows
-        # a feature is in its own prefix and in all that are longer
-        tails = grad
-        if groups > 1:
-            tails = grad.flip(0).cumsum(0).flip(0)
-            for prefix in ctx.prefixes[:-1]:
-                row = row + torch.where(indices < prefix, 0, rows)
-        row = torch.where(there, row, -1)
-        tails = tails.reshape(groups * rows, d).contiguous()
+        backend, sparse_grad, grad_buffer = ctx.options
+        tails = running_tails(grad)
+        row = row_or_none(SparseCodes(values, indices, offsets))
+        # the tail of the row from the first prefix on that has the feature
+        later = grad.shape[1]
+        shift = sum(torch.where(indices < prefix, 0, later) for prefix in ctx.prefixes[:-1])
+        row = torch.where(row < 0, row, row + shift)
         d_values = d_W = d_b = None
         if ctx.needs_input_grad[0]:
-            d_values = dot(tails, row, indices, W, ctx.backend)
+            d_values = dot(tails, row, indices, W, backend)
         if ctx.needs_input_grad[3]:
-            d_W, _ = pair_gradient(values, indices, row, tails, W, ctx.backend, ctx.sparse_grad)
+            options = (backend, sparse_grad, grad_buffer)
+            d_W, _ = pair_gradient(values, indices, row, tails, W, *options)
         if ctx.needs_input_grad[4]:
             d_b = grad.sum((0, 1))
-        return d_values, None, None, d_W, d_b, None, None, None
+        return d_values, None, None, d_W, d_b, None, None, None, None
 
     @staticmethod
-    def jvp(ctx, t_values, _, __, t_W, t_b, *options):
+    def jvp(ctx, t_values, _, __, t_W, t_b, *others):
         values, indices, offsets, W = ctx.saved_tensors
         of_values = of_W = of_b = None
-        groups, backend = ctx.prefixes, ctx.backend
+        groups, backend = ctx.prefixes, ctx.options[0]
         if t_values is not None:
             of_values = decode(t_values.contiguous(), indices, offsets, W, None, groups, backend)
         if t_W is not None:
-            of_W = decode(values, indices, offsets, t_W.contiguous(), None, groups, backend)
+            t_W = laid_out(t_W, backend)
+            of_W = decode(values, indices, offsets, t_W, None, groups, backend)
         if t_b is not None:
             of_b = t_b.expand(len(groups), offsets.shape[0] - 1, -1)
         return total(of_values, of_W, of_b)
+
+
+def running_tails(
+    grad: Tensor,  # (G, B, d)
+) -> Tensor:
+    """Of each prefix the sum of its gradient and those of all longer ones: (G·B, d).
+
+    A feature is in its own prefix and in all that are longer.
+    """
+    tails = [grad[-1]]
+    for shorter in reversed(grad[:-1].unbind()):
+        tails.append(tails[-1] + shorter)
+    return torch.cat(tails[::-1]) if len(tails) > 1 else grad[0].contiguous()
 
 
 class RaggedDot(Function):
@@ -116,7 +130,7 @@ class RaggedDot(Function):
         if ctx.needs_input_grad[0]:
             d_rows = decode_pairs(grad, indices, row, W, rows.shape[0], ctx.backend)
         if ctx.needs_input_grad[3]:
-            d_W, _ = outer(grad, indices, row, rows, W.shape[0], ctx.backend)
+            d_W, _ = outer(grad, indices, row, rows, W.shape[0], ctx.backend, by_columns(W))
         return d_rows, None, None, d_W, None
 
     @staticmethod
@@ -126,7 +140,7 @@ class RaggedDot(Function):
         if t_rows is not None:
             of_rows = dot(t_rows.contiguous(), row, indices, W, ctx.backend)
         if t_W is not None:
-            of_W = dot(rows, row, indices, t_W.contiguous(), ctx.backend)
+            of_W = dot(rows, row, indices, laid_out(t_W, ctx.backend), ctx.backend)
         return total(of_rows, of_W)
 
 
@@ -138,35 +152,37 @@ class RaggedOuter(Function):
         row,  # (m,), -1 for none
         rows,  # (R, d)
         n,
+        columns,
         backend,
     ):
-        return call(backend, "ragged_outer", coeff, indices, row, rows, n)
+        return call(backend, "ragged_outer", coeff, indices, row, rows, n, *in_columns(columns))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.n, ctx.backend = inputs
+        *tensors, ctx.n, ctx.columns, ctx.backend = inputs
         save(ctx, *tensors)
 
     @staticmethod
     def backward(ctx, grad_W, grad_b):
         coeff, indices, row, rows = ctx.saved_tensors
-        grad_W = grad_W.contiguous()
+        grad_W = laid_out(grad_W, ctx.backend)
         d_coeff = d_rows = None
         if ctx.needs_input_grad[0]:
             d_coeff = dot(rows, row, indices, grad_W, ctx.backend)
             d_coeff = d_coeff + torch.where(row < 0, 0, rows_of(grad_b, indices))
         if ctx.needs_input_grad[3]:
             d_rows = decode_pairs(coeff, indices, row, grad_W, rows.shape[0], ctx.backend)
-        return d_coeff, None, None, d_rows, None, None
+        return d_coeff, None, None, d_rows, None, None, None
 
     @staticmethod
-    def jvp(ctx, t_coeff, _, __, t_rows, *options):
+    def jvp(ctx, t_coeff, _, __, t_rows, *others):
         coeff, indices, row, rows = ctx.saved_tensors
+        options = (ctx.n, ctx.backend, ctx.columns)
         of_coeff = of_rows = (None, None)
         if t_coeff is not None:
-            of_coeff = outer(t_coeff.contiguous(), indices, row, rows, ctx.n, ctx.backend)
+            of_coeff = outer(t_coeff.contiguous(), indices, row, rows, *options)
         if t_rows is not None:
-            of_rows = outer(coeff, indices, row, t_rows.contiguous(), ctx.n, ctx.backend)
+            of_rows = outer(coeff, indices, row, t_rows.contiguous(), *options)
         t_db = torch.zeros_like(of_rows[1]) if of_coeff[1] is None else of_coeff[1]
         return total(of_coeff[0], of_rows[0]), t_db
 
@@ -255,11 +271,13 @@ def decode(
     prefixes: list[int],
     backend: str,
     sparse_grad: bool = False,
+    grad_buffer: Tensor | None = None,  # (n, d)
 ) -> Tensor:
-    """Σ_j values_j W[indices_j] + b of each row and prefix: (G, B, d); contiguous inputs."""
+    """Σ_j values_j W[indices_j] + b of each row and prefix: (G, B, d); contiguous inputs, ``W`` as
+    it is ``laid_out``."""
     arguments = (values, indices, offsets, W, b, prefixes)
     if tracked(values, W, b):
-        return RaggedDecode.run(*arguments, backend, sparse_grad)
+        return RaggedDecode.run(*arguments, backend, sparse_grad, grad_buffer)
     return call(backend, "ragged_decode", *arguments)
 
 
@@ -298,11 +316,13 @@ def outer(
     rows: Tensor,  # (R, d)
     n: int,
     backend: str,
+    columns: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Segment sums Σ coeff·rows and Σ coeff over the pairs of each feature: (n, d), (n,)."""
+    """Segment sums Σ coeff·rows and Σ coeff over the pairs of each feature: (n, d), which lies as
+    (d, n) if ``columns``, and (n,)."""
     if tracked(coeff, rows):
-        return RaggedOuter.run(coeff, indices, row, rows, n, backend)
-    return call(backend, "ragged_outer", coeff, indices, row, rows, n)
+        return RaggedOuter.run(coeff, indices, row, rows, n, columns, backend)
+    return call(backend, "ragged_outer", coeff, indices, row, rows, n, *in_columns(columns))
 
 
 def pair_gradient(
@@ -313,16 +333,14 @@ def pair_gradient(
     W: Tensor,  # (n, d)
     backend: str,
     sparse: bool,
+    buffer: Tensor | None = None,  # (n, d)
 ) -> tuple[Tensor, Tensor]:
-    """``outer`` as the caller wants it: dense, or of the rows in use alone."""
+    """``outer`` as the caller wants it: dense, row-sparse, or written into a kept buffer; a dense
+    one in the layout of ``W``."""
     n = W.shape[0]
-    if not sparse:
-        return outer(coeff, indices, row, rows, n, backend)
-    if tracked(coeff, rows):
-        raise RuntimeError("sparse_grad gives first derivatives only; leave it out to go further")
-    features, compact = torch.unique(indices, return_inverse=True)
-    d_W, d_b = outer(coeff, compact, row, rows, features.numel(), backend)
-    d_W = torch.sparse_coo_tensor(
-        features[None], d_W, (n, rows.shape[1]), is_coalesced=True, check_invariants=False
+    found = optional_gradient(
+        "ragged_outer", coeff, indices, (row, rows), n, backend, sparse, buffer
     )
-    return d_W, torch.zeros(n, dtype=d_b.dtype, device=d_b.device).index_copy(0, features, d_b)
+    if found is not None:
+        return found
+    return outer(coeff, indices, row, rows, n, backend, by_columns(W))

@@ -38,11 +38,13 @@ class PairSource(ActivationSource):
         if type(source) is not type(target):
             reason: str | None = f"{kinds[0]} and {kinds[1]} have each an order of their own"
         else:
-            ours = source.arrangement()
-            theirs = target.arrangement()
+            ours, theirs = ({**one.arrangement()} for one in (source, target))
             # an older store does not say of which images it is
-            known = ours.keys() & theirs.keys()
-            reason = other_data(*({k: a[k] for k in known} for a in (ours, theirs)))
+            data = [one.pop("data", None) for one in (ours, theirs)]
+            reason = other_data(ours, theirs)
+            if reason is None and None not in data:
+                other = other_data(*data)
+                reason = None if other is None else f"images of the target are others ({other})"
         if reason is not None:
             raise ValueError(
                 f"train_sae: activations and target must be the same rows in the same order: "

@@ -257,18 +257,14 @@ class IterableSource(ActivationSource):
 
 def _tensors(part: Any) -> tuple[Tensor, ...]:
     """A part of an iterable: a tensor, or an input and a target of the same rows."""
-    tensors = (part,) if isinstance(part, Tensor) else tuple(part)
-    is_right = all(isinstance(t, Tensor) and t.dim() and t.is_floating_point() for t in tensors)
-    if (
-        not is_right
-        or len(tensors) not in (1, 2)
-        or (len(tensors) == 1) != isinstance(part, Tensor)
-    ):
+    is_pair = isinstance(part, tuple | list) and len(part) == 2
+    tensors = tuple(part) if is_pair else (part,)
+    if not all(isinstance(t, Tensor) and t.dim() and t.is_floating_point() for t in tensors):
         raise TypeError(
             f"activations: expected an iterable of floating-point tensors (..., d_in), or of pairs "
             f"of an input and a target, got one of {type(part).__name__}"
         )
-    if len(tensors) == 2 and tensors[0].shape[:-1] != tensors[1].shape[:-1]:
+    if is_pair and tensors[0].shape[:-1] != tensors[1].shape[:-1]:
         shapes = [tuple(tensor.shape) for tensor in tensors]
         raise ValueError(
             f"activations: the input and the target of a pair must be of the same rows, got "

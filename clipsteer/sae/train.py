@@ -3,7 +3,9 @@
 One step: forward, backward, clip the gradient, remove its component parallel to each decoder row,
 Adam with linear warm-up and cosine decay, decoder rows to norm 1 (as they are before the first
 step). relu: scaled MSE + λ₁·‖f‖₁ (Joseph et al. 2025, arXiv 2504.08729); topk and batch_topk: FVU +
-AuxK / 32 (Gao et al. 2024, arXiv 2406.04093). Under ``torchrun`` the batch is split over the
+AuxK / 32 (Gao et al. 2024, arXiv 2406.04093); jumprelu: FVU + λ₀·L0; gated: scaled MSE of the
+reconstruction and of the gates', + λ₁·‖gates‖₁ (Rajamanoharan et al. 2024, arXiv 2407.14435 and
+2404.16014). Under ``torchrun`` the batch is split over the
 processes and the result is that of one process. Runs resume from checkpoints, on a CPU bit for bit.
 """
 
@@ -22,7 +24,7 @@ from torch import Tensor
 from clipsteer.io.checkpoint import Checkpoint
 from clipsteer.io.files import FileFormatError
 from clipsteer.io.layout import Layout, Spec
-from clipsteer.sae.config import TRAINABLE, TrainConfig
+from clipsteer.sae.config import AUXK, TRAINABLE, TrainConfig
 from clipsteer.sae.model import SAE
 from clipsteer.sae.pairs import paired
 from clipsteer.sae.sources import ActivationSource, Batch, Position
@@ -182,7 +184,6 @@ class Run(TrainingRun):
     unit = "tokens"
     shown = METRICS[:4]
     quality = METRICS[1:4]
-    since = {"skip": False}
     world: World
 
     def __init__(
@@ -197,8 +198,17 @@ class Run(TrainingRun):
             for name, value in trainer.sae.metadata.items()
             if name not in ("training", "clipsteer_version")
         }
+        config = trainer.config
+        # a coefficient that was not given is written as it always was; the one in use beside it,
+        # and what earlier versions used
+        given = AUXK if config.auxk_coefficient is None else config.auxk_coefficient
+        before = 0.0 if config.architecture == "relu" else config.auxk
+        later = {"skip": False, "l0_coefficient": 1e-3, "l0_penalty": "step", "bandwidth": 0.05}
+        self.since = {**later, "auxk": before}
         settings = {
-            **asdict(trainer.config),
+            **asdict(config),
+            "auxk_coefficient": given,
+            "auxk": config.auxk,
             "apply_b_dec_to_input": trainer.sae.apply_b_dec_to_input,
             "d_in": source.d_in,
             "d_out": source.d_out,
@@ -271,11 +281,14 @@ class Run(TrainingRun):
         """One step; returns its metrics, of this process."""
         trainer = self.trainer
         rows = batch.rows.to(trainer.device, trainer.sae.W_enc.dtype, non_blocking=True)
-        d_in = self.source.d_in
-        target = None if self.source.d_out is None else rows[:, d_in:].contiguous()
+        target = None
+        if self.source.d_out is not None:
+            rows, target = (part.contiguous() for part in rows.tensor_split([self.source.d_in], 1))
         if self.step == 0 and self.fresh:
-            trainer.sae.init_b_dec_(self.world.gather(rows if target is None else target))
-        metrics = trainer.step(rows if target is None else rows[:, :d_in].contiguous(), target)
+            every = self.world.gather(rows)
+            trainer.sae.init_b_dec_(every if target is None else self.world.gather(target))
+            trainer.sae.init_threshold_(every, self.config.k)
+        metrics = trainer.step(rows, target)
         self.position = batch.next
         return metrics
 

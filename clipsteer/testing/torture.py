@@ -28,7 +28,7 @@ from clipsteer.ops._spec import (
     spec_errors,
 )
 
-__all__ = ["PROPERTIES", "Case", "fenced", "poisoned", "same_bits", "strided"]
+__all__ = ["PROPERTIES", "Case", "fenced", "poisoned", "same_bits", "strided", "transposed"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,12 @@ def strided(t: Tensor) -> Tensor:
     return view.copy_(t)
 
 
+def transposed(t: Tensor) -> Tensor:
+    """The same values, laid out with the last two dimensions exchanged, as the weight of a linear
+    layer is when it is given as a dictionary."""
+    return fenced(t.mT).mT if t.dim() > 1 else fenced(t)
+
+
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Fresh memory is filled with NaN: an output element that is never written is found out."""
@@ -129,10 +135,9 @@ def values_and_gradients(case: Case) -> Errors:
 
 
 def layouts(case: Case) -> Errors:
-    """Fenced and strided inputs are read where they lie and nowhere else."""
-    first = case.errors(arrange=fenced)
-    second = case.errors(arrange=strided)
-    return {name: max(first[name], second[name]) for name in first}
+    """Fenced, strided and transposed inputs are read where they lie and nowhere else."""
+    found = [case.errors(arrange=arrange) for arrange in (fenced, strided, transposed)]
+    return {name: max(errors[name] for errors in found) for name in found[0]}
 
 
 def integers_bitwise(case: Case) -> Errors:
