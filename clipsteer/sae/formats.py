@@ -97,6 +97,7 @@ class Format(NamedTuple):
     title: str
     missing: Callable[[Found], str | None]  # None where it is one
     read: Callable[[Found], Described]
+    whole: bool = False  # nothing is left open for the user to say
 
 
 def _in_folder(
@@ -116,7 +117,7 @@ def _in_folder(
     def reader(found: Found) -> Described:
         return read(found.path, found.cfg or {}, read_safetensors(found.path / file))
 
-    return Format(title, missing, reader)
+    return Format(title, missing, reader, whole=True)
 
 
 _FORMATS = {
@@ -187,7 +188,13 @@ def read(
         config = json_object(Path(config), read_json(config))
     found = Found(where, config)
     try:
-        described = _FORMATS[_detect(found)].read(found)
+        format = _FORMATS[_detect(found)]
+        if format.whole and found.given:
+            raise ValueError(
+                f"SAE.from_pretrained: {where} is of {format.title}, whose files say all; leave "
+                f"out config={found.given!r:.60}"
+            )
+        described = format.read(found)
     except FileFormatError as error:
         if on_hub and (folders := hub.folders(str(path))):
             raise FileFormatError(f"{error}\n{path} has SAEs in {some(folders, 40)}") from None

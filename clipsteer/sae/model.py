@@ -324,6 +324,7 @@ class SAE(Encoding):
         Raises:
             FileNotFoundError: nothing there.
             clipsteer.FileFormatError: not a readable SAE, or one that cannot be run here.
+            ValueError: a config for a file that leaves nothing open.
             RuntimeError: the hub cannot be reached.
         """
         if dtype is not None and not dtype.is_floating_point:

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests._golden import GOLDEN, folders
+from tests._golden import GOLDEN, folders, run_golden
 
 from clipsteer import SAE, FileFormatError
+from clipsteer.io.files import write_safetensors
 from clipsteer.sae import formats as sae_io
 
 LOOKED_FOR = """no SAE in here; looked for the files of
@@ -85,6 +86,19 @@ def test_too_many_folders_are_not_walked(tmp_path):
         (tmp_path / str(number)).mkdir()
     with pytest.raises(FileFormatError, match="no SAE in here"):
         SAE.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["saelens-topk", "sparsify-topk"])
+def test_a_config_that_would_have_no_effect_is_refused(name):
+    with pytest.raises(ValueError, match=r"whose files say all; leave out config=\{'k': 5\}"):
+        SAE.from_pretrained(GOLDEN / name, config={"k": 5})
+
+
+def test_weights_of_visaebench_in_safetensors(tmp_path):
+    folder = Path(shutil.copytree(GOLDEN / "visaebench-topk", tmp_path / "x"))
+    write_safetensors(folder / "model.safetensors", torch.load(folder / "sae.pt", weights_only=True))
+    (folder / "sae.pt").unlink()
+    run_golden(folder)
 
 
 # the hub
