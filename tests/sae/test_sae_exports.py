@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests._golden import assert_computes
 
-from clipsteer import SAE
+from clipsteer import SAE, train_sae
 from clipsteer.io.files import read_json
 from clipsteer.sae import ARCHITECTURES
 from clipsteer.sae import formats as sae_io
@@ -163,6 +163,37 @@ def test_sparsify_loads_our_transcoders_and_computes_the_same(tmp_path, skip):
         out = theirs(X)
         acts = torch.zeros(len(X), N).scatter(-1, out.latent_indices, out.latent_acts)
         assert_computes(sae, X, acts, out.sae_out)
+
+
+TRAINED = [
+    *((architecture, {}) for architecture in ("topk", "batch_topk", "jumprelu", "relu", "gated")),
+    *((architecture, {"matryoshka": PREFIXES}) for architecture in ("topk", "batch_topk", "jumprelu")),
+]
+
+
+@pytest.mark.parametrize(("architecture", "options"), TRAINED, ids=str)
+@pytest.mark.parametrize("library", ["sae_lens", "dictionary_learning"])
+def test_what_was_trained_computes_the_same_in_other_libraries(tmp_path, library, architecture, options):
+    peer = pytest.importorskip(library)
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.rand(640, 20, generator=generator) * (torch.rand(640, 20, generator=generator) < 0.15)
+    rows = codes @ torch.randn(20, D, generator=generator) + 0.5
+    options = options | {"architecture": architecture, "d_sae": N, "k": 3, "batch_size": 64, "steps": 40, "lr": 1e-2}
+    sae = train_sae(rows, warmup_steps=2, seed=1, device="cpu", **options).eval()
+    sae_io.export(sae, tmp_path, library.replace("sae_lens", "saelens"))
+    if library == "sae_lens":
+        theirs = peer.SAE.load_from_disk(tmp_path)
+    else:
+        from dictionary_learning.utils import load_dictionary
+
+        theirs = load_dictionary(str(tmp_path), "cpu")[0]
+    x = rows[:100]
+    with torch.no_grad():
+        active = (sae.encode(x) > 0).sum(-1).float().mean()
+        assert 0 < active < N
+        assert (sae(x).x_hat - x).norm() < 0.7 * (x - x.mean(0)).norm()
+        folded = library == "dictionary_learning" and architecture == "jumprelu"
+        assert_computes(sae, x, theirs.encode(x), theirs(x), folded=folded)
 
 
 def test_a_written_file_holds_no_more_than_its_tensors(tmp_path: Path):
