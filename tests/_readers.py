@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from tests._golden import GOLDEN
 
 import clipsteer
 from clipsteer import SAE, FileFormatError, wise_ft
@@ -43,6 +45,12 @@ def sae(folder: Path, architecture: str = "topk", normalize: str = "none") -> SA
         for tensor in made.state_dict().values():
             tensor.copy_(torch.rand(tensor.shape))
     return made
+
+
+def golden(name: str) -> Callable[[Path], object]:
+    """Files that the library itself wrote, without what it computes with them."""
+    ignore = shutil.ignore_patterns("expected.safetensors")
+    return lambda folder: shutil.copytree(GOLDEN / name, folder, dirs_exist_ok=True, ignore=ignore)
 
 
 def prisma(folder: Path, inside: bool) -> None:
@@ -229,6 +237,13 @@ READERS = {
     "SAE of sparsify": Reader(lambda f: formats.export(sae(f), f, "sparsify"), SAE.from_pretrained, 1000),
     "SAE of Prisma": Reader(lambda f: prisma(f, inside=True), SAE.from_pretrained, 2000),
     "SAE of Prisma, two files": Reader(lambda f: prisma(f, inside=False), SAE.from_pretrained, 1000),
+    "SAE of SAELens, transcoder": Reader(golden("saelens-transcoder-jumprelu-skip"), SAE.from_pretrained, 700),
+    "SAE of SAELens, matryoshka": Reader(golden("saelens-matryoshka-checkpoint"), SAE.from_pretrained, 700),
+    "SAE of dictionary_learning": Reader(golden("dictionary_learning-matryoshka"), SAE.from_pretrained, 1500),
+    "SAE of dictionary_learning, linear": Reader(golden("dictionary_learning-standard"), SAE.from_pretrained, 700),
+    "SAE of ViSAEBench": Reader(golden("visaebench-batchtopk"), SAE.from_pretrained, 1500),
+    "SAE of saev": Reader(golden("saev-relu"), SAE.from_pretrained, 2000),
+    "SAE of overcomplete": Reader(golden("overcomplete-archetypal"), SAE.from_pretrained, 1500),
     "conceptor": Reader(
         lambda f: Conceptor.fit(torch.randn(20, 5), 3.0, mean=torch.zeros(5)).save(f / "c.safetensors"),
         lambda f: Conceptor.load(f / "c.safetensors"), 1500,

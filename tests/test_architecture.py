@@ -194,7 +194,9 @@ def test_nothing_unpickles(path):
         if called == "torch.load":
             safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
             assert safe, ast.unparse(node)
-        assert called not in {"torch.save", "eval", "exec"}
+        # one place writes state dicts for a library that reads nothing else
+        assert called != "torch.save" or relative(path) == "clipsteer/io/torch_files.py"
+        assert called not in {"eval", "exec"}
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=relative)

@@ -83,8 +83,8 @@ examples:
 examples:
   on the bundled held-out style:
     clipsteer sae eval runs/small
-  a published SAE (clipsteer, SAELens, sparsify and Prisma folders are told apart) on your own
-  images:
+  a published SAE (of clipsteer, SAELens, sparsify, dictionary_learning, ViSAEBench, saev,
+  overcomplete or Prisma: what is in the files decides) on your own images:
     clipsteer sae eval hf-hub:org/repo/subfolder --model ViT-B-32 --pretrained openai \\
         --hook-point visual.transformer.resblocks.11 --data photos/ --out metrics.json
   how many of the first 200 features are steerable at strength 150:
@@ -103,8 +103,10 @@ examples:
 examples:
   what kind of SAE is this, and make it clipsteer's:
     clipsteer sae convert path/to/saelens-folder mine/
-  for SAELens or sparsify:
+  for SAELens, sparsify or dictionary_learning:
     clipsteer sae convert runs/small for-saelens/ --format saelens
+  what a file leaves open, here the class and k of an SAE of overcomplete, in a JSON file:
+    clipsteer sae convert sae.pt mine/ --config topk.json
 """,
         _convert_options,
     )
@@ -192,15 +194,19 @@ def _eval_options(p: argparse.ArgumentParser) -> None:
 
 
 def _convert_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "source", metavar="SAE", help="a folder, a Prisma .pt, or hf-hub:org/repo/subfolder"
-    )
+    p.add_argument("source", metavar="SAE", help="a folder, a file, or hf-hub:org/repo/subfolder")
     p.add_argument("target", type=Path, metavar="DIR", help="folder to write")
     p.add_argument(
         "--format",
-        choices=("clipsteer", "saelens", "sparsify"),
+        choices=("clipsteer", "saelens", "sparsify", "dictionary_learning"),
         default="clipsteer",
         help="whose files to write (default: clipsteer)",
+    )
+    p.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="JSON with what the file of SAE leaves open (default: a config.json beside it)",
     )
 
 
@@ -310,7 +316,7 @@ def _convert(args: argparse.Namespace) -> int:
     from clipsteer.sae import formats as sae_io
     from clipsteer.sae.model import SAE
 
-    sae = SAE.from_pretrained(args.source)
+    sae = SAE.from_pretrained(args.source, config=args.config)
     if args.format == "clipsteer":
         sae.save_pretrained(args.target)
     else:

@@ -30,6 +30,7 @@ MAX_JSON_BYTES = 16 << 20
 # of JSON: what is read takes memory in proportion, and can be copied, compared and written again
 _MAX_VALUES = 1 << 20
 _MAX_DEPTH = 200
+_MAX_LINE = 1 << 20
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -244,6 +245,22 @@ def read_json(path: str | Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """
     path = Path(path)
     return _parse(path, _content(path, max_bytes, "JSON"))
+
+
+@door
+def read_json_line(path: str | Path) -> tuple[Any, int] | None:
+    """The value in the first line of a file that begins with "{", and where the next line begins;
+    None for a file that begins otherwise, or has no end of line in its first MiB.
+
+    Raises FileFormatError for such a line that is not JSON.
+    """
+    path = Path(path)
+    file, _ = open_regular(path)
+    with file, naming(path):
+        line = file.readline(_MAX_LINE)
+    if not line.startswith(b"{") or not line.endswith(b"\n"):
+        return None
+    return _parse(path, line), len(line)
 
 
 class StoredTensor(NamedTuple):

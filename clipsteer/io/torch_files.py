@@ -1,11 +1,13 @@
-"""Files of torch.save, read through weights-only loading alone."""
+"""Files of torch.save: read through weights-only loading alone, and written with tensors alone."""
 
 from __future__ import annotations
 
 import contextlib
 import mmap
+import shutil
+import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clipsteer.io.doors import door
-from clipsteer.io.files import FileFormatError, open_regular
+from clipsteer.io.files import FileFormatError, open_regular, read_json_line, write_atomically
 
 # bytes of all tensors, tied ones counted each time, for each byte of their file
 _MOST = 4
@@ -182,3 +184,39 @@ def read_torch_weights_only(
         raise FileFormatError(f"{path}: refused by weights-only loading: {reason[0]}") from error
     _check_tensors(path, value)
     return value
+
+
+@door
+def read_torch_after_json(path: str | Path) -> tuple[Any, Any] | None:
+    """The line of JSON at the beginning of a file and what ``torch.save`` wrote behind it, or None
+    for a file that begins otherwise. The tensors are copies.
+
+    Raises FileNotFoundError, FileFormatError: as ``read_json`` and ``read_torch_weights_only``.
+    """
+    path = Path(path)
+    found = read_json_line(path)
+    if found is None:
+        return None
+    value, start = found
+    # an archive is mapped from its first byte on, and only a mapped one cannot lie about its sizes
+    with tempfile.TemporaryDirectory() as folder:
+        rest = Path(folder) / path.name
+        with path.open("rb") as source, rest.open("wb") as target:
+            source.seek(start)
+            shutil.copyfileobj(source, target)
+        try:
+            behind = read_torch_weights_only(rest)
+        except FileFormatError as error:
+            raise FileFormatError(str(error).replace(str(rest), str(path))) from error
+        if not isinstance(behind, dict):
+            raise FileFormatError(f"{path}: holds a {type(behind).__name__}, not a dictionary")
+        copies = {n: t.clone() if isinstance(t, Tensor) else t for n, t in behind.items()}
+        del behind
+    return value, copies
+
+
+def write_torch(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors by name as torch.save does, for libraries that read nothing else; each alone,
+    not the whole storage that it may be a view of. Raises OSError."""
+    copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    write_atomically(path, lambda file: torch.save(copies, file))

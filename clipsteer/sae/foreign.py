@@ -1,8 +1,8 @@
 """What the readers and writers of other libraries' SAEs have in common.
 
 A reader turns a configuration and the tensors of a file into a ``Described``, a writer turns one
-into theirs; a library each: ``clipsteer.sae.saelens``, ``clipsteer.sae.sparsify``,
-``clipsteer.sae.prisma``.
+into theirs; a module each: ``saelens``, ``sparsify``, ``dictionary_learning``, ``visaebench``,
+``saev``, ``overcomplete``, ``prisma`` in ``clipsteer.sae``.
 """
 
 from __future__ import annotations
@@ -122,3 +122,46 @@ def lookup(path: Path, what: str, value: Any, table: Mapping[Any, str]) -> str:
         raise FileFormatError(
             f"{path}: {what} {value!r:.60} is not supported; supported: {known}"
         ) from None
+
+
+def number(path: Path, cfg: Mapping[str, Any], key: str, default: float) -> float:
+    """The number at a key, or FileFormatError."""
+    value = cfg.get(key)
+    if value is None:
+        return default
+    try:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    except OverflowError:
+        pass
+    raise FileFormatError(f"{path}: {key} must be a number, got {value!r:.60}")
+
+
+def matrix(path: Path | None, weights: Mapping[str, Tensor], name: str) -> Tensor:
+    """The floating matrix of a name, or FileFormatError."""
+    tensor = weights.get(name)
+    fits = tensor is not None and tensor.dim() == 2 and tensor.is_floating_point()
+    if tensor is None or not fits or not tensor.numel():
+        raise FileFormatError(f"{path}: no matrix {name!r}; there are {sorted(weights)}")
+    return tensor
+
+
+def shift_encoder(config: Mapping[str, Any], weights: dict[str, Tensor], sign: int) -> None:
+    """Move W_enc b_dec into the biases of the encoder, in float64, and round once: with +1 for a
+    library that subtracts b_dec from its input where the SAE does not, with -1 the other way."""
+    wide = weights["W_enc"].double() @ weights["b_dec"].double()
+
+    def shift(name: str, by: Tensor) -> None:
+        bias = weights[name]
+        weights[name] = (bias.double() + sign * by).to(bias.dtype)
+
+    if config["architecture"] == "gated":
+        shift("b_gate", wide)
+        shift("b_mag", wide * weights["r_mag"].double().exp())
+    else:
+        shift("b_enc", wide)
+
+
+def strictly_above(threshold: Tensor) -> Tensor:
+    """The largest thresholds t with (x >= threshold) = (x > t) for every x of their dtype."""
+    return torch.nextafter(threshold, torch.full_like(threshold, -torch.inf))

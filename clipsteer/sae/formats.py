@@ -1,24 +1,32 @@
-"""SAE folders: clipsteer's own, and those of SAELens, sparsify and ViT-Prisma.
+"""SAE folders: clipsteer's own, and those of other libraries.
 
-    clipsteer   cfg.json with "format": "clipsteer-sae", model.safetensors
-                W_enc, W_dec (d_sae, d_in)
-    saelens     cfg.json, sae_weights.safetensors
-                W_enc (d_in, d_sae), W_dec (d_sae, d_in)
-    sparsify    cfg.json, sae.safetensors
-                encoder.weight, W_dec (d_sae, d_in)
-    prisma      *.pt, with config.json or a configuration inside
-                W_enc (d_in, d_sae), W_dec (d_sae, d_in)
+    clipsteer            cfg.json with "format": "clipsteer-sae", model.safetensors
+                         W_enc (d_sae, d_in), W_dec (d_sae, d_in)
+    saelens              cfg.json, sae_weights.safetensors
+                         W_enc (d_in, d_sae), W_dec (d_sae, d_in)
+    sparsify             cfg.json, sae.safetensors
+                         encoder.weight, W_dec (d_sae, d_in)
+    dictionary_learning  ae.pt, config.json with "trainer"
+                         encoder.weight, decoder.weight (d_in, d_sae), or W_enc (d_in, d_sae), W_dec
+    visaebench           sae.pt, config.json with "activation"
+                         encoder.weight, decoder.weight (d_sae, d_in)
+    saev                 one file: a line of JSON, then what torch.save writes
+                         W_enc (d_in, d_sae), W_dec
+    overcomplete         a state dict: encoder.…, dictionary._weights (d_sae, d_in)
+    prisma               *.pt, with config.json or a configuration inside
+                         W_enc (d_in, d_sae), W_dec (d_sae, d_in)
 
-Here an SAE is a plain description, ``Described``: ``SAE.from_pretrained`` builds the module from
-it, and checks the weights against the configuration before anything is allocated.
+What is there decides, not what it is called. Here an SAE is a plain description, ``Described``:
+``SAE.from_pretrained`` builds the module from it, and checks the weights against the configuration
+before anything is allocated.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,27 +43,32 @@ from clipsteer.io.files import (
     write_safetensors,
 )
 from clipsteer.io.kinds import Kind, write_kind
+from clipsteer.io.torch_files import write_torch
 from clipsteer.io.weights import some
-from clipsteer.sae import prisma, saelens, sparsify
+from clipsteer.sae import (
+    dictionary_learning,
+    hub,
+    overcomplete,
+    prisma,
+    saelens,
+    saev,
+    sparsify,
+    visaebench,
+)
 from clipsteer.sae.foreign import Described
 from clipsteer.sae.foreign import open_clip_name as open_clip_name
+from clipsteer.sae.found import Found
+from clipsteer.sae.hub import parse_hub as parse_hub
 
 _OWN_FILE = "model.safetensors"
 _KIND = Kind("clipsteer-sae", 1, "an SAE", _OWN_FILE, "cfg.json")
-_HUB_FILES = (
-    "cfg.json",
-    "config.json",
-    _OWN_FILE,
-    saelens.FILE,
-    sparsify.FILE,
-    "weights.pt",
-    "n_images_*.pt",
-)
-_HUB = "hf-hub:"
 _FINITE = ("W_enc", "W_dec", "b_dec", "W_skip")
 # arguments of SAE that a file has only where they say something
 OPTIONAL = ("matryoshka", "d_out", "skip")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# of folders that hold SAEs, to name them where one was expected
+_DEEP = 3
+_MOST = 1000
 
 
 class Describable(Protocol):
@@ -78,89 +91,120 @@ def _read_own(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> 
     return Described(config, weights, json_object(path, cfg.get("metadata", {})))
 
 
-_READERS = {
-    "clipsteer": (_OWN_FILE, _read_own),
-    "saelens": (saelens.FILE, saelens.read),
-    "sparsify": (sparsify.FILE, sparsify.read),
+class Format(NamedTuple):
+    """A layout of files: what a place lacks to have it, and how it is read."""
+
+    title: str
+    missing: Callable[[Found], str | None]  # None where it is one
+    read: Callable[[Found], Described]
+    whole: bool = False  # nothing is left open for the user to say
+
+
+def _in_folder(
+    title: str, file: str, read: Callable[[Path, dict[str, Any], dict[str, Tensor]], Described]
+) -> Format:
+    """A layout of cfg.json and a safetensors file; clipsteer's own says so in cfg.json."""
+    own = file == _OWN_FILE
+
+    def missing(found: Found) -> str | None:
+        if found.cfg is None:
+            return "no cfg.json"
+        if own:
+            right = found.cfg.get("format") == _KIND.format
+            return None if right else f"no {_KIND.format!r} as the format of cfg.json"
+        return None if (found.path / file).is_file() else f"no {file}"
+
+    def reader(found: Found) -> Described:
+        return read(found.path, found.cfg or {}, read_safetensors(found.path / file))
+
+    return Format(title, missing, reader, whole=True)
+
+
+_FORMATS = {
+    "clipsteer": _in_folder("clipsteer", _OWN_FILE, _read_own),
+    "saelens": _in_folder("SAELens", saelens.FILE, saelens.read),
+    "sparsify": _in_folder("sparsify", sparsify.FILE, sparsify.read),
+    "dictionary_learning": Format(
+        "dictionary_learning", dictionary_learning.missing, dictionary_learning.read
+    ),
+    "saev": Format("saev", saev.missing, saev.read),
+    "visaebench": Format("ViSAEBench", visaebench.missing, visaebench.read),
+    "overcomplete": Format("overcomplete", overcomplete.missing, overcomplete.read),
+    "prisma": Format("ViT-Prisma", prisma.missing, prisma.read),
 }
-_WRITERS = {"saelens": (saelens.FILE, saelens.export), "sparsify": (sparsify.FILE, sparsify.export)}
+EXPORTS = ("saelens", "sparsify", "dictionary_learning")
 
 
-def detect(folder: str | Path) -> str:
-    """ "clipsteer", "saelens", "sparsify" or "prisma". Raises FileNotFoundError or
-    FileFormatError."""
-    folder = Path(folder)
-    if folder.is_file() and folder.suffix == ".pt":
-        return "prisma"
-    if not folder.exists():
-        hint = f"; for the hub write {_HUB + str(folder)!r}" if str(folder).count("/") == 1 else ""
-        raise FileNotFoundError(f"no SAE at {folder}{hint}")
-    if (folder / "cfg.json").is_file():
-        cfg = json_object(folder / "cfg.json", read_json(folder / "cfg.json"))
-        if cfg.get("format") == _KIND.format:
-            return "clipsteer"
-        for name, found in ((saelens.FILE, "saelens"), (sparsify.FILE, "sparsify")):
-            if (folder / name).is_file():
-                return found
-    elif folder.is_dir() and any(folder.glob("*.pt")):
-        return "prisma"
-    raise FileFormatError(
-        f"{folder}: no SAE in here; looked for cfg.json with {_OWN_FILE} (clipsteer), "
-        f"{saelens.FILE} (SAELens) or {sparsify.FILE} (sparsify), and for *.pt (ViT-Prisma)"
-    )
+def detect(folder: str | Path, config: Mapping[str, Any] | None = None) -> str:
+    """Whose layout a folder or a file has: one of the names above.
+
+    Raises FileNotFoundError, and FileFormatError, which says of each what is missing.
+    """
+    return _detect(Found(Path(folder), config))
 
 
-def parse_hub(path: str) -> tuple[str, str]:
-    """ "hf-hub:org/repo/sub/folder" -> ("org/repo", "sub/folder"). Raises ValueError."""
-    parts = path.removeprefix(_HUB).split("/")
-    if len(parts) < 2 or not all(parts) or any(part in (".", "..") for part in parts):
-        raise ValueError(
-            "SAE.from_pretrained: expected 'hf-hub:org/repo' or 'hf-hub:org/repo/subfolder', "
-            f"got {path!r}"
+def _detect(found: Found) -> str:
+    path = found.path
+    if not path.exists():
+        hint = (
+            f"; for the hub write {hub.PREFIX + str(path)!r}" if str(path).count("/") == 1 else ""
         )
-    return "/".join(parts[:2]), "/".join(parts[2:])
+        raise FileNotFoundError(f"no SAE at {path}{hint}")
+    lacking = {}
+    for name, format in _FORMATS.items():
+        what = format.missing(found)
+        if what is None:
+            return name
+        lacking[format.title] = what
+    inner = [str(folder.relative_to(path)) for folder in _inner(path)]
+    if inner:
+        raise FileFormatError(f"{path}: no SAE itself, but folders with one: {some(inner, 40)}")
+    held = "".join(f"\n  {title}: {what}" for title, what in lacking.items())
+    raise FileFormatError(f"{path}: no SAE in here; looked for the files of{held}")
 
 
-def _download(path: str) -> Path:
-    repo, subfolder = parse_hub(path)
-    alternative = f"download the folder by hand and pass its path in place of {path!r}"
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise RuntimeError(
-            f"reading {path!r} needs huggingface_hub; install it, or {alternative}"
-        ) from error
-    patterns = [str(PurePosixPath(subfolder, name)) for name in _HUB_FILES]
-    try:
-        root = snapshot_download(repo, allow_patterns=patterns)
-    except Exception as error:
-        raise RuntimeError(
-            f"the hub did not give {repo!r} ({type(error).__name__}: {error}); {alternative}"
-        ) from error
-    folder = Path(root) / subfolder
-    if not folder.is_dir():
-        raise FileNotFoundError(f"the hub repository {repo!r} has no SAE in {subfolder!r}")
-    return folder
+def _inner(path: Path) -> list[Path]:
+    """The folders below that have the files of an SAE, not too deep and not too many."""
+    found: list[Path] = []
+    level = [path] if path.is_dir() else []
+    looked = 0
+    for _ in range(_DEEP):
+        level = [p for folder in level for p in sorted(folder.iterdir()) if p.is_dir()]
+        looked += len(level)
+        if looked > _MOST:
+            break
+        found += [p for p in level if hub.has_sae({file.name for file in p.iterdir()})]
+    return found
 
 
 @door
-def read(path: str | Path) -> tuple[Path, Described]:
-    """The SAE at `path` (see ``SAE.from_pretrained``) as it was written, and the folder that it was
-    found in."""
-    folder = _download(path) if isinstance(path, str) and path.startswith(_HUB) else Path(path)
-    kind = detect(folder)
-    if kind == "prisma":
-        found = prisma.read(folder)
-    else:
-        name, reader = _READERS[kind]
-        cfg = json_object(folder / "cfg.json", read_json(folder / "cfg.json"))
-        found = reader(folder, cfg, read_safetensors(folder / name))
-    for key in ("clip_model", "pretrained", "hook_point", "tokens"):
-        if not isinstance(found.metadata.get(key), (str, type(None))):
-            raise FileFormatError(
-                f"{folder}: {key} of the metadata must be text, got {found.metadata[key]!r:.60}"
+def read(
+    path: str | Path, config: Mapping[str, Any] | str | Path | None = None
+) -> tuple[Path, Described]:
+    """The SAE at `path` (see ``SAE.from_pretrained``) as it was written, and where it was found."""
+    on_hub = isinstance(path, str) and path.startswith(hub.PREFIX)
+    where = hub.download(str(path)) if on_hub else Path(path)
+    if isinstance(config, (str, Path)):
+        config = json_object(Path(config), read_json(config))
+    found = Found(where, config)
+    try:
+        format = _FORMATS[_detect(found)]
+        if format.whole and found.given:
+            raise ValueError(
+                f"SAE.from_pretrained: {where} is of {format.title}, whose files say all; leave "
+                f"out config={found.given!r:.60}"
             )
-    return folder, found
+        described = format.read(found)
+    except FileFormatError as error:
+        if on_hub and (folders := hub.folders(str(path))):
+            raise FileFormatError(f"{error}\n{path} has SAEs in {some(folders, 40)}") from None
+        raise
+    for key in ("clip_model", "pretrained", "hook_point", "tokens"):
+        if not isinstance(described.metadata.get(key), (str, type(None))):
+            raise FileFormatError(
+                f"{where}: {key} of the metadata must be text, got {described.metadata[key]!r:.60}"
+            )
+    return where, described
 
 
 def fitting(
@@ -225,23 +269,33 @@ def write(found: Described, directory: str | Path) -> Path:
 
 
 def export(sae: Describable, directory: str | Path, format: str) -> Path:
-    """Write the SAE for another library: ``format`` is "saelens" or "sparsify".
+    """Write the SAE for another library: ``format`` is "saelens", "sparsify" or
+    "dictionary_learning".
 
-    SAELens takes every architecture; batch_topk becomes the jumprelu it is at inference. sparsify
-    takes topk without normalisation; apply_b_dec_to_input=False is folded into the encoder's bias.
+    SAELens takes every architecture, of transcoders all but topk and gated; batch_topk becomes the
+    jumprelu it is at inference. sparsify takes topk without normalisation, of transcoders those
+    whose output is as wide as their input. dictionary_learning takes every architecture without
+    normalisation, no transcoders; what is matryoshka is so there where it is batch_topk, and
+    computes the same where it is not. Where a library subtracts b_dec from its input and the SAE
+    does not, that is folded into the encoder's bias.
 
     Raises:
         ValueError: a format that cannot say what this SAE does, an unknown format, NaN among the
             weights.
     """
-    if format not in _WRITERS:
-        raise ValueError(f"export: format must be one of {tuple(_WRITERS)}, got {format!r}")
-    if sae.described().config.get("d_out") is not None:
-        raise ValueError(f"export: {format!r} is not written for transcoders; use save_pretrained")
-    name, writer = _WRITERS[format]
-    weights, cfg = writer(checked(sae))
+    if format not in EXPORTS:
+        raise ValueError(f"export: format must be one of {EXPORTS}, got {format!r}")
+    described = checked(sae)
     directory = Path(directory)
+    if format == "dictionary_learning":
+        weights, cfg = dictionary_learning.export(described)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_torch(directory / dictionary_learning.FILE, weights)
+        write_json(directory / "config.json", cfg)
+        return directory
+    writer = saelens if format == "saelens" else sparsify
+    weights, cfg = writer.export(described)
     directory.mkdir(parents=True, exist_ok=True)
-    write_safetensors(directory / name, weights)
+    write_safetensors(directory / writer.FILE, weights)
     write_json(directory / "cfg.json", cfg)
     return directory

@@ -316,23 +316,29 @@ class SAE(Encoding):
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        config: Mapping[str, Any] | str | Path | None = None,
     ) -> SAE:
-        """Load an SAE, in evaluation mode, from a folder or from the Hugging Face hub.
+        """Load an SAE, in evaluation mode, from a folder, a file or the Hugging Face hub.
 
         Args:
-            path: a folder as written by clipsteer, SAELens, sparsify or ViT-Prisma (found out by
-                looking), a ViT-Prisma ``.pt`` file, or ``"hf-hub:org/repo/subfolder"``. No code
-                from the file or the hub is run.
+            path: a folder or a file of weights as written by clipsteer, SAELens, sparsify,
+                dictionary_learning, ViSAEBench, saev, overcomplete or ViT-Prisma (found out by
+                looking), or ``"hf-hub:org/repo/subfolder"``. No code from the file or the hub is
+                run.
             device, dtype: where and as what; by default the file's dtype.
+            config: what the file of another library leaves open (``clipsteer.sae.overcomplete``
+                says what its constructor needs), or a JSON file with it; a config.json beside the
+                weights can say it, too.
 
         Raises:
             FileNotFoundError: nothing there.
             clipsteer.FileFormatError: not a readable SAE, or one that cannot be run here.
+            ValueError: a config for a file that leaves nothing open.
             RuntimeError: the hub cannot be reached.
         """
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"SAE.from_pretrained: dtype must be a floating type, got {dtype}")
-        folder, found = formats.read(path)
+        folder, found = formats.read(path, config)
         try:
             # on "meta" nothing is allocated, whatever sizes the file claims
             sae = cls(**found.config, device="meta", metadata=found.metadata)

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from clipsteer.io.files import FileFormatError, read_json
-from clipsteer.io.torch_files import read_torch_weights_only
+from clipsteer.io.files import FileFormatError
 from clipsteer.sae.foreign import Described, lookup, metadata_of, positive, without_scaling
-
-# packages whose configuration classes occur inside the checkpoints; they are replaced by inert
-# stand-ins
-_STAND_INS = ("vit_prisma", "sae", "sae_lens", "sae_training")
-
+from clipsteer.sae.found import Found
 
 _NORMS = {
     None: "none",
@@ -26,19 +18,14 @@ _NORMS = {
 }
 
 
-def _weights_file(folder: Path) -> Path:
-    """weights.pt, else the checkpoint with the most images seen."""
-    if (folder / "weights.pt").is_file():
-        return folder / "weights.pt"
-    found = [p for p in folder.glob("*.pt") if "log_feature_sparsity" not in p.name]
-    if not found:
-        raise FileFormatError(f"{folder}: no weights among its .pt files")
-
-    def images(path: Path) -> tuple[int, str]:
-        number = re.search(r"n_images_(\d+)", path.name)
-        return int(number[1]) if number else -1, path.name
-
-    return max(found, key=images)
+def missing(found: Found) -> str | None:
+    """What makes this not ViT-Prisma's, None where it is."""
+    if lacking := found.lacks("W_enc", "W_dec"):
+        return lacking
+    inside = isinstance(found.value, dict) and found.value.get("cfg") is not None
+    if not inside and found.config is None:
+        return "no configuration inside, and no config.json beside it"
+    return None
 
 
 def _as_dict(path: Path, cfg: Any) -> dict[str, Any]:
@@ -69,25 +56,12 @@ def _single(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
-def read(path: Path) -> Described:
-    """The SAE in a ``.pt`` file, or in a folder that holds one. Raises FileFormatError,
-    FileNotFoundError."""
-    file = _weights_file(path) if path.is_dir() else path
-    value = read_torch_weights_only(file, stand_in_modules=_STAND_INS)
-    if not isinstance(value, dict):
-        raise FileFormatError(f"{file}: holds a {type(value).__name__}, not a dictionary")
-    weights = value.get("state_dict", value)
-    beside = file.with_name("config.json")
-    if value.get("cfg") is not None:
-        cfg = _as_dict(file, value["cfg"])
-    elif beside.is_file():
-        cfg = _as_dict(beside, read_json(beside))
-    else:
-        raise FileFormatError(f"{file}: no configuration inside, and no config.json beside it")
-    if not isinstance(weights, dict) or not all(
-        isinstance(weights.get(n), Tensor) for n in ("W_enc", "W_dec")
-    ):
-        raise FileFormatError(f"{file}: no W_enc and W_dec")
+def read(found: Found) -> Described:
+    """The SAE in a ``.pt`` file. Raises FileFormatError."""
+    file = found.file or found.path
+    weights = found.tensors
+    inside = found.value.get("cfg")
+    cfg = _as_dict(file, found.config if inside is None else inside)
     if weights["W_enc"].dim() != 2:
         raise FileFormatError(
             f"{file}: W_enc is of shape {tuple(weights['W_enc'].shape)}, not a matrix"
@@ -105,9 +79,7 @@ def read(path: Path) -> Described:
     elif cfg.get("use_patches_only"):
         tokens = "patches"
     metadata = metadata_of("prisma", cfg.get("model_name"), hook, tokens=tokens)
-    # copies: the file is only mapped, and two names may share one storage
-    copies = {n: t.detach().clone() for n, t in weights.items() if isinstance(t, Tensor)}
-    copies = without_scaling(file, copies, applied=False)
+    copies = without_scaling(file, found.copies(strict=False), applied=False)
     config = _config(file, cfg)
     if config["architecture"] == "gated":
         copies.pop("b_enc", None)  # Prisma makes one for every architecture

@@ -30,6 +30,20 @@ _NORMS = {
 }
 
 
+_ARCHITECTURES = {
+    "standard": "relu",
+    "topk": "topk",
+    "batchtopk": "batch_topk",
+    "matryoshka_batchtopk": "batch_topk",
+    "jumprelu": "jumprelu",
+    "gated": "gated",
+    "transcoder": "relu",
+    "skip_transcoder": "relu",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+}
+
+
 def read(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> Described:
     """SAELens ≥ 6, and the flat configurations before it."""
     meta = cfg.get("metadata")
@@ -44,14 +58,8 @@ def read(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> Descr
         raise FileFormatError(f"{folder}: activation function {activation!r:.60} is not supported")
     if architecture == "topk" and isinstance(kwargs, dict):
         k = kwargs.get("k", k)  # before version 6
-    table = {
-        "standard": "relu",
-        "topk": "topk",
-        "batchtopk": "batch_topk",
-        "jumprelu": "jumprelu",
-        "gated": "gated",
-    }
-    architecture = lookup(folder, "architecture", architecture, table)
+    theirs = architecture
+    architecture = lookup(folder, "architecture", theirs, _ARCHITECTURES)
     normalize = cfg.get("normalize_activations")
     if normalize in ("expected_average_only_in", True):
         logger.warning(
@@ -70,6 +78,9 @@ def read(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> Descr
     weights["W_enc"] = weights["W_enc"].T
     if "topk_threshold" in weights and weights["topk_threshold"].numel() == 1:
         weights["threshold"] = weights.pop("topk_threshold").reshape(())
+    if architecture == "jumprelu" and "log_threshold" in weights:
+        # of training checkpoints of versions that trained its logarithm
+        weights["threshold"] = weights.pop("log_threshold").exp()
     rescale = _flag(folder, cfg, "rescale_acts_by_decoder_norm", False)
     if rescale and architecture in ("topk", "batch_topk"):
         _fold_decoder_norm(folder, weights)
@@ -77,14 +88,21 @@ def read(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> Descr
     weights = without_scaling(
         folder, weights, applied=_flag(folder, cfg, "finetuning_scaling_factor", False)
     )
+    transcoder = theirs.endswith("transcoder")
+    d_sae = positive(folder, cfg, "d_sae")
     config = {
         "d_in": positive(folder, cfg, "d_in"),
-        "d_sae": positive(folder, cfg, "d_sae"),
+        "d_sae": d_sae,
         "architecture": architecture,
         "k": k,
         "normalize": lookup(folder, "normalize_activations", normalize, _NORMS),
-        "apply_b_dec_to_input": _flag(folder, cfg, "apply_b_dec_to_input", True),
+        "apply_b_dec_to_input": _flag(folder, cfg, "apply_b_dec_to_input", not transcoder),
     }
+    if transcoder:
+        config |= {"d_out": positive(folder, cfg, "d_out"), "skip": "skip" in theirs}
+    prefixes = cfg.get("matryoshka_widths", meta.get("matryoshka"))
+    if prefixes is not None:
+        config["matryoshka"] = _prefixes(folder, prefixes, d_sae)
     hook = meta.get("hook_name", meta.get("hook_point"))
     own = meta.get("clipsteer")
     if not isinstance(own, dict):
@@ -99,6 +117,15 @@ def _flag(folder: Path, cfg: Mapping[str, Any], key: str, default: bool) -> bool
     if not isinstance(value, bool):
         raise FileFormatError(f"{folder}: {key} must be true or false, got {value!r:.60}")
     return value
+
+
+def _prefixes(folder: Path, widths: Any, d_sae: int) -> list[int]:
+    """The widths, and d_sae where SAELens would add it."""
+    if not isinstance(widths, list) or not widths or type(widths[-1]) is not int:
+        raise FileFormatError(
+            f"{folder}: matryoshka_widths must be whole numbers, got {widths!r:.60}"
+        )
+    return widths if widths[-1] == d_sae else [*widths, d_sae]
 
 
 def _need_matrices(folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -127,11 +154,20 @@ def export(sae: Described) -> tuple[dict[str, Tensor], dict[str, Any]]:
     weights = dict(sae.weights)
     architecture = sae.config["architecture"]
     names = {"relu": "standard", "batch_topk": "jumprelu"}
+    if sae.config.get("d_out") is not None:
+        skip = "skip_" if sae.config.get("skip") else ""
+        names = dict.fromkeys(("jumprelu", "batch_topk"), f"jumprelu_{skip}transcoder")
+        names["relu"] = f"{skip}transcoder"
+        if architecture not in names:
+            raise ValueError(
+                f"export: SAELens has transcoders of relu and jumprelu alone, this is "
+                f"{architecture}"
+            )
     norms = {ours: theirs for theirs, ours in _NORMS.items() if isinstance(theirs, str)}
     weights["W_enc"] = weights["W_enc"].T
     if architecture == "batch_topk":
         weights["threshold"] = weights["threshold"].expand(sae.config["d_sae"])
-    cfg = {
+    cfg: dict[str, Any] = {
         "architecture": names.get(architecture, architecture),
         "d_in": sae.config["d_in"],
         "d_sae": sae.config["d_sae"],
@@ -148,6 +184,11 @@ def export(sae: Described) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "clipsteer": sae.metadata,
         },
     }
+    if sae.config.get("d_out") is not None:
+        cfg["d_out"] = sae.config["d_out"]
+    if sae.config.get("matryoshka"):
+        # of an inference model of theirs, prefixes are history
+        cfg["metadata"]["matryoshka"] = list(sae.config["matryoshka"])
     if architecture == "topk":
         cfg |= {"k": sae.config["k"], "rescale_acts_by_decoder_norm": False}
     return weights, cfg

@@ -4,12 +4,14 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from PIL import Image
+from tests._golden import GOLDEN
 
 from _command import run
 from clipsteer import SAE, testing
@@ -209,11 +211,11 @@ def test_sae_train_eval_convert_steer(capsys, sae, model, images, tmp_path):
         assert {name for name, _ in row["names"]} <= {"red", "blue", "grey"}
         assert f"feature {row['feature']}" in out
 
-    code, _, _ = run(capsys, "sae", "convert", sae, tmp_path / "lens", "--format", "saelens")
-    assert code == 0
-    assert run(capsys, "sae", "convert", tmp_path / "lens", tmp_path / "back")[0] == 0
-    back, x = SAE.from_pretrained(tmp_path / "back"), torch.randn(5, 32)
-    torch.testing.assert_close(back(x).x_hat, trained(x).x_hat)
+    for format in ("saelens", "dictionary_learning"):
+        assert run(capsys, "sae", "convert", sae, tmp_path / format, "--format", format)[0] == 0
+        assert run(capsys, "sae", "convert", tmp_path / format, tmp_path / "back")[0] == 0
+        back, x = SAE.from_pretrained(tmp_path / "back"), torch.randn(5, 32)
+        torch.testing.assert_close(back(x).x_hat, trained(x).x_hat)
 
     args = ["sae", "steer", sae, "--data", images, "--count", 2, "--top", 1]
     code, out, _ = run(capsys, *args, "--feature", "3=500", "--feature", "4=0")
@@ -223,6 +225,17 @@ def test_sae_train_eval_convert_steer(capsys, sae, model, images, tmp_path):
     code, _, err = run(capsys, *args, "--feature", "48=1")
     assert code == 2
     assert "[0, 48)" in err
+
+
+def test_sae_convert_takes_what_a_file_leaves_open(capsys, tmp_path):
+    file = GOLDEN / "overcomplete-topk" / "sae.pt"
+    shutil.copy(file, tmp_path / "sae.pt")
+    code, _, err = run(capsys, "sae", "convert", tmp_path / "sae.pt", tmp_path / "mine")
+    assert code == 1
+    assert "overcomplete writes no configuration" in err
+    config = file.with_name("config.json")
+    assert run(capsys, "sae", "convert", tmp_path / "sae.pt", tmp_path / "mine", "--config", config)[0] == 0
+    assert SAE.from_pretrained(tmp_path / "mine").k == 4
 
 
 def test_hook_points_that_are_never_called(capsys, sae, model, images, tmp_path):

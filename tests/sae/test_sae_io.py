@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -16,6 +15,7 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests._golden import GOLDEN, assert_computes, folders, run_golden, write_golden_live
 
 import clipsteer
 from clipsteer import SAE, FileFormatError
@@ -23,8 +23,7 @@ from clipsteer.io.files import read_json, read_safetensors, write_json, write_sa
 from clipsteer.sae import ARCHITECTURES, NORMALIZATIONS
 from clipsteer.sae import formats as sae_io
 
-GOLDEN = Path(__file__).parent / "golden"
-FOLDERS = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir() and path.name != "__pycache__")
+FOLDERS = folders(cfg=True)
 D, N = 6, 16
 
 
@@ -48,44 +47,23 @@ def same(a: SAE, b: SAE) -> bool:
     )
 
 
-@torch.no_grad()
-def assert_computes(sae: SAE, x: torch.Tensor, acts: torch.Tensor, x_hat: torch.Tensor) -> None:
-    """Another library's float32 results are ours, within the a priori error of both: every sum of m terms carries at
-    most m·2⁻²⁴ of the sum of magnitudes, the encoder has d_in + 8 operations, the decoder d_sae + 4, two sides."""
-    out = sae(x)
-    mean = torch.zeros(()) if out.stats.mean is None else out.stats.mean.abs()
-    scale = torch.ones(()) if out.stats.scale is None else out.stats.scale
-    gain = sae.r_mag.exp() if sae.architecture == "gated" else torch.ones(())
-    bias = sae.b_mag if sae.architecture == "gated" else sae.b_enc
-    size = ((x.abs() + mean) / scale + sae.b_dec.abs()) @ sae.W_enc.abs().T * gain + bias.abs()
-    unit = 2.0**-23
-    assert_within(sae.encode(x), acts, (sae.d_in + 8) * unit * size)
-    size = (size @ sae.W_dec.abs() + sae.b_dec.abs()) * scale + mean
-    assert_within(out.x_hat, x_hat, (sae.d_in + sae.d_sae + 12) * unit * size)
-
-
-def assert_within(got: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor) -> None:
-    assert got.shape == expected.shape
-    assert bool(((got - expected).abs() <= bound).all()), float(((got - expected).abs() / bound).max())
-
-
-def run_golden(folder: Path) -> SAE:
-    sae, expected = SAE.from_pretrained(folder), read_safetensors(folder / "expected.safetensors")
-    assert not sae.training
-    assert all(p.requires_grad and p.is_contiguous() for p in sae.parameters())
-    assert expected["acts"].any()
-    assert_computes(sae, expected["x"], expected["acts"], expected["x_hat"])
-    return sae
-
-
 # what other libraries wrote
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_golden_files_of_other_libraries_compute_the_same_here(name):
     sae = run_golden(GOLDEN / name)
-    kind = {"standard": "relu", "batchtopk": "jumprelu"}.get(name.split("-")[1], name.split("-")[1])
-    assert sae.architecture == ("batch_topk" if name == "saelens-batchtopk-checkpoint" else kind)
+    words = name.split("-")[1:]
+    kinds = {"standard": "relu", "batchtopk": "jumprelu", "matryoshka": "jumprelu"}
+    kind = kinds.get(words[0], words[0])
+    if "checkpoint" in words:
+        kind = "batch_topk"
+    elif words[0] == "transcoder":
+        kind = "topk" if name.startswith("sparsify") else "jumprelu" if "jumprelu" in words else "relu"
+    assert sae.architecture == kind
+    assert (sae.d_out is not None) == (words[0] == "transcoder")
+    assert sae.skip == ("skip" in words)
+    assert sae.matryoshka == ((2, 7, 16) if name == "saelens-matryoshka-checkpoint" else None)
     assert sae.metadata["source"] == sae_io.detect(GOLDEN / name) == name.split("-")[0]
     if "hook_name" in read_json(GOLDEN / name / "cfg.json").get("metadata", {}):
         assert sae.metadata["hook_point"] == "visual.transformer.resblocks.9"
@@ -94,28 +72,21 @@ def test_golden_files_of_other_libraries_compute_the_same_here(name):
 
 
 def test_all_golden_cases_are_there():
-    assert len(FOLDERS) == 10
+    assert len(FOLDERS) == 20
 
 
-def write_golden_live(tmp_path: Path, function: str) -> None:
-    spec = importlib.util.spec_from_file_location("make_golden", GOLDEN / "make_golden.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.HERE = tmp_path
-    getattr(module, function)(torch.Generator().manual_seed(99))
-
-
-@pytest.mark.parametrize("function", ["saelens", "saelens_batchtopk"])
+@pytest.mark.parametrize("function", ["saelens", "saelens_batchtopk", "saelens_matryoshka", "saelens_transcoders"])
 def test_what_sae_lens_writes_now_computes_the_same_here(tmp_path, function):
     pytest.importorskip("sae_lens")
-    write_golden_live(tmp_path, function)
+    write_golden_live(tmp_path, "make_golden", function)
     for folder in tmp_path.iterdir():
         run_golden(folder)
 
 
-def test_what_sparsify_writes_now_computes_the_same_here(tmp_path):
+@pytest.mark.parametrize("function", ["sparsify", "sparsify_transcoders"])
+def test_what_sparsify_writes_now_computes_the_same_here(tmp_path, function):
     pytest.importorskip("sparsify")
-    write_golden_live(tmp_path, "sparsify")
+    write_golden_live(tmp_path, "make_golden", function)
     for folder in tmp_path.iterdir():
         run_golden(folder)
 
@@ -157,8 +128,15 @@ def test_saelens_before_version_6(tmp_path):
         ("saelens-topk", {"k": "4"}, "k must be an int"),
         ("saelens-standard", {"architecture": "gated"}, "no tensor 'b_gate'"),
         ("saelens-standard", {"reshape_activations": "hook_z"}, "reshape_activations 'hook_z' is not supported"),
-        ("sparsify-topk", {"transcode": True}, "transcode = True is not supported"),
-        ("sparsify-topk", {"skip_connection": True}, "skip_connection"),
+        ("sparsify-topk", {"transcode": 1}, "transcode and skip_connection must be true or false"),
+        ("sparsify-topk", {"skip_connection": True}, "no tensor 'W_skip'"),
+        ("sparsify-transcoder-skip", {"skip_connection": False}, "no 'W_skip'"),
+        ("saelens-transcoder", {"apply_b_dec_to_input": True}, "apply_b_dec_to_input must be False with d_out"),
+        ("saelens-transcoder", {"d_out": 6}, "W_dec must be a floating tensor of shape"),
+        ("saelens-transcoder", {"d_out": None}, "d_out must be a positive integer, got None"),
+        ("saelens-transcoder-skip", {"architecture": "transcoder"}, "no 'W_skip'"),
+        ("saelens-matryoshka-checkpoint", {"matryoshka_widths": [7, 2]}, "matryoshka must ascend"),
+        ("saelens-matryoshka-checkpoint", {"matryoshka_widths": ["2"]}, "matryoshka_widths must be whole numbers"),
         ("sparsify-topk", {"signed": True}, "signed"),
         ("sparsify-topk", {"activation": "groupmax"}, "groupmax"),
         ("sparsify-topk", {"num_latents": 15}, "shape"),

@@ -1,6 +1,6 @@
 """Writes the folders beside it: tiny SAEs saved by SAELens and sparsify, and what those libraries compute with them.
 
-    pip install sae-lens==6.54.12 eai-sparsify==1.3.3 && python tests/golden/make_golden.py
+    pip install sae-lens==6.54.12 eai-sparsify==1.3.3 && python tests/sae/golden/make_golden.py
 
 clipsteer is not needed, and takes no part: expected.safetensors holds the peer's input x, dense acts and x_hat.
 """
@@ -98,6 +98,70 @@ def sparsify(generator: torch.Generator) -> None:
         tidy(folder, x, acts, sae.decode(top.top_acts, top.top_indices))
 
 
+@torch.no_grad()
+def saelens_matryoshka(generator: torch.Generator) -> None:
+    """A trained matryoshka SAE as its checkpoint and as its inference model; the latter says what both compute."""
+    from sae_lens import SAE
+    from sae_lens.saes.matryoshka_batchtopk_sae import (
+        MatryoshkaBatchTopKTrainingSAE,
+        MatryoshkaBatchTopKTrainingSAEConfig,
+    )
+
+    cfg = MatryoshkaBatchTopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=3.0, matryoshka_widths=[2, 7, D_SAE])
+    sae = MatryoshkaBatchTopKTrainingSAE(cfg)
+    randomize(sae, generator)
+    sae.topk_threshold.fill_(1.25)
+    x = draw(generator)
+    folders = [HERE / "saelens-matryoshka-inference", HERE / "saelens-matryoshka-checkpoint"]
+    sae.save_inference_model(folders[0])
+    sae.save_model(folders[1])
+    inference = SAE.load_from_disk(folders[0])
+    for folder in folders:
+        tidy(folder, x, inference.encode(x), inference(x))
+
+
+@torch.no_grad()
+def saelens_transcoders(generator: torch.Generator) -> None:
+    from sae_lens.saes import transcoder as zoo
+
+    cases = {
+        "transcoder": (zoo.Transcoder, zoo.TranscoderConfig, {}),
+        "transcoder-layer-norm": (zoo.Transcoder, zoo.TranscoderConfig, {"normalize_activations": "layer_norm"}),
+        "transcoder-skip": (zoo.SkipTranscoder, zoo.SkipTranscoderConfig, {}),
+        "transcoder-jumprelu": (zoo.JumpReLUTranscoder, zoo.JumpReLUTranscoderConfig, {}),
+        "transcoder-jumprelu-skip": (zoo.JumpReLUSkipTranscoder, zoo.JumpReLUSkipTranscoderConfig, {}),
+    }
+    for name, (kind, config, options) in cases.items():
+        cfg = config(d_in=D_IN, d_out=D_IN - 1, d_sae=D_SAE, apply_b_dec_to_input=False, **options)
+        cfg.metadata.model_name, cfg.metadata.hook_name = "open-clip:ViT-B-32", "blocks.9.hook_resid_post"
+        sae, x = kind(cfg), draw(generator)
+        randomize(sae, generator)
+        folder = HERE / f"saelens-{name}"
+        sae.save_model(folder)
+        tidy(folder, x, sae.encode(x), sae(x))
+
+
+@torch.no_grad()
+def sparsify_transcoders(generator: torch.Generator) -> None:
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    cases = {
+        "transcoder": {"transcode": True},
+        "transcoder-skip": {"transcode": True, "skip_connection": True},
+        # an autoencoder that adds W_skip x
+        "transcoder-only-skip": {"skip_connection": True},
+    }
+    for name, options in cases.items():
+        sae, x = SparseCoder(D_IN, SparseCoderConfig(k=4, num_latents=D_SAE, **options)), draw(generator)
+        randomize(sae, generator)
+        folder = HERE / f"sparsify-{name}"
+        sae.save_to_disk(folder)
+        top = sae.encode(x)
+        acts = torch.zeros(ROWS, sae.num_latents).scatter(-1, top.top_indices, top.top_acts)
+        tidy(folder, x, acts, sae(x).sae_out)
+
+
 if __name__ == "__main__":
-    for number, make in enumerate((saelens, saelens_batchtopk, sparsify)):
+    makers = (saelens, saelens_batchtopk, sparsify, saelens_matryoshka, saelens_transcoders, sparsify_transcoders)
+    for number, make in enumerate(makers):
         make(torch.Generator().manual_seed(number))
