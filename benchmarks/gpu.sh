@@ -50,7 +50,7 @@ for dtype in "${dtypes[@]}"; do
   step "bench-$dtype" 200 bash -c "bench --dtype $dtype --out '$out/gpu-$chip-$dtype.json'"
   python3 -m clipsteer bench --markdown "$out/gpu-$chip-$dtype.json" >"$out/gpu-$chip-$dtype.md"
 done
-step sae_step 120 python3 benchmarks/bench_step.py --device cuda --autocast --n 49152 --batch 4096 \
+step sae_step 120 python3 -m benchmarks.step --device cuda --autocast --n 49152 --batch 4096 \
   --out "$out/sae_step-$chip.json"
 cat "$work"/*.end
 test ! -e "$work/failed"

@@ -1,0 +1,1 @@
+"""What is measured on a real pretrained ViT and real pictures."""

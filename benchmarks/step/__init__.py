@@ -1,0 +1,1 @@
+"""The whole training step of an SAE, beside other libraries'."""
