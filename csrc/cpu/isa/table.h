@@ -6,6 +6,8 @@
 #include "rows.h"
 #include "drift.h"
 #include "drrho.h"
+#include "distill.h"
+#include "siglip.h"
 #include "adam.h"
 #if CLIPSTEER_LEVEL > 0
 #include "blocks.h"
@@ -26,6 +28,9 @@ constexpr Kernels<V> kKernels = {
     .maxima = maxima,
     .pair_sums = pair_sums,
     .pair_weights = pair_weights,
+    .cross_sums = cross_sums,
+    .cross_weights = cross_weights,
+    .sigmoid_weights = sigmoid_weights,
     .adam = adam,
 #if CLIPSTEER_LEVEL > 0
     .block_columns = kBlockBytes / sizeof(V),
