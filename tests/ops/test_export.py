@@ -24,7 +24,7 @@ PER_ROW = {
     "threshold_encode": ("x",),
     "batch_topk_encode": ("x",),
     "drrho_loss": ("image", "text", "ref_image", "ref_text", "u"),
-    "clip_loss": ("image", "text", "labels"),
+    "clip_loss": ("image", "text"),
     "siglip_loss": ("image", "text"),
     "distill_loss": ("image", "text", "teacher_image", "teacher_text"),
 }

@@ -178,8 +178,8 @@ SPEC = OpSpec(
     check_grads=check_grads,
     shapes=sizes(
         "B d percent other smooth",
-        (37, 24),
-        (33, 31, None, 1),
+        (37, 24, None, 1),
+        (33, 31),
         (129, 32, 7, None, 1),
         (1, 5),
         (2, 1, None, 1, 2),
