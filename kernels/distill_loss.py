@@ -203,6 +203,7 @@ def distill_sums(
     rows, cols, teacher_rows, teacher_cols = wide_in_interpreter(kernel, rows, cols, teacher_rows, teacher_cols)
     (M, D), N = rows.shape, cols.shape[0]
     options, config = similarities(rows, cols, interpreted(kernel))
+    config.pop("maxnreg", None)  # half of the registers do not hold the sums of both models
     similar, chunk, stride = _teacher(teacher_rows, teacher_cols), chunk_rows(N), line(N)
     row_sums, columns = diag.new_empty(4, M), []
     with on_device(rows):

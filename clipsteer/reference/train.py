@@ -315,7 +315,12 @@ class _Run(TrainingRun):
         image, text = (x.detach().requires_grad_() for x in features)
         began = self._now()
         loss = self.loss(
-            image, text, ids, *refs, gamma=self._gamma(self.step // self.order.per_epoch)
+            image,
+            text,
+            ids=ids,
+            ref_image=refs[0],
+            ref_text=refs[1],
+            gamma=self._gamma(self.step // self.order.per_epoch),
         )
         loss.backward()
         self.loss_seconds = self._now() - began
