@@ -57,7 +57,7 @@ def products_of_weights(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Weights (M, N) times cols, and their transpose times rows, of the first ``width`` numbers of each, in float32.
 
-    launch(at, m, stride, places) writes the weights of the m rows ``at``, a row every ``stride`` numbers, to two places:
+    launch(at, m, stride, places) writes the weights of the m rows ``at``, one every ``stride`` numbers, to two places:
     whole, or as halves."""
     M, N = rows.shape[0], cols.shape[0]
     d_rows = rows.new_zeros(M if need_rows else 0, width, dtype=torch.float32)

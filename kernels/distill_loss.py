@@ -1,4 +1,4 @@
-"""Distillation: a student's tile of similarities where it is computed, beside its teacher's, which torch has multiplied.
+"""Distillation: a student's tile of similarities where it is computed, beside its teacher's, multiplied by torch.
 
 The teacher's similarities are there a chunk of rows at a time, as two tiles of products do not fit the registers. Each
 program of the first sweep leaves what it knows of its tile's rows and columns: log-sums of both, and means of the
@@ -34,8 +34,8 @@ def _store_mean(x, t, out_ptr, place, step, k, inside, AXIS: tl.constexpr):
 
 @triton.jit
 def _store_sums(
-    S, row, col, part, parts, tile_m, tiles_m, scale, teacher_scale, diag_ptr, teacher_diag_ptr, teacher_ptr, by_row_ptr,
-    by_col_ptr, M, N, stride, offset, MASKED: tl.constexpr,
+    S, row, col, part, parts, tile_m, tiles_m, scale, teacher_scale, diag_ptr, teacher_diag_ptr, teacher_ptr,
+    by_row_ptr, by_col_ptr, M, N, stride, offset, MASKED: tl.constexpr,
 ):  # fmt: skip
     m = row + tl.arange(0, S.shape[0])
     n = col + tl.arange(0, S.shape[1])
@@ -197,8 +197,8 @@ def distill_sums(
     rows: torch.Tensor, cols: torch.Tensor, diag: torch.Tensor, scale: torch.Tensor, teacher_rows: torch.Tensor,
     teacher_cols: torch.Tensor, teacher_diag: torch.Tensor, teacher_scale: torch.Tensor, offset: int, keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """rows (M, D), cols (N, D), the teacher's (M, E), (N, E); diag (N,) and scale () of both in float32 -> of rows (4, M)
-    and of columns (4, N) log-sums of both, means of the student's t under both; nothing kept, twice."""
+    """rows (M, D), cols (N, D), the teacher's (M, E), (N, E); diag (N,) and scale () of both in float32 -> of rows
+    (4, M) and of columns (4, N) log-sums of both, means of the student's t under both; nothing kept, twice."""
     kernel = _distill_sums_kernel
     rows, cols, teacher_rows, teacher_cols = wide_in_interpreter(kernel, rows, cols, teacher_rows, teacher_cols)
     (M, D), N = rows.shape, cols.shape[0]
@@ -241,8 +241,8 @@ def distill_grad(
     def launch(at: slice, m: int, stride: int, places: tuple) -> None:
         both = operands(rows[at], cols, options["TMA"], *(config[f"BLOCK_{x}"] for x in "MND"))
         kernel[(cdiv(m, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"]),)](
-            *both, diag, scale, similar(at), teacher_diag, teacher_scale, row_u[0, at], col_u[0], row_u[1, at], col_u[1],
-            own[at], factors, *places, m, N, D, stride, offset + at.start, SPLIT=rows.dtype != torch.float32, **options,
+            *both, diag, scale, similar(at), teacher_diag, teacher_scale, row_u[0, at], col_u[0], row_u[1, at],
+            col_u[1], own[at], factors, *places, m, N, D, stride, offset + at.start, SPLIT=rows.dtype != torch.float32, **options,
             **config,
         )  # fmt: skip
 

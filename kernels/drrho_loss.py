@@ -164,7 +164,7 @@ def drrho_grad(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """-> weights times cols (M, width), their transpose times rows (N, width), the sum of weights times t ()."""
     rows, cols = wide_in_interpreter(_drrho_sums_kernel, rows, cols)
-    (M, D), N = rows.shape, cols.shape[0]
+    D, N = rows.shape[1], cols.shape[0]
     moments = [diag.new_zeros(1, dtype=torch.float64)]
     options, config = similarities(rows, cols, interpreted(_drrho_sums_kernel))
 

@@ -1,6 +1,6 @@
-"""The sigmoid loss: a tile of similarities becomes losses and weights where it is computed, and no pair waits for another.
+"""The sigmoid loss: a tile of similarities becomes losses and weights where it is computed.
 
-Each program leaves three sums of its tile, which torch adds, and writes its weights, which _weights.py multiplies. No
+No pair waits for another: there is one sweep. Each program leaves three sums of its tile, which torch adds, and writes its weights, which _weights.py multiplies. No
 atomics, so that results repeat bit for bit.
 """
 
@@ -35,8 +35,8 @@ def _sigmoids(
     S, row, col, scale, bias, losses, products, shares, weight_ptr, rest_ptr, M, N, stride, offset,
     STORE: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Writes the weights of a part of a tile, which begins at ``row`` and ``col``; returns the three sums (by rows) with
-    what is in it: losses, weights times similarities, weights."""
+    """Writes the weights of a part of a tile, which begins at ``row`` and ``col``; returns the three sums (by rows)
+    with what is in it: losses, weights times similarities, weights."""
     m = row + tl.arange(0, S.shape[0])
     n = col + tl.arange(0, S.shape[1])
     z = S * scale + bias

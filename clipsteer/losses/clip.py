@@ -14,8 +14,8 @@ from clipsteer.ops._pairs import checked_features, checked_scale
 class ClipLoss(nn.Module):
     """`ops.clip_loss`, over the processes of a joint batch too.
 
-    In place of open_clip's `ClipLoss`: the same values and gradients, in no B×B matrix. Over several
-    processes every one has its images against the texts of all in one product, from which both
+    In place of open_clip's `ClipLoss`: the same values and gradients, in no B×B matrix. Of several
+    processes each has its images against the texts of all in one product, from which both
     directions' sums are taken, and keeps O(B·d).
 
     Args:

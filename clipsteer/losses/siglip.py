@@ -16,8 +16,8 @@ IMPLEMENTATIONS = ("bidir", "shift", "reduce", "gather")
 class SigLipLoss(nn.Module):
     """`ops.siglip_loss`, over the processes of a joint batch too.
 
-    In place of open_clip's `SigLipLoss`: the same values and gradients, in no B×B matrix. Of several
-    processes each returns the loss of its images among the texts of all, over the number of its
+    In place of open_clip's `SigLipLoss`: the same values and gradients, in no B×B matrix. Each of
+    several processes returns the loss of its images among the texts of all, over the number of its
     images.
 
     Args:

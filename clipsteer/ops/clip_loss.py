@@ -143,8 +143,8 @@ def clip_loss(
     label_smoothing: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """CLIP's loss of a batch of pairs: the mean cross-entropy of images over texts and of texts over
-    images.
+    """CLIP's loss of a batch of pairs: the mean cross-entropy of images over texts and of texts
+    over images.
 
     The batch is this process's own; over several processes `losses.ClipLoss` has the joint batch.
 

@@ -1,4 +1,5 @@
-"""``distill_loss``: CLIP's loss beside ½·mean_i [H(p_i·, q_i·) + H(p_·i, q_·i)], p a teacher's softmaxes and q the model's.
+"""``distill_loss``: CLIP's loss beside ½·mean_i [H(p_i·, q_i·) + H(p_·i, q_·i)], where p
+are a teacher's softmaxes and q the model's.
 
 Fused: one sweep over tiles of both models' similarities takes the log-sums of both and the model's
 mean logits under the teacher's weights; a second one the gradient of both losses at once. No B×B
@@ -145,8 +146,8 @@ def distill_loss(
     Args:
         image, text: (B, d) features, as a rule of unit norm (the op does not normalise them);
             float32, bfloat16, float16 or (reference, cpp) float64.
-        teacher_image, teacher_text: (B, e) the teacher's of the same pairs, of any width and without
-            gradient.
+        teacher_image, teacher_text: (B, e) the teacher's of the same pairs, of any width and
+            without gradient.
         logit_scale: s > 0, a number or a tensor with one element, which then has its gradient.
         teacher_logit_scale: the teacher's, without gradient.
         backend: ``"auto" | "reference" | "cpp" | "triton"``; ``ops.explain`` says which can run.

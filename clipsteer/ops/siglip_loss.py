@@ -1,8 +1,9 @@
-"""``siglip_loss``: −(1/B)·Σ_ij log σ(l_ij·z_ij), z = s·⟨image_i, text_j⟩ + b, l = 1 for pairs, else −1.
+"""``siglip_loss``: −(1/B)·Σ_ij log σ(l_ij·z_ij), z = s·⟨image_i, text_j⟩ + b, l = 1 of pairs, else
+−1.
 
 Fused: a tile's similarities become its losses and its weights in the same sweep, which multiply the
-features at once: no pair has to wait for the sum of others, and there is no B×B matrix. Source: Zhai
-et al. 2023 (SigLIP, arXiv 2303.15343).
+features at once: no pair has to wait for the sum of others, and there is no B×B matrix. Source:
+Zhai et al. 2023 (SigLIP, arXiv 2303.15343).
 """
 
 from __future__ import annotations

@@ -105,8 +105,8 @@ KERNELS = {  # a case, whose last word is the dtype, and what it launches
     "adam fp32": ["adam_rows", "adam_scales"],
 }
 PRODUCTS = ("topk_encode_fwd", "threshold_count", "threshold_write", "topk_encode_keys", "grouped_matmul",
-            "grouped_outer", "low_rank_project", "drift_tile", "drrho_sums", "drrho_weights", "siglip_weights", "distill_sums",
-            "distill_weights")  # fmt: skip
+            "grouped_outer", "low_rank_project", "drift_tile", "drrho_sums", "drrho_weights", "siglip_weights",
+            "distill_sums", "distill_weights")  # fmt: skip
 TILED = ("topk_encode_fwd", "threshold_count", "threshold_write", "topk_encode_keys", "drift_tile", "drrho_sums",
          "drrho_weights", "siglip_weights", "distill_sums", "distill_weights")  # fmt: skip
 LOADED_WIDE = (*PRODUCTS, "ragged_decode_fwd", "ragged_dot", "sparse_decode_fwd", "gather_dot", "sparse_outer_bwd",

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from clipsteer import ops, testing
 from clipsteer.ops import REGISTRY, _dispatch
-from clipsteer.ops._sweeps import KEEP
 from clipsteer.ops._spec import spec_errors
+from clipsteer.ops._sweeps import KEEP
 
 FAST = [b for b in ("reference", "cpp") if testing.supported(b)]
 SPEC = REGISTRY["drrho_loss"]

@@ -1,7 +1,7 @@
 """How cases of ``distill_loss`` are drawn, what it may be off by, and what it is timed against.
 
-A mean Σ p·t is off by Σ p·δ for the error of t, and by a factor exp(δ_r + δu_r) of each weight, which
-its own sums and their quotient round once more.
+A mean Σ p·t is off by Σ p·δ for the error of t, and by a factor exp(δ_r + δu_r) of each weight,
+which its own sums and their quotient round once more.
 """
 
 from __future__ import annotations

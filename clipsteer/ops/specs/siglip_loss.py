@@ -1,7 +1,7 @@
 """How cases of ``siglip_loss`` are drawn, what it may be off by, and what it is timed against.
 
-z is off by δ = s·δS and its roundings; softplus(z') of z' ∈ [z − δ, z + δ] stays in the image of that
-interval, and so does a weight σ(z').
+z is off by δ = s·δS and its roundings; softplus(z') of z' ∈ [z − δ, z + δ] stays in the image of
+that interval, and so does a weight σ(z').
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ def _draw(case: Draw) -> Inputs:
     }
 
 
+def _softplus(z: Tensor) -> Tensor:
+    # torch's own is the identity from 20 on
+    return -F.logsigmoid(-z)
+
+
 class Truth(Similarities):
     """A drawn case in float64: z with the pairs' sign exchanged, its error, losses and weights."""
 
@@ -52,9 +57,8 @@ class Truth(Similarities):
         delta = torch.where(z.isinf(), 0.0, delta).nan_to_num(nan=0.0)
         # an exponential below the smallest normal number is taken for 0
         tiny = 2 * smallest_normal(dtype)
-        softplus = lambda x: -F.logsigmoid(-x)  # noqa: E731
-        self.loss = softplus(z)
-        off = torch.maximum(softplus(z + delta) - self.loss, self.loss - softplus(z - delta))
+        self.loss = _softplus(z)
+        off = torch.maximum(_softplus(z + delta) - self.loss, self.loss - _softplus(z - delta))
         self.loss_off = off.nan_to_num(nan=0.0) + (2 * EXP + 8) * u * self.loss + tiny
         self.loss_off = self.loss_off.nan_to_num(posinf=0.0, nan=0.0)
         weight = torch.sigmoid(z)
