@@ -242,8 +242,8 @@ def distill_grad(
         both = operands(rows[at], cols, options["TMA"], *(config[f"BLOCK_{x}"] for x in "MND"))
         kernel[(cdiv(m, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"]),)](
             *both, diag, scale, similar(at), teacher_diag, teacher_scale, row_u[0, at], col_u[0], row_u[1, at],
-            col_u[1], own[at], factors, *places, m, N, D, stride, offset + at.start, SPLIT=rows.dtype != torch.float32, **options,
-            **config,
+            col_u[1], own[at], factors, *places, m, N, D, stride, offset + at.start,
+            SPLIT=rows.dtype != torch.float32, **options, **config,
         )  # fmt: skip
 
     return products_of_weights(rows, cols, D, need_rows, need_cols, options["TMA"], config, launch)

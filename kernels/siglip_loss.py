@@ -1,7 +1,7 @@
 """The sigmoid loss: a tile of similarities becomes losses and weights where it is computed.
 
-No pair waits for another: there is one sweep. Each program leaves three sums of its tile, which torch adds, and writes its weights, which _weights.py multiplies. No
-atomics, so that results repeat bit for bit.
+No pair waits for another: there is one sweep. Each program leaves three sums of its tile, which torch adds, and writes
+its weights, which _weights.py multiplies. No atomics, so that results repeat bit for bit.
 """
 
 from __future__ import annotations

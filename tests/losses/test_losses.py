@@ -166,10 +166,11 @@ def test_halves_are_rounded_once(dtype: torch.dtype) -> None:
     image, text, teacher_image, teacher_text = features(33, 24, 24, 10, 10, dtype=dtype)
     scale = torch.tensor(50.0)
     wide = [x.double() for x in (image, text, teacher_image, teacher_text)]
+    student, teacher = (image, text, scale), (teacher_image, teacher_text)
     cases = (
         ("ClipLoss", (image, text, scale), (*wide[:2], 50.0)),
         ("SigLipLoss", (image, text, scale, -9.0), (*wide[:2], 50.0, -9.0)),
-        ("DistillClipLoss", (image, text, scale, teacher_image, teacher_text, 30.0), (*wide[:2], 50.0, *wide[2:], 30.0)),
+        ("DistillClipLoss", (*student, *teacher, 30.0), (*wide[:2], 50.0, *wide[2:], 30.0)),
     )  # fmt: skip
     for name, given, exact in cases:
         found = getattr(losses, name)()(*given, output_dict=True)
