@@ -62,8 +62,12 @@ class DistillClipLoss(ClipLoss):
         features = [image_features, text_features, dist_image_features, dist_text_features]
         features = [x.to(wide) for x in features]
         if joint is None:
-            scales = {"logit_scale": logit_scale, "teacher_logit_scale": dist_logit_scale}
-            losses = ops.distill_loss(*features, **scales, backend=self.backend)
+            losses = ops.distill_loss(
+                *features,
+                logit_scale=logit_scale,
+                teacher_logit_scale=dist_logit_scale,
+                backend=self.backend,
+            )
         else:
             names = ("image_features", "text_features", "dist_image_features", "dist_text_features")
             named = checked_features(op, dict(zip(names, features)))

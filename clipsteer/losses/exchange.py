@@ -9,20 +9,16 @@ from clipsteer.training.world import JointBatch, World
 
 
 class Exchange(JointBatch):
-    """Rows of each process, as many as in any other, against the columns of all.
+    """Rows of each process against the columns of all.
 
-    local: each process's loss is that of its own images and texts, among all; else every process's
-    is that of the joint batch. with_grad: features have the gradients of what all processes return,
-    which data-parallel training averages; else those of their own process alone, with the features
-    of the others as constants.
+    local: each process's loss is that of its own images and texts among all, times its number of
+    them over the mean one; else every process's is that of the joint batch. with_grad: features
+    have the gradients of what all processes return, which data-parallel training averages; else
+    those of their own process alone, with the features of the others as constants.
     """
 
-    def __init__(self, name: str, world: World, rows: int, local: bool, with_grad: bool) -> None:
+    def __init__(self, world: World, rows: int, local: bool, with_grad: bool) -> None:
         super().__init__(world, rows)
-        if len(set(self.counts)) > 1:
-            raise ValueError(
-                f"{name}: the processes must have as many pairs each, got {self.counts} of them"
-            )
         self.local = local
         self.with_grad = with_grad
         # of a joint loss's gradient
@@ -58,7 +54,12 @@ def exchange(
             f"{name}: expected rank and world_size of the process group, {world.rank} and "
             f"{world.size}, got {rank} and {world_size}"
         )
-    return Exchange(name, world, rows, local, with_grad)
+    joint = Exchange(world, rows, local, with_grad)
+    if len(set(joint.counts)) > 1:
+        raise ValueError(
+            f"{name}: the processes must have as many pairs each, got {joint.counts} of them"
+        )
+    return joint
 
 
 def refuse_horovod(name: str, use_horovod: bool) -> None:

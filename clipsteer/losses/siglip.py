@@ -75,9 +75,13 @@ class SigLipLoss(nn.Module):
         op = "SigLipLoss"
         joint = exchange(op, self.rank, self.world_size, len(image_features))
         if joint is None:
-            features = (image_features, text_features)
-            scales = {"logit_scale": logit_scale, "logit_bias": logit_bias}
-            loss = ops.siglip_loss(*features, **scales, backend=self.backend)
+            loss = ops.siglip_loss(
+                image_features,
+                text_features,
+                logit_scale=logit_scale,
+                logit_bias=logit_bias,
+                backend=self.backend,
+            )
         else:
             given = {"image_features": image_features, "text_features": text_features}
             named = checked_features(op, given)

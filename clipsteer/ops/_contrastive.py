@@ -156,7 +156,8 @@ def _first(
             for i, leaf in zip(kind.leaves, leaves):
                 moved[i] = leaf
             outputs = kind.reference(*moved)
-            return sum(w * x for w, x in zip(weights, outputs))
+            terms = [w * x for w, x in zip(weights, outputs)]
+            return sum(terms[1:], terms[0])
 
         leaves = given[kind.losses :]
         return torch.func.grad(loss, argnums=tuple(range(len(leaves))))(*leaves)

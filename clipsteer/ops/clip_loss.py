@@ -84,10 +84,11 @@ def evaluate(arguments, needs, backend, world):
             moved = moved + smoothing * spread
         each = u - moved * scale
     total = each.double().sum()
-    count = M
-    if world is not None and not local:
+    count = pairs.columns
+    if local:
+        count = count / world.size
+    elif world is not None:
         total = world.sum_(total)
-        count = pairs.columns
     loss = (total / (2 * count)).to(scale.dtype)
     none = scale.new_empty(0)
     if not any(needs):
@@ -187,7 +188,6 @@ def clip_loss(
         got = type(label_smoothing).__name__
         raise TypeError(_check.mistake(op, "label_smoothing", "a number", got, named))
     if not 0 <= label_smoothing <= 1:
-        got = label_smoothing
-        raise ValueError(_check.mistake(op, "label_smoothing", "in [0, 1]", got, named))
+        raise ValueError(_check.mistake(op, "label_smoothing", "in [0, 1]", label_smoothing, named))
     given = (*named.values(), scale, labels, label_smoothing)
     return contrast(op, given, choose(op, backend, named["image"]))[0]

@@ -52,7 +52,6 @@ def evaluate(arguments, needs, backend, world):
     image, text, teacher_image, teacher_text, scale, teacher_scale = arguments
     student = Pairs(image, text, scale, backend, world)
     teacher = Pairs(teacher_image, teacher_text, teacher_scale, backend, world)
-    M = image.shape[0]
     width = (image.shape[1] + teacher_image.shape[1]) // 2
     keep = any(needs) and keeps(image, student.columns, width)
     given = (*student.features, *teacher.features, student.offset, keep)
@@ -68,10 +67,11 @@ def evaluate(arguments, needs, backend, world):
     totals = torch.stack(
         [contrast_sum, distill_sum, own_scale, own_scale - means[:, 1].sum() / scale]
     )
-    count = M
-    if world is not None and not world.local:
+    count = student.columns
+    if world is not None and world.local:
+        count = count / world.size
+    elif world is not None:
         totals = world.sum_(totals)
-        count = student.columns
     totals = (totals / (2 * count)).to(scale.dtype)
     losses = (totals[0].clone(), totals[1].clone())
     if not any(needs):

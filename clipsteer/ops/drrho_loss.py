@@ -65,8 +65,17 @@ def _reference(
     eps: float,
     rho: float,
 ) -> tuple[Tensor, Tensor]:
-    options = {"gamma": gamma, "u": u, "eps": eps, "rho": rho}
-    return drrho_loss_reference(image, text, ref_image, ref_text, temperature=tau, **options)
+    return drrho_loss_reference(
+        image,
+        text,
+        ref_image,
+        ref_text,
+        temperature=tau,
+        gamma=gamma,
+        u=u,
+        eps=eps,
+        rho=rho,
+    )
 
 
 def _gradient(cotangents, found, arguments, needs, backend, world):

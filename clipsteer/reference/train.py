@@ -101,7 +101,7 @@ def train_contrastive(
 
 class _Run(TrainingRun):
     name = "train"
-    cosmetic = (*TrainingRun.cosmetic, "micro_batch", "evaluate_every")
+    cosmetic = (*TrainingRun.cosmetic, "micro_batch", "evaluate_every", "loss_backend")
     since: Mapping[str, Any] = {"eps": 1e-14}
     shown = ("loss", "loss_share")
     optimizer: torch.optim.Optimizer

@@ -118,12 +118,12 @@ def test_distillation_is_the_cross_entropy_to_the_teachers_softmaxes(backend):
 def test_tiles_panels_and_both_ways_of_the_second_sweep(name, dtype):
     """Several tiles and tasks, widths that are no multiple of a block's; similarities kept or not."""
     kept = set()
-    for B, d, e in ((450, 70, 130), (500, 20, 12), (391, 129, 3)):
+    for B, d, e in ((450, 70, 130), (500, 20, 12), (391, 129, 130)):
         kept.add(2 * KEEP * (d if name == "clip_loss" else (d + e) // 2) >= B)
         shape = {"B": B, "d": d, "percent": 5, **({"e": e} if name == "distill_loss" else {})}
         errors = spec_errors(REGISTRY[name], shape, dtype, seed=B, backend="cpp")
         assert all(error <= 1 for error in errors.values()), (shape, errors)
-    assert kept == {True, False}
+    assert name == "siglip_loss" or kept == {True, False}  # which has one sweep
 
 
 def test_bounds_catch_planted_bugs():

@@ -149,12 +149,10 @@ def _plain(
     own = torch.arange(len(image), device=image.device)
     logits = logit_scale * image @ text.T
     theirs = teacher_logit_scale * teacher_image @ teacher_text.T
-    hard = 0.0
-    soft = 0.0
-    for mine, target in ((logits, theirs), (logits.T, theirs.T)):
-        hard = hard + F.cross_entropy(mine, own) / 2
-        soft = soft + F.cross_entropy(mine, target.softmax(1)) / 2
-    return hard, soft
+    hard = F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
+    soft = F.cross_entropy(logits, theirs.softmax(1))
+    soft = soft + F.cross_entropy(logits.T, theirs.T.softmax(1))
+    return hard / 2, soft / 2
 
 
 def _open_clip(
