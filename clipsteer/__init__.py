@@ -3,8 +3,9 @@
 ``clipsteer.clip``: models, hooks, tokens, zero-shot heads. ``clipsteer.sae``,
 ``clipsteer.conceptors``, ``clipsteer.splice``: sparse autoencoders, soft projections, directions by
 name. ``clipsteer.steering``: what changes a model's activations. ``clipsteer.ensembles``: weight
-averages. ``clipsteer.reference``: training with a reference model. ``clipsteer.continual``: classes
-task by task. ``clipsteer.ops``: the ops. Below all: ``clipsteer.data``, ``clipsteer.training``,
+averages. ``clipsteer.reference``: training with a reference model. ``clipsteer.losses``:
+contrastive losses in place of open_clip's. ``clipsteer.continual``: classes task by task.
+``clipsteer.ops``: the ops. Below all: ``clipsteer.data``, ``clipsteer.training``,
 ``clipsteer.report``, ``clipsteer.testing``, ``clipsteer.io``.
 
 Not offered, of what the papers behind these modules have:

@@ -1,9 +1,7 @@
 """The DRRho loss: a tile of similarities is computed where it is needed, for both sides at once, and never stored.
 
 Each program of the first sweep leaves the log-sums of its tile's rows and columns, which torch merges. The second sweep
-writes the weights of a chunk of rows (at most CHUNK numbers, or 128 rows), by which torch multiplies the features. No
-atomics, so that results repeat bit for bit. Halves take the tensor cores with weights as sums of two bfloat16 each,
-which loses 2^-16 of them.
+writes weights, which _weights.py multiplies. No atomics, so that results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -12,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, interpreted, on_device, operands, similarities, tiles
-from ._product import add_product, left_and_right, multiply, product_tile, store_weights, tile_numbers
+from ._launch import cdiv, interpreted, on_device, operands, similarities
+from ._product import left_and_right, product_tile, store_weights, tile_numbers
+from ._weights import masked, products_of_weights, wide_in_interpreter
 
-CHUNK = 2**26
 SUM_ROWS = 2**14
 
 
@@ -29,14 +27,6 @@ def _log_sum(S, own, scale, others, AXIS: tl.constexpr, MASKED: tl.constexpr):
     highest = tl.max(t, axis=AXIS)
     peak = tl.where(tl.abs(highest) == float("inf"), 0.0, highest)
     return tl.log(tl.sum(tl.exp(t - tl.expand_dims(peak, AXIS)), axis=AXIS)) + peak
-
-
-@triton.jit
-def _masked(tile_m, tile_n, M, N, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Whether a tile reaches past an end or has a row beside its partner."""
-    first = tile_m * BLOCK_M + offset
-    partners = (first < (tile_n + 1) * BLOCK_N) & (tile_n * BLOCK_N < first + BLOCK_M)
-    return partners | ((tile_m + 1) * BLOCK_M > M) | ((tile_n + 1) * BLOCK_N > N)
 
 
 @triton.jit
@@ -66,7 +56,7 @@ def _drrho_sums_kernel(
     )  # fmt: skip
     scale = tl.load(scale_ptr)
     parts = left_and_right(S, BLOCK_M, BLOCK_N)
-    if _masked(tile_m, tile_n, M, N, offset, BLOCK_M, BLOCK_N):
+    if masked(tile_m, tile_n, M, N, offset, BLOCK_M, BLOCK_N):
         for part in tl.static_range(2):
             _store_log_sums(
                 parts[part], m, n + part * (BLOCK_N // 2), 2 * tile_n + part, tile_m, scale, diag_ptr, row_lse_ptr,
@@ -124,7 +114,7 @@ def _drrho_weights_kernel(
     low, high = left_and_right(S, BLOCK_M, BLOCK_N)
     parts = left_and_right(low, BLOCK_M, BLOCK_N // 2) + left_and_right(high, BLOCK_M, BLOCK_N // 2)
     moment = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    if _masked(tile_m, tile_n, M, N, offset, BLOCK_M, BLOCK_N):
+    if masked(tile_m, tile_n, M, N, offset, BLOCK_M, BLOCK_N):
         for part in tl.static_range(4):
             moment = _weights(
                 parts[part], row, col + part * (BLOCK_N // 4), scale, moment, diag_ptr, row_u_ptr, col_u_ptr, own_ptr,
@@ -143,17 +133,11 @@ def _factors(rows: torch.Tensor, cols: torch.Tensor, tma: bool, config: dict) ->
     return operands(rows, cols, tma, config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_D"])
 
 
-def _wide_in_interpreter(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    # the interpreter multiplies bf16, which every half's weights take, as raw bits
-    wide = interpreted(_drrho_sums_kernel)
-    return tuple(t.float() if wide else t for t in tensors)
-
-
 def drrho_sums(
     rows: torch.Tensor, cols: torch.Tensor, diag: torch.Tensor, scale: torch.Tensor, offset: int, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """rows (M, D), cols (N, D), diag (N,) and scale () in float32 -> row_lse (M,), col_lse (N,), nothing kept."""
-    rows, cols = _wide_in_interpreter(rows, cols)
+    rows, cols = wide_in_interpreter(_drrho_sums_kernel, rows, cols)
     (M, D), N = rows.shape, cols.shape[0]
     options, config = similarities(rows, cols, interpreted(_drrho_sums_kernel))
     row_lse, col_lse = diag.new_empty(M), diag.new_full((N,), -torch.inf)
@@ -173,54 +157,25 @@ def drrho_sums(
     return row_lse, col_lse, diag.new_empty(0, (N + 63) // 64 * 64 + 16)
 
 
-def _parts(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What multiplies weights that are bfloat16 or float32: float16 becomes a sum of two bfloat16."""
-    if x.dtype != torch.float16:
-        return (x,)
-    high = x.bfloat16()
-    return high, torch.where(high.isinf(), 0.0, x.float() - high.float()).bfloat16()
-
-
 def drrho_grad(
     rows: torch.Tensor, cols: torch.Tensor, diag: torch.Tensor, scale: torch.Tensor, offset: int,
     row_u: torch.Tensor, col_u: torch.Tensor, own: torch.Tensor, kept: torch.Tensor, width: int,
     need_rows: bool, need_cols: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """-> weights times cols (M, width), their transpose times rows (N, width), the sum of weights times t ()."""
-    rows, cols = _wide_in_interpreter(rows, cols)
-    (M, D), N = rows.shape, cols.shape[0]
-    d_rows = diag.new_zeros(M if need_rows else 0, width)
-    d_cols = diag.new_zeros(N if need_cols else 0, width)
+    rows, cols = wide_in_interpreter(_drrho_sums_kernel, rows, cols)
+    D, N = rows.shape[1], cols.shape[0]
     moments = [diag.new_zeros(1, dtype=torch.float64)]
     options, config = similarities(rows, cols, interpreted(_drrho_sums_kernel))
-    split = rows.dtype != torch.float32
-    chunk = max(128, CHUNK // N // 128 * 128)
-    stride = cdiv(N, 16) * 16  # whole lines
-    parts = 1 + split
-    buffer = rows.new_empty(parts * min(M, chunk) * stride, dtype=torch.bfloat16 if split else torch.float32)
-    (x, *x_rest), (y, *y_rest) = _parts(cols[:, :width]), _parts(rows[:, :width])
-    with on_device(rows):
-        for start in range(0, M, chunk):
-            at = slice(start, min(start + chunk, M))
-            m = at.stop - start
-            grid = (cdiv(m, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"]),)
-            moment = diag.new_empty(grid)
-            weights = buffer[: parts * m * stride].view(parts, m, stride)
-            rest, high = weights[0], weights[-1]
-            part = config["BLOCK_M"], config["BLOCK_N"] // 4
-            places = (tiles(high, *part), tiles(rest, *part)) if options["TMA"] else (high, rest)
-            _drrho_weights_kernel[grid](
-                *_factors(rows[at], cols, options["TMA"], config), diag, scale, row_u[at], col_u, own[at], *places,
-                moment, m, N, D, stride, offset + start, SPLIT=split, **options, **config,
-            )  # fmt: skip
-            moments.append(moment.double().sum().reshape(1))
-            # both parts of the weights in one product, the smaller one first
-            both = weights.flatten(0, 1)[:, :N]
-            if need_rows:
-                product = multiply(both, x).view(parts, m, width).sum(0)
-                d_rows[at] = add_product(product, high[:, :N], x_rest[0]) if x_rest else product
-            if need_cols:
-                add_product(d_cols, both.T, y[at].repeat(parts, 1))
-                if y_rest:
-                    add_product(d_cols, high[:, :N].T, y_rest[0][at])
+
+    def launch(at: slice, m: int, stride: int, places: tuple) -> None:
+        grid = (cdiv(m, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"]),)
+        moment = diag.new_empty(grid)
+        _drrho_weights_kernel[grid](
+            *_factors(rows[at], cols, options["TMA"], config), diag, scale, row_u[at], col_u, own[at], *places,
+            moment, m, N, D, stride, offset + at.start, SPLIT=rows.dtype != torch.float32, **options, **config,
+        )  # fmt: skip
+        moments.append(moment.double().sum().reshape(1))
+
+    d_rows, d_cols = products_of_weights(rows, cols, width, need_rows, need_cols, options["TMA"], config, launch)
     return d_rows, d_cols, torch.cat(moments).sum().float()

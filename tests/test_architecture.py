@@ -34,7 +34,7 @@ FLOORS = (
     ("steering", "continual"),
     ("sae",),
     ("conceptors", "ensembles", "splice", "reference"),
-    ("clip",),
+    ("clip", "losses"),
     ("testing", "report", "data", "training"),
     ("ops", "io"),
     ("kernels", "assets", "_lazy", "_renamed", "_version"),

@@ -21,11 +21,15 @@ if TYPE_CHECKING:  # at run time the loop below takes what each op's file names
     from clipsteer.ops.batch_topk_encode import (
         batch_topk_encode_reference as batch_topk_encode_reference,
     )
+    from clipsteer.ops.clip_loss import clip_loss as clip_loss
+    from clipsteer.ops.clip_loss import clip_loss_reference as clip_loss_reference
     from clipsteer.ops.conceptor_project import LowRank as LowRank
     from clipsteer.ops.conceptor_project import conceptor_project as conceptor_project
     from clipsteer.ops.conceptor_project import (
         conceptor_project_reference as conceptor_project_reference,
     )
+    from clipsteer.ops.distill_loss import distill_loss as distill_loss
+    from clipsteer.ops.distill_loss import distill_loss_reference as distill_loss_reference
     from clipsteer.ops.drrho_loss import drrho_loss as drrho_loss
     from clipsteer.ops.drrho_loss import drrho_loss_reference as drrho_loss_reference
     from clipsteer.ops.jumprelu_encode import JumpReLUCodes as JumpReLUCodes
@@ -43,6 +47,8 @@ if TYPE_CHECKING:  # at run time the loop below takes what each op's file names
     from clipsteer.ops.ragged_decode import ragged_decode_reference as ragged_decode_reference
     from clipsteer.ops.semantic_drift import semantic_drift as semantic_drift
     from clipsteer.ops.semantic_drift import semantic_drift_reference as semantic_drift_reference
+    from clipsteer.ops.siglip_loss import siglip_loss as siglip_loss
+    from clipsteer.ops.siglip_loss import siglip_loss_reference as siglip_loss_reference
     from clipsteer.ops.sparse_decode import sparse_decode as sparse_decode
     from clipsteer.ops.sparse_decode import sparse_decode_reference as sparse_decode_reference
     from clipsteer.ops.specs import REGISTRY as REGISTRY

@@ -204,3 +204,63 @@ def drrho_grad(
     M = rows.shape[0] if need_rows else 0
     N = cols.shape[0] if need_cols else 0
     return diag.new_empty(M, width), diag.new_empty(N, width), diag.new_empty(())
+
+
+# ---------------------------------------------------------------- siglip_loss, distill_loss
+
+
+def siglip_sweep(
+    rows: Tensor,
+    cols: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    offset: int,
+    need_rows: bool,
+    need_cols: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    M = rows.shape[0] if need_rows else 0
+    N = cols.shape[0] if need_cols else 0
+    d = rows.shape[1]
+    return scale.new_empty(3), scale.new_empty(M, d), scale.new_empty(N, d)
+
+
+def distill_sums(
+    rows: Tensor,
+    cols: Tensor,
+    diag: Tensor,
+    scale: Tensor,
+    teacher_rows: Tensor,
+    teacher_cols: Tensor,
+    teacher_diag: Tensor,
+    teacher_scale: Tensor,
+    offset: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    row_lse, col_lse, kept = drrho_sums(rows, cols, diag, scale, offset, keep)
+    M = row_lse.shape[0]
+    N = col_lse.shape[0]
+    return diag.new_empty(4, M), diag.new_empty(4, N), kept, torch.empty_like(kept)
+
+
+def distill_grad(
+    rows: Tensor,
+    cols: Tensor,
+    diag: Tensor,
+    scale: Tensor,
+    teacher_rows: Tensor,
+    teacher_cols: Tensor,
+    teacher_diag: Tensor,
+    teacher_scale: Tensor,
+    offset: int,
+    row_u: Tensor,
+    col_u: Tensor,
+    own: Tensor,
+    factors: Tensor,
+    kept: Tensor,
+    teacher_kept: Tensor,
+    need_rows: bool,
+    need_cols: bool,
+) -> tuple[Tensor, Tensor]:
+    M = rows.shape[0] if need_rows else 0
+    N = cols.shape[0] if need_cols else 0
+    return diag.new_empty(M, rows.shape[1]), diag.new_empty(N, rows.shape[1])

@@ -251,6 +251,38 @@ RECORDS = (
         },
         backends=_WITHOUT_CUDA,
     ),
+    # its sweeps are drrho_loss's
+    Op("clip_loss", {}, backends=_WITHOUT_CUDA),
+    Op(
+        "siglip_loss",
+        {
+            "siglip_sweep": LowLevel(
+                "(Tensor rows, Tensor cols, Tensor scale, Tensor bias, SymInt offset, "
+                "bool need_rows, bool need_cols) -> (Tensor, Tensor, Tensor)",
+                _fakes.siglip_sweep,
+            ),
+        },
+        backends=_WITHOUT_CUDA,
+    ),
+    Op(
+        "distill_loss",
+        {
+            "distill_sums": LowLevel(
+                "(Tensor rows, Tensor cols, Tensor diag, Tensor scale, Tensor teacher_rows, "
+                "Tensor teacher_cols, Tensor teacher_diag, Tensor teacher_scale, SymInt offset, "
+                "bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+                _fakes.distill_sums,
+            ),
+            "distill_grad": LowLevel(
+                "(Tensor rows, Tensor cols, Tensor diag, Tensor scale, Tensor teacher_rows, "
+                "Tensor teacher_cols, Tensor teacher_diag, Tensor teacher_scale, SymInt offset, "
+                "Tensor row_u, Tensor col_u, Tensor own, Tensor factors, Tensor kept, "
+                "Tensor teacher_kept, bool need_rows, bool need_cols) -> (Tensor, Tensor)",
+                _fakes.distill_grad,
+            ),
+        },
+        backends=_WITHOUT_CUDA,
+    ),
 )
 
 # by the names that dispatch knows, variants of one record among them

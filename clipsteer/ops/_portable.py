@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsteer.ops import _drrho_sweeps, _grouped, _ragged, _sparse
+from clipsteer.ops import _grouped, _ragged, _sparse, _sweeps
 from clipsteer.ops._autograd import Function
 from clipsteer.ops._dispatch import call, describe, resolve
 from clipsteer.ops._lowlevel import PORTABLE, RECORDS, Op
@@ -149,7 +149,7 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "low_rank_project": _low_rank_project,
     "mahalanobis_covariance_loss": _mahalanobis,
     "drift_sums": _drift_sums,
-    **_drrho_sweeps.PLAIN,
+    **_sweeps.PLAIN,
 }
 
 # where the derivatives are written, and what they take after the op's own arguments

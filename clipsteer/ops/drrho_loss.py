@@ -10,25 +10,16 @@ arXiv 2505.06699); Wei et al. 2024 (FastCLIP, arXiv 2407.01445) for u, γ and ρ
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from clipsteer.ops import _check
-from clipsteer.ops._autograd import (
-    Function,
-    has_tangents,
-    save,
-    total,
-    tracked,
-    transformed,
-)
+from clipsteer.ops._contrastive import KINDS, Kind, contrast
 from clipsteer.ops._dispatch import choose
-from clipsteer.ops._drrho_sweeps import Arguments, averaged, evaluate, log_of
+from clipsteer.ops._drrho import Arguments, averaged, evaluate, log_of
 
 __all__ = ["drrho_loss", "drrho_loss_reference"]
 
@@ -63,134 +54,43 @@ def drrho_loss_reference(
     return (loss * temperature).to(wide), u.detach()
 
 
-class Loss(Function):
-    """The sweeps hand back the gradients with the value."""
-
-    @staticmethod
-    def forward(backend, world, needs, *arguments):
-        return evaluate(Arguments(*arguments), needs, backend, world)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, world, ctx.needs, *arguments = inputs
-        _, new, *grads = output
-        save(ctx, *grads, *arguments[:6])
-        B = arguments[0].shape[0] if world is None else world.rows
-        size = 1 if world is None else world.size
-        # data-parallel training averages gradients over the processes, each of which has those of
-        # its rows
-        ctx.numbers = arguments[6:]
-        ctx.factor = size / (2 * B * B)
-        ctx.mark_non_differentiable(new, *grads)
-        ctx.set_materialize_grads(False)
-        ctx.together = world is not None
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        if grad is None:
-            return (None,) * 12
-        settings = (ctx.factor, ctx.needs, ctx.together)
-        result = _Gradient.run(grad, *settings, *ctx.saved_tensors, *ctx.numbers)
-        d_image, d_text, d_tau = (g if f else None for g, f in zip(result, ctx.needs))
-        return None, None, None, d_image, d_text, None, None, d_tau, *[None] * 4
-
-    @staticmethod
-    def jvp(ctx, backend, world, needs, t_image, t_text, _, __, t_tau, *options):
-        if ctx.together:
-            what = "over several processes it has no forward-mode derivative"
-            raise RuntimeError(f"drrho_loss: {what}; use a single one")
-        one = ctx.saved_tensors[2].new_ones(())
-        settings = (ctx.factor, ctx.needs, ctx.together)
-        # through what knows that the gradients move, too
-        grads = _Gradient.run(one, *settings, *ctx.saved_tensors, *ctx.numbers)
-        pairs = zip(grads, (t_image, t_text, t_tau))
-        along = [(g * t).sum(dtype=one.dtype) for g, t in pairs if t is not None]
-        return total(*along), *[None] * 4
+def _reference(
+    image: Tensor,
+    text: Tensor,
+    ref_image: Tensor | None,
+    ref_text: Tensor | None,
+    tau: Tensor,
+    u: Tensor | None,
+    gamma: float,
+    eps: float,
+    rho: float,
+) -> tuple[Tensor, Tensor]:
+    return drrho_loss_reference(
+        image,
+        text,
+        ref_image,
+        ref_text,
+        temperature=tau,
+        gamma=gamma,
+        u=u,
+        eps=eps,
+        rho=rho,
+    )
 
 
-class _Gradient(Function):
-    """grad times each gradient; the derivatives of that are the reference's."""
-
-    @staticmethod
-    def forward(
-        grad,  # ()
-        factor,
-        needs,
-        together,
-        d_image,  # (B, d)
-        d_text,  # (B, d)
-        d_tau,  # ()
-        *arguments,
-    ):
-        arguments = Arguments(*arguments)
-        scaled = grad * factor
-        d_image = (scaled * d_image).to(arguments.image.dtype)
-        d_text = (scaled * d_text).to(arguments.text.dtype)
-        return d_image, d_text, grad * d_tau
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        grad, ctx.factor, ctx.needs, ctx.together, *grads = inputs[:7]
-        arguments = inputs[7:]
-        save(ctx, grad, *grads, *arguments[:6])
-        ctx.numbers = arguments[6:]
-
-    @staticmethod
-    def backward(ctx, *outer):
-        if ctx.together:
-            what = "over several processes it has first derivatives only"
-            raise RuntimeError(f"drrho_loss: {what}; use a single one")
-        grad, _, _, _, *tensors = ctx.saved_tensors
-        first = _first(tensors, ctx.numbers)
-
-        def along(*leaves: Tensor) -> Tensor:
-            pairs = zip(first(*leaves), outer, ctx.needs)
-            return sum((g * o).sum() for g, o, needed in pairs if needed)
-
-        leaves = (tensors[0], tensors[1], tensors[4])
-        twice, once = torch.func.grad_and_value(along, argnums=(0, 1, 2))(*leaves)
-        d_image, d_text, d_tau = (g * grad for g in twice)
-        return once, *[None] * 6, d_image, d_text, None, None, d_tau, *[None] * 4
-
-    @staticmethod
-    def jvp(ctx, t_grad, *tangents):
-        if ctx.together:
-            what = "over several processes it has first derivatives only"
-            raise RuntimeError(f"drrho_loss: {what}; use a single one")
-        grad, d_image, d_text, d_tau, *tensors = ctx.saved_tensors
-        leaves = (tensors[0], tensors[1], tensors[4])
-        given = (tangents[6], tangents[7], tangents[10])
-        moves = tuple(torch.zeros_like(x) if t is None else t for x, t in zip(leaves, given))
-        along = torch.func.jvp(_first(tensors, ctx.numbers), leaves, moves)[1]
-        found = [g * grad for g in along]
-        if t_grad is not None:
-            of_grad = (ctx.factor * d_image, ctx.factor * d_text, d_tau)
-            found = [g + (t_grad * d).to(g.dtype) for g, d in zip(found, of_grad)]
-        return tuple(found)
+def _gradient(cotangents, found, arguments, needs, backend, world):
+    """The sweeps hand back the gradients with the value; ``found`` begins with u."""
+    (grad,) = cotangents
+    _, d_image, d_text, d_tau = found
+    image, text = arguments[:2]
+    B = image.shape[0] if world is None else world.rows
+    # data-parallel training averages gradients over the processes, each of which has those of its
+    # rows
+    scaled = grad * ((1 if world is None else world.size) / (2 * B * B))
+    return (scaled * d_image).to(image.dtype), (scaled * d_text).to(text.dtype), grad * d_tau
 
 
-def _first(
-    tensors: Sequence[Tensor],
-    numbers: tuple[float, float, float],
-) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """The reference's gradients as a function of image, text and τ; the rest stands."""
-    _, _, ref_image, ref_text, _, u = tensors
-    gamma, eps, rho = numbers
-
-    def loss(image: Tensor, text: Tensor, tau: Tensor) -> Tensor:
-        return drrho_loss_reference(
-            image,
-            text,
-            ref_image,
-            ref_text,
-            temperature=tau,
-            gamma=gamma,
-            u=u,
-            eps=eps,
-            rho=rho,
-        )[0]
-
-    return torch.func.grad(loss, argnums=(0, 1, 2))
+KINDS["drrho_loss"] = Kind(evaluate, _gradient, _reference, tensors=6, leaves=(0, 1, 4), outputs=2)
 
 
 def checked(
@@ -348,33 +248,10 @@ def drrho_loss(
     return run(given, choose("drrho_loss", backend, given.image))
 
 
-def _needed(*tensors: Tensor) -> tuple[bool, bool, bool]:
-    """Which gradients the sweeps make: inside a transform, and with a tangent, all of them."""
-    if transformed() or has_tangents():
-        return True, True, True
-    image, text, tau = (t.requires_grad for t in tensors)
-    return image, text, tau
-
-
 def run(arguments: Arguments, backend: str, world: Any = None) -> tuple[Tensor, Tensor]:
     """Checked arguments through the definition or the sweeps, differentiable if something asks for
     it."""
-    image, text, ref_image, ref_text, tau, u, gamma, eps, rho = arguments
-    if ref_image is not None and ref_text is not None:
-        arguments = arguments._replace(ref_image=ref_image.detach(), ref_text=ref_text.detach())
-    kind = image.device.type
-    # inside its region autocast would take the reference's float32 products to halves
-    casting = kind != "meta" and torch.is_autocast_enabled(kind)
-    with torch.autocast(kind, enabled=False) if casting else contextlib.nullcontext():
-        if backend == "reference" and world is None:
-            return drrho_loss_reference(
-                *arguments[:4],
-                temperature=tau,
-                gamma=gamma,
-                u=u,
-                eps=eps,
-                rho=rho,
-            )
-        if tracked(image, text, tau):
-            return Loss.run(backend, world, _needed(image, text, tau), *arguments)[:2]
-        return evaluate(arguments, (False,) * 3, backend, world)[:2]
+    if arguments.ref_image is not None and arguments.ref_text is not None:
+        ref_image, ref_text = arguments.ref_image.detach(), arguments.ref_text.detach()
+        arguments = arguments._replace(ref_image=ref_image, ref_text=ref_text)
+    return contrast("drrho_loss", arguments, backend, world)

@@ -79,6 +79,9 @@ class ContrastiveConfig:
     """epochs in which γ falls (default: those of the run)"""
     distill: Weight = 0.5
     """weight of the soft targets, for distill"""
+    loss_backend: Literal["auto", "reference", "cpp", "triton", "plain"] = "auto"
+    """what computes the loss, see `ops.explain`; for clip and distill "plain" multiplies whole
+    matrices of logits"""
     select: Share | None = None
     """train on this share of each batch of all processes, picked as learnable together (JEST);
     needs a reference (default: all)"""
@@ -100,6 +103,11 @@ class ContrastiveConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.remembers and self.loss_backend == "plain":
+            raise self._error(
+                "{loss_backend} must be a backend of ops.drrho_loss for drrho and global, got "
+                "'plain'; 'reference' is torch's"
+            )
         tau, learnt = self._temperature()
         if learnt and tau < LEAST_TEMPERATURE:
             raise self._error(
@@ -179,10 +187,15 @@ class ContrastiveConfig:
                 rho=self.resolved_rho,
                 eps=self.eps,
                 world=world,
+                backend=self.loss_backend,
             )
             loss.warned = True  # these settings have
             return loss
         distill = self.distill if self.loss == "distill" else 0.0
         return ContrastiveLoss(
-            temperature=tau, learnable_temperature=learnt, distill=distill, world=world
+            temperature=tau,
+            learnable_temperature=learnt,
+            distill=distill,
+            world=world,
+            backend=self.loss_backend,
         )

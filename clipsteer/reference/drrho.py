@@ -48,7 +48,8 @@ class DRRhoLoss(nn.Module):
     """``ops.drrho_loss`` that remembers u for each of ``num_samples`` training samples.
 
     Without reference features it is FastCLIP's global contrastive loss. Features are given
-    normalised.
+    normalised. It stands in for a loss of open_clip's, with the model's own ``logit_scale``: a call
+    may give that, and then the loss owns no temperature.
 
     A learnable temperature follows FastCLIP-v3: the parameter ``logit_scale`` = log(1/τ), trained
     by AdamW in a group of its own without weight decay or warm-up, at a constant learning rate
@@ -66,7 +67,7 @@ class DRRhoLoss(nn.Module):
     the whole one everywhere.
 
     Args:
-        num_samples: ids are in [0, num_samples).
+        num_samples: ids are in [0, num_samples); None where none will be given.
         temperature: τ, or where it starts.
         learnable_temperature: whether it is trained.
         rho: see ``ops.drrho_loss``; None is ½·log B of each batch where τ is learnable, else 0.
@@ -89,7 +90,7 @@ class DRRhoLoss(nn.Module):
 
     def __init__(
         self,
-        num_samples: int,
+        num_samples: int | None = None,
         *,
         temperature: float = 0.01,
         learnable_temperature: bool = False,
@@ -100,7 +101,7 @@ class DRRhoLoss(nn.Module):
         world: World | None = None,
     ) -> None:
         super().__init__()
-        if num_samples < 1:
+        if num_samples is not None and num_samples < 1:
             raise ValueError(f"DRRhoLoss: num_samples must be at least 1, got {num_samples}")
         if not 0 < temperature < math.inf:
             raise ValueError(
@@ -119,7 +120,7 @@ class DRRhoLoss(nn.Module):
             )
         if rho is not None and not math.isfinite(rho):
             raise ValueError(f"DRRhoLoss: rho must be finite, got {rho}")
-        self.num_samples = num_samples
+        self.num_samples = num_samples or 0
         self.rho = rho
         self.warned = False  # that ρ has no balance
         self.eps = eps
@@ -130,7 +131,7 @@ class DRRhoLoss(nn.Module):
         self.fixed_temperature = temperature
         self.temperature_min = temperature_min
         self.world = training_world(world)
-        own = range(num_samples)
+        own = range(self.num_samples)
         if self.world is not None:
             own = own[self.world.rank :: self.world.size]
         u = torch.full((2, len(own)), torch.nan)
@@ -164,72 +165,116 @@ class DRRhoLoss(nn.Module):
 
     def forward(
         self,
-        image: Tensor,  # (B, d)
-        text: Tensor,  # (B, d)
-        ids: Tensor,  # (B,)
+        image_features: Tensor | None = None,  # (B, d)
+        text_features: Tensor | None = None,  # (B, d)
+        logit_scale: float | Tensor | None = None,
+        ids: Tensor | None = None,  # (B,)
+        output_dict: bool | Tensor | None = False,
+        *,
         ref_image: Tensor | None = None,  # (B, d_ref)
         ref_text: Tensor | None = None,  # (B, d_ref)
-        *,
         gamma: float = 1.0,
-    ) -> Tensor:
-        """The loss of a batch; in training mode the samples' u move too.
+        image: Tensor | None = None,
+        text: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss of a batch, called as open_clip's losses are; in training mode the samples' u
+        move too.
 
         Args:
-            image, text: (B, d) normalised features.
-            ref_image, ref_text: (B, d_ref) the reference's, or None.
+            image_features, text_features: (B, d) normalised features; `image` and `text` are the
+                same.
+            logit_scale: the model's 1/τ > 0, a number or a tensor with one element, which gets its
+                gradient, in place of the loss's own temperature.
             ids: (B,) int64, which samples these are. Of a sample that comes twice the later pair is
-                remembered.
+                remembered. May be left out where gamma is 1: nothing is remembered then.
+            output_dict: return {"contrastive_loss": loss}.
+            ref_image, ref_text: (B, d_ref) the reference's, or None.
             gamma: share of this batch in u, see ``gamma_schedule``.
 
+        ``loss(image, text, ids, ref_image, ref_text)`` is understood, too: ids are integers.
+
         Returns:
-            () float32.
+            () float32 (float64 for float64 features).
 
         Raises:
-            ValueError, TypeError: as ``ops.drrho_loss``; ids not (B,) int64 in [0, num_samples).
+            ValueError, TypeError: as ``ops.drrho_loss``; ids not (B,) int64 in [0, num_samples), or
+                none where gamma is less than 1; a logit_scale beside a learnable temperature.
         """
-        self._check_ids(ids, image)
+        if isinstance(logit_scale, Tensor) and not logit_scale.is_floating_point():
+            if isinstance(ids, Tensor):
+                ref_image = ids
+            if isinstance(output_dict, Tensor):
+                ref_text = output_dict
+            logit_scale, ids, output_dict = None, logit_scale, False
+        image = image_features if image is None else image
+        text = text_features if text is None else text
+        if image is None or text is None:
+            raise TypeError("DRRhoLoss: expected image_features and text_features")
+        temperature, learnt = self._temperature_for(logit_scale)
+        if ids is None:
+            if gamma != 1:
+                raise ValueError(f"DRRhoLoss: gamma={gamma} < 1 needs ids, whose u it averages")
+        else:
+            self._check_ids(ids, image)
         features = (image, text, ref_image, ref_text)
         if self.world is not None:
-            return self._joint(self.world, features, ids, gamma)
-        loss, u = ops.drrho_loss(
-            *features,
-            temperature=self.temperature,
-            gamma=gamma,
-            u=self.u[:, ids],
-            eps=self.eps,
-            rho=self._rho(len(ids)),
-            backend=self.backend,
-        )
-        if self.training:
-            self._remember(ids, u)
-        return loss
+            loss = self._joint(self.world, features, ids, gamma, temperature, learnt)
+        else:
+            loss, u = ops.drrho_loss(
+                *features,
+                temperature=temperature,
+                gamma=gamma,
+                u=None if ids is None else self.u[:, ids],
+                eps=self.eps,
+                rho=self._rho(len(image), learnt),
+                backend=self.backend,
+            )
+            if self.training and ids is not None:
+                self._remember(ids, u)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _temperature_for(self, logit_scale: float | Tensor | None) -> tuple[Tensor | float, bool]:
+        """τ, and whether it is learnt."""
+        if logit_scale is None:
+            return self.temperature, self.logit_scale is not None
+        if self.logit_scale is not None:
+            raise ValueError(
+                "DRRhoLoss: a logit_scale beside a temperature of the loss's own; leave one out "
+                "(learnable_temperature=False)"
+            )
+        if isinstance(logit_scale, Tensor):
+            return logit_scale.reciprocal(), logit_scale.requires_grad
+        return (1 / logit_scale if logit_scale else math.inf), False
 
     def _joint(
         self,
         world: World,
         features: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-        ids: Tensor,  # (B,)
+        ids: Tensor | None,  # (B,)
         gamma: float,
+        temperature: Tensor | float,
+        learnt: bool,
     ) -> Tensor:
         """The loss of all processes' batches, of which this one gives its rows."""
         image = features[0]
         batch = JointBatch(world, len(image))
         mine = slice(batch.offset, batch.offset + len(image))
-        ids = batch.join(ids)
-        u = self._recall(world, ids)[:, mine]
-        rho = self._rho(batch.rows)
-        given = checked(*features, self.temperature, gamma, u, self.eps, rho, rows=batch.rows)
+        u = None
+        if ids is not None:
+            ids = batch.join(ids)
+            u = self._recall(world, ids)[:, mine]
+        rho = self._rho(batch.rows, learnt)
+        given = checked(*features, temperature, gamma, u, self.eps, rho, rows=batch.rows)
         backend = choose("drrho_loss", self.backend, given.image)
         loss, u = run(given, backend, batch)
-        u = batch.join(u.T).T
-        if self.training:
-            self._remember(ids, u)
+        if self.training and ids is not None:
+            self._remember(ids, batch.join(u.T).T)
         return loss
 
-    def _rho(self, pairs: int) -> float:
-        """ρ for a batch of so many pairs; the first that leaves a learnable τ without a balance
+    def _rho(self, pairs: int, learnt: bool) -> float:
+        """ρ for a batch of so many pairs; the first that leaves a learnt τ without a balance
         warns."""
-        if self.logit_scale is None or pairs < 1:
+        if not learnt or pairs < 1:
             return self.rho or 0.0
         rho = balanced_rho(pairs) if self.rho is None else self.rho
         if self.training and not self.warned and not torch.compiler.is_compiling():

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipsteer.losses.exchange import Exchange
+from clipsteer.ops._contrastive import contrast
+from clipsteer.ops._dispatch import choose
 from clipsteer.training.world import JointBatch, World, training_world
 
 
@@ -46,6 +49,7 @@ class ContrastiveLoss(nn.Module):
         learnable_temperature: whether its logarithm is trained.
         distill: w in [0, 1]; 0 is CLIP's loss.
         world: the processes; by default those of an initialised process group.
+        backend: see `ops.clip_loss`; "plain" multiplies whole matrices of logits, in torch.
 
     Raises ValueError for values out of range.
     """
@@ -57,6 +61,7 @@ class ContrastiveLoss(nn.Module):
         learnable_temperature: bool = True,
         distill: float = 0.0,
         world: World | None = None,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         if not 0 < temperature < math.inf or not 0 <= distill <= 1:
@@ -65,6 +70,7 @@ class ContrastiveLoss(nn.Module):
                 f"{temperature} and {distill}"
             )
         self.distill = distill
+        self.backend = backend
         self.world = training_world(world)
         start = torch.tensor(-math.log(temperature))
         self.logit_scale = nn.Parameter(start, requires_grad=learnable_temperature)
@@ -102,6 +108,8 @@ class ContrastiveLoss(nn.Module):
         """
         if self.distill and (ref_image is None or ref_text is None):
             raise ValueError("ContrastiveLoss: distill > 0 needs ref_image and ref_text")
+        if self.backend != "plain":
+            return self._fused(image, text, ref_image, ref_text)
         batch = None if self.world is None else JointBatch(self.world, len(image))
         rows = self._logits(image, text, batch)
         own = torch.arange(len(image), device=image.device)
@@ -120,6 +128,32 @@ class ContrastiveLoss(nn.Module):
             sums.append(F.kl_div(logits.log_softmax(1), target, log_target=True, reduction="sum"))
         soft = sums[0] + sums[1]
         return (1 - self.distill) * loss + self.distill * soft * share / 2
+
+    def _fused(
+        self,
+        image: Tensor,  # (B, e)
+        text: Tensor,  # (B, e)
+        ref_image: Tensor | None,  # (B, e_ref)
+        ref_text: Tensor | None,  # (B, e_ref)
+    ) -> Tensor:
+        """The same by sweeps over tiles of similarities."""
+        joint = None
+        if self.world is not None:
+            joint = Exchange(self.world, len(image), local=True, with_grad=True)
+        dtype = torch.promote_types(image.dtype, torch.float32)
+        scale = self.logit_scale.exp().to(dtype)
+        if not self.distill or ref_image is None or ref_text is None:
+            backend = choose("clip_loss", self.backend, image)
+            return contrast("clip_loss", (image, text, scale, None, 0.0), backend, joint)[0]
+        backend = choose("distill_loss", self.backend, image)
+        theirs = (ref_image.detach().to(image.dtype), ref_text.detach().to(image.dtype))
+        still = scale.detach()
+        pairs = (image, text, *theirs, scale, still)
+        hard, soft = contrast("distill_loss", pairs, backend, joint)
+        with torch.no_grad():  # cross-entropy less the reference's own entropy is the divergence
+            own = (*theirs, *theirs, still, still)
+            entropy = contrast("distill_loss", own, backend, joint)[1]
+        return (1 - self.distill) * hard + self.distill * (soft - entropy)
 
     def _logits(
         self,

@@ -101,7 +101,7 @@ def train_contrastive(
 
 class _Run(TrainingRun):
     name = "train"
-    cosmetic = (*TrainingRun.cosmetic, "micro_batch", "evaluate_every")
+    cosmetic = (*TrainingRun.cosmetic, "micro_batch", "evaluate_every", "loss_backend")
     since: Mapping[str, Any] = {"eps": 1e-14}
     shown = ("loss", "loss_share")
     optimizer: torch.optim.Optimizer
@@ -315,7 +315,12 @@ class _Run(TrainingRun):
         image, text = (x.detach().requires_grad_() for x in features)
         began = self._now()
         loss = self.loss(
-            image, text, ids, *refs, gamma=self._gamma(self.step // self.order.per_epoch)
+            image,
+            text,
+            ids=ids,
+            ref_image=refs[0],
+            ref_text=refs[1],
+            gamma=self._gamma(self.step // self.order.per_epoch),
         )
         loss.backward()
         self.loss_seconds = self._now() - began

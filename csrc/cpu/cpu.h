@@ -57,6 +57,15 @@ std::tuple<Tensor, Tensor, Tensor> drrho_sums(Tensor rows, Tensor cols, Tensor d
 std::tuple<Tensor, Tensor, Tensor> drrho_grad(Tensor rows, Tensor cols, Tensor diag, Tensor scale, int64_t offset,
                                               Tensor row_u, Tensor col_u, Tensor own, Tensor kept, int64_t width,
                                               bool need_rows, bool need_cols);
+std::tuple<Tensor, Tensor, Tensor> siglip_sweep(Tensor rows, Tensor cols, Tensor scale, Tensor bias, int64_t offset,
+                                                bool need_rows, bool need_cols);
+std::tuple<Tensor, Tensor, Tensor, Tensor> distill_sums(Tensor rows, Tensor cols, Tensor diag, Tensor scale,
+                                                        Tensor teacher_rows, Tensor teacher_cols, Tensor teacher_diag,
+                                                        Tensor teacher_scale, int64_t offset, bool keep);
+std::tuple<Tensor, Tensor> distill_grad(Tensor rows, Tensor cols, Tensor diag, Tensor scale, Tensor teacher_rows,
+                                        Tensor teacher_cols, Tensor teacher_diag, Tensor teacher_scale, int64_t offset,
+                                        Tensor row_u, Tensor col_u, Tensor own, Tensor factors, Tensor kept,
+                                        Tensor teacher_kept, bool need_rows, bool need_cols);
 void adam_rows(Tensor w, Tensor m, Tensor v, Tensor step, Tensor grad, std::optional<Tensor> features, bool unit,
                double lr, double beta1, double beta2, double eps);
 

@@ -52,6 +52,18 @@ STABLE_TORCH_LIBRARY(clipsteer_cpp, m) {
       "Tensor own, Tensor kept, SymInt width, bool need_rows, bool need_cols) "
       "-> (Tensor d_rows, Tensor d_cols, Tensor moment)");
   m.def(
+      "siglip_sweep(Tensor rows, Tensor cols, Tensor scale, Tensor bias, SymInt offset, bool need_rows, bool need_cols) "
+      "-> (Tensor sums, Tensor d_rows, Tensor d_cols)");
+  m.def(
+      "distill_sums(Tensor rows, Tensor cols, Tensor diag, Tensor scale, Tensor teacher_rows, Tensor teacher_cols, "
+      "Tensor teacher_diag, Tensor teacher_scale, SymInt offset, bool keep) "
+      "-> (Tensor row_sums, Tensor col_sums, Tensor kept, Tensor teacher_kept)");
+  m.def(
+      "distill_grad(Tensor rows, Tensor cols, Tensor diag, Tensor scale, Tensor teacher_rows, Tensor teacher_cols, "
+      "Tensor teacher_diag, Tensor teacher_scale, SymInt offset, Tensor row_u, Tensor col_u, Tensor own, "
+      "Tensor factors, Tensor kept, Tensor teacher_kept, bool need_rows, bool need_cols) "
+      "-> (Tensor d_rows, Tensor d_cols)");
+  m.def(
       "adam_rows(Tensor(a!) W, Tensor(b!) m, Tensor(c!) v, Tensor step, Tensor grad, Tensor? features, bool unit, "
       "float lr, float beta1, float beta2, float eps) -> ()");
   m.def("isa_level() -> int");
@@ -78,6 +90,9 @@ STABLE_TORCH_LIBRARY_IMPL(clipsteer_cpp, CPU, m) {
   m.impl("mahalanobis_covariance_loss", TORCH_BOX(&clipsteer::mahalanobis_covariance_loss));
   m.impl("drrho_sums", TORCH_BOX(&clipsteer::drrho_sums));
   m.impl("drrho_grad", TORCH_BOX(&clipsteer::drrho_grad));
+  m.impl("siglip_sweep", TORCH_BOX(&clipsteer::siglip_sweep));
+  m.impl("distill_sums", TORCH_BOX(&clipsteer::distill_sums));
+  m.impl("distill_grad", TORCH_BOX(&clipsteer::distill_grad));
   m.impl("adam_rows", TORCH_BOX(&clipsteer::adam_rows));
 }
 

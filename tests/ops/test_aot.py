@@ -103,12 +103,23 @@ KERNELS = {  # a case, whose last word is the dtype, and what it launches
     "drrho tf32": ["drrho_sums", "drrho_weights"],
     "drrho of odd width bf16": ["drrho_sums", "drrho_weights"],
     "drrho of few columns fp32": ["drrho_sums", "drrho_weights"],
+    "siglip bf16": ["siglip_weights"],
+    "siglip fp16": ["siglip_weights"],
+    "siglip fp32": ["siglip_weights"],
+    "siglip tf32": ["siglip_weights"],
+    "siglip of odd width bf16": ["siglip_weights"],
+    "distill bf16": ["distill_sums", "distill_weights"],
+    "distill fp16": ["distill_sums", "distill_weights"],
+    "distill fp32": ["distill_sums", "distill_weights"],
+    "distill tf32": ["distill_sums", "distill_weights"],
+    "distill of odd width bf16": ["distill_sums", "distill_weights"],
     "adam fp32": ["adam_rows", "adam_scales"],
 }
 PRODUCTS = ("topk_encode_fwd", "threshold_count", "threshold_write", "topk_encode_keys", "grouped_matmul",
-            "grouped_outer", "low_rank_project", "drift_tile", "drrho_sums", "drrho_weights")  # fmt: skip
+            "grouped_outer", "low_rank_project", "drift_tile", "drrho_sums", "drrho_weights", "siglip_weights",
+            "distill_sums", "distill_weights")  # fmt: skip
 TILED = ("topk_encode_fwd", "threshold_count", "threshold_write", "topk_encode_keys", "drift_tile", "drrho_sums",
-         "drrho_weights")  # fmt: skip
+         "drrho_weights", "siglip_weights", "distill_sums", "distill_weights")  # fmt: skip
 LOADED_WIDE = (*PRODUCTS, "ragged_decode_fwd", "ragged_dot", "sparse_decode_fwd", "gather_dot", "sparse_outer_bwd",
                "adam_rows")  # fmt: skip
 
@@ -237,21 +248,24 @@ def compile_all(target_name: str, cases: list[str]) -> dict[str, list[dict]]:
 
     from clipsteer.kernels import (
         _launch,
+        _weights,
         adam_rows,
         batch_topk_encode,
         conceptor_project,
+        distill_loss,
         drrho_loss,
         mahalanobis_covariance_loss,
         ragged_decode,
         semantic_drift,
+        siglip_loss,
         sparse_decode,
         threshold_encode,
         topk_encode,
     )
 
     modules = (
-        adam_rows, batch_topk_encode, conceptor_project, drrho_loss, mahalanobis_covariance_loss, ragged_decode,
-        semantic_drift, sparse_decode, threshold_encode, topk_encode,
+        adam_rows, batch_topk_encode, conceptor_project, distill_loss, drrho_loss, mahalanobis_covariance_loss,
+        ragged_decode, semantic_drift, siglip_loss, sparse_decode, threshold_encode, topk_encode,
     )  # fmt: skip
     hip = target_name.startswith("gfx")
     lanes = 64 if target_name.startswith("gfx9") else 32
@@ -263,8 +277,9 @@ def compile_all(target_name: str, cases: list[str]) -> dict[str, list[dict]]:
         module.shared_memory_limit = lambda device: SHARED_MEMORY[target_name]
     _launch.has_tf32 = lambda device: not hip or target_name == "gfx942"
     _launch.two_programs = lambda device: {"maxnreg": 128} if target_name == "sm_90" else {}
-    drrho_loss.add_product = lambda total, a, b: total
-    semantic_drift.multiply = drrho_loss.multiply = lambda a, b: torch.empty(*a.shape[:-1], b.shape[-1])
+    _weights.add_product = lambda total, a, b: total
+    for module in (_weights, distill_loss, semantic_drift):
+        module.multiply = lambda a, b: torch.empty(*a.shape[:-1], b.shape[-1])
 
     gpu = SimpleNamespace(  # to compile for; nothing runs on it
         get_current_target=lambda: target,
@@ -379,6 +394,18 @@ def compile_all(target_name: str, cases: list[str]) -> dict[str, list[dict]]:
         drrho_loss.drrho_sums(*rows, 0, True)
         drrho_loss.drrho_grad(*rows, 0, single, single, single, single.new_empty(0, B), D // 2, True, True)
 
+    def siglip(D: int = 1024) -> None:
+        single = torch.zeros(())
+        for wanted in (True, False):
+            siglip_loss.siglip_sweep(empty(1024, D), empty(1024, D), single, single, 0, wanted, wanted)
+
+    def distill(D: int = 1024) -> None:
+        single = torch.zeros(1024)
+        pairs = (empty(1024, D), empty(1024, D), single, torch.zeros(())) * 2
+        distill_loss.distill_sums(*pairs, 0, True)
+        both, none = torch.zeros(2, 1024), single.new_empty(0, 1024)
+        distill_loss.distill_grad(*pairs, 0, both, both, single, torch.zeros(2), none, none, True, True)
+
     def adam() -> None:
         for d in (64, 768, 4096, adam_rows.MAX_COLUMNS):
             w, m, v, grad = empty(4, 64, d)
@@ -420,6 +447,10 @@ def compile_all(target_name: str, cases: list[str]) -> dict[str, list[dict]]:
         "drrho": drrho,
         "drrho of odd width": lambda: drrho(D=771),
         "drrho of few columns": lambda: drrho(D=48),
+        "siglip": siglip,
+        "siglip of odd width": lambda: siglip(771),
+        "distill": distill,
+        "distill of odd width": lambda: distill(771),
         "adam": adam,
     }
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from clipsteer import ops, testing
 from clipsteer.ops import REGISTRY, _dispatch
-from clipsteer.ops._drrho_sweeps import KEEP
 from clipsteer.ops._spec import spec_errors
+from clipsteer.ops._sweeps import KEEP
 
 FAST = [b for b in ("reference", "cpp") if testing.supported(b)]
 SPEC = REGISTRY["drrho_loss"]
@@ -208,7 +208,7 @@ def test_a_block_of_rows_against_all_columns(M, before, after, seed):
     N = M + before + after
     if N == 0:
         return
-    from clipsteer.ops._drrho_sweeps import _plain_grad, _plain_sums
+    from clipsteer.ops._sweeps import _plain_grad, _plain_sums
 
     rows, cols = unit(N, 9, seed=seed)
     diag, scale = (rows * cols).sum(1), torch.tensor(8.0, dtype=DOUBLE)
@@ -400,7 +400,7 @@ import torch
 from clipsteer import ops
 from clipsteer.kernels import drrho_loss as kernels
 from clipsteer.ops import REGISTRY
-from clipsteer.ops._drrho_sweeps import _plain_grad, _plain_sums
+from clipsteer.ops._sweeps import _plain_grad, _plain_sums
 from clipsteer.ops._spec import spec_errors
 spec = REGISTRY["drrho_loss"]
 kernels.CHUNK, kernels.SUM_ROWS = 0, 128  # chunks of 128 rows: three of them, whose sums and products add up

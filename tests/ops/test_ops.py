@@ -454,6 +454,11 @@ def test_inductor_equals_eager(name):
         assert all(torch.equal(a, b) for a, b in zip(outputs(name, inputs), graph))
 
 
+def pairs_of(t: dict, width: int = 10) -> tuple[Tensor, ...]:
+    """Rows and columns of this width, their own pairs' similarities, a scale."""
+    return t["x"][:, :width].contiguous(), t["W"][:, :width].contiguous(), t["b_n"], torch.tensor(2.0)
+
+
 LOW_LEVEL_ARGUMENTS = {
     "grouped_matmul": lambda t: (t["x"], t["C"], t["group"], t["beta"], t["mean"], True),
     "grouped_outer": lambda t: (t["acts"], t["x"], t["group"], 3),
@@ -477,6 +482,21 @@ LOW_LEVEL_ARGUMENTS = {
         t["acts"][:, 1].contiguous(),
         t["x"].new_zeros(0, 80),
         7,
+        True,
+        True,
+    ),
+    "siglip_sweep": lambda t: (t["x"], t["W"], torch.tensor(2.0), torch.tensor(-3.0), 11, True, True),
+    "distill_sums": lambda t: (*pairs_of(t), *pairs_of(t, 4), 11, True),
+    "distill_grad": lambda t: (
+        *pairs_of(t),
+        *pairs_of(t, 4),
+        11,
+        t["acts"].T[:2].contiguous(),
+        torch.stack([t["b_n"], t["b_n"]]),
+        t["acts"][:, 2].contiguous(),
+        torch.tensor([0.5, 2.0]),
+        t["x"].new_zeros(0, 80),
+        t["x"].new_zeros(0, 80),
         True,
         True,
     ),

@@ -27,6 +27,9 @@ CROWDED = {
     "mahalanobis_covariance_loss_low_rank": {"B": 600, "C": 1, "d": 8, "r": 3},
     "semantic_drift": {"N": 3000, "C": 2, "d": 8},
     "drrho_loss": {"B": 600, "d": 8},
+    "clip_loss": {"B": 600, "d": 8, "other": 1, "smooth": 1},
+    "siglip_loss": {"B": 600, "d": 8},
+    "distill_loss": {"B": 600, "d": 8, "e": 8},
 }
 
 

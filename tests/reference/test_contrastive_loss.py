@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tests._command import in_processes
 
 from clipsteer.reference.losses import ContrastiveLoss, select_learnable
 
@@ -49,6 +50,41 @@ def test_distillation_is_the_divergence_from_the_reference():
     same.backward()
     assert float(same.detach()) == pytest.approx(0, abs=1e-12)
     assert float(image.grad.abs().max()) < 1e-12
+
+
+BOTH = """
+import sys, torch, torch.distributed as dist
+from torch.nn.functional import normalize
+from clipsteer.reference.losses import ContrastiveLoss
+size = int(sys.argv[1])
+rank = 0
+if size > 1:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+B = (6, 1, 0)[rank]
+g = torch.Generator().manual_seed(rank)
+rows = [normalize(torch.randn(B, n, generator=g, dtype=torch.float64), dim=1) for n in (5, 5, 3, 3)]
+for distill in (0.0, 0.3, 1.0):
+    found = []
+    for backend in ("plain", "auto", "reference"):
+        loss = ContrastiveLoss(temperature=0.2, distill=distill, backend=backend).double()
+        image, text = (x.clone().requires_grad_() for x in rows[:2])
+        value = loss(image, text, None, *(rows[2:] if distill else ()))
+        (3 * value).backward()
+        found.append((value.detach(), image.grad, text.grad, loss.logit_scale.grad))
+    for other in found[1:]:
+        for a, b in zip(found[0], other):
+            assert B == 0 or bool(a.any())
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+if size > 1:
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_tiles_give_what_whole_matrices_do(size, tmp_path):
+    """Value and gradients, with uneven processes, one of them without a pair."""
+    in_processes(tmp_path, BOTH, size, size=size)
 
 
 def test_clip_never_scales_by_more_than_100():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,11 +10,8 @@ from torch import Tensor
 
 from clipsteer.ops._spec import Draw, Inputs, OpSpec, Shape, sizes
 from clipsteer.ops.drrho_loss import drrho_loss, drrho_loss_reference
+from clipsteer.ops.specs._shared import drawn_pairs
 from clipsteer.ops.specs.drrho_loss_bounds import check_grads, check_values
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x / torch.linalg.vector_norm(x, dim=1, keepdim=True)
 
 
 def _draw(case: Draw) -> Inputs:
@@ -26,19 +22,8 @@ def _draw(case: Draw) -> Inputs:
     B = shape["B"]
     r = shape.get("r")
     wide = torch.promote_types(case.dtype, torch.float32)
-    in_double = replace(case, dtype=torch.float64, scale=1.0)
-
-    def pairs(n: int) -> tuple[Tensor, Tensor]:
-        a = in_double.tensor(B, n)
-        b = in_double.tensor(B, n)
-        if not case.exact:
-            a = _unit(a)
-            b = _unit(a + b / n**0.5) / case.scale
-            a = a * case.scale
-        return a.to(case.dtype), b.to(case.dtype)
-
-    image, text = pairs(shape["d"])
-    ref_image, ref_text = pairs(r) if r else (None, None)
+    image, text = drawn_pairs(case, shape["d"])
+    ref_image, ref_text = drawn_pairs(case, r) if r else (None, None)
     tau = 2.0 if case.exact else shape.get("percent", 25) / 100
     past = 2 * torch.randn(2, B, generator=case.generator, dtype=torch.float64)
     past = past.bfloat16().to(wide)

@@ -1,10 +1,6 @@
-"""What ``drrho_loss`` may be off by.
-
-S = s − r is a sum of D products, off by δS ≤ (D + 6)·u·|rows||cols|ᵀ; t = (S − S_ii)/τ is off by δ
-≤ (δS + δS_ii)/τ and its own roundings. A sum of exponentials of t' ∈ [t − δ, t + δ] has its
-logarithm in [lse(t − δ), lse(t + δ)], and u, which rises with it, stays in the image of that
-interval. A weight exp(t − u) is then off by a factor of at most exp(δ + δu), and the gradients are
-sums of weights times features.
+"""What ``drrho_loss`` may be off by: that of u's log-sums (see ``_softmaxes``) and, for the
+gradients, of sums of weights exp(t − u) times features. u rises with its log-sum, and stays in the
+image of that one's interval.
 """
 
 from __future__ import annotations
@@ -14,37 +10,21 @@ import math
 import torch
 from torch import Tensor
 
-from clipsteer.ops._bounds import (
-    ACCUMULATE,
-    HALVES,
-    fraction_of_bound,
-    operand_error,
-    smallest_normal,
-)
+from clipsteer.ops._bounds import fraction_of_bound
 from clipsteer.ops._spec import Errors, Inputs, Tensors, in_float64
 from clipsteer.ops.specs._shared import EXP
+from clipsteer.ops.specs._softmaxes import Sides
 
 
-def _finite(x: Tensor) -> Tensor:
-    """What is not finite says nothing of an error."""
-    return x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-
-class Truth:
+class Truth(Sides):
     """A drawn case in float64: per side (image, text) t, its error δ, u and its error, all
     (2, B, B) or (2, B)."""
 
     def __init__(self, inputs: Inputs) -> None:
         wide = in_float64(inputs)
-        dtype = inputs["image"].dtype
-        self.unit = ACCUMULATE[dtype]
-        self.operand = operand_error(dtype)
-        # weights on tensor cores are sums of two halves
-        self.split = 2.0**-15 if dtype in HALVES else 0.0
         self.image = wide["image"]  # (B, d)
         self.text = wide["text"]  # (B, d)
         self.tau = wide["temperature"]
-        self.B = self.image.shape[0]
         self.gamma = wide["gamma"]
         self.eps = wide["eps"]
         self.rho = wide["rho"]
@@ -54,42 +34,16 @@ class Truth:
         if wide["ref_image"] is not None:
             rows = torch.cat([rows, -wide["ref_image"]], 1)
             cols = torch.cat([cols, wide["ref_text"]], 1)
-        self.own = torch.eye(self.B, dtype=torch.bool)
-        self._similarities(rows, cols, smallest_normal(dtype))
-        self._log_sums()
+        super().__init__(rows, cols, 1 / self.tau, inputs["image"].dtype)
+        self._averages()
 
-    def _similarities(self, rows: Tensor, cols: Tensor, tiny: float) -> None:
-        """t and δ of rows and cols (B, D)."""
-        u = self.unit
-        D = rows.shape[1]
-        S = rows @ cols.T
-        size = rows.abs() @ cols.abs().T
-        off = ((D + 6) * u + self.operand) * size + D * tiny
-
-        def both(x: Tensor) -> Tensor:
-            return torch.stack([x, x.T]) + x.diagonal().unsqueeze(1)
-
-        t = (torch.stack([S, S.T]) - S.diagonal().unsqueeze(1)) / self.tau
-        delta = both(off) / self.tau + 6 * u * both(S.abs()) / self.tau
-        # a pair at infinity has no weight, or all of it, whatever it is rounded to
-        self.delta = torch.where(t.isinf(), 0.0, delta).nan_to_num(nan=0.0)
-        self.far = t.abs().nan_to_num(posinf=0.0, nan=0.0)
-        self.t = t.masked_fill(self.own, -torch.inf)
-
-    def _log_sums(self) -> None:
+    def _averages(self) -> None:
         """u and its error."""
         u = self.unit
-        B = self.B
-        self.lse = self.t.logsumexp(2)
-        peak = _finite(self.t.amax(2))
-        # a term's distance from the peak, the exponential, B sums, a rescaling for each tile of 16,
-        # the logarithm
-        step = self.delta + 2 * u * (self.far + peak.abs().unsqueeze(2))
-        steps = (B + (EXP + 2) * (B / 16 + 1) + 2 * EXP + 4) * u
         self.u = self.averaged(self.lse)
-        low = self.averaged((self.t - step).logsumexp(2) - steps)
-        high = self.averaged((self.t + step).logsumexp(2) + steps)
-        sizes = self.lse.abs().nan_to_num(posinf=0.0) + math.log(B)
+        low = self.averaged(self.lse_low)
+        high = self.averaged(self.lse_high)
+        sizes = self.lse.abs().nan_to_num(posinf=0.0) + math.log(self.B)
         sizes = 8 * u * (sizes + self.u.abs() + 1)
         if self.eps > 0:
             sizes = sizes + 4 * u * abs(math.log(self.eps))

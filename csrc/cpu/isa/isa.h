@@ -163,6 +163,15 @@ struct AdamStep {
 template <class V>
 using Rank = std::conditional_t<sizeof(V) == 4, int32_t, int64_t>;
 
+// Pairs of a row as a softmax sees them: t = (S - row_diag) scale and, of the column's side, (S - diag) scale; what either
+// side takes off is `row` and `column`: a peak, or u.
+template <class V>
+struct PairSide {
+  V row_diag, row;
+  const V *diag, *column;
+  V scale;
+};
+
 // Inner loops over numbers V; every instruction set makes the same selections.
 template <class V>
 struct Kernels {
@@ -193,6 +202,16 @@ struct Kernels {
   // P = w = exp(t - u) of the row plus that of each column; returns the sum of w t. P may be S.
   V (*pair_weights)(const V* S, V* P, V row_diag, V row_u, const V* diag, const V* u, V scale,
                     int64_t n);
+  // Sums of exp t below their peaks of two matrices, and of the first one's t times either: of the
+  // row to `out`, of columns to 4 lines of `total`, `step` apart.
+  void (*cross_sums)(const V* S, const V* R, const PairSide<V>& student,
+                     const PairSide<V>& teacher, V* total, int64_t step, V* out, int64_t n);
+  // P = f w - g v with the weights of both. P may be S.
+  void (*cross_weights)(const V* S, const V* R, V* P, const PairSide<V>& student,
+                        const PairSide<V>& teacher, V f, V g, int64_t n);
+  // With z = sign (S scale + bias), S becomes w = sign sigmoid(z); the sums of log(1 + exp z), w S
+  // and w to `out`.
+  void (*sigmoid_weights)(V* S, V sign, V scale, V bias, V* out, int64_t n);
   // Adam's rule on weights, both moments and gradient (null: zeros) of a row.
   void (*adam)(V* p, V* m, V* v, const V* g, const AdamStep<V>& at, int64_t n);
   // out[j * out_stride + i] = u[i * stride + j] for `rows` values of i and `columns` of j.

@@ -6,6 +6,8 @@
 #include "rows.h"
 #include "drift.h"
 #include "drrho.h"
+#include "distill.h"
+#include "siglip.h"
 #include "adam.h"
 #include "transpose.h"
 #if CLIPSTEER_LEVEL > 0
@@ -27,6 +29,9 @@ constexpr Kernels<V> kKernels = {
     .maxima = maxima,
     .pair_sums = pair_sums,
     .pair_weights = pair_weights,
+    .cross_sums = cross_sums,
+    .cross_weights = cross_weights,
+    .sigmoid_weights = sigmoid_weights,
     .adam = adam,
     .turn = turn,
 #if CLIPSTEER_LEVEL > 0

@@ -1,0 +1,49 @@
+// The sigmoid loss of all pairs and its gradients in one sweep: no pair's weight depends on another pair.
+#include "contrastive.h"
+
+namespace clipsteer {
+
+// With z = S scale + bias, l = softplus(z) and w = sigmoid(z), of a row's own partner softplus(-z) and -sigmoid(-z): the
+// sums of l, of w S and of w; w cols and wᵀ rows.
+std::tuple<Tensor, Tensor, Tensor> siglip_sweep(Tensor rows, Tensor cols, Tensor scale, Tensor bias, int64_t offset,
+                                                bool need_rows, bool need_cols) {
+  const char* op = "siglip_sweep";
+  const Sizes sizes = check_features(op, rows, cols, offset);
+  check(op, "scale", scale, sizes.wide, {});
+  check(op, "bias", bias, sizes.wide, {});
+  Tensor sums = fresh(rows, {3}, sizes.wide);
+  Tensor d_rows = fresh(rows, {need_rows ? sizes.rows : 0, sizes.d}, sizes.wide);
+  Tensor d_cols = fresh(rows, {need_cols ? sizes.columns : 0, sizes.d}, sizes.wide);
+  dispatch(op, sizes.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using V = Compute<T>;
+    Sweep<T> sweep(data<T>(rows), data<T>(cols), sizes.rows, sizes.columns, sizes.d);
+    const int64_t stride = sweep.stride();
+    const V factor = *data<V>(scale), shift = *data<V>(bias);
+    std::vector<double> parts(3 * sweep.tile_rows());
+    double total[3] = {};
+    sweep.gradients(sizes.d, need_rows ? data<V>(d_rows) : nullptr, need_cols ? data<V>(d_cols) : nullptr, true,
+                    [&](int64_t at, int64_t count, V* P) {
+                      sweep.similarities(at, count, P);
+                      sweep.each_row(count, [&](int64_t i) {
+                        V* row = P + i * stride;
+                        const int64_t self = offset + at + i, starts[] = {0, self, self + 1, sizes.columns};
+                        double* part = parts.data() + 3 * i;
+                        std::fill_n(part, 3, 0.0);
+                        for (int piece = 0; piece < 3; ++piece) {
+                          // of its own partner, with both signs exchanged
+                          const V sign = piece == 1 ? V(-1) : V(1);
+                          const int64_t j = starts[piece];
+                          V some[3];
+                          kernels<V>().sigmoid_weights(row + j, sign, factor, shift, some, starts[piece + 1] - j);
+                          for (int s = 0; s < 3; ++s) part[s] += double(some[s]);
+                        }
+                      });
+                      for (int64_t i = 0; i < 3 * count; ++i) total[i % 3] += parts[i];
+                    });
+    for (int s = 0; s < 3; ++s) data<V>(sums)[s] = V(total[s]);
+  });
+  return {sums, d_rows, d_cols};
+}
+
+}  // namespace clipsteer

@@ -1,0 +1,207 @@
+"""What is special about clip_loss, siglip_loss and distill_loss; what every op promises is in test_ops.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipsteer import ops, testing
+from clipsteer.ops import REGISTRY
+from clipsteer.ops._spec import named_outputs, spec_errors
+from clipsteer.ops._sweeps import KEEP
+
+FAST = [b for b in ("reference", "cpp") if testing.supported(b)]
+DOUBLE = torch.float64
+LOSSES = ("clip_loss", "siglip_loss", "distill_loss")
+
+
+def unit(B: int, *widths: int, seed: int = 0, dtype: torch.dtype = DOUBLE) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [F.normalize(torch.randn(B, d, generator=g, dtype=DOUBLE), dim=1).to(dtype) for d in widths]
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_clip_loss_is_the_mean_of_two_cross_entropies(backend, smoothing, labelled):
+    """Value and gradients, with labels that repeat and leave some out."""
+    image, text = (x.requires_grad_() for x in unit(9, 5, 5))
+    scale = torch.tensor(7.0, dtype=DOUBLE, requires_grad=True)
+    labels = torch.tensor([0, 3, 2, 2, 8, 0, 6, 7, 1]) if labelled else torch.arange(9)
+    logits = scale * image @ text.T
+    options = {"label_smoothing": smoothing}
+    expected = (F.cross_entropy(logits, labels, **options) + F.cross_entropy(logits.T, labels, **options)) / 2
+    given = {"labels": labels if labelled else None, **options}
+    found = ops.clip_loss(image, text, logit_scale=scale, backend=backend, **given)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    live = (image, text, scale)
+    for a, b in zip(torch.autograd.grad(found, live), torch.autograd.grad(expected, live)):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_it_is_drrho_loss_with_another_constant(backend):
+    image, text = unit(40, 11, 11)
+    loss, _ = ops.drrho_loss(image, text, temperature=1 / 20, eps=1 / 40, backend=backend)
+    found = ops.clip_loss(image, text, logit_scale=20.0, backend=backend)
+    torch.testing.assert_close(found, loss * 20 + torch.tensor(40.0).double().log())
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("scale", [1.0, 1e2, 1e4, 1e6])
+def test_large_logits_and_small_losses_keep_their_digits(backend, scale):
+    """float32 beside float64, pairs as right and as wrong as can be, where a matrix of logits has lost all digits."""
+    image, text = unit(50, 8, 8)
+    narrow = [x.float() for x in (image, text)]
+    for sign in (1.0, -1.0):
+        given = (narrow[0], sign * narrow[0])
+        exact = [x.double() for x in given]
+        found = ops.clip_loss(*given, logit_scale=scale, backend=backend)
+        truth = ops.clip_loss(*exact, logit_scale=scale, backend="reference")
+        assert float(found) == pytest.approx(float(truth), rel=2e-5 * max(1, scale / 100), abs=1e-37)
+        found = ops.siglip_loss(*given, logit_scale=scale, logit_bias=-10.0, backend=backend)
+        truth = ops.siglip_loss(*exact, logit_scale=scale, logit_bias=-10.0, backend="reference")
+        assert float(found) == pytest.approx(float(truth), rel=2e-4)
+    # nothing but a small loss: pairs that are alone
+    eye = torch.eye(8)
+    assert float(ops.clip_loss(eye, eye, logit_scale=40.0, backend=backend)) == pytest.approx(
+        7 * 4.248354e-18, rel=1e-5
+    )
+    apart = ops.siglip_loss(eye, eye, logit_scale=80.0, logit_bias=-40.0, backend=backend)
+    assert float(apart) == pytest.approx(8 * 4.248354e-18, rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_siglip_may_have_any_scale_and_bias(backend):
+    image, text = (x.requires_grad_() for x in unit(9, 5, 5))
+    for scale, bias in ((-3.0, 2.0), (0.0, 0.0), (10.0, None)):
+        s = torch.tensor(scale, dtype=DOUBLE, requires_grad=True)
+        sign = 2 * torch.eye(9, dtype=DOUBLE) - 1
+        expected = -F.logsigmoid(sign * (s * image @ text.T + (bias or 0))).sum() / 9
+        found = ops.siglip_loss(image, text, logit_scale=s, logit_bias=bias, backend=backend)
+        torch.testing.assert_close(found, expected)
+        live = (image, text, s)
+        for a, b in zip(torch.autograd.grad(found, live), torch.autograd.grad(expected, live)):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_distillation_is_the_cross_entropy_to_the_teachers_softmaxes(backend):
+    image, text, teacher_image, teacher_text = unit(9, 5, 5, 4, 4)
+    image.requires_grad_()
+    teacher_image.requires_grad_()
+    s, r = 6 * image @ text.T, 9 * (teacher_image @ teacher_text.T).detach()
+    pairs = ((s, r), (s.T, r.T))
+    soft = sum(-(b.softmax(1) * a.log_softmax(1)).sum(1).mean() for a, b in pairs) / 2
+    features = (image, text, teacher_image, teacher_text)
+    options = {"logit_scale": 6.0, "teacher_logit_scale": 9.0, "backend": backend}
+    hard, found = ops.distill_loss(*features, **options)
+    torch.testing.assert_close(found, soft)
+    torch.testing.assert_close(hard, ops.clip_loss(image, text, logit_scale=6.0, backend=backend))
+    # each of the two, and a mixture in which they partly cancel
+    for weights in ((1.0, 0.0), (0.0, 1.0), (1.0, -1.0)):
+        mixed = weights[0] * hard + weights[1] * found
+        expected = weights[0] * (sum(F.cross_entropy(a, torch.arange(9)) for a, _ in pairs) / 2) + weights[1] * soft
+        got = torch.autograd.grad(mixed, (image, teacher_image), retain_graph=True, allow_unused=True)
+        assert got[1] is None  # a teacher is frozen
+        torch.testing.assert_close(got[0], torch.autograd.grad(expected, image, retain_graph=True)[0])
+    # a teacher that is the model itself has nothing to teach
+    same = ops.distill_loss(image, text, image, text, logit_scale=6.0, teacher_logit_scale=6.0, backend=backend)
+    assert float(torch.autograd.grad(same[1], image)[0].abs().max()) < 1e-14
+
+
+@pytest.mark.skipif("cpp" not in FAST, reason="the C++ library is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_tiles_panels_and_both_ways_of_the_second_sweep(name, dtype):
+    """Several tiles and tasks, widths that are no multiple of a block's; similarities kept or not."""
+    kept = set()
+    for B, d, e in ((450, 70, 130), (500, 20, 12), (391, 129, 130)):
+        kept.add(2 * KEEP * (d if name == "clip_loss" else (d + e) // 2) >= B)
+        shape = {"B": B, "d": d, "percent": 5, **({"e": e} if name == "distill_loss" else {})}
+        errors = spec_errors(REGISTRY[name], shape, dtype, seed=B, backend="cpp")
+        assert all(error <= 1 for error in errors.values()), (shape, errors)
+    assert name == "siglip_loss" or kept == {True, False}  # which has one sweep
+
+
+def test_bounds_catch_planted_bugs():
+    """A pair left out, one side twice, another scale, another target, wrong gradients."""
+    shapes = {
+        "clip_loss": {"B": 37, "d": 24},
+        "siglip_loss": {"B": 37, "d": 24},
+        "distill_loss": {"B": 37, "d": 24, "e": 9},
+    }
+    for name, shape in shapes.items():
+        spec = REGISTRY[name]
+        inputs = spec.make(shape, torch.float32, torch.Generator().manual_seed(1), 1.0, False)
+
+        def check(spec=spec, inputs=inputs, **changed):
+            return spec.check(inputs, named_outputs(spec, spec.function(**{**inputs, **changed})))
+
+        assert max(check().values()) <= 1
+        s = inputs["logit_scale"]
+        swapped = inputs["text"].clone()
+        swapped[[3, 4]] = swapped[[4, 3]]
+        for wrong in ({"logit_scale": s * (1 + 1e-3)}, {"text": swapped}):
+            assert min(check(**wrong).values()) > 1, (name, wrong)
+        last = spec.outputs[-1]
+        if name == "distill_loss":
+            assert check(teacher_logit_scale=inputs["teacher_logit_scale"] * 1.01)[last] > 1
+            assert check(teacher_image=inputs["teacher_image"].roll(1, 0))[last] > 1
+        if name == "clip_loss":
+            assert check(label_smoothing=0.01)[last] > 1
+        live = {
+            n: v.clone().requires_grad_(n in spec.differentiable) if isinstance(v, Tensor) else v
+            for n, v in inputs.items()
+        }
+        outputs = named_outputs(spec, spec.function(**live))
+        grads = torch.autograd.grad(sum(outputs.values()), [live[n] for n in spec.differentiable])
+        ones = {n: torch.ones(()) for n in outputs}
+        for n, g in zip(spec.differentiable, grads):
+            assert spec.check_grads(inputs, {}, ones, {n: g})[n] <= 1
+            for bad in (-g, 0 * g, g * 1.01, g * 37 / 36, 2 * g):
+                assert spec.check_grads(inputs, {}, ones, {n: bad})[n] > 1, (name, n)
+
+
+@pytest.mark.skipif("cpp" not in FAST, reason="the C++ library is not built")
+@pytest.mark.parametrize("name", LOSSES)
+def test_forward_mode_is_the_references(name):
+    spec = REGISTRY[name]
+    inputs = spec.make(spec.small_shape, DOUBLE, torch.Generator().manual_seed(1), 1.0, False)
+    fixed = {n: v for n, v in inputs.items() if n not in spec.differentiable}
+    moves = tuple(torch.ones_like(inputs[n]) for n in spec.differentiable)
+    found = []
+    for backend in ("cpp", "reference"):
+
+        def value(*given, backend=backend):
+            return spec.function(**fixed, **dict(zip(spec.differentiable, given)), backend=backend)
+
+        found.append(torch.func.jvp(value, tuple(inputs[n] for n in spec.differentiable), moves)[1])
+    torch.testing.assert_close(*found)
+
+
+def test_mistakes_are_named():
+    image, text = unit(9, 5, 5)
+    clip = lambda **changed: ops.clip_loss(**{"image": image, "text": text, "logit_scale": 1.0, **changed})
+    for error, message, changed in (
+        (TypeError, "image must be a tensor", {"image": [1.0]}),
+        (ValueError, r"text must be of shape image's \(B, d\)", {"text": text[:, :3]}),
+        (ValueError, r"image must be of shape \(B, d\), neither of them 0", {"image": image[:0], "text": text[:0]}),
+        (ValueError, "logit_scale must be positive and finite", {"logit_scale": 0.0}),
+        (ValueError, "logit_scale must be positive and finite", {"logit_scale": torch.tensor(-1.0)}),
+        (ValueError, "logit_scale must be one number", {"logit_scale": torch.ones(2)}),
+        (TypeError, "logit_scale must be a number or a tensor", {"logit_scale": "1"}),
+        (TypeError, "labels must be an int64 tensor", {"labels": torch.zeros(9)}),
+        (ValueError, r"labels must be of shape \(B,\) = \(9,\)", {"labels": torch.arange(8)}),
+        (ValueError, r"labels must be in \[0, 9\)", {"labels": torch.arange(9) + 1}),
+        (ValueError, r"label_smoothing must be in \[0, 1\]", {"label_smoothing": 1.5}),
+    ):
+        with pytest.raises(error, match=message):
+            clip(**changed)
+    teacher = unit(8, 4, 4)
+    with pytest.raises(ValueError, match=r"teacher_image must be of shape \(B = 9, d\)"):
+        ops.distill_loss(image, text, *teacher, logit_scale=1.0, teacher_logit_scale=1.0)
+    with pytest.raises(TypeError, match="logit_bias must be a number or a tensor"):
+        ops.siglip_loss(image, text, logit_scale=1.0, logit_bias=[1.0])
