@@ -78,7 +78,18 @@ def _add(
 
 
 # in the order of the help
-PARTS = ("demo", "ops", "sae", "conceptor", "finetune", "wise_ft", "train", "cil", "splice")
+PARTS = (
+    "demo",
+    "ops",
+    "prove",
+    "sae",
+    "conceptor",
+    "finetune",
+    "wise_ft",
+    "train",
+    "cil",
+    "splice",
+)
 
 
 def build_parser() -> Command:

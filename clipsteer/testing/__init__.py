@@ -1,11 +1,16 @@
-"""Numerical proof and timing of the ops on the machine at hand: ``validate``, its ``table``, and
-``bench``."""
+"""Numerical proof and timing on the machine at hand: ``prove`` for anybody's function, ``validate``
+and its ``table`` for the ops, and ``bench``."""
 
 from __future__ import annotations
 
 # the modules first: importing one binds its name, and ``table`` and ``validate`` are functions
 from clipsteer.testing import bench as bench
 from clipsteer.testing import table as _table_of_speeds  # noqa: F401
+from clipsteer.testing.proof.arithmetic import Arithmetic
+from clipsteer.testing.proof.bound import Bound, Bounded, bound
+from clipsteer.testing.proof.cases import Cases
+from clipsteer.testing.proof.decorator import property_tests
+from clipsteer.testing.proof.prove import Report, prove, replay
 from clipsteer.testing.torture import (
     PROPERTIES,
     Case,
@@ -24,16 +29,25 @@ from clipsteer.testing.validate import Row, cases, scales, supported, table, val
 
 __all__ = [
     "PROPERTIES",
+    "Arithmetic",
+    "Bound",
+    "Bounded",
     "Case",
+    "Cases",
+    "Report",
     "Row",
     "bench",
+    "bound",
     "cases",
     "fenced",
     "integers_bitwise",
     "layouts",
     "not_a_number",
     "poisoned",
+    "property_tests",
+    "prove",
     "repeats_bitwise",
+    "replay",
     "same_bits",
     "scales",
     "strided",

@@ -1,0 +1,1 @@
+"""How many wrong kernels does each way of checking find?"""

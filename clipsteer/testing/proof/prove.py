@@ -1,0 +1,217 @@
+"""``prove``: a fast function against its plain definition, before anyone believes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from clipsteer.testing.machine import machine
+from clipsteer.testing.proof.arithmetic import Arithmetic
+from clipsteer.testing.proof.cases import Draw
+from clipsteer.testing.proof.trial import PROPERTIES, Finding, Findings, Subject, Trial
+
+# seeds that are tried for a smaller case that fails in the same way
+_SHRINK = 40
+
+
+@dataclass
+class ProofRow:
+    """A property in a dtype: how many cases, the worst error as a share of its bound, and where."""
+
+    prop: str
+    dtype: str
+    cases: int = 0
+    worst: float = 0.0
+    output: str = ""
+    where: str = ""
+    sizes: str = ""
+    seed: int | None = None  # of the smallest case that fails
+    scale: float = 1.0
+    unbounded: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether no case was beyond its bound."""
+        return self.worst <= 1
+
+
+@dataclass
+class Report:
+    """What ``prove`` found. True where everything passed; its text is a table."""
+
+    fast: str
+    reference: str
+    rows: list[ProofRow]
+    machine: dict[str, Any]
+    seed: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether every row did."""
+        return all(row.passed for row in self.rows)
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data: rows, versions, seed and machine; what is infinite as a word."""
+        data = asdict(self)
+        for row, own in zip(data["rows"], self.rows):
+            row["passed"] = own.passed
+            row["worst"] = row["worst"] if math.isfinite(row["worst"]) else "inf"
+        return data | {"passed": self.passed}
+
+    def __str__(self) -> str:
+        head = f"{'property':<10}{'dtype':<10}{'cases':>6}  {'worst/bound':>11}  verdict"
+        lines = [f"{self.fast} against {self.reference}", head, "-" * len(head)]
+        for row in self.rows:
+            verdict = "pass" if row.passed else "FAIL"
+            what = f"{row.prop:<10}{row.dtype:<10}{row.cases:>6}"
+            lines.append(f"{what}  {row.worst:>11.3g}  {verdict}")
+            if not row.passed:
+                call = f"seed={row.seed}, scale={row.scale:g}"
+                lines += [
+                    f"    {row.output}{row.where}",
+                    f"    at {row.sizes}",
+                    f"    testing.replay(fast, reference, inputs, {row.prop!r}, "
+                    f"torch.{row.dtype}, {call})",
+                ]
+        unbounded = sorted({reason for row in self.rows for reason in row.unbounded})
+        lines += [f"not bounded: {reason}" for reason in unbounded]
+        return "\n".join(lines)
+
+
+def _scales(dtype: torch.dtype) -> tuple[float, ...]:
+    return (1.0, 1e-2, 1e2) if dtype == torch.float16 else (1.0, 1e-4, 1e4)
+
+
+def _trial(subject: Subject, prop: str, dtype: torch.dtype, seed: int, scale: float) -> Trial:
+    return Trial(subject, dtype, seed, scale, exact=prop == "integers", nan=prop == "nan")
+
+
+def _worst(findings: Findings) -> tuple[str, Finding]:
+    return max(findings.items(), key=lambda item: item[1].share)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", None) or repr(function)
+
+
+def replay(
+    fast: Callable[..., Any],
+    reference: Callable[..., Any],
+    inputs: Draw,
+    property: str,
+    dtype: torch.dtype,
+    *,
+    seed: int,
+    scale: float = 1.0,
+    device: str = "cpu",
+    gradients: bool = True,
+    arithmetic: Arithmetic | None = None,
+) -> Findings:
+    """One case of ``prove`` again: the worst of every output and gradient."""
+    if property not in PROPERTIES:
+        raise ValueError(f"replay: property must be one of {tuple(PROPERTIES)}, got {property!r}")
+    subject = Subject(fast, reference, inputs, device, gradients, arithmetic)
+    return PROPERTIES[property](_trial(subject, property, dtype, seed, scale))
+
+
+def prove(
+    fast: Callable[..., Any],
+    reference: Callable[..., Any],
+    inputs: Draw,
+    *,
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+    properties: Sequence[str] = tuple(PROPERTIES),
+    cases: int = 100,
+    seed: int = 0,
+    device: str = "cpu",
+    gradients: bool = True,
+    arithmetic: Arithmetic | None = None,
+) -> Report:
+    """Hold a fast function to a plain torch definition, by bounds that nobody has to derive.
+
+        report = testing.prove(fast, reference, testing.Cases({"x": "B d", "w": "n d"}))
+        assert report, report
+
+    Args:
+        fast: any callable; called with the drawn inputs as keywords, on ``device``.
+        reference: plain torch, deterministic, of the same signature; it runs in float64 on the
+            host.
+        inputs: ``Cases``, or a function of (generator, scale, exact) that returns keyword
+            arguments, floating tensors of small integers if ``exact``.
+        dtypes: of the floating inputs.
+        properties: of "values" (outputs and gradients within their bounds, poisoned memory),
+            "integers" (small integers, whose results are exact where the reference's are),
+            "layouts" (fenced, and not contiguous), "nan" (one NaN: it has to appear exactly where
+            the definition has it), "repeats" (bit for bit).
+        cases: for each property and dtype.
+        gradients: compare those of all floating inputs as well.
+        arithmetic: that is allowed between (``Arithmetic.of``): by default nothing is rounded to a
+            half before the end.
+
+    Returns:
+        ``Report``; its text names, for each failure, output, element, sizes and the call that
+        repeats the smallest such case found.
+
+    Raises:
+        ValueError: an unknown property.
+    """
+    for prop in properties:
+        if prop not in PROPERTIES:
+            raise ValueError(f"prove: property must be one of {tuple(PROPERTIES)}, got {prop!r}")
+    subject = Subject(fast, reference, inputs, device, gradients, arithmetic)
+    rows = []
+    total = cases * len(dtypes) * len(properties)
+    with tqdm(total=total, desc="prove", unit="case", disable=None) as progress:
+        for dtype in dtypes:
+            for prop in properties:
+                rows.append(_row(subject, prop, dtype, cases, seed, progress))
+    return Report(_name(fast), _name(reference), rows, machine(device), seed)
+
+
+def _row(
+    subject: Subject, prop: str, dtype: torch.dtype, cases: int, seed: int, progress: tqdm
+) -> ProofRow:
+    row = ProofRow(prop, str(dtype).removeprefix("torch."))
+    smallest: int | None = None
+    fails = 0
+    for number in range(cases):
+        scale = _scales(dtype)[number % 3]
+        trial = _trial(subject, prop, dtype, seed + number, scale)
+        output, finding = _judged(trial, prop)
+        row.cases += 1
+        progress.update()
+        row.unbounded = sorted({*row.unbounded, *_reasons(trial)})
+        if finding.share <= 1:
+            row.worst = max(row.worst, finding.share) if row.seed is None else row.worst
+            continue
+        fails += 1
+        if smallest is None or trial.numel < smallest:
+            smallest = trial.numel
+            row.worst, row.output, row.where = finding.share, output, finding.where
+            row.sizes, row.seed, row.scale = trial.sizes, trial.seed, scale
+        if fails >= _SHRINK:
+            break
+    return row
+
+
+def _reasons(trial: Trial) -> list[str]:
+    known = trial.__dict__.get("truth")
+    return [] if known is None else known.reasons
+
+
+def _judged(trial: Trial, prop: str) -> tuple[str, Finding]:
+    """The worst of a case; an exception of the fast function is one."""
+    truth = trial.truth  # an error of the definition is nobody's finding
+    del truth
+    try:
+        return _worst(PROPERTIES[prop](trial))
+    except Exception as error:
+        return "", Finding(math.inf, f"raised {type(error).__name__}: {error}")
