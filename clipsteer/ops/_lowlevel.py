@@ -119,7 +119,8 @@ RECORDS = (
                 rows=(0, 1),
             ),
             "sparse_outer": LowLevel(
-                "(Tensor coeff, Tensor indices, Tensor rows, SymInt n) -> (Tensor, Tensor)",
+                "(Tensor coeff, Tensor indices, Tensor rows, SymInt n, bool across=False)"
+                " -> (Tensor, Tensor)",
                 _fakes.sparse_outer,
                 rows=(0, 1, 2),
                 groups=(1, 3),
@@ -143,8 +144,8 @@ RECORDS = (
                 _fakes.ragged_dot,
             ),
             "ragged_outer": LowLevel(
-                "(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, SymInt n)"
-                " -> (Tensor, Tensor)",
+                "(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, SymInt n, "
+                "bool across=False) -> (Tensor, Tensor)",
                 _fakes.ragged_outer,
             ),
             "ragged_outer_out": LowLevel(

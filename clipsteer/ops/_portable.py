@@ -44,16 +44,16 @@ def _gather_dot(rows, indices, W):
     return (W[indices] @ rows.unsqueeze(-1)).squeeze(-1)
 
 
-def _sparse_outer(coeff, indices, rows, n, columns=False):
+def _sparse_outer(coeff, indices, rows, n, across=False):
     pairs = _wide(coeff).unsqueeze(-1) * _wide(rows).unsqueeze(-2)  # (B, k, d)
     dW = pairs.new_zeros(n, rows.shape[1]).index_add(0, indices.flatten(), pairs.flatten(0, 1))
     db = pairs.new_zeros(n).index_add(0, indices.flatten(), _wide(coeff).flatten())
-    return _lying(dW.to(rows.dtype), columns), db.to(rows.dtype)
+    return _lying(dW.to(rows.dtype), across), db.to(rows.dtype)
 
 
-def _lying(dW, columns):
-    """Segment sums (n, d) by rows or by columns."""
-    return dW.t().contiguous().t() if columns else dW.contiguous()
+def _lying(dW, across):
+    """Segment sums (n, d) as it is, or as (d, n)."""
+    return dW.t().contiguous().t() if across else dW.contiguous()
 
 
 def _threshold_encode(x, W_enc, b_enc, threshold, capacity, scale=None, columns=None):
@@ -78,14 +78,14 @@ def _ragged_dot(rows, row, indices, W):
     return torch.where(row < 0, 0, products.sum(-1)).to(rows.dtype)
 
 
-def _ragged_outer(coeff, indices, row, rows, n, columns=False):
+def _ragged_outer(coeff, indices, row, rows, n, across=False):
     factor = _wide(coeff)[:, None]
     sums = factor.new_zeros(n, rows.shape[1] + 1)
     pairs = torch.cat([factor * _wide(rows)[row.clamp_min(0)], factor], dim=1)
     # a pair without a row adds nothing, not even a zero times an infinity
     sums = sums.index_add(0, indices, torch.where(row[:, None] < 0, 0, pairs))
     dW, db = sums[:, :-1].to(rows.dtype), sums[:, -1].to(rows.dtype)
-    return _lying(dW, columns), db.contiguous()
+    return _lying(dW, across), db.contiguous()
 
 
 def _sparse_outer_out(coeff, indices, rows, dW, db):
@@ -175,7 +175,7 @@ def register() -> None:
     _LIBRARIES.append(library)
     for op in RECORDS:
         for name, low in op.low_level.items():
-            library.define(name + _schema(name, low.schema))
+            library.define(name + low.schema)
             library.impl(name, _kernel(op, name), "CompositeExplicitAutograd")
             describe(f"clipsteer::{name}", low)
             if "!" not in low.schema:
@@ -194,15 +194,6 @@ def _names(op: Op, name: str, args: tuple[Any, ...]) -> tuple[str, ...]:
     return op.names[:1] if plain else op.names[1:]
 
 
-# segment sums, and how many arguments they have with the last one, ``columns``
-_SUMS = {"sparse_outer": 5, "ragged_outer": 6}
-
-
-def _schema(name: str, schema: str) -> str:
-    """As in the record; the layout of dictionaries is an argument of the C++ library alone."""
-    return schema.replace("SymInt n)", "SymInt n, bool columns=False)") if name in _SUMS else schema
-
-
 def _kernel(op: Op, name: str) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
         first = next(a for a in args if isinstance(a, Tensor) and a.is_floating_point())
@@ -213,19 +204,22 @@ def _kernel(op: Op, name: str) -> Callable[..., Any]:
         backend = backends.pop() if len(backends) == 1 else "reference"
         if backend in ("reference", PORTABLE):
             return _PLAIN[name](*args)
-        if name == "topk_encode" and backend == "cuda":
-            args = args[:4]
-        if backend == "cpp":
-            return call(backend, name, *args)
-        # kernels of GPUs know dictionaries by rows alone
-        args = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
-        if len(args) == _SUMS.get(name):
-            *args, columns = args
-            dW, db = call(backend, name, *args)
-            return _lying(dW, columns), db
-        return call(backend, name, *args)
+        if backend != "cpp":
+            # kernels of GPUs read dictionaries by rows alone
+            args = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
+        return _on_cuda(name, args) if backend == "cuda" else call(backend, name, *args)
 
     return kernel
+
+
+def _on_cuda(name: str, args: tuple[Any, ...]) -> Any:
+    """CUDA C++ knows neither the options of encoders nor the layout of a gradient."""
+    if name == "topk_encode":
+        args = args[:4]
+    if name != "sparse_outer" or len(args) == 4:
+        return call("cuda", name, *args)
+    dW, db = call("cuda", name, *args[:4])
+    return _lying(dW, args[4]), db
 
 
 def _differentiate(name: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from clipsteer.ops._autograd import Function, save, total, tracked
 from clipsteer.ops._dispatch import call
 from clipsteer.ops._reference import rows_of
-from clipsteer.ops._sparse import by_columns, in_columns, laid_out, optional_gradient
+from clipsteer.ops._sparse import across_if, laid_out, lies_across, optional_gradient
 
 
 class SparseCodes(NamedTuple):
@@ -144,7 +144,7 @@ class RaggedDot(Function):
         if ctx.needs_input_grad[0]:
             d_rows = decode_pairs(grad, indices, row, W, rows.shape[0], ctx.backend)
         if ctx.needs_input_grad[3]:
-            d_W, _ = outer(grad, indices, row, rows, W.shape[0], ctx.backend, by_columns(W))
+            d_W, _ = outer(grad, indices, row, rows, W.shape[0], ctx.backend, lies_across(W))
         return d_rows, None, None, d_W, None
 
     @staticmethod
@@ -166,14 +166,14 @@ class RaggedOuter(Function):
         row,  # (m,), -1 for none
         rows,  # (R, d)
         n,
-        columns,
+        across,
         backend,
     ):
-        return call(backend, "ragged_outer", coeff, indices, row, rows, n, *in_columns(columns))
+        return call(backend, "ragged_outer", coeff, indices, row, rows, n, *across_if(across))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.n, ctx.columns, ctx.backend = inputs
+        *tensors, ctx.n, ctx.across, ctx.backend = inputs
         save(ctx, *tensors)
 
     @staticmethod
@@ -191,7 +191,7 @@ class RaggedOuter(Function):
     @staticmethod
     def jvp(ctx, t_coeff, _, __, t_rows, *others):
         coeff, indices, row, rows = ctx.saved_tensors
-        options = (ctx.n, ctx.backend, ctx.columns)
+        options = (ctx.n, ctx.backend, ctx.across)
         of_coeff = of_rows = (None, None)
         if t_coeff is not None:
             of_coeff = outer(t_coeff.contiguous(), indices, row, rows, *options)
@@ -261,13 +261,13 @@ def outer(
     rows: Tensor,  # (R, d)
     n: int,
     backend: str,
-    columns: bool = False,
+    across: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Segment sums Σ coeff·rows and Σ coeff over the pairs of each feature: (n, d), which lies as
-    (d, n) if ``columns``, and (n,)."""
+    (d, n) if ``across``, and (n,)."""
     if tracked(coeff, rows):
-        return RaggedOuter.run(coeff, indices, row, rows, n, columns, backend)
-    return call(backend, "ragged_outer", coeff, indices, row, rows, n, *in_columns(columns))
+        return RaggedOuter.run(coeff, indices, row, rows, n, across, backend)
+    return call(backend, "ragged_outer", coeff, indices, row, rows, n, *across_if(across))
 
 
 def pair_gradient(
@@ -288,4 +288,4 @@ def pair_gradient(
     )
     if found is not None:
         return found
-    return outer(coeff, indices, row, rows, n, backend, by_columns(W))
+    return outer(coeff, indices, row, rows, n, backend, lies_across(W))

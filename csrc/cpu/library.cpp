@@ -26,7 +26,7 @@ STABLE_TORCH_LIBRARY(clipsteer_cpp, m) {
   m.def("ragged_decode(Tensor values, Tensor indices, Tensor offsets, Tensor W, Tensor? b, SymInt[] prefixes) -> Tensor");
   m.def("ragged_dot(Tensor rows, Tensor row_of, Tensor indices, Tensor W) -> Tensor");
   m.def(
-      "ragged_outer(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, SymInt n, bool columns=False) "
+      "ragged_outer(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, SymInt n, bool across=False) "
       "-> (Tensor dW, Tensor db)");
   m.def(
       "ragged_outer_out(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, Tensor(a!) dW, Tensor(b!) db) "
@@ -34,7 +34,7 @@ STABLE_TORCH_LIBRARY(clipsteer_cpp, m) {
   m.def("sparse_decode(Tensor acts, Tensor indices, Tensor W, Tensor? b) -> Tensor");
   m.def("gather_dot(Tensor rows, Tensor indices, Tensor W) -> Tensor");
   m.def(
-      "sparse_outer(Tensor coeff, Tensor indices, Tensor rows, SymInt n, bool columns=False) "
+      "sparse_outer(Tensor coeff, Tensor indices, Tensor rows, SymInt n, bool across=False) "
       "-> (Tensor dW, Tensor db)");
   m.def("sparse_outer_out(Tensor coeff, Tensor indices, Tensor rows, Tensor(a!) dW, Tensor(b!) db) -> ()");
   m.def("grouped_matmul(Tensor x, Tensor W, Tensor? index, Tensor? beta, Tensor? mean, bool transpose) -> Tensor");
