@@ -110,7 +110,7 @@ def _largest(x: torch.Tensor, dictionary: Dictionary, count: int) -> tuple[torch
         values, *rest = _largest(x.float(), dictionary.widened(), count)
         return values.bfloat16(), *rest
     with on_device(x):
-        product = product_of(x, dictionary)
+        product = product_of(x, dictionary, ties=True)
         B, n = product.sizes[:2]
         capacity = max(count, B)
         if B == 0 or n == 0:

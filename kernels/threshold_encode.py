@@ -90,8 +90,8 @@ def _threshold_write_kernel(
         nan = tl.full((BLOCK_B,), float("nan"), dtype=tl.float32)
         tl.store(values_ptr + base, nan.to(values_ptr.dtype.element_ty), mask=spoiled & (base < capacity))
         if columns_ptr is not None:
-            name = feature_numbers(columns_ptr, tl.zeros((BLOCK_B,), dtype=tl.int64), spoiled)
-            tl.store(indices_ptr + base, name, mask=spoiled & (base < capacity))
+            first = feature_numbers(columns_ptr, tl.zeros((BLOCK_B,), dtype=tl.int64), spoiled)
+            tl.store(indices_ptr + base, first, mask=spoiled & (base < capacity))
     most = tl.max(total, axis=0)
     ties = tl.zeros((BLOCK_B,), dtype=tl.int32)
     if most > J:
@@ -121,7 +121,8 @@ def _threshold_write_kernel(
                 ties += equal.to(tl.int32)
             mask = chosen & (place < capacity)
             tl.store(values_ptr + place, value.to(values_ptr.dtype.element_ty), mask=mask)
-            tl.store(indices_ptr + place, feature_numbers(columns_ptr, (tile_n * BLOCK_N + col).to(tl.int64), mask), mask=mask)
+            name = feature_numbers(columns_ptr, (tile_n * BLOCK_N + col).to(tl.int64), mask)
+            tl.store(indices_ptr + place, name, mask=mask)
     else:
         for j in range(0, most):
             taken = j < total
@@ -136,7 +137,8 @@ def _threshold_write_kernel(
                 ties += same.to(tl.int32)
             inside = taken & (where < capacity)
             tl.store(values_ptr + where, number.to(values_ptr.dtype.element_ty), mask=inside)
-            tl.store(indices_ptr + where, feature_numbers(columns_ptr, tile_n * BLOCK_N + column, inside), mask=inside)
+            name = feature_numbers(columns_ptr, tile_n * BLOCK_N + column, inside)
+            tl.store(indices_ptr + where, name, mask=inside)
 
 
 def encode_above(

@@ -226,10 +226,11 @@ def candidates_per_bucket(buckets: int, k: int) -> int:
 
 def tile_config(
     dtype: torch.dtype, precision: str, shared_memory: int, whole_rows: bool = False, by_number: bool = False,
-    tma: bool = False,
+    tma: bool = False, narrow: bool = False,
 ) -> dict[str, int]:  # fmt: skip
     """Tile of the matrix product: 8 warps of tensor-core work, or a smaller one where fp32 runs on plain FMAs.
-    ``by_number``: rows begin at odd places, so that numbers go through registers one by one."""
+    ``by_number``: rows begin at odd places, so that numbers go through registers one by one. ``narrow``: registers
+    hold more beside it."""
     if dtype == torch.float32 and precision == "ieee":
         return {"BLOCK_B": 64, "BLOCK_N": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
     config = {"BLOCK_B": 128, "BLOCK_N": 256, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
@@ -239,6 +240,8 @@ def tile_config(
         config.update(BLOCK_N=128 if tma else 64)
     if torch.version.hip is not None:
         config.update(num_stages=2)
+    if narrow:
+        config.update(BLOCK_N=min(128, config["BLOCK_N"]))
     if whole_rows:
         # 64-bit keys of a wider tile do not fit into 64 KB on their way to memory.
         config.update(BLOCK_N=min(128, config["BLOCK_N"]))
@@ -302,8 +305,8 @@ class Dictionary(NamedTuple):
         return t if t is None or self.columns is None else t[self.columns]
 
 
-def product_of(x: torch.Tensor, dictionary: Dictionary, whole_rows: bool = False) -> Product:
-    """Tiles of (x Wᵀ + b) · scale, of which keys of ``whole_rows`` may be written."""
+def product_of(x: torch.Tensor, dictionary: Dictionary, whole_rows: bool = False, ties: bool = False) -> Product:
+    """Tiles of (x Wᵀ + b) · scale, of which keys of ``whole_rows`` may be written, or whose ``ties`` are looked at."""
     W, b, scale, columns = dictionary
     d = x.shape[1]
     across = not W.is_contiguous()
@@ -317,7 +320,9 @@ def product_of(x: torch.Tensor, dictionary: Dictionary, whole_rows: bool = False
         config = {"BLOCK_B": 64, "BLOCK_N": 64, "BLOCK_D": 64}
     else:
         machine = options["PRECISION"], shared_memory_limit(x.device)
-        config = tile_config(x.dtype, *machine, whole_rows, by_number, options["TMA"])
+        # what is read down a column has an address a number, and a scale stays beside a tile whose ties are looked at
+        narrow = (across and not options["TMA"]) or (ties and scale is not None)
+        config = tile_config(x.dtype, *machine, whole_rows, by_number, options["TMA"], narrow)
     rows, cols, depth = config["BLOCK_B"], config["BLOCK_N"], config["BLOCK_D"]
     factors = (x, W)
     if options["TMA"]:

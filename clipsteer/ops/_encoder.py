@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.ops._reference import rows_of
-from clipsteer.ops._sparse import by_columns
+from clipsteer.ops._sparse import lies_across
 
 
 def pre_activations(
@@ -29,7 +29,7 @@ def pre_activations(
 
 def readable(W: Tensor, backend: str) -> Tensor:
     """A dictionary (n, d) as the encoders of a backend read it: in either layout, but for CUDA."""
-    return W if by_columns(W) and backend != "cuda" else W.contiguous()
+    return W if lies_across(W) and backend != "cuda" else W.contiguous()
 
 
 def named_by(columns: Tensor | None, indices: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def batch_topk_encode(
     return encode(op, x, W_enc, b_enc, number, **options)
 
 
-def _count(op: str, count: Any, k: Any, rows: int, named: dict[str, Any]) -> int:
+def _count(op: str, count: Any, k: Any, rows: int, named: dict[str, Any]) -> Any:
     """How many codes are asked for, by one of two arguments."""
     if (count is None) == (k is None):
         got = "neither" if count is None else f"count={count} and k={k}"

@@ -260,3 +260,39 @@ def test_kernels_check_columns_themselves():
                 getattr(call, op)(x, W, None, *limit, None, columns)
     with pytest.raises((RuntimeError, ValueError), match="contiguous"):
         call.topk_encode(x, torch.zeros(9, 12)[:, ::2], None, 2)
+
+
+INTERPRETED = """
+import torch
+from clipsteer import ops
+
+g = torch.Generator().manual_seed(0)
+integers = lambda *shape: torch.randint(-2, 3, shape, generator=g).float()
+x, W, b, s = integers(9, 20), integers(150, 20), integers(150), integers(150)
+chosen, thresholds = torch.randperm(150, generator=g)[:100], integers(150) * 4 + 5
+
+def check(name, W, b, **options):
+    found = getattr(ops, name)(x, W, b, **options, backend="triton")
+    expected = getattr(ops, name)(x, W, b, **options, backend="reference")
+    parts = [(f.nan_to_num(nan=-1.0), e.nan_to_num(nan=-1.0)) for f, e in zip(found, expected)]
+    assert all(torch.equal(f, e) for f, e in parts), (name, options)
+
+for lying in (W, W.t().contiguous().t()):
+    for scale in (None, s):
+        for columns in (None, chosen):
+            more = {"scale": scale, "columns": columns}
+            for k in (7, 90):  # candidates of tiles, some of which are made again; whole rows
+                check("topk_encode", lying, b, k=k, relu=k == 90, **more)
+                check("topk_encode", lying, b, k=k, relu=k == 7, **more)
+            check("threshold_encode", lying, b, threshold=torch.tensor(4.0), **more)
+            check("threshold_encode", lying, b, threshold=thresholds, relu=False, **more)
+            check("batch_topk_encode", lying, b, k=6.5, **more)
+            spoiled = b.clone()
+            spoiled[chosen[5]] = torch.nan
+            check("batch_topk_encode", lying, spoiled, k=6.5, **more)
+"""
+
+
+@pytest.mark.slow
+def test_triton_has_the_options_in_either_layout(interpret):
+    interpret(INTERPRETED)

@@ -14,10 +14,12 @@ PARAMETERS = ("x", "W_enc", "b_enc", "scale")
 
 
 def draw_dictionary(case: Draw) -> Inputs:
-    """x, W_enc, b_enc, of the keys B, d, n."""
+    """x, W_enc, b_enc, of the keys B, d, n; across=1: W_enc lies as (d, n)."""
     B, d, n = (case.shape[name] for name in ("B", "d", "n"))
     x = case.tensor(B, d)
     W_enc = case.tensor(n, d, scale=1.0)
+    if case.shape.get("across"):
+        W_enc = W_enc.t().contiguous().t()
     return {"x": x, "W_enc": W_enc, "b_enc": case.tensor(n)}
 
 

@@ -257,6 +257,7 @@ SPEC = OpSpec(
     small_shape={"B": 3, "d": 4, "n": 9, "k": 3},
     repeat_shape={"B": 70, "d": 40, "n": 300, "k": 9},
     optional=("b_enc",),
+    device_shapes=sizes("B d n k across", (70, 128, 1600, 32), (70, 128, 1600, 32, 1)),
     torch_sums=("values",),
     bench_shapes=dictionary_bench(256),
     gpu_bench_shapes=dictionary_bench(4096),
@@ -282,6 +283,12 @@ OPTIONS = replace(
     ),
     small_shape={"B": 3, "d": 4, "n": 9, "k": 3, "m": 7},
     repeat_shape={"B": 70, "d": 40, "n": 300, "k": 9, "m": 280},
+    device_shapes=sizes(
+        "B d n k m across",
+        (70, 128, 1600, 32, 1000),
+        (70, 128, 1600, 32, 1000, 1),
+        (70, 72, 1600, 32, None, 1),
+    ),
     # the latter is made of the former
     torch_sums=("values", "d scale"),
     baselines={"linear+scale+threshold": _linear_scale_threshold},

@@ -183,13 +183,14 @@ SPEC = OpSpec(
     grad_buffer="W_enc",
     torch_sums=("acts",),
     # many buckets, the last one partial; whole tiles along d and not; buckets that hide winners;
-    # whole rows sorted; several tiles a block
+    # whole rows sorted; several tiles a block; a dictionary that lies across
     device_shapes=sizes(
-        "B d n k crowded",
+        "B d n k crowded across",
         (130, 128, 6000, 32),
         (33, 200, 6000, 48, 1),
         (33, 128, 6000, 600),
         (1499, 72, 6001, 32),
+        (70, 128, 1600, 32, None, 1),
     ),
     bench_shapes=dictionary_bench(256),
     gpu_bench_shapes=dictionary_bench(4096),
@@ -216,10 +217,12 @@ OPTIONS = replace(
     small_shape={"B": 3, "d": 4, "n": 9, "k": 3, "m": 7},
     repeat_shape={"B": 70, "d": 40, "n": 300, "k": 9, "m": 280},
     device_shapes=sizes(
-        "B d n k m signed",
+        "B d n k m signed across",
         (130, 128, 6000, 32, 5000),
         (33, 200, 6000, 48),
         (33, 128, 6000, 600, None, 1),
+        (70, 128, 1600, 32, 1000, 1, 1),
+        (70, 72, 1600, 32, None, None, 1),
     ),
     # the latter is made of the former
     torch_sums=("acts", "d scale"),
