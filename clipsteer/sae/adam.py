@@ -105,9 +105,12 @@ class UnitRowAdam(torch.optim.Adam):
         else:
             features = None
             if grad.is_sparse:
-                # in ascending order, each once, as the ops give them; autograd does not keep the
-                # mark of it
+                # in ascending order, each once, as the ops give them, though autograd does not keep
+                # the mark of it; those of several uses may be joined in another order
                 features = grad._indices()[0]
+                if not bool((features[1:] > features[:-1]).all()):
+                    grad = grad.coalesce()
+                    features = grad._indices()[0]
                 grad = grad._values()
             step = torch.ops.clipsteer_cpp.adam_rows
             step(parameter, *moments, state["step"], grad.contiguous(), features, *settings)

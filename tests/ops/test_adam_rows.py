@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from _adam import assert_step, norm_bound, step_and_bounds
-from clipsteer import SAE, TrainConfig
+from clipsteer import SAE, TrainConfig, ops
 from clipsteer.ops import _dispatch
 from clipsteer.sae.adam import UnitRowAdam, one_pass, takes_row_sparse
 from clipsteer.sae.trainer import SAETrainer
@@ -199,3 +199,32 @@ def test_a_captured_step_is_the_step():
         t.copy_(before)
     graph.replay()
     assert all(torch.equal(t, e) for t, e in zip((w, m, v), expected))
+
+
+@pytest.mark.skipif(_dispatch.missing("cpp") is not None, reason="the C++ library is not built")
+@pytest.mark.parametrize("joined", [False, True], ids=["by autograd", "one after the other"])
+def test_row_sparse_gradients_of_several_uses_are_one_step(joined):
+    """As AuxK's dead features beside the batch's: rows of one use, of the other, and of both."""
+    g = torch.Generator().manual_seed(0)
+    uses = [(torch.randn(6, 2, generator=g), torch.randint(n, n + 12, (6, 2), generator=g)) for n in (10, 0)]
+    ends = []
+    for sparse in (False, True):
+        sae = start(24, 8, "cpu")
+        optimizer = UnitRowAdam(sae, 1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            losses = [
+                ops.sparse_decode(acts, indices, sae.W_dec, sparse_grad=sparse).square().sum() for acts, indices in uses
+            ]
+            if sparse and joined:
+                parts = [torch.autograd.grad(loss, sae.W_dec)[0] for loss in losses]
+                where = torch.cat([part._indices() for part in parts], 1)
+                values = torch.cat([part._values() for part in parts])
+                sae.W_dec.grad = torch.sparse_coo_tensor(where, values, sae.W_dec.shape)
+            else:
+                sum(losses).backward()
+            assert sae.W_dec.grad.is_sparse == sparse
+            optimizer.step()
+        ends.append([sae.W_dec.detach(), *optimizer.state[sae.W_dec].values()])
+    for a, b in zip(*ends):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
