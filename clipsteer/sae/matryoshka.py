@@ -52,27 +52,18 @@ def decode_prefixes(
     prefixes: Sequence[int],
     sparse_grad: bool = False,
 ) -> Tensor:
-    """The reconstruction of every prefix, (G, ..., d); ragged and top-k codes in one pass over
-    them (``ops.ragged_decode``), dense ones a group of features after the other."""
+    """The reconstruction of every prefix, (G, ..., d): of sparse codes in one pass over them, of
+    dense ones a group of features after the other."""
     if isinstance(acts, ops.SparseCodes):
-        codes = acts
-        shape: tuple[int, ...] = (codes.offsets.shape[0] - 1,)
-    elif isinstance(acts, tuple):
-        # prefixes need the features of a row in their order
-        indices, order = acts[1].sort(-1)
-        values = acts[0].gather(-1, order)
-        shape = values.shape[:-1]
-        rows = torch.arange(shape.numel() + 1, device=values.device)
-        codes = ops.SparseCodes(values.reshape(-1), indices.reshape(-1), rows * values.shape[-1])
-    else:
-        parts = []
-        first = 0
-        x_hat = b_dec
-        for prefix in prefixes:
-            group = slice(first, prefix)
-            x_hat = F.linear(acts[..., group].to(W_dec.dtype), W_dec[group].T) + x_hat
-            parts.append(x_hat)
-            first = prefix
-        return torch.stack(parts)
-    x_hats = ops.ragged_decode(*codes, W_dec, b_dec, prefixes=prefixes, sparse_grad=sparse_grad)
-    return x_hats.reshape(len(prefixes), *shape, W_dec.shape[1])
+        return ops.ragged_decode(*acts, W_dec, b_dec, prefixes=prefixes, sparse_grad=sparse_grad)
+    if isinstance(acts, tuple):
+        return ops.sparse_decode(*acts, W_dec, b_dec, prefixes=prefixes, sparse_grad=sparse_grad)
+    parts = []
+    first = 0
+    x_hat = b_dec
+    for prefix in prefixes:
+        group = slice(first, prefix)
+        x_hat = F.linear(acts[..., group].to(W_dec.dtype), W_dec[group].T) + x_hat
+        parts.append(x_hat)
+        first = prefix
+    return torch.stack(parts)

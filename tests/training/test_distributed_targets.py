@@ -23,7 +23,7 @@ CASES = {
 }
 SHARED = {
     "d_sae": plain.N, "k": plain.K, "batch_size": 48, "steps": 20, "warmup_steps": 4, "lr": 1e-3, "dtype": "float64",
-    "log_every": 5, "checkpoint_every": 8, "dead_after": 150, "sync_every": 3, "auxk_coefficient": 1 / 32,
+    "log_every": 5, "checkpoint_every": 8, "dead_after": 60, "sync_every": 2, "auxk_coefficient": 1 / 32,
 }  # fmt: skip
 
 WORKER = """
