@@ -1,7 +1,8 @@
 """Sums over the features that each row uses, of which every row may use another number, and the two gradients.
 
-A row's features ascend, so that the sum of one prefix of the dictionary goes on into that of the next. The gradients
-take pairs of a row and a feature: a product of two rows each, and segment sums by ``sparse_outer``'s kernel.
+The features of the first prefix of the dictionary are summed before those of the second, so that one sum goes on into
+the next. The gradients take pairs of a row and a feature: a product of two rows each, and segment sums by
+``sparse_outer``'s kernel.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ def _ragged_decode_fwd_kernel(
         bias += tl.load(b_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     acc = tl.zeros((BLOCK_B, BLOCK_K, BLOCK_D), dtype=tl.float32)
     for g in range(0, groups):
-        # the ends of a row's groups follow on one another, after where the row begins
-        first = tl.load(ends_ptr + rows * (groups + 1) + g, mask=live, other=0)
-        last = tl.load(ends_ptr + rows * (groups + 1) + g + 1, mask=live, other=0)
+        # where a group ends the next one begins
+        first = tl.load(ends_ptr + rows * groups + g, mask=live, other=0)
+        last = tl.load(ends_ptr + rows * groups + g + 1, mask=live, other=0)
         for start in range(0, tl.max(last - first, axis=0), BLOCK_K):
             at = first[:, None] + start + tl.arange(0, BLOCK_K)[None, :]
             pair = live[:, None] & (at < last[:, None])
@@ -70,14 +71,21 @@ def _ragged_dot_kernel(
     tl.store(out_ptr + at, tl.sum(acc, axis=1).to(out_ptr.dtype.element_ty), mask=live)
 
 
-def _ends(indices: torch.Tensor, offsets: torch.Tensor, prefixes: list[int]) -> torch.Tensor:
-    """Where each row begins and each of its groups ends: (B, G + 1)."""
-    offsets = offsets.clamp(max=indices.shape[0])
-    ends = [offsets[:-1]]
+def _grouped(
+    values: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, prefixes: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The pairs of each row by the first prefix that has their feature, and where each group begins: (B G + 1,)."""
+    m, groups = indices.shape[0], len(prefixes)
+    offsets = offsets.clamp(max=m)
+    if groups == 1:
+        return values, indices, offsets
+    at = torch.arange(m, device=indices.device)
+    group = torch.searchsorted(offsets[1:].contiguous(), at, right=True, out_int32=True) * groups
     for prefix in prefixes[:-1]:
-        below = torch.nn.functional.pad((indices < prefix).cumsum(0), (1, 0))
-        ends.append(offsets[:-1] + below[offsets[1:]] - below[offsets[:-1]])
-    return torch.stack([*ends, offsets[1:]], dim=1).contiguous()
+        group += indices >= prefix
+    group, order = torch.sort(group, stable=True)
+    starts = torch.arange((offsets.shape[0] - 1) * groups + 1, device=group.device, dtype=group.dtype)
+    return values[order], indices[order], torch.searchsorted(group, starts)
 
 
 def ragged_decode(
@@ -98,7 +106,7 @@ def ragged_decode(
         config = gather_config(d, W.element_size())
     grid = (cdiv(B, config["BLOCK_B"]), cdiv(d, config["BLOCK_D"]))
     with on_device(W):
-        ends = _ends(indices, offsets, prefixes)
+        values, indices, ends = _grouped(values, indices, offsets, prefixes)
         _ragged_decode_fwd_kernel[grid](
             values, indices, ends, W, W if b is None else b, out, B, d, groups, HAS_BIAS=b is not None, **config
         )
@@ -122,12 +130,22 @@ def ragged_dot(rows: torch.Tensor, row_of: torch.Tensor, indices: torch.Tensor, 
     return out
 
 
+def ragged_outer_out(
+    coeff: torch.Tensor, indices: torch.Tensor, row_of: torch.Tensor, rows: torch.Tensor, dW: torch.Tensor,
+    db: torch.Tensor,
+) -> None:  # fmt: skip
+    """coeff, indices, row_of (m,), rows (R, d) -> dW (n, d), db (n,): every element of both is written."""
+    # a pair without a row is behind the last feature
+    segment_sums(coeff, torch.where(row_of < 0, dW.shape[0], indices), row_of, rows, dW, db)
+
+
 def ragged_outer(
-    coeff: torch.Tensor, indices: torch.Tensor, row_of: torch.Tensor, rows: torch.Tensor, n: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dW (n, d): dW[i] = sum of coeff_p rows[row_of_p] over the pairs with indices_p = i; db (n,): sum of coeff_p."""
+    coeff: torch.Tensor, indices: torch.Tensor, row_of: torch.Tensor, rows: torch.Tensor, n: int,
+    across: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """dW (n, d), which lies as (d, n) if ``across``: dW[i] = sum of coeff_p rows[row_of_p] over the pairs with
+    indices_p = i; db (n,): sum of coeff_p."""
     dW = torch.empty((n, rows.shape[1]), dtype=rows.dtype, device=rows.device)
     db = torch.empty((n,), dtype=rows.dtype, device=rows.device)
-    # a pair without a row is behind the last feature
-    segment_sums(coeff, torch.where(row_of < 0, n, indices), row_of, rows, dW, db)
-    return dW, db
+    ragged_outer_out(coeff, indices, row_of, rows, dW, db)
+    return (dW.t().contiguous().t() if across else dW), db

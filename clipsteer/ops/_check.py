@@ -105,14 +105,34 @@ def check_indices(
     synchronisation, only under ``CLIPSTEER_CHECK_INDICES=1``. Compiled CPU code relies on the
     kernels' own check."""
     # where there are none to look at, the kernels check for themselves
-    if not has_values(indices) or indices.numel() == 0:
-        return
-    if indices.device.type != "cpu" and os.environ.get("CLIPSTEER_CHECK_INDICES", "0") != "1":
+    if not _looked_at(indices) or indices.numel() == 0:
         return
     low, high = (int(v) for v in indices.aminmax())
     if low < lowest or high >= n:
         got = f"values from {low} to {high}"
         raise ValueError(mistake(op, name, f"in [{lowest}, {n})", got, named))
+
+
+def check_offsets(op: str, offsets: Tensor, named: dict[str, Any]) -> None:
+    """Raise where offsets (B + 1,) do not ascend from 0; where the values are looked at, as for
+    ``check_indices``."""
+    if offsets.dim() != 1 or offsets.shape[0] < 1:
+        expected = "of shape (B + 1,)"
+        raise ValueError(mistake(op, "offsets", expected, tuple(offsets.shape), named))
+    if not _looked_at(offsets):
+        return
+    if int(offsets[0]) != 0:
+        raise ValueError(mistake(op, "offsets", "from 0", f"from {int(offsets[0])}", named))
+    if bool((offsets[1:] < offsets[:-1]).any()):
+        raise ValueError(mistake(op, "offsets", "ascending", "some that descend", named))
+
+
+def _looked_at(t: Tensor) -> bool:
+    """Whether values are checked here: on a GPU, where that costs a synchronisation, only on
+    request."""
+    if not has_values(t):
+        return False
+    return t.device.type == "cpu" or os.environ.get("CLIPSTEER_CHECK_INDICES", "0") == "1"
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:

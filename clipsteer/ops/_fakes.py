@@ -32,8 +32,16 @@ def gather_dot(rows: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     return rows.new_empty(indices.shape)
 
 
-def sparse_outer(coeff: Tensor, indices: Tensor, rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    return rows.new_empty(n, rows.shape[1]), rows.new_empty(n)
+def _segment_sums(rows: Tensor, n: int, across: bool) -> tuple[Tensor, Tensor]:
+    d = rows.shape[1]
+    dW = rows.new_empty(d, n).t() if across else rows.new_empty(n, d)
+    return dW, rows.new_empty(n)
+
+
+def sparse_outer(
+    coeff: Tensor, indices: Tensor, rows: Tensor, n: int, across: bool = False
+) -> tuple[Tensor, Tensor]:
+    return _segment_sums(rows, n, across)
 
 
 def sparse_outer_out(coeff: Tensor, indices: Tensor, rows: Tensor, dW: Tensor, db: Tensor) -> None:
@@ -88,9 +96,15 @@ def ragged_dot(rows: Tensor, row_of: Tensor, indices: Tensor, W: Tensor) -> Tens
 
 
 def ragged_outer(
-    coeff: Tensor, indices: Tensor, row_of: Tensor, rows: Tensor, n: int
+    coeff: Tensor, indices: Tensor, row_of: Tensor, rows: Tensor, n: int, across: bool = False
 ) -> tuple[Tensor, Tensor]:
-    return rows.new_empty(n, rows.shape[1]), rows.new_empty(n)
+    return _segment_sums(rows, n, across)
+
+
+def ragged_outer_out(
+    coeff: Tensor, indices: Tensor, row_of: Tensor, rows: Tensor, dW: Tensor, db: Tensor
+) -> None:
+    return None
 
 
 # ---------------------------------------------------------------- conceptor_project

@@ -120,7 +120,8 @@ RECORDS = (
                 rows=(0, 1),
             ),
             "sparse_outer": LowLevel(
-                "(Tensor coeff, Tensor indices, Tensor rows, SymInt n) -> (Tensor, Tensor)",
+                "(Tensor coeff, Tensor indices, Tensor rows, SymInt n, bool across=False)"
+                " -> (Tensor, Tensor)",
                 _fakes.sparse_outer,
                 rows=(0, 1, 2),
                 groups=(1, 3),
@@ -144,11 +145,17 @@ RECORDS = (
                 _fakes.ragged_dot,
             ),
             "ragged_outer": LowLevel(
-                "(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, SymInt n)"
-                " -> (Tensor, Tensor)",
+                "(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, SymInt n, "
+                "bool across=False) -> (Tensor, Tensor)",
                 _fakes.ragged_outer,
             ),
+            "ragged_outer_out": LowLevel(
+                "(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, Tensor(a!) dW, "
+                "Tensor(b!) db) -> ()",
+                _fakes.ragged_outer_out,
+            ),
         },
+        variants=("sparse_decode_prefixes",),
         backends=_WITHOUT_CUDA,
     ),
     Op(

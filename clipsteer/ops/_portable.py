@@ -17,6 +17,7 @@ from clipsteer.ops import _drrho_sweeps, _grouped, _ragged, _sparse
 from clipsteer.ops._autograd import Function
 from clipsteer.ops._dispatch import call, describe, resolve
 from clipsteer.ops._lowlevel import PORTABLE, RECORDS, Op
+from clipsteer.ops._ragged_encode import RaggedEncode
 from clipsteer.ops.batch_topk_encode import batch_topk_encode_reference
 from clipsteer.ops.conceptor_project import LowRank, conceptor_project_reference
 from clipsteer.ops.mahalanobis_covariance_loss import loss_of_new
@@ -43,11 +44,16 @@ def _gather_dot(rows, indices, W):
     return (W[indices] @ rows.unsqueeze(-1)).squeeze(-1)
 
 
-def _sparse_outer(coeff, indices, rows, n):
+def _sparse_outer(coeff, indices, rows, n, across=False):
     pairs = _wide(coeff).unsqueeze(-1) * _wide(rows).unsqueeze(-2)  # (B, k, d)
     dW = pairs.new_zeros(n, rows.shape[1]).index_add(0, indices.flatten(), pairs.flatten(0, 1))
     db = pairs.new_zeros(n).index_add(0, indices.flatten(), _wide(coeff).flatten())
-    return dW.to(rows.dtype), db.to(rows.dtype)
+    return _lying(dW.to(rows.dtype), across), db.to(rows.dtype)
+
+
+def _lying(dW, across):
+    """Segment sums (n, d) as it is, or as (d, n)."""
+    return dW.t().contiguous().t() if across else dW.contiguous()
 
 
 def _threshold_encode(x, W_enc, b_enc, threshold, capacity, scale=None, columns=None):
@@ -72,17 +78,23 @@ def _ragged_dot(rows, row, indices, W):
     return torch.where(row < 0, 0, products.sum(-1)).to(rows.dtype)
 
 
-def _ragged_outer(coeff, indices, row, rows, n):
+def _ragged_outer(coeff, indices, row, rows, n, across=False):
     factor = _wide(coeff)[:, None]
     sums = factor.new_zeros(n, rows.shape[1] + 1)
     pairs = torch.cat([factor * _wide(rows)[row.clamp_min(0)], factor], dim=1)
     # a pair without a row adds nothing, not even a zero times an infinity
     sums = sums.index_add(0, indices, torch.where(row[:, None] < 0, 0, pairs))
-    return sums[:, :-1].to(rows.dtype).contiguous(), sums[:, -1].to(rows.dtype).contiguous()
+    dW, db = sums[:, :-1].to(rows.dtype), sums[:, -1].to(rows.dtype)
+    return _lying(dW, across), db.contiguous()
 
 
 def _sparse_outer_out(coeff, indices, rows, dW, db):
     for target, value in zip((dW, db), _sparse_outer(coeff, indices, rows, dW.shape[0])):
+        target.copy_(value)
+
+
+def _ragged_outer_out(coeff, indices, row, rows, dW, db):
+    for target, value in zip((dW, db), _ragged_outer(coeff, indices, row, rows, dW.shape[0])):
         target.copy_(value)
 
 
@@ -129,6 +141,7 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "ragged_decode": _ragged_decode,
     "ragged_dot": _ragged_dot,
     "ragged_outer": _ragged_outer,
+    "ragged_outer_out": _ragged_outer_out,
     "threshold_encode": _threshold_encode,
     "batch_topk_encode": _batch_topk_encode,
     "grouped_matmul": _grouped_matmul,
@@ -145,11 +158,11 @@ _DERIVATIVES: dict[str, tuple[type[Function], tuple[Any, ...]]] = {
     "sparse_decode": (_sparse.SparseDecode, (PORTABLE, False, None)),
     "gather_dot": (_sparse.GatherDot, (PORTABLE,)),
     "sparse_outer": (_sparse.SparseOuter, (PORTABLE,)),
-    "ragged_decode": (_ragged.RaggedDecode, (PORTABLE, False)),
+    "ragged_decode": (_ragged.RaggedDecode, (PORTABLE, False, None)),
     "ragged_dot": (_ragged.RaggedDot, (PORTABLE,)),
     "ragged_outer": (_ragged.RaggedOuter, (PORTABLE,)),
-    "threshold_encode": (_ragged.RaggedEncode, ("threshold_encode", False, PORTABLE, False)),
-    "batch_topk_encode": (_ragged.RaggedEncode, ("batch_topk_encode", True, PORTABLE, False)),
+    "threshold_encode": (RaggedEncode, ("threshold_encode", False, PORTABLE, False)),
+    "batch_topk_encode": (RaggedEncode, ("batch_topk_encode", True, PORTABLE, False)),
     "grouped_matmul": (_grouped.Matmul, (PORTABLE,)),
     "grouped_outer": (_grouped.Outer, (PORTABLE,)),
     "low_rank_project": (_grouped.LowRank, (PORTABLE,)),
@@ -191,12 +204,22 @@ def _kernel(op: Op, name: str) -> Callable[..., Any]:
         backend = backends.pop() if len(backends) == 1 else "reference"
         if backend in ("reference", PORTABLE):
             return _PLAIN[name](*args)
-        if name == "topk_encode" and backend == "cuda":
-            x, W, b, k = args[:4]
-            args = (x, W.contiguous(), b, k)
-        return call(backend, name, *args)
+        if backend != "cpp":
+            # kernels of GPUs read dictionaries by rows alone
+            args = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
+        return _on_cuda(name, args) if backend == "cuda" else call(backend, name, *args)
 
     return kernel
+
+
+def _on_cuda(name: str, args: tuple[Any, ...]) -> Any:
+    """CUDA C++ knows neither the options of encoders nor the layout of a gradient."""
+    if name == "topk_encode":
+        args = args[:4]
+    if name != "sparse_outer" or len(args) == 4:
+        return call("cuda", name, *args)
+    dW, db = call("cuda", name, *args[:4])
+    return _lying(dW, args[4]), db
 
 
 def _differentiate(name: str) -> None:

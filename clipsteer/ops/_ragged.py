@@ -7,15 +7,15 @@ checked here.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from clipsteer.ops._autograd import Function, save, total, tracked
 from clipsteer.ops._dispatch import call
-from clipsteer.ops._encoder import either_layout, laid_as, scaled, unscaled
 from clipsteer.ops._reference import rows_of
+from clipsteer.ops._sparse import across_if, laid_out, lies_across, optional_gradient
 
 
 class SparseCodes(NamedTuple):
@@ -62,49 +62,62 @@ class RaggedDecode(Function):
         prefixes,
         backend,
         sparse_grad,
+        grad_buffer,  # (n, d) or None
     ):
         return call(backend, "ragged_decode", values, indices, offsets, W, b, prefixes)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        values, indices, offsets, W, _, ctx.prefixes, ctx.backend, ctx.sparse_grad = inputs
+        values, indices, offsets, W, _, ctx.prefixes, *options = inputs
         save(ctx, values, indices, offsets, W)
+        ctx.options = options
 
     @staticmethod
     def backward(ctx, grad):  # (G, B, d)
         values, indices, offsets, W = ctx.saved_tensors
-        groups, rows, d = grad.shape
-        row = code_rows(SparseCodes(values, indices, offsets))
-        there = row < rows
-        # a feature is in its own prefix and in all that are longer
-        tails = grad
-        if groups > 1:
-            tails = grad.flip(0).cumsum(0).flip(0)
-            for prefix in ctx.prefixes[:-1]:
-                row = row + torch.where(indices < prefix, 0, rows)
-        row = torch.where(there, row, -1)
-        tails = tails.reshape(groups * rows, d).contiguous()
+        backend, sparse_grad, grad_buffer = ctx.options
+        tails = running_tails(grad)
+        row = row_or_none(SparseCodes(values, indices, offsets))
+        # the tail of the row from the first prefix on that has the feature
+        later = grad.shape[1]
+        shift = sum(torch.where(indices < prefix, 0, later) for prefix in ctx.prefixes[:-1])
+        row = torch.where(row < 0, row, row + shift)
         d_values = d_W = d_b = None
         if ctx.needs_input_grad[0]:
-            d_values = dot(tails, row, indices, W, ctx.backend)
+            d_values = dot(tails, row, indices, W, backend)
         if ctx.needs_input_grad[3]:
-            d_W, _ = pair_gradient(values, indices, row, tails, W, ctx.backend, ctx.sparse_grad)
+            options = (backend, sparse_grad, grad_buffer)
+            d_W, _ = pair_gradient(values, indices, row, tails, W, *options)
         if ctx.needs_input_grad[4]:
             d_b = grad.sum((0, 1))
-        return d_values, None, None, d_W, d_b, None, None, None
+        return d_values, None, None, d_W, d_b, None, None, None, None
 
     @staticmethod
-    def jvp(ctx, t_values, _, __, t_W, t_b, *options):
+    def jvp(ctx, t_values, _, __, t_W, t_b, *others):
         values, indices, offsets, W = ctx.saved_tensors
         of_values = of_W = of_b = None
-        groups, backend = ctx.prefixes, ctx.backend
+        groups, backend = ctx.prefixes, ctx.options[0]
         if t_values is not None:
             of_values = decode(t_values.contiguous(), indices, offsets, W, None, groups, backend)
         if t_W is not None:
-            of_W = decode(values, indices, offsets, t_W.contiguous(), None, groups, backend)
+            t_W = laid_out(t_W, backend)
+            of_W = decode(values, indices, offsets, t_W, None, groups, backend)
         if t_b is not None:
             of_b = t_b.expand(len(groups), offsets.shape[0] - 1, -1)
         return total(of_values, of_W, of_b)
+
+
+def running_tails(
+    grad: Tensor,  # (G, B, d)
+) -> Tensor:
+    """Of each prefix the sum of its gradient and those of all longer ones: (G·B, d).
+
+    A feature is in its own prefix and in all that are longer.
+    """
+    tails = [grad[-1]]
+    for shorter in reversed(grad[:-1].unbind()):
+        tails.append(tails[-1] + shorter)
+    return torch.cat(tails[::-1]) if len(tails) > 1 else grad[0].contiguous()
 
 
 class RaggedDot(Function):
@@ -131,7 +144,7 @@ class RaggedDot(Function):
         if ctx.needs_input_grad[0]:
             d_rows = decode_pairs(grad, indices, row, W, rows.shape[0], ctx.backend)
         if ctx.needs_input_grad[3]:
-            d_W, _ = outer(grad, indices, row, rows, W.shape[0], ctx.backend)
+            d_W, _ = outer(grad, indices, row, rows, W.shape[0], ctx.backend, lies_across(W))
         return d_rows, None, None, d_W, None
 
     @staticmethod
@@ -141,7 +154,7 @@ class RaggedDot(Function):
         if t_rows is not None:
             of_rows = dot(t_rows.contiguous(), row, indices, W, ctx.backend)
         if t_W is not None:
-            of_W = dot(rows, row, indices, t_W.contiguous(), ctx.backend)
+            of_W = dot(rows, row, indices, laid_out(t_W, ctx.backend), ctx.backend)
         return total(of_rows, of_W)
 
 
@@ -153,151 +166,45 @@ class RaggedOuter(Function):
         row,  # (m,), -1 for none
         rows,  # (R, d)
         n,
+        across,
         backend,
     ):
-        return call(backend, "ragged_outer", coeff, indices, row, rows, n)
+        return call(backend, "ragged_outer", coeff, indices, row, rows, n, *across_if(across))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.n, ctx.backend = inputs
+        *tensors, ctx.n, ctx.across, ctx.backend = inputs
         save(ctx, *tensors)
 
     @staticmethod
     def backward(ctx, grad_W, grad_b):
         coeff, indices, row, rows = ctx.saved_tensors
-        grad_W = grad_W.contiguous()
+        grad_W = laid_out(grad_W, ctx.backend)
         d_coeff = d_rows = None
         if ctx.needs_input_grad[0]:
             d_coeff = dot(rows, row, indices, grad_W, ctx.backend)
             d_coeff = d_coeff + torch.where(row < 0, 0, rows_of(grad_b, indices))
         if ctx.needs_input_grad[3]:
             d_rows = decode_pairs(coeff, indices, row, grad_W, rows.shape[0], ctx.backend)
-        return d_coeff, None, None, d_rows, None, None
+        return d_coeff, None, None, d_rows, None, None, None
 
     @staticmethod
-    def jvp(ctx, t_coeff, _, __, t_rows, *options):
+    def jvp(ctx, t_coeff, _, __, t_rows, *others):
         coeff, indices, row, rows = ctx.saved_tensors
+        options = (ctx.n, ctx.backend, ctx.across)
         of_coeff = of_rows = (None, None)
         if t_coeff is not None:
-            of_coeff = outer(t_coeff.contiguous(), indices, row, rows, ctx.n, ctx.backend)
+            of_coeff = outer(t_coeff.contiguous(), indices, row, rows, *options)
         if t_rows is not None:
-            of_rows = outer(coeff, indices, row, t_rows.contiguous(), ctx.n, ctx.backend)
+            of_rows = outer(coeff, indices, row, t_rows.contiguous(), *options)
         t_db = torch.zeros_like(of_rows[1]) if of_coeff[1] is None else of_coeff[1]
         return total(of_coeff[0], of_rows[0]), t_db
-
-
-class RaggedEncode(Function):
-    """Ragged codes of a low-level op of the arguments (x, W, b, limits…, scale, columns); the
-    gradient holds the set of codes fixed. ``positive``: their values are."""
-
-    @staticmethod
-    def forward(*inputs):
-        *arguments, low_level, _, backend, _ = inputs
-        return call(backend, low_level, *arguments)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, W, b = inputs[:3]
-        scale, _, _, ctx.positive, *ctx.options = inputs[-6:]
-        values, indices, offsets = output
-        save(ctx, x, W, b, scale, values, indices, offsets)
-        ctx.mark_non_differentiable(indices, offsets)
-        ctx.set_materialize_grads(False)
-        ctx.at_scale = len(inputs) - 6
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        limits = (None,) * (ctx.at_scale - 3)
-        if grad is None:
-            return None, None, None, *limits, *[None] * 6
-        x, lies, b, scale, values, indices, offsets = ctx.saved_tensors
-        W = lies.contiguous()
-        backend, sparse_grad = ctx.options
-        needs = ctx.needs_input_grad
-        row = row_or_none(SparseCodes(values, indices, offsets))
-        grad = torch.where(values.isnan() | (row < 0), 0, grad)
-        d_x = d_W = d_b = d_scale = None
-        if scale is not None and needs[ctx.at_scale]:
-            pre = _before_scale(ctx.positive, x, W, b, scale, values, indices, row, backend)
-            ones = x.new_ones(x.shape[0], 1)
-            _, d_scale = outer((grad * pre).contiguous(), indices, row, ones, W.shape[0], backend)
-        grad = scaled(grad, scale, indices).contiguous()
-        if needs[0]:
-            d_x = decode(grad, indices, offsets, W, None, [W.shape[0]], backend)[0]
-        if needs[1] or needs[2]:
-            d_W, d_b = pair_gradient(grad, indices, row, x, W, backend, sparse_grad)
-        d_W = laid_as(lies, d_W) if needs[1] else None
-        d_b = d_b if needs[2] else None
-        return d_x, d_W, d_b, *limits, d_scale, *[None] * 5
-
-    @staticmethod
-    def jvp(ctx, t_x, t_W, t_b, *others):
-        x, W, b, scale, values, indices, offsets = ctx.saved_tensors
-        W = W.contiguous()
-        backend = ctx.options[0]
-        t_scale = others[-6]
-        row = row_or_none(SparseCodes(values, indices, offsets))
-        of_x = of_W = of_b = of_scale = None
-        if t_x is not None:
-            of_x = dot(t_x.contiguous(), row, indices, W, backend)
-        if t_W is not None:
-            of_W = dot(x, row, indices, t_W.contiguous(), backend)
-        if t_b is not None:
-            of_b = rows_of(t_b, indices)
-        tangent = total(of_x, of_W, of_b)
-        if tangent is not None:
-            tangent = scaled(tangent, scale, indices)
-        if t_scale is not None:
-            pre = _before_scale(ctx.positive, x, W, b, scale, values, indices, row, backend)
-            of_scale = rows_of(t_scale, indices) * pre
-        tangent = total(tangent, of_scale)
-        if tangent is not None:
-            tangent = torch.where((row < 0) | values.isnan(), 0, tangent)
-        return tangent, None, None
-
-
-def _before_scale(
-    positive: bool,
-    x: Tensor,  # (B, d)
-    W: Tensor,  # (n, d)
-    b: Tensor | None,  # (n,)
-    scale: Tensor,  # (n,)
-    values: Tensor,  # (m,)
-    indices: Tensor,  # (m,)
-    row: Tensor,  # (m,), -1 for padding
-    backend: str,
-) -> Tensor:
-    """x W_encᵀ + b_enc of the codes: (m,)."""
-    if positive:
-        return unscaled(values, scale, indices)
-    pre = dot(x, row, indices, W, backend)
-    return pre if b is None else pre + rows_of(b, indices)
 
 
 def row_or_none(codes: SparseCodes) -> Tensor:
     """The row (m,) of each code, -1 for padding."""
     row = code_rows(codes)
     return torch.where(row < codes.offsets.shape[0] - 1, row, -1)
-
-
-def encode(
-    low_level: str,
-    x: Tensor,  # (B, d)
-    W: Tensor,  # (n, d), in any layout
-    b: Tensor | None,  # (n,)
-    *limits: Any,
-    scale: Tensor | None,  # (n,)
-    columns: Tensor | None,  # (m,)
-    positive: bool,
-    backend: str,
-    sparse_grad: bool,
-) -> SparseCodes:
-    """The codes that a low-level op finds, whose values are all positive if ``positive``."""
-    b, scale, columns = (None if t is None else t.contiguous() for t in (b, scale, columns))
-    arguments = (x.contiguous(), either_layout(W), b, *limits, scale, columns)
-    if tracked(x, W, b, scale):
-        return SparseCodes(*RaggedEncode.run(*arguments, low_level, positive, backend, sparse_grad))
-    return SparseCodes(*call(backend, low_level, *arguments))
 
 
 def decode(
@@ -309,11 +216,13 @@ def decode(
     prefixes: list[int],
     backend: str,
     sparse_grad: bool = False,
+    grad_buffer: Tensor | None = None,  # (n, d)
 ) -> Tensor:
-    """Σ_j values_j W[indices_j] + b of each row and prefix: (G, B, d); contiguous inputs."""
+    """Σ_j values_j W[indices_j] + b of each row and prefix: (G, B, d); contiguous inputs, ``W`` as
+    it is ``laid_out``."""
     arguments = (values, indices, offsets, W, b, prefixes)
     if tracked(values, W, b):
-        return RaggedDecode.run(*arguments, backend, sparse_grad)
+        return RaggedDecode.run(*arguments, backend, sparse_grad, grad_buffer)
     return call(backend, "ragged_decode", *arguments)
 
 
@@ -352,11 +261,13 @@ def outer(
     rows: Tensor,  # (R, d)
     n: int,
     backend: str,
+    across: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Segment sums Σ coeff·rows and Σ coeff over the pairs of each feature: (n, d), (n,)."""
+    """Segment sums Σ coeff·rows and Σ coeff over the pairs of each feature: (n, d), which lies as
+    (d, n) if ``across``, and (n,)."""
     if tracked(coeff, rows):
-        return RaggedOuter.run(coeff, indices, row, rows, n, backend)
-    return call(backend, "ragged_outer", coeff, indices, row, rows, n)
+        return RaggedOuter.run(coeff, indices, row, rows, n, across, backend)
+    return call(backend, "ragged_outer", coeff, indices, row, rows, n, *across_if(across))
 
 
 def pair_gradient(
@@ -367,16 +278,14 @@ def pair_gradient(
     W: Tensor,  # (n, d)
     backend: str,
     sparse: bool,
+    buffer: Tensor | None = None,  # (n, d)
 ) -> tuple[Tensor, Tensor]:
-    """``outer`` as the caller wants it: dense, or of the rows in use alone."""
+    """``outer`` as the caller wants it: dense, row-sparse, or written into a kept buffer; a dense
+    one in the layout of ``W``."""
     n = W.shape[0]
-    if not sparse:
-        return outer(coeff, indices, row, rows, n, backend)
-    if tracked(coeff, rows):
-        raise RuntimeError("sparse_grad gives first derivatives only; leave it out to go further")
-    features, compact = torch.unique(indices, return_inverse=True)
-    d_W, d_b = outer(coeff, compact, row, rows, features.numel(), backend)
-    d_W = torch.sparse_coo_tensor(
-        features[None], d_W, (n, rows.shape[1]), is_coalesced=True, check_invariants=False
+    found = optional_gradient(
+        "ragged_outer", coeff, indices, (row, rows), n, backend, sparse, buffer
     )
-    return d_W, torch.zeros(n, dtype=d_b.dtype, device=d_b.device).index_copy(0, features, d_b)
+    if found is not None:
+        return found
+    return outer(coeff, indices, row, rows, n, backend, lies_across(W))

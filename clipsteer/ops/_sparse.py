@@ -2,6 +2,9 @@
 
 ``decode``, ``gather_dot`` and ``sparse_outer`` are closed under differentiation, so derivatives of
 any order, forward and reverse, run on the same kernels. Nothing is checked here.
+
+A dictionary (n, d) may lie as (d, n) where a backend takes that (``laid_out``); then its dense
+gradient lies so, too.
 """
 
 from __future__ import annotations
@@ -13,7 +16,20 @@ from torch import Tensor
 
 from clipsteer.ops._autograd import Function, save, total, tracked, transformed
 from clipsteer.ops._dispatch import call
+from clipsteer.ops._lowlevel import PORTABLE
 from clipsteer.ops._reference import rows_of
+
+
+def lies_across(W: Tensor) -> bool:
+    """Whether a dictionary (n, d) lies as (d, n), as the weight of a linear layer does."""
+    return not W.is_contiguous() and W.t().is_contiguous()
+
+
+def laid_out(W: Tensor, backend: str) -> Tensor:
+    """A dictionary (n, d) as the kernels of a backend read it: those of the CPU in both layouts."""
+    if backend in ("cpp", PORTABLE) and lies_across(W):
+        return W
+    return W.contiguous()
 
 
 class SparseDecode(Function):
@@ -59,7 +75,7 @@ class SparseDecode(Function):
         if t_acts is not None:
             of_acts = decode(t_acts.contiguous(), indices, W, None, backend)
         if t_W is not None:
-            of_W = decode(acts, indices, t_W.contiguous(), None, backend)
+            of_W = decode(acts, indices, laid_out(t_W, backend), None, backend)
         if t_b is not None:
             of_b = t_b.expand(acts.shape[0], -1)
         return total(of_acts, of_W, of_b)
@@ -88,7 +104,7 @@ class GatherDot(Function):
         if ctx.needs_input_grad[0]:
             d_rows = decode(grad, indices, W, None, ctx.backend)
         if ctx.needs_input_grad[2]:
-            d_W, _ = sparse_outer(grad, indices, rows, W.shape[0], ctx.backend)
+            d_W, _ = sparse_outer(grad, indices, rows, W.shape[0], ctx.backend, lies_across(W))
         return d_rows, None, d_W, None
 
     @staticmethod
@@ -98,7 +114,7 @@ class GatherDot(Function):
         if t_rows is not None:
             of_rows = gather_dot(t_rows.contiguous(), indices, W, ctx.backend)
         if t_W is not None:
-            of_W = gather_dot(rows, indices, t_W.contiguous(), ctx.backend)
+            of_W = gather_dot(rows, indices, laid_out(t_W, ctx.backend), ctx.backend)
         return total(of_rows, of_W)
 
 
@@ -109,34 +125,36 @@ class SparseOuter(Function):
         indices,  # (B, k)
         rows,  # (B, d)
         n,
+        across,
         backend,
     ):
-        return call(backend, "sparse_outer", coeff, indices, rows, n)
+        return call(backend, "sparse_outer", coeff, indices, rows, n, *across_if(across))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.n, ctx.backend = inputs
+        *tensors, ctx.n, ctx.across, ctx.backend = inputs
         save(ctx, *tensors)
 
     @staticmethod
     def backward(ctx, grad_W, grad_b):
         coeff, indices, rows = ctx.saved_tensors
-        grad_W = grad_W.contiguous()
+        grad_W = laid_out(grad_W, ctx.backend)
         d_coeff = d_rows = None
         if ctx.needs_input_grad[0]:
             d_coeff = gather_dot(rows, indices, grad_W, ctx.backend) + rows_of(grad_b, indices)
         if ctx.needs_input_grad[2]:
             d_rows = decode(coeff, indices, grad_W, None, ctx.backend)
-        return d_coeff, None, d_rows, None, None
+        return d_coeff, None, d_rows, None, None, None
 
     @staticmethod
-    def jvp(ctx, t_coeff, _, t_rows, *options):
+    def jvp(ctx, t_coeff, _, t_rows, *others):
         coeff, indices, rows = ctx.saved_tensors
+        options = (ctx.n, ctx.backend, ctx.across)
         of_coeff = of_rows = (None, None)
         if t_coeff is not None:
-            of_coeff = sparse_outer(t_coeff.contiguous(), indices, rows, ctx.n, ctx.backend)
+            of_coeff = sparse_outer(t_coeff.contiguous(), indices, rows, *options)
         if t_rows is not None:
-            of_rows = sparse_outer(coeff, indices, t_rows.contiguous(), ctx.n, ctx.backend)
+            of_rows = sparse_outer(coeff, indices, t_rows.contiguous(), *options)
         t_db = torch.zeros_like(of_rows[1]) if of_coeff[1] is None else of_coeff[1]
         return total(of_coeff[0], of_rows[0]), t_db
 
@@ -168,17 +186,24 @@ def gather_dot(
     return call(backend, "gather_dot", rows, indices, W)
 
 
+def across_if(across: bool) -> tuple[bool, ...]:
+    """What segment sums take after their other arguments; the CUDA library knows no layouts."""
+    return (True,) if across else ()
+
+
 def sparse_outer(
     coeff: Tensor,  # (B, k)
     indices: Tensor,  # (B, k)
     rows: Tensor,  # (B, d)
     n: int,
     backend: str,
+    across: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Segment sums Σ coeff·rows and Σ coeff over the pairs of each feature: (n, d), (n,)."""
+    """Segment sums Σ coeff·rows and Σ coeff over the pairs of each feature: (n, d), which lies as
+    (d, n) if ``across``, and (n,)."""
     if tracked(coeff, rows):
-        return SparseOuter.run(coeff, indices, rows, n, backend)
-    return call(backend, "sparse_outer", coeff, indices, rows, n)
+        return SparseOuter.run(coeff, indices, rows, n, across, backend)
+    return call(backend, "sparse_outer", coeff, indices, rows, n, *across_if(across))
 
 
 def weight_gradient(
@@ -190,23 +215,41 @@ def weight_gradient(
     sparse: bool,
     buffer: Tensor | None,  # (n, d)
 ) -> tuple[Tensor, Tensor]:
-    """``sparse_outer`` as the caller wants it: dense, row-sparse, or written into a kept buffer."""
-    n = W.shape[0]
+    """``sparse_outer`` as the caller wants it: dense, row-sparse, or written into a kept buffer;
+    a dense one in the layout of ``W``."""
+    found = optional_gradient(
+        "sparse_outer", coeff, indices, (rows,), W.shape[0], backend, sparse, buffer
+    )
+    if found is not None:
+        return found
+    return sparse_outer(coeff, indices, rows, W.shape[0], backend, lies_across(W))
+
+
+def optional_gradient(
+    low_level: str,
+    coeff: Tensor,  # (B, k) or (m,)
+    indices: Tensor,  # (B, k) or (m,)
+    others: tuple[Tensor, ...],  # the rows (R, d) and, before them, of pairs the row (m,) of each
+    n: int,
+    backend: str,
+    sparse: bool,
+    buffer: Tensor | None,  # (n, d)
+) -> tuple[Tensor, Tensor] | None:
+    """Segment sums by a low-level op, of the rows in use alone or in a kept buffer; None where
+    neither is asked for, or the buffer is taken."""
+    rows = others[-1]
     if torch.compiler.is_compiling() or transformed():
+        buffer = None
+    # kernels of GPUs write by rows alone
+    if backend != "cpp" and buffer is not None and not buffer.is_contiguous():
         buffer = None
     if (sparse or buffer is not None) and tracked(coeff, rows):
         what = "sparse_grad and grad_buffer give first derivatives only"
         raise RuntimeError(f"{what}; leave them out to go further")
     if sparse:
         features, compact = torch.unique(indices, return_inverse=True)
-        d_W, d_b = call(
-            backend,
-            "sparse_outer",
-            coeff,
-            compact.contiguous(),
-            rows,
-            features.numel(),
-        )
+        count = features.numel()
+        d_W, d_b = call(backend, low_level, coeff, compact.contiguous(), *others, count)
         d_W = torch.sparse_coo_tensor(
             features[None],
             d_W,
@@ -217,9 +260,9 @@ def weight_gradient(
         return d_W, torch.zeros(n, dtype=d_b.dtype, device=d_b.device).index_copy(0, features, d_b)
     if buffer is not None and (d_W := claimed(buffer)) is not None:
         d_b = rows.new_empty(n)
-        call(backend, "sparse_outer_out", coeff, indices, rows, d_W, d_b)
+        call(backend, f"{low_level}_out", coeff, indices, *others, d_W, d_b)
         return d_W, d_b
-    return sparse_outer(coeff, indices, rows, n, backend)
+    return None
 
 
 def claimed(buffer: Tensor) -> Tensor | None:
@@ -306,13 +349,15 @@ def check_gradient_options(
         if sparse_grad:
             raise ValueError(f"{op}: sparse_grad and grad_buffer exclude each other")
         fits = grad_buffer.shape == W.shape and grad_buffer.dtype in dtypes
-        fits = fits and grad_buffer.device == W.device and grad_buffer.is_contiguous()
+        lies = grad_buffer.is_contiguous() or (lies_across(grad_buffer) and lies_across(W))
+        fits = fits and grad_buffer.device == W.device and lies
         if not fits:
             expected = f"{tuple(W.shape)} {dtypes[0]} on {W.device}"
             if len(dtypes) > 1:
                 expected += f" (or {W.dtype}, which autocast makes of it)"
             got = f"{tuple(grad_buffer.shape)} {grad_buffer.dtype} on {grad_buffer.device}"
-            like = f"contiguous and like the dictionary, {expected}"
+            layout = "contiguous, or laid out as the dictionary" if lies_across(W) else "contiguous"
+            like = f"{layout} and like the dictionary, {expected}"
             raise ValueError(f"{op}: grad_buffer must be {like}, got {got}")
         if grad_buffer.requires_grad:
             raise ValueError(f"{op}: grad_buffer must not require a gradient")
@@ -320,6 +365,12 @@ def check_gradient_options(
         raise RuntimeError(
             f"{op}: sparse_grad and grad_buffer need a compiled backend, and this call runs on "
             '"reference"; leave them out, or see clipsteer env for how to get one'
+        )
+    source = W if given is None else given
+    if sparse_grad and source.grad_fn is not None and lies_across(source):
+        raise RuntimeError(
+            f"{op}: torch takes no row-sparse gradient through a transposition; leave sparse_grad "
+            "out, or keep the dictionary as (d_sae, d_in)"
         )
     if sparse_grad and transformed():
         raise RuntimeError(

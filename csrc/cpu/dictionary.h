@@ -37,7 +37,6 @@ class Dictionary {
   const V* bias = nullptr;       // of those that are looked at, or null
   const V* scale = nullptr;
 
-  bool by_rows() const { return !columns && !transposed_; }
   bool transposed() const { return transposed_; }
   const T* row(int64_t i) const { return w_ + feature(i) * d; }
   int64_t feature(int64_t i) const { return columns ? columns[i] : i; }
@@ -88,6 +87,15 @@ class Dictionary {
     } else if (transposed_) {
       kernels<V>().turn(w_ + first, features, d, count, buffer, d);
     }
+  }
+
+  // Where `count` features lie, at most 64, unless they are scattered.
+  ScreenAhead ahead(int64_t first, int64_t count) const
+    requires(!kNarrow<T>)
+  {
+    if (columns || count == 0) return {nullptr, 0, 0};
+    if (transposed_) return {reinterpret_cast<const char*>(w_ + first), features * int64_t(sizeof(T)), 4 * d};
+    return {reinterpret_cast<const char*>(row(first)), 256, count * d * int64_t(sizeof(T)) / 64};
   }
 
   // The mean size of each dimension over some of the features.

@@ -25,10 +25,17 @@ STABLE_TORCH_LIBRARY(clipsteer_cpp, m) {
       "Tensor? columns=None) -> (Tensor values, Tensor indices, Tensor offsets)");
   m.def("ragged_decode(Tensor values, Tensor indices, Tensor offsets, Tensor W, Tensor? b, SymInt[] prefixes) -> Tensor");
   m.def("ragged_dot(Tensor rows, Tensor row_of, Tensor indices, Tensor W) -> Tensor");
-  m.def("ragged_outer(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, SymInt n) -> (Tensor dW, Tensor db)");
+  m.def(
+      "ragged_outer(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, SymInt n, bool across=False) "
+      "-> (Tensor dW, Tensor db)");
+  m.def(
+      "ragged_outer_out(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, Tensor(a!) dW, Tensor(b!) db) "
+      "-> ()");
   m.def("sparse_decode(Tensor acts, Tensor indices, Tensor W, Tensor? b) -> Tensor");
   m.def("gather_dot(Tensor rows, Tensor indices, Tensor W) -> Tensor");
-  m.def("sparse_outer(Tensor coeff, Tensor indices, Tensor rows, SymInt n) -> (Tensor dW, Tensor db)");
+  m.def(
+      "sparse_outer(Tensor coeff, Tensor indices, Tensor rows, SymInt n, bool across=False) "
+      "-> (Tensor dW, Tensor db)");
   m.def("sparse_outer_out(Tensor coeff, Tensor indices, Tensor rows, Tensor(a!) dW, Tensor(b!) db) -> ()");
   m.def("grouped_matmul(Tensor x, Tensor W, Tensor? index, Tensor? beta, Tensor? mean, bool transpose) -> Tensor");
   m.def("grouped_outer(Tensor a, Tensor b, Tensor? index, SymInt groups) -> Tensor");
@@ -59,6 +66,7 @@ STABLE_TORCH_LIBRARY_IMPL(clipsteer_cpp, CPU, m) {
   m.impl("ragged_decode", TORCH_BOX(&clipsteer::ragged_decode));
   m.impl("ragged_dot", TORCH_BOX(&clipsteer::ragged_dot));
   m.impl("ragged_outer", TORCH_BOX(&clipsteer::ragged_outer));
+  m.impl("ragged_outer_out", TORCH_BOX(&clipsteer::ragged_outer_out));
   m.impl("sparse_decode", TORCH_BOX(&clipsteer::sparse_decode));
   m.impl("gather_dot", TORCH_BOX(&clipsteer::gather_dot));
   m.impl("sparse_outer", TORCH_BOX(&clipsteer::sparse_outer));

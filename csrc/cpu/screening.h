@@ -164,12 +164,10 @@ void search_screened(const float* x, const Dictionary<float>& W, const float* th
           }
           kernels<float>().pack(reinterpret_cast<const float*>(bytes), quads, columns, quads,
                                 reinterpret_cast<float*>(panel));
-          // The next rows of W come from memory meanwhile.
-          const bool more = W.by_rows() && p + 1 < end_of_slot;
-          const int64_t coming = more ? std::min<int64_t>(64, n - first - columns) * d / 16 : 0;
-          const float* next = more ? W.row(first + columns) : nullptr;
-          int8.screen(codes.get(), width, lines.data(), count, panel, column,
-                      reinterpret_cast<const char*>(next), coming, pass.data());
+          // The next features come from memory meanwhile.
+          const int64_t coming = p + 1 < end_of_slot ? std::min<int64_t>(64, n - first - columns) : 0;
+          int8.screen(codes.get(), width, lines.data(), count, panel, column, W.ahead(first + columns, coming),
+                      pass.data());
           const uint64_t inside = columns == 64 ? ~uint64_t(0) : (uint64_t(1) << columns) - 1;
           int64_t hit[64] = {};
           for (int64_t r = 0; r < count; ++r) {

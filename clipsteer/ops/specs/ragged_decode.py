@@ -10,6 +10,7 @@ from clipsteer.ops._bounds import fraction_of_bound
 from clipsteer.ops._ragged import SparseCodes, row_or_none
 from clipsteer.ops._spec import Draw, Errors, Inputs, OpSpec, Shape, Tensors, sizes, unpacked
 from clipsteer.ops.ragged_decode import ragged_decode, ragged_decode_reference
+from clipsteer.ops.sparse_decode import sparse_decode, sparse_decode_reference
 
 
 def draw_codes(case: Draw, B: int, n: int, k: int) -> Inputs:
@@ -158,10 +159,86 @@ SPEC = OpSpec(
     repeat_shape={"B": 70, "d": 40, "n": 300, "k": 9, "G": 3},
     optional=("b_dec",),
     scalable=("values", "b_dec"),
+    grad_buffer="W_dec",
     bench_shapes=_bench(256) | _bench(256, 4),
     gpu_bench_shapes=_bench(4096) | _bench(4096, 4),
     baselines={"embedding_bag": _embedding_bag},
     floor=_floor,
 )
 
-SPECS = (SPEC,)
+
+def _draw_prefixes(case: Draw) -> Inputs:
+    """k features a row, in any order and some of them twice."""
+    B, d, n, k, groups = unpacked(case.shape, "B d n k G")
+    indices = torch.randint(0, n, (B, k), generator=case.generator)
+    prefixes = [n * (g + 1) // groups for g in range(groups)]
+    W_dec = case.tensor(n, d, scale=1.0)
+    given = {"acts": case.tensor(B, k), "indices": indices, "W_dec": W_dec}
+    return {**given, "b_dec": case.tensor(d), "prefixes": prefixes}
+
+
+def _as_ragged(inputs: Inputs) -> Inputs:
+    """The same codes as ragged ones."""
+    acts = inputs["acts"]
+    B, k = acts.shape
+    codes = {"values": acts.flatten(), "indices": inputs["indices"].flatten()}
+    return {**inputs, **codes, "offsets": torch.arange(B + 1) * k}
+
+
+def _check_prefixes(inputs: Inputs, outputs: Tensors) -> Errors:
+    return _check_values(_as_ragged(inputs), outputs)
+
+
+def _check_prefix_grads(
+    inputs: Inputs, outputs: Tensors, grad_out: Tensors, grads: Tensors
+) -> Errors:
+    flat = {**grads, "values": grads["acts"].flatten()}
+    found = _check_grads(_as_ragged(inputs), outputs, grad_out, flat)
+    return {"acts": found.pop("values"), **found}
+
+
+def _dense_prefixes(
+    acts: Tensor,  # (B, k)
+    indices: Tensor,  # (B, k)
+    W_dec: Tensor,  # (n, d)
+    b_dec: Tensor,  # (d,)
+    prefixes: list[int],
+) -> Tensor:
+    """A product a prefix, as Matryoshka SAEs are trained elsewhere."""
+    code = acts.new_zeros(acts.shape[0], W_dec.shape[0])
+    code = code.scatter_add(-1, indices, acts)
+    return torch.stack([torch.addmm(b_dec, code[:, :n], W_dec[:n]) for n in prefixes])
+
+
+PREFIXES = OpSpec(
+    name="sparse_decode_prefixes",
+    function=sparse_decode,
+    reference=sparse_decode_reference,
+    outputs=("x_hat",),
+    differentiable=("acts", "W_dec", "b_dec"),
+    draw=_draw_prefixes,
+    check=_check_prefixes,
+    check_grads=_check_prefix_grads,
+    shapes=sizes(
+        "B d n k G",
+        (7, 33, 65, 5, 2),
+        (33, 31, 127, 8, 3),
+        (4, 128, 129, 129, 4),
+        (1, 1, 1, 1, 1),
+        (0, 8, 16, 4, 2),
+        (3, 129, 31, 32, 5),
+        (32, 127, 128, 1, 2),
+        (2, 32, 33, 31, 33),
+    ),
+    small_shape={"B": 3, "d": 4, "n": 9, "k": 3, "G": 2},
+    repeat_shape={"B": 70, "d": 40, "n": 300, "k": 9, "G": 3},
+    optional=("b_dec",),
+    scalable=("acts", "b_dec"),
+    grad_buffer="W_dec",
+    bench_shapes=_bench(256, 4),
+    gpu_bench_shapes=_bench(4096, 4),
+    baselines={"dense": _dense_prefixes},
+    floor=_floor,
+)
+
+SPECS = (SPEC, PREFIXES)

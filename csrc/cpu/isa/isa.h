@@ -137,6 +137,15 @@ struct ScreenColumns {
   int32_t offset[64];
 };
 
+// What will be read next: cache lines by fours, which are `stride` bytes apart.
+struct ScreenAhead {
+  const char* from;
+  int64_t stride, lines;
+  void fetch(int64_t line) const {
+    __builtin_prefetch(from + line / 4 * stride + line % 4 * 64, 0, 2);
+  }
+};
+
 constexpr int64_t kScreenTile = 16;  // rows of bytes are there in multiples of this many
 
 // Rows of W, up to this many at a time, whose products with many rows of x are computed from the
@@ -215,7 +224,7 @@ struct Screening {
   void (*quantise)(const float* v, const float* scale, int64_t d, int64_t width, int8_t* digit,
                    Digits& row);
   void (*screen)(const uint8_t* x, int64_t width, const ScreenRow* row, int64_t rows,
-                 const int8_t* panel, const ScreenColumns& column, const char* next, int64_t lines,
+                 const int8_t* panel, const ScreenColumns& column, const ScreenAhead& next,
                  uint64_t* pass);
   void (*dots)(const float* const* x, int rows, const float* const* w, int64_t d, int64_t columns,
                float (*out)[kDotColumns]);

@@ -40,8 +40,7 @@ TARGET static inline void transpose(const float* u, int64_t stride, float* out, 
 }
 #endif
 
-// out[j * out_stride + i] = u[i * stride + j] for `rows` values of i and `columns` of j. What lies
-// `columns` further in each row is fetched meanwhile, as it will be wanted next.
+// out[j * out_stride + i] = u[i * stride + j] for `rows` values of i and `columns` of j.
 template <class V>
 TARGET static inline void turn(const V* u, int64_t stride, int64_t rows, int64_t columns,
                                V* __restrict out, int64_t out_stride) {
@@ -50,10 +49,9 @@ TARGET static inline void turn(const V* u, int64_t stride, int64_t rows, int64_t
     const int64_t height = std::min(kSide, rows - i);
     for (int64_t j = 0; j < columns; j += kSide) {
       const int64_t width = std::min(kSide, columns - j);
-      for (int64_t l = 0; l < height; ++l) {
-        for (int64_t c = 0; c < width; c += kLine) {
-          __builtin_prefetch(u + (i + l) * stride + columns + j + c, 0, 2);
-        }
+      // the next rows, whose lines no other fetches
+      for (int64_t l = i + kSide; l < std::min(rows, i + 2 * kSide); ++l) {
+        for (int64_t c = 0; c < width; c += kLine) __builtin_prefetch(u + l * stride + j + c);
       }
 #if CLIPSTEER_LEVEL > 0
       if constexpr (std::is_same_v<V, float>) {
