@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 from clipsteer.training.settings import (
@@ -30,7 +31,8 @@ class TrainConfig:
     """
 
     d_sae: Count | None = None
-    """number of features (default: expansion times the width of the tokens)"""
+    """number of features (default: the last of matryoshka, else expansion times the width of the
+    tokens)"""
     expansion: Count = 64
     """features a dimension of the tokens, where their number is not given"""
     architecture: Trainable = "topk"
@@ -38,10 +40,15 @@ class TrainConfig:
     a learned threshold, those above 0, or those that a gate lets through"""
     k: int = 64
     """active features a token, for topk and batch_topk; jumprelu and gated start with so many"""
+    matryoshka: tuple[Count, ...] | None = None
+    """sizes of prefixes of the dictionary, the last one all of it, each of which is trained to
+    reconstruct by itself"""
+    skip: bool = False
+    """a linear path beside the features, for a transcoder"""
     normalize: Literal["none", "layer_norm", "constant_norm"] = "none"
     """what is done to a token before it is encoded, and undone after it is decoded"""
-    apply_b_dec_to_input: bool = True
-    """subtract the decoder's bias before encoding"""
+    apply_b_dec_to_input: bool | None = None
+    """subtract the decoder's bias before encoding (default: yes, but for a transcoder)"""
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     """of the parameters"""
     loss: Literal["auto", "scaled_mse", "fvu"] = "auto"
@@ -89,7 +96,17 @@ class TrainConfig:
     """where figures go beside log.jsonl"""
 
     def __post_init__(self) -> None:
+        if isinstance(self.matryoshka, list):
+            object.__setattr__(self, "matryoshka", tuple(self.matryoshka))
         check_fields(self)
+        sizes = self.matryoshka
+        if sizes is not None:
+            if not sizes or any(a >= b for a, b in pairwise(sizes)):
+                raise self._error(f"{{matryoshka}} must ascend, got {sizes}")
+            if self.d_sae not in (None, sizes[-1]):
+                raise self._error(
+                    f"{{matryoshka}} must end in {{d_sae}} = {self.d_sae}, got {sizes}"
+                )
         if self.batch_size < 2:
             raise self._error(
                 "{batch_size} must be at least 2, as the loss divides by the variance of a batch"
@@ -101,6 +118,12 @@ class TrainConfig:
 
     def _error(self, text: str) -> SettingError:
         return SettingError(type(self).__name__, text)
+
+    def features(self, d_in: int) -> int:
+        """Number of features, given the width of the tokens."""
+        if self.d_sae is not None:
+            return self.d_sae
+        return self.matryoshka[-1] if self.matryoshka else self.expansion * d_in
 
     def total_steps(self, rows: int | None) -> int:
         """Steps of the run, given the rows of one pass (None: not known)."""

@@ -91,9 +91,10 @@ class Encoding(nn.Module):
     k: int | float | None
     normalize: str
     apply_b_dec_to_input: bool
+    d_out: int | None
     W_enc: nn.Parameter  # (d_sae, d_in)
-    W_dec: nn.Parameter  # (d_sae, d_in)
-    b_dec: nn.Parameter  # (d_in,)
+    W_dec: nn.Parameter  # (d_sae, d_in), of a transcoder (d_sae, d_out)
+    b_dec: nn.Parameter  # (d_in,), of a transcoder (d_out,)
     # those that only some architectures have
     b_enc: nn.Parameter  # (d_sae,)
     b_gate: nn.Parameter  # (d_sae,)
@@ -103,7 +104,7 @@ class Encoding(nn.Module):
 
     def normalize_input(self, x: Tensor) -> tuple[Tensor, InputStats]:
         """(..., d_in) -> the normalised rows in the parameters' dtype, and what it takes to undo
-        that (``clipsteer.sae.normalization``).
+        that (``clipsteer.sae.normalization``); in a transcoder's output nothing has to be.
 
         Raises TypeError, ValueError: no floating tensor, or one of another width.
         """
@@ -114,7 +115,8 @@ class Encoding(nn.Module):
             raise ValueError(
                 f"SAE: x must be of shape (..., d_in = {self.d_in}), got {tuple(x.shape)}"
             )
-        return normalize(x, self.normalize, self.W_enc.dtype)
+        rows, stats = normalize(x, self.normalize, self.W_enc.dtype)
+        return rows, stats if self.d_out is None else InputStats(None, None)
 
     def _centred(self, x: Tensor) -> tuple[Tensor, InputStats]:
         """(..., d_in) -> what the encoder's product takes, and the normalisation's statistics."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer import ops
@@ -40,6 +41,7 @@ class TrainingOutput(NamedTuple):
     stats: InputStats  # of the input, as ``SAE.decode`` takes them
     codes: Codes  # as ``SAE.decode`` takes them
     gate: Tensor | None  # of acts' shape (``Encoded``)
+    x_hats: Tensor  # (G, B, d_in), of every prefix (``SAE.decode_prefixes``); the last is x_hat
 
 
 @torch.no_grad()
@@ -55,13 +57,14 @@ def batch_stats(x: Tensor, world: World) -> BatchStats:
 
 
 def fvu(x: Tensor, x_hat: Tensor, stats: BatchStats) -> Tensor:
-    """Of rows (B, d) the fraction of variance unexplained: Σ ‖x̂ - x‖² / Σ ‖x - mean‖²."""
+    """Of rows (B, d) the fraction of variance unexplained: Σ ‖x̂ - x‖² / Σ ‖x - mean‖²; the sum of
+    those of reconstructions (G, B, d)."""
     return (x_hat - x).square().sum() / stats.total_variance
 
 
 def scaled_mse(x: Tensor, x_hat: Tensor, stats: BatchStats) -> Tensor:
     """Of rows (B, d) the mean over tokens and dimensions of (x̂ - x)² / ‖x - mean‖₂ (Joseph et al.
-    2025: the norm, not its square)."""
+    2025: the norm, not its square); the sum of those of reconstructions (G, B, d)."""
     per_token = (x_hat - x).square().sum(-1) / stats.distance
     return per_token.sum() / (stats.count * x.shape[-1])
 
@@ -90,16 +93,18 @@ def auxk(
     stats: BatchStats,
     dead: Tensor,  # (n_dead,) int64, not empty
     sparse_grad: bool = False,
+    target: Tensor | None = None,  # (B, d_out) for a transcoder
 ) -> Tensor:
     """AuxK: how much of the residual x - x̂ the dead features leave, over the total variance; of
-    gated by its gates.
+    gated by its gates. With prefixes x̂ is that of all features; of a transcoder the residual is
+    that of its target, and d_out takes the place of d_in.
 
     The k_aux = min(d_in / 2, n_dead) largest of the dead features decode the residual, without
     b_dec and in x's own scale; with fewer than d_in / 2 dead features the loss shrinks in
     proportion. The residual is a constant; the gradient reaches encoder and decoder of the dead
     features, as rows alone if ``sparse_grad``.
     """
-    half = max(sae.d_in // 2, 1)
+    half = max(sae.W_dec.shape[1] // 2, 1)
     k = min(half, len(dead))
     centred, _ = sae._centred(x)
     acts, indices = ops.topk_encode(  # (B, k) each
@@ -108,7 +113,7 @@ def auxk(
     guess = ops.sparse_decode(acts, indices, sae.W_dec, sparse_grad=sparse_grad)  # (B, d_in)
     if out.stats.scale is not None:
         guess = guess * out.stats.scale
-    residual = (x - out.x_hat).detach()
+    residual = ((x if target is None else target) - out.x_hat).detach()
     left = (guess.to(x.dtype) - residual).square().sum() / stats.total_variance
     return left * min(len(dead) / half, 1.0)
 
@@ -133,9 +138,10 @@ def forward(
         dense = sae.architecture != "topk"
         dense = dense and (not takes_codes(centred) or sae.mostly_active(centred))
         encoded = sae.encoded(centred, sparse_grad and not dense, bandwidth=bandwidth, dense=dense)
-    x_hat = sae.decode(encoded.codes, stats, sparse_grad=sparse_grad)
-    acts = values_of(encoded.codes)
-    return TrainingOutput(x_hat.to(x.dtype), acts, indices_of(encoded.codes), stats, *encoded)
+    codes, gate = encoded
+    x_hats = sae.with_skip(sae.decode_prefixes(codes, stats, sparse_grad=sparse_grad), x)
+    acts = values_of(codes)
+    return TrainingOutput(x_hats[-1], acts, indices_of(codes), stats, codes, gate, x_hats)
 
 
 def _joint_codes(
@@ -157,6 +163,18 @@ def _joint_codes(
         least = torch.where(acts > 0, acts, torch.inf).amin()
         sae._update_threshold(world.min_(least.reshape(1)))
     return codes._replace(values=acts)
+
+
+def decoder_norms(sae: SAE, out: TrainingOutput, sparse_grad: bool) -> Tensor | None:
+    """Norms of decoder rows as they go with ``out.acts``; None where they are all 1."""
+    if sae.has_unit_rows:
+        return None
+    if out.indices is None:
+        return torch.linalg.vector_norm(sae.W_dec, dim=-1)
+    used, place = out.indices.unique(return_inverse=True)
+    rows = F.embedding(used, sae.W_dec, sparse=sparse_grad)
+    norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return F.embedding(place, norms)[..., 0]
 
 
 @torch.no_grad()

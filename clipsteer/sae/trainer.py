@@ -20,6 +20,8 @@ from clipsteer.sae.model import SAE
 from clipsteer.training.resume import strided_like
 from clipsteer.training.world import World
 
+METRICS = ("loss", "fvu", "l0", "dead", "auxk")
+
 
 class SAETrainer:
     """The optimisation of one SAE, step by step; ``train_sae`` adds data, checkpoints and logging.
@@ -46,6 +48,11 @@ class SAETrainer:
         self.optimizer = UnitRowAdam(sae, config.peak_lr)
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)
         self.dead = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.metrics = METRICS + tuple(f"fvu_{size}" for size in (sae.matryoshka or ())[:-1])
+        self._weighs_norms = not sae.has_unit_rows and sae.architecture not in (
+            "topk",
+            "batch_topk",
+        )
         by_default = "scaled_mse" if sae.architecture in ("relu", "gated") else "fvu"
         self._loss = by_default if config.loss == "auto" else config.loss
         on_gpu = self.device.type == "cuda"
@@ -60,11 +67,13 @@ class SAETrainer:
     def step(
         self,
         x: Tensor,  # (B, d_in)
-    ) -> Tensor:  # (5,)
+        target: Tensor | None = None,  # (B, d_out) for a transcoder
+    ) -> Tensor:  # (5 + prefixes before the last,)
         """One optimisation step on this process's rows x (B, d_in).
 
-        Returns (5,): loss, FVU, L0 and AuxK, this process's shares (which add up over the
-        processes), and the dead share divided by the number of processes. They stay on the device.
+        Returns ``metrics``: loss, FVU, L0 and AuxK, this process's shares (which add up over the
+        processes), the dead share divided by the number of processes, and the FVU of each prefix
+        before the last. They stay on the device.
         """
         sae = self.sae
         config = self.config
@@ -72,20 +81,24 @@ class SAETrainer:
         if self.step_count % config.sync_every == 0:
             self.dead = (self.tokens_since_fired > config.dead_after).nonzero().flatten()
         x = x.to(self.device, sae.W_enc.dtype, non_blocking=True)
-        if self.step_count == 0:
+        if (target is None) != (sae.d_out is None):
+            raise ValueError(f"SAETrainer.step: a target is needed with d_out, here {sae.d_out}")
+        y = x if target is None else target.to(self.device, x.dtype, non_blocking=True)
+        if self.step_count == 0 and sae.has_unit_rows:
             sae.renormalize_decoder_()
-        stats = sae_loss.batch_stats(x, world)
-        scale = self._scale(stats)
+        stats = sae_loss.batch_stats(y, world)
+        scale = self._scale(x, stats)
         aux = x.new_zeros(())
         with self._autocast():
             bandwidth = config.bandwidth * scale
             out = sae_loss.forward(sae, x, world, self._sparse, bandwidth)
             if config.auxk and len(self.dead):
                 rows = self._sparse and out.indices is not None
-                aux = sae_loss.auxk(sae, x, out, stats, self.dead, rows)
-            penalty = self._penalty(x, out, stats)
-        fvu = sae_loss.fvu(x, out.x_hat, stats)
-        loss = self._reconstruction(x, out.x_hat, stats) + penalty + config.auxk * aux
+                aux = sae_loss.auxk(sae, x, out, stats, self.dead, rows, target=y)
+            penalty = self._penalty(x, y, out, stats)
+        # the mean over prefixes
+        loss = self._reconstruction(y, out.x_hats, stats) / len(out.x_hats)
+        loss = loss + penalty + config.auxk * aux
         loss.backward()
         self._update(config.lr_at(self.step_count, self.total_steps), scale)
         fired = sae_loss.fired(sae, out, world)
@@ -94,7 +107,9 @@ class SAETrainer:
         with torch.no_grad():
             l0 = (out.acts > 0).sum() / stats.count
             dead = (self.tokens_since_fired > config.dead_after).sum() / (sae.d_sae * world.size)
-            return torch.stack([value.detach().float() for value in (loss, fvu, l0, dead, aux)])
+            *shorter, fvu = [sae_loss.fvu(y, x_hat, stats) for x_hat in out.x_hats]
+            values = (loss, fvu, l0, dead, aux, *shorter)
+            return torch.stack([value.detach().float() for value in values])
 
     def _reconstruction(self, x: Tensor, x_hat: Tensor, stats: sae_loss.BatchStats) -> Tensor:
         of = sae_loss.fvu if self._loss == "fvu" else sae_loss.scaled_mse
@@ -103,32 +118,43 @@ class SAETrainer:
     def _penalty(
         self,
         x: Tensor,  # (B, d_in)
+        y: Tensor,  # x, or a transcoder's target (B, d_out)
         out: sae_loss.TrainingOutput,
         stats: sae_loss.BatchStats,
     ) -> Tensor:
-        """What makes the codes of an architecture without k sparse; decoder rows are of norm 1, so
-        that penalties weighted by their norms are the same."""
+        """What makes the codes of an architecture without k sparse. Penalties are weighted by the
+        norms of decoder rows where these are free."""
         config = self.config
         if self.sae.architecture == "relu":
-            return config.l1_coefficient * sae_loss.l1(out.acts, stats)
+            norms = sae_loss.decoder_norms(self.sae, out, self._sparse)
+            return config.l1_coefficient * sae_loss.l1(out.acts, stats, norms)
         if out.gate is None:
             return x.new_zeros(())
+        if config.l0_penalty == "step" and self.sae.architecture == "jumprelu":
+            return config.l0_coefficient * out.gate.sum() / stats.count
+        norms = sae_loss.decoder_norms(self.sae, out, self._sparse)
         if self.sae.architecture == "gated":
             # the gates learn from what they alone would reconstruct (Rajamanoharan et al. 2024,
             # arXiv 2404.16014, equation 8)
             by_gates = self.sae.decode(with_values(out.codes, out.gate), out.stats, frozen=True)
-            found = self._reconstruction(x, by_gates.to(x.dtype), stats)
-            return found + config.l1_coefficient * sae_loss.l1(out.gate, stats)
-        if config.l0_penalty == "tanh":
-            return config.l0_coefficient * sae_loss.tanh_l0(out.acts, stats)
-        return config.l0_coefficient * out.gate.sum() / stats.count
+            by_gates = self.sae.with_skip(by_gates, x, frozen=True)
+            found = self._reconstruction(y, by_gates, stats)
+            return found + config.l1_coefficient * sae_loss.l1(out.gate, stats, norms)
+        return config.l0_coefficient * sae_loss.tanh_l0(out.acts, stats, norms)
 
-    def _scale(self, stats: sae_loss.BatchStats) -> Tensor:
+    def _scale(
+        self,
+        x: Tensor,  # (B, d_in)
+        stats: sae_loss.BatchStats,  # of what is to be reconstructed
+    ) -> Tensor:
         """() How long the rows are that are encoded: a row of W_enc that moves by 1 moves its
         pre-activations by so much. jumprelu's thresholds are as many of it as in the papers, where
         rows are scaled to 1."""
-        if self.sae.normalize != "none":
-            return stats.total_variance.new_tensor(self.sae.d_in).sqrt()
+        sae = self.sae
+        if sae.normalize != "none":
+            return stats.total_variance.new_tensor(sae.d_in).sqrt()
+        if sae.d_out is not None and sae.architecture == "jumprelu":
+            stats = sae_loss.batch_stats(x, self.world)
         return (stats.total_variance / stats.count).sqrt()
 
     def _update(
@@ -137,11 +163,12 @@ class SAETrainer:
         scale: Tensor,  # ()
     ) -> None:
         parameters = list(self.sae.parameters())
+        # the rows of the batch, and those of dead features or of penalised norms
+        joined = bool(self.config.auxk and len(self.dead)) or self._weighs_norms
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            elif parameter.grad.is_sparse and self.config.auxk and len(self.dead):
-                # the rows of the batch and those of the dead features
+            elif parameter.grad.is_sparse and joined:
                 parameter.grad = parameter.grad.coalesce()
             self.world.sum_(parameter.grad)
         factor = None
