@@ -96,7 +96,6 @@ def ragged_decode(
     if _interpreted_bf16(_ragged_decode_fwd_kernel, W):
         bias = None if b is None else b.float()
         return ragged_decode(values.float(), indices, offsets, W.float(), bias, prefixes).bfloat16()
-    W = W.contiguous()
     B, d, groups = offsets.shape[0] - 1, W.shape[1], len(prefixes)
     out = torch.empty((groups, B, d), dtype=W.dtype, device=W.device)
     if out.numel() == 0:
@@ -118,7 +117,6 @@ def ragged_dot(rows: torch.Tensor, row_of: torch.Tensor, indices: torch.Tensor, 
     """rows (R, d), row_of and indices (m,), W (n, d) -> (m,): products of row and feature, 0 where there is no row."""
     if _interpreted_bf16(_ragged_dot_kernel, W):
         return ragged_dot(rows.float(), row_of, indices, W.float()).bfloat16()
-    W = W.contiguous()
     pairs, d = indices.shape[0], W.shape[1]
     out = torch.empty(pairs, dtype=W.dtype, device=W.device)
     if pairs == 0:

@@ -132,7 +132,6 @@ def sparse_decode(acts: torch.Tensor, indices: torch.Tensor, W: torch.Tensor, b:
     """acts (B, k), indices (B, k), W (n, d), b (d,) or None -> (B, d): sum_j acts_j W[indices_j] + b."""
     if _interpreted_bf16(_sparse_decode_fwd_kernel, W):
         return sparse_decode(acts.float(), indices, W.float(), None if b is None else b.float()).bfloat16()
-    W = W.contiguous()
     B, k = acts.shape
     d = W.shape[1]
     out = torch.empty((B, d), dtype=W.dtype, device=W.device)
@@ -154,7 +153,6 @@ def gather_dot(rows: torch.Tensor, indices: torch.Tensor, W: torch.Tensor) -> to
     """rows (B, d), indices (B, k), W (n, d) -> (B, k): the dot product of each row with its features' rows of W."""
     if _interpreted_bf16(_gather_dot_kernel, W):
         return gather_dot(rows.float(), indices, W.float()).bfloat16()
-    W = W.contiguous()
     B, d = rows.shape
     k = indices.shape[1]
     out = torch.empty((B, k), dtype=W.dtype, device=W.device)

@@ -1,5 +1,5 @@
-"""What the encoders have in common: the pre-activations they are defined by, how a dictionary may
-lie in memory, and the derivatives by a feature's scale."""
+"""What the encoders have in common: the pre-activations they are defined by, and the derivatives by
+a feature's scale."""
 
 from __future__ import annotations
 
@@ -29,23 +29,6 @@ def pre_activations(
 def named_by(columns: Tensor | None, indices: Tensor) -> Tensor:
     """From places among the features that were looked at to the features' own numbers."""
     return indices if columns is None else columns[indices]
-
-
-def lies_across(W: Tensor) -> bool:
-    """Whether a dictionary (n, d) is the transpose of a contiguous (d, n)."""
-    return not W.is_contiguous() and W.t().is_contiguous()
-
-
-def either_layout(W: Tensor) -> Tensor:
-    """A dictionary (n, d) that is contiguous, or whose transpose is: itself, if it lies so."""
-    return W if lies_across(W) else W.contiguous()
-
-
-def laid_as(W: Tensor, d_W: Tensor) -> Tensor:
-    """A gradient in the layout of its dictionary."""
-    if d_W.is_sparse or not lies_across(W) or lies_across(d_W):
-        return d_W
-    return d_W.t().contiguous().t()
 
 
 def scaled(

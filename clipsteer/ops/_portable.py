@@ -17,6 +17,7 @@ from clipsteer.ops import _drrho_sweeps, _grouped, _ragged, _sparse
 from clipsteer.ops._autograd import Function
 from clipsteer.ops._dispatch import call, describe, resolve
 from clipsteer.ops._lowlevel import PORTABLE, RECORDS, Op
+from clipsteer.ops._ragged_encode import RaggedEncode
 from clipsteer.ops.batch_topk_encode import batch_topk_encode_reference
 from clipsteer.ops.conceptor_project import LowRank, conceptor_project_reference
 from clipsteer.ops.mahalanobis_covariance_loss import loss_of_new
@@ -160,8 +161,8 @@ _DERIVATIVES: dict[str, tuple[type[Function], tuple[Any, ...]]] = {
     "ragged_decode": (_ragged.RaggedDecode, (PORTABLE, False, None)),
     "ragged_dot": (_ragged.RaggedDot, (PORTABLE,)),
     "ragged_outer": (_ragged.RaggedOuter, (PORTABLE,)),
-    "threshold_encode": (_ragged.RaggedEncode, ("threshold_encode", False, PORTABLE, False)),
-    "batch_topk_encode": (_ragged.RaggedEncode, ("batch_topk_encode", True, PORTABLE, False)),
+    "threshold_encode": (RaggedEncode, ("threshold_encode", False, PORTABLE, False)),
+    "batch_topk_encode": (RaggedEncode, ("batch_topk_encode", True, PORTABLE, False)),
     "grouped_matmul": (_grouped.Matmul, (PORTABLE,)),
     "grouped_outer": (_grouped.Outer, (PORTABLE,)),
     "low_rank_project": (_grouped.LowRank, (PORTABLE,)),
@@ -203,16 +204,16 @@ def _kernel(op: Op, name: str) -> Callable[..., Any]:
         backend = backends.pop() if len(backends) == 1 else "reference"
         if backend in ("reference", PORTABLE):
             return _PLAIN[name](*args)
-        if backend == "cuda":
-            return _on_cuda(name, args)
-        return call(backend, name, *args)
+        if backend != "cpp":
+            # kernels of GPUs read dictionaries by rows alone
+            args = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
+        return _on_cuda(name, args) if backend == "cuda" else call(backend, name, *args)
 
     return kernel
 
 
 def _on_cuda(name: str, args: tuple[Any, ...]) -> Any:
-    """CUDA C++ knows no options of encoders, and dictionaries by rows alone."""
-    args = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
+    """CUDA C++ knows neither the options of encoders nor the layout of a gradient."""
     if name == "topk_encode":
         args = args[:4]
     if name != "sparse_outer" or len(args) == 4:

@@ -16,14 +16,20 @@ from torch import Tensor
 
 from clipsteer.ops._autograd import Function, save, total, tracked, transformed
 from clipsteer.ops._dispatch import call
-from clipsteer.ops._encoder import either_layout, lies_across
 from clipsteer.ops._lowlevel import PORTABLE
 from clipsteer.ops._reference import rows_of
 
 
+def lies_across(W: Tensor) -> bool:
+    """Whether a dictionary (n, d) lies as (d, n), as the weight of a linear layer does."""
+    return not W.is_contiguous() and W.t().is_contiguous()
+
+
 def laid_out(W: Tensor, backend: str) -> Tensor:
     """A dictionary (n, d) as the kernels of a backend read it: those of the CPU in both layouts."""
-    return either_layout(W) if backend in ("cpp", PORTABLE) else W.contiguous()
+    if backend in ("cpp", PORTABLE) and lies_across(W):
+        return W
+    return W.contiguous()
 
 
 class SparseDecode(Function):
@@ -233,6 +239,9 @@ def optional_gradient(
     neither is asked for, or the buffer is taken."""
     rows = others[-1]
     if torch.compiler.is_compiling() or transformed():
+        buffer = None
+    # kernels of GPUs write by rows alone
+    if backend != "cpp" and buffer is not None and not buffer.is_contiguous():
         buffer = None
     if (sparse or buffer is not None) and tracked(coeff, rows):
         what = "sparse_grad and grad_buffer give first derivatives only"

@@ -15,7 +15,8 @@ from torch import Tensor
 from clipsteer.ops import _check
 from clipsteer.ops._dispatch import choose
 from clipsteer.ops._encoder import pre_activations
-from clipsteer.ops._ragged import SparseCodes, encode
+from clipsteer.ops._ragged import SparseCodes
+from clipsteer.ops._ragged_encode import encode
 from clipsteer.ops._reference import rounded_once
 from clipsteer.ops._sparse import with_gradient_options
 from clipsteer.ops.threshold_encode import codes_where

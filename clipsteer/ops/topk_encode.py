@@ -18,8 +18,6 @@ from clipsteer.ops import _check
 from clipsteer.ops._autograd import Function, save, total, tracked
 from clipsteer.ops._dispatch import call, choose, exporting_to_onnx
 from clipsteer.ops._encoder import (
-    either_layout,
-    laid_as,
     named_by,
     pre_activations,
     scaled,
@@ -115,9 +113,9 @@ class TopkEncode(Function):
     def backward(ctx, grad, _):
         if grad is None:
             return (None,) * 12
-        x, lies, b, scale, acts, indices = ctx.saved_tensors
+        x, W, b, scale, acts, indices = ctx.saved_tensors
         backend, sparse_grad, grad_buffer = ctx.options
-        W = laid_out(lies, backend)
+        W = laid_out(W, backend)
         needs = ctx.needs_input_grad
         # (B, k)
         grad = torch.where(acts > 0, grad, 0) if ctx.relu else torch.where(acts.isnan(), 0, grad)
@@ -131,7 +129,7 @@ class TopkEncode(Function):
             d_x = decode(grad, indices, W, None, backend)
         if needs[1] or needs[2]:
             d_W, d_b = weight_gradient(grad, indices, x, W, backend, sparse_grad, grad_buffer)
-        d_W = laid_as(lies, d_W) if needs[1] else None
+        d_W = d_W if needs[1] else None
         d_b = d_b if needs[2] else None
         return d_x, d_W, d_b, None, None, d_scale, *[None] * 6
 
@@ -263,7 +261,7 @@ def topk_encode(
         return definition(x, W_enc, b_enc, k=k, relu=relu, scale=scale, columns=columns)
     # math.prod keeps a symbolic batch, which Size.numel() makes a number of
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
-    W = W_enc.contiguous() if backend == "cuda" else either_layout(W_enc)
+    W = laid_out(W_enc, backend)
     b, scale, columns = (None if t is None else t.contiguous() for t in (b_enc, scale, columns))
     arguments = (flat, W, b, k, screen == "auto", scale, columns, relu)
     if tracked(flat, W, b, scale):

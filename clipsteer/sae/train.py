@@ -242,11 +242,10 @@ class Run(TrainingRun):
         config = trainer.config
         # a coefficient that was not given is written as it always was; the one in use beside it
         given = AUXK if config.auxk_coefficient is None else config.auxk_coefficient
-        # earlier versions had none for relu, and nothing of jumprelu
+        # earlier versions had no AuxK for relu, and nothing of jumprelu
         later = ("l0_coefficient", "l0_penalty", "bandwidth")
         self.since = {name: getattr(config, name) for name in later}
-        self.since["skip"] = False
-        self.since["auxk"] = 0.0 if config.architecture == "relu" else config.auxk
+        self.since |= {"skip": False, "auxk": 0.0 if config.architecture == "relu" else config.auxk}
         settings = {
             **_kept(config),
             "auxk_coefficient": given,

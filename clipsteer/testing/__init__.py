@@ -9,7 +9,6 @@ from clipsteer.testing import table as _table_of_speeds  # noqa: F401
 from clipsteer.testing.torture import (
     PROPERTIES,
     Case,
-    across,
     fenced,
     integers_bitwise,
     layouts,
@@ -18,6 +17,7 @@ from clipsteer.testing.torture import (
     repeats_bitwise,
     same_bits,
     strided,
+    transposed,
     values_and_gradients,
 )
 from clipsteer.testing.validate import Row, cases, scales, supported, table, validate
@@ -26,7 +26,6 @@ __all__ = [
     "PROPERTIES",
     "Case",
     "Row",
-    "across",
     "bench",
     "cases",
     "fenced",
@@ -40,6 +39,7 @@ __all__ = [
     "strided",
     "supported",
     "table",
+    "transposed",
     "validate",
     "values_and_gradients",
 ]

@@ -28,7 +28,7 @@ from clipsteer.ops._spec import (
     spec_errors,
 )
 
-__all__ = ["PROPERTIES", "Case", "across", "fenced", "poisoned", "same_bits", "strided"]
+__all__ = ["PROPERTIES", "Case", "fenced", "poisoned", "same_bits", "strided", "transposed"]
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,10 @@ def strided(t: Tensor) -> Tensor:
     return view.copy_(t)
 
 
-def across(t: Tensor) -> Tensor:
-    """The same values fenced, a matrix as the transpose of a contiguous one."""
-    return fenced(t.t()).t() if t.dim() == 2 else fenced(t)
+def transposed(t: Tensor) -> Tensor:
+    """The same values, laid out with the last two dimensions exchanged, as the weight of a linear
+    layer is when it is given as a dictionary."""
+    return fenced(t.mT).mT if t.dim() > 1 else fenced(t)
 
 
 @contextlib.contextmanager
@@ -135,7 +136,7 @@ def values_and_gradients(case: Case) -> Errors:
 
 def layouts(case: Case) -> Errors:
     """Fenced, strided and transposed inputs are read where they lie and nowhere else."""
-    found = [case.errors(arrange=how) for how in (fenced, strided, across)]
+    found = [case.errors(arrange=arrange) for arrange in (fenced, strided, transposed)]
     return {name: max(errors[name] for errors in found) for name in found[0]}
 
 

@@ -24,9 +24,9 @@ PER_ROW = {
     "threshold_encode": ("x",),
     "jumprelu_encode": ("x",),
     "batch_topk_encode": ("x",),
-    "sparse_decode_prefixes": ("acts", "indices"),
     "threshold_encode_options": ("x",),
     "batch_topk_encode_options": ("x",),
+    "sparse_decode_prefixes": ("acts", "indices"),
     "drrho_loss": ("image", "text", "ref_image", "ref_text", "u"),
 }
 
