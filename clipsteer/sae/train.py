@@ -5,8 +5,11 @@ Adam with linear warm-up and cosine decay, decoder rows to norm 1 (as they are b
 step). relu: scaled MSE + λ₁·‖f‖₁ (Joseph et al. 2025, arXiv 2504.08729); topk and batch_topk: FVU +
 AuxK / 32 (Gao et al. 2024, arXiv 2406.04093); jumprelu: FVU + λ₀·L0; gated: scaled MSE of the
 reconstruction and of the gates', + λ₁·‖gates‖₁ (Rajamanoharan et al. 2024, arXiv 2407.14435 and
-2404.16014). Under ``torchrun`` the batch is split over the
-processes and the result is that of one process. Runs resume from checkpoints, on a CPU bit for bit.
+2404.16014).
+
+Under ``torchrun`` the batch is split over the processes, or with ``shard_features`` the dictionary
+(``clipsteer.sae.parallel``); the result is that of one process. Runs resume from checkpoints, with
+any number of processes, on a CPU bit for bit where it is the same one.
 """
 
 from __future__ import annotations
