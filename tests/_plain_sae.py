@@ -42,7 +42,7 @@ def make(architecture="topk", seed=0, **more):
 
 def config(**changes):
     base = {"d_sae": N, "k": K, "batch_size": 32, "steps": 12, "warmup_steps": 3, "lr": 1e-3, "dtype": "float64",
-            "checkpoint_every": 5, "log_every": 2, "auxk_coefficient": 1 / 32, "bandwidth": 0.4}  # fmt: skip
+            "checkpoint_every": 5, "log_every": 2, "auxk_coefficient": 1 / 32, "bandwidth": 0.1}  # fmt: skip
     return TrainConfig(**{**base, **changes})
 
 
@@ -94,7 +94,9 @@ def outputs(sae, p, x, width=None):
 
 def loss(sae, p, x, y, config, dead):
     """What ``SAETrainer`` minimises and what it reports: loss, FVU, and the FVU of shorter prefixes."""
-    x_hats, acts, active, pre, scale = outputs(sae, p, x, config.bandwidth)
+    # the window is as wide as it would be where rows have norm 1
+    size = (x - x.mean(0)).square().sum(1).mean().sqrt() if sae.normalize == "none" else D**0.5
+    x_hats, acts, active, pre, scale = outputs(sae, p, x, float(config.bandwidth * size))
     centred = y - y.mean(0)
     variance = centred.square().sum()
     fvus = [(x_hat - y).square().sum() / variance for x_hat in x_hats]

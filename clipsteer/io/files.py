@@ -133,9 +133,17 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 class InPieces(Protocol):
     """A tensor that is written piece by piece, as it need not be in memory as a whole."""
 
-    dtype: torch.dtype
-    shape: Sequence[int]
-    layout: torch.layout
+    @property
+    def dtype(self) -> torch.dtype:
+        """As a tensor's."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """As a tensor's."""
+
+    @property
+    def layout(self) -> torch.layout:
+        """As a tensor's."""
 
     def pieces(self) -> Iterable[Tensor]:
         """Its rows in order, some at a time."""

@@ -120,9 +120,8 @@ class Shard(SAE):
         """As ``SAE.decode``, of the codes that each process has of its features."""
         if isinstance(acts, tuple):
             return super().decode(acts, stats, sparse_grad=sparse_grad, frozen=frozen)
-        W_dec, b_dec = self.W_dec, self.b_dec
-        if frozen:
-            W_dec, b_dec = W_dec.detach(), b_dec.detach()
+        W_dec = self.W_dec.detach() if frozen else self.W_dec
+        b_dec = self.b_dec.detach() if frozen else self.b_dec
         x_hat = self._ops.summed(F.linear(acts.to(W_dec.dtype), W_dec.T), b_dec)
         return x_hat if stats is None else denormalize(x_hat, stats)
 

@@ -5,8 +5,11 @@ Adam with linear warm-up and cosine decay, decoder rows to norm 1 (as they are b
 step). relu: scaled MSE + λ₁·‖f‖₁ (Joseph et al. 2025, arXiv 2504.08729); topk and batch_topk: FVU +
 AuxK / 32 (Gao et al. 2024, arXiv 2406.04093); jumprelu: FVU + λ₀·L0; gated: scaled MSE of the
 reconstruction and of the gates', + λ₁·‖gates‖₁ (Rajamanoharan et al. 2024, arXiv 2407.14435 and
-2404.16014). Under ``torchrun`` the batch is split over the
-processes and the result is that of one process. Runs resume from checkpoints, on a CPU bit for bit.
+2404.16014).
+
+Under ``torchrun`` the batch is split over the processes, or with ``shard_features`` the dictionary
+(``clipsteer.sae.parallel``); the result is that of one process. Runs resume from checkpoints, with
+any number of processes, on a CPU bit for bit where it is the same one.
 """
 
 from __future__ import annotations
@@ -242,11 +245,10 @@ class Run(TrainingRun):
         config = trainer.config
         # a coefficient that was not given is written as it always was; the one in use beside it
         given = AUXK if config.auxk_coefficient is None else config.auxk_coefficient
-        # earlier versions had none for relu, and nothing of jumprelu
+        # earlier versions had no AuxK for relu, and nothing of jumprelu
         later = ("l0_coefficient", "l0_penalty", "bandwidth")
         self.since = {name: getattr(config, name) for name in later}
-        self.since["skip"] = False
-        self.since["auxk"] = 0.0 if config.architecture == "relu" else config.auxk
+        self.since |= {"skip": False, "auxk": 0.0 if config.architecture == "relu" else config.auxk}
         settings = {
             **_kept(config),
             "auxk_coefficient": given,

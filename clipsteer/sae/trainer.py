@@ -120,7 +120,7 @@ class SAETrainer:
         sparse = self._sparse and plan is self.plan
         x, y = plan.rows(x, y)
         stats = sae_loss.batch_stats(y, plan.view)
-        scale = self._scale(stats if y is x else sae_loss.batch_stats(x, plan.view))
+        scale = self._scale(x, stats, plan.view)
         aux = x.new_zeros(())
         with self._autocast(), plan.at_work():
             bandwidth = config.bandwidth * scale
@@ -180,12 +180,20 @@ class SAETrainer:
             return found + config.l1_coefficient * total(sae_loss.l1(out.gate, stats, norms))
         return config.l0_coefficient * total(sae_loss.tanh_l0(out.acts, stats, norms))
 
-    def _scale(self, stats: sae_loss.BatchStats) -> Tensor:
+    def _scale(
+        self,
+        x: Tensor,  # (B, d_in)
+        stats: sae_loss.BatchStats,  # of what is to be reconstructed
+        world: World,
+    ) -> Tensor:
         """() How long the rows are that are encoded: a row of W_enc that moves by 1 moves its
         pre-activations by so much. jumprelu's thresholds are as many of it as in the papers, where
         rows are scaled to 1."""
-        if self.sae.normalize != "none":
-            return stats.total_variance.new_tensor(self.sae.d_in).sqrt()
+        sae = self.sae
+        if sae.normalize != "none":
+            return stats.total_variance.new_tensor(sae.d_in).sqrt()
+        if sae.d_out is not None and sae.architecture == "jumprelu":
+            stats = sae_loss.batch_stats(x, world)
         return (stats.total_variance / stats.count).sqrt()
 
     def _update(

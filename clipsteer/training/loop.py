@@ -224,10 +224,11 @@ class TrainingRun:
             raise RuntimeError(
                 f"{self.name}: the weights are not finite at step {self.step}{self._kept()}"
             )
-        tensors: dict[str, Tensor | Spread] = {**self.tensors()}
+        here = self.tensors()
+        tensors: dict[str, Tensor | Spread] = {**here}
         for name in self.spread():
             assert self.world is not None
-            tensors[name] = Spread(tensors[name], self.world)
+            tensors[name] = Spread(here[name], self.world)
         if self.lead:
             meta: dict[str, Any] = {"settings": self.settings}
             if self.identity is not None:

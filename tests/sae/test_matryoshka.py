@@ -71,7 +71,7 @@ def test_a_steps_loss_and_gradients_are_the_dense_formula(architecture, dead, sp
     trainer = SAETrainer(sae, config, 12)
     assert trainer._sparse == sparse
     trainer.tokens_since_fired[dead] = 1000
-    monkeypatch.setattr(trainer, "_update", lambda lr: None)
+    monkeypatch.setattr(trainer, "_update", lambda *_: None)
     got = dict(zip(trainer.metrics, trainer.step(x).tolist(), strict=True))
     assert got["loss"] == pytest.approx(wanted, rel=1e-6)
     assert [got["fvu_3"], got["fvu_11"], got["fvu"]] == pytest.approx(fvus, rel=1e-6)

@@ -22,8 +22,8 @@ CASES = {
     "nested transcoder": {"architecture": "relu", "matryoshka": plain.PREFIXES, "l1_coefficient": 0.01},
 }
 SHARED = {
-    "d_sae": plain.N, "k": plain.K, "batch_size": 48, "steps": 20, "warmup_steps": 4, "lr": 1e-3, "dtype": "float64",
-    "log_every": 5, "checkpoint_every": 8, "dead_after": 60, "sync_every": 2, "auxk_coefficient": 1 / 32,
+    "d_sae": plain.N, "k": 2, "batch_size": 48, "steps": 20, "warmup_steps": 4, "lr": 1e-3, "dtype": "float64",
+    "log_every": 5, "checkpoint_every": 8, "dead_after": 0, "sync_every": 2, "auxk_coefficient": 1 / 32,
 }  # fmt: skip
 
 WORKER = """
@@ -63,4 +63,4 @@ def test_two_processes_equal_one_on_the_joint_batch(tmp_path):
             for metric in ("loss", "fvu", "l0", "dead", "auxk", *(["fvu_3", "fvu_11"] if "nested" in name else [])):
                 assert a[metric] == pytest.approx(b[metric], rel=1e-5), (name, metric)
         # the auxiliary loss must have been at work for this to say anything about it
-        assert "topk" not in name or max(record["auxk"] for record in log) > 0
+        assert name == "nested relu" or max(record["auxk"] for record in log) > 0
