@@ -236,7 +236,7 @@ def fitting(
     return chosen
 
 
-def _checked(sae: Describable) -> Described:
+def checked(sae: Describable) -> Described:
     """What is about to be written; whatever could not be read again shows here, before a file is
     touched."""
     config, weights, metadata = sae.described()
@@ -256,7 +256,12 @@ def _checked(sae: Describable) -> Described:
 
 def save(sae: Describable, directory: str | Path) -> Path:
     """See ``SAE.save_pretrained``."""
-    config, weights, metadata = _checked(sae)
+    return write(checked(sae), directory)
+
+
+def write(found: Described, directory: str | Path) -> Path:
+    """What ``checked`` gave, to a folder."""
+    config, weights, metadata = found
     dtype = str(weights["W_enc"].dtype).removeprefix("torch.")
     texts = {key: value for key, value in metadata.items() if isinstance(value, str)}
     values = {**config, "dtype": dtype, "metadata": metadata}
@@ -280,7 +285,7 @@ def export(sae: Describable, directory: str | Path, format: str) -> Path:
     """
     if format not in EXPORTS:
         raise ValueError(f"export: format must be one of {EXPORTS}, got {format!r}")
-    described = _checked(sae)
+    described = checked(sae)
     directory = Path(directory)
     if format == "dictionary_learning":
         weights, cfg = dictionary_learning.export(described)
