@@ -4,7 +4,8 @@ A trainer of another library hands dense codes (B, n) and pre-activations (B, n)
 little of them. ``Codes`` and ``Preactivations`` stand for such tensors: a few functions of torch,
 those in ``FAST``, take the sparse form; every other one gets the dense tensor. Both ways have the
 same values and gradients. Once the dense tensor is built it is what counts, so that nothing which
-changes it in place is lost.
+changes it in place is lost; and where what it is made of has changed before, it cannot be
+built any more and says so.
 """
 
 from __future__ import annotations
@@ -19,11 +20,21 @@ from torch.utils._pytree import tree_map_only
 # what takes the sparse form, of a function of torch; NotImplemented leaves it to the dense tensor
 FAST: dict[Any, Callable[..., Any]] = {}
 
+# what reads memory, of which a tensor that is not built has none
+OF_MEMORY = {
+    Tensor.__array__,
+    Tensor.data_ptr,
+    Tensor.numpy,
+    Tensor.tolist,
+    Tensor.untyped_storage,
+}
+
 
 class OnDemand(Tensor):
     """A dense tensor, made of ``sources`` by ``_make`` at first use."""
 
     sources: tuple[Tensor | None, ...]
+    versions: list[int | None]  # of the sources, when it was promised
     make: Callable[..., Tensor]
     built: Tensor | None
     moved: OnDemand | None  # what stands in its place after scatter_
@@ -47,6 +58,7 @@ class OnDemand(Tensor):
 
         promised = _Promise.apply(cls, shape, dtype, first.device, made, *sources)
         promised.sources = sources
+        promised.versions = [None if source is None else source._version for source in sources]
         promised.make = made
         promised.built = promised.moved = None
         return promised
@@ -58,6 +70,12 @@ class OnDemand(Tensor):
                 "scatter_ returned a new tensor for this one, whose place it takes; use that"
             )
         if self.built is None:
+            now = [None if source is None else source._version for source in self.sources]
+            if now != self.versions:
+                raise RuntimeError(
+                    f"{type(self).__name__}: what it is made of has changed since, by a step of an "
+                    "optimizer for one; look at it before, or keep what you need of it"
+                )
             with torch.no_grad():
                 self.built = self.make(*(s if s is None else s.detach() for s in self.sources))
         return self.built
@@ -73,6 +91,8 @@ class OnDemand(Tensor):
                 result = FAST[func](*args, **kwargs)
                 if result is not NotImplemented:
                     return result
+            if func in OF_MEMORY:
+                args = tree_map_only(OnDemand, _plain, args)
             return func(*args, **kwargs)
 
     @classmethod
@@ -101,6 +121,11 @@ def _current(t: OnDemand) -> OnDemand:
 
 def _dense(t: OnDemand) -> Tensor:
     return t.dense()
+
+
+def _plain(t: OnDemand) -> Tensor:
+    """The same, of a tensor of torch's own, which knows of the gradient."""
+    return t.dense().detach().requires_grad_(t.requires_grad)
 
 
 class _Promise(torch.autograd.Function):

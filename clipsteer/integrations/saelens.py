@@ -30,7 +30,12 @@ from clipsteer.ops.topk_encode import topk_encode
 try:
     from sae_lens.registry import get_sae_training_class
     from sae_lens.saes.batchtopk_sae import BatchTopK, BatchTopKTrainingSAE
-    from sae_lens.saes.jumprelu_sae import JumpReLU, JumpReLUTrainingSAE, Step
+    from sae_lens.saes.jumprelu_sae import (
+        JumpReLU,
+        JumpReLUTrainingSAE,
+        Step,
+        calculate_pre_act_loss,
+    )
     from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
     from sae_lens.saes.sae import TrainingSAE
     from sae_lens.saes.topk_sae import TopK, TopKTrainingSAE
@@ -129,7 +134,7 @@ class FastTopKTrainingSAE(_Fast, TopKTrainingSAE):
         if not waits(feature_acts, Codes):
             return super().decode(feature_acts)
         values = self._for_decoder(feature_acts)
-        return self._reconstructed(feature_acts.decode(self.W_dec, self.b_dec, values))
+        return self._reconstructed(feature_acts.decode(self.W_dec, values) + self.b_dec)
 
     def _for_decoder(self, codes: Codes) -> Tensor:
         if codes.for_decoder is not None:
@@ -205,7 +210,7 @@ class FastMatryoshkaBatchTopKTrainingSAE(
         if not hasattr(codes, "levels"):
             values = self._for_decoder(codes)
             widths = self.cfg.matryoshka_widths
-            codes.levels = codes.decode(self.W_dec, self.b_dec, values, prefixes=widths)
+            codes.levels = codes.decode(self.W_dec, values, prefixes=widths) + self.b_dec
         return codes.levels
 
     def _iterable_decode(
@@ -261,15 +266,14 @@ class FastJumpReLUTrainingSAE(_Fast, JumpReLUTrainingSAE):
     def decode(self, feature_acts: Tensor) -> Tensor:
         if not waits(feature_acts, Codes):
             return super().decode(feature_acts)
-        return self._reconstructed(feature_acts.decode(self.W_dec, self.b_dec))
+        return self._reconstructed(feature_acts.decode(self.W_dec) + self.b_dec)
 
     def calculate_aux_loss(
         self, step_input: Any, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
         near = getattr(hidden_pre, "near", None)
-        other = self.cfg.pre_act_loss_coefficient is not None
         sparse = near is not None and waits(hidden_pre, Preactivations)
-        if not sparse or not waits(feature_acts, Codes) or other:
+        if not sparse or not waits(feature_acts, Codes):
             return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
         mode = self.cfg.jumprelu_sparsity_loss_mode
         if mode == "tanh":
@@ -281,7 +285,25 @@ class FastJumpReLUTrainingSAE(_Fast, JumpReLUTrainingSAE):
         l0 = each.new_zeros(rows).index_add(0, code_rows(near), each)
         if mode == "quadratic":
             l0 = 2 / self.cfg.target_l0 * (l0 - self.cfg.target_l0) ** 2
-        return {"l0_loss": (step_input.coefficients["l0"] * l0).mean()}
+        losses = {"l0_loss": (step_input.coefficients["l0"] * l0).mean()}
+        if self.cfg.pre_act_loss_coefficient is not None:
+            dead = step_input.dead_neuron_mask
+            losses["pre_act_loss"] = self._pre_act_loss(hidden_pre, dead)
+        return losses
+
+    def _pre_act_loss(self, pre: Preactivations, dead: Tensor | None) -> Tensor:
+        """SAELens's, of the dead features alone."""
+        if dead is None or not dead.any():
+            return pre.x.new_tensor(0.0)
+        at = dead.nonzero().flatten()
+        of_dead = (pre.x @ self.W_enc[:, at] + self.b_enc[at]).to(pre.dtype)
+        return calculate_pre_act_loss(
+            self.cfg.pre_act_loss_coefficient,
+            self.threshold.to(pre.dtype)[at],
+            of_dead,
+            dead[at],
+            self.W_dec[at].norm(dim=1),
+        )
 
 
 def _detached(t: Tensor | None) -> Tensor | None:
@@ -314,6 +336,6 @@ def fast(sae: TrainingSAE) -> TrainingSAE:
         return sae
     if type(sae) not in FAST:
         names = ", ".join(cls.__name__ for cls in FAST)
-        raise TypeError(f"fast: takes a {names}, got {type(sae).__name__}")
+        raise TypeError(f"fast: takes one of {names}, got {type(sae).__name__}")
     sae.__class__ = FAST[type(sae)]
     return sae
