@@ -66,7 +66,8 @@ class SAESteering:
     takes a full ``ops.topk_encode``.
 
     Raises:
-        ValueError: no feature, one out of range, a strength not finite, unknown ``tokens``.
+        ValueError: no feature, one out of range, a strength not finite, unknown ``tokens``; a
+            transcoder.
     """
 
     sae: SAE
@@ -79,6 +80,11 @@ class SAESteering:
             raise ValueError(
                 f"SAESteering: strengths must be a mapping {{feature: strength}}, got "
                 f"{self.strengths!r}"
+            )
+        if self.sae.d_out is not None:
+            raise ValueError(
+                "SAESteering: a transcoder reads at one hook point and writes at another; add its "
+                "features there with VectorSteering(sae.W_dec[i].detach(), strength)"
             )
         n = self.sae.d_sae
         clean = {}

@@ -15,10 +15,10 @@ from ._launch import cdiv, interpreted, on_device
 from .sparse_decode import _interpreted_bf16, gather_config, segment_sums
 
 
-@triton.jit(do_not_specialize=["B", "groups", "pairs"])
+@triton.jit(do_not_specialize=["B"])
 def _ragged_decode_fwd_kernel(
-    values_ptr, indices_ptr, offsets_ptr, group_ptr, w_ptr, b_ptr, out_ptr, B, d, groups, pairs,
-    HAS_BIAS: tl.constexpr, GROUPED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    values_ptr, indices_ptr, ends_ptr, w_ptr, b_ptr, out_ptr, B, d, groups,
+    HAS_BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -27,16 +27,14 @@ def _ragged_decode_fwd_kernel(
     bias = tl.zeros((BLOCK_D,), dtype=tl.float32)
     if HAS_BIAS:
         bias += tl.load(b_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-    first = tl.minimum(tl.load(offsets_ptr + rows, mask=live, other=0), pairs)
-    last = tl.minimum(tl.load(offsets_ptr + rows + 1, mask=live, other=0), pairs)
-    longest = tl.max(last - first, axis=0)
     acc = tl.zeros((BLOCK_B, BLOCK_K, BLOCK_D), dtype=tl.float32)
     for g in range(0, groups):
-        for start in range(0, longest, BLOCK_K):
+        # where a group ends the next one begins
+        first = tl.load(ends_ptr + rows * groups + g, mask=live, other=0)
+        last = tl.load(ends_ptr + rows * groups + g + 1, mask=live, other=0)
+        for start in range(0, tl.max(last - first, axis=0), BLOCK_K):
             at = first[:, None] + start + tl.arange(0, BLOCK_K)[None, :]
             pair = live[:, None] & (at < last[:, None])
-            if GROUPED:
-                pair = pair & (tl.load(group_ptr + at, mask=pair, other=-1) == g)
             index = tl.load(indices_ptr + at, mask=pair, other=0)
             value = tl.load(values_ptr + at, mask=pair, other=0.0).to(tl.float32)
             w = tl.load(
@@ -73,6 +71,23 @@ def _ragged_dot_kernel(
     tl.store(out_ptr + at, tl.sum(acc, axis=1).to(out_ptr.dtype.element_ty), mask=live)
 
 
+def _grouped(
+    values: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, prefixes: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The pairs of each row by the first prefix that has their feature, and where each group begins: (B G + 1,)."""
+    m, groups = indices.shape[0], len(prefixes)
+    offsets = offsets.clamp(max=m)
+    if groups == 1:
+        return values, indices, offsets
+    at = torch.arange(m, device=indices.device)
+    group = torch.searchsorted(offsets[1:].contiguous(), at, right=True, out_int32=True) * groups
+    for prefix in prefixes[:-1]:
+        group += indices >= prefix
+    group, order = torch.sort(group, stable=True)
+    starts = torch.arange((offsets.shape[0] - 1) * groups + 1, device=group.device, dtype=group.dtype)
+    return values[order], indices[order], torch.searchsorted(group, starts)
+
+
 def ragged_decode(
     values: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None,
     prefixes: list[int],
@@ -91,14 +106,10 @@ def ragged_decode(
         config = gather_config(d, W.element_size())
     grid = (cdiv(B, config["BLOCK_B"]), cdiv(d, config["BLOCK_D"]))
     with on_device(W):
-        # how many prefixes are without a pair's feature
-        group = indices
-        if groups > 1:
-            group = sum((indices >= prefix).to(torch.int8) for prefix in prefixes[:-1])
+        values, indices, ends = _grouped(values, indices, offsets, prefixes)
         _ragged_decode_fwd_kernel[grid](
-            values, indices, offsets, group, W, W if b is None else b, out, B, d, groups, indices.shape[0],
-            HAS_BIAS=b is not None, GROUPED=groups > 1, **config,
-        )  # fmt: skip
+            values, indices, ends, W, W if b is None else b, out, B, d, groups, HAS_BIAS=b is not None, **config
+        )
     return out
 
 

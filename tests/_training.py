@@ -187,6 +187,8 @@ VARIANTS = {
     **USERS,
     "sae relu": User(sae("relu"), {"fvu", "l0", "dead"}),
     "sae batch_topk": User(sae("batch_topk"), {"fvu", "l0", "dead"}),
+    "sae jumprelu": User(sae("jumprelu"), {"fvu", "l0", "dead"}),
+    "sae gated": User(sae("gated"), {"fvu", "l0", "dead"}),
     "finetune head": User(tuned("lc"), {"loss", "validation", "validation_ensemble"}),
     "contrastive clip": User(contrastive("clip"), {"loss", "all/zero_shot"}),
     "tasks slca": User(tasks("slca:slow=0.3"), {"loss"}, **TASK),

@@ -124,6 +124,8 @@ class Options(Generic[Config]):
 def _metavar(field: Setting, kind: Any) -> str:
     if field.name.endswith("_every"):
         return "STEPS"
+    if get_origin(kind) is tuple:
+        return "N,N,…"
     return "N" if kind is int else "X"
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from clipsteer.cli.arguments import (
     Options,
-    _text,
     add_data,
     add_known_site,
     add_model,
@@ -64,6 +63,11 @@ examples:
   it is stopped:
     clipsteer sae train --model ViT-B-32 --pretrained laion2b_s34b_b79k --data photos/ \\
         --hook-point visual.transformer.resblocks.9 --tokens patches --store acts/ --out runs/b32-9
+  prefixes of 768, 3072 and 12288 features, each of which reconstructs by itself:
+    clipsteer sae train --out runs/nested --matryoshka 768,3072,12288 --architecture batch_topk ...
+  a transcoder of one MLP, from its input to its output:
+    clipsteer sae train --out runs/mlp9 --hook-point visual.transformer.resblocks.9.ln_2 \\
+        --target-hook-point visual.transformer.resblocks.9.mlp --skip ...
   on four GPUs:
     torchrun --nproc-per-node 4 -m clipsteer sae train --device cuda --store acts/ \\
         --out runs/big ...
@@ -128,6 +132,10 @@ def _train_options(p: argparse.ArgumentParser) -> None:
     add_data(p, "images to train on (default: the bundled drawings that EmojiCLIP was trained on)")
     add_site(p, "encoded")
     p.add_argument(
+        "--target-hook-point",
+        help="module whose output a transcoder is to give, where one is to be trained",
+    )
+    p.add_argument(
         "--out",
         type=Path,
         required=True,
@@ -138,13 +146,17 @@ def _train_options(p: argparse.ArgumentParser) -> None:
         "--store",
         type=Path,
         metavar="DIR",
-        help="keep the activations here and read them from here",
+        help="keep the activations here and read them from here, a target's in DIR/target",
     )
     add_workers(p)
     settings = Options(
         TrainConfig,
         # --tokens says which tokens
-        names={"tokens": "train_tokens", "l1_coefficient": "l1"},
+        names={
+            "tokens": "train_tokens",
+            "l1_coefficient": "l1",
+            "l0_coefficient": "l0",
+        },
         exclusive=(("d_sae", "expansion"), ("tokens", "steps")),
         unset={"tokens": f"one pass, but at least {_LEAST_TOKENS:g}"},
     )
@@ -153,6 +165,7 @@ def _train_options(p: argparse.ArgumentParser) -> None:
 
 def _eval_options(p: argparse.ArgumentParser) -> None:
     _sae(p)
+    p.add_argument("--target-hook-point", help="of a transcoder (default: what it was trained on)")
     p.add_argument(
         "--name-features",
         type=count,
@@ -228,6 +241,7 @@ def _train(args: argparse.Namespace) -> int:
     import clipsteer
     from clipsteer.clip.model import default_hook_point, load
     from clipsteer.sae.activations import HarvestSource, harvest_to_store
+    from clipsteer.sae.pairs import PairSource
     from clipsteer.training.world import World
 
     config = args.options.read(args)
@@ -236,12 +250,20 @@ def _train(args: argparse.Namespace) -> int:
     clip = load(args.model, args.pretrained, device=world.device, **setup_options(args))
     dataset = open_images(args, args.data or "emoji", emoji="trained:seen")
     hook_point = args.hook_point or default_hook_point(clip)
+    target_hook_point = args.target_hook_point
     common = {"tokens": args.tokens, "num_workers": args.workers}
     source: Any
-    if args.store is not None:
-        source = harvest_to_store(clip, dataset, hook_point, args.store, **common)
+    if args.store is None:
+        source = HarvestSource(
+            clip, dataset, hook_point, target_hook_point=target_hook_point, **common
+        )
     else:
-        source = HarvestSource(clip, dataset, hook_point, **common)
+        source = harvest_to_store(clip, dataset, hook_point, args.store, **common)
+        if target_hook_point is not None:
+            where = args.store / "target"
+            source = PairSource(
+                source, harvest_to_store(clip, dataset, target_hook_point, where, **common)
+            )
     if config.tokens is None and config.steps is None:
         config = replace(config, tokens=max(source.rows_per_epoch(), _LEAST_TOKENS))
     metadata = {"data": args.data or "EmojiStyles"}
@@ -265,99 +287,23 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 @lists_unreadable
 def _eval(args: argparse.Namespace) -> int:
+    from clipsteer.cli.sae_figures import name_strongest, of_steering, show
     from clipsteer.io.files import write_json
     from clipsteer.sae.evaluate import evaluate_sae
 
     sae, clip, dataset = _open(args)
     where = {"hook_point": args.hook_point, "tokens": args.tokens}
-    figures = evaluate_sae(sae, clip, dataset, **where)
+    target = {"target_hook_point": args.target_hook_point}
+    figures = evaluate_sae(sae, clip, dataset, **where, **target)
     if args.steer is not None:
-        figures["steerability"] = _steerability(args, sae, clip, dataset, where)
+        figures["steerability"] = of_steering(args, sae, clip, dataset, where | target)
     if args.name_features is not None:
-        figures["names"] = _names(args, sae, clip, dataset, where)
-    _show(figures)
+        figures["names"] = name_strongest(args, sae, clip, dataset, where)
+    show(figures)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, figures)
     return 0
-
-
-def _show(figures: dict[str, Any]) -> None:
-    for name, value in figures.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            _text(f"{name:<16} {value:.6g}")
-        elif isinstance(value, str):
-            _text(f"{name:<16} {value}")
-    if "steerability" in figures:
-        found = figures["steerability"]
-        of_features = f"{found['share']:.1%} of {found['features']} features"
-        _text(f"{'steerable':<16} {of_features} at {found['strength']:g}")
-        for row in found["best"]:
-            measured = f"S {row['score']:.3f}  power {row['power']:.3f}"
-            _text(f"  feature {row['feature']:<7} {measured}  {row['concept']}")
-    for row in figures.get("names", []):
-        named = ", ".join(f"{concept} {weight:.2f}" for concept, weight in row["names"])
-        _text(f"  feature {row['feature']:<7} peak {row['peak']:<8.4g} {named}")
-
-
-def _steerability(
-    args: argparse.Namespace, sae: Any, clip: Any, dataset: Any, where: dict[str, Any]
-) -> dict[str, Any]:
-    """How many of the first features steer 32 images to a concept, and the ten best."""
-    from torch.utils.data import Subset
-
-    from clipsteer.data.dataset import spread, told_apart
-    from clipsteer.data.emoji import EmojiStyles
-    from clipsteer.sae.evaluate import steerability
-
-    words = told_apart(dataset) or [c.label for c in EmojiStyles().concepts]
-    features = list(range(min(args.features, sae.d_sae)))
-    few = Subset(dataset, spread(range(len(dataset)), 32))
-    found = steerability(sae, clip, few, words, strength=args.steer, features=features, **where)
-    best = []
-    for i in found.score.argsort(descending=True)[:10].tolist():
-        row = {
-            "feature": int(found.features[i]),
-            "score": float(found.score[i]),
-            "power": float(found.power[i]),
-            "concept": words[int(found.concept[i])],
-        }
-        best.append(row)
-    return {
-        "strength": args.steer,
-        "features": len(features),
-        "share": found.share,
-        "best": best,
-    }
-
-
-def _names(
-    args: argparse.Namespace, sae: Any, clip: Any, dataset: Any, where: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Names of the features with the highest peaks among those active on at most 15 % of the
-    tokens."""
-    from clipsteer.cli.arguments import read_words
-    from clipsteer.sae.evaluate import feature_statistics, name_features
-    from clipsteer.splice.dictionary import ConceptDictionary
-
-    found = feature_statistics(sae, clip, dataset, **where)
-    usable = (found.frequency > 0) & (found.frequency <= 0.15)
-    order = found.maximum.where(usable, -1).argsort(descending=True, stable=True)
-    chosen = order[: min(args.name_features, int(usable.sum()))]
-    if not len(chosen):
-        return []
-    words = read_words(args.words, dataset.classes)
-    dictionary = ConceptDictionary.from_clip(clip, words, image_mean=dataset)
-    named = name_features(sae, clip, dataset, dictionary, chosen, **where)
-    return [
-        {
-            "feature": int(i),
-            "peak": float(found.maximum[i]),
-            "frequency": float(found.frequency[i]),
-            "names": names,
-        }
-        for i, names in zip(chosen.tolist(), named)
-    ]
 
 
 def _convert(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ import difflib
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from clipsteer.clip.axes import Axes, as_tokens, first_of, from_tokens
 from clipsteer.clip.calls import Calls
 from clipsteer.clip.module import module_of
-from clipsteer.clip.tokens import layout_at
+from clipsteer.clip.tokens import Layout, layout_at
 
 logger = logging.getLogger(__name__)
 
@@ -269,39 +269,53 @@ def harvest(
         ValueError: unknown `tokens`, a hook point that is not one module, that the forward pass
             does not reach, or that has no such tokens.
     """
+    for (rows,) in harvest_each(model, loader, [hook_point], tokens):
+        yield rows
+
+
+def harvest_each(
+    model: Any, loader: Iterable[Any], hook_points: Sequence[str], tokens: str = "all"
+) -> Iterator[tuple[Tensor, ...]]:
+    """`harvest` of several hook points in one pass: a tensor (N, d) of each, in their order."""
     root: Any = module_of(model)
-    names = match("harvest", root, hook_point)
-    if len(names) != 1:
-        raise ValueError(
-            f"harvest: hook_point must name one module, got {hook_point!r}, which matches "
-            f"{len(names)}"
-        )
-    name = names[0]
-    layout = layout_at(root, name)
-    layout.check("harvest", [tokens])
+    layouts: list[tuple[str, Layout]] = []
+    for hook_point in hook_points:
+        names = match("harvest", root, hook_point)
+        if len(names) != 1:
+            raise ValueError(
+                f"harvest: hook_point must name one module, got {hook_point!r}, which matches "
+                f"{len(names)}"
+            )
+        layout = layout_at(root, names[0])
+        layout.check("harvest", [tokens])
+        layouts.append((names[0], layout))
     device = next(root.parameters()).device
     dtype = _float_dtype(root)
     for batch in loader:
         x = first_of(batch).to(device)
         # the guards are opened per batch: a consumer may stop, or train, between two of them
-        with evaluating(root), captured("harvest", root, name, detach=True) as found:
+        every = [name for name, _ in layouts]
+        with evaluating(root), captured("harvest", root, every, detach=True) as found:
             if x.is_floating_point():
                 _encoder(root, "image")(x.to(dtype))
             else:
                 _encoder(root, "text")(x)
-        if name not in found:
-            raise ValueError(
-                f"harvest: the forward pass never calls {name!r} as a module; choose another hook "
-                f"point"
-            )
-        acts = found[name]  # (B, T, d)
-        if len(acts) != len(x):
-            raise ValueError(
-                f"harvest: {name!r} gives {tuple(acts.shape)} for {len(x)} images, the same for "
-                "all of them; choose another hook point"
-            )
-        kept = acts[:, layout.where("harvest", tokens, acts.shape[1])]
-        yield kept.reshape(-1, kept.shape[-1])
+        parts = []
+        for name, layout in layouts:
+            if name not in found:
+                raise ValueError(
+                    f"harvest: the forward pass never calls {name!r} as a module; choose another "
+                    f"hook point"
+                )
+            acts = found[name]  # (B, T, d)
+            if len(acts) != len(x):
+                raise ValueError(
+                    f"harvest: {name!r} gives {tuple(acts.shape)} for {len(x)} images, the same "
+                    "for all of them; choose another hook point"
+                )
+            kept = acts[:, layout.where("harvest", tokens, acts.shape[1])]
+            parts.append(kept.reshape(-1, kept.shape[-1]))
+        yield tuple(parts)
 
 
 def _encoder(root: Any, kind: str) -> Callable[[Tensor], Any]:

@@ -28,6 +28,10 @@ if TYPE_CHECKING:  # at run time the loop below takes what each op's file names
     )
     from clipsteer.ops.drrho_loss import drrho_loss as drrho_loss
     from clipsteer.ops.drrho_loss import drrho_loss_reference as drrho_loss_reference
+    from clipsteer.ops.jumprelu_encode import JumpReLUCodes as JumpReLUCodes
+    from clipsteer.ops.jumprelu_encode import jumprelu as jumprelu
+    from clipsteer.ops.jumprelu_encode import jumprelu_encode as jumprelu_encode
+    from clipsteer.ops.jumprelu_encode import jumprelu_encode_reference as jumprelu_encode_reference
     from clipsteer.ops.mahalanobis_covariance_loss import LowRankDiag as LowRankDiag
     from clipsteer.ops.mahalanobis_covariance_loss import (
         mahalanobis_covariance_loss as mahalanobis_covariance_loss,

@@ -71,7 +71,7 @@ def _load_triton() -> str | None:
 
         from clipsteer.kernels import _launch as launch
 
-        served = [op for op in RECORDS if "triton" in op.backends]
+        served = [op for op in RECORDS if "triton" in op.backends and op.low_level]
         modules = {}
         for op in served:
             modules[op.stem] = importlib.import_module(f"clipsteer.kernels.{op.stem}")

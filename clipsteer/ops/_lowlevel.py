@@ -154,6 +154,8 @@ RECORDS = (
         },
         backends=_WITHOUT_CUDA,
     ),
+    # threshold_encode's codes, and torch's operations on their values
+    Op("jumprelu_encode", {}, backends=_WITHOUT_CUDA),
     Op(
         "batch_topk_encode",
         {

@@ -363,6 +363,12 @@ def check_gradient_options(
             f"{op}: sparse_grad and grad_buffer need a compiled backend, and this call runs on "
             '"reference"; leave them out, or see clipsteer env for how to get one'
         )
+    source = W if given is None else given
+    if sparse_grad and source.grad_fn is not None and by_columns(source):
+        raise RuntimeError(
+            f"{op}: torch takes no row-sparse gradient through a transposition; leave sparse_grad "
+            "out, or keep the dictionary as (d_sae, d_in)"
+        )
     if sparse_grad and transformed():
         raise RuntimeError(
             f"{op}: torch.func takes no sparse gradients; leave sparse_grad out, on any backend"

@@ -98,6 +98,9 @@ class OpSpec:
     optional: tuple[str, ...] = ()
     # inputs that, multiplied by a power of two, multiply every output exactly
     scalable: tuple[str, ...] = ()
+    # of the differentiable inputs those whose gradient is an estimate that no difference of outputs
+    # shows
+    estimated: tuple[str, ...] = ()
     # the input whose gradient ``grad_buffer=`` and ``sparse_grad=`` are about
     grad_buffer: str | None = None
     # outputs of half-precision inputs are float32

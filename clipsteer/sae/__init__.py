@@ -39,13 +39,16 @@ if TYPE_CHECKING:
     from clipsteer.sae.model import SAEOutput as SAEOutput
     from clipsteer.sae.normalization import NORMALIZATIONS as NORMALIZATIONS
     from clipsteer.sae.normalization import InputStats as InputStats
+    from clipsteer.sae.pairs import PairSource as PairSource
     from clipsteer.sae.site import BLOCK as BLOCK
     from clipsteer.sae.site import LOGIT_SCALE as LOGIT_SCALE
     from clipsteer.sae.site import Site as Site
     from clipsteer.sae.site import chunks as chunks
     from clipsteer.sae.site import clean_pass as clean_pass
+    from clipsteer.sae.site import clean_passes as clean_passes
     from clipsteer.sae.site import embed as embed
     from clipsteer.sae.site import find_site as find_site
+    from clipsteer.sae.site import find_target as find_target
     from clipsteer.sae.site import from_site as from_site
     from clipsteer.sae.site import grid_side as grid_side
     from clipsteer.sae.site import set_features as set_features

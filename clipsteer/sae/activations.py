@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from clipsteer.clip.hooks import harvest
+from clipsteer.clip.hooks import harvest, harvest_each
 from clipsteer.clip.model import provenance
 from clipsteer.clip.module import module_of
 from clipsteer.clip.pixels import image_loader
@@ -35,6 +35,7 @@ from clipsteer.sae.sources import (
     TensorSource,
     as_source,
     generator,
+    side_by_side,
 )
 from clipsteer.training.claim import claimed
 from clipsteer.training.world import World
@@ -65,6 +66,7 @@ class HarvestSource(ActivationSource):
         clip: what ``clipsteer.load`` returns.
         dataset: map-style, of images (PIL, paths, preprocessed tensors) or (image, target) pairs.
         hook_point, tokens: one module, and which of its tokens: "all", "cls" or "patches".
+        target_hook_point: another one, for a transcoder: rows are pairs of both, from one pass.
         batch_size, num_workers: of the forward passes, and of the reading.
 
     A larger group shuffles better and holds images_per_group · tokens rows in memory. Random
@@ -81,6 +83,7 @@ class HarvestSource(ActivationSource):
         hook_point: str,
         *,
         tokens: str = "all",
+        target_hook_point: str | None = None,
         images_per_group: int = 2048,
         batch_size: int = 64,
         num_workers: int = 0,
@@ -93,17 +96,39 @@ class HarvestSource(ActivationSource):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.provenance = provenance(clip, hook_point, tokens)
+        self._hook_points = [hook_point]
+        if target_hook_point is not None:
+            self._hook_points.append(target_hook_point)
+            self.provenance["target_hook_point"] = target_hook_point
         probe = self._run([0])
-        self.tokens_per_image, self.d_in = probe.shape
+        self.tokens_per_image = len(probe[0])
+        self.d_in = probe[0].shape[1]
+        if target_hook_point is not None:
+            self.d_out = probe[1].shape[1]
+            if len(probe[1]) != len(probe[0]):
+                raise ValueError(
+                    f"hook points: an image has {len(probe[0])} tokens at {hook_point!r} and "
+                    f"{len(probe[1])} at {target_hook_point!r}"
+                )
 
     def identity(self) -> Identity | None:
         """Of the images and of the model that sees them."""
         return {"kind": "harvest", **_seen(self.clip, self.dataset)}
 
-    def _run(self, images: Sequence[int]) -> Tensor:
+    def arrangement(self) -> dict[str, Any]:
+        """The images, and how they fall into groups."""
+        return {
+            "data": identity_of(self.dataset),
+            "images_per_group": self.images_per_group,
+            "tokens_per_image": self.tokens_per_image,
+        }
+
+    def _run(self, images: Sequence[int]) -> list[Tensor]:
+        """The rows (n, d) of some images at each hook point."""
         chosen = Subset(self.dataset, images)
         loader = image_loader(self.clip, chosen, self.batch_size, self.num_workers)
-        return torch.cat(list(harvest(self.clip, loader, self.hook_point, tokens=self.tokens)))
+        parts = harvest_each(self.clip, loader, self._hook_points, tokens=self.tokens)
+        return [torch.cat(list(rows)) for rows in zip(*parts)]
 
     def group_sizes(self, seed: int, epoch: int) -> list[int]:
         """Tokens of each group of images; the last may be smaller."""
@@ -111,13 +136,14 @@ class HarvestSource(ActivationSource):
         return [min(step, total - at) * self.tokens_per_image for at in range(0, total, step)]
 
     def load_group(self, seed: int, epoch: int, group: int) -> Tensor:
-        """The activations (n, d) of a group of images."""
+        """The activations (n, d) of a group of images, pairs of them with a target."""
         order = torch.randperm(len(self.dataset), generator=generator(seed, epoch))
         images = order[group * self.images_per_group : (group + 1) * self.images_per_group].tolist()
         with torch.random.fork_rng(devices=[]):
             # not torch.manual_seed, which would seed the GPUs' generators as well
             torch.default_generator.manual_seed(generator(seed, epoch, group).initial_seed())
-            return self._run(images)
+            found = self._run(images)
+        return found[0] if len(found) == 1 else side_by_side(*found)
 
 
 class ActivationStore(ActivationSource):
@@ -187,6 +213,16 @@ class ActivationStore(ActivationSource):
             known = entry.get("sha256") or [entry["bytes"], int(path.stat().st_mtime)]
             parts.append([path.name, entry["rows"], known])
         return {"kind": "shards", "rows": len(self), "shards": digest_of(parts)}
+
+    def arrangement(self) -> dict[str, Any]:
+        """The shards' rows and images, and how many shards are shuffled together."""
+        found = {
+            "rows": len(self),
+            "shards": {path.name: size for path, size in zip(self.shards, self._sizes)},
+            "buffer_shards": self.buffer_shards,
+            "tokens_per_image": self.metadata["tokens_per_image"],
+        }
+        return found | {k: self.metadata[k] for k in ("data",) if k in self.metadata}
 
     def _order(self, seed: int, epoch: int) -> list[list[int]]:
         order = torch.randperm(len(self.shards), generator=generator(seed, epoch)).tolist()

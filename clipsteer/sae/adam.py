@@ -16,7 +16,7 @@ from clipsteer.sae.model import SAE
 class UnitRowAdam(torch.optim.Adam):
     """torch's Adam (dense: moments decay where the gradient is 0) on ``sae``'s parameters. From
     W_dec's gradient the component along each row is taken before, and the rows are scaled to norm 1
-    after.
+    after (``SAE.has_unit_rows``).
 
     Where ``one_pass`` names a backend for W_enc or W_dec, its gradient's projection, Adam and the
     scaling of its rows are one kernel; where ``takes_row_sparse`` says so, its gradient may be
@@ -58,10 +58,11 @@ class UnitRowAdam(torch.optim.Adam):
             self._one_pass(weight, grad, backend, factor)
             # torch's own step passes over what has no gradient
             weight.grad = None
-        if sae.W_dec not in taken:
+        unit = sae.has_unit_rows and sae.W_dec not in taken
+        if unit:
             sae.remove_parallel_gradient_()
         super().step()
-        if sae.W_dec not in taken:
+        if unit:
             sae.renormalize_decoder_()
         for weight, (grad, _) in taken.items():
             weight.grad = grad
@@ -81,7 +82,7 @@ class UnitRowAdam(torch.optim.Adam):
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         state["step"] += 1
         moments = (state["exp_avg"], state["exp_avg_sq"])
-        unit = parameter is self.sae.W_dec
+        unit = parameter is self.sae.W_dec and self.sae.has_unit_rows
         settings = (unit, group["lr"], *group["betas"], group["eps"])
         if backend == "triton":
             from clipsteer.kernels.adam_rows import adam_rows

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 from clipsteer.training.settings import (
     Count,
     CountOrZero,
     NotNegative,
+    Positive,
     SettingError,
     check_fields,
 )
 
-Trainable = Literal["topk", "batch_topk", "relu"]
+Trainable = Literal["topk", "batch_topk", "jumprelu", "relu", "gated"]
 TRAINABLE = get_args(Trainable)
+# the weight of AuxK in Gao et al. 2024 (arXiv 2406.04093)
+AUXK = 1 / 32
 
 
 @dataclass(frozen=True)
@@ -27,23 +31,29 @@ class TrainConfig:
     """
 
     d_sae: Count | None = None
-    """number of features (default: expansion times the width of the tokens)"""
+    """number of features (default: the last of matryoshka, else expansion times the width of the
+    tokens)"""
     expansion: Count = 64
     """features a dimension of the tokens, where their number is not given"""
     architecture: Trainable = "topk"
-    """which features of a token are active: its k largest, on average k over a batch, or those
-    above 0"""
+    """which features of a token are active: its k largest, on average k over a batch, those above
+    a learned threshold, those above 0, or those that a gate lets through"""
     k: int = 64
-    """active features a token, for topk and batch_topk"""
+    """active features a token, for topk and batch_topk; jumprelu and gated start with so many"""
+    matryoshka: tuple[Count, ...] | None = None
+    """sizes of prefixes of the dictionary, the last one all of it, each of which is trained to
+    reconstruct by itself"""
+    skip: bool = False
+    """a linear path beside the features, for a transcoder"""
     normalize: Literal["none", "layer_norm", "constant_norm"] = "none"
     """what is done to a token before it is encoded, and undone after it is decoded"""
-    apply_b_dec_to_input: bool = True
-    """subtract the decoder's bias before encoding"""
+    apply_b_dec_to_input: bool | None = None
+    """subtract the decoder's bias before encoding (default: yes, but for a transcoder)"""
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     """of the parameters"""
     loss: Literal["auto", "scaled_mse", "fvu"] = "auto"
-    """of the reconstruction; auto is scaled_mse for relu, which adds its L1 term to either, and
-    fvu otherwise"""
+    """of the reconstruction; auto is scaled_mse for relu and gated, which add an L1 term to either,
+    and fvu otherwise"""
     lr: NotNegative | None = None
     """peak learning rate (default: 4e-4 for relu, 2e-4 otherwise, as in the papers)"""
     batch_size: Count = 4096
@@ -57,9 +67,17 @@ class TrainConfig:
     cosine: bool = True
     """let the learning rate fall to 0 after the warm-up; without, it stays at its peak"""
     l1_coefficient: NotNegative = 1e-4
-    """weight of the L1 term, for relu"""
-    auxk_coefficient: NotNegative = 1 / 32
-    """weight of AuxK, the loss that brings dead features back; 0 turns it off"""
+    """weight of the L1 term, for relu and (of its gates) gated"""
+    l0_coefficient: NotNegative = 1e-3
+    """weight of the penalty on active features, for jumprelu"""
+    l0_penalty: Literal["step", "tanh"] = "step"
+    """what is penalised for jumprelu: the number of active features, or the sum of tanh(4 f)"""
+    bandwidth: Positive = 0.05
+    """width of the window around jumprelu's thresholds in which they learn, in units of the
+    pre-activations"""
+    auxk_coefficient: NotNegative | None = None
+    """weight of AuxK, the loss that brings dead features back; 0 turns it off (default: 1/32 for
+    topk and batch_topk, 0 otherwise)"""
     dead_after: CountOrZero = 10_000_000
     """a feature that was not active for more tokens than this is dead"""
     grad_clip: NotNegative | None = 1.0
@@ -78,7 +96,17 @@ class TrainConfig:
     """where figures go beside log.jsonl"""
 
     def __post_init__(self) -> None:
+        if isinstance(self.matryoshka, list):
+            object.__setattr__(self, "matryoshka", tuple(self.matryoshka))
         check_fields(self)
+        sizes = self.matryoshka
+        if sizes is not None:
+            if not sizes or any(a >= b for a, b in pairwise(sizes)):
+                raise self._error(f"{{matryoshka}} must ascend, got {sizes}")
+            if self.d_sae not in (None, sizes[-1]):
+                raise self._error(
+                    f"{{matryoshka}} must end in {{d_sae}} = {self.d_sae}, got {sizes}"
+                )
         if self.batch_size < 2:
             raise self._error(
                 "{batch_size} must be at least 2, as the loss divides by the variance of a batch"
@@ -90,6 +118,12 @@ class TrainConfig:
 
     def _error(self, text: str) -> SettingError:
         return SettingError(type(self).__name__, text)
+
+    def features(self, d_in: int) -> int:
+        """Number of features, given the width of the tokens."""
+        if self.d_sae is not None:
+            return self.d_sae
+        return self.matryoshka[-1] if self.matryoshka else self.expansion * d_in
 
     def total_steps(self, rows: int | None) -> int:
         """Steps of the run, given the rows of one pass (None: not known)."""
@@ -105,6 +139,13 @@ class TrainConfig:
                 f"{wanted} tokens do not fill one batch; {{batch_size}} is {self.batch_size}"
             )
         return wanted // self.batch_size
+
+    @property
+    def auxk(self) -> float:
+        """The weight of AuxK."""
+        if self.auxk_coefficient is not None:
+            return self.auxk_coefficient
+        return AUXK if "topk" in self.architecture else 0.0
 
     @property
     def peak_lr(self) -> float:

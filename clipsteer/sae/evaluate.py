@@ -1,5 +1,5 @@
 """What an SAE preserves of a CLIP model: variance explained, sparsity, and zero-shot predictions
-under substitution.
+under substitution. Of a transcoder the output of the module that it stands in for.
 
 Everything streams over a data set, one batch of images at a time. Definitions follow Joseph et al.
 2025 (arXiv 2504.08729): EV = mean over tokens of 1 - ‖x̂ - x‖² / ‖x - mean_batch x‖²; CE recovered
@@ -30,13 +30,14 @@ from clipsteer.sae.features import (
     steerability,
     top_images,
 )
-from clipsteer.sae.model import SAE
+from clipsteer.sae.model import SAE, SAEOutput
 from clipsteer.sae.site import (
     LOGIT_SCALE,
     Site,
     chunks,
-    clean_pass,
+    clean_passes,
     find_site,
+    find_target,
     from_site,
     grid_side,
 )
@@ -60,6 +61,7 @@ def evaluate_sae(
     *,
     hook_point: str | None = None,
     tokens: str | None = None,
+    target_hook_point: str | None = None,
     classnames: Sequence[str] | None = None,
     templates: Sequence[str] | None = None,
     batch_size: int = 64,
@@ -69,6 +71,7 @@ def evaluate_sae(
 
     Args:
         hook_point, tokens: by default what the SAE's metadata say.
+        target_hook_point: of a transcoder, the module whose output it gives; likewise.
         classnames, templates: classes that integer labels index; by default those of
             ``dataset.classes``. Without two classes, with captions as labels, or without a text
             tower, the substitution metrics are left out.
@@ -76,13 +79,16 @@ def evaluate_sae(
             does not.
 
     Returns a dict with
-        ev, fvu, l0, dead (share of features never active), images, tokens;
+        ev, fvu, l0, dead (share of features never active), images, tokens; fvu_N of each prefix of
+        N features before the last, where the SAE has some; of a transcoder ev and fvu are at the
+        target, and so is what is replaced;
         l0_per_token: one value a token position; l0_map: the same over the patch grid, row by row,
         if square; ce_clean, ce_sae, ce_zero (nats), ce_recovered, and top1_clean, top1_sae,
         top1_zero, top1_recovered. A ratio whose denominator is 0 is None, and so is ev where a
         batch has no variance.
     """
     site = find_site(sae, clip, hook_point, tokens)
+    target = find_target(sae, clip, site, target_hook_point)
     if classnames is None and clip.has_text:
         classnames = told_apart(dataset)
     head = zero_shot_head(clip, classnames, templates) if classnames else None
@@ -91,9 +97,9 @@ def evaluate_sae(
     labelled = 0
     with evaluating(sae, clip):
         for pixels, labels in image_batches(clip, dataset, batch_size, "evaluate SAE"):
-            x, embedded = clean_pass(clip, pixels, site)
-            chosen = site.select(x)
-            x_hat = totals.add(chosen)
+            x, y, embedded = clean_passes(clip, pixels, site, target)
+            wanted = target.select(y)
+            y_hat = totals.add(site.select(x), wanted)
             known = labels >= 0
             if head is None or not bool(known.any()):
                 continue
@@ -102,16 +108,16 @@ def evaluate_sae(
                     f"dataset: label {int(labels.max())} is not below the {len(head)} classes"
                 )
             labelled += int(known.sum())
-            replaced = site.put(x, x_hat.to(x.dtype))
-            zeroed = site.put(x, torch.zeros_like(chosen))
-            go_on = from_site(clip, pixels, site, x, embedded)
+            replaced = target.put(y, y_hat.to(y.dtype))
+            zeroed = target.put(y, torch.zeros_like(wanted))
+            go_on = from_site(clip, pixels, target, y, embedded)
             variants = {"clean": embedded, "sae": go_on(replaced), "zero": go_on(zeroed)}
             for name, features in variants.items():
                 logits = LOGIT_SCALE * features[known] @ head.to(features.dtype).T  # (b, C)
                 loss = F.cross_entropy(logits.double(), labels[known], reduction="sum")
                 scores[name][0] += float(loss)
                 scores[name][1] += int((logits.argmax(-1) == labels[known]).sum())
-    result = totals.result(site)
+    result = totals.result(site, target)
     if labelled:
         ce = {name: total / labelled for name, (total, _) in scores.items()}
         top1 = {name: hits / labelled for name, (_, hits) in scores.items()}
@@ -134,18 +140,32 @@ class _Totals:
         self.sae = sae
         self.images = self.count = 0
         self.explained = self.error = self.spread = 0.0
+        # of the prefixes before the last
+        self.errors = dict.fromkeys((sae.matryoshka or ())[:-1], 0.0)
         self.mean: Tensor | None = None
         self.l0: Tensor | None = None
         self.active = torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.W_enc.device)
 
-    def add(self, x: Tensor) -> Tensor:
-        """Take in one batch; returns its reconstruction (B, T, d)."""
-        images, positions, d = x.shape
-        rows = x.reshape(-1, d)
+    def add(
+        self,
+        x: Tensor,  # (B, T, d_in)
+        y: Tensor,  # what is to be given, (B, T, d)
+    ) -> Tensor:  # (B, T, d)
+        """Take in one batch; returns what the SAE gives."""
+        if x.shape[:-1] != y.shape[:-1]:
+            raise ValueError(
+                f"target_hook_point: images give {x.shape[1]} tokens at the hook point and "
+                f"{y.shape[1]} at the target"
+            )
+        images, positions, d = y.shape
+        rows = y.reshape(-1, d)
         parts = []
         l0 = []
-        for part in chunks(self.sae, rows):
+        seen = 0
+        for part in chunks(self.sae, x.reshape(-1, x.shape[-1])):
             out = self.sae(part)
+            self._add_prefixes(part, out, rows[seen : seen + len(part)])
+            seen += len(part)
             on = out.acts > 0
             parts.append(out.x_hat)
             l0.append(on.sum(-1))
@@ -170,7 +190,21 @@ class _Totals:
             )
         self.l0 = per_position if self.l0 is None else self.l0 + per_position
         self.images += images
-        return x_hat.reshape(x.shape)
+        return x_hat.reshape(y.shape)
+
+    def _add_prefixes(
+        self,
+        x: Tensor,  # (N, d_in)
+        out: SAEOutput,
+        wanted: Tensor,  # (N, d)
+    ) -> None:
+        if not self.errors:
+            return
+        codes = out.acts if out.indices is None else (out.acts, out.indices)
+        x_hats = self.sae.decode_prefixes(codes, out.stats)
+        for prefix, x_hat in zip(self.errors, x_hats):
+            error = self.sae.with_skip(x_hat, x).double() - wanted.double()
+            self.errors[prefix] += float(error.square().sum())
 
     def _merge(self, mean: Tensor, spread: float, count: int) -> None:
         # Chan, Golub and LeVeque's update: no cancellation, whatever the mean
@@ -185,7 +219,7 @@ class _Totals:
         self.mean = self.mean + delta * (count / total)
         self.count = total
 
-    def result(self, site: Site) -> dict[str, Any]:
+    def result(self, site: Site, target: Site) -> dict[str, Any]:
         assert self.l0 is not None
         per_token = (self.l0 / self.images).tolist()
         result: dict[str, Any] = {
@@ -199,6 +233,9 @@ class _Totals:
             "dead": 1 - int(self.active.sum()) / self.sae.d_sae,
             "l0_per_token": per_token,
         }
+        if self.sae.d_out is not None:
+            result["target_hook_point"] = target.hook_point
+        result |= {f"fvu_{n}": _ratio(error, self.spread) for n, error in self.errors.items()}
         patches = site.patches(self.l0 / self.images).tolist()
         side = grid_side(len(patches))
         if side:

@@ -21,7 +21,9 @@ from clipsteer.sae.site import (
     LOGIT_SCALE,
     chunks,
     clean_pass,
+    clean_passes,
     find_site,
+    find_target,
     from_site,
     grid_side,
     set_features,
@@ -230,6 +232,7 @@ def steerability(
     features: Sequence[int] | Tensor | None = None,
     hook_point: str | None = None,
     tokens: str | None = None,
+    target_hook_point: str | None = None,
     templates: Sequence[str] | None = None,
     threshold: float = 0.10,
     batch_size: int = 64,
@@ -244,10 +247,13 @@ def steerability(
     Args:
         vocabulary: C concepts as texts, or their unit embeddings (C, e).
         strength: one activation for all features, or one a feature, (m,).
+        target_hook_point: of a transcoder, whose features are set in what is there; by default what
+            its metadata say.
         features: m indices; None means all of them. A feature costs a pass over the data set
             through what follows the hook point.
     """
     site = find_site(sae, clip, hook_point, tokens)
+    target = find_target(sae, clip, site, target_hook_point)
     chosen = _checked(sae, features)
     strengths = torch.as_tensor(strength, dtype=sae.W_dec.dtype, device=sae.W_dec.device).expand(
         len(chosen)
@@ -262,12 +268,13 @@ def steerability(
     images = 0
     with evaluating(sae, clip):
         for pixels, _ in image_batches(clip, dataset, batch_size, "steerability"):
-            x, embedded = clean_pass(clip, pixels, site)
+            x, y, embedded = clean_passes(clip, pixels, site, target)
             clean = _probabilities(embedded, text)
             rows = site.select(x)
+            written = target.select(y)
             scale = sae.normalize_input(rows)[1].scale
-            scale = torch.ones_like(rows[..., :1]) if scale is None else scale
-            go_on = from_site(clip, pixels, site, x, embedded)
+            scale = torch.ones_like(written[..., :1]) if scale is None else scale
+            go_on = from_site(clip, pixels, target, y, embedded)
             images += len(pixels)
             for first in tqdm(
                 range(0, len(chosen), _FEATURES), desc="features", leave=False, disable=None
@@ -277,10 +284,10 @@ def steerability(
                 for i in range(len(group)):
                     one = slice(first + i, first + i + 1)
                     new = set_features(
-                        rows, acts[..., i : i + 1], strengths[one], sae.W_dec[chosen[one]], scale
+                        written, acts[..., i : i + 1], strengths[one], sae.W_dec[chosen[one]], scale
                     )
                     change[first + i] += (
-                        _probabilities(go_on(site.put(x, new)), text) - clean
+                        _probabilities(go_on(target.put(y, new)), text) - clean
                     ).sum(0)
     change /= images
     score = change.square().sum(1)

@@ -52,7 +52,9 @@ _HUB_FILES = (
     "n_images_*.pt",
 )
 _HUB = "hf-hub:"
-_FINITE = ("W_enc", "W_dec", "b_dec")
+_FINITE = ("W_enc", "W_dec", "b_dec", "W_skip")
+# arguments of SAE that a file has only where they say something
+OPTIONAL = ("matryoshka", "d_out", "skip")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -72,7 +74,7 @@ def _read_own(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> 
         raise FileFormatError(f"{path}: no {missing[0]!r}")
     if not isinstance(cfg["apply_b_dec_to_input"], bool):
         raise FileFormatError(f"{path}: apply_b_dec_to_input must be true or false")
-    config = {name: cfg[name] for name in names}
+    config = {name: cfg[name] for name in (*names, *OPTIONAL) if name in cfg}
     return Described(config, weights, json_object(path, cfg.get("metadata", {})))
 
 
@@ -229,6 +231,8 @@ def export(sae: Describable, directory: str | Path, format: str) -> Path:
     """
     if format not in _WRITERS:
         raise ValueError(f"export: format must be one of {tuple(_WRITERS)}, got {format!r}")
+    if sae.described().config.get("d_out") is not None:
+        raise ValueError(f"export: {format!r} is not written for transcoders; use save_pretrained")
     name, writer = _WRITERS[format]
     weights, cfg = writer(_checked(sae))
     directory = Path(directory)

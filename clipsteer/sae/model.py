@@ -4,14 +4,16 @@
     x̂ = (f W_dec + b_dec) · scale + mean
 
 Both dictionaries are (d_sae, d_in), a feature a row. Sources: ``clipsteer.sae.architectures``; for
-the normalisations and the initialisation Joseph et al. 2025 (arXiv 2504.08729).
+the normalisations and the initialisation Joseph et al. 2025 (arXiv 2504.08729). Prefixes of the
+dictionary are in ``clipsteer.sae.matryoshka``, what differs in a transcoder is in
+``clipsteer.sae.transcoder``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,22 +23,25 @@ from clipsteer import ops
 from clipsteer.io.doors import door
 from clipsteer.io.files import FileFormatError
 from clipsteer.sae import formats
-from clipsteer.sae.architectures import batch_count, check, checked_k, running_threshold
+from clipsteer.sae.architectures import batch_count, check, checked_k
+from clipsteer.sae.encoding import Encoding
 from clipsteer.sae.foreign import Described
-from clipsteer.sae.normalization import InputStats, denormalize, normalize
+from clipsteer.sae.matryoshka import checked_prefixes, decode_prefixes
+from clipsteer.sae.normalization import InputStats, denormalize
 from clipsteer.sae.rows import geometric_median, unit_rows
+from clipsteer.sae.transcoder import check_target
 
 
 class SAEOutput(NamedTuple):
     """What a forward pass gives; acts are in descending order for topk, dense for the others."""
 
-    x_hat: Tensor  # (..., d_in), in x's dtype
+    x_hat: Tensor  # (..., d_in), in x's dtype; (..., d_out) of a transcoder
     acts: Tensor  # (..., k) for topk, else (..., d_sae)
     indices: Tensor | None  # (..., k) int64 for topk, else None
     stats: InputStats  # of the input, as ``decode`` takes them
 
 
-class SAE(nn.Module):
+class SAE(Encoding):
     """Sparse autoencoder over activations of width ``d_in``, with ``d_sae`` features.
 
     Args:
@@ -44,33 +49,33 @@ class SAE(nn.Module):
         d_sae: number of features.
         architecture: "relu"; "topk" (``ops.topk_encode`` and ``ops.sparse_decode``: no dense code
             is built); "batch_topk" (in training the k·rows largest of the batch, else all above a
-            saved running threshold); "jumprelu" and "gated" (made to load and run what others
-            trained).
+            saved running threshold); "jumprelu" (above a threshold a feature); "gated".
         k: active features a row, for topk and batch_topk (where it is an average and may be
             fractional); else unused.
         normalize: "none"; "layer_norm" (mean and unbiased standard deviation of the row, plus
             1e-5); "constant_norm" (rows scaled to norm √d_in). The output is un-normalised with the
             same values.
-        apply_b_dec_to_input: subtract the decoder bias before encoding.
+        apply_b_dec_to_input: subtract the decoder bias before encoding; None: unless it is a
+            transcoder, which cannot.
+        matryoshka: sizes n_1 < … < d_sae of the prefixes of the dictionary that are to reconstruct
+            by themselves; for every architecture but gated. Only training and evaluation differ.
+        d_out: width of what a transcoder gives, also where it is d_in; None: an autoencoder.
+        skip: add W_skip x to what a transcoder gives.
         dtype, device: of the parameters. Rows of another dtype are cast to it; x_hat comes back in
             theirs.
         metadata: what it was trained on: "clip_model", "pretrained", "hook_point", "tokens" and
             whatever else is JSON.
 
     Parameters W_enc and W_dec (d_sae, d_in), b_dec (d_in,), b_enc (d_sae,); gated has b_gate, b_mag
-    and r_mag (d_sae,) in place of b_enc; buffer ``threshold``: (d_sae,) for jumprelu, () for
-    batch_topk (negative until trained).
+    and r_mag (d_sae,) in place of b_enc; jumprelu has ``threshold`` (d_sae,), batch_topk a buffer
+    ``threshold`` () that is negative until trained. Of a transcoder W_dec is (d_sae, d_out), b_dec
+    (d_out,) and W_skip (d_out, d_in).
 
     Raises:
         ValueError, TypeError: unknown names, sizes or k out of range.
     """
 
-    # those that only some architectures have
-    b_enc: nn.Parameter  # (d_sae,)
-    b_gate: nn.Parameter  # (d_sae,)
-    b_mag: nn.Parameter  # (d_sae,)
-    r_mag: nn.Parameter  # (d_sae,)
-    threshold: Tensor  # (d_sae,) or ()
+    W_skip: nn.Parameter  # (d_out, d_in), where ``skip``
 
     def __init__(
         self,
@@ -80,18 +85,25 @@ class SAE(nn.Module):
         k: int | float | None = 64,
         *,
         normalize: str = "none",
-        apply_b_dec_to_input: bool = True,
+        apply_b_dec_to_input: bool | None = None,
+        matryoshka: Sequence[int] | None = None,
+        d_out: int | None = None,
+        skip: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         check(d_in, d_sae, architecture, normalize, dtype)
+        check_target(d_out, skip, apply_b_dec_to_input)
         self.d_in = d_in
         self.d_sae = d_sae
         self.architecture = architecture
         self.normalize = normalize
-        self.apply_b_dec_to_input = bool(apply_b_dec_to_input)
+        self.apply_b_dec_to_input = d_out is None and apply_b_dec_to_input is not False
+        self.matryoshka = checked_prefixes(matryoshka, architecture, d_sae)
+        self.d_out = d_out
+        self.skip = skip
         self.metadata: dict[str, Any] = dict(metadata or {})
         self.k = checked_k(k, architecture, d_sae)
 
@@ -99,12 +111,14 @@ class SAE(nn.Module):
             return torch.empty(shape, dtype=dtype, device=device)
 
         self.W_enc = nn.Parameter(empty(d_sae, d_in))
-        self.W_dec = nn.Parameter(empty(d_sae, d_in))
-        self.b_dec = nn.Parameter(empty(d_in))
+        self.W_dec = nn.Parameter(empty(d_sae, d_in if d_out is None else d_out))
+        self.b_dec = nn.Parameter(empty(self.W_dec.shape[1]))
+        if skip:
+            self.W_skip = nn.Parameter(empty(self.W_dec.shape[1], d_in))
         for name in ("b_gate", "b_mag", "r_mag") if architecture == "gated" else ("b_enc",):
             self.register_parameter(name, nn.Parameter(empty(d_sae)))
         if architecture == "jumprelu":
-            self.register_buffer("threshold", empty(d_sae))
+            self.register_parameter("threshold", nn.Parameter(empty(d_sae)))
         elif architecture == "batch_topk":
             self.register_buffer("threshold", empty())
         # the loader builds on "meta", where there is nothing to fill
@@ -113,22 +127,37 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Decoder rows uniform, then of unit norm; W_enc = W_dec; biases 0; the threshold of
-        batch_topk unset (-1)."""
-        self.W_dec.uniform_(-1, 1)
-        self.W_dec.copy_(unit_rows(self.W_dec))
-        self.W_enc.copy_(self.W_dec)
+        """Decoder rows uniform, then of unit norm; W_enc = W_dec; biases 0; thresholds of jumprelu
+        0.01, that of batch_topk unset (-1). Of a transcoder W_enc uniform, within 1 / √d_in, and
+        W_dec and W_skip 0 (Paulo et al. 2025, arXiv 2501.18823)."""
+        if self.d_out is None:
+            self.W_dec.uniform_(-1, 1)
+            self.W_dec.copy_(unit_rows(self.W_dec))
+            self.W_enc.copy_(self.W_dec)
+        else:
+            bound = self.d_in**-0.5
+            self.W_enc.uniform_(-bound, bound)
+            self.W_dec.zero_()
         for name, parameter in self.named_parameters():
             if name not in ("W_enc", "W_dec"):
                 parameter.zero_()
         if self.architecture in ("jumprelu", "batch_topk"):
-            self.threshold.fill_(0.0 if self.architecture == "jumprelu" else -1.0)
+            self.threshold.fill_(0.01 if self.architecture == "jumprelu" else -1.0)
+
+    @property
+    def has_unit_rows(self) -> bool:
+        """Whether training keeps decoder rows at norm 1: not those of a transcoder, which start
+        at 0."""
+        return self.d_out is None
 
     @property
     def config(self) -> dict[str, Any]:
         """The arguments that rebuild this module, without dtype, device and metadata."""
         names = ("d_in", "d_sae", "architecture", "k", "normalize", "apply_b_dec_to_input")
-        return {name: getattr(self, name) for name in names}
+        found = {name: getattr(self, name) for name in names}
+        # not in files of versions that had none
+        optional = {name: getattr(self, name) for name in formats.OPTIONAL}
+        return found | {name: value for name, value in optional.items() if value}
 
     def extra_repr(self) -> str:
         """The configuration, as ``repr`` shows it."""
@@ -136,182 +165,109 @@ class SAE(nn.Module):
             f"{name}={value!r}" for name, value in self.config.items() if value is not None
         )
 
-    def normalize_input(self, x: Tensor) -> tuple[Tensor, InputStats]:
-        """(..., d_in) -> the normalised rows in the parameters' dtype, and what it takes to undo
-        that (``clipsteer.sae.normalization``).
-
-        Raises TypeError, ValueError: no floating tensor, or one of another width.
-        """
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = x.dtype if isinstance(x, Tensor) else type(x)
-            raise TypeError(f"SAE: x must be a floating tensor, got {got}")
-        if x.dim() == 0 or x.shape[-1] != self.d_in:
-            raise ValueError(
-                f"SAE: x must be of shape (..., d_in = {self.d_in}), got {tuple(x.shape)}"
-            )
-        return normalize(x, self.normalize, self.W_enc.dtype)
-
-    def _centred(self, x: Tensor) -> tuple[Tensor, InputStats]:
-        """(..., d_in) -> what the encoder's product takes, and the normalisation's statistics."""
-        x, stats = self.normalize_input(x)
-        if self.apply_b_dec_to_input:
-            x = x - self.b_dec
-        return x, stats
-
-    def _dense_acts(
-        self,
-        x: Tensor,  # (..., d_in), normalised and centred
-        features: Tensor | None = None,  # (m,) int64; None: all
-    ) -> Tensor:
-        """Activations (..., m) for every architecture but topk; of batch_topk those above its
-        threshold."""
-
-        def of(parameter: Tensor) -> Tensor:
-            return parameter if features is None else parameter[features]
-
-        if self.architecture == "gated":
-            pre = F.linear(x, of(self.W_enc))
-            magnitude = torch.relu(pre * of(self.r_mag).exp() + of(self.b_mag))
-            return magnitude * (pre + of(self.b_gate) > 0)
-        pre = F.linear(x, of(self.W_enc), of(self.b_enc))
-        if self.architecture == "relu":
-            return torch.relu(pre)
-        threshold = of(self.threshold) if self.architecture == "jumprelu" else self.threshold
-        return torch.relu(pre) * (pre > threshold)
-
-    @torch.no_grad()
-    def _update_threshold(self, acts: Tensor) -> None:
-        """Take in the activations that batch_topk kept, of any shape, zeros among them."""
-        if acts.numel() > 0:
-            self.threshold.copy_(running_threshold(self.threshold, acts))
-
-    def _topk_encode(
-        self,
-        x: Tensor,  # (..., d_in), normalised and centred
-        sparse_grad: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        k = cast(int, self.k)
-        return ops.topk_encode(x, self.W_enc, self.b_enc, k=k, sparse_grad=sparse_grad)
-
-    def batch_codes(
-        self,
-        x: Tensor,  # (B, d_in), normalised and centred
-        count: int,
-        sparse_grad: bool = False,
-    ) -> ops.SparseCodes:
-        """The ``count`` largest activations of a batch (``ops.batch_topk_encode``)."""
-        return ops.batch_topk_encode(
-            x, self.W_enc, self.b_enc, count=count, sparse_grad=sparse_grad
-        )
-
-    def encode_topk(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., d_in) -> acts (..., k), descending, and indices (..., k) int64. For architecture
-        "topk" alone."""
-        if self.architecture != "topk":
-            raise ValueError(
-                "SAE.encode_topk: needs architecture 'topk', this is "
-                f"{self.architecture!r}; use encode"
-            )
-        return self._topk_encode(self._centred(x)[0])
-
-    def encode(self, x: Tensor) -> Tensor:
-        """(..., d_in) -> dense activations (..., d_sae). batch_topk selects over the batch in
-        training mode."""
-        if self.architecture == "topk":
-            acts, indices = self.encode_topk(x)
-            return acts.new_zeros(*acts.shape[:-1], self.d_sae).scatter(-1, indices, acts)
-        x = self._centred(x)[0]
-        if self.architecture == "batch_topk" and self.training:
-            return self._dense(self._selected(x), x.shape[:-1])
-        return self._dense_acts(x)
-
-    def _selected(self, x: Tensor, sparse_grad: bool = False) -> ops.SparseCodes:
-        """The k · rows largest activations of x (..., d_in), normalised and centred."""
-        rows = x.reshape(-1, self.d_in)
-        return self.batch_codes(rows, batch_count(cast(float, self.k), len(rows)), sparse_grad)
-
-    def _dense(self, codes: ops.SparseCodes, shape: torch.Size) -> Tensor:
-        """Ragged codes of rows of this shape as activations (..., d_sae)."""
-        rows = ops.code_rows(codes)
-        # padding goes to a spare row
-        dense = codes.values.new_zeros(shape.numel() + 1, self.d_sae)
-        dense = dense.index_put((rows, codes.indices), codes.values)
-        return dense[:-1].reshape(*shape, self.d_sae)
-
-    def feature_acts(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Activations of some features and the factor that brings a decoder row back to the scale
-        of x.
-
-        x (..., d_in), features (m,) int64 -> acts (..., m), scale (..., 1). Only these features are
-        encoded, except for topk, where whether one is active depends on all; batch_topk uses its
-        threshold in training mode too.
-        """
-        centred, stats = self._centred(x)
-        scale = torch.ones_like(centred[..., :1]) if stats.scale is None else stats.scale
-        if self.architecture != "topk":
-            return self._dense_acts(centred, features), scale
-        acts, indices = self._topk_encode(centred)  # (..., k) each
-        chosen = indices.unsqueeze(-2) == features.unsqueeze(-1)  # (..., m, k)
-        return torch.where(chosen, acts.unsqueeze(-2), 0).sum(-1), scale
-
     def decode(
         self,
         acts: Tensor | tuple[Tensor, Tensor] | ops.SparseCodes,
         stats: InputStats | None = None,
         *,
         sparse_grad: bool = False,
+        frozen: bool = False,
     ) -> Tensor:
         """Dense activations (..., d_sae), or a pair (acts, indices) of (..., k) each -> (...,
-        d_in); ragged codes of B rows -> (B, d_in).
+        d_in); ragged codes of B rows -> (B, d_in). Of a transcoder (..., d_out), without W_skip x.
 
         Without ``stats`` the result is in the normalised space; with those of ``normalize_input``
-        it is in x's own.
+        it is in x's own. ``frozen``: gradients reach the activations alone.
         """
+        W_dec, b_dec = self.W_dec, self.b_dec
+        if frozen:
+            W_dec, b_dec = W_dec.detach(), b_dec.detach()
         if isinstance(acts, ops.SparseCodes):
-            x_hat = ops.ragged_decode(*acts, self.W_dec, self.b_dec, sparse_grad=sparse_grad)
+            x_hat = ops.ragged_decode(*acts, W_dec, b_dec, sparse_grad=sparse_grad)
         elif isinstance(acts, tuple):
             values, indices = acts
-            x_hat = ops.sparse_decode(
-                values, indices, self.W_dec, self.b_dec, sparse_grad=sparse_grad
-            )
+            x_hat = ops.sparse_decode(values, indices, W_dec, b_dec, sparse_grad=sparse_grad)
         elif acts.dim() == 0 or acts.shape[-1] != self.d_sae:
             raise ValueError(
                 f"SAE.decode: acts must be (..., d_sae = {self.d_sae}), got {tuple(acts.shape)}"
             )
         else:
-            x_hat = F.linear(acts.to(self.W_dec.dtype), self.W_dec.T, self.b_dec)
+            x_hat = F.linear(acts.to(W_dec.dtype), W_dec.T, b_dec)
         return x_hat if stats is None else denormalize(x_hat, stats)
 
-    def forward(self, x: Tensor, *, sparse_grad: bool = False) -> SAEOutput:
-        """(..., d_in) -> ``SAEOutput``. Gradients reach x and every parameter the architecture
-        uses.
+    def decode_prefixes(
+        self,
+        acts: Tensor | tuple[Tensor, Tensor] | ops.SparseCodes,
+        stats: InputStats | None = None,
+        *,
+        sparse_grad: bool = False,
+    ) -> Tensor:
+        """``decode`` with the features of each prefix of ``matryoshka`` alone: (G, ..., d_in). The
+        last is ``decode``'s; without ``matryoshka`` there is none but that."""
+        if self.matryoshka is None:
+            return self.decode(acts, stats, sparse_grad=sparse_grad).unsqueeze(0)
+        x_hats = decode_prefixes(acts, self.W_dec, self.b_dec, self.matryoshka, sparse_grad)
+        return x_hats if stats is None else denormalize(x_hats, stats)
 
-        sparse_grad: for topk, the gradients of both dictionaries are sparse COO tensors of the rows
-        in use, as in ``ops.sparse_decode`` (a compiled backend is needed); without effect on the
-        other architectures.
+    def with_skip(self, x_hat: Tensor, x: Tensor, *, frozen: bool = False) -> Tensor:
+        """What was decoded (..., d_out) plus W_skip x where there is one, in the dtype of the rows
+        x (..., d_in); ``frozen`` as in ``decode``."""
+        if self.skip:
+            W_skip = self.W_skip.detach() if frozen else self.W_skip
+            x_hat = x_hat + F.linear(x.to(W_skip.dtype), W_skip)
+        return x_hat.to(x.dtype)
+
+    def forward(
+        self, x: Tensor, *, sparse_grad: bool = False, bandwidth: float | None = None
+    ) -> SAEOutput:
+        """(..., d_in) -> ``SAEOutput``. Gradients reach x and every parameter that the outputs
+        change with.
+
+        sparse_grad: the gradients of both dictionaries are sparse COO tensors of the rows in use,
+        as in ``ops.sparse_decode`` (a compiled backend is needed).
+        bandwidth: jumprelu's threshold gets a gradient, by a rectangle of this width
+        (``ops.jumprelu_encode``); None: it has none.
         """
         centred, stats = self._centred(x)
         if self.architecture == "topk":
             acts, indices = self._topk_encode(centred, sparse_grad)
             x_hat = self.decode((acts, indices), stats, sparse_grad=sparse_grad)
-            return SAEOutput(x_hat.to(x.dtype), acts, indices, stats)
-        if self.architecture == "batch_topk" and self.training:
-            codes = self._selected(centred, sparse_grad)
-            self._update_threshold(codes.values)
-            x_hat = self.decode(codes, sparse_grad=sparse_grad).reshape(x.shape)
+            return SAEOutput(self.with_skip(x_hat, x), acts, indices, stats)
+        codes = self._chosen(centred, sparse_grad, bandwidth)
+        x_hat = self.decode(codes, sparse_grad=sparse_grad)
+        x_hat = denormalize(x_hat.reshape(*x.shape[:-1], len(self.b_dec)), stats)
+        if isinstance(codes, Tensor):
+            acts = codes
+        else:
+            if self.architecture == "batch_topk" and self.training:
+                self._update_threshold(codes.values)
             acts = self._dense(codes, x.shape[:-1])
-            return SAEOutput(denormalize(x_hat, stats).to(x.dtype), acts, None, stats)
-        acts = self._dense_acts(centred)
-        return SAEOutput(self.decode(acts, stats).to(x.dtype), acts, None, stats)
+        return SAEOutput(self.with_skip(x_hat, x), acts, None, stats)
 
     @torch.no_grad()
     def init_b_dec_(self, x: Tensor, *, max_iterations: int = 200, tolerance: float = 1e-7) -> None:
         """Set b_dec to the geometric median of the normalised rows of x (..., d_in), the point of
-        least total distance, in float64 (``clipsteer.sae.rows.geometric_median``)."""
-        rows = self.normalize_input(x)[0].reshape(-1, self.d_in).double()
+        least total distance, in float64 (``clipsteer.sae.rows.geometric_median``). For a transcoder
+        x are rows (..., d_out) of its target, which are not normalised."""
+        rows = self.normalize_input(x)[0] if self.d_out is None else x
+        rows = rows.reshape(-1, len(self.b_dec)).double()
         if rows.shape[0] == 0:
             raise ValueError(f"SAE.init_b_dec_: x must hold at least one row, got {tuple(x.shape)}")
         self.b_dec.copy_(geometric_median(rows, max_iterations, tolerance))
+
+    @torch.no_grad()
+    def init_threshold_(self, x: Tensor, k: int | float) -> None:
+        """Of jumprelu and gated: let, of the rows of x (..., d_in), k features through on average;
+        nothing to do for the others."""
+        if self.architecture not in ("jumprelu", "gated"):
+            return
+        rows = self._centred(x)[0].reshape(-1, self.d_in)
+        codes = self.batch_codes(rows, batch_count(min(k, self.d_sae), len(rows)))
+        level = torch.where(codes.values > 0, codes.values, torch.inf).amin()
+        if self.architecture == "gated":
+            self.b_gate.add_(torch.where(level.isfinite(), -level, 0))
+        else:
+            self.threshold.copy_(torch.where(level.isfinite(), level, self.threshold))
 
     @torch.no_grad()
     def renormalize_decoder_(self) -> None:

@@ -33,6 +33,7 @@ class Site(NamedTuple):
     tokens: str  # "all", "cls" or "patches"
     layout: Layout
     d_in: int | None = None  # the SAE's width; None takes any
+    width: str = "d_in"  # what that is called: "d_out" where a transcoder's output belongs
 
     def select(self, x: Tensor) -> Tensor:
         """(B, T, d) -> (B, T', d), a view of the tokens that the SAE is for. Raises ValueError
@@ -40,7 +41,7 @@ class Site(NamedTuple):
         where = self.layout.where("tokens", self.tokens, x.shape[1])
         if self.d_in not in (None, x.shape[-1]):
             raise ValueError(
-                f"hook_point: the SAE has d_in = {self.d_in}, but the activations at "
+                f"hook_point: the SAE has {self.width} = {self.d_in}, but the activations at "
                 f"{self.hook_point!r} are {tuple(x.shape)}"
             )
         return x[:, where]
@@ -78,12 +79,6 @@ def find_site(sae: SAE, clip: CLIP, hook_point: str | None, tokens: str | None) 
         tokens = sae.metadata.get("tokens") or "all"
     if hook_point is None:
         raise ValueError("hook_point: the SAE's metadata do not name one; pass it")
-    names = hook_points(clip, hook_point)
-    if len(names) != 1:
-        raise ValueError(
-            f"hook_point: {hook_point!r} must name one module of {clip.name}, it matches "
-            f"{len(names)}"
-        )
     theirs = sae.metadata.get("setup")
     ours = clip.setup
     if theirs is not None and ours is not None and theirs != ours.to_json():
@@ -93,9 +88,36 @@ def find_site(sae: SAE, clip: CLIP, hook_point: str | None, tokens: str | None) 
             theirs,
             ours.to_json(),
         )
+    return _site("hook_point", clip, hook_point, tokens)._replace(d_in=sae.d_in)
+
+
+def find_target(sae: SAE, clip: CLIP, site: Site, hook_point: str | None) -> Site:
+    """Where what an SAE gives belongs: of a transcoder as asked for, else as its metadata say; of
+    an autoencoder where its input is, at ``site``. Raises as ``find_site`` does."""
+    if sae.d_out is None:
+        if hook_point is not None:
+            raise ValueError(
+                f"target_hook_point: this SAE is no transcoder, it gives what is at "
+                f"{site.hook_point!r} again"
+            )
+        return site
+    if hook_point is None:
+        hook_point = sae.metadata.get("target_hook_point")
+    if not isinstance(hook_point, str):
+        raise ValueError("target_hook_point: the SAE's metadata do not name one; pass it")
+    found = _site("target_hook_point", clip, hook_point, site.tokens)
+    return found._replace(d_in=sae.d_out, width="d_out")
+
+
+def _site(what: str, clip: CLIP, hook_point: str, tokens: str) -> Site:
+    names = hook_points(clip, hook_point)
+    if len(names) != 1:
+        raise ValueError(
+            f"{what}: {hook_point!r} must name one module of {clip.name}, it matches {len(names)}"
+        )
     layout = layout_at(clip, names[0])
     layout.check("tokens", [tokens])
-    return Site(names[0], tokens, layout, sae.d_in)
+    return Site(names[0], tokens, layout)
 
 
 def embed(clip: CLIP, pixels: Tensor, site: Site, edit: Callable[[Tensor], Tensor]) -> Tensor:
@@ -107,16 +129,30 @@ def embed(clip: CLIP, pixels: Tensor, site: Site, edit: Callable[[Tensor], Tenso
 
 def clean_pass(clip: CLIP, pixels: Tensor, site: Site) -> tuple[Tensor, Tensor]:
     """Activations (B, T, d) at the site and unit embeddings, from one pass that is not edited."""
-    kept: list[Tensor] = []
+    x, _, embedded = clean_passes(clip, pixels, site, site)
+    return x, embedded
 
-    def look(x: Tensor) -> Tensor:
-        kept.append(x)
-        return x
 
-    embedded = embed(clip, pixels, site, look)
-    if not kept:
-        raise ValueError(f"hook_point: the image tower never calls {site.hook_point!r} as a module")
-    return kept[-1], embedded
+def clean_passes(
+    clip: CLIP, pixels: Tensor, site: Site, target: Site
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``clean_pass`` with the activations at two sites."""
+    kept: dict[str, Tensor] = {}
+
+    def look_at(name: str) -> Callable[[Tensor], Tensor]:
+        def look(x: Tensor) -> Tensor:
+            kept[name] = x
+            return x
+
+        return look
+
+    names = (site.hook_point, target.hook_point)
+    with edited("hook_point", clip, {name: look_at(name) for name in names}):
+        embedded = clip.embed(pixels)
+    for name in names:
+        if name not in kept:
+            raise ValueError(f"hook_point: the image tower never calls {name!r} as a module")
+    return kept[names[0]], kept[names[1]], embedded
 
 
 def from_site(

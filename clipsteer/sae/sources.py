@@ -32,7 +32,7 @@ START = Position()
 class Batch(NamedTuple):
     """What a source yields."""
 
-    rows: Tensor  # (batch_size / world, d)
+    rows: Tensor  # (batch_size / world, d_in), of pairs (batch_size / world, d_in + d_out)
     next: Position  # where the batch after this one starts
 
 
@@ -46,6 +46,8 @@ class ActivationSource:
     group is read."""
 
     d_in: int
+    # where rows are pairs [x, y] of d_in + d_out numbers, the width of y
+    d_out: int | None = None
     provenance: dict[
         str, Any
     ] = {}  # what is known of the model, under the names of ``SAE.metadata``
@@ -63,6 +65,11 @@ class ActivationSource:
         """What the rows are known by, for JSON: a run is not resumed on others. None where nothing
         is known."""
         return None
+
+    def arrangement(self) -> dict[str, Any]:
+        """What says which row comes when, besides seed and epoch; two sources of one class that
+        agree in it serve the rows of the same tokens."""
+        return {"rows": self.rows_per_epoch(), "groups": self.group_sizes(0, 0)}
 
     def rows_per_epoch(self) -> int | None:
         """Rows of one pass, or None where only reading would tell."""
@@ -159,34 +166,58 @@ class TensorSource(ActivationSource):
         return self.rows
 
 
+def side_by_side(
+    x: Tensor,  # (n, d_in)
+    y: Tensor,  # (n, d_out)
+) -> Tensor:
+    """Pairs (n, d_in + d_out) in the wider of the two dtypes, on x's device."""
+    return torch.cat([x, y.to(x.device)], dim=1)
+
+
 class IterableSource(ActivationSource):
-    """Any iterable of tensors (..., d): rows in the order in which they come, no shuffling.
+    """Any iterable of tensors (..., d), or of pairs (..., d_in) and (..., d_out): rows in the order
+    in which they come, no shuffling.
 
     A position is reached by reading up to it, so resuming needs an iterable that repeats itself. Of
     a list of tensors that is checked; of any other iterable nothing is known before it is read.
     """
 
-    def __init__(self, parts: Iterable[Tensor]) -> None:
-        self._iterator = iter(parts)
+    def __init__(self, parts: Iterable[Tensor] | Iterable[tuple[Tensor, Tensor]]) -> None:
+        self._iterator: Iterator[Any] = iter(parts)
         self._again = parts if self._iterator is not parts else None
         first = next(self._iterator, None)
         if first is None:
             raise ValueError("activations: the iterable is empty")
-        self.d_in = first.shape[-1]
-        self._first: Tensor | None = first
+        widths = [tensor.shape[-1] for tensor in _tensors(first)]
+        self.d_in = widths[0]
+        self.d_out = widths[1] if len(widths) > 1 else None
+        self._first: Any = first
 
     def identity(self) -> Identity | None:
         """Of a list of tensors, a digest of all elements."""
         parts = self._again
         if not isinstance(parts, (list, tuple)):
             return None
-        return {"kind": "tensors", "parts": len(parts), "contents": tensor_digest(parts)}
+        tensors = (tensor for part in parts for tensor in _tensors(part))
+        return {"kind": "tensors", "parts": len(parts), "contents": tensor_digest(tensors)}
 
     def rows_per_epoch(self) -> int | None:
         """None: only reading would tell."""
         return None
 
-    def _parts(self) -> Iterator[Tensor]:
+    def _rows(self, part: Any) -> Tensor:
+        """The rows (n, d_in) of a part, or (n, d_in + d_out) of a pair."""
+        tensors = _tensors(part)
+        widths = [self.d_in] if self.d_out is None else [self.d_in, self.d_out]
+        if [tensor.shape[-1] for tensor in tensors] != widths:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+            raise ValueError(
+                f"activations: the first part had width {widths}, a later one {shapes}"
+            )
+        rows = [tensor.detach().reshape(-1, tensor.shape[-1]) for tensor in tensors]
+        return rows[0] if self.d_out is None else side_by_side(*rows)
+
+    def _parts(self) -> Iterator[Any]:
         while True:
             if self._first is not None:
                 first, self._first = self._first, None
@@ -207,7 +238,7 @@ class IterableSource(ActivationSource):
         row = start.row
         skip = start.row
         for part in self._parts():
-            part = part.detach().reshape(-1, self.d_in)
+            part = self._rows(part)
             dropped = min(skip, len(part))
             skip -= dropped
             held.append(part[dropped:])
@@ -224,8 +255,29 @@ class IterableSource(ActivationSource):
             count -= used
 
 
-def as_source(activations: Tensor | ActivationSource | Iterable[Tensor]) -> ActivationSource:
-    """A tensor, a source or any iterable of tensors as an `ActivationSource`."""
+def _tensors(part: Any) -> tuple[Tensor, ...]:
+    """A part of an iterable: a tensor, or an input and a target of the same rows."""
+    is_pair = isinstance(part, tuple | list) and len(part) == 2
+    tensors = tuple(part) if is_pair else (part,)
+    if not all(isinstance(t, Tensor) and t.dim() and t.is_floating_point() for t in tensors):
+        raise TypeError(
+            f"activations: expected an iterable of floating-point tensors (..., d_in), or of pairs "
+            f"of an input and a target, got one of {type(part).__name__}"
+        )
+    if is_pair and tensors[0].shape[:-1] != tensors[1].shape[:-1]:
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        raise ValueError(
+            f"activations: the input and the target of a pair must be of the same rows, got "
+            f"{shapes[0]} and {shapes[1]}"
+        )
+    return tensors
+
+
+def as_source(
+    activations: Tensor | ActivationSource | Iterable[Tensor] | Iterable[tuple[Tensor, Tensor]],
+) -> ActivationSource:
+    """A tensor, a source or any iterable of tensors, or of pairs of them, as an
+    `ActivationSource`."""
     if isinstance(activations, ActivationSource):
         return activations
     if isinstance(activations, Tensor):

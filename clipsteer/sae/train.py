@@ -3,7 +3,9 @@
 One step: forward, backward, clip the gradient, remove its component parallel to each decoder row,
 Adam with linear warm-up and cosine decay, decoder rows to norm 1 (as they are before the first
 step). relu: scaled MSE + λ₁·‖f‖₁ (Joseph et al. 2025, arXiv 2504.08729); topk and batch_topk: FVU +
-AuxK / 32 (Gao et al. 2024, arXiv 2406.04093). Under ``torchrun`` the batch is split over the
+AuxK / 32 (Gao et al. 2024, arXiv 2406.04093); jumprelu: FVU + λ₀·L0; gated: scaled MSE of the
+reconstruction and of the gates', + λ₁·‖gates‖₁ (Rajamanoharan et al. 2024, arXiv 2407.14435 and
+2404.16014). Under ``torchrun`` the batch is split over the
 processes and the result is that of one process. Runs resume from checkpoints, on a CPU bit for bit.
 """
 
@@ -22,10 +24,11 @@ from torch import Tensor
 from clipsteer.io.checkpoint import Checkpoint
 from clipsteer.io.files import FileFormatError
 from clipsteer.io.layout import Layout, Spec
-from clipsteer.sae.config import TRAINABLE, TrainConfig
+from clipsteer.sae.config import AUXK, TRAINABLE, TrainConfig
 from clipsteer.sae.model import SAE
-from clipsteer.sae.sources import ActivationSource, Batch, Position, as_source
-from clipsteer.sae.trainer import SAETrainer
+from clipsteer.sae.pairs import paired
+from clipsteer.sae.sources import ActivationSource, Batch, Position
+from clipsteer.sae.trainer import METRICS, SAETrainer
 from clipsteer.training.claim import claimed
 from clipsteer.training.loop import TrainingRun
 from clipsteer.training.resume import check_generator
@@ -36,9 +39,10 @@ logger = logging.getLogger(__name__)
 
 
 def train_sae(
-    activations: Tensor | ActivationSource | Iterable[Tensor],
+    activations: Tensor | ActivationSource | Iterable[Tensor] | Iterable[tuple[Tensor, Tensor]],
     sae_or_config: SAE | TrainConfig | None = None,
     *,
+    target: Tensor | ActivationSource | Iterable[Tensor] | None = None,
     config: TrainConfig | None = None,
     out: str | Path | None = None,
     device: torch.device | str | None = None,
@@ -54,7 +58,11 @@ def train_sae(
     Args:
         activations: rows (..., d_in): a tensor, an ``ActivationStore``, a ``HarvestSource`` (a CLIP
             model on the fly) or an iterable of tensors. Tensors and sources are shuffled, an
-            iterable is taken as it comes.
+            iterable is taken as it comes. A harvest of two hook points, or an iterable of pairs
+            (..., d_in) and (..., d_out), has the target of a transcoder in it.
+        target: what a transcoder is to give for each row, (..., d_out): of the same kind as
+            ``activations`` and with the same rows in the same order (two stores: of the same images
+            and tokens, in shards of one size).
         sae_or_config: a ``TrainConfig``, or an SAE to go on training in place (then ``config`` says
             how).
         out: directory for checkpoints, ``log.jsonl`` and the finished SAE; None keeps nothing on
@@ -67,11 +75,12 @@ def train_sae(
         settings: fields of ``TrainConfig`` to change.
 
     Returns:
-        the SAE in evaluation mode, decoder rows of norm 1.
+        the SAE in evaluation mode, decoder rows of norm 1 (but those of a transcoder).
 
     Raises:
-        ValueError: settings out of range, or another run in ``out``: other settings, metadata,
-            length or rows (of an iterable that is no list these are not known).
+        ValueError: settings out of range, a target that does not go with the activations, or
+            another run in ``out``: other settings, metadata, length or rows (of an iterable that is
+            no list these are not known).
         FileFormatError: a checkpoint in ``out`` that is not of such a run.
         RuntimeError: the loss is not finite (the last checkpoint is from before), or another
             process writes to ``out``.
@@ -79,10 +88,15 @@ def train_sae(
             KeyboardInterrupt after Ctrl-C.
     """
     sae, config = _sae_and_config(sae_or_config, config, settings)
-    source = as_source(activations)
+    source = paired(activations, target)
     if sae is not None and sae.d_in != source.d_in:
         raise ValueError(
             f"train_sae: the SAE has d_in = {sae.d_in}, the activations have {source.d_in}"
+        )
+    if sae is not None and sae.d_out != source.d_out:
+        raise ValueError(
+            f"train_sae: the SAE has d_out = {sae.d_out}, the target has {source.d_out} (None: "
+            f"there is none)"
         )
     if device is None and sae is not None:
         device = sae.W_enc.device
@@ -100,7 +114,7 @@ def train_sae(
         )
     fresh = sae is None
     if sae is None:
-        sae = _new_sae(source.d_in, config)
+        sae = _new_sae(source.d_in, source.d_out, config)
     sae.to(world.device)
     sae.metadata.update(getattr(source, "provenance", {}))
     sae.metadata.update({**(metadata or {}), "training": asdict(config)})
@@ -109,7 +123,8 @@ def train_sae(
     with claimed(out, run.name, world):
         run.start(resume)
         run.loop(on_log=on_log)
-        sae.renormalize_decoder_()
+        if sae.has_unit_rows:
+            sae.renormalize_decoder_()
         sae.eval()
         if out is not None and world.rank == 0:
             sae.save_pretrained(out)
@@ -136,29 +151,29 @@ def _sae_and_config(
         own = {
             name: value
             for name, value in given.config.items()
-            if name != "d_in" and value is not None
+            if name not in ("d_in", "d_out") and value is not None
         }
         settings = {**settings, **own, "dtype": str(given.W_enc.dtype).removeprefix("torch.")}
     return given, replace(config or TrainConfig(), **settings)
 
 
-def _new_sae(d_in: int, config: TrainConfig) -> SAE:
+def _new_sae(d_in: int, d_out: int | None, config: TrainConfig) -> SAE:
     # the caller's generator is left as it was
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which would seed the GPUs' generators as well
         torch.default_generator.manual_seed(seed_of(config.seed, "weights"))
         return SAE(
             d_in,
-            config.d_sae if config.d_sae is not None else config.expansion * d_in,
+            config.features(d_in),
             config.architecture,
             config.k,
+            matryoshka=config.matryoshka,
+            d_out=d_out,
+            skip=config.skip,
             normalize=config.normalize,
             apply_b_dec_to_input=config.apply_b_dec_to_input,
             dtype=getattr(torch, config.dtype),
         )
-
-
-METRICS = ("loss", "fvu", "l0", "dead", "auxk")
 
 
 class Run(TrainingRun):
@@ -183,9 +198,20 @@ class Run(TrainingRun):
             for name, value in trainer.sae.metadata.items()
             if name not in ("training", "clipsteer_version")
         }
+        config = trainer.config
+        # a coefficient that was not given is written as it always was; the one in use beside it,
+        # and what earlier versions used
+        given = AUXK if config.auxk_coefficient is None else config.auxk_coefficient
+        before = 0.0 if config.architecture == "relu" else config.auxk
+        later = {"skip": False, "l0_coefficient": 1e-3, "l0_penalty": "step", "bandwidth": 0.05}
+        self.since = {**later, "auxk": before}
         settings = {
-            **asdict(trainer.config),
+            **asdict(config),
+            "auxk_coefficient": given,
+            "auxk": config.auxk,
+            "apply_b_dec_to_input": trainer.sae.apply_b_dec_to_input,
             "d_in": source.d_in,
+            "d_out": source.d_out,
             "rows of a pass": source.rows_per_epoch(),
             "metadata": known,
             "total steps": trainer.total_steps,
@@ -255,14 +281,19 @@ class Run(TrainingRun):
         """One step; returns its metrics, of this process."""
         trainer = self.trainer
         rows = batch.rows.to(trainer.device, trainer.sae.W_enc.dtype, non_blocking=True)
+        target = None
+        if self.source.d_out is not None:
+            rows, target = (part.contiguous() for part in rows.tensor_split([self.source.d_in], 1))
         if self.step == 0 and self.fresh:
-            trainer.sae.init_b_dec_(self.world.gather(rows))
-        metrics = trainer.step(rows)
+            every = self.world.gather(rows)
+            trainer.sae.init_b_dec_(every if target is None else self.world.gather(target))
+            trainer.sae.init_threshold_(every, self.config.k)
+        metrics = trainer.step(rows, target)
         self.position = batch.next
         return metrics
 
     def figures(self, values: Tensor) -> dict[str, float]:
         """What is logged: the metrics summed over all processes, tokens and learning rate."""
-        found = dict(zip(METRICS, self.world.sum_(values).tolist()))
+        found = dict(zip(self.trainer.metrics, self.world.sum_(values).tolist()))
         lr = self.config.lr_at(self.step - 1, self.total)
         return {"tokens": self.step * self.config.batch_size, **found, "lr": lr}

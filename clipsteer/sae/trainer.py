@@ -15,9 +15,12 @@ from clipsteer.io.layout import Layout, Spec, check_layout, layout_of
 from clipsteer.sae import losses as sae_loss
 from clipsteer.sae.adam import UnitRowAdam, takes_row_sparse
 from clipsteer.sae.config import TRAINABLE, TrainConfig
+from clipsteer.sae.encoding import with_values
 from clipsteer.sae.model import SAE
 from clipsteer.training.resume import strided_like
 from clipsteer.training.world import World
+
+METRICS = ("loss", "fvu", "l0", "dead", "auxk")
 
 
 class SAETrainer:
@@ -45,26 +48,32 @@ class SAETrainer:
         self.optimizer = UnitRowAdam(sae, config.peak_lr)
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)
         self.dead = torch.zeros(0, dtype=torch.int64, device=self.device)
-        by_default = "scaled_mse" if sae.architecture == "relu" else "fvu"
+        self.metrics = METRICS + tuple(f"fvu_{size}" for size in (sae.matryoshka or ())[:-1])
+        self._weighs_norms = not sae.has_unit_rows and sae.architecture not in (
+            "topk",
+            "batch_topk",
+        )
+        by_default = "scaled_mse" if sae.architecture in ("relu", "gated") else "fvu"
         self._loss = by_default if config.loss == "auto" else config.loss
         on_gpu = self.device.type == "cuda"
         bf16 = config.autocast == "bfloat16" or (config.autocast == "auto" and on_gpu)
         self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         if bf16:
             self._autocast = partial(torch.autocast, self.device.type, torch.bfloat16)
-        # gradients are summed over processes, and cast under autocast, as dense tensors
-        sparse = sae.architecture in ("topk", "batch_topk")
-        self._sparse = sparse and not bf16 and self.world.size == 1
+        # gradients are summed over processes as dense tensors
+        self._sparse = self.world.size == 1
         self._sparse = self._sparse and takes_row_sparse(sae.W_enc) and takes_row_sparse(sae.W_dec)
 
     def step(
         self,
         x: Tensor,  # (B, d_in)
-    ) -> Tensor:  # (5,)
+        target: Tensor | None = None,  # (B, d_out) for a transcoder
+    ) -> Tensor:  # (5 + prefixes before the last,)
         """One optimisation step on this process's rows x (B, d_in).
 
-        Returns (5,): loss, FVU, L0 and AuxK, this process's shares (which add up over the
-        processes), and the dead share divided by the number of processes. They stay on the device.
+        Returns ``metrics``: loss, FVU, L0 and AuxK, this process's shares (which add up over the
+        processes), the dead share divided by the number of processes, and the FVU of each prefix
+        before the last. They stay on the device.
         """
         sae = self.sae
         config = self.config
@@ -72,19 +81,22 @@ class SAETrainer:
         if self.step_count % config.sync_every == 0:
             self.dead = (self.tokens_since_fired > config.dead_after).nonzero().flatten()
         x = x.to(self.device, sae.W_enc.dtype, non_blocking=True)
-        if self.step_count == 0:
+        if (target is None) != (sae.d_out is None):
+            raise ValueError(f"SAETrainer.step: a target is needed with d_out, here {sae.d_out}")
+        y = x if target is None else target.to(self.device, x.dtype, non_blocking=True)
+        if self.step_count == 0 and sae.has_unit_rows:
             sae.renormalize_decoder_()
-        stats = sae_loss.batch_stats(x, world)
+        stats = sae_loss.batch_stats(y, world)
         aux = x.new_zeros(())
         with self._autocast():
-            out = sae_loss.forward(sae, x, world, self._sparse)
-            if sae.architecture != "relu" and config.auxk_coefficient and len(self.dead):
-                aux = sae_loss.auxk(sae, x, out, stats, self.dead, self._sparse)
-        fvu = sae_loss.fvu(x, out.x_hat, stats)
-        loss = fvu if self._loss == "fvu" else sae_loss.scaled_mse(x, out.x_hat, stats)
-        if sae.architecture == "relu":
-            loss = loss + config.l1_coefficient * sae_loss.l1(out.acts, stats)
-        loss = loss + config.auxk_coefficient * aux
+            out = sae_loss.forward(sae, x, world, self._sparse, config.bandwidth)
+            if config.auxk and len(self.dead):
+                rows = self._sparse and out.indices is not None
+                aux = sae_loss.auxk(sae, x, out, stats, self.dead, rows, target=y)
+            penalty = self._penalty(x, y, out, stats)
+        # the mean over prefixes
+        loss = self._reconstruction(y, out.x_hats, stats) / len(out.x_hats)
+        loss = loss + penalty + config.auxk * aux
         loss.backward()
         self._update(config.lr_at(self.step_count, self.total_steps))
         fired = sae_loss.fired(sae, out, world)
@@ -93,15 +105,49 @@ class SAETrainer:
         with torch.no_grad():
             l0 = (out.acts > 0).sum() / stats.count
             dead = (self.tokens_since_fired > config.dead_after).sum() / (sae.d_sae * world.size)
-            return torch.stack([value.detach().float() for value in (loss, fvu, l0, dead, aux)])
+            *shorter, fvu = [sae_loss.fvu(y, x_hat, stats) for x_hat in out.x_hats]
+            values = (loss, fvu, l0, dead, aux, *shorter)
+            return torch.stack([value.detach().float() for value in values])
+
+    def _reconstruction(self, x: Tensor, x_hat: Tensor, stats: sae_loss.BatchStats) -> Tensor:
+        of = sae_loss.fvu if self._loss == "fvu" else sae_loss.scaled_mse
+        return of(x, x_hat, stats)
+
+    def _penalty(
+        self,
+        x: Tensor,  # (B, d_in)
+        y: Tensor,  # x, or a transcoder's target (B, d_out)
+        out: sae_loss.TrainingOutput,
+        stats: sae_loss.BatchStats,
+    ) -> Tensor:
+        """What makes the codes of an architecture without k sparse. Penalties are weighted by the
+        norms of decoder rows where these are free."""
+        config = self.config
+        if self.sae.architecture == "relu":
+            norms = sae_loss.decoder_norms(self.sae, out, self._sparse)
+            return config.l1_coefficient * sae_loss.l1(out.acts, stats, norms)
+        if out.gate is None:
+            return x.new_zeros(())
+        if config.l0_penalty == "step" and self.sae.architecture == "jumprelu":
+            return config.l0_coefficient * out.gate.sum() / stats.count
+        norms = sae_loss.decoder_norms(self.sae, out, self._sparse)
+        if self.sae.architecture == "gated":
+            # the gates learn from what they alone would reconstruct (Rajamanoharan et al. 2024,
+            # arXiv 2404.16014, equation 8)
+            by_gates = self.sae.decode(with_values(out.codes, out.gate), out.stats, frozen=True)
+            by_gates = self.sae.with_skip(by_gates, x, frozen=True)
+            found = self._reconstruction(y, by_gates, stats)
+            return found + config.l1_coefficient * sae_loss.l1(out.gate, stats, norms)
+        return config.l0_coefficient * sae_loss.tanh_l0(out.acts, stats, norms)
 
     def _update(self, lr: float) -> None:
         parameters = list(self.sae.parameters())
+        # the rows of the batch, and those of dead features or of penalised norms
+        joined = bool(self.config.auxk and len(self.dead)) or self._weighs_norms
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            elif parameter.grad.is_sparse and self.config.auxk_coefficient and len(self.dead):
-                # the rows of the batch and those of the dead features
+            elif parameter.grad.is_sparse and joined:
                 parameter.grad = parameter.grad.coalesce()
             self.world.sum_(parameter.grad)
         factor = None
@@ -114,6 +160,10 @@ class SAETrainer:
             group["lr"] = lr
         self.optimizer.step(factor=factor)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.sae.architecture == "jumprelu":
+            # below 0 it would let negative activations through
+            with torch.no_grad():
+                self.sae.threshold.clamp_(min=0)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that changes from step to step: weights, both moments, dead-feature counts,

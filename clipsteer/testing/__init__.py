@@ -17,6 +17,7 @@ from clipsteer.testing.torture import (
     repeats_bitwise,
     same_bits,
     strided,
+    transposed,
     values_and_gradients,
 )
 from clipsteer.testing.validate import Row, cases, scales, supported, table, validate
@@ -38,6 +39,7 @@ __all__ = [
     "strided",
     "supported",
     "table",
+    "transposed",
     "validate",
     "values_and_gradients",
 ]

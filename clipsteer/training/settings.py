@@ -136,6 +136,11 @@ def _expected(kind: Any, value: Any) -> str | None:
     if get_origin(kind) is Annotated:
         allowed: Range = get_args(kind)[1]
         return None if value in allowed else allowed.text
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            return "a tuple"
+        wrong = [text for item in value if (text := _expected(get_args(kind)[0], item))]
+        return f"a tuple of numbers that are {wrong[0]}" if wrong else None
     return None
 
 
@@ -154,7 +159,8 @@ def check_fields(config: Any) -> None:
 def read_value(kind: Any, text: str) -> Any:
     """A value of a field's type from text; its range is not looked at.
 
-    A whole number is 200, 1_000 or 2e6; a bool is 1, 0, on or off.
+    A whole number is 200, 1_000 or 2e6; a bool is 1, 0, on or off; a tuple has commas between its
+    members.
 
     Raises:
         ValueError: the text is none; it says what was expected.
@@ -174,6 +180,8 @@ _SWITCH = {"1": True, "on": True, "0": False, "off": False}
 def _read_one(kind: Any, text: str) -> Any:
     if kind is str:
         return text
+    if get_origin(kind) is tuple:
+        return tuple(read_value(get_args(kind)[0], part) for part in text.split(","))
     if kind is int:
         return whole_number(text)
     if kind is float:

@@ -22,7 +22,9 @@ PER_ROW = {
     "mahalanobis_covariance_loss_low_rank": ("new", "old", "labels"),
     "semantic_drift": ("old", "new"),
     "threshold_encode": ("x",),
+    "jumprelu_encode": ("x",),
     "batch_topk_encode": ("x",),
+    "sparse_decode_prefixes": ("acts", "indices"),
     "drrho_loss": ("image", "text", "ref_image", "ref_text", "u"),
 }
 
@@ -192,6 +194,9 @@ PORTABLE_ARGUMENTS = {
     "sparse_decode": lambda t: (t["acts"], t["indices"], t["W"], t["b_d"]),
     "gather_dot": lambda t: (t["x"], t["indices"], t["W"]),
     "sparse_outer": lambda t: (t["acts"], t["indices"], t["x"], 17),
+    "ragged_outer_out": lambda t: (
+        t["b_n"][:12], t["code"], t["row"], t["x"], torch.empty(17, 10), torch.empty(17),
+    ),
     "sparse_outer_out": lambda t: (t["acts"], t["indices"], t["x"], torch.empty(17, 10), torch.empty(17)),
     "grouped_matmul": lambda t: (t["x"], t["C"], t["group"], t["beta"], t["mean"], False),
     "grouped_outer": lambda t: (t["acts"], t["x"], t["group"], 3),
@@ -225,7 +230,7 @@ def test_a_portable_op_without_any_compiled_backend(op: str, monkeypatch: pytest
         monkeypatch.setenv("CLIPSTEER_BACKEND", backend)
         args = PORTABLE_ARGUMENTS[op](t)
         result = _dispatch.call("portable", op, *args)
-        result = args[3:] if op == "sparse_outer_out" else result
+        result = args[-2:] if op.endswith("_out") else result
         found.append(result if isinstance(result, tuple) else (result,))
     for a, b in zip(*found):
         assert a.dtype == b.dtype

@@ -104,6 +104,86 @@ def test_prefixes_are_the_decodes_of_cut_dictionaries(backend):
     assert torch.equal(together[-1], ops.ragged_decode(*codes, W, b, backend=backend))
 
 
+@pytest.mark.parametrize("backend", [b for b in ("reference", "cpp") if testing.supported(b)])
+def test_prefixes_of_codes_in_any_order(backend):
+    """As top-k gives them, by value: the features of the first prefix are found wherever they stand."""
+    g = torch.Generator().manual_seed(0)
+    W, b = torch.randn(40, 33, generator=g), torch.randn(33, generator=g)
+    acts, indices = torch.randn(2, 6, 9, generator=g), torch.randint(40, (2, 6, 9), generator=g)
+    prefixes = (1, 7, 8, 31, 40)
+    together = ops.sparse_decode(acts, indices, W, b, prefixes=prefixes, backend=backend)
+    assert together.shape == (5, 2, 6, 33)
+    codes = acts.flatten(), indices.flatten(), torch.arange(13) * 9
+    ragged = ops.ragged_decode(*codes, W, b, prefixes=prefixes, backend=backend)
+    assert torch.equal(ragged, together.flatten(1, 2))
+    for prefix, x_hat in zip(prefixes, together):
+        kept = torch.where(indices < prefix, acts, 0)
+        torch.testing.assert_close(x_hat, ops.sparse_decode(kept, indices, W, b, backend=backend))
+    order = indices.argsort(dim=-1, stable=True)
+    acts, indices = acts.gather(-1, order), indices.gather(-1, order)
+    again = ops.sparse_decode(acts, indices, W, b, prefixes=prefixes, backend=backend)
+    torch.testing.assert_close(again, together)
+    one = ops.sparse_decode(acts[0, 0], indices[0, 0], W, b, prefixes=prefixes, backend=backend)
+    assert torch.equal(one, again[:, 0, 0])
+
+
+@pytest.mark.parametrize("backend", [b for b in ("reference", "cpp") if testing.supported(b)])
+@pytest.mark.parametrize("prefixes", [None, (3, 20)])
+def test_sparse_decode_takes_ragged_codes(backend, prefixes):
+    codes = torch.randn(12), torch.arange(12) % 20, torch.tensor([0, 5, 5, 10])
+    W, b = torch.randn(20, 7, requires_grad=True), torch.randn(7)
+    found = ops.sparse_decode(*codes[:2], W, b, offsets=codes[2], prefixes=prefixes, backend=backend)
+    expected = ops.ragged_decode(*codes, W, b, prefixes=prefixes, backend=backend)
+    assert torch.equal(found, expected)
+    d_found, d_expected = (torch.autograd.grad(t.square().sum(), W)[0] for t in (found, expected))
+    assert torch.equal(d_found, d_expected)
+    by_reference = ops.sparse_decode_reference(*codes[:2], W, b, offsets=codes[2], prefixes=prefixes)
+    torch.testing.assert_close(found, by_reference)
+
+
+@needs_cpp
+@pytest.mark.parametrize("strict", [False, True])
+def test_ragged_codes_of_any_number_are_exported(strict):
+    class Decoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.W = torch.nn.Parameter(torch.randn(20, 7))
+
+        def forward(self, values: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
+            return ops.sparse_decode(values, indices, self.W, offsets=offsets, prefixes=(3, 20))
+
+    def codes(B: int, each: int) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.randn(B * each), torch.arange(B * each) % 20, torch.arange(B + 1) * each
+
+    module, dynamic = Decoder(), torch.export.Dim.DYNAMIC
+    dims = ({0: dynamic}, {0: dynamic}, {0: dynamic})
+    program = torch.export.export(module, codes(6, 4), dynamic_shapes=dims, strict=strict).module()
+    for given in (codes(2, 7), codes(11, 3)):
+        assert torch.equal(program(*given), module(*given))
+
+
+@needs_cpp
+@pytest.mark.parametrize("dim", ["values", "dictionary", "all codes"])
+def test_ragged_codes_under_vmap(dim):
+    g = torch.Generator().manual_seed(0)
+    values, W = torch.randn(3, 12, generator=g), torch.randn(3, 20, 7, generator=g)
+    indices = torch.randint(20, (3, 12), generator=g)
+    offsets = torch.tensor([[0, 5, 5, 12], [0, 0, 12, 12], [0, 3, 6, 9]])
+    dims = {"values": (0, None, None, None), "dictionary": (None, None, None, 0), "all codes": (0, 0, 0, None)}[dim]
+    given = [t[0] if d is None else t for t, d in zip((values, indices, offsets, W), dims)]
+
+    def loss(values: Tensor, indices: Tensor, offsets: Tensor, W: Tensor) -> Tensor:
+        x_hat = ops.sparse_decode(values, indices, W, offsets=offsets, prefixes=(6, 20))
+        return x_hat.square().sum()
+
+    arguments = (0, 3)
+    found = torch.func.vmap(torch.func.grad(loss, argnums=arguments), in_dims=dims)(*given)
+    for v in range(3):
+        alone = torch.func.grad(loss, argnums=arguments)(*(g if d is None else g[v] for g, d in zip(given, dims)))
+        for together, one in zip(found, alone):
+            torch.testing.assert_close(together[v], one)
+
+
 @needs_cpp
 def test_ragged_codes_of_equal_length_decode_to_the_bit_as_top_k_ones():
     g = torch.Generator().manual_seed(0)
@@ -153,6 +233,23 @@ def mistakes():
     yield ValueError, "count must be at least 0", lambda: ops.batch_topk_encode(x, W, count=-2)
     yield ValueError, "prefixes must ascend", lambda: ops.ragged_decode(*codes, W, prefixes=(3, 3, 9))
     yield ValueError, "prefixes must ascend", lambda: ops.ragged_decode(*codes, W, prefixes=(3, 8))
+    acts, indices = torch.zeros(4, 2), torch.zeros(4, 2, dtype=torch.int64)
+    yield ValueError, "prefixes must ascend", lambda: ops.sparse_decode(acts, indices, W, prefixes=(9, 3))
+    yield ValueError, "prefixes must ascend", lambda: ops.sparse_decode(acts, indices, W, prefixes=())
+    yield ValueError, "offsets must be ascending", lambda: ops.ragged_decode(*codes[:2], codes[2].flip(0) - 3, W)
+    yield ValueError, "offsets must be from 0", lambda: ops.ragged_decode(*codes[:2], codes[2] + 1, W)
+    yield ValueError, r"offsets must be of shape \(B \+ 1,\)", lambda: ops.ragged_decode(*codes[:2], codes[2][:0], W)
+    yield (
+        ValueError,
+        r"acts must be of indices' shape \(m,\)",
+        lambda: ops.sparse_decode(acts, indices, W, offsets=codes[2]),
+    )
+    yield TypeError, "offsets must be int64", lambda: ops.sparse_decode(*codes[:2], W, offsets=codes[2].int())
+    yield (
+        RuntimeError,
+        "no kernel for sparse_decode_prefixes",
+        lambda: ops.sparse_decode(acts, indices, W, prefixes=(3, 9), backend="cuda"),
+    )
     yield ValueError, r"indices must be in \[0, 9\)", lambda: ops.ragged_decode(codes[0], codes[1] + 9, codes[2], W)
     yield ValueError, r"values must be of indices' shape", lambda: ops.ragged_decode(codes[0][:2], *codes[1:], W)
     yield (

@@ -19,6 +19,7 @@ CROWDED = {
     "sparse_decode": {"B": 3000, "d": 8, "n": 2, "k": 1},
     "ragged_decode": {"B": 3000, "d": 8, "n": 2, "k": 1},
     "threshold_encode": {"B": 3000, "d": 8, "n": 2, "k": 1},
+    "jumprelu_encode": {"B": 3000, "d": 8, "n": 2, "k": 1},
     "batch_topk_encode": {"B": 3000, "d": 8, "n": 2, "k": 1},
     "conceptor_project": {"B": 3000, "K": 2, "d": 8},
     "conceptor_project_low_rank": {"B": 3000, "K": 2, "d": 8, "r": 3},

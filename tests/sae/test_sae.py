@@ -87,8 +87,8 @@ def test_values_and_every_gradient_equal_a_dense_einsum_version(architecture, no
     ((expected * weight).sum() + (acts * weight_acts).sum()).backward()
     assert_same(x.grad, x_twin.grad)
     for name, parameter in sae.named_parameters():
-        if name == "b_gate":
-            # the gate is a step: flat
+        if name in ("b_gate", "threshold"):
+            # a step is flat; without a bandwidth nothing stands for its gradient
             assert parameter.grad is None
         else:
             assert twin[name].grad.any()
@@ -161,7 +161,7 @@ def test_batch_topk_keeps_the_largest_of_the_batch_and_learns_a_threshold(seed, 
     sae.eval()
     before = sae.threshold.clone()
     pre = F.relu(F.linear(x - sae.b_dec, sae.W_enc, sae.b_enc))
-    assert torch.equal(sae(x).acts, torch.where(pre > before, pre, 0))
+    assert_same(sae(x).acts, torch.where(pre > before, pre, 0))
     assert torch.equal(sae.threshold, before)
     assert "threshold" in sae.state_dict()
 
@@ -229,10 +229,13 @@ def test_row_sparse_gradients_are_the_dense_ones(architecture, normalize):
     for sparse in (False, True):
         sae.zero_grad()
         sae(x, sparse_grad=sparse).x_hat.square().sum().backward()
-        assert (sae.W_enc.grad.is_sparse, sae.W_dec.grad.is_sparse) == (sparse and "topk" in architecture,) * 2
+        assert (sae.W_enc.grad.is_sparse, sae.W_dec.grad.is_sparse) == (sparse,) * 2
         grads.append({name: p.grad.to_dense() for name, p in sae.named_parameters() if p.grad is not None})
     for name, grad in grads[0].items():
-        assert torch.equal(grad, grads[1][name]), name
+        if architecture == "relu":
+            assert_same(grads[1][name], grad)  # densely, another order of summation
+        else:
+            assert torch.equal(grad, grads[1][name]), name
 
 
 def test_decoder_norm_and_parallel_gradient():
@@ -294,7 +297,9 @@ def test_autocast(architecture):
     assert out.x_hat.dtype == torch.float32
     out.x_hat.square().sum().backward()
     assert all(
-        p.grad.isfinite().all() and p.grad.dtype == torch.float32 for n, p in sae.named_parameters() if n != "b_gate"
+        p.grad.isfinite().all() and p.grad.dtype == torch.float32
+        for n, p in sae.named_parameters()
+        if n not in ("b_gate", "threshold")
     )
 
 
@@ -302,11 +307,11 @@ def test_autocast(architecture):
 @pytest.mark.parametrize(("architecture", "normalize"), [(a, "layer_norm") for a in ARCHITECTURES] + [("topk", "none")])
 def test_compiles_to_one_graph(architecture, normalize, training):
     torch._dynamo.reset()
-    sae = make(architecture, normalize, dtype=torch.float32).train(training)
+    sae = make(architecture, normalize).train(training)
     eager = copy.deepcopy(sae)
     compiled = torch.compile(sae, fullgraph=True, backend="aot_eager", dynamic=True)
     for rows in (4, 7):
-        x = draw(rows, dtype=torch.float32)
+        x = draw(rows)
         got, expected = compiled(x), eager(x)
         torch.testing.assert_close(got.x_hat, expected.x_hat)
         torch.testing.assert_close(got.acts, expected.acts)

@@ -409,7 +409,7 @@ def runs():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.parametrize("name", USERS)
+@pytest.mark.parametrize("name", [*USERS, *(name for name in OTHERS if name.startswith("sae"))])
 def test_runs_killed_at_random_moments_end_with_the_same_weights(tmp_path, runs, undisturbed, name):
     moments, kills, code = random.Random(0), 0, None
     parts = 3 if name == "tasks" else 1

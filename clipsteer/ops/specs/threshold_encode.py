@@ -99,9 +99,13 @@ def check_codes(
     inputs: Inputs,
     outputs: Tensors,
     right: Callable[[Tensor, Tensor, Tensor, Tensor], bool],
+    valued: str | None = None,
 ) -> Errors:
     """Structure, values and the set: ``right`` of what the kept can be at most and the left out at
-    least, and where either is, (B, n) each; rows with a NaN, or not there whole, are neither."""
+    least, and where either is, (B, n) each; rows with a NaN, or not there whole, are neither.
+
+    Codes where the output ``valued`` is 0 have to be 0.
+    """
     pre, magnitude, slack = pre_activations(inputs)
     x = inputs["x"]
     n = pre.shape[1]
@@ -118,8 +122,14 @@ def check_codes(
             return broken
     kept = keep & ~nan[:, None]
     left = ~keep & whole[:, None] & ~nan[:, None]
+    has_value = kept
+    if valued is not None:
+        flags = read_codes({**outputs, "values": outputs[valued]}, n)
+        if flags is None or bool(dense[kept & (flags[1] == 0)].any()):
+            return broken
+        has_value = kept & (flags[1] != 0)
     error = fraction_of_bound(
-        dense[kept], pre[kept], magnitude[kept], x.shape[1], operand_error(x.dtype)
+        dense[has_value], pre[has_value], magnitude[has_value], x.shape[1], operand_error(x.dtype)
     )
     wrong = 0.0 if right(pre + slack, pre - slack, kept, left) else math.inf
     return {"values": error, "indices": wrong, "offsets": wrong}
