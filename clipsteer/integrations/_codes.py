@@ -144,9 +144,7 @@ class Preactivations(OnDemand):
             None if t is None else t[start:stop] for t in (self.b, self.scale, self.mask)
         )
         W = self.W[start:stop]
-        return Preactivations.of(
-            self.x, W, b, self.dtype, scale=scale, relu=self.relu, mask=mask
-        )
+        return Preactivations.of(self.x, W, b, self.dtype, scale=scale, relu=self.relu, mask=mask)
 
     def largest(self, k: int) -> tuple[Tensor, Tensor]:
         """The k largest of each row among those that the mask sets, and where they are."""

@@ -57,7 +57,7 @@ def sign_step_(
     lr: float,
 ) -> None:
     """Move every element by ``lr`` against the sign of its gradient."""
-    if not W.dim() == 2:
+    if W.dim() != 2:
         W.add_(grad.sign(), alpha=-lr)
         return
     for of_W, of_grad in zip(W.split(ROWS), grad.split(ROWS)):

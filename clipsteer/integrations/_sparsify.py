@@ -46,9 +46,7 @@ def sparsify() -> Iterator[None]:
         compiling = torch.compiler.is_compiling()
         if activation != "topk" or compiling or not 1 <= k <= weight.shape[0]:
             return encoder(input, weight, bias, k, activation)
-        acts, indices = topk_encode(
-            input, weight, bias, k=k, grad_buffer=gradient_buffer(weight)
-        )
+        acts, indices = topk_encode(input, weight, bias, k=k, grad_buffer=gradient_buffer(weight))
         fixed = [None if t is None else t.detach() for t in (input, weight, bias)]
         x, W, b = fixed
         return EncoderOutput(acts, indices, Preactivations.of(x, W, b, acts.dtype, relu=True))

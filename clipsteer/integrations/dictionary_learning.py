@@ -122,9 +122,7 @@ class FastBatchTopK(BatchTopKSAE):
 class FastMatryoshkaBatchTopK(MatryoshkaBatchTopKSAE):
     """``MatryoshkaBatchTopKSAE`` whose codes are never dense."""
 
-    def __init__(
-        self, activation_dim: int, dict_size: int, k: int, group_sizes: list[int]
-    ) -> None:
+    def __init__(self, activation_dim: int, dict_size: int, k: int, group_sizes: list[int]) -> None:
         super().__init__(activation_dim, dict_size, k, group_sizes)
         _rows_of_features(self)
 

@@ -194,9 +194,7 @@ class FastBatchTopKTrainingSAE(FastTopKTrainingSAE, BatchTopKTrainingSAE):
         return self._seen(found), hidden_pre
 
 
-class FastMatryoshkaBatchTopKTrainingSAE(
-    FastBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE
-):
+class FastMatryoshkaBatchTopKTrainingSAE(FastBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE):
     """``MatryoshkaBatchTopKTrainingSAE`` whose codes are never dense, and whose levels are
     decoded in one pass."""
 

@@ -12,15 +12,15 @@ from torch import nn
 
 pytest.importorskip("dictionary_learning")
 
-from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer  # noqa: E402
-from dictionary_learning.trainers.jumprelu import JumpReluTrainer  # noqa: E402
-from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer  # noqa: E402
-from dictionary_learning.trainers.top_k import TopKTrainer  # noqa: E402
-from dictionary_learning.training import trainSAE  # noqa: E402
+from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+from dictionary_learning.trainers.jumprelu import JumpReluTrainer
+from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
+from dictionary_learning.trainers.top_k import TopKTrainer
+from dictionary_learning.training import trainSAE
 
-from clipsteer.integrations import dictionary_learning  # noqa: E402
-from clipsteer.integrations._codes import Codes, Preactivations  # noqa: E402
-from clipsteer.integrations._on_demand import waits  # noqa: E402
+from clipsteer.integrations import dictionary_learning
+from clipsteer.integrations._codes import Codes, Preactivations
+from clipsteer.integrations._on_demand import waits
 
 D, N, B, STEPS = 32, 256, 64, 50
 CASES: dict[str, tuple[type, type, dict[str, Any]]] = {
