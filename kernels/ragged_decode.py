@@ -140,10 +140,12 @@ def ragged_outer_out(
 
 
 def ragged_outer(
-    coeff: torch.Tensor, indices: torch.Tensor, row_of: torch.Tensor, rows: torch.Tensor, n: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dW (n, d): dW[i] = sum of coeff_p rows[row_of_p] over the pairs with indices_p = i; db (n,): sum of coeff_p."""
+    coeff: torch.Tensor, indices: torch.Tensor, row_of: torch.Tensor, rows: torch.Tensor, n: int,
+    across: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """dW (n, d), which lies as (d, n) if ``across``: dW[i] = sum of coeff_p rows[row_of_p] over the pairs with
+    indices_p = i; db (n,): sum of coeff_p."""
     dW = torch.empty((n, rows.shape[1]), dtype=rows.dtype, device=rows.device)
     db = torch.empty((n,), dtype=rows.dtype, device=rows.device)
     ragged_outer_out(coeff, indices, row_of, rows, dW, db)
-    return dW, db
+    return (dW.t().contiguous().t() if across else dW), db

@@ -207,10 +207,11 @@ def segment_sums(
 
 
 def sparse_outer(
-    coeff: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor, n: int
+    coeff: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor, n: int, across: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dW (n, d): dW[i] = sum of coeff_bj rows_b over the (b, j) with indices_bj = i; db (n,): sum of coeff_bj."""
+    """dW (n, d), which lies as (d, n) if ``across``: dW[i] = sum of coeff_bj rows_b over the (b, j) with
+    indices_bj = i; db (n,): sum of coeff_bj."""
     dW = torch.empty((n, rows.shape[1]), dtype=rows.dtype, device=rows.device)
     db = torch.empty((n,), dtype=rows.dtype, device=rows.device)
     sparse_outer_out(coeff, indices, rows, dW, db)
-    return dW, db
+    return (dW.t().contiguous().t() if across else dW), db

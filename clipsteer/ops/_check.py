@@ -69,9 +69,9 @@ def has_values(t: Tensor) -> bool:
 
 
 def check_encoder(op: str, named: dict[str, Any], leading: str) -> None:
-    """x (leading, d_in), W_enc (d_sae, d_in) and, if any, b_enc (d_sae,), where ``leading`` is "B"
-    or, for any shape, "..."."""
-    check_tensors(op, named)
+    """x (leading, d_in), W_enc (d_sae, d_in) and, if any, b_enc and scale (d_sae,) and columns
+    (m,), where ``leading`` is "B" or, for any shape, "..."."""
+    check_tensors(op, named, integer=("columns",))
     x = named["x"]
     W_enc = named["W_enc"]
     if W_enc.dim() != 2:
@@ -81,7 +81,16 @@ def check_encoder(op: str, named: dict[str, Any], leading: str) -> None:
     if not fits or x.shape[-1] != W_enc.shape[1]:
         expected = f"of shape ({leading}, d_in = {W_enc.shape[1]})"
         raise ValueError(mistake(op, "x", expected, tuple(x.shape), named))
-    check_shape(op, named, "b_enc", (W_enc.shape[0],), "(d_sae,)")
+    n = W_enc.shape[0]
+    for name in ("b_enc", "scale"):
+        check_shape(op, named, name, (n,), "(d_sae,)")
+    columns = named["columns"]
+    if columns is None:
+        return
+    if columns.dim() != 1:
+        expected = "the numbers of features, of shape (m,)"
+        raise ValueError(mistake(op, "columns", expected, tuple(columns.shape), named))
+    check_indices(op, columns, n, named, name="columns")
 
 
 def check_indices(

@@ -134,8 +134,9 @@ def unusable(
 ) -> str | None:
     """Why ``backend`` cannot serve (public op ``op`` on) tensors of this device and dtype, or None
     when it can."""
-    if op is not None and backend not in OPS[op].backends:
-        return f"it has no kernel for {op}, which {', '.join(OPS[op].backends)} serve"
+    if op is not None and backend not in (served := OPS[op].served_by(op)):
+        what = op if not OPS[op].options else f"{OPS[op].stem} with {OPS[op].options}"
+        return f"it has no kernel for {what}, which {', '.join(served)} serve"
     if (reason := missing(backend)) is not None:
         return reason
     if dtype not in DTYPES[backend]:
@@ -252,7 +253,8 @@ def resolve(
         device = torch.device(device_type, device_index)
     if backend != "auto":
         if (reason := unusable(backend, device, dtype, op)) is not None:
-            what = f'{op}: backend "{backend}" cannot run: {reason}'
+            name = OPS[op].stem if OPS[op].options else op
+            what = f'{name}: backend "{backend}" cannot run: {reason}'
             raise RuntimeError(f'{what}. backend="reference" always can.')
         return backend
     if device.type == "cpu":

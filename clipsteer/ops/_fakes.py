@@ -14,6 +14,9 @@ def topk_encode(
     b_enc: Tensor | None,
     k: int,
     screen: bool = True,
+    scale: Tensor | None = None,
+    columns: Tensor | None = None,
+    relu: bool = True,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
 
@@ -29,16 +32,16 @@ def gather_dot(rows: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     return rows.new_empty(indices.shape)
 
 
-def _segment_sums(rows: Tensor, n: int, columns: bool) -> tuple[Tensor, Tensor]:
+def _segment_sums(rows: Tensor, n: int, across: bool) -> tuple[Tensor, Tensor]:
     d = rows.shape[1]
-    dW = rows.new_empty(d, n).t() if columns else rows.new_empty(n, d)
+    dW = rows.new_empty(d, n).t() if across else rows.new_empty(n, d)
     return dW, rows.new_empty(n)
 
 
 def sparse_outer(
-    coeff: Tensor, indices: Tensor, rows: Tensor, n: int, columns: bool = False
+    coeff: Tensor, indices: Tensor, rows: Tensor, n: int, across: bool = False
 ) -> tuple[Tensor, Tensor]:
-    return _segment_sums(rows, n, columns)
+    return _segment_sums(rows, n, across)
 
 
 def sparse_outer_out(coeff: Tensor, indices: Tensor, rows: Tensor, dW: Tensor, db: Tensor) -> None:
@@ -55,13 +58,24 @@ def _codes(x: Tensor, capacity: int | torch.SymInt) -> tuple[Tensor, Tensor, Ten
 
 
 def threshold_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor, capacity: int
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    threshold: Tensor,
+    capacity: int,
+    scale: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _codes(x, torch.library.get_ctx().new_dynamic_size() if capacity < 0 else capacity)
 
 
 def batch_topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, count: int
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    count: int,
+    scale: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _codes(x, torch.sym_max(count, x.shape[0]))
 
@@ -82,9 +96,9 @@ def ragged_dot(rows: Tensor, row_of: Tensor, indices: Tensor, W: Tensor) -> Tens
 
 
 def ragged_outer(
-    coeff: Tensor, indices: Tensor, row_of: Tensor, rows: Tensor, n: int, columns: bool = False
+    coeff: Tensor, indices: Tensor, row_of: Tensor, rows: Tensor, n: int, across: bool = False
 ) -> tuple[Tensor, Tensor]:
-    return _segment_sums(rows, n, columns)
+    return _segment_sums(rows, n, across)
 
 
 def ragged_outer_out(

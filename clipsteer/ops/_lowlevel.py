@@ -59,6 +59,9 @@ class Op:
     # what dispatch and the registry tell apart besides the stem itself
     variants: tuple[str, ...] = ()
     backends: tuple[str, ...] = BACKENDS
+    # where not all of them serve the variants: those that do, and what the variants are called with
+    variant_backends: tuple[str, ...] | None = None
+    options: str = ""
     # what ``auto`` tries on a GPU
     gpu_order: Order = triton_first
 
@@ -66,6 +69,12 @@ class Op:
     def names(self) -> tuple[str, ...]:
         """As dispatch and the registry know it."""
         return (self.stem, *self.variants)
+
+    def served_by(self, name: str) -> tuple[str, ...]:
+        """The backends of the op or of a variant of it."""
+        if name == self.stem or self.variant_backends is None:
+            return self.backends
+        return self.variant_backends
 
 
 def _hopper_takes_cuda(capability: tuple[int, int], dtype: torch.dtype) -> tuple[str, ...]:
@@ -79,17 +88,22 @@ def _hopper_takes_cuda(capability: tuple[int, int], dtype: torch.dtype) -> tuple
 # ---------------------------------------------------------------- the records
 
 _WITHOUT_CUDA = ("reference", "cpp", "triton")
+_ON_CPU = ("reference", "cpp")
 
 RECORDS = (
     Op(
         "topk_encode",
         {
             "topk_encode": LowLevel(
-                "(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt k) -> (Tensor, Tensor)",
+                "(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt k, bool screen=True, "
+                "Tensor? scale=None, Tensor? columns=None, bool relu=True) -> (Tensor, Tensor)",
                 _fakes.topk_encode,
                 rows=(0,),
             ),
         },
+        variants=("topk_encode_options",),
+        variant_backends=_ON_CPU,
+        options="scale, columns or relu=False",
         gpu_order=_hopper_takes_cuda,
     ),
     Op(
@@ -106,7 +120,8 @@ RECORDS = (
                 rows=(0, 1),
             ),
             "sparse_outer": LowLevel(
-                "(Tensor coeff, Tensor indices, Tensor rows, SymInt n) -> (Tensor, Tensor)",
+                "(Tensor coeff, Tensor indices, Tensor rows, SymInt n, bool across=False)"
+                " -> (Tensor, Tensor)",
                 _fakes.sparse_outer,
                 rows=(0, 1, 2),
                 groups=(1, 3),
@@ -130,8 +145,8 @@ RECORDS = (
                 _fakes.ragged_dot,
             ),
             "ragged_outer": LowLevel(
-                "(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, SymInt n)"
-                " -> (Tensor, Tensor)",
+                "(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, SymInt n, "
+                "bool across=False) -> (Tensor, Tensor)",
                 _fakes.ragged_outer,
             ),
             "ragged_outer_out": LowLevel(
@@ -147,12 +162,15 @@ RECORDS = (
         "threshold_encode",
         {
             "threshold_encode": LowLevel(
-                "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor threshold, SymInt capacity)"
-                " -> (Tensor, Tensor, Tensor)",
+                "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor threshold, SymInt capacity, "
+                "Tensor? scale=None, Tensor? columns=None) -> (Tensor, Tensor, Tensor)",
                 _fakes.threshold_encode,
             ),
         },
+        variants=("threshold_encode_options",),
         backends=_WITHOUT_CUDA,
+        variant_backends=_ON_CPU,
+        options="scale or columns",
     ),
     # threshold_encode's codes, and torch's operations on their values
     Op("jumprelu_encode", {}, backends=_WITHOUT_CUDA),
@@ -160,11 +178,15 @@ RECORDS = (
         "batch_topk_encode",
         {
             "batch_topk_encode": LowLevel(
-                "(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt count) -> (Tensor, Tensor, Tensor)",
+                "(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt count, Tensor? scale=None, "
+                "Tensor? columns=None) -> (Tensor, Tensor, Tensor)",
                 _fakes.batch_topk_encode,
             ),
         },
+        variants=("batch_topk_encode_options",),
         backends=_WITHOUT_CUDA,
+        variant_backends=_ON_CPU,
+        options="scale or columns",
     ),
     Op(
         "conceptor_project",

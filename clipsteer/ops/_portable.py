@@ -17,6 +17,7 @@ from clipsteer.ops import _drrho_sweeps, _grouped, _ragged, _sparse
 from clipsteer.ops._autograd import Function
 from clipsteer.ops._dispatch import call, describe, resolve
 from clipsteer.ops._lowlevel import PORTABLE, RECORDS, Op
+from clipsteer.ops._ragged_encode import RaggedEncode
 from clipsteer.ops.batch_topk_encode import batch_topk_encode_reference
 from clipsteer.ops.conceptor_project import LowRank, conceptor_project_reference
 from clipsteer.ops.mahalanobis_covariance_loss import loss_of_new
@@ -33,8 +34,9 @@ def _wide(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def _topk_encode(x, W_enc, b_enc, k, screen=True):
-    acts, indices = topk_encode_reference(x, W_enc, b_enc, k=k)
+def _topk_encode(x, W_enc, b_enc, k, screen=True, scale=None, columns=None, relu=True):
+    options = {"relu": relu, "scale": scale, "columns": columns}
+    acts, indices = topk_encode_reference(x, W_enc, b_enc, k=k, **options)
     return acts.contiguous(), indices.contiguous()
 
 
@@ -42,29 +44,29 @@ def _gather_dot(rows, indices, W):
     return (W[indices] @ rows.unsqueeze(-1)).squeeze(-1)
 
 
-def _sparse_outer(coeff, indices, rows, n, columns=False):
+def _sparse_outer(coeff, indices, rows, n, across=False):
     pairs = _wide(coeff).unsqueeze(-1) * _wide(rows).unsqueeze(-2)  # (B, k, d)
     dW = pairs.new_zeros(n, rows.shape[1]).index_add(0, indices.flatten(), pairs.flatten(0, 1))
     db = pairs.new_zeros(n).index_add(0, indices.flatten(), _wide(coeff).flatten())
-    return _lying(dW.to(rows.dtype), columns), db.to(rows.dtype)
+    return _lying(dW.to(rows.dtype), across), db.to(rows.dtype)
 
 
-def _lying(dW, columns):
-    """Segment sums (n, d) by rows or by columns."""
-    return dW.t().contiguous().t() if columns else dW.contiguous()
+def _lying(dW, across):
+    """Segment sums (n, d) as it is, or as (d, n)."""
+    return dW.t().contiguous().t() if across else dW.contiguous()
 
 
-def _threshold_encode(x, W_enc, b_enc, threshold, capacity):
+def _threshold_encode(x, W_enc, b_enc, threshold, capacity, scale=None, columns=None):
     room = None if capacity < 0 else capacity
     if threshold.shape[0] == 1:
         threshold = threshold[0]
-    return tuple(
-        threshold_encode_reference(x, W_enc, b_enc, threshold=threshold, relu=False, capacity=room)
-    )
+    options = {"relu": False, "capacity": room, "scale": scale, "columns": columns}
+    return tuple(threshold_encode_reference(x, W_enc, b_enc, threshold=threshold, **options))
 
 
-def _batch_topk_encode(x, W_enc, b_enc, count):
-    return tuple(batch_topk_encode_reference(x, W_enc, b_enc, count=count))
+def _batch_topk_encode(x, W_enc, b_enc, count, scale=None, columns=None):
+    options = {"scale": scale, "columns": columns}
+    return tuple(batch_topk_encode_reference(x, W_enc, b_enc, count=count, **options))
 
 
 def _ragged_decode(values, indices, offsets, W, b, prefixes):
@@ -76,14 +78,14 @@ def _ragged_dot(rows, row, indices, W):
     return torch.where(row < 0, 0, products.sum(-1)).to(rows.dtype)
 
 
-def _ragged_outer(coeff, indices, row, rows, n, columns=False):
+def _ragged_outer(coeff, indices, row, rows, n, across=False):
     factor = _wide(coeff)[:, None]
     sums = factor.new_zeros(n, rows.shape[1] + 1)
     pairs = torch.cat([factor * _wide(rows)[row.clamp_min(0)], factor], dim=1)
     # a pair without a row adds nothing, not even a zero times an infinity
     sums = sums.index_add(0, indices, torch.where(row[:, None] < 0, 0, pairs))
     dW, db = sums[:, :-1].to(rows.dtype), sums[:, -1].to(rows.dtype)
-    return _lying(dW, columns), db.contiguous()
+    return _lying(dW, across), db.contiguous()
 
 
 def _sparse_outer_out(coeff, indices, rows, dW, db):
@@ -152,15 +154,15 @@ _PLAIN: dict[str, Callable[..., Any]] = {
 
 # where the derivatives are written, and what they take after the op's own arguments
 _DERIVATIVES: dict[str, tuple[type[Function], tuple[Any, ...]]] = {
-    "topk_encode": (TopkEncode, (PORTABLE, (), PORTABLE, False, None)),
+    "topk_encode": (TopkEncode, (PORTABLE, PORTABLE, False, None)),
     "sparse_decode": (_sparse.SparseDecode, (PORTABLE, False, None)),
     "gather_dot": (_sparse.GatherDot, (PORTABLE,)),
     "sparse_outer": (_sparse.SparseOuter, (PORTABLE,)),
     "ragged_decode": (_ragged.RaggedDecode, (PORTABLE, False, None)),
     "ragged_dot": (_ragged.RaggedDot, (PORTABLE,)),
     "ragged_outer": (_ragged.RaggedOuter, (PORTABLE,)),
-    "threshold_encode": (_ragged.RaggedEncode, ("threshold_encode", PORTABLE, False)),
-    "batch_topk_encode": (_ragged.RaggedEncode, ("batch_topk_encode", PORTABLE, False)),
+    "threshold_encode": (RaggedEncode, ("threshold_encode", False, PORTABLE, False)),
+    "batch_topk_encode": (RaggedEncode, ("batch_topk_encode", True, PORTABLE, False)),
     "grouped_matmul": (_grouped.Matmul, (PORTABLE,)),
     "grouped_outer": (_grouped.Outer, (PORTABLE,)),
     "low_rank_project": (_grouped.LowRank, (PORTABLE,)),
@@ -173,61 +175,64 @@ def register() -> None:
     _LIBRARIES.append(library)
     for op in RECORDS:
         for name, low in op.low_level.items():
-            library.define(name + _schema(name, low.schema))
+            library.define(name + low.schema)
             library.impl(name, _kernel(op, name), "CompositeExplicitAutograd")
             describe(f"clipsteer::{name}", low)
             if "!" not in low.schema:
                 _differentiate(name)
 
 
-# segment sums, and how many arguments they have with the last one, ``columns``
-_SUMS = {"sparse_outer": 5, "ragged_outer": 6}
+# of the encoders: where their scale and columns are, and whether they have a relu after these
+_OPTIONS = {"topk_encode": 5, "threshold_encode": 5, "batch_topk_encode": 4}
 
 
-def _schema(name: str, schema: str) -> str:
-    """As in the record; topk_encode's screen and the layout of dictionaries are arguments of the
-    C++ library alone."""
-    if name == "topk_encode":
-        return schema.replace("SymInt k)", "SymInt k, bool screen=True)")
-    if name in _SUMS:
-        return schema.replace("SymInt n)", "SymInt n, bool columns=False)")
-    return schema
+def _names(op: Op, name: str, args: tuple[Any, ...]) -> tuple[str, ...]:
+    """The op, or its variant, that a call is of; where that does not show, all of them."""
+    if name not in _OPTIONS:
+        return op.names
+    plain = all(a is None or a is True for a in args[_OPTIONS[name] :])
+    return op.names[:1] if plain else op.names[1:]
 
 
 def _kernel(op: Op, name: str) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
         first = next(a for a in args if isinstance(a, Tensor) and a.is_floating_point())
         device = first.device
-        backends = {resolve(n, "auto", device.type, device.index, first.dtype) for n in op.names}
+        names = _names(op, name, args)
+        backends = {resolve(n, "auto", device.type, device.index, first.dtype) for n in names}
         # a variant whose self-check fails is not told from the others here
         backend = backends.pop() if len(backends) == 1 else "reference"
         if backend in ("reference", PORTABLE):
             return _PLAIN[name](*args)
-        if name == "topk_encode" and backend != "cpp":
-            args = args[:4]
-        if backend == "cpp":
-            return call(backend, name, *args)
-        # kernels of GPUs know dictionaries by rows alone
-        args = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
-        if len(args) == _SUMS.get(name):
-            *args, columns = args
-            dW, db = call(backend, name, *args)
-            return _lying(dW, columns), db
-        return call(backend, name, *args)
+        if backend != "cpp":
+            # kernels of GPUs read dictionaries by rows alone
+            args = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
+        return _on_cuda(name, args) if backend == "cuda" else call(backend, name, *args)
 
     return kernel
 
 
+def _on_cuda(name: str, args: tuple[Any, ...]) -> Any:
+    """CUDA C++ knows neither the options of encoders nor the layout of a gradient."""
+    if name == "topk_encode":
+        args = args[:4]
+    if name != "sparse_outer" or len(args) == 4:
+        return call("cuda", name, *args)
+    dW, db = call("cuda", name, *args[:4])
+    return _lying(dW, args[4]), db
+
+
 def _differentiate(name: str) -> None:
     function, extra = _DERIVATIVES.get(name, (None, ()))
+    arguments = getattr(torch.ops.clipsteer, name).default._schema.arguments
+
+    def left_out(inputs: tuple[Any, ...]) -> list[Any]:
+        return [argument.default_value for argument in arguments[len(inputs) :]]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.count = len(inputs)
         if function is not None:
-            own = inputs[:4] if name == "topk_encode" else inputs
-            if len(inputs) + 1 == _SUMS.get(name):
-                own = (*inputs, False)
-            function.setup_context(ctx, (*own, *extra), output)
+            function.setup_context(ctx, (*inputs, *left_out(inputs), *extra), output)
 
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if function is None:

@@ -7,7 +7,7 @@ checked here.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,20 +15,34 @@ from torch import Tensor
 from clipsteer.ops._autograd import Function, save, total, tracked
 from clipsteer.ops._dispatch import call
 from clipsteer.ops._reference import rows_of
-from clipsteer.ops._sparse import by_columns, in_columns, laid_out, optional_gradient
+from clipsteer.ops._sparse import across_if, laid_out, lies_across, optional_gradient
 
 
 class SparseCodes(NamedTuple):
     """Codes of B rows, of as many features as each has.
 
     Row r has ``values[offsets[r] : offsets[r + 1]]`` at ``indices[offsets[r] : offsets[r + 1]]``;
-    what comes after is padding, of value 0 and index 0. Where ``offsets[-1]`` exceeds their number
-    the capacity asked for was too small, and the last codes are missing.
+    what comes after is padding, of value 0 and index 0. Where the capacity asked for was too small
+    the last codes are missing, and ``overflowed`` says so.
     """
 
     values: Tensor  # (m,)
-    indices: Tensor  # (m,) int64, ascending in each row
+    indices: Tensor  # (m,) int64, in each row in the order they were looked at: ascending
     offsets: Tensor  # (B + 1,) int64, from 0
+
+    @property
+    def overflowed(self) -> Tensor:
+        """Whether codes are missing: () bool, which no host has to wait for."""
+        return self.offsets[-1] > self.values.shape[0]
+
+    @property
+    def threshold(self) -> Tensor:
+        """The smallest value kept, of values' dtype: (); infinity where there is none."""
+        values = self.values.detach()
+        at = torch.arange(values.shape[0], device=values.device)
+        there = (at < self.offsets[-1]) & ~values.isnan()
+        none = values.new_full((1,), torch.inf)
+        return torch.cat([torch.where(there, values, torch.inf), none]).amin()
 
 
 def code_rows(codes: SparseCodes) -> Tensor:
@@ -130,7 +144,7 @@ class RaggedDot(Function):
         if ctx.needs_input_grad[0]:
             d_rows = decode_pairs(grad, indices, row, W, rows.shape[0], ctx.backend)
         if ctx.needs_input_grad[3]:
-            d_W, _ = outer(grad, indices, row, rows, W.shape[0], ctx.backend, by_columns(W))
+            d_W, _ = outer(grad, indices, row, rows, W.shape[0], ctx.backend, lies_across(W))
         return d_rows, None, None, d_W, None
 
     @staticmethod
@@ -152,14 +166,14 @@ class RaggedOuter(Function):
         row,  # (m,), -1 for none
         rows,  # (R, d)
         n,
-        columns,
+        across,
         backend,
     ):
-        return call(backend, "ragged_outer", coeff, indices, row, rows, n, *in_columns(columns))
+        return call(backend, "ragged_outer", coeff, indices, row, rows, n, *across_if(across))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.n, ctx.columns, ctx.backend = inputs
+        *tensors, ctx.n, ctx.across, ctx.backend = inputs
         save(ctx, *tensors)
 
     @staticmethod
@@ -177,7 +191,7 @@ class RaggedOuter(Function):
     @staticmethod
     def jvp(ctx, t_coeff, _, __, t_rows, *others):
         coeff, indices, row, rows = ctx.saved_tensors
-        options = (ctx.n, ctx.backend, ctx.columns)
+        options = (ctx.n, ctx.backend, ctx.across)
         of_coeff = of_rows = (None, None)
         if t_coeff is not None:
             of_coeff = outer(t_coeff.contiguous(), indices, row, rows, *options)
@@ -187,79 +201,10 @@ class RaggedOuter(Function):
         return total(of_coeff[0], of_rows[0]), t_db
 
 
-class RaggedEncode(Function):
-    """Ragged codes of a low-level op of the arguments (x, W, b, limits…); the gradient holds the
-    set of codes fixed."""
-
-    @staticmethod
-    def forward(*inputs):
-        *arguments, low_level, backend, _ = inputs
-        return call(backend, low_level, *arguments)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, W = inputs[:2]
-        values, indices, offsets = output
-        save(ctx, x, W, values, indices, offsets)
-        ctx.mark_non_differentiable(indices, offsets)
-        ctx.set_materialize_grads(False)
-        ctx.options = inputs[-2:]
-        ctx.others = len(inputs) - 3
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        others = (None,) * ctx.others
-        if grad is None:
-            return None, None, None, *others
-        x, W, values, indices, offsets = ctx.saved_tensors
-        backend, sparse_grad = ctx.options
-        grad = torch.where(values.isnan(), 0, grad)
-        d_x = d_W = d_b = None
-        if ctx.needs_input_grad[0]:
-            d_x = decode(grad, indices, offsets, W, None, [W.shape[0]], backend)[0]
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            row = row_or_none(SparseCodes(values, indices, offsets))
-            d_W, d_b = pair_gradient(grad, indices, row, x, W, backend, sparse_grad)
-        needs = ctx.needs_input_grad
-        return d_x, d_W if needs[1] else None, d_b if needs[2] else None, *others
-
-    @staticmethod
-    def jvp(ctx, t_x, t_W, t_b, *others):
-        x, W, values, indices, offsets = ctx.saved_tensors
-        row = row_or_none(SparseCodes(values, indices, offsets))
-        of_x = of_W = of_b = None
-        if t_x is not None:
-            of_x = dot(t_x.contiguous(), row, indices, W, ctx.options[0])
-        if t_W is not None:
-            of_W = dot(x, row, indices, t_W.contiguous(), ctx.options[0])
-        if t_b is not None:
-            of_b = rows_of(t_b, indices)
-        tangent = total(of_x, of_W, of_b)
-        if tangent is not None:
-            tangent = torch.where((row < 0) | values.isnan(), 0, tangent)
-        return tangent, None, None
-
-
 def row_or_none(codes: SparseCodes) -> Tensor:
     """The row (m,) of each code, -1 for padding."""
     row = code_rows(codes)
     return torch.where(row < codes.offsets.shape[0] - 1, row, -1)
-
-
-def encode(
-    low_level: str,
-    x: Tensor,  # (B, d)
-    W: Tensor,  # (n, d)
-    b: Tensor | None,  # (n,)
-    *limits: Any,
-    backend: str,
-    sparse_grad: bool,
-) -> SparseCodes:
-    """The codes that a low-level op finds."""
-    arguments = (x.contiguous(), W.contiguous(), None if b is None else b.contiguous(), *limits)
-    if tracked(x, W, b):
-        return SparseCodes(*RaggedEncode.run(*arguments, low_level, backend, sparse_grad))
-    return SparseCodes(*call(backend, low_level, *arguments))
 
 
 def decode(
@@ -316,13 +261,13 @@ def outer(
     rows: Tensor,  # (R, d)
     n: int,
     backend: str,
-    columns: bool = False,
+    across: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Segment sums Σ coeff·rows and Σ coeff over the pairs of each feature: (n, d), which lies as
-    (d, n) if ``columns``, and (n,)."""
+    (d, n) if ``across``, and (n,)."""
     if tracked(coeff, rows):
-        return RaggedOuter.run(coeff, indices, row, rows, n, columns, backend)
-    return call(backend, "ragged_outer", coeff, indices, row, rows, n, *in_columns(columns))
+        return RaggedOuter.run(coeff, indices, row, rows, n, across, backend)
+    return call(backend, "ragged_outer", coeff, indices, row, rows, n, *across_if(across))
 
 
 def pair_gradient(
@@ -343,4 +288,4 @@ def pair_gradient(
     )
     if found is not None:
         return found
-    return outer(coeff, indices, row, rows, n, backend, by_columns(W))
+    return outer(coeff, indices, row, rows, n, backend, lies_across(W))

@@ -20,14 +20,14 @@ from clipsteer.ops._lowlevel import PORTABLE
 from clipsteer.ops._reference import rows_of
 
 
-def by_columns(W: Tensor) -> bool:
+def lies_across(W: Tensor) -> bool:
     """Whether a dictionary (n, d) lies as (d, n), as the weight of a linear layer does."""
     return not W.is_contiguous() and W.t().is_contiguous()
 
 
 def laid_out(W: Tensor, backend: str) -> Tensor:
     """A dictionary (n, d) as the kernels of a backend read it: those of the CPU in both layouts."""
-    if backend in ("cpp", PORTABLE) and by_columns(W):
+    if backend in ("cpp", PORTABLE) and lies_across(W):
         return W
     return W.contiguous()
 
@@ -104,7 +104,7 @@ class GatherDot(Function):
         if ctx.needs_input_grad[0]:
             d_rows = decode(grad, indices, W, None, ctx.backend)
         if ctx.needs_input_grad[2]:
-            d_W, _ = sparse_outer(grad, indices, rows, W.shape[0], ctx.backend, by_columns(W))
+            d_W, _ = sparse_outer(grad, indices, rows, W.shape[0], ctx.backend, lies_across(W))
         return d_rows, None, d_W, None
 
     @staticmethod
@@ -125,14 +125,14 @@ class SparseOuter(Function):
         indices,  # (B, k)
         rows,  # (B, d)
         n,
-        columns,
+        across,
         backend,
     ):
-        return call(backend, "sparse_outer", coeff, indices, rows, n, *in_columns(columns))
+        return call(backend, "sparse_outer", coeff, indices, rows, n, *across_if(across))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.n, ctx.columns, ctx.backend = inputs
+        *tensors, ctx.n, ctx.across, ctx.backend = inputs
         save(ctx, *tensors)
 
     @staticmethod
@@ -149,7 +149,7 @@ class SparseOuter(Function):
     @staticmethod
     def jvp(ctx, t_coeff, _, t_rows, *others):
         coeff, indices, rows = ctx.saved_tensors
-        options = (ctx.n, ctx.backend, ctx.columns)
+        options = (ctx.n, ctx.backend, ctx.across)
         of_coeff = of_rows = (None, None)
         if t_coeff is not None:
             of_coeff = sparse_outer(t_coeff.contiguous(), indices, rows, *options)
@@ -186,9 +186,9 @@ def gather_dot(
     return call(backend, "gather_dot", rows, indices, W)
 
 
-def in_columns(columns: bool) -> tuple[bool, ...]:
-    """What segment sums take after their other arguments: only the C++ ones know columns."""
-    return (True,) if columns else ()
+def across_if(across: bool) -> tuple[bool, ...]:
+    """What segment sums take after their other arguments; the CUDA library knows no layouts."""
+    return (True,) if across else ()
 
 
 def sparse_outer(
@@ -197,13 +197,13 @@ def sparse_outer(
     rows: Tensor,  # (B, d)
     n: int,
     backend: str,
-    columns: bool = False,
+    across: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Segment sums Σ coeff·rows and Σ coeff over the pairs of each feature: (n, d), which lies as
-    (d, n) if ``columns``, and (n,)."""
+    (d, n) if ``across``, and (n,)."""
     if tracked(coeff, rows):
-        return SparseOuter.run(coeff, indices, rows, n, columns, backend)
-    return call(backend, "sparse_outer", coeff, indices, rows, n, *in_columns(columns))
+        return SparseOuter.run(coeff, indices, rows, n, across, backend)
+    return call(backend, "sparse_outer", coeff, indices, rows, n, *across_if(across))
 
 
 def weight_gradient(
@@ -222,7 +222,7 @@ def weight_gradient(
     )
     if found is not None:
         return found
-    return sparse_outer(coeff, indices, rows, W.shape[0], backend, by_columns(W))
+    return sparse_outer(coeff, indices, rows, W.shape[0], backend, lies_across(W))
 
 
 def optional_gradient(
@@ -239,6 +239,9 @@ def optional_gradient(
     neither is asked for, or the buffer is taken."""
     rows = others[-1]
     if torch.compiler.is_compiling() or transformed():
+        buffer = None
+    # kernels of GPUs write by rows alone
+    if backend != "cpp" and buffer is not None and not buffer.is_contiguous():
         buffer = None
     if (sparse or buffer is not None) and tracked(coeff, rows):
         what = "sparse_grad and grad_buffer give first derivatives only"
@@ -346,14 +349,14 @@ def check_gradient_options(
         if sparse_grad:
             raise ValueError(f"{op}: sparse_grad and grad_buffer exclude each other")
         fits = grad_buffer.shape == W.shape and grad_buffer.dtype in dtypes
-        lies = grad_buffer.is_contiguous() or (by_columns(grad_buffer) and by_columns(W))
+        lies = grad_buffer.is_contiguous() or (lies_across(grad_buffer) and lies_across(W))
         fits = fits and grad_buffer.device == W.device and lies
         if not fits:
             expected = f"{tuple(W.shape)} {dtypes[0]} on {W.device}"
             if len(dtypes) > 1:
                 expected += f" (or {W.dtype}, which autocast makes of it)"
             got = f"{tuple(grad_buffer.shape)} {grad_buffer.dtype} on {grad_buffer.device}"
-            layout = "contiguous, or laid out as the dictionary" if by_columns(W) else "contiguous"
+            layout = "contiguous, or laid out as the dictionary" if lies_across(W) else "contiguous"
             like = f"{layout} and like the dictionary, {expected}"
             raise ValueError(f"{op}: grad_buffer must be {like}, got {got}")
         if grad_buffer.requires_grad:
@@ -364,7 +367,7 @@ def check_gradient_options(
             '"reference"; leave them out, or see clipsteer env for how to get one'
         )
     source = W if given is None else given
-    if sparse_grad and source.grad_fn is not None and by_columns(source):
+    if sparse_grad and source.grad_fn is not None and lies_across(source):
         raise RuntimeError(
             f"{op}: torch takes no row-sparse gradient through a transposition; leave sparse_grad "
             "out, or keep the dictionary as (d_sae, d_in)"

@@ -44,7 +44,7 @@ class JumpReLUCodes(NamedTuple):
 def jumprelu(
     pre: Tensor,  # (...)
     threshold: Tensor,  # broadcasts with pre
-    bandwidth: float,
+    bandwidth: float | Tensor,  # ()
     above: Tensor | None = None,  # (...) bool
 ) -> tuple[Tensor, Tensor]:
     """pre where it is above its threshold, and whether it is (1 or 0), element by element.

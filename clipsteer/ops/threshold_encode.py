@@ -15,7 +15,9 @@ from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._dispatch import choose
-from clipsteer.ops._ragged import SparseCodes, encode
+from clipsteer.ops._encoder import named_by, pre_activations
+from clipsteer.ops._ragged import SparseCodes
+from clipsteer.ops._ragged_encode import encode
 from clipsteer.ops._reference import rounded_once
 from clipsteer.ops._sparse import with_gradient_options
 
@@ -26,8 +28,10 @@ def codes_where(
     pre: Tensor,  # (B, n)
     keep: Tensor,  # (B, n) bool
     capacity: int | None,
+    columns: Tensor | None = None,  # (n,), the features' own numbers
 ) -> SparseCodes:
-    """The kept pre-activations in order; a row with a NaN has one code, NaN at feature 0."""
+    """The kept pre-activations in order; a row with a NaN has one code, NaN at the first
+    feature."""
     nan = pre.isnan().any(-1, keepdim=True)
     first = torch.arange(pre.shape[1], device=pre.device) == 0
     keep = torch.where(nan, first, keep)
@@ -35,13 +39,14 @@ def codes_where(
     flat = pre.masked_fill(nan, float("nan")).flatten()
     if capacity is None:
         at = keep.flatten().nonzero().flatten()
-        return SparseCodes(flat.gather(0, at), at % pre.shape[1], offsets)
+        return SparseCodes(flat.gather(0, at), named_by(columns, at % pre.shape[1]), offsets)
     # each kept one to its place, all others to a spare one
     place = keep.flatten().cumsum(0) - 1
     place = torch.where(keep.flatten() & (place < capacity), place, capacity)
-    columns = torch.arange(pre.shape[1], device=pre.device).expand_as(pre).flatten()
+    numbers = named_by(columns, torch.arange(pre.shape[1], device=pre.device))
     values = flat.new_zeros(capacity + 1).scatter(0, place, flat)[:-1]
-    indices = columns.new_zeros(capacity + 1).scatter(0, place, columns)[:-1]
+    indices = numbers.new_zeros(capacity + 1)
+    indices = indices.scatter(0, place, numbers.expand_as(pre).flatten())[:-1]
     return SparseCodes(values, indices, offsets)
 
 
@@ -53,12 +58,16 @@ def threshold_encode_reference(
     *,
     threshold: Tensor,  # () or (d_sae,)
     relu: bool = True,
+    scale: Tensor | None = None,  # (d_sae,)
+    columns: Tensor | None = None,  # (m,)
     capacity: int | None = None,
 ) -> SparseCodes:
     """The definition in plain torch."""
-    pre = F.linear(x, W_enc, b_enc)
+    pre = pre_activations(x, W_enc, b_enc, scale, columns)
+    if threshold.dim() > 0:
+        threshold = threshold if columns is None else threshold[columns]
     keep = pre > (threshold.clamp_min(0) if relu else threshold)
-    return codes_where(pre, keep, capacity)
+    return codes_where(pre, keep, capacity, columns)
 
 
 def threshold_encode(
@@ -68,6 +77,8 @@ def threshold_encode(
     *,
     threshold: Tensor | float,  # () or (d_sae,)
     relu: bool = True,
+    scale: Tensor | None = None,  # (d_sae,)
+    columns: Tensor | None = None,  # (m,)
     capacity: int | None = None,
     backend: str = "auto",
     sparse_grad: bool = False,
@@ -76,22 +87,28 @@ def threshold_encode(
 
     Args:
         x: (B, d_in) activations, float32, bfloat16, float16 or (reference, cpp) float64.
-        W_enc: (d_sae, d_in) dictionary, a feature a row, of ``x``'s dtype.
+        W_enc: (d_sae, d_in) dictionary, a feature a row, of ``x``'s dtype. The transpose of a
+            contiguous (d_in, d_sae) is read where it lies, and its gradient lies so, too.
         b_enc: (d_sae,) or None.
         threshold: one for all features, or one a feature; compared strictly.
         relu: only positive pre-activations are codes, whatever the threshold.
+        scale: (d_sae,) or None, finite, of any sign: what is compared, and returned, is
+            (x W_encᵀ + b_enc) · scale.
+        columns: (m,) int64 or None: only these features are looked at, where they lie. Indices are
+            the features' own numbers in ``W_enc``, in the order of ``columns``, and gradients have
+            the shapes of all of ``W_enc``, ``b_enc``, ``scale``.
         capacity: how many codes there is room for; None makes as much as there are, which a GPU has
-            to wait for. With too little room the last codes are missing, and
-            ``codes.offsets[-1] > capacity`` says so.
+            to wait for. With too little room the last codes are missing, and ``codes.overflowed``
+            says so.
         backend: ``"auto" | "reference" | "cpp" | "triton"``; ``ops.explain`` says which can run.
         sparse_grad: the gradient of ``W_enc`` is a sparse COO tensor of the rows in use.
 
     Returns ``SparseCodes``, a row's features in ascending order. A row with a NaN pre-activation
-    has one code, NaN at feature 0. The gradient of the values holds the set of codes fixed; the
-    threshold has none.
+    has one code, NaN at feature 0 (the first of ``columns``). The gradient of the values holds the
+    set of codes fixed; the threshold has none.
 
     Raises:
-        ValueError: shapes, devices or a capacity that do not fit.
+        ValueError: shapes, devices, columns or a capacity that do not fit.
         TypeError: not tensors, or dtypes that differ outside autocast.
         RuntimeError: the backend asked for cannot run here.
 
@@ -99,13 +116,14 @@ def threshold_encode(
     """
     op = "threshold_encode"
     given = W_enc
-    named: dict[str, Any] = {"x": x, "W_enc": W_enc, "b_enc": b_enc}
     if isinstance(x, Tensor):
         if not isinstance(threshold, Tensor):
             threshold = torch.tensor(threshold, dtype=x.dtype, device=x.device)
         if isinstance(W_enc, Tensor):
-            x, W_enc, b_enc, threshold = _check.autocast(x, W_enc, b_enc, threshold)
-        named = {"x": x, "W_enc": W_enc, "b_enc": b_enc, "threshold": threshold}
+            cast = _check.autocast(x, W_enc, b_enc, threshold, scale)
+            x, W_enc, b_enc, threshold, scale = cast
+    named: dict[str, Any] = {"x": x, "W_enc": W_enc, "b_enc": b_enc, "threshold": threshold}
+    named |= {"scale": scale, "columns": columns}
     _check.check_encoder(op, named, "B")
     assert isinstance(threshold, Tensor)
     n = W_enc.shape[0]
@@ -114,13 +132,15 @@ def threshold_encode(
         raise ValueError(_check.mistake(op, "threshold", expected, tuple(threshold.shape), named))
     if capacity is not None and capacity < 0:
         raise ValueError(f"{op}: capacity must be None or at least 0, got {capacity}")
-    backend = choose(op, backend, x)
+    plain = scale is None and columns is None
+    backend = choose(op if plain else "threshold_encode_options", backend, x)
     W_enc, _ = with_gradient_options(op, given, W_enc, sparse_grad, None, backend)
     threshold = threshold.detach()
+    options: dict[str, Any] = {"scale": scale, "columns": columns}
     if backend == "reference":
-        return threshold_encode_reference(
-            x, W_enc, b_enc, threshold=threshold, relu=relu, capacity=capacity
-        )
+        options |= {"threshold": threshold, "relu": relu, "capacity": capacity}
+        return threshold_encode_reference(x, W_enc, b_enc, **options)
     limit = threshold.clamp_min(0) if relu else threshold
     limits = (limit.reshape(-1).contiguous(), -1 if capacity is None else capacity)
-    return encode(op, x, W_enc, b_enc, *limits, backend=backend, sparse_grad=sparse_grad)
+    options |= {"positive": relu, "backend": backend, "sparse_grad": sparse_grad}
+    return encode(op, x, W_enc, b_enc, *limits, **options)

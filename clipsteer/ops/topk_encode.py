@@ -1,5 +1,5 @@
 """``topk_encode``: acts, indices = relu and positions of the k largest of x W_encᵀ + b_enc, per
-row.
+row; with a scale, of (x W_encᵀ + b_enc) · scale, and with columns, of these features alone.
 
 Fused: the matrix product is filtered panel by panel while it is in cache (or in the tile that made
 it), so the (B, d_sae) pre-activations are never stored. The filter is exact: a value is dropped
@@ -9,19 +9,26 @@ only when k others are larger. Source: Gao et al. 2024 (arXiv 2406.04093), secti
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._autograd import Function, save, total, tracked
 from clipsteer.ops._dispatch import call, choose, exporting_to_onnx
-from clipsteer.ops._lowlevel import PORTABLE
-from clipsteer.ops._reference import rounded_once
+from clipsteer.ops._encoder import (
+    named_by,
+    pre_activations,
+    scaled,
+    unscaled,
+)
+from clipsteer.ops._reference import rounded_once, rows_of
 from clipsteer.ops._sparse import (
     decode,
     gather_dot,
+    laid_out,
+    sparse_outer,
     weight_gradient,
     with_gradient_options,
 )
@@ -36,15 +43,25 @@ def topk_encode_reference(
     b_enc: Tensor | None = None,  # (d_sae,)
     *,
     k: int,
+    relu: bool = True,
+    scale: Tensor | None = None,  # (d_sae,)
+    columns: Tensor | None = None,  # (m,)
 ) -> tuple[Tensor, Tensor]:
-    """The definition in plain torch; ties go to the lower index, a NaN anywhere in a row makes its
-    acts NaN."""
-    pre = F.linear(x, W_enc, b_enc)  # (..., d_sae)
+    """The definition in plain torch; ties go to the lower index (the earlier of ``columns``), a NaN
+    anywhere in a row makes its acts NaN."""
+    pre = pre_activations(x, W_enc, b_enc, scale, columns)
     # a stable sort orders equal values by index, and -0 + 0 is +0
     values, order = torch.sort(pre + 0.0, dim=-1, descending=True, stable=True)
-    values = values[..., :k]
-    indices = order[..., :k]
-    return torch.relu(values.masked_fill(pre.isnan().any(-1, keepdim=True), float("nan"))), indices
+    return _acts(pre, values[..., :k], relu), named_by(columns, order[..., :k])
+
+
+def _acts(
+    pre: Tensor,  # (..., m)
+    values: Tensor,  # (..., k), the largest
+    relu: bool,
+) -> Tensor:
+    acts = values.masked_fill(pre.isnan().any(-1, keepdim=True), float("nan"))
+    return torch.relu(acts) if relu else acts
 
 
 def _for_onnx(
@@ -53,65 +70,115 @@ def _for_onnx(
     b_enc: Tensor | None,  # (d_sae,)
     *,
     k: int,
+    relu: bool,
+    scale: Tensor | None,  # (d_sae,)
+    columns: Tensor | None,  # (m,)
 ) -> tuple[Tensor, Tensor]:
     """The same for ONNX, which has no stable sort, but whose TopK gives ties to the lower index."""
-    pre = F.linear(x, W_enc, b_enc)  # (..., d_sae)
+    pre = pre_activations(x, W_enc, b_enc, scale, columns)
     values, indices = torch.topk(pre, k)
-    return torch.relu(values.masked_fill(pre.isnan().any(-1, keepdim=True), float("nan"))), indices
+    return _acts(pre, values, relu), named_by(columns, indices)
 
 
 class TopkEncode(Function):
+    """Its first inputs are the low-level op's."""
+
     @staticmethod
     def forward(
         x,  # (B, d)
-        W,  # (n, d)
+        W,  # (n, d), either way in memory
         b,  # (n,) or None
         k,
+        screen,
+        scale,  # (n,) or None
+        columns,  # (m,) or None
+        relu,
         backend,
-        options,
         grad_backend,
         sparse_grad,
         grad_buffer,  # (n, d) or None
     ):
-        return call(backend, "topk_encode", x, W, b, k, *options)
+        return _low_level(backend, x, W, b, k, screen, scale, columns, relu)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, W = inputs[:2]
+        x, W, b, _, _, scale, _, ctx.relu = inputs[:8]
         acts, indices = output
-        save(ctx, x, W, acts, indices)
+        save(ctx, x, W, b, scale, acts, indices)
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
-        ctx.options = inputs[6:]
+        ctx.options = inputs[9:]
 
     @staticmethod
     def backward(ctx, grad, _):
         if grad is None:
-            return (None,) * 9
-        x, W, acts, indices = ctx.saved_tensors
+            return (None,) * 12
+        x, W, b, scale, acts, indices = ctx.saved_tensors
         backend, sparse_grad, grad_buffer = ctx.options
-        grad = torch.where(acts > 0, grad, 0)  # (B, k)
-        d_x = d_W = d_b = None
-        if ctx.needs_input_grad[0]:
-            d_x = decode(grad, indices, W, None, backend)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            d_W, d_b = weight_gradient(grad, indices, x, W, backend, sparse_grad, grad_buffer)
+        W = laid_out(W, backend)
         needs = ctx.needs_input_grad
-        return d_x, d_W if needs[1] else None, d_b if needs[2] else None, *[None] * 6
+        # (B, k)
+        grad = torch.where(acts > 0, grad, 0) if ctx.relu else torch.where(acts.isnan(), 0, grad)
+        d_x = d_W = d_b = d_scale = None
+        if scale is not None and needs[5]:
+            pre = _before_scale(ctx.relu, x, W, b, scale, acts, indices, backend)
+            ones = x.new_ones(x.shape[0], 1)
+            _, d_scale = sparse_outer((grad * pre).contiguous(), indices, ones, W.shape[0], backend)
+        grad = scaled(grad, scale, indices).contiguous()
+        if needs[0]:
+            d_x = decode(grad, indices, W, None, backend)
+        if needs[1] or needs[2]:
+            d_W, d_b = weight_gradient(grad, indices, x, W, backend, sparse_grad, grad_buffer)
+        d_W = d_W if needs[1] else None
+        d_b = d_b if needs[2] else None
+        return d_x, d_W, d_b, None, None, d_scale, *[None] * 6
 
     @staticmethod
-    def jvp(ctx, t_x, t_W, t_b, *options):
-        x, W, acts, indices = ctx.saved_tensors
+    def jvp(ctx, t_x, t_W, t_b, *others):
+        x, W, b, scale, acts, indices = ctx.saved_tensors
         backend = ctx.options[0]
-        of_x = of_W = of_b = None
+        W = laid_out(W, backend)
+        t_scale = others[2]
+        of_x = of_W = of_b = of_scale = None
         if t_x is not None:
             of_x = gather_dot(t_x.contiguous(), indices, W, backend)
         if t_W is not None:
-            of_W = gather_dot(x, indices, t_W.contiguous(), backend)
+            of_W = gather_dot(x, indices, laid_out(t_W, backend), backend)
         if t_b is not None:
             of_b = t_b[indices]
         tangent = total(of_x, of_W, of_b)
-        return (None if tangent is None else torch.where(acts > 0, tangent, 0)), None
+        if tangent is not None:
+            tangent = scaled(tangent, scale, indices)
+        if t_scale is not None:
+            pre = _before_scale(ctx.relu, x, W, b, scale, acts, indices, backend)
+            of_scale = t_scale[indices] * pre
+        tangent = total(tangent, of_scale)
+        if tangent is None:
+            return None, None
+        alive = acts > 0 if ctx.relu else ~acts.isnan()
+        return torch.where(alive, tangent, 0), None
+
+
+def _before_scale(
+    relu: bool,
+    x: Tensor,  # (B, d)
+    W: Tensor,  # (n, d)
+    b: Tensor | None,  # (n,)
+    scale: Tensor,  # (n,)
+    acts: Tensor,  # (B, k)
+    indices: Tensor,  # (B, k)
+    backend: str,
+) -> Tensor:
+    """x W_encᵀ + b_enc of the codes: (B, k)."""
+    if relu:
+        return unscaled(acts, scale, indices)
+    pre = gather_dot(x, indices, W, backend)
+    return pre if b is None else pre + rows_of(b, indices)
+
+
+def _low_level(backend: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+    # the CUDA library knows no options
+    return call(backend, "topk_encode", *(arguments[:4] if backend == "cuda" else arguments))
 
 
 def topk_encode(
@@ -120,6 +187,9 @@ def topk_encode(
     b_enc: Tensor | None = None,  # (d_sae,)
     *,
     k: int,
+    relu: bool = True,
+    scale: Tensor | None = None,  # (d_sae,)
+    columns: Tensor | None = None,  # (m,)
     backend: str = "auto",
     sparse_grad: bool = False,
     grad_buffer: Tensor | None = None,  # (d_sae, d_in)
@@ -129,10 +199,17 @@ def topk_encode(
 
     Args:
         x: (..., d_in) activations, float32, bfloat16, float16 or (reference, cpp) float64.
-        W_enc: (d_sae, d_in) dictionary, a feature a row, of ``x``'s dtype.
+        W_enc: (d_sae, d_in) dictionary, a feature a row, of ``x``'s dtype. The transpose of a
+            contiguous (d_in, d_sae) is read where it lies, and its gradient lies so, too.
         b_enc: (d_sae,) or None. A decoder bias that is subtracted from x is folded in by the
             caller.
-        k: how many, 1 ≤ k ≤ d_sae.
+        k: how many, 1 ≤ k ≤ d_sae (or the number of ``columns``).
+        relu: False leaves the k largest pre-activations as they are, negative ones among them.
+        scale: (d_sae,) or None, finite, of any sign: what is compared, and returned, is
+            (x W_encᵀ + b_enc) · scale.
+        columns: (m,) int64 or None: only these features are looked at, where they lie. Indices are
+            the features' own numbers in ``W_enc``, equal pre-activations go to the earlier of
+            ``columns``, and gradients have the shapes of all of ``W_enc``, ``b_enc``, ``scale``.
         backend: ``"auto" | "reference" | "cpp" | "triton" | "cuda"``; ``ops.explain`` says which
             can run. ``"auto"`` takes sparse_decode's for the gradient.
         sparse_grad: the gradient of ``W_enc`` is a sparse COO tensor of the rows in use, as in
@@ -149,13 +226,13 @@ def topk_encode(
             dimensions) also returns how many columns of each row were computed in float32.
 
     Returns:
-        acts (..., k) in descending order, not negative; indices (..., k) int64. Equal
-        pre-activations go to the lower index on every backend. A row with a NaN pre-activation has
-        NaN acts; its indices stay in range and unique. The gradient holds the index set fixed and
-        is 0 where the pre-activation is not positive.
+        acts (..., k) in descending order, not negative unless ``relu=False``; indices (..., k)
+        int64. Equal pre-activations go to the lower index on every backend. A row with a NaN
+        pre-activation has NaN acts; its indices stay in range and unique. The gradient holds the
+        index set fixed and, with ``relu``, is 0 where the pre-activation is not positive.
 
     Raises:
-        ValueError: shapes, devices or k that do not fit.
+        ValueError: shapes, devices, k or columns that do not fit.
         TypeError: not tensors, dtypes that differ outside autocast, k not an int.
         RuntimeError: the backend asked for cannot run here.
 
@@ -163,35 +240,35 @@ def topk_encode(
     """
     op = "topk_encode"
     given = W_enc
-    named = {"x": x, "W_enc": W_enc, "b_enc": b_enc}
     if all(isinstance(t, Tensor) for t in (x, W_enc)):
-        x, W_enc, b_enc = _check.autocast(x, W_enc, b_enc)
-        named.update(x=x, W_enc=W_enc, b_enc=b_enc)
+        x, W_enc, b_enc, scale = _check.autocast(x, W_enc, b_enc, scale)
+    named = {"x": x, "W_enc": W_enc, "b_enc": b_enc, "scale": scale, "columns": columns}
     _check.check_encoder(op, named, "...")
     if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
         raise TypeError(_check.mistake(op, "k", "an int", type(k).__name__, named))
-    if not 1 <= k <= W_enc.shape[0]:
-        expected = f"in [1, d_sae = {W_enc.shape[0]}]"
-        raise ValueError(_check.mistake(op, "k", expected, k, named))
+    most = W_enc.shape[0] if columns is None else columns.shape[0]
+    if not 1 <= k <= most:
+        what = "d_sae" if columns is None else "the number of columns"
+        raise ValueError(_check.mistake(op, "k", f"in [1, {what} = {most}]", k, named))
     if screen not in ("auto", "off"):
         raise ValueError(f'{op}: screen must be "auto" or "off", got {screen!r}')
     asked = backend
-    backend = choose(op, backend, x)
+    plain = relu and scale is None and columns is None
+    backend = choose(op if plain else "topk_encode_options", backend, x)
     W_enc, grad_buffer = with_gradient_options(op, given, W_enc, sparse_grad, grad_buffer, backend)
     if backend == "reference":
-        plain = _for_onnx if exporting_to_onnx() else topk_encode_reference
-        return plain(x, W_enc, b_enc, k=k)
+        definition = _for_onnx if exporting_to_onnx() else topk_encode_reference
+        return definition(x, W_enc, b_enc, k=k, relu=relu, scale=scale, columns=columns)
     # math.prod keeps a symbolic batch, which Size.numel() makes a number of
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
-    W = W_enc.contiguous()
-    b = None if b_enc is None else b_enc.contiguous()
-    options = (screen == "auto",) if backend in ("cpp", PORTABLE) else ()
-    if tracked(flat, W, b):
+    W = laid_out(W_enc, backend)
+    b, scale, columns = (None if t is None else t.contiguous() for t in (b_enc, scale, columns))
+    arguments = (flat, W, b, k, screen == "auto", scale, columns, relu)
+    if tracked(flat, W, b, scale):
         # the gradient is made of sparse_decode's operations, which another backend may be faster at
         faster = choose("sparse_decode", asked, x)
         grad_backend = backend if faster == "reference" else faster
-        gradient = (grad_backend, sparse_grad, grad_buffer)
-        acts, indices = TopkEncode.run(flat, W, b, k, backend, options, *gradient)
+        acts, indices = TopkEncode.run(*arguments, backend, grad_backend, sparse_grad, grad_buffer)
     else:
-        acts, indices = call(backend, "topk_encode", flat, W, b, k, *options)
+        acts, indices = _low_level(backend, *arguments)
     return acts.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)

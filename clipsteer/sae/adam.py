@@ -24,10 +24,24 @@ class UnitRowAdam(torch.optim.Adam):
     """
 
     def __init__(self, sae: SAE, lr: float) -> None:
-        super().__init__(sae.parameters(), lr=lr, fused=sae.W_enc.device.type in ("cpu", "cuda"))
+        thresholds = [p for name, p in sae.named_parameters() if name == "threshold"]
+        others = [p for name, p in sae.named_parameters() if name != "threshold"]
+        groups = [{"params": part} for part in (others, thresholds) if part]
+        super().__init__(groups, lr=lr, fused=sae.W_enc.device.type in ("cpu", "cuda"))
         self.sae = sae
         # a GradScaler has to unscale gradients before, as the one pass does not
         self._step_supports_amp_scaling = False
+
+    def set_lr(
+        self,
+        lr: float,
+        scale: Tensor,  # ()
+    ) -> None:
+        """Of what follows; thresholds move by ``lr · scale``, as pre-activations do when rows of
+        W_enc move by ``lr``."""
+        self.param_groups[0]["lr"] = lr
+        for group in self.param_groups[1:]:
+            group["lr"] = lr * scale
 
     @torch.no_grad()
     def step(  # type: ignore[override]

@@ -72,9 +72,9 @@ class TrainConfig:
     """weight of the penalty on active features, for jumprelu"""
     l0_penalty: Literal["step", "tanh"] = "step"
     """what is penalised for jumprelu: the number of active features, or the sum of tanh(4 f)"""
-    bandwidth: Positive = 0.05
-    """width of the window around jumprelu's thresholds in which they learn, in units of the
-    pre-activations"""
+    bandwidth: Positive = 0.03
+    """width of the window around jumprelu's thresholds in which they learn; 1 is how far a token is
+    from the mean, as a root of the mean square"""
     auxk_coefficient: NotNegative | None = None
     """weight of AuxK, the loss that brings dead features back; 0 turns it off (default: 1/32 for
     topk and batch_topk, 0 otherwise)"""

@@ -147,7 +147,7 @@ class Encoding(nn.Module):
         x: Tensor,  # (B, d_in), normalised and centred
         sparse_grad: bool = False,
         *,
-        bandwidth: float | None = None,
+        bandwidth: float | Tensor | None = None,
         dense: bool = False,
     ) -> Encoded:
         """``codes``, and what training needs besides.
@@ -174,7 +174,7 @@ class Encoding(nn.Module):
                 self.W_enc,
                 self.b_enc,
                 threshold=self.threshold,
-                bandwidth=bandwidth,
+                bandwidth=float(bandwidth),
                 sparse_grad=sparse_grad,
             )
             return Encoded(jumped.codes, jumped.active)
@@ -185,7 +185,7 @@ class Encoding(nn.Module):
             )
         )
 
-    def _dense_encoded(self, x: Tensor, bandwidth: float | None) -> Encoded:
+    def _dense_encoded(self, x: Tensor, bandwidth: float | Tensor | None) -> Encoded:
         if self.architecture == "gated":
             return self._gated(F.linear(x, self.W_enc))
         if self.architecture == "jumprelu" and bandwidth is not None:

@@ -107,11 +107,10 @@ def auxk(
     half = max(sae.W_dec.shape[1] // 2, 1)
     k = min(half, len(dead))
     centred, _ = sae._centred(x)
-    W_enc = F.embedding(dead, sae.W_enc, sparse=sparse_grad)  # (n_dead, d_in)
-    W_dec = F.embedding(dead, sae.W_dec, sparse=sparse_grad)
-    bias = sae.encoder_bias[dead]
-    acts, indices = ops.topk_encode(centred, W_enc, bias, k=k)  # (B, k) each
-    guess = ops.sparse_decode(acts, indices, W_dec)  # (B, d_in)
+    acts, indices = ops.topk_encode(  # (B, k) each
+        centred, sae.W_enc, sae.encoder_bias, k=k, columns=dead, sparse_grad=sparse_grad
+    )
+    guess = ops.sparse_decode(acts, indices, sae.W_dec, sparse_grad=sparse_grad)  # (B, d_in)
     if out.stats.scale is not None:
         guess = guess * out.stats.scale
     residual = ((x if target is None else target) - out.x_hat).detach()
@@ -124,7 +123,7 @@ def forward(
     x: Tensor,  # (B, d_in)
     world: World,
     sparse_grad: bool = False,
-    bandwidth: float | None = None,
+    bandwidth: float | Tensor | None = None,
 ) -> TrainingOutput:
     """The SAE's forward pass in training mode.
 

@@ -179,9 +179,8 @@ class SAE(Encoding):
         Without ``stats`` the result is in the normalised space; with those of ``normalize_input``
         it is in x's own. ``frozen``: gradients reach the activations alone.
         """
-        W_dec, b_dec = self.W_dec, self.b_dec
-        if frozen:
-            W_dec, b_dec = W_dec.detach(), b_dec.detach()
+        W_dec = self.W_dec.detach() if frozen else self.W_dec
+        b_dec = self.b_dec.detach() if frozen else self.b_dec
         if isinstance(acts, ops.SparseCodes):
             x_hat = ops.ragged_decode(*acts, W_dec, b_dec, sparse_grad=sparse_grad)
         elif isinstance(acts, tuple):

@@ -199,12 +199,12 @@ class Run(TrainingRun):
             if name not in ("training", "clipsteer_version")
         }
         config = trainer.config
-        # a coefficient that was not given is written as it always was; the one in use beside it,
-        # and what earlier versions used
+        # a coefficient that was not given is written as it always was; the one in use beside it
         given = AUXK if config.auxk_coefficient is None else config.auxk_coefficient
-        before = 0.0 if config.architecture == "relu" else config.auxk
-        later = {"skip": False, "l0_coefficient": 1e-3, "l0_penalty": "step", "bandwidth": 0.05}
-        self.since = {**later, "auxk": before}
+        # earlier versions had no AuxK for relu, and nothing of jumprelu
+        later = ("l0_coefficient", "l0_penalty", "bandwidth")
+        self.since = {name: getattr(config, name) for name in later}
+        self.since |= {"skip": False, "auxk": 0.0 if config.architecture == "relu" else config.auxk}
         settings = {
             **asdict(config),
             "auxk_coefficient": given,

@@ -87,9 +87,11 @@ class SAETrainer:
         if self.step_count == 0 and sae.has_unit_rows:
             sae.renormalize_decoder_()
         stats = sae_loss.batch_stats(y, world)
+        scale = self._scale(x, stats)
         aux = x.new_zeros(())
         with self._autocast():
-            out = sae_loss.forward(sae, x, world, self._sparse, config.bandwidth)
+            bandwidth = config.bandwidth * scale
+            out = sae_loss.forward(sae, x, world, self._sparse, bandwidth)
             if config.auxk and len(self.dead):
                 rows = self._sparse and out.indices is not None
                 aux = sae_loss.auxk(sae, x, out, stats, self.dead, rows, target=y)
@@ -98,7 +100,7 @@ class SAETrainer:
         loss = self._reconstruction(y, out.x_hats, stats) / len(out.x_hats)
         loss = loss + penalty + config.auxk * aux
         loss.backward()
-        self._update(config.lr_at(self.step_count, self.total_steps))
+        self._update(config.lr_at(self.step_count, self.total_steps), scale)
         fired = sae_loss.fired(sae, out, world)
         self.tokens_since_fired.add_(stats.count).masked_fill_(fired, 0)
         self.step_count += 1
@@ -140,7 +142,26 @@ class SAETrainer:
             return found + config.l1_coefficient * sae_loss.l1(out.gate, stats, norms)
         return config.l0_coefficient * sae_loss.tanh_l0(out.acts, stats, norms)
 
-    def _update(self, lr: float) -> None:
+    def _scale(
+        self,
+        x: Tensor,  # (B, d_in)
+        stats: sae_loss.BatchStats,  # of what is to be reconstructed
+    ) -> Tensor:
+        """() How long the rows are that are encoded: a row of W_enc that moves by 1 moves its
+        pre-activations by so much. jumprelu's thresholds are as many of it as in the papers, where
+        rows are scaled to 1."""
+        sae = self.sae
+        if sae.normalize != "none":
+            return stats.total_variance.new_tensor(sae.d_in).sqrt()
+        if sae.d_out is not None and sae.architecture == "jumprelu":
+            stats = sae_loss.batch_stats(x, self.world)
+        return (stats.total_variance / stats.count).sqrt()
+
+    def _update(
+        self,
+        lr: float,
+        scale: Tensor,  # ()
+    ) -> None:
         parameters = list(self.sae.parameters())
         # the rows of the batch, and those of dead features or of penalised norms
         joined = bool(self.config.auxk and len(self.dead)) or self._weighs_norms
@@ -156,8 +177,7 @@ class SAETrainer:
             grads = [grad._values() if grad.is_sparse else grad for grad in there]
             norm = torch.nn.utils.get_total_norm(grads)
             factor = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.optimizer.set_lr(lr, scale)
         self.optimizer.step(factor=factor)
         self.optimizer.zero_grad(set_to_none=True)
         if self.sae.architecture == "jumprelu":

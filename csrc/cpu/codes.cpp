@@ -36,8 +36,8 @@ struct Above : Found<V> {
   bool single;
   std::vector<V> least;  // of the thresholds of each panel of a whole product
 
-  Above(int64_t rows, const V* thresholds, int64_t number, int64_t n)
-      : Found<V>(rows), threshold(thresholds), single(number == 1 && n != 1) {
+  Above(int64_t rows, const V* thresholds, int64_t number, bool one)
+      : Found<V>(rows), threshold(thresholds), single(one) {
     for (int64_t c = 0; c < number; c += kPanelColumns) {
       V lowest = std::numeric_limits<V>::infinity();
       for (int64_t i = c; i < std::min(number, c + kPanelColumns); ++i) lowest = std::min(lowest, threshold[i]);
@@ -85,8 +85,7 @@ struct Largest : Found<V> {
 
 // The same search over panels of a whole product by torch's GEMM.
 template <class T, class Search>
-void search_whole(const T* x, const T* w, const T* b, int64_t rows, int64_t n, int64_t d,
-                  std::vector<Search>& searches) {
+void search_whole(const T* x, const Dictionary<T>& W, int64_t rows, std::vector<Search>& searches) {
   using V = Compute<T>;
   const Kernels<V>& kernel = kernels<V>();
   constexpr int64_t kRows = 256, kRoom = kPanelColumns + Candidates<V>::kSlack;
@@ -101,7 +100,7 @@ void search_whole(const T* x, const T* w, const T* b, int64_t rows, int64_t n, i
     if (found.nan) search.take(r, std::numeric_limits<V>::quiet_NaN(), first);
     for (int64_t i = 0; i < found.count; ++i) search.take(r, found.keys[i].value(), found.keys[i].column());
   };
-  for_each_panel(x, w, b, rows, n, d, slots, std::min(rows, kRows), begin_slot, take_row, [](int64_t, int64_t) {});
+  for_each_panel(x, W, rows, slots, std::min(rows, kRows), begin_slot, take_row, [](int64_t, int64_t) {});
 }
 
 template <class V>
@@ -141,25 +140,25 @@ std::vector<char> gather(std::vector<Search>& searches, std::vector<Entry<V>>& a
 }
 
 template <class T, class Search>
-void search(const T* x, const T* w, const T* b, const float* threshold, int64_t rows, int64_t n, int64_t d,
-            int64_t expected, bool screen, std::vector<Search>& searches) {
+void search(const T* x, const Dictionary<T>& W, const float* threshold, int64_t rows, int64_t expected,
+            std::vector<Search>& searches) {
   if constexpr (std::is_same_v<T, float>) {
-    if (screen) {
+    if (worth_screening(rows, W, expected)) {
       const int64_t block = std::min(rows, kScreenRows);
-      return search_screened(x, w, b, threshold, rows, n, d, block, expected, searches,
-                             [](int64_t, int64_t, const int64_t*) {});
+      return search_screened(x, W, threshold, rows, block, expected, searches, [](int64_t, int64_t, const int64_t*) {});
     }
   }
-  search_whole(x, w, b, rows, n, d, searches);
+  search_whole(x, W, rows, searches);
 }
 
 template <class T>
-void write(const Codes<Compute<T>>& codes, int64_t capacity, T* values, int64_t* indices, int64_t* offsets) {
+void write(const Codes<Compute<T>>& codes, const Dictionary<T>& W, int64_t capacity, T* values, int64_t* indices,
+           int64_t* offsets) {
   using V = Compute<T>;
   const int64_t count = std::min<int64_t>(capacity, codes.entries.size());
   std::vector<V> wide(kNarrow<T> ? count : 0);
   for (int64_t i = 0; i < count; ++i) {
-    indices[i] = codes.entries[i].column;
+    indices[i] = W.feature(codes.entries[i].column);
     if constexpr (kNarrow<T>) {
       wide[i] = codes.entries[i].value;
     } else {
@@ -174,60 +173,52 @@ void write(const Codes<Compute<T>>& codes, int64_t capacity, T* values, int64_t*
 
 int64_t slots_for(int64_t n) { return std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), n / 64)); }
 
-void check_dictionary(const char* op, const Tensor& x, const Tensor& w, const std::optional<Tensor>& b) {
-  check_dim(op, "x", x, 2);
-  check_dim(op, "W_enc", w, 2);
-  const ScalarType dtype = x.scalar_type();
-  check(op, "x", x, dtype, {x.size(0), x.size(1)});
-  check(op, "W_enc", w, dtype, {w.size(0), x.size(1)});
-  if (b) check(op, "b_enc", *b, dtype, {w.size(0)});
-  const int64_t most = std::numeric_limits<int32_t>::max();
-  require(w.size(0) < most && x.size(0) < most, op, "expected fewer than 2**31 rows and features");
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> threshold_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc,
-                                                    Tensor threshold, int64_t capacity) {
+                                                    Tensor threshold, int64_t capacity, std::optional<Tensor> scale,
+                                                    std::optional<Tensor> columns) {
   const char* op = "threshold_encode";
-  check_dictionary(op, x, w_enc, b_enc);
-  const int64_t rows = x.size(0), d = x.size(1), n = w_enc.size(0), number = threshold.numel();
+  const DictionaryOptions options{b_enc, scale, columns};
+  check_dictionary(op, x, w_enc, options);
+  const int64_t rows = x.size(0), features = w_enc.size(0), number = threshold.numel(), more = rows + 1;
   const ScalarType dtype = x.scalar_type();
   check(op, "threshold", threshold, dtype, {number});
-  require(number == 1 || number == n, op, "expected one threshold or one a feature, got " + std::to_string(number));
+  require(number == 1 || number == features, op,
+          "expected one threshold or one a feature, got " + std::to_string(number));
   require(capacity >= -1, op, "expected capacity >= 0, or -1 for no limit, got " + std::to_string(capacity));
-  const int64_t more = rows + 1;
   Tensor offsets = torch::stable::new_empty(x, {&more, 1}, ScalarType::Long);
   std::optional<Tensor> values, indices;
   dispatch(op, dtype, [&](auto zero) {
     using T = decltype(zero);
     using V = Compute<T>;
-    std::unique_ptr<V[]> wide(kNarrow<T> ? new V[number] : nullptr);
-    const V* limits = widened(data<T>(threshold), wide.get(), number);
+    const Dictionary<T> W(w_enc, options);
+    const bool single = number == 1 && features != 1;
+    const V one = single ? V(data<T>(threshold)[0]) : V(0);
+    std::vector<V> store;
+    const V* limits = single ? &one : W.values(data<T>(threshold), store);
     std::vector<Above<V>> searches;
-    for (int64_t s = 0; s < slots_for(n); ++s) searches.emplace_back(rows, limits, number, n);
+    for (int64_t s = 0; s < slots_for(W.n); ++s) searches.emplace_back(rows, limits, single ? 1 : W.n, single);
     const float* own = nullptr;
-    if constexpr (std::is_same_v<V, float>) own = searches[0].single ? nullptr : limits;
-    if (rows > 0 && n > 0) {
-      search(data<T>(x), data<T>(w_enc), b_enc ? data<T>(*b_enc) : nullptr, own, rows, n, d, 0,
-             worth_screening(rows, n, d, 0), searches);
-    }
+    if constexpr (std::is_same_v<V, float>) own = single ? nullptr : limits;
+    if (rows > 0 && W.n > 0) search(data<T>(x), W, own, rows, 0, searches);
     std::vector<Entry<V>> all;
     const std::vector<char> nan = gather<V>(searches, all, rows);
     const Codes<V> codes = in_order<V>(all, nan, rows);
     const int64_t size = capacity < 0 ? int64_t(codes.entries.size()) : capacity;
     values = torch::stable::new_empty(x, {&size, 1});
     indices = torch::stable::new_empty(x, {&size, 1}, ScalarType::Long);
-    write<T>(codes, size, data<T>(*values), data<int64_t>(*indices), data<int64_t>(offsets));
+    write<T>(codes, W, size, data<T>(*values), data<int64_t>(*indices), data<int64_t>(offsets));
   });
   return {*values, *indices, offsets};
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc,
-                                                     int64_t count) {
+std::tuple<Tensor, Tensor, Tensor> batch_topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t count,
+                                                     std::optional<Tensor> scale, std::optional<Tensor> columns) {
   const char* op = "batch_topk_encode";
-  check_dictionary(op, x, w_enc, b_enc);
-  const int64_t rows = x.size(0), d = x.size(1), n = w_enc.size(0);
+  const DictionaryOptions options{b_enc, scale, columns};
+  check_dictionary(op, x, w_enc, options);
+  const int64_t rows = x.size(0);
   require(count >= 0, op, "expected count >= 0, got " + std::to_string(count));
   const int64_t size = std::max(count, rows), more = rows + 1;
   Tensor values = torch::stable::new_empty(x, {&size, 1});
@@ -236,17 +227,17 @@ std::tuple<Tensor, Tensor, Tensor> batch_topk_encode(Tensor x, Tensor w_enc, std
   dispatch(op, x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using V = Compute<T>;
+    const Dictionary<T> W(w_enc, options);
     const int64_t each = rows ? (count + rows - 1) / rows : 0;
     std::vector<char> nan(rows);
     std::vector<Entry<V>> all;
-    for (bool again = count > 0 && rows > 0 && n > 0; again;) {
+    for (bool again = count > 0 && rows > 0 && W.n > 0; again;) {
       std::vector<Largest<V>> searches;
-      for (int64_t s = 0; s < slots_for(n); ++s) {
+      for (int64_t s = 0; s < slots_for(W.n); ++s) {
         searches.emplace_back(rows, count);
         searches.back().nan = nan;
       }
-      search(data<T>(x), data<T>(w_enc), b_enc ? data<T>(*b_enc) : nullptr, nullptr, rows, n, d,
-             each, worth_screening(rows, n, d, each), searches);
+      search(data<T>(x), W, nullptr, rows, each, searches);
       all.clear();
       const std::vector<char> seen = gather<V>(searches, all, rows);
       // a row with a NaN may have crowded others out before the NaN was met: once more without it
@@ -257,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_topk_encode(Tensor x, Tensor w_enc, std
     Largest<V> joint(0, std::max<int64_t>(count - std::count(nan.begin(), nan.end(), 1), 0));
     joint.entries = std::move(all);
     joint.cut();
-    write<T>(in_order<V>(joint.entries, nan, rows), size, data<T>(values), data<int64_t>(indices),
+    write<T>(in_order<V>(joint.entries, nan, rows), W, size, data<T>(values), data<int64_t>(indices),
              data<int64_t>(offsets));
   });
   return {values, indices, offsets};

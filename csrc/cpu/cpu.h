@@ -23,21 +23,26 @@ namespace clipsteer {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k, bool screen);
-std::tuple<Tensor, Tensor, Tensor> topk_encode_screened(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k);
+std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k, bool screen,
+                                       std::optional<Tensor> scale, std::optional<Tensor> columns, bool relu);
+std::tuple<Tensor, Tensor, Tensor> topk_encode_screened(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k,
+                                                        std::optional<Tensor> scale, std::optional<Tensor> columns,
+                                                        bool relu);
 std::tuple<Tensor, Tensor> topk(Tensor pre, int64_t k);
 std::tuple<Tensor, Tensor, Tensor> threshold_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, Tensor threshold,
-                                                    int64_t capacity);
-std::tuple<Tensor, Tensor, Tensor> batch_topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t count);
+                                                    int64_t capacity, std::optional<Tensor> scale,
+                                                    std::optional<Tensor> columns);
+std::tuple<Tensor, Tensor, Tensor> batch_topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t count,
+                                                     std::optional<Tensor> scale, std::optional<Tensor> columns);
 Tensor ragged_decode(Tensor values, Tensor indices, Tensor offsets, Tensor w, std::optional<Tensor> b,
                     std::vector<int64_t> prefixes);
 Tensor ragged_dot(Tensor rows, Tensor row_of, Tensor indices, Tensor w);
 std::tuple<Tensor, Tensor> ragged_outer(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, int64_t n,
-                                        bool columns);
+                                        bool across);
 void ragged_outer_out(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, Tensor dw, Tensor db);
 Tensor sparse_decode(Tensor acts, Tensor indices, Tensor w, std::optional<Tensor> b);
 Tensor gather_dot(Tensor rows, Tensor indices, Tensor w);
-std::tuple<Tensor, Tensor> sparse_outer(Tensor coeff, Tensor indices, Tensor rows, int64_t n, bool columns);
+std::tuple<Tensor, Tensor> sparse_outer(Tensor coeff, Tensor indices, Tensor rows, int64_t n, bool across);
 void sparse_outer_out(Tensor coeff, Tensor indices, Tensor rows, Tensor dw, Tensor db);
 Tensor grouped_matmul(Tensor x, Tensor w, std::optional<Tensor> index, std::optional<Tensor> beta,
                       std::optional<Tensor> mean, bool transpose);

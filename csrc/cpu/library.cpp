@@ -10,21 +10,23 @@ int64_t isa_level() { return isa().level; }
 }  // namespace clipsteer
 
 STABLE_TORCH_LIBRARY(clipsteer_cpp, m) {
-  m.def("topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, int k, bool screen=True) -> (Tensor acts, Tensor indices)");
   m.def(
-      "topk_encode_screened(Tensor x, Tensor W_enc, Tensor? b_enc, int k) -> (Tensor acts, Tensor indices, "
-      "Tensor computed)");
+      "topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt k, bool screen=True, Tensor? scale=None, "
+      "Tensor? columns=None, bool relu=True) -> (Tensor acts, Tensor indices)");
+  m.def(
+      "topk_encode_screened(Tensor x, Tensor W_enc, Tensor? b_enc, int k, Tensor? scale=None, Tensor? columns=None, "
+      "bool relu=True) -> (Tensor acts, Tensor indices, Tensor computed)");
   m.def("topk(Tensor pre, int k) -> (Tensor values, Tensor indices)");
   m.def(
-      "threshold_encode(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor threshold, SymInt capacity) -> (Tensor values, "
-      "Tensor indices, Tensor offsets)");
+      "threshold_encode(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor threshold, SymInt capacity, Tensor? scale=None, "
+      "Tensor? columns=None) -> (Tensor values, Tensor indices, Tensor offsets)");
   m.def(
-      "batch_topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt count) -> (Tensor values, Tensor indices, "
-      "Tensor offsets)");
+      "batch_topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt count, Tensor? scale=None, "
+      "Tensor? columns=None) -> (Tensor values, Tensor indices, Tensor offsets)");
   m.def("ragged_decode(Tensor values, Tensor indices, Tensor offsets, Tensor W, Tensor? b, SymInt[] prefixes) -> Tensor");
   m.def("ragged_dot(Tensor rows, Tensor row_of, Tensor indices, Tensor W) -> Tensor");
   m.def(
-      "ragged_outer(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, SymInt n, bool columns=False) "
+      "ragged_outer(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, SymInt n, bool across=False) "
       "-> (Tensor dW, Tensor db)");
   m.def(
       "ragged_outer_out(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, Tensor(a!) dW, Tensor(b!) db) "
@@ -32,7 +34,7 @@ STABLE_TORCH_LIBRARY(clipsteer_cpp, m) {
   m.def("sparse_decode(Tensor acts, Tensor indices, Tensor W, Tensor? b) -> Tensor");
   m.def("gather_dot(Tensor rows, Tensor indices, Tensor W) -> Tensor");
   m.def(
-      "sparse_outer(Tensor coeff, Tensor indices, Tensor rows, SymInt n, bool columns=False) "
+      "sparse_outer(Tensor coeff, Tensor indices, Tensor rows, SymInt n, bool across=False) "
       "-> (Tensor dW, Tensor db)");
   m.def("sparse_outer_out(Tensor coeff, Tensor indices, Tensor rows, Tensor(a!) dW, Tensor(b!) db) -> ()");
   m.def("grouped_matmul(Tensor x, Tensor W, Tensor? index, Tensor? beta, Tensor? mean, bool transpose) -> Tensor");

@@ -7,17 +7,14 @@ namespace clipsteer {
 
 // Scales 2^e per dimension, in the middle between those that would level x and those that would level W, and their
 // inverses. They only decide how tight the bounds are, so a sample of the rows will do.
-inline void level(const float* x, int64_t rows, const float* w, int64_t n, int64_t d, float* scale_x, float* scale_w) {
+inline void level(const float* x, int64_t rows, const Dictionary<float>& W, float* scale_x, float* scale_w) {
+  const int64_t d = W.d, taken = std::min<int64_t>(rows, 64);
   std::vector<double> size_x(d), size_w(d);
-  const auto add = [d](const float* m, int64_t count, std::vector<double>& size) {
-    const int64_t taken = std::min<int64_t>(count, 64);
-    for (int64_t s = 0; s < taken; ++s) {
-      const float* row = m + count * s / taken * d;
-      for (int64_t j = 0; j < d; ++j) size[j] += std::abs(row[j]) / double(taken);
-    }
-  };
-  add(x, rows, size_x);
-  add(w, n, size_w);
+  for (int64_t s = 0; s < taken; ++s) {
+    const float* row = x + rows * s / taken * d;
+    for (int64_t j = 0; j < d; ++j) size_x[j] += std::abs(row[j]) / double(taken);
+  }
+  W.sizes(size_w.data());
   for (int64_t j = 0; j < d; ++j) {
     const double ratio = size_w[j] / size_x[j];
     const double power = ratio > 0 && ratio <= std::numeric_limits<double>::max() ? std::log2(ratio) / 2 : 0;
@@ -32,19 +29,37 @@ inline void level(const float* x, int64_t rows, const float* w, int64_t n, int64
 //   |x . w - x^ . w^| <= |r| |w'| + |x^| |t|.
 // With u = 2^-24, the float32 sum kept for a column differs from x . w by at most (d + 4) u |x'| |w'| + u |b| + what
 // underflows, a sum in any other order by as much, and the bound as evaluated from the exact one by less than
-// 30 u (|x'| |w'| + |b|), or |b| + |theta| where a threshold theta is taken off. Elements are at most 2^24 and the largest of a row at least 2^-24 (other rows are not
-// screened), |log2 s| <= 12 and d <= 8192. So norms are good to 2^-10, and underflow, even if denormal numbers are read
-// as zero, is below d 2^-89, against d 2^-71 of the second term. Hence rounding() and kWiden.
+// 30 u (|x'| |w'| + |b|), or |b| + |theta| where a threshold theta is taken off. Elements are at most 2^24 and the
+// largest of a row at least 2^-24 (other rows are not screened), |log2 s| <= 12 and d <= 8192. So norms are good to
+// 2^-10, and underflow, even if denormal numbers are read as zero, is below d 2^-89, against d 2^-71 of the second term.
+// Hence rounding() and kWiden.
+// A column's own factor f makes of x . w + b <= U and x . w + b >= L that f (x . w + b) is at most f U or, if f < 0, f L:
+// the same sums of f times the digits' step and the bias and of |f| times the errors. f times the number kept, times one
+// in any other order and times the step are rounded once more each: 2 (d + 4) + 33 u in all, where rounding() has
+// 2 d + 64, and 35 u of the bias, where kBiasMargin is 64. With |f| in [2^-32, 2^32] everything above is multiplied by
+// |f|, what underflows is below 2^-126 more, against d 2^-103, and nothing overflows that was finite but to an infinity,
+// which passes. A factor of 0 makes a bound of 0, of which the numbers kept are zeros too, as they are finite before.
+// A column with another factor always passes.
 // A column that is not screened always passes, so that no NaN is missed. Every float32 product is
 // summed in one order, that of dot<float>, so the result does not depend on what was ruled out, nor
-// on threads or the other rows.
+// on threads or the other rows, nor on how W lies: one that lies across is turned, 64 features at a time.
 constexpr float kWiden = 1 + 1.0f / 256, kBiasMargin = 1.0f / (1 << 18);
+constexpr float kLeastFactor = 1.0f / (int64_t(1) << 32), kMostFactor = int64_t(1) << 32;
 constexpr int64_t kScreenRows = 512;
 
 // An upper bound of a term that is not part of the product.
 inline float raised(float term) { return term * (1 + (term > 0 ? kBiasMargin : -kBiasMargin)); }
 
 inline float rounding(int64_t d) { return float(2 * d + 64) / (1 << 24); }
+
+// The constants of column c times its factor.
+inline void multiply_column(ScreenColumns& column, int64_t c, float factor) {
+  const float size = std::abs(factor);
+  const bool usual = factor == 0 || (size >= kLeastFactor && size <= kMostFactor);
+  column.step[c] *= factor;
+  column.norm[c] *= usual ? size : std::numeric_limits<float>::quiet_NaN();
+  column.error[c] *= size;
+}
 
 // What is looked for in the rows of a block, of which each slot of columns has its own:
 //   begin(first, count)   rows first to first + count - 1 come next
@@ -53,9 +68,11 @@ inline float rounding(int64_t d) { return float(2 * d + 64) / (1 << 24); }
 //   take(r, value, c)     a column that may be; columns come in ascending order
 // `threshold`, if any, is a column's own; `expected` is how many columns a row will have.
 template <class Search, class Finish>
-void search_screened(const float* x, const float* w, const float* b, const float* threshold, int64_t rows, int64_t n,
-                     int64_t d, int64_t block, int64_t expected, std::vector<Search>& searches, Finish&& finish) {
+void search_screened(const float* x, const Dictionary<float>& W, const float* threshold, int64_t rows, int64_t block,
+                     int64_t expected, std::vector<Search>& searches, Finish&& finish) {
   using torch::stable::parallel_for;
+  const int64_t n = W.n, d = W.d;
+  const float *b = W.bias, *scale = W.scale;
   const Screening& int8 = isa();
   const int64_t width = (d + 63) / 64 * 64, quads = width / 4, panels = (n + 63) / 64;
   const int64_t slots = int64_t(searches.size());
@@ -64,6 +81,7 @@ void search_screened(const float* x, const float* w, const float* b, const float
   Buffer<uint8_t> codes(padded * width);
   std::fill_n(codes.get() + block * width, (padded - block) * width, uint8_t(0));
   Buffer<int8_t> packed(slots * 64 * width), flat(slots * 64 * width);
+  Buffer<float> turned(W.transposed() ? slots * 64 * d : 0);
   std::vector<ScreenRow> bounds(block);
   std::vector<char> usable(block);
   std::vector<int64_t> computed(slots * block);
@@ -71,7 +89,7 @@ void search_screened(const float* x, const float* w, const float* b, const float
   for (int64_t r0 = 0; r0 < rows; r0 += block) {
     const int64_t count = std::min(block, rows - r0);
     const float* input = x + r0 * d;
-    level(input, count, w, n, d, scale_x.data(), scale_w.data());
+    level(input, count, W, scale_x.data(), scale_w.data());
     for (int64_t r = 0; r < count; ++r) {
       Digits row;
       uint8_t* code = codes.get() + r * width;
@@ -91,20 +109,26 @@ void search_screened(const float* x, const float* w, const float* b, const float
         Search& search = searches[s];
         search.begin(r0, count);
         int64_t* work = computed.data() + s * block;
+        float* buffer = turned.get() + (W.transposed() ? s * 64 * d : 0);
+        const float* feature[64];  // rows of W of a panel
         std::fill_n(work, count, 0);
         std::copy_n(usable.begin(), count, screened.begin());
-        // Columns [first, first + columns) of some rows in float32, a row of W with several rows of x at a time.
-        const auto compute = [&](const uint16_t* which, int64_t chosen, int64_t first, int64_t columns) {
+        // Columns [c, c + columns) of a panel that begins with `first`, of some rows in float32, a row of W with several
+        // rows of x at a time.
+        const auto compute = [&](const uint16_t* which, int64_t chosen, int64_t first, int64_t c0, int64_t columns) {
           const float* left[kDotRows];
           float value[kDotRows][kDotColumns];
           for (int64_t at = 0; at < chosen; at += kDotRows) {
             const int together = int(std::min<int64_t>(kDotRows, chosen - at));
             for (int i = 0; i < together; ++i) left[i] = input + which[at + i] * d;
-            int8.dots(left, together, w + first * d, d, columns, value);
+            int8.dots(left, together, feature + c0, d, columns, value);
             for (int i = 0; i < together; ++i) {
               work[which[at + i]] += columns;
               for (int64_t c = 0; c < columns; ++c) {
-                search.take(which[at + i], value[i][c] + (b ? b[first + c] : 0), first + c);
+                const int64_t place = first + c0 + c;
+                float found = value[i][c] + (b ? b[place] : 0);
+                if (scale) found *= scale[place];
+                search.take(which[at + i], found, place);
               }
             }
           }
@@ -112,6 +136,7 @@ void search_screened(const float* x, const float* w, const float* b, const float
         const int64_t start = panels * s / slots, end_of_slot = panels * (s + 1) / slots;
         for (int64_t p = start; p < end_of_slot; ++p) {
           const int64_t first = p * 64, columns = std::min<int64_t>(64, n - first);
+          W.rows(first, columns, buffer, feature);
           bool any = false;
           whole.clear();
           for (int64_t r = 0; r < count; ++r) {
@@ -121,26 +146,28 @@ void search_screened(const float* x, const float* w, const float* b, const float
             any |= lines[r].wanted;
           }
           for (int64_t c = 0; c < columns; c += kDotColumns) {
-            compute(whole.data(), int64_t(whole.size()), first + c, std::min<int64_t>(kDotColumns, columns - c));
+            compute(whole.data(), int64_t(whole.size()), first, c, std::min<int64_t>(kDotColumns, columns - c));
           }
           if (!any) continue;
           ScreenColumns column = {};
           for (int64_t c = 0; c < columns; ++c) {
             Digits row;
-            int8.quantise(w + (first + c) * d, scale_w.data(), d, width, bytes + c * width, row);
+            int8.quantise(feature[c], scale_w.data(), d, width, bytes + c * width, row);
             column.step[c] = row.usable ? row.step : 0;
             column.norm[c] = row.usable ? row.norm * kWiden : std::numeric_limits<float>::quiet_NaN();
             column.error[c] = row.usable ? row.error * kWiden : 0;
-            column.base[c] = b ? raised(b[first + c]) : 0;
+            const float factor = scale ? scale[first + c] : 1;
+            if (scale) multiply_column(column, c, factor);
+            column.base[c] = b ? raised(b[first + c] * factor) : 0;
             if (threshold) column.base[c] += raised(-threshold[first + c]);
             column.offset[c] = -128 * row.sum;
           }
           kernels<float>().pack(reinterpret_cast<const float*>(bytes), quads, columns, quads,
                                 reinterpret_cast<float*>(panel));
-          // The next rows of W come from memory meanwhile.
-          const int64_t coming = p + 1 < end_of_slot ? std::min<int64_t>(64, n - first - columns) * d / 16 : 0;
-          int8.screen(codes.get(), width, lines.data(), count, panel, column,
-                      reinterpret_cast<const char*>(w + (first + columns) * d), coming, pass.data());
+          // The next features come from memory meanwhile.
+          const int64_t coming = p + 1 < end_of_slot ? std::min<int64_t>(64, n - first - columns) : 0;
+          int8.screen(codes.get(), width, lines.data(), count, panel, column, W.ahead(first + columns, coming),
+                      pass.data());
           const uint64_t inside = columns == 64 ? ~uint64_t(0) : (uint64_t(1) << columns) - 1;
           int64_t hit[64] = {};
           for (int64_t r = 0; r < count; ++r) {
@@ -149,7 +176,7 @@ void search_screened(const float* x, const float* w, const float* b, const float
               hits.get()[c * count + hit[c]++] = uint16_t(r);
             }
           }
-          for (int64_t c = 0; c < columns; ++c) compute(hits.get() + c * count, hit[c], first + c, 1);
+          for (int64_t c = 0; c < columns; ++c) compute(hits.get() + c * count, hit[c], first, c, 1);
           // Computing more than this one by one costs more than computing the row whole.
           const int64_t most = 16 * expected + 512 + (p - start + 1) * 64 / 16;
           for (int64_t r = 0; r < count; ++r) screened[r] &= !lines[r].wanted || work[r] <= most;

@@ -13,36 +13,6 @@ constexpr int64_t kStretch = 256;  // features at a time, of which a panel's lin
 
 inline int64_t panels(int64_t d) { return (d + kPanel - 1) / kPanel; }
 
-// to[c * stride + r] = from[r * width + c].
-template <class V>
-void transpose(const V* from, int64_t width, int64_t rows, int64_t columns, V* to, int64_t stride) {
-  int64_t r = 0;
-#if defined(__SSE2__)
-  if constexpr (std::is_same_v<V, float>) {
-    for (; r + 4 <= rows; r += 4) {
-      const float* f = from + r * width;
-      int64_t c = 0;
-      for (; c + 4 <= columns; c += 4) {
-        __m128 q0 = _mm_loadu_ps(f + c), q1 = _mm_loadu_ps(f + width + c);
-        __m128 q2 = _mm_loadu_ps(f + 2 * width + c), q3 = _mm_loadu_ps(f + 3 * width + c);
-        _MM_TRANSPOSE4_PS(q0, q1, q2, q3);
-        float* t = to + c * stride + r;
-        _mm_storeu_ps(t, q0);
-        _mm_storeu_ps(t + stride, q1);
-        _mm_storeu_ps(t + 2 * stride, q2);
-        _mm_storeu_ps(t + 3 * stride, q3);
-      }
-      for (; c < columns; ++c) {
-        for (int64_t m = 0; m < 4; ++m) to[c * stride + r + m] = f[m * width + c];
-      }
-    }
-  }
-#endif
-  for (; r < rows; ++r) {
-    for (int64_t c = 0; c < columns; ++c) to[c * stride + r] = from[r * width + c];
-  }
-}
-
 // Which lines of a panel the features of pairs have: all features their own, or, where few are in use, only these.
 struct Lines {
   std::vector<int64_t> features;  // in use, ascending; empty: all
@@ -67,7 +37,7 @@ struct Lines {
 
 // A panel: columns first to first + kPanel of W, a line a feature; zeros past the last column.
 template <class T>
-void fill_panel(const Dictionary<const T>& w, const Lines& lines, int64_t first, Compute<T>* panel) {
+void fill_panel(const Weight<const T>& w, const Lines& lines, int64_t first, Compute<T>* panel) {
   using V = Compute<T>;
   const int64_t columns = std::min(kPanel, w.d - first);
   if (columns < kPanel) std::fill_n(panel, lines.count * kPanel, V(0));
@@ -84,9 +54,9 @@ void fill_panel(const Dictionary<const T>& w, const Lines& lines, int64_t first,
       for (int64_t c = 0; c < columns; ++c) {
         kernels<T>().widen(w.data + (first + c) * w.n + s, wide + c * kStretch, features);
       }
-      transpose(wide, kStretch, columns, features, to, kPanel);
+      kernels<V>().turn(wide, kStretch, columns, features, to, kPanel);
     } else {
-      transpose(w.data + first * w.n + s, w.n, columns, features, to, kPanel);
+      kernels<V>().turn(w.data + first * w.n + s, w.n, columns, features, to, kPanel);
     }
   }
 }
@@ -102,7 +72,7 @@ void fill_rows(const T* rows, int64_t count, int64_t d, int64_t first, Compute<T
 }
 
 template <class T>
-void decode_columns(const Grouped<T>& codes, const Dictionary<const T>& w, const T* b, const Spans& spans, T* y) {
+void decode_columns(const Grouped<T>& codes, const Weight<const T>& w, const T* b, const Spans& spans, T* y) {
   using V = Compute<T>;
   const Kernels<V>& kernel = kernels<V>();
   const int64_t d = w.d, pairs = spans.begin(spans.rows);
@@ -136,7 +106,7 @@ void decode_columns(const Grouped<T>& codes, const Dictionary<const T>& w, const
 }
 
 template <class T>
-void dot_columns(const T* rows, const Pairs& pairs, const Dictionary<const T>& w, T* out) {
+void dot_columns(const T* rows, const Pairs& pairs, const Weight<const T>& w, T* out) {
   using V = Compute<T>;
   // The columns are shared out between a fixed number of sums, so that no bit depends on the thread count.
   constexpr int64_t kSums = 8;
@@ -183,7 +153,7 @@ void dot_columns(const T* rows, const Pairs& pairs, const Dictionary<const T>& w
 }
 
 template <class T>
-void outer_columns(const T* coeff, const Pairs& pairs, const T* rows, int64_t count, const Dictionary<T>& dw, T* db) {
+void outer_columns(const T* coeff, const Pairs& pairs, const T* rows, int64_t count, const Weight<T>& dw, T* db) {
   using V = Compute<T>;
   const Kernels<V>& kernel = kernels<V>();
   const int64_t n = dw.n, d = dw.d, stretches = (n + kStretch - 1) / kStretch;
@@ -221,7 +191,7 @@ void outer_columns(const T* coeff, const Pairs& pairs, const T* rows, int64_t co
           kernel.axpy(tile.data() + (i - i0) * kPanel, factor.data() + p, source, nullptr, terms, kPanel);
         }
       }
-      transpose(tile.data(), kPanel, features, columns, turned.data(), kStretch);
+      kernel.turn(tile.data(), kPanel, features, columns, turned.data(), kStretch);
       for (int64_t column = 0; column < columns; ++column) {
         const void* line = turned.data() + column * kStretch;
         if constexpr (kNarrow<T>) {

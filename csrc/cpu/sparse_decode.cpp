@@ -6,12 +6,12 @@ namespace clipsteer {
 namespace {
 
 // A dictionary (n, d) may lie as (d, n).
-bool by_columns(const Tensor& w) {
+bool lies_across(const Tensor& w) {
   return w.dim() == 2 && !w.is_contiguous() && w.stride(0) == 1 && w.stride(1) == w.size(0);
 }
 
-void check_dictionary(const char* op, const char* name, const Tensor& w, ScalarType dtype, int64_t n, int64_t d) {
-  if (by_columns(w)) {
+void check_weight(const char* op, const char* name, const Tensor& w, ScalarType dtype, int64_t n, int64_t d) {
+  if (lies_across(w)) {
     check(op, name, torch::stable::transpose(w, 0, 1), dtype, {d, n});
   } else {
     check(op, name, w, dtype, {n, d});
@@ -19,15 +19,15 @@ void check_dictionary(const char* op, const char* name, const Tensor& w, ScalarT
 }
 
 template <class T>
-Dictionary<T> dictionary(const Tensor& w) {
-  return {data<std::remove_const_t<T>>(w), w.size(0), w.size(1), by_columns(w)};
+Weight<T> weight_of(const Tensor& w) {
+  return {data<std::remove_const_t<T>>(w), w.size(0), w.size(1), lies_across(w)};
 }
 
-Tensor new_dictionary(const Tensor& like, int64_t n, int64_t d, bool columns) {
-  const int64_t sizes[] = {columns ? d : n, columns ? n : d};
+Tensor new_weight(const Tensor& like, int64_t n, int64_t d, bool across) {
+  const int64_t sizes[] = {across ? d : n, across ? n : d};
   Tensor w = torch::stable::new_empty(like, {sizes, 2});
   prefer_huge_pages(w.data_ptr(), w.numel() * int64_t(w.element_size()));
-  return columns ? torch::stable::transpose(w, 0, 1) : w;
+  return across ? torch::stable::transpose(w, 0, 1) : w;
 }
 
 // Rows of W, summed with the weights of each row of the batch.
@@ -36,16 +36,16 @@ void decode(const char* op, const Tensor& acts, const Tensor& indices, const Ten
   dispatch(op, acts.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Grouped<T> codes(data<T>(acts), data<int64_t>(indices), spans, prefixes);
-    const auto dict = dictionary<const T>(w);
-    (dict.columns ? decode_columns<T> : decode_rows<T>)(codes, dict, b ? data<T>(*b) : nullptr, spans, data<T>(y));
+    const auto weight = weight_of<const T>(w);
+    (weight.across ? decode_columns<T> : decode_rows<T>)(codes, weight, b ? data<T>(*b) : nullptr, spans, data<T>(y));
   });
 }
 
 void dot(const char* op, const Tensor& rows, const Pairs& pairs, const Tensor& w, const Tensor& out) {
   dispatch(op, rows.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const auto dict = dictionary<const T>(w);
-    (dict.columns ? dot_columns<T> : dot_rows<T>)(data<T>(rows), pairs, dict, data<T>(out));
+    const auto weight = weight_of<const T>(w);
+    (weight.across ? dot_columns<T> : dot_rows<T>)(data<T>(rows), pairs, weight, data<T>(out));
   });
 }
 
@@ -54,8 +54,8 @@ void outer(const char* op, const Tensor& coeff, const Pairs& pairs, const Tensor
   if (dw.size(0) == 0) return;
   dispatch(op, rows.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const auto dict = dictionary<T>(dw);
-    (dict.columns ? outer_columns<T> : outer_rows<T>)(data<T>(coeff), pairs, data<T>(rows), rows.size(0), dict,
+    const auto weight = weight_of<T>(dw);
+    (weight.across ? outer_columns<T> : outer_rows<T>)(data<T>(coeff), pairs, data<T>(rows), rows.size(0), weight,
                                                       data<T>(db));
   });
 }
@@ -72,7 +72,7 @@ Tensor sparse_decode(Tensor acts, Tensor indices, Tensor w, std::optional<Tensor
   const ScalarType dtype = acts.scalar_type();
   check(op, "acts", acts, dtype, {rows, k});
   check(op, "indices", indices, ScalarType::Long, {rows, k});
-  check_dictionary(op, "W", w, dtype, n, d);
+  check_weight(op, "W", w, dtype, n, d);
   if (b) check(op, "b", *b, dtype, {d});
   check_indices(op, data<int64_t>(indices), rows * k, n);
   const int64_t sizes[] = {rows, d};
@@ -90,7 +90,7 @@ Tensor gather_dot(Tensor rows, Tensor indices, Tensor w) {
   const ScalarType dtype = rows.scalar_type();
   check(op, "rows", rows, dtype, {count, d});
   check(op, "indices", indices, ScalarType::Long, {count, k});
-  check_dictionary(op, "W", w, dtype, n, d);
+  check_weight(op, "W", w, dtype, n, d);
   check_indices(op, data<int64_t>(indices), count * k, n);
   const int64_t sizes[] = {count, k};
   Tensor out = torch::stable::new_empty(rows, {sizes, 2});
@@ -108,16 +108,16 @@ void sparse_outer_out(Tensor coeff, Tensor indices, Tensor rows, Tensor dw, Tens
   check(op, "coeff", coeff, dtype, {count, k});
   check(op, "indices", indices, ScalarType::Long, {count, k});
   check(op, "rows", rows, dtype, {count, d});
-  check_dictionary(op, "dW", dw, dtype, n, d);
+  check_weight(op, "dW", dw, dtype, n, d);
   check(op, "db", db, dtype, {n});
   check_indices(op, data<int64_t>(indices), count * k, n);
   outer(op, coeff, {data<int64_t>(indices), nullptr, count * k, k}, rows, dw, db);
 }
 
-std::tuple<Tensor, Tensor> sparse_outer(Tensor coeff, Tensor indices, Tensor rows, int64_t n, bool columns) {
+std::tuple<Tensor, Tensor> sparse_outer(Tensor coeff, Tensor indices, Tensor rows, int64_t n, bool across) {
   check_dim("sparse_outer", "rows", rows, 2);
   require(n >= 0, "sparse_outer", "expected n >= 0, got " + std::to_string(n));
-  Tensor dw = new_dictionary(coeff, n, rows.size(1), columns);
+  Tensor dw = new_weight(coeff, n, rows.size(1), across);
   Tensor db = torch::stable::new_empty(coeff, {&n, 1});
   sparse_outer_out(coeff, indices, rows, dw, db);
   return {dw, db};
@@ -140,7 +140,7 @@ Tensor ragged_decode(Tensor values, Tensor indices, Tensor offsets, Tensor w, st
   check(op, "values", values, dtype, {pairs});
   check(op, "indices", indices, ScalarType::Long, {pairs});
   check(op, "offsets", offsets, ScalarType::Long, {rows + 1});
-  check_dictionary(op, "W", w, dtype, n, d);
+  check_weight(op, "W", w, dtype, n, d);
   if (b) check(op, "b", *b, dtype, {d});
   const int64_t* at = data<int64_t>(offsets);
   check_indices(op, data<int64_t>(indices), pairs, std::max<int64_t>(n, 1));
@@ -180,7 +180,7 @@ Tensor ragged_dot(Tensor rows, Tensor row_of, Tensor indices, Tensor w) {
   const char* op = "ragged_dot";
   check_dim(op, "W", w, 2);
   const Pairs pairs = checked_pairs(op, row_of, indices, rows, w.size(0));
-  check_dictionary(op, "W", w, rows.scalar_type(), w.size(0), rows.size(1));
+  check_weight(op, "W", w, rows.scalar_type(), w.size(0), rows.size(1));
   Tensor out = torch::stable::new_empty(rows, {&pairs.count, 1});
   dot(op, rows, pairs, w, out);
   return out;
@@ -191,16 +191,16 @@ void ragged_outer_out(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, 
   check_dim(op, "dW", dw, 2);
   const Pairs pairs = checked_pairs(op, row_of, indices, rows, dw.size(0));
   check(op, "coeff", coeff, rows.scalar_type(), {pairs.count});
-  check_dictionary(op, "dW", dw, rows.scalar_type(), dw.size(0), rows.size(1));
+  check_weight(op, "dW", dw, rows.scalar_type(), dw.size(0), rows.size(1));
   check(op, "db", db, rows.scalar_type(), {dw.size(0)});
   outer(op, coeff, pairs, rows, dw, db);
 }
 
 std::tuple<Tensor, Tensor> ragged_outer(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, int64_t n,
-                                        bool columns) {
+                                        bool across) {
   check_dim("ragged_outer", "rows", rows, 2);
   require(n >= 0, "ragged_outer", "expected n >= 0, got " + std::to_string(n));
-  Tensor dw = new_dictionary(rows, n, rows.size(1), columns);
+  Tensor dw = new_weight(rows, n, rows.size(1), across);
   Tensor db = torch::stable::new_empty(rows, {&n, 1});
   ragged_outer_out(coeff, indices, row_of, rows, dw, db);
   return {dw, db};

@@ -8,12 +8,12 @@
 
 namespace clipsteer {
 
-// A dictionary of n features of width d; `columns`: it lies as (d, n).
+// A dictionary of n features of width d; `across`: it lies as (d, n).
 template <class T>
-struct Dictionary {
+struct Weight {
   T* data;
   int64_t n, d;
-  bool columns;
+  bool across;
 };
 
 // Pair p is of feature[p] and of row[p], -1 for none, or, where no rows are listed, of row p / k.
@@ -103,7 +103,7 @@ void store(const Compute<T>* src, T* dst, int64_t n) {
 
 // y[g, r] is row r's sum over the first g + 1 groups: each goes on where the last one stopped.
 template <class T>
-void decode_rows(const Grouped<T>& codes, const Dictionary<const T>& w, const T* b, const Spans& spans, T* y) {
+void decode_rows(const Grouped<T>& codes, const Weight<const T>& w, const T* b, const Spans& spans, T* y) {
   using V = Compute<T>;
   // Columns worked on at a time: four widened rows and the sums stay in the first-level cache.
   constexpr int64_t kTile = 1024;
@@ -158,7 +158,7 @@ void decode_rows(const Grouped<T>& codes, const Dictionary<const T>& w, const T*
 
 // out[p] = <rows[row_of(p)], W[feature[p]]>; a pair without a row has 0.
 template <class T>
-void dot_rows(const T* rows, const Pairs& pairs, const Dictionary<const T>& w, T* out) {
+void dot_rows(const T* rows, const Pairs& pairs, const Weight<const T>& w, T* out) {
   using V = Compute<T>;
   constexpr int64_t kAhead = 4;
   const Kernels<V>& kernel = kernels<V>();
@@ -186,7 +186,7 @@ void dot_rows(const T* rows, const Pairs& pairs, const Dictionary<const T>& w, T
 // dW[i] = sum of coeff * row over the pairs of feature i, in ascending order of the pair: one writer and one order
 // for each element, whatever the thread count. Features without a pair are zeroed by the same pass.
 template <class T>
-void outer_rows(const T* coeff, const Pairs& pairs, const T* rows, int64_t count, const Dictionary<T>& dw, T* db) {
+void outer_rows(const T* coeff, const Pairs& pairs, const T* rows, int64_t count, const Weight<T>& dw, T* db) {
   using V = Compute<T>;
   const Kernels<V>& kernel = kernels<V>();
   const int64_t n = dw.n, d = dw.d;

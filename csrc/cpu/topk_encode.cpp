@@ -10,9 +10,9 @@ using torch::stable::parallel_for;
 constexpr int64_t kMaxBlockRows = 256;
 
 template <class T>
-void encode(const T* x, const T* w, const T* b, int64_t rows, int64_t n, int64_t d, int64_t k, T* acts,
-            int64_t* indices) {
+void encode(const T* x, const Dictionary<T>& W, int64_t rows, int64_t k, bool relu, T* acts, int64_t* indices) {
   using V = Compute<T>;
+  const int64_t n = W.n;
   const Kernels<V>& kernel = kernels<V>();
   const int64_t panels = (n + kPanelColumns - 1) / kPanelColumns;
   const int64_t slots = std::min<int64_t>(torch::stable::get_num_threads(), panels);
@@ -31,7 +31,7 @@ void encode(const T* x, const T* w, const T* b, int64_t rows, int64_t n, int64_t
     Candidates<V>& row = state[s * block + r];
     if (!row.nan) kernel.filter(values, bias, columns, uint32_t(first), row);
   };
-  for_each_panel(x, w, b, rows, n, d, slots, block, begin_slot, take_row, [&](int64_t r0, int64_t count) {
+  for_each_panel(x, W, rows, slots, block, begin_slot, take_row, [&](int64_t r0, int64_t count) {
     parallel_for(0, count, 32, [&](int64_t begin, int64_t end) {
       std::vector<Key<V>> merged;
       std::vector<V> buffer(k);
@@ -43,7 +43,7 @@ void encode(const T* x, const T* w, const T* b, int64_t rows, int64_t n, int64_t
           merged.insert(merged.end(), found.keys, found.keys + found.count);
           nan |= found.nan;
         }
-        select<T, V>(merged.data(), merged.size(), k, nan, true, buffer.data(), acts + (r0 + r) * k,
+        select<T, V>(merged.data(), merged.size(), k, nan, relu, buffer.data(), acts + (r0 + r) * k,
                      indices + (r0 + r) * k);
       }
     });
@@ -82,53 +82,51 @@ void check_k(const char* op, int64_t k, int64_t n) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k, bool screen) {
+std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k, bool screen,
+                                       std::optional<Tensor> scale, std::optional<Tensor> columns, bool relu) {
   const char* op = "topk_encode";
-  check_dim(op, "x", x, 2);
-  check_dim(op, "W_enc", w_enc, 2);
-  const int64_t rows = x.size(0), d = x.size(1), n = w_enc.size(0);
-  const ScalarType dtype = x.scalar_type();
-  check(op, "x", x, dtype, {rows, d});
-  check(op, "W_enc", w_enc, dtype, {n, d});
-  if (b_enc) check(op, "b_enc", *b_enc, dtype, {n});
-  check_k(op, k, n);
+  const DictionaryOptions options{b_enc, scale, columns};
+  check_dictionary(op, x, w_enc, options);
+  const int64_t rows = x.size(0);
+  check_k(op, k, columns ? columns->size(0) : w_enc.size(0));
   auto [acts, indices] = outputs(x, rows, k);
   if (rows == 0 || k == 0) return {acts, indices};
-  dispatch(op, dtype, [&](auto zero) {
+  dispatch(op, x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
+    const Dictionary<T> W(w_enc, options);
+    int64_t* found = data<int64_t>(indices);
+    bool done = false;
     if constexpr (std::is_same_v<T, float>) {
-      if (screen && worth_screening(rows, n, d, k)) {
-        return screened(data<float>(x), data<float>(w_enc), b_enc ? data<float>(*b_enc) : nullptr, rows, n, d, k,
-                        data<float>(acts), data<int64_t>(indices), nullptr);
-      }
+      done = screen && worth_screening(rows, W, k);
+      if (done) screened(data<float>(x), W, rows, k, relu, data<float>(acts), found, nullptr);
     }
-    encode<T>(data<T>(x), data<T>(w_enc), b_enc ? data<T>(*b_enc) : nullptr, rows, n, d, k, data<T>(acts),
-              data<int64_t>(indices));
+    if (!done) encode<T>(data<T>(x), W, rows, k, relu, data<T>(acts), found);
+    W.name(found, rows * k);
   });
   return {acts, indices};
 }
 
 // For tests and measurements: screened at any size, and how many columns of each row were computed in float32.
-std::tuple<Tensor, Tensor, Tensor> topk_encode_screened(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc,
-                                                        int64_t k) {
+std::tuple<Tensor, Tensor, Tensor> topk_encode_screened(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k,
+                                                        std::optional<Tensor> scale, std::optional<Tensor> columns,
+                                                        bool relu) {
   const char* op = "topk_encode_screened";
-  check_dim(op, "x", x, 2);
-  check_dim(op, "W_enc", w_enc, 2);
-  const int64_t rows = x.size(0), d = x.size(1), n = w_enc.size(0);
-  check(op, "x", x, ScalarType::Float, {rows, d});
-  check(op, "W_enc", w_enc, ScalarType::Float, {n, d});
-  if (b_enc) check(op, "b_enc", *b_enc, ScalarType::Float, {n});
-  check_k(op, k, n);
+  const DictionaryOptions options{b_enc, scale, columns};
+  check_dictionary(op, x, w_enc, options);
+  const int64_t rows = x.size(0), d = x.size(1);
+  require(x.scalar_type() == ScalarType::Float, op, "expected x of dtype Float");
+  check_k(op, k, columns ? columns->size(0) : w_enc.size(0));
   require(isa().screen, op,
           "this processor (or CLIPSTEER_CPU_ISA) has no AVX512-VNNI; topk_encode always runs");
   require(k > 0, op, "expected k > 0");
   require(0 < d && d <= kScreenMaxDim, op, "expected 0 < d_in <= 8192, got " + std::to_string(d));
   auto [acts, indices] = outputs(x, rows, k);
   Tensor computed = torch::stable::new_empty(x, {&rows, 1}, ScalarType::Long);
+  const Dictionary<float> W(w_enc, options);
   if (rows) {
-    screened(data<float>(x), data<float>(w_enc), b_enc ? data<float>(*b_enc) : nullptr, rows, n, d, k,
-             data<float>(acts), data<int64_t>(indices), data<int64_t>(computed));
+    screened(data<float>(x), W, rows, k, relu, data<float>(acts), data<int64_t>(indices), data<int64_t>(computed));
   }
+  W.name(data<int64_t>(indices), rows * k);
   return {acts, indices, computed};
 }
 

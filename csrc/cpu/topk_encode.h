@@ -1,7 +1,7 @@
 // What the two ways of encoding share.
 #pragma once
 
-#include "gemm.h"
+#include "dictionary.h"
 
 namespace clipsteer {
 
@@ -10,19 +10,18 @@ constexpr int64_t kScratchBytes = int64_t(40) << 20;
 
 constexpr int64_t kPanelColumns = 512;
 
-// Panels of x W^T by torch's GEMM, for each block of rows: begin(s, first row, count), then row(s, r, values, bias, first
-// column, columns) for every row of every panel of slot s, while the panel is in cache, and end(first row, count). A slot
-// takes a run of panels, so one thread makes each GEMM, whatever the thread count.
+// Panels of (x W^T + b) * scale by torch's GEMM, for each block of rows: begin(s, first row, count), then row(s, r, values,
+// bias, first column, columns) for every row of every panel of slot s, while the panel is in cache, where a bias that is
+// not null has yet to be added, and end(first row, count). A slot takes a run of panels, so one thread makes each GEMM,
+// whatever the thread count.
 template <class T, class Begin, class Row, class End>
-void for_each_panel(const T* x, const T* w, const T* b, int64_t rows, int64_t n, int64_t d, int64_t slots, int64_t block,
-                    Begin&& begin_slot, Row&& take_row, End&& end_block) {
+void for_each_panel(const T* x, const Dictionary<T>& W, int64_t rows, int64_t slots, int64_t block, Begin&& begin_slot,
+                    Row&& take_row, End&& end_block) {
   using V = Compute<T>;
-  const int64_t panels = (n + kPanelColumns - 1) / kPanelColumns;
+  const int64_t d = W.d, n = W.n, panels = (n + kPanelColumns - 1) / kPanelColumns;
   std::unique_ptr<V[]> panel(new V[slots * block * kPanelColumns]);
-  std::unique_ptr<V[]> wide_w(kNarrow<T> ? new V[slots * kPanelColumns * d] : nullptr);
+  std::unique_ptr<V[]> weights(W.needs_buffer() ? new V[slots * kPanelColumns * d] : nullptr);
   std::unique_ptr<V[]> wide_x(kNarrow<T> ? new V[block * d] : nullptr);
-  std::unique_ptr<V[]> wide_b(kNarrow<T> && b ? new V[n] : nullptr);
-  const V* bias = b ? widened(b, wide_b.get(), n) : nullptr;
   for (int64_t r0 = 0; r0 < rows; r0 += block) {
     const int64_t count = std::min(block, rows - r0);
     const Tensor input = matrix(widened(x + r0 * d, wide_x.get(), count * d), count, d, d, 1);
@@ -32,15 +31,19 @@ void for_each_panel(const T* x, const T* w, const T* b, int64_t rows, int64_t n,
         begin_slot(s, r0, count);
         for (int64_t p = panels * s / slots; p < panels * (s + 1) / slots; ++p) {
           const int64_t first = p * kPanelColumns, columns = std::min(kPanelColumns, n - first);
+          const V* bias = W.bias ? W.bias + first : nullptr;
           if (d > 0) {
-            const V* weights =
-                widened(w + first * d, wide_w.get() + (kNarrow<T> ? s * kPanelColumns * d : 0), columns * d);
-            multiply(input, matrix(weights, d, columns, 1, d), matrix(out, count, columns, columns, 1));
+            V* buffer = weights.get() + (W.needs_buffer() ? s * kPanelColumns * d : 0);
+            multiply(input, W.factor(first, columns, buffer), matrix(out, count, columns, columns, 1));
           } else {
             std::fill_n(out, count * columns, V(0));
           }
           for (int64_t r = 0; r < count; ++r) {
-            take_row(s, r, out + r * columns, bias ? bias + first : nullptr, first, columns);
+            V* values = out + r * columns;
+            if (W.scale) {
+              for (int64_t c = 0; c < columns; ++c) values[c] = (values[c] + (bias ? bias[c] : 0)) * W.scale[first + c];
+            }
+            take_row(s, r, values, W.scale ? nullptr : bias, first, columns);
           }
         }
       }
@@ -50,14 +53,15 @@ void for_each_panel(const T* x, const T* w, const T* b, int64_t rows, int64_t n,
 }
 
 // Where screening pays: enough rows for the price of making bytes of W, few winners among many columns.
-inline bool worth_screening(int64_t rows, int64_t n, int64_t d, int64_t k) {
-  return isa().screen && rows >= 48 && n >= 4096 && d >= 128 && d <= kScreenMaxDim && k <= n / 128;
+template <class T>
+bool worth_screening(int64_t rows, const Dictionary<T>& W, int64_t k) {
+  return isa().screen && rows >= 48 && W.n >= 4096 && W.d >= 128 && W.d <= kScreenMaxDim && k <= W.n / 128;
 }
 
 // Encodes with int8 screening (topk_screen.cpp). `computed`, if any, gets how many columns of each row were computed in
 // float32.
-void screened(const float* x, const float* w, const float* b, int64_t rows, int64_t n, int64_t d, int64_t k,
-              float* acts, int64_t* indices, int64_t* computed);
+void screened(const float* x, const Dictionary<float>& W, int64_t rows, int64_t k, bool relu, float* acts,
+              int64_t* indices, int64_t* computed);
 
 // Writes the k greatest of `count` keys in order; a row with a NaN has NaN values and the first k indices.
 template <class T, class V>

@@ -33,16 +33,16 @@ struct Greatest {
 
 }  // namespace
 
-void screened(const float* x, const float* w, const float* b, int64_t rows, int64_t n, int64_t d, int64_t k,
-              float* acts, int64_t* indices, int64_t* computed) {
-  const int64_t slots = std::min<int64_t>(torch::stable::get_num_threads(), (n + 63) / 64);
+void screened(const float* x, const Dictionary<float>& W, int64_t rows, int64_t k, bool relu, float* acts,
+              int64_t* indices, int64_t* computed) {
+  const int64_t slots = std::min<int64_t>(torch::stable::get_num_threads(), (W.n + 63) / 64);
   const int64_t room = kScratchBytes / (slots * k * int64_t(sizeof(Key32)));
   const int64_t block = std::min({rows, kScreenRows, std::max<int64_t>(room, 64)});
   std::vector<Greatest> searches;
   for (int64_t s = 0; s < slots; ++s) searches.emplace_back(block, k);
   std::vector<Key32> merged;
   std::vector<float> wide(k);
-  search_screened(x, w, b, nullptr, rows, n, d, block, k, searches, [&](int64_t r0, int64_t count, const int64_t* work) {
+  search_screened(x, W, nullptr, rows, block, k, searches, [&](int64_t r0, int64_t count, const int64_t* work) {
     for (int64_t r = 0; r < count; ++r) {
       bool nan = false;
       merged.clear();
@@ -52,7 +52,7 @@ void screened(const float* x, const float* w, const float* b, int64_t rows, int6
         nan |= found.state[r].nan;
       }
       if (computed) computed[r0 + r] = work[r];
-      select<float, float>(merged.data(), merged.size(), k, nan, true, wide.data(), acts + (r0 + r) * k,
+      select<float, float>(merged.data(), merged.size(), k, nan, relu, wide.data(), acts + (r0 + r) * k,
                            indices + (r0 + r) * k);
     }
   });

@@ -24,6 +24,8 @@ PER_ROW = {
     "threshold_encode": ("x",),
     "jumprelu_encode": ("x",),
     "batch_topk_encode": ("x",),
+    "threshold_encode_options": ("x",),
+    "batch_topk_encode_options": ("x",),
     "sparse_decode_prefixes": ("acts", "indices"),
     "drrho_loss": ("image", "text", "ref_image", "ref_text", "u"),
 }
@@ -137,6 +139,21 @@ def test_an_exported_sae_trains_as_the_module_does() -> None:
         torch.testing.assert_close(parameters[f"sae.{name}"].grad, parameter.grad)
 
 
+@pytest.mark.parametrize("name", ["topk_encode", "threshold_encode", "batch_topk_encode"])
+def test_an_exported_encoder_trains_with_its_options_and_without(name: str) -> None:
+    """What is left out of an exported call has its default, in programs of before there was a scale as well."""
+    for variant in (name, f"{name}_options"):
+        part = Op(variant, "auto")
+        rows = {n: t for n, t in made(variant, 1).items() if n in rows_of(variant)}
+        program = export(part, (rows,)).module()
+        for module in (program, part):
+            module(rows)[0].square().sum().backward()
+        parameters = dict(program.named_parameters())
+        for n, parameter in part.named_parameters():
+            if n != "_threshold":  # it has no gradient
+                torch.testing.assert_close(parameters[n].grad, parameter.grad)
+
+
 def test_an_exported_loss_says_that_it_does_not_train() -> None:
     module = Op("mahalanobis_covariance_loss", "auto")
     rows = {n: t for n, t in made("mahalanobis_covariance_loss", 1).items() if n in ("new", "old", "labels")}
@@ -185,9 +202,9 @@ def test_a_compiled_program_loads_in_a_new_process(tmp_path: Path) -> None:
 
 
 PORTABLE_ARGUMENTS = {
-    "topk_encode": lambda t: (t["x"], t["W"], t["b_n"], 4),
-    "threshold_encode": lambda t: (t["x"], t["W"], t["b_n"], t["b_n"].abs(), 40),
-    "batch_topk_encode": lambda t: (t["x"], t["W"], t["b_n"], 24),
+    "topk_encode": lambda t: (t["x"], t["W"], t["b_n"], 4, True, t["b_n"] + 1, t["code"][:5], False),
+    "threshold_encode": lambda t: (t["x"], t["W"], t["b_n"], t["b_n"].abs(), 40, t["b_n"] + 1, t["code"][:5]),
+    "batch_topk_encode": lambda t: (t["x"], t["W"], t["b_n"], 24, t["b_n"] + 1, t["code"][:5]),
     "ragged_decode": lambda t: (t["b_n"][:12].clone(), t["code"], t["offsets"], t["W"], t["b_d"], [9, 17]),
     "ragged_dot": lambda t: (t["x"], t["row"], t["code"], t["W"]),
     "ragged_outer": lambda t: (t["b_n"][:12].clone(), t["code"], t["row"], t["x"], 17),

@@ -199,3 +199,44 @@ def test_other_layouts_are_refused_by_the_kernels_themselves():
         with pytest.raises((RuntimeError, ValueError), match="contiguous"):
             torch.ops.clipsteer_cpp.sparse_decode(acts, indices, bad, None)
         torch.testing.assert_close(ops.sparse_decode(acts, indices, bad), torch.zeros(4, 6))
+
+
+ON_GPU_KERNELS = """
+import torch
+from clipsteer import ops
+
+g = torch.Generator().manual_seed(0)
+W = torch.randn(6, 50, generator=g).t()
+acts, indices = torch.randn(9, 4, generator=g), torch.randint(50, (9, 4), generator=g)
+for options in ({}, {"prefixes": (7, 50)}):
+    found = []
+    for backend in ("triton", "reference"):
+        for buffer in (None, torch.full_like(W, 7.0), torch.full((50, 6), 7.0)):
+            leaf, kept = W.clone().requires_grad_(), {"grad_buffer": buffer} if backend == "triton" else {}
+            x_hat = ops.sparse_decode(acts, indices, leaf, backend=backend, **options, **kept)
+            found.append((x_hat, torch.autograd.grad(x_hat.square().sum(), leaf)[0]))
+    for x_hat, grad in found:
+        torch.testing.assert_close(x_hat, found[-1][0])
+        torch.testing.assert_close(grad, found[-1][1])
+"""
+
+
+def test_kernels_of_gpus_read_a_copy_and_leave_a_buffer_by_columns_alone(interpret):
+    interpret(ON_GPU_KERNELS)
+
+
+@pytest.mark.parametrize("op", ["topk_encode", "threshold_encode", "batch_topk_encode"])
+def test_an_encoders_gradient_is_the_only_large_tensor(op):
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.randn(8, 40, generator=g).requires_grad_(), torch.randn(40, 300, generator=g).t().requires_grad_()
+    limit = {"topk_encode": {"k": 4}, "threshold_encode": {"threshold": 9.0}, "batch_topk_encode": {"count": 30}}
+    with Large(W.numel()) as large:
+        values = getattr(ops, op)(x, W, **limit[op])[0]
+        grads = torch.autograd.grad(values.square().sum(), (x, W))
+    # the encoders themselves may make pre-activations of their own
+    assert [name for name in large.made if "encode" not in name] == [n for n in large.made if "outer" in n]
+    assert grads[1].stride() == W.stride()
+    by_rows = W.detach().contiguous().requires_grad_()
+    values = getattr(ops, op)(x, by_rows, **limit[op])[0]
+    for a, b in zip(grads, torch.autograd.grad(values.square().sum(), (x, by_rows))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

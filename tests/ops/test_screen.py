@@ -27,22 +27,31 @@ def screening_runs() -> bool:
 needs_vnni = pytest.mark.skipif(not screening_runs(), reason="no AVX512-VNNI here, or the C++ library is not built")
 
 
-def check_screened(x: Tensor, W: Tensor, b: Tensor | None, k: int) -> Tensor:
-    """Holds the screened result to a full search, and returns how many columns of each row were computed in float32."""
-    acts, indices, computed = torch.ops.clipsteer_cpp.topk_encode_screened(x, W, b, k)
-    every = torch.arange(W.shape[0]).expand(x.shape[0], -1).contiguous()
-    pre = torch.ops.clipsteer_cpp.gather_dot(x, every, W)  # the same sums in the same order
-    pre = pre if b is None else pre + b
+def check_screened(
+    x: Tensor, W: Tensor, b: Tensor | None, k: int, scale: Tensor | None = None, columns: Tensor | None = None
+) -> Tensor:
+    """Holds the screened result to a full search, and returns how many columns of each row were computed in float32.
+    So it is of a dictionary that lies across, to the bit, and without the relu."""
+    screened = torch.ops.clipsteer_cpp.topk_encode_screened
+    acts, indices, computed = screened(x, W, b, k, scale, columns)
+    every = torch.arange(W.shape[0]) if columns is None else columns
+    pre = torch.ops.clipsteer_cpp.gather_dot(x, every.expand(x.shape[0], -1).contiguous(), W)  # the same sums in order
+    pre = pre if b is None else pre + b[every]
+    pre = pre if scale is None else pre * scale[every]
     nan = pre.isnan().any(-1)
     values, order = torch.sort(pre[~nan] + 0.0, dim=-1, descending=True, stable=True)
-    assert torch.equal(indices[~nan], order[:, :k])
+    assert torch.equal(indices[~nan], every[order[:, :k]])
     assert torch.equal(acts[~nan], values[:, :k].relu())
     assert bool(acts[nan].isnan().all())
-    assert torch.equal(indices[nan], every[nan, :k])
+    assert torch.equal(indices[nan], every[:k].expand(int(nan.sum()), -1))
+    signed = screened(x, W.t().contiguous().t(), b, k, scale, columns, False)
+    assert torch.equal(signed[0][~nan], values[:, :k])
+    assert torch.equal(signed[1], indices)
     if not bool(pre.isfinite().all()):  # sums that overflow say little about the true ones
         return computed
-    with_bias = {"x": x, "W_enc": W, "b_enc": x.new_zeros(W.shape[0]) if b is None else b, "k": k}
-    errors = REGISTRY["topk_encode"].check(with_bias, {"acts": acts, "indices": indices})
+    inputs = {"x": x, "W_enc": W, "b_enc": x.new_zeros(W.shape[0]) if b is None else b, "k": k}
+    inputs |= {"scale": scale, "columns": columns}
+    errors = REGISTRY["topk_encode_options"].check(inputs, {"acts": acts, "indices": indices})
     assert max(errors.values()) <= 1, errors
     return computed
 
@@ -107,8 +116,19 @@ def bias_of(kind: int, n: int, g: torch.Generator) -> Tensor | None:
     return b
 
 
-def fuzz(seed: int, cases: int) -> tuple[int, int]:
-    """How many pre-activations of all were computed; a mismatch raises."""
+def scale_of(kind: int, n: int, g: torch.Generator) -> Tensor:
+    scale = torch.randn(n, generator=g)
+    if kind == 0:
+        return (2 * scale).round()  # zeros among them
+    if kind == 1:
+        return scale * 10.0 ** torch.randint(-12, 13, (n,), generator=g)
+    if kind == 2:
+        return scale * 10.0 ** torch.randint(-44, 30, (n,), generator=g)
+    return scale.abs()
+
+
+def fuzz(seed: int, cases: int, options: bool = False) -> tuple[int, int]:
+    """How many pre-activations of all were computed; a mismatch raises. With a scale, and of some columns, if so."""
     g = torch.Generator().manual_seed(seed)
     done = total = 0
     for case in range(cases):
@@ -118,9 +138,14 @@ def fuzz(seed: int, cases: int) -> tuple[int, int]:
         k = n if case % 50 == 0 else int(torch.randint(1, min(n, 40) + 1, (), generator=g))
         x, W = draw(kind, B, d, n, k, g)
         b = bias_of(1 if kind == "integers" else int(torch.randint(5, (), generator=g)), n, g)
+        scale = columns = None
+        if options:
+            scale = scale_of(int(torch.randint(4, (), generator=g)), n, g) if case % 5 else None
+            if case % 3:
+                columns = torch.randperm(n, generator=g)[: max(k, n - int(torch.randint(90, (), generator=g)))]
         try:
-            computed = check_screened(x, W, b, k)
-            if kind == "integers":
+            computed = check_screened(x, W, b, k, scale, columns)
+            if kind == "integers" and not options:
                 plain = ops.topk_encode(x, W, b, k=k, screen="off", backend="cpp")
                 screened = torch.ops.clipsteer_cpp.topk_encode_screened(x, W, b, k)
                 assert all(map(torch.equal, plain, screened[:2]))
@@ -142,9 +167,51 @@ def test_screening_equals_a_full_search():
 
 
 @needs_vnni
+def test_screening_with_a_scale_and_columns_equals_a_full_search():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        done, total = fuzz(3, 240, options=True)
+    finally:
+        torch.set_num_threads(before)
+    assert done < total * 0.7
+
+
+@needs_vnni
 @pytest.mark.slow
 def test_screening_equals_a_full_search_on_many_cases():
     fuzz(1, 2000)
+    fuzz(4, 2000, options=True)
+
+
+@needs_vnni
+def test_a_scale_rules_out_as_many_columns():
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.randn(70, 192, generator=g), torch.randn(6000, 192, generator=g)
+    scale = 1 + torch.rand(6000, generator=g)
+    scale[::2] *= -1  # the bound's other side
+    columns = torch.randperm(6000, generator=g)[:5000]
+    assert int(check_screened(x, W, None, 16, scale, columns).max()) < 5000 // 8
+    scale[7] = 1e-40  # always computed, as sums of denormal numbers keep no bound
+    scale[8] = 0.0
+    computed = check_screened(x, W, torch.ones(6000), 16, scale)
+    assert int(computed.max()) < 6000 // 8
+
+
+@needs_vnni
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("size", [1.0, 2.0**-32, 2.0**32, 3.0e-7])
+def test_a_scaled_bound_holds_where_it_is_attained(sign, size):
+    """As below for the digits of W: 64 columns without an error, which beats the others by less than the bound."""
+    x, W = torch.ones(6, 128), torch.ones(896, 128)
+    x, x[:, 0] = 0.32 * x, 0
+    W *= 40.499 / 127
+    W[:64] *= 1 - 1e-4
+    W[:64, 0], W[64:, 0] = 0, 1
+    scale = torch.full((896,), sign * size)
+    check_screened(x, sign * W, None, 3, scale)
+    found = torch.ops.clipsteer_cpp.topk_encode_screened(x, sign * W, None, 3, scale)
+    assert int(found[1].min()) >= 64
 
 
 @needs_vnni

@@ -42,7 +42,7 @@ def make(architecture: str, dtype: torch.dtype = torch.float64, n: int = N) -> S
 
 def config(architecture: str, **changes) -> TrainConfig:
     base = {"d_sae": N, "k": 5, "batch_size": 32, "steps": 10, "warmup_steps": 0, "cosine": False, "lr": 1e-2}
-    base |= {"l1_coefficient": 0.01, "l0_coefficient": 0.01, "bandwidth": 0.3, "dtype": "float64", "sync_every": 1}
+    base |= {"l1_coefficient": 0.01, "l0_coefficient": 0.01, "bandwidth": 0.05, "dtype": "float64", "sync_every": 1}
     return TrainConfig(**{**base, "architecture": architecture, **changes})
 
 
@@ -90,9 +90,10 @@ def plain_gradients(sae: SAE, x: Tensor, cfg: TrainConfig, dead: list[int]) -> t
     loss.backward()
     if sae.architecture == "jumprelu":
         theta = p["threshold"].detach()
-        near = (((gate - theta) / cfg.bandwidth).abs() < 0.5).double()
+        bandwidth = cfg.bandwidth * (variance / count).sqrt()  # as where tokens have norm 1
+        near = (((gate - theta) / bandwidth).abs() < 0.5).double()
         by_step = cfg.l0_coefficient / count if cfg.l0_penalty == "step" else 0.0
-        p["threshold"].grad = -(near * (theta * acts.grad + by_step) / cfg.bandwidth).sum(0)
+        p["threshold"].grad = -(near * (theta * acts.grad + by_step) / bandwidth).sum(0)
     return float(loss.detach()), {name: value.grad for name, value in p.items()}
 
 

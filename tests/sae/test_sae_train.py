@@ -413,8 +413,8 @@ class Syncs(TorchDispatchMode):
 @pytest.mark.parametrize("architecture", TRAINABLE)
 def test_a_step_does_not_wait_for_the_device(architecture, monkeypatch):
     # on a CPU, where nothing waits, the ops look at indices and offsets, and codes are as many as there are
-    monkeypatch.setattr(_check, "check_indices", lambda *_: None)
-    monkeypatch.setattr(_check, "check_offsets", lambda *_: None)
+    monkeypatch.setattr(_check, "check_indices", lambda *_, **__: None)
+    monkeypatch.setattr(_check, "check_offsets", lambda *_, **__: None)
     monkeypatch.setattr(sae_loss, "takes_codes", lambda x: False)
     config = tiny(architecture=architecture, sync_every=4, dead_after=40, auxk_coefficient=0.1)
     trainer = SAETrainer(make(architecture), config, 12)

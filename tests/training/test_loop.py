@@ -336,7 +336,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
-from _training import USERS
+from _training import VARIANTS
 from clipsteer.training.tracking import Reporter
 
 plain = Reporter.write
@@ -347,7 +347,7 @@ def train(name, out, pause):
         open(out + "/started", "w").close()
         time.sleep(float(pause))
     Reporter.write = write
-    USERS[name].train(Path(out))
+    VARIANTS[name].train(Path(out))
 
 # the first optimiser imports the compiler, which takes longer than a whole run
 weight = torch.nn.Parameter(torch.zeros(1))
@@ -358,13 +358,13 @@ for line in sys.stdin:
     if child == 0:
         code = 1
         try:
-            train(*line.split())
+            train(*line.rstrip("\\n").split("\\t"))
             code = 0
         except SystemExit as stop:
             code = stop.code
         finally:
             # a run that was done before it was killed trains no step again
-            open(line.split()[1] + "/started", "w").close()
+            open(line.split("\\t")[1] + "/started", "w").close()
             os._exit(code)
     print("number", child, flush=True)
     print("code", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -380,7 +380,7 @@ class Runs:
         """Start a run; returns the process's number once it has trained a step."""
         out.mkdir(exist_ok=True)
         (out / "started").unlink(missing_ok=True)
-        self.server.stdin.write(f"{name} {out} {pause}\n")
+        self.server.stdin.write(f"{name}\t{out}\t{pause}\n")
         self.server.stdin.flush()
         number = self._said("number")
         deadline = time.monotonic() + 120

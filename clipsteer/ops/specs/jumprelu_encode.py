@@ -12,13 +12,12 @@ from clipsteer.ops._bounds import fraction_of_bound
 from clipsteer.ops._spec import Draw, Errors, Inputs, OpSpec, Tensors, sizes, unpacked
 from clipsteer.ops.jumprelu_encode import jumprelu, jumprelu_encode, jumprelu_encode_reference
 from clipsteer.ops.ragged_decode import SparseCodes, code_rows
+from clipsteer.ops.specs._encoders import draw_dictionary, pre_activations, rounded
 from clipsteer.ops.specs._shared import dictionary_bench
 from clipsteer.ops.specs.threshold_encode import (
     EDGES,
     check_code_grads,
     check_codes,
-    draw_dictionary,
-    pre_activations,
     read_codes,
 )
 from clipsteer.ops.specs.threshold_encode import SPEC as THRESHOLD_ENCODE
@@ -78,11 +77,12 @@ def _check(inputs: Inputs, outputs: Tensors) -> Errors:
     active = outputs["active"]
     if active.dtype != outputs["values"].dtype or bool(((active != 0) & (active != 1)).any()):
         return errors
-    found = read_codes(outputs, len(inputs["W_enc"]))
+    found = read_codes(inputs, outputs)
     if found is None:
         return errors
     kept, dense, _ = found
     pre, _, slack = pre_activations(inputs)
+    slack = rounded(inputs, pre, slack)
     on = dense != 0
     number = kept & ~pre.isnan().any(-1, keepdim=True)
     jumped = (pre + slack > theta)[number & on].all() & (pre - slack <= theta)[number & ~on].all()

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsteer.ops._bounds import (
-    ACCUMULATE,
-    UNIT,
-    fraction_of_bound,
-    operand_error,
-    smallest_normal,
-)
+from clipsteer.ops._bounds import fraction_of_bound, operand_error
 from clipsteer.ops._spec import Draw, Errors, Inputs, OpSpec, Shape, Tensors, sizes, unpacked
 from clipsteer.ops.ragged_decode import SparseCodes, code_rows
+from clipsteer.ops.specs._encoders import (
+    PARAMETERS,
+    before_scale,
+    draw_dictionary,
+    draw_options,
+    factor_error,
+    least,
+    options_of,
+    places,
+    pre_activations,
+    rounded,
+    scale_error,
+    terms_of,
+    underflow,
+)
 from clipsteer.ops.specs._shared import dictionary_bench
 from clipsteer.ops.threshold_encode import threshold_encode, threshold_encode_reference
-
-
-def draw_dictionary(case: Draw) -> Inputs:
-    """x, W_enc, b_enc."""
-    B, d, n = unpacked(case.shape, "B d n")
-    x = case.tensor(B, d)
-    W_enc = case.tensor(n, d, scale=1.0)
-    return {"x": x, "W_enc": W_enc, "b_enc": case.tensor(n)}
 
 
 def _draw(case: Draw) -> Inputs:
@@ -50,40 +52,31 @@ def _draw(case: Draw) -> Inputs:
     return {**inputs, "threshold": threshold, "capacity": room}
 
 
-def pre_activations(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """In float64: their values (B, n), magnitudes, and by how much any backend may be off."""
-    x = inputs["x"]
-    dtype = x.dtype
-    x64 = x.double()
-    W64 = inputs["W_enc"].double()
-    b64 = inputs["b_enc"].double()
-    pre = x64 @ W64.T + b64
-    magnitude = x64.abs() @ W64.abs().T + b64.abs()
-    d = x.shape[1]
-    gamma = (d + 1) * ACCUMULATE[dtype] + operand_error(dtype)
-    lost = smallest_normal(dtype) * (d + 2)
-    # the reference rounds them to its dtype before it compares
-    slack = gamma * magnitude + UNIT[dtype] * (pre.abs() + gamma * magnitude) + lost
-    if dtype == torch.float16:
-        slack = slack + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    return pre, magnitude, torch.where(pre.isinf(), 0.0, slack)
+def _draw_options(case: Draw) -> Inputs:
+    """The same with a scale, columns, signed=1 without a relu."""
+    options = draw_options(case)
+    return {**_draw(case), "relu": not case.shape.get("signed"), **options}
 
 
-def read_codes(outputs: Tensors, n: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Which features are kept (B, n), their values (B, n), and which rows are there whole (B,);
-    None where the codes are not in order."""
+def read_codes(inputs: Inputs, outputs: Tensors) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Which of the m features looked at are kept (B, m), their values (B, m), and which rows are
+    there whole (B,); None where the codes are not in order."""
     values = outputs["values"]
     indices = outputs["indices"]
     offsets = outputs["offsets"]
+    n = len(options_of(inputs)[1])
     B = len(offsets) - 1
     m = len(values)
     if offsets.dtype != torch.int64 or indices.dtype != torch.int64 or int(offsets[0]) != 0:
         return None
-    if bool((offsets.diff() < 0).any()) or bool(((indices < 0) | (indices >= max(n, 1))).any()):
+    if bool((offsets.diff() < 0).any()):
         return None
     row = code_rows(SparseCodes(values, indices, offsets))
     there = row < B
     if bool(values[~there].any()) or bool(indices[~there].any()):
+        return None
+    indices = torch.where(there, places(inputs, indices), 0)
+    if bool((indices < 0).any()):
         return None
     same_row = (row[1:] == row[:-1]) & there[1:]
     if bool((indices[1:][same_row] <= indices[:-1][same_row]).any()):
@@ -107,12 +100,14 @@ def check_codes(
     Codes where the output ``valued`` is 0 have to be 0.
     """
     pre, magnitude, slack = pre_activations(inputs)
+    # the reference rounds them to its dtype before it compares
+    slack = rounded(inputs, pre, slack)
     x = inputs["x"]
-    n = pre.shape[1]
+    _, columns = options_of(inputs)
     broken = dict.fromkeys(("values", "indices", "offsets"), math.inf)
     if outputs["values"].dtype != x.dtype or len(outputs["offsets"]) != len(x) + 1:
         return broken
-    found = read_codes(outputs, n)
+    found = read_codes(inputs, outputs)
     if found is None:
         return broken
     keep, dense, whole = found
@@ -124,19 +119,28 @@ def check_codes(
     left = ~keep & whole[:, None] & ~nan[:, None]
     has_value = kept
     if valued is not None:
-        flags = read_codes({**outputs, "values": outputs[valued]}, n)
+        flags = read_codes(inputs, {**outputs, "values": outputs[valued]})
         if flags is None or bool(dense[kept & (flags[1] == 0)].any()):
             return broken
         has_value = kept & (flags[1] != 0)
     error = fraction_of_bound(
-        dense[has_value], pre[has_value], magnitude[has_value], x.shape[1], operand_error(x.dtype)
+        dense[has_value],
+        pre[has_value],
+        magnitude[has_value],
+        terms_of(inputs),
+        operand_error(x.dtype),
+        underflow(inputs)[columns].expand_as(pre)[has_value],
     )
     wrong = 0.0 if right(pre + slack, pre - slack, kept, left) else math.inf
     return {"values": error, "indices": wrong, "offsets": wrong}
 
 
 def _check_values(inputs: Inputs, outputs: Tensors) -> Errors:
-    limit = inputs["threshold"].double().clamp_min(0)
+    _, columns = options_of(inputs)
+    limit = inputs["threshold"].double()
+    limit = limit if limit.dim() == 0 else limit[columns]
+    if inputs.get("relu", True):
+        limit = limit.clamp_min(0)
 
     def right(high: Tensor, low: Tensor, kept: Tensor, left: Tensor) -> bool:
         return bool((high > limit)[kept].all()) and bool((low <= limit)[left].all())
@@ -155,24 +159,72 @@ def check_code_grads(inputs: Inputs, outputs: Tensors, grad_out: Tensors, grads:
     row = row[there]
     feature = outputs["indices"][there]
     g = grad_out["values"].double()[there]
-    code = torch.zeros(B, n, dtype=torch.float64)
-    code[row, feature] = g
-    used = torch.zeros(B, n, dtype=torch.float64)
-    used[row, feature] = 1
+    scale, _ = options_of(inputs)
+    factor = scale[feature]
+
+    def matrix(coefficients: Tensor) -> Tensor:
+        return torch.zeros(B, n, dtype=torch.float64).index_put((row, feature), coefficients)
+
+    code = matrix(g * factor)
+    used = matrix(torch.ones_like(g))
     terms = used.sum(0)
-    return {
-        "x": fraction_of_bound(grads["x"], code @ W, code.abs() @ W.abs(), used.sum(1)[:, None]),
-        "W_enc": fraction_of_bound(
-            grads["W_enc"], code.T @ x, code.abs().T @ x.abs(), terms[:, None]
+    extra = factor_error(inputs)
+    lost = least(inputs["x"].dtype) * used
+    errors = {
+        "x": fraction_of_bound(
+            grads["x"],
+            code @ W,
+            code.abs() @ W.abs(),
+            used.sum(1)[:, None],
+            extra,
+            lost @ W.abs(),
         ),
-        "b_enc": fraction_of_bound(grads["b_enc"], code.sum(0), code.abs().sum(0), terms),
+        "W_enc": fraction_of_bound(
+            grads["W_enc"],
+            code.T @ x,
+            code.abs().T @ x.abs(),
+            terms[:, None],
+            extra,
+            lost.T @ x.abs(),
+        ),
+        "b_enc": fraction_of_bound(
+            grads["b_enc"], code.sum(0), code.abs().sum(0), terms, extra, lost.sum(0)
+        ),
     }
+    if "scale" in grads:
+        pre, magnitude = before_scale(inputs)
+        g = matrix(g)
+        lost = lost * (1 + g.abs() * (1 + 1 / torch.where(scale == 0, 1, scale).abs()))
+        errors["scale"] = fraction_of_bound(
+            grads["scale"],
+            (g * pre).sum(0),
+            (g.abs() * magnitude).sum(0),
+            terms,
+            scale_error(inputs),
+            lost.sum(0),
+        )
+    return errors
 
 
 def _linear_threshold(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, *, threshold: Tensor, capacity: int
 ) -> Tensor:
     pre = F.linear(x, W_enc, b_enc)
+    return torch.relu(pre) * (pre > threshold)
+
+
+def _linear_scale_threshold(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    *,
+    threshold: Tensor,
+    capacity: int,
+    relu: bool,
+    scale: Tensor,
+    columns: None,
+) -> Tensor:
+    pre = F.linear(x, W_enc, b_enc) * scale
     return torch.relu(pre) * (pre > threshold)
 
 
@@ -212,4 +264,27 @@ SPEC = OpSpec(
     floor=_floor,
 )
 
-SPECS = (SPEC,)
+OPTIONS = replace(
+    SPEC,
+    name="threshold_encode_options",
+    differentiable=PARAMETERS,
+    draw=_draw_options,
+    shapes=sizes(
+        "B d n k m single short signed plain",
+        (5, 33, 65, 4, 40),
+        (33, 31, 129, 8, None, 1),
+        (2, 128, 127, 60, 90, None, None, 1),
+        (1, 1, 1, 1, 1),
+        (0, 8, 16, 4, 9),
+        (3, 127, 300, 32, None, 1, None, 1),
+        (31, 129, 33, 1, 20, None, None, None, 1),
+        (4, 16, 32, 16, 30, None, 1),
+    ),
+    small_shape={"B": 3, "d": 4, "n": 9, "k": 3, "m": 7},
+    repeat_shape={"B": 70, "d": 40, "n": 300, "k": 9, "m": 280},
+    # the latter is made of the former
+    torch_sums=("values", "d scale"),
+    baselines={"linear+scale+threshold": _linear_scale_threshold},
+)
+
+SPECS = (SPEC, OPTIONS)

@@ -121,42 +121,6 @@ TARGET static inline void inner(const V* const* a, int64_t rows, const V* w, int
   for (; j < columns; ++j) inner_rows<V, 1>(a, rows, w + j * stride, stride, k, c, j);
 }
 
-#if CLIPSTEER_LEVEL == 2
-using Floats = __m512;
-TARGET static inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
-TARGET static inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
-// a0 b0 a1 b1 ... of the lower halves, and of the upper ones.
-TARGET static inline void interleave(Floats a, Floats b, Floats& low, Floats& high) {
-  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  low = _mm512_permutex2var_ps(a, first, b);
-  high = _mm512_permutex2var_ps(a, _mm512_add_epi32(first, _mm512_set1_epi32(8)), b);
-}
-#else
-using Floats = __m256;
-TARGET static inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
-TARGET static inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
-TARGET static inline void interleave(Floats a, Floats b, Floats& low, Floats& high) {
-  const __m256 even = _mm256_unpacklo_ps(a, b), odd = _mm256_unpackhi_ps(a, b);
-  low = _mm256_permute2f128_ps(even, odd, 0x20);
-  high = _mm256_permute2f128_ps(even, odd, 0x31);
-}
-#endif
-
-// A square of floats, transposed by as many rounds of interleaving rows half a square apart as its
-// side has bits.
-TARGET static inline void transpose(const float* u, int64_t stride, float* out, int64_t width) {
-  constexpr int kSide = sizeof(Floats) / sizeof(float);
-  Floats row[kSide], next[kSide];
-  for (int i = 0; i < kSide; ++i) row[i] = load(u + i * stride);
-  for (int bits = kSide; bits > 1; bits /= 2) {
-    for (int i = 0; i < kSide / 2; ++i) {
-      interleave(row[i], row[i + kSide / 2], next[2 * i], next[2 * i + 1]);
-    }
-    for (int i = 0; i < kSide; ++i) row[i] = next[i];
-  }
-  for (int i = 0; i < kSide; ++i) store(out + i * width, row[i]);
-}
-
 // out[q * width + l] = u[l * stride + q] for `columns` values of l (the rest of width: 0)
 // and k of q.
 template <class V>

@@ -137,6 +137,15 @@ struct ScreenColumns {
   int32_t offset[64];
 };
 
+// What will be read next: cache lines by fours, which are `stride` bytes apart.
+struct ScreenAhead {
+  const char* from;
+  int64_t stride, lines;
+  void fetch(int64_t line) const {
+    __builtin_prefetch(from + line / 4 * stride + line % 4 * 64, 0, 2);
+  }
+};
+
 constexpr int64_t kScreenTile = 16;  // rows of bytes are there in multiples of this many
 
 // Rows of W, up to this many at a time, whose products with many rows of x are computed from the
@@ -186,6 +195,9 @@ struct Kernels {
                     int64_t n);
   // Adam's rule on weights, both moments and gradient (null: zeros) of a row.
   void (*adam)(V* p, V* m, V* v, const V* g, const AdamStep<V>& at, int64_t n);
+  // out[j * out_stride + i] = u[i * stride + j] for `rows` values of i and `columns` of j.
+  void (*turn)(const V* u, int64_t stride, int64_t rows, int64_t columns, V* out,
+               int64_t out_stride);
   // The rest is not there, and block_columns is 0, where torch's GEMM has the better inner loop.
   int64_t block_columns = 0;
   // c[i] = a[i] (k numbers, `step` apart) @ b (k rows of block_columns, `stride` apart), += if
@@ -212,9 +224,9 @@ struct Screening {
   void (*quantise)(const float* v, const float* scale, int64_t d, int64_t width, int8_t* digit,
                    Digits& row);
   void (*screen)(const uint8_t* x, int64_t width, const ScreenRow* row, int64_t rows,
-                 const int8_t* panel, const ScreenColumns& column, const char* next, int64_t lines,
+                 const int8_t* panel, const ScreenColumns& column, const ScreenAhead& next,
                  uint64_t* pass);
-  void (*dots)(const float* const* x, int rows, const float* w, int64_t d, int64_t columns,
+  void (*dots)(const float* const* x, int rows, const float* const* w, int64_t d, int64_t columns,
                float (*out)[kDotColumns]);
 };
 

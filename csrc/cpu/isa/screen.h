@@ -60,13 +60,14 @@ VNNI static inline uint64_t above(const int32_t* product, const ScreenRow& row, 
   return pass;
 }
 
-// pass[r] = above() for rows of `width` bytes; those that are not wanted may be left as they are. Meanwhile `lines`
-// cache lines from `next` on are fetched, a share with every block.
+// pass[r] = above() for rows of `width` bytes; those that are not wanted may be left as they are. Meanwhile what is read
+// next is fetched, a share with every block.
 VNNI void screen(const uint8_t* x, int64_t width, const ScreenRow* row, int64_t rows, const int8_t* panel,
-                 const ScreenColumns& column, const char* next, int64_t lines, uint64_t* pass) {
+                 const ScreenColumns& column, const ScreenAhead& next, uint64_t* pass) {
   const int64_t quads = width / 4, blocks = (rows + kBlockRows - 1) / kBlockRows;
-  const int64_t share = std::min(quads, (lines + blocks - 1) / blocks);
-  for (int64_t at = 0; at < rows; at += kBlockRows, next += 64 * share) {
+  const int64_t share = std::min(quads, (next.lines + blocks - 1) / blocks);
+  int64_t line = 0;
+  for (int64_t at = 0; at < rows; at += kBlockRows, line += share) {
     const uint8_t* left[kBlockRows];
     bool wanted = false;
     for (int i = 0; i < kBlockRows; ++i) {
@@ -77,7 +78,7 @@ VNNI void screen(const uint8_t* x, int64_t width, const ScreenRow* row, int64_t 
     __m512i sum[kBlockRows][4] = {};
     const int8_t* w = panel;
     for (int64_t q = 0; q < quads; ++q, w += 256) {
-      if (q < share) __builtin_prefetch(next + 64 * q, 0, 2);
+      if (q < share) next.fetch(line + q);
       const __m512i right[4] = {_mm512_loadu_si512(w), _mm512_loadu_si512(w + 64), _mm512_loadu_si512(w + 128),
                                 _mm512_loadu_si512(w + 192)};
 #pragma GCC unroll 6
@@ -104,18 +105,19 @@ VNNI void screen(const uint8_t* x, int64_t width, const ScreenRow* row, int64_t 
 // The same on tiles of 16 rows; `width` is a multiple of 64.
 __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 void screen_tiles(const uint8_t* x, int64_t width, const ScreenRow* row, int64_t rows, const int8_t* panel,
-                  const ScreenColumns& column, const char* next, int64_t lines, uint64_t* pass) {
+                  const ScreenColumns& column, const ScreenAhead& next, uint64_t* pass) {
   // Eight tiles of 16 rows of 64 bytes. In memory before any code runs, as the instruction's use of it is not declared.
   alignas(64) static const volatile struct {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
   } kTiles;
-  const int64_t blocks = (rows + kScreenTile - 1) / kScreenTile, share = (lines + blocks - 1) / blocks;
+  const int64_t blocks = (rows + kScreenTile - 1) / kScreenTile, share = (next.lines + blocks - 1) / blocks;
   const int64_t step = (share * 64 + width - 1) / width;
+  int64_t line = 0;
   __asm__ volatile("" ::: "memory");  // nor is it what loads of tiles read
   _tile_loadconfig(const_cast<const void*>(static_cast<const volatile void*>(&kTiles)));
-  for (int64_t at = 0; at < rows; at += kScreenTile, next += 64 * share) {
+  for (int64_t at = 0; at < rows; at += kScreenTile, line += share) {
     bool wanted = false;
     for (int64_t r = at; r < std::min(rows, at + kScreenTile); ++r) wanted |= row[r].wanted;
     if (!wanted) continue;
@@ -128,7 +130,7 @@ void screen_tiles(const uint8_t* x, int64_t width, const ScreenRow* row, int64_t
     _tile_zero(3);
     for (int64_t q = 0; q < width; q += 64, w += 16 * 256) {
       for (int64_t l = q / 64 * step; l < std::min(share, (q / 64 + 1) * step); ++l) {
-        __builtin_prefetch(next + 64 * l, 0, 2);
+        next.fetch(line + l);
       }
       _tile_loadd(4, left + q, width);
       _tile_loadd(5, w, 256);
@@ -210,13 +212,13 @@ VNNI static inline void products(int rows, const float* const* x, const float* c
   }
 }
 
-// out[i][c] = x[i] . row c of w, for 1 to kDotRows rows and 1 to kDotColumns columns, two at a time.
-VNNI void dots(const float* const* x, int rows, const float* w, int64_t d, int64_t columns, float (*out)[kDotColumns]) {
-  if (columns == 1) return products<1>(rows, x, &w, d, out[0]);
+// out[i][c] = x[i] . w[c], for 1 to kDotRows rows and 1 to kDotColumns columns, two at a time.
+VNNI void dots(const float* const* x, int rows, const float* const* w, int64_t d, int64_t columns,
+               float (*out)[kDotColumns]) {
+  if (columns == 1) return products<1>(rows, x, w, d, out[0]);
   for (int64_t c = 0; c < columns; c += 2) {
     const int64_t first = std::min(c, columns - 2);
-    const float* right[2] = {w + first * d, w + (first + 1) * d};
-    products<2>(rows, x, right, d, out[0] + first);
+    products<2>(rows, x, w + first, d, out[0] + first);
   }
 }
 

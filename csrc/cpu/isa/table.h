@@ -7,6 +7,7 @@
 #include "drift.h"
 #include "drrho.h"
 #include "adam.h"
+#include "transpose.h"
 #if CLIPSTEER_LEVEL > 0
 #include "blocks.h"
 #endif
@@ -27,6 +28,7 @@ constexpr Kernels<V> kKernels = {
     .pair_sums = pair_sums,
     .pair_weights = pair_weights,
     .adam = adam,
+    .turn = turn,
 #if CLIPSTEER_LEVEL > 0
     .block_columns = kBlockBytes / sizeof(V),
     .block = block,

@@ -1,0 +1,79 @@
+// Transposed copies; included by table.h. No include guard on purpose.
+
+namespace clipsteer::ISA {
+
+#if CLIPSTEER_LEVEL == 2
+using Floats = __m512;
+TARGET static inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
+TARGET static inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+// a0 b0 a1 b1 ... of the lower halves, and of the upper ones.
+TARGET static inline void interleave(Floats a, Floats b, Floats& low, Floats& high) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  low = _mm512_permutex2var_ps(a, first, b);
+  high = _mm512_permutex2var_ps(a, _mm512_add_epi32(first, _mm512_set1_epi32(8)), b);
+}
+#elif CLIPSTEER_LEVEL == 1
+using Floats = __m256;
+TARGET static inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
+TARGET static inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+TARGET static inline void interleave(Floats a, Floats b, Floats& low, Floats& high) {
+  const __m256 even = _mm256_unpacklo_ps(a, b), odd = _mm256_unpackhi_ps(a, b);
+  low = _mm256_permute2f128_ps(even, odd, 0x20);
+  high = _mm256_permute2f128_ps(even, odd, 0x31);
+}
+#endif
+
+#if CLIPSTEER_LEVEL > 0
+// A square of floats, transposed by as many rounds of interleaving rows half a square apart as its
+// side has bits.
+TARGET static inline void transpose(const float* u, int64_t stride, float* out, int64_t width) {
+  constexpr int kSide = sizeof(Floats) / sizeof(float);
+  Floats row[kSide], next[kSide];
+  for (int i = 0; i < kSide; ++i) row[i] = load(u + i * stride);
+  for (int bits = kSide; bits > 1; bits /= 2) {
+    for (int i = 0; i < kSide / 2; ++i) {
+      interleave(row[i], row[i + kSide / 2], next[2 * i], next[2 * i + 1]);
+    }
+    for (int i = 0; i < kSide; ++i) row[i] = next[i];
+  }
+  for (int i = 0; i < kSide; ++i) store(out + i * width, row[i]);
+}
+#endif
+
+// out[j * out_stride + i] = u[i * stride + j] for `rows` values of i and `columns` of j.
+template <class V>
+TARGET static inline void turn(const V* u, int64_t stride, int64_t rows, int64_t columns,
+                               V* __restrict out, int64_t out_stride) {
+  constexpr int64_t kSide = 16, kLine = 64 / sizeof(V);
+  for (int64_t i = 0; i < rows; i += kSide) {
+    const int64_t height = std::min(kSide, rows - i);
+    for (int64_t j = 0; j < columns; j += kSide) {
+      const int64_t width = std::min(kSide, columns - j);
+      // the next rows, whose lines no other fetches
+      for (int64_t l = i + kSide; l < std::min(rows, i + 2 * kSide); ++l) {
+        for (int64_t c = 0; c < width; c += kLine) __builtin_prefetch(u + l * stride + j + c);
+      }
+#if CLIPSTEER_LEVEL > 0
+      if constexpr (std::is_same_v<V, float>) {
+        constexpr int64_t kWhole = sizeof(Floats) / sizeof(float);
+        if (height == kSide && width == kSide) {
+          for (int64_t l = 0; l < kSide; l += kWhole) {
+            for (int64_t c = 0; c < kSide; c += kWhole) {
+              transpose(u + (i + l) * stride + j + c, stride, out + (j + c) * out_stride + i + l,
+                        out_stride);
+            }
+          }
+          continue;
+        }
+      }
+#endif
+      for (int64_t c = 0; c < width; ++c) {
+        for (int64_t l = 0; l < height; ++l) {
+          out[(j + c) * out_stride + i + l] = u[(i + l) * stride + j + c];
+        }
+      }
+    }
+  }
+}
+
+}  // namespace clipsteer::ISA
