@@ -37,7 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "JumpReLU", JUMP | {"jumprelu_sparsity_loss_mode": "tanh", "jumprelu_ste_to_input": True},
     ),
     "jumprelu, quadratic": ("JumpReLU", JUMP | {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": 4.0}),
-    "jumprelu, of the dead": ("JumpReLU", JUMP | {"pre_act_loss_coefficient": 3e-3}),
+    "jumprelu, of the dead": ("JumpReLU", JUMP | {"pre_act_loss_coefficient": 1e-4}),
 }  # fmt: skip
 FAST = {theirs.__name__.removesuffix("TrainingSAE"): ours for theirs, ours in saelens.FAST.items()}
 
@@ -101,6 +101,8 @@ def test_fifty_steps(case, dead):
     assert_same_losses(ours, theirs)
     if "jumprelu" not in case:
         assert (max(loss[2] for loss in ours.losses) > 0) == (dead == 3)  # AuxK
+    elif case == "jumprelu, of the dead":
+        assert (max(loss[3] for loss in ours.losses) > 0) == (dead == 3)
     mine = ours.sae.state_dict()
     assert mine.keys() == theirs.sae.state_dict().keys()
     for name, tensor in theirs.sae.state_dict().items():
