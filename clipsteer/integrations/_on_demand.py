@@ -58,7 +58,7 @@ class OnDemand(Tensor):
 
         promised = _Promise.apply(cls, shape, dtype, first.device, made, *sources)
         promised.sources = sources
-        promised.versions = [None if source is None else source._version for source in sources]
+        promised.versions = _versions(sources)
         promised.make = made
         promised.built = promised.moved = None
         return promised
@@ -70,8 +70,7 @@ class OnDemand(Tensor):
                 "scatter_ returned a new tensor for this one, whose place it takes; use that"
             )
         if self.built is None:
-            now = [None if source is None else source._version for source in self.sources]
-            if now != self.versions:
+            if _versions(self.sources) != self.versions:
                 raise RuntimeError(
                     f"{type(self).__name__}: what it is made of has changed since, by a step of an "
                     "optimizer for one; look at it before, or keep what you need of it"
@@ -111,6 +110,11 @@ class OnDemand(Tensor):
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         return _current(self).dense().clone()
+
+
+def _versions(sources: tuple[Tensor | None, ...]) -> list[int | None]:
+    """How often each has been changed in place, where torch counts it."""
+    return [None if t is None or t.is_inference() else t._version for t in sources]
 
 
 def _current(t: OnDemand) -> OnDemand:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clipsteer.integrations._codes import Codes, Preactivations
+from clipsteer.ops._autograd import transformed
 from clipsteer.ops._ragged import SparseCodes
 from clipsteer.ops.batch_topk_encode import batch_topk_encode
 from clipsteer.ops.threshold_encode import threshold_encode
@@ -43,7 +44,7 @@ def _rows_of_features(ae: nn.Module) -> None:
 
 
 def _fits(x: Tensor) -> bool:
-    return x.dim() == 2 and not torch.compiler.is_compiling()
+    return x.dim() == 2 and not (torch.compiler.is_compiling() or transformed())
 
 
 def _pre(ae: nn.Module, x: Tensor) -> Preactivations:
@@ -66,7 +67,8 @@ def _ragged(codes: SparseCodes, pre: Preactivations) -> Codes:
 
 def _above(ae: nn.Module, pre: Preactivations) -> Codes:
     """The codes above the threshold of inference."""
-    return _ragged(threshold_encode(pre.x, pre.W, pre.b, threshold=ae.threshold.detach()), pre)
+    threshold = ae.threshold.detach().to(pre.x.dtype)
+    return _ragged(threshold_encode(pre.x, pre.W, pre.b, threshold=threshold), pre)
 
 
 def _batch_codes(ae: nn.Module, pre: Preactivations, use_threshold: bool) -> Codes:

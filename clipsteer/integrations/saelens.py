@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from clipsteer.integrations._codes import Codes, Preactivations
 from clipsteer.integrations._memory import gradient_buffer
 from clipsteer.integrations._on_demand import waits
+from clipsteer.ops._autograd import transformed
 from clipsteer.ops._ragged import SparseCodes, code_rows
 from clipsteer.ops.batch_topk_encode import batch_topk_encode
 from clipsteer.ops.sparse_decode import sparse_decode
@@ -73,8 +74,8 @@ class _Fast(TrainingSAE):
 
     def _sparse(self, x: Tensor) -> bool:
         """Whether nobody asks for the dense pre-activations of these rows."""
-        compiling = torch.compiler.is_compiling()
-        return not (compiling or _hooked(self.hook_sae_acts_pre)) and x.dim() >= 2
+        other = torch.compiler.is_compiling() or transformed()
+        return not (other or _hooked(self.hook_sae_acts_pre)) and x.dim() >= 2
 
     def _seen(self, codes: Codes) -> Tensor:
         """The codes, as hooks on them find and leave them."""

@@ -187,6 +187,23 @@ def test_largest_of_the_dead_without_the_others(relu, scaled, across):
     assert not waits(pre, Preactivations)
 
 
+def test_inference_mode():
+    with torch.inference_mode():
+        pre = Preactivations.of(draw(B, D), draw(N, D), None, torch.float32, relu=True)
+        values, indices = pre.topk(3)
+        codes = Codes.of(values, indices, None, N)
+        assert codes.sum().item() == pytest.approx(float(values.sum()), rel=1e-5)
+        torch.testing.assert_close(pre.clone(), F.linear(draw(B, D), draw(N, D)).relu())
+
+
+def test_what_is_made_of_changed_tensors_says_so():
+    weight = draw(N, D)
+    pre = Preactivations.of(draw(B, D), weight, None, torch.float32)
+    weight.mul_(2)
+    with pytest.raises(RuntimeError, match="has changed since"):
+        pre.mean()
+
+
 def test_scatter_that_ignores_what_is_returned():
     pre = Preactivations.of(draw(B, D), draw(N, D), None, torch.float32)
     zeros = torch.zeros_like(pre)
