@@ -25,10 +25,11 @@ class Codes(OnDemand):
     where they differ from those that are seen.
     """
 
-    values: Tensor
-    indices: Tensor
+    values: Tensor  # type: ignore[assignment]
+    indices: Tensor  # type: ignore[assignment]
     offsets: Tensor | None
     for_decoder: Tensor | None
+    levels: Tensor | None  # what a Matryoshka SAE has decoded of them
 
     @classmethod
     def of(
@@ -55,6 +56,7 @@ class Codes(OnDemand):
         codes.indices = indices
         codes.offsets = offsets
         codes.for_decoder = for_decoder
+        codes.levels = None
         return codes
 
     def like(self, values: Tensor) -> Codes:
@@ -104,8 +106,9 @@ class Preactivations(OnDemand):
     W: Tensor
     b: Tensor | None
     scale: Tensor | None
-    relu: bool
+    relu: bool  # type: ignore[assignment]
     mask: Tensor | None
+    near: SparseCodes | None  # those about a threshold
 
     @classmethod
     def of(
@@ -136,6 +139,7 @@ class Preactivations(OnDemand):
         found.scale = scale
         found.relu = relu
         found.mask = mask
+        found.near = None
         return found
 
     def between(self, start: int, stop: int) -> Preactivations:
@@ -276,7 +280,7 @@ def _topk(pre: Any, k: Any, dim: int = -1, largest: bool = True, sorted: bool = 
     if not 1 <= k <= there:
         return NotImplemented
     values, indices = pre.largest(k)
-    indices.no_feature_twice = True
+    indices.no_feature_twice = True  # type: ignore[attr-defined]
     return torch.return_types.topk((values, indices))
 
 

@@ -11,7 +11,7 @@ built any more and says so.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ class OnDemand(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         dense_args, dense_kwargs = tree_map_only(OnDemand, _dense, (args, kwargs or {}))
@@ -159,7 +159,10 @@ class _Promise(torch.autograd.Function):
         return (None,) * 5 + tuple(next(found) if need else None for need in needs)
 
 
-def waits(t: Any, kind: type[OnDemand]) -> bool:
+Kind = TypeVar("Kind", bound=OnDemand)
+
+
+def waits(t: Any, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether ``t`` is of this kind and still in its sparse form."""
     return isinstance(t, kind) and t.moved is None and t.built is None
 

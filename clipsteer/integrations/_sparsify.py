@@ -48,9 +48,9 @@ def sparsify() -> Iterator[None]:
         if activation != "topk" or compiling or not 1 <= k <= weight.shape[0]:
             return encoder(input, weight, bias, k, activation)
         acts, indices = topk_encode(input, weight, bias, k=k, grad_buffer=gradient_buffer(weight))
-        fixed = [None if t is None else t.detach() for t in (input, weight, bias)]
-        x, W, b = fixed
-        return EncoderOutput(acts, indices, Preactivations.of(x, W, b, acts.dtype, relu=True))
+        b = None if bias is None else bias.detach()
+        fixed = (input.detach(), weight.detach(), b)
+        return EncoderOutput(acts, indices, Preactivations.of(*fixed, acts.dtype, relu=True))
 
     def decode(
         top_indices: Tensor,  # (B, k)

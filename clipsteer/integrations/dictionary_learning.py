@@ -47,7 +47,7 @@ def _fits(x: Tensor) -> bool:
     return x.dim() == 2 and not (torch.compiler.is_compiling() or transformed())
 
 
-def _pre(ae: nn.Module, x: Tensor) -> Preactivations:
+def _pre(ae: Any, x: Tensor) -> Preactivations:
     """The pre-activations after their ReLU."""
     linear = hasattr(ae, "encoder")
     W = ae.encoder.weight if linear else ae.W_enc.t()
@@ -65,13 +65,13 @@ def _ragged(codes: SparseCodes, pre: Preactivations) -> Codes:
     return Codes.of(values, codes.indices, codes.offsets, pre.shape[-1])
 
 
-def _above(ae: nn.Module, pre: Preactivations) -> Codes:
+def _above(ae: Any, pre: Preactivations) -> Codes:
     """The codes above the threshold of inference."""
     threshold = ae.threshold.detach().to(pre.x.dtype)
     return _ragged(threshold_encode(pre.x, pre.W, pre.b, threshold=threshold), pre)
 
 
-def _batch_codes(ae: nn.Module, pre: Preactivations, use_threshold: bool) -> Codes:
+def _batch_codes(ae: Any, pre: Preactivations, use_threshold: bool) -> Codes:
     if use_threshold:
         return _above(ae, pre)
     count = int(ae.k) * len(pre.x)

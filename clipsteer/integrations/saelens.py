@@ -151,10 +151,11 @@ class FastTopKTrainingSAE(_Fast, TopKTrainingSAE):
         hidden_pre: Tensor,
         dead_neuron_mask: Tensor | None,
     ) -> Tensor:
-        sparse = waits(hidden_pre, Preactivations) and dead_neuron_mask is not None
         normalized = self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm")
-        if not sparse or normalized or not (dead := int(dead_neuron_mask.sum())):
+        dead = 0 if dead_neuron_mask is None else int(dead_neuron_mask.sum())
+        if not waits(hidden_pre, Preactivations) or normalized or not dead:
             return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead_neuron_mask)
+        assert dead_neuron_mask is not None
         residual = (sae_in - sae_out).detach()
         wanted = sae_in.shape[-1] // 2
         scale = _detached(hidden_pre.scale)
@@ -206,7 +207,7 @@ class FastMatryoshkaBatchTopKTrainingSAE(FastBatchTopKTrainingSAE, MatryoshkaBat
 
     def _levels(self, codes: Codes) -> Tensor:
         """The reconstruction (G, B, d_in) of every level, kept with the codes."""
-        if not hasattr(codes, "levels"):
+        if codes.levels is None:
             values = self._for_decoder(codes)
             widths = self.cfg.matryoshka_widths
             codes.levels = codes.decode(self.W_dec, values, prefixes=widths) + self.b_dec
@@ -268,11 +269,11 @@ class FastJumpReLUTrainingSAE(_Fast, JumpReLUTrainingSAE):
         return self._reconstructed(feature_acts.decode(self.W_dec) + self.b_dec)
 
     def calculate_aux_loss(
-        self, step_input: Any, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+        self, step_input: Any, feature_acts: Any, hidden_pre: Any, sae_out: Tensor
     ) -> dict[str, Tensor]:
-        near = getattr(hidden_pre, "near", None)
-        sparse = near is not None and waits(hidden_pre, Preactivations)
-        if not sparse or not waits(feature_acts, Codes):
+        sparse = waits(hidden_pre, Preactivations) and waits(feature_acts, Codes)
+        near = hidden_pre.near if waits(hidden_pre, Preactivations) else None
+        if not sparse or near is None:
             return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
         mode = self.cfg.jumprelu_sparsity_loss_mode
         if mode == "tanh":
