@@ -31,7 +31,7 @@ FLOORS = (
     ("cli",),
     ("demo",),
     ("clipsteer",),  # the public page
-    ("steering", "continual"),
+    ("steering", "continual", "integrations"),
     ("sae",),
     ("conceptors", "ensembles", "splice", "reference"),
     ("clip", "losses"),

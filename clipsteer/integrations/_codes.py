@@ -25,10 +25,11 @@ class Codes(OnDemand):
     where they differ from those that are seen.
     """
 
-    values: Tensor
-    indices: Tensor
+    values: Tensor  # type: ignore[assignment]
+    indices: Tensor  # type: ignore[assignment]
     offsets: Tensor | None
     for_decoder: Tensor | None
+    levels: Tensor | None  # what a Matryoshka SAE has decoded of them
 
     @classmethod
     def of(
@@ -55,6 +56,7 @@ class Codes(OnDemand):
         codes.indices = indices
         codes.offsets = offsets
         codes.for_decoder = for_decoder
+        codes.levels = None
         return codes
 
     def like(self, values: Tensor) -> Codes:
@@ -64,7 +66,6 @@ class Codes(OnDemand):
     def decode(
         self,
         W: Tensor,  # (n, d)
-        b: Tensor | None = None,  # (d,)
         values: Tensor | None = None,  # like self.values
         prefixes: Sequence[int] | None = None,
     ) -> Tensor:
@@ -73,7 +74,6 @@ class Codes(OnDemand):
             self.values if values is None else values,
             self.indices,
             W,
-            b,
             offsets=self.offsets,
             prefixes=prefixes,
             grad_buffer=gradient_buffer(W),
@@ -106,8 +106,9 @@ class Preactivations(OnDemand):
     W: Tensor
     b: Tensor | None
     scale: Tensor | None
-    relu: bool
+    relu: bool  # type: ignore[assignment]
     mask: Tensor | None
+    near: SparseCodes | None  # those about a threshold
 
     @classmethod
     def of(
@@ -138,7 +139,16 @@ class Preactivations(OnDemand):
         found.scale = scale
         found.relu = relu
         found.mask = mask
+        found.near = None
         return found
+
+    def between(self, start: int, stop: int) -> Preactivations:
+        """Columns start to stop."""
+        b, scale, mask = (
+            None if t is None else t[start:stop] for t in (self.b, self.scale, self.mask)
+        )
+        W = self.W[start:stop]
+        return Preactivations.of(self.x, W, b, self.dtype, scale=scale, relu=self.relu, mask=mask)
 
     def largest(self, k: int) -> tuple[Tensor, Tensor]:
         """The k largest of each row among those that the mask sets, and where they are."""
@@ -212,21 +222,24 @@ def _matmul(codes: Any, W: Any) -> Any:
 @takes(F.linear)
 def _linear(codes: Any, weight: Any, bias: Any = None) -> Any:
     fits = waits(codes, Codes) and not isinstance(weight, OnDemand)
-    return codes.decode(weight.t(), bias) if fits else NotImplemented
+    if not fits:
+        return NotImplemented
+    found = codes.decode(weight.t())
+    return found if bias is None else found + bias
 
 
 @takes(Tensor.__getitem__)
-def _getitem(codes: Any, at: Any) -> Any:
-    if not waits(codes, Codes) or codes.dim() != 2:
+def _getitem(t: Any, at: Any) -> Any:
+    if not (waits(t, Codes) or waits(t, Preactivations)) or t.dim() != 2:
         return NotImplemented
-    if waits(at, Codes) and at.indices is codes.indices and codes.offsets is not None:
+    if waits(at, Codes) and waits(t, Codes) and at.indices is t.indices and t.offsets is not None:
         # features ascend in a row: the order of the dense tensor
-        return codes.values[at.values]
+        return t.values[at.values]
     if isinstance(at, tuple) and len(at) == 2 and all(isinstance(part, slice) for part in at):
         rows, columns = at
         if rows == slice(None) and columns.step in (None, 1):
-            start, stop, _ = columns.indices(codes.shape[1])
-            return codes.between(start, max(start, stop))
+            start, stop, _ = columns.indices(t.shape[1])
+            return t.between(start, max(start, stop))
     return NotImplemented
 
 
@@ -267,7 +280,7 @@ def _topk(pre: Any, k: Any, dim: int = -1, largest: bool = True, sorted: bool = 
     if not 1 <= k <= there:
         return NotImplemented
     values, indices = pre.largest(k)
-    indices.no_feature_twice = True
+    indices.no_feature_twice = True  # type: ignore[attr-defined]
     return torch.return_types.topk((values, indices))
 
 

@@ -8,6 +8,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from clipsteer.ops import _dispatch
 
+OPS = ("sparse_decode", "topk_encode", "topk_encode_options")  # what takes a buffer
 ROWS = 256  # a block of them fits into a core's second cache
 
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -22,7 +23,7 @@ def gradient_buffer(
     trained = torch.is_grad_enabled() and parameter.requires_grad and parameter.is_leaf
     if not trained or W.device.type != "cpu" or parameter.numel() != W.numel():
         return None
-    if _dispatch.choose("sparse_decode", "auto", W) == "reference":
+    if any(_dispatch.choose(op, "auto", W) == "reference" for op in OPS):
         return None
     found = _kept.get(parameter)
     if found is None or found.shape != W.shape or found.stride() != W.stride():
@@ -57,7 +58,7 @@ def sign_step_(
     lr: float,
 ) -> None:
     """Move every element by ``lr`` against the sign of its gradient."""
-    if not W.dim() == 2:
+    if W.dim() != 2:
         W.add_(grad.sign(), alpha=-lr)
         return
     for of_W, of_grad in zip(W.split(ROWS), grad.split(ROWS)):

@@ -4,13 +4,14 @@ A trainer of another library hands dense codes (B, n) and pre-activations (B, n)
 little of them. ``Codes`` and ``Preactivations`` stand for such tensors: a few functions of torch,
 those in ``FAST``, take the sparse form; every other one gets the dense tensor. Both ways have the
 same values and gradients. Once the dense tensor is built it is what counts, so that nothing which
-changes it in place is lost.
+changes it in place is lost; and where what it is made of has changed before, it cannot be
+built any more and says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,11 +20,21 @@ from torch.utils._pytree import tree_map_only
 # what takes the sparse form, of a function of torch; NotImplemented leaves it to the dense tensor
 FAST: dict[Any, Callable[..., Any]] = {}
 
+# what reads memory, of which a tensor that is not built has none
+OF_MEMORY = {
+    Tensor.__array__,
+    Tensor.data_ptr,
+    Tensor.numpy,
+    Tensor.tolist,
+    Tensor.untyped_storage,
+}
+
 
 class OnDemand(Tensor):
     """A dense tensor, made of ``sources`` by ``_make`` at first use."""
 
     sources: tuple[Tensor | None, ...]
+    versions: list[int | None]  # of the sources, when it was promised
     make: Callable[..., Tensor]
     built: Tensor | None
     moved: OnDemand | None  # what stands in its place after scatter_
@@ -47,6 +58,7 @@ class OnDemand(Tensor):
 
         promised = _Promise.apply(cls, shape, dtype, first.device, made, *sources)
         promised.sources = sources
+        promised.versions = _versions(sources)
         promised.make = made
         promised.built = promised.moved = None
         return promised
@@ -58,6 +70,11 @@ class OnDemand(Tensor):
                 "scatter_ returned a new tensor for this one, whose place it takes; use that"
             )
         if self.built is None:
+            if _versions(self.sources) != self.versions:
+                raise RuntimeError(
+                    f"{type(self).__name__}: what it is made of has changed since, by a step of an "
+                    "optimizer for one; look at it before, or keep what you need of it"
+                )
             with torch.no_grad():
                 self.built = self.make(*(s if s is None else s.detach() for s in self.sources))
         return self.built
@@ -73,10 +90,12 @@ class OnDemand(Tensor):
                 result = FAST[func](*args, **kwargs)
                 if result is not NotImplemented:
                     return result
+            if func in OF_MEMORY:
+                args = tree_map_only(OnDemand, _plain, args)
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         dense_args, dense_kwargs = tree_map_only(OnDemand, _dense, (args, kwargs or {}))
@@ -93,6 +112,11 @@ class OnDemand(Tensor):
         return _current(self).dense().clone()
 
 
+def _versions(sources: tuple[Tensor | None, ...]) -> list[int | None]:
+    """How often each has been changed in place, where torch counts it."""
+    return [None if t is None or t.is_inference() else t._version for t in sources]
+
+
 def _current(t: OnDemand) -> OnDemand:
     while t.moved is not None:
         t = t.moved
@@ -101,6 +125,11 @@ def _current(t: OnDemand) -> OnDemand:
 
 def _dense(t: OnDemand) -> Tensor:
     return t.dense()
+
+
+def _plain(t: OnDemand) -> Tensor:
+    """The same, of a tensor of torch's own, which knows of the gradient."""
+    return t.dense().detach().requires_grad_(t.requires_grad)
 
 
 class _Promise(torch.autograd.Function):
@@ -130,7 +159,10 @@ class _Promise(torch.autograd.Function):
         return (None,) * 5 + tuple(next(found) if need else None for need in needs)
 
 
-def waits(t: Any, kind: type[OnDemand]) -> bool:
+Kind = TypeVar("Kind", bound=OnDemand)
+
+
+def waits(t: Any, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether ``t`` is of this kind and still in its sparse form."""
     return isinstance(t, kind) and t.moved is None and t.built is None
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clipsteer.integrations._codes import Preactivations
 from clipsteer.integrations._memory import gradient_buffer, remove_parallel_, sign_step_, unit_rows_
+from clipsteer.ops._autograd import transformed
 from clipsteer.ops.sparse_decode import sparse_decode
 from clipsteer.ops.topk_encode import topk_encode
 
@@ -43,22 +44,20 @@ def sparsify() -> Iterator[None]:
         k: int,
         activation: str,
     ) -> Any:
-        compiling = torch.compiler.is_compiling()
+        compiling = torch.compiler.is_compiling() or transformed()
         if activation != "topk" or compiling or not 1 <= k <= weight.shape[0]:
             return encoder(input, weight, bias, k, activation)
-        acts, indices = topk_encode(
-            input, weight, bias, k=k, grad_buffer=gradient_buffer(weight)
-        )
-        fixed = [None if t is None else t.detach() for t in (input, weight, bias)]
-        x, W, b = fixed
-        return EncoderOutput(acts, indices, Preactivations.of(x, W, b, acts.dtype, relu=True))
+        acts, indices = topk_encode(input, weight, bias, k=k, grad_buffer=gradient_buffer(weight))
+        b = None if bias is None else bias.detach()
+        fixed = (input.detach(), weight.detach(), b)
+        return EncoderOutput(acts, indices, Preactivations.of(*fixed, acts.dtype, relu=True))
 
     def decode(
         top_indices: Tensor,  # (B, k)
         top_acts: Tensor,  # (B, k)
         W_dec: Tensor,  # (d, n)
     ) -> Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or transformed():
             return decoder(top_indices, top_acts, W_dec)
         W = W_dec.mT
         return sparse_decode(top_acts, top_indices, W, grad_buffer=gradient_buffer(W))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from clipsteer.integrations._codes import Codes, Preactivations
 from clipsteer.integrations._memory import gradient_buffer
 from clipsteer.integrations._on_demand import waits
+from clipsteer.ops._autograd import transformed
 from clipsteer.ops._ragged import SparseCodes, code_rows
 from clipsteer.ops.batch_topk_encode import batch_topk_encode
 from clipsteer.ops.sparse_decode import sparse_decode
@@ -30,7 +31,12 @@ from clipsteer.ops.topk_encode import topk_encode
 try:
     from sae_lens.registry import get_sae_training_class
     from sae_lens.saes.batchtopk_sae import BatchTopK, BatchTopKTrainingSAE
-    from sae_lens.saes.jumprelu_sae import JumpReLU, JumpReLUTrainingSAE, Step
+    from sae_lens.saes.jumprelu_sae import (
+        JumpReLU,
+        JumpReLUTrainingSAE,
+        Step,
+        calculate_pre_act_loss,
+    )
     from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
     from sae_lens.saes.sae import TrainingSAE
     from sae_lens.saes.topk_sae import TopK, TopKTrainingSAE
@@ -68,8 +74,8 @@ class _Fast(TrainingSAE):
 
     def _sparse(self, x: Tensor) -> bool:
         """Whether nobody asks for the dense pre-activations of these rows."""
-        compiling = torch.compiler.is_compiling()
-        return not (compiling or _hooked(self.hook_sae_acts_pre)) and x.dim() >= 2
+        other = torch.compiler.is_compiling() or transformed()
+        return not (other or _hooked(self.hook_sae_acts_pre)) and x.dim() >= 2
 
     def _seen(self, codes: Codes) -> Tensor:
         """The codes, as hooks on them find and leave them."""
@@ -129,7 +135,7 @@ class FastTopKTrainingSAE(_Fast, TopKTrainingSAE):
         if not waits(feature_acts, Codes):
             return super().decode(feature_acts)
         values = self._for_decoder(feature_acts)
-        return self._reconstructed(feature_acts.decode(self.W_dec, self.b_dec, values))
+        return self._reconstructed(feature_acts.decode(self.W_dec, values) + self.b_dec)
 
     def _for_decoder(self, codes: Codes) -> Tensor:
         if codes.for_decoder is not None:
@@ -145,10 +151,11 @@ class FastTopKTrainingSAE(_Fast, TopKTrainingSAE):
         hidden_pre: Tensor,
         dead_neuron_mask: Tensor | None,
     ) -> Tensor:
-        sparse = waits(hidden_pre, Preactivations) and dead_neuron_mask is not None
         normalized = self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm")
-        if not sparse or normalized or not (dead := int(dead_neuron_mask.sum())):
+        dead = 0 if dead_neuron_mask is None else int(dead_neuron_mask.sum())
+        if not waits(hidden_pre, Preactivations) or normalized or not dead:
             return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead_neuron_mask)
+        assert dead_neuron_mask is not None
         residual = (sae_in - sae_out).detach()
         wanted = sae_in.shape[-1] // 2
         scale = _detached(hidden_pre.scale)
@@ -189,9 +196,7 @@ class FastBatchTopKTrainingSAE(FastTopKTrainingSAE, BatchTopKTrainingSAE):
         return self._seen(found), hidden_pre
 
 
-class FastMatryoshkaBatchTopKTrainingSAE(
-    FastBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE
-):
+class FastMatryoshkaBatchTopKTrainingSAE(FastBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE):
     """``MatryoshkaBatchTopKTrainingSAE`` whose codes are never dense, and whose levels are
     decoded in one pass."""
 
@@ -202,10 +207,10 @@ class FastMatryoshkaBatchTopKTrainingSAE(
 
     def _levels(self, codes: Codes) -> Tensor:
         """The reconstruction (G, B, d_in) of every level, kept with the codes."""
-        if not hasattr(codes, "levels"):
+        if codes.levels is None:
             values = self._for_decoder(codes)
             widths = self.cfg.matryoshka_widths
-            codes.levels = codes.decode(self.W_dec, self.b_dec, values, prefixes=widths)
+            codes.levels = codes.decode(self.W_dec, values, prefixes=widths) + self.b_dec
         return codes.levels
 
     def _iterable_decode(
@@ -261,15 +266,14 @@ class FastJumpReLUTrainingSAE(_Fast, JumpReLUTrainingSAE):
     def decode(self, feature_acts: Tensor) -> Tensor:
         if not waits(feature_acts, Codes):
             return super().decode(feature_acts)
-        return self._reconstructed(feature_acts.decode(self.W_dec, self.b_dec))
+        return self._reconstructed(feature_acts.decode(self.W_dec) + self.b_dec)
 
     def calculate_aux_loss(
-        self, step_input: Any, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+        self, step_input: Any, feature_acts: Any, hidden_pre: Any, sae_out: Tensor
     ) -> dict[str, Tensor]:
-        near = getattr(hidden_pre, "near", None)
-        other = self.cfg.pre_act_loss_coefficient is not None
-        sparse = near is not None and waits(hidden_pre, Preactivations)
-        if not sparse or not waits(feature_acts, Codes) or other:
+        sparse = waits(hidden_pre, Preactivations) and waits(feature_acts, Codes)
+        near = hidden_pre.near if waits(hidden_pre, Preactivations) else None
+        if not sparse or near is None:
             return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
         mode = self.cfg.jumprelu_sparsity_loss_mode
         if mode == "tanh":
@@ -281,7 +285,25 @@ class FastJumpReLUTrainingSAE(_Fast, JumpReLUTrainingSAE):
         l0 = each.new_zeros(rows).index_add(0, code_rows(near), each)
         if mode == "quadratic":
             l0 = 2 / self.cfg.target_l0 * (l0 - self.cfg.target_l0) ** 2
-        return {"l0_loss": (step_input.coefficients["l0"] * l0).mean()}
+        losses = {"l0_loss": (step_input.coefficients["l0"] * l0).mean()}
+        if self.cfg.pre_act_loss_coefficient is not None:
+            dead = step_input.dead_neuron_mask
+            losses["pre_act_loss"] = self._pre_act_loss(hidden_pre, dead)
+        return losses
+
+    def _pre_act_loss(self, pre: Preactivations, dead: Tensor | None) -> Tensor:
+        """SAELens's, of the dead features alone."""
+        if dead is None or not dead.any():
+            return pre.x.new_tensor(0.0)
+        at = dead.nonzero().flatten()
+        of_dead = (pre.x @ self.W_enc[:, at] + self.b_enc[at]).to(pre.dtype)
+        return calculate_pre_act_loss(
+            self.cfg.pre_act_loss_coefficient,
+            self.threshold.to(pre.dtype)[at],
+            of_dead,
+            dead[at],
+            self.W_dec[at].norm(dim=1),
+        )
 
 
 def _detached(t: Tensor | None) -> Tensor | None:
@@ -314,6 +336,6 @@ def fast(sae: TrainingSAE) -> TrainingSAE:
         return sae
     if type(sae) not in FAST:
         names = ", ".join(cls.__name__ for cls in FAST)
-        raise TypeError(f"fast: takes a {names}, got {type(sae).__name__}")
+        raise TypeError(f"fast: takes one of {names}, got {type(sae).__name__}")
     sae.__class__ = FAST[type(sae)]
     return sae
