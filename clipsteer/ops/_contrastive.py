@@ -69,7 +69,10 @@ class Value(Function):
             return (None,) * (4 + count)
         cotangents = [torch.zeros_like(given[0]) if g is None else g for g in cotangents]
         settings = (ctx.kind, ctx.backend, ctx.world, ctx.needs, ctx.rest)
-        found = Gradient.run(*settings, *cotangents, *ctx.saved_tensors, *ctx.numbers)
+        given = (*cotangents, *ctx.saved_tensors, *ctx.numbers)
+        # a backward of its own takes as long as a small batch's sweeps
+        gradient = Gradient.run if tracked(*cotangents, *ctx.saved_tensors) else Gradient.forward
+        found = gradient(*settings, *given)
         by_argument = [None] * count
         for leaf, grad, needed in zip(kind.leaves, found, ctx.needs):
             by_argument[leaf] = grad if needed else None

@@ -39,10 +39,11 @@ def clip_loss_reference(
     own = torch.eye(S.shape[0], dtype=torch.bool, device=S.device)
     t = (torch.stack([S, S.T]) - S.diagonal().unsqueeze(1)) * logit_scale  # (2, B, B)
     u = own_entropy(t, own)
-    t = t.masked_fill(own, 0.0)
     loss = u
     if labels is not None:
-        loss = u - t.gather(2, labels.expand(2, -1).unsqueeze(2)).squeeze(2)
+        away = torch.stack([S, S.T]) - S.diagonal().unsqueeze(1)
+        place = labels.expand(2, -1).unsqueeze(2)
+        loss = u - away.masked_fill(own, 0.0).gather(2, place).squeeze(2) * logit_scale
     if label_smoothing:
         means = torch.stack([image @ text.mean(0), text @ image.mean(0)])
         spread = u - (means - S.diagonal()) * logit_scale

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops import _check
-from clipsteer.ops._contrastive import KINDS, Kind, contrast
+from clipsteer.ops._contrastive import KINDS, Kind, Value, contrast
 from clipsteer.ops._dispatch import choose
 from clipsteer.ops._drrho import Arguments, averaged, evaluate, log_of
 
@@ -91,6 +91,15 @@ def _gradient(cotangents, found, arguments, needs, backend, world):
 
 
 KINDS["drrho_loss"] = Kind(evaluate, _gradient, _reference, tensors=6, leaves=(0, 1, 4), outputs=2)
+
+
+class Loss:
+    """The loss by sweeps, differentiable."""
+
+    @staticmethod
+    def run(backend: str, world: Any, needs: tuple[bool, ...], *arguments: Any) -> Any:
+        """loss (), u (2, B), and what the gradient takes."""
+        return Value.run("drrho_loss", backend, world, needs, *arguments)
 
 
 def checked(

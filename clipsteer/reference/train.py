@@ -314,14 +314,9 @@ class _Run(TrainingRun):
         features = [x[: len(ids)] for x in both]  # (b, e) each
         image, text = (x.detach().requires_grad_() for x in features)
         began = self._now()
-        loss = self.loss(
-            image,
-            text,
-            ids=ids,
-            ref_image=refs[0],
-            ref_text=refs[1],
-            gamma=self._gamma(self.step // self.order.per_epoch),
-        )
+        gamma = self._gamma(self.step // self.order.per_epoch)
+        theirs = {"ref_image": refs[0], "ref_text": refs[1]}
+        loss = self.loss(image, text, ids=ids, **theirs, gamma=gamma)
         loss.backward()
         self.loss_seconds = self._now() - began
         assert image.grad is not None

@@ -96,7 +96,8 @@ def check_values(inputs: Inputs, outputs: Tensors) -> Errors:
     """The mean of u less s times how far the targets are from the own pairs."""
     x = Truth(inputs)
     s = x.scale
-    loss = (x.u - x.moved * s).mean()
+    moved = x.labels is not None or x.smooth
+    loss = (x.u - x.moved * s if moved else x.u).mean()
     off = x.u_off + s * x.moved_off
     size = x.u + 4 * s * x.moved_size
     error = fraction_of_bound(
