@@ -20,6 +20,7 @@ from torch import Tensor
 
 from clipsteer import ops
 from clipsteer.ops import SparseCodes
+from clipsteer.ops._check import autocast
 from clipsteer.ops._chosen import chosen
 from clipsteer.ops.jumprelu_encode import JumpReLUCodes, jumped
 from clipsteer.sae.model import SAE
@@ -257,7 +258,8 @@ class FeatureOps:
         with torch.no_grad():
             here = min(k, W_enc.shape[0] if columns is None else len(columns))
             options["columns"] = columns
-            acts = x.new_zeros(len(x), 0)
+            # of one dtype in all processes
+            acts = autocast(x)[0].new_zeros(len(x), 0)
             indices = torch.zeros(len(x), 0, dtype=torch.int64, device=x.device)
             if here:
                 acts, indices = ops.topk_encode(x, W_enc, b_enc, k=here, **options)
