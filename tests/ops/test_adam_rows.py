@@ -220,7 +220,7 @@ def test_row_sparse_gradients_of_several_uses_are_one_step(joined):
                 parts = [torch.autograd.grad(loss, sae.W_dec)[0] for loss in losses]
                 where = torch.cat([part._indices() for part in parts], 1)
                 values = torch.cat([part._values() for part in parts])
-                sae.W_dec.grad = torch.sparse_coo_tensor(where, values, sae.W_dec.shape)
+                sae.W_dec.grad = torch.sparse_coo_tensor(where, values, sae.W_dec.shape, check_invariants=True)
             else:
                 sum(losses).backward()
             assert sae.W_dec.grad.is_sparse == sparse
