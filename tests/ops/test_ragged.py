@@ -247,7 +247,7 @@ def mistakes():
     yield TypeError, "offsets must be int64", lambda: ops.sparse_decode(*codes[:2], W, offsets=codes[2].int())
     yield (
         RuntimeError,
-        "no kernel for ragged_decode",
+        "no kernel for sparse_decode_prefixes",
         lambda: ops.sparse_decode(acts, indices, W, prefixes=(3, 9), backend="cuda"),
     )
     yield ValueError, r"indices must be in \[0, 9\)", lambda: ops.ragged_decode(codes[0], codes[1] + 9, codes[2], W)
