@@ -57,7 +57,10 @@ def decode_prefixes(
     if isinstance(acts, ops.SparseCodes):
         return ops.ragged_decode(*acts, W_dec, b_dec, prefixes=prefixes, sparse_grad=sparse_grad)
     if isinstance(acts, tuple):
-        return ops.sparse_decode(*acts, W_dec, b_dec, prefixes=prefixes, sparse_grad=sparse_grad)
+        values, indices = acts
+        return ops.sparse_decode(
+            values, indices, W_dec, b_dec, prefixes=prefixes, sparse_grad=sparse_grad
+        )
     parts = []
     first = 0
     x_hat = b_dec
