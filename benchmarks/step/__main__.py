@@ -84,8 +84,9 @@ def gate(
     # Adam's first step moves each weight that has a gradient by about the learning rate
     for key, parameter in contender.parameters.items():
         moved = float((parameter.detach() - before[key]).abs().max())
-        if not 0.5 * LR <= moved <= 2 * LR:
-            raise RuntimeError(f"benchmarks.step: {name} moved {key} by {moved}, its learning rate is {LR}")
+        rate = LR * contender.threshold_rate if key == "threshold" else LR
+        if not 0.5 * rate <= moved <= 2 * rate:
+            raise RuntimeError(f"benchmarks.step: {name} moved {key} by {moved}, its learning rate is {rate}")
     return max(off, *errors.values())
 
 

@@ -17,10 +17,18 @@ from clipsteer.sae.trainer import SAETrainer
 
 
 class Contender:
-    """A step to be timed: what a call does, its parameters under our names, and whether theirs are transposed."""
+    """A step to be timed: what a call does, its parameters under our names, which of theirs are transposed, and how
+    many learning rates the threshold moves by."""
 
-    def __init__(self, step: Callable[[], Any], parameters: Mapping[str, nn.Parameter], transposed: str = "") -> None:
+    def __init__(
+        self,
+        step: Callable[[], Any],
+        parameters: Mapping[str, nn.Parameter],
+        transposed: str = "",
+        threshold_rate: float = 1.0,
+    ) -> None:
         self.step, self.parameters, self.transposed = step, dict(parameters), transposed
+        self.threshold_rate = threshold_rate
 
     def ours(self, name: str, value: Tensor) -> Tensor:
         return value.T if name in self.transposed.split() else value
@@ -36,6 +44,11 @@ def named(module: nn.Module, task: Task) -> dict[str, nn.Parameter]:
     return {name: getattr(module, name) for name in task.names}
 
 
+def spread_of(x: Tensor) -> float:
+    """The mean squared distance of rows (B, d) from their mean."""
+    return float((x - x.mean(0)).square().sum() / len(x))
+
+
 def fuse(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         group.update(lr=LR, fused=True, foreach=False)
@@ -48,16 +61,18 @@ def clipsteer_step(task: Task, mode: Mode, batches: Batches) -> Contender:
     more = {"matryoshka": task.prefixes} if nested else {}
     architecture = "batch_topk" if nested else task.architecture
     sae = SAE(task.d, task.n, architecture, task.k, **more).to(mode.device)
+    # what its window and the steps of its thresholds are multiples of
+    scale = spread_of(batches()) ** 0.5
     config = TrainConfig(
         lr=LR,
         warmup_steps=0,
         cosine=False,
-        bandwidth=BANDWIDTH,
+        bandwidth=BANDWIDTH / scale,
         l0_coefficient=L0_WEIGHT,
         autocast="bfloat16" if mode.mixed else "none",
     )
     trainer = SAETrainer(sae, config, 1000)
-    return Contender(lambda: trainer.step(batches())[0], named(sae, task))
+    return Contender(lambda: trainer.step(batches())[0], named(sae, task), threshold_rate=scale)
 
 
 def clipsteer_lazy(task: Task, mode: Mode, batches: Batches) -> Contender:
@@ -143,8 +158,7 @@ def saelens_step(task: Task, mode: Mode, batches: Batches, sparse: bool = False)
         if sparse:
             raise NotImplementedError("its jumprelu has no sparse code")
         # its reconstruction loss is the squared error of a row, ours that over the variance
-        variance = float((x - x.mean(0)).square().sum() / len(x))
-        settings |= {"jumprelu_bandwidth": BANDWIDTH, "l0_coefficient": L0_WEIGHT * variance}
+        settings |= {"jumprelu_bandwidth": BANDWIDTH, "l0_coefficient": L0_WEIGHT * spread_of(x)}
     else:
         # by default pre-activations are scaled by the decoder's norms (1 here); a sparse code lacks that gradient
         settings |= {"k": task.k, "use_sparse_activations": sparse, "rescale_acts_by_decoder_norm": not sparse}

@@ -14,7 +14,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,7 @@ from clipsteer.io.locks import open_temporary, remove_abandoned
 from clipsteer.io.messages import FileFormatError as FileFormatError
 from clipsteer.io.messages import naming
 from clipsteer.io.names import escaped, unescaped, utf8_path
+from clipsteer.io.pieces import InPieces as InPieces
 
 MAX_JSON_BYTES = 16 << 20
 # of JSON: what is read takes memory in proportion, and can be copied, compared and written again
@@ -128,25 +129,6 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """The elements of a tensor of any device and layout, as they stand in a file."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
-class InPieces(Protocol):
-    """A tensor that is written piece by piece, as it need not be in memory as a whole."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """As a tensor's."""
-
-    @property
-    def shape(self) -> Sequence[int]:
-        """As a tensor's."""
-
-    @property
-    def layout(self) -> torch.layout:
-        """As a tensor's."""
-
-    def pieces(self) -> Iterable[Tensor]:
-        """Its rows in order, some at a time."""
 
 
 def write_safetensors(

@@ -39,6 +39,7 @@ OF_COMMAND = {
 }  # fmt: skip
 # what a command needs beside the option that is looked at
 NEEDS = {
+    "prove": ["m:fast", "m:plain", "--inputs", "m:cases"],
     "sae train": ["--out", "x"], "finetune": ["--data", "x", "--out", "x"], "train": ["--out", "x"],
     "cil": ["--data", "x", "--out", "x"], "sae eval": ["x"], "sae steer": ["x", "--feature", "1=1"], "splice": ["x"],
     "conceptor fit": ["--out", "x"], "conceptor steer": ["x"], "sae convert": ["x", "y"],
@@ -46,7 +47,8 @@ NEEDS = {
     "wise-ft curve": ["x", "y", "--reference", "a", "--shifted", "b", "--out", "z"],
 }  # fmt: skip
 COUNTS = {
-    "demo": ["--seed", "--max-images"], "validate": ["--cases", "--seed"], "bench": ["--repeats"],
+    "demo": ["--seed", "--max-images"], "validate": ["--cases", "--seed"], "prove": ["--cases", "--seed"],
+    "bench": ["--repeats"],
     "sae eval": ["--name-features", "--features"], "sae steer": ["--top", "--count"], "splice": ["--top"],
     "sae train": ["--workers"], "conceptor fit": ["--batch-size"], "conceptor steer": ["--top", "--count"],
     "finetune": ["--workers"], "train": ["--workers"], "wise-ft curve": ["--workers"],

@@ -38,6 +38,7 @@ WITHOUT_TENSORS = {
 def public_readers() -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {}
     wings = [name for _, name, is_wing in pkgutil.iter_modules(clipsteer.__path__, "clipsteer.") if is_wing]
+    wings.remove("clipsteer.integrations")  # which imports the libraries that it is for
     for wing in map(importlib.import_module, ["clipsteer", *wings]):
         for name in dir(wing):
             thing = getattr(wing, name)

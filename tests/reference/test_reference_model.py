@@ -265,12 +265,14 @@ from clipsteer.training import world as of_world
 world = of_world.World("cpu")
 assert of_world._serves_hosts(dist.distributed_c10d._get_default_group())
 assert world.counts(7 + world.rank) == [7, 8]
-assert world._host is dist.distributed_c10d._get_default_group()
+own = world._host_group()
+assert own is dist.distributed_c10d._get_default_group()
 of_world._serves_hosts = lambda group: False  # as of nccl's
 other = of_world.World("cpu")
 with torch.device("meta"):
     assert [other.counts(world.rank), other.counts(3)] == [[0, 1], [3, 3]]
-assert other._host is not world._host and dist.get_backend(other._host) == "gloo"
+made = other._host_group()
+assert made is not own and dist.get_backend(made) == "gloo" and other._host_group() is made
 dist.barrier()
 dist.destroy_process_group()
 """

@@ -80,6 +80,10 @@ def test_every_tensor_is_checked_before_it_reaches_anything(runs, guard, kind):
                 guard(run, whole._replace(tensors=filled(whole.tensors, name, value)))
 
 
+# settings that an older version did not write; without them a run is taken for one of it
+LATER = ("auxk", "l0_coefficient", "l0_penalty", "bandwidth", "skip", "loss_backend")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_entry_of_the_index_is_checked(runs, guard, kind):
     run, whole = runs(kind)
@@ -94,6 +98,8 @@ def test_every_entry_of_the_index_is_checked(runs, guard, kind):
         for change in (remove, *map(put, OTHERS)):
             meta = changed(whole.meta, path, change)
             if meta == whole.meta or (len(path) == 1 and path[0] in meta and meta[path[0]] is whole.meta[path[0]]):
+                continue
+            if change is remove and path[-1] in LATER:
                 continue
             if unlike(meta, whole.meta):
                 with pytest.raises((FileFormatError, ValueError)) as refused:
