@@ -81,7 +81,7 @@ def test_every_tensor_is_checked_before_it_reaches_anything(runs, guard, kind):
 
 
 # settings that an older version did not write; without them a run is taken for one of it
-LATER = ("auxk", "l0_coefficient", "l0_penalty", "bandwidth", "skip", "loss_backend")
+LATER = ("auxk", "l0_coefficient", "l0_penalty", "bandwidth", "skip")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,7 +119,15 @@ def unlike(meta, whole) -> bool:
 
     def plain(value):
         if isinstance(value, dict):
-            cosmetic = ("checkpoint_every", "log_every", "track", "alpha", "micro_batch", "evaluate_every")
+            cosmetic = {
+                "checkpoint_every",
+                "log_every",
+                "track",
+                "alpha",
+                "micro_batch",
+                "evaluate_every",
+                "loss_backend",
+            }
             found = {k: plain(v) for k, v in value.items() if k not in cosmetic}
             return {k: v for k, v in found.items() if v is not None and v != {}}
         return value
