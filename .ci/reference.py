@@ -27,18 +27,38 @@ import clipsteer
 # not for others to call: the command line, kernels behind the ops, what tests and validate read
 LEFT_OUT = re.compile(r".*\._|clipsteer\.(cli|demo|kernels|assets|ops\.specs)(\.|$)")
 
+# integrations of libraries that are not installed
+ABSENT: set[str] = set()
+
 
 def modules() -> list[str]:
     """The public modules."""
     walk = pkgutil.walk_packages(clipsteer.__path__, "clipsteer.")
-    return ["clipsteer", *sorted(m.name for m in walk if not LEFT_OUT.match(m.name))]
+    names = sorted(m.name for m in walk if not LEFT_OUT.match(m.name))
+    return ["clipsteer", *(name for name in names if is_here(name))]
+
+
+def is_here(name: str) -> bool:
+    """Whether the library that an integration is for is installed."""
+    if name.startswith("clipsteer.integrations."):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            print(f"{name} is left out: {error}")
+            ABSENT.add(name)
+            return False
+    return True
 
 
 def load(name: str) -> None:
     """Import a module with all of its public names: pdoc sees those alone that are there."""
     module = importlib.import_module(name)
-    for public in getattr(module, "__all__", ()):
-        setattr(module, public, getattr(module, public))
+    public = getattr(module, "__all__", ())
+    there = [each for each in public if f"{name}.{each}" not in ABSENT]
+    if len(there) < len(public):
+        module.__all__ = there
+    for each in there:
+        setattr(module, each, getattr(module, each))
     for value in vars(module).values():
         if isinstance(value, type) and hasattr(value, "_fields"):
             describe(value)
