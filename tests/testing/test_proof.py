@@ -82,6 +82,8 @@ FUNCTIONS = {
     "where": (lambda x: torch.where(x > 0.3, x.exp(), x.sigmoid()), ("x", (16, 33))),
     "in place": (lambda x: x.clone().mul_(2).add_(1).exp_(), ("x", (16, 33))),
     "cat, flip, roll": (lambda x: torch.cat([x.flip(0), x.roll(1, 1), x.tril()], 1), ("x", (16, 33))),
+    "windows": (lambda x: x.exp().unfold(1, 5, 2).square(), ("x", (16, 33))),
+    "padded": (lambda x: F.pad(x.exp(), (1, 2), value=7).clone().fill_diagonal_(3), ("x", (16, 33))),
     "amax": (lambda x: x.amax(-1) + x.amin(0, keepdim=True).sum(), ("x", (16, 33))),
     "erf, atan": (lambda x: torch.erf(x) + torch.atan(x), ("x", (16, 33))),
     "sae": (
@@ -203,6 +205,9 @@ def test_what_has_no_bound_is_named():
     assert lost.outputs[0].error.isinf().all()
     near = testing.bound(lambda x: x / (x.sum() - x.sum().detach()), {"x": R(9)})
     assert any("divisor" in reason for reason in near.reasons)
+    apart = testing.bound(lambda x: F.pdist(x), {"x": R(5, 3)})
+    assert any("pdist" in reason for reason in apart.reasons)
+    assert apart.outputs[0].error.isinf().all()
     read = testing.bound(lambda x: x * float(x.sum()), {"x": R(9)})
     assert any("reads" in reason for reason in read.reasons)
     assert read.outputs[0].error.isinf().all()
@@ -307,6 +312,23 @@ def test_planted_bugs_are_found(name):
 def test_generated(report):
     assert report.passed
     assert len(report.rows) == 1
+
+
+def test_what_is_drawn_stays_the_callers():
+    mine = torch.ones(3, 4, dtype=torch.float64)
+    calls = []
+
+    def definition(x):
+        calls.append(x.dtype)
+        return x.softmax(-1)
+
+    def inputs(generator, scale, exact):
+        return {"x": mine}
+
+    report = testing.prove(softmax, definition, inputs, dtypes=[torch.float64], properties=["nan"], cases=3)
+    assert report, report
+    assert mine.eq(1).all()
+    assert len(calls) == 3  # the definition runs once a case
 
 
 def test_cases_say_what_is_wrong():

@@ -19,6 +19,7 @@ from clipsteer.testing.proof.arithmetic import Arithmetic
 from clipsteer.testing.proof.mode import ErrorBounds, Ranked
 
 Outputs = tuple[Tensor, ...]
+Cotangents = tuple[Tensor | None, ...]
 
 
 @dataclass
@@ -92,7 +93,7 @@ def bound(
     *,
     dtype: torch.dtype | None = None,
     arithmetic: Arithmetic | None = None,
-    grad_outputs: tuple[Tensor | None, ...] | None = None,
+    grad_outputs: Cotangents | Callable[[Outputs], Cotangents] | None = None,
 ) -> Bound:
     """Run ``reference`` in float64 with an a priori error bound beside every value.
 
@@ -105,8 +106,9 @@ def bound(
         dtype: of the results to be judged; by default the first floating input's.
         arithmetic: of what lies between (``Arithmetic.of``): by default float32 for halves and
             float32, with exact operands of products.
-        grad_outputs: one for each output (None: none), exact too. With them the gradients of all
-            floating inputs that the reference can give are bounded as well.
+        grad_outputs: one for each output (None: none), exact too, or what makes them of the
+            outputs. With them the gradients of all floating inputs that the reference can give are
+            bounded as well.
 
     Returns:
         ``Bound``. Sums and products are allowed any order; elementwise functions the error of a
@@ -134,8 +136,11 @@ def bound(
         result = reference(**given)
         several = result if isinstance(result, (tuple, list)) else (result,)
         found = tuple(_bounded(mode, t) for t in several)
-        gradients = {}
-        if grad_outputs is not None:
+    gradients = {}
+    if grad_outputs is not None:
+        if callable(grad_outputs):
+            grad_outputs = grad_outputs(tuple(output.value for output in found))
+        with mode:
             gradients = _gradients(mode, several, wide, grad_outputs)
     if mode.undecided:
         for part in (*found, *gradients.values()):

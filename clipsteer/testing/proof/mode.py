@@ -85,7 +85,6 @@ class ErrorBounds(TorchDispatchMode):
 
     def rank(self, indices: Tensor, ranked: Ranked) -> None:
         """Remember what indices were chosen from."""
-        self.attach(indices, self.error(indices))
         self._ranked[indices.untyped_storage()._cdata] = ranked
 
     def ranked(self, indices: Tensor) -> Ranked | None:

@@ -32,24 +32,29 @@ def moved(bounds: ErrorBounds, func: Any, args: Any, kwargs: Any) -> Pair:
 @rule(
     "clone", "cat", "flip", "roll", "repeat", "constant_pad_nd", "tril", "triu", "copy", "fill",
     "select_backward", "slice_backward", "diagonal_backward", "select_scatter", "slice_scatter",
-    "pixel_shuffle", "unfold_backward", "as_strided_copy", "view_copy", "expand_copy", "stack",
-    "diag_embed", "unfold_copy", "repeat_interleave", "im2col", "reflection_pad2d", "zero",
-    "replication_pad2d", "upsample_nearest2d", "_pdist", "view_as_real_copy", "_reshape_copy",
+    "pixel_shuffle", "as_strided_copy", "view_copy", "expand_copy", "stack", "diag_embed",
+    "unfold_copy", "repeat_interleave", "im2col", "reflection_pad2d", "replication_pad2d",
+    "upsample_nearest2d", "view_as_real_copy", "_reshape_copy", "zero",
 )  # fmt: skip
 def _move(bounds: ErrorBounds, func: Any, *args: Any, **kwargs: Any) -> Any:
     if func.overloadpacket.__name__ in ("fill", "constant_pad_nd", "zero"):
-        # the constant is exact
         value = func(*args, **kwargs)
         if not value.is_floating_point():
             return value
-        rest = [0.0 if isinstance(a, float) else a for a in args[1:]]
-        return Pair(value, func(bounds.error(args[0]).contiguous(), *rest, **kwargs))
+        given = zip(func._schema.arguments, args)
+        marks = [_mark(bounds, a) if known.name in ("self", "value") else a for known, a in given]
+        return Pair(value, func(*marks, **kwargs))
     pair = moved(bounds, func, args, kwargs)
     if pair.error is None and any(not bounds.is_exact(t) for t in args if isinstance(t, Tensor)):
         # marks of integers move too, as numbers
         marks = [bounds.error(t).contiguous() if isinstance(t, Tensor) else t for t in args]
         pair.error = func(*marks, **kwargs)
     return pair
+
+
+def _mark(bounds: ErrorBounds, given: Any) -> Any:
+    """The error of a tensor, or of a number, which is exact."""
+    return bounds.error(given).contiguous() if isinstance(given, Tensor) else 0.0
 
 
 @rule("_to_copy", "to")

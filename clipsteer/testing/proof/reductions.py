@@ -210,18 +210,17 @@ def _cdist_backward(
         return (share * (a.unsqueeze(-2) - b.unsqueeze(-3))).sum(-2)
 
 
-@rule("avg_pool2d", "avg_pool2d_backward", "upsample_bilinear2d", "upsample_bilinear2d_backward")
-def _linear_map(bounds: ErrorBounds, func: Any, *given: Any, **named: Any) -> Any:
-    """Fixed weights: every number is a sum of as many terms as a window has, times one of them."""
+@rule("avg_pool2d", "avg_pool2d_backward")
+def _pool(bounds: ErrorBounds, func: Any, *given: Any, **named: Any) -> Any:
+    """A mean over windows: every number is a sum of as many terms as one has, times a constant."""
     x, *rest = given
     value = func(x, *rest, **named)
     step = bounds.error(x).contiguous()
     error = func(step, *rest, **named)
     size = func(x.abs() + step, *rest, **named)
-    window = next((item for item in rest if isinstance(item, (list, tuple))), [4])
-    terms = math.prod(window) if "pool" in func.overloadpacket.__name__ else 8
-    exact = torch.tensor(False)
-    return Pair(value, bounds.arithmetic.summed(size, error, terms + 2, exact))
+    window = next(item for item in rest if isinstance(item, (list, tuple)))
+    terms = math.prod(window) ** (2 if len(window) == 1 else 1) + 2
+    return Pair(value, bounds.arithmetic.summed(size, error, terms, torch.tensor(False)))
 
 
 @rule("amax", "amin", "max", "min")

@@ -59,7 +59,7 @@ class Trial:
         given = dict(self.subject.inputs(generator, self.scale, self.exact))
         for name, value in given.items():
             if isinstance(value, Tensor) and value.is_floating_point():
-                given[name] = value.detach().to(self.dtype)
+                given[name] = value.detach().to(self.dtype, copy=True)
         if self.nan:
             floating = [v for v in given.values() if _floats(v) and v.numel()]
             if floating:
@@ -71,29 +71,21 @@ class Trial:
     @cached_property
     def truth(self) -> Bound:
         """Values, gradients and bounds of the definition."""
-        plain = bound(
-            self.subject.reference,
-            self.drawn,
-            dtype=self.dtype,
-            arithmetic=self.subject.arithmetic,
-        )
-        if not self.subject.gradients:
-            return plain
         return bound(
             self.subject.reference,
             self.drawn,
             dtype=self.dtype,
             arithmetic=self.subject.arithmetic,
-            grad_outputs=self._grad_outputs(plain.outputs),
+            grad_outputs=self._grad_outputs if self.subject.gradients else None,
         )
 
-    def _grad_outputs(self, outputs: tuple[Bounded, ...]) -> tuple[Tensor | None, ...]:
+    def _grad_outputs(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         generator = torch.Generator().manual_seed(self.seed + 1)
         found: list[Tensor | None] = []
         for output in outputs:
-            grad = torch.randn(output.value.shape, generator=generator, dtype=torch.float64)
+            grad = torch.randn(output.shape, generator=generator, dtype=torch.float64)
             grad = (2 * grad).round() if self.exact else grad
-            found.append(grad.to(self.dtype) if output.value.is_floating_point() else None)
+            found.append(grad.to(self.dtype) if output.is_floating_point() else None)
         return tuple(found)
 
     @property
@@ -121,7 +113,8 @@ class Trial:
             moved[name].requires_grad_()
         result = self.subject.fast(**moved)
         outputs = result if isinstance(result, (tuple, list)) else (result,)
-        pairs = zip(outputs, self._grad_outputs(self.truth.outputs))
+        true = tuple(output.value for output in self.truth.outputs)
+        pairs = zip(outputs, self._grad_outputs(true))
         smooth = [(t, g) for t, g in pairs if g is not None and t.requires_grad]
         grads: dict[str, Tensor] = {}
         if leaves and smooth:
