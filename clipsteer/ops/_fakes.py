@@ -187,6 +187,20 @@ def drrho_sums(
     return diag.new_empty(M), diag.new_empty(N), diag.new_empty(M if keep else 0, stride)
 
 
+def _of_sides(
+    like: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    width: int,
+    need_rows: bool,
+    need_cols: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of rows and of columns; of none where they are not needed."""
+    M = rows.shape[0] if need_rows else 0
+    N = cols.shape[0] if need_cols else 0
+    return like.new_empty(M, width), like.new_empty(N, width)
+
+
 def drrho_grad(
     rows: Tensor,
     cols: Tensor,
@@ -201,9 +215,7 @@ def drrho_grad(
     need_rows: bool,
     need_cols: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    M = rows.shape[0] if need_rows else 0
-    N = cols.shape[0] if need_cols else 0
-    return diag.new_empty(M, width), diag.new_empty(N, width), diag.new_empty(())
+    return *_of_sides(diag, rows, cols, width, need_rows, need_cols), diag.new_empty(())
 
 
 # ---------------------------------------------------------------- siglip_loss, distill_loss
@@ -218,10 +230,8 @@ def siglip_sweep(
     need_rows: bool,
     need_cols: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    M = rows.shape[0] if need_rows else 0
-    N = cols.shape[0] if need_cols else 0
-    d = rows.shape[1]
-    return scale.new_empty(3), scale.new_empty(M, d), scale.new_empty(N, d)
+    sides = _of_sides(scale, rows, cols, rows.shape[1], need_rows, need_cols)
+    return scale.new_empty(3), *sides
 
 
 def distill_sums(
@@ -261,6 +271,4 @@ def distill_grad(
     need_rows: bool,
     need_cols: bool,
 ) -> tuple[Tensor, Tensor]:
-    M = rows.shape[0] if need_rows else 0
-    N = cols.shape[0] if need_cols else 0
-    return diag.new_empty(M, rows.shape[1]), diag.new_empty(N, rows.shape[1])
+    return _of_sides(diag, rows, cols, rows.shape[1], need_rows, need_cols)
