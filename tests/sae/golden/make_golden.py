@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -66,22 +67,27 @@ def saelens(generator: torch.Generator) -> None:
         tidy(folder, x, sae.encode(x), sae(x))
 
 
-@torch.no_grad()
-def saelens_batchtopk(generator: torch.Generator) -> None:
-    """A trained BatchTopK SAE as its checkpoint and as its inference model; the latter says what both compute."""
+def both_forms(sae: Any, name: str, generator: torch.Generator) -> None:
+    """A trained SAE as its checkpoint and as its inference model; the latter says what both compute."""
     from sae_lens import SAE
-    from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 
-    sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=3.0))
     randomize(sae, generator)
     sae.topk_threshold.fill_(1.25)
     x = draw(generator)
-    folders = [HERE / "saelens-batchtopk-inference", HERE / "saelens-batchtopk-checkpoint"]
+    folders = [HERE / f"saelens-{name}-inference", HERE / f"saelens-{name}-checkpoint"]
     sae.save_inference_model(folders[0])
     sae.save_model(folders[1])
     inference = SAE.load_from_disk(folders[0])
     for folder in folders:
         tidy(folder, x, inference.encode(x), inference(x))
+
+
+@torch.no_grad()
+def saelens_batchtopk(generator: torch.Generator) -> None:
+    from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+
+    sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=3.0))
+    both_forms(sae, "batchtopk", generator)
 
 
 @torch.no_grad()
@@ -100,8 +106,6 @@ def sparsify(generator: torch.Generator) -> None:
 
 @torch.no_grad()
 def saelens_matryoshka(generator: torch.Generator) -> None:
-    """A trained matryoshka SAE as its checkpoint and as its inference model; the latter says what both compute."""
-    from sae_lens import SAE
     from sae_lens.saes.matryoshka_batchtopk_sae import (
         MatryoshkaBatchTopKTrainingSAE,
         MatryoshkaBatchTopKTrainingSAEConfig,
@@ -109,15 +113,7 @@ def saelens_matryoshka(generator: torch.Generator) -> None:
 
     cfg = MatryoshkaBatchTopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=3.0, matryoshka_widths=[2, 7, D_SAE])
     sae = MatryoshkaBatchTopKTrainingSAE(cfg)
-    randomize(sae, generator)
-    sae.topk_threshold.fill_(1.25)
-    x = draw(generator)
-    folders = [HERE / "saelens-matryoshka-inference", HERE / "saelens-matryoshka-checkpoint"]
-    sae.save_inference_model(folders[0])
-    sae.save_model(folders[1])
-    inference = SAE.load_from_disk(folders[0])
-    for folder in folders:
-        tidy(folder, x, inference.encode(x), inference(x))
+    both_forms(sae, "matryoshka", generator)
 
 
 @torch.no_grad()
