@@ -1,5 +1,4 @@
-"""What every op promises, as properties of one drawn case, and ways to catch a kernel that reads or
-writes where it should not.
+"""What every op promises, as properties of one drawn case.
 
 Errors are measured against the float64 reference, as a fraction of the a priori bound of the op's
 ``OpSpec``.
@@ -7,9 +6,8 @@ Errors are measured against the float64 reference, as a fraction of the a priori
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +25,9 @@ from clipsteer.ops._spec import (
     named_outputs,
     spec_errors,
 )
+from clipsteer.testing.torture.memory import fenced, poisoned, same_bits, strided, transposed
 
-__all__ = ["PROPERTIES", "Case", "fenced", "poisoned", "same_bits", "strided", "transposed"]
+__all__ = ["PROPERTIES", "Case"]
 
 
 @dataclass(frozen=True)
@@ -71,60 +70,6 @@ class Case:
             scale=self.scale,
             **options,
         )
-
-
-def fenced(t: Tensor) -> Tensor:
-    """The same values in the middle of a larger buffer of NaN (floating) or of the largest integer:
-    a kernel that reads outside its input is found out."""
-    poison = math.nan if t.is_floating_point() else torch.iinfo(t.dtype).max
-    store = torch.full((t.numel() + 128,), poison, dtype=t.dtype, device=t.device)
-    inner = store[64 : 64 + t.numel()].view(t.shape)
-    return inner.copy_(t)
-
-
-def strided(t: Tensor) -> Tensor:
-    """The same values, not contiguous: every other column of a poisoned buffer, transposed in
-    memory."""
-    if t.dim() == 0:
-        return fenced(t)
-    poison = math.nan if t.is_floating_point() else -1
-    twice = (*t.shape[:-1], 2 * t.shape[-1])
-    wide = torch.full(twice, poison, dtype=t.dtype, device=t.device)
-    view = wide.transpose(0, -1).contiguous().transpose(0, -1)[..., ::2]
-    return view.copy_(t)
-
-
-def transposed(t: Tensor) -> Tensor:
-    """The same values, laid out with the last two dimensions exchanged, as the weight of a linear
-    layer is when it is given as a dictionary."""
-    return fenced(t.mT).mT if t.dim() > 1 else fenced(t)
-
-
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Fresh memory is filled with NaN: an output element that is never written is found out."""
-    deterministic: Any = torch.utils.deterministic
-    fill = deterministic.fill_uninitialized_memory
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    deterministic.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        deterministic.fill_uninitialized_memory = fill
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal bit for bit, except that any NaN equals any other."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    same = a.contiguous().view(integers) == b.contiguous().view(integers)
-    return bool((same | (a.isnan() & b.isnan())).all())
 
 
 def values_and_gradients(case: Case) -> Errors:
