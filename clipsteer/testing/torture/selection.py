@@ -132,8 +132,9 @@ def topk(
     subject = _Subject(fn, encoder, relu, frozenset(promises), device, refuses, arithmetic)
     contents = [*ROWS, *(PRODUCTS if encoder else ())]
     chosen = set(cases or named)
-    # a promise is seen in the cases of all contents
-    run = [name for name in contents if name in chosen or chosen & PROMISES.keys()]
+    # promises but the last are seen in the cases of all contents
+    everything = bool(chosen & (PROMISES.keys() - {META}))
+    run = [name for name in contents if name in chosen or everything]
     rows = []
     for dtype in dtypes:
         ledger = Ledger(dtype)
