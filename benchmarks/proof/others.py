@@ -349,7 +349,8 @@ PAGE = """# Kernels of other people's, proved or refuted
 Made by `python -m benchmarks.proof.others --out benchmarks/results/proofs/others`, a report each beside this page.
 *proved*: in all drawn cases outputs and gradients are within the bound that `testing.bound` derives of the definition,
 exact on small integers, the same in other layouts of memory, with NaN where the definition has it, and the same in
-three runs. *refuted*: some property is not, which below says where; it may be one that its authors never promised.
+three runs. *refuted*: some property is not, which below says where. That may be what its authors never promised, or a
+grouping of the operations other than the definition's, of which the bound is.
 
 """
 
