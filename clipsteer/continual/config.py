@@ -71,9 +71,9 @@ class CILConfig:
     published form mixes the two"""
     distill: NotNegative = 0.0
     """weight of patch distillation"""
-    compensation: Literal["none", "sdc", "mean_shift"] = "none"
-    """what moves the class means of earlier tasks: nothing, SDC on unit features, or MACIL's mean
-    shift"""
+    compensation: Literal["none", "sdc", "mean_shift", "ldc"] = "none"
+    """what moves the class means of earlier tasks: nothing, SDC on unit features, MACIL's mean
+    shift, or LDC's map from old features to new ones"""
     sigma: Positive | Literal["median"] = "median"
     """width of the drift weights, or the median of the distances"""
     floor: NotNegative = 1e-5

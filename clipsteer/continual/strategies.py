@@ -57,6 +57,8 @@ STRATEGIES: Mapping[str, Mapping[str, Any]] = {
     # SDC's compensation and nearest means (Yu et al. 2020) on an embedding that is trained through
     # cosine heads, where the paper has metric learning, and compared by angle
     "sdc": {"classifier": "ncm", "compensation": "sdc", "sigma": 0.3, "floor": 0.0},
+    # the same network, whose means follow a learned map (Gomez-Villa et al. 2024)
+    "ldc": {"classifier": "ncm", "compensation": "ldc"},
     "ncm": {"train": "none", "classifier": "ncm"},
     "zero_shot": {"train": "none", "classifier": "zero_shot"},
     # RanPAC without its first-session adaptation (McDonnell et al. 2023)
