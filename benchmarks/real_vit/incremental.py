@@ -65,10 +65,14 @@ class Bench:
     def scenario(self, seed: int, tasks: int = TASKS) -> Scenario:
         return scenario(self.args.pictures, tasks, seed)
 
-    def run(self, phase: str, images: Scenario, config: CILConfig) -> Run | None:
+    def folder(self, phase: str, config: CILConfig) -> Path:
+        return self.work / phase / f"{folder_name(config)}-lr{config.lr:g}-epochs{config.epochs}"
+
+    def run(self, phase: str, images: Scenario, config: CILConfig, plasticity: Plasticity | None = None) -> Run | None:
         """The run, from its file where it is done; None where another process has it in hand."""
-        out = self.work / phase / f"{folder_name(config)}-lr{config.lr:g}-epochs{config.epochs}"
-        plasticity = self.plasticity() if config.plasticity else None
+        out = self.folder(phase, config)
+        if config.plasticity and plasticity is None:
+            plasticity = self.plasticity()
         try:
             run = run_tasks(images, self.encoder, config, out=out, plasticity=plasticity)
         except RuntimeError as error:
@@ -78,6 +82,14 @@ class Bench:
         for folder in out.glob("checkpoints*"):
             shutil.rmtree(folder, ignore_errors=True)
         return run
+
+    def stored(self, phase: str, config: CILConfig) -> Run | None:
+        """The run where it is done."""
+        file = self.folder(phase, config) / "run.json"
+        if not file.exists():
+            return None
+        run = Run.from_json(read_json(file))
+        return run if len(run.records) == len(run.tasks) else None
 
     def plasticity(self) -> Plasticity:
         """SAEs of every block, of the training pictures of all kinds."""
@@ -134,13 +146,8 @@ class Bench:
         for spec, seed in itertools.product(specs, SEEDS):
             if not (self.work / "choice" / f"{spec.partition(':')[0]}.json").exists():
                 continue
-            config = self.config(spec, seed)
-            name = f"{folder_name(config)}-lr{config.lr:g}-epochs{config.epochs}"
-            file = self.work / "runs" / name / "run.json"
-            if file.exists():
-                run = Run.from_json(read_json(file))
-                if len(run.records) == TASKS:
-                    found.append(run)
+            if run := self.stored("runs", self.config(spec, seed)):
+                found.append(run)
         return found
 
 
