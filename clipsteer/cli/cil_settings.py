@@ -35,6 +35,7 @@ BY_STRATEGY = (
     "plasticity",
     "cumulative",
     "slow",
+    "freeze_patches",
     "seed",
 )
 

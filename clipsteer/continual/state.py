@@ -97,6 +97,8 @@ class LearnerState:
             self.lora = LoRA(encoder.module, config.rank, config.lora)
         if config.train != "lora":
             encoder.requires_grad_(config.train == "full")
+        if config.freeze_patches:
+            encoder.freeze_patches()
         with torch.no_grad():
             width = encoder(self._blank()).shape[1]
         # a tower that is read through class means is trained through heads, too

@@ -141,6 +141,21 @@ def test_strategies_that_read_nothing_from_means_are_not_warned_of(caplog):
     assert _learned(caplog, "finetune", 0.3) == [[], [], []]
 
 
+def test_patches_that_are_frozen_stay_and_all_else_of_a_whole_tower_learns():
+    where = scenario()
+    config = strategy("slca:freeze_patches=1,slow=0.3", lr=0.003, **QUICK)
+    learner = ClassIncrementalLearner(encoder(), config, CLASSES)
+    learner.fit_task(where.train.subset(where.rows("train", 0)), TASKS[0])
+    start = dict(encoder().named_parameters())
+    same = {name for name, value in learner.encoder.named_parameters() if torch.equal(value, start[name])}
+    assert {name for name in same if "conv1" in name} == same != set()
+    # a run of before the setting is of the same settings as one without it
+    assert "freeze_patches" not in strategy("slca").outcome()
+    assert config.outcome()["freeze_patches"] is True
+    with pytest.raises(ValueError, match="freeze_patches needs train 'full'"):
+        strategy("macil:freeze_patches=1")
+
+
 def test_what_was_lost_in_earlier_tasks_is_kept_with_the_run(tmp_path):
     where = scenario()
     parts = [where.train.subset(where.rows("train", t)) for t in range(2)]
