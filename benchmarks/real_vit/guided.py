@@ -76,6 +76,8 @@ class Guided(Bench):
             self.run("guided", self.scenario(seed), config, plasticity_of(way, saes))
 
     def done(self) -> list[Run]:
+        if not self.choice_file(self.args.strategy).exists():
+            return []  # nothing can have been run
         return [run for way in WAYS for seed in SEEDS if (run := self.stored("guided", self.settings(way, seed)))]
 
     def overlaps(self, seed: int) -> list[list[float]]:
