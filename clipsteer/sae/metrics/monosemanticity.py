@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipsteer import ops
 from clipsteer.sae.metrics.estimate import BLOCKS, Estimate, blocks_of, interval, sizes_of
 from clipsteer.sae.metrics.recorder import PooledCodes
 
 # of the pairs' weight: below it a feature is active on one image alone, and rounding is left
-_ROUNDING = 1e-9
+_ROUNDING = 1e-6
 
 
 def _weights(codes: PooledCodes) -> Tensor:
@@ -42,8 +43,22 @@ def _score(
 ) -> Tensor:
     """(d_sae,) MS; NaN where there is no pair."""
     pairs = weight.square() - squares
-    alike = total.square().sum(1) - squares
+    alike = torch.linalg.vector_norm(total, dim=1).square() - squares
     return torch.where(pairs > _ROUNDING * weight.square(), alike / pairs, torch.nan)
+
+
+def _sums(
+    codes: PooledCodes,
+    a: Tensor,  # (m,)
+    unit: Tensor,  # (N, e)
+) -> tuple[Tensor, ...]:
+    """Σ a e, Σ a and Σ a² of every feature, in a's dtype."""
+    order = codes.features.argsort(stable=True)
+    counts = torch.bincount(codes.features, minlength=codes.d_sae)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    total = ops.ragged_decode(a[order], codes.rows[order], offsets, unit)
+    sums = [torch.bincount(codes.features, part, minlength=codes.d_sae) for part in (a, a * a)]
+    return total, *(part.to(a.dtype) for part in sums)
 
 
 def monosemanticity(
@@ -65,23 +80,19 @@ def monosemanticity(
     unit = F.normalize(embeddings.cpu().double(), dim=1)
     a = _weights(codes)
 
-    def sums(kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        features, weights = codes.features[kept], a[kept]
-        shape = (codes.d_sae, len(codes.images))
-        at = torch.stack([features, codes.rows[kept]])
-        total = torch.sparse_coo_tensor(at, weights, shape, check_invariants=False) @ unit
-        weight = torch.bincount(features, weights, minlength=codes.d_sae)
-        return total, weight, torch.bincount(features, weights**2, minlength=codes.d_sae)
-
-    every = sums(torch.ones(len(a), dtype=torch.bool))
+    every = _sums(codes, a, unit)
     scores = _score(*every)
     scored = scores[~scores.isnan()]
     value = float(scored.mean()) if len(scored) else math.nan
     block = blocks_of(codes.images, seed)
+    of_code = block[codes.rows]
+    every = tuple(part.float() for part in every)
     without = []
     for b in range(BLOCKS):
-        gone = sums(block[codes.rows] == b)
-        rest = _score(*(whole - part for whole, part in zip(every, gone)))
+        kept = of_code == b
+        gone = codes._replace(features=codes.features[kept], rows=codes.rows[kept])
+        parts = _sums(gone, a[kept].float(), unit.float())
+        rest = _score(*(torch.sub(whole, part) for whole, part in zip(every, parts)))
         without.append(float(rest.nanmean()))
     n = len(unit)
     low, high = interval(value, without, sizes_of(block))
