@@ -30,18 +30,18 @@ from typing import TYPE_CHECKING
 from clipsteer import _lazy
 
 if TYPE_CHECKING:
-    from clipsteer.sae.metrics.absorption import absorption as absorption
-    from clipsteer.sae.metrics.coverage import coverage as coverage
+    from clipsteer.sae.metrics.absorption import absorption_rate as absorption_rate
+    from clipsteer.sae.metrics.coverage import label_coverage as label_coverage
     from clipsteer.sae.metrics.estimate import Estimate as Estimate
     from clipsteer.sae.metrics.evaluate import DEFINITIONS as DEFINITIONS
     from clipsteer.sae.metrics.evaluate import NAMES as NAMES
     from clipsteer.sae.metrics.evaluate import evaluate_metrics as evaluate_metrics
     from clipsteer.sae.metrics.evaluate import record as record
-    from clipsteer.sae.metrics.monosemanticity import monosemanticity as monosemanticity
-    from clipsteer.sae.metrics.probing import preservation as preservation
-    from clipsteer.sae.metrics.probing import probing as probing
+    from clipsteer.sae.metrics.monosemanticity import monosemanticity_score as monosemanticity_score
+    from clipsteer.sae.metrics.probing import probe_preservation as probe_preservation
+    from clipsteer.sae.metrics.probing import sparse_probing as sparse_probing
     from clipsteer.sae.metrics.recorder import Recorder as Recorder
-    from clipsteer.sae.metrics.stability import stability as stability
+    from clipsteer.sae.metrics.stability import seed_stability as seed_stability
     from clipsteer.sae.metrics.stream import Grid as Grid
     from clipsteer.sae.metrics.stream import ImageTokens as ImageTokens
     from clipsteer.sae.metrics.stream import from_tower as from_tower

@@ -5,12 +5,13 @@ Of every class in a group of siblings:
              the best alone: above 0.1 no single feature stands for the class
     overlap  Jaccard index of the 10 features that are most active on the class and those on the
              group: above one half the class is represented as its siblings are
-Value: the share of classes where either holds. Features are ranked and probes fitted on training
-images, F1 is scored on the others; the group's features are taken from images that the class's are
-not. Features that are never active are among nobody's most active ones, and a class of which
-nothing is active is not scored. The two signals are ViSAEBench's (its metric M7), after SAEBench
-(Karvonen et al. 2025, arXiv 2503.09532). The interval is over the held-out images, for features and
-probes as they were fitted; the share steps where F1 crosses 0.1, so it is a rough one.
+How active a feature is, is its mean over its largest value, whatever its scale; features that are
+never active are among nobody's most active ones, and a class of which nothing is active is not
+scored. Value: the share of classes where either holds. Features are ranked and probes fitted on
+training images, F1 is scored on the others; the group's features are taken from images that the
+class's are not. The two signals are ViSAEBench's (its metric M7), after SAEBench (Karvonen et al.
+2025, arXiv 2503.09532). The interval is over the held-out images, for features and probes as they
+were fitted; the share steps where F1 crosses 0.1, so it is a rough one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clipsteer.sae.metrics.estimate import BLOCKS, Estimate, blocks_of, held_out, interval, sizes_of
+from clipsteer.sae.metrics.estimate import (
+    BLOCKS,
+    Estimate,
+    blocks_of,
+    held_out,
+    interval,
+    sizes_of,
+    sums_by,
+)
 from clipsteer.sae.metrics.probe import Probe, f_scores, ranked
 from clipsteer.sae.metrics.recorder import PooledCodes
 
@@ -46,10 +55,11 @@ class _Pair(NamedTuple):
     wide: Tensor
 
 
-def _most_active(codes: PooledCodes) -> set[int]:
-    sums = torch.bincount(codes.features, codes.values.double(), minlength=codes.d_sae)
-    order = sums.argsort(descending=True, stable=True)[:_MOST_ACTIVE]
-    return set(order[sums[order] > 0].tolist())
+def _most_active(codes: PooledCodes, peak: Tensor) -> set[int]:
+    sums = sums_by(codes.features, codes.values, codes.d_sae)
+    share = torch.where(peak > 0, sums / peak, 0)
+    order = share.argsort(descending=True, stable=True)[:_MOST_ACTIVE]
+    return set(order[share[order] > 0].tolist())
 
 
 def _counts(predicted: Tensor, is_class: Tensor, block: Tensor) -> Tensor:
@@ -75,9 +85,11 @@ def _pair(
     for part in (test, ~test):
         if int((is_class & part).sum()) < _LEAST or int((~is_class & part).sum()) < _LEAST:
             return None
-    own = _most_active(codes.of_images(is_class & ~test))
-    shared = _most_active(codes.of_images(test))
-    best = ranked(f_scores(codes.of_images(~test), is_class[~test].long()), _WIDE)
+    train = codes.of_images(~test)
+    peak = train.peaks()
+    own = _most_active(codes.of_images(is_class & ~test), peak)
+    shared = _most_active(codes.of_images(test), peak)
+    best = ranked(f_scores(train, is_class[~test].long()), _WIDE)
     if not own or not shared or not len(best):
         return None
     x = codes.columns(best)
@@ -89,7 +101,7 @@ def _pair(
     return _Pair(group, label, len(own & shared) / len(own | shared), *found)
 
 
-def absorption(
+def absorption_rate(
     codes: PooledCodes,
     labels: Tensor,  # (N,) int64; -1: none
     groups: Mapping[str, Sequence[int]] | None = None,

@@ -27,7 +27,7 @@ def _chosen(
     classes: int,
 ) -> tuple[Tensor, Tensor]:
     """Of every class the feature with the best F1, and its threshold."""
-    peak = torch.zeros(codes.d_sae).scatter_reduce(0, codes.features, codes.values, "amax")
+    peak = codes.peaks()
     positives = torch.bincount(labels, minlength=classes).double()
     best = torch.full((classes,), -1.0, dtype=torch.float64)
     feature = torch.zeros(classes, dtype=torch.int64)
@@ -47,7 +47,7 @@ def _chosen(
     return feature, threshold
 
 
-def coverage(
+def label_coverage(
     codes: PooledCodes,
     labels: Tensor,  # (N,) int64; -1: none
     *,

@@ -112,6 +112,16 @@ def blocks_of(images: Tensor, seed: int, blocks: int = BLOCKS) -> Tensor:
     return torch.from_numpy(found.astype(np.int64))
 
 
+def sums_by(
+    where: Tensor,  # (n,) int64, below count
+    values: Tensor,  # (n,)
+    count: int,
+) -> Tensor:
+    """(count,) float64: the sum of the values at each place."""
+    # of no values bincount gives another dtype
+    return torch.bincount(where, values.double(), minlength=count).double()
+
+
 def sizes_of(
     block: Tensor,  # (n,) of the images that are scored
 ) -> list[int]:

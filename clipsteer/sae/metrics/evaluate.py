@@ -14,14 +14,14 @@ from torch import Tensor
 from clipsteer.clip.hooks import evaluating
 from clipsteer.sae.encoding import Codes
 from clipsteer.sae.metrics import visaebench
-from clipsteer.sae.metrics.absorption import absorption
-from clipsteer.sae.metrics.coverage import coverage
+from clipsteer.sae.metrics.absorption import absorption_rate
+from clipsteer.sae.metrics.coverage import label_coverage
 from clipsteer.sae.metrics.estimate import Estimate
 from clipsteer.sae.metrics.localisation import Localisation
-from clipsteer.sae.metrics.monosemanticity import monosemanticity
-from clipsteer.sae.metrics.probing import preservation, probing
+from clipsteer.sae.metrics.monosemanticity import monosemanticity_score
+from clipsteer.sae.metrics.probing import probe_preservation, sparse_probing
 from clipsteer.sae.metrics.recorder import Recorder
-from clipsteer.sae.metrics.stability import stability
+from clipsteer.sae.metrics.stability import seed_stability
 from clipsteer.sae.metrics.stream import ImageTokens, streamed
 from clipsteer.sae.model import SAE
 
@@ -51,23 +51,23 @@ class _Given:
 
 def _monosemanticity(given: _Given) -> Estimate:
     assert given.embeddings is not None
-    return monosemanticity(given.recorder.pooled(), given.embeddings, seed=given.seed)
+    return monosemanticity_score(given.recorder.pooled(), given.embeddings, seed=given.seed)
 
 
 def _preservation(given: _Given) -> Estimate:
     images = torch.tensor(sorted(given.recorder.labels))
-    return preservation(*given.means(), images, given.labels, seed=given.seed)
+    return probe_preservation(*given.means(), images, given.labels, seed=given.seed)
 
 
 _METRICS: dict[str, Callable[[_Given], Estimate]] = {
     "fvu": lambda g: g.recorder.reconstruction.fvu(),
     "localisation": lambda g: g.recorder.maps["localisation"].estimate(),
-    "probing": lambda g: probing(g.recorder.pooled(), g.labels, seed=g.seed),
+    "probing": lambda g: sparse_probing(g.recorder.pooled(), g.labels, seed=g.seed),
     "preservation": _preservation,
     "monosemanticity": _monosemanticity,
-    "absorption": lambda g: absorption(g.recorder.pooled(), g.labels, g.groups, seed=g.seed),
-    "coverage": lambda g: coverage(g.recorder.pooled(), g.labels, seed=g.seed),
-    "stability": lambda g: stability(g.sae, g.others, seed=g.seed),
+    "absorption": lambda g: absorption_rate(g.recorder.pooled(), g.labels, g.groups, seed=g.seed),
+    "coverage": lambda g: label_coverage(g.recorder.pooled(), g.labels, seed=g.seed),
+    "stability": lambda g: seed_stability(g.sae, g.others, seed=g.seed),
 }
 NAMES = tuple(_METRICS)
 _LABELLED = ("probing", "preservation", "absorption", "coverage")

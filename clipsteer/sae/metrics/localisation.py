@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clipsteer.sae.metrics.estimate import BLOCKS, Estimate, blocks_of, interval
+from clipsteer.sae.metrics.estimate import BLOCKS, Estimate, blocks_of, interval, sums_by
 from clipsteer.sae.metrics.stream import Grid
 
 # of squares' sum: below it, what is left after subtracting the mean is rounding
@@ -77,7 +77,7 @@ def morans_i(maps: Maps, neighbours: int, least: int, most: int) -> Scored:
     each = torch.arange(len(run), device=key.device).repeat_interleave(counts)
 
     def summed(parts: Tensor) -> Tensor:
-        return torch.bincount(each, parts, minlength=len(run))
+        return sums_by(each, parts, len(run))
 
     place = token - grid.prefix
     row = place // grid.width

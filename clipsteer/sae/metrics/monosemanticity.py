@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer import ops
-from clipsteer.sae.metrics.estimate import BLOCKS, Estimate, blocks_of, interval, sizes_of
+from clipsteer.sae.metrics.estimate import BLOCKS, Estimate, blocks_of, interval, sizes_of, sums_by
 from clipsteer.sae.metrics.recorder import PooledCodes
 
 # of the pairs' weight: below it a feature is active on one image alone, and rounding is left
@@ -57,11 +57,11 @@ def _sums(
     counts = torch.bincount(codes.features, minlength=codes.d_sae)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     total = ops.ragged_decode(a[order], codes.rows[order], offsets, unit)
-    sums = [torch.bincount(codes.features, part, minlength=codes.d_sae) for part in (a, a * a)]
+    sums = [sums_by(codes.features, part, codes.d_sae) for part in (a, a * a)]
     return total, *(part.to(a.dtype) for part in sums)
 
 
-def monosemanticity(
+def monosemanticity_score(
     codes: PooledCodes,
     embeddings: Tensor,  # (N, e), of any length
     *,

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipsteer.sae.metrics.estimate import sums_by
 from clipsteer.sae.metrics.recorder import PooledCodes
 
 # columns of a dense block (images, columns)
@@ -71,8 +72,8 @@ def by_label(
     """Σ x of every class and feature (classes, d_sae), and Σ x² of every feature (d_sae,)."""
     values = codes.values.double()
     cell = labels[codes.rows] * codes.d_sae + codes.features
-    sums = torch.bincount(cell, values, minlength=classes * codes.d_sae)
-    squares = torch.bincount(codes.features, values * values, minlength=codes.d_sae)
+    sums = sums_by(cell, values, classes * codes.d_sae)
+    squares = sums_by(codes.features, values * values, codes.d_sae)
     return sums.reshape(classes, codes.d_sae), squares
 
 

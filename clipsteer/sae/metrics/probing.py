@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from clipsteer.sae.metrics.estimate import Estimate, blocks_of, held_out, of_sums, sizes_of
+from clipsteer.sae.metrics.estimate import Estimate, blocks_of, held_out, of_sums, sizes_of, sums_by
 from clipsteer.sae.metrics.probe import Probe, consecutive, f_scores, ranked
 from clipsteer.sae.metrics.recorder import PooledCodes
 
@@ -30,7 +30,7 @@ def _nothing(unit: str, why: str) -> Estimate:
     return Estimate(math.nan, math.nan, math.nan, 0, unit, {"why": why})
 
 
-def _areas(ks: Sequence[int]) -> Tensor:
+def areas(ks: Sequence[int]) -> Tensor:
     """(len(ks),) weights of the trapezoidal rule over k, of sum 1."""
     if len(ks) == 1:
         return torch.ones(1, dtype=torch.float64)
@@ -41,7 +41,7 @@ def _areas(ks: Sequence[int]) -> Tensor:
     return weights / (k[-1] - k[0])
 
 
-def probing(
+def sparse_probing(
     codes: PooledCodes,
     labels: Tensor,  # (N,) int64; -1: none
     *,
@@ -69,10 +69,10 @@ def probing(
     x = codes.columns(best)
     hits = [Probe(x[~test, :k], fitted).predict(x[test, :k]) == labels[test] for k in used]
     right = torch.stack(hits, 1).double()  # (test, ks)
-    each = right @ _areas(used)
+    each = right @ areas(used)
     block = blocks_of(codes.images[test], seed)
     sizes = sizes_of(block)
-    above = torch.bincount(block, each, minlength=len(sizes))
+    above = sums_by(block, each, len(sizes))
     value, low, high = of_sums(above, torch.tensor(sizes), sizes)
     details = {
         "accuracy": {str(k): float(a) for k, a in zip(used, right.mean(0))},
@@ -83,7 +83,7 @@ def probing(
     return Estimate(value, low, high, int(test.sum()), "images", details)
 
 
-def preservation(
+def probe_preservation(
     given: Tensor,  # (N, d) mean tokens
     made: Tensor,  # (N, d) mean tokens of the reconstructions
     images: Tensor,  # (N,) int64
@@ -105,7 +105,7 @@ def preservation(
     kept = (probe.predict(made[test]) == labels[test]).double()
     block = blocks_of(images[test], seed)
     sizes = sizes_of(block)
-    above, below = (torch.bincount(block, part, minlength=len(sizes)) for part in (kept, own))
+    above, below = (sums_by(block, part, len(sizes)) for part in (kept, own))
     value, low, high = of_sums(above, below, sizes)
     details = {
         "activations": float(own.mean()),

@@ -41,6 +41,10 @@ class PooledCodes(NamedTuple):
             self.d_sae,
         )
 
+    def peaks(self) -> Tensor:
+        """(d_sae,) each feature's largest activation, 0 where it is never active."""
+        return torch.zeros(self.d_sae).scatter_reduce(0, self.features, self.values, "amax")
+
     def columns(self, features: Tensor) -> Tensor:
         """Dense (N, m) float32 of some features (m,), each once."""
         place = torch.full((self.d_sae,), -1)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsteer.sae.metrics.estimate import Estimate, blocks_of, of_sums, sizes_of
+from clipsteer.sae.metrics.estimate import Estimate, blocks_of, of_sums, sizes_of, sums_by
 from clipsteer.sae.model import SAE
 
 
@@ -57,7 +57,7 @@ def _random_like(rows: Tensor, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def stability(sae: SAE, others: Sequence[SAE], *, seed: int = 0) -> Estimate:
+def seed_stability(sae: SAE, others: Sequence[SAE], *, seed: int = 0) -> Estimate:
     """Mean matched cosine of an SAE's features with those of others, the mean over these; details:
     of each and of random rows, and the share of features that are matched above 0.7.
 
@@ -83,7 +83,7 @@ def stability(sae: SAE, others: Sequence[SAE], *, seed: int = 0) -> Estimate:
     numbers = torch.cat([torch.arange(len(part)) for part in matched])
     block = blocks_of(numbers, seed)
     sizes = sizes_of(block)
-    above = torch.bincount(block, every, minlength=len(sizes))
+    above = sums_by(block, every, len(sizes))
     value, low, high = of_sums(above, torch.tensor(sizes), sizes)
     details = {
         "each": [float(part.mean()) for part in matched],

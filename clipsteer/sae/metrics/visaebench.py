@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 from clipsteer.sae.metrics.estimate import Estimate
 from clipsteer.sae.metrics.localisation import Localisation, Maps, morans_i
-from clipsteer.sae.metrics.probing import KS
+from clipsteer.sae.metrics.probing import KS, areas
 from clipsteer.sae.metrics.recorder import PooledCodes
 
 DEFINITION = "visaebench-0.1.0"
@@ -191,9 +191,7 @@ def _probing(given: Any) -> Estimate:
         probe = _fitted(x[train, :k], labels[train], 500, given.seed)
         accuracy[k] = float(probe.score(x[test, :k], labels[test]))
     values = list(accuracy.values())
-    area = values[0]
-    if len(used) > 1:
-        area = float(np.trapezoid(values, x=used) / (used[-1] - used[0]))
+    area = float(torch.tensor(values, dtype=torch.float64) @ areas(used))
     return _estimate(area, len(test), "images", accuracy=accuracy)
 
 
