@@ -79,7 +79,7 @@ def as_theirs(sae: SAE) -> Any:
     weights = {
         "encoder.weight": sae.W_enc.detach(),
         "encoder.bias": (sae.b_enc - sae.W_enc @ sae.b_dec).detach(),
-        "decoder.weight": sae.W_dec.detach().T,
+        "decoder.weight": sae.W_dec.detach(),
         "decoder.bias": sae.b_dec.detach(),
     }
     config = {"activation": "topk", "k": sae.k, "input_dim": sae.d_in, "hidden_dim": sae.d_sae}

@@ -75,6 +75,7 @@ class Recorder:
         self.reconstruction = Reconstruction(seed)
         self.labels: dict[int, int] = {}
         self.tokens = 0
+        self._pooled: PooledCodes | None = None
         self._images: list[Tensor] = []
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -134,6 +135,7 @@ class Recorder:
         peaks = values[starts].scatter_reduce(0, each, values, "amax")
         rows = (run // self.d_sae).cpu()
         place = rows + sum(map(len, self._images))
+        self._pooled = None
         self._images.append(images)
         self._parts.append((place, (run % self.d_sae).cpu(), peaks.float().cpu()))
 
@@ -148,8 +150,9 @@ class Recorder:
         if both := self.labels.keys() & other.labels.keys():
             raise ValueError(f"Recorder.merge: both have seen image {min(both)}")
         offset = sum(map(len, self._images))
+        self._pooled = None
         self._images += other._images
-        self._parts += [(rows + offset, *rest) for rows, *rest in other._parts]
+        self._parts += [(rows + offset, f, v) for rows, f, v in other._parts]
         self.labels |= other.labels
         self.tokens += other.tokens
         for name, found in self.maps.items():
@@ -158,6 +161,8 @@ class Recorder:
 
     def pooled(self) -> PooledCodes:
         """The codes of all images, by number."""
+        if self._pooled is not None:
+            return self._pooled
         if not self._images:
             raise ValueError("Recorder: no image was seen")
         images, order = torch.cat(self._images).sort()
@@ -165,7 +170,8 @@ class Recorder:
         place[order] = torch.arange(len(order))
         rows, features, values = (torch.cat(parts) for parts in zip(*self._parts))
         rows, order = torch.sort(place[rows], stable=True)
-        return PooledCodes(images, rows, features[order], values[order], self.d_sae)
+        self._pooled = PooledCodes(images, rows, features[order], values[order], self.d_sae)
+        return self._pooled
 
 
 def _flat(codes: Codes, d_sae: int) -> tuple[Tensor, Tensor, Tensor, int]:
