@@ -25,6 +25,7 @@ from clipsteer.cli.arguments import (
     whole,
 )
 from clipsteer.cli.images import lists_unreadable, open_images
+from clipsteer.cli.sae_metrics import add_metrics, check_metrics, measured, show_metrics
 
 # of training, where nothing else is asked for: a pass over few images is over before the warm-up is
 _LEAST_TOKENS = 2_000_000
@@ -91,6 +92,8 @@ examples:
     clipsteer sae eval runs/small --steer 150 --features 200
   names for the 20 strongest features, out of your own words:
     clipsteer sae eval runs/small --name-features 20 --words words.txt
+  what its features are worth, with intervals (localisation, probing, stability, ...):
+    clipsteer sae eval runs/small --metrics all --metrics-sae runs/seed1 --out metrics.json
 """,
         _eval_options,
     )
@@ -196,6 +199,7 @@ def _eval_options(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="the first N features (default: 256)",
     )
+    add_metrics(p)
     p.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
 
 
@@ -338,6 +342,7 @@ def _eval(args: argparse.Namespace) -> int:
     from clipsteer.io.files import write_json
     from clipsteer.sae.evaluate import evaluate_sae
 
+    check_metrics(args)
     sae, clip, dataset = _open(args)
     where = {"hook_point": args.hook_point, "tokens": args.tokens}
     target = {"target_hook_point": args.target_hook_point}
@@ -347,6 +352,9 @@ def _eval(args: argparse.Namespace) -> int:
     if args.name_features is not None:
         figures["names"] = name_strongest(args, sae, clip, dataset, where)
     show(figures)
+    if args.metrics is not None:
+        figures["metrics"] = measured(args, sae, clip, dataset, where | target)
+        show_metrics(figures["metrics"])
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, figures)
