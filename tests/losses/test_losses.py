@@ -21,6 +21,7 @@ import itertools, sys
 import torch, torch.distributed as dist
 import open_clip.loss as theirs
 from clipsteer import losses as ours
+from clipsteer.training.world import World
 
 size = int(sys.argv[1])
 rank = 0
@@ -70,7 +71,8 @@ for local, with_grad, cache in itertools.product((False, True), repeat=3):
     options = {"local_loss": local, "gather_with_grad": with_grad, "cache_labels": cache, **flags}
     for kind, name in (("clip", "ClipLoss"), ("clip with a bias", "ClipLoss"), ("distill", "DistillClipLoss")):
         for backend in ("auto", "reference"):
-            a, b = getattr(ours, name)(**options, backend=backend), getattr(theirs, name)(**options)
+            more = {"backend": backend, "equal_rows": backend == "auto"}
+            a, b = getattr(ours, name)(**options, **more), getattr(theirs, name)(**options)
             for seed in (1, 2):  # a second call, as labels are cached
                 compare(a, b, kind, seed, f"{kind} {options} {backend}")
                 count += 1
@@ -78,7 +80,15 @@ for how in (None, "bidir", "shift", "reduce", "gather"):
     options = {"cache_labels": True, "dist_impl": how, **flags}
     compare(ours.SigLipLoss(**options), theirs.SigLipLoss(**options), "siglip", 3, f"siglip {options}")
     count += 1
-assert count == 8 * 3 * 2 * 2 + 5
+# no process gathers what all have, in a ring
+World.gather = None
+for how, equal, backend in itertools.product((None, "bidir", "shift"), (False, True), ("auto", "reference")):
+    options = {"cache_labels": True, "dist_impl": how, **flags}
+    a = ours.SigLipLoss(**options, ring=True, equal_rows=equal, backend=backend)
+    for seed in (4, 5):
+        compare(a, theirs.SigLipLoss(**options), "siglip", seed, f"ring {options} {equal} {backend}")
+        count += 1
+assert count == 8 * 3 * 2 * 2 + 5 + 12 * 2
 if size > 1:
     dist.destroy_process_group()
 """
@@ -195,6 +205,8 @@ def test_what_open_clip_would_take_is_named_where_it_is_not_served() -> None:
         losses.ClipLoss(use_horovod=True)
     with pytest.raises(ValueError, match="dist_impl must be one of"):
         losses.SigLipLoss(dist_impl="ring")
+    with pytest.raises(ValueError, match="ring=True goes with dist_impl of .*bidir.*shift.*, got 'gather'"):
+        losses.SigLipLoss(dist_impl="gather", ring=True)
     with pytest.raises(RuntimeError, match="world_size=2 needs a process group"):
         losses.ClipLoss(world_size=2)(image, text, 1.0)
     with pytest.raises(ValueError, match="logit_scale must be positive"):
@@ -204,6 +216,7 @@ def test_what_open_clip_would_take_is_named_where_it_is_not_served() -> None:
 UNEVEN = """
 import sys, torch, torch.distributed as dist
 from clipsteer import losses
+from clipsteer.training.world import World
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 x = torch.randn(3 + rank, 4)
@@ -215,6 +228,19 @@ for module in (losses.ClipLoss, losses.SigLipLoss):
         assert "as many pairs each, got [3, 4]" in str(error), error
     else:
         raise AssertionError("uneven processes")
+    equal = module(rank=rank, world_size=2, equal_rows=True)
+    few = [y[:2] if torch.is_tensor(y) else y for y in given]
+    assert torch.isfinite(equal(*few))
+    counts = World.counts
+    World.counts = None  # nobody asks again
+    assert torch.isfinite(equal(*few))
+    try:
+        equal(*given)
+    except ValueError as error:
+        assert f"the first batch had 2 pairs of this process, got {3 + rank}" in str(error), error
+    else:
+        raise AssertionError("another number of rows")
+    World.counts = counts
     try:
         module(rank=1 - rank, world_size=2)(*given)
     except ValueError as error:
@@ -227,6 +253,41 @@ dist.destroy_process_group()
 
 def test_uneven_processes_and_wrong_ranks_are_refused_by_all(tmp_path: Path) -> None:
     in_processes(tmp_path, UNEVEN, size=2)
+
+
+LOST = """
+import datetime, os, sys, time, torch, torch.distributed as dist
+from clipsteer import losses
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=2))
+rank, size = dist.get_rank(), dist.get_world_size()
+x = torch.nn.functional.normalize(torch.randn(4, 6), dim=1).requires_grad_()
+clip = losses.ClipLoss(rank=rank, world_size=size, equal_rows=True), (x, x, 1.0)
+gathered = losses.SigLipLoss(rank=rank, world_size=size), (x, x, 10.0, -10.0)
+ring = losses.SigLipLoss(rank=rank, world_size=size, ring=True, equal_rows=True), (x, x, 10.0, -10.0)
+loss, given = {"clip": clip, "gathered": gathered, "ring": ring}[sys.argv[1]]
+loss(*given).backward()
+if rank == 2:
+    if sys.argv[2] == "late":
+        time.sleep(5)
+    os._exit(0)  # without a word
+began = time.monotonic()
+try:
+    loss(*given).backward()
+except RuntimeError as error:
+    others = f"its neighbours {(rank - 1) % 3} and {(rank + 1) % 3}" if loss is ring[0] else "the others"
+    expected = f"{type(loss).__name__}: process {rank} of 3 waited in vain for {others}; one has ended, or takes longer"
+    assert expected in str(error), error
+    assert error.__cause__ is not None
+    assert time.monotonic() - began < 4.5, "beyond the time-out"
+else:
+    raise AssertionError("a process is gone, and nobody noticed")
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(("kind", "how"), [("ring", "gone"), ("clip", "gone"), ("gathered", "late"), ("ring", "late")])
+def test_a_process_that_is_gone_ends_the_others_with_an_error(kind: str, how: str, tmp_path: Path) -> None:
+    in_processes(tmp_path, LOST, kind, how, size=3, timeout=60)
 
 
 def test_drrho_takes_open_clips_call_and_the_models_temperature() -> None:

@@ -15,7 +15,7 @@ from clipsteer.data.files import captions, image_folder
 from clipsteer.io.files import FileFormatError, read_safetensors, write_json
 from clipsteer.reference import evaluate as contrastive_eval
 from clipsteer.reference import features as reference_features
-from clipsteer.reference import train as contrastive_train
+from clipsteer.reference import trainer
 from clipsteer.reference.config import LOSSES
 from clipsteer.reference.evaluate import evaluate
 from clipsteer.reference.pairs import Pairs
@@ -174,7 +174,7 @@ def test_gamma_falls_over_the_epochs(fresh, data):
     for more in ({}, {"gamma_min": 0.2, "gamma_epochs": 15}, {"gamma_min": 1.0}):
         settings = {**FAST, "epochs": 30, "gamma_min": None, **more}
         config = ContrastiveConfig(**settings, loss="global")
-        run = contrastive_train._Run(fresh(), data, config, None, None, {}, None, 0, World("cpu"))
+        run = trainer.ContrastiveRun(fresh(), data, config, None, None, {}, None, 0, World("cpu"))
         assert (run.total, run.order.per_epoch) == (60, 2)
         values.append([run._gamma(epoch) for epoch in (0, 5, 10, 15, 20, 29)])
     # by the cosines of 0, π/6, π/3, π/2, 2π/3 and 29π/30
@@ -353,7 +353,7 @@ def test_a_part_draws_the_same_masks_when_it_is_seen_again(folder, data, monkeyp
     clip, seen, plain = (
         clip_module.load(str(folder / "clipsteer-test-dropping.json")),
         [],
-        contrastive_train._Run._features,
+        trainer.ContrastiveRun._features,
     )
 
     def features(self, *args):
@@ -361,7 +361,7 @@ def test_a_part_draws_the_same_masks_when_it_is_seen_again(folder, data, monkeyp
         seen.append((torch.is_grad_enabled(), found[0].detach().clone()))
         return found
 
-    monkeypatch.setattr(contrastive_train._Run, "_features", features)
+    monkeypatch.setattr(trainer.ContrastiveRun, "_features", features)
     reference = reference_features.ReferenceFeatures(torch.eye(12), torch.eye(12), "knows", "", "")
     config = ContrastiveConfig(**{**FAST, "batch_size": 12, "epochs": 1}, micro_batch=5, select=select)
     train_contrastive(clip, data, config, reference=reference)
