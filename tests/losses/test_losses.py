@@ -205,7 +205,7 @@ def test_what_open_clip_would_take_is_named_where_it_is_not_served() -> None:
         losses.ClipLoss(use_horovod=True)
     with pytest.raises(ValueError, match="dist_impl must be one of"):
         losses.SigLipLoss(dist_impl="ring")
-    with pytest.raises(ValueError, match="ring=True goes with dist_impl of .*bidir.*shift.*, got 'gather'"):
+    with pytest.raises(ValueError, match=r"ring=True goes with dist_impl of .*bidir.*shift.*, got 'gather'"):
         losses.SigLipLoss(dist_impl="gather", ring=True)
     with pytest.raises(RuntimeError, match="world_size=2 needs a process group"):
         losses.ClipLoss(world_size=2)(image, text, 1.0)
@@ -285,7 +285,14 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize(("kind", "how"), [("ring", "gone"), ("clip", "gone"), ("gathered", "late"), ("ring", "late")])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        ("ring", "gone"),
+        *(pytest.param(*case, marks=pytest.mark.nightly) for case in (("clip", "gone"), ("gathered", "late"))),
+        pytest.param("ring", "late", marks=pytest.mark.nightly),
+    ],
+)
 def test_a_process_that_is_gone_ends_the_others_with_an_error(kind: str, how: str, tmp_path: Path) -> None:
     in_processes(tmp_path, LOST, kind, how, size=3, timeout=60)
 
