@@ -157,10 +157,31 @@ class ContrastiveLoss(_Scaled):
         still = scale.detach()
         pairs = (image, text, *theirs, scale, still)
         hard, soft = contrast("distill_loss", pairs, backend, joint)
-        with torch.no_grad():  # cross-entropy less the reference's own entropy is the divergence
-            own = (*theirs, *theirs, still, still)
-            entropy = contrast("distill_loss", own, backend, joint)[1]
-        return (1 - self.distill) * hard + self.distill * (soft - entropy)
+        # cross-entropy less the reference's own entropy is the divergence
+        soft = soft - self._entropy(*theirs, still, joint)
+        return (1 - self.distill) * hard + self.distill * soft
+
+    @torch.no_grad()
+    def _entropy(
+        self,
+        image: Tensor,  # (B, e)
+        text: Tensor,  # (B, e)
+        scale: Tensor,  # ()
+        joint: Exchange | None,
+    ) -> Tensor:
+        """The mean entropy of a batch's softmaxes, ()."""
+        if joint is not None:
+            # of several processes each would sweep once more for its own share of what follows
+            backend = choose("distill_loss", self.backend, image)
+            own = (image, text, image, text, scale, scale)
+            return contrast("distill_loss", own, backend, joint)[1]
+        backend = choose("clip_loss", self.backend, image)
+        # −Σ p·log p is the loss, less what it moves along the scale: half of distillation's sweeps
+        with torch.enable_grad():
+            scale = scale.detach().requires_grad_()
+            loss = contrast("clip_loss", (image, text, scale, None, 0.0), backend)[0]
+            (slope,) = torch.autograd.grad(loss, scale)
+        return loss.detach() - scale.detach() * slope
 
     def _logits(
         self,
