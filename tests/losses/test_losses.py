@@ -273,48 +273,6 @@ def test_uneven_processes_and_wrong_ranks_are_refused_by_all(tmp_path: Path) -> 
     in_processes(tmp_path, UNEVEN, size=2)
 
 
-LOST = """
-import datetime, os, sys, time, torch, torch.distributed as dist
-from clipsteer import losses
-dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=2))
-rank, size = dist.get_rank(), dist.get_world_size()
-x = torch.nn.functional.normalize(torch.randn(4, 6), dim=1).requires_grad_()
-clip = losses.ClipLoss(rank=rank, world_size=size, equal_rows=True), (x, x, 1.0)
-gathered = losses.SigLipLoss(rank=rank, world_size=size), (x, x, 10.0, -10.0)
-ring = losses.SigLipLoss(rank=rank, world_size=size, ring=True, equal_rows=True), (x, x, 10.0, -10.0)
-loss, given = {"clip": clip, "gathered": gathered, "ring": ring}[sys.argv[1]]
-loss(*given).backward()
-if rank == 2:
-    if sys.argv[2] == "late":
-        time.sleep(5)
-    os._exit(0)  # without a word
-began = time.monotonic()
-try:
-    loss(*given).backward()
-except RuntimeError as error:
-    others = f"its neighbours {(rank - 1) % 3} and {(rank + 1) % 3}" if loss is ring[0] else "the others"
-    expected = f"{type(loss).__name__}: process {rank} of 3 waited in vain for {others}; one has ended, or takes longer"
-    assert expected in str(error), error
-    assert error.__cause__ is not None
-    assert time.monotonic() - began < 4.5, "beyond the time-out"
-else:
-    raise AssertionError("a process is gone, and nobody noticed")
-os._exit(0)
-"""
-
-
-@pytest.mark.parametrize(
-    ("kind", "how"),
-    [
-        ("ring", "gone"),
-        *(pytest.param(*case, marks=pytest.mark.nightly) for case in (("clip", "gone"), ("gathered", "late"))),
-        pytest.param("ring", "late", marks=pytest.mark.nightly),
-    ],
-)
-def test_a_process_that_is_gone_ends_the_others_with_an_error(kind: str, how: str, tmp_path: Path) -> None:
-    in_processes(tmp_path, LOST, kind, how, size=3, timeout=60)
-
-
 def test_drrho_takes_open_clips_call_and_the_models_temperature() -> None:
     """With ε = 1/B it is CLIP's loss over s, less its log B, with its gradients; ids only where γ < 1."""
     image, text = (x.requires_grad_() for x in features(11, 6, 6, dtype=torch.float64))
