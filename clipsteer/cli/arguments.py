@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
 from clipsteer.cli.images import add_skip_unreadable
+from clipsteer.clip.positions import RULES
 from clipsteer.clip.tokens import TOKENS
 from clipsteer.training.settings import (
     Setting,
@@ -204,10 +205,19 @@ def add_setup(p: argparse.ArgumentParser, whose: str = "") -> None:
         help=f"towers with QuickGELU, or with GELU ({own})",
     )
     p.add_argument(
+        f"--{whose}image-size",
         f"--{whose}force-image-size",
+        dest=f"{whose.replace('-', '_')}force_image_size",
         type=_image_size,
         metavar="N|HxW",
         help=f"of what the model sees; position embeddings are resampled ({own})",
+    )
+    p.add_argument(
+        f"--{whose}position-interpolation",
+        choices=RULES,
+        help="how they are: bicubically with an antialiasing filter, as open_clip and timm do, or "
+        "without one, as DINOv2 and transformers do (default: what was written with the weights, "
+        "or the way of the code that they come from)",
     )
 
 
@@ -235,7 +245,7 @@ def _image_size(text: str) -> tuple[int, int]:
 
 def setup_options(args: argparse.Namespace, whose: str = "") -> dict[str, Any]:
     """What the options of ``add_setup`` say, as arguments of ``clipsteer.load``."""
-    names = ("preprocess", "force_quick_gelu", "force_image_size")
+    names = ("preprocess", "force_quick_gelu", "force_image_size", "position_interpolation")
     found = {name: getattr(args, whose.replace("-", "_") + name) for name in names}
     return {name: value for name, value in found.items() if value is not None}
 

@@ -27,7 +27,7 @@ from clipsteer.clip.open_clip_models import (
 )
 from clipsteer.clip.pixels import evaluation_transform_of, from_any_mode, stacks
 from clipsteer.clip.runs import CONFIG, missing_run, read_run
-from clipsteer.clip.setup import Asked, Setup, as_size, setup_of
+from clipsteer.clip.setup import Asked, Setup, setup_of
 from clipsteer.clip.timm_models import TIMM, ImageModel, NoTokenizer, no_text, open_timm
 from clipsteer.clip.tokens import class_tokens as class_tokens
 from clipsteer.io.digests import described
@@ -157,6 +157,8 @@ def load(
     preprocess: str | Mapping[str, Any] | None = None,
     force_quick_gelu: bool | None = None,
     force_image_size: int | tuple[int, int] | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    position_interpolation: str | None = None,
 ) -> CLIP:
     """Open a model by name.
 
@@ -180,9 +182,13 @@ def load(
             have; where these differ, a warning says what was taken.
         force_quick_gelu: True builds open_clip's towers with QuickGELU, False with GELU. None is
             found as `preprocess` is.
-        force_image_size: N or (height, width) of the images that the model sees; position
-            embeddings are resampled. None is the size that was written with the weights, or the
-            architecture's.
+        image_size: N or (height, width) of the images that the model sees; position embeddings
+            are resampled. None is the size that was written with the weights, or the
+            architecture's. force_image_size is the same under open_clip's name.
+        position_interpolation: how they are: "antialias" (bicubic with PIL's filter: open_clip,
+            timm, DINOv2 with registers) or "bicubic" without it (DINO, DINOv2, transformers' CLIP
+            and SigLIP). None is what was written with the weights, or the way of the code that
+            they come from; at half the size features move by some 5 % from one to the other.
 
     Returns a `CLIP`. That of a folder has the name of its architecture, and its weights file as
     `pretrained`.
@@ -194,9 +200,9 @@ def load(
         RuntimeError: open_clip, timm or torchvision cannot be imported; weights could not be
             downloaded.
     """
-    size = None if force_image_size is None else as_size(force_image_size)
     weights = None if pretrained is None else str(pretrained)
-    return _load(str(name), weights, device, dtype, Asked(preprocess, force_quick_gelu, size))
+    setup = (preprocess, force_quick_gelu, image_size, force_image_size, position_interpolation)
+    return _load(str(name), weights, device, dtype, Asked.of(*setup))
 
 
 def _load(
@@ -231,6 +237,8 @@ def load_origin(
     preprocess: str | Mapping[str, Any] | None = None,
     force_quick_gelu: bool | None = None,
     force_image_size: int | tuple[int, int] | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    position_interpolation: str | None = None,
 ) -> CLIP:
     """The model that something was fitted on, of its metadata as `provenance` gives them.
 
@@ -245,9 +253,8 @@ def load_origin(
     known = None
     if origin.get("setup") is not None and name == origin.get("clip_model"):
         known = Setup.from_json(f"the metadata of something fitted on {name}", origin["setup"])
-    size = None if force_image_size is None else as_size(force_image_size)
-    asked = Asked(preprocess, force_quick_gelu, size, known)
-    return _load(name, pretrained, device, None, asked)
+    setup = (preprocess, force_quick_gelu, image_size, force_image_size, position_interpolation)
+    return _load(name, pretrained, device, None, Asked.of(*setup, known))
 
 
 def provenance(clip: CLIP, hook_point: str, tokens: str) -> dict[str, Any]:
