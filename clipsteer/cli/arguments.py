@@ -180,7 +180,8 @@ def add_model(
         "--model",
         default=default,
         metavar="NAME",
-        help="open_clip name, hf-hub:org/repo, timm:NAME, the folder of a run, or emojiclip "
+        help="open_clip name, hf-hub:org/repo, timm:NAME, hf:org/name or hf:PATH (transformers), "
+        "the folder of a run, or emojiclip "
         f"(default: {source})",
     )
     p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or a local weights file")

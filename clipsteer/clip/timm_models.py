@@ -46,6 +46,9 @@ class ImageTower(nn.Module):
 class ImageModel(nn.Module):
     """A model with an image tower alone; modules of it are named as in open_clip's timm towers."""
 
+    has_text = False
+    lacks_text = ""  # why, where it is not by nature
+
     def __init__(self, trunk: nn.Module, preprocess: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.visual = ImageTower(trunk, preprocess)
@@ -66,11 +69,11 @@ class ImageModel(nn.Module):
         raise RuntimeError(no_text("encode_text", "this model"))
 
 
-def no_text(what: str, name: str) -> str:
+def no_text(what: str, name: str, why: str = "") -> str:
     """What to say where a text tower is asked for and there is none."""
     return (
-        f"{what} needs a text tower, and {name} has none; load a CLIP, such as 'emojiclip' or "
-        "'ViT-B-32'"
+        f"{what} needs a text tower, and {name} has none{f' ({why})' if why else ''}; load a CLIP, "
+        "such as 'emojiclip' or 'ViT-B-32'"
     )
 
 
