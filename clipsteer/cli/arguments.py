@@ -343,18 +343,29 @@ def show_steering(
     import torch
 
     from clipsteer.clip.model import EMOJICLIP
-    from clipsteer.clip.zero_shot import zero_shot_head
+    from clipsteer.clip.zero_shot import prototype_head, zero_shot_head
     from clipsteer.data.dataset import sample_names, spread, told_apart
     from clipsteer.data.emoji import EmojiStyles
     from clipsteer.steering import steer
 
     if args.top < 1 or args.count < 1:
         raise ValueError(f"--top and --count must be at least 1, got {args.top} and {args.count}")
+    classes = told_apart(dataset)
     if args.words is not None:
         words = read_words(args.words)
     else:
-        words = told_apart(dataset) or [c.label for c in EmojiStyles().concepts]
-    head = zero_shot_head(clip, words, None if clip.name == EMOJICLIP else ("a photo of a {}.",))
+        words = classes or [c.label for c in EmojiStyles().concepts]
+    if clip.has_text or args.words is not None:
+        templates = None if clip.name == EMOJICLIP else ("a photo of a {}.",)
+        head = zero_shot_head(clip, words, templates)
+    elif classes is not None:
+        head = prototype_head(clip, dataset)
+        _text(f"{clip.name} has no text tower: classes stand for the mean of their images")
+    else:
+        raise ValueError(
+            f"{clip.name} has no text tower, so that images are told apart by the means of their "
+            "classes; pass --data with two classes at least, such as a folder of class folders"
+        )
     rows = spread(range(len(dataset)), args.count)
     images = [dataset[i][0] for i in rows]
     before = (100 * clip.encode_images(images) @ head.T).softmax(-1)

@@ -204,3 +204,36 @@ def test_the_commands_take_size_and_rule(tmp_path, file, capsys):
     assert "fvu" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         main(["sae", "train", "--position-interpolation", "nearest", "--out", str(run)])
+
+
+def test_towers_without_text_steer_and_fine_tune_by_class_means(tmp_path, file, capsys):
+    import numpy as np
+    from PIL import Image
+
+    for kind in ("a", "b"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        for i in range(3):
+            noise = np.random.RandomState(i).randint(0, 255, (40, 40, 3)) // (1 + 3 * (kind == "b"))
+            Image.fromarray(noise.astype(np.uint8)).save(tmp_path / "data" / kind / f"{i}.png")
+    data, run = str(tmp_path / "data"), str(tmp_path / "run")
+    model = ["--model", TINY, "--pretrained", str(file), "--data", data]
+    train = ["--expansion", "2", "--k", "4", "--steps", "3", "--batch-size", "32", "--out", run]
+    assert main(["sae", "train", *model, *train]) == 0
+    capsys.readouterr()
+    assert main(["sae", "steer", run, "--data", data, "--feature", "3=5"]) == 0
+    shown = capsys.readouterr().out
+    assert "has no text tower: classes stand for the mean of their images" in shown
+    assert "mean change, in points" in shown
+    (tmp_path / "words.txt").write_text("cat")
+    for more in (["--data", data, "--words", str(tmp_path / "words.txt")], ["--data", data + "/a"]):
+        assert main(["sae", "steer", run, "--feature", "3=5", *more]) == 2
+        assert "text tower" in capsys.readouterr().err
+    out = tmp_path / "tuned"
+    assert main(["finetune", *model, "--epochs", "1", "--batch-size", "4", "--out", str(out)]) == 0
+    start, classifier, classes = clip.load_classifier(out / "zeroshot")
+    from clipsteer.data.files import open_dataset
+
+    embeddings = start.encode_images(open_dataset(data))
+    means = torch.nn.functional.normalize(embeddings.unflatten(0, (2, 3)).mean(1), dim=-1)
+    assert classes == ["a", "b"]
+    torch.testing.assert_close(classifier.head.weight.data, 100 * means, atol=1e-4, rtol=1e-4)
