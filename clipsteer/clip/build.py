@@ -191,7 +191,7 @@ def fits(model: Any, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def written_grid(weights: str, visual: Any) -> tuple[int, int] | None:
-    """Patches (h, w) of the images that a file says its weights are for; None where it is silent."""
+    """Patches (h, w) of the images that a file's weights are for; None where it does not say."""
     setup = read_setup(weights)
     if setup is None:
         return None

@@ -53,7 +53,8 @@ logger = logging.getLogger(__name__)
 KINDS = (
     "emojiclip or emoji-tiny; an architecture of open_clip, such as ViT-B-32, or a .json file that "
     "describes one; hf-hub:ORG/REPO; local-dir:PATH; timm:NAME (an image tower alone); "
-    "hf:ORG/NAME or hf:PATH (of transformers); a folder that clipsteer train, finetune or wise-ft merge left"
+    "hf:ORG/NAME or hf:PATH (of transformers); a folder that clipsteer train, finetune or wise-ft "
+    "merge left"
 )
 
 

@@ -1,4 +1,4 @@
-"""How position tables are resampled: two rules, by their definitions, for every kind of tower and wherever it is kept."""
+"""How position tables are resampled: two rules, by their definitions, for every kind of tower, and kept."""
 
 from __future__ import annotations
 
