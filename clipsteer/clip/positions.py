@@ -70,7 +70,7 @@ def set_timm_size(trunk: Any, size: tuple[int, int], rule: str) -> None:
     if rule == ANTIALIAS:
         trunk.set_input_size(size)
         return
-    table = getattr(trunk, "pos_embed", None)
+    table: Any = getattr(trunk, "pos_embed", None)
     old = getattr(getattr(trunk, "patch_embed", None), "grid_size", None)
     if getattr(table, "ndim", 0) != 3 or old is None:
         raise ValueError(

@@ -32,6 +32,7 @@ class ImageTower(nn.Module):
 
     def __init__(self, trunk: nn.Module, preprocess: Mapping[str, Any] | None = None) -> None:
         super().__init__()
+        self.position_interpolation = ANTIALIAS
         self.trunk = trunk
         self.output_dim = getattr(trunk, "head_hidden_size", trunk.num_features)
         # under the name that open_clip's towers have for theirs
@@ -51,7 +52,7 @@ class ImageModel(nn.Module):
 
     def __init__(self, trunk: nn.Module, preprocess: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self.visual = ImageTower(trunk, preprocess)
+        self.visual: Any = ImageTower(trunk, preprocess)
 
     def encode_image(
         self,
@@ -64,7 +65,7 @@ class ImageModel(nn.Module):
         """As ``encode_image``."""
         return self.encode_image(pixels)
 
-    def encode_text(self, tokens: Tensor) -> NoReturn:
+    def encode_text(self, tokens: Tensor) -> Tensor:
         """Raises RuntimeError: there is no text tower."""
         raise RuntimeError(no_text("encode_text", "this model"))
 
