@@ -62,8 +62,8 @@ class Ring(Exchange):
             here = coming()
             if hop + 1 < self.size:
                 coming = self._send(list(zip(here, steps)))
-            found = [add(rows) for rows in here]
-            if found[0] is None:
+            found = [part for part in map(add, here) if part is not None]
+            if not found:
                 continue
             if behind is not None:
                 found = [a + b for a, b in zip(behind(), found)]
