@@ -42,7 +42,9 @@ class Bounded:
         reach = self.value.abs() + self.error
         held = (self.error == 0) & (self.value.to(dtype).double() == self.value)
         last = UNIT[dtype] * reach + info.smallest_normal * info.eps
-        total = self.error + torch.where(held, 0.0, last)
+        total = self.error + last.masked_fill_(held, 0.0)
+        if reach.numel() == 0 or bool(reach.amax() * (1 + UNIT[dtype]) <= info.max):
+            return total
         return torch.where(reach * (1 + UNIT[dtype]) <= info.max, total, _beyond(self.value))
 
     def fraction(self, result: Tensor, limit: Tensor | None = None) -> Tensor:
@@ -54,8 +56,10 @@ class Bounded:
         if self.ranked is not None and bool(limit.isinf().any()):
             return self._near_ties(result.detach().cpu())
         got = result.detach().cpu().double()
+        off = (got - self.value).abs_().div_(limit)
+        if off.numel() and bool(off.amax().isfinite()) and bool(limit.amax().isfinite()):
+            return off
         same = (got == self.value) | (got.isnan() & self.value.isnan()) | limit.isinf()
-        off = (got - self.value).abs() / limit
         return torch.where(same, 0.0, off.nan_to_num(nan=math.inf, posinf=math.inf))
 
     def _near_ties(self, got: Tensor) -> Tensor:

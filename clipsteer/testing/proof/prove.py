@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -90,6 +91,15 @@ def _scales(dtype: torch.dtype) -> tuple[float, ...]:
     return (1.0, 1e-2, 1e2) if dtype == torch.float16 else (1.0, 1e-4, 1e4)
 
 
+def _trial(claim: Claim, prop: str, dtype: torch.dtype, seed: int, scale: float) -> Trial:
+    special = math.nan if prop == "nan" else None
+    return Trial(claim, dtype, seed, scale, exact=prop == "integers", special=special)
+
+
+def _is_plain(trial: Trial) -> bool:
+    return not trial.exact and trial.special is None
+
+
 def _name(function: Callable[..., Any]) -> str:
     return getattr(function, "__qualname__", None) or repr(function)
 
@@ -111,7 +121,7 @@ def replay(
     if property not in PROPERTIES:
         raise ValueError(f"replay: property must be one of {tuple(PROPERTIES)}, got {property!r}")
     claim = Claim(fast, reference, inputs, device, gradients, arithmetic)
-    return PROPERTIES[property](Trial(claim, dtype, seed, scale, exact=property == "integers"))
+    return PROPERTIES[property](_trial(claim, property, dtype, seed, scale))
 
 
 def prove(
@@ -167,17 +177,17 @@ def prove(
             for number in range(cases):
                 scale = _scales(dtype)[number % 3]
                 # what is drawn alike shares the values of its definition
-                plain = Trial(claim, dtype, seed + number, scale)
-                others = {
-                    "integers": replace(plain, exact=True, unbounded=[]),
-                    "nan": replace(plain, special=math.nan, unbounded=[]),
-                }
+                trials: dict[str, Trial] = {}
                 for prop, tally in tallies.items():
-                    trial = others.get(prop, plain)
+                    trial = _trial(claim, prop, dtype, seed + number, scale)
+                    trial = trials.setdefault("plain" if _is_plain(trial) else prop, trial)
                     if not tally.enough:
                         claim.leaves(trial)  # an error of the definition is nobody's finding
                         tally.add(prop, trial)
                     progress.update()
+            for prop, tally in tallies.items():
+                later = itertools.count(seed + cases)
+                tally.shrink(_trial(claim, prop, dtype, at, 1.0) for at in later)
             name = str(dtype).removeprefix("torch.")
             rows += [_row(prop, name, tally) for prop, tally in tallies.items()]
     return Report(_name(fast), _name(reference), rows, machine(device), seed)

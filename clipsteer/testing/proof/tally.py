@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from clipsteer.testing.proof.trial import Finding, Trial, check
 
-# failing cases after which no smaller one is looked for
+# failing cases after which no more are run
 _ENOUGH = 40
+# smaller cases that are tried for one that fails alike, and how many are drawn for them
+_TRIED = 25
+_DRAWN = 200
 
 
 class Told(NamedTuple):
@@ -55,3 +60,15 @@ class Tally:
         if telling:
             self.told = Told(prop, trial, output, finding)
         self.worst = max(self.worst, finding.share)
+
+    def shrink(self, trials: Iterable[Trial]) -> None:
+        """Look for a smaller case that fails in the same property; those tried are not counted."""
+        tried = 0
+        for trial in itertools.islice(trials, _DRAWN):
+            if self.told is None or self.passed or tried == _TRIED:
+                return
+            if 0 < trial.numel < self.told.trial.numel:
+                tried += 1
+                output, finding = check(self.told.prop, trial)
+                if not finding.share <= 1:
+                    self.told = Told(self.told.prop, trial, output, finding)
