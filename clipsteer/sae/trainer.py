@@ -42,6 +42,7 @@ class SAETrainer:
             raise ValueError(
                 f"train_sae: architecture must be one of {TRAINABLE}, got {sae.architecture!r}"
             )
+        config = config.fitted(total_steps)
         self.config = config
         self.total_steps = total_steps
         self.device = sae.W_enc.device
