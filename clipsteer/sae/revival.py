@@ -39,7 +39,7 @@ class Revival(NamedTuple):
         for bias, own in ((sae.encoder_bias.grad, self.bias), (sae.b_dec.grad, self.b_dec)):
             if bias is not None and own is not None:
                 bias.add_(own) if own is self.b_dec else bias.index_add_(0, self.dead, own)
-        left = {}
+        left: dict[Tensor, Rows] = {}
         for weight, rows in ((sae.W_enc, self.W_enc), (sae.W_dec, self.W_dec)):
             grad = weight.grad
             assert grad is not None

@@ -17,7 +17,7 @@ from clipsteer.ops import BACKENDS, REGISTRY, _dispatch
 from clipsteer.ops._lowlevel import DTYPES
 from clipsteer.ops._spec import OpSpec, Shape
 from clipsteer.testing.proof.interpreted import patched_once
-from clipsteer.testing.proof.ops import NAMES, Case
+from clipsteer.testing.proof.ops import NAMES, Backend, Case
 from clipsteer.testing.proof.tally import Tally
 
 __all__ = ["Row", "cases", "supported", "table", "validate"]
@@ -160,10 +160,9 @@ def _run(plan: _Plan, seed: int, progress: tqdm) -> Row:
     if tally.told is not None:
         prop, trial, output, finding = tally.told
         long = next(name for name, short in NAMES.items() if short == prop)
-        shape, scale = trial.subject.shape, trial.scale
-        row.where = (
-            f"{long}: {output}{finding.where} at {shape}, scale {scale:g}, seed {trial.seed}"
-        )
+        assert isinstance(trial.subject, Backend)
+        at = f"at {trial.subject.shape}, scale {trial.scale:g}, seed {trial.seed}"
+        row.where = f"{long}: {output}{finding.where} {at}"
     return row
 
 
