@@ -50,7 +50,7 @@ def evaluate(arguments, needs, backend, world):
     sums, d_rows, d_cols = low_level(backend, "siglip_sweep", *sweep)
     if world is not None and needs[1]:
         d_cols = world.sum_(d_cols)[offset : offset + M]
-    loss, d_scale, d_bias = (sums / M).unbind()
+    loss, d_scale, d_bias = (sums * (1.0 / M)).unbind()
     return loss.clone(), d_rows, d_cols, d_scale.clone(), d_bias.clone()
 
 
@@ -58,7 +58,7 @@ def _gradient(cotangents, found, arguments, needs, backend, world):
     (grad,) = cotangents
     d_image, d_text, d_scale, d_bias = found
     image, text, scale = arguments[:3]
-    factor = grad * scale / image.shape[0]
+    factor = grad * scale * (1.0 / image.shape[0])
     d_image = (factor * d_image).to(image.dtype)
     return d_image, (factor * d_text).to(text.dtype), grad * d_scale, grad * d_bias
 
