@@ -10,21 +10,17 @@ from clipsteer.testing.proof.arithmetic import Arithmetic
 from clipsteer.testing.proof.bound import Bound, Bounded, bound
 from clipsteer.testing.proof.cases import Cases
 from clipsteer.testing.proof.decorator import property_tests
-from clipsteer.testing.proof.prove import Report, prove, replay
-from clipsteer.testing.torture import (
+from clipsteer.testing.proof.ops import (
     PROPERTIES,
     Case,
-    fenced,
     integers_bitwise,
     layouts,
     not_a_number,
-    poisoned,
     repeats_bitwise,
-    same_bits,
-    strided,
-    transposed,
     values_and_gradients,
 )
+from clipsteer.testing.proof.prove import Report, prove, replay
+from clipsteer.testing.torture import fenced, poisoned, same_bits, strided, transposed
 from clipsteer.testing.validate import Row, cases, scales, supported, table, validate
 
 __all__ = [
