@@ -191,6 +191,7 @@ VARIANTS = {
     "sae gated": User(sae("gated"), {"fvu", "l0", "dead"}),
     "finetune head": User(tuned("lc"), {"loss", "validation", "validation_ensemble"}),
     "contrastive clip": User(contrastive("clip"), {"loss", "all/zero_shot"}),
+    "contrastive siglip": User(contrastive("siglip"), {"loss", "all/zero_shot"}),
     "tasks slca": User(tasks("slca:slow=0.3"), {"loss"}, **TASK),
     "tasks plasticity": User(tasks("macil:lora=shared_a,plasticity=1"), {"loss"}, **TASK),
 }

@@ -17,14 +17,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torchvision.transforms import v2
 from tqdm import tqdm
 
+from benchmarks.real_vit.tower import prepare
 from benchmarks.real_vit.weights import IMAGE_SIZE, model_of
 from clipsteer.io.images import read_image
 
-# ImageNet's, as the weights were trained with
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
@@ -38,17 +36,9 @@ def tokens_of(weights: Path, pictures: list[Path], block: int, batch: int = 16) 
     model = model_of(load_file(weights))
     del model.blocks[block + 1 :]
     model.norm = torch.nn.Identity()
-    prepare = v2.Compose(
-        [
-            v2.ToImage(),
-            v2.Resize(IMAGE_SIZE, v2.InterpolationMode.BICUBIC, antialias=True),
-            v2.CenterCrop(IMAGE_SIZE),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(_MEAN, _STD),
-        ]
-    )
+    transform = prepare(IMAGE_SIZE)
     for at in tqdm(range(0, len(pictures), batch), unit="batch", disable=None):
-        x = torch.stack([prepare(read_image(path)) for path in pictures[at : at + batch]])
+        x = torch.stack([transform(read_image(path)) for path in pictures[at : at + batch]])
         with torch.no_grad():
             yield model.forward_features(x).flatten(0, 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from clipsteer.clip.model import load
 from clipsteer.data.dataset import captions_of
 from clipsteer.data.emoji import TRAINED_STYLES, EmojiStyles
-from clipsteer.io.files import read_safetensors, write_safetensors
+from clipsteer.io.files import write_safetensors
 from clipsteer.reference.features import ReferenceFeatures, encode_dataset, encode_texts
 
 EMOJI = EmojiStyles()
@@ -53,11 +54,10 @@ def choose_strength(x: Tensor, y: Tensor, concepts: Tensor, strengths: tuple[flo
     return max(strengths, key=score)
 
 
-def references(wheels: Path | None, work: Path) -> dict[str, dict[str, Tensor]]:
-    """name -> unit features: "image" (styles·857, d) in style-major order, "text" (captions, d)."""
+def references(wheels: Path | None, work: Path, names: Collection[str]) -> None:
+    """Write NAME.safetensors, unit features: "image" (styles·857, d) in style-major order, "text" (captions, d)."""
     texts = list(dict.fromkeys(captions_of(EMOJI.captioned(all_drawings(), "noisy"))))
-    found = {}
-    for name in ("emojiclip", "efficientnet"):
+    for name in names:
         path = work / f"{name}.safetensors"
         if not path.exists() and name == "emojiclip":
             clip = load()
@@ -65,8 +65,6 @@ def references(wheels: Path | None, work: Path) -> dict[str, dict[str, Tensor]]:
             write_safetensors(path, {"image": image, "text": encode_texts(clip, texts)})
         elif not path.exists():
             write_safetensors(path, efficientnet(wheels, texts))
-        found[name] = read_safetensors(path)
-    return found
 
 
 def all_drawings() -> Drawings:

@@ -122,7 +122,7 @@ def markdown(found: dict[str, Any]) -> str:
         at[best] = f"**{at[best]}**"
     names = (f"lr {lr:g}, τ {tau:g}" for lr, tau in trials)
     parts.append(_table(["", *names], [[m, *(at[m, t] for t in trials)] for m in tried]))
-    parts += averages(found)
+    parts += whole_matrices(found) + averages(found)
     parts += [
         "## What the reference does\n",
         "Mean reciprocal rank on the left-out drawings when EmojiCLIP's similarities are multiplied by a factor in "
@@ -147,6 +147,30 @@ def markdown(found: dict[str, Any]) -> str:
         ),
     ]  # fmt: skip
     return "\n".join(parts)
+
+
+def whole_matrices(found: dict[str, Any]) -> list[str]:
+    """The runs that had whole matrices of logits too, seed by seed: one is the other but for rounding."""
+    whole = found.get("whole", [])
+    tiles = {(run["method"], run["seed"]): run for run in found["runs"]}
+    rows = []
+    for method in dict.fromkeys(run["method"] for run in whole):
+        pairs = [(tiles[method, run["seed"]], run) for run in whole if run["method"] == method]
+        cells = []
+        for key in METRICS:
+            mean, half = interval([a["rows"][-1][key] - b["rows"][-1][key] for a, b in pairs])
+            cells.append(f"{100 * mean:+.2f} ± {100 * half:.2f}")
+        seconds = [statistics.fmean(pair[side]["processor_seconds"] for pair in pairs) for side in (1, 0)]
+        cells.append(f"{seconds[0]:.1f} → {seconds[1]:.1f} s")
+        rows.append([method, *cells])
+    if not rows:
+        return []
+    return [
+        "## Tiles beside whole matrices\n",
+        'The same runs with `loss_backend="plain"`, which multiplies whole matrices of logits: what tiles change, in '
+        "points, and processor time of a run with its evaluations, of whole matrices → of tiles.\n",
+        _table(["", *METRICS.values(), "a run"], rows),
+    ]
 
 
 def averages(found: dict[str, Any]) -> list[str]:

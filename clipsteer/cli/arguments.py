@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
 from clipsteer.cli.images import add_skip_unreadable
+from clipsteer.clip.positions import RULES
 from clipsteer.clip.tokens import TOKENS
 from clipsteer.training.settings import (
     Setting,
@@ -179,7 +180,8 @@ def add_model(
         "--model",
         default=default,
         metavar="NAME",
-        help="open_clip name, hf-hub:org/repo, timm:NAME, the folder of a run, or emojiclip "
+        help="open_clip name, hf-hub:org/repo, timm:NAME, hf:org/name or hf:PATH (transformers), "
+        "the folder of a run, or emojiclip "
         f"(default: {source})",
     )
     p.add_argument("--pretrained", metavar="TAG", help="open_clip tag or a local weights file")
@@ -204,10 +206,19 @@ def add_setup(p: argparse.ArgumentParser, whose: str = "") -> None:
         help=f"towers with QuickGELU, or with GELU ({own})",
     )
     p.add_argument(
+        f"--{whose}image-size",
         f"--{whose}force-image-size",
+        dest=f"{whose.replace('-', '_')}force_image_size",
         type=_image_size,
         metavar="N|HxW",
         help=f"of what the model sees; position embeddings are resampled ({own})",
+    )
+    p.add_argument(
+        f"--{whose}position-interpolation",
+        choices=RULES,
+        help="how they are: bicubically with an antialiasing filter, as open_clip and timm do, or "
+        "without one, as DINOv2 and transformers do (default: what was written with the weights, "
+        "or the way of the code that they come from)",
     )
 
 
@@ -235,7 +246,7 @@ def _image_size(text: str) -> tuple[int, int]:
 
 def setup_options(args: argparse.Namespace, whose: str = "") -> dict[str, Any]:
     """What the options of ``add_setup`` say, as arguments of ``clipsteer.load``."""
-    names = ("preprocess", "force_quick_gelu", "force_image_size")
+    names = ("preprocess", "force_quick_gelu", "force_image_size", "position_interpolation")
     found = {name: getattr(args, whose.replace("-", "_") + name) for name in names}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -332,18 +343,29 @@ def show_steering(
     import torch
 
     from clipsteer.clip.model import EMOJICLIP
-    from clipsteer.clip.zero_shot import zero_shot_head
+    from clipsteer.clip.zero_shot import prototype_head, zero_shot_head
     from clipsteer.data.dataset import sample_names, spread, told_apart
     from clipsteer.data.emoji import EmojiStyles
     from clipsteer.steering import steer
 
     if args.top < 1 or args.count < 1:
         raise ValueError(f"--top and --count must be at least 1, got {args.top} and {args.count}")
+    classes = told_apart(dataset)
     if args.words is not None:
         words = read_words(args.words)
     else:
-        words = told_apart(dataset) or [c.label for c in EmojiStyles().concepts]
-    head = zero_shot_head(clip, words, None if clip.name == EMOJICLIP else ("a photo of a {}.",))
+        words = classes or [c.label for c in EmojiStyles().concepts]
+    if clip.has_text or args.words is not None:
+        templates = None if clip.name == EMOJICLIP else ("a photo of a {}.",)
+        head = zero_shot_head(clip, words, templates)
+    elif classes is not None:
+        head = prototype_head(clip, dataset)
+        _text(f"{clip.name} has no text tower: classes stand for the mean of their images")
+    else:
+        raise ValueError(
+            f"{clip.name} has no text tower, so that images are told apart by the means of their "
+            "classes; pass --data with two classes at least, such as a folder of class folders"
+        )
     rows = spread(range(len(dataset)), args.count)
     images = [dataset[i][0] for i in rows]
     before = (100 * clip.encode_images(images) @ head.T).softmax(-1)

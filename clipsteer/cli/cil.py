@@ -34,7 +34,7 @@ def add_parser(commands: Any, add: Any) -> None:
         commands,
         "cil",
         _cil,
-        "learn classes task by task: MACIL, SLCA, SDC, RanPAC and baselines",
+        "learn classes task by task: MACIL, SLCA, SDC, LDC, RanPAC and baselines",
         """
 examples:
   the bundled drawings and model, all strategies, three class orders:
@@ -89,8 +89,8 @@ def _cil_options(p: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["macil", "slca", "finetune"],
         metavar="NAME",
-        help="macil, slca, sdc (its compensation on cosine heads), finetune, ranpac (frozen), ncm, "
-        "zero_shot, joint; all; ablation; or NAME:field=value,…, fields of CILConfig",
+        help="macil, slca, sdc and ldc (their compensation on cosine heads), finetune, ranpac "
+        "(frozen), ncm, zero_shot, joint; all; ablation; or NAME:field=value,…, of CILConfig",
     )
     p.add_argument(
         "--seeds",

@@ -8,7 +8,14 @@ from typing import Any
 # chosen on validation images: benchmarks/results/cil-emoji.md
 EMOJI = {"first_epochs": 5, "epochs": 5, "batch_size": 48, "projections": 2000, "align_epochs": 20}
 FOLDERS = ("first_epochs", "epochs", "batch_size", "rank")
-EMOJI_RATES = {"macil": 0.03, "finetune": 0.003, "sdc": 0.03, "slca": 0.03, "joint": 0.01}
+EMOJI_RATES = {
+    "macil": 0.03,
+    "finetune": 0.003,
+    "sdc": 0.03,
+    "ldc": 0.03,
+    "slca": 0.03,
+    "joint": 0.01,
+}
 # what --strategy and --seeds set
 BY_STRATEGY = (
     "name",
@@ -28,6 +35,7 @@ BY_STRATEGY = (
     "plasticity",
     "cumulative",
     "slow",
+    "freeze_patches",
     "seed",
 )
 

@@ -66,7 +66,7 @@ def _finetune_options(p: argparse.ArgumentParser) -> None:
 @lists_unreadable
 def _finetune(args: argparse.Namespace) -> int:
     from clipsteer.clip.model import load
-    from clipsteer.clip.zero_shot import zero_shot_head
+    from clipsteer.clip.zero_shot import prototype_head, zero_shot_head
     from clipsteer.data.dataset import LAYOUTS, labelled, renamed
     from clipsteer.ensembles.finetuning import finetune
     from clipsteer.io.files import read_json
@@ -85,7 +85,10 @@ def _finetune(args: argparse.Namespace) -> int:
     if args.val is not None:
         validation = renamed(labelled(open_images(args, args.val), "--val"), classes)
     clip = load(args.model, args.pretrained, device=device_of(args), **setup_options(args))
-    head = zero_shot_head(clip, words, args.template)
+    if clip.has_text or args.names is not None or args.template is not None:
+        head = zero_shot_head(clip, words, args.template)
+    else:
+        head = prototype_head(clip, images)
     finetune(clip, images, head, config, out=args.out, validation=validation, workers=args.workers)
     ends = f"{args.out / 'zeroshot'} {args.out / 'finetuned'}"
     sys.stdout.write(

@@ -25,6 +25,7 @@ from clipsteer.cli.arguments import (
     whole,
 )
 from clipsteer.cli.images import lists_unreadable, open_images
+from clipsteer.cli.sae_metrics import add_metrics, check_metrics, measured, show_metrics
 
 # of training, where nothing else is asked for: a pass over few images is over before the warm-up is
 _LEAST_TOKENS = 2_000_000
@@ -91,6 +92,8 @@ examples:
     clipsteer sae eval runs/small --steer 150 --features 200
   names for the 20 strongest features, out of your own words:
     clipsteer sae eval runs/small --name-features 20 --words words.txt
+  what its features are worth, with intervals (localisation, probing, stability, ...):
+    clipsteer sae eval runs/small --metrics all --metrics-sae runs/seed1 --out metrics.json
 """,
         _eval_options,
     )
@@ -130,9 +133,14 @@ examples:
 def _train_options(p: argparse.ArgumentParser) -> None:
     from clipsteer.sae.config import TrainConfig
 
-    add_model(p)
-    add_data(p, "images to train on (default: the bundled drawings that EmojiCLIP was trained on)")
+    add_model(p, None, "that of a complete --store, else emojiclip")
+    add_data(
+        p,
+        "images to train on (default: those of a complete --store, else the bundled drawings that "
+        "EmojiCLIP was trained on)",
+    )
     add_site(p, "encoded")
+    p.set_defaults(tokens=None)
     p.add_argument(
         "--target-hook-point",
         help="module whose output a transcoder is to give, where one is to be trained",
@@ -148,7 +156,8 @@ def _train_options(p: argparse.ArgumentParser) -> None:
         "--store",
         type=Path,
         metavar="DIR",
-        help="keep the activations here and read them from here, a target's in DIR/target",
+        help="keep the activations here and read them from here, a target's in DIR/target; once "
+        "all are there, neither model nor images need to be named, and neither is opened",
     )
     add_workers(p)
     settings = Options(
@@ -190,6 +199,7 @@ def _eval_options(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="the first N features (default: 256)",
     )
+    add_metrics(p)
     p.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
 
 
@@ -245,41 +255,76 @@ def _sae(p: argparse.ArgumentParser) -> None:
 @lists_unreadable
 def _train(args: argparse.Namespace) -> int:
     import clipsteer
-    from clipsteer.clip.model import default_hook_point, load
-    from clipsteer.sae.activations import HarvestSource, harvest_to_store
-    from clipsteer.sae.pairs import PairSource
     from clipsteer.training.world import World
 
     config = args.options.read(args)
     # before anything is loaded: under torchrun each process has its own GPU
     world = World(args.device)
-    clip = load(args.model, args.pretrained, device=world.device, **setup_options(args))
-    dataset = open_images(args, args.data or "emoji", emoji="trained:seen")
-    hook_point = args.hook_point or default_hook_point(clip)
-    target_hook_point = args.target_hook_point
-    common = {"tokens": args.tokens, "num_workers": args.workers}
-    source: Any
-    if args.store is None:
-        source = HarvestSource(
-            clip, dataset, hook_point, target_hook_point=target_hook_point, **common
-        )
-    else:
-        source = harvest_to_store(clip, dataset, hook_point, args.store, **common)
-        if target_hook_point is not None:
-            where = args.store / "target"
-            source = PairSource(
-                source, harvest_to_store(clip, dataset, target_hook_point, where, **common)
-            )
+    source = _stored(args)
+    data = args.data
+    if source is None:
+        source = _harvested(args, world)
+        data = data or "EmojiStyles"
     if config.tokens is None and config.steps is None:
         config = replace(config, tokens=max(source.rows_per_epoch(), _LEAST_TOKENS))
-    metadata = {"data": args.data or "EmojiStyles"}
+    metadata = {} if data is None else {"data": data}
     sae = clipsteer.train_sae(source, config, out=args.out, device=world.device, metadata=metadata)
     if world.rank == 0:
         sys.stdout.write(
-            f"{args.out}: {sae.d_sae} features at {hook_point}; next: clipsteer sae eval "
-            f"{args.out}\n"
+            f"{args.out}: {sae.d_sae} features at {source.provenance['hook_point']}; next: "
+            f"clipsteer sae eval {args.out}\n"
         )
     return 0
+
+
+def _stored(args: argparse.Namespace) -> Any:
+    """The rows of a complete store where nothing else is asked for; else None."""
+    from clipsteer.sae.activations import ActivationStore
+    from clipsteer.sae.pairs import PairSource
+    from clipsteer.sae.shards import is_whole
+
+    if args.store is None or args.model or args.pretrained or args.data or setup_options(args):
+        return None
+    folders = [args.store]
+    asked = [args.hook_point]
+    if args.target_hook_point is not None:
+        folders.append(args.store / "target")
+        asked.append(args.target_hook_point)
+    if not all(map(is_whole, folders)):
+        return None
+    stores = [ActivationStore(folder) for folder in folders]
+    for store, hook_point in zip(stores, asked):
+        for name, value in (("hook_point", hook_point), ("tokens", args.tokens)):
+            there = store.metadata[name]
+            if value not in (None, there):
+                raise ValueError(
+                    f"{store.directory} holds another harvest ({name}: {there!r} there, {value!r} "
+                    f"asked for); choose another directory"
+                )
+    return stores[0] if len(stores) == 1 else PairSource(*stores)
+
+
+def _harvested(args: argparse.Namespace, world: Any) -> Any:
+    """The rows that the model gives, kept in a store where one is named."""
+    from clipsteer.clip.model import EMOJICLIP, default_hook_point, load
+    from clipsteer.sae.activations import HarvestSource, harvest_to_store
+    from clipsteer.sae.pairs import PairSource
+
+    model = args.model or EMOJICLIP
+    clip = load(model, args.pretrained, device=world.device, **setup_options(args))
+    dataset = open_images(args, args.data or "emoji", emoji="trained:seen")
+    hook_point = args.hook_point or default_hook_point(clip)
+    target_hook_point = args.target_hook_point
+    common = {"tokens": args.tokens or "all", "num_workers": args.workers}
+    if args.store is None:
+        return HarvestSource(
+            clip, dataset, hook_point, target_hook_point=target_hook_point, **common
+        )
+    source = harvest_to_store(clip, dataset, hook_point, args.store, **common)
+    if target_hook_point is None:
+        return source
+    where = args.store / "target"
+    return PairSource(source, harvest_to_store(clip, dataset, target_hook_point, where, **common))
 
 
 def _open(args: argparse.Namespace) -> tuple[Any, Any, Any]:
@@ -297,6 +342,7 @@ def _eval(args: argparse.Namespace) -> int:
     from clipsteer.io.files import write_json
     from clipsteer.sae.evaluate import evaluate_sae
 
+    check_metrics(args)
     sae, clip, dataset = _open(args)
     where = {"hook_point": args.hook_point, "tokens": args.tokens}
     target = {"target_hook_point": args.target_hook_point}
@@ -306,6 +352,9 @@ def _eval(args: argparse.Namespace) -> int:
     if args.name_features is not None:
         figures["names"] = name_strongest(args, sae, clip, dataset, where)
     show(figures)
+    if args.metrics is not None:
+        figures["metrics"] = measured(args, sae, clip, dataset, where | target)
+        show_metrics(figures["metrics"])
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, figures)

@@ -34,6 +34,7 @@ losses:
            needs --reference
   global   the same without a reference: the global contrastive loss of FastCLIP
   clip     the softmax loss of CLIP
+  siglip   the sigmoid loss of SigLIP, with a learnt bias
   distill  clip, and the reference's similarities as soft targets; needs --reference
 
 examples:
@@ -204,15 +205,16 @@ def _train_in(args: argparse.Namespace, world: Any) -> int:
     from clipsteer.clip.model import load
     from clipsteer.data.dataset import LAYOUTS, captions_of, told_apart
     from clipsteer.reference import features as reference_features
+    from clipsteer.reference.config import REFERRED
     from clipsteer.reference.evaluate import excess_losses, write_excess
     from clipsteer.reference.train import train_contrastive
 
     config = args.options.read(args)
     if args.reference is None and (config.wants_reference or args.excess is not None):
-        why = " with --select or --excess" if args.loss in ("clip", "global") else ""
+        why = "" if config.loss in REFERRED else " with --select or --excess"
         raise ValueError(
-            f"--loss {args.loss}{why} needs --reference; --loss clip and --loss global train "
-            "without one"
+            f"--loss {args.loss}{why} needs --reference; --loss clip, --loss siglip and --loss "
+            "global train without one"
         )
     dataset = _pairs(args)
     validation = _validation(args)

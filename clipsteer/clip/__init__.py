@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from clipsteer.clip.zero_shot import CLIP_TEMPLATES as CLIP_TEMPLATES
     from clipsteer.clip.zero_shot import EMOJI_TEMPLATES as EMOJI_TEMPLATES
     from clipsteer.clip.zero_shot import SIMPLE_TEMPLATES as SIMPLE_TEMPLATES
+    from clipsteer.clip.zero_shot import prototype_head as prototype_head
     from clipsteer.clip.zero_shot import zero_shot_head as zero_shot_head
 
 __getattr__, __dir__, __all__ = _lazy.attach(__name__, __file__)

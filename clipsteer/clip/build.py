@@ -7,15 +7,17 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clipsteer.clip.hooks import evaluating
+from clipsteer.clip.positions import ANTIALIAS, resampled, set_timm_size, square
 from clipsteer.clip.published import Settled
-from clipsteer.clip.setup import as_size, has_quick_gelu, setup_of
+from clipsteer.clip.setup import as_size, has_quick_gelu, read_setup, setup_of
+
+_TABLE = "positional_embedding"  # of open_clip's towers
 
 
 class SetupError(ValueError):
@@ -48,7 +50,7 @@ def build(
     if settled.image_size is not None:
         size = _other_size(open_clip, known, settled.image_size)
     try:
-        model = _create(open_clip, known, weights, size, options)
+        model = _create(open_clip, known, weights, size, options, settled.rule)
     except TypeError as error:
         if settled.quick_gelu:
             raise SetupError(f"load: {known} cannot be built with QuickGELU: {error}") from error
@@ -60,6 +62,7 @@ def build(
         )
     if size is not None:
         _check_size(known, model, size)
+    model.visual.position_interpolation = settled.rule
     if setup_of(model) is None:
         raise SetupError(f"load: {known}: open_clip gave it no preprocess_cfg")
     return model
@@ -88,31 +91,47 @@ def _create(
     weights: str | None,
     size: int | tuple[int, int] | None,
     options: dict[str, Any],
+    rule: str,
 ) -> Any:
     """A model for images of a size.
 
-    open_clip's own ViTs take position embeddings of any size. A tower of timm's takes those of its
-    published size and is then set to another; a file whose embeddings have that size already needs
-    it the other way round. A ResNet takes those of the model's size alone.
+    open_clip's own ViTs take position embeddings of any size, and resample them by one rule. A
+    tower of timm's takes those of its published size and is then set to another; a file whose
+    embeddings have that size already needs it the other way round. A ResNet takes those of the
+    model's size alone.
     """
+    file = weights is not None and Path(weights).is_file()
     with _quiet():
-        try:
-            return open_clip.create_model(known, weights, force_image_size=size, **options)
-        except RuntimeError as error:
-            if size is None or not _is_misfit(error):
-                raise
+        if size is None or rule == ANTIALIAS:
+            try:
+                return open_clip.create_model(known, weights, force_image_size=size, **options)
+            except RuntimeError as error:
+                if size is None or not _is_misfit(error):
+                    raise
         try:
             model = open_clip.create_model(known, weights, **options)
         except RuntimeError as error:
-            if not _is_misfit(error) or not Path(str(weights)).is_file():
+            if not _is_misfit(error) or not file:
                 raise
         else:
-            resize(model.visual, as_size(size))
+            if file and rule != ANTIALIAS and hasattr(model.visual, _TABLE):
+                _own_table(open_clip, model.visual, weights)
+            resize(model.visual, as_size(size), rule)
             return model
         options = {**options, "load_weights": False, "pretrained_text": False}
         model = open_clip.create_model(known, None, force_image_size=size, **options)
         open_clip.factory.load_checkpoint(model, weights)
         return model
+
+
+def _own_table(open_clip: Any, visual: Any, weights: Any) -> None:
+    """Put a file's own position table in place of what open_clip resampled it to."""
+    table = open_clip.factory.load_state_dict(weights).get(f"visual.{_TABLE}")
+    if table is None:
+        return
+    grid = written_grid(weights, visual) or square(len(table) - 1)
+    visual.positional_embedding = nn.Parameter(table.to(visual.positional_embedding))
+    visual.grid_size = grid
 
 
 @contextmanager
@@ -137,50 +156,63 @@ def _is_misfit(error: RuntimeError) -> bool:
     return "size mismatch" in str(error)
 
 
-def resize(visual: Any, size: tuple[int, int]) -> None:
-    """Set a tower to another image size: its position embeddings are resampled, bicubically."""
+def resize(visual: Any, size: tuple[int, int], rule: str) -> None:
+    """Set a tower to another image size; its position embeddings are resampled by a rule."""
     if hasattr(visual, "set_input_size"):
-        visual.set_input_size(size)
+        set_timm_size(visual.trunk, size, rule)
+        visual.image_size = tuple(size)
     elif hasattr(visual, "attnpool"):
         pool = visual.attnpool
         own = visual.image_size
         own = own[0] if isinstance(own, list | tuple) else own
+        table = pool.positional_embedding.data
         # the grid that the pool was made for tells by how much the tower shrinks images
-        side = round((len(pool.positional_embedding) - 1) ** 0.5)
-        shape = [length * side // own for length in size]
-        pool.positional_embedding = nn.Parameter(
-            resampled({"visual.positional_embedding": pool.positional_embedding.data}, shape)
-        )
+        grid = square(len(table) - 1)
+        new = (size[0] * grid[0] // own, size[1] * grid[0] // own)
+        pool.positional_embedding = nn.Parameter(resampled(table, grid, new, 1, rule))
         visual.image_size = size[0] if size[0] == size[1] else size
+    elif hasattr(visual, _TABLE):
+        new = (size[0] // visual.patch_size[0], size[1] // visual.patch_size[1])
+        table = visual.positional_embedding
+        rows = resampled(table.data, visual.grid_size, new, 1, rule)
+        visual.positional_embedding = nn.Parameter(rows, requires_grad=table.requires_grad)
+        visual.grid_size = new
+        visual.image_size = tuple(size)
     else:
         raise SetupError(f"load: a {type(visual).__name__} cannot be set to another image size")
     visual.preprocess_cfg = {**visual.preprocess_cfg, "size": visual.image_size}
 
 
-def resampled(state: dict[str, Tensor], grid: Any) -> Tensor:
-    """(1 + h·w, d) position embeddings, of a token and a square grid, for another grid (h, w)."""
-    from open_clip.model import resize_pos_embed
-
-    resize_pos_embed(state, SimpleNamespace(visual=SimpleNamespace(grid_size=tuple(grid))))
-    return state["visual.positional_embedding"]
-
-
 def fits(model: Any, tensors: Mapping[str, Tensor]) -> bool:
     """Whether `fill` can put weights in: all shapes agree, or may be resampled."""
-    embedding = "visual.positional_embedding"
+    embedding = f"visual.{_TABLE}"
     own = {name: tensor.shape for name, tensor in model.state_dict().items() if name != embedding}
     return all(name not in own or own[name] == tensor.shape for name, tensor in tensors.items())
 
 
-def fill(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Put weights into a model; position embeddings of another image size are resampled.
+def written_grid(weights: str, visual: Any) -> tuple[int, int] | None:
+    """Patches (h, w) of the images that a file's weights are for; None where it does not say."""
+    setup = read_setup(weights)
+    if setup is None:
+        return None
+    height, width = setup.image_size
+    return height // visual.patch_size[0], width // visual.patch_size[1]
 
-    Raises RuntimeError where they do not fit.
+
+def fill(model: Any, tensors: Mapping[str, Tensor], weights: str, rule: str) -> None:
+    """Put the tensors of a file into a model; position embeddings of another image size are
+    resampled. Raises RuntimeError where they do not fit.
     """
-    from open_clip.model import resize_pos_embed
-
     tensors = dict(tensors)
-    resize_pos_embed(tensors, model)
+    visual = model.visual
+    own = getattr(visual, _TABLE, None)
+    table = tensors.get(f"visual.{_TABLE}")
+    if own is not None and table is not None and hasattr(visual, "grid_size"):
+        grid = written_grid(weights, visual)
+        if grid is None:
+            same = len(table) == len(own)
+            grid = visual.grid_size if same else square(len(table) - 1)
+        tensors[f"visual.{_TABLE}"] = resampled(table, grid, visual.grid_size, 1, rule)
     model.load_state_dict(tensors)
 
 

@@ -74,19 +74,24 @@ class ImageClassifier(nn.Module):
 def zero_shot_classifier(
     clip: CLIP,
     head: Tensor,  # (C, e), unit rows
+    scale: float | None = None,
 ) -> ImageClassifier:
     """The classifier that fine-tuning starts from, of a head as `zero_shot_head` gives it.
 
-    Raises ValueError for a head of another shape, and for a model without text tower, which has no
-    logit scale.
+    scale: of the logits; None is the model's logit scale.
+
+    Raises ValueError for a head of another shape, and without a scale for a model without text
+    tower, which has none.
     """
-    clip.need_text("zero_shot_classifier")
+    if scale is None:
+        clip.need_text("zero_shot_classifier")
     if head.ndim != 2:
         raise ValueError(
             f"zero_shot_classifier: head must have shape (C, e), got {tuple(head.shape)}"
         )
     with torch.no_grad():
-        weight = head.to(clip.device) * clip.model.logit_scale.exp()
+        factor = clip.model.logit_scale.exp() if scale is None else scale
+        weight = head.to(clip.device) * factor
         return ImageClassifier(clip.model.visual, weight)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from clipsteer.clip.axes import Axes, as_tokens, first_of, from_tokens
 from clipsteer.clip.calls import Calls
 from clipsteer.clip.module import module_of
+from clipsteer.clip.shortcut import Shortcut
 from clipsteer.clip.tokens import Layout, layout_at
 
 logger = logging.getLogger(__name__)
@@ -196,9 +197,14 @@ def capture(
 
 @contextmanager
 def captured(
-    where: str, model: Any, patterns: str | Iterable[str], *, detach: bool = False
+    where: str,
+    model: Any,
+    patterns: str | Iterable[str],
+    *,
+    detach: bool = False,
+    shortcut: Shortcut | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """`capture`, with `where` in front of its messages."""
+    """`capture`, with `where` in front of its messages, of a pass that takes a shortcut."""
     found: dict[str, Tensor] = {}
     root = module_of(model)
     listed = [patterns] if isinstance(patterns, str) else patterns
@@ -217,10 +223,14 @@ def captured(
                 found.pop(name, None)
                 return
             found[name] = x.detach() if detach else x
+            if shortcut is not None:
+                shortcut.called()
 
         return hook
 
     with ExitStack() as stack:
+        if shortcut is not None:
+            stack.enter_context(shortcut.taken())
         calls.stand(stack, [(name, record(name, axes)) for name, axes in calls.axes.items()])
         yield found
         calls.end()
@@ -249,10 +259,15 @@ def _float_dtype(model: nn.Module) -> torch.dtype:
 
 
 def harvest(
-    model: Any, loader: Iterable[Any], hook_point: str, tokens: str = "all"
+    model: Any,
+    loader: Iterable[Any],
+    hook_point: str,
+    tokens: str = "all",
+    *,
+    shortcut: Shortcut | None = None,
 ) -> Iterator[Tensor]:
     """Activations of one hook point over a loader, batch by batch, without gradients and in eval
-    mode.
+    mode. Passes end at the hook point: of each shape of images the first one alone runs whole.
 
     Args:
         model: what ``clipsteer.load`` returns, or a module with encode_image and encode_text
@@ -262,6 +277,7 @@ def harvest(
         hook_point: one module name, or a pattern that matches exactly one.
         tokens: "all", "cls" (the class token) or "patches" (what follows the class and register
             tokens).
+        shortcut: of another harvest of the same hook point, whose first pass ran whole.
 
     Yields (N, d) tensors on the model's device, N = B times the tokens kept, image by image.
 
@@ -269,12 +285,17 @@ def harvest(
         ValueError: unknown `tokens`, a hook point that is not one module, that the forward pass
             does not reach, or that has no such tokens.
     """
-    for (rows,) in harvest_each(model, loader, [hook_point], tokens):
+    for (rows,) in harvest_each(model, loader, [hook_point], tokens, shortcut=shortcut):
         yield rows
 
 
 def harvest_each(
-    model: Any, loader: Iterable[Any], hook_points: Sequence[str], tokens: str = "all"
+    model: Any,
+    loader: Iterable[Any],
+    hook_points: Sequence[str],
+    tokens: str = "all",
+    *,
+    shortcut: Shortcut | None = None,
 ) -> Iterator[tuple[Tensor, ...]]:
     """`harvest` of several hook points in one pass: a tensor (N, d) of each, in their order."""
     root: Any = module_of(model)
@@ -291,11 +312,14 @@ def harvest_each(
         layouts.append((names[0], layout))
     device = next(root.parameters()).device
     dtype = _float_dtype(root)
+    shortcut = shortcut or Shortcut(root)
+    every = [name for name, _ in layouts]
     for batch in loader:
         x = first_of(batch).to(device)
         # the guards are opened per batch: a consumer may stop, or train, between two of them
-        every = [name for name, _ in layouts]
-        with evaluating(root), captured("harvest", root, every, detach=True) as found:
+        shortcut.next(x)
+        watch = captured("harvest", root, every, detach=True, shortcut=shortcut)
+        with evaluating(root), watch as found:
             if x.is_floating_point():
                 _encoder(root, "image")(x.to(dtype))
             else:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipsteer.clip.axes import first_of
+from clipsteer.clip.hf_models import HF, is_transformers, open_hf, tokenizer_of, wrap
 from clipsteer.clip.hooks import _float_dtype, evaluating, hook_points
 from clipsteer.clip.open_clip_models import (
     EMOJI_TINY,
@@ -27,8 +28,8 @@ from clipsteer.clip.open_clip_models import (
 )
 from clipsteer.clip.pixels import evaluation_transform_of, from_any_mode, stacks
 from clipsteer.clip.runs import CONFIG, missing_run, read_run
-from clipsteer.clip.setup import Asked, Setup, as_size, setup_of
-from clipsteer.clip.timm_models import TIMM, ImageModel, NoTokenizer, no_text, open_timm
+from clipsteer.clip.setup import Asked, Setup, setup_of
+from clipsteer.clip.timm_models import TIMM, NoTokenizer, no_text, open_timm
 from clipsteer.clip.tokens import class_tokens as class_tokens
 from clipsteer.io.digests import described
 from clipsteer.io.doors import door
@@ -51,8 +52,9 @@ logger = logging.getLogger(__name__)
 
 KINDS = (
     "emojiclip or emoji-tiny; an architecture of open_clip, such as ViT-B-32, or a .json file that "
-    "describes one; hf-hub:ORG/REPO; local-dir:PATH; timm:NAME (an image tower alone); a folder "
-    "that clipsteer train, finetune or wise-ft merge left"
+    "describes one; hf-hub:ORG/REPO; local-dir:PATH; timm:NAME (an image tower alone); "
+    "hf:ORG/NAME or hf:PATH (of transformers); a folder that clipsteer train, finetune or wise-ft "
+    "merge left"
 )
 
 
@@ -107,12 +109,12 @@ class CLIP:
     @property
     def has_text(self) -> bool:
         """Whether there is a text tower; models of timm have none."""
-        return not isinstance(self.model, ImageModel)
+        return bool(getattr(self.model, "has_text", True))
 
     def need_text(self, what: str) -> None:
         """Raise ValueError, with `what` in front, where there is no text tower."""
         if not self.has_text:
-            raise ValueError(no_text(what, self.name))
+            raise ValueError(no_text(what, self.name, self.model.lacks_text))
 
     def encode_images(self, images: Any, batch_size: int = 128) -> Tensor:
         """Image embeddings (N, e) with unit rows, without gradients.
@@ -149,7 +151,7 @@ def needs_weights(name: str) -> bool:
 
 @door
 def load(
-    name: str | Path = EMOJICLIP,
+    name: str | Path | nn.Module = EMOJICLIP,
     pretrained: str | Path | None = None,
     *,
     device: str | torch.device = "cpu",
@@ -157,6 +159,8 @@ def load(
     preprocess: str | Mapping[str, Any] | None = None,
     force_quick_gelu: bool | None = None,
     force_image_size: int | tuple[int, int] | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    position_interpolation: str | None = None,
 ) -> CLIP:
     """Open a model by name.
 
@@ -167,11 +171,15 @@ def load(
             an architecture of open_clip ("ViT-B-32"), or a .json file that describes one;
             "hf-hub:org/repo" or "local-dir:path", which bring their own weights;
             "timm:NAME", a model of timm, which has an image tower alone;
+            "hf:ORG/NAME" or "hf:PATH", a model of transformers (CLIP, SigLIP, SigLIP 2, DINOv2
+            with and without registers, DINOv3, ViT), with a text tower where it has one and its
+            tokenizer's files are there; or such a module itself, whose parts are shared;
             a folder that `clipsteer train`, `finetune` (its zeroshot/ or finetuned/) or
             `wise-ft merge` left.
         pretrained: of an architecture, one of its open_clip tags or a weights file; None means
             random weights. For "emojiclip" other weights than the bundled ones. For timm a
-            safetensors file or "random"; None downloads timm's own. Not for a folder.
+            safetensors file or "random"; None downloads timm's own. For "hf:" a weights file of a
+            run, or "random". Not for a folder and a module.
         device, dtype: where and as what the weights are kept; None keeps the library's float32.
         preprocess: how images are prepared: a published tag of the architecture, whose way it is,
             or fields of open_clip's preprocess_cfg (for timm of its data configuration) that are
@@ -180,9 +188,13 @@ def load(
             have; where these differ, a warning says what was taken.
         force_quick_gelu: True builds open_clip's towers with QuickGELU, False with GELU. None is
             found as `preprocess` is.
-        force_image_size: N or (height, width) of the images that the model sees; position
-            embeddings are resampled. None is the size that was written with the weights, or the
-            architecture's.
+        image_size: N or (height, width) of the images that the model sees; position embeddings
+            are resampled. None is the size that was written with the weights, or the
+            architecture's. force_image_size is the same under open_clip's name.
+        position_interpolation: how they are: "antialias" (bicubic with PIL's filter: open_clip,
+            timm, DINOv2 with registers) or "bicubic" without it (DINO, DINOv2, transformers' CLIP
+            and SigLIP). None is what was written with the weights, or the way of the code that
+            they come from; at half the size features move by some 5 % from one to the other.
 
     Returns a `CLIP`. That of a folder has the name of its architecture, and its weights file as
     `pretrained`.
@@ -194,9 +206,13 @@ def load(
         RuntimeError: open_clip, timm or torchvision cannot be imported; weights could not be
             downloaded.
     """
-    size = None if force_image_size is None else as_size(force_image_size)
     weights = None if pretrained is None else str(pretrained)
-    return _load(str(name), weights, device, dtype, Asked(preprocess, force_quick_gelu, size))
+    setup = (preprocess, force_quick_gelu, image_size, force_image_size, position_interpolation)
+    asked = Asked.of(*setup)
+    if not isinstance(name, nn.Module):
+        return _load(str(name), weights, device, dtype, asked)
+    parts, called = _module_parts(name, weights, asked)
+    return _made(parts, called, None, device, dtype)
 
 
 def _load(
@@ -208,6 +224,9 @@ def _load(
 ) -> CLIP:
     if name.startswith(TIMM):
         parts = _timm_parts(name, weights, asked)
+    elif name.startswith(HF):
+        model, tokenizer = open_hf(name.removeprefix(HF), weights, asked)
+        parts = Parts(model, evaluation_transform_of(model), tokenizer)
     elif is_open_clip(name):
         if needs_weights(name) and weights is None:
             logger.warning(
@@ -217,8 +236,37 @@ def _load(
             parts = open_parts(name, file or None, device, asked)
     else:
         return _load_run(name, weights, device, dtype, asked)
+    return _made(parts, name, weights, device, dtype)
+
+
+def _made(
+    parts: Parts,
+    name: str,
+    weights: str | None,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+) -> CLIP:
     module = parts.model.to(device=device, dtype=dtype).eval()
     return CLIP(module, from_any_mode(parts.preprocess), parts.tokenizer, name, weights)
+
+
+def _module_parts(module: nn.Module, weights: str | None, asked: Asked) -> tuple[Parts, str]:
+    """A module of transformers, and what to call it. Raises TypeError for any other."""
+    if not is_transformers(module):
+        raise TypeError(
+            "load: expected a name or a model of transformers, got a "
+            f"{type(module).__name__}; a CLIP of any other is clipsteer.clip.CLIP(module, …)"
+        )
+    if weights is not None:
+        raise ValueError(f"load: a module has its weights; pretrained must be None, got {weights}")
+    source = str(module.name_or_path)
+    name = HF + (source or type(module).__name__)
+    folder = source if Path(source).is_dir() and source else None
+    tokenizer: Any = tokenizer_of(module, folder)
+    model = wrap(module, name, folder, tokenizer, asked)
+    if not model.has_text:
+        tokenizer = NoTokenizer(name)
+    return Parts(model, evaluation_transform_of(model), tokenizer), name
 
 
 @door
@@ -231,6 +279,8 @@ def load_origin(
     preprocess: str | Mapping[str, Any] | None = None,
     force_quick_gelu: bool | None = None,
     force_image_size: int | tuple[int, int] | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    position_interpolation: str | None = None,
 ) -> CLIP:
     """The model that something was fitted on, of its metadata as `provenance` gives them.
 
@@ -245,9 +295,8 @@ def load_origin(
     known = None
     if origin.get("setup") is not None and name == origin.get("clip_model"):
         known = Setup.from_json(f"the metadata of something fitted on {name}", origin["setup"])
-    size = None if force_image_size is None else as_size(force_image_size)
-    asked = Asked(preprocess, force_quick_gelu, size, known)
-    return _load(name, pretrained, device, None, asked)
+    setup = (preprocess, force_quick_gelu, image_size, force_image_size, position_interpolation)
+    return _load(name, pretrained, device, None, Asked.of(*setup, known))
 
 
 def provenance(clip: CLIP, hook_point: str, tokens: str) -> dict[str, Any]:

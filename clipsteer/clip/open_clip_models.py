@@ -151,17 +151,17 @@ def _with_own_weights(
     refuse_nan(weights, tensors, infinity=True)
     try:
         if settled.image_size is None or fits(parts.model, tensors):
-            fill(parts.model, tensors)
+            fill(parts.model, tensors, weights, settled.rule)
             return parts
         # of the published size: the tower is set to another afterwards
         native = settled._replace(image_size=None)
         parts = _create(open_clip, name, name, None, device, {}, native)
-        fill(parts.model, tensors)
+        fill(parts.model, tensors, weights, settled.rule)
     except RuntimeError as error:
         raise FileFormatError(
             f"{weights}: cannot be loaded as weights of {name}: {error}"
         ) from error
-    resize(parts.model.visual, as_size(settled.image_size))
+    resize(parts.model.visual, as_size(settled.image_size), settled.rule)
     return parts._replace(preprocess=evaluation_transform(parts.model))
 
 

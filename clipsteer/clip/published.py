@@ -24,11 +24,13 @@ class Settled(NamedTuple):
 
     preprocess: what differs from the library's; without the size.
     quick_gelu, image_size: None is the architecture's own.
+    rule: how positions are resampled.
     """
 
     preprocess: dict[str, Any]
     quick_gelu: bool | None
     image_size: Any  # (height, width)
+    rule: str
 
 
 def default_preprocess() -> dict[str, Any]:
@@ -80,7 +82,7 @@ def settle(open_clip: Any, known: str, pretrained: str | None, asked: Asked) -> 
         size = preprocess.pop("size", size)
     if asked.quick_gelu is not None:
         quick_gelu = asked.quick_gelu
-    return Settled(preprocess, quick_gelu, asked.image_size or size)
+    return Settled(preprocess, quick_gelu, asked.image_size or size, asked.rule())
 
 
 def _own_activation(open_clip: Any, known: str) -> bool:
@@ -111,7 +113,7 @@ def _of_file(
     cfgs = {tag: open_clip.get_pretrained_cfg(known, tag) for tag in tags}
     preprocessings = {tag: preprocess_of_tag(open_clip, known, tag) for tag in tags}
     activations = {tag: cfg.get("quick_gelu", own) for tag, cfg in cfgs.items()}
-    if _is_old_run(path):
+    if is_old_run(path):
         # earlier versions built these with the architecture's activation, and opened them with
         # open_clip's preprocessing, whatever they were trained with
         preprocess = default
@@ -142,7 +144,7 @@ def _of_file(
     return preprocess, quick_gelu
 
 
-def _is_old_run(path: str) -> bool:
+def is_old_run(path: str | Path) -> bool:
     """Whether the weights lie in a run of a version that did not write setups."""
     return Path(path).name == WEIGHTS and (Path(path).parent / CONFIG).is_file()
 

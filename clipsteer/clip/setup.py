@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from clipsteer.clip.positions import ANTIALIAS, RULES
 from clipsteer.io.files import FileFormatError, read_safetensors_header
 
 _HEADER = "clipsteer_setup"
@@ -134,10 +135,13 @@ class Setup:
             "interpolation", "resize_mode", "fill_color"), or timm's data configuration
             ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode").
         quick_gelu: whether open_clip's towers have QuickGELU in place of GELU.
+        position_interpolation: how the position table is resampled for images of another size,
+            "antialias" or "bicubic"; what was written before there were two was made by the first.
     """
 
     preprocess: Mapping[str, Any]
     quick_gelu: bool = False
+    position_interpolation: str = ANTIALIAS
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -148,9 +152,10 @@ class Setup:
         return as_size(self.preprocess["size"])
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in files; without quick_gelu where it is False."""
+        """As it stands in files: beside the preprocessing, what is not as in the oldest of them."""
         found = json.loads(json.dumps(asdict(self)))
-        return found if self.quick_gelu else {"preprocess": found["preprocess"]}
+        usual = {"quick_gelu": False, "position_interpolation": ANTIALIAS}
+        return {name: value for name, value in found.items() if value != usual.get(name)}
 
     @classmethod
     def from_json(cls, where: str | Path, value: Any) -> Setup:
@@ -160,6 +165,7 @@ class Setup:
                 value = json.loads(value)
             cfg = value["preprocess"]
             quick_gelu = value.get("quick_gelu", False)
+            rule = as_rule(value.get("position_interpolation", ANTIALIAS))
             fields = TIMM_DATA if "input_size" in cfg else OPEN_CLIP
             checked = check_preprocess(cfg, fields)
             if missing := [name for name in fields if name not in checked]:
@@ -168,14 +174,23 @@ class Setup:
                 raise ValueError("quick_gelu must be true or false")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise FileFormatError(f"{where}: not a model's setup: {error}") from None
-        return cls(checked, quick_gelu)
+        return cls(checked, quick_gelu, rule)
+
+
+def as_rule(value: Any) -> str:
+    """A rule of position interpolation. Raises ValueError where it is none."""
+    if value not in RULES:
+        raise ValueError(
+            f"position_interpolation must be {' or '.join(map(repr, RULES))}, got {value!r:.80}"
+        )
+    return str(value)
 
 
 def as_size(value: int | tuple[int, int]) -> tuple[int, int]:
     """(height, width) of an image size. Raises ValueError where it is none."""
     if not _is_size(value):
         raise ValueError(
-            f"force_image_size must be a number of pixels or (height, width), got {value!r:.80}"
+            f"image_size must be a number of pixels or (height, width), got {value!r:.80}"
         )
     height, width = value if isinstance(value, list | tuple) else (value, value)
     return height, width
@@ -183,11 +198,13 @@ def as_size(value: int | tuple[int, int]) -> tuple[int, int]:
 
 def setup_of(model: nn.Module) -> Setup | None:
     """That of a module of open_clip's or of ``timm:``; None for one that was built by hand."""
-    cfg = getattr(getattr(model, "visual", None), "preprocess_cfg", None)
+    visual = getattr(model, "visual", None)
+    cfg = getattr(visual, "preprocess_cfg", None)
     if not isinstance(cfg, Mapping) or not cfg:
         return None
     fields = TIMM_DATA if "input_size" in cfg else OPEN_CLIP
-    return Setup(check_preprocess(cfg, fields), has_quick_gelu(model))
+    rule = getattr(visual, "position_interpolation", ANTIALIAS)
+    return Setup(check_preprocess(cfg, fields), has_quick_gelu(model), rule)
 
 
 def has_quick_gelu(model: nn.Module) -> bool:
@@ -232,12 +249,46 @@ class Asked:
     quick_gelu: bool | None = None
     image_size: tuple[int, int] | None = None
     known: Setup | None = None
+    position_interpolation: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        preprocess: str | Mapping[str, Any] | None,
+        force_quick_gelu: bool | None,
+        image_size: int | tuple[int, int] | None,
+        force_image_size: int | tuple[int, int] | None,
+        position_interpolation: str | None,
+        known: Setup | None = None,
+    ) -> Asked:
+        """Of arguments of ``load``, checked: one size under two names, and a rule that there is."""
+        if None not in (image_size, force_image_size) and image_size != force_image_size:
+            raise ValueError(
+                f"image_size and force_image_size are one thing, got {image_size!r} and "
+                f"{force_image_size!r}"
+            )
+        size = force_image_size if image_size is None else image_size
+        rule = position_interpolation
+        return cls(
+            preprocess,
+            force_quick_gelu,
+            None if size is None else as_size(size),
+            known,
+            None if rule is None else as_rule(rule),
+        )
 
     def knowing(self, weights: str | None) -> Asked:
         """The same, with what a weights file says."""
         if self.known is not None or weights is None or not Path(weights).is_file():
             return self
-        return Asked(self.preprocess, self.quick_gelu, self.image_size, read_setup(weights))
+        return replace(self, known=read_setup(weights))
+
+    def rule(self, origin: str = ANTIALIAS) -> str:
+        """How positions are resampled: as is asked for, as is written, or as the weights' origin
+        has it."""
+        if self.position_interpolation is not None:
+            return self.position_interpolation
+        return origin if self.known is None else self.known.position_interpolation
 
 
 NOTHING = Asked()

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from clipsteer.clip.hooks import evaluating
-from clipsteer.clip.published import told
-from clipsteer.clip.setup import NOTHING, TIMM_DATA, Asked, check_preprocess
+from clipsteer.clip.positions import ANTIALIAS, origin_of, set_timm_size
+from clipsteer.clip.published import is_old_run, told
+from clipsteer.clip.setup import NOTHING, TIMM_DATA, Asked, check_preprocess, read_setup
 from clipsteer.io.files import FileFormatError, read_safetensors, refuse_nan
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class ImageTower(nn.Module):
 
     def __init__(self, trunk: nn.Module, preprocess: Mapping[str, Any] | None = None) -> None:
         super().__init__()
+        self.position_interpolation = ANTIALIAS
         self.trunk = trunk
         self.output_dim = getattr(trunk, "head_hidden_size", trunk.num_features)
         # under the name that open_clip's towers have for theirs
@@ -45,9 +47,12 @@ class ImageTower(nn.Module):
 class ImageModel(nn.Module):
     """A model with an image tower alone; modules of it are named as in open_clip's timm towers."""
 
+    has_text = False
+    lacks_text = ""  # why, where it is not by nature
+
     def __init__(self, trunk: nn.Module, preprocess: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self.visual = ImageTower(trunk, preprocess)
+        self.visual: Any = ImageTower(trunk, preprocess)
 
     def encode_image(
         self,
@@ -60,16 +65,16 @@ class ImageModel(nn.Module):
         """As ``encode_image``."""
         return self.encode_image(pixels)
 
-    def encode_text(self, tokens: Tensor) -> NoReturn:
+    def encode_text(self, tokens: Tensor) -> Tensor:
         """Raises RuntimeError: there is no text tower."""
         raise RuntimeError(no_text("encode_text", "this model"))
 
 
-def no_text(what: str, name: str) -> str:
+def no_text(what: str, name: str, why: str = "") -> str:
     """What to say where a text tower is asked for and there is none."""
     return (
-        f"{what} needs a text tower, and {name} has none; load a CLIP, such as 'emojiclip' or "
-        "'ViT-B-32'"
+        f"{what} needs a text tower, and {name} has none{f' ({why})' if why else ''}; load a CLIP, "
+        "such as 'emojiclip' or 'ViT-B-32'"
     )
 
 
@@ -165,18 +170,33 @@ def open_timm(name: str, weights: str | None = None, asked: Asked = NOTHING) -> 
             "as pretrained, or 'random'"
         ) from error
     file = None if weights in (None, RANDOM) else Path(weights)
-    cfg = _preprocess(timm, name, trunk, file, asked.knowing(weights))
-    own = tuple(data_config(trunk)["input_size"])
-    size = cfg["input_size"][-2:] if cfg["input_size"] != own else None
-    if file is not None:
-        _load(trunk, name, file, size)
-    elif size is not None:
-        _set_size(trunk, size)
+    asked = asked.knowing(weights)
+    cfg = _preprocess(timm, name, trunk, file, asked)
+    like = name
+    if isinstance(asked.preprocess, str):
+        like = f"{name.partition('.')[0]}.{asked.preprocess}"
+    # what is written by a version that had one rule alone was made by it
+    origin = ANTIALIAS if file is not None and is_old_run(file) else origin_of(like)
+    rule = asked.rule(origin)
+    own = tuple(data_config(trunk)["input_size"])[-2:]
+    size = tuple(cfg["input_size"][-2:])
+    try:
+        if file is not None:
+            written = read_setup(file)
+            sizes = (own, size) if written is None else (written.image_size, own, size)
+            _load(trunk, name, file, own, sizes, rule)
+        elif size != own:
+            set_timm_size(trunk, size, rule)
+    except (ValueError, AssertionError) as error:
+        if isinstance(error, FileFormatError):
+            raise
+        raise ValueError(f"load: {TIMM}{name}: {error}") from error
     if weights != RANDOM:
         refuse_nan(weights or f"{TIMM}{name}", trunk.state_dict(), infinity=True)
     model = ImageModel(trunk, cfg)
-    if size is not None:
-        _check_size(name, model, size)
+    model.visual.position_interpolation = rule
+    if size != own:
+        check_size(f"{TIMM}{name}", model, size)
     return model
 
 
@@ -236,20 +256,13 @@ def _warn_of_others(timm: Any, known: str, file: Path, taken: dict[str, Any]) ->
         )
 
 
-def _set_size(trunk: Any, size: tuple[int, int]) -> None:
-    """A trunk without the method, such as a convolutional one, sees images of any size."""
-    if hasattr(trunk, "set_input_size"):
-        trunk.set_input_size(size)
-
-
-def _check_size(name: str, model: ImageModel, size: tuple[int, int]) -> None:
+def check_size(name: str, model: nn.Module, size: tuple[int, int]) -> None:
+    """Look at a blank image of the size. Raises ValueError where that fails."""
     try:
         with evaluating(model):
             model(torch.zeros(1, 3, *size))
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        raise ValueError(
-            f"load: {TIMM}{name} cannot see {size[0]}x{size[1]} images: {error}"
-        ) from error
+        raise ValueError(f"load: {name} cannot see {size[0]}x{size[1]} images: {error}") from error
 
 
 def _timm() -> Any:
@@ -273,10 +286,17 @@ def _check_name(timm: Any, name: str) -> None:
         raise ValueError(f"load: timm's weights of {known} are {', '.join(tags)}; got {tag!r}")
 
 
-def _load(trunk: nn.Module, name: str, weights: Path, size: tuple[int, int] | None) -> None:
+def _load(
+    trunk: nn.Module,
+    name: str,
+    weights: Path,
+    own: tuple[int, int],  # (height, width) of the trunk
+    sizes: tuple[tuple[int, int], ...],  # (height, width): what it may have; the one wanted
+    rule: str,
+) -> None:
     # a run of ours keeps the whole model; timm's own files also hold a classifier, under a name
     # that differs from model to model
-    own = trunk.state_dict()
+    keys = trunk.state_dict().keys()
     classifier = getattr(trunk, "pretrained_cfg", {}).get("classifier") or "head"
     names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     tensors = {
@@ -285,17 +305,27 @@ def _load(trunk: nn.Module, name: str, weights: Path, size: tuple[int, int] | No
     tensors = {
         key: tensor
         for key, tensor in tensors.items()
-        if key in own or not key.startswith(tuple(f"{name}." for name in names))
+        if key in keys or not key.startswith(tuple(f"{name}." for name in names))
     }
+    now = own
     try:
-        fitting = all(key not in own or own[key].shape == x.shape for key, x in tensors.items())
-        if size is not None and not fitting:
-            # they have the size already
-            _set_size(trunk, size)
+        # the weights tell which of the sizes they have; from there they are resampled once
+        for size in dict.fromkeys(sizes):
+            if size != now:
+                # shapes alone: what is resampled here is filled in below
+                set_timm_size(trunk, size, ANTIALIAS)
+                now = size
+            if _fits(trunk, tensors):
+                break
         trunk.load_state_dict(tensors)
-        if size is not None and fitting:
-            _set_size(trunk, size)
     except RuntimeError as error:
         raise FileFormatError(
             f"{weights}: cannot be loaded as weights of {name}: {error}"
         ) from error
+    if now != sizes[-1]:
+        set_timm_size(trunk, sizes[-1], rule)
+
+
+def _fits(trunk: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
+    own = trunk.state_dict()
+    return all(key not in own or own[key].shape == x.shape for key, x in tensors.items())

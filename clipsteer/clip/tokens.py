@@ -174,7 +174,8 @@ def _transformers(tower: Any, layout: Layout, inside: list[str]) -> Layout:
     layout = layout._replace(has_class=bool(counts.keys() & set(_PREFIX[:2])))
     if inside and inside[0] in _AFTER_POOLING:
         layout = layout._replace(unknown=_POOLED)
-    if hasattr(getattr(embeddings, "patch_embedding", None), "in_features"):
+    padded = hasattr(getattr(embeddings, "patch_embedding", None), "in_features")
+    if padded and getattr(tower, "is_padded", True):
         return layout._replace(unknown=_PADDED)
     is_patches = len(inside) > 1 and inside[1].startswith("patch_embed")
     prefix = 0 if is_patches else sum(counts.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 from clipsteer.clip.axes import first_of
 from clipsteer.clip.hooks import evaluating
 from clipsteer.clip.model import CLIP, EMOJICLIP
+from clipsteer.clip.pixels import image_embeddings
 from clipsteer.io.names import spoken
 
 SIMPLE_TEMPLATES = ("a photo of a {}.",)
@@ -79,3 +81,19 @@ def zero_shot_head(
     rows = F.normalize(torch.cat(parts), dim=-1)  # (C·n, e)
     features = rows.unflatten(0, (len(classnames), len(templates)))  # (C, n, e)
     return F.normalize(features.mean(1), dim=-1)
+
+
+def prototype_head(clip: CLIP, dataset: Any, batch_size: int = 128) -> Tensor:
+    """Classifier weights from images, for towers without text: (C, e), unit rows.
+
+    head_c = normalize(mean of the unit embeddings of the images of class c). dataset: with
+    ``classes`` and integer ``targets``. Raises ValueError for a class without images.
+    """
+    rows = torch.cat(list(image_embeddings(clip, dataset, batch_size, "class means")))
+    targets = torch.tensor(dataset.targets, device=rows.device)
+    counts = torch.bincount(targets, minlength=len(dataset.classes))
+    if not bool(counts.all()):
+        name = dataset.classes[int(counts.argmin())]
+        raise ValueError(f"prototype_head: no image shows class {name!r}")
+    sums = rows.new_zeros(len(counts), rows.shape[1]).index_add_(0, targets, rows)
+    return F.normalize(sums, dim=-1)

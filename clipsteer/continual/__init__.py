@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from clipsteer.continual.covariance import precision_factor as precision_factor
     from clipsteer.continual.covariance import shrink as shrink
     from clipsteer.continual.drift import DriftAccumulator as DriftAccumulator
+    from clipsteer.continual.drift import learned_drift as learned_drift
     from clipsteer.continual.experiment import run_tasks as run_tasks
     from clipsteer.continual.learner import ClassIncrementalLearner as ClassIncrementalLearner
     from clipsteer.continual.lora import LoRA as LoRA

@@ -71,9 +71,9 @@ class CILConfig:
     published form mixes the two"""
     distill: NotNegative = 0.0
     """weight of patch distillation"""
-    compensation: Literal["none", "sdc", "mean_shift"] = "none"
-    """what moves the class means of earlier tasks: nothing, SDC on unit features, or MACIL's mean
-    shift"""
+    compensation: Literal["none", "sdc", "mean_shift", "ldc"] = "none"
+    """what moves the class means of earlier tasks: nothing, SDC on unit features, MACIL's mean
+    shift, or LDC's map from old features to new ones"""
     sigma: Positive | Literal["median"] = "median"
     """width of the drift weights, or the median of the distances"""
     floor: NotNegative = 1e-5
@@ -91,6 +91,9 @@ class CILConfig:
     """of SGD at the start of each task"""
     slow: Positive = 1.0
     """the tower's learning rate over that of the heads (SLCA's slow learner)"""
+    freeze_patches: bool = False
+    """of a tower that is trained whole, keep the projection of pixels to tokens as it is (Kumar et
+    al. 2022)"""
     momentum: float = 0.9
     """of SGD"""
     weight_decay: NotNegative = 5e-4
@@ -128,6 +131,8 @@ class CILConfig:
         learns = self.compensation != "none" or self.plasticity or self.covariance or self.distill
         if self.train == "none" and (self.classifier == "heads" or learns):
             raise self._error("a frozen tower takes no heads, losses, compensation or plasticity")
+        if self.freeze_patches and self.train != "full":
+            raise self._error(f"freeze_patches needs train 'full', got {self.train!r}")
         if self.transport and not (self.compensation != "none" and self.align):
             raise self._error("transport needs compensation, and align, which uses what it moves")
         if self.align and self.classifier != "heads":
@@ -145,8 +150,10 @@ class CILConfig:
         found = asdict(self)
         for name in COSMETIC:
             del found[name]
-        if found["schedule"] == CILConfig.schedule:
-            del found["schedule"]  # runs of before the field had this one
+        # runs of before a field had its default
+        for name in ("schedule", "freeze_patches"):
+            if found[name] == getattr(CILConfig, name):
+                del found[name]
         return json.loads(json.dumps(found))
 
     @property

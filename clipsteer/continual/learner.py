@@ -2,8 +2,8 @@
 comes back.
 
 Sources: Wu et al. 2025 (MACIL, arXiv 2502.07560); Zhang et al. 2023 (SLCA, arXiv 2303.05118); Yu et
-al. 2020 (SDC, arXiv 2004.00440); McDonnell et al. 2023 (RanPAC, arXiv 2307.02251). What a strategy
-is made of: `strategies.py`.
+al. 2020 (SDC, arXiv 2004.00440); Gomez-Villa et al. 2024 (LDC, arXiv 2407.08536); McDonnell et al.
+2023 (RanPAC, arXiv 2307.02251). What a strategy is made of: `strategies.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from clipsteer import ops
 from clipsteer.clip.hooks import evaluating
 from clipsteer.clip.pixels import pixel_batches
 from clipsteer.continual.covariance import by_class, class_means
-from clipsteer.continual.drift import transport
+from clipsteer.continual.drift import follow_errors, learned_drift, transport
 from clipsteer.continual.heads import align, nearest_mean
 from clipsteer.continual.state import LearnerState
 from clipsteer.continual.task import Before, TaskRun
@@ -196,7 +196,7 @@ class ClassIncrementalLearner(LearnerState):
         """What a new task keeps of the network as it is."""
         if not self.tasks:
             return Before()
-        measured = self.config.covariance > 0 or self.compensates
+        measured = self.config.covariance > 0 or self._uses_means
         features = self.features(images) if measured else None
         return Before.of(self.encoder, self.config, features, images.targets, classes)
 
@@ -236,13 +236,14 @@ class ClassIncrementalLearner(LearnerState):
         self.tasks.append(classes)
         asked = self._train(images, classes, before) if trains else 0
         features = self.features(images)
-        if trains and task and self.compensates:
-            assert before.features is not None
-            self._compensate(before.features, features)
+        if before.features is not None and self._uses_means:
+            self._compensate(before.features, features, images.targets)
         if self._keeps_means:
             means = class_means(self._for_means(features), images.targets, classes)
             self.means = torch.cat([self.means, means])
             self.uncompensated = torch.cat([self.uncompensated, means])
+        if task and len(self.off) == task:
+            self._warn_of_drift()
         if config.align:
             found = by_class(features, images.targets, classes).covariance().float()
             self.covariances = torch.cat([self.covariances, found])
@@ -262,12 +263,55 @@ class ClassIncrementalLearner(LearnerState):
         self,
         old: Tensor,  # (N, d)
         new: Tensor,  # (N, d)
+        targets: Sequence[int],
     ) -> None:
-        config = self.config
+        """Move what is kept of earlier classes, and note by how much it is estimated to be off."""
         old = self._for_means(old)
         new = self._for_means(new)
-        self.means = ops.semantic_drift(
-            old.double(), new.double(), self.means, config.sigma, config.floor
-        )
-        if config.transport and len(self.covariances):
+        off = follow_errors(old, new, torch.tensor(targets, device=old.device), self._followed)
+        self.off.append(float(off.median()))
+        self.means = self._followed(old.double(), new.double(), self.means)
+        if self.config.transport and len(self.covariances):
             self.covariances = transport(self.covariances, old, new)
+
+    def _followed(
+        self,
+        old: Tensor,  # (N, d)
+        new: Tensor,  # (N, d)
+        means: Tensor,  # (C, d)
+    ) -> Tensor:  # (C, d)
+        """Class means as the strategy moves them."""
+        config = self.config
+        if config.compensation == "none":
+            return means
+        if config.compensation == "ldc":
+            return learned_drift(old, new, means)
+        return ops.semantic_drift(old, new, means, config.sigma, config.floor)
+
+    def _warn_of_drift(self) -> None:
+        """Say so where half of the earlier classes' means are off by more than their distance to
+        the nearest other mean, as far as the tasks since can tell."""
+        sizes = [len(classes) for classes in self.tasks]
+        # errors of several tasks in no common direction
+        squares = [sum(off**2 for off in self.off[t:]) for t in range(len(sizes) - 1)]
+        off = torch.tensor(
+            [squares[t] ** 0.5 for t in range(len(squares)) for _ in range(sizes[t])]
+        )
+        distances = torch.cdist(self.means, self.means)
+        distances.fill_diagonal_(float("inf"))
+        nearest = distances.amin(1)[: len(off)].cpu()
+        ratio = float((off / nearest).median())
+        if ratio > 1:
+            logger.warning(
+                "%s: task=%d: the prototypes of the %d earlier classes are off by about %.3g "
+                "(median, estimated from this task's classes), %.2g times their distance to the "
+                "nearest other prototype, %.3g: what is read from them cannot be trusted. A lower "
+                "lr or slow, or compensation (now %r), keeps them nearer",
+                self.config.name,
+                len(self.tasks),
+                len(off),
+                float(off.median()),
+                ratio,
+                float(nearest.median()),
+                self.config.compensation,
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,8 @@ class LearnerState:
             self.lora = LoRA(encoder.module, config.rank, config.lora)
         if config.train != "lora":
             encoder.requires_grad_(config.train == "full")
+        if config.freeze_patches:
+            encoder.freeze_patches()
         with torch.no_grad():
             width = encoder(self._blank()).shape[1]
         # a tower that is read through class means is trained through heads, too
@@ -114,6 +117,8 @@ class LearnerState:
         self.covariances = torch.zeros(0, width, width, device=self.device)
         self.history: list[dict[str, Tensor]] = []
         self.multipliers: list[dict[str, float]] = []
+        # by how much each task after the first is estimated to have left earlier means behind
+        self.off: list[float] = []
 
     def _blank(self) -> Tensor:
         from PIL import Image
@@ -125,6 +130,12 @@ class LearnerState:
     def _keeps_means(self) -> bool:
         # of what trains at least to measure how they age
         return self.config.classifier == "ncm" or self.config.train != "none"
+
+    @property
+    def _uses_means(self) -> bool:
+        """Whether anything is read from the means of a tower that changes."""
+        used = self.config.classifier == "ncm" or self.config.align
+        return used and self.config.train != "none"
 
     @property
     def seen(self) -> list[int]:
@@ -212,6 +223,13 @@ class LearnerState:
                 f"{found.meta_path}: 'multipliers' must be {wanted} objects of factors of the "
                 f"blocks, got {multipliers!r:.80}"
             )
+        off = found.meta.get("off", [])
+        fitting = isinstance(off, list) and len(off) in (0, max(len(tasks) - 1, 0))
+        if not fitting or not all(type(o) in (int, float) and 0 <= o < math.inf for o in off):
+            raise FileFormatError(
+                f"{found.meta_path}: 'off' must be a finite number for each task after the first, "
+                f"got {off!r:.80}"
+            )
         check_layout(found.tensors_path, found.tensors, self._layout(tasks))
 
     def _are_factors(self, factors: Any) -> bool:
@@ -252,6 +270,7 @@ class LearnerState:
             "settings": self.settings,
             "tasks": self.tasks,
             "multipliers": self.multipliers,
+            "off": self.off,
         }
         return checkpoint.save_state(self.out / "tasks", len(self.tasks), self._tensors(), meta)
 
@@ -283,6 +302,8 @@ class LearnerState:
 
         self.tasks = [list(task) for task in found.meta["tasks"]]
         self.multipliers = found.meta["multipliers"]
+        # runs of before these estimates go on without
+        self.off = [float(off) for off in found.meta.get("off", [])]
         self.means = found.tensors["means"]
         self.uncompensated = found.tensors["uncompensated"]
         self.covariances = found.tensors["covariances"]

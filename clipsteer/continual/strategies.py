@@ -17,9 +17,13 @@ Where MACIL here is not what its authors' code does. `PAPER` and `PAPER_SEEDS`, 
   where sizes differ.
 
 SLCA runs in MACIL's batch of 48, schedule and epochs; its authors have 128, steps at epochs, as
-many epochs in each task, and 1e-4 where the covariances' ridge is 1e-3 here. RanPAC chooses its
-ridge on a fifth of the latest task's rows with the sums of all tasks so far; its authors' code
-solves for it with the latest task's rows alone.
+many epochs in each task, and 1e-4 where the covariances' ridge is 1e-3 here. It trains the whole
+tower, the projection of pixels to tokens among it, as theirs does: on pictures with one background
+that layer alone makes the features drift, and ``slca:freeze_patches=1`` keeps it.
+
+LDC's map is solved for, with a ridge that rows left out choose; its authors train a linear layer by
+gradient descent. RanPAC chooses its ridge on a fifth of the latest task's rows with the sums of all
+tasks so far; its authors' code solves for it with the latest task's rows alone.
 """
 
 from __future__ import annotations
@@ -57,6 +61,8 @@ STRATEGIES: Mapping[str, Mapping[str, Any]] = {
     # SDC's compensation and nearest means (Yu et al. 2020) on an embedding that is trained through
     # cosine heads, where the paper has metric learning, and compared by angle
     "sdc": {"classifier": "ncm", "compensation": "sdc", "sigma": 0.3, "floor": 0.0},
+    # the same network, whose means follow a learned map (Gomez-Villa et al. 2024)
+    "ldc": {"classifier": "ncm", "compensation": "ldc"},
     "ncm": {"train": "none", "classifier": "ncm"},
     "zero_shot": {"train": "none", "classifier": "zero_shot"},
     # RanPAC without its first-session adaptation (McDonnell et al. 2023)

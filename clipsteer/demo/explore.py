@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.clip.model import CLIP
@@ -90,6 +91,27 @@ def zero_shot(
             {"group": group, "images": len(members), "candidates": len(present), "ways": accuracy}
         )
     return rows
+
+
+def class_means(
+    pictures: Pictures,
+    embeddings: Tensor,  # (N, e), unit rows
+) -> Tensor:  # (C, e), unit rows
+    """What stands for each class where there is no text: the mean of its images that the SAE
+    learns from. Raises ValueError for a class without one."""
+    assert pictures.classes is not None
+    assert pictures.truth is not None
+    truth = pictures.truth[pictures.train]
+    sums = torch.zeros(len(pictures.classes), embeddings.shape[1])
+    sums.index_add_(0, truth, embeddings[pictures.train].to(sums))
+    counts = truth.bincount(minlength=len(sums))
+    if not bool(counts.all()):
+        name = pictures.classes[int(counts.argmin())]
+        raise ValueError(
+            f"demo: among the {len(truth)} images that are learnt from none shows {name!r}; give "
+            "each class more of them"
+        )
+    return F.normalize(sums, dim=-1)
 
 
 @torch.no_grad()

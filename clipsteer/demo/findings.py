@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from clipsteer.demo.explore import (
     Feature,
     Predictor,
     choose,
+    class_means,
     count_steerable,
     describe,
     few,
@@ -61,6 +62,7 @@ _EXPANSION = 8
 _K = 16
 _TRAIN_TOKENS = 60_000
 _EVALUATED = 192  # images a group
+_NEEDS_CLASSES = "its predictions are among classes of your own: pass --data, a folder CLASS/…"
 # strengths, as multiples of a feature's largest activation
 MULTIPLES = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
 PROBE = 5.0
@@ -83,7 +85,8 @@ class Demo:
         lines = []
         for row in found.get("zero_shot", []):
             ways = [f"{n}-way {way['accuracy']:.1%}" for n, way in row["ways"].items()]
-            lines.append(f"zero-shot, {row['group']} ({row['images']} images): {', '.join(ways)}")
+            how = "zero-shot" if found["named_by"] == "text" else "nearest class mean"
+            lines.append(f"{how}, {row['group']} ({row['images']} images): {', '.join(ways)}")
         for group, row in found["sae"]["evaluation"].items():
             lines.append(f"SAE, {group}: explained variance {row['ev']:.3f}, L0 {row['l0']:.1f}")
         if "conceptors" in found["conceptors"]:
@@ -139,8 +142,9 @@ def run(
 
     Args:
         seed: of the SAE, its batches and what is drawn.
-        model, pretrained: as in ``clipsteer.load``, and setup its preprocess, force_quick_gelu and
-            force_image_size.
+        model, pretrained: as in ``clipsteer.load`` (one without a text tower needs ``data`` in
+            classes, among which it predicts by their means), and setup its preprocess,
+            force_quick_gelu and image_size.
         data: as in ``clipsteer.data.open_dataset``; by default the bundled drawings in four cells.
         hook_point: a block's module name; by default the last but one of the image tower.
         minutes: SAE training, in nominal minutes of two CPU cores. It sets the number of steps, so
@@ -159,25 +163,31 @@ def run(
         raise ValueError(f"demo: max_images must be at least 16, got {max_images}")
     out = Path(out)
     clip = load(model, pretrained, device=device, **setup)
-    clip.need_text("demo")
     if data is not None and str(data) == "emoji":
         data = None
     emojiclip = model == EMOJICLIP
     bundled = data is None
     limit = max_images if emojiclip and bundled else max_images or 1000
     if data is None:
+        if not clip.has_text:
+            raise ValueError(f"demo: {clip.name} has no text tower; {_NEEDS_CLASSES}")
         pictures = emoji_pictures(limit, emojiclip)
     else:
         pictures = folder_pictures(data, seed, limit or 1000, open_images)
     hook_point = hook_point or default_hook_point(clip)
     tokens, embeddings = look(clip, pictures, hook_point)  # (N, T, d), (N, e)
-    # the prompts of a large vocabulary cost a real text tower minutes, so one template does for it
-    templates = EMOJI_TEMPLATES if emojiclip else SIMPLE_TEMPLATES
-    head = zero_shot_head(clip, pictures.vocabulary, templates).cpu()  # (V, e)
+    if clip.has_text:
+        # the prompts of a large vocabulary cost a real text tower minutes: one template does
+        templates = EMOJI_TEMPLATES if emojiclip else SIMPLE_TEMPLATES
+        head = zero_shot_head(clip, pictures.vocabulary, templates).cpu()  # (V, e)
+    else:
+        pictures = _among_classes(pictures, clip.name)
+        head = class_means(pictures, embeddings)
     figures: dict[str, Any] = {
         "model": {"name": model, "pretrained": pretrained, "hook_point": hook_point},
         "data": {"path": str(data) if data else "EmojiStyles", "images": len(pictures.dataset)},
         "seed": seed,
+        "named_by": "text" if clip.has_text else "class means",
         "vocabulary": len(pictures.vocabulary),
     }
     if setup:
@@ -200,6 +210,12 @@ def run(
     write_json(out / "metrics.json", figures)
     page = demo_page.build(predictor, pictures, figures, history, tokens, embeddings, chosen, out)
     return Demo(page.write(out / "report.html"), out / "sae", out / "metrics.json", figures)
+
+
+def _among_classes(pictures: Pictures, name: str) -> Pictures:
+    if pictures.classes is None:
+        raise ValueError(f"demo: {name} has no text tower; {_NEEDS_CLASSES}")
+    return replace(pictures, vocabulary=pictures.classes)
 
 
 def _steer(

@@ -101,7 +101,8 @@ def _headline(found: Mapping[str, Any]) -> Html:
     if "zero_shot" in found:
         row = found["zero_shot"][_held_out(found["zero_shot"])]
         ways, best = max(row["ways"].items())
-        items.append((f"zero-shot, {ways} candidates", percent(best["accuracy"]), row["group"]))
+        how = "zero-shot" if found["named_by"] == "text" else "nearest class mean"
+        items.append((f"{how}, {ways} candidates", percent(best["accuracy"]), row["group"]))
     items += [
         ("explained variance", f"{held_out['ev']:.3f}", group),
         ("active features a token", f"{held_out['l0']:.0f}", f"of {found['sae']['d_sae']}"),
@@ -119,7 +120,7 @@ def _seeing(
     parts = []
     if "zero_shot" in found:
         own = predictor.clip.name == EMOJICLIP and len(pictures.groups) == 4
-        parts += _zero_shot(found["zero_shot"], own)
+        parts += _zero_shot(found["zero_shot"], own, found["named_by"])
     shown = spread(pictures.held_out, 12)
     best = predictor.of(embeddings[shown]).max(-1)
     items = []
@@ -132,7 +133,14 @@ def _seeing(
     return [*parts, figures(items, size="4.6rem")]
 
 
-def _zero_shot(found: Sequence[Mapping[str, Any]], own: bool) -> list[Html]:
+_WAYS = {
+    "text": "Zero-shot classification: the model picks the name that fits the image best",
+    "class means": "The model has no text tower. It picks the class whose mean, over the images "
+    "that the SAE learns from, is the nearest",
+}
+
+
+def _zero_shot(found: Sequence[Mapping[str, Any]], own: bool, named_by: str) -> list[Html]:
     rows = []
     for row in found:
         *few, (everything, best) = row["ways"].items()
@@ -151,7 +159,7 @@ def _zero_shot(found: Sequence[Mapping[str, Any]], own: bool) -> list[Html]:
     seen = " The first row is of images that the model was trained on." if own else ""
     return [
         text(
-            "Zero-shot classification: the model picks the name that fits the image best, among N "
+            f"{_WAYS[named_by]}, among N "
             "names of which one is right. 10 and 50 names: the mean over all draws of wrong names, "
             "so chance is 10 % and 2 %."
         ),

@@ -33,6 +33,8 @@ def training(
         Chart("Variance unexplained", unexplained, x="step", y=Axis(low=0)),
         Chart("Dead features, %", dead, x="step", y=Axis(low=0)),
     )
+    by_text = found["named_by"] == "text"
+    score = "top1" if by_text else "linear"
     rows = []
     for group, row in found["sae"]["evaluation"].items():
         rows.append(
@@ -43,7 +45,7 @@ def training(
                 f"{row['l0']:.1f}",
                 percent(row["dead"]),
                 _or_dash(row.get("ce_recovered") if _hurts(row) else None),
-                *(_or_dash(row.get(key)) for key in ("top1_clean", "top1_sae", "top1_zero")),
+                *(_or_dash(row.get(f"{score}_{way}")) for way in ("clean", "sae", "zero")),
             ]
         )
     return [
@@ -70,7 +72,8 @@ def training(
             "by its reconstruction, or by zero: CE recovered is the share of the zero-shot "
             "cross-entropy that survives "
             f"(– where it is hardly lower than with zeros, by less than {_CE_GAP:.0%}), top-1 the "
-            "accuracy among the group's names, with one prompt each.",
+            "accuracy among the group's names, "
+            + ("with one prompt each." if by_text else "of a linear probe, five-fold."),
         ),
     ]
 

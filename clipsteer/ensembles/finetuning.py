@@ -35,6 +35,9 @@ from clipsteer.training.claim import claimed
 from clipsteer.training.loop import TrainingRun
 from clipsteer.training.schedule import Keys, Order, seed_of
 
+# of logits where a tower has no scale of its own: what CLIPs learn
+_SCALE = 100.0
+
 
 def finetune(
     clip: CLIP,
@@ -52,7 +55,8 @@ def finetune(
 
     Args:
         dataset: images with classes; targets index the rows of `head`.
-        head: (C, e) unit rows, the zero-shot head; the logit scale is applied here.
+        head: (C, e) unit rows, the zero-shot head; the logit scale is applied here, 100 for a tower
+            without text, whose head is `clipsteer.clip.prototype_head`.
         out: folder for zeroshot/ and finetuned/ (see `save_classifier`), log.jsonl and
             checkpoints/. A run that was stopped there, by Ctrl-C, SIGTERM or otherwise, goes on
             from its last checkpoint, on a CPU bit for bit; `clip` and `head` must then be what it
@@ -109,7 +113,8 @@ class _Run(TrainingRun):
         self.validation = validation
         self.workers = workers
         self.classes = list(dataset.classes)
-        self.classifier = zero_shot_classifier(clip, head)
+        scale = None if clip.has_text else _SCALE
+        self.classifier = zero_shot_classifier(clip, head, scale)
         self.trained = self.classifier if config.mode == "e2e" else self.classifier.head
         self.order = Order(len(dataset), config.batch_size, config.seed)
         parameters = {name: p for name, p in self.trained.named_parameters() if p.requires_grad}

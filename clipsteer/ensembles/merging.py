@@ -117,17 +117,16 @@ def same_setup(
     """
     if one is None or other is None or one == other:
         return one or other
-    ours = {**one.preprocess, "quick_gelu": one.quick_gelu}
-    theirs = {**other.preprocess, "quick_gelu": other.quick_gelu}
+    ours, theirs = ({**setup.preprocess, **vars(setup)} for setup in (one, other))
     differing = [
         f"{name} {ours.get(name)} and {theirs.get(name)}"
         for name in {**ours, **theirs}
-        if ours.get(name) != theirs.get(name)
+        if name != "preprocess" and ours.get(name) != theirs.get(name)
     ]
     raise ValueError(
         f"wise_ft: {first} and {second} see images differently ({'; '.join(differing)}), so that "
-        "their average has no right way; average models of one preprocessing and activation. If "
-        "one of them was opened in a wrong one, load it with preprocess=… and save it anew"
+        "their average has no right way; average models of one setup. If one of them was opened "
+        "in a wrong one, load it with preprocess=… and save it anew"
     )
 
 

@@ -101,11 +101,33 @@ def load_latest(directory: str | Path, *, device: str = "cpu") -> Checkpoint | N
     return None
 
 
-def _load(directory: Path, step: int, device: str) -> Checkpoint:
-    data, index = _paths(directory, step)
+def latest_meta(directory: str | Path) -> dict[str, Any] | None:
+    """The ``meta`` of the newest checkpoint of `directory` whose index can be read, or None; its
+    tensors are not looked at."""
+    directory = Path(directory)
+    for step, kinds in sorted(_steps(directory).items(), reverse=True):
+        if kinds != {"json", "safetensors"}:
+            continue
+        try:
+            return _head(directory, step)[0]["meta"]
+        except (FileFormatError, OSError):
+            # load_latest says so
+            continue
+    return None
+
+
+def _head(directory: Path, step: int) -> tuple[dict[str, Any], bool]:
+    """An index, and whether it had a checksum of itself."""
+    index = _paths(directory, step)[1]
     head, is_checked = read_checked(index, _HEAD)
     if head.keys() != set(_HEAD) or head["step"] != step or not isinstance(head["meta"], dict):
         raise FileFormatError(f"{index}: not a checkpoint index")
+    return head, is_checked
+
+
+def _load(directory: Path, step: int, device: str) -> Checkpoint:
+    data, index = _paths(directory, step)
+    head, is_checked = _head(directory, step)
     check_file(data, head)
     tensors = {name: tensor.to(device) for name, tensor in read_safetensors(data).items()}
     if not is_checked:

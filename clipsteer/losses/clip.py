@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipsteer import ops
-from clipsteer.losses.exchange import exchange, refuse_horovod
+from clipsteer.losses.exchange import JointLoss, refuse_horovod
 from clipsteer.ops._contrastive import contrast
 from clipsteer.ops._dispatch import choose
 from clipsteer.ops._pairs import checked_features, checked_scale
 
 
-class ClipLoss(nn.Module):
+class ClipLoss(JointLoss):
     """`ops.clip_loss`, over the processes of a joint batch too.
 
     In place of open_clip's `ClipLoss`: the same values and gradients, in no B×B matrix. Of several
@@ -28,6 +28,8 @@ class ClipLoss(nn.Module):
         cache_labels: means nothing, as there are no labels.
         rank, world_size: of the process group.
         use_horovod: refused.
+        equal_rows: every process has as many pairs in every batch, as `drop_last` gives: they are
+            counted at the first batch alone, else at each.
         backend: see `ops.clip_loss`.
 
     Raises RuntimeError for Horovod.
@@ -42,17 +44,15 @@ class ClipLoss(nn.Module):
         world_size: int = 1,
         use_horovod: bool = False,
         *,
+        equal_rows: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(rank, world_size, equal_rows, backend)
         refuse_horovod(type(self).__name__, use_horovod)
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
         self.use_horovod = use_horovod
-        self.backend = backend
 
     def forward(
         self,
@@ -76,16 +76,10 @@ class ClipLoss(nn.Module):
         Raises:
             ValueError, TypeError: as `ops.clip_loss`; processes with unlike numbers of pairs, or
                 another process group than `rank` and `world_size` say.
-            RuntimeError: no process group for `world_size` > 1.
+            RuntimeError: no process group for `world_size` > 1, or another process was waited for
+                in vain.
         """
-        joint = exchange(
-            type(self).__name__,
-            self.rank,
-            self.world_size,
-            len(image_features),
-            self.local_loss,
-            self.gather_with_grad,
-        )
+        joint = self.joint(len(image_features), self.local_loss, self.gather_with_grad)
         if joint is None:
             loss = ops.clip_loss(
                 image_features, text_features, logit_scale=logit_scale, backend=self.backend

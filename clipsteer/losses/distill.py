@@ -7,7 +7,6 @@ from torch import Tensor
 
 from clipsteer import ops
 from clipsteer.losses.clip import ClipLoss
-from clipsteer.losses.exchange import exchange
 from clipsteer.ops._contrastive import contrast
 from clipsteer.ops._dispatch import choose
 from clipsteer.ops._pairs import checked_features, checked_scale
@@ -46,17 +45,11 @@ class DistillClipLoss(ClipLoss):
         Raises:
             ValueError, TypeError: as `ops.distill_loss`; processes with unlike numbers of pairs, or
                 another process group than `rank` and `world_size` say.
-            RuntimeError: no process group for `world_size` > 1.
+            RuntimeError: no process group for `world_size` > 1, or another process was waited for
+                in vain.
         """
         op = "DistillClipLoss"
-        joint = exchange(
-            op,
-            self.rank,
-            self.world_size,
-            len(image_features),
-            self.local_loss,
-            self.gather_with_grad,
-        )
+        joint = self.joint(len(image_features), self.local_loss, self.gather_with_grad)
         # a teacher may run in another precision than its student
         wide = torch.promote_types(image_features.dtype, dist_image_features.dtype)
         features = [image_features, text_features, dist_image_features, dist_text_features]

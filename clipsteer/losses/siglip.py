@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipsteer import ops
-from clipsteer.losses.exchange import exchange
+from clipsteer.losses.exchange import Exchange, JointLoss
+from clipsteer.losses.ring import KIND, Ring
 from clipsteer.ops._contrastive import contrast
 from clipsteer.ops._dispatch import choose
 from clipsteer.ops._pairs import checked_features, checked_number
 
 IMPLEMENTATIONS = ("bidir", "shift", "reduce", "gather")
+# those of them that send to neighbours
+RINGS = IMPLEMENTATIONS[:2]
 
 
-class SigLipLoss(nn.Module):
+class SigLipLoss(JointLoss):
     """`ops.siglip_loss`, over the processes of a joint batch too.
 
     In place of open_clip's `SigLipLoss`: the same values and gradients, in no B×B matrix. Each of
@@ -25,9 +28,14 @@ class SigLipLoss(nn.Module):
         rank, world_size: of the process group.
         dist_impl: how open_clip's module sends texts around ("bidir", "shift", "reduce", "gather");
             all four are the same loss, which this module gathers the texts for.
+        ring: texts and their gradients go from neighbour to neighbour, so that no process has those
+            of all at once: in halves both ways, or with "shift" one way. Gradients are added in
+            another order than without.
+        equal_rows: every process has as many pairs in every batch, as `drop_last` gives: they are
+            counted at the first batch alone, else at each.
         backend: see `ops.siglip_loss`.
 
-    Raises ValueError for another `dist_impl`.
+    Raises ValueError for another `dist_impl`, or one that is no ring.
     """
 
     def __init__(
@@ -37,17 +45,21 @@ class SigLipLoss(nn.Module):
         world_size: int = 1,
         dist_impl: str | None = None,
         *,
+        ring: bool = False,
+        equal_rows: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(rank, world_size, equal_rows, backend)
         self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
         self.dist_impl = dist_impl or "bidir"
         if self.dist_impl not in IMPLEMENTATIONS:
             expected = f"one of {IMPLEMENTATIONS}"
             raise ValueError(f"SigLipLoss: dist_impl must be {expected}, got {dist_impl!r}")
-        self.backend = backend
+        if ring and self.dist_impl not in RINGS:
+            raise ValueError(
+                f"SigLipLoss: ring=True goes with dist_impl of {RINGS}, got {dist_impl!r}"
+            )
+        self.ring = ring
 
     def forward(
         self,
@@ -70,10 +82,11 @@ class SigLipLoss(nn.Module):
         Raises:
             ValueError, TypeError: as `ops.siglip_loss`; processes with unlike numbers of pairs, or
                 another process group than `rank` and `world_size` say.
-            RuntimeError: no process group for `world_size` > 1.
+            RuntimeError: no process group for `world_size` > 1, or another process was waited for
+                in vain.
         """
         op = "SigLipLoss"
-        joint = exchange(op, self.rank, self.world_size, len(image_features))
+        joint = self.joint(len(image_features), of=Ring if self.ring else Exchange)
         if joint is None:
             loss = ops.siglip_loss(
                 image_features,
@@ -89,5 +102,9 @@ class SigLipLoss(nn.Module):
             bias = 0.0 if logit_bias is None else logit_bias
             bias = checked_number(op, "logit_bias", bias, named)
             backend = choose("siglip_loss", self.backend, named["image_features"])
-            loss = contrast("siglip_loss", (*named.values(), scale, bias), backend, joint)[0]
+            kind = "siglip_loss"
+            if isinstance(joint, Ring):
+                kind = KIND
+                joint.both_ways = self.dist_impl == "bidir"
+            loss = contrast(kind, (*named.values(), scale, bias), backend, joint)[0]
         return {"contrastive_loss": loss} if output_dict else loss

@@ -70,12 +70,13 @@ def fraction_of_bound(
     extra: float = 0.0,
     absolute: Any = 0.0,
 ) -> float:
-    """Worst |value - truth| over its bound g·m + u(|truth| + g·m) + tiny, where g = (terms +
-    1)·unit + ``extra``.
+    """Worst |value - truth| over its bound e + u(|truth| + e), e = g·m + ``absolute`` + tiny, where
+    g = (terms + 1)·unit + ``extra``: what is computed is off by e, and is then rounded itself.
 
     ``truth`` and ``magnitude`` (the same sum taken over absolute values) are float64; ``terms``
-    counts the products of each sum, ``absolute`` is what underflow may add beyond one smallest
-    number a term. A NaN or an infinity has to stand exactly where the truth has one.
+    counts the products of each sum, ``absolute`` is what is known beside them: what underflow may
+    add beyond one smallest number a term, or how far apart admissible results are. A NaN or an
+    infinity has to stand exactly where the truth has one.
     """
     if value.numel() == 0:
         return 0.0
@@ -87,8 +88,8 @@ def fraction_of_bound(
     g = (count + 1) * unit + extra
     gm = g * magnitude
     # one product may underflow per term, and the result itself may be subnormal
-    bound = gm + u * (truth.abs() + gm) + smallest_normal(value.dtype) * (count + 2)
-    bound = bound + absolute
+    off = gm + absolute
+    bound = off + u * (truth.abs() + off) + smallest_normal(value.dtype) * (count + 2)
     if value.dtype == torch.float16:
         bound = bound + info.smallest_normal * info.eps
     error = (value64 - truth).abs() / bound

@@ -67,12 +67,13 @@ class Value(Function):
         given = [g for g in cotangents if g is not None]
         if not given:
             return (None,) * (4 + count)
-        cotangents = [torch.zeros_like(given[0]) if g is None else g for g in cotangents]
+        if len(given) < kind.losses:
+            cotangents = [torch.zeros_like(given[0]) if g is None else g for g in cotangents]
         settings = (ctx.kind, ctx.backend, ctx.world, ctx.needs, ctx.rest)
-        given = (*cotangents, *ctx.saved_tensors, *ctx.numbers)
+        saved = ctx.saved_tensors  # unpacked anew whenever they are asked for
         # a backward of its own takes as long as a small batch's sweeps
-        gradient = Gradient.run if tracked(*cotangents, *ctx.saved_tensors) else Gradient.forward
-        found = gradient(*settings, *given)
+        gradient = Gradient.run if tracked(*cotangents, *saved) else Gradient.forward
+        found = gradient(*settings, *cotangents, *saved, *ctx.numbers)
         by_argument = [None] * count
         for leaf, grad, needed in zip(kind.leaves, found, ctx.needs):
             by_argument[leaf] = grad if needed else None

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.ops import _check
@@ -19,6 +20,13 @@ def own_entropy(
     """log(1 + Σ exp t) over the other pairs, (2, B): small losses keep their digits."""
     lse = t.masked_fill(own, -torch.inf).logsumexp(2)
     return torch.logaddexp(lse, torch.zeros_like(lse))
+
+
+def log_one_and(
+    lse: Tensor,  # (2, M)
+) -> Tensor:  # (2, M)
+    """log(1 + exp lse), which from 40 on is lse to the last digit of a float64."""
+    return F.softplus(lse, threshold=40.0)
 
 
 def checked_features(op: str, named: dict[str, Any], rows: int | None = None) -> dict[str, Tensor]:

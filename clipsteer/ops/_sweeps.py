@@ -191,18 +191,20 @@ class Pairs:
         scale: Tensor,  # (), at least float32
         backend: str,
         world: Any,
+        diag: Tensor | None = None,  # (N,), of an earlier call with these
     ) -> None:
         self.rows = rows.contiguous()
         self.cols = cols.contiguous()
         self.scale = scale
         self.backend = backend
         self.world = world
-        self.diag = (self.rows.to(scale.dtype) * self.cols.to(scale.dtype)).sum(1)
         self.offset = 0
+        if diag is None:
+            diag = self.joined((self.rows.to(scale.dtype) * self.cols.to(scale.dtype)).sum(1))
+        self.diag = diag
         if world is not None:
             self.offset = world.offset
             self.cols = world.join(self.cols)
-            self.diag = world.join(self.diag)
         self.columns = self.cols.shape[0]
         self.mine = slice(self.offset, self.offset + self.rows.shape[0])
 
@@ -216,8 +218,8 @@ class Pairs:
         given = (*self.features, self.offset, keep)
         row_lse, col_lse, kept = low_level(self.backend, "drrho_sums", *given)
         if self.world is not None:
-            col_lse = self.world.logsumexp(col_lse)
-        return torch.stack([row_lse, col_lse[self.mine]]), kept
+            col_lse = self.world.logsumexp(col_lse)[self.mine]
+        return torch.stack([row_lse, col_lse]), kept
 
     def joined(
         self,
@@ -246,13 +248,14 @@ class Pairs:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Weights exp(t − u) of both sides, own on the partners: their products with texts and with
         images (M, width), Σ w·t () of all processes in float64."""
+        row_u, col_u = u.unbind()
         d_rows, d_cols, moment = low_level(
             self.backend,
             "drrho_grad",
             *self.features,
             self.offset,
-            u[0].contiguous(),
-            self.joined(u[1]).contiguous(),
+            row_u.contiguous(),
+            self.joined(col_u).contiguous(),
             own,
             kept,
             width,

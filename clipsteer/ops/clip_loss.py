@@ -16,7 +16,13 @@ from torch import Tensor
 from clipsteer.ops import _check
 from clipsteer.ops._contrastive import KINDS, Kind, contrast
 from clipsteer.ops._dispatch import choose
-from clipsteer.ops._pairs import checked_features, checked_scale, own_entropy, softmax_gradients
+from clipsteer.ops._pairs import (
+    checked_features,
+    checked_scale,
+    log_one_and,
+    own_entropy,
+    softmax_gradients,
+)
 from clipsteer.ops._sweeps import Pairs, keeps
 
 __all__ = ["clip_loss", "clip_loss_reference"]
@@ -66,7 +72,7 @@ def evaluate(arguments, needs, backend, world):
     M = image.shape[0]
     local = world is not None and world.local
     lse, kept = pairs.log_sums(any(needs) and keeps(image, pairs.columns, image.shape[1]))
-    u = torch.logaddexp(lse, torch.zeros_like(lse))  # (2, M)
+    u = log_one_and(lse)  # (2, M)
     each = u
     softer = smoothing if labels is None else 0.0  # of an own pair that is the label
     if labels is not None or smoothing:
@@ -84,16 +90,16 @@ def evaluate(arguments, needs, backend, world):
             spread = torch.stack([left @ means[1], right @ means[0]]) - pairs.diag
             moved = moved + smoothing * spread
         each = u - moved * scale
-    total = each.double().sum()
+    total = each.sum(dtype=torch.float64)
     count = pairs.columns
     if local:
         count = count / world.size
     elif world is not None:
         total = world.sum_(total)
-    loss = (total / (2 * count)).to(scale.dtype)
-    none = scale.new_empty(0)
+    share = 0.5 / count
+    loss = (total * share).to(scale.dtype)
     if not any(needs):
-        return loss, none, none, none
+        return (loss,)
     own = softer - (lse - u).exp()  # (2, M)
     if labels is not None:
         own = (-u).exp()
@@ -110,7 +116,7 @@ def evaluate(arguments, needs, backend, world):
         d_cols = d_cols - 2 * smoothing * means[0] if needs[1] else d_cols
     if each is not u:
         d_scale = d_scale - moved.double().sum()
-    return loss, d_rows, d_cols, (d_scale / (2 * count)).to(scale.dtype)
+    return loss, d_rows, d_cols, (d_scale * share).to(scale.dtype)
 
 
 def _gradient(cotangents, found, arguments, needs, backend, world):

@@ -48,7 +48,8 @@ def distill_loss_reference(
 
 def evaluate(arguments, needs, backend, world):
     """Both losses (), and what their gradient takes: u of both models and the weight of the other
-    pairs in their softmaxes (2, 2, M), both losses' derivatives in the scale (2,), similarities."""
+    pairs in their softmaxes (2, 2, M), both losses' derivatives in the scale (2,), similarities of
+    own pairs, and of all where they are kept."""
     image, text, teacher_image, teacher_text, scale, teacher_scale = arguments
     student = Pairs(image, text, scale, backend, world)
     teacher = Pairs(teacher_image, teacher_text, teacher_scale, backend, world)
@@ -72,18 +73,19 @@ def evaluate(arguments, needs, backend, world):
         count = count / world.size
     elif world is not None:
         totals = world.sum_(totals)
-    totals = (totals / (2 * count)).to(scale.dtype)
+    totals = (totals * (0.5 / count)).to(scale.dtype)
     losses = (totals[0].clone(), totals[1].clone())
     if not any(needs):
         return losses
-    return *losses, u.to(scale.dtype), others.to(scale.dtype), totals[2:].clone(), *kept
+    own_pairs = (student.diag, teacher.diag)
+    return *losses, u.to(scale.dtype), others.to(scale.dtype), totals[2:].clone(), *own_pairs, *kept
 
 
 def _gradient(cotangents, found, arguments, needs, backend, world):
-    u, others, d_scale, *kept = found
+    u, others, d_scale, diag, teacher_diag, *kept = found
     image, text, teacher_image, teacher_text, scale, teacher_scale = arguments
-    student = Pairs(image, text, scale, backend, world)
-    teacher = Pairs(teacher_image, teacher_text, teacher_scale, backend, world)
+    student = Pairs(image, text, scale, backend, world, diag)
+    teacher = Pairs(teacher_image, teacher_text, teacher_scale, backend, world, teacher_diag)
     contrastive, distill = cotangents
     factors = torch.stack([contrastive + distill, distill])
     own = factors[1] * others[:, 1] - factors[0] * others[:, 0]  # (2, M)

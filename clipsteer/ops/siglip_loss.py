@@ -8,6 +8,8 @@ Zhai et al. 2023 (SigLIP, arXiv 2303.15343).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,6 +38,11 @@ def siglip_loss_reference(
     return -F.logsigmoid(torch.where(own, z, -z)).sum() / z.shape[0]
 
 
+def _share(image: Tensor, world: Any) -> float:
+    """What the sum is divided by: B, or the mean number of pairs of a process."""
+    return image.shape[0] if world is None else world.rows / world.size
+
+
 def evaluate(arguments, needs, backend, world):
     """The loss () and its gradients in image, text, scale and bias. Of several processes each has
     its images against the texts of all, and texts get what all images make of them."""
@@ -50,7 +57,7 @@ def evaluate(arguments, needs, backend, world):
     sums, d_rows, d_cols = low_level(backend, "siglip_sweep", *sweep)
     if world is not None and needs[1]:
         d_cols = world.sum_(d_cols)[offset : offset + M]
-    loss, d_scale, d_bias = (sums / M).unbind()
+    loss, d_scale, d_bias = (sums / _share(image, world)).unbind()
     return loss.clone(), d_rows, d_cols, d_scale.clone(), d_bias.clone()
 
 
@@ -58,7 +65,7 @@ def _gradient(cotangents, found, arguments, needs, backend, world):
     (grad,) = cotangents
     d_image, d_text, d_scale, d_bias = found
     image, text, scale = arguments[:3]
-    factor = grad * scale / image.shape[0]
+    factor = grad * scale / _share(image, world)
     d_image = (factor * d_image).to(image.dtype)
     return d_image, (factor * d_text).to(text.dtype), grad * d_scale, grad * d_bias
 

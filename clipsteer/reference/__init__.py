@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from clipsteer.reference.features import model_digest as model_digest
     from clipsteer.reference.features import read as read
     from clipsteer.reference.losses import ContrastiveLoss as ContrastiveLoss
+    from clipsteer.reference.losses import SigmoidLoss as SigmoidLoss
     from clipsteer.reference.losses import select_learnable as select_learnable
     from clipsteer.reference.pairs import Pairs as Pairs
     from clipsteer.reference.temperature import balanced_rho as balanced_rho

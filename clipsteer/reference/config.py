@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from clipsteer.reference.temperature import balanced_rho, unbalanced
 from clipsteer.training.settings import (
     Count,
     CountOrZero,
+    Finite,
     NotNegative,
     Positive,
     SettingError,
@@ -27,8 +28,12 @@ if TYPE_CHECKING:
 LEAST_TEMPERATURE = 0.01
 # the least that float32 resolves in full
 LEAST_EPS = 2.0**-126
-Loss = Literal["drrho", "global", "clip", "distill"]
+# τ of the losses as published, where that is not the least
+_STARTS = {"clip": 0.07, "distill": 0.07, "siglip": 0.1}
+Loss = Literal["drrho", "global", "clip", "siglip", "distill"]
 LOSSES = get_args(Loss)
+# those that say nothing without a reference
+REFERRED = ("drrho", "distill")
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,12 @@ class ContrastiveConfig:
     not clip, for which give a large number"""
     temperature: Positive | None = None
     """τ, or where a learnt one starts, which is at least 0.01 (default: 0.01; for clip and distill
-    0.07)"""
+    0.07, for siglip 0.1)"""
     learnable_temperature: bool | None = None
-    """learn τ (default: for clip and distill, as published)"""
+    """learn τ (default: for clip, siglip and distill, as published)"""
+    logit_bias: Finite | None = None
+    """where the bias of siglip's logits starts, which is learnt (default: -10, as published;
+    batches of B pairs balance near -log B)"""
     rho: NotNegative | None = None
     """pushes a learnt τ down, for drrho and global, against the unevenness of the weights, which
     pushes it up; above 0 and below log B there is a balance. FastCLIP's 6.5 and 11 do not carry
@@ -80,8 +88,8 @@ class ContrastiveConfig:
     distill: Weight = 0.5
     """weight of the soft targets, for distill"""
     loss_backend: Literal["auto", "reference", "cpp", "triton", "plain"] = "auto"
-    """what computes the loss, see `ops.explain`; for clip and distill "plain" multiplies whole
-    matrices of logits"""
+    """what computes the loss, see `ops.explain`; for clip, siglip and distill "plain" multiplies
+    whole matrices of logits"""
     select: Share | None = None
     """train on this share of each batch of all processes, picked as learnable together (JEST);
     needs a reference (default: all)"""
@@ -107,6 +115,11 @@ class ContrastiveConfig:
             raise self._error(
                 "{loss_backend} must be a backend of ops.drrho_loss for drrho and global, got "
                 "'plain'; 'reference' is torch's"
+            )
+        if self.logit_bias is not None and self.loss != "siglip":
+            raise self._error(
+                f"{{logit_bias}} must be left out for loss={self.loss!r}, as siglip alone learns "
+                f"one; got {self.logit_bias}"
             )
         tau, learnt = self._temperature()
         if learnt and tau < LEAST_TEMPERATURE:
@@ -157,15 +170,22 @@ class ContrastiveConfig:
         return balanced_rho(self.loss_pairs) if self.learns_by_rho else 0.0
 
     @property
+    def resolved_bias(self) -> float | None:
+        """Where the bias starts, None for losses without one."""
+        if self.loss != "siglip":
+            return None
+        return -10.0 if self.logit_bias is None else self.logit_bias
+
+    @property
     def wants_reference(self) -> bool:
         """Whether the features of a reference model are needed."""
-        return self.loss in ("drrho", "distill") or self.select is not None
+        return self.loss in REFERRED or self.select is not None
 
     def _temperature(self) -> tuple[float, bool]:
         """τ, or where it starts, and whether it is learnt."""
         tau = self.temperature
         if tau is None:
-            tau = 0.01 if self.remembers else 0.07
+            tau = _STARTS.get(self.loss, 0.01)
         learnt = self.learnable_temperature
         if learnt is None:
             learnt = not self.remembers
@@ -175,7 +195,7 @@ class ContrastiveConfig:
         """The loss of these settings, for a set of ``num_samples`` pairs."""
         # torch comes in with them, which the command line's help does without
         from clipsteer.reference.drrho import DRRhoLoss
-        from clipsteer.reference.losses import ContrastiveLoss
+        from clipsteer.reference.losses import ContrastiveLoss, SigmoidLoss
 
         tau, learnt = self._temperature()
         if self.remembers:
@@ -191,11 +211,12 @@ class ContrastiveConfig:
             )
             loss.warned = True  # these settings have
             return loss
-        distill = self.distill if self.loss == "distill" else 0.0
-        return ContrastiveLoss(
-            temperature=tau,
-            learnable_temperature=learnt,
-            distill=distill,
-            world=world,
-            backend=self.loss_backend,
-        )
+        common: dict[str, Any] = {
+            "temperature": tau,
+            "learnable_temperature": learnt,
+            "world": world,
+            "backend": self.loss_backend,
+        }
+        if (bias := self.resolved_bias) is not None:
+            return SigmoidLoss(**common, logit_bias=bias)
+        return ContrastiveLoss(**common, distill=self.distill if self.loss == "distill" else 0.0)

@@ -1,5 +1,5 @@
-"""CLIP's loss over all processes' pairs, a reference's similarities as soft targets; JEST's
-sub-batches."""
+"""CLIP's and SigLIP's losses over all processes' pairs, a reference's similarities as soft targets;
+JEST's sub-batches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,33 @@ class _Joined(torch.autograd.Function):
         return summed[ctx.mine], None
 
 
-class ContrastiveLoss(nn.Module):
+class _Scaled(nn.Module):
+    """A loss of logits s/τ, with log(1/τ) as its parameter ``logit_scale``."""
+
+    def __init__(self, temperature: float, learnable: bool, world: World | None, backend: str):
+        super().__init__()
+        if not 0 < temperature < math.inf:
+            name = type(self).__name__
+            raise ValueError(f"{name}: temperature must be positive and finite, got {temperature}")
+        self.backend = backend
+        self.world = training_world(world)
+        start = torch.tensor(-math.log(temperature))
+        self.logit_scale = nn.Parameter(start, requires_grad=learnable)
+
+    @property
+    def temperature(self) -> Tensor:
+        """τ, ()."""
+        return (-self.logit_scale).exp()
+
+    @torch.no_grad()
+    def settle_temperature_(self, before: Tensor | None = None) -> None:
+        """CLIP's rule: logits are never scaled by more than 100; before is that of `DRRhoLoss`, and
+        means nothing."""
+        if self.logit_scale.requires_grad:
+            self.logit_scale.clamp_(max=math.log(100))
+
+
+class ContrastiveLoss(_Scaled):
     """The symmetric cross-entropy of CLIP, mixed with distillation of a reference's similarities.
 
     With logits s/τ over all pairs of the batch, and r/τ the reference's:
@@ -63,29 +89,10 @@ class ContrastiveLoss(nn.Module):
         world: World | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        if not 0 < temperature < math.inf or not 0 <= distill <= 1:
-            raise ValueError(
-                f"ContrastiveLoss: temperature must be positive and distill in [0, 1], got "
-                f"{temperature} and {distill}"
-            )
+        super().__init__(temperature, learnable_temperature, world, backend)
+        if not 0 <= distill <= 1:
+            raise ValueError(f"ContrastiveLoss: expected distill in [0, 1], got {distill}")
         self.distill = distill
-        self.backend = backend
-        self.world = training_world(world)
-        start = torch.tensor(-math.log(temperature))
-        self.logit_scale = nn.Parameter(start, requires_grad=learnable_temperature)
-
-    @property
-    def temperature(self) -> Tensor:
-        """τ, ()."""
-        return (-self.logit_scale).exp()
-
-    @torch.no_grad()
-    def settle_temperature_(self, before: Tensor | None = None) -> None:
-        """CLIP's rule: logits are never scaled by more than 100; before is that of `DRRhoLoss`, and
-        means nothing."""
-        if self.logit_scale.requires_grad:
-            self.logit_scale.clamp_(max=math.log(100))
 
     def forward(
         self,
@@ -150,10 +157,31 @@ class ContrastiveLoss(nn.Module):
         still = scale.detach()
         pairs = (image, text, *theirs, scale, still)
         hard, soft = contrast("distill_loss", pairs, backend, joint)
-        with torch.no_grad():  # cross-entropy less the reference's own entropy is the divergence
-            own = (*theirs, *theirs, still, still)
-            entropy = contrast("distill_loss", own, backend, joint)[1]
-        return (1 - self.distill) * hard + self.distill * (soft - entropy)
+        # cross-entropy less the reference's own entropy is the divergence
+        soft = soft - self._entropy(*theirs, still, joint)
+        return (1 - self.distill) * hard + self.distill * soft
+
+    @torch.no_grad()
+    def _entropy(
+        self,
+        image: Tensor,  # (B, e)
+        text: Tensor,  # (B, e)
+        scale: Tensor,  # ()
+        joint: Exchange | None,
+    ) -> Tensor:
+        """The mean entropy of a batch's softmaxes, ()."""
+        if joint is not None:
+            # of several processes each would sweep once more for its own share of what follows
+            backend = choose("distill_loss", self.backend, image)
+            own = (image, text, image, text, scale, scale)
+            return contrast("distill_loss", own, backend, joint)[1]
+        backend = choose("clip_loss", self.backend, image)
+        # −Σ p·log p is the loss, less what it moves along the scale: half of distillation's sweeps
+        with torch.enable_grad():
+            scale = scale.detach().requires_grad_()
+            loss = contrast("clip_loss", (image, text, scale, None, 0.0), backend)[0]
+            (slope,) = torch.autograd.grad(loss, scale)
+        return loss.detach() - scale.detach() * slope
 
     def _logits(
         self,
@@ -169,6 +197,73 @@ class ContrastiveLoss(nn.Module):
             images = _Joined.apply(image, batch)
             texts = _Joined.apply(text, batch)
         return image @ texts.T / self.temperature, text @ images.T / self.temperature
+
+
+class SigmoidLoss(_Scaled):
+    """The sigmoid loss of SigLIP, every image and every text asked whether they belong together.
+
+    With z = s/τ + b over all pairs of the batch, and l = 1 of pairs, else −1: L = −(1/B)·Σ_ij log
+    σ(l_ij·z_ij). Of several processes each has its images, as many as it has, against everybody's
+    texts. It returns their part of the joint loss, times the number of processes, so that averaging
+    over the processes, as DDP does with gradients, gives that of the joint batch.
+
+    Source: Zhai et al. 2023 (arXiv 2303.15343); τ and b start where open_clip's SigLIP models do.
+
+    Args:
+        temperature: τ.
+        learnable_temperature: whether its logarithm is trained.
+        logit_bias: where b starts, which is trained.
+        world: the processes; by default those of an initialised process group.
+        backend: see `ops.siglip_loss`; "plain" multiplies whole matrices of logits, in torch.
+
+    Raises ValueError for values out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.1,
+        learnable_temperature: bool = True,
+        logit_bias: float = -10.0,
+        world: World | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(temperature, learnable_temperature, world, backend)
+        if not math.isfinite(logit_bias):
+            raise ValueError(f"SigmoidLoss: logit_bias must be finite, got {logit_bias}")
+        self.logit_bias = nn.Parameter(torch.tensor(float(logit_bias)))
+
+    def forward(
+        self,
+        image: Tensor,  # (B, e)
+        text: Tensor,  # (B, e)
+        ids: Tensor | None = None,
+        ref_image: Tensor | None = None,
+        ref_text: Tensor | None = None,
+        *,
+        gamma: float = 1.0,
+    ) -> Tensor:
+        """The loss of a batch, ().
+
+        Args:
+            image, text: unit rows, this process's pairs.
+            ids, ref_image, ref_text, gamma: those of `DRRhoLoss`, and mean nothing here.
+        """
+        batch = None
+        if self.world is not None:
+            batch = Exchange(self.world, len(image), local=True, with_grad=True)
+        dtype = torch.promote_types(image.dtype, torch.float32)
+        scale = self.logit_scale.exp().to(dtype)
+        bias = self.logit_bias.to(dtype)
+        if self.backend != "plain":
+            backend = choose("siglip_loss", self.backend, image)
+            return contrast("siglip_loss", (image, text, scale, bias), backend, batch)[0]
+        texts = text if batch is None else _Joined.apply(text, batch)
+        z = image.to(dtype) @ texts.to(dtype).T * scale + bias
+        own = torch.zeros_like(z, dtype=torch.bool)
+        own.diagonal(0 if batch is None else batch.offset).fill_(True)
+        share = len(image) if batch is None else batch.rows / batch.size
+        return -F.logsigmoid(torch.where(own, z, -z)).sum() / share
 
 
 def _log_ratios(

@@ -23,6 +23,7 @@ from clipsteer.clip.hooks import harvest, harvest_each
 from clipsteer.clip.model import provenance
 from clipsteer.clip.module import module_of
 from clipsteer.clip.pixels import image_loader
+from clipsteer.clip.shortcut import Shortcut
 from clipsteer.data.identity import Identity, identity_of
 from clipsteer.io.digests import described, digest_of, weights_digest
 from clipsteer.io.files import FileFormatError
@@ -100,6 +101,7 @@ class HarvestSource(ActivationSource):
         if target_hook_point is not None:
             self._hook_points.append(target_hook_point)
             self.provenance["target_hook_point"] = target_hook_point
+        self._shortcut = Shortcut(module_of(clip))
         probe = self._run([0])
         self.tokens_per_image = len(probe[0])
         self.d_in = probe[0].shape[1]
@@ -127,7 +129,9 @@ class HarvestSource(ActivationSource):
         """The rows (n, d) of some images at each hook point."""
         chosen = Subset(self.dataset, images)
         loader = image_loader(self.clip, chosen, self.batch_size, self.num_workers)
-        parts = harvest_each(self.clip, loader, self._hook_points, tokens=self.tokens)
+        parts = harvest_each(
+            self.clip, loader, self._hook_points, tokens=self.tokens, shortcut=self._shortcut
+        )
         return [torch.cat(list(rows)) for rows in zip(*parts)]
 
     def group_sizes(self, seed: int, epoch: int) -> list[int]:
@@ -269,7 +273,8 @@ def harvest_to_store(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     probe_loader = image_loader(clip, Subset(dataset, [0]), 1, 0)
-    probe = torch.cat(list(harvest(clip, probe_loader, hook_point, tokens=tokens)))
+    asked: dict[str, Any] = {"tokens": tokens, "shortcut": Shortcut(module_of(clip))}
+    probe = torch.cat(list(harvest(clip, probe_loader, hook_point, **asked)))
     tokens_per_image, d_in = probe.shape
     images = max(1, shard_rows // tokens_per_image)
     settings = {
@@ -297,7 +302,7 @@ def harvest_to_store(
                 loader = image_loader(clip, Subset(dataset, span), batch_size, num_workers)
                 parts = [
                     part.to("cpu", _DTYPES[dtype])
-                    for part in harvest(clip, loader, hook_point, tokens=tokens)
+                    for part in harvest(clip, loader, hook_point, **asked)
                 ]
                 rows = torch.cat(parts).contiguous()
                 if not torch.isfinite(rows).all():

@@ -4,13 +4,21 @@ a kernel serves it, in C++ on a CPU and in Triton on a GPU."""
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from clipsteer.ops import _dispatch
 from clipsteer.sae.model import SAE
+
+
+class Rows(NamedTuple):
+    """Rows of a dictionary."""
+
+    features: Tensor  # (m,) int64, ascending, each once
+    values: Tensor  # (m, d)
 
 
 class UnitRowAdam(torch.optim.Adam):
@@ -48,9 +56,11 @@ class UnitRowAdam(torch.optim.Adam):
         self,
         closure: Any = None,
         factor: Tensor | None = None,  # ()
+        more: Mapping[Tensor, Rows] = {},
     ) -> None:
         """One step with all gradients times ``factor``, a scalar tensor; not all of them are
-        multiplied in place."""
+        multiplied in place. ``more``: of dictionaries with a row-sparse gradient further rows of
+        it."""
         if closure is not None:
             raise ValueError("UnitRowAdam.step: takes no closure")
         sae = self.sae
@@ -66,10 +76,12 @@ class UnitRowAdam(torch.optim.Adam):
             # the kernel on a GPU multiplies as it reads
             read = {p for p, (_, backend) in taken.items() if backend == "triton"}
             grads = [p.grad for p in sae.parameters() if p.grad is not None and p not in read]
+            grads = [g._values() if g.is_sparse else g for g in grads]
+            grads += [rows.values for rows in more.values()]
             if grads:
-                torch._foreach_mul_([g._values() if g.is_sparse else g for g in grads], factor)
+                torch._foreach_mul_(grads, factor)
         for weight, (grad, backend) in taken.items():
-            self._one_pass(weight, grad, backend, factor)
+            self._one_pass(weight, grad, backend, factor, more.get(weight))
             # torch's own step passes over what has no gradient
             weight.grad = None
         unit = sae.has_unit_rows and sae.W_dec not in taken
@@ -87,6 +99,7 @@ class UnitRowAdam(torch.optim.Adam):
         grad: Tensor,  # (d_sae, d_in), for "cpp" also row-sparse
         backend: str,
         factor: Tensor | None,  # ()
+        more: Rows | None,
     ) -> None:
         state = self.state[parameter]
         group = self.param_groups[0]
@@ -105,15 +118,12 @@ class UnitRowAdam(torch.optim.Adam):
         else:
             features = None
             if grad.is_sparse:
-                # in ascending order, each once, as the ops give them, though autograd does not keep
-                # the mark of it; those of several uses may be joined in another order
+                grad = in_order(grad)
                 features = grad._indices()[0]
-                if not bool((features[1:] > features[:-1]).all()):
-                    grad = grad.coalesce()
-                    features = grad._indices()[0]
                 grad = grad._values()
             step = torch.ops.clipsteer_cpp.adam_rows
-            step(parameter, *moments, state["step"], grad.contiguous(), features, *settings)
+            left = (None, None) if more is None else (more.values, more.features)
+            step(parameter, *moments, state["step"], grad.contiguous(), features, *settings, *left)
         torch.autograd.graph.increment_version(parameter)
 
 
@@ -145,6 +155,15 @@ def one_pass(parameter: Tensor) -> str | None:
         )
         return None
     return "triton"
+
+
+def in_order(
+    grad: Tensor,  # (n, d), row-sparse
+) -> Tensor:
+    """With its rows ascending, each once, as the ops give them, though autograd does not keep the
+    mark of it; those of several uses may be joined in another order."""
+    features = grad._indices()[0]
+    return grad if bool((features[1:] > features[:-1]).all()) else grad.coalesce()
 
 
 def takes_row_sparse(parameter: Tensor) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from clipsteer.training.settings import (
     Count,
@@ -18,6 +19,12 @@ from clipsteer.training.settings import (
 
 Trainable = Literal["topk", "batch_topk", "jumprelu", "relu", "gated"]
 TRAINABLE = get_args(Trainable)
+# Of runs so long the papers' learning rates are right, that of shorter ones is larger.
+_LONG = 40_000
+# of those whose features a learned threshold or gate lets through a larger one is the death
+_WITHOUT_THRESHOLD = ("topk", "batch_topk", "relu")
+# what is fitted to the length of a run
+_FITTED = ("lr", "warmup_steps", "schedule")
 # the weight of AuxK in Gao et al. 2024 (arXiv 2406.04093)
 AUXK = 1 / 32
 
@@ -25,6 +32,9 @@ AUXK = 1 / 32
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train an SAE.
+
+    Learning rate, warm-up and schedule are fitted to the length of the run where they are left None
+    (``fitted``).
 
     Raises:
         ValueError: a setting out of its range, or tokens and steps both given.
@@ -55,17 +65,25 @@ class TrainConfig:
     """of the reconstruction; auto is scaled_mse for relu and gated, which add an L1 term to either,
     and fvu otherwise"""
     lr: NotNegative | None = None
-    """peak learning rate (default: 4e-4 for relu, 2e-4 otherwise, as in the papers)"""
+    """peak learning rate (default: 4e-4 for relu and 2e-4 otherwise, as in the papers; for topk,
+    batch_topk and relu in runs of fewer than 40,000 steps √(40,000 / steps) times that, up to 10
+    times)"""
     batch_size: Count = 4096
     """tokens a step, over all processes; at least 2"""
     tokens: Count | None = None
     """how long, in tokens; not together with steps (default: one pass)"""
     steps: Count | None = None
     """how long, in steps"""
-    warmup_steps: CountOrZero = 200
-    """steps of linear warm-up"""
-    cosine: bool = True
-    """let the learning rate fall to 0 after the warm-up; without, it stays at its peak"""
+    warmup_steps: CountOrZero | None = None
+    """steps of linear warm-up (default: a twentieth of the run, at most 200)"""
+    schedule: Literal["linear", "cosine", "constant"] | None = None
+    """how the learning rate falls to 0 after the warm-up, or that it does not (default: linear, but
+    cosine for jumprelu and gated)"""
+    cosine: bool | None = None
+    """another name: of the schedule cosine, or without of constant"""
+    encoder_scale: Positive = 1.0
+    """length of the encoder's rows before the first step, beside 1 of the decoder's; 0.5
+    reconstructs better, of a smaller part of the features"""
     l1_coefficient: NotNegative = 1e-4
     """weight of the L1 term, for relu and (of its gates) gated"""
     l0_coefficient: NotNegative = 1e-3
@@ -118,6 +136,11 @@ class TrainConfig:
                 f"give {{tokens}} or {{steps}}, not both, got {self.tokens} and {self.steps}"
             )
 
+        if self.cosine is not None and self.schedule is not None:
+            raise self._error(
+                f"give {{schedule}} or {{cosine}}, not both, got {self.schedule} and {self.cosine}"
+            )
+
     def _error(self, text: str) -> SettingError:
         return SettingError(type(self).__name__, text)
 
@@ -142,6 +165,21 @@ class TrainConfig:
             )
         return wanted // self.batch_size
 
+    def fitted(self, total: int) -> TrainConfig:
+        """With everything set that is left to the length of the run, which has ``total`` steps."""
+        if self.cosine is None and all(getattr(self, name) is not None for name in _FITTED):
+            return self
+        free = self.architecture in _WITHOUT_THRESHOLD
+        schedule = self.schedule or ("linear" if free else "cosine")
+        if self.cosine is not None:
+            schedule = "cosine" if self.cosine else "constant"
+        lr = self.lr
+        if lr is None:
+            longer = max(_LONG / total, 1.0) if free else 1.0
+            lr = _paper_lr(self.architecture) * min(longer**0.5, 10.0)
+        warmup = min(total // 20, 200) if self.warmup_steps is None else self.warmup_steps
+        return replace(self, schedule=schedule, cosine=None, lr=lr, warmup_steps=warmup)
+
     @property
     def auxk(self) -> float:
         """The weight of AuxK."""
@@ -151,16 +189,43 @@ class TrainConfig:
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate after the warm-up."""
-        if self.lr is not None:
-            return self.lr
-        return 4e-4 if self.architecture == "relu" else 2e-4
+        """The learning rate after the warm-up; where it is left to the length of the run, and that
+        is not known, of a long one."""
+        return self.fitted(self.steps or _LONG).lr or 0.0
 
     def lr_at(self, step: int, total: int) -> float:
         """Learning rate of step 0 … total - 1."""
-        if step < self.warmup_steps:
-            return self.peak_lr * (step + 1) / self.warmup_steps
-        if not self.cosine:
-            return self.peak_lr
-        done = (step - self.warmup_steps) / max(total - self.warmup_steps, 1)
-        return self.peak_lr * 0.5 * (1 + math.cos(math.pi * done))
+        fitted = self.fitted(total)
+        peak = fitted.lr or 0.0
+        warmup = fitted.warmup_steps or 0
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        if fitted.schedule == "constant":
+            return peak
+        done = (step - warmup) / max(total - warmup, 1)
+        left = 1 - done if fitted.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return peak * left
+
+
+def _paper_lr(architecture: str) -> float:
+    return 4e-4 if architecture == "relu" else 2e-4
+
+
+def as_earlier(config: TrainConfig) -> TrainConfig:
+    """What a version without ``schedule`` took where nothing else is asked for."""
+    cosine = config.cosine is not False if config.schedule is None else None
+    lr = _paper_lr(config.architecture) if config.lr is None else config.lr
+    warmup = 200 if config.warmup_steps is None else config.warmup_steps
+    return replace(config, cosine=cosine, lr=lr, warmup_steps=warmup)
+
+
+def of_earlier(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that a version without ``schedule`` wrote into a run, as this one does."""
+    found = dict(settings)
+    if "schedule" not in found:
+        if found.get("lr") is None:
+            found["lr"] = _paper_lr(found.get("architecture", ""))
+        found["schedule"] = "cosine" if found.get("cosine", True) else "constant"
+        found["cosine"] = None
+        found["encoder_scale"] = 1.0
+    return found

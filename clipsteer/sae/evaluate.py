@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.clip.hooks import evaluating
@@ -30,9 +29,10 @@ from clipsteer.sae.features import (
     steerability,
     top_images,
 )
+from clipsteer.sae.judges import Probes, ZeroShot, ratio
 from clipsteer.sae.model import SAE, SAEOutput
 from clipsteer.sae.site import (
-    LOGIT_SCALE,
+    Looks,
     Site,
     chunks,
     clean_passes,
@@ -73,8 +73,8 @@ def evaluate_sae(
         hook_point, tokens: by default what the SAE's metadata say.
         target_hook_point: of a transcoder, the module whose output it gives; likewise.
         classnames, templates: classes that integer labels index; by default those of
-            ``dataset.classes``. Without two classes, with captions as labels, or without a text
-            tower, the substitution metrics are left out.
+            ``dataset.classes``. Without two classes, or with captions as labels, the substitution
+            metrics are left out.
         batch_size: images a batch. EV is centred on the batch's mean, so it depends on this; FVU
             does not.
 
@@ -84,53 +84,40 @@ def evaluate_sae(
         target, and so is what is replaced;
         l0_per_token: one value a token position; l0_map: the same over the patch grid, row by row,
         if square; ce_clean, ce_sae, ce_zero (nats), ce_recovered, and top1_clean, top1_sae,
-        top1_zero, top1_recovered. A ratio whose denominator is 0 is None, and so is ev where a
-        batch has no variance.
+        top1_zero, top1_recovered. Of a model without a text tower knn_* and linear_* instead, the
+        accuracy of probes of its embeddings, five-fold over probed_images (see
+        ``clipsteer.sae.judges.Probes``). A ratio whose denominator is 0 is None, and so is ev where
+        a batch has no variance.
     """
     site = find_site(sae, clip, hook_point, tokens)
     target = find_target(sae, clip, site, target_hook_point)
-    if classnames is None and clip.has_text:
+    if classnames is None:
         classnames = told_apart(dataset)
-    head = zero_shot_head(clip, classnames, templates) if classnames else None
+    judge: ZeroShot | Probes | None = None
+    if classnames and clip.has_text:
+        judge = ZeroShot(zero_shot_head(clip, classnames, templates))
+    elif classnames:
+        judge = Probes(len(classnames))
     totals = _Totals(sae)
-    scores = {name: [0.0, 0] for name in ("clean", "sae", "zero")}
-    labelled = 0
+    look = Looks(clip, site, target)
     with evaluating(sae, clip):
         for pixels, labels in image_batches(clip, dataset, batch_size, "evaluate SAE"):
+            known = labels >= 0
+            if judge is None or not bool(known.any()):
+                x, y = look(pixels)
+                totals.add(site.select(x), target.select(y))
+                continue
+            judge.check(labels)
             x, y, embedded = clean_passes(clip, pixels, site, target)
             wanted = target.select(y)
             y_hat = totals.add(site.select(x), wanted)
-            known = labels >= 0
-            if head is None or not bool(known.any()):
-                continue
-            if int(labels.max()) >= len(head):
-                raise ValueError(
-                    f"dataset: label {int(labels.max())} is not below the {len(head)} classes"
-                )
-            labelled += int(known.sum())
             replaced = target.put(y, y_hat.to(y.dtype))
             zeroed = target.put(y, torch.zeros_like(wanted))
             go_on = from_site(clip, pixels, target, y, embedded)
             variants = {"clean": embedded, "sae": go_on(replaced), "zero": go_on(zeroed)}
-            for name, features in variants.items():
-                logits = LOGIT_SCALE * features[known] @ head.to(features.dtype).T  # (b, C)
-                loss = F.cross_entropy(logits.double(), labels[known], reduction="sum")
-                scores[name][0] += float(loss)
-                scores[name][1] += int((logits.argmax(-1) == labels[known]).sum())
+            judge.add({name: e[known] for name, e in variants.items()}, labels[known])
     result = totals.result(site, target)
-    if labelled:
-        ce = {name: total / labelled for name, (total, _) in scores.items()}
-        top1 = {name: hits / labelled for name, (_, hits) in scores.items()}
-        for name in scores:
-            result[f"ce_{name}"] = ce[name]
-            result[f"top1_{name}"] = top1[name]
-        result["ce_recovered"] = _ratio(ce["zero"] - ce["sae"], ce["zero"] - ce["clean"])
-        result["top1_recovered"] = _ratio(top1["zero"] - top1["sae"], top1["zero"] - top1["clean"])
-    return result
-
-
-def _ratio(above: float, below: float) -> float | None:
-    return above / below if below else None
+    return result if judge is None else result | judge.result()
 
 
 class _Totals:
@@ -228,14 +215,14 @@ class _Totals:
             "images": self.images,
             "tokens": self.count,
             "ev": self.explained / self.count if math.isfinite(self.explained) else None,
-            "fvu": _ratio(self.error, self.spread),
+            "fvu": ratio(self.error, self.spread),
             "l0": float(self.l0.sum()) / self.count,
             "dead": 1 - int(self.active.sum()) / self.sae.d_sae,
             "l0_per_token": per_token,
         }
         if self.sae.d_out is not None:
             result["target_hook_point"] = target.hook_point
-        result |= {f"fvu_{n}": _ratio(error, self.spread) for n, error in self.errors.items()}
+        result |= {f"fvu_{n}": ratio(error, self.spread) for n, error in self.errors.items()}
         patches = site.patches(self.l0 / self.images).tolist()
         side = grid_side(len(patches))
         if side:

@@ -19,8 +19,8 @@ from clipsteer.sae.model import SAE
 from clipsteer.sae.site import (
     BLOCK,
     LOGIT_SCALE,
+    Looks,
     chunks,
-    clean_pass,
     clean_passes,
     find_site,
     find_target,
@@ -124,9 +124,10 @@ def feature_statistics(
     hits = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
     total = torch.zeros(sae.d_sae, dtype=torch.float64, device=device)
     largest = torch.zeros(sae.d_sae, dtype=sae.W_enc.dtype, device=device)
+    look = Looks(clip, site)
     with evaluating(sae, clip):
         for pixels, _ in image_batches(clip, dataset, batch_size, "feature statistics"):
-            x = site.select(clean_pass(clip, pixels, site)[0])
+            x = site.select(look(pixels)[0])
             for part in chunks(sae, x.reshape(-1, x.shape[-1])):
                 acts = sae.encode(part)  # (N, d_sae)
                 count += len(part)
@@ -159,9 +160,10 @@ def top_images(
     chosen = _checked(sae, features)
     best = images = maps = torch.empty(0)
     seen = 0
+    look = Looks(clip, site)
     with evaluating(sae, clip):
         for pixels, _ in image_batches(clip, dataset, batch_size, "top images"):
-            x = site.select(clean_pass(clip, pixels, site)[0])
+            x = site.select(look(pixels)[0])
             acts = _selected_acts(sae, x, chosen).permute(2, 0, 1)  # (m, B, T)
             if seen == 0:
                 best = acts.new_zeros(len(chosen), count)

@@ -134,6 +134,14 @@ def is_done(path: Path) -> bool:
     return True
 
 
+def is_whole(directory: Path) -> bool:
+    """Whether a harvest is there, and all of its shards."""
+    if not (directory / DESCRIPTION).exists():
+        return False
+    total = read_description(directory)["shards"]
+    return all(is_done(shard_path(directory, index)) for index in range(total))
+
+
 def check_shard(path: Path, index: dict[str, Any]) -> None:
     """Raise FileFormatError where a shard is not the one that its index was written of."""
     try:

@@ -14,8 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clipsteer.clip.hooks import edited, hook_points
+from clipsteer.clip.hooks import captured, edited, hook_points
 from clipsteer.clip.model import CLIP
+from clipsteer.clip.module import module_of
+from clipsteer.clip.shortcut import Shortcut
 from clipsteer.clip.tokens import Layout, layout_at
 from clipsteer.sae.model import SAE
 
@@ -125,6 +127,25 @@ def embed(clip: CLIP, pixels: Tensor, site: Site, edit: Callable[[Tensor], Tenso
     edit(x)."""
     with edited("hook_point", clip, {site.hook_point: edit}):
         return clip.embed(pixels)
+
+
+class Looks:
+    """Passes that end at sites, of which only the activations are wanted."""
+
+    def __init__(self, clip: CLIP, *sites: Site) -> None:
+        self.clip = clip
+        self.names = [site.hook_point for site in sites]
+        self._shortcut = Shortcut(module_of(clip))
+
+    def __call__(
+        self,
+        pixels: Tensor,  # (B, 3, H, W)
+    ) -> list[Tensor]:
+        """The activations (B, T, d) at each site."""
+        self._shortcut.next(pixels)
+        with captured("hook_point", self.clip, self.names, shortcut=self._shortcut) as found:
+            self.clip.embed(pixels)
+        return [found[name] for name in self.names]
 
 
 def clean_pass(clip: CLIP, pixels: Tensor, site: Site) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Training sparse autoencoders on CLIP activations.
 
 One step: forward, backward, clip the gradient, remove its component parallel to each decoder row,
-Adam with linear warm-up and cosine decay, decoder rows to norm 1 (as they are before the first
-step). relu: scaled MSE + λ₁·‖f‖₁ (Joseph et al. 2025, arXiv 2504.08729); topk and batch_topk: FVU +
+Adam with linear warm-up and decay, decoder rows to norm 1 (as they are before the first step).
+relu: scaled MSE + λ₁·‖f‖₁ (Joseph et al. 2025, arXiv 2504.08729); topk and batch_topk: FVU +
 AuxK / 32 (Gao et al. 2024, arXiv 2406.04093); jumprelu: FVU + λ₀·L0; gated: scaled MSE of the
 reconstruction and of the gates', + λ₁·‖gates‖₁ (Rajamanoharan et al. 2024, arXiv 2407.14435 and
 2404.16014).
@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsteer.io.checkpoint import Checkpoint
+from clipsteer.io.checkpoint import Checkpoint, latest_meta
 from clipsteer.io.files import FileFormatError
 from clipsteer.io.layout import Layout, Spec
-from clipsteer.sae.config import AUXK, TRAINABLE, TrainConfig
+from clipsteer.sae.config import AUXK, TRAINABLE, TrainConfig, as_earlier, of_earlier
 from clipsteer.sae.model import SAE
 from clipsteer.sae.pairs import paired
 from clipsteer.sae.shard import Shard, is_spread
@@ -115,16 +115,11 @@ def train_sae(
             f"{config.batch_size}"
         )
     total = config.total_steps(source.rows_per_epoch())
-    if total <= config.warmup_steps and world.rank == 0:
-        logger.warning(
-            "train_sae: %d steps end within the warm-up of %d, at %.2g of a peak learning rate of "
-            "%.2g; train longer "
-            "(tokens, steps) or set warmup_steps",
-            total,
-            config.warmup_steps,
-            config.lr_at(total - 1, total),
-            config.peak_lr,
-        )
+    if out is not None and _holds_earlier(Path(out)):
+        config = as_earlier(config)
+    config = config.fitted(total)
+    if world.rank == 0:
+        _say(config, total)
     given = sae
     shard = config.shard_features and world.size > 1
     if given is None:
@@ -151,6 +146,34 @@ def train_sae(
     # the moments' memory goes before the whole is made
     del run, trainer
     return _whole(sae, given, out, world)
+
+
+def _holds_earlier(out: Path) -> bool:
+    """Whether there is a run of a version whose defaults were others."""
+    meta = latest_meta(out / "checkpoints")
+    settings = None if meta is None else meta.get("settings")
+    return isinstance(settings, dict) and "schedule" not in settings
+
+
+def _say(config: TrainConfig, total: int) -> None:
+    """What was fitted to the length of the run, and a warning where that is too short."""
+    warmup = config.warmup_steps or 0
+    logger.info(
+        "train_sae: peak learning rate %.2g, %s, %d of %d steps of warm-up",
+        config.peak_lr,
+        config.schedule,
+        warmup,
+        total,
+    )
+    if total <= warmup:
+        logger.warning(
+            "train_sae: %d steps end within the warm-up of %d, at %.2g of a peak learning rate of "
+            "%.2g; train longer (tokens, steps) or set warmup_steps",
+            total,
+            warmup,
+            config.lr_at(total - 1, total),
+            config.peak_lr,
+        )
 
 
 def _whole(shard: Shard, given: SAE | None, out: str | Path | None, world: World) -> SAE:
@@ -215,7 +238,12 @@ def _new_sae(d_in: int, d_out: int | None, config: TrainConfig, world: World | N
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which would seed the GPUs' generators as well
         torch.default_generator.manual_seed(seed_of(config.seed, "weights"))
-        return SAE(**arguments) if world is None else Shard(world, **arguments)
+        sae = SAE(**arguments) if world is None else Shard(world, **arguments)
+    if d_out is None:
+        # a transcoder's decoder starts at 0
+        with torch.no_grad():
+            sae.W_enc.mul_(config.encoder_scale)
+    return sae
 
 
 class Run(TrainingRun):
@@ -268,6 +296,10 @@ class Run(TrainingRun):
         self.agree_every = self.config.sync_every
         if source.from_files:
             self.places = ("metadata.data",)
+
+    def as_now(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Those of versions without a schedule."""
+        return of_earlier(settings)
 
     def data_identity(self) -> dict[str, Any] | None:
         """That of the activations."""

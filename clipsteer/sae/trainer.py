@@ -14,10 +14,11 @@ from torch import Tensor
 from clipsteer.io.layout import Layout, Spec, check_layout, layout_of
 from clipsteer.sae import losses as sae_loss
 from clipsteer.sae import parallel
-from clipsteer.sae.adam import UnitRowAdam, takes_row_sparse
+from clipsteer.sae.adam import Rows, UnitRowAdam, takes_row_sparse
 from clipsteer.sae.config import TRAINABLE, TrainConfig
 from clipsteer.sae.encoding import takes_codes, with_values
 from clipsteer.sae.model import SAE
+from clipsteer.sae.revival import Revival, revival
 from clipsteer.sae.shard import Shard, is_spread
 from clipsteer.training.resume import strided_like
 from clipsteer.training.world import World
@@ -42,6 +43,7 @@ class SAETrainer:
             raise ValueError(
                 f"train_sae: architecture must be one of {TRAINABLE}, got {sae.architecture!r}"
             )
+        config = config.fitted(total_steps)
         self.config = config
         self.total_steps = total_steps
         self.device = sae.W_enc.device
@@ -68,6 +70,8 @@ class SAETrainer:
         if bf16:
             self._autocast = partial(torch.autocast, self.device.type, torch.bfloat16)
         self._sparse = takes_row_sparse(sae.W_enc) and takes_row_sparse(sae.W_dec)
+        # autocast rounds the products of AuxK, too
+        self._revives = self.world.size == 1 and not bf16
 
     @cached_property
     def plan(self) -> parallel.Sums:
@@ -105,6 +109,7 @@ class SAETrainer:
         """
         sae = self.sae
         config = self.config
+        auxk = config.auxk
         if self.step_count % config.sync_every == 0:
             self.dead = (self.tokens_since_fired > config.dead_after).nonzero().flatten()
             self._n_dead = None
@@ -122,18 +127,24 @@ class SAETrainer:
         stats = sae_loss.batch_stats(y, plan.view)
         scale = self._scale(x, stats, plan.view)
         aux = x.new_zeros(())
+        revived = None
         with self._autocast(), plan.at_work():
             bandwidth = config.bandwidth * scale
             out = sae_loss.forward(sae, x, plan.view, sparse, bandwidth)
-            if config.auxk and self._n_dead:
+            if auxk and self._n_dead and sparse and self._revives:
+                revived = revival(sae, x, out, stats, self.dead, y, auxk)
+            elif auxk and self._n_dead:
                 rows = sparse and out.indices is not None
                 aux = sae_loss.auxk(sae, x, out, stats, self.dead, rows, y, self._n_dead)
             penalty = self._penalty(x, y, out, stats, plan, sparse)
         # the mean over prefixes
         loss = self._reconstruction(y, out.x_hats, stats) / len(out.x_hats)
-        loss = loss + penalty + config.auxk * aux
+        loss = loss + penalty + auxk * aux
         loss.backward()
-        self._update(config.lr_at(self.step_count, self.total_steps), scale, plan)
+        if revived is not None:
+            aux = revived.loss
+            loss = loss.detach() + auxk * aux
+        self._update(config.lr_at(self.step_count, self.total_steps), scale, plan, revived)
         fired = sae_loss.fired(sae, out, plan.view)
         self.tokens_since_fired.add_(stats.count).masked_fill_(fired, 0)
         self.step_count += 1
@@ -201,24 +212,31 @@ class SAETrainer:
         lr: float,
         scale: Tensor,  # ()
         plan: parallel.Sums,
+        revived: Revival | None = None,
     ) -> None:
         named = dict(self.sae.named_parameters())
         # the rows of the batch, and those of dead features or of penalised norms
-        joined = bool(self.config.auxk and len(self.dead)) or self._weighs_norms
+        joined = bool(self.config.auxk and len(self.dead)) and revived is None
+        joined = joined or self._weighs_norms
         for parameter in named.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             elif parameter.grad.is_sparse and joined:
                 parameter.grad = parameter.grad.coalesce()
+        more: dict[Tensor, Rows] = {}
+        if revived is not None:
+            more = revived.add_to(self.sae)
         there = [p.grad for p in named.values() if p.grad is not None]
         plan.sum_gradients(there)
         factor = None
         if self.config.grad_clip is not None:
             grads = [grad._values() if grad.is_sparse else grad for grad in there]
-            norm = plan.norm(grads, [is_spread(name, p) for name, p in named.items()])
+            spread = [is_spread(name, p) for name, p in named.items()]
+            grads += [rows.values for rows in more.values()]
+            norm = plan.norm(grads, spread)
             factor = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
         self.optimizer.set_lr(lr, scale)
-        self.optimizer.step(factor=factor)
+        self.optimizer.step(factor=factor, more=more)
         self.optimizer.zero_grad(set_to_none=True)
         if self.sae.architecture == "jumprelu":
             # below 0 it would let negative activations through

@@ -11,9 +11,7 @@ from clipsteer.testing.proof.arithmetic import Arithmetic
 from clipsteer.testing.proof.bound import Bound, Bounded, bound
 from clipsteer.testing.proof.cases import Cases
 from clipsteer.testing.proof.decorator import property_tests
-from clipsteer.testing.proof.prove import Report, prove, replay
-from clipsteer.testing.torture.memory import fenced, poisoned, same_bits, strided, transposed
-from clipsteer.testing.torture.properties import (
+from clipsteer.testing.proof.ops import (
     PROPERTIES,
     Case,
     integers_bitwise,
@@ -22,6 +20,8 @@ from clipsteer.testing.torture.properties import (
     repeats_bitwise,
     values_and_gradients,
 )
+from clipsteer.testing.proof.prove import Report, prove, replay
+from clipsteer.testing.torture.memory import fenced, poisoned, same_bits, strided, transposed
 from clipsteer.testing.validate import Row, cases, scales, supported, table, validate
 
 __all__ = [

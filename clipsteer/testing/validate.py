@@ -1,12 +1,12 @@
 """Numerical proof of the ops on the machine at hand.
 
-``validate`` runs ``torture.PROPERTIES`` on drawn cases and returns a table; the test suite runs the
-same functions under hypothesis (``cases``, which needs the extra ``clipsteer[test]``).
+``validate`` runs the properties of ``prove`` on drawn cases of the ops and returns a table; the
+test suite runs the same functions under hypothesis (``cases``, which needs the extra
+``clipsteer[test]``).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,9 @@ from tqdm import tqdm
 from clipsteer.ops import BACKENDS, REGISTRY, _dispatch
 from clipsteer.ops._lowlevel import DTYPES
 from clipsteer.ops._spec import OpSpec, Shape
-from clipsteer.testing.torture import PROPERTIES, Case
+from clipsteer.testing.proof.interpreted import patched_once
+from clipsteer.testing.proof.ops import NAMES, Backend, Case
+from clipsteer.testing.proof.tally import Tally
 
 __all__ = ["Row", "cases", "supported", "table", "validate"]
 
@@ -115,16 +117,14 @@ def validate(
                 continue
             count = cases
             if backend == "triton" and place == "cpu":
-                count = max(len(PROPERTIES), cases // 10)
+                count = max(len(NAMES), cases // 10)
             for dtype in supported(backend, place):
                 if dtypes is None or dtype in dtypes:
                     plans.append(_Plan(REGISTRY[name], backend, dtype, place, count))
     total = sum(plan.cases for plan in plans)
-    with tqdm(total=total, desc="validate", unit="case", disable=None) as progress:
+    with patched_once(), tqdm(total=total, desc="validate", unit="case", disable=None) as progress:
         for plan in plans:
-            row = Row(plan.spec.name, plan.backend, str(plan.dtype).removeprefix("torch."))
-            rows.append(row)
-            _run(plan, seed, row, progress)
+            rows.append(_run(plan, seed, progress))
     return rows
 
 
@@ -133,12 +133,13 @@ def _usual_device(backend: str) -> str:
     return "cuda" if gpu else "cpu"
 
 
-def _run(plan: _Plan, seed: int, row: Row, progress: tqdm) -> None:
+def _run(plan: _Plan, seed: int, progress: tqdm) -> Row:
     """Draw the row's cases, the properties in turn, and write down the worst."""
-    row.verdict = "pass"
     generator = torch.Generator().manual_seed(seed)
     shapes = _shapes(plan.spec, plan.device)
-    properties = list(PROPERTIES.items())
+    properties = list(NAMES.items())
+    tally = Tally()
+    row = Row(plan.spec.name, plan.backend, str(plan.dtype).removeprefix("torch."))
     for number in range(plan.cases):
         drawn = torch.randint(2**31 - 1, (3,), generator=generator).tolist()
         case = Case(
@@ -150,22 +151,19 @@ def _run(plan: _Plan, seed: int, row: Row, progress: tqdm) -> None:
             scale=scales(plan.dtype)[drawn[1] % 3],
             device=plan.device,
         )
-        prop, check = properties[number % len(properties)]
-        try:
-            errors = check(case)
-        except Exception as error:  # a crash is a finding, and the other rows still matter
-            row.verdict = "FAIL"
-            row.where = f"{prop} at {case.shape} raised {type(error).__name__}: {error}"
-            row.worst = math.inf
-        else:
-            for output, worst in errors.items():
-                if worst > row.worst:
-                    row.worst = worst
-                    row.where = f"{prop}: {output} at {case.shape}, scale {case.scale:g}"
-            if row.worst > 1:
-                row.verdict = "FAIL"
-        row.cases += 1
+        long, prop = properties[number % len(properties)]
+        tally.add(prop, case.trial(exact=prop == "integers"))
         progress.update()
+    row.cases = tally.cases
+    row.worst = tally.worst
+    row.verdict = "pass" if tally.passed else "FAIL"
+    if tally.told is not None:
+        prop, trial, output, finding = tally.told
+        long = next(name for name, short in NAMES.items() if short == prop)
+        assert isinstance(trial.subject, Backend)
+        at = f"at {trial.subject.shape}, scale {trial.scale:g}, seed {trial.seed}"
+        row.where = f"{long}: {output}{finding.where} {at}"
+    return row
 
 
 def table(rows: list[Row]) -> str:

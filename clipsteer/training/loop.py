@@ -194,7 +194,7 @@ class TrainingRun:
                 raise ValueError(
                     f"{self.name}: {self.out} holds a run; resume it or choose another folder"
                 )
-            there = {**self.since, **resuming.entry(found, "settings", dict)}
+            there = self.as_now({**self.since, **resuming.entry(found, "settings", dict)})
             data = resuming.entry(found, "data", dict) if "data" in found.meta else None
             cosmetic = self.cosmetic
             if data is not None:
@@ -207,6 +207,10 @@ class TrainingRun:
             self.check(found)
         trim_log(self.log, 0 if found is None else found.step)
         return found
+
+    def as_now(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Settings that an earlier version may have written, as this one writes them."""
+        return settings
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless it is there; called in every process.

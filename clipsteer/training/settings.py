@@ -42,6 +42,7 @@ class Range:
 
 Count = Annotated[int, Range("at least 1", least=1)]
 CountOrZero = Annotated[int, Range("at least 0", least=0)]
+Finite = Annotated[float, Range("finite")]
 Positive = Annotated[float, Range("positive and finite", above=0)]
 NotNegative = Annotated[float, Range("finite and at least 0", least=0)]
 Share = Annotated[float, Range("in (0, 1]", above=0, most=1)]

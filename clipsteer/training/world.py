@@ -6,6 +6,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -159,6 +160,30 @@ class World:
         """Overwrite a contiguous tensor with what a process sends."""
         dist.recv(tensor, self._global(rank), group=self.group)
         return tensor
+
+    def pass_on(self, parts: Sequence[tuple[Tensor, int]]) -> Callable[[], list[Tensor]]:
+        """Send each tensor to the process so many places on, round the ring, and begin to receive
+        those of the one as many places back, of the same shapes: what is returned waits for them.
+        All processes have to call this alike."""
+        sent = [x.contiguous() for x, _ in parts]
+        received = [torch.empty_like(x) for x in sent]
+        moves = []
+        for move, tensors, sign in ((dist.isend, sent, 1), (dist.irecv, received, -1)):
+            for x, (_, step) in zip(tensors, parts):
+                peer = self._global((self.rank + sign * step) % self.size)
+                # of any dtype
+                raw = x.view(-1).view(torch.uint8)
+                moves.append(dist.P2POp(move, raw, peer, group=self.group))
+        self.sent += sum(x.nbytes for x in sent)
+        works = dist.batch_isend_irecv(moves)
+
+        def wait() -> list[Tensor]:
+            for work in works:
+                work.wait()
+            sent.clear()
+            return received
+
+        return wait
 
     def broadcast_json(self, value: Any) -> Any:
         """The value of rank 0, of what JSON can say."""

@@ -301,14 +301,17 @@ struct Sizes {
   ScalarType dtype, wide;
 };
 
-inline Sizes check_features(const char* op, const Tensor& rows, const Tensor& cols, int64_t offset) {
+// `apart`: an offset of as many as there are columns says that the rows' own columns are not among them.
+inline Sizes check_features(const char* op, const Tensor& rows, const Tensor& cols, int64_t offset,
+                            bool apart = false) {
   check_dim(op, "rows", rows, 2);
   check_dim(op, "cols", cols, 2);
   const ScalarType dtype = rows.scalar_type(), wide = dtype == ScalarType::Double ? dtype : ScalarType::Float;
   const Sizes sizes{rows.size(0), cols.size(0), rows.size(1), dtype, wide};
   check(op, "rows", rows, dtype, {sizes.rows, sizes.d});
   check(op, "cols", cols, dtype, {sizes.columns, sizes.d});
-  require(offset >= 0 && offset + sizes.rows <= sizes.columns, op, "expected the rows' own columns among all");
+  const bool among = offset >= 0 && offset + sizes.rows <= sizes.columns;
+  require(among || (apart && offset == sizes.columns), op, "expected the rows' own columns among all");
   return sizes;
 }
 

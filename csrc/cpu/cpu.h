@@ -67,7 +67,8 @@ std::tuple<Tensor, Tensor> distill_grad(Tensor rows, Tensor cols, Tensor diag, T
                                         Tensor row_u, Tensor col_u, Tensor own, Tensor factors, Tensor kept,
                                         Tensor teacher_kept, bool need_rows, bool need_cols);
 void adam_rows(Tensor w, Tensor m, Tensor v, Tensor step, Tensor grad, std::optional<Tensor> features, bool unit,
-               double lr, double beta1, double beta2, double eps);
+               double lr, double beta1, double beta2, double eps, std::optional<Tensor> more,
+               std::optional<Tensor> more_features);
 
 // Narrow rows pass through `buffer`, the others are used where they are.
 template <class T>

@@ -65,7 +65,7 @@ STABLE_TORCH_LIBRARY(clipsteer_cpp, m) {
       "-> (Tensor d_rows, Tensor d_cols)");
   m.def(
       "adam_rows(Tensor(a!) W, Tensor(b!) m, Tensor(c!) v, Tensor step, Tensor grad, Tensor? features, bool unit, "
-      "float lr, float beta1, float beta2, float eps) -> ()");
+      "float lr, float beta1, float beta2, float eps, Tensor? more=None, Tensor? more_features=None) -> ()");
   m.def("isa_level() -> int");
 }
 

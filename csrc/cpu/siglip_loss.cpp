@@ -4,11 +4,11 @@
 namespace clipsteer {
 
 // With z = S scale + bias, l = softplus(z) and w = sigmoid(z), of a row's own partner softplus(-z) and -sigmoid(-z): the
-// sums of l, of w S and of w; w cols and wᵀ rows.
+// sums of l, of w S and of w; w cols and wᵀ rows. An offset of as many as there are columns: no row has its partner here.
 std::tuple<Tensor, Tensor, Tensor> siglip_sweep(Tensor rows, Tensor cols, Tensor scale, Tensor bias, int64_t offset,
                                                 bool need_rows, bool need_cols) {
   const char* op = "siglip_sweep";
-  const Sizes sizes = check_features(op, rows, cols, offset);
+  const Sizes sizes = check_features(op, rows, cols, offset, true);
   check(op, "scale", scale, sizes.wide, {});
   check(op, "bias", bias, sizes.wide, {});
   Tensor sums = fresh(rows, {3}, sizes.wide);
@@ -27,7 +27,8 @@ std::tuple<Tensor, Tensor, Tensor> siglip_sweep(Tensor rows, Tensor cols, Tensor
                       sweep.similarities(at, count, P);
                       sweep.each_row(count, [&](int64_t i) {
                         V* row = P + i * stride;
-                        const int64_t self = offset + at + i, starts[] = {0, self, self + 1, sizes.columns};
+                        const int64_t n = sizes.columns, self = std::min(offset + at + i, n);
+                        const int64_t starts[] = {0, self, std::min(self + 1, n), n};
                         double* part = parts.data() + 3 * i;
                         std::fill_n(part, 3, 0.0);
                         for (int piece = 0; piece < 3; ++piece) {

@@ -322,6 +322,51 @@ def test_sae_train_with_a_store_resumes(capsys, model, images, tmp_path):
     assert run(capsys, *args, "--data", f"{images}/")[0] == 0
 
 
+def test_a_complete_store_needs_neither_model_nor_images(capsys, monkeypatch, model, images, tmp_path):
+    store, settings = tmp_path / "store", ["--d-sae", 40, "--k", 4, "--batch-size", 16, "--steps", 6]
+    harvest = ["sae", "train", *model, "--data", images, "--hook-point", HOOK, "--tokens", "patches", "--store", store]
+    assert run(capsys, *harvest, *settings, "--out", tmp_path / "first")[0] == 0
+
+    def no_door(*args, **kwargs):
+        raise AssertionError("opened")
+
+    monkeypatch.setattr("clipsteer.clip.model.load", no_door)
+    monkeypatch.setattr("clipsteer.data.files.open_dataset", no_door)
+    alone = ["sae", "train", "--store", store, *settings]
+    code, out, _ = run(capsys, *alone, "--out", tmp_path / "second")
+    assert code == 0
+    assert HOOK in out
+    first, second = (SAE.from_pretrained(tmp_path / name) for name in ("first", "second"))
+    assert torch.equal(first.W_dec, second.W_dec)
+    for name in ("clip_model", "pretrained", "hook_point", "tokens", "setup"):
+        assert second.metadata[name] == first.metadata[name]
+    assert first.metadata["data"] == str(images)
+    assert "data" not in second.metadata
+    # what is asked for must be what is there
+    for option, word in ((["--hook-point", "visual.ln_post"], "hook_point"), (["--tokens", "cls"], "tokens")):
+        code, _, err = run(capsys, *alone, *option, "--out", tmp_path / "third")
+        assert code == 2
+        assert f"holds another harvest ({word}" in err
+    assert run(capsys, *alone, "--hook-point", HOOK, "--tokens", "patches", "--out", tmp_path / "second")[0] == 0
+    # a model or images that are named are opened, and held against the store
+    for named in (["--data", images], model):
+        assert "AssertionError: opened" in run(capsys, *alone, *named, "--out", tmp_path / "fourth")[2]
+    # and so where a shard is missing
+    next(store.glob("shard-*.json")).unlink()
+    assert "AssertionError: opened" in run(capsys, *alone, "--out", tmp_path / "fifth")[2]
+
+
+def test_a_complete_store_of_pairs_needs_no_model(capsys, monkeypatch, model, images, tmp_path):
+    at = ["--hook-point", f"{HOOK}.ln_2", "--target-hook-point", f"{HOOK}.mlp", "--store", tmp_path / "store"]
+    settings = ["--d-sae", 40, "--k", 4, "--batch-size", 16, "--steps", 3]
+    assert run(capsys, "sae", "train", *model, "--data", images, *at, *settings, "--out", tmp_path / "first")[0] == 0
+    monkeypatch.setattr("clipsteer.clip.model.load", None)
+    assert run(capsys, "sae", "train", *at, *settings, "--out", tmp_path / "second")[0] == 0
+    first, second = (SAE.from_pretrained(tmp_path / name) for name in ("first", "second"))
+    assert torch.equal(first.W_dec, second.W_dec)
+    assert second.metadata["target_hook_point"] == f"{HOOK}.mlp"
+
+
 def test_module_runs_as_a_program():
     def call(*args: str) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "PYTHONSAFEPATH": "1"}

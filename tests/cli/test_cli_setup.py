@@ -119,12 +119,17 @@ def test_a_classifier_gives_the_same_logits_after_a_save(publish, images, tmp_pa
 def test_models_that_see_differently_are_not_averaged(publish, images, tmp_path, capsys):
     name, _ = publish()
     folders = {}
-    for tag in ("plain", "squash", "quick"):
-        model = clipsteer.load(name, tag)
+    for tag in ("plain", "squash", "quick", "rule"):
+        rule = {"position_interpolation": "bicubic"} if tag == "rule" else {}
+        model = clipsteer.load(name, "plain" if rule else tag, **rule)
         folders[tag] = tmp_path / tag
         head = nn.functional.normalize(torch.ones(3, 16), dim=-1)
         clip.save_classifier(folders[tag], model, clip.ImageClassifier(model.model.visual, head), list(COLOURS))
-    for tag, differing in (("squash", "resize_mode shortest and squash"), ("quick", "quick_gelu False and True")):
+    for tag, differing in (
+        ("squash", "resize_mode shortest and squash"),
+        ("quick", "quick_gelu False and True"),
+        ("rule", "position_interpolation antialias and bicubic"),
+    ):
         ends = [folders["plain"], folders[tag]]
         files = [end / "model.safetensors" for end in ends]
         for given, out in ((ends, tmp_path / "out"), (files, tmp_path / "out.safetensors")):
@@ -137,7 +142,8 @@ def test_models_that_see_differently_are_not_averaged(publish, images, tmp_path,
         with pytest.raises(ValueError, match=differing):
             wise_ft(clipsteer.load(ends[0]).model, clipsteer.load(ends[1]).model)
         # as the message says
-        model = clipsteer.load(folders[tag], preprocess="plain", force_quick_gelu=False)
+        asked = {"force_quick_gelu": False, "position_interpolation": "antialias"}
+        model = clipsteer.load(folders[tag], preprocess="plain", **asked)
         assert isinstance(wise_ft(clipsteer.load(ends[0]).model, model.model), nn.Module)
     # of two files one of which does not say, the other's is the average's
     plain = tmp_path / "says-nothing.safetensors"

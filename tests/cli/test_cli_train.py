@@ -102,6 +102,9 @@ def test_the_bundled_drawings_and_their_four_cells(tmp_path):
         (["--reference", "emojiclip", "--batch-size", 9], "at most the 8 pairs"),
         (["--loss", "global", "--temperature", -1], "--temperature must be positive"),
         (["--loss", "clip", "--grad-clip", 0], "--grad-clip must be positive"),
+        (["--loss", "clip", "--logit-bias", -5], "--logit-bias must be left out for loss='clip', as siglip alone"),
+        (["--loss", "siglip", "--logit-bias", "inf"], "--logit-bias must be finite"),
+        (["--loss", "siglip", "--select", 0.5], "--loss siglip with --select or --excess needs --reference"),
     ],
 )
 def test_mistakes(folder, tmp_path, capsys, more, message):

@@ -84,6 +84,26 @@ def test_demo_runs_on_a_users_model_and_images(finished):
     assert result.lines()
 
 
+def test_a_tower_without_text_predicts_among_the_means_of_classes(image_folder, tmp_path):
+    options = {"model": "timm:test_vit", "pretrained": "random", "data": image_folder, "minutes": 0.002}
+    result = demo.run(tmp_path / "out", **options)
+    found, page = json.loads(result.metrics.read_text()), result.page.read_text(encoding="utf-8")
+    assert found["named_by"] == "class means"
+    assert found["vocabulary"] == 3
+    assert "Zero-shot" not in page
+    assert "nearest class mean" in page
+    assert "of a linear probe" in page
+    # discs and boxes in three colours are told apart by any network
+    assert found["zero_shot"][0]["ways"]["3"]["accuracy"] > 0.8
+    assert any("nearest class mean" in line for line in result.lines())
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate(sorted(image_folder.glob("*/*.png"))):
+        (flat / f"{i}.png").write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match="no text tower"):
+        demo.run(tmp_path / "other", **{**options, "data": flat})
+
+
 def test_the_same_seed_gives_the_same_bytes(finished):
     (first, second), _ = finished
     assert first.metrics.read_bytes() == second.metrics.read_bytes()
@@ -289,7 +309,8 @@ def test_steps_follow_the_minutes_and_wide_models_get_enough():
 def test_ce_recovered_is_shown_only_where_there_is_something_to_recover():
     row = {"ce_clean": 3.0, "ce_sae": 2.5, "ce_zero": 3.2, "ce_recovered": 3.5, "top1_clean": 0.1, "top1_sae": 0.1,
            "top1_zero": 0.1, "images": 7, "ev": 0.5, "l0": 3.0, "dead": 0.0}  # fmt: skip
-    found = {"sae": {"evaluation": {"near": row, "far": {**row, "ce_clean": 1.2, "ce_recovered": 0.35}}}}
+    far = {**row, "ce_clean": 1.2, "ce_recovered": 0.35}
+    found = {"sae": {"evaluation": {"near": row, "far": far}}, "named_by": "text"}
     history = [{"step": s, "fvu": 0.5, "dead": 0.0} for s in (1, 2)]
     markup = "".join(map(str, demo_sections.training(SAE(8, 16, k=2), found, history)))
     assert "350.0" not in markup
@@ -352,7 +373,7 @@ def test_mistakes_are_explained(tiny_model, tmp_path):
         demo.run(tmp_path, minutes=0)
     with pytest.raises(ValueError, match="max_images"):
         demo.run(tmp_path, max_images=3)
-    with pytest.raises(ValueError, match="demo needs a text tower, and timm:test_vit has none"):
+    with pytest.raises(ValueError, match=r"timm:test_vit has no text tower; .* pass --data, a folder CLASS/"):
         demo.run(tmp_path, model="timm:test_vit", pretrained="random")
     Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
     with pytest.raises(ValueError, match="at least 10 images, got 1"):

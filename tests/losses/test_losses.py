@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ import itertools, sys
 import torch, torch.distributed as dist
 import open_clip.loss as theirs
 from clipsteer import losses as ours
+from clipsteer.training.world import World
 
 size = int(sys.argv[1])
 rank = 0
@@ -70,7 +72,8 @@ for local, with_grad, cache in itertools.product((False, True), repeat=3):
     options = {"local_loss": local, "gather_with_grad": with_grad, "cache_labels": cache, **flags}
     for kind, name in (("clip", "ClipLoss"), ("clip with a bias", "ClipLoss"), ("distill", "DistillClipLoss")):
         for backend in ("auto", "reference"):
-            a, b = getattr(ours, name)(**options, backend=backend), getattr(theirs, name)(**options)
+            more = {"backend": backend, "equal_rows": backend == "auto"}
+            a, b = getattr(ours, name)(**options, **more), getattr(theirs, name)(**options)
             for seed in (1, 2):  # a second call, as labels are cached
                 compare(a, b, kind, seed, f"{kind} {options} {backend}")
                 count += 1
@@ -78,7 +81,15 @@ for how in (None, "bidir", "shift", "reduce", "gather"):
     options = {"cache_labels": True, "dist_impl": how, **flags}
     compare(ours.SigLipLoss(**options), theirs.SigLipLoss(**options), "siglip", 3, f"siglip {options}")
     count += 1
-assert count == 8 * 3 * 2 * 2 + 5
+# no process gathers what all have, in a ring
+World.gather = None
+for how, equal, backend in itertools.product((None, "bidir", "shift"), (False, True), ("auto", "reference")):
+    options = {"cache_labels": True, "dist_impl": how, **flags}
+    a = ours.SigLipLoss(**options, ring=True, equal_rows=equal, backend=backend)
+    for seed in (4, 5):
+        compare(a, theirs.SigLipLoss(**options), "siglip", seed, f"ring {options} {equal} {backend}")
+        count += 1
+assert count == 8 * 3 * 2 * 2 + 5 + 12 * 2
 if size > 1:
     dist.destroy_process_group()
 """
@@ -114,9 +125,22 @@ class Tiny(torch.nn.Module):
         return found if self.logit_bias is None else {**found, "logit_bias": self.logit_bias}
 
 
+class DRRhoAsClip(DRRhoLoss):
+    """With ε = 1/B and no memory, times s and with log B, it is CLIP's loss; it learns nothing of its own."""
+
+    def __init__(self, **options: object) -> None:
+        assert options["world_size"] == 1
+        super().__init__(eps=1 / 12, rho=0.0)
+        assert not list(self.parameters())
+
+    def forward(self, *, logit_scale: torch.Tensor, output_dict: bool, **features: torch.Tensor) -> object:
+        found = super().forward(logit_scale=logit_scale, output_dict=output_dict, **features)
+        return {"contrastive_loss": found["contrastive_loss"] * logit_scale + math.log(12)}
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
-@pytest.mark.parametrize("kind", ["clip", "siglip", "distill"])
+@pytest.mark.parametrize("kind", ["clip", "siglip", "distill", "drrho"])
 def test_open_clips_training_loop(kind: str, precision: str, accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of `open_clip_train`, the loss made by open_clip's factory: with its classes, and with ours there."""
     import open_clip.factory as factory
@@ -124,6 +148,8 @@ def test_open_clips_training_loop(kind: str, precision: str, accumulate: int, mo
     train = pytest.importorskip("open_clip_train.train")
     if kind == "distill" and accumulate > 1:
         pytest.skip("open_clip refuses the two together")
+    if kind == "drrho" and accumulate > 1:
+        pytest.skip("its batch is then twice as large, and so is 1/ε")
     given = {
         "distill": kind == "distill", "siglip": kind == "siglip", "model": "tiny", "local_loss": False,
         "gather_with_grad": False, "rank": 0, "world_size": 1, "horovod": False, "loss_dist_impl": None,
@@ -144,14 +170,16 @@ def test_open_clips_training_loop(kind: str, precision: str, accumulate: int, mo
     for whose in ("theirs", "ours"):
         if whose == "ours":
             for name in ("ClipLoss", "SigLipLoss", "DistillClipLoss"):
-                monkeypatch.setattr(factory, name, getattr(losses, name))
+                drop_in = DRRhoAsClip if (kind, name) == ("drrho", "ClipLoss") else getattr(losses, name)
+                monkeypatch.setattr(factory, name, drop_in)
         loss = factory.create_loss(args)
-        assert type(loss).__module__.startswith("clipsteer") == (whose == "ours")
+        assert any(c.__module__.startswith("clipsteer") for c in type(loss).__mro__) == (whose == "ours")
         seen[whose] = []
         loss.register_forward_hook(lambda m, a, out, kept=seen[whose]: kept.append([v.item() for v in out.values()]))
         model, teacher = Tiny(1, kind == "siglip"), Tiny(2, False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         train.train_one_epoch(model, data, loss, 0, optimizer, None, None, teacher, args)
+        assert float(model.logit_scale.detach()) != 2.0
         seen[whose].append([float(p.detach().double().square().sum()) for p in model.parameters()])
     assert len(seen["ours"]) == 2 * accumulate + 1
     # under autocast open_clip's logits are rounded to bfloat16
@@ -195,6 +223,8 @@ def test_what_open_clip_would_take_is_named_where_it_is_not_served() -> None:
         losses.ClipLoss(use_horovod=True)
     with pytest.raises(ValueError, match="dist_impl must be one of"):
         losses.SigLipLoss(dist_impl="ring")
+    with pytest.raises(ValueError, match=r"ring=True goes with dist_impl of .*bidir.*shift.*, got 'gather'"):
+        losses.SigLipLoss(dist_impl="gather", ring=True)
     with pytest.raises(RuntimeError, match="world_size=2 needs a process group"):
         losses.ClipLoss(world_size=2)(image, text, 1.0)
     with pytest.raises(ValueError, match="logit_scale must be positive"):
@@ -204,6 +234,7 @@ def test_what_open_clip_would_take_is_named_where_it_is_not_served() -> None:
 UNEVEN = """
 import sys, torch, torch.distributed as dist
 from clipsteer import losses
+from clipsteer.training.world import World
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 x = torch.randn(3 + rank, 4)
@@ -215,6 +246,19 @@ for module in (losses.ClipLoss, losses.SigLipLoss):
         assert "as many pairs each, got [3, 4]" in str(error), error
     else:
         raise AssertionError("uneven processes")
+    equal = module(rank=rank, world_size=2, equal_rows=True)
+    few = [y[:2] if torch.is_tensor(y) else y for y in given]
+    assert torch.isfinite(equal(*few))
+    counts = World.counts
+    World.counts = None  # nobody asks again
+    assert torch.isfinite(equal(*few))
+    try:
+        equal(*given)
+    except ValueError as error:
+        assert f"the first batch had 2 pairs of this process, got {3 + rank}" in str(error), error
+    else:
+        raise AssertionError("another number of rows")
+    World.counts = counts
     try:
         module(rank=1 - rank, world_size=2)(*given)
     except ValueError as error:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from tests._command import in_processes
 
-from clipsteer.reference.losses import ContrastiveLoss, select_learnable
+from clipsteer.reference.losses import ContrastiveLoss, SigmoidLoss, select_learnable
 
 
 def pairs(B=7, d=5, r=3, seed=0):
@@ -34,6 +34,25 @@ def test_it_is_open_clips_loss():
     torch.testing.assert_close(loss.logit_scale.grad, (value(step) - value(-step)) / (2 * step), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("backend", ["plain", "auto", "reference"])
+def test_the_sigmoid_loss_is_open_clips(backend):
+    import open_clip.loss
+
+    image, text, *_ = pairs()
+    ours, theirs = [(x.clone().requires_grad_(), y.clone().requires_grad_()) for x, y in [(image, text)] * 2]
+    loss = SigmoidLoss(temperature=0.2, logit_bias=-3.0, backend=backend).double()
+    scale = loss.logit_scale.detach().clone().requires_grad_()
+    bias = loss.logit_bias.detach().clone().requires_grad_()
+    expected = open_clip.loss.SigLipLoss()(*theirs, scale.exp(), bias)
+    found = loss(*ours)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    found.backward()
+    expected.backward()
+    for a, b in zip((*ours, loss.logit_scale, loss.logit_bias), (*theirs, scale, bias)):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-14)
+    assert [name for name, _ in loss.named_parameters()] == ["logit_scale", "logit_bias"]
+
+
 def test_distillation_is_the_divergence_from_the_reference():
     image, text, ref_image, ref_text = pairs()
     tau, weight = 0.2, 0.3
@@ -55,27 +74,42 @@ def test_distillation_is_the_divergence_from_the_reference():
 BOTH = """
 import sys, torch, torch.distributed as dist
 from torch.nn.functional import normalize
-from clipsteer.reference.losses import ContrastiveLoss
+from clipsteer.reference.losses import ContrastiveLoss, SigmoidLoss
 size = int(sys.argv[1])
 rank = 0
 if size > 1:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
 B = (6, 1, 0)[rank]
+
 g = torch.Generator().manual_seed(rank)
 rows = [normalize(torch.randn(B, n, generator=g, dtype=torch.float64), dim=1) for n in (5, 5, 3, 3)]
-for distill in (0.0, 0.3, 1.0):
+for distill in (0.0, 0.3, 1.0, None):
     found = []
     for backend in ("plain", "auto", "reference"):
-        loss = ContrastiveLoss(temperature=0.2, distill=distill, backend=backend).double()
+        if distill is None:
+            loss = SigmoidLoss(temperature=0.2, logit_bias=-2.0, backend=backend).double()
+        else:
+            loss = ContrastiveLoss(temperature=0.2, distill=distill, backend=backend).double()
         image, text = (x.clone().requires_grad_() for x in rows[:2])
         value = loss(image, text, None, *(rows[2:] if distill else ()))
         (3 * value).backward()
-        found.append((value.detach(), image.grad, text.grad, loss.logit_scale.grad))
+        found.append((value.detach(), image.grad, text.grad, *(p.grad for p in loss.parameters())))
     for other in found[1:]:
         for a, b in zip(found[0], other):
             assert B == 0 or bool(a.any())
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    if distill is None and size > 1:
+        # averaged over the processes it is the loss of the joint batch
+        every = [None] * size
+        dist.all_gather_object(every, rows[:2])
+        alone = SigmoidLoss(temperature=0.2, logit_bias=-2.0).double()
+        alone.world = None
+        value = alone(*(torch.cat(x) for x in zip(*every)))
+        (3 * value).backward()
+        for a, b in zip((found[0][0], *found[0][3:]), (value.detach(), *(p.grad for p in alone.parameters()))):
+            dist.all_reduce(a)
+            torch.testing.assert_close(a / size, b, rtol=1e-9, atol=1e-12)
 if size > 1:
     dist.destroy_process_group()
 """
@@ -125,6 +159,10 @@ def test_mistakes():
         ContrastiveLoss(distill=1.5)
     with pytest.raises(ValueError, match="needs ref_image"):
         ContrastiveLoss(distill=0.5)(image, text)
+    with pytest.raises(ValueError, match="SigmoidLoss: logit_bias must be finite"):
+        SigmoidLoss(logit_bias=math.inf)
+    with pytest.raises(ValueError, match="SigmoidLoss: temperature must be positive"):
+        SigmoidLoss(temperature=0.0)
     for keep, chunks in ((0, 4), (8, 4), (3, 0)):
         with pytest.raises(ValueError, match="keep must be in"):
             select_learnable(image, text, *reference, keep, temperature=0.1, chunks=chunks)

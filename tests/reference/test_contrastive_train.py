@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -15,7 +16,7 @@ from clipsteer.data.files import captions, image_folder
 from clipsteer.io.files import FileFormatError, read_safetensors, write_json
 from clipsteer.reference import evaluate as contrastive_eval
 from clipsteer.reference import features as reference_features
-from clipsteer.reference import train as contrastive_train
+from clipsteer.reference import trainer
 from clipsteer.reference.config import LOSSES
 from clipsteer.reference.evaluate import evaluate
 from clipsteer.reference.pairs import Pairs
@@ -100,6 +101,10 @@ def test_every_loss_learns_and_leaves_a_model_that_loads(loss, fresh, data, fold
     assert_same(state(again), state(clip))
     assert float(again.model.logit_scale.detach().exp()) == pytest.approx(1 / lines[-1]["temperature"])
     assert (lines[-1]["temperature"] == pytest.approx(0.1)) == (loss in ("drrho", "global"))
+    # a model without a place for it: the bias is beside the weights
+    kept = json.loads((tmp_path / "config.json").read_text()).get("logit_bias")
+    assert kept == lines[-1].get("logit_bias")
+    assert (kept is not None) == (loss == "siglip")
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -159,6 +164,55 @@ def test_a_reference_that_knows_nothing_is_no_reference(fresh, data):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
+def test_siglip_learns_its_bias_and_goes_on_with_it(fresh, data, folder, tmp_path):
+    """From open_clip's 1/τ = 10 and b = -10, without weight decay; a stopped run ends where one that was not does."""
+    config = ContrastiveConfig(**{**FAST, "temperature": None}, loss="siglip", checkpoint_every=2)
+    run = trainer.ContrastiveRun(fresh(), data, config, None, None, {}, None, 0, World("cpu"))
+    assert [float(p.detach()) for p in run.loss.parameters()] == pytest.approx([math.log(10), -10])
+    places = [[p is run.loss.logit_bias for p in group["params"]] for group in run.optimizer.param_groups]
+    assert [any(group) for group in places] == [False, False, True]
+    assert run.optimizer.param_groups[2]["weight_decay"] == 0
+    write_json(folder / "clipsteer-test-sigmoid.json", {**SMALL, "init_logit_bias": -7.0})
+    lines = []
+
+    def start(**more):
+        torch.manual_seed(0)
+        clip = clip_module.load(str(folder / "clipsteer-test-sigmoid.json"))
+        return train_contrastive(clip, data, config, **more)
+
+    def stop(line):
+        if line["step"] == 3:
+            raise KeyError("stopped")
+
+    whole = start(on_log=lines.append)
+    biases = [line["logit_bias"] for line in lines]
+    assert all(later > before for before, later in zip([-10.0, *biases], biases))
+    with pytest.raises(KeyError, match="stopped"):
+        start(out=tmp_path, on_log=stop)
+    assert not (tmp_path / "model.safetensors").exists()
+    kept = tmp_path / "checkpoints" / "step-0000000002.safetensors"
+    assert float(read_safetensors(kept)["loss.logit_bias"]) == biases[1]
+    assert_same(state(start(out=tmp_path)), state(whole))
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["logit_bias"] for line in log] == biases
+    loaded = reference_features.load_run(tmp_path)
+    assert float(loaded.model.logit_bias.detach()) == biases[-1]
+
+
+def test_a_run_from_before_the_bias_was_a_setting_goes_on(fresh, data, tmp_path, monkeypatch):
+    before = lambda config: {k: v for k, v in dataclasses.asdict(config).items() if k != "logit_bias"}
+    config = ContrastiveConfig(**FAST, loss="clip", checkpoint_every=1)
+    monkeypatch.setattr(trainer, "asdict", before)
+    monkeypatch.setattr(ContrastiveConfig, "resolved_bias", None)
+    whole = state(train_contrastive(fresh(), data, config, out=tmp_path))
+    meta = tmp_path / "checkpoints" / "step-0000000004.json"
+    found = json.loads(meta.read_text())
+    assert found["meta"]["settings"].pop("logit_bias", "none") is None
+    meta.write_text(json.dumps(found))
+    monkeypatch.undo()
+    assert_same(state(train_contrastive(fresh(), data, config, out=tmp_path)), whole)
+
+
 @pytest.mark.parametrize(("loss", "tau", "share"), [("global", 0.1, 1 / 4), ("global", 0.02, 1 / 12), ("clip", 0.1, 1)])
 def test_the_temperature_has_its_own_rate(loss, tau, share, fresh, data):
     """AdamW's first step is rate times sign: FastCLIP's for τ is a quarter of the model's, a twelfth from 0.03 on."""
@@ -174,7 +228,7 @@ def test_gamma_falls_over_the_epochs(fresh, data):
     for more in ({}, {"gamma_min": 0.2, "gamma_epochs": 15}, {"gamma_min": 1.0}):
         settings = {**FAST, "epochs": 30, "gamma_min": None, **more}
         config = ContrastiveConfig(**settings, loss="global")
-        run = contrastive_train._Run(fresh(), data, config, None, None, {}, None, 0, World("cpu"))
+        run = trainer.ContrastiveRun(fresh(), data, config, None, None, {}, None, 0, World("cpu"))
         assert (run.total, run.order.per_epoch) == (60, 2)
         values.append([run._gamma(epoch) for epoch in (0, 5, 10, 15, 20, 29)])
     # by the cosines of 0, π/6, π/3, π/2, 2π/3 and 29π/30
@@ -353,7 +407,7 @@ def test_a_part_draws_the_same_masks_when_it_is_seen_again(folder, data, monkeyp
     clip, seen, plain = (
         clip_module.load(str(folder / "clipsteer-test-dropping.json")),
         [],
-        contrastive_train._Run._features,
+        trainer.ContrastiveRun._features,
     )
 
     def features(self, *args):
@@ -361,7 +415,7 @@ def test_a_part_draws_the_same_masks_when_it_is_seen_again(folder, data, monkeyp
         seen.append((torch.is_grad_enabled(), found[0].detach().clone()))
         return found
 
-    monkeypatch.setattr(contrastive_train._Run, "_features", features)
+    monkeypatch.setattr(trainer.ContrastiveRun, "_features", features)
     reference = reference_features.ReferenceFeatures(torch.eye(12), torch.eye(12), "knows", "", "")
     config = ContrastiveConfig(**{**FAST, "batch_size": 12, "epochs": 1}, micro_batch=5, select=select)
     train_contrastive(clip, data, config, reference=reference)
@@ -427,7 +481,8 @@ def test_mistakes(fresh, data):
         {"loss": "all"}, {"epochs": 0}, {"lr": -1.0}, {"crop": 0.0}, {"select": 2.0}, {"micro_batch": 0},
         {"temperature": 0.0}, {"temperature": math.nan}, learnt, {"temperature": 0.005, "loss": "clip"}, {"rho": -1.0},
         {"gamma_min": 0.0}, {"gamma_min": 1.5}, {"weight_decay": -0.1}, {"grad_clip": 0.0}, {"grad_clip": math.inf},
-        {"warmup_steps": -1}, {"distill": 1.5}, {"log_every": 0},
+        {"warmup_steps": -1}, {"distill": 1.5}, {"log_every": 0}, {"logit_bias": -10.0},
+        {"logit_bias": math.nan, "loss": "siglip"}, {"temperature": 0.005, "loss": "siglip"},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"ContrastiveConfig: {next(iter(bad))} must be"):
             ContrastiveConfig(**bad)

@@ -208,7 +208,7 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from clipsteer.ops import _check
 from clipsteer.reference.drrho import DRRhoLoss
-from clipsteer.reference.losses import ContrastiveLoss
+from clipsteer.reference.losses import ContrastiveLoss, SigmoidLoss
 from clipsteer.training.world import World
 
 class Unread(TorchDispatchMode):
@@ -240,6 +240,7 @@ torch.Tensor.tolist = torch.Tensor.numpy = refuse
 losses = [
     DRRhoLoss(40, temperature=0.07, learnable_temperature=True, world=world),
     DRRhoLoss(1, world=world), ContrastiveLoss(world=world), ContrastiveLoss(distill=0.5, world=world),
+    SigmoidLoss(world=world),
 ]
 for step in range(3):
     B = 4 + 3 * ((world.rank + step) % 2)

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from clipsteer import ops
 from clipsteer.cli.main import main
-from clipsteer.reference import train
+from clipsteer.reference import trainer
 from clipsteer.reference.config import ContrastiveConfig
 from clipsteer.reference.drrho import DRRhoLoss
 from clipsteer.training.settings import settings_of
@@ -142,7 +142,7 @@ def test_a_run_from_before_eps_was_a_setting_goes_on(tmp_path, capsys, monkeypat
 
     command = ["train", "--loss", "global", "--batch-size", "64", "--samples", "64", "--checkpoint-every", "1"]
     command += ["--out", str(tmp_path)]
-    monkeypatch.setattr(train, "asdict", as_before)
+    monkeypatch.setattr(trainer, "asdict", as_before)
     assert main(command) == 0
     monkeypatch.undo()
     assert main([*command, "--eps", "1e-4"]) == 2

@@ -75,11 +75,12 @@ class Arithmetic(NamedTuple):
         """The error of an elementwise result, with the operation's own: none where exact operands
         (``error`` 0) give a number that it holds and one rounding makes it. A function may be as
         good only as at ``least``."""
-        reach = value.abs() + error
+        reach = value.abs().add_(error)
         share = self.gamma(roundings) + self.stored - self.unit
-        own = share * reach.clamp_min(least) + self.least
-        if roundings == 1:
-            own = torch.where((error == 0) & self.holds(value), 0.0, own)
+        own = (reach.clamp_min(least) if least else reach) * share
+        own = own + self.least
+        if roundings == 1 and value.numel() and not bool(error.amin() > 0):
+            own = own.masked_fill((error == 0) & self.holds(value), 0.0)
         return self.limited(reach, error, own)
 
     def summed(self, size: Tensor, error: Tensor, terms: int | Tensor, whole: Tensor) -> Tensor:
@@ -93,5 +94,7 @@ class Arithmetic(NamedTuple):
     def limited(self, reach: Tensor, error: Tensor, own: Tensor) -> Tensor:
         """Both errors. Past the largest number nothing is known; infinities and NaN that the exact
         operands bring stay what they are."""
+        if reach.numel() == 0 or bool(reach.amax() <= self.most):
+            return error + own
         total = torch.where(reach <= self.most, error + own, math.inf)
         return torch.where(reach.isfinite(), total, error.nan_to_num(nan=0.0, posinf=math.inf))

@@ -42,20 +42,24 @@ class Bounded:
         reach = self.value.abs() + self.error
         held = (self.error == 0) & (self.value.to(dtype).double() == self.value)
         last = UNIT[dtype] * reach + info.smallest_normal * info.eps
-        total = self.error + torch.where(held, 0.0, last)
+        total = self.error + last.masked_fill_(held, 0.0)
+        if reach.numel() == 0 or bool(reach.amax() * (1 + UNIT[dtype]) <= info.max):
+            return total
         return torch.where(reach * (1 + UNIT[dtype]) <= info.max, total, _beyond(self.value))
 
-    def fraction(self, result: Tensor) -> Tensor:
+    def fraction(self, result: Tensor, limit: Tensor | None = None) -> Tensor:
         """|result - value| over the bound, elementwise; infinite where a rule without tolerance is
-        broken, 0 where nothing is known."""
+        broken, 0 where nothing is known. ``limit`` is what ``allowed`` says of its dtype."""
         if result.shape != self.value.shape:
             raise ValueError(f"expected shape {tuple(self.value.shape)}, got {tuple(result.shape)}")
-        limit = self.allowed(result.dtype)
+        limit = self.allowed(result.dtype) if limit is None else limit
         if self.ranked is not None and bool(limit.isinf().any()):
             return self._near_ties(result.detach().cpu())
         got = result.detach().cpu().double()
+        off = (got - self.value).abs_().div_(limit)
+        if off.numel() and bool(off.amax().isfinite()) and bool(limit.amax().isfinite()):
+            return off
         same = (got == self.value) | (got.isnan() & self.value.isnan()) | limit.isinf()
-        off = (got - self.value).abs() / limit
         return torch.where(same, 0.0, off.nan_to_num(nan=math.inf, posinf=math.inf))
 
     def _near_ties(self, got: Tensor) -> Tensor:
@@ -125,27 +129,53 @@ def bound(
         if not floating:
             raise ValueError("bound: no input is a floating tensor; pass dtype")
         dtype = next(iter(floating.values())).dtype
-    arithmetic = arithmetic or Arithmetic.of(dtype)
-    wide = {name: t.detach().cpu().double() for name, t in floating.items()}
-    given = {n: t.cpu() if isinstance(t, Tensor) else t for n, t in inputs.items()} | wide
-    want_grads = grad_outputs is not None
-    for t in wide.values():
-        t.requires_grad_(want_grads)
-    mode = ErrorBounds(arithmetic)
-    with mode, sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(want_grads):
-        result = reference(**given)
-        several = result if isinstance(result, (tuple, list)) else (result,)
+    mode = ErrorBounds(arithmetic or Arithmetic.of(dtype))
+    given, wide = _in_float64(inputs, grad_outputs is not None)
+    with mode, sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(grad_outputs is not None):
+        several = _several(reference(**given))
         found = tuple(_bounded(mode, t) for t in several)
     gradients = {}
     if grad_outputs is not None:
         if callable(grad_outputs):
             grad_outputs = grad_outputs(tuple(output.value for output in found))
         with mode:
-            gradients = _gradients(mode, several, wide, grad_outputs)
+            grads = _gradients(several, wide, grad_outputs)
+            gradients = {name: _bounded(mode, grad) for name, grad in grads.items()}
     if mode.undecided:
         for part in (*found, *gradients.values()):
             part.error.fill_(math.inf)
     return Bound(found, gradients, mode.reasons)
+
+
+def exact_values(
+    reference: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    grad_outputs: Callable[[Outputs], Cotangents] | None = None,
+) -> tuple[Outputs, dict[str, Tensor]]:
+    """The values of ``bound`` alone: outputs and, with ``grad_outputs``, gradients in float64."""
+    given, wide = _in_float64(inputs, grad_outputs is not None)
+    with torch.set_grad_enabled(grad_outputs is not None):
+        several = _several(reference(**given))
+    values = tuple(t.detach() for t in several)
+    if grad_outputs is None:
+        return values, {}
+    return values, _gradients(several, wide, grad_outputs(values))
+
+
+def _in_float64(
+    inputs: Mapping[str, Any], differentiated: bool
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The arguments on the host, and the floating ones of them, which are then in float64."""
+    wide = {}
+    for name, t in inputs.items():
+        if isinstance(t, Tensor) and t.is_floating_point():
+            wide[name] = t.detach().cpu().double().requires_grad_(differentiated)
+    given = {n: t.cpu() if isinstance(t, Tensor) else t for n, t in inputs.items()}
+    return given | wide, wide
+
+
+def _several(result: Any) -> Outputs:
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
 
 def _bounded(mode: ErrorBounds, t: Tensor) -> Bounded:
@@ -157,11 +187,9 @@ def _bounded(mode: ErrorBounds, t: Tensor) -> Bounded:
 
 
 def _gradients(
-    mode: ErrorBounds,
-    outputs: Any,
-    inputs: dict[str, Tensor],
-    grad_outputs: tuple[Tensor | None, ...],
-) -> dict[str, Bounded]:
+    outputs: Outputs, inputs: dict[str, Tensor], grad_outputs: Cotangents
+) -> dict[str, Tensor]:
+    """Of all inputs that have one."""
     taken = [(t, g) for t, g in zip(outputs, grad_outputs) if g is not None and t.requires_grad]
     if not taken:
         return {}
@@ -171,5 +199,4 @@ def _gradients(
         [g.cpu().double() for _, g in taken],
         allow_unused=True,
     )
-    there = {name: grad for name, grad in zip(inputs, grads) if grad is not None}
-    return {name: _bounded(mode, grad) for name, grad in there.items()}
+    return {name: grad for name, grad in zip(inputs, grads) if grad is not None}

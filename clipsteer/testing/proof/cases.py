@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipsteer.ops._spec import gaussian
+
 # (generator, scale, exact) -> keyword arguments; floating tensors in float64
 Draw = Callable[[torch.Generator, float, bool], Mapping[str, Any]]
 
@@ -83,4 +85,4 @@ def _drawn(
         return torch.randint(number(limit.strip()), extent, generator=generator)
     if exact:
         return torch.randint(-2, 3, extent, generator=generator).double()
-    return torch.randn(extent, generator=generator, dtype=torch.float64) * scale
+    return gaussian(extent, generator) * scale

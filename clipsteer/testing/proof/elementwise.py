@@ -52,7 +52,12 @@ def _mul(bounds: ErrorBounds, func: Any, a: Any, b: Any) -> Any:
         return integers(bounds, value, a, b)
     x, error_x = operand(bounds, a)
     y, error_y = operand(bounds, b)
-    error = x.abs() * error_y + y.abs() * error_x + error_x * error_y
+    # of what is exact there is no part
+    error = torch.zeros((), dtype=torch.float64)
+    if not bounds.is_exact(b):
+        error = (x.abs() + error_x) * error_y
+    if not bounds.is_exact(a):
+        error = error + y.abs() * error_x
     scaled = any(not isinstance(t, Tensor) or t.dim() == 0 for t in (a, b))
     if scaled and any(
         is_power_of_two(t) for t in (a, b) if not isinstance(t, Tensor) or t.dim() == 0
@@ -81,7 +86,7 @@ def quotient(
     least = divisor.abs() - divisor_error
     moved = (value.abs() * divisor_error + error) / least
     exact = (error == 0) & (divisor_error == 0)
-    moved = torch.where(exact, 0.0, torch.where(least > 0, moved, math.inf)).expand(value.shape)
+    moved = moved.masked_fill(~(least > 0), math.inf).masked_fill(exact, 0.0).expand(value.shape)
     if bool(moved.isinf().any()):
         bounds.lose("a quotient whose divisor is within its error of 0")
     return moved
@@ -314,8 +319,8 @@ def _unary(bounds: ErrorBounds, func: Any, x: Tensor) -> Any:
     name = func.overloadpacket.__name__
     derived, roundings = UNARY[name]
     error = derived(x.double(), step, value)
-    error = torch.where(step == 0, 0.0, error).nan_to_num(nan=math.inf, posinf=math.inf)
-    if bool(error.isinf().any()):
+    error = error.masked_fill(step == 0, 0.0).nan_to_num_(nan=math.inf, posinf=math.inf)
+    if error.numel() and bool(error.amax().isinf()):
         bounds.lose(f"{name} where its argument may leave its domain")
     least = 1.0 if name in _ABSOLUTE else 0.0
     return Pair(value, bounds.arithmetic.rounded(value, error, roundings, least))

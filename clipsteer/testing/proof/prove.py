@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,10 +14,10 @@ from tqdm import tqdm
 from clipsteer.testing.machine import machine
 from clipsteer.testing.proof.arithmetic import Arithmetic
 from clipsteer.testing.proof.cases import Draw
-from clipsteer.testing.proof.trial import PROPERTIES, Finding, Findings, Subject, Trial
-
-# seeds that are tried for a smaller case that fails in the same way
-_SHRINK = 40
+from clipsteer.testing.proof.interpreted import patched_once
+from clipsteer.testing.proof.subject import Claim
+from clipsteer.testing.proof.tally import Tally
+from clipsteer.testing.proof.trial import PROPERTIES, Findings, Trial
 
 
 @dataclass
@@ -104,12 +105,13 @@ def _scales(dtype: torch.dtype) -> tuple[float, ...]:
     return (1.0, 1e-2, 1e2) if dtype == torch.float16 else (1.0, 1e-4, 1e4)
 
 
-def _trial(subject: Subject, prop: str, dtype: torch.dtype, seed: int, scale: float) -> Trial:
-    return Trial(subject, dtype, seed, scale, exact=prop == "integers", nan=prop == "nan")
+def _trial(claim: Claim, prop: str, dtype: torch.dtype, seed: int, scale: float) -> Trial:
+    special = math.nan if prop == "nan" else None
+    return Trial(claim, dtype, seed, scale, exact=prop == "integers", special=special)
 
 
-def _worst(findings: Findings) -> tuple[str, Finding]:
-    return max(findings.items(), key=lambda item: item[1].share)
+def _is_plain(trial: Trial) -> bool:
+    return not trial.exact and trial.special is None
 
 
 def _name(function: Callable[..., Any]) -> str:
@@ -132,8 +134,8 @@ def replay(
     """One case of ``prove`` again: the worst of every output and gradient."""
     if property not in PROPERTIES:
         raise ValueError(f"replay: property must be one of {tuple(PROPERTIES)}, got {property!r}")
-    subject = Subject(fast, reference, inputs, device, gradients, arithmetic)
-    return PROPERTIES[property](_trial(subject, property, dtype, seed, scale))
+    claim = Claim(fast, reference, inputs, device, gradients, arithmetic)
+    return PROPERTIES[property](_trial(claim, property, dtype, seed, scale))
 
 
 def prove(
@@ -180,52 +182,38 @@ def prove(
     for prop in properties:
         if prop not in PROPERTIES:
             raise ValueError(f"prove: property must be one of {tuple(PROPERTIES)}, got {prop!r}")
-    subject = Subject(fast, reference, inputs, device, gradients, arithmetic)
+    claim = Claim(fast, reference, inputs, device, gradients, arithmetic)
     rows = []
     total = cases * len(dtypes) * len(properties)
-    with tqdm(total=total, desc="prove", unit="case", disable=None) as progress:
+    with patched_once(), tqdm(total=total, desc="prove", unit="case", disable=None) as progress:
         for dtype in dtypes:
-            for prop in properties:
-                rows.append(_row(subject, prop, dtype, cases, seed, progress))
+            tallies = {prop: Tally() for prop in properties}
+            for number in range(cases):
+                scale = _scales(dtype)[number % 3]
+                # what is drawn alike shares the values of its definition
+                trials: dict[str, Trial] = {}
+                for prop, tally in tallies.items():
+                    trial = _trial(claim, prop, dtype, seed + number, scale)
+                    trial = trials.setdefault("plain" if _is_plain(trial) else prop, trial)
+                    if not tally.enough:
+                        claim.leaves(trial)  # an error of the definition is nobody's finding
+                        tally.add(prop, trial)
+                    progress.update()
+            for prop, tally in tallies.items():
+                later = itertools.count(seed + cases)
+                tally.shrink(_trial(claim, prop, dtype, at, 1.0) for at in later)
+            name = str(dtype).removeprefix("torch.")
+            rows += [_row(prop, name, tally) for prop, tally in tallies.items()]
     return Report(_name(fast), _name(reference), rows, machine(device), seed)
 
 
-def _row(
-    subject: Subject, prop: str, dtype: torch.dtype, cases: int, seed: int, progress: tqdm
-) -> ProofRow:
-    row = ProofRow(prop, str(dtype).removeprefix("torch."))
-    smallest: int | None = None
-    fails = 0
-    for number in range(cases):
-        scale = _scales(dtype)[number % 3]
-        trial = _trial(subject, prop, dtype, seed + number, scale)
-        output, finding = _judged(trial, prop)
-        row.cases += 1
-        progress.update()
-        row.unbounded = sorted({*row.unbounded, *_reasons(trial)})
-        if finding.share <= 1:
-            row.worst = max(row.worst, finding.share) if row.seed is None else row.worst
-            continue
-        fails += 1
-        if smallest is None or trial.numel < smallest:
-            smallest = trial.numel
-            row.worst, row.output, row.where = finding.share, output, finding.where
-            row.sizes, row.seed, row.scale = trial.sizes, trial.seed, scale
-        if fails >= _SHRINK:
-            break
+def _row(prop: str, dtype: str, tally: Tally) -> ProofRow:
+    row = ProofRow(prop, dtype, tally.cases, tally.worst, unbounded=sorted(tally.unbounded))
+    if not tally.passed and tally.told is not None:
+        _, trial, row.output, finding = tally.told
+        row.worst = finding.share
+        row.where = finding.where
+        row.sizes = trial.sizes
+        row.seed = trial.seed
+        row.scale = trial.scale
     return row
-
-
-def _reasons(trial: Trial) -> list[str]:
-    known = trial.__dict__.get("truth")
-    return [] if known is None else known.reasons
-
-
-def _judged(trial: Trial, prop: str) -> tuple[str, Finding]:
-    """The worst of a case; an exception of the fast function is one."""
-    truth = trial.truth  # an error of the definition is nobody's finding
-    del truth
-    try:
-        return _worst(PROPERTIES[prop](trial))
-    except Exception as error:
-        return "", Finding(math.inf, f"raised {type(error).__name__}: {error}")

@@ -8,6 +8,13 @@ from typing import TYPE_CHECKING
 from clipsteer import _lazy
 
 if TYPE_CHECKING:
+    from clipsteer.testing.proof.ops import PROPERTIES as PROPERTIES
+    from clipsteer.testing.proof.ops import Case as Case
+    from clipsteer.testing.proof.ops import integers_bitwise as integers_bitwise
+    from clipsteer.testing.proof.ops import layouts as layouts
+    from clipsteer.testing.proof.ops import not_a_number as not_a_number
+    from clipsteer.testing.proof.ops import repeats_bitwise as repeats_bitwise
+    from clipsteer.testing.proof.ops import values_and_gradients as values_and_gradients
     from clipsteer.testing.torture.codes import sparse_decode as sparse_decode
     from clipsteer.testing.torture.hard import ROWS as ROWS
     from clipsteer.testing.torture.hard import rows as rows
@@ -18,13 +25,6 @@ if TYPE_CHECKING:
     from clipsteer.testing.torture.memory import strided as strided
     from clipsteer.testing.torture.memory import transposed as transposed
     from clipsteer.testing.torture.promises import PROMISES as PROMISES
-    from clipsteer.testing.torture.properties import PROPERTIES as PROPERTIES
-    from clipsteer.testing.torture.properties import Case as Case
-    from clipsteer.testing.torture.properties import integers_bitwise as integers_bitwise
-    from clipsteer.testing.torture.properties import layouts as layouts
-    from clipsteer.testing.torture.properties import not_a_number as not_a_number
-    from clipsteer.testing.torture.properties import repeats_bitwise as repeats_bitwise
-    from clipsteer.testing.torture.properties import values_and_gradients as values_and_gradients
     from clipsteer.testing.torture.selection import LAYOUTS as LAYOUTS
     from clipsteer.testing.torture.selection import SIZES as SIZES
     from clipsteer.testing.torture.selection import topk as topk

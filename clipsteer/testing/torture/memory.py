@@ -22,12 +22,12 @@ def fenced(t: Tensor, poison: float = math.nan) -> Tensor:
     return inner.copy_(t)
 
 
-def strided(t: Tensor, poison: float = math.nan) -> Tensor:
+def strided(t: Tensor) -> Tensor:
     """The same values, not contiguous: every other column of a poisoned buffer, transposed in
     memory."""
     if t.dim() == 0:
-        return fenced(t, poison)
-    poison = poison if t.is_floating_point() else -1
+        return fenced(t)
+    poison = math.nan if t.is_floating_point() else -1
     twice = (*t.shape[:-1], 2 * t.shape[-1])
     wide = torch.full(twice, poison, dtype=t.dtype, device=t.device)
     view = wide.transpose(0, -1).contiguous().transpose(0, -1)[..., ::2]
@@ -60,14 +60,14 @@ def poisoned() -> Iterator[None]:
     """Fresh memory is filled with NaN: an output element that is never written is found out."""
     deterministic: Any = torch.utils.deterministic
     fill = deterministic.fill_uninitialized_memory
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    mode = torch.get_deterministic_debug_mode()
+    # as use_deterministic_algorithms(True, warn_only=True), which loads torch's compiler
+    torch.set_deterministic_debug_mode("warn")
     deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(mode)
         deterministic.fill_uninitialized_memory = fill
 
 

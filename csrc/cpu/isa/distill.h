@@ -22,31 +22,39 @@ TARGET static inline void cross_sums(const V* __restrict S, const V* __restrict 
   const V* __restrict s_peak = student.column;
   const V* __restrict r_diag = teacher.diag;
   const V* __restrict r_peak = teacher.column;
-  V* __restrict total0 = total;
-  V* __restrict total1 = total + step;
-  V* __restrict total2 = total + 2 * step;
-  V* __restrict total3 = total + 3 * step;
+  // a side at a time, and sums of columns through an array of their own: with ten streams at once the compiler would take
+  // one number at a time
+  V t[kPairLanes], part[4][kPairLanes];
   for (int64_t i = 0; i < n; i += kPairLanes) {
     const int lanes = int(std::min<int64_t>(kPairLanes, n - i));
-    const auto one = [&](int l) TARGET {
-      const V t = (S[i + l] - s_own) * s_scale;
-      const V e = below_peak(t, s_row), f = below_peak((R[i + l] - r_own) * r_scale, r_row);
+    const auto row_side = [&](int l) TARGET {
+      t[l] = (S[i + l] - s_own) * s_scale;
+      const V e = below_peak(t[l], s_row), f = below_peak((R[i + l] - r_own) * r_scale, r_row);
       sum[0][l] += e;
       sum[1][l] += f;
-      sum[2][l] += weighted(e, t);
-      sum[3][l] += weighted(f, t);
+      sum[2][l] += weighted(e, t[l]);
+      sum[3][l] += weighted(f, t[l]);
+    };
+    const auto column_side = [&](int l) TARGET {
       const V c = (S[i + l] - s_diag[i + l]) * s_scale;
-      const V g = below_peak(c, s_peak[i + l]);
-      const V h = below_peak((R[i + l] - r_diag[i + l]) * r_scale, r_peak[i + l]);
-      total0[i + l] += g;
-      total1[i + l] += h;
-      total2[i + l] += weighted(g, c);
-      total3[i + l] += weighted(h, c);
+      part[0][l] = below_peak(c, s_peak[i + l]);
+      part[1][l] = below_peak((R[i + l] - r_diag[i + l]) * r_scale, r_peak[i + l]);
+      part[2][l] = weighted(part[0][l], c);
+      part[3][l] = weighted(part[1][l], c);
     };
     if (lanes == kPairLanes) {
-      for (int l = 0; l < kPairLanes; ++l) one(l);
+      for (int l = 0; l < kPairLanes; ++l) row_side(l);
+      for (int l = 0; l < kPairLanes; ++l) column_side(l);
+      for (int s = 0; s < 4; ++s) {
+        V* into = total + s * step + i;
+        for (int l = 0; l < kPairLanes; ++l) into[l] += part[s][l];
+      }
     } else {
-      for (int l = 0; l < lanes; ++l) one(l);
+      for (int l = 0; l < lanes; ++l) row_side(l);
+      for (int l = 0; l < lanes; ++l) column_side(l);
+      for (int s = 0; s < 4; ++s) {
+        for (int l = 0; l < lanes; ++l) total[s * step + i + l] += part[s][l];
+      }
     }
   }
   for (int s = 0; s < 4; ++s) out[s] = fold(sum[s]);

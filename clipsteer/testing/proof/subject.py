@@ -1,0 +1,198 @@
+"""A fast function beside its definition in plain torch, judged by automatic bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from clipsteer.ops._spec import Ran
+from clipsteer.testing.proof.arithmetic import Arithmetic
+from clipsteer.testing.proof.bound import Bound, Bounded, bound, exact_values
+from clipsteer.testing.proof.cases import Draw
+from clipsteer.testing.proof.trial import Finding, Findings, Subject, Trial, spoil
+
+# of each shape class as many cases are bounded in full before the others are screened
+_IN_FULL = 2
+
+
+class Least(NamedTuple):
+    """How small the bounds of an output have been in a shape class: beside the value, and in
+    itself."""
+
+    share: float
+    size: float
+
+    def covers(self, got: Tensor, value: Tensor) -> bool:
+        """Whether every element is off by no more than half of that."""
+        if got.shape != value.shape or got.is_floating_point() != value.is_floating_point():
+            return False
+        if not got.is_floating_point():
+            return torch.equal(got, value)
+        off = got.double().sub_(value).abs_()
+        allowed = value.abs().mul_(self.share / 2).clamp_min_(self.size / 2)
+        near = off <= allowed
+        if bool(near.all()):
+            return True
+        rest = ~near
+        return bool(((got == value) | (got.isnan() & value.isnan()))[rest].all())
+
+
+@dataclass
+class ShapeClass:
+    """What is known of cases of one shape, dtype, scale and kind: how many were bounded in full,
+    the inputs that have gradients, and the least bounds."""
+
+    cases: int = 0
+    leaves: list[str] = field(default_factory=list)
+    least: dict[str, Least] = field(default_factory=dict)
+
+    def learn(self, name: str, value: Tensor, limit: Tensor) -> None:
+        """One more bound of an output or gradient."""
+        before = self.least.get(name, Least(math.inf, math.inf))
+        if value.is_floating_point() and value.numel():
+            size = value.abs()
+            known = limit.isfinite() & size.isfinite()
+            limits = limit[known]
+            if limits.numel() == 0:
+                # nothing but what has to be the same
+                self.least[name] = Least(0.0, 0.0)
+                return
+            before = Least(
+                min(before.share, float((limits / size[known]).min())),
+                min(before.size, float(limits.min())),
+            )
+        self.least[name] = before
+
+
+@dataclass(frozen=True)
+class Claim(Subject):
+    """That a fast function is its definition, and how inputs are drawn.
+
+    The bound of a case costs many times what the definition does. So in a shape class (one shape,
+    dtype and scale) only the first cases take theirs; of another one the definition is run alone,
+    and where every error is below half of the least bound that its class has had, that is all.
+    Whatever is not gets its own bound: a screened case is never refuted, a refuted one never only
+    screened.
+    """
+
+    fast: Callable[..., Any]
+    reference: Callable[..., Any]
+    inputs: Draw
+    device: str = "cpu"
+    gradients: bool = True
+    arithmetic: Arithmetic | None = None
+    known: dict[Any, ShapeClass] = field(default_factory=dict, compare=False, repr=False)
+
+    def draw(self, trial: Trial) -> dict[str, Any]:
+        """See ``Subject``."""
+        generator = torch.Generator().manual_seed(trial.seed)
+        given = dict(self.inputs(generator, trial.scale, trial.exact))
+        for name, value in given.items():
+            if _floats(value):
+                given[name] = value.detach().to(trial.dtype, copy=True)
+        if trial.special is None:
+            return given
+        floating = [name for name, value in given.items() if _floats(value)]
+        return spoil(given, floating, trial.special, generator)
+
+    def shape_class(self, trial: Trial) -> ShapeClass:
+        """That of a trial."""
+        key: list[Any] = [trial.dtype, trial.scale, trial.exact, trial.special is None]
+        for name, value in trial.drawn.items():
+            described = (value.shape, value.dtype) if isinstance(value, Tensor) else repr(value)
+            key.append((name, described))
+        return self.known.setdefault(tuple(key), ShapeClass())
+
+    def leaves(self, trial: Trial) -> list[str]:
+        """See ``Subject``: those that the definition has a gradient of."""
+        known = self.shape_class(trial)
+        if known.cases == 0:
+            self.truth(trial)
+        return known.leaves
+
+    def truth(self, trial: Trial) -> Bound:
+        """Values, gradients and bounds of the definition; its class learns from them."""
+        cache = trial.__dict__
+        if "truth" not in cache:
+            cache["truth"] = bound(
+                self.reference,
+                trial.drawn,
+                dtype=trial.dtype,
+                arithmetic=self.arithmetic,
+                grad_outputs=trial.cotangents if self.gradients else None,
+            )
+            known = self.shape_class(trial)
+            known.cases += 1
+            known.leaves = list(cache["truth"].gradients)
+            trial.unbounded.extend(cache["truth"].reasons)
+        return cache["truth"]
+
+    def _screened(self, trial: Trial, got: dict[str, Tensor]) -> bool:
+        """Whether all errors are so small that the case needs no bound of its own."""
+        known = self.shape_class(trial)
+        if "truth" in trial.__dict__ or trial.dtype == torch.float64 or known.cases < _IN_FULL:
+            return False
+        if "plain" not in trial.__dict__:
+            given = trial.cotangents if known.leaves else None
+            trial.__dict__["plain"] = exact_values(self.reference, trial.drawn, given)
+        values, gradients = trial.__dict__["plain"]
+        true = _named(values, gradients)
+        if true.keys() != known.least.keys():
+            return False
+        return all(
+            name in got and known.least[name].covers(got[name], value)
+            for name, value in true.items()
+        )
+
+    def judged(self, trial: Trial, ran: Ran) -> Findings:
+        """See ``Subject``."""
+        got = _named(ran.outputs, ran.gradients)
+        if self._screened(trial, got):
+            return dict.fromkeys(got, Finding(0.0))
+        truth = self.truth(trial)
+        if len(ran.outputs) != len(truth.outputs):
+            return {"outputs": Finding(math.inf, f" {len(ran.outputs)}, not {len(truth.outputs)}")}
+        known = self.shape_class(trial)
+        found = {}
+        for name, expected in _named(truth.outputs, truth.gradients).items():
+            if name not in got:
+                got[name] = torch.zeros(expected.value.shape, dtype=trial.dtype)
+            found[name], limit = compared(got[name], expected)
+            if limit is not None:
+                known.learn(name, expected.value, limit)
+        return found
+
+
+def _floats(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _named(outputs: Any, gradients: dict[str, Any]) -> dict[str, Any]:
+    single = len(outputs) == 1
+    found = {"output" if single else f"output {at}": value for at, value in enumerate(outputs)}
+    return found | {f"d {name}": value for name, value in gradients.items()}
+
+
+def compared(got: Tensor, expected: Bounded) -> tuple[Finding, Tensor | None]:
+    """The worst element of a result, and the bounds of all."""
+    if got.shape != expected.value.shape:
+        shapes = f"{tuple(got.shape)}, not {tuple(expected.value.shape)}"
+        return Finding(math.inf, f" of shape {shapes}"), None
+    if got.is_floating_point() != expected.value.is_floating_point():
+        return Finding(math.inf, f" {got.dtype}"), None
+    limit = expected.allowed(got.dtype)
+    if got.numel() == 0:
+        return Finding(0.0), limit
+    shares = expected.fraction(got, limit)
+    at = int(shares.argmax())
+    place = torch.unravel_index(torch.tensor(at), shares.shape)
+    index = ", ".join(str(int(i)) for i in place)
+    value = got.flatten()[at].item()
+    true = expected.value.flatten()[at].item()
+    share = float(shares.flatten()[at])
+    return Finding(share, f"[{index}] is {value:.9g}, not {true:.9g}"), limit
