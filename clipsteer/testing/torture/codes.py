@@ -12,7 +12,7 @@ from torch import Tensor
 from clipsteer.testing.machine import machine
 from clipsteer.testing.proof.arithmetic import Arithmetic
 from clipsteer.testing.proof.bound import bound
-from clipsteer.testing.proof.prove import Report
+from clipsteer.testing.proof.prove import ProofRow, Report
 from clipsteer.testing.proof.trial import Finding
 from clipsteer.testing.torture.ledger import RIGHT, Ledger, Situation, refusal, wrong
 from clipsteer.testing.torture.memory import (
@@ -154,7 +154,7 @@ def sparse_decode(
     """
     if set(promises) - {REPEATS}:
         raise ValueError(f"torture: promise must be {REPEATS!r}, got {list(promises)}")
-    rows = []
+    rows: list[ProofRow] = []
     for dtype in dtypes:
         ledger = Ledger(dtype)
         for name in (*CODES, *LAYOUTS):
