@@ -11,7 +11,8 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install --quiet --disable-pip-version-check torch==2.14.1 numpy triton==3.8.0 liger-kernel==0.8.5
+"$work/venv/bin/pip" install --quiet --disable-pip-version-check torch==2.14.1 numpy triton==3.8.0 \
+    liger-kernel==0.8.5 packaging
 cat > "$work/run.py" <<'PY'
 import sys
 

@@ -188,6 +188,16 @@ def test_the_ops_of_this_package_are_within_bounds_that_nobody_derived(name):
                 assert found.gradients[leaf].fraction(grad).le(1).all(), leaf
 
 
+@pytest.mark.parametrize("name", ["sigmoid", "silu", "tanh"])
+def test_far_out_on_a_curve_that_saturates(name):
+    function = {"sigmoid": torch.sigmoid, "silu": F.silu, "tanh": torch.tanh}[name]
+    x = torch.linspace(-45, 45, 4001)
+    found = testing.bound(lambda x: function(1.75 * x), {"x": x}).outputs[0]
+    assert found.fraction(function(1.75 * x)).max() <= 1
+    off = found.fraction((found.value * (1 + 1e-3)).float())
+    assert off.min() > 1 or name == "tanh"  # and of use: 1e-3 is found everywhere it is not lost
+
+
 def test_integers_are_exact():
     a = torch.randint(-2, 3, (16, 33)).float()
     b = torch.randint(-2, 3, (33, 7)).float()

@@ -272,12 +272,13 @@ def _nearest_zero(x: Tensor, step: Tensor) -> Tensor:
 
 
 def _tanh(x: Tensor, step: Tensor, value: Tensor) -> Tensor:
-    return step * (1 - torch.tanh(_nearest_zero(x, step)).square())
+    return 2 * _sigmoid(2 * x, 2 * step, value)  # 1 - tanh² is 4 σ(2x) σ(-2x)
 
 
 def _sigmoid(x: Tensor, step: Tensor, value: Tensor) -> Tensor:
-    s = torch.sigmoid(_nearest_zero(x, step))
-    return step * s * (1 - s)
+    near = _nearest_zero(x, step)
+    # 1 - s would cancel far out, where the value itself is as small
+    return step * torch.sigmoid(near) * torch.sigmoid(-near)
 
 
 def _erf(x: Tensor, step: Tensor, value: Tensor) -> Tensor:
