@@ -23,7 +23,7 @@ from clipsteer.ops._spec import (
 )
 from clipsteer.testing.proof import trial as proof
 from clipsteer.testing.proof.trial import Arrange, Finding, Findings, Subject, Trial, spoil
-from clipsteer.testing.torture import same_bits
+from clipsteer.testing.torture.memory import same_bits
 
 
 @dataclass(frozen=True)

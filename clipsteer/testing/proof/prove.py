@@ -34,11 +34,24 @@ class ProofRow:
     seed: int | None = None  # of the smallest case that fails
     scale: float = 1.0
     unbounded: list[str] = field(default_factory=list)
+    promised: bool | None = None  # None: asked of everybody
+    refused: int = 0  # cases that the function declined
+    again: str = ""  # how to see the failing case, where not by ``replay``
 
     @property
     def passed(self) -> bool:
-        """Whether no case was beyond its bound."""
-        return self.worst <= 1
+        """Whether no case was beyond its bound, or nobody promised that."""
+        return self.worst <= 1 or self.promised is False
+
+    @property
+    def verdict(self) -> str:
+        """In a word or two."""
+        if not self.cases:
+            return "refused" if self.refused else "not run"
+        if self.promised is None:
+            return "pass" if self.passed else "FAIL"
+        kept = "kept" if self.worst <= 1 else "NOT KEPT"
+        return kept if self.promised else f"not promised, {kept.lower()}"
 
 
 @dataclass
@@ -63,23 +76,24 @@ class Report:
         """As plain data: rows, versions, seed and machine; what is infinite as a word."""
         data = asdict(self)
         for row, own in zip(data["rows"], self.rows):
-            row["passed"] = own.passed
+            row |= {"passed": own.passed, "verdict": own.verdict}
             row["worst"] = row["worst"] if math.isfinite(row["worst"]) else "inf"
         return data | {"passed": self.passed}
 
     def __str__(self) -> str:
-        head = f"{'property':<10}{'dtype':<10}{'cases':>6}  {'worst/bound':>11}  verdict"
+        width = max([10, *(len(row.prop) + 2 for row in self.rows)])
+        head = f"{'property':<{width}}{'dtype':<10}{'cases':>6}  {'worst/bound':>11}  verdict"
         lines = [f"{self.fast} against {self.reference}", head, "-" * len(head)]
         for row in self.rows:
-            verdict = "pass" if row.passed else "FAIL"
-            what = f"{row.prop:<10}{row.dtype:<10}{row.cases:>6}"
-            lines.append(f"{what}  {row.worst:>11.3g}  {verdict}")
+            what = f"{row.prop:<{width}}{row.dtype:<10}{row.cases:>6}"
+            lines.append(f"{what}  {row.worst:>11.3g}  {row.verdict}")
             if not row.passed:
                 call = f"seed={row.seed}, scale={row.scale:g}"
                 lines += [
                     f"    {row.output}{row.where}",
                     f"    at {row.sizes}",
-                    f"    testing.replay(fast, reference, inputs, {row.prop!r}, "
+                    row.again
+                    or f"    testing.replay(fast, reference, inputs, {row.prop!r}, "
                     f"torch.{row.dtype}, {call})",
                 ]
         unbounded = sorted({reason for row in self.rows for reason in row.unbounded})

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops._spec import Ran, cotangents, run
-from clipsteer.testing.torture import fenced, poisoned, same_bits, strided, transposed
+from clipsteer.testing.torture.memory import fenced, poisoned, same_bits, strided, transposed
 
 Arrange = Callable[[Tensor], Tensor]
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["fenced", "poisoned", "same_bits", "strided", "transposed"]
+__all__ = ["far_apart", "fenced", "poisoned", "same_bits", "strided", "transposed"]
 
 
-def fenced(t: Tensor) -> Tensor:
-    """The same values in the middle of a larger buffer of NaN (floating) or of the largest integer:
-    a kernel that reads outside its input is found out."""
-    poison = math.nan if t.is_floating_point() else torch.iinfo(t.dtype).max
+def fenced(t: Tensor, poison: float = math.nan) -> Tensor:
+    """The same values in the middle of a larger buffer of ``poison`` (floating) or of the largest
+    integer: a kernel that reads outside its input is found out."""
+    poison = poison if t.is_floating_point() else torch.iinfo(t.dtype).max
     store = torch.full((t.numel() + 128,), poison, dtype=t.dtype, device=t.device)
     inner = store[64 : 64 + t.numel()].view(t.shape)
     return inner.copy_(t)
@@ -38,6 +38,21 @@ def transposed(t: Tensor) -> Tensor:
     """The same values, laid out with the last two dimensions exchanged, as the weight of a linear
     layer is when it is given as a dictionary."""
     return fenced(t.mT).mT if t.dim() > 1 else fenced(t)
+
+
+def far_apart(t: Tensor) -> Tensor | None:
+    """The same values, the last of them more than 2^31 elements behind the first: an offset of 32
+    bits is found out. On a CPU only what is written takes memory. None where there is no room, or
+    the tensor has one row."""
+    if t.dim() != 2 or len(t) < 2:
+        return None
+    rows, columns = t.shape
+    apart = 2**31 // (rows - 1) + columns + 1
+    try:
+        store = torch.empty((rows - 1) * apart + columns, dtype=t.dtype, device=t.device)
+    except RuntimeError:
+        return None
+    return store.as_strided(t.shape, (apart, 1)).copy_(t)
 
 
 @contextlib.contextmanager
