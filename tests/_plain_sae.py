@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from clipsteer import SAE, TrainConfig
@@ -123,3 +124,18 @@ def gradients(sae, x, y, config, dead):
     total, fvus = loss(sae, p, x, y, config, dead)
     total.backward()
     return total.item(), [f.item() for f in fvus], {name: value.grad for name, value in p.items()}
+
+
+def stepped(trainer, *rows):
+    """One step without an update: its metrics, and the gradients that the optimiser would have taken."""
+    left = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.optimizer, "step", lambda factor, more: left.update(more))
+        patch.setattr(trainer.optimizer, "zero_grad", lambda **_: None)
+        metrics = dict(zip(trainer.metrics, trainer.step(*rows).tolist(), strict=True))
+    gradients = {}
+    for name, parameter in trainer.sae.named_parameters():
+        gradients[name] = parameter.grad.to_dense().clone()
+        if parameter in left:
+            gradients[name].index_add_(0, left[parameter].features, left[parameter].values)
+    return metrics, gradients

@@ -294,7 +294,8 @@ def test_sae_train_without_a_length_goes_past_the_warm_up(capsys, monkeypatch, m
     assert run(capsys, *args, "--train-tokens", 50_000)[0] == 0
     (default, options), (short, _), (asked, _) = seen
     assert (default.tokens, default.steps) == (2_000_000, None)
-    assert default.total_steps(None) > default.warmup_steps
+    total = default.total_steps(None)
+    assert total > default.fitted(total).warmup_steps > 0
     assert (short.tokens, short.steps, asked.tokens) == (None, 3, 50_000)
     assert options["metadata"] == {"data": str(images)}
 

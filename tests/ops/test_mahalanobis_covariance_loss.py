@@ -190,9 +190,9 @@ def test_low_rank_is_the_dense_loss(backend):
 @pytest.mark.parametrize("spec", [SPEC, LOW_RANK], ids=lambda s: s.name)
 def test_bounds_catch_planted_bugs(spec):
     """A pair left out, a row of another class, another row, a row or column of the factor dropped, wrong gradients."""
-    inputs = spec.make({"B": 33, "C": 5, "d": 64, "r": 8}, torch.float32, torch.Generator().manual_seed(3), 1.0, False)
+    inputs = spec.make({"B": 33, "C": 5, "d": 64, "r": 8}, torch.float32, torch.Generator().manual_seed(10), 1.0, False)
     if spec is SPEC:
-        inputs = SPEC.make({"B": 33, "C": 5, "d": 64}, torch.float32, torch.Generator().manual_seed(3), 1.0, False)
+        inputs = SPEC.make({"B": 33, "C": 5, "d": 64}, torch.float32, torch.Generator().manual_seed(10), 1.0, False)
     labels, B = inputs["labels"], 33
     assert spec.check(inputs, {"loss": spec.function(**inputs)})["loss"] <= 1
 
