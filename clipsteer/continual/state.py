@@ -223,14 +223,20 @@ class LearnerState:
                 f"{found.meta_path}: 'multipliers' must be {wanted} objects of factors of the "
                 f"blocks, got {multipliers!r:.80}"
             )
-        off = found.meta.get("off", [])
-        fitting = isinstance(off, list) and len(off) in (0, max(len(tasks) - 1, 0))
+        off = self._off_in(found, len(tasks))
+        wanted = len(self._off_in(None, len(tasks)))
+        fitting = isinstance(off, list) and len(off) == wanted
         if not fitting or not all(type(o) in (int, float) and 0 <= o < math.inf for o in off):
             raise FileFormatError(
-                f"{found.meta_path}: 'off' must be a finite number for each task after the first, "
-                f"got {off!r:.80}"
+                f"{found.meta_path}: 'off' must be {wanted} finite numbers, of the tasks after the "
+                f"first, got {off!r:.80}"
             )
         check_layout(found.tensors_path, found.tensors, self._layout(tasks))
+
+    def _off_in(self, found: Checkpoint | None, tasks: int) -> Any:
+        """What is noted of drift; 0 for tasks of versions that noted nothing."""
+        unknown = [0.0] * (max(tasks - 1, 0) if self._uses_means else 0)
+        return unknown if found is None else found.meta.get("off", unknown)
 
     def _are_factors(self, factors: Any) -> bool:
         """Whether these can be the learning-rate factors of a task."""
@@ -302,8 +308,7 @@ class LearnerState:
 
         self.tasks = [list(task) for task in found.meta["tasks"]]
         self.multipliers = found.meta["multipliers"]
-        # runs of before these estimates go on without
-        self.off = [float(off) for off in found.meta.get("off", [])]
+        self.off = [float(off) for off in self._off_in(found, len(self.tasks))]
         self.means = found.tensors["means"]
         self.uncompensated = found.tensors["uncompensated"]
         self.covariances = found.tensors["covariances"]

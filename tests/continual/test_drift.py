@@ -15,6 +15,7 @@ from clipsteer.continual import learned_drift
 from clipsteer.continual.drift import follow_errors
 from clipsteer.continual.learner import ClassIncrementalLearner
 from clipsteer.continual.strategies import STRATEGIES, strategy
+from clipsteer.io import checkpoint
 
 QUICK = {"first_epochs": 3, "epochs": 2, "batch_size": 8, "rank": 4, "align_samples": 16}
 
@@ -156,7 +157,7 @@ def test_patches_that_are_frozen_stay_and_all_else_of_a_whole_tower_learns():
         strategy("macil:freeze_patches=1")
 
 
-def test_what_was_lost_in_earlier_tasks_is_kept_with_the_run(tmp_path):
+def test_what_was_lost_in_earlier_tasks_is_kept_with_the_run(tmp_path, monkeypatch):
     where = scenario()
     parts = [where.train.subset(where.rows("train", t)) for t in range(2)]
     make = lambda: ClassIncrementalLearner(encoder(), strategy("sdc", lr=0.003, **QUICK), CLASSES, out=tmp_path)
@@ -170,6 +171,17 @@ def test_what_was_lost_in_earlier_tasks_is_kept_with_the_run(tmp_path):
     (path,) = (tmp_path / "tasks").rglob("*2*.json")
     meta = json.loads(path.read_text())
     assert any(value == first.off for value in (meta.get("off"), meta.get("meta", {}).get("off")))
+    # a version that noted nothing: of its tasks nothing is known, and what goes on from it resumes as well
+    with monkeypatch.context() as patch:
+        real = checkpoint.save_state
+        drop = lambda *given: real(*given[:-1], {k: v for k, v in given[-1].items() if k != "off"})
+        patch.setattr(checkpoint, "save_state", drop)
+        first.save()
+    for _ in range(2):
+        older = make()
+        older.resume()
+        assert older.off == [0.0]
+        older.save()
 
 
 def test_an_estimate_that_no_run_can_have_saved_is_refused(tmp_path, monkeypatch):

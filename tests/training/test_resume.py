@@ -101,6 +101,8 @@ def test_every_entry_of_the_index_is_checked(runs, guard, kind):
                 continue
             if change is remove and path[-1] in LATER:
                 continue
+            if path == ("off", 0) and meta["off"] and type(meta["off"][0]) in (int, float) and meta["off"][0] >= 0:
+                continue  # an estimate can have been any number
             if unlike(meta, whole.meta):
                 with pytest.raises((FileFormatError, ValueError)) as refused:
                     guard(run, whole._replace(meta=meta))
