@@ -35,17 +35,10 @@ from clipsteer import SAE
 from clipsteer.io.files import write_json
 from clipsteer.sae import TrainConfig
 from clipsteer.sae.metrics import evaluate_metrics
+from clipsteer.sae.metrics.visaebench import THEIRS
 
 _SEEDS = (0, 1)
 _TOKENS = 257
-_THEIRS = {
-    "fvu": "fvu",
-    "localization": "localisation",
-    "sparse_probing": "probing",
-    "downstream_preservation": "preservation",
-    "monosemanticity": "monosemanticity",
-    "absorption": "absorption",
-}
 
 
 def trained(tokens: Tensor, runs: Path, steps: int) -> list[SAE]:
@@ -125,8 +118,8 @@ def main() -> None:
     parser.add_argument(
         "--peer",
         nargs="*",
-        default=list(_THEIRS),
-        choices=list(_THEIRS),
+        default=list(THEIRS),
+        choices=list(THEIRS),
         help="of visaebench's functions those that are run; of the others the file's are kept (default: all)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
@@ -181,12 +174,12 @@ def main() -> None:
     sys.stdout.flush()
     peer = json.loads(args.out.read_text())["visaebench 0.1.0"]["metrics"] if args.out.exists() else {}
     for name in args.peer:
-        peer[_THEIRS[name]] = theirs(name, saes[0], x, of_chosen, embeddings)
-        sys.stdout.write(f"visaebench {name}: {peer[_THEIRS[name]]}\n")
+        peer[THEIRS[name]] = theirs(name, saes[0], x, of_chosen, embeddings)
+        sys.stdout.write(f"visaebench {name}: {peer[THEIRS[name]]}\n")
         sys.stdout.flush()
     total = {key: sum(part[key] for part in peer.values()) for key in spent}
     result["visaebench 0.1.0"] = {"metrics": peer, **total}
-    if len(peer) == len(_THEIRS):
+    if len(peer) == len(THEIRS):
         result["times as fast"] = {
             "clipsteer": total["processor_seconds"] / spent["processor_seconds"],
             "visaebench-0.1.0 here": total["processor_seconds"] / spent_same["processor_seconds"],

@@ -41,6 +41,7 @@ from clipsteer.sae.site import (
     from_site,
     grid_side,
 )
+from clipsteer.sae.spread import Spread
 
 __all__ = [
     "FeatureStatistics",
@@ -125,11 +126,11 @@ class _Totals:
 
     def __init__(self, sae: SAE) -> None:
         self.sae = sae
-        self.images = self.count = 0
-        self.explained = self.error = self.spread = 0.0
+        self.images = 0
+        self.explained = self.error = 0.0
         # of the prefixes before the last
         self.errors = dict.fromkeys((sae.matryoshka or ())[:-1], 0.0)
-        self.mean: Tensor | None = None
+        self.spread: Spread | None = None
         self.l0: Tensor | None = None
         self.active = torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.W_enc.device)
 
@@ -168,7 +169,8 @@ class _Totals:
         explained = torch.where(error == 0, 1.0, 1 - error / spread)
         self.explained += float(explained.sum())
         self.error += float(error.sum())
-        self._merge(mean, float(spread.sum()), len(rows))
+        here = Spread(len(rows), mean, float(spread.sum()))
+        self.spread = here if self.spread is None else self.spread.joined(here)
         per_position = torch.cat(l0).reshape(images, positions).double().sum(0)
         if self.l0 is not None and len(self.l0) != positions:
             raise ValueError(
@@ -193,36 +195,26 @@ class _Totals:
             error = self.sae.with_skip(x_hat, x).double() - wanted.double()
             self.errors[prefix] += float(error.square().sum())
 
-    def _merge(self, mean: Tensor, spread: float, count: int) -> None:
-        # Chan, Golub and LeVeque's update: no cancellation, whatever the mean
-        if self.mean is None:
-            self.mean = mean
-            self.spread = spread
-            self.count = count
-            return
-        delta = mean - self.mean
-        total = self.count + count
-        self.spread += spread + float(delta.square().sum()) * self.count * count / total
-        self.mean = self.mean + delta * (count / total)
-        self.count = total
-
     def result(self, site: Site, target: Site) -> dict[str, Any]:
         assert self.l0 is not None
+        assert self.spread is not None
+        tokens = self.spread.rows
+        squares = self.spread.squares
         per_token = (self.l0 / self.images).tolist()
         result: dict[str, Any] = {
             "hook_point": site.hook_point,
             "token_kind": site.tokens,
             "images": self.images,
-            "tokens": self.count,
-            "ev": self.explained / self.count if math.isfinite(self.explained) else None,
-            "fvu": ratio(self.error, self.spread),
-            "l0": float(self.l0.sum()) / self.count,
+            "tokens": tokens,
+            "ev": self.explained / tokens if math.isfinite(self.explained) else None,
+            "fvu": ratio(self.error, squares),
+            "l0": float(self.l0.sum()) / tokens,
             "dead": 1 - int(self.active.sum()) / self.sae.d_sae,
             "l0_per_token": per_token,
         }
         if self.sae.d_out is not None:
             result["target_hook_point"] = target.hook_point
-        result |= {f"fvu_{n}": ratio(error, self.spread) for n, error in self.errors.items()}
+        result |= {f"fvu_{n}": ratio(error, squares) for n, error in self.errors.items()}
         patches = site.patches(self.l0 / self.images).tolist()
         side = grid_side(len(patches))
         if side:

@@ -11,6 +11,7 @@ from clipsteer import clip
 from clipsteer.clip import hooks as clip_hooks
 from clipsteer.sae import activations
 from clipsteer.sae.evaluate import evaluate_sae, feature_statistics, top_images
+from clipsteer.sae.metrics.stream import from_tower
 from clipsteer.sae.model import SAE
 
 pytest.importorskip("open_clip")
@@ -158,3 +159,5 @@ def test_stores_sources_and_features_pay_for_one_whole_pass(loaded, monkeypatch,
     # without classes nothing that follows the SAE is looked at
     evaluate_sae(sae, loaded, pixels, batch_size=2)
     assert last.calls == 5
+    list(from_tower(sae, loaded, pixels, batch_size=2))
+    assert last.calls == 6

@@ -11,6 +11,7 @@ import torch
 
 from clipsteer import SAE
 from clipsteer.sae.metrics import evaluate_metrics
+from clipsteer.sae.metrics.visaebench import THEIRS
 
 visaebench = pytest.importorskip("visaebench")
 METRICS = visaebench.METRIC_REGISTRY
@@ -81,16 +82,8 @@ def test_agrees_with_its_own_functions(architecture):
     x, labels = pictures(mean=0.3)
     embeddings = torch.randn(len(x), 9, generator=torch.Generator().manual_seed(4))
     ours = evaluate_metrics(sae, x, labels=labels, embeddings=embeddings, definition="visaebench-0.1.0")
-    names = {
-        "fvu": "fvu",
-        "localization": "localisation",
-        "sparse_probing": "probing",
-        "downstream_preservation": "preservation",
-        "monosemanticity": "monosemanticity",
-        "absorption": "absorption",
-    }
-    assert set(ours) == set(names.values())
-    for name, own in names.items():
+    assert set(ours) == set(THEIRS.values())
+    for name, own in THEIRS.items():
         rows = x.flatten(0, 1) if name == "fvu" else x
         found = theirs(name, Theirs(sae), rows, labels, embeddings)
         assert ours[own].value == pytest.approx(found.value, abs=1e-5), name

@@ -9,12 +9,18 @@ Karvonen et al. 2024 (arXiv 2408.00113), who choose and score on the same data.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from clipsteer.sae.metrics.estimate import BLOCKS, Estimate, blocks_of, held_out, interval, sizes_of
+from clipsteer.sae.metrics.estimate import (
+    BLOCKS,
+    Estimate,
+    blocks_of,
+    held_out,
+    interval,
+    nothing,
+    sizes_of,
+)
 from clipsteer.sae.metrics.probe import consecutive
 from clipsteer.sae.metrics.recorder import PooledCodes
 
@@ -57,12 +63,12 @@ def label_coverage(
     known = labels >= 0
     codes, (labels, names) = codes.of_images(known), consecutive(labels[known])
     if not len(codes.values):
-        return _nothing("no feature is active")
+        return nothing("labels", "no feature is active")
     test = held_out(codes.images, labels, seed)
     train = codes.of_images(~test)
     scored = torch.bincount(labels[test], minlength=len(names)) > 0
     if not bool(scored.any()) or not len(train.values):
-        return _nothing("no label has an image to choose on and one to score")
+        return nothing("labels", "no label has an image to choose on and one to score")
     feature, threshold = _chosen(train, labels[~test], len(names))
     fires = codes.of_images(test).columns(feature.unique())
     place = torch.searchsorted(feature.unique(), feature)
@@ -90,7 +96,3 @@ def label_coverage(
         "images": len(block),
     }
     return Estimate(value, low, high, int(scored.sum()), "labels", details)
-
-
-def _nothing(why: str) -> Estimate:
-    return Estimate(math.nan, math.nan, math.nan, 0, "labels", {"why": why})

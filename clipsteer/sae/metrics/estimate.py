@@ -46,6 +46,11 @@ class Estimate:
         return _plain(vars(self))
 
 
+def nothing(unit: str, why: str) -> Estimate:
+    """Of a metric that could score nothing."""
+    return Estimate(math.nan, math.nan, math.nan, 0, unit, {"why": why})
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _plain(part) for key, part in value.items()}

@@ -13,21 +13,24 @@ Intervals are over the held-out images, for the probes as they were fitted.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from clipsteer.sae.metrics.estimate import Estimate, blocks_of, held_out, of_sums, sizes_of, sums_by
+from clipsteer.sae.metrics.estimate import (
+    Estimate,
+    blocks_of,
+    held_out,
+    nothing,
+    of_sums,
+    sizes_of,
+    sums_by,
+)
 from clipsteer.sae.metrics.probe import Probe, consecutive, f_scores, ranked
 from clipsteer.sae.metrics.recorder import PooledCodes
 
 KS = (1, 5, 10, 20, 50, 100)
-
-
-def _nothing(unit: str, why: str) -> Estimate:
-    return Estimate(math.nan, math.nan, math.nan, 0, unit, {"why": why})
 
 
 def areas(ks: Sequence[int]) -> Tensor:
@@ -56,16 +59,16 @@ def sparse_probing(
     known = labels >= 0
     codes, (labels, _) = codes.of_images(known), consecutive(labels[known])
     if len(labels.unique()) < 2:
-        return _nothing("images", "fewer than two classes")
+        return nothing("images", "fewer than two classes")
     test = held_out(codes.images, labels, seed)
     if not bool(test.any()):
-        return _nothing("images", "no class has two images")
+        return nothing("images", "no class has two images")
     train = codes.of_images(~test)
     fitted = labels[~test]
     best = ranked(f_scores(train, fitted), max(ks))
     used = sorted({k for k in ks if k <= len(best)})
     if not used:
-        return _nothing("images", "no feature varies over the training images")
+        return nothing("images", "no feature varies over the training images")
     x = codes.columns(best)
     hits = [Probe(x[~test, :k], fitted).predict(x[test, :k]) == labels[test] for k in used]
     right = torch.stack(hits, 1).double()  # (test, ks)
@@ -96,10 +99,10 @@ def probe_preservation(
     given, made, images = given[known], made[known], images[known]
     labels, names = consecutive(labels[known])
     if len(names) < 2:
-        return _nothing("images", "fewer than two classes")
+        return nothing("images", "fewer than two classes")
     test = held_out(images, labels, seed)
     if not bool(test.any()):
-        return _nothing("images", "no class has two images")
+        return nothing("images", "no class has two images")
     probe = Probe(given[~test], labels[~test])
     own = (probe.predict(given[test]) == labels[test]).double()
     kept = (probe.predict(made[test]) == labels[test]).double()

@@ -2,8 +2,7 @@
 
     FVU = Σ ‖y - ŷ‖² / Σ ‖y - mean y‖²        over all tokens (Gao et al. 2024, arXiv 2406.04093)
 
-Mean and spread by blocks of images, joined by Chan, Golub and LeVeque's update: nothing cancels,
-whatever the mean.
+Mean and spread by blocks of images, which are joined (``clipsteer.sae.spread``).
 """
 
 from __future__ import annotations
@@ -14,14 +13,13 @@ import torch
 from torch import Tensor
 
 from clipsteer.sae.metrics.estimate import BLOCKS, Estimate, blocks_of, interval, ratio
+from clipsteer.sae.spread import Spread
 
 
 class _Part(NamedTuple):
     """Tokens of a block."""
 
-    count: int  # type: ignore[assignment]  # a tuple's method is called so, too
-    mean: Tensor  # (d,) float64
-    spread: float
+    spread: Spread
     error: float
     residual: float  # Σ (y - ŷ)
 
@@ -29,12 +27,7 @@ class _Part(NamedTuple):
 def _joined(a: _Part | None, b: _Part | None) -> _Part | None:
     if a is None or b is None:
         return b if a is None else a
-    total = a.count + b.count
-    delta = b.mean - a.mean
-    apart = float(delta.square().sum()) * a.count * b.count / total
-    mean = a.mean + delta * (b.count / total)
-    spread = a.spread + b.spread + apart
-    return _Part(total, mean, spread, a.error + b.error, a.residual + b.residual)
+    return _Part(a.spread.joined(b.spread), a.error + b.error, a.residual + b.residual)
 
 
 class Reconstruction:
@@ -71,8 +64,8 @@ class Reconstruction:
         made = y_hat.mean(1).float().cpu()
         for i, number in enumerate(images.tolist()):
             b = int(block[i])
-            sums = (float(part[i]) for part in (spread, error, residual))
-            one = _Part(y.shape[1], mean[i], *sums)
+            own = Spread(y.shape[1], mean[i], float(spread[i]))
+            one = _Part(own, float(error[i]), float(residual[i]))
             self.parts[b] = _joined(self.parts[b], one)
             self.images[b] += 1
             self.means[number] = (given[i], made[i])
@@ -88,12 +81,12 @@ class Reconstruction:
         for b, part in enumerate(self.parts):
             if b != without:
                 whole = _joined(whole, part)
-        return float("nan") if whole is None else ratio(whole.error, whole.spread)
+        return float("nan") if whole is None else ratio(whole.error, whole.spread.squares)
 
     def fvu(self) -> Estimate:
         """Fraction of variance unexplained."""
         value = self._fvu()
         without = [self._fvu(b) for b in range(BLOCKS)]
-        tokens = sum(part.count for part in self.parts if part is not None)
+        tokens = sum(part.spread.rows for part in self.parts if part is not None)
         low, high = interval(value, without, self.images.tolist())
         return Estimate(value, low, high, tokens, "tokens", {"explained": 1 - value})

@@ -13,7 +13,7 @@ from clipsteer.clip.model import CLIP
 from clipsteer.clip.pixels import image_batches
 from clipsteer.sae.activations import ActivationStore
 from clipsteer.sae.model import SAE
-from clipsteer.sae.site import clean_passes, find_site, find_target, grid_side
+from clipsteer.sae.site import Looks, find_site, find_target, grid_side
 
 # tokens of a batch, about
 _TOKENS = 4096
@@ -63,10 +63,11 @@ def from_tower(
     arguments as ``evaluate_sae`` has them. With a progress bar."""
     site = find_site(sae, clip, hook_point, tokens)
     target = find_target(sae, clip, site, target_hook_point)
+    look = Looks(clip, site, target)
     seen = 0
     for pixels, labels in image_batches(clip, dataset, batch_size, "metrics"):
         with evaluating(clip):
-            x, y, _ = clean_passes(clip, pixels, site, target)
+            x, y = look(pixels)
         rows = site.select(x)
         images = torch.arange(seen, seen + len(rows))
         seen += len(rows)

@@ -123,11 +123,13 @@ class VisaebenchLocalisation(Localisation):
 
 def _fvu(given: Any) -> Estimate:
     parts = [part for part in given.recorder.reconstruction.parts if part is not None]
-    n = sum(part.count for part in parts)
+    n = sum(part.spread.rows for part in parts)
     if not n:
         return _estimate(math.inf, 0, "tokens")
-    total = sum(part.count * float(part.mean.sum()) for part in parts)
-    squares = sum(part.spread + part.count * float(part.mean.square().sum()) for part in parts)
+    total = squares = 0.0
+    for rows, mean, about_it in (part.spread for part in parts):
+        total += rows * float(mean.sum())
+        squares += about_it + rows * float(mean.square().sum())
     residual = sum(part.residual for part in parts)
     var_x = squares / n - (total / n) ** 2
     var_res = sum(part.error for part in parts) / n - (residual / n) ** 2
@@ -275,3 +277,12 @@ METRICS: dict[str, Callable[[Any], Estimate]] = {
     "absorption": _absorption,
 }
 NAMES = tuple(METRICS)
+# by that package's names
+THEIRS = {
+    "fvu": "fvu",
+    "localization": "localisation",
+    "sparse_probing": "probing",
+    "downstream_preservation": "preservation",
+    "monosemanticity": "monosemanticity",
+    "absorption": "absorption",
+}
