@@ -31,6 +31,7 @@ from clipsteer.sae.features import (
 )
 from clipsteer.sae.judges import Probes, ZeroShot, ratio
 from clipsteer.sae.model import SAE, SAEOutput
+from clipsteer.sae.scatter import Scatter
 from clipsteer.sae.site import (
     Looks,
     Site,
@@ -41,7 +42,6 @@ from clipsteer.sae.site import (
     from_site,
     grid_side,
 )
-from clipsteer.sae.spread import Spread
 
 __all__ = [
     "FeatureStatistics",
@@ -130,7 +130,7 @@ class _Totals:
         self.explained = self.error = 0.0
         # of the prefixes before the last
         self.errors = dict.fromkeys((sae.matryoshka or ())[:-1], 0.0)
-        self.spread: Spread | None = None
+        self.spread: Scatter | None = None
         self.l0: Tensor | None = None
         self.active = torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.W_enc.device)
 
@@ -169,7 +169,7 @@ class _Totals:
         explained = torch.where(error == 0, 1.0, 1 - error / spread)
         self.explained += float(explained.sum())
         self.error += float(error.sum())
-        here = Spread(len(rows), mean, float(spread.sum()))
+        here = Scatter(len(rows), mean, float(spread.sum()))
         self.spread = here if self.spread is None else self.spread.joined(here)
         per_position = torch.cat(l0).reshape(images, positions).double().sum(0)
         if self.l0 is not None and len(self.l0) != positions:

@@ -2,7 +2,7 @@
 
     FVU = Σ ‖y - ŷ‖² / Σ ‖y - mean y‖²        over all tokens (Gao et al. 2024, arXiv 2406.04093)
 
-Mean and spread by blocks of images, which are joined (``clipsteer.sae.spread``).
+Mean and spread by blocks of images, which are joined (``clipsteer.sae.scatter``).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from clipsteer.sae.metrics.estimate import BLOCKS, Estimate, blocks_of, interval, ratio
-from clipsteer.sae.spread import Spread
+from clipsteer.sae.scatter import Scatter
 
 
 class _Part(NamedTuple):
     """Tokens of a block."""
 
-    spread: Spread
+    spread: Scatter
     error: float
     residual: float  # Σ (y - ŷ)
 
@@ -64,7 +64,7 @@ class Reconstruction:
         made = y_hat.mean(1).float().cpu()
         for i, number in enumerate(images.tolist()):
             b = int(block[i])
-            own = Spread(y.shape[1], mean[i], float(spread[i]))
+            own = Scatter(y.shape[1], mean[i], float(spread[i]))
             one = _Part(own, float(error[i]), float(residual[i]))
             self.parts[b] = _joined(self.parts[b], one)
             self.images[b] += 1

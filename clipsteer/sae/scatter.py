@@ -7,17 +7,17 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Spread(NamedTuple):
+class Scatter(NamedTuple):
     """Of some rows."""
 
     rows: int
     mean: Tensor  # (d,) float64
     squares: float  # Σ ‖row - mean‖²
 
-    def joined(self, other: Spread) -> Spread:
+    def joined(self, other: Scatter) -> Scatter:
         """That of both. Chan, Golub and LeVeque's update: nothing cancels, whatever the mean."""
         total = self.rows + other.rows
         delta = other.mean - self.mean
         apart = float(delta.square().sum()) * self.rows * other.rows / total
         mean = self.mean + delta * (other.rows / total)
-        return Spread(total, mean, self.squares + (other.squares + apart))
+        return Scatter(total, mean, self.squares + (other.squares + apart))
