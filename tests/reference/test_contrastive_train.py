@@ -348,7 +348,7 @@ def test_two_and_three_processes_equal_one(folder, data, tmp_path, sizes):
         out = tmp_path / str(size)
         out.mkdir()
         (out / "reference.safetensors").write_bytes((tmp_path / "reference.safetensors").read_bytes())
-        in_processes(out, WORKER, folder, out, json.dumps(cases), size=size, timeout=300)
+        in_processes(WORKER, folder, out, json.dumps(cases), size=size, timeout=300)
         for name in cases:
             logs[size, name] = [json.loads(line) for line in (out / name / "log.jsonl").read_text().splitlines()]
     features = {
