@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -51,6 +51,9 @@ from clipsteer.ensembles.robustness import averages
 from clipsteer.io.files import write_json
 from clipsteer.sae.features import feature_peaks
 from clipsteer.sae.model import SAE
+from clipsteer.sae.site import find_site
+from clipsteer.splice.dictionary import ConceptDictionary
+from clipsteer.steering import Tokens
 
 # multiply-adds of SAE training that two CPU cores do in a minute: what turns --minutes into a
 # number of steps
@@ -127,24 +130,30 @@ def run(
     seed: int = 0,
     model: str = EMOJICLIP,
     pretrained: str | None = None,
+    sae: str | Path | None = None,
+    words: Sequence[str] | None = None,
     data: str | Path | None = None,
     hook_point: str | None = None,
     minutes: float = 1.0,
     max_images: int | None = None,
     device: str = "cpu",
     open_images: Callable[[str | Path], ImageDataset] = open_dataset,
+    clip: CLIP | None = None,
     **setup: Any,
 ) -> Demo:
     """Run the demo into the folder ``out``.
 
-    It leaves report.html, metrics.json, sae/ and, where the images have a few classes,
-    conceptors.safetensors.
+    It leaves report.html, metrics.json, sae/ (but where it is given one) and, where the images have
+    a few classes, conceptors.safetensors.
 
     Args:
         seed: of the SAE, its batches and what is drawn.
         model, pretrained: as in ``clipsteer.load`` (one without a text tower needs ``data`` in
             classes, among which it predicts by their means), and setup its preprocess,
             force_quick_gelu and image_size.
+        sae: one that is trained already, as in ``SAE.from_pretrained``.
+        words: in which features are named, and among which is predicted where the images have no
+            two classes; by default the classes and bundled ones.
         data: as in ``clipsteer.data.open_dataset``; by default the bundled drawings in four cells.
         hook_point: a block's module name; by default the last but one of the image tower.
         minutes: SAE training, in nominal minutes of two CPU cores. It sets the number of steps, so
@@ -153,6 +162,7 @@ def run(
         max_images: at most so many; by default all bundled drawings for EmojiCLIP and 1000
             otherwise.
         open_images: opens ``data``.
+        clip: the model, where it is loaded already.
 
     Raises ValueError for arguments or data that do not fit, RuntimeError where no SAE feature is
     worth a look.
@@ -162,7 +172,8 @@ def run(
     if max_images is not None and max_images < 16:
         raise ValueError(f"demo: max_images must be at least 16, got {max_images}")
     out = Path(out)
-    clip = load(model, pretrained, device=device, **setup)
+    given = None if sae is None else SAE.from_pretrained(sae, device=device)
+    clip = clip or load(model, pretrained, device=device, **setup)
     if data is not None and str(data) == "emoji":
         data = None
     emojiclip = model == EMOJICLIP
@@ -171,33 +182,56 @@ def run(
     if data is None:
         if not clip.has_text:
             raise ValueError(f"demo: {clip.name} has no text tower; {_NEEDS_CLASSES}")
-        pictures = emoji_pictures(limit, emojiclip)
+        pictures = emoji_pictures(limit, emojiclip, words)
     else:
-        pictures = folder_pictures(data, seed, limit or 1000, open_images)
-    hook_point = hook_point or default_hook_point(clip)
+        pictures = folder_pictures(data, seed, limit or 1000, open_images, words)
+    if given is None:
+        site = None
+        hook_point = hook_point or default_hook_point(clip)
+    else:
+        site = find_site(given, clip, hook_point, None)
+        hook_point = site.hook_point
     tokens, embeddings = look(clip, pictures, hook_point)  # (N, T, d), (N, e)
     if clip.has_text:
         # the prompts of a large vocabulary cost a real text tower minutes: one template does
         templates = EMOJI_TEMPLATES if emojiclip else SIMPLE_TEMPLATES
-        head = zero_shot_head(clip, pictures.vocabulary, templates).cpu()  # (V, e)
+        texts = list(dict.fromkeys([*pictures.vocabulary, *pictures.words]))
+        embedded = dict(zip(texts, zero_shot_head(clip, texts, templates).cpu()))
+        head = torch.stack([embedded[text] for text in pictures.vocabulary])  # (V, e)
+        named = torch.stack([embedded[text] for text in pictures.words])  # (W, e)
     else:
+        if words is not None:
+            raise ValueError(f"demo: {clip.name} has no text tower to read words with")
         pictures = _among_classes(pictures, clip.name)
-        head = class_means(pictures, embeddings)
+        head = named = class_means(pictures, embeddings)
     figures: dict[str, Any] = {
         "model": {"name": model, "pretrained": pretrained, "hook_point": hook_point},
         "data": {"path": str(data) if data else "EmojiStyles", "images": len(pictures.dataset)},
         "seed": seed,
         "named_by": "text" if clip.has_text else "class means",
         "vocabulary": len(pictures.vocabulary),
+        "words": len(pictures.words),
     }
     if setup:
         figures["model"]["setup"] = setup
     if pictures.classes is not None:
         figures["zero_shot"] = zero_shot(pictures, embeddings, head[: len(pictures.classes)])
-    sae, history = train(clip, pictures, tokens, hook_point, seed, minutes, out)
-    figures["sae"] = {**sae.config, "evaluation": evaluate(clip, pictures, sae)}
-    predictor = Predictor(clip, sae, hook_point, head)
-    chosen, figures["steering"] = _steer(predictor, pictures, tokens, embeddings)
+    if given is None:
+        trained, history = train(clip, pictures, tokens, hook_point, seed, minutes, out)
+        folder = out / "sae"
+    else:
+        trained, history = given, []
+        folder = Path(str(sae))
+    evaluation = evaluate(clip, pictures, trained, hook_point)
+    figures["sae"] = {**trained.config, "path": str(folder), "evaluation": evaluation}
+    rows = tokens
+    predictor = Predictor(clip, trained, hook_point, head)
+    if site is not None:
+        rows = site.select(tokens)
+        predictor.tokens = cast(Tokens, site.tokens)
+    dictionary = clipsteer.ConceptDictionary(pictures.words, named, embeddings.mean(0))
+    peaks = feature_peaks(trained, rows)  # (N, d_sae)
+    chosen, figures["steering"] = _steer(predictor, pictures, dictionary, peaks, embeddings)
     figures["conceptors"] = demo_conceptors.measure(
         predictor, pictures, tokens, embeddings, bundled, out / "conceptors.safetensors"
     )
@@ -209,32 +243,30 @@ def run(
         figures["continual"] = {"skipped": demo_continual.ELSEWHERE}
     write_json(out / "metrics.json", figures)
     page = demo_page.build(predictor, pictures, figures, history, tokens, embeddings, chosen, out)
-    return Demo(page.write(out / "report.html"), out / "sae", out / "metrics.json", figures)
+    return Demo(page.write(out / "report.html"), folder, out / "metrics.json", figures)
 
 
 def _among_classes(pictures: Pictures, name: str) -> Pictures:
     if pictures.classes is None:
         raise ValueError(f"demo: {name} has no text tower; {_NEEDS_CLASSES}")
-    return replace(pictures, vocabulary=pictures.classes)
+    return replace(pictures, vocabulary=pictures.classes, words=pictures.classes)
 
 
 def _steer(
     predictor: Predictor,
     pictures: Pictures,
-    tokens: Tensor,  # (N, T, d)
+    dictionary: ConceptDictionary,
+    peaks: Tensor,  # (N, d_sae)
     embeddings: Tensor,  # (N, e)
 ) -> tuple[list[Feature], dict[str, Any]]:
     """Probe the features, and study a few: these, and the figures of steering."""
-    N = len(tokens)
+    N = len(peaks)
     # a pass over the probe images for every feature: fewer of both where a pass is dear
-    narrow = tokens.shape[-1] <= 256
+    narrow = predictor.sae.d_in <= 256
     most_features = 256 if narrow else 32
     most_images = 24 if narrow else 8
     rows = spread(pictures.held_out, most_images)
     probed = pixels(predictor.clip, pictures, rows)
-    mean = embeddings.mean(0)
-    dictionary = clipsteer.ConceptDictionary(pictures.vocabulary, predictor.head, mean)
-    peaks = feature_peaks(predictor.sae, tokens)  # (N, d_sae)
     features = describe(peaks, embeddings, dictionary, most_features)
     if not features:
         least, most = few(N)
@@ -242,8 +274,13 @@ def _steer(
             f"demo: no SAE feature is active on {least} to {most} of the {N} images; take more "
             "images (--max-images, --data), or train longer (--minutes)"
         )
-    probe(predictor, pictures, rows, features, PROBE)
+    probe(predictor, pictures, embeddings, rows, features, PROBE)
     chosen = choose(features, 6)
+    if not chosen:
+        raise RuntimeError(
+            f"demo: none of the {len(features)} features that were probed moves a prediction at "
+            f"{PROBE:g} times its peak; look at another --hook-point"
+        )
     studies = []
     for feature in chosen:
         studied = study(predictor, pictures, embeddings, feature, probed)
@@ -251,7 +288,7 @@ def _steer(
     steerable = {PROBE: sum(feature.steerability > STEERABLE for feature in features)}
     for multiple in OTHER_PROBES:
         steerable[multiple] = count_steerable(
-            predictor, pictures, rows, features, multiple, STEERABLE
+            predictor, pictures, embeddings, rows, features, multiple, STEERABLE
         )
     scores = sorted((feature.steerability for feature in features), reverse=True)
     return chosen, {
@@ -335,14 +372,18 @@ def study(
     return {"target": name, "multiples": list(MULTIPLES), "probability": curve}
 
 
-def evaluate(clip: CLIP, pictures: Pictures, sae: SAE) -> dict[str, dict[str, Any]]:
+def evaluate(
+    clip: CLIP, pictures: Pictures, sae: SAE, hook_point: str
+) -> dict[str, dict[str, Any]]:
     """What the SAE preserves, on a part of every group; the classes are the group's own, with one
     prompt each."""
     templates = EMOJI_TEMPLATES[:1] if clip.name == EMOJICLIP else SIMPLE_TEMPLATES
     found = {}
     for group, members in pictures.groups.items():
         dataset = _labelled(pictures, spread(members, _EVALUATED))
-        found[group] = clipsteer.evaluate_sae(sae, clip, dataset, templates=templates)
+        found[group] = clipsteer.evaluate_sae(
+            sae, clip, dataset, hook_point=hook_point, templates=templates
+        )
     return found
 
 

@@ -43,11 +43,14 @@ def build(
     clip = predictor.clip
     sae = predictor.sae
     weights = f" ({clip.pretrained})" if clip.pretrained else ""
+    data = found["data"]
+    images = "the bundled drawings" if data["path"] == "EmojiStyles" else data["path"]
     page = Page(
-        "What a CLIP model sees, and how to steer it",
-        f"{clip.name}{weights}, sparse autoencoder at {predictor.hook_point}",
+        f"{clip.name} on {images}: what it sees, and how to steer it",
+        f"{clip.name}{weights}, {data['images']} images, sparse autoencoder at "
+        f"{predictor.hook_point}",
         footer=f"Made by clipsteer demo, seed {found['seed']}. The figures are in metrics.json, "
-        "the SAE in sae/, the conceptors in conceptors.safetensors.",
+        f"the SAE in {found['sae']['path']}, the conceptors in conceptors.safetensors.",
     )
     page.lead(_headline(found))
     if clip.name == EMOJICLIP:
@@ -78,7 +81,7 @@ def build(
     multiple = found["steering"]["multiple_of_peak"]
     page.section(
         "Do it yourself",
-        *_snippet(clip, predictor.hook_point, chosen[0], multiple, saved / "sae", found),
+        *_snippet(clip, predictor.hook_point, chosen[0], multiple, found),
     )
     return page
 
@@ -126,11 +129,16 @@ def _seeing(
     items = []
     for row, p, index in zip(shown, best.values.tolist(), best.indices.tolist()):
         guess = pictures.vocabulary[index]
-        caption = f"{guess}, {p:.0%}"
-        items.append((pictures.thumb(row), caption, f"{pictures.names[row]}, seen as {guess}"))
+        name = pictures.names[row]
+        caption = f"{name}: seen as {guess}, {p:.0%}"
+        if pictures.truth is not None:
+            # the vocabulary begins with the classes
+            right = int(pictures.truth[row]) == index
+            caption = f"✓ {name}, {p:.0%}" if right else f"✗ {caption}"
+        items.append((pictures.thumb(row), caption, f"{name}, seen as {guess}"))
     size = len(pictures.vocabulary)
     parts.append(text(f"Some images, and what the model takes them for among {size} names:"))
-    return [*parts, figures(items, size="4.6rem")]
+    return [*parts, figures(items, size="6.4rem")]
 
 
 _WAYS = {
@@ -176,7 +184,6 @@ def _snippet(
     hook_point: str,
     feature: Feature,
     multiple: float,
-    saved: Path,
     found: Mapping[str, Any],
 ) -> list[Html]:
     name = repr(clip.name) + (f", {clip.pretrained!r}" if clip.pretrained else "")
@@ -201,7 +208,7 @@ def _snippet(
             "import clipsteer\nfrom clipsteer.clip import load\n"
             f"from clipsteer.data import {source}\n\n"
             f"clip = load({name})\n"
-            f"sae = clipsteer.SAE.from_pretrained({str(saved)!r})\n"
+            f"sae = clipsteer.SAE.from_pretrained({found['sae']['path']!r})\n"
             f"dataset = {maker}\n"
             f"images = {images}\n"
             f"steering = clipsteer.SAESteering(sae, {{{feature.index}: {strength:.1f}}})\n"
