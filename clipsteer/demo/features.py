@@ -180,7 +180,7 @@ def _before_and_after(
         body = []
         for row, before, after in zip(shown, clean, moved):
             image = figures([(pictures.thumb(row), "", pictures.names[row])], size="3.2rem")
-            body.append([image, best(before), best(after)])
+            body.append([image, pictures.names[row], best(before), best(after)])
         return body
 
     first = chosen[0]
@@ -191,10 +191,10 @@ def _before_and_after(
     return cards(
         card(
             f"{_title(first)}, up",
-            table(["image", "seen as", "with the feature up"], up, words=True),
+            table(["image", "it is", "seen as", "with the feature up"], up, words=True),
         ),
         card(
             f"{_title(missed)}, off",
-            table(["image", "seen as", "without the feature"], down, words=True),
+            table(["image", "it is", "seen as", "without the feature"], down, words=True),
         ),
     )

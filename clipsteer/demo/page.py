@@ -37,6 +37,7 @@ def build(
     embeddings: Tensor,  # (N, e)
     chosen: Sequence[Feature],
     saved: Path,
+    sae_folder: Path,
 ) -> Page:
     """The whole page; ``saved`` is the demo's folder. Nothing in it depends on when or how fast the
     demo ran."""
@@ -50,7 +51,7 @@ def build(
         f"{clip.name}{weights}, {data['images']} images, sparse autoencoder at "
         f"{predictor.hook_point}",
         footer=f"Made by clipsteer demo, seed {found['seed']}. The figures are in metrics.json, "
-        f"the SAE in {found['sae']['path']}, the conceptors in conceptors.safetensors.",
+        f"the SAE in {sae_folder}, the conceptors in conceptors.safetensors.",
     )
     page.lead(_headline(found))
     if clip.name == EMOJICLIP:
@@ -81,7 +82,7 @@ def build(
     multiple = found["steering"]["multiple_of_peak"]
     page.section(
         "Do it yourself",
-        *_snippet(clip, predictor.hook_point, chosen[0], multiple, found),
+        *_snippet(clip, predictor.hook_point, chosen[0], multiple, sae_folder, found),
     )
     return page
 
@@ -184,6 +185,7 @@ def _snippet(
     hook_point: str,
     feature: Feature,
     multiple: float,
+    saved: Path,
     found: Mapping[str, Any],
 ) -> list[Html]:
     name = repr(clip.name) + (f", {clip.pretrained!r}" if clip.pretrained else "")
@@ -208,7 +210,7 @@ def _snippet(
             "import clipsteer\nfrom clipsteer.clip import load\n"
             f"from clipsteer.data import {source}\n\n"
             f"clip = load({name})\n"
-            f"sae = clipsteer.SAE.from_pretrained({found['sae']['path']!r})\n"
+            f"sae = clipsteer.SAE.from_pretrained({str(saved)!r})\n"
             f"dataset = {maker}\n"
             f"images = {images}\n"
             f"steering = clipsteer.SAESteering(sae, {{{feature.index}: {strength:.1f}}})\n"

@@ -217,17 +217,18 @@ def _examples(pictures: Pictures, found: Mapping[str, Any]) -> Html:
         for example in found["examples"][way]:
             row = example["row"]
             image = figures([(pictures.thumb(row), "", pictures.names[row])], size="3.2rem")
-            body.append([image, words(*example["before"]), words(*example["after"])])
+            seen = [words(*example[when]) for when in ("before", "after")]
+            body.append([image, pictures.names[row], *seen])
         return body
 
     return cards(
         card(
             f"Keep {name}, on other images",
-            table(["image", "seen as", "steered"], rows("itself"), words=True),
+            table(["image", "it is", "seen as", "steered"], rows("itself"), words=True),
         ),
         card(
             f"NOT {name}, on images of that {found['what']}",
-            table(["image", "seen as", "steered"], rows("not"), words=True),
+            table(["image", "it is", "seen as", "steered"], rows("not"), words=True),
         ),
     )
 

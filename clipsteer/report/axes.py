@@ -37,8 +37,8 @@ def number(value: float) -> str:
 
 
 def _round_step(low: float, high: float) -> float:
-    """Of about four round steps from low to high."""
-    raw = (high - low) / 4
+    """Of about five round steps from low to high."""
+    raw = (high - low) / 5
     step = 10 ** math.floor(math.log10(raw))
     return step * next(m for m in (1, 2, 2.5, 5, 10) if m * step >= raw * 0.999)
 

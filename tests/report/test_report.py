@@ -252,7 +252,7 @@ def test_several_lines_are_named_where_they_end():
     assert sorted(text for *_, text in words) == [f"line {i}" for i in range(6)]
     words.sort(key=lambda word: word[1])
     assert [text for *_, text in words] == [f"line {i}" for i in reversed(range(6))]
-    assert all(b[1] - a[1] >= 12 for a, b in pairwise(words))
+    assert all(b[1] - a[1] >= 11.99 for a, b in pairwise(words))
     assert all(10 <= y <= 186 for _, y, _ in words)
     assert named(1) == named(9) == []
     (_, _, text), _ = named(2, "a name that is much too long {}")
@@ -293,10 +293,10 @@ def test_round_values_are_inside_and_few(low, high):
 
 
 @pytest.mark.parametrize(("scale", "low", "high", "expected"), [
-    ("linear", 0, 1, "0 0.25 0.5 0.75 1"),
+    ("linear", 0, 1, "0 0.2 0.4 0.6 0.8 1"),
     ("log", 0.01, 100, "0.01 0.1 1 10 100"),
     ("log", 0.8, 30, "0.5 1 2 5 10 20 50"),
-    ("log", 3.1, 3.9, "3 3.25 3.5 3.75 4"),
+    ("log", 3.1, 3.9, "3 3.2 3.4 3.6 3.8 4"),
     ("linear", 0.21, 0.93, "0.2 0.4 0.6 0.8 1"),
     ("linear", 0.0, 1e-7, None),
     ("log", 5e-324, 1.7e308, None),
@@ -427,9 +427,9 @@ def test_bands_follow_their_line_and_widen_the_axis():
     assert "<polygon" not in str(Chart("t", Line("s", xs, ys)))
     banded = str(Chart("t", Line("s", xs, ys, band=([0.0, 1.0, NAN], [1.0, 5.0, 9.0]))))
     points = re.search(r'<polygon points="([^"]+)"', banded)[1].split()
-    # two points have both ends: forth along the top, back along the bottom, of an axis from 0 to 6
-    assert [float(p.split(",")[1]) for p in points] == [156.7, 39.3, 156.7, 186.0]
-    assert "from 0 to 6" in banded
+    # two points have both ends: forth along the top, back along the bottom, of an axis from 0 to 5
+    assert [float(p.split(",")[1]) for p in points] == [150.8, 10.0, 150.8, 186.0]
+    assert "from 0 to 5" in banded
     # below all lines, so that none of them pales
     both = str(Chart("t", *(Line(name, xs, ys, band=(ys, [4.0] * 3)) for name in "ab")))
     assert both.rindex("<polygon") < both.index("<polyline")
@@ -535,3 +535,28 @@ def test_markdown_and_csv(tmp_path):
     assert report.markdown_table(["a", "b"], [[1, "x"]]) == ["| a | b |", "| --- | --- |", "| 1 | x |"]
     report.write_csv(tmp_path / "t.csv", [{"a": 1 / 3, "b": "x,y"}, {"a": 2, "b": ""}])
     assert (tmp_path / "t.csv").read_text() == 'a,b\n0.333333,"x,y"\n2,\n'
+
+
+def test_the_page_of_a_run_has_its_curves_and_settings(tmp_path):
+    records = [
+        {"step": s, "loss": 1 / s, "fvu": 0.5 / s, "fvu_24": 0.9 / s, "dead": 0.0, "val/a": s, "val/b": 2.0,
+         "lr": 10.0**-s}
+        for s in range(1, 6)
+    ]  # fmt: skip
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    settings = {"lr": 1e-3, "sizes": (1, 2), "nothing": None}
+    path = report.write_run_page(tmp_path, "A <run>", settings=settings, following="clipsteer x")
+    markup = path.read_text(encoding="utf-8")
+    checker = parse(markup)
+    assert path == tmp_path / "report.html"
+    charts = report.run_charts(records)
+    # what never changes has no curve, how it was learnt comes last
+    assert [chart.title for chart in charts] == ["loss", "fvu", "val", "lr"]
+    assert [len(chart.layers) for chart in charts] == [1, 2, 2, 1]
+    assert charts[3].frame.y.scale == "log"
+    said = "".join(checker.text)
+    for word in ("A <run>", "clipsteer x", "fvu_24: 0.18", "0.001", "1, 2"):
+        assert word in said
+    assert "nothing" not in said
+    (tmp_path / "log.jsonl").unlink()
+    assert "Nothing was logged twice" in report.write_run_page(tmp_path, "t").read_text(encoding="utf-8")
