@@ -38,7 +38,7 @@ FLOORS = (
     ("clip", "losses"),
     ("testing", "report", "data", "training"),
     ("ops", "io"),
-    ("kernels", "assets", "_lazy", "_renamed", "_version"),
+    ("kernels", "assets", "guide", "_lazy", "_renamed", "_version"),
 )
 FLOOR = {wing: number for number, wings in enumerate(FLOORS) for wing in wings}
 

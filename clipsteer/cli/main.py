@@ -80,6 +80,7 @@ def _add(
 # in the order of the help
 PARTS = (
     "demo",
+    "guide",
     "ops",
     "prove",
     "sae",
@@ -100,6 +101,7 @@ def build_parser() -> Command:
         "fast, validated ops.",
         epilog="""start here:
   clipsteer demo                 train an SAE on a small CLIP, steer its features, write a page
+  clipsteer guide                pages to learn from, whose code runs as it stands
   clipsteer env                  what runs on this machine, and why something does not
   clipsteer validate             prove the ops on this machine
   clipsteer sae train --help     your own SAE on your own images""",
