@@ -4,6 +4,7 @@
 
 Every judge sees every wrong twin once, and every right one ``--rights`` times with other seeds: a right one that it
 refuses is a false alarm. The others judge five draws of the size at which the kernel is used; ``prove`` draws its own.
+The same command goes on after a run that ended early.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from benchmarks.proof.kernels import KERNELS
 from clipsteer.testing import bench
 
 
-def measure(rights: int) -> dict[str, Any]:
+def measure(rights: int, part: Path | None = None) -> dict[str, Any]:
+    """Every verdict; those in ``part``, a line each, are of a run that ended early."""
     found: dict[str, list[str]] = {name: [] for name in JUDGES}
     alarms: dict[str, list[str]] = {name: [] for name in JUDGES}
     kernels = [make() for make in KERNELS]
@@ -29,11 +31,19 @@ def measure(rights: int) -> dict[str, Any]:
     twins = [(kernel, name, fast) for kernel in kernels for name, fast in kernel.right.items()]
     work = [(judge, *bug, 0, False) for judge in JUDGES for bug in bugs]
     work += [(judge, *twin, seed, True) for judge in JUDGES for twin in twins for seed in range(rights)]
+    kept: dict[str, bool] = {}
+    if part is not None and part.exists():
+        kept = dict(json.loads(line) for line in part.read_text().splitlines())
     for judge, kernel, name, fast, seed, is_right in tqdm(work, unit="verdict", disable=None):
-        passed = JUDGES[judge](kernel, fast, seed)
-        if is_right and not passed:
+        key = f"{judge}: {kernel.name}: {name}, seed {seed}"
+        if key not in kept:
+            kept[key] = JUDGES[judge](kernel, fast, seed)
+            if part is not None:
+                with part.open("a") as lines:
+                    lines.write(json.dumps([key, kept[key]]) + "\n")
+        if is_right and not kept[key]:
             alarms[judge].append(f"{kernel.name}: {name}, seed {seed}")
-        if not is_right and not passed:
+        if not is_right and not kept[key]:
             found[judge].append(f"{kernel.name}: {name}")
     return {
         "machine": bench.machine("cpu"),
@@ -58,10 +68,14 @@ def main() -> None:
     parser.add_argument("--rights", type=int, default=20, help="times that each right twin is judged")
     parser.add_argument("--out", type=Path, metavar="FILE")
     args = parser.parse_args()
-    results = measure(args.rights)
+    part = None
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
+        part = args.out.with_suffix(".part")
+    results = measure(args.rights, part)
+    if args.out is not None:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
+        args.out.with_suffix(".part").unlink(missing_ok=True)
     missed = sorted(set(results["bugs"]) - set(results["found"]["prove"]))
     sys.stdout.write(table(results) + "\n")
     sys.stdout.write("".join(f"missed by prove: {bug}\n" for bug in missed))

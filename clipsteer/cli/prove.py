@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,18 @@ def _options(p: argparse.ArgumentParser) -> None:
         default=True,
         help="compare gradients too (default)",
     )
+    p.add_argument(
+        "--fused",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="nothing between is rounded to a half (default); --no-fused: every operation is",
+    )
+    p.add_argument(
+        "--products",
+        choices=("exact", "tf32", "bfloat16"),
+        default="exact",
+        help="what operands of products may be rounded to (default: exact)",
+    )
     p.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
 
 
@@ -98,6 +111,7 @@ def _prove(args: argparse.Namespace) -> int:
         seed=args.seed,
         device=args.device,
         gradients=args.gradients,
+        arithmetic=partial(testing.Arithmetic.of, fused=args.fused, products=args.products),
     )
     _text(str(report))
     if args.json is not None:

@@ -371,6 +371,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     common = [f"{name}:plain", "--inputs", f"{name}:cases", "--cases", "10", "--json", "report.json"]
     assert main(["prove", f"{name}:right", *common]) == 0
     assert json.loads((tmp_path / "report.json").read_text())["passed"] is True
+    assert main(["prove", f"{name}:right", *common, "--no-fused", "--products", "tf32"]) == 0
     assert main(["prove", f"{name}:wrong", *common]) == 1
     assert "testing.replay" in capsys.readouterr().out
     assert main(["prove", "nowhere:right", *common]) == 2

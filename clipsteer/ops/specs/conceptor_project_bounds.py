@@ -52,7 +52,11 @@ class Truth:
 
     def apply(self, matrices: Tensor, rows: Tensor) -> Tensor:
         """Each row through its group's matrix."""
-        return (matrices[self.index] @ rows.unsqueeze(-1)).squeeze(-1)
+        out = rows.new_zeros(rows.shape[0], matrices.shape[1])
+        for k in self.index.unique().tolist():
+            own = self.index == k
+            out[own] = rows[own] @ matrices[k].mT
+        return out
 
     def inner(self, lost: float) -> Tensor:
         """What ``lost`` in each of the r numbers makes of a row."""

@@ -47,17 +47,17 @@ def ragged_truth(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """The sums (G, B, d) and their magnitudes in float64, and how many terms each has (G, B, 1)."""
     row, group, limits = _pairs(inputs)
     W = inputs["W_dec"].double()
-    B = len(inputs["offsets"]) - 1
-    shape = (len(limits), B, W.shape[1])
-    truth = torch.zeros(shape, dtype=torch.float64)
-    size = torch.zeros(shape, dtype=torch.float64)
-    terms = torch.zeros(len(limits), B, 1, dtype=torch.float64)
-    values = inputs["values"].double()
-    for p in (row >= 0).nonzero().flatten().tolist():
-        term = values[p] * W[inputs["indices"][p]]
-        truth[group[p] :, row[p]] += term
-        size[group[p] :, row[p]] += term.abs()
-        terms[group[p] :, row[p]] += 1
+    shape = (len(limits), len(inputs["offsets"]) - 1)
+    there = row >= 0
+    place = (group[there], row[there])
+    term = inputs["values"].double()[there, None] * W[inputs["indices"][there]]
+
+    def summed(parts: Tensor) -> Tensor:
+        """Of each row the parts in each prefix, which holds all shorter ones."""
+        zeros = torch.zeros(*shape, parts.shape[1], dtype=torch.float64)
+        return zeros.index_put(place, parts, accumulate=True).cumsum(0)
+
+    truth, size, terms = summed(term), summed(term.abs()), summed(torch.ones_like(term[:, :1]))
     return truth, size, terms
 
 
@@ -81,21 +81,18 @@ def _check_grads(inputs: Inputs, outputs: Tensors, grad_out: Tensors, grads: Ten
     # the tails themselves are sums that are rounded, to the values' dtype
     tail_sizes = g.abs().flip(0).cumsum(0).flip(0)
     values = inputs["values"].double()
-    m = len(values)
-    dots = torch.zeros(m, dtype=torch.float64)
-    dot_sizes = torch.zeros(m, dtype=torch.float64)
-    d_W = torch.zeros(n, d, dtype=torch.float64)
-    size = torch.zeros(n, d, dtype=torch.float64)
-    terms = torch.zeros(n, 1, dtype=torch.float64)
-    for p in (row >= 0).nonzero().flatten().tolist():
-        i = int(inputs["indices"][p])
-        tail = tails[group[p], row[p]]
-        tail_size = tail_sizes[group[p], row[p]]
-        dots[p] = tail @ W[i]
-        dot_sizes[p] = tail_size @ W[i].abs()
-        d_W[i] += values[p] * tail
-        size[i] += values[p].abs() * tail_size
-        terms[i] += 1
+    there = row >= 0
+    index = inputs["indices"][there]
+    tail = tails[group[there], row[there]]
+    tail_size = tail_sizes[group[there], row[there]]
+    dots = torch.zeros_like(values)
+    dot_sizes = torch.zeros_like(values)
+    dots[there] = (tail * W[index]).sum(-1)
+    dot_sizes[there] = (tail_size * W[index].abs()).sum(-1)
+    zeros = torch.zeros(n, d, dtype=torch.float64)
+    d_W = zeros.index_add(0, index, values[there, None] * tail)
+    size = zeros.index_add(0, index, values[there, None].abs() * tail_size)
+    terms = torch.bincount(index, minlength=n).double().unsqueeze(-1)
     # a sum of G terms, each rounded to the dtype of the gradient
     extra = 0.0 if groups == 1 else (groups - 1) * torch.finfo(inputs["values"].dtype).eps / 2
     return {

@@ -39,13 +39,18 @@ class Bounded:
         if not dtype.is_floating_point:
             return self.error
         info = torch.finfo(dtype)
-        reach = self.value.abs() + self.error
-        held = (self.error == 0) & (self.value.to(dtype).double() == self.value)
-        last = UNIT[dtype] * reach + info.smallest_normal * info.eps
-        total = self.error + last.masked_fill_(held, 0.0)
-        if reach.numel() == 0 or bool(reach.amax() * (1 + UNIT[dtype]) <= info.max):
-            return total
-        return torch.where(reach * (1 + UNIT[dtype]) <= info.max, total, _beyond(self.value))
+        unit = UNIT[dtype]
+        last = self.value.abs().add_(self.error).mul_(unit).add_(info.smallest_normal * info.eps)
+        # far below the largest number, where nothing is beyond it
+        near = last.numel() == 0 or bool(last.amax() <= unit * info.max / 4)
+        if last.numel() and not bool(self.error.amin() > 0):
+            held = (self.error == 0) & (self.value.to(dtype).double() == self.value)
+            last.masked_fill_(held, 0.0)
+        last += self.error
+        if near:
+            return last
+        reach = (self.value.abs() + self.error) * (1 + unit)
+        return torch.where(reach <= info.max, last, _beyond(self.value))
 
     def fraction(self, result: Tensor, limit: Tensor | None = None) -> Tensor:
         """|result - value| over the bound, elementwise; infinite where a rule without tolerance is
@@ -109,7 +114,7 @@ def bound(
             taken to float64.
         dtype: of the results to be judged; by default the first floating input's.
         arithmetic: of what lies between (``Arithmetic.of``): by default float32 for halves and
-            float32, with exact operands of products.
+            float32, with exact inputs and exact operands of products.
         grad_outputs: one for each output (None: none), exact too, or what makes them of the
             outputs. With them the gradients of all floating inputs that the reference can give are
             bounded as well.
@@ -131,6 +136,11 @@ def bound(
         dtype = next(iter(floating.values())).dtype
     mode = ErrorBounds(arithmetic or Arithmetic.of(dtype))
     given, wide = _in_float64(inputs, grad_outputs is not None)
+    for t in wide.values():
+        if mode.arithmetic.given:
+            mode.attach(t, t.detach().abs() * mode.arithmetic.given)
+        else:
+            mode.exact(t)
     with mode, sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(grad_outputs is not None):
         several = _several(reference(**given))
         found = tuple(_bounded(mode, t) for t in several)
@@ -139,7 +149,7 @@ def bound(
         if callable(grad_outputs):
             grad_outputs = grad_outputs(tuple(output.value for output in found))
         with mode:
-            grads = _gradients(several, wide, grad_outputs)
+            grads = _gradients(several, wide, grad_outputs, mode.exact)
             gradients = {name: _bounded(mode, grad) for name, grad in grads.items()}
     if mode.undecided:
         for part in (*found, *gradients.values()):
@@ -187,16 +197,19 @@ def _bounded(mode: ErrorBounds, t: Tensor) -> Bounded:
 
 
 def _gradients(
-    outputs: Outputs, inputs: dict[str, Tensor], grad_outputs: Cotangents
+    outputs: Outputs,
+    inputs: dict[str, Tensor],
+    grad_outputs: Cotangents,
+    mark: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> dict[str, Tensor]:
-    """Of all inputs that have one."""
+    """Of all inputs that have one; ``mark`` is told of the cotangents."""
     taken = [(t, g) for t, g in zip(outputs, grad_outputs) if g is not None and t.requires_grad]
     if not taken:
         return {}
     grads = torch.autograd.grad(
         [t for t, _ in taken],
         list(inputs.values()),
-        [g.cpu().double() for _, g in taken],
+        [mark(g.cpu().double()) for _, g in taken],
         allow_unused=True,
     )
     return {name: grad for name, grad in zip(inputs, grads) if grad is not None}

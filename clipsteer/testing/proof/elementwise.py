@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsteer.testing.proof.arithmetic import FUNCTION
+from clipsteer.testing.proof.arithmetic import ARGUMENT, FUNCTION
 from clipsteer.testing.proof.mode import ErrorBounds, Pair, rule
 
 Unary = Callable[[Tensor, Tensor, Tensor], Tensor]  # of argument, its error and the value
 
 
 def operand(bounds: ErrorBounds, t: Any) -> tuple[Tensor, Tensor]:
-    """A float64 tensor and its errors; a number is exact."""
-    value = t if isinstance(t, Tensor) else torch.tensor(t)
+    """A float64 tensor and its errors."""
+    value = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
     return value.double(), bounds.error(t)
 
 
@@ -34,15 +34,17 @@ def _add(bounds: ErrorBounds, func: Any, a: Any, b: Any, *, alpha: Any = 1) -> A
     value = func(a, b, alpha=alpha)
     if not value.is_floating_point():
         return integers(bounds, value, a, b)
-    _, error_a = operand(bounds, a)
-    _, error_b = operand(bounds, b)
-    if func.overloadpacket.__name__ == "rsub":
-        error = error_b + abs(alpha) * error_a
-    else:
-        error = error_a + abs(alpha) * error_b
-    error = error.expand(value.shape)
-    roundings = 1 if is_power_of_two(alpha) else 2
-    return Pair(value, bounds.arithmetic.rounded(value, error, roundings))
+    scaled, other = (a, b) if func.overloadpacket.__name__ == "rsub" else (b, a)
+    error = bounds.step(scaled)
+    if error is not None and alpha != 1:
+        error = abs(alpha) * error
+    if bounds.step(alpha) is not None:
+        lost = operand(bounds, scaled)[0].abs() * bounds.error(alpha)
+        error = lost if error is None else error + lost
+    more = bounds.step(other)
+    if more is not None:
+        error = more if error is None else error + more
+    return bounds.rounded(value, error, 1 if is_power_of_two(alpha) else 2)
 
 
 @rule("mul")
@@ -50,20 +52,26 @@ def _mul(bounds: ErrorBounds, func: Any, a: Any, b: Any) -> Any:
     value = func(a, b)
     if not value.is_floating_point():
         return integers(bounds, value, a, b)
-    x, error_x = operand(bounds, a)
-    y, error_y = operand(bounds, b)
-    # of what is exact there is no part
-    error = torch.zeros((), dtype=torch.float64)
-    if not bounds.is_exact(b):
-        error = (x.abs() + error_x) * error_y
-    if not bounds.is_exact(a):
-        error = error + y.abs() * error_x
-    scaled = any(not isinstance(t, Tensor) or t.dim() == 0 for t in (a, b))
-    if scaled and any(
-        is_power_of_two(t) for t in (a, b) if not isinstance(t, Tensor) or t.dim() == 0
-    ):
-        return Pair(value, error.expand(value.shape))
-    return Pair(value, bounds.arithmetic.rounded(value, error.expand(value.shape)))
+    error = multiplied(bounds, a, b)
+    numbers = [t for t in (a, b) if not isinstance(t, Tensor) or t.dim() == 0]
+    if any(is_power_of_two(t) for t in numbers if bounds.step(t) is None):
+        return Pair(value, error)
+    return bounds.rounded(value, error)
+
+
+def multiplied(bounds: ErrorBounds, a: Any, b: Any) -> Tensor | None:
+    """What the factors' errors make of products; None where they are exact."""
+    step_a, step_b = bounds.step(a), bounds.step(b)
+    error = None
+    if step_b is not None:
+        error = operand(bounds, a)[0].abs()
+        if step_a is not None:
+            error = error + step_a
+        error = error * step_b
+    if step_a is not None:
+        lost = operand(bounds, b)[0].abs() * step_a
+        error = lost if error is None else error + lost
+    return error
 
 
 @rule("div", "true_divide")
@@ -73,10 +81,10 @@ def _div(bounds: ErrorBounds, func: Any, a: Any, b: Any, **options: Any) -> Any:
         return integers(bounds, value, a, b)
     _, error_x = operand(bounds, a)
     y, error_y = operand(bounds, b)
-    error = quotient(bounds, value, error_x, y, error_y)
-    if is_power_of_two(b) and not bool(error_y.any()):
-        return Pair(value, error)
-    return Pair(value, bounds.arithmetic.rounded(value, error))
+    if bounds.is_exact(b) and bool((y != 0).all()):
+        error = None if bounds.step(a) is None else error_x / y.abs()
+        return Pair(value, error) if is_power_of_two(b) else bounds.rounded(value, error)
+    return bounds.rounded(value, quotient(bounds, value, error_x, y, error_y))
 
 
 def quotient(
@@ -120,9 +128,9 @@ def _steps(bounds: ErrorBounds, func: Any, *arguments: Any, **options: Any) -> A
 @rule("eq", "ne", "lt", "le", "gt", "ge")
 def _compare(bounds: ErrorBounds, func: Any, a: Any, b: Any) -> Any:
     value = func(a, b)
-    error = bounds.error(a) + bounds.error(b)
-    if not bool(error.any()):
+    if bounds.is_exact(a) and bounds.is_exact(b):
         return value
+    error = bounds.error(a) + bounds.error(b)
     left, _ = operand(bounds, a)
     right, _ = operand(bounds, b)
     if a is b:
@@ -174,7 +182,9 @@ def _where(bounds: ErrorBounds, func: Any, condition: Tensor, a: Any, b: Any) ->
 
 @rule("masked_fill")
 def _masked_fill(bounds: ErrorBounds, func: Any, x: Tensor, mask: Tensor, filled: Any) -> Any:
-    return _where(bounds, torch.ops.aten.where.self, mask, torch.as_tensor(filled).to(x), x)
+    return _where(
+        bounds, torch.ops.aten.where.self, mask, torch.as_tensor(filled, dtype=x.dtype), x
+    )
 
 
 @rule("maximum", "minimum")
@@ -193,14 +203,14 @@ def _clamp(bounds: ErrorBounds, func: Any, x: Tensor, *limits: Any, **named: Any
     value = func(x, *limits, **named)
     if not value.is_floating_point():
         return integers(bounds, value, x, *limits)
-    error = bounds.error(x)
-    for limit in (*limits, *named.values()):
-        if isinstance(limit, Tensor):
-            error = torch.maximum(error, bounds.error(limit))
-    # a value that stays cut off has no error
     step = bounds.error(x)
+    of_limits = torch.zeros((), dtype=torch.float64)
+    for limit in (*limits, *named.values()):
+        of_limits = torch.maximum(of_limits, bounds.error(limit))
+    # a value that stays cut off has the error of its limit
     same = func(x - step, *limits, **named) == func(x + step, *limits, **named)
-    return Pair(value, torch.where(same & (error == step), 0.0, error))
+    cut = torch.where((value == x) & (step == 0), 0.0, of_limits)
+    return Pair(value, torch.where(same, cut, torch.maximum(step, of_limits)))
 
 
 @rule("neg", "abs", "conj", "alias_copy")
@@ -218,6 +228,26 @@ def _threshold_backward(
     error = torch.where(x > threshold, bounds.error(grad), 0.0)
     doubtful = (step > 0) & ((x - threshold).abs() <= step)
     return Pair(value, torch.where(doubtful, grad.abs() + bounds.error(grad), error))
+
+
+@rule("elu_backward")
+def _elu_backward(
+    bounds: ErrorBounds,
+    func: Any,
+    grad: Tensor,
+    alpha: float,
+    scale: float,
+    input_scale: float,
+    is_result: bool,
+    x: Tensor,
+) -> Any:
+    """Of the argument or of the result, whose distance from the lower end is off by a rounding."""
+    with bounds:
+        below = grad * (alpha * scale * input_scale)
+        curve = x + alpha * scale if is_result else (x * input_scale).exp() * (alpha * scale)
+        found = torch.where(x <= 0, grad * input_scale * curve, grad * scale)
+    more = below.abs().mul_(2 * bounds.arithmetic.unit).masked_fill_(x > 0, 0.0)
+    return Pair(found, bounds.error(found) + more)
 
 
 def _exp(x: Tensor, step: Tensor, value: Tensor) -> Tensor:
@@ -292,6 +322,7 @@ def _by_one(x: Tensor, step: Tensor, value: Tensor) -> Tensor:
 # What is held to an absolute error: libraries take polynomials that are so good only. Of erf: 2.5
 # roundings of formula 7.1.26 of Abramowitz and Stegun, 9 of its three factors, 1 of its sum.
 _ABSOLUTE = ("erf", "sin", "cos")
+_OF_EXP = ("exp", "exp2", "expm1", "sigmoid", "tanh")
 # what the argument's error makes of each, and the roundings of the function
 UNARY: dict[str, tuple[Unary, int]] = {
     "exp": (_exp, FUNCTION),
@@ -316,28 +347,49 @@ UNARY: dict[str, tuple[Unary, int]] = {
 @rule(*UNARY)
 def _unary(bounds: ErrorBounds, func: Any, x: Tensor) -> Any:
     value = func(x.double() if not x.is_floating_point() else x)
-    step = bounds.error(x)
     name = func.overloadpacket.__name__
     derived, roundings = UNARY[name]
-    error = derived(x.double(), step, value)
-    error = error.masked_fill(step == 0, 0.0).nan_to_num_(nan=math.inf, posinf=math.inf)
-    if error.numel() and bool(error.amax().isinf()):
-        bounds.lose(f"{name} where its argument may leave its domain")
+    step = bounds.step(x)
+    if name in _OF_EXP:
+        of_argument = x.abs().double().mul_(ARGUMENT * bounds.arithmetic.unit)
+        of_argument.nan_to_num_(nan=0.0, posinf=0.0)
+        step = of_argument if step is None else of_argument.add_(step)
+    error = None
+    if step is not None:
+        error = derived(x.double(), step, value)
+        if not bounds.is_inexact(x):
+            error = error.masked_fill(step == 0, 0.0)
+        if error.numel() and not bool(error.amax() < math.inf):
+            error = error.nan_to_num(nan=math.inf, posinf=math.inf)
+            bounds.lose(f"{name} where its argument may leave its domain")
     least = 1.0 if name in _ABSOLUTE else 0.0
-    return Pair(value, bounds.arithmetic.rounded(value, error, roundings, least))
+    return bounds.rounded(value, error, roundings, least)
 
 
 @rule("pow")
 def _pow(bounds: ErrorBounds, func: Any, x: Any, exponent: Any) -> Any:
     value = func(x, exponent)
-    if not isinstance(x, Tensor) or isinstance(exponent, Tensor):
-        if bounds.is_exact(x) and bounds.is_exact(exponent):
-            return Pair(value, bounds.arithmetic.rounded(value, torch.zeros_like(value), FUNCTION))
+    step = bounds.error(x)
+    if not isinstance(exponent, Tensor) and exponent == 2:
+        error = None if bounds.step(x) is None else 2 * x.abs() * step + step * step
+        return bounds.rounded(value, error)
+    base, _ = operand(bounds, x)
+    power, lost = operand(bounds, exponent)
+    # as exp of a multiple of log, where it is not of multiplications and roots
+    roundings = FUNCTION
+    if not isinstance(exponent, Tensor) and float(2 * exponent).is_integer():
+        roundings = max(FUNCTION, int(abs(exponent)) + 3)
+    else:
+        lost = lost + power.abs() * ((FUNCTION + ARGUMENT) * bounds.arithmetic.unit)
+    along = None
+    if bool(lost.any()):
+        along = (lost * base.abs().log().abs()).expm1() * value.abs()
+        along = along.nan_to_num(nan=0.0, posinf=math.inf)  # 0 to a power is 0, or infinite
+    if bounds.is_exact(x):
+        return bounds.rounded(value, along, roundings)
+    if isinstance(exponent, Tensor):
         bounds.lose("pow of two tensors with errors")
         return Pair(value, torch.full_like(value, math.inf))
-    step = bounds.error(x)
-    if exponent == 2:
-        return Pair(value, bounds.arithmetic.rounded(value, 2 * x.abs() * step + step * step))
     # the two ends, as a power is monotone on either side of 0
     least = (x.abs() - step).clamp_min(0)
     most = x.abs() + step
@@ -349,4 +401,4 @@ def _pow(bounds: ErrorBounds, func: Any, x: Any, exponent: Any) -> Any:
         # across 0 the sign turns
         ends = torch.where(x.abs() < step, func(most, exponent) + size, ends)
     error = torch.where(step == 0, 0.0, ends).nan_to_num(nan=math.inf, posinf=math.inf)
-    return Pair(value, bounds.arithmetic.rounded(value, error, FUNCTION))
+    return bounds.rounded(value, error if along is None else error + along, roundings)

@@ -43,6 +43,7 @@ def _move(bounds: ErrorBounds, func: Any, *args: Any, **kwargs: Any) -> Any:
             return value
         given = zip(func._schema.arguments, args)
         marks = [_mark(bounds, a) if known.name in ("self", "value") else a for known, a in given]
+        kwargs = {k: _mark(bounds, a) if k == "value" else a for k, a in kwargs.items()}
         return Pair(value, func(*marks, **kwargs))
     pair = moved(bounds, func, args, kwargs)
     if pair.error is None and any(not bounds.is_exact(t) for t in args if isinstance(t, Tensor)):
@@ -53,8 +54,9 @@ def _move(bounds: ErrorBounds, func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _mark(bounds: ErrorBounds, given: Any) -> Any:
-    """The error of a tensor, or of a number, which is exact."""
-    return bounds.error(given).contiguous() if isinstance(given, Tensor) else 0.0
+    """The error of a tensor, or of a number."""
+    error = bounds.error(given)
+    return error.contiguous() if isinstance(given, Tensor) else error.item()
 
 
 @rule("_to_copy", "to")
@@ -128,7 +130,7 @@ def _index(bounds: ErrorBounds, func: Any, x: Tensor, indices: Any) -> Any:
 @rule("scatter")
 def _scatter(bounds: ErrorBounds, func: Any, x: Tensor, dim: int, index: Tensor, src: Any) -> Any:
     value = func(x, dim, index, src)
-    marks = bounds.error(src).contiguous() if isinstance(src, Tensor) else 0.0
+    marks = _mark(bounds, src)
     error = func(bounds.error(x).contiguous(), dim, index, marks)
     doubt = _doubted(bounds, index)
     if doubt is not None:

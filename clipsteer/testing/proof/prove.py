@@ -129,7 +129,7 @@ def replay(
     scale: float = 1.0,
     device: str = "cpu",
     gradients: bool = True,
-    arithmetic: Arithmetic | None = None,
+    arithmetic: Arithmetic | Callable[[torch.dtype], Arithmetic] | None = None,
 ) -> Findings:
     """One case of ``prove`` again: the worst of every output and gradient."""
     if property not in PROPERTIES:
@@ -149,7 +149,7 @@ def prove(
     seed: int = 0,
     device: str = "cpu",
     gradients: bool = True,
-    arithmetic: Arithmetic | None = None,
+    arithmetic: Arithmetic | Callable[[torch.dtype], Arithmetic] | None = None,
 ) -> Report:
     """Hold a fast function to a plain torch definition, by bounds that nobody has to derive.
 
@@ -169,8 +169,13 @@ def prove(
             the definition has it), "repeats" (bit for bit).
         cases: for each property and dtype.
         gradients: compare those of all floating inputs as well.
-        arithmetic: that is allowed between (``Arithmetic.of``): by default nothing is rounded to a
-            half before the end.
+        arithmetic: that is allowed between inputs and outputs, or what makes it of a dtype. The
+            default, ``Arithmetic.of``, is that of one kernel: sums in float32, nothing rounded to a
+            half before the end. A chain of operators, each of which writes its result in a half (as
+            eager torch in bfloat16 does), is refuted by that; it is to be judged by
+            ``functools.partial(Arithmetic.of, fused=False)``, which rounds after every operation of
+            the reference. ``products="tf32"`` or ``"bfloat16"`` lets tensor cores round operands,
+            ``inputs=torch.bfloat16`` a kernel its inputs, ``accumulate=`` sums be of another dtype.
 
     Returns:
         ``Report``; its text names, for each failure, output, element, sizes and the call that

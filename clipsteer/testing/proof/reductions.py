@@ -9,14 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipsteer.testing.proof.arithmetic import ARGUMENT, FUNCTION
 from clipsteer.testing.proof.mode import ErrorBounds, Pair, Ranked, rule
 
 aten = torch.ops.aten
+# of more numbers some are looked at before all
+_FEW = 256
 
 
 def whole(t: Tensor) -> bool:
     """Whether all numbers are integers."""
-    return not t.is_floating_point() or bool((t == t.round()).all())
+    if not t.is_floating_point():
+        return True
+    if t.dim() and t.numel() > _FEW and not whole(t[0]):
+        return False
+    return bool((t == t.round()).all())
 
 
 def _count(shape: Sequence[int], dims: Any) -> int:
@@ -38,15 +45,18 @@ def _sum(
             return value
         return Pair(value, torch.full_like(value, math.inf, dtype=torch.float64))
     value = func(x, *given, **named)
-    step = bounds.error(x)
-    error = func(step, *given, **named)
-    size = func(x.abs() + step, *given, **named)
+    step = bounds.step(x)
+    size = func(x.abs(), *given, **named)
+    error = torch.zeros_like(size)
+    if step is not None:
+        error = func(step, *given, **named)
+        size += error
     terms = _count(x.shape, dims)
     name = func.overloadpacket.__name__
-    exact = torch.tensor(whole(x) and name != "mean")
+    exact = torch.tensor(name != "mean" and not bounds.is_inexact(x) and whole(x))
     error = bounds.arithmetic.summed(size, error, max(terms - 1, 0), exact)
     if name == "mean":
-        error = bounds.arithmetic.rounded(value, error)
+        return bounds.rounded(value, error)
     return Pair(value, error)
 
 
@@ -78,12 +88,35 @@ def _spread(
         return spread, (mean if keepdim else mean.reshape(spread.shape))
 
 
+@rule("_softmax", "_log_softmax")
+def _softmax(bounds: ErrorBounds, func: Any, x: Tensor, dim: int, half_to_float: bool) -> Any:
+    """In the groupings that are usual: less the largest or less logsumexp, by exp or by exp2 of
+    what is multiplied by log2(e) before the difference or after."""
+    if x.numel() == 0:
+        return Pair(func(x, dim, False))
+    unit = bounds.arithmetic.unit
+    with bounds:
+        top = x.amax(dim, keepdim=True)
+        off = x - top
+    # of both their multiples, and of a logsumexp: its sum of logarithm and maximum
+    terms = x.shape[dim] if x.dim() else 1
+    more = (x.abs() + top.abs()) * ((ARGUMENT + 1) * unit)
+    more = more.masked_fill_(~more.isfinite(), 0.0).add_((FUNCTION + 1) * unit * math.log(terms))
+    bounds.attach(off, bounds.error(off) + (more if terms > 1 else 0.0))
+    with bounds:
+        powers = off.exp()
+        total = powers.sum(dim, keepdim=True)
+        if func.overloadpacket.__name__ == "_softmax":
+            return powers / total
+        return off - total.log()
+
+
 @rule("prod")
 def _prod(bounds: ErrorBounds, func: Any, x: Tensor, *given: Any, **named: Any) -> Any:
     value = func(x, *given, **named)
     size = func(x.abs() + bounds.error(x), *given, **named)
     terms = _count(x.shape, given[0] if given else None)
-    return Pair(value, bounds.arithmetic.rounded(value, size - value.abs(), max(terms, 1)))
+    return bounds.rounded(value, size - value.abs(), max(terms, 1))
 
 
 def product(
@@ -98,13 +131,15 @@ def product(
     number that each sum may begin with."""
     value = func(a, b)
     arithmetic = bounds.arithmetic
-    step_a, step_b = bounds.error(a), bounds.error(b)
-    plain = func(a.abs(), b.abs())
-    size, error = plain, torch.zeros_like(plain)
-    if bool(step_a.any()) or bool(step_b.any()):
-        size = func(a.abs() + step_a, b.abs() + step_b)
-        # the difference itself would cancel
-        error = func(step_a.contiguous(), b.abs() + step_b) + func(a.abs(), step_b.contiguous())
+    step_a, step_b = bounds.step(a), bounds.step(b)
+    size = func(a.abs(), b.abs())
+    error = torch.zeros_like(size)
+    if step_b is not None:
+        error = func(a.abs(), step_b.contiguous())
+    if step_a is not None:
+        most = b.abs() if step_b is None else b.abs() + step_b
+        error = error + func(step_a.contiguous(), most)
+    size = size + error
     if arithmetic.operand:
         error = error + arithmetic.operand * size
     exact = torch.tensor(whole(a) and whole(b))

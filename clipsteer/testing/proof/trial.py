@@ -110,12 +110,18 @@ class Trial:
         return run(self.subject.fast, self.drawn, leaves, given, device=device, arrange=arrange)
 
     @cached_property
+    def ran(self) -> Ran:
+        """The first run, of inputs as they were drawn."""
+        return self.run()
+
+    @cached_property
     def _judged(self) -> list[tuple[Ran, Findings]]:
         return []
 
     def findings(self, arrange: Arrange = Tensor.clone, gradients: bool = True) -> Findings:
         """Every output and gradient beside its bound. What was judged before is not again."""
-        ran = self.run(arrange, gradients)
+        as_drawn = arrange is Tensor.clone and gradients
+        ran = self.ran if as_drawn else self.run(arrange, gradients)
         for earlier, findings in self._judged:
             if _equal(earlier, ran):
                 return findings
@@ -167,7 +173,7 @@ def repeats(trial: Trial) -> Findings:
     """Runs agree bit for bit."""
     subject = trial.subject
     with _threads(None if None in subject.again else 1):
-        first = trial.run()
+        first = trial.ran if None in subject.again else trial.run()
         names = subject.names(first)
         found = {name: Finding(0.0) for name in (*names, *(f"d {n}" for n in first.gradients))}
         for count in subject.again:
