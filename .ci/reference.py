@@ -3,8 +3,9 @@
     pip install '.[docs]'
     python .ci/reference.py [FOLDER]
 
-Writes HTML pages of every public module (default: into site/, which git ignores). Fails on what
-pdoc warns of, and on a name between double backquotes that is said to be clipsteer's and is not.
+Writes HTML pages of the guides and of every public module (default: into site/, which git ignores).
+Fails on what pdoc warns of, and on a name between double backquotes, or in a guide, that is said to
+be clipsteer's and is not.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Any, get_type_hints
 import pdoc
 
 import clipsteer
+from clipsteer import guide
+from clipsteer.report.page import Html, Page
 
 # not for others to call: the command line, kernels behind the ops, what tests and validate read
 LEFT_OUT = re.compile(r".*\._|clipsteer\.(cli|demo|kernels|assets|ops\.specs)(\.|$)")
@@ -107,12 +110,22 @@ def main() -> None:
             for where, text in docstrings(name)
             for found in unresolved(text)
         ]
+    for name in guide.NAMES:
+        spoken = guide.read(name).replace("```", "").replace("`", "``")
+        broken += [f"guide {name}: ``{found}``" for found in unresolved(spoken)]
     if broken:
         sys.exit("names that lead nowhere:\n" + "\n".join(broken))
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "site")
     pdoc.render.configure(docformat="google", footer_text=f"clipsteer {clipsteer.__version__}")
     pdoc.pdoc(*names, output_directory=folder)
+    for name in guide.NAMES:
+        # the page's own heading is its first line
+        _, _, text = guide.read(name).partition("\n")
+        page = Page(guide.title(name), footer=f"clipsteer {clipsteer.__version__}")
+        page.lead(Html(pdoc.render_helpers.to_html(text)))
+        page.write(folder / "guide" / f"{name}.html")
     print(f"{len(names)} modules: {folder / 'clipsteer.html'}")
+    print(f"{len(guide.NAMES)} guides: {folder / 'guide'}")
 
 
 if __name__ == "__main__":
