@@ -122,7 +122,8 @@ def main() -> None:
         # the page's own heading is its first line
         _, _, text = guide.read(name).partition("\n")
         page = Page(guide.title(name), footer=f"clipsteer {clipsteer.__version__}")
-        page.lead(Html(pdoc.render_helpers.to_html(text)))
+        words = pdoc.render_helpers.to_html(text)
+        page.lead(Html(f'<div class="words">{words}</div>'))
         page.write(folder / "guide" / f"{name}.html")
     print(f"{len(names)} modules: {folder / 'clipsteer.html'}")
     print(f"{len(guide.NAMES)} guides: {folder / 'guide'}")
