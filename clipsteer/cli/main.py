@@ -89,6 +89,7 @@ PARTS = (
     "train",
     "cil",
     "splice",
+    "align",
 )
 
 
