@@ -99,13 +99,15 @@ def _box(transform: Any, size: tuple[int, int] | None) -> Box:
 
 
 def layers_of(clip: CLIP, patterns: Sequence[str]) -> list[str]:
-    """The modules that patterns match, each once, in the order of the patterns.
+    """The modules that patterns match, each once, in the order of the patterns; of a pattern that
+    matches modules of both towers those of the image tower.
 
     Raises ValueError for a pattern that matches none.
     """
     names = []
     for pattern in patterns:
-        names += [EMBEDDING] if pattern == EMBEDDING else match("align", clip, pattern)
+        found = [EMBEDDING] if pattern == EMBEDDING else match("align", clip, pattern)
+        names += [name for name in found if name.startswith("visual.")] or found
     return list(dict.fromkeys(names))
 
 
