@@ -110,7 +110,9 @@ def main() -> None:
         out = args.work / args.out.name / score
         compared = align(clip, None, images, out=out, config=config, saes=saes)
         body[score] = {**figures(compared), "seconds": time.process_time() - began}
-        heat_map(compared, "A", "A").write(args.out.with_name(f"{args.out.name}_{score}.svg"))
+        for above, end in ((False, ""), (True, "_above_chance")):
+            chart = heat_map(compared, "A", "A", above_chance=above)
+            chart.write(args.out.with_name(f"{args.out.name}_{score}{end}.svg"))
         write_json(file, body)
         sys.stdout.write(f"{score}: {body[score]['neighbours agree most']:.3f} of the blocks\n")
         sys.stdout.flush()

@@ -27,13 +27,14 @@ def short_names(layers: Sequence[Layer]) -> list[str]:
     return [".".join(p[shared:]) for p in parts]
 
 
-def heat_map(compared: Compared, rows: str, columns: str) -> Chart:
-    """GRI of every layer of one model with every layer of another."""
-    matrix = compared.matrix(rows, columns)
-    values = [[found.value for found in line] for line in matrix]
-    apart = [v for line in values for v in line if v < 1]
+def heat_map(compared: Compared, rows: str, columns: str, *, above_chance: bool = False) -> Chart:
+    """GRI of every layer of one model with every layer of another, or how far it is above
+    chance."""
+    values = []
+    for line in compared.matrix(rows, columns):
+        values.append([e.details["above_chance"] if above_chance else e.value for e in line])
     # the differences are small beside 1: colours begin at the smallest
-    low = min(apart, default=0.0)
+    low = min((value for line in values for value in line if value < 1), default=0.0)
     size = (1 - low) or 1.0
     shaded = [[(value - low) / size for value in line] for line in values]
     cells = Cells(
@@ -43,9 +44,11 @@ def heat_map(compared: Compared, rows: str, columns: str) -> Chart:
         peak=1.0,
         show=lambda share: f"{low + share * size:.3f}".removeprefix("0"),
     )
-    title = f"Generalised Rand index: layers of {rows} (rows)"
-    other = "with each other" if rows == columns else f"and of {columns} (columns)"
-    return Chart(f"{title} {other}", cells)
+    title = "Generalised Rand index" + ", above chance" * above_chance
+    where = f"layers of {rows}"
+    if rows != columns:
+        where += f" (rows) and {columns}"
+    return Chart(f"{title}: {where}", cells)
 
 
 def spread_of(found: Estimate) -> str:
@@ -102,9 +105,10 @@ def write_page(path: str | Path, compared: Compared, dataset: Any) -> Path:
     title = " and ".join(f"{label}: {name}" for label, name in names.items())
     page = Page("Concepts of two models" if "B" in names else "Concepts of layers", title)
     page.lead(_figures(compared))
-    charts = [heat_map(compared, "A", "A")]
-    if "B" in names:
-        charts = [heat_map(compared, "A", "B"), *charts, heat_map(compared, "B", "B")]
+    pairs = [("A", "B"), ("A", "A"), ("B", "B")] if "B" in names else [("A", "A")]
+    charts = []
+    for rows, columns in pairs:
+        charts += [heat_map(compared, rows, columns, above_chance=above) for above in (False, True)]
     page.section("Layers", grid(*charts), _layers(compared))
     pictures = _Pictures(compared, dataset)
     for a, b in compared.matchings:
