@@ -128,7 +128,8 @@ def _share(N: int, block: int, part: int, parts: int) -> tuple[int, int]:
 
 
 def agreement_sums(
-    P: torch.Tensor, P_indices: None, P_offsets: None, K: int, Q: torch.Tensor, Q_indices: None, Q_offsets: None, L: int,
+    P: torch.Tensor, P_indices: None, P_offsets: None, K: int,
+    Q: torch.Tensor, Q_indices: None, Q_offsets: None, L: int,
     images: torch.Tensor | None, part: int, parts: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """P (N, K), Q (N, L), images (N,) or None -> () float64, and (2, N) or (2, 0) float64."""
@@ -148,7 +149,8 @@ def agreement_sums(
 
 
 def agreement_counts(
-    P: torch.Tensor, P_indices: None, P_offsets: None, K: int, Q: torch.Tensor, Q_indices: None, Q_offsets: None, L: int,
+    P: torch.Tensor, P_indices: None, P_offsets: None, K: int,
+    Q: torch.Tensor, Q_indices: None, Q_offsets: None, L: int,
     part: int, parts: int, need_P: bool, need_Q: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """P (N, K), Q (N, L) -> (N, K) and (N, L) float32, with no rows where they are not needed."""
@@ -166,7 +168,8 @@ def agreement_counts(
 
 
 def concept_distances(
-    P: torch.Tensor, P_indices: None, P_offsets: None, K: int, Q: torch.Tensor, Q_indices: None, Q_offsets: None, L: int,
+    P: torch.Tensor, P_indices: None, P_offsets: None, K: int,
+    Q: torch.Tensor, Q_indices: None, Q_offsets: None, L: int,
     images: None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """P (N, K), Q (N, L) -> (K, L) float32, and (0, L)."""

@@ -110,6 +110,7 @@ def _error(P: Tensor, Q: Tensor, terms: int) -> tuple[Tensor, Tensor]:
 
 
 def check_index(inputs: Inputs, outputs: Tensors) -> Errors:
+    """One less the mean, which is off by what a pair is on average."""
     P, Q, terms = _dense(inputs)
     N = P.shape[0]
     total = torch.zeros((), dtype=torch.float64)
@@ -148,6 +149,7 @@ def _counts(P: Tensor, Q: Tensor, terms: int) -> tuple[list[Tensor], list[Tensor
 def check_index_grads(
     inputs: Inputs, outputs: Tensors, grad_out: Tensors, grads: Tensors
 ) -> Errors:
+    """Sums of signs over what N(N − 1) is divided by."""
     P, Q, terms = _dense(inputs)
     N = P.shape[0]
     factor = grad_out["index"].double() / max(N * (N - 1), 1)
@@ -172,13 +174,16 @@ def check_index_grads(
 
 
 def check_distances(inputs: Inputs, outputs: Tensors) -> Errors:
+    """Half the mean over pairs, beside the mean size of both concepts' numbers."""
     P, Q, _ = _dense(inputs)
     N = P.shape[0]
-    truth = torch.zeros(P.shape[1], Q.shape[1], dtype=torch.float64)
-    u = differences(P, slice(None)).abs()
-    v = differences(Q, slice(None)).abs()
-    for a in range(P.shape[1]):
-        truth[a] = (u[..., a, None] - v).abs().sum((0, 1)) / (2 * max(N * (N - 1), 1))
+    total = torch.zeros(P.shape[1], Q.shape[1], dtype=torch.float64)
+    for rows in blocks(P, Q):
+        u = differences(P, rows).abs()
+        v = differences(Q, rows).abs()
+        for a in range(P.shape[1]):
+            total[a] += (u[..., a, None] - v).abs().sum((0, 1))
+    truth = total / (2 * max(N * (N - 1), 1))
     size = [x.double().abs().sum(0) / max(N, 1) for x in (P, Q)]
     wide = P.dtype == torch.float64
     # the float64 sums behind float32's, in units of those
@@ -243,12 +248,16 @@ _EDGES = sizes(
     (1, 33, 2, None, 1),
     (70, 1, 129, None, 1),
 )
-_COMMON: dict[str, Any] = {
+_COMMON: dict[str, Any] = {"gate_sizes": {"N": 300, "K": 64, "L": 64}, "wide": True}
+_SPARSE: dict[str, Any] = _COMMON | {
     "shapes": _EDGES,
     "small_shape": {"N": 6, "K": 3, "L": 4, "k": 2},
     "repeat_shape": {"N": 300, "K": 20, "L": 17, "k": 5},
-    "gate_sizes": {"N": 600},
-    "wide": True,
+}
+_MATRICES: dict[str, Any] = _COMMON | {
+    "shapes": tuple({name: n for name, n in shape.items() if name != "k"} for shape in _EDGES),
+    "small_shape": {"N": 6, "K": 3, "L": 4},
+    "repeat_shape": {"N": 300, "K": 20, "L": 17},
 }
 _BENCH = {"N4000-K100-L100": {"N": 4000, "K": 100, "L": 100}}
 _BENCH_SPARSE = {"N4000-K4096-k32": {"N": 4000, "K": 4096, "L": 4096, "k": 32}}
@@ -269,7 +278,7 @@ INDEX = OpSpec(
     opaque=False,
     baselines={"loop over rows": _by_rows, "pdist": _pdist},
     floor=_index_floor,
-    **_COMMON,
+    **_MATRICES,
 )
 DISTANCES = OpSpec(
     name="concept_distances",
@@ -286,7 +295,7 @@ DISTANCES = OpSpec(
     exact=False,
     baselines={"sorted torch": _sort},
     floor=_distances_floor,
-    **_COMMON,
+    **_MATRICES,
 )
 INDEX_SPARSE = OpSpec(
     name="generalised_rand_index_sparse",
@@ -301,7 +310,7 @@ INDEX_SPARSE = OpSpec(
     gpu_bench_shapes={},
     opaque=False,
     floor=_index_floor,
-    **_COMMON,
+    **_SPARSE,
 )
 DISTANCES_SPARSE = OpSpec(
     name="concept_distances_sparse",
@@ -316,7 +325,7 @@ DISTANCES_SPARSE = OpSpec(
     gpu_bench_shapes={},
     exact=False,
     floor=_distances_floor,
-    **_COMMON,
+    **_SPARSE,
 )
 
 SPECS = (INDEX, DISTANCES, INDEX_SPARSE, DISTANCES_SPARSE)
