@@ -104,7 +104,7 @@ def main() -> None:
     if file.exists():
         body |= {score: row for score, row in read_json(file).items() if score in SCORES}
     for score in args.scores:
-        config = AlignmentConfig(score=score, rows_per_image=args.rows, matched=args.matched, matched_rows=1200)
+        config = AlignmentConfig(score=score, rows_per_image=args.rows, matched=args.matched)
         began = time.process_time()
         saes = saes_of(clip, images) if score == "sae" else ()
         out = args.work / args.out.name / score

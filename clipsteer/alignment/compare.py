@@ -44,7 +44,7 @@ from clipsteer.splice.dictionary import ConceptDictionary
 
 _SCORES = Kind("clipsteer-proximity", 1, "scores of a layer", "scores.safetensors", "scores.json")
 # settings of what is done with scores
-_AFTER = ("matched", "matched_rows", "universal", "pictures", "batch_size")
+_AFTER = ("matched", "universal", "pictures", "batch_size")
 
 
 class Side(NamedTuple):
@@ -251,7 +251,6 @@ def align(
             proximity[q],
             images,
             count=config.matched,
-            rows=config.matched_rows,
             seed=config.seed,
         )
     return compared

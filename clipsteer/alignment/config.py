@@ -39,8 +39,6 @@ class AlignmentConfig:
     """of SpLiCE; the larger, the fewer words an image has"""
     matched: Count = 64
     """concepts of a layer that are matched one by one, those of the largest mean score"""
-    matched_rows: Count = 4000
-    """rows over which they are"""
     universal: Share = 0.5
     """relative distance below which a matched concept is universal, and above which one without
     its like is unique"""

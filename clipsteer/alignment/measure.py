@@ -9,8 +9,8 @@ D grows with how common concepts are: two rare ones are near whatever they are. 
 each is from nothing it compares them whatever their size: 0 for concepts that are the same, near 1
 for rare ones with no row in common.
 
-Intervals: delete-one-block jackknife over images, whose rows move together. The pairs of rows are
-summed once for each pair of blocks, so that all of it costs about twice what the value does.
+Intervals: delete-one jackknife over images, whose rows move together; of relative distances, over
+20 blocks of images.
 
 Source: Vielhaben et al. 2025 (arXiv 2412.06639), equations 2 to 4; the chance level, relative
 distances and intervals are clipsteer's own.
@@ -18,8 +18,8 @@ distances and intervals are clipsteer's own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from itertools import combinations
 from typing import NamedTuple
 
 import torch
@@ -27,14 +27,13 @@ from torch import Tensor
 
 from clipsteer.alignment.scores import Proximity
 from clipsteer.ops.pairwise_agreement import (
-    concept_distances_reference as concept_distances,
+    concept_distances,
+    concept_distances_jackknife,
+    generalised_rand_index_jackknife,
 )
-from clipsteer.ops.pairwise_agreement import (
-    generalised_rand_index_reference as generalised_rand_index,
-)
+from clipsteer.report.intervals import student_quantile
 from clipsteer.sae.metrics.estimate import Estimate, blocks_of, interval
 
-_BLOCK = 1 << 22  # differences that are held at once
 _PAIRS = 20_000  # of the chance level, from each layer
 
 
@@ -42,61 +41,34 @@ def _pairs(rows: int) -> float:
     return rows * (rows - 1) / 2
 
 
-class Jackknife(NamedTuple):
-    """A mean over pairs of rows, and the same without each block of images."""
+class _Blocks:
+    """Blocks of images, and the rows that are left without each."""
 
-    value: Tensor  # (...) float64
-    without: Tensor  # (B, ...) float64
-
-
-class Blocks:
-    """Blocks of images, and the rows of each.
-
-    Args:
-        images: (N,) int64, the image of each row.
-        seed: of the blocks.
-
-    Raises ValueError for fewer than two rows.
-    """
-
-    def __init__(self, images: Tensor, seed: int = 0) -> None:
-        if len(images) < 2:
-            raise ValueError(f"alignment: pairs of rows need two rows, got {len(images)}")
+    def __init__(self, images: Tensor, seed: int) -> None:
         block = blocks_of(images, seed)
-        self.rows = [(block == b).nonzero().flatten() for b in block.unique().tolist()]
-        self.sizes = [len(images[rows].unique()) for rows in self.rows]
+        there = block.unique().tolist()
+        self.all = torch.arange(len(images))
+        self.rest = [(block != b).nonzero().flatten() for b in there]
+        self.sizes = [len(images[block == b].unique()) for b in there]
 
-    def jackknife(self, mean: Callable[[Tensor], Tensor]) -> Jackknife:
-        """Of ``mean``, which gives a mean over the pairs among some rows."""
-
-        def total(rows: Tensor) -> Tensor:
+    def ratios(
+        self, above: Callable[[Tensor], Tensor], below: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """(1 + blocks, ...) of a ratio of means over pairs: of all rows, and without each block;
+        NaN where there is nothing to divide by, or no pair."""
+        found = []
+        for rows in (self.all, *self.rest):
             if len(rows) < 2:
-                return torch.zeros((), dtype=torch.float64)
-            return mean(rows).double() * _pairs(len(rows))
+                found.append(torch.full_like(found[0], torch.nan))
+                continue
+            u, v = above(rows), below(rows)
+            found.append(torch.where(v > 0, u / v, torch.nan))
+        return torch.stack(found)
 
-        own = [total(rows) for rows in self.rows]
-        # of pairs with a row in the block
-        touching = list(own)
-        whole = sum(own[1:], own[0])
-        for a, b in combinations(range(len(own)), 2):
-            between = total(torch.cat([self.rows[a], self.rows[b]])) - own[a] - own[b]
-            touching[a] = touching[a] + between
-            touching[b] = touching[b] + between
-            whole = whole + between
-        count = sum(map(len, self.rows))
-        value = whole / _pairs(count)
-        without = []
-        for rows, part in zip(self.rows, touching):
-            left = count - len(rows)
-            # without pairs there is no mean
-            rest = (whole - part) / _pairs(left) if left > 1 else torch.full_like(value, torch.nan)
-            without.append(rest)
-        return Jackknife(value, torch.stack(without))
-
-    def estimate(self, value: float, without: Sequence[float], **details: float) -> Estimate:
-        """A value with its interval."""
-        low, high = interval(value, without, self.sizes)
-        return Estimate(value, low, high, sum(self.sizes), "images", details)
+    def estimate(self, values: Sequence[float]) -> Estimate:
+        """The first value with its interval from the others."""
+        low, high = interval(values[0], values[1:], self.sizes)
+        return Estimate(values[0], low, high, sum(self.sizes), "images")
 
 
 def _check(P: Tensor, Q: Tensor, images: Tensor) -> None:
@@ -116,16 +88,17 @@ def agreement(
     """GRI of two layers with its interval over images; details: ``chance``, and how far above it,
     ``above_chance`` = (GRI - chance) / (1 - chance).
 
-    Raises ValueError for shapes that do not fit.
+    Raises ValueError for shapes that do not fit, or fewer than two images.
     """
     _check(P, Q, images)
-    blocks = Blocks(images, seed)
-    found = blocks.jackknife(lambda rows: generalised_rand_index(P[rows], Q[rows]))
+    found = generalised_rand_index_jackknife(P, Q, images)
     value = float(found.value)
+    count = len(images.unique())
+    reach = student_quantile(0.975, count - 1) * float(found.error)
     by_chance = chance(P, Q, seed)
     above = (value - by_chance) / (1 - by_chance) if by_chance < 1 else 0.0
     details = {"chance": by_chance, "above_chance": above}
-    return blocks.estimate(value, found.without.tolist(), **details)
+    return Estimate(value, value - reach, value + reach, count, "images", details)
 
 
 def _spread(values: Tensor) -> Tensor:
@@ -211,7 +184,6 @@ def match_concepts(
     images: Tensor,  # (N,) int64
     *,
     count: int = 64,
-    rows: int = 4000,
     seed: int = 0,
 ) -> Matching:
     """Match the concepts of two layers so that the sum of the paper's distances is smallest.
@@ -219,41 +191,35 @@ def match_concepts(
     Args:
         P, Q: scores of the same rows.
         images: the image of each row.
-        count: concepts of each layer that are looked at, the commonest.
-        rows: at most as many rows as pairs are taken of, evenly spaced; time is
-            rows² · count².
+        count: concepts of each layer that are looked at, the commonest; time is
+            count² · N log N.
 
     Raises:
-        ValueError: shapes that do not fit. RuntimeError: no scipy.
+        ValueError: shapes that do not fit, or fewer than two images. RuntimeError: no scipy.
     """
     _check(P.scores, Q.scores, images)
     if not P.names or not Q.names:
         return Matching([], [], [])
-    n = len(images)
-    kept = torch.arange(min(n, rows)) * n // min(n, rows)
     columns_a = commonest(P.scores, count)
     columns_b = commonest(Q.scores, count)
-    p = P.scores[kept][:, columns_a]
-    q = Q.scores[kept][:, columns_b]
-    blocks = Blocks(images[kept], seed)
-    distances = blocks.jackknife(lambda rows: concept_distances(p[rows], q[rows]))
-    alone_a = blocks.jackknife(lambda rows: _from_nothing(p[rows]))
-    alone_b = blocks.jackknife(lambda rows: _from_nothing(q[rows]))
-    above = [distances.value, *distances.without]  # (K, L) each
-    below = [
-        a[:, None] + b[None, :]
-        for a, b in zip([alone_a.value, *alone_a.without], [alone_b.value, *alone_b.without])
-    ]
-    relative = [torch.where(v > 0, u / v, torch.nan) for u, v in zip(above, below)]
+    p = P.scores[:, columns_a].contiguous()
+    q = Q.scores[:, columns_b].contiguous()
+    distances = concept_distances_jackknife(p, q, images)
+    degrees = len(images.unique()) - 1
+    reach = student_quantile(0.975, degrees) * distances.error  # (K, L)
+    blocks = _Blocks(images, seed)
+    relative = blocks.ratios(
+        lambda rows: concept_distances(p[rows], q[rows]).double(),
+        lambda rows: _from_nothing(p[rows])[:, None] + _from_nothing(q[rows]),
+    )
 
     def match(a: int, b: int) -> Match:
-        distance, *others = [float(u[a, b]) for u in above]
-        share, *shares = [float(r[a, b]) for r in relative]
+        value, off = float(distances.value[a, b]), float(reach[a, b])
         return Match(
             int(columns_a[a]),
             int(columns_b[b]),
-            blocks.estimate(distance, others),
-            blocks.estimate(share, shares),
+            Estimate(value, value - off, value + off, degrees + 1, "images"),
+            blocks.estimate(relative[:, a, b].tolist()),
         )
 
     matches = [match(a, b) for a, b in _assigned(distances.value)]
@@ -270,17 +236,13 @@ def same_distances(
     P: Tensor,  # (N, K)
     Q: Tensor,  # (N, K)
 ) -> Tensor:
-    """(K,) float64: D(a, a) of every concept with its namesake, in N² K."""
-    n, count = P.shape
-    step = max(1, _BLOCK // max(1, n * count))
-    total = torch.zeros(count, dtype=torch.float64)
-    for at in range(0, n, step):
-        # of these rows with all from their first on: every pair once, those among them twice
-        p, q = ((x[at : at + step, None] - x[at:]).abs() for x in (P, Q))  # (n', n'', K)
-        apart = (p - q).abs()
-        total += apart.sum((0, 1), dtype=torch.float64)
-        total -= apart[:, :step].sum((0, 1), dtype=torch.float64) / 2
-    return 0.5 * total / _pairs(n)
+    """(K,) float64: D(a, a) of every concept with its namesake, in K N log N.
+
+    From ||s| - |t|| = |s - t| + |s + t| - |s| - |t|, of whose sums over pairs each takes a sort.
+    """
+    p, q = P.double(), Q.double()
+    total = _spread(p - q) + _spread(p + q) - _spread(p) - _spread(q)
+    return 0.5 * total.clamp_min(0) / _pairs(len(p))
 
 
 def follow_concepts(
@@ -308,18 +270,17 @@ def follow_concepts(
     p = P.scores[:, columns]
     # a column of zeros stands behind the others
     q = torch.cat([Q.scores, Q.scores.new_zeros(len(p), 1)], 1)[:, partners]
-    blocks = Blocks(images, seed)
-    apart = blocks.jackknife(lambda rows: same_distances(p[rows], q[rows]))
-    alone = blocks.jackknife(lambda rows: _from_nothing(p[rows]) + _from_nothing(q[rows]))
-    relative = [
-        torch.where(v > 0, u / v, torch.nan)
-        for u, v in zip([apart.value, *apart.without], [alone.value, *alone.without])
-    ]
+    blocks = _Blocks(images, seed)
+    relative = blocks.ratios(
+        lambda rows: same_distances(p[rows], q[rows]),
+        lambda rows: _from_nothing(p[rows]) + _from_nothing(q[rows]),
+    )
+    values = same_distances(p, q).tolist()
     found = []
     for i, (a, b) in enumerate(zip(columns.tolist(), partners)):
-        distance = blocks.estimate(float(apart.value[i]), apart.without[:, i].tolist())
-        share = blocks.estimate(float(relative[0][i]), [float(r[i]) for r in relative[1:]])
-        found.append(Match(a, b, distance, share))
+        # of the value itself the relative one's interval says enough
+        distance = Estimate(values[i], math.nan, math.nan, sum(blocks.sizes), "images")
+        found.append(Match(a, b, distance, blocks.estimate(relative[:, i].tolist())))
     return found
 
 

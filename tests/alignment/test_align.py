@@ -218,7 +218,7 @@ def test_clusters_of_rows_are_concepts():
 def kinds(clip, drawings, tmp_path_factory):
     """Blocks of EmojiCLIP by the categories of the drawings."""
     out = tmp_path_factory.mktemp("align") / "kinds"
-    config = AlignmentConfig(score="conceptor", tokens="mean", matched_rows=60)
+    config = AlignmentConfig(score="conceptor", tokens="mean")
     return align(clip, None, drawings, out=out, config=config), out
 
 
@@ -259,7 +259,7 @@ def test_what_a_comparison_is_written_as(kinds, drawings, tmp_path):
 
 def test_scores_are_kept_and_made_again_where_they_are_others(kinds, clip, drawings, monkeypatch):
     compared, out = kinds
-    config = AlignmentConfig(score="conceptor", tokens="mean", matched=2, matched_rows=60)
+    config = AlignmentConfig(score="conceptor", tokens="mean", matched=2)
     with monkeypatch.context() as patch:
         patch.setattr("clipsteer.alignment.scores.of_classes", None)  # not called
         again = align(clip, None, drawings, out=out, config=config)
@@ -278,7 +278,7 @@ def test_two_models_by_the_features_of_saes(clip, drawings, tmp_path):
         for block in moved.model.visual.transformer.resblocks[3:]:
             for parameter in block.parameters():
                 parameter.add_(0.3 * parameter.std() * torch.randn(parameter.shape, generator=generator))
-    config = AlignmentConfig(score="sae", matched=8, matched_rows=40)
+    config = AlignmentConfig(score="sae", matched=8)
     images = drawings.subset(range(60))
     found = align(clip, moved, images, out=tmp_path, config=config, saes=saes())
     assert found.layers == [Layer(m, name) for m in "AB" for name in BLOCKS[2:4]]
@@ -319,7 +319,7 @@ def test_pictures_without_classes_have_no_conceptors_of_them(clip, tmp_path):
 
 def test_the_command(capsys, tmp_path):
     words = ("align", "emojiclip", "--data", "emoji:noto", "--max-images", 40, "--device", "cpu")
-    words = (*words, "--hook-points", "*resblocks.[45]", "--score", "conceptor", "--matched-rows", 40)
+    words = (*words, "--hook-points", "*resblocks.[45]", "--score", "conceptor")
     code, out, err = run(capsys, *words, "--out", tmp_path / "run")
     assert code == 0, err
     assert "A visual.transformer.resblocks.4 – A visual.transformer.resblocks.5: 0." in out

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
 
 from clipsteer.alignment.measure import (
-    Blocks,
     agreement,
     chance,
     follow_concepts,
@@ -20,7 +18,7 @@ from clipsteer.alignment.measure import (
 from clipsteer.alignment.scores import Proximity, of_classes, of_features, shares
 from clipsteer.data.emoji import classify30, split
 from clipsteer.ops import pairwise_agreement as op
-from clipsteer.sae.metrics.estimate import BLOCKS, blocks_of, interval
+from clipsteer.sae.metrics.estimate import blocks_of, interval
 from clipsteer.sae.model import SAE
 
 
@@ -90,28 +88,47 @@ def test_values_are_the_papers(case, real):
     assert sum(m.distance.value for m in matches) == pytest.approx(best, abs=1e-6)
 
 
-def test_the_jackknife_deletes_blocks_of_images():
-    P, Q = random_scores(90, 5, 0), random_scores(90, 4, 1)
-    images = torch.arange(30).repeat_interleave(3)
-    block = blocks_of(images, 0)
-    kept = [block != b for b in range(BLOCKS) if bool((block == b).any())]
-    without = [papers_index(P[rows], Q[rows]) for rows in kept]
-    sizes = [30 - len(images[rows].unique()) for rows in kept]
+def test_the_jackknife_leaves_out_images():
+    P, Q = random_scores(60, 5, 0), random_scores(60, 4, 1)
+    images = torch.arange(20).repeat_interleave(3)
+    without = [papers_index(P[images != i], Q[images != i]) for i in range(20)]
     found = agreement(P, Q, images)
-    assert (found.low, found.high) == pytest.approx(interval(papers_index(P, Q), without, sizes), abs=1e-5)
-    assert found.scored == 30
+    assert (found.low, found.high) == pytest.approx(interval(papers_index(P, Q), without, [1] * 20), abs=1e-5)
+    assert found.scored == 20
     # rows of an image move together
-    apart = agreement(P, Q, torch.arange(90))
+    apart = agreement(P, Q, torch.arange(60))
     assert apart.value == pytest.approx(found.value, abs=1e-7)
     assert apart.low != pytest.approx(found.low, abs=1e-6)
 
 
-def test_blocks_of_one_row_and_too_few_rows():
-    assert not math.isnan(agreement(torch.eye(3), torch.eye(3), torch.arange(3)).value)
-    found = agreement(torch.eye(2), torch.eye(2), torch.arange(2))
-    assert found.value == 1.0
-    with pytest.raises(ValueError, match="two rows, got 1"):
-        Blocks(torch.arange(1))
+def test_relative_distances_have_intervals_over_blocks_of_images():
+    P, Q = random_scores(60, 3, 0), random_scores(60, 2, 1)
+    images = torch.arange(30).repeat_interleave(2)
+    block = blocks_of(images, 0)
+    nothing = torch.zeros(60, 1)
+
+    def relative(rows):
+        below = papers_distances(P[rows], nothing[rows]) + papers_distances(Q[rows], nothing[rows]).T
+        return papers_distances(P[rows], Q[rows]) / below
+
+    there = block.unique().tolist()
+    without = [relative(block != b) for b in there]
+    sizes = [len(images[block == b].unique()) for b in there]
+    names = [Proximity(X, [str(i) for i in range(X.shape[1])]) for X in (P, Q)]
+    for m in match_concepts(*names, images).matches:
+        value = float(relative(torch.arange(60))[m.a, m.b])
+        assert m.relative.value == pytest.approx(value, abs=1e-6)
+        expected = interval(value, [float(w[m.a, m.b]) for w in without], sizes)
+        assert (m.relative.low, m.relative.high) == pytest.approx(expected, abs=1e-5)
+        assert m.distance.low < m.distance.value < m.distance.high
+
+
+def test_too_few_rows_and_images():
+    assert agreement(torch.eye(2), torch.eye(2), torch.arange(2)).value == 1.0
+    for images in (torch.zeros(3, dtype=torch.int64), torch.arange(1)):
+        X = torch.eye(3)[: len(images)]
+        with pytest.raises(ValueError, match="image"):
+            agreement(X, X, images)
     with pytest.raises(ValueError, match="same rows"):
         agreement(torch.eye(3), torch.eye(4), torch.arange(3))
 
@@ -148,7 +165,6 @@ def test_planted_concepts_are_matched_and_the_lonely_one_is_unique():
     assert all(m.relative.low <= m.relative.value <= m.relative.high for m in found.matches)
     # the commonest alone
     assert len(match_concepts(P, Q, torch.arange(400), count=2).matches) == 2
-    assert len(match_concepts(P, Q, torch.arange(400), rows=50).matches) == 3
 
 
 def test_concepts_are_followed_by_their_names():
@@ -162,12 +178,11 @@ def test_concepts_are_followed_by_their_names():
     assert same.tolist() == pytest.approx([float(distances[i, j]) for i, j in ((0, 1), (1, 2), (2, 0))], abs=1e-7)
 
 
-@pytest.mark.parametrize("block", [1, 500, 1 << 22])
-def test_namesakes_are_compared_in_blocks_of_rows(monkeypatch, block):
-    monkeypatch.setattr("clipsteer.alignment.measure._BLOCK", block)
+def test_namesakes_are_compared_as_the_op_compares_them():
     P, Q = random_scores(37, 5, 0), random_scores(37, 5, 1)
     expected = op.concept_distances_reference(P.double(), Q.double()).diagonal()
-    torch.testing.assert_close(same_distances(P, Q), expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(same_distances(P, Q), expected, rtol=1e-9, atol=1e-12)
+    assert same_distances(P, P).tolist() == [0.0] * 5
 
 
 def test_relative_distances_do_not_depend_on_how_common_a_concept_is():
