@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.alignment.towers import block_saes, rows_of, spearman
+from benchmarks.alignment.towers import block_saes, rank_correlation, rows_of
 from clipsteer.alignment.measure import agreement, follow_concepts
 from clipsteer.alignment.scores import of_features
 from clipsteer.clip.model import EMOJICLIP, load
@@ -32,17 +32,6 @@ from clipsteer.steering import SAESteering, steer
 
 BLOCK = 2
 COUNT = 20
-
-
-def interval(x: list[float], y: list[float], draws: int = 2000) -> dict[str, float]:
-    """Spearman's correlation over features with its percentile bootstrap interval."""
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for _ in range(draws):
-        rows = torch.randint(len(x), (len(x),), generator=generator).tolist()
-        found.append(spearman([x[i] for i in rows], [y[i] for i in rows]))
-    low, high = torch.tensor(found).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return {"value": spearman(x, y), "low": low, "high": high, "n": len(x)}
 
 
 def main() -> None:
@@ -87,7 +76,7 @@ def main() -> None:
     body: dict[str, Any] = {"block": block, "images": len(images), "features": rows, "correlation": {}, "mean": {}}
     for name in later:
         distances = [row[name]["distance"] for row in rows]
-        body["correlation"][name] = interval(distances, changed)
+        body["correlation"][name] = rank_correlation([(distances, changed)])
         body["mean"][name] = {
             "above_chance": statistics.fmean(row[name]["details"]["above_chance"] for row in rows),
             "distance": statistics.fmean(distances),

@@ -53,12 +53,25 @@ def rows_of(clip: CLIP, images: Any, tokens: str = "patches", each: int = 1, see
     return {name.removeprefix("visual."): rows for name, rows in found.items()}
 
 
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Rank correlation; ties share the mean of their ranks. NaN where one side is constant."""
-    ranks = []
-    for values in (x, y):
-        v = torch.tensor(values, dtype=torch.float64)
-        below = (v[:, None] > v).double().sum(1)
-        equal = (v[:, None] == v).double().sum(1)
-        ranks.append(below + (equal - 1) / 2)
-    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+def ranks(values: Sequence[float]) -> Tensor:
+    """(n,) float64, about their mean; ties share the mean of their ranks."""
+    v = torch.tensor(values, dtype=torch.float64)
+    below = (v[:, None] > v).double().sum(1)
+    equal = (v[:, None] == v).double().sum(1)
+    return below + (equal - 1) / 2 - (len(v) - 1) / 2
+
+
+def rank_correlation(runs: Sequence[tuple[Sequence[float], Sequence[float]]], draws: int = 2000) -> dict[str, float]:
+    """Spearman's correlation of x and y, ranked within each run and pooled, with its 95 % percentile bootstrap over
+    the members (classes, features) of every run."""
+    x = torch.cat([ranks(x) / len(x) for x, _ in runs])
+    y = torch.cat([ranks(y) / len(y) for _, y in runs])
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(len(x), (draws, len(x)), generator=generator)
+    drawn = torch.stack([_pearson(x[row], y[row]) for row in rows])
+    low, high = drawn.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {"value": float(_pearson(x, y)), "low": low, "high": high, "n": len(x)}
+
+
+def _pearson(x: Tensor, y: Tensor) -> Tensor:
+    return torch.corrcoef(torch.stack([x, y]))[0, 1]
