@@ -56,7 +56,7 @@ class _Blocks:
     ) -> Tensor:
         """(1 + blocks, ...) of a ratio of means over pairs: of all rows, and without each block;
         NaN where there is nothing to divide by, or no pair."""
-        found = []
+        found: list[Tensor] = []
         for rows in (self.all, *self.rest):
             if len(rows) < 2:
                 found.append(torch.full_like(found[0], torch.nan))

@@ -204,7 +204,7 @@ def _batches(span: range, size: int) -> Iterator[range]:
 def _image(dataset: Any, row: int) -> Any:
     item = dataset[row]
     image = item[0] if isinstance(item, tuple | list) else item
-    return read_image(image) if isinstance(image, str | os.PathLike) else image
+    return read_image(os.fspath(image)) if isinstance(image, str | os.PathLike) else image
 
 
 class _Taken:
