@@ -163,8 +163,10 @@ def differences(
     X: Tensor,  # (N, K)
     rows: slice,
 ) -> Tensor:  # (n, N, K)
-    """X_i − X_j of these rows i and all j, in float64."""
-    return X[rows, None].double() - X.double()
+    """X_i − X_j of these rows i and all j, in float64; 0 of a row and itself, infinite or not."""
+    at = torch.arange(X.shape[0], device=X.device)
+    itself = (at[rows, None] == at).unsqueeze(2)
+    return (X[rows, None].double() - X.double()).masked_fill(itself, 0)
 
 
 def blocks(

@@ -10,8 +10,9 @@
 namespace clipsteer {
 namespace {
 
-constexpr int64_t kThin = 8;      // a list is shorter than a row of numbers over this
-constexpr int64_t kFew = 256;     // numbers that a comparison sort takes
+constexpr int64_t kThin = 8;       // a list is shorter than a row of numbers over this
+constexpr int64_t kFew = 128;      // numbers that a comparison sort takes
+constexpr int64_t kMany = 3000;    // numbers for which long tables of counts pay
 constexpr int64_t kTogether = 32;  // concepts of Q in a task
 
 // Numbers in an order of unsigned integers.
@@ -48,16 +49,11 @@ typename Ordered<V>::Key key_of(const Tagged<V>& item) {
   return item.key;
 }
 
-// Sorts n items by eleven bits at a time; returns where they are, `items` or `other`.
-template <class Item>
-Item* sorted(Item* items, Item* other, int64_t n) {
-  const auto less = [](const Item& a, const Item& b) { return key_of(a) < key_of(b); };
-  if (n < kFew) {
-    std::sort(items, items + n, less);
-    return items;
-  }
+// Sorts n items by so many bits at a time; returns where they are, `items` or `other`.
+template <int kBits, class Item>
+Item* sorted_by_digits(Item* items, Item* other, int64_t n) {
   using Key = decltype(key_of(*items));
-  constexpr int kBits = 11, kPasses = (8 * sizeof(Key) + kBits - 1) / kBits;
+  constexpr int kPasses = (8 * sizeof(Key) + kBits - 1) / kBits;
   constexpr Key kMask = (1 << kBits) - 1;
   uint32_t count[kPasses][1 << kBits] = {};
   for (int64_t i = 0; i < n; ++i) {
@@ -72,6 +68,15 @@ Item* sorted(Item* items, Item* other, int64_t n) {
     std::swap(items, other);
   }
   return items;
+}
+
+template <class Item>
+Item* sorted(Item* items, Item* other, int64_t n) {
+  if (n < kFew) {
+    std::sort(items, items + n, [](const Item& a, const Item& b) { return key_of(a) < key_of(b); });
+    return items;
+  }
+  return n < kMany ? sorted_by_digits<8>(items, other, n) : sorted_by_digits<11>(items, other, n);
 }
 
 // Concepts of one side, halved: of each all numbers, or those that are not 0 and their rows.

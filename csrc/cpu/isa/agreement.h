@@ -77,23 +77,26 @@ TARGET static inline void signs(Rank<V>* __restrict c, const Rank<V>* __restrict
   }
 }
 
-// count[q] += sum_j sign[j] ((a[q] > b[q][j]) - (a[q] < b[q][j])) over the panel b; a is a column of a panel.
+// count[q] += sum_j sign[j] ((a[q] > b[q][j]) - (a[q] < b[q][j])) over so many panels b; a is a column of a panel.
 template <class V>
-TARGET static inline void signed_order(const Rank<V>* sign, const Rank<V>* a, const Rank<V>* b, int64_t k,
-                                       int64_t* count) {
+TARGET static inline void signed_order(const Rank<V>* sign, const Rank<V>* a, const Rank<V>* b, int64_t panels,
+                                       int64_t k, int64_t* count) {
   using I = Rank<V>;
   using Vec = Scores<I>;
   constexpr int kLanes = kScoreBytes / sizeof(I), kWidth = kScoreColumns<V>, kVectors = kWidth / kLanes;
   for (int64_t q = 0; q < k; ++q) {
     const Vec left = a[q * kWidth] - Vec{};
-    Vec sum = {};
-    for (int v = 0; v < kVectors; ++v) {
-      const Vec right = *reinterpret_cast<const Vec*>(b + q * kWidth + v * kLanes);
-      const Vec s = *reinterpret_cast<const Vec*>(sign + v * kLanes);
-      sum += (left > right ? s : Vec{}) - (left < right ? s : Vec{});
+    Vec above = {}, below = {};
+    for (int64_t p = 0; p < panels; ++p) {
+      for (int v = 0; v < kVectors; ++v) {
+        const Vec right = *reinterpret_cast<const Vec*>(b + (p * k + q) * kWidth + v * kLanes);
+        const Vec s = *reinterpret_cast<const Vec*>(sign + p * kWidth + v * kLanes);
+        above = left > right ? above + s : above;
+        below = left < right ? below + s : below;
+      }
     }
     int64_t total = 0;
-    for (int l = 0; l < kLanes; ++l) total += sum[l];
+    for (int l = 0; l < kLanes; ++l) total += above[l] - below[l];
     count[q] += total;
   }
 }

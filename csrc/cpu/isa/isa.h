@@ -230,8 +230,8 @@ struct Kernels {
   WideSum (*apart)(Rank<V>* c, const Rank<V>* base, Rank<V> own, int64_t n);
   void (*add_columns)(const Rank<V>* c, uint64_t* low, uint64_t* high, int64_t n);
   void (*signs)(Rank<V>* c, const Rank<V>* base, Rank<V> own, int64_t n);
-  void (*signed_order)(const Rank<V>* sign, const Rank<V>* a, const Rank<V>* b, int64_t k,
-                       int64_t* count);
+  void (*signed_order)(const Rank<V>* sign, const Rank<V>* a, const Rank<V>* b, int64_t panels,
+                       int64_t k, int64_t* count);
   // out[j * out_stride + i] = u[i * stride + j] for `rows` values of i and `columns` of j.
   void (*turn)(const V* u, int64_t stride, int64_t rows, int64_t columns, V* out,
                int64_t out_stride);
