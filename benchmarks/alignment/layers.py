@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +104,10 @@ def main() -> None:
         body |= {score: row for score, row in read_json(file).items() if score in SCORES}
     for score in args.scores:
         config = AlignmentConfig(score=score, rows_per_image=args.rows, matched=args.matched)
-        began = time.process_time()
         saes = saes_of(clip, images) if score == "sae" else ()
         out = args.work / args.out.name / score
         compared = align(clip, None, images, out=out, config=config, saes=saes)
-        body[score] = {**figures(compared), "seconds": time.process_time() - began}
+        body[score] = figures(compared)
         for above, end in ((False, ""), (True, "_above_chance")):
             chart = heat_map(compared, "A", "A", above_chance=above)
             chart.write(args.out.with_name(f"{args.out.name}_{score}{end}.svg"))

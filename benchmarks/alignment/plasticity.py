@@ -162,11 +162,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="for runs, which go on where they were stopped")
     parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="PATH.json and PATH.svg")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--report", action="store_true", help="nothing is learned; what is done is reported")
     args = parser.parse_args()
     found = {}
     for seed in args.seeds:
-        for way in WAYS:
+        for way in args.ways:
             done = args.work / "runs" / f"plasticity-{way}-{seed}" / f"after-{TASKS - 1}.safetensors"
             if done.exists() or not args.report:
                 found[way, seed] = measured(way, seed, args.work)
