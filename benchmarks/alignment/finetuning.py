@@ -1,6 +1,6 @@
 """What fine-tuning and WiSE-FT change in EmojiCLIP, block by block and concept by concept.
 
-    python -m benchmarks.alignment.finetuning --out benchmarks/results/alignment/finetuning
+    python -m benchmarks.alignment.finetuning --work work --out benchmarks/results/alignment/finetuning
 
 EmojiCLIP is tuned on Classify-30's training concepts in Twemoji, the style that it was not trained on, as the demo does
 (three seeds), and averaged with what it was at five alphas. Every tower is compared with the one before tuning on the

@@ -1,7 +1,7 @@
 """The paper's sanity check: does a layer agree most with its neighbours? And what do layers share?
 
-    python -m benchmarks.alignment.layers --out benchmarks/results/alignment/layers_emojiclip
-    python -m benchmarks.alignment.layers --weights vit_s.safetensors --pictures pictures \\
+    python -m benchmarks.alignment.layers --work work --out benchmarks/results/alignment/layers_emojiclip
+    python -m benchmarks.alignment.layers --weights vit_s.safetensors --pictures pictures --work work \\
         --out benchmarks/results/alignment/layers_real_vit
 
 EmojiCLIP on its own drawings, or DINOv2's ViT-S (weights of benchmarks.real_vit.weights) on the pictures of
