@@ -24,7 +24,7 @@ SOURCES = sorted(
 PACKAGE = [path for path in SOURCES if path.parts[len(ROOT.parts)] == "clipsteer"]
 HEAVY = {
     "triton", "open_clip", "matplotlib", "PIL", "hypothesis", "huggingface_hub", "torchvision", "timm", "scipy",
-    "sklearn", "jinja2", "wandb", "transformers",
+    "sklearn", "jinja2", "wandb", "transformers", "umap", "hdbscan",
 }  # fmt: skip
 # from the top floor down: a file imports from lower floors, and from its own wing
 FLOORS = (
@@ -32,7 +32,7 @@ FLOORS = (
     ("cli",),
     ("demo",),
     ("clipsteer",),  # the public page
-    ("steering", "continual", "integrations"),
+    ("steering", "continual", "integrations", "alignment"),
     ("sae",),
     ("conceptors", "ensembles", "splice", "reference"),
     ("clip", "losses"),

@@ -90,6 +90,7 @@ PARTS = (
     "train",
     "cil",
     "splice",
+    "align",
 )
 
 

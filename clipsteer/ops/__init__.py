@@ -43,6 +43,22 @@ if TYPE_CHECKING:  # at run time the loop below takes what each op's file names
     from clipsteer.ops.mahalanobis_covariance_loss import (
         mahalanobis_covariance_loss_reference as mahalanobis_covariance_loss_reference,
     )
+    from clipsteer.ops.pairwise_agreement import Jackknife as Jackknife
+    from clipsteer.ops.pairwise_agreement import SparseScores as SparseScores
+    from clipsteer.ops.pairwise_agreement import concept_distances as concept_distances
+    from clipsteer.ops.pairwise_agreement import (
+        concept_distances_jackknife as concept_distances_jackknife,
+    )
+    from clipsteer.ops.pairwise_agreement import (
+        concept_distances_reference as concept_distances_reference,
+    )
+    from clipsteer.ops.pairwise_agreement import generalised_rand_index as generalised_rand_index
+    from clipsteer.ops.pairwise_agreement import (
+        generalised_rand_index_jackknife as generalised_rand_index_jackknife,
+    )
+    from clipsteer.ops.pairwise_agreement import (
+        generalised_rand_index_reference as generalised_rand_index_reference,
+    )
     from clipsteer.ops.ragged_decode import ragged_decode as ragged_decode
     from clipsteer.ops.ragged_decode import ragged_decode_reference as ragged_decode_reference
     from clipsteer.ops.semantic_drift import semantic_drift as semantic_drift

@@ -272,3 +272,62 @@ def distill_grad(
     need_cols: bool,
 ) -> tuple[Tensor, Tensor]:
     return _of_sides(diag, rows, cols, rows.shape[1], need_rows, need_cols)
+
+
+# ---------------------------------------------------------------- pairwise_agreement
+
+
+def agreement_sums(
+    P: Tensor,
+    P_indices: Tensor | None,
+    P_offsets: Tensor | None,
+    K: int,
+    Q: Tensor,
+    Q_indices: Tensor | None,
+    Q_offsets: Tensor | None,
+    L: int,
+    images: Tensor | None,
+    part: int,
+    parts: int,
+) -> tuple[Tensor, Tensor]:
+    wide = torch.float64
+    rows = 0 if images is None else images.shape[0]
+    return P.new_empty((), dtype=wide), P.new_empty(2, rows, dtype=wide)
+
+
+def agreement_counts(
+    P: Tensor,
+    P_indices: Tensor | None,
+    P_offsets: Tensor | None,
+    K: int,
+    Q: Tensor,
+    Q_indices: Tensor | None,
+    Q_offsets: Tensor | None,
+    L: int,
+    part: int,
+    parts: int,
+    need_P: bool,
+    need_Q: bool,
+) -> tuple[Tensor, Tensor]:
+    def counts(scores: Tensor, needed: bool) -> Tensor:
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        rows = scores.shape[0] if needed else 0
+        return scores.new_empty(rows, *scores.shape[1:], dtype=wide)
+
+    return counts(P, need_P), counts(Q, need_Q)
+
+
+def concept_distances(
+    P: Tensor,
+    P_indices: Tensor | None,
+    P_offsets: Tensor | None,
+    K: int,
+    Q: Tensor,
+    Q_indices: Tensor | None,
+    Q_offsets: Tensor | None,
+    L: int,
+    images: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(P.dtype, torch.float32)
+    D = P.new_empty(K, L, dtype=wide)
+    return D, P.new_empty(0 if images is None else K, L, dtype=wide)

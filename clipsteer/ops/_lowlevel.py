@@ -56,7 +56,9 @@ class Op:
 
     stem: str
     low_level: dict[str, LowLevel]
-    # what dispatch and the registry tell apart besides the stem itself
+    # the ops of the file, where they are several
+    ops: tuple[str, ...] = ()
+    # what dispatch and the registry tell apart besides the ops themselves
     variants: tuple[str, ...] = ()
     backends: tuple[str, ...] = BACKENDS
     # where not all of them serve the variants: those that do, and what the variants are called with
@@ -68,11 +70,11 @@ class Op:
     @property
     def names(self) -> tuple[str, ...]:
         """As dispatch and the registry know it."""
-        return (self.stem, *self.variants)
+        return (*(self.ops or (self.stem,)), *self.variants)
 
     def served_by(self, name: str) -> tuple[str, ...]:
         """The backends of the op or of a variant of it."""
-        if name == self.stem or self.variant_backends is None:
+        if name not in self.variants or self.variant_backends is None:
             return self.backends
         return self.variant_backends
 
@@ -88,6 +90,12 @@ def _hopper_takes_cuda(capability: tuple[int, int], dtype: torch.dtype) -> tuple
 # ---------------------------------------------------------------- the records
 
 _WITHOUT_CUDA = ("reference", "cpp", "triton")
+
+# two sides, each a matrix (N, K) or values, indices and offsets of K concepts
+_SCORES = (
+    "Tensor P, Tensor? P_indices, Tensor? P_offsets, SymInt K, "
+    "Tensor Q, Tensor? Q_indices, Tensor? Q_offsets, SymInt L"
+)
 
 RECORDS = (
     Op(
@@ -282,6 +290,29 @@ RECORDS = (
             ),
         },
         backends=_WITHOUT_CUDA,
+    ),
+    Op(
+        "pairwise_agreement",
+        {
+            "agreement_sums": LowLevel(
+                f"({_SCORES}, Tensor? images, SymInt part, SymInt parts) -> (Tensor, Tensor)",
+                _fakes.agreement_sums,
+            ),
+            "agreement_counts": LowLevel(
+                f"({_SCORES}, SymInt part, SymInt parts, bool need_P, bool need_Q)"
+                # each as its side's values
+                " -> (Tensor, Tensor)",
+                _fakes.agreement_counts,
+            ),
+            "concept_distances": LowLevel(
+                f"({_SCORES}, Tensor? images) -> (Tensor, Tensor)",
+                _fakes.concept_distances,
+            ),
+        },
+        ops=("generalised_rand_index", "concept_distances"),
+        variants=("generalised_rand_index_sparse", "concept_distances_sparse"),
+        backends=_WITHOUT_CUDA,
+        variant_backends=("reference", "cpp"),
     ),
 )
 

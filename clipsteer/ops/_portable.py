@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsteer.ops import _grouped, _ragged, _sparse, _sweeps
+from clipsteer.ops import _agreement, _grouped, _ragged, _sparse, _sweeps
 from clipsteer.ops._autograd import Function
 from clipsteer.ops._dispatch import call, describe, resolve
 from clipsteer.ops._lowlevel import PORTABLE, RECORDS, Op
@@ -150,6 +150,7 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "mahalanobis_covariance_loss": _mahalanobis,
     "drift_sums": _drift_sums,
     **_sweeps.PLAIN,
+    **_agreement.PLAIN,
 }
 
 # where the derivatives are written, and what they take after the op's own arguments
@@ -184,10 +185,19 @@ def register() -> None:
 
 # of the encoders: where their scale and columns are, and whether they have a relu after these
 _OPTIONS = {"topk_encode": 5, "threshold_encode": 5, "batch_topk_encode": 4}
+# what is over pairs of rows, whose sides may be sparse
+_PAIRS = {
+    "agreement_sums": "generalised_rand_index",
+    "agreement_counts": "generalised_rand_index",
+    "concept_distances": "concept_distances",
+}
 
 
 def _names(op: Op, name: str, args: tuple[Any, ...]) -> tuple[str, ...]:
     """The op, or its variant, that a call is of; where that does not show, all of them."""
+    if name in _PAIRS:
+        sparse = args[1] is not None or args[5] is not None
+        return (_PAIRS[name] + "_sparse" * sparse,)
     if name not in _OPTIONS:
         return op.names
     plain = all(a is None or a is True for a in args[_OPTIONS[name] :])

@@ -66,6 +66,18 @@ std::tuple<Tensor, Tensor> distill_grad(Tensor rows, Tensor cols, Tensor diag, T
                                         Tensor teacher_cols, Tensor teacher_diag, Tensor teacher_scale, int64_t offset,
                                         Tensor row_u, Tensor col_u, Tensor own, Tensor factors, Tensor kept,
                                         Tensor teacher_kept, bool need_rows, bool need_cols);
+std::tuple<Tensor, Tensor> agreement_sums(Tensor P, std::optional<Tensor> p_indices, std::optional<Tensor> p_offsets,
+                                          int64_t p_concepts, Tensor Q, std::optional<Tensor> q_indices,
+                                          std::optional<Tensor> q_offsets, int64_t q_concepts,
+                                          std::optional<Tensor> images, int64_t part, int64_t parts);
+std::tuple<Tensor, Tensor> agreement_counts(Tensor P, std::optional<Tensor> p_indices, std::optional<Tensor> p_offsets,
+                                            int64_t p_concepts, Tensor Q, std::optional<Tensor> q_indices,
+                                            std::optional<Tensor> q_offsets, int64_t q_concepts, int64_t part,
+                                            int64_t parts, bool need_p, bool need_q);
+std::tuple<Tensor, Tensor> concept_distances(Tensor P, std::optional<Tensor> p_indices, std::optional<Tensor> p_offsets,
+                                             int64_t p_concepts, Tensor Q, std::optional<Tensor> q_indices,
+                                             std::optional<Tensor> q_offsets, int64_t q_concepts,
+                                             std::optional<Tensor> images);
 void adam_rows(Tensor w, Tensor m, Tensor v, Tensor step, Tensor grad, std::optional<Tensor> features, bool unit,
                double lr, double beta1, double beta2, double eps, std::optional<Tensor> more,
                std::optional<Tensor> more_features);

@@ -10,7 +10,7 @@ template <class V>
 class Buffer {
  public:
   explicit Buffer(int64_t n) : store_(n > 0 ? new char[n * sizeof(V) + 63] : nullptr) {}
-  V* get() { return reinterpret_cast<V*>((reinterpret_cast<uintptr_t>(store_.get()) + 63) & ~uintptr_t(63)); }
+  V* get() const { return reinterpret_cast<V*>((reinterpret_cast<uintptr_t>(store_.get()) + 63) & ~uintptr_t(63)); }
 
  private:
   std::unique_ptr<char[]> store_;

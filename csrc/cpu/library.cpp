@@ -64,6 +64,15 @@ STABLE_TORCH_LIBRARY(clipsteer_cpp, m) {
       "Tensor factors, Tensor kept, Tensor teacher_kept, bool need_rows, bool need_cols) "
       "-> (Tensor d_rows, Tensor d_cols)");
   m.def(
+      "agreement_sums(Tensor P, Tensor? P_indices, Tensor? P_offsets, SymInt K, Tensor Q, Tensor? Q_indices, "
+      "Tensor? Q_offsets, SymInt L, Tensor? images, SymInt part, SymInt parts) -> (Tensor total, Tensor rows)");
+  m.def(
+      "agreement_counts(Tensor P, Tensor? P_indices, Tensor? P_offsets, SymInt K, Tensor Q, Tensor? Q_indices, "
+      "Tensor? Q_offsets, SymInt L, SymInt part, SymInt parts, bool need_P, bool need_Q) -> (Tensor dP, Tensor dQ)");
+  m.def(
+      "concept_distances(Tensor P, Tensor? P_indices, Tensor? P_offsets, SymInt K, Tensor Q, Tensor? Q_indices, "
+      "Tensor? Q_offsets, SymInt L, Tensor? images) -> (Tensor D, Tensor error)");
+  m.def(
       "adam_rows(Tensor(a!) W, Tensor(b!) m, Tensor(c!) v, Tensor step, Tensor grad, Tensor? features, bool unit, "
       "float lr, float beta1, float beta2, float eps, Tensor? more=None, Tensor? more_features=None) -> ()");
   m.def("isa_level() -> int");
@@ -93,6 +102,9 @@ STABLE_TORCH_LIBRARY_IMPL(clipsteer_cpp, CPU, m) {
   m.impl("siglip_sweep", TORCH_BOX(&clipsteer::siglip_sweep));
   m.impl("distill_sums", TORCH_BOX(&clipsteer::distill_sums));
   m.impl("distill_grad", TORCH_BOX(&clipsteer::distill_grad));
+  m.impl("agreement_sums", TORCH_BOX(&clipsteer::agreement_sums));
+  m.impl("agreement_counts", TORCH_BOX(&clipsteer::agreement_counts));
+  m.impl("concept_distances", TORCH_BOX(&clipsteer::concept_distances));
   m.impl("adam_rows", TORCH_BOX(&clipsteer::adam_rows));
 }
 

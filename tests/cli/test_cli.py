@@ -74,7 +74,7 @@ def test_every_command_has_help_with_an_example(capsys):
     assert {" ".join(words) for words, _ in leaves} == {
         "demo", "env", "validate", "bench", "prove", "sae train", "sae eval", "sae convert", "sae steer", "splice",
         "conceptor fit", "conceptor steer", "finetune", "wise-ft merge", "wise-ft curve",
-        "cil", "train",
+        "cil", "train", "align",
     }  # fmt: skip
     groups = [(words, p) for words, p in commands(cli.build_parser()) if words and not p.get_default("function")]
     assert [words for words, _ in groups] == [("sae",), ("conceptor",), ("wise-ft",)]

@@ -317,7 +317,7 @@ def test_a_run_of_an_earlier_version_is_gone_on_with_where_it_says_nothing():
 
 NAMING = [
     ("demo",), ("sae", "train"), ("sae", "eval"), ("sae", "steer"), ("conceptor", "fit"), ("conceptor", "steer"),
-    ("finetune",), ("train",), ("cil",), ("splice",), ("wise-ft", "curve"),
+    ("finetune",), ("train",), ("cil",), ("splice",), ("wise-ft", "curve"), ("align",),
 ]  # fmt: skip
 
 

@@ -98,6 +98,7 @@ COMMANDS = {
     "wise-ft curve": "wise-ft curve MODEL MODEL --reference SETS/pilot/train --shifted SETS/pilot/test --alphas 0 1 "
     "--out OUT",
     "train": "train --data SETS/t.jsonl --val SETS/classes --loss clip --batch-size 2 --epochs 1 --out OUT",
+    "align": "align MODEL --data SETS/classes --score conceptor --tokens mean --out OUT",
     "cil": "cil --data SETS/pilot --tasks 2 --seeds 1 --strategy ncm --out OUT",
 }
 

@@ -15,6 +15,7 @@ import pytest
 
 import clipsteer
 from _command import run
+from clipsteer.alignment.config import AlignmentConfig
 from clipsteer.cli import main as cli
 from clipsteer.cli.arguments import Options
 from clipsteer.continual.config import CILConfig
@@ -36,6 +37,7 @@ from clipsteer.training.settings import (
 
 OF_COMMAND = {
     "sae train": TrainConfig, "finetune": FinetuneConfig, "train": ContrastiveConfig, "cil": CILConfig,
+    "align": AlignmentConfig,
 }  # fmt: skip
 # what a command needs beside the option that is looked at
 NEEDS = {
@@ -43,6 +45,7 @@ NEEDS = {
     "sae train": ["--out", "x"], "finetune": ["--data", "x", "--out", "x"], "train": ["--out", "x"],
     "cil": ["--data", "x", "--out", "x"], "sae eval": ["x"], "sae steer": ["x", "--feature", "1=1"], "splice": ["x"],
     "conceptor fit": ["--out", "x"], "conceptor steer": ["x"], "sae convert": ["x", "y"],
+    "align": ["x", "y", "--out", "z"],
     "wise-ft merge": ["x", "y", "--out", "z"],
     "wise-ft curve": ["x", "y", "--reference", "a", "--shifted", "b", "--out", "z"],
 }  # fmt: skip
@@ -53,6 +56,7 @@ COUNTS = {
     "sae train": ["--workers"], "conceptor fit": ["--batch-size"], "conceptor steer": ["--top", "--count"],
     "finetune": ["--workers"], "train": ["--workers"], "wise-ft curve": ["--workers"],
     "cil": ["--tasks", "--init-cls", "--increment", "--seeds", "--jobs", "--workers"],
+    "align": ["--max-images"],
 }  # fmt: skip
 
 
@@ -85,7 +89,7 @@ CONFIGS = list(config_classes())
 
 def test_all_config_dataclasses_are_looked_at():
     assert {config.__name__ for config in CONFIGS} == {
-        "TrainConfig", "FinetuneConfig", "ContrastiveConfig", "CILConfig", "AlignConfig",
+        "TrainConfig", "FinetuneConfig", "ContrastiveConfig", "CILConfig", "AlignConfig", "AlignmentConfig",
     }  # fmt: skip
     assert {words: p.get_default("options").config for words, p in LEAVES.items() if p.get_default("options")} == (
         OF_COMMAND

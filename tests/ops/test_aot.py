@@ -44,6 +44,7 @@ ENCODE = ["topk_encode_fwd", "topk_encode_select"]
 MAHALANOBIS = ["grouped_matmul", "mahalanobis_centre", "mahalanobis_covariance_loss", "mahalanobis_finish"]
 DRIFT = ["drift_change", "drift_square", "drift_tile"]
 ABOVE = ["threshold_count", "threshold_write"]
+AGREEMENT = ["agreement_counts", "agreement_sums", "concept_distances"]
 KERNELS = {  # a case, whose last word is the dtype, and what it launches
     "encode bf16": ENCODE,
     "encode fp16": ENCODE,
@@ -113,6 +114,8 @@ KERNELS = {  # a case, whose last word is the dtype, and what it launches
     "distill fp32": ["distill_sums", "distill_weights"],
     "distill tf32": ["distill_sums", "distill_weights"],
     "distill of odd width bf16": ["distill_sums", "distill_weights"],
+    "agreement bf16": AGREEMENT,
+    "agreement fp32": AGREEMENT,
     "adam fp32": ["adam_rows", "adam_scales"],
 }
 PRODUCTS = ("topk_encode_fwd", "threshold_count", "threshold_write", "topk_encode_keys", "grouped_matmul",
@@ -255,6 +258,7 @@ def compile_all(target_name: str, cases: list[str]) -> dict[str, list[dict]]:
         distill_loss,
         drrho_loss,
         mahalanobis_covariance_loss,
+        pairwise_agreement,
         ragged_decode,
         semantic_drift,
         siglip_loss,
@@ -265,7 +269,7 @@ def compile_all(target_name: str, cases: list[str]) -> dict[str, list[dict]]:
 
     modules = (
         adam_rows, batch_topk_encode, conceptor_project, distill_loss, drrho_loss, mahalanobis_covariance_loss,
-        ragged_decode, semantic_drift, siglip_loss, sparse_decode, threshold_encode, topk_encode,
+        pairwise_agreement, ragged_decode, semantic_drift, siglip_loss, sparse_decode, threshold_encode, topk_encode,
     )  # fmt: skip
     hip = target_name.startswith("gfx")
     lanes = 64 if target_name.startswith("gfx9") else 32
@@ -406,6 +410,13 @@ def compile_all(target_name: str, cases: list[str]) -> dict[str, list[dict]]:
         both, none = torch.zeros(2, 1024), single.new_empty(0, 1024)
         distill_loss.distill_grad(*pairs, 0, both, both, single, torch.zeros(2), none, none, True, True)
 
+    def agreement(N: int = 1024, K: int = 100) -> None:
+        sides = (empty(N, K), None, None, K) * 2
+        for images in (None, numbers(N)):
+            pairwise_agreement.agreement_sums(*sides, images, 0, 1)
+        pairwise_agreement.agreement_counts(*sides, 0, 1, True, True)
+        pairwise_agreement.concept_distances(*sides, None)
+
     def adam() -> None:
         for d in (64, 768, 4096, adam_rows.MAX_COLUMNS):
             w, m, v, grad = empty(4, 64, d)
@@ -451,6 +462,7 @@ def compile_all(target_name: str, cases: list[str]) -> dict[str, list[dict]]:
         "siglip of odd width": lambda: siglip(771),
         "distill": distill,
         "distill of odd width": lambda: distill(771),
+        "agreement": agreement,
         "adam": adam,
     }
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}

@@ -31,6 +31,8 @@ PER_ROW = {
     "clip_loss": ("image", "text"),
     "siglip_loss": ("image", "text"),
     "distill_loss": ("image", "text", "teacher_image", "teacher_text"),
+    "generalised_rand_index": ("P", "Q"),
+    "concept_distances": ("P", "Q"),
 }
 
 
@@ -208,6 +210,10 @@ def pairs_of(t: dict, width: int = 10) -> tuple[Tensor, ...]:
     return t["x"][:, :width].contiguous(), t["W"][:, :width].contiguous(), t["b_n"], torch.tensor(2.0)
 
 
+def dense_and_sparse(t: dict) -> tuple:
+    return t["x"], None, None, 10, t["b_n"][:12].clone(), t["code"], t["offsets"], 5
+
+
 PORTABLE_ARGUMENTS = {
     "topk_encode": lambda t: (t["x"], t["W"], t["b_n"], 4, True, t["b_n"] + 1, t["code"][:5], False),
     "threshold_encode": lambda t: (t["x"], t["W"], t["b_n"], t["b_n"].abs(), 40, t["b_n"] + 1, t["code"][:5]),
@@ -233,6 +239,9 @@ PORTABLE_ARGUMENTS = {
         t["acts"][:, 1].contiguous(), t["x"].new_zeros(0, 80), 7, True, True,
     ),
     "siglip_sweep": lambda t: (t["x"], t["W"], torch.tensor(2.0), torch.tensor(-3.0), 11, True, True),
+    "agreement_sums": lambda t: (*dense_and_sparse(t), t["group"], 1, 2),
+    "agreement_counts": lambda t: (*dense_and_sparse(t), 0, 1, True, True),
+    "concept_distances": lambda t: (*dense_and_sparse(t), t["group"]),
     "distill_sums": lambda t: (*pairs_of(t), *pairs_of(t, 4), 11, False),
     "distill_grad": lambda t: (
         *pairs_of(t), *pairs_of(t, 4), 11, t["acts"].T[:2].contiguous(), torch.stack([t["b_n"], t["b_n"]]),

@@ -459,6 +459,11 @@ def pairs_of(t: dict, width: int = 10) -> tuple[Tensor, ...]:
     return t["x"][:, :width].contiguous(), t["W"][:, :width].contiguous(), t["b_n"], torch.tensor(2.0)
 
 
+def dense_and_sparse(t: dict) -> tuple:
+    """Both sides of pairs of rows."""
+    return t["x"], None, None, 10, t["b_n"][:12].clone(), t["code"], t["offsets"], 5
+
+
 LOW_LEVEL_ARGUMENTS = {
     "grouped_matmul": lambda t: (t["x"], t["C"], t["group"], t["beta"], t["mean"], True),
     "grouped_outer": lambda t: (t["acts"], t["x"], t["group"], 3),
@@ -486,6 +491,9 @@ LOW_LEVEL_ARGUMENTS = {
         True,
     ),
     "siglip_sweep": lambda t: (t["x"], t["W"], torch.tensor(2.0), torch.tensor(-3.0), 11, True, True),
+    "agreement_sums": lambda t: (*dense_and_sparse(t), t["group"], 0, 2),
+    "agreement_counts": lambda t: (*dense_and_sparse(t), 1, 2, True, False),
+    "concept_distances": lambda t: (*dense_and_sparse(t), t["group"]),
     "distill_sums": lambda t: (*pairs_of(t), *pairs_of(t, 4), 11, True),
     "distill_grad": lambda t: (
         *pairs_of(t),

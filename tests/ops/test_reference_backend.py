@@ -34,6 +34,10 @@ CROWDED = {
     "clip_loss": {"B": 600, "d": 8, "other": 1, "smooth": 1},
     "siglip_loss": {"B": 600, "d": 8},
     "distill_loss": {"B": 600, "d": 8, "e": 8},
+    "generalised_rand_index": {"N": 300, "K": 3, "L": 2},
+    "concept_distances": {"N": 300, "K": 3, "L": 2},
+    "generalised_rand_index_sparse": {"N": 300, "K": 3, "L": 2, "k": 1},
+    "concept_distances_sparse": {"N": 300, "K": 3, "L": 2, "k": 1},
 }
 
 

@@ -172,6 +172,16 @@ struct PairSide {
   V scale;
 };
 
+// Panels of integers: as many columns as 256 bytes have, of which blocks of kScoreRows are compared at a time.
+template <class V>
+constexpr int kScoreColumns = 256 / sizeof(V);
+constexpr int kScoreRows = 4;
+
+// A sum of unsigned numbers: low + 2^32 high.
+struct WideSum {
+  uint64_t low = 0, high = 0;
+};
+
 // Inner loops over numbers V; every instruction set makes the same selections.
 template <class V>
 struct Kernels {
@@ -214,6 +224,14 @@ struct Kernels {
   void (*sigmoid_weights)(V* S, V sign, V scale, V bias, V* out, int64_t n);
   // Adam's rule on weights, both moments and gradient (null: zeros) of a row.
   void (*adam)(V* p, V* m, V* v, const V* g, const AdamStep<V>& at, int64_t n);
+  // Agreement of rows as integers, see agreement.h.
+  void (*larger)(const Rank<V>* a, const Rank<V>* b, int64_t k, bool subtract, Rank<V>* c,
+                 int64_t stride);
+  WideSum (*apart)(Rank<V>* c, const Rank<V>* base, Rank<V> own, int64_t n);
+  void (*add_columns)(const Rank<V>* c, uint64_t* low, uint64_t* high, int64_t n);
+  void (*signs)(Rank<V>* c, const Rank<V>* base, Rank<V> own, int64_t n);
+  void (*signed_order)(const Rank<V>* sign, const Rank<V>* a, const Rank<V>* b, int64_t panels,
+                       int64_t k, int64_t* count);
   // out[j * out_stride + i] = u[i * stride + j] for `rows` values of i and `columns` of j.
   void (*turn)(const V* u, int64_t stride, int64_t rows, int64_t columns, V* out,
                int64_t out_stride);

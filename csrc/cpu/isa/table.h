@@ -9,6 +9,7 @@
 #include "distill.h"
 #include "siglip.h"
 #include "adam.h"
+#include "agreement.h"
 #include "transpose.h"
 #if CLIPSTEER_LEVEL > 0
 #include "blocks.h"
@@ -33,6 +34,11 @@ constexpr Kernels<V> kKernels = {
     .cross_weights = cross_weights,
     .sigmoid_weights = sigmoid_weights,
     .adam = adam,
+    .larger = larger<V>,
+    .apart = apart<V>,
+    .add_columns = add_columns<V>,
+    .signs = signs<V>,
+    .signed_order = signed_order<V>,
     .turn = turn,
 #if CLIPSTEER_LEVEL > 0
     .block_columns = kBlockBytes / sizeof(V),
