@@ -18,8 +18,9 @@ from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._contrastive import KINDS, Kind, Value, contrast
-from clipsteer.ops._dispatch import choose
+from clipsteer.ops._dispatch import call, choose
 from clipsteer.ops._drrho import Arguments, averaged, evaluate, log_of
+from clipsteer.ops._sweeps import in_one_call
 
 __all__ = ["drrho_loss", "drrho_loss_reference"]
 
@@ -84,6 +85,9 @@ def _gradient(cotangents, found, arguments, needs, backend, world):
     _, d_image, d_text, d_tau = found
     image, text = arguments[:2]
     B = image.shape[0] if world is None else world.rows
+    if in_one_call(backend, world):
+        grads = (d_image, d_text, d_tau)
+        return call(backend, "contrast_grad", grad, image, None, 2 * B * B, *grads, None)[:3]
     # data-parallel training averages gradients over the processes, each of which has those of its
     # rows
     scaled = grad * ((1 if world is None else world.size) / (2 * B * B))

@@ -12,6 +12,7 @@ constexpr int64_t kTerms = 256;         // of a product in registers: longer cha
 constexpr int64_t kTileRows = 192;      // a multiple of a block's rows
 constexpr int64_t kTileBytes = 4 << 20;  // of a tile, beside which the packed columns stream past
 constexpr int64_t kGrain = 4;           // panels of a task
+constexpr int64_t kFew = 32;            // columns that are not worth packing
 
 // Of a row of similarities, in numbers: whole panels on every instruction set, and a line more, as rows that lie a power
 // of two apart would share their place in the cache.
@@ -31,11 +32,11 @@ class Sweep {
         own_(kernels<V>().block_columns > 0),
         width_(own_ ? kernels<V>().block_columns : 64),
         panels_((n + width_ - 1) / width_),
-        tile_rows_(std::max<int64_t>(kBlockRows, std::min(kTileRows, kTileBytes / int64_t(sizeof(V)) / stride_ /
-                                                                         kBlockRows * kBlockRows))),
+        few_(own_ && n <= kFew),
+        tile_rows_(fitting_rows(std::min(m, kTileBytes / int64_t(sizeof(V)) / stride_))),
         wide_rows_(kNarrow<T> ? tile_rows_ * d : 0),
-        wide_cols_(kNarrow<T> && !own_ ? n * d : 0),
-        packed_(own_ ? panels_ * width_ * d : 0),
+        wide_cols_(kNarrow<T> && (!own_ || few_) ? n * d : 0),
+        packed_(own_ && !few_ ? panels_ * width_ * d : 0),
         cols_(cols) {}
 
   int64_t rows() const { return m_; }
@@ -46,11 +47,15 @@ class Sweep {
   // A tile of similarities, which takes `pack_columns` once before.
   void similarities(int64_t at, int64_t rows, V* S) {
     const V* left = wide_rows(at, rows);
-    if (own_) {
+    if (own_ && !few_) {
       products(left, d_, 1, rows, packed_.get(), d_, panels_, S, stride_, false);
       return;
     }
     const V* right = kNarrow<T> ? wide_cols_.get() : reinterpret_cast<const V*>(cols_);
+    if (few_) {
+      inner_products(left, rows, right, S);
+      return;
+    }
     each_chunk(kGrain * 64, [&](int64_t, int64_t first, int64_t columns) {
       multiply(matrix(left, rows, d_, d_, 1), matrix(right + first * d_, d_, columns, 1, d_),
                matrix(S + first, rows, columns, stride_, 1));
@@ -58,7 +63,7 @@ class Sweep {
   }
 
   void pack_columns() {
-    if (!own_) {
+    if (!own_ || few_) {
       if constexpr (kNarrow<T>) kernels<T>().widen(cols_, wide_cols_.get(), n_ * d_);
       return;
     }
@@ -124,6 +129,23 @@ class Sweep {
   }
 
  private:
+  static int64_t fitting_rows(int64_t rows) {
+    return std::clamp((rows + kBlockRows - 1) / kBlockRows * kBlockRows, int64_t(kBlockRows), kTileRows);
+  }
+
+  void inner_products(const V* left, int64_t rows, const V* right, V* S) {
+    for_each((rows + kBlockRows - 1) / kBlockRows, [&](int64_t begin, int64_t end) {
+      const V* a[kTileRows];
+      V* c[kTileRows];
+      const int64_t first = begin * kBlockRows, count = std::min(rows, end * kBlockRows) - first;
+      for (int64_t i = 0; i < count; ++i) {
+        a[i] = left + (first + i) * d_;
+        c[i] = S + (first + i) * stride_;
+      }
+      kernels<V>().inner(a, count, right, d_, n_, d_, c);
+    });
+  }
+
   // Panels of the first `width` numbers of some rows: out[p][row][0 ... width_), what is missing is 0.
   void slices(const T* from, int64_t rows, int64_t width, V* out) {
     const int64_t panels = (width + width_ - 1) / width_, grain = 64;
@@ -177,7 +199,9 @@ class Sweep {
   const T* source_;
   const int64_t m_, n_, d_, stride_;
   const bool own_;  // our blocks where the processor has them, elsewhere torch's GEMM
-  const int64_t width_, panels_, tile_rows_;
+  const int64_t width_, panels_;
+  const bool few_;
+  const int64_t tile_rows_;
   Buffer<V> wide_rows_, wide_cols_, packed_;
   const T* cols_;
 };
@@ -312,6 +336,13 @@ inline Sizes check_features(const char* op, const Tensor& rows, const Tensor& co
   check(op, "cols", cols, dtype, {sizes.columns, sizes.d});
   const bool among = offset >= 0 && offset + sizes.rows <= sizes.columns;
   require(among || (apart && offset == sizes.columns), op, "expected the rows' own columns among all");
+  return sizes;
+}
+
+// A batch of one process.
+inline Sizes check_batch(const char* op, const Tensor& rows, const Tensor& cols) {
+  const Sizes sizes = check_features(op, rows, cols, 0);
+  require(sizes.rows == sizes.columns, op, "expected as many rows as columns");
   return sizes;
 }
 
