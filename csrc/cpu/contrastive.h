@@ -11,6 +11,7 @@ namespace clipsteer {
 constexpr int64_t kTerms = 256;         // of a product in registers: longer chains of sums lose digits
 constexpr int64_t kTileRows = 192;      // a multiple of a block's rows
 constexpr int64_t kTileBytes = 4 << 20;  // of a tile, beside which the packed columns stream past
+constexpr int64_t kLeastRows = 48;      // of a tile: with fewer these would come from memory more slowly than they go
 constexpr int64_t kGrain = 4;           // panels of a task
 constexpr int64_t kFew = 32;            // columns that are not worth packing
 
@@ -33,10 +34,11 @@ class Sweep {
         width_(own_ ? kernels<V>().block_columns : 64),
         panels_((n + width_ - 1) / width_),
         few_(own_ && n <= kFew),
-        tile_rows_(fitting_rows(std::min(m, kTileBytes / int64_t(sizeof(V)) / stride_))),
+        terms_(in_pairs() && own_ && !few_ && d % 2 == 0 ? d / 2 : d),
+        tile_rows_(fitting_rows(std::min(m, std::max(kLeastRows, kTileBytes / int64_t(sizeof(V)) / stride_)))),
         wide_rows_(kNarrow<T> ? tile_rows_ * d : 0),
         wide_cols_(kNarrow<T> && (!own_ || few_) ? n * d : 0),
-        packed_(own_ && !few_ ? panels_ * width_ * d : 0),
+        packed_(own_ && !few_ ? panels_ * width_ * terms_ : 0),
         cols_(cols) {}
 
   int64_t rows() const { return m_; }
@@ -46,6 +48,13 @@ class Sweep {
 
   // A tile of similarities, which takes `pack_columns` once before.
   void similarities(int64_t at, int64_t rows, V* S) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (terms_ < d_) {
+        products(pairs_of(source_ + at * d_), terms_, 1, rows, packed_.get(), terms_, panels_, S, stride_, false,
+                 kernels<T>().block);
+        return;
+      }
+    }
     const V* left = wide_rows(at, rows);
     if (own_ && !few_) {
       products(left, d_, 1, rows, packed_.get(), d_, panels_, S, stride_, false);
@@ -71,8 +80,9 @@ class Sweep {
       Buffer<V> wide(kNarrow<T> ? width_ * d_ : 0);
       for (int64_t p = begin; p < end; ++p) {
         const int64_t columns = std::min(width_, n_ - p * width_);
-        const V* from = widened(cols_ + p * width_ * d_, wide.get(), columns * d_);
-        kernels<V>().pack(from, d_, columns, d_, packed_.get() + p * width_ * d_);
+        const T* source = cols_ + p * width_ * d_;
+        const V* from = terms_ < d_ ? pairs_of(source) : widened(source, wide.get(), columns * d_);
+        kernels<V>().pack(from, terms_, columns, terms_, packed_.get() + p * width_ * terms_);
       }
     });
   }
@@ -129,6 +139,14 @@ class Sweep {
   }
 
  private:
+  // Whether the processor multiplies pairs of these numbers at once.
+  static bool in_pairs() {
+    if constexpr (std::is_same_v<T, BFloat16>) return kernels<T>().block != nullptr;
+    return false;
+  }
+  // Pairs of numbers as what they are moved as.
+  static const V* pairs_of(const T* from) { return reinterpret_cast<const V*>(from); }
+
   static int64_t fitting_rows(int64_t rows) {
     return std::clamp((rows + kBlockRows - 1) / kBlockRows * kBlockRows, int64_t(kBlockRows), kTileRows);
   }
@@ -167,14 +185,14 @@ class Sweep {
 
   // c (rows, panels * width_) = or += a (rows, k), whose numbers lie a_row and a_step apart, times panels of (k, width_).
   void products(const V* a, int64_t a_row, int64_t a_step, int64_t rows, const V* b, int64_t k, int64_t panels, V* c,
-                int64_t c_row, bool add) {
+                int64_t c_row, bool add, Block<V> block = kernels<V>().block) {
     // few panels are cut into more tasks
     const int64_t part = 16 * kBlockRows, parts = (rows + part - 1) / part;
     for_each(panels * parts, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t p = task / parts, from = task % parts * part, to = std::min(rows, from + part);
         multiply_panel(a + from * a_row, a_row, a_step, to - from, b + p * k * width_, k, kTerms,
-                       c + from * c_row + p * width_, c_row, add);
+                       c + from * c_row + p * width_, c_row, add, block);
       }
     });
   }
@@ -201,6 +219,7 @@ class Sweep {
   const bool own_;  // our blocks where the processor has them, elsewhere torch's GEMM
   const int64_t width_, panels_;
   const bool few_;
+  const int64_t terms_;  // of a product of similarities: numbers, or pairs of them
   const int64_t tile_rows_;
   Buffer<V> wide_rows_, wide_cols_, packed_;
   const T* cols_;
