@@ -70,7 +70,8 @@ def evaluate(arguments, needs, backend, world):
     image, text, scale, labels, smoothing = arguments
     if in_one_call(backend, world) and labels is None and not smoothing:
         keep = any(needs) and keeps(image, image.shape[0], image.shape[1])
-        return call(backend, "clip_loss", image.contiguous(), text.contiguous(), scale, keep, *needs)
+        given = (image.contiguous(), text.contiguous(), scale, keep, *needs)
+        return call(backend, "clip_loss", *given)
     pairs = Pairs(image, text, scale, backend, world)
     M = image.shape[0]
     local = world is not None and world.local

@@ -173,8 +173,8 @@ def _checked_temperature(op, temperature, named, wide):
             raise ValueError(_check.mistake(op, "temperature", expected, got, named))
         # a value is looked at where that costs no synchronisation
         looked_at = device.type == "cpu" and _check.has_values(temperature)
-        wrong = looked_at and float(temperature.detach()) <= 0
-        tau = temperature.reshape(()).to(wide)
+        wrong = looked_at and temperature.item() <= 0
+        tau = (temperature if temperature.dim() == 0 else temperature.reshape(())).to(wide)
     elif isinstance(temperature, bool) or not isinstance(temperature, (int, float, torch.SymFloat)):
         got = type(temperature).__name__
         raise TypeError(_check.mistake(op, "temperature", "a number or a tensor", got, named))
