@@ -27,7 +27,7 @@ from clipsteer.testing.machine import machine
 from clipsteer.training.world import World
 
 # drrho_loss has its definition in the place of whole matrices
-WAYS = {loss: ("plain", "auto") for loss in ("clip", "siglip", "distill")} | {"drrho": ("reference", "auto")}
+WAYS = dict.fromkeys(("clip", "siglip", "distill"), ("plain", "auto")) | {"drrho": ("reference", "auto")}
 
 
 class Run(ContrastiveRun):

@@ -106,21 +106,32 @@ class Sweep {
   // of a tile of rows, which lie `stride()` apart. `packed`: whether `pack_columns` has to be done for the weights.
   template <class F>
   void gradients(int64_t width, V* d_rows, V* d_cols, bool packed, F&& weigh) {
-    if (packed || !own_) pack_columns();
     const int64_t right = (width + width_ - 1) / width_, padded = right * width_;
     const bool direct = padded == width || !own_;
-    Buffer<V> tile(tile_rows_ * stride_), forth(own_ && d_rows ? n_ * padded : 0),
-        back(own_ && d_cols ? tile_rows_ * padded : 0), row_sum(direct ? 0 : tile_rows_ * padded),
+    const bool in_place = few_ && direct;  // few rows of features are read where they are
+    if (packed || !own_ || in_place) pack_columns();
+    const bool cut = own_ && !in_place;
+    Buffer<V> tile(tile_rows_ * stride_), forth(cut && d_rows ? n_ * padded : 0),
+        back(cut && d_cols ? tile_rows_ * padded : 0), row_sum(direct ? 0 : tile_rows_ * padded),
         col_sum(d_cols && (!direct || !own_) ? n_ * padded : 0);
     V* into = direct && own_ ? d_cols : col_sum.get();
     if (d_cols) std::fill_n(direct ? d_cols : into, n_ * (direct ? width : padded), V(0));
-    if (own_ && d_rows) slices(cols_, n_, width, forth.get());
+    if (cut && d_rows) slices(cols_, n_, width, forth.get());
     for (int64_t at = 0; at < m_; at += tile_rows_) {
       const int64_t rows = std::min(tile_rows_, m_ - at);
       V* P = tile.get();
       weigh(at, rows, P);
       if (!own_) {
         portable_products(at, rows, P, width, d_rows, d_cols, into);
+        continue;
+      }
+      if (in_place) {
+        const V* here = kNarrow<T> ? wide_cols_.get() : reinterpret_cast<const V*>(cols_);
+        if (d_rows) {
+          products(P, stride_, 1, rows, here, n_, right, d_rows + at * width, width, false, kernels<V>().block, d_);
+        }
+        here = wide_rows(at, rows);
+        if (d_cols) products(P, 1, stride_, n_, here, rows, right, d_cols, width, true, kernels<V>().block, d_);
         continue;
       }
       if (d_rows) {
@@ -183,16 +194,17 @@ class Sweep {
 
   const V* wide_rows(int64_t at, int64_t rows) { return widened(source_ + at * d_, wide_rows_.get(), rows * d_); }
 
-  // c (rows, panels * width_) = or += a (rows, k), whose numbers lie a_row and a_step apart, times panels of (k, width_).
+  // c (rows, panels * width_) = or += a (rows, k), whose numbers lie a_row and a_step apart, times panels of (k, width_),
+  // or times rows of all panels, b_row apart.
   void products(const V* a, int64_t a_row, int64_t a_step, int64_t rows, const V* b, int64_t k, int64_t panels, V* c,
-                int64_t c_row, bool add, Block<V> block = kernels<V>().block) {
+                int64_t c_row, bool add, Block<V> block = kernels<V>().block, int64_t b_row = 0) {
     // few panels are cut into more tasks
     const int64_t part = 16 * kBlockRows, parts = (rows + part - 1) / part;
     for_each(panels * parts, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t p = task / parts, from = task % parts * part, to = std::min(rows, from + part);
-        multiply_panel(a + from * a_row, a_row, a_step, to - from, b + p * k * width_, k, kTerms,
-                       c + from * c_row + p * width_, c_row, add, block);
+        multiply_panel(a + from * a_row, a_row, a_step, to - from, b + p * (b_row ? 1 : k) * width_, k, kTerms,
+                       c + from * c_row + p * width_, c_row, add, block, b_row);
       }
     });
   }
