@@ -26,7 +26,8 @@ from clipsteer.reference.trainer import ContrastiveRun
 from clipsteer.testing.machine import machine
 from clipsteer.training.world import World
 
-LOSSES, BACKENDS = ("clip", "siglip", "distill"), ("plain", "auto")
+# drrho_loss has its definition in the place of whole matrices
+WAYS = dict.fromkeys(("clip", "siglip", "distill"), ("plain", "auto")) | {"drrho": ("reference", "auto")}
 
 
 class Run(ContrastiveRun):
@@ -60,14 +61,14 @@ def main() -> None:
     torch.set_num_threads(1)
     seen: dict[tuple[str, str], list[dict[str, float]]] = {}
     for _ in range(args.rounds):
-        for loss in LOSSES:
-            for backend in BACKENDS:
+        for loss, backends in WAYS.items():
+            for backend in backends:
                 seen.setdefault((loss, backend), []).append(step(loss, backend, args.batch_size))
     rows: list[dict[str, Any]] = []
     for (loss, backend), each in seen.items():
         row = {name: statistics.median(one[name] for one in each) for name in ("loss_ms", "share")}
         rows.append({"loss": loss, "backend": backend, **row, "each": each})
-        sys.stdout.write(f"{loss:8} {backend:6} {row['loss_ms']:7.2f} ms  {100 * row['share']:.3f} % of a step\n")
+        sys.stdout.write(f"{loss:8} {backend:9} {row['loss_ms']:7.2f} ms  {100 * row['share']:.3f} % of a step\n")
     write_json(args.out, {"machine": machine(), "model": EMOJICLIP, "batch_size": args.batch_size, "rows": rows})
     sys.stdout.write(f"{args.out}\n")
 

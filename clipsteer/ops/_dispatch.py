@@ -83,6 +83,8 @@ def _load_triton() -> str | None:
     _LIBRARIES.append(library)
     for op in served:
         for name, low in op.low_level.items():
+            if low.cpp_only:
+                continue
             library.define(name + low.schema)
             for key in ("CPU", "CUDA") if interpreted() else ("CUDA",):
                 library.impl(name, getattr(modules[op.stem], name), key)

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clipsteer.ops._sweeps import Pairs, keeps
+from clipsteer.ops._dispatch import call
+from clipsteer.ops._sweeps import Pairs, in_one_call, keeps
 
 
 def averaged(
@@ -68,6 +69,11 @@ def evaluate(
     if ref_image is not None and ref_text is not None:
         rows = torch.cat([image, -ref_image], 1)
         cols = torch.cat([text, ref_text], 1)
+    if in_one_call(backend, world):
+        past = None if u is None else u.to(wide).contiguous()
+        keep = any(needs) and keeps(rows, rows.shape[0], rows.shape[1])
+        given = (rows.contiguous(), cols.contiguous(), tau, past, gamma, eps, rho, d, keep)
+        return call(backend, "drrho_loss", *given, *needs)
     pairs = Pairs(rows, cols, tau.reciprocal(), backend, world)
     B = pairs.columns
     lse, kept = pairs.log_sums(any(needs) and keeps(rows, B, rows.shape[1]))

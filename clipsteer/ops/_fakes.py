@@ -172,6 +172,11 @@ def drift_sums(
 # ---------------------------------------------------------------- drrho_loss
 
 
+def _stride(N: int) -> int:
+    """Of a row of similarities: whole panels and a line; see row_stride in contrastive.h."""
+    return (N + 63) // 64 * 64 + 16
+
+
 def drrho_sums(
     rows: Tensor,
     cols: Tensor,
@@ -182,9 +187,8 @@ def drrho_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     M = rows.shape[0]
     N = cols.shape[0]
-    # whole panels and a line; see row_stride in drrho_loss.cpp
-    stride = (N + 63) // 64 * 64 + 16
-    return diag.new_empty(M), diag.new_empty(N), diag.new_empty(M if keep else 0, stride)
+    kept = diag.new_empty(M if keep else 0, _stride(N))
+    return diag.new_empty(M), diag.new_empty(N), kept
 
 
 def _of_sides(
@@ -331,3 +335,101 @@ def concept_distances(
     wide = torch.promote_types(P.dtype, torch.float32)
     D = P.new_empty(K, L, dtype=wide)
     return D, P.new_empty(0 if images is None else K, L, dtype=wide)
+
+
+# ---------------------------------------------------------------- whole contrastive losses
+
+
+def drrho_loss(
+    rows: Tensor,
+    cols: Tensor,
+    tau: Tensor,
+    u: Tensor | None,
+    gamma: float,
+    eps: float,
+    rho: float,
+    width: int,
+    keep: bool,
+    need_rows: bool,
+    need_cols: bool,
+    need_tau: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sides = _of_sides(tau, rows, cols, width, need_rows, need_cols)
+    return tau.new_empty(()), tau.new_empty(2, rows.shape[0]), *sides, tau.new_empty(())
+
+
+def contrast_grad(
+    grad: Tensor,
+    image: Tensor,
+    scale: Tensor | None,
+    count: int,
+    d_image: Tensor,
+    d_text: Tensor,
+    d_scale: Tensor,
+    d_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sides = (image.new_empty(d_image.shape), image.new_empty(d_text.shape))
+    return *sides, grad.new_empty(()), grad.new_empty(())
+
+
+def clip_loss(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    keep: bool,
+    need_image: bool,
+    need_text: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sides = _of_sides(scale, image, text, image.shape[1], need_image, need_text)
+    return scale.new_empty(()), *sides, scale.new_empty(())
+
+
+def siglip_loss(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    need_image: bool,
+    need_text: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sides = _of_sides(scale, image, text, image.shape[1], need_image, need_text)
+    return scale.new_empty(()), *sides, scale.new_empty(()), scale.new_empty(())
+
+
+def distill_loss(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    teacher_scale: Tensor,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    B = image.shape[0]
+    kept = scale.new_empty(B if keep else 0, _stride(B))
+    shapes = ((), (), (2, 2, B), (2, 2, B), (2,), (B,), (B,))
+    return *(scale.new_empty(shape) for shape in shapes), kept, torch.empty_like(kept)
+
+
+def distill_loss_grad(
+    contrastive: Tensor,
+    distill: Tensor,
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    teacher_scale: Tensor,
+    u: Tensor,
+    others: Tensor,
+    d_scales: Tensor,
+    diag: Tensor,
+    teacher_diag: Tensor,
+    kept: Tensor,
+    teacher_kept: Tensor,
+    need_image: bool,
+    need_text: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sides = _of_sides(image, image, text, image.shape[1], need_image, need_text)
+    return *sides, scale.new_empty(())

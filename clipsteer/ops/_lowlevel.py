@@ -39,6 +39,8 @@ class LowLevel(NamedTuple):
     # where the rows are summed by groups: which of them says a row's group, and the argument that
     # says how many there are
     groups: tuple[int, int] | None = None
+    # C++ has it alone: one call of what elsewhere are several
+    cpp_only: bool = False
 
 
 # backends by compute capability and dtype, the faster first
@@ -256,11 +258,36 @@ RECORDS = (
                 "bool need_rows, bool need_cols) -> (Tensor, Tensor, Tensor)",
                 _fakes.drrho_grad,
             ),
+            "drrho_loss": LowLevel(
+                "(Tensor rows, Tensor cols, Tensor tau, Tensor? u, float gamma, float eps, "
+                "float rho, SymInt width, bool keep, bool need_rows, bool need_cols, "
+                "bool need_tau) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+                _fakes.drrho_loss,
+                cpp_only=True,
+            ),
+            "contrast_grad": LowLevel(
+                "(Tensor grad, Tensor image, Tensor? scale, SymInt count, Tensor d_image, "
+                "Tensor d_text, Tensor d_scale, Tensor? d_bias)"
+                " -> (Tensor, Tensor, Tensor, Tensor)",
+                _fakes.contrast_grad,
+                cpp_only=True,
+            ),
         },
         backends=_WITHOUT_CUDA,
     ),
     # its sweeps are drrho_loss's
-    Op("clip_loss", {}, backends=_WITHOUT_CUDA),
+    Op(
+        "clip_loss",
+        {
+            "clip_loss": LowLevel(
+                "(Tensor image, Tensor text, Tensor scale, bool keep, bool need_image, "
+                "bool need_text, bool need_scale) -> (Tensor, Tensor, Tensor, Tensor)",
+                _fakes.clip_loss,
+                cpp_only=True,
+            ),
+        },
+        backends=_WITHOUT_CUDA,
+    ),
     Op(
         "siglip_loss",
         {
@@ -268,6 +295,12 @@ RECORDS = (
                 "(Tensor rows, Tensor cols, Tensor scale, Tensor bias, SymInt offset, "
                 "bool need_rows, bool need_cols) -> (Tensor, Tensor, Tensor)",
                 _fakes.siglip_sweep,
+            ),
+            "siglip_loss": LowLevel(
+                "(Tensor image, Tensor text, Tensor scale, Tensor bias, bool need_image, "
+                "bool need_text) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+                _fakes.siglip_loss,
+                cpp_only=True,
             ),
         },
         backends=_WITHOUT_CUDA,
@@ -287,6 +320,22 @@ RECORDS = (
                 "Tensor row_u, Tensor col_u, Tensor own, Tensor factors, Tensor kept, "
                 "Tensor teacher_kept, bool need_rows, bool need_cols) -> (Tensor, Tensor)",
                 _fakes.distill_grad,
+            ),
+            "distill_loss": LowLevel(
+                "(Tensor image, Tensor text, Tensor scale, Tensor teacher_image, "
+                "Tensor teacher_text, Tensor teacher_scale, bool keep) -> (Tensor, Tensor, "
+                "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+                _fakes.distill_loss,
+                cpp_only=True,
+            ),
+            "distill_loss_grad": LowLevel(
+                "(Tensor contrastive, Tensor distill, Tensor image, Tensor text, Tensor scale, "
+                "Tensor teacher_image, Tensor teacher_text, Tensor teacher_scale, Tensor u, "
+                "Tensor others, Tensor d_scales, Tensor diag, Tensor teacher_diag, Tensor kept, "
+                "Tensor teacher_kept, bool need_image, bool need_text)"
+                " -> (Tensor, Tensor, Tensor)",
+                _fakes.distill_loss_grad,
+                cpp_only=True,
             ),
         },
         backends=_WITHOUT_CUDA,

@@ -61,7 +61,8 @@ def checked_number(op: str, name: str, value: Any, named: dict[str, Any]) -> Ten
             expected = f"one number on {first.device}"
             got = f"{tuple(value.shape)} on {value.device}"
             raise ValueError(_check.mistake(op, name, expected, got, named))
-        return value.reshape(()).to(wide)
+        # a view, and its node in the graph, only where there is one number in more dimensions
+        return (value if value.dim() == 0 else value.reshape(())).to(wide)
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
         got = type(value).__name__
         raise TypeError(_check.mistake(op, name, "a number or a tensor", got, named))
@@ -74,7 +75,7 @@ def checked_scale(op: str, name: str, value: Any, named: dict[str, Any]) -> Tens
     number = checked_number(op, name, value, named)
     if isinstance(value, Tensor):
         looked_at = value.device.type == "cpu" and _check.has_values(value)
-        wrong = looked_at and float(value.detach()) <= 0
+        wrong = looked_at and value.item() <= 0
     else:
         wrong = not 0 < value < math.inf
     if wrong:

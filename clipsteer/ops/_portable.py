@@ -176,6 +176,8 @@ def register() -> None:
     _LIBRARIES.append(library)
     for op in RECORDS:
         for name, low in op.low_level.items():
+            if low.cpp_only:
+                continue
             library.define(name + low.schema)
             library.impl(name, _kernel(op, name), "CompositeExplicitAutograd")
             describe(f"clipsteer::{name}", low)

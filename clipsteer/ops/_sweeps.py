@@ -171,6 +171,12 @@ def low_level(backend: str, op: str, *args: Any) -> Any:
     return call(backend, op, *args)
 
 
+def in_one_call(backend: str, world: Any) -> bool:
+    """Whether C++ has what the sweeps add up to, and what lies between them: small batches would
+    spend most of their time on that."""
+    return backend == "cpp" and world is None
+
+
 def keeps(rows: Tensor, columns: int, width: int) -> bool:
     """Whether similarities of so many columns, of features of this width, stay between sweeps."""
     if rows.device.type != "cpu" or torch.compiler.is_exporting():

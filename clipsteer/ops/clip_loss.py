@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._contrastive import KINDS, Kind, contrast
-from clipsteer.ops._dispatch import choose
+from clipsteer.ops._dispatch import call, choose
 from clipsteer.ops._pairs import (
     checked_features,
     checked_scale,
@@ -23,7 +23,7 @@ from clipsteer.ops._pairs import (
     own_entropy,
     softmax_gradients,
 )
-from clipsteer.ops._sweeps import Pairs, keeps
+from clipsteer.ops._sweeps import Pairs, in_one_call, keeps
 
 __all__ = ["clip_loss", "clip_loss_reference"]
 
@@ -68,6 +68,10 @@ def _labelled(
 def evaluate(arguments, needs, backend, world):
     """The loss () and its gradients in image, text and scale, each if needed."""
     image, text, scale, labels, smoothing = arguments
+    if in_one_call(backend, world) and labels is None and not smoothing:
+        keep = any(needs) and keeps(image, image.shape[0], image.shape[1])
+        given = (image.contiguous(), text.contiguous(), scale, keep, *needs)
+        return call(backend, "clip_loss", *given)
     pairs = Pairs(image, text, scale, backend, world)
     M = image.shape[0]
     local = world is not None and world.local
@@ -123,6 +127,9 @@ def _gradient(cotangents, found, arguments, needs, backend, world):
     (grad,) = cotangents
     d_image, d_text, d_scale = found
     image, text, scale = arguments[:3]
+    if in_one_call(backend, world):
+        count = 2 * image.shape[0]
+        return call(backend, "contrast_grad", grad, image, scale, count, *found, None)[:3]
     count = image.shape[0] if world is None else world.rows
     factor = grad * scale * ((1.0 if world is None else world.factor) / (2 * count))
     return (factor * d_image).to(image.dtype), (factor * d_text).to(text.dtype), grad * d_scale

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops._contrastive import KINDS, Kind, contrast
-from clipsteer.ops._dispatch import choose
+from clipsteer.ops._dispatch import call, choose
 from clipsteer.ops._pairs import checked_features, checked_scale, merged, own_entropy
-from clipsteer.ops._sweeps import Pairs, keeps, low_level
+from clipsteer.ops._sweeps import Pairs, in_one_call, keeps, low_level
 
 __all__ = ["distill_loss", "distill_loss_reference"]
 
@@ -46,14 +46,24 @@ def distill_loss_reference(
     return u.mean(), (u - (p * t.masked_fill(p == 0, 0.0)).sum(2)).mean()
 
 
+def _models(arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Images, texts and scale, of the student and of the teacher."""
+    *features, scale, teacher_scale = arguments
+    image, text, teacher_image, teacher_text = (x.contiguous() for x in features)
+    return image, text, scale, teacher_image, teacher_text, teacher_scale
+
+
 def evaluate(arguments, needs, backend, world):
     """Both losses (), and what their gradient takes: u of both models and the weight of the other
     pairs in their softmaxes (2, 2, M), both losses' derivatives in the scale (2,), similarities of
     own pairs, and of all where they are kept."""
     image, text, teacher_image, teacher_text, scale, teacher_scale = arguments
+    width = (image.shape[1] + teacher_image.shape[1]) // 2
+    if in_one_call(backend, world):
+        keep = any(needs) and keeps(image, image.shape[0], width)
+        return call(backend, "distill_loss", *_models(arguments), keep)
     student = Pairs(image, text, scale, backend, world)
     teacher = Pairs(teacher_image, teacher_text, teacher_scale, backend, world)
-    width = (image.shape[1] + teacher_image.shape[1]) // 2
     keep = any(needs) and keeps(image, student.columns, width)
     given = (*student.features, *teacher.features, student.offset, keep)
     row_sums, col_sums, *kept = low_level(backend, "distill_sums", *given)
@@ -82,6 +92,9 @@ def evaluate(arguments, needs, backend, world):
 
 
 def _gradient(cotangents, found, arguments, needs, backend, world):
+    if in_one_call(backend, world):
+        given = (*cotangents, *_models(arguments), *found)
+        return call(backend, "distill_loss_grad", *given, needs[0], needs[1])
     u, others, d_scale, diag, teacher_diag, *kept = found
     image, text, teacher_image, teacher_text, scale, teacher_scale = arguments
     student = Pairs(image, text, scale, backend, world, diag)

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._contrastive import KINDS, Kind, Value, contrast
-from clipsteer.ops._dispatch import choose
+from clipsteer.ops._dispatch import call, choose
 from clipsteer.ops._drrho import Arguments, averaged, evaluate, log_of
+from clipsteer.ops._sweeps import in_one_call
 
 __all__ = ["drrho_loss", "drrho_loss_reference"]
 
@@ -84,6 +85,9 @@ def _gradient(cotangents, found, arguments, needs, backend, world):
     _, d_image, d_text, d_tau = found
     image, text = arguments[:2]
     B = image.shape[0] if world is None else world.rows
+    if in_one_call(backend, world):
+        grads = (d_image, d_text, d_tau)
+        return call(backend, "contrast_grad", grad, image, None, 2 * B * B, *grads, None)[:3]
     # data-parallel training averages gradients over the processes, each of which has those of its
     # rows
     scaled = grad * ((1 if world is None else world.size) / (2 * B * B))
@@ -169,8 +173,8 @@ def _checked_temperature(op, temperature, named, wide):
             raise ValueError(_check.mistake(op, "temperature", expected, got, named))
         # a value is looked at where that costs no synchronisation
         looked_at = device.type == "cpu" and _check.has_values(temperature)
-        wrong = looked_at and float(temperature.detach()) <= 0
-        tau = temperature.reshape(()).to(wide)
+        wrong = looked_at and temperature.item() <= 0
+        tau = (temperature if temperature.dim() == 0 else temperature.reshape(())).to(wide)
     elif isinstance(temperature, bool) or not isinstance(temperature, (int, float, torch.SymFloat)):
         got = type(temperature).__name__
         raise TypeError(_check.mistake(op, "temperature", "a number or a tensor", got, named))

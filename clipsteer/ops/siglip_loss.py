@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.ops._contrastive import KINDS, Kind, contrast
-from clipsteer.ops._dispatch import choose
+from clipsteer.ops._dispatch import call, choose
 from clipsteer.ops._pairs import checked_features, checked_number
-from clipsteer.ops._sweeps import low_level
+from clipsteer.ops._sweeps import in_one_call, low_level
 
 __all__ = ["siglip_loss", "siglip_loss_reference"]
 
@@ -47,6 +47,9 @@ def evaluate(arguments, needs, backend, world):
     """The loss () and its gradients in image, text, scale and bias. Of several processes each has
     its images against the texts of all, and texts get what all images make of them."""
     image, text, scale, bias = arguments
+    if in_one_call(backend, world):
+        given = (image.contiguous(), text.contiguous(), scale, bias, needs[0], needs[1])
+        return call(backend, "siglip_loss", *given)
     M = image.shape[0]
     cols = text.contiguous()
     offset = 0
@@ -65,6 +68,8 @@ def _gradient(cotangents, found, arguments, needs, backend, world):
     (grad,) = cotangents
     d_image, d_text, d_scale, d_bias = found
     image, text, scale = arguments[:3]
+    if in_one_call(backend, world):
+        return call(backend, "contrast_grad", grad, image, scale, image.shape[0], *found)
     factor = grad * scale / _share(image, world)
     d_image = (factor * d_image).to(image.dtype)
     return d_image, (factor * d_text).to(text.dtype), grad * d_scale, grad * d_bias

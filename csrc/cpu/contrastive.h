@@ -11,7 +11,9 @@ namespace clipsteer {
 constexpr int64_t kTerms = 256;         // of a product in registers: longer chains of sums lose digits
 constexpr int64_t kTileRows = 192;      // a multiple of a block's rows
 constexpr int64_t kTileBytes = 4 << 20;  // of a tile, beside which the packed columns stream past
+constexpr int64_t kLeastRows = 48;      // of a tile: with fewer these would come from memory more slowly than they go
 constexpr int64_t kGrain = 4;           // panels of a task
+constexpr int64_t kFew = 32;            // columns that are not worth packing
 
 // Of a row of similarities, in numbers: whole panels on every instruction set, and a line more, as rows that lie a power
 // of two apart would share their place in the cache.
@@ -31,11 +33,12 @@ class Sweep {
         own_(kernels<V>().block_columns > 0),
         width_(own_ ? kernels<V>().block_columns : 64),
         panels_((n + width_ - 1) / width_),
-        tile_rows_(std::max<int64_t>(kBlockRows, std::min(kTileRows, kTileBytes / int64_t(sizeof(V)) / stride_ /
-                                                                         kBlockRows * kBlockRows))),
+        few_(own_ && n <= kFew),
+        terms_(in_pairs() && own_ && !few_ && d % 2 == 0 ? d / 2 : d),
+        tile_rows_(fitting_rows(std::min(m, std::max(kLeastRows, kTileBytes / int64_t(sizeof(V)) / stride_)))),
         wide_rows_(kNarrow<T> ? tile_rows_ * d : 0),
-        wide_cols_(kNarrow<T> && !own_ ? n * d : 0),
-        packed_(own_ ? panels_ * width_ * d : 0),
+        wide_cols_(kNarrow<T> && (!own_ || few_) ? n * d : 0),
+        packed_(own_ && !few_ ? panels_ * width_ * terms_ : 0),
         cols_(cols) {}
 
   int64_t rows() const { return m_; }
@@ -45,12 +48,23 @@ class Sweep {
 
   // A tile of similarities, which takes `pack_columns` once before.
   void similarities(int64_t at, int64_t rows, V* S) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (terms_ < d_) {
+        products(pairs_of(source_ + at * d_), terms_, 1, rows, packed_.get(), terms_, panels_, S, stride_, false,
+                 kernels<T>().block);
+        return;
+      }
+    }
     const V* left = wide_rows(at, rows);
-    if (own_) {
+    if (own_ && !few_) {
       products(left, d_, 1, rows, packed_.get(), d_, panels_, S, stride_, false);
       return;
     }
     const V* right = kNarrow<T> ? wide_cols_.get() : reinterpret_cast<const V*>(cols_);
+    if (few_) {
+      inner_products(left, rows, right, S);
+      return;
+    }
     each_chunk(kGrain * 64, [&](int64_t, int64_t first, int64_t columns) {
       multiply(matrix(left, rows, d_, d_, 1), matrix(right + first * d_, d_, columns, 1, d_),
                matrix(S + first, rows, columns, stride_, 1));
@@ -58,7 +72,7 @@ class Sweep {
   }
 
   void pack_columns() {
-    if (!own_) {
+    if (!own_ || few_) {
       if constexpr (kNarrow<T>) kernels<T>().widen(cols_, wide_cols_.get(), n_ * d_);
       return;
     }
@@ -66,8 +80,9 @@ class Sweep {
       Buffer<V> wide(kNarrow<T> ? width_ * d_ : 0);
       for (int64_t p = begin; p < end; ++p) {
         const int64_t columns = std::min(width_, n_ - p * width_);
-        const V* from = widened(cols_ + p * width_ * d_, wide.get(), columns * d_);
-        kernels<V>().pack(from, d_, columns, d_, packed_.get() + p * width_ * d_);
+        const T* source = cols_ + p * width_ * d_;
+        const V* from = terms_ < d_ ? pairs_of(source) : widened(source, wide.get(), columns * d_);
+        kernels<V>().pack(from, terms_, columns, terms_, packed_.get() + p * width_ * terms_);
       }
     });
   }
@@ -91,21 +106,32 @@ class Sweep {
   // of a tile of rows, which lie `stride()` apart. `packed`: whether `pack_columns` has to be done for the weights.
   template <class F>
   void gradients(int64_t width, V* d_rows, V* d_cols, bool packed, F&& weigh) {
-    if (packed || !own_) pack_columns();
     const int64_t right = (width + width_ - 1) / width_, padded = right * width_;
     const bool direct = padded == width || !own_;
-    Buffer<V> tile(tile_rows_ * stride_), forth(own_ && d_rows ? n_ * padded : 0),
-        back(own_ && d_cols ? tile_rows_ * padded : 0), row_sum(direct ? 0 : tile_rows_ * padded),
+    const bool in_place = few_ && direct;  // few rows of features are read where they are
+    if (packed || !own_ || in_place) pack_columns();
+    const bool cut = own_ && !in_place;
+    Buffer<V> tile(tile_rows_ * stride_), forth(cut && d_rows ? n_ * padded : 0),
+        back(cut && d_cols ? tile_rows_ * padded : 0), row_sum(direct ? 0 : tile_rows_ * padded),
         col_sum(d_cols && (!direct || !own_) ? n_ * padded : 0);
     V* into = direct && own_ ? d_cols : col_sum.get();
     if (d_cols) std::fill_n(direct ? d_cols : into, n_ * (direct ? width : padded), V(0));
-    if (own_ && d_rows) slices(cols_, n_, width, forth.get());
+    if (cut && d_rows) slices(cols_, n_, width, forth.get());
     for (int64_t at = 0; at < m_; at += tile_rows_) {
       const int64_t rows = std::min(tile_rows_, m_ - at);
       V* P = tile.get();
       weigh(at, rows, P);
       if (!own_) {
         portable_products(at, rows, P, width, d_rows, d_cols, into);
+        continue;
+      }
+      if (in_place) {
+        const V* here = kNarrow<T> ? wide_cols_.get() : reinterpret_cast<const V*>(cols_);
+        if (d_rows) {
+          products(P, stride_, 1, rows, here, n_, right, d_rows + at * width, width, false, kernels<V>().block, d_);
+        }
+        here = wide_rows(at, rows);
+        if (d_cols) products(P, 1, stride_, n_, here, rows, right, d_cols, width, true, kernels<V>().block, d_);
         continue;
       }
       if (d_rows) {
@@ -124,6 +150,31 @@ class Sweep {
   }
 
  private:
+  // Whether the processor multiplies pairs of these numbers at once.
+  static bool in_pairs() {
+    if constexpr (std::is_same_v<T, BFloat16>) return kernels<T>().block != nullptr;
+    return false;
+  }
+  // Pairs of numbers as what they are moved as.
+  static const V* pairs_of(const T* from) { return reinterpret_cast<const V*>(from); }
+
+  static int64_t fitting_rows(int64_t rows) {
+    return std::clamp((rows + kBlockRows - 1) / kBlockRows * kBlockRows, int64_t(kBlockRows), kTileRows);
+  }
+
+  void inner_products(const V* left, int64_t rows, const V* right, V* S) {
+    for_each((rows + kBlockRows - 1) / kBlockRows, [&](int64_t begin, int64_t end) {
+      const V* a[kTileRows];
+      V* c[kTileRows];
+      const int64_t first = begin * kBlockRows, count = std::min(rows, end * kBlockRows) - first;
+      for (int64_t i = 0; i < count; ++i) {
+        a[i] = left + (first + i) * d_;
+        c[i] = S + (first + i) * stride_;
+      }
+      kernels<V>().inner(a, count, right, d_, n_, d_, c);
+    });
+  }
+
   // Panels of the first `width` numbers of some rows: out[p][row][0 ... width_), what is missing is 0.
   void slices(const T* from, int64_t rows, int64_t width, V* out) {
     const int64_t panels = (width + width_ - 1) / width_, grain = 64;
@@ -143,16 +194,17 @@ class Sweep {
 
   const V* wide_rows(int64_t at, int64_t rows) { return widened(source_ + at * d_, wide_rows_.get(), rows * d_); }
 
-  // c (rows, panels * width_) = or += a (rows, k), whose numbers lie a_row and a_step apart, times panels of (k, width_).
+  // c (rows, panels * width_) = or += a (rows, k), whose numbers lie a_row and a_step apart, times panels of (k, width_),
+  // or times rows of all panels, b_row apart.
   void products(const V* a, int64_t a_row, int64_t a_step, int64_t rows, const V* b, int64_t k, int64_t panels, V* c,
-                int64_t c_row, bool add) {
+                int64_t c_row, bool add, Block<V> block = kernels<V>().block, int64_t b_row = 0) {
     // few panels are cut into more tasks
     const int64_t part = 16 * kBlockRows, parts = (rows + part - 1) / part;
     for_each(panels * parts, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t p = task / parts, from = task % parts * part, to = std::min(rows, from + part);
-        multiply_panel(a + from * a_row, a_row, a_step, to - from, b + p * k * width_, k, kTerms,
-                       c + from * c_row + p * width_, c_row, add);
+        multiply_panel(a + from * a_row, a_row, a_step, to - from, b + p * (b_row ? 1 : k) * width_, k, kTerms,
+                       c + from * c_row + p * width_, c_row, add, block, b_row);
       }
     });
   }
@@ -177,7 +229,10 @@ class Sweep {
   const T* source_;
   const int64_t m_, n_, d_, stride_;
   const bool own_;  // our blocks where the processor has them, elsewhere torch's GEMM
-  const int64_t width_, panels_, tile_rows_;
+  const int64_t width_, panels_;
+  const bool few_;
+  const int64_t terms_;  // of a product of similarities: numbers, or pairs of them
+  const int64_t tile_rows_;
   Buffer<V> wide_rows_, wide_cols_, packed_;
   const T* cols_;
 };
@@ -312,6 +367,13 @@ inline Sizes check_features(const char* op, const Tensor& rows, const Tensor& co
   check(op, "cols", cols, dtype, {sizes.columns, sizes.d});
   const bool among = offset >= 0 && offset + sizes.rows <= sizes.columns;
   require(among || (apart && offset == sizes.columns), op, "expected the rows' own columns among all");
+  return sizes;
+}
+
+// A batch of one process.
+inline Sizes check_batch(const char* op, const Tensor& rows, const Tensor& cols) {
+  const Sizes sizes = check_features(op, rows, cols, 0);
+  require(sizes.rows == sizes.columns, op, "expected as many rows as columns");
   return sizes;
 }
 

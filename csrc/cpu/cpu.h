@@ -78,6 +78,24 @@ std::tuple<Tensor, Tensor> concept_distances(Tensor P, std::optional<Tensor> p_i
                                              int64_t p_concepts, Tensor Q, std::optional<Tensor> q_indices,
                                              std::optional<Tensor> q_offsets, int64_t q_concepts,
                                              std::optional<Tensor> images);
+std::tuple<Tensor, Tensor, Tensor, Tensor> clip_loss(Tensor image, Tensor text, Tensor scale, bool keep, bool need_image,
+                                                     bool need_text, bool need_scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_grad(Tensor grad, Tensor image, std::optional<Tensor> scale,
+                                                         int64_t count, Tensor d_image, Tensor d_text, Tensor d_scale,
+                                                         std::optional<Tensor> d_bias);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> drrho_loss(Tensor rows, Tensor cols, Tensor tau,
+                                                              std::optional<Tensor> past, double gamma, double eps,
+                                                              double rho, int64_t width, bool keep, bool need_rows,
+                                                              bool need_cols, bool need_tau);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_loss(Tensor image, Tensor text, Tensor scale, Tensor bias,
+                                                               bool need_image, bool need_text);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distill_loss(
+    Tensor image, Tensor text, Tensor scale, Tensor teacher_image, Tensor teacher_text, Tensor teacher_scale, bool keep);
+std::tuple<Tensor, Tensor, Tensor> distill_loss_grad(Tensor contrastive, Tensor distill, Tensor image, Tensor text,
+                                                     Tensor scale, Tensor teacher_image, Tensor teacher_text,
+                                                     Tensor teacher_scale, Tensor u, Tensor others, Tensor d_scales,
+                                                     Tensor diag, Tensor teacher_diag, Tensor kept, Tensor teacher_kept,
+                                                     bool need_image, bool need_text);
 void adam_rows(Tensor w, Tensor m, Tensor v, Tensor step, Tensor grad, std::optional<Tensor> features, bool unit,
                double lr, double beta1, double beta2, double eps, std::optional<Tensor> more,
                std::optional<Tensor> more_features);

@@ -1,5 +1,5 @@
-// Log-sums of both sides' pairs, and weights that are differences in log space; the sweeps are in contrastive.h.
-#include "contrastive.h"
+// Log-sums of both sides' pairs, and weights that are differences in log space: sweep by sweep, and drrho_loss as a whole.
+#include "softmaxes.h"
 
 namespace clipsteer {
 
@@ -14,27 +14,12 @@ std::tuple<Tensor, Tensor, Tensor> drrho_sums(Tensor rows, Tensor cols, Tensor d
     using V = Compute<T>;
     Sweep<T> sweep(data<T>(rows), data<T>(cols), sizes.rows, sizes.columns, sizes.d);
     Pairs<T> pairs(sweep, data<V>(diag), *data<V>(scale), offset);
-    const V* own = pairs.diag;
-    const V* peaks = pairs.peaks.get();
-    Buffer<V> total(sizes.columns);
-    V* sums = total.get();
-    V* lse = data<V>(row_lse);
-    sum_pairs<1, T, 1>(
-        {&pairs}, {keep ? data<V>(kept) : nullptr}, {sums},
-        [&](int64_t row, int64_t i, int64_t j, int64_t count, V* some) {
-          *some = kernels<V>().pair_sums(pairs.S + i * sweep.stride() + j, own[offset + row], pairs.row_peaks.get()[i],
-                                         own + j, peaks + j, pairs.scale, sums + j, count);
-        },
-        [&](int64_t row, int64_t i, const V* sum) {
-          lse[row] = V(std::log(double(*sum)) + double(pairs.row_peaks.get()[i]));
-        });
-    V* columns = data<V>(col_lse);
-    for (int64_t j = 0; j < sizes.columns; ++j) columns[j] = V(std::log(double(sums[j])) + double(peaks[j]));
+    log_sums(pairs, keep ? data<V>(kept) : nullptr, data<V>(row_lse), data<V>(col_lse));
   });
   return {row_lse, col_lse, kept};
 }
 
-// With w_ij = exp(t_ij - row_u_i) + exp(t_ji - col_u_j) for j != i and w_ii = own_i: w cols and wᵀ rows, of the first
+// With w_ij = exp(t_ij - row_u_i) + exp(t_ji - col_u_j) for j != i and w_ii = own_i: w cols and w^T rows, of the first
 // `width` numbers of each, and the sum of w_ij t_ij.
 std::tuple<Tensor, Tensor, Tensor> drrho_grad(Tensor rows, Tensor cols, Tensor diag, Tensor scale, int64_t offset,
                                               Tensor row_u, Tensor col_u, Tensor own, Tensor kept, int64_t width,
@@ -53,34 +38,59 @@ std::tuple<Tensor, Tensor, Tensor> drrho_grad(Tensor rows, Tensor cols, Tensor d
     using T = decltype(zero);
     using V = Compute<T>;
     Sweep<T> sweep(data<T>(rows), data<T>(cols), sizes.rows, sizes.columns, sizes.d);
-    const int64_t stride = sweep.stride();
     const V* similarities = kept.size(0) > 0 ? data<V>(kept) : nullptr;
-    const V* diagonal = data<V>(diag);
-    const V* here = data<V>(row_u);
-    const V* there = data<V>(col_u);
-    const V factor = *data<V>(scale);
-    std::vector<double> moments(sweep.tile_rows());
-    double sum = 0;
-    sweep.gradients(width, need_rows ? data<V>(d_rows) : nullptr, need_cols ? data<V>(d_cols) : nullptr, !similarities,
-                    [&](int64_t at, int64_t count, V* P) {
-                      if (!similarities) sweep.similarities(at, count, P);
-                      sweep.each_row(count, [&](int64_t i) {
-                        const V* S = similarities ? similarities + (at + i) * stride : P + i * stride;
-                        const int64_t self = offset + at + i, starts[] = {0, self + 1}, ends[] = {self, sizes.columns};
-                        moments[i] = 0;
-                        for (int side = 0; side < 2; ++side) {
-                          const int64_t j = starts[side];
-                          moments[i] += double(kernels<V>().pair_weights(S + j, P + i * stride + j, diagonal[self],
-                                                                         here[at + i], diagonal + j, there + j, factor,
-                                                                         ends[side] - j));
-                        }
-                        P[i * stride + self] = data<V>(own)[at + i];
-                      });
-                      for (int64_t i = 0; i < count; ++i) sum += moments[i];
-                    });
-    *data<V>(moment) = V(sum);
+    const Weights<V> weights{data<V>(diag),  *data<V>(scale), offset,
+                             data<V>(row_u), data<V>(col_u),  data<V>(own)};
+    *data<V>(moment) = V(gradients(sweep, weights, similarities, width, need_rows ? data<V>(d_rows) : nullptr,
+                                   need_cols ? data<V>(d_cols) : nullptr, !similarities));
   });
   return {d_rows, d_cols, moment};
+}
+
+// The loss of a batch of one process, see ops/_drrho.py: loss, u of both sides; the gradients of rows and of columns, of the
+// first `width` numbers of each and still times 2 B^2, and that of tau.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> drrho_loss(Tensor rows, Tensor cols, Tensor tau,
+                                                              std::optional<Tensor> past, double gamma, double eps,
+                                                              double rho, int64_t width, bool keep, bool need_rows,
+                                                              bool need_cols, bool need_tau) {
+  const char* op = "drrho_loss";
+  const Sizes sizes = check_batch(op, rows, cols);
+  const int64_t n = sizes.rows;
+  check(op, "tau", tau, sizes.wide, {});
+  if (past) check(op, "u", *past, sizes.wide, {2, n});
+  require(width >= 0 && width <= sizes.d, op, "expected a width of at most that of the rows");
+  Tensor loss = fresh(rows, {}, sizes.wide), u = fresh(rows, {2, n}, sizes.wide), d_tau = fresh(rows, {}, sizes.wide);
+  Tensor d_rows = fresh(rows, {need_rows ? n : 0, width}, sizes.wide);
+  Tensor d_cols = fresh(rows, {need_cols ? n : 0, width}, sizes.wide);
+  dispatch(op, sizes.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using V = Compute<T>;
+    Softmaxes<T> all(data<T>(rows), data<T>(cols), n, sizes.d, 1 / *data<V>(tau), keep);
+    V* average = data<V>(u);
+    const double log_eps = std::log(eps), log_n = std::log(double(n));
+    double total = 0;
+    for (int64_t i = 0; i < 2 * n; ++i) {
+      const double fresh_log = log_add(double(all.lse()[i]) - log_n, log_eps);
+      const V before = past ? data<V>(*past)[i] : std::numeric_limits<V>::quiet_NaN();
+      // a first visit forgets nothing
+      average[i] = V(std::isnan(before) ? fresh_log
+                                        : log_add(double(before) + std::log(1 - gamma), fresh_log + std::log(gamma)));
+      total += double(average[i]);
+    }
+    const double mean = total / double(2 * n) + rho;
+    *data<V>(loss) = V(double(*data<V>(tau)) * mean);
+    *data<V>(d_tau) = V(0);
+    if (!need_rows && !need_cols && !need_tau) return;
+    Buffer<V> own(n);
+    for (int64_t i = 0; i < n; ++i) {
+      // what the other pairs' weights make of a pair's own
+      own.get()[i] = -(std::exp(all.lse()[i] - average[i]) + std::exp(all.lse()[n + i] - average[n + i]));
+    }
+    const double moment = all.gradients(average, own.get(), width, need_rows ? data<V>(d_rows) : nullptr,
+                                        need_cols ? data<V>(d_cols) : nullptr);
+    *data<V>(d_tau) = V(mean - moment / (2.0 * double(n) * double(n)));
+  });
+  return {loss, u, d_rows, d_cols, d_tau};
 }
 
 }  // namespace clipsteer

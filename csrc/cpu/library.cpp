@@ -73,6 +73,28 @@ STABLE_TORCH_LIBRARY(clipsteer_cpp, m) {
       "concept_distances(Tensor P, Tensor? P_indices, Tensor? P_offsets, SymInt K, Tensor Q, Tensor? Q_indices, "
       "Tensor? Q_offsets, SymInt L, Tensor? images) -> (Tensor D, Tensor error)");
   m.def(
+      "clip_loss(Tensor image, Tensor text, Tensor scale, bool keep, bool need_image, bool need_text, bool need_scale) "
+      "-> (Tensor loss, Tensor d_image, Tensor d_text, Tensor d_scale)");
+  m.def(
+      "contrast_grad(Tensor grad, Tensor image, Tensor? scale, SymInt count, Tensor d_image, Tensor d_text, "
+      "Tensor d_scale, Tensor? d_bias) -> (Tensor to_image, Tensor to_text, Tensor to_scale, Tensor to_bias)");
+  m.def(
+      "drrho_loss(Tensor rows, Tensor cols, Tensor tau, Tensor? u, float gamma, float eps, float rho, SymInt width, "
+      "bool keep, bool need_rows, bool need_cols, bool need_tau) "
+      "-> (Tensor loss, Tensor new_u, Tensor d_rows, Tensor d_cols, Tensor d_tau)");
+  m.def(
+      "siglip_loss(Tensor image, Tensor text, Tensor scale, Tensor bias, bool need_image, bool need_text) "
+      "-> (Tensor loss, Tensor d_image, Tensor d_text, Tensor d_scale, Tensor d_bias)");
+  m.def(
+      "distill_loss(Tensor image, Tensor text, Tensor scale, Tensor teacher_image, Tensor teacher_text, "
+      "Tensor teacher_scale, bool keep) -> (Tensor contrastive, Tensor distill, Tensor u, Tensor others, "
+      "Tensor d_scales, Tensor diag, Tensor teacher_diag, Tensor kept, Tensor teacher_kept)");
+  m.def(
+      "distill_loss_grad(Tensor contrastive, Tensor distill, Tensor image, Tensor text, Tensor scale, "
+      "Tensor teacher_image, Tensor teacher_text, Tensor teacher_scale, Tensor u, Tensor others, Tensor d_scales, "
+      "Tensor diag, Tensor teacher_diag, Tensor kept, Tensor teacher_kept, bool need_image, bool need_text) "
+      "-> (Tensor d_image, Tensor d_text, Tensor d_scale)");
+  m.def(
       "adam_rows(Tensor(a!) W, Tensor(b!) m, Tensor(c!) v, Tensor step, Tensor grad, Tensor? features, bool unit, "
       "float lr, float beta1, float beta2, float eps, Tensor? more=None, Tensor? more_features=None) -> ()");
   m.def("isa_level() -> int");
@@ -105,6 +127,12 @@ STABLE_TORCH_LIBRARY_IMPL(clipsteer_cpp, CPU, m) {
   m.impl("agreement_sums", TORCH_BOX(&clipsteer::agreement_sums));
   m.impl("agreement_counts", TORCH_BOX(&clipsteer::agreement_counts));
   m.impl("concept_distances", TORCH_BOX(&clipsteer::concept_distances));
+  m.impl("clip_loss", TORCH_BOX(&clipsteer::clip_loss));
+  m.impl("contrast_grad", TORCH_BOX(&clipsteer::contrast_grad));
+  m.impl("drrho_loss", TORCH_BOX(&clipsteer::drrho_loss));
+  m.impl("siglip_loss", TORCH_BOX(&clipsteer::siglip_loss));
+  m.impl("distill_loss", TORCH_BOX(&clipsteer::distill_loss));
+  m.impl("distill_loss_grad", TORCH_BOX(&clipsteer::distill_loss_grad));
   m.impl("adam_rows", TORCH_BOX(&clipsteer::adam_rows));
 }
 

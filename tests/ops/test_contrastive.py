@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipsteer import ops, testing
 from clipsteer.ops import REGISTRY
 from clipsteer.ops._spec import named_outputs, spec_errors
 from clipsteer.ops._sweeps import KEEP
+from clipsteer.ops.specs._softmaxes import Similarities
 
 FAST = [b for b in ("reference", "cpp") if testing.supported(b)]
 DOUBLE = torch.float64
@@ -124,6 +129,96 @@ def test_tiles_panels_and_both_ways_of_the_second_sweep(name, dtype):
         errors = spec_errors(REGISTRY[name], shape, dtype, seed=B, backend="cpp")
         assert all(error <= 1 for error in errors.values()), (shape, errors)
     assert name == "siglip_loss" or kept == {True, False}  # which has one sweep
+
+
+class Names(TorchDispatchMode):
+    """What reaches a kernel, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def some_loss(name: str, dtype: torch.dtype, B: int = 16) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Of one value, and its leaves."""
+    features = [x.requires_grad_() for x in unit(B, 24, 24, dtype=dtype)]
+    wide = torch.promote_types(dtype, torch.float32)
+    scale = torch.tensor(20.0, dtype=wide, requires_grad=True)
+    if name == "clip_loss":
+        return ops.clip_loss(*features, logit_scale=scale), (*features, scale)
+    if name == "siglip_loss":
+        bias = torch.tensor(-9.0, dtype=wide, requires_grad=True)
+        return ops.siglip_loss(*features, logit_scale=scale, logit_bias=bias), (*features, scale, bias)
+    teacher = unit(B, 10, 10, seed=1, dtype=dtype)
+    if name == "drrho_loss":
+        past = torch.linspace(-1, 1, 2 * B, dtype=wide).view(2, B)
+        past[:, ::3] = torch.nan
+        options = {"temperature": scale, "gamma": 0.3, "u": past, "eps": 1e-4, "rho": 0.5}
+        return ops.drrho_loss(*features, *teacher, **options)[0], (*features, scale)
+    hard, soft = ops.distill_loss(*features, *teacher, logit_scale=scale, teacher_logit_scale=30.0)
+    return hard - 2 * soft, (*features, scale)
+
+
+@pytest.mark.skipif("cpp" not in FAST, reason="the C++ library is not built")
+@pytest.mark.parametrize("name", [*LOSSES, "drrho_loss"])
+def test_a_batch_of_one_process_takes_one_call_each_way(name):
+    """Small batches would spend their time on what lies between the sweeps."""
+    with Names() as forward:
+        loss, leaves = some_loss(name, torch.float32)
+    with Names() as backward:
+        torch.autograd.grad(loss, leaves)
+    back = "distill_loss_grad" if name == "distill_loss" else "contrast_grad"
+    for seen, whole in ((forward.seen, name), (backward.seen, back)):
+        assert [op for op in seen if "clipsteer" in op] == [f"clipsteer_cpp.{whole}.default"]
+    mixed = 4 if name == "distill_loss" else 0  # of the test's own sum of both losses
+    assert len(backward.seen) <= 4 + mixed, backward.seen
+
+
+@pytest.mark.skipif("cpp" not in FAST, reason="the C++ library is not built")
+@pytest.mark.parametrize("B", [1, 16, 70])
+@pytest.mark.parametrize("name", [*LOSSES, "drrho_loss"])
+def test_one_call_is_what_the_sweeps_add_up_to(name, B, monkeypatch):
+    """Values and gradients in float64, of some leaves alone too."""
+    both = []
+    for in_one in (True, False):
+        if not in_one:
+            for module in ("clip_loss", "siglip_loss", "distill_loss", "_drrho", "drrho_loss"):
+                monkeypatch.setattr(sys.modules[f"clipsteer.ops.{module}"], "in_one_call", lambda *_: False)
+        found = []
+        loss, leaves = some_loss(name, DOUBLE, B)
+        for wanted in (leaves, leaves[:1], leaves[1:2], leaves[2:]):
+            found += torch.autograd.grad(loss, wanted, retain_graph=True)
+        both.append([loss.detach(), *found])
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.skipif("cpp" not in FAST, reason="the C++ library is not built")
+@pytest.mark.parametrize("d", [129, 130, 600])
+def test_similarities_of_bfloat16_by_pairs(d):
+    """Within the bound, with infinities and with numbers below the smallest normal one: a processor that multiplies
+    pairs takes these for 0, and the bound knows."""
+    g = torch.Generator().manual_seed(d)
+    rows, cols = (torch.randn(70, d, generator=g).bfloat16() for _ in range(2))
+    rows[3] = rows[:, 0] = 0
+    rows[3, 0] = 2.0**-130
+    cols[:, 0] = 2.0**60
+    rows[5, 1] = torch.inf
+    diag = torch.zeros(70)
+    kept = torch.ops.clipsteer_cpp.drrho_sums(rows, cols, diag, torch.tensor(1e-3), 0, True)[2][:, :70]
+    truth = Similarities(rows.double(), cols.double(), torch.bfloat16)
+    others = ~torch.eye(70, dtype=torch.bool)
+    finite = others & (torch.arange(70) != 5)[:, None]
+    assert bool(((kept.double() - truth.S).abs() <= truth.off)[finite].all())
+    assert torch.equal(kept[5].sign()[others[5]], truth.S[5].sign().float()[others[5]])
+    assert bool(kept[5][others[5]].isinf().all())
+    cpuinfo = Path("/proc/cpuinfo")
+    pairs = cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text() and torch.ops.clipsteer_cpp.isa_level() >= 2
+    assert bool((kept[3][others[3]] == 0).all()) == (pairs and d % 2 == 0)
 
 
 def test_bounds_catch_planted_bugs():

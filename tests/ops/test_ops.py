@@ -464,6 +464,12 @@ def dense_and_sparse(t: dict) -> tuple:
     return t["x"], None, None, 10, t["b_n"][:12].clone(), t["code"], t["offsets"], 5
 
 
+def batch_of(t: dict, width: int = 10) -> tuple[Tensor, ...]:
+    """Features of this width of the same pairs."""
+    return t["x"][:, :width].contiguous(), t["W"][:6, :width].contiguous()
+
+
+YES = (True, True, True)
 LOW_LEVEL_ARGUMENTS = {
     "grouped_matmul": lambda t: (t["x"], t["C"], t["group"], t["beta"], t["mean"], True),
     "grouped_outer": lambda t: (t["acts"], t["x"], t["group"], 3),
@@ -487,6 +493,28 @@ LOW_LEVEL_ARGUMENTS = {
         t["acts"][:, 1].contiguous(),
         t["x"].new_zeros(0, 80),
         7,
+        True,
+        True,
+    ),
+    "drrho_loss": lambda t: (*batch_of(t), torch.tensor(0.5), t["b_n"][:12].view(2, 6), 0.6, 1e-8, 0.5, 7, True, *YES),
+    "contrast_grad": lambda t: (torch.tensor(2.0), t["x"], torch.tensor(3.0), 12, *batch_of(t), *t["b_n"][:2].unbind()),
+    "clip_loss": lambda t: (*batch_of(t), torch.tensor(2.0), True, *YES),
+    "siglip_loss": lambda t: (*batch_of(t), torch.tensor(2.0), torch.tensor(-3.0), True, False),
+    "distill_loss": lambda t: (*batch_of(t), torch.tensor(2.0), *batch_of(t, 4), torch.tensor(3.0), True),
+    "distill_loss_grad": lambda t: (
+        torch.tensor(1.0),
+        torch.tensor(-2.0),
+        *batch_of(t),
+        torch.tensor(2.0),
+        *batch_of(t, 4),
+        torch.tensor(3.0),
+        t["x"][:4, :6].reshape(2, 2, 6).contiguous(),
+        t["W"][:4, :6].reshape(2, 2, 6).abs().contiguous(),
+        t["b_n"][:2],
+        t["x"][:, 0].contiguous(),
+        t["x"][:, 1].contiguous(),
+        t["x"].new_zeros(0, 80),
+        t["x"].new_zeros(0, 80),
         True,
         True,
     ),

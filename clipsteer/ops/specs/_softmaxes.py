@@ -31,7 +31,12 @@ class Similarities:
         D = rows.shape[1]
         self.S = rows @ cols.T
         self.size = rows.abs() @ cols.abs().T
-        self.off = ((D + 6) * self.unit + self.operand) * self.size + D * smallest_normal(dtype)
+        tiny = smallest_normal(dtype)
+        self.off = ((D + 6) * self.unit + self.operand) * self.size + D * tiny
+        if dtype == torch.bfloat16:
+            # a processor's products of pairs take denormal numbers for 0, in their operands too
+            flushed = rows.abs().sum(1, keepdim=True) + cols.abs().sum(1)
+            self.off = self.off + tiny * (D + flushed)
 
 
 class Sides(Similarities):

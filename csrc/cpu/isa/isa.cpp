@@ -33,6 +33,10 @@
 #include "table.h"
 
 #include "screen.h"
+#if defined(__clang__) || __GNUC__ >= 10
+#define CLIPSTEER_BF16 1
+#include "halves.h"
+#endif
 #endif
 
 namespace clipsteer {
@@ -42,9 +46,17 @@ constexpr Isa kPortable = portable::table(0);
 #ifdef CLIPSTEER_X86
 constexpr Isa kAvx2 = avx2::table(1);
 constexpr Isa kAvx512 = avx512::table(2);
-constexpr Isa kVnni = avx512::table(2, {vnni::quantise, vnni::screen, vnni::dots});
+constexpr Screening kBytes = {vnni::quantise, vnni::screen, vnni::dots};
+
+// Of processors that have it, and of no other; read once.
+Block<float> pairs() {
+#ifdef CLIPSTEER_BF16
+  if (__builtin_cpu_supports("avx512bf16")) return bf16::block;
+#endif
+  return nullptr;
+}
 #ifdef CLIPSTEER_AMX
-constexpr Isa kAmx = avx512::table(3, {vnni::quantise, vnni::screen_tiles, vnni::dots});
+constexpr Screening kTiles = {vnni::quantise, vnni::screen_tiles, vnni::dots};
 
 // Whether the processor has AMX for bytes and the kernel lets this process use it.
 bool tiles_granted() {
@@ -67,7 +79,7 @@ int highest_level() {
 }
 #endif
 
-const Isa& choose() {
+Isa choose() {
 #ifdef CLIPSTEER_X86
   const int highest = highest_level();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -78,9 +90,9 @@ const Isa& choose() {
   if (highest >= 2 && has_avx512) {
     if (!__builtin_cpu_supports("avx512vnni")) return kAvx512;
 #ifdef CLIPSTEER_AMX
-    if (highest >= 3 && tiles_granted()) return kAmx;
+    if (highest >= 3 && tiles_granted()) return avx512::table(3, kTiles, pairs());
 #endif
-    return kVnni;
+    return avx512::table(2, kBytes, pairs());
   }
   if (highest >= 1 && has_avx2) return kAvx2;
 #endif
@@ -90,7 +102,7 @@ const Isa& choose() {
 }  // namespace
 
 const Isa& isa() {
-  static const Isa& chosen = choose();
+  static const Isa chosen = choose();
   return chosen;
 }
 

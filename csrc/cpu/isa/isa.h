@@ -182,6 +182,10 @@ struct WideSum {
   uint64_t low = 0, high = 0;
 };
 
+template <class V>
+using Block = void (*)(const V* const* a, int64_t step, const V* b, int64_t stride, int64_t k, int rows, V* const* c,
+                       bool add);
+
 // Inner loops over numbers V; every instruction set makes the same selections.
 template <class V>
 struct Kernels {
@@ -239,8 +243,7 @@ struct Kernels {
   int64_t block_columns = 0;
   // c[i] = a[i] (k numbers, `step` apart) @ b (k rows of block_columns, `stride` apart), += if
   // `add`, for 1 to kBlockRows rows.
-  void (*block)(const V* const* a, int64_t step, const V* b, int64_t stride, int64_t k, int rows,
-                V* const* c, bool add) = nullptr;
+  Block<V> block = nullptr;
   // c[i][j] = the inner product (k numbers) of a[i] with row j of w; a sum does not depend on
   // the others.
   void (*inner)(const V* const* a, int64_t rows, const V* w, int64_t stride, int64_t columns,
@@ -254,6 +257,8 @@ template <class T>
 struct Kernels<T> {
   void (*widen)(const T* src, float* dst, int64_t n);
   void (*narrow)(const float* src, T* dst, int64_t n);
+  // Kernels<float>::block for pairs of these in the place of its floats, or null.
+  Block<float> block = nullptr;
 };
 
 // int8 screening (screen.h), or null.

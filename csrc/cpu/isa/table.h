@@ -52,8 +52,10 @@ template <class T>
   requires kNarrow<T>
 constexpr Kernels<T> kKernels<T> = {.widen = widen, .narrow = narrow};
 
-constexpr Isa table(int64_t level, Screening screening = {}) {
-  return {kKernels<float>, kKernels<double>, kKernels<BFloat16>, kKernels<Half>, screening, level};
+constexpr Isa table(int64_t level, Screening screening = {}, Block<float> pairs = nullptr) {
+  Kernels<BFloat16> halves = kKernels<BFloat16>;
+  halves.block = pairs;
+  return {kKernels<float>, kKernels<double>, halves, kKernels<Half>, screening, level};
 }
 
 }  // namespace clipsteer::ISA
