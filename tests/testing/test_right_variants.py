@@ -209,7 +209,7 @@ def test_a_constant_of_any_maker_is_rounded():
     float32 = made(x.double()).float()
     away = torch.nextafter(float32, torch.tensor(math.inf))
     assert found.fraction(away).max() <= 1
-    assert found.fraction(float32 + 4e-7).min() > 1
+    assert found.fraction(float32 + 4e-6).min() > 1
     # what it holds is exact, in every maker
     exact = testing.bound(lambda x: (x + torch.full_like(x, 0.5)) * 3 - torch.arange(4.0), {"x": x})
     assert not exact.outputs[0].error.any()
@@ -230,7 +230,7 @@ def test_exp_of_a_large_argument_may_be_exp2_of_its_multiple_and_no_worse():
     x = torch.linspace(-80, 80, 4001)
     found = testing.bound(lambda x: x.exp(), {"x": x}).outputs[0]
     assert found.fraction(torch.exp2(x * LOG2E)).max() <= 1
-    assert found.fraction(torch.exp2(x * 1.4427)).max() > 100
+    assert found.fraction(torch.exp2(x * 1.4427)).max() > 20
 
 
 def test_inputs_may_be_rounded_first():

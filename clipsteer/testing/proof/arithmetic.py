@@ -81,11 +81,18 @@ class Arithmetic(NamedTuple):
         return self.stored * abs(number) + self.least * (abs(number) < self.least)
 
     def rounded(
-        self, value: Tensor, error: Tensor | None, roundings: int = 1, least: float = 0.0
+        self,
+        value: Tensor,
+        error: Tensor | None,
+        roundings: int = 1,
+        least: float = 0.0,
+        *,
+        sure: bool = False,
     ) -> tuple[Tensor, bool]:
         """The error of an elementwise result, with the operation's own, and whether no element is
-        exact. Exact are those that exact operands (``error`` 0, or None) make of one rounding where
-        the arithmetic holds the result. A function may be as good only as at ``least``."""
+        exact. Exact are those that exact operands (``error`` 0, or None; ``sure``: there are none)
+        make of one rounding where the arithmetic holds the result. A function may be as good only
+        as at ``least``."""
         share = self.gamma(roundings) + self.stored - self.unit
         own = value.abs().double()
         if error is not None:
@@ -94,7 +101,7 @@ class Arithmetic(NamedTuple):
             own.clamp_min_(least)
         own.mul_(share).add_(self.least)
         exact = None
-        may_be = self.exact and roundings == 1 and value.numel() > 0
+        may_be = self.exact and roundings == 1 and value.numel() > 0 and not sure
         if may_be and (error is None or not bool(error.amin() > 0)):
             exact = self.holds(value)
             if exact is not None and error is not None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipsteer.ops._bounds import UNIT
-from clipsteer.testing.proof import elementwise as elementwise  # registers its rules
+from clipsteer.testing.proof import curves as curves  # registers its rules
+from clipsteer.testing.proof import elementwise as elementwise
 from clipsteer.testing.proof import moves as moves
 from clipsteer.testing.proof import reductions as reductions
 from clipsteer.testing.proof.arithmetic import Arithmetic

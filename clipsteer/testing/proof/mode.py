@@ -133,9 +133,12 @@ class ErrorBounds(TorchDispatchMode):
         error: Tensor | None,
         roundings: int = 1,
         least: float = 0.0,
+        *,
+        sure: bool = False,
     ) -> Pair:
-        """An elementwise result with what its arithmetic makes of the operands' error."""
-        total, positive = self.arithmetic.rounded(value, error, roundings, least)
+        """An elementwise result with what its arithmetic makes of the operands' error; ``sure``
+        says that no element of that is 0."""
+        total, positive = self.arithmetic.rounded(value, error, roundings, least, sure=sure)
         return Pair(value, total, positive)
 
     def rank(self, indices: Tensor, ranked: Ranked) -> None:

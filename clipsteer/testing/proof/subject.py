@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -50,18 +50,21 @@ class ShapeClass:
     cases: int = 0
     leaves: list[str] = field(default_factory=list)
     least: dict[str, Least] = field(default_factory=dict)
-    never_exact: bool = False  # no output of small integers is
+    # of small integers: outputs and gradients that are exact as a whole, and whether all are
+    exact: set[str] | None = None
+    all_exact: bool = False
 
     def learn(self, name: str, value: Tensor, limit: Tensor) -> None:
         """One more bound of an output or gradient."""
         before = self.least.get(name, Least(math.inf, math.inf))
         if value.is_floating_point() and value.numel():
-            known = value.isfinite() & limit.isfinite()
-            if not bool(known.all()):
-                value, limit = value[known], limit[known]
+            far = value.abs()
+            if not float(far.amax()) + float(limit.amax()) < math.inf:
+                known = far.isfinite() & limit.isfinite()
+                far, limit = far[known], limit[known]
             # nothing but what has to be the same, or something that has
             size = float(limit.amin()) if limit.numel() else 0.0
-            share = float((limit / value.abs()).amin()) if size > 0 else 0.0
+            share = float((limit / far).amin()) if size > 0 else 0.0
             before = Least(min(before.share, share), min(before.size, size))
         self.least[name] = before
 
@@ -118,15 +121,12 @@ class Claim(Subject):
         """Values, gradients and bounds of the definition; its class learns from them."""
         cache = trial.__dict__
         if "truth" not in cache:
-            arithmetic = self.arithmetic or Arithmetic.of
-            if not isinstance(arithmetic, Arithmetic):
-                arithmetic = arithmetic(trial.dtype)
             key = (trial.dtype, trial.seed, trial.scale)
             plain = self.latest.get(key) if trial.special is not None else None
             found = None if plain is None else self._spoilt(trial, plain)
             if found is None:
-                found = self._bounded(trial, arithmetic)
-                if trial.special is None:
+                found = self._bounded(trial, self._arithmetic(trial))
+                if trial.special is None and not trial.exact:
                     self.latest.clear()
                     self.latest[key] = found
             cache["truth"] = found
@@ -176,22 +176,34 @@ class Claim(Subject):
         """On small integers an output is exact as a whole; or what is exact on the way to it is so
         by luck of the definition's grouping (sums that are rounded later), and its bounds are those
         of an arithmetic without luck."""
-        if not trial.exact:
-            return self._bound(trial, arithmetic)
-        plain = arithmetic._replace(exact=False)
         known = self.shape_class(trial)
-        if known.never_exact:
-            return self._bound(trial, plain)
-        found = self._bound(trial, arithmetic)
-        lucky = [bool((one.error > 0).any()) for one in _parts(found)]
-        known.never_exact = all(lucky)
-        if any(lucky):
-            for one, other, is_lucky in zip(
-                _parts(found), _parts(self._bound(trial, plain)), lucky
-            ):
-                if is_lucky:
-                    one.error = other.error
-        return found
+        if not trial.exact or known.all_exact:
+            return self._bound(trial, arithmetic)
+        if known.exact is None:
+            strict = self._strict(trial, arithmetic)
+            parts = _named(strict.outputs, strict.gradients)
+            known.exact = {name for name, one in parts.items() if not bool((one.error > 0).any())}
+            known.all_exact = len(known.exact) == len(parts)
+            if known.all_exact:
+                return strict
+        return self._bound(trial, arithmetic._replace(exact=False))
+
+    def _strict(self, trial: Trial, arithmetic: Arithmetic) -> Bound:
+        """With what is exact by luck."""
+        if "strict" not in trial.__dict__:
+            trial.__dict__["strict"] = self._bound(trial, arithmetic)
+        return trial.__dict__["strict"]
+
+    def _judged_exactly(self, trial: Trial, name: str, got: Tensor, expected: Bounded) -> Bounded:
+        """What an output that is exact as a whole is held to, if it is not equal."""
+        if torch.equal(got.double(), expected.value.double()):
+            return replace(expected, error=torch.zeros_like(expected.error))
+        strict = self._strict(trial, self._arithmetic(trial))
+        return _named(strict.outputs, strict.gradients)[name]
+
+    def _arithmetic(self, trial: Trial) -> Arithmetic:
+        given = self.arithmetic or Arithmetic.of
+        return given if isinstance(given, Arithmetic) else given(trial.dtype)
 
     def _screened(self, trial: Trial, got: dict[str, Tensor]) -> bool:
         """Whether all errors are so small that the case needs no bound of its own."""
@@ -219,14 +231,12 @@ class Claim(Subject):
         for name, expected in _named(truth.outputs, truth.gradients).items():
             if name not in got:
                 got[name] = torch.zeros(expected.value.shape, dtype=trial.dtype)
+            if known.exact is not None and name in known.exact and not known.all_exact:
+                expected = self._judged_exactly(trial, name, got[name], expected)
             found[name], limit = compared(got[name], expected)
             if limit is not None:
                 known.learn(name, expected.value, limit)
         return found
-
-
-def _parts(found: Bound) -> list[Bounded]:
-    return [*found.outputs, *found.gradients.values()]
 
 
 def _floats(value: Any) -> bool:
