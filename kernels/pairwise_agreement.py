@@ -62,8 +62,8 @@ def _add_order(x_ptr, sign, rows, cols, N, K, out_ptr, WAY: tl.constexpr):
         a = tl.load(x_ptr + line + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
         b = tl.load(x_ptr + line + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
         order = tl.where(a > b, sign, 0.0) - tl.where(a < b, sign, 0.0)
-        place = out_ptr + line + rows
-        tl.store(place, tl.load(place, mask=rows < N, other=0.0) + WAY * tl.sum(order, axis=1), mask=rows < N)
+        # by this program alone, but by whichever of its threads; sums of integers are the same in any order
+        tl.atomic_add(out_ptr + line + rows, WAY * tl.sum(order, axis=1), mask=rows < N, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["N", "first"])
