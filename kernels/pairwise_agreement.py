@@ -62,8 +62,8 @@ def _add_order(x_ptr, sign, rows, cols, N, K, out_ptr, WAY: tl.constexpr):
         a = tl.load(x_ptr + line + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
         b = tl.load(x_ptr + line + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
         order = tl.where(a > b, sign, 0.0) - tl.where(a < b, sign, 0.0)
-        place = out_ptr + line + rows
-        tl.store(place, tl.load(place, mask=rows < N, other=0.0) + WAY * tl.sum(order, axis=1), mask=rows < N)
+        # by this program alone, but by whichever of its threads; sums of integers are the same in any order
+        tl.atomic_add(out_ptr + line + rows, WAY * tl.sum(order, axis=1), mask=rows < N, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["N", "first"])
@@ -116,8 +116,8 @@ def _concept_distances_kernel(
     tl.store(place, total, mask=(a < K)[:, None] & (b < L)[None, :])
 
 
-def _blocks(kernel: object) -> dict[str, int]:
-    return {"BLOCK_M": 64, "BLOCK_N": 64, **({} if interpreted(kernel) else {"num_warps": 4})}
+def _blocks(kernel: object, columns: int = 64) -> dict[str, int]:
+    return {"BLOCK_M": 64, "BLOCK_N": columns, **({} if interpreted(kernel) else {"num_warps": 4})}
 
 
 def _share(N: int, block: int, part: int, parts: int) -> tuple[int, int]:
@@ -157,7 +157,7 @@ def agreement_counts(
     N, kernel = P.shape[0], _agreement_counts_kernel
     wide = {"dtype": torch.float32, "device": P.device}
     dP, dQ = torch.zeros(K, N if need_P else 0, **wide), torch.zeros(L, N if need_Q else 0, **wide)
-    config = _blocks(kernel)
+    config = _blocks(kernel, 64 if interpreted(kernel) else 32)  # signs and counts share the registers
     first, count = _share(N, config["BLOCK_M"], part, parts)
     if count and (need_P or need_Q):
         with on_device(P):

@@ -239,7 +239,7 @@ PORTABLE_ARGUMENTS = {
         t["acts"][:, 1].contiguous(), t["x"].new_zeros(0, 80), 7, True, True,
     ),
     "siglip_sweep": lambda t: (t["x"], t["W"], torch.tensor(2.0), torch.tensor(-3.0), 11, True, True),
-    "agreement_sums": lambda t: (*dense_and_sparse(t), t["group"], 1, 2),
+    "agreement_sums": lambda t: (*dense_and_sparse(t), t["group"], 0, 1),
     "agreement_counts": lambda t: (*dense_and_sparse(t), 0, 1, True, True),
     "concept_distances": lambda t: (*dense_and_sparse(t), t["group"]),
     "distill_sums": lambda t: (*pairs_of(t), *pairs_of(t, 4), 11, False),

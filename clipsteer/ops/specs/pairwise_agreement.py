@@ -131,44 +131,54 @@ def check_index(inputs: Inputs, outputs: Tensors) -> Errors:
     return {"index": found}
 
 
-def _counts(P: Tensor, Q: Tensor, terms: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Σ_j sgn(d_P − d_Q)·sgn(x_i − x_j) of both sides, and twice the pairs without a sure sign."""
-    off, unit = _error(P, Q, terms)
-    truth = [torch.zeros(x.shape, dtype=torch.float64) for x in (P, Q)]
-    doubt = [torch.zeros(x.shape, dtype=torch.float64) for x in (P, Q)]
-    for rows in blocks(P, Q):
-        apart = disagreement(P, Q, rows)
-        unsure = apart.abs() <= off[rows, None] + off + unit
-        for n, x in enumerate((P, Q)):
-            order = differences(x, rows).sgn()
-            truth[n][rows] = (1 - 2 * n) * (apart.sgn().unsqueeze(2) * order).sum(1)
-            doubt[n][rows] = 2 * (unsure.unsqueeze(2) * order.abs()).sum(1)
-    return truth, doubt
+class _Counts:
+    """Of both sides: Σ_j sgn(d_P − d_Q)·sgn(x_i − x_j), of how many terms, and twice the pairs
+    without a sure sign in which a number differs."""
+
+    def __init__(self, P: Tensor, Q: Tensor, terms: int) -> None:
+        off, unit = _error(P, Q, terms)
+        sides = (P, Q)
+        self.truth = [torch.zeros(x.shape, dtype=torch.float64) for x in sides]
+        self.size = [torch.zeros_like(t) for t in self.truth]
+        self.doubt = [torch.zeros_like(t) for t in self.truth]
+        for rows in blocks(P, Q):
+            apart = disagreement(P, Q, rows)
+            unsure = (apart.abs() <= off[rows, None] + off + unit).unsqueeze(2)
+            sign = apart.sgn().unsqueeze(2)
+            for n, x in enumerate(sides):
+                order = differences(x, rows).sgn()
+                self.truth[n][rows] = (1 - 2 * n) * (sign * order).sum(1)
+                self.size[n][rows] = (sign * order).abs().sum(1)
+                self.doubt[n][rows] = 2 * (unsure * order.abs()).sum(1)
+
+    def of(self, n: int, inputs: Inputs) -> list[Tensor]:
+        """All three of a side, as its values lie."""
+        found = [part[n] for part in (self.truth, self.size, self.doubt)]
+        if "P" in inputs:
+            return found
+        side = _pair_of(inputs)[n]
+        at = torch.arange(len(side.values))
+        row = torch.searchsorted(side.offsets[1:].contiguous(), at, right=True)
+        padded = [torch.cat([x, x.new_zeros(1, x.shape[1])]) for x in found]
+        return [x[row, side.indices] for x in padded]
 
 
 def check_index_grads(
     inputs: Inputs, outputs: Tensors, grad_out: Tensors, grads: Tensors
 ) -> Errors:
-    """Sums of signs over what N(N − 1) is divided by."""
+    """Sums of signs over N(N − 1)."""
     P, Q, terms = _dense(inputs)
     N = P.shape[0]
     factor = grad_out["index"].double() / max(N * (N - 1), 1)
-    counts = _counts(P, Q, terms)
+    counts = _Counts(P, Q, terms)
     found = {}
-    for n, name in enumerate(("P", "Q")):
-        truth, doubt = counts[0][n], counts[1][n]
-        if f"{name}_values" in inputs:
-            side = _pair_of(inputs)[n]
-            row = torch.searchsorted(
-                side.offsets[1:].contiguous(), torch.arange(len(side.values)), right=True
-            )
-            padded = (torch.cat([x, x.new_zeros(1, x.shape[1])]) for x in (truth, doubt))
-            truth, doubt = (x[row, side.indices] for x in padded)
-            name = f"{name}_values"
+    for n, side in enumerate(("P", "Q")):
+        name = side if side in inputs else f"{side}_values"
         if name in grads:
+            truth, size, doubt = counts.of(n, inputs)
             error = factor.abs() * doubt
             found[name] = fraction_of_bound(
-                grads[name], -factor * truth, factor.abs() * truth.abs(), 4, 0.0, error
+                grads[name], -factor * truth, factor.abs() * size, N + 4, 0.0, error
             )
     return found
 

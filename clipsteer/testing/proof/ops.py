@@ -66,7 +66,8 @@ class Backend(Subject):
             return inputs
         names = self.spec.leaves(inputs)
         if not names:
-            names = [name for name, value in inputs.items() if isinstance(value, Tensor)]
+            tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+            names = [name for name, value in tensors.items() if value.is_floating_point()]
         if not math.isnan(trial.special):
             names = names[:1]
         return spoil(inputs, names, trial.special, torch.Generator().manual_seed(trial.seed + 1))
