@@ -29,7 +29,7 @@ HEAVY = {
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("demo",),
+    ("demo", "browse"),
     ("clipsteer",),  # the public page
     ("steering", "continual", "integrations"),
     ("sae",),
