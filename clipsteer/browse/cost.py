@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import nn
+
 from clipsteer.browse.explained import Explained
 
 
@@ -21,16 +23,19 @@ class Budget(NamedTuple):
 
 
 def pass_cost(explained: Explained, tokens: int) -> int:
-    """Multiply-adds of one image behind the hook point: every weight that follows meets every
-    token. Without a chain of blocks the whole tower counts."""
+    """Multiply-adds of one image behind the hook point: every weight that is used meets every
+    token. Without a chain of blocks that is the whole tower."""
     module = explained.clip.model
+    tower = getattr(module, "visual", module)
+    weights = _size(tower)
     *path, last = explained.target.hook_point.split(".")
-    blocks = module.get_submodule(".".join(path)) if path else module
     if last.isdecimal():
+        blocks = module.get_submodule(".".join(path))
         names = [name for name, _ in blocks.named_children()]
-        behind = names[names.index(last) + 1 :]
-        chosen = [blocks.get_submodule(name) for name in behind]
-    else:
-        chosen = [getattr(module, "visual", module)]
-    weights = sum(p.numel() for part in chosen for p in part.parameters())
+        # what comes before the blocks runs again, and is handed past them
+        weights -= sum(_size(blocks.get_submodule(n)) for n in names[: names.index(last) + 1])
     return weights * tokens
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -32,7 +32,6 @@ from clipsteer.sae.site import (
     clean_passes,
     from_site,
     grid_side,
-    set_features,
 )
 
 IMAGE_SHARD = 64
@@ -200,17 +199,15 @@ class Survey:
                 )
             chosen = torch.tensor([i for i, row in enumerate(span) if row in self.removing])
             chosen = chosen.long()
-            removed = torch.full((len(chosen), REMOVED), -1)
+            strongest = self._strongest(codes, len(span))[chosen]
             without = embedded.new_zeros(len(chosen), REMOVED, embedded.shape[1])
             if len(chosen):
                 go_on = from_site(clip, pixels[chosen], target, y[chosen], embedded[chosen])
-                strongest = self._strongest(codes, len(span))[chosen]
-                for place in range(REMOVED):
-                    features = strongest[:, place]
-                    removed[:, place] = features
-                    new = self._without(rows[chosen], target.select(y[chosen]), features)
+                given = self._given(codes, rows, chosen, strongest)
+                for place, part in enumerate(given):
+                    new = (target.select(y[chosen]) - part).to(y.dtype)
                     without[:, place] = go_on(target.put(y[chosen], new))
-        return Seen(codes, embedded.float().cpu(), chosen, removed, without.float().cpu())
+        return Seen(codes, embedded.float().cpu(), chosen, strongest, without.float().cpu())
 
     def _strongest(self, codes: SparseRows, images: int) -> Tensor:  # (images, REMOVED)
         """The features that give most to each image's reconstruction: Σ over tokens of activation
@@ -229,22 +226,25 @@ class Survey:
             found[image, : len(order)] = features[order]
         return found
 
-    def _without(
+    def _given(
         self,
-        rows: Tensor,  # (r, T, d_in)
-        written: Tensor,  # (r, T, d)
-        features: Tensor,  # (r,) one of each image, -1 for none
-    ) -> Tensor:  # (r, T, d)
+        codes: SparseRows,  # of n · T rows
+        rows: Tensor,  # (n, T, d_in)
+        chosen: Tensor,  # (r,) images
+        features: Tensor,  # (r, REMOVED), -1 for none
+    ) -> Iterator[Tensor]:
+        """What one feature of each image adds to the tokens, (r, T, d): REMOVED times."""
         sae = self.sae
-        new = written.clone()
-        for i, feature in enumerate(features.tolist()):
-            if feature >= 0:
-                one = torch.tensor([feature], device=rows.device)
-                acts, scale = sae.feature_acts(rows[i], one)  # (T, 1) each
-                zero = torch.zeros(1, dtype=acts.dtype, device=acts.device)
-                scale = scale if sae.d_out is None else torch.ones_like(scale)
-                new[i] = set_features(written[i], acts, zero, sae.W_dec[one], scale)
-        return new
+        n, tokens, _ = rows.shape
+        scale = sae.normalize_input(rows)[1].scale
+        of_token = torch.arange(n * tokens).repeat_interleave(codes.counts)
+        for column in features.T:  # (r,)
+            wanted = torch.full((n,), -1).index_copy_(0, chosen, column)
+            there = wanted[of_token // tokens] == codes.features
+            acts = torch.zeros(n * tokens).index_copy_(0, of_token[there], codes.acts[there])
+            acts = acts.reshape(n, tokens, 1)[chosen].to(sae.W_dec)
+            added = acts * sae.W_dec[column.clamp_min(0).to(rows.device)][:, None]
+            yield added if scale is None else added * scale[chosen]
 
     def seen(self, shard: int) -> dict[str, Tensor]:
         """What is kept of a shard's images, as it was written."""
