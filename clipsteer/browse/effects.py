@@ -25,6 +25,8 @@ from clipsteer.io.files import read_safetensors, write_safetensors
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 # features that are set in one go, and kept in one file
 _GROUP = 64
+# of them, whose answers at all strengths are held at once
+_AT_ONCE = 16
 _CLASSES = 8
 _EFFECTS = 6
 
@@ -102,26 +104,29 @@ class Effects:
 
     def _strengths(self, features: list[int]) -> dict[str, Tensor]:
         found: dict[str, list[Tensor]] = {}
-        at_peak = STRENGTHS.index(1.0)
-        # one at a time: all answers at all strengths are many
-        for feature in features:
-            p = self._probabilities([feature], STRENGTHS)[0]  # (s, P, C)
-            change = (p[at_peak].double() - self.clean.double()).mean(0)
-            moved = (p - self.clean).abs().amax((0, 1))
-            classes = moved.argsort(descending=True, stable=True)[:_CLASSES]
-            effects = change.abs().argsort(descending=True, stable=True)[:_EFFECTS]
-            effects = effects[change[effects].argsort(descending=True, stable=True)]
-            row = {
-                "first": p.argmax(-1),
-                "classes": classes,
-                "probability": p[..., classes],
-                "clean": self.clean[:, classes],
-                "effects": effects,
-                "change": change[effects],
-            }
-            for key, value in row.items():
-                found.setdefault(key, []).append(value)
+        for at in range(0, len(features), _AT_ONCE):
+            for p in self._probabilities(features[at : at + _AT_ONCE], STRENGTHS):
+                for key, value in self._row(p).items():
+                    found.setdefault(key, []).append(value)
         return {key: torch.stack(value) for key, value in found.items()}
+
+    def _row(
+        self,
+        p: Tensor,  # (s, P, C)
+    ) -> dict[str, Tensor]:
+        change = (p[STRENGTHS.index(1.0)].double() - self.clean.double()).mean(0)
+        moved = (p - self.clean).abs().amax((0, 1))
+        classes = moved.argsort(descending=True, stable=True)[:_CLASSES]
+        effects = change.abs().argsort(descending=True, stable=True)[:_EFFECTS]
+        effects = effects[change[effects].argsort(descending=True, stable=True)]
+        return {
+            "first": p.argmax(-1),
+            "classes": classes,
+            "probability": p[..., classes],
+            "clean": self.clean[:, classes],
+            "effects": effects,
+            "change": change[effects],
+        }
 
     def table(self, feature: int, images: Sequence[int]) -> dict[str, Any] | None:
         """A feature over all strengths, as it is written; None where it was left out."""

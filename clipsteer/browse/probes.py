@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Probes:
             codes = sparse_rows(sae, rows.flatten(0, 1))
         self._row = torch.arange(len(codes.counts)).repeat_interleave(codes.counts)
         self._codes = codes
+        self._tails: dict[int, Callable[[Tensor], Tensor]] = {}
 
     @classmethod
     def of(cls, explained: Explained, dataset: Any, rows: Sequence[int]) -> Probes:
@@ -84,11 +85,8 @@ class Probes:
         step = max(1, _BATCH // images)
         found = []
         with evaluating(sae, explained.clip):
-            go_on = None
             for at in range(0, len(jobs), step):
                 part = jobs[at : at + step]
-                if go_on is None or len(part) != step:
-                    go_on = self._tail(len(part))
                 new = []
                 for i, j in part:
                     wanted = strengths[i, j : j + 1].to(acts)
@@ -97,19 +95,20 @@ class Probes:
                         self._written, acts[..., i : i + 1], wanted, one, self._scale
                     )
                     new.append(target.put(self._y, moved.to(self._y.dtype)))
-                found.append(go_on(torch.cat(new)).float())
+                found.append(self._tail(len(part))(torch.cat(new)).float())
         return torch.cat(found).reshape(m, s, images, -1)
 
-    def _tail(self, copies: int) -> Any:
-        repeats = (copies, 1, 1)
-        pixels = self.pixels.repeat(copies, 1, 1, 1)
-        return from_site(
-            self.explained.clip,
-            pixels,
-            self.explained.target,
-            self._y.repeat(*repeats),
-            self._embedded.repeat(copies, 1),
-        )
+    def _tail(self, copies: int) -> Callable[[Tensor], Tensor]:
+        """What follows the hook point, for so many copies of the pictures."""
+        if copies not in self._tails:
+            self._tails[copies] = from_site(
+                self.explained.clip,
+                self.pixels.repeat(copies, 1, 1, 1),
+                self.explained.target,
+                self._y.repeat(copies, 1, 1),
+                self._embedded.repeat(copies, 1),
+            )
+        return self._tails[copies]
 
     def jacobian(self) -> Tensor:  # (e, d)
         """How the mean unit embedding moves with a vector that is added to every token: the mean
