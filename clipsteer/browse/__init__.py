@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from clipsteer import _lazy
 
 if TYPE_CHECKING:
+    from clipsteer.browse.build import build_site as build_site
     from clipsteer.browse.explained import Explained as Explained
     from clipsteer.browse.explained import Predictions as Predictions
 
