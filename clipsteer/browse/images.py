@@ -27,7 +27,7 @@ def write_images(
     columns: dict[str, list[Any]] = {"thumb": [], "first": [], "p": []}
     for shard in range(survey.shards):
         found = survey.seen(shard)
-        records = _records(survey, found, predictions, peaks)
+        records = records(survey, found, predictions, peaks)
         folder.put(f"images/{shard}", {"images": records})
         columns["thumb"] += [bytes(name).hex() for name in found["names"].tolist()]
         for record in records:
@@ -57,12 +57,13 @@ def _file(source: Any) -> str:
     return spoken(first.name)
 
 
-def _records(
+def records(
     survey: Survey,
     found: dict[str, Tensor],
     predictions: Predictions | None,
     peaks: np.ndarray,
 ) -> list[dict[str, Any]]:
+    """What is written of each picture of a shard."""
     counts = found["counts"].numpy().reshape(-1, survey.facts.tokens)
     features = found["features"].numpy()
     acts = found["acts"].numpy()
