@@ -27,7 +27,7 @@ def write_images(
     columns: dict[str, list[Any]] = {"thumb": [], "first": [], "p": []}
     for shard in range(survey.shards):
         found = survey.seen(shard)
-        records = records(survey, found, predictions, peaks)
+        records = entries(survey, found, predictions, peaks)
         folder.put(f"images/{shard}", {"images": records})
         columns["thumb"] += [bytes(name).hex() for name in found["names"].tolist()]
         for record in records:
@@ -57,7 +57,7 @@ def _file(source: Any) -> str:
     return spoken(first.name)
 
 
-def records(
+def entries(
     survey: Survey,
     found: dict[str, Tensor],
     predictions: Predictions | None,

@@ -20,7 +20,7 @@ from torch import Tensor
 from clipsteer.browse.cost import Budget
 from clipsteer.browse.explained import Explained, Predictions, find_predictions
 from clipsteer.browse.files import Folder, listed
-from clipsteer.browse.images import records
+from clipsteer.browse.images import entries
 from clipsteer.browse.probes import Probes
 from clipsteer.browse.survey import Survey
 from clipsteer.clip.pixels import as_pixels
@@ -109,7 +109,7 @@ class Live:
                 budget=Budget(_BUDGET),
             )
             survey.run()
-            (entry,) = records(survey, survey.seen(0), self.explained.predictions, self.peaks)
+            (entry,) = entries(survey, survey.seen(0), self.explained.predictions, self.peaks)
             (thumb,) = survey.folder.thumbs.iterdir()
             encoded = base64.b64encode(thumb.read_bytes()).decode("ascii")
         name = digest_of([content.hex()])
