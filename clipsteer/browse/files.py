@@ -27,6 +27,7 @@ FORMAT = 1
 DESCRIPTION = "site.json"
 _KIND = "clipsteer-site"
 _DIGITS = 4
+_DECIMALS = 5
 
 
 class Folder:
@@ -139,6 +140,11 @@ def listed(values: Any) -> list[Any]:
     as_objects = rounded.astype(object)
     as_objects[~finite] = None
     return as_objects.tolist()
+
+
+def shares(values: Any) -> Any:
+    """Probabilities and their changes, to the fifth decimal place."""
+    return np.asarray(values).astype(np.float64).round(_DECIMALS).tolist()
 
 
 def number(value: float) -> float | None:
