@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import shutil
 import zlib
@@ -130,34 +131,17 @@ def listed(values: Any) -> list[Any]:
     if array.dtype.kind in "iub":
         whole: list[Any] = array.tolist()
         return whole
-    wide = array.astype(np.float64)
-    finite = np.isfinite(wide)
-    wide = np.where(finite, wide, 0)
-    rounded = _rounded(wide)
-    if finite.all():
-        found: list[Any] = rounded.tolist()
-        return found
-    as_objects = rounded.astype(object)
-    as_objects[~finite] = None
-    return as_objects.tolist()
+    if array.ndim > 1:
+        return [listed(row) for row in array]
+    return [number(value) for value in array.tolist()]
+
+
+def number(value: float) -> float | None:
+    """One number as ``listed`` gives it."""
+    return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
 
 
 def shares(values: Any) -> Any:
     """Probabilities and their changes, to the fifth decimal place."""
     return np.asarray(values).astype(np.float64).round(_DECIMALS).tolist()
 
-
-def number(value: float) -> float | None:
-    """One number as ``listed`` gives it."""
-    found: float | None = listed([value])[0]
-    return found
-
-
-def _rounded(values: np.ndarray) -> np.ndarray:
-    size = np.abs(values)
-    places = _DIGITS - 1 - np.floor(np.log10(np.where(size > 0, size, 1)))
-    # below the range of powers of ten all digits are noise
-    places = np.clip(places, -300, 300)
-    up = 10.0 ** np.abs(places)
-    # a quotient of whole numbers is the nearest float to its decimal digits
-    return np.where(places >= 0, np.rint(values * up) / up, np.rint(values / up) * up)
