@@ -23,7 +23,7 @@ SOURCES = sorted(
 PACKAGE = [path for path in SOURCES if path.parts[len(ROOT.parts)] == "clipsteer"]
 HEAVY = {
     "triton", "open_clip", "matplotlib", "PIL", "hypothesis", "huggingface_hub", "torchvision", "timm", "scipy",
-    "sklearn", "jinja2", "wandb", "transformers",
+    "sklearn", "jinja2", "wandb", "transformers", "starlette", "uvicorn",
 }  # fmt: skip
 # from the top floor down: a file imports from lower floors, and from its own wing
 FLOORS = (

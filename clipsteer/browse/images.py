@@ -28,7 +28,7 @@ def write_images(folder: Folder, side: Side) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {"thumb": [], "first": [], "p": []}
     for shard in range(survey.shards):
         found = survey.seen(shard)
-        records = _records(survey, found, predictions, peaks)
+        records = entries(survey, found, predictions, peaks)
         folder.put(f"images/{shard}", {"images": records})
         columns["thumb"] += [bytes(name).hex() for name in found["names"].tolist()]
         for record in records:
@@ -58,12 +58,13 @@ def _file(source: Any) -> str:
     return spoken(first.name)
 
 
-def _records(
+def entries(
     survey: Survey,
     found: dict[str, Tensor],
     predictions: Predictions | None,
     peaks: np.ndarray,
 ) -> list[dict[str, Any]]:
+    """What is written of each picture of a shard."""
     counts = found["counts"].numpy().reshape(-1, survey.facts.tokens)
     features = found["features"].numpy()
     acts = found["acts"].numpy()
