@@ -39,10 +39,10 @@ if TYPE_CHECKING:  # the public page
     from clipsteer.reference.train import train_contrastive as train_contrastive
     from clipsteer.sae.evaluate import evaluate_sae as evaluate_sae
     from clipsteer.sae.model import SAE as SAE
+    from clipsteer.sae.steering import SAESteering as SAESteering
     from clipsteer.sae.train import train_sae as train_sae
     from clipsteer.splice.dictionary import ConceptDictionary as ConceptDictionary
     from clipsteer.steering import ConceptorSteering as ConceptorSteering
-    from clipsteer.steering import SAESteering as SAESteering
     from clipsteer.steering import VectorSteering as VectorSteering
     from clipsteer.steering import steer as steer
 

@@ -55,8 +55,9 @@ class Folder:
         else:
             check_free(path)
             write_checked(description, known)
-        for folder in (self.work, self.thumbs, self.data):
-            folder.mkdir(exist_ok=True)
+        if not self.is_complete:
+            for folder in (self.work, self.thumbs, self.data):
+                folder.mkdir(exist_ok=True)
 
     @property
     def is_complete(self) -> bool:
@@ -144,4 +145,3 @@ def number(value: float) -> float | None:
 def shares(values: Any) -> Any:
     """Probabilities and their changes, to the fifth decimal place."""
     return np.asarray(values).astype(np.float64).round(_DECIMALS).tolist()
-
