@@ -16,7 +16,7 @@ from clipsteer.browse.features import FEATURE_SHARD, FeaturePages
 from clipsteer.browse.files import FORMAT, Folder
 from clipsteer.browse.relations import Coactivity
 from clipsteer.browse.sides import Job, Side
-from clipsteer.browse.survey import IMAGE_SHARD
+from clipsteer.browse.survey import IMAGE_SHARD, facts_of
 from clipsteer.browse.words import HOW
 from clipsteer.clip.model import CLIP
 from clipsteer.clip.module import module_of
@@ -81,6 +81,12 @@ def build_site(
     known = _words(clip, dataset, words)
     place = {"hook_point": hook_point, "tokens": tokens, "target_hook_point": target_hook_point}
     explained = Explained.find(sae, clip, **place)
+    if clip.has_text and len(known) < 2:
+        raise ValueError(f"words: expected at least 2 that differ, got {known}")
+    # what does not fit is said before anything is written
+    for one in (explained, compare):
+        if one is not None:
+            facts_of(one, dataset)
     names = {"name": name or "SAE", "data": data_name or "images"}
     names["title"] = title or f"{names['name']} on {names['data']}"
     settings = _settings(explained, known)

@@ -186,7 +186,7 @@ def test_a_count_in_a_strategy_a_shape_and_a_feature_is_read_the_same_way():
     assert strategy("ranpac:projections=2e3").projections == 2000
     args = LEAVES["bench"].parse_args(["--shape", "B=1e3,d=1_000"])
     assert args.shape == {"B": 1000, "d": 1000}
-    assert LEAVES["sae steer"].parse_args(["x", "--feature", "1e2=5"]).feature == [(100, 5.0)]
+    assert LEAVES["sae steer"].parse_args(["x", "--feature", "1e2=5"]).feature == [(100, 5.0, False)]
     for wrong in (["bench", "--shape", "B=2.5"], ["sae", "steer", "x", "--feature", "2.5=1"]):
         with pytest.raises(SystemExit):
             cli.build_parser().parse_args(wrong)
