@@ -5,6 +5,7 @@
 name. ``clipsteer.steering``: what changes a model's activations. ``clipsteer.ensembles``: weight
 averages. ``clipsteer.reference``: training with a reference model. ``clipsteer.losses``:
 contrastive losses in place of open_clip's. ``clipsteer.continual``: classes task by task.
+``clipsteer.browse``: a site to look into one's own SAE.
 ``clipsteer.ops``: the ops. Below all: ``clipsteer.data``, ``clipsteer.training``,
 ``clipsteer.report``, ``clipsteer.testing``, ``clipsteer.io``.
 
