@@ -13,7 +13,7 @@ from clipsteer.browse.cost import Budget
 from clipsteer.browse.effects import STRENGTHS
 from clipsteer.browse.explained import Explained, labelled
 from clipsteer.browse.features import FEATURE_SHARD, FeaturePages
-from clipsteer.browse.files import FORMAT, Folder
+from clipsteer.browse.files import FORMAT, Folder, check_place
 from clipsteer.browse.relations import Coactivity
 from clipsteer.browse.sides import Job, Side
 from clipsteer.browse.survey import IMAGE_SHARD, facts_of
@@ -78,6 +78,8 @@ def build_site(
         raise ValueError("dataset: it is empty; a site needs images")
     if steer is not None and steer < 0:
         raise ValueError(f"steer: expected a number of features, at least 0, got {steer}")
+    out = Path(out)
+    check_place(out)
     known = _words(clip, dataset, words)
     place = {"hook_point": hook_point, "tokens": tokens, "target_hook_point": target_hook_point}
     explained = Explained.find(sae, clip, **place)
@@ -94,7 +96,6 @@ def build_site(
     if compare is not None:
         names["compare"] = compare_name or compare.clip.name
         settings["compare"] = _settings(compare, known)
-    out = Path(out)
     with claimed(out, "sae browse"):
         folder = Folder(out, settings)
         if not folder.is_complete:

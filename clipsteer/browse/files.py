@@ -53,7 +53,7 @@ class Folder:
         if description.exists():
             _check_same(description, known)
         else:
-            check_free(path)
+            _check_free(path)
             write_checked(description, known)
         if not self.is_complete:
             for folder in (self.work, self.thumbs, self.data):
@@ -89,10 +89,13 @@ class Folder:
         self.write(path, f'clipsteer.put("{key}",{text});\n'.encode("ascii"))
 
 
-def check_free(path: Path) -> None:
-    """Raise ValueError for a folder that holds anything, or a file."""
+def check_place(path: Path) -> None:
+    """Raise ValueError for a file, where a folder is to be."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"browse: {path} is a file; choose a folder for the site")
+
+
+def _check_free(path: Path) -> None:
     held = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
     if held:
         raise ValueError(

@@ -26,7 +26,7 @@ class Built:
 
     def __init__(self, root):
         self.clip = _data.tower(root)
-        self.sae = _data.sae()
+        self.sae = _data.sae(d_sae=72)
         self.images = _data.pictures()
         self.out = root / "site"
         self.page = build_site(self.sae, self.clip, self.images, self.out, words=_data.WORDS, name="tiny")
@@ -73,11 +73,11 @@ def test_the_overview_counts_what_is_active(built):
         assert built.overview["steerability"][feature] is None
         record = built.features[feature]
         assert (record["histogram"], record["top"], record["intervals"], record["words"][:0]) == ([], [], [], [])
-    assert [record["index"] for record in built.features] == list(range(96))
+    assert [record["index"] for record in built.features] == list(range(72))
 
 
 def test_pictures_of_a_feature_are_its_strongest_with_their_heat(built):
-    found = top_images(built.sae, built.clip, built.images, list(range(96)), count=9)
+    found = top_images(built.sae, built.clip, built.images, list(range(72)), count=9)
     for feature, record in enumerate(built.features):
         rows = [row for row in found.images[feature].tolist() if row >= 0]
         assert [image for image, *_ in record["top"]] == rows
@@ -167,7 +167,7 @@ def test_concepts_are_those_of_name_features(built):
     dictionary = ConceptDictionary.from_clip(
         built.clip, _data.WORDS, image_mean=built.embeddings.mean(0), templates=("a photo of a {}.",)
     )
-    names = name_features(built.sae, built.clip, built.images, dictionary, list(range(96)))
+    names = name_features(built.sae, built.clip, built.images, dictionary, list(range(72)))
     for record, wanted in zip(built.features, names):
         assert [name for name, _ in record["concepts"]] == [name for name, _ in wanted]
         assert [w for _, w in record["concepts"]] == pytest.approx([w for _, w in wanted], rel=5e-3, abs=1e-4)

@@ -79,14 +79,14 @@ def test_a_tower_without_text_knows_classes_by_their_images(tmp_path):
     pytest.importorskip("timm")
     logging.disable(logging.WARNING)
     torch.manual_seed(0)
-    clip = clipsteer.load("timm:test_vit", "random")
+    clip = clipsteer.load("timm:test_vit", "random", image_size=32)
     logging.disable(logging.NOTSET)
     hook_point = "visual.trunk.blocks.2"
     sae = SAE(64, 40, "topk", 4, metadata={"hook_point": hook_point}).eval()
     out = tmp_path / "classes"
     images = _data.pictures(9)
     images.classes.append("nowhere")
-    build_site(sae, clip, images, out, words=["never", "asked"])
+    build_site(sae, clip, images, out, words=["never", "asked"], steer=0)
     site = _data.read(out, "site")
     assert site["words"] is None
     assert site["predictions"] == {"names": ["red", "blue", "green"], "how": "class means"}
@@ -125,8 +125,9 @@ class Stopped(Exception):
 def test_a_build_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, clip, monkeypatch, where):
     images = _data.pictures()
     whole, again = tmp_path / "whole", tmp_path / "again"
-    options = {"words": _data.WORDS, "title": "x"}
-    build_site(_data.sae(), clip, images, whole, **options)
+    sae = _data.sae(d_sae=24)
+    options = {"words": _data.WORDS, "title": "x", "steer": 2}
+    build_site(sae, clip, images, whole, **options)
     owner, name, last = {
         "images": (Survey, "_encode", 1), "effects": (Effects, "_strengths", 0), "writing": (Folder, "put", 1),
         "thumbnail": (Folder, "write", 30),
@@ -143,17 +144,17 @@ def test_a_build_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, clip, monk
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, stopping)
         with pytest.raises(Stopped):
-            build_site(_data.sae(), clip, images, again, **options)
+            build_site(sae, clip, images, again, **options)
     assert not (again / "index.html").exists()
     looked = []
     look = Survey._look
     monkeypatch.setattr(Survey, "_look", lambda self, shard: (looked.append(shard), look(self, shard)))
-    build_site(_data.sae(), clip, images, again, **options)
+    build_site(sae, clip, images, again, **options)
     assert looked == {"images": [1], "thumbnail": [0, 1]}.get(where, [])
     assert _data.contents(again) == _data.contents(whole)
     # what is done is left as it is
     before = {path: path.stat().st_mtime_ns for path in again.rglob("*")}
-    build_site(_data.sae(), clip, images, again, **options)
+    build_site(sae, clip, images, again, **options)
     assert {path: path.stat().st_mtime_ns for path in again.rglob("*")} == before
 
 
@@ -214,14 +215,16 @@ def test_two_saes_of_one_place_are_matched_by_direction(tmp_path, clip):
             getattr(theirs, name)[7] = getattr(mine, name)[3]
     images = _data.pictures()
     out = tmp_path / "site"
-    build_site(mine, clip, images, out, words=_data.WORDS, compare=Explained.find(theirs, clip), compare_name="b")
+    other = Explained.find(theirs, clip)
+    build_site(mine, clip, images, out, words=_data.WORDS, steer=0, compare=other, compare_name="b")
     found = _data.read(out, "compare")
     cosines = torch.nn.functional.cosine_similarity(mine.W_dec[:, None], theirs.W_dec[None], dim=-1)
     assert found["match"] == cosines.argmax(1).tolist()
     assert found["match"][3] == 7
     assert found["cosine"] == pytest.approx(cosines.amax(1).tolist(), abs=1e-3)
     x = tokens_of(clip, images)
-    ours, others = (sae.encode(x).amax(1).double() for sae in (mine, theirs))
+    with torch.no_grad():
+        ours, others = (sae.encode(x).amax(1).double() for sae in (mine, theirs))
     for feature, match in enumerate(found["match"]):
         a, b = ours[:, feature], others[:, match]
         if a.max() > 0 and b.max() > 0:
