@@ -375,3 +375,16 @@ def test_steer_takes_multiples_of_peaks_and_a_goal(capsys, folder):
         code, _, err = run(capsys, *call, *options)
         assert code == 2
         assert message in err
+
+
+def test_serve_gets_the_site_its_sae_and_its_images(capsys, folder, tmp_path, monkeypatch):
+    from clipsteer.browse import server
+
+    asked = []
+    monkeypatch.setattr(server, "serve", lambda *args, **options: asked.append((args, options)))
+    call = ["sae", "browse", folder / "sae0", "--data", folder / "photos", "--words", folder / "words.txt"]
+    code, _, err = run(capsys, *call, "--out", tmp_path / "site", "--steer", 0, "--serve", "--port", 8123)
+    assert code == 0, err
+    (((out, explained, images), options),) = asked
+    assert (out, len(images), options) == (tmp_path / "site", 9, {"port": 8123})
+    assert (explained.sae.d_sae, explained.site.hook_point) == (96, _data.HOOK)
