@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from clipsteer.browse.cost import Budget
 from clipsteer.browse.explained import Predictions
-from clipsteer.browse.files import Folder, listed, number
+from clipsteer.browse.files import Folder, number, shares
 from clipsteer.browse.probes import Probes
 from clipsteer.io.files import read_safetensors, write_safetensors
 
@@ -134,12 +134,12 @@ class Effects:
         if at is None:
             return None
         found = {key: value[at] for key, value in self._tables.items()}
-        effects = zip(found["effects"].tolist(), listed(found["change"].numpy()))
+        effects = zip(found["effects"].tolist(), shares(found["change"]))
         return {
             "images": list(images),
             "classes": found["classes"].tolist(),
-            "clean": listed(found["clean"].numpy()),
-            "probability": listed(found["probability"].numpy()),
+            "clean": shares(found["clean"]),
+            "probability": shares(found["probability"]),
             "first": found["first"].tolist(),
             "effect": [list(pair) for pair in effects],
             "score": number(self.score[feature]),

@@ -2,52 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from clipsteer.browse.codes import FeatureCodes
 from clipsteer.browse.effects import Effects
-from clipsteer.browse.files import Folder, listed
+from clipsteer.browse.files import Folder, listed, number
 from clipsteer.browse.pictures import Shown, histogram, sampled, strongest
-from clipsteer.browse.relations import Classes, Coactivity, directions, similar
-from clipsteer.browse.words import NAMED_BY, Words
+from clipsteer.browse.relations import Coactivity, directions, similar
+from clipsteer.browse.sides import Job, Side
+from clipsteer.browse.words import NAMED_BY
 
 FEATURE_SHARD = 64
 
 
 class FeaturePages:
-    """All that is written of features.
-
-    Args:
-        classes: None where there are none.
-        words: None for a tower without text.
-        effects: None where nothing is predicted.
-        probed: the pictures on which features are steered.
-        seed: of the pictures that are drawn.
-    """
+    """All that is written of features; effects: None where nothing is predicted."""
 
     def __init__(
-        self,
-        codes: FeatureCodes,
-        coactivity: Coactivity,
-        classes: Classes | None,
-        words: Words | None,
-        effects: Effects | None,
-        probed: Sequence[int],
-        seed: int,
+        self, side: Side, job: Job, effects: Effects | None, coactivity: Coactivity
     ) -> None:
-        self.codes = codes
+        self.codes = codes = side.codes
         self.coactivity = coactivity
-        self.classes = classes
-        self.words = words
+        self.classes = job.classes
+        self.words = side.words
         self.effects = effects
-        self.probed = probed
-        self.seed = seed
-        self.unit = directions(codes.survey.sae)
-        d_sae = codes.survey.sae.d_sae
+        self.probed = side.probed
+        self.seed = job.seed
+        self.unit = directions(side.explained.sae)
+        d_sae = side.explained.sae.d_sae
         self.columns: dict[str, list[Any]] = {
             name: []
             for name in ("images", "selectivity", "top_class", "picture", "word", "concept")
@@ -105,7 +89,7 @@ class FeaturePages:
             interval["pictures"] = shown.pictures(interval["pictures"])
         classes, selectivity = ([], None) if self.classes is None else self.classes.of(active)
         top = shown.pictures(best)
-        self.columns["images"].append(len(active.images) / codes.survey.images)
+        self.columns["images"].append(number(len(active.images) / codes.survey.images))
         self.columns["selectivity"].append(selectivity)
         self.columns["top_class"].append(classes[0][0] if classes else -1)
         self.columns["picture"].append(top[0][0] if top else -1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import shutil
 import zlib
@@ -27,6 +28,7 @@ FORMAT = 1
 DESCRIPTION = "site.json"
 _KIND = "clipsteer-site"
 _DIGITS = 4
+_DECIMALS = 5
 
 
 class Folder:
@@ -51,10 +53,11 @@ class Folder:
         if description.exists():
             _check_same(description, known)
         else:
-            check_free(path)
+            _check_free(path)
             write_checked(description, known)
-        for folder in (self.work, self.thumbs, self.data):
-            folder.mkdir(exist_ok=True)
+        if not self.is_complete:
+            for folder in (self.work, self.thumbs, self.data):
+                folder.mkdir(exist_ok=True)
 
     @property
     def is_complete(self) -> bool:
@@ -86,10 +89,13 @@ class Folder:
         self.write(path, f'clipsteer.put("{key}",{text});\n'.encode("ascii"))
 
 
-def check_free(path: Path) -> None:
-    """Raise ValueError for a folder that holds anything, or a file."""
+def check_place(path: Path) -> None:
+    """Raise ValueError for a file, where a folder is to be."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"browse: {path} is a file; choose a folder for the site")
+
+
+def _check_free(path: Path) -> None:
     held = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
     if held:
         raise ValueError(
@@ -129,29 +135,16 @@ def listed(values: Any) -> list[Any]:
     if array.dtype.kind in "iub":
         whole: list[Any] = array.tolist()
         return whole
-    wide = array.astype(np.float64)
-    finite = np.isfinite(wide)
-    wide = np.where(finite, wide, 0)
-    rounded = _rounded(wide)
-    if finite.all():
-        found: list[Any] = rounded.tolist()
-        return found
-    as_objects = rounded.astype(object)
-    as_objects[~finite] = None
-    return as_objects.tolist()
+    if array.ndim > 1:
+        return [listed(row) for row in array]
+    return [number(value) for value in array.tolist()]
 
 
 def number(value: float) -> float | None:
     """One number as ``listed`` gives it."""
-    found: float | None = listed([value])[0]
-    return found
+    return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
 
 
-def _rounded(values: np.ndarray) -> np.ndarray:
-    size = np.abs(values)
-    places = _DIGITS - 1 - np.floor(np.log10(np.where(size > 0, size, 1)))
-    # below the range of powers of ten all digits are noise
-    places = np.clip(places, -300, 300)
-    up = 10.0 ** np.abs(places)
-    # a quotient of whole numbers is the nearest float to its decimal digits
-    return np.where(places >= 0, np.rint(values * up) / up, np.rint(values / up) * up)
+def shares(values: Any) -> Any:
+    """Probabilities and their changes, to the fifth decimal place."""
+    return np.asarray(values).astype(np.float64).round(_DECIMALS).tolist()

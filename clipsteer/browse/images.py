@@ -9,7 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from clipsteer.browse.explained import Labelled, Predictions
-from clipsteer.browse.files import Folder, listed, number
+from clipsteer.browse.files import Folder, listed, shares
+from clipsteer.browse.sides import Side
 from clipsteer.browse.survey import Survey
 from clipsteer.data.dataset import ImageDataset, sample_names
 from clipsteer.io.names import spoken
@@ -20,10 +21,10 @@ PER_PATCH = 16
 _CAPTION = 200
 
 
-def write_images(
-    folder: Folder, survey: Survey, predictions: Predictions | None, peaks: np.ndarray
-) -> dict[str, list[Any]]:
+def write_images(folder: Folder, side: Side) -> dict[str, list[Any]]:
     """Write images/S of every shard, and give the columns of all pictures that these fill."""
+    survey, peaks = side.survey, side.codes.peaks
+    predictions = side.explained.predictions
     columns: dict[str, list[Any]] = {"thumb": [], "first": [], "p": []}
     for shard in range(survey.shards):
         found = survey.seen(shard)
@@ -82,7 +83,7 @@ def entries(
         }
         if p is not None and predictions is not None:
             best = p[image].argsort(descending=True, stable=True)[:PREDICTED]
-            values = listed(p[image][best].numpy())
+            values = shares(p[image][best])
             record["predicted"] = [list(pair) for pair in zip(best.tolist(), values)]
             if image in places:
                 at = places[image]
@@ -129,5 +130,5 @@ def _removed(features: Tensor, p: Tensor, clean: Tensor) -> list[list[Any]]:
     for feature, without in zip(features.tolist(), p):
         if feature >= 0:
             change = float(without[first]) - float(clean[first])
-            rows.append([feature, number(change), int(without.argmax())])
+            rows.append([feature, shares(change), int(without.argmax())])
     return rows

@@ -78,6 +78,23 @@ def sparse_rows(sae: SAE, x: Tensor) -> SparseRows:
     return SparseRows(counts, features, acts)
 
 
+def facts_of(explained: Explained, dataset: Any) -> Facts:
+    """By the first image. Raises ValueError where the SAE does not fit what is there."""
+    clip, site, target = explained.clip, explained.site, explained.target
+    pixels = as_pixels(_image(dataset[0]), clip.preprocess)[None]
+    with evaluating(clip):
+        x, y = Looks(clip, site, target)(pixels.to(clip.device, clip.dtype))
+    tokens = site.select(x).shape[1]
+    given = target.select(y).shape[1]
+    if given != tokens:
+        raise ValueError(
+            f"target_hook_point: images give {tokens} tokens at the hook point and {given} at the "
+            "target"
+        )
+    patches = site.patches(torch.empty(tokens)).shape[0]
+    return Facts(tokens, tokens - patches, _grid(patches, pixels.shape[2:]))
+
+
 class Survey:
     """All images of a data set as an SAE sees them.
 
@@ -104,7 +121,7 @@ class Survey:
         self.thumbs = thumbs
         self.images = len(dataset)
         self.shards = -(-self.images // IMAGE_SHARD)
-        self.facts = self._facts()
+        self.facts = facts_of(explained, dataset)
         self.removing: frozenset[int] = frozenset()
         if budget is not None:
             affordable = budget.passes(explained, self.facts.tokens) // REMOVED
@@ -114,15 +131,6 @@ class Survey:
     def sae(self) -> SAE:
         """The autoencoder, or transcoder."""
         return self.explained.sae
-
-    def _facts(self) -> Facts:
-        clip, site = self.explained.clip, self.explained.site
-        pixels = as_pixels(_image(self.dataset[0]), clip.preprocess)[None]
-        with evaluating(clip):
-            x = site.select(Looks(clip, site)(pixels.to(clip.device, clip.dtype))[0])
-        tokens = x.shape[1]
-        patches = site.patches(torch.empty(tokens)).shape[0]
-        return Facts(tokens, tokens - patches, _grid(patches, pixels.shape[2:]))
 
     def _path(self, shard: int) -> Path:
         return self.folder.work / f"{self.name}-{shard:06d}.safetensors"

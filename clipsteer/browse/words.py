@@ -11,13 +11,15 @@ SpLiCE's (``clipsteer.splice``).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.browse.explained import templates_of
-from clipsteer.browse.files import listed
+from clipsteer.browse.files import listed, number
 from clipsteer.clip.model import CLIP
 from clipsteer.splice.dictionary import ConceptDictionary
 
@@ -26,6 +28,10 @@ OPPOSITE = 4
 CONCEPTS = 5
 # pictures that name a feature
 NAMED_BY = 6
+# as ConceptDictionary.name_groups has it
+_L1 = 0.3
+# decomposed at a time
+_ROWS = 1024
 HOW = (
     "The decoder direction was taken through the rest of the model by its derivative on {images} "
     "pictures (the same vector added to every token), and compared with the embedding of each "
@@ -76,8 +82,23 @@ class Words:
         return [[self.words[i], value] for i, value in zip(places.tolist(), values)]
 
     def concepts(self, groups: Sequence[Sequence[int]]) -> list[list[list[Any]]]:
-        """[word, weight] of what the pictures of each group have in common."""
-        if not any(len(group) for group in groups):
-            return [[] for _ in groups]
-        named = self.dictionary.name_groups(self.embeddings, groups, CONCEPTS)
-        return [[[name, listed([w])[0]] for name, w in names] for names in named]
+        """[word, weight] of what the pictures of each group have in common: their mean weights, as
+        ``ConceptDictionary.name_groups`` has them."""
+        weights = torch.zeros(len(groups), len(self.words))
+        for row, group in zip(weights, groups):
+            for image in group:
+                places, values = self._weights[image]
+                row[places] += values / len(group)
+        named = self.dictionary.heaviest(weights, CONCEPTS)
+        return [[[name, number(weight)] for name, weight in names] for names in named]
+
+    @cached_property
+    def _weights(self) -> list[tuple[Tensor, Tensor]]:
+        """Of every image the words that it is made of, and their weights."""
+        found = []
+        for part in self.embeddings.split(_ROWS):
+            decomposed = self.dictionary.decompose(part, _L1, relative=True)
+            for row in decomposed.weights.float():
+                places = row.nonzero()[:, 0]
+                found.append((places, row[places]))
+        return found
