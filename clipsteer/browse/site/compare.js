@@ -27,7 +27,7 @@ async function comparePage(params) {
   const other = await clipsteer.load("compare");
   const known = compareMeasures();
   const has = (key) => known.some((m) => m.key === key);
-  const view = { sort: has(params.get("sort")) ? params.get("sort") : known[0].key, down: params.get("up") === null };
+  const view = { sort: has(params.get("sort")) ? params.get("sort") : has("moved") ? "moved" : known[0].key, down: params.get("up") === null };
   const state = (remembered[`compare ${view.sort} ${view.down}`] ||= {});
   const rows = Array.from({ length: Site.size }, (_, i) => i).filter((i) => Site.features.peak[i] > 0 && other.match[i] >= 0);
   const table = longTable({
@@ -38,7 +38,7 @@ async function comparePage(params) {
   });
   const both = has("steerability") && has("steerability2");
   const plot = scatter({ columns: known, x: both ? "steerability" : "density", y: both ? "steerability2" : "density2", label: "Matched features; arrow keys walk from point to point, Enter opens one",
-    open: (index) => { location.hash = `#/compare/${index}`; }, describe: (index) => el("span", { class: "described" }, nameCell(index)), picked: () => {} });
+    open: (index) => { location.hash = `#/compare/${index}`; }, describe: (index) => el("span", { class: "described" }, nameCell(index)) });
   function refresh(first = false) {
     const { values } = known.find((m) => m.key === view.sort);
     const sign = view.down ? -1 : 1;
@@ -53,9 +53,10 @@ async function comparePage(params) {
   plot.show(mask);
   refresh(true);
   const saved = () => rows.map((i) => ({ feature: i, name: Site.featureName(i), match: other.match[i], ...Object.fromEntries(known.map(({ key, values }) => [key, values[i]])) }));
-  const strong = rows.filter((i) => other.cosine[i] > 0.9).length;
+  const same = rows.filter((i) => other.correlation[i] > 0.9).length;
   return { title: "Compare", node: el("div", { class: "overview" },
-    el("div", { class: "controls" }, el("h1", {}, "Compare"), el("p", {}, `${Site.about.sae.name || "This one"} beside ${otherName()}: each active feature here with the one there whose direction is nearest. ${strong.toLocaleString("en")} of ${rows.length.toLocaleString("en")} have a match of cosine above 0.9.`), plot.figure),
+    el("div", { class: "controls" }, el("h1", {}, "Compare"), el("p", {}, `${Site.about.sae.name || "This one"} beside ${otherName()}. Matched: ${Site.about.compare.how}.`),
+      note(`Moved: the share of change between the pictures they fire on, 0 the same, 100 % nothing in common. ${same.toLocaleString("en")} of ${rows.length.toLocaleString("en")} have activations that correlate above 0.9 over the pictures.`), plot.figure),
     el("div", { class: "listing" }, el("div", { class: "heading" }, el("p", { class: "count" }, plural(rows.length, "matched feature")), downloads("compare", saved)), table.node)) };
 }
 

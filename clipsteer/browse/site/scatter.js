@@ -22,8 +22,8 @@ function axis(values, log) {
   return { log, ticks: marks, at: (v) => (v - a) / (b - a), back: (t) => a + t * (b - a), has: Number.isFinite };
 }
 
-// columns: [{key, label, values, log, format}]; open(index); picked({x: [low, high], y: [low, high]}) of a drag.
-function scatter({ columns, x, y, label, open, picked, describe, changed = () => {} }) {
+// columns: [{key, label, values, log, format}]; open(index); picked({x: {key, range}, y}) of a drag, if there is one.
+function scatter({ columns, x, y, label, open, picked = null, describe, changed = () => {} }) {
   const canvas = el("canvas", { class: "points", tabindex: "0", role: "application", "aria-roledescription": "scatter plot", "aria-label": label });
   const tip = el("div", { class: "tip", hidden: true });
   const box = el("div", { class: "selection", hidden: true });
@@ -55,7 +55,7 @@ function scatter({ columns, x, y, label, open, picked, describe, changed = () =>
     }
     const missing = xs.length - order.length;
     left.textContent = missing ? `${plural(missing, "feature")} without a value on ${axes.x?.log || axes.y?.log ? "a logarithmic" : "an"} axis ${missing === 1 ? "is" : "are"} not drawn. ` : "";
-    left.append("Click a point to open it, drag to select a range.");
+    left.append(picked ? "Click a point to open it, drag to select a range." : "Click a point to open it.");
   }
 
   function paint() {
@@ -132,7 +132,7 @@ function scatter({ columns, x, y, label, open, picked, describe, changed = () =>
   canvas.addEventListener("pointerdown", (event) => { start = place(event); if (event.pointerType === "mouse") canvas.setPointerCapture(event.pointerId); });
   canvas.addEventListener("pointermove", (event) => {
     const [px, py] = place(event);
-    if (!start || event.pointerType !== "mouse") { hover(nearest(px, py)); return; }
+    if (!start || !picked || event.pointerType !== "mouse") { hover(nearest(px, py)); return; }
     box.hidden = Math.hypot(px - start[0], py - start[1]) < 6;
     const style = { left: Math.min(px, start[0]), top: Math.min(py, start[1]), width: Math.abs(px - start[0]), height: Math.abs(py - start[1]) };
     for (const [name, value] of Object.entries(style)) box.style.setProperty(name, `${value}px`);
