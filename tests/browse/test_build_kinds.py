@@ -263,7 +263,7 @@ def test_one_sae_on_two_models_and_two_of_different_places(tmp_path, clip):
     assert set(found["cosine"]) == {None}
     ours = sae.encode(tokens_of(clip, images)).amax(1)
     others = first.encode(tokens_of(clip, images, "visual.transformer.resblocks.0")).amax(1)
-    both = torch.corrcoef(torch.cat([ours, others], 1).T)[:96, 96:].nan_to_num(-1)
+    both = torch.corrcoef(torch.cat([ours, others], 1).detach().T)[:96, 96:].nan_to_num(-1)
     for feature, match in enumerate(found["match"]):
         best = float(both[feature].max())
         assert (match == -1) == (best <= 0)
