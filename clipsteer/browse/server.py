@@ -85,6 +85,7 @@ def serve(
             live = model.submit(Live, out, explained, dataset).result()
             settings = {"log_level": "warning", "lifespan": "off", "ws": "none"}
             config = uvicorn.Config(build_app(out, live, model), limit_concurrency=64, **settings)
+            door.listen(config.backlog)  # who comes before the loop runs waits
             (ready or _announce)(address)
             uvicorn.Server(config).run(sockets=[door])
 

