@@ -81,8 +81,9 @@ def build_site(
     out = Path(out)
     check_place(out)
     known = _words(clip, dataset, words)
-    place = {"hook_point": hook_point, "tokens": tokens, "target_hook_point": target_hook_point}
-    explained = Explained.find(sae, clip, **place)
+    explained = Explained.find(
+        sae, clip, hook_point=hook_point, tokens=tokens, target_hook_point=target_hook_point
+    )
     if clip.has_text and len(known) < 2:
         raise ValueError(f"words: expected at least 2 that differ, got {known}")
     # what does not fit is said before anything is written

@@ -154,12 +154,9 @@ class Survey:
         clip = self.explained.clip
         pixels = []
         names = []
-        labels = []
         for row in self.span(shard):
-            item = self.dataset[row]
-            image = _image(item)
+            image = _image(self.dataset[row])
             pixels.append(as_pixels(image, clip.preprocess))
-            labels.append(_label(item))
             if self.thumbs:
                 content = thumbnail(image, clip.preprocess, pixels[-1])
                 digest = hashlib.sha256(content).digest()[:_NAME_BYTES]
@@ -178,7 +175,6 @@ class Survey:
             "rows": found.rows.int(),
             "removed": found.removed.int(),
             "without": found.without,
-            "labels": torch.tensor(labels, dtype=torch.int32),
             "names": torch.tensor(names, dtype=torch.uint8).reshape(-1, _NAME_BYTES),
         }
         write_safetensors(self._path(shard), tensors)
@@ -269,14 +265,6 @@ class Survey:
 
 def _image(item: Any) -> Any:
     return item[0] if isinstance(item, tuple | list) else item
-
-
-def _label(item: Any) -> int:
-    target = item[1] if isinstance(item, tuple | list) and len(item) > 1 else -1
-    try:
-        return int(target.__index__())
-    except (AttributeError, TypeError):
-        return -1
 
 
 def _grid(

@@ -35,7 +35,9 @@ def thumbnail(image: Any, transform: Any, pixels: Tensor) -> bytes:
 
 def _seen(image: Any, transform: Any, pixels: Tensor) -> Image:
     if not isinstance(image, Tensor):
-        picture = read_image(image) if isinstance(image, str | os.PathLike) else as_rgb(image)
+        picture = (
+            read_image(os.fspath(image)) if isinstance(image, str | os.PathLike) else as_rgb(image)
+        )
         box = seen_box(transform, picture.size)
         if box is not None:
             return _cropped(picture, box, tuple(pixels.shape[1:]))

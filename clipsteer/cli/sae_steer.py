@@ -87,6 +87,16 @@ def _strength(text: str) -> Strength:
         ) from None
 
 
+class _Place(NamedTuple):
+    """An SAE at its place in a model, and images."""
+
+    sae: Any
+    clip: Any
+    images: Any
+    hook_point: str
+    tokens: Any
+
+
 @lists_unreadable
 def _steer(args: argparse.Namespace) -> int:
     from clipsteer.sae.steering import SAESteering
@@ -95,67 +105,58 @@ def _steer(args: argparse.Namespace) -> int:
         raise ValueError("sae steer needs --feature or --towards, and not both")
     if args.towards is not None and not (math.isfinite(args.times) and args.times > 0):
         raise ValueError(f"--times must be above 0, got {args.times:g}")
-    sae, clip, dataset = open_sae(args)
+    sae, clip, images = open_sae(args)
     hook_point = args.hook_point or sae.metadata.get("hook_point")
     if hook_point is None:
         raise ValueError(f"{args.sae} does not name its hook point; pass --hook-point")
     tokens = args.tokens or sae.metadata.get("tokens") or "all"
-    # what is wrong with a feature is said before the images are looked at
-    given = {one.feature: one.value for one in args.feature or []}
+    place = _Place(sae, clip, images, hook_point, tokens)
+    # of a feature that is named twice the last counts
+    last = {one.feature: one for one in args.feature or []}
+    given = {feature: one.value for feature, one in last.items()}
     if given:
+        # what is wrong with a feature is said before the images are looked at
         SAESteering(sae, given, tokens=tokens)
-    multiples = {one.feature for one in args.feature or [] if one.is_multiple}
+    multiples = {feature: one.value for feature, one in last.items() if one.is_multiple}
     if args.towards is not None or multiples:
-        given = _activations(args, sae, clip, dataset, hook_point, tokens, given, multiples)
-    return show_steering(args, clip, dataset, hook_point, SAESteering(sae, given, tokens=tokens))
+        given |= _activations(args, place, multiples)
+    return show_steering(args, clip, images, hook_point, SAESteering(sae, given, tokens=tokens))
 
 
 def _activations(
-    args: argparse.Namespace,
-    sae: Any,
-    clip: Any,
-    dataset: Any,
-    hook_point: str,
-    tokens: str,
-    given: dict[int, float],
-    multiples: set[int],
+    args: argparse.Namespace, place: _Place, multiples: dict[int, float]
 ) -> dict[int, float]:
-    """Wanted activations, with multiples taken of the peaks over the images."""
+    """Wanted activations of features that are given as multiples of their peaks over the images, or
+    that are to be found."""
     from clipsteer.sae.features import feature_statistics
     from clipsteer.sae.steering import SAESteering
 
-    peaks = feature_statistics(sae, clip, dataset, hook_point=hook_point, tokens=tokens).maximum
+    sae, clip, images, hook_point, tokens = place
+    peaks = feature_statistics(sae, clip, images, hook_point=hook_point, tokens=tokens).maximum
     if args.towards is not None:
-        given = _towards(args, sae, clip, dataset, hook_point, tokens, peaks)
-        multiples = set(given)
-    relative = {feature: given[feature] for feature in given if feature in multiples}
-    found = SAESteering(sae, relative, tokens=tokens, relative=True, peaks=peaks).activations
-    lines = [
-        f"feature {i}: {relative[i]:g} × its peak of {float(peaks[i]):.4g} = {found[i]:.4g}"
-        for i in found
-    ]
-    _text(*lines)
-    return given | found
+        multiples = _towards(args, place, peaks)
+    relative = SAESteering(sae, multiples, tokens=tokens, relative=True, peaks=peaks)
+    found = relative.activations
+    _text(
+        *(
+            f"feature {i}: {multiples[i]:g} × its peak of {float(peaks[i]):.4g} = {found[i]:.4g}"
+            for i in found
+        )
+    )
+    return found
 
 
-def _towards(
-    args: argparse.Namespace,
-    sae: Any,
-    clip: Any,
-    dataset: Any,
-    hook_point: str,
-    tokens: str,
-    peaks: Any,
-) -> dict[int, float]:
+def _towards(args: argparse.Namespace, place: _Place, peaks: Any) -> dict[int, float]:
+    """The features that lead towards a text, with the multiple asked for."""
     from clipsteer.browse.explained import Explained
     from clipsteer.browse.towards import features_towards
 
+    sae, clip, images, hook_point, tokens = place
     if sae.d_out is not None:
         raise ValueError("--towards is not for transcoders, which sae steer cannot steer with")
-    explained = Explained.find(sae, clip, hook_point=hook_point, tokens=tokens)
     found = features_towards(
-        explained,
-        dataset,
+        Explained.find(sae, clip, hook_point=hook_point, tokens=tokens),
+        images,
         args.towards,
         peaks,
         words=read_words(args.words),
