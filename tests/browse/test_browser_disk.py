@@ -281,6 +281,12 @@ def test_a_patch_tells_its_features_by_mouse_key_and_tap(disk, opened):
     assert listed(page) == stored(0)
     text = page.locator(".removed").inner_text()
     assert all(str(feature) in text for feature, *_ in image["removed"])
+    # bars to both sides have one scale
+    wide = page.evaluate(
+        "[...document.querySelectorAll('.removed .track span')].map(e => e.getBoundingClientRect().width)"
+    )
+    changes = [abs(change) for _, change, _ in image["removed"]]
+    assert [w / max(wide) for w in wide] == pytest.approx([c / max(changes) for c in changes], abs=0.03)
     assert "truth:" in page.locator(".title").inner_text()
 
     phone = opened(root(disk), "#/picture/5", has_touch=True, is_mobile=True, viewport={"width": 390, "height": 844})

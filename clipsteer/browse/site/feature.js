@@ -76,15 +76,19 @@ function intervals(index, data) {
     note(
       "Pictures drawn from each interval of the activation, not the strongest alone: is it one thing all the way down?",
     ),
-    listed.map(({ low, high, count, pictures }) =>
-      el(
-        "section",
-        { class: "interval" },
-        el("h3", {}, `${number(low)} to ${number(high)}`, el("small", {}, plural(count, "picture"))),
+    el(
+      "div",
+      { class: "intervals-of" },
+      listed.map(({ low, high, count, pictures }) =>
         el(
-          "div",
-          { class: "grid small" },
-          pictures.map(([image, act, map]) => figure(image, { act, map, to: `#/picture/${image}?feature=${index}` })),
+          "section",
+          { class: "interval" },
+          el("h3", {}, `${number(low)} to ${number(high)}`, el("small", {}, plural(count, "picture"))),
+          el(
+            "div",
+            { class: "grid small" },
+            pictures.map(([image, act, map]) => figure(image, { act, map, to: `#/picture/${image}?feature=${index}` })),
+          ),
         ),
       ),
     ),
