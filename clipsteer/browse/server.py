@@ -183,8 +183,10 @@ def _asked(content: bytes) -> tuple[int, float, Sequence[int], str | None] | Non
         return None
     if not isinstance(asked, dict):
         return None
-    feature, strength = asked.get("feature"), asked.get("strength")
-    rows, own = asked.get("images", []), asked.get("own")
+    feature: Any = asked.get("feature")
+    strength: Any = asked.get("strength")
+    rows: Any = asked.get("images", [])
+    own: Any = asked.get("own")
     whole = isinstance(rows, list) and all(type(value) is int for value in [feature, *rows])
     real = type(strength) in (int, float)
     if not (whole and real and isinstance(own, str | None)):
