@@ -197,12 +197,14 @@ def test_the_command_line_trains_and_measures_every_prefix(tmp_path, capsys):
     names = ("fvu_24", "fvu_96", "fvu")
     for name in names:
         assert records[-1][name] < 0.9 * records[0][name], name
+    assert "fvu_24" in (out / "report.html").read_text(encoding="utf-8")
     figures = tmp_path / "figures.json"
     code, shown, err = run(capsys, "sae", "eval", out, "--out", figures, *data)
     assert code == 0, err
     found = json.loads(figures.read_text())
     assert 1 > found["fvu_24"] > found["fvu_96"] > found["fvu"] > 0
     assert all(f"{name:<16} {found[name]:.6g}" in shown for name in names)
+    assert f"{found['ev']:.4f}" in figures.with_suffix(".html").read_text(encoding="utf-8")
     for wrong in ("96,24,384", "24,x", "24,,384", ""):
         code, _, err = run(capsys, "sae", "train", "--out", tmp_path / "no", "--matryoshka", wrong)
         assert code == 2
