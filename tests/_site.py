@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+import time
 import zlib
 from itertools import chain
 from pathlib import Path
@@ -58,6 +59,14 @@ CLASSES = [
 STRENGTHS = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 8]
 GRID = (7, 7)
 SHARD = 64
+
+
+def until(page: Any, expression: str, seconds: float = 15) -> None:
+    """Wait until JavaScript says so, looking from outside: playwright's own wait is against the pages' policy."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, expression
+        time.sleep(0.02)
 
 
 def put(folder: Path, key: str, value: Any, *, plain: bool = False) -> None:

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import pytest
 
-from _site import CLASSES, FORMULA, HOSTILE, STRENGTHS
+from _site import CLASSES, FORMULA, HOSTILE, STRENGTHS, until
 
 
 def root(disk) -> str:
@@ -41,7 +41,7 @@ def test_the_first_picture_is_there_within_two_seconds(disk, opened):
     times = []
     for _ in range(3):
         page.reload()
-        page.wait_for_function("[...document.querySelectorAll('.rows img')].some(i => i.complete && i.naturalWidth)")
+        until(page, "[...document.querySelectorAll('.rows img')].some(i => i.complete && i.naturalWidth)")
         times.append(page.evaluate("performance.now()"))
         if times[-1] < 2000:
             break
@@ -308,7 +308,7 @@ def test_two_autoencoders_side_by_side(disk, opened):
 def test_the_back_button_leads_back_to_where_one_was(disk, opened):
     page = opened(root(disk), "#/?sort=index&up=&show=all")
     page.locator(".scroller").evaluate("node => { node.scrollTop = 1200; }")
-    page.wait_for_function("document.querySelector('.rows a[data-position=\"22\"]')")
+    until(page, "document.querySelector('.rows a[data-position=\"22\"]')")
     page.locator(".rows a[data-position='22']").click()
     page.wait_for_selector("main[data-page=feature]")
     assert page.evaluate("document.activeElement.id") == "main"
@@ -319,7 +319,7 @@ def test_the_back_button_leads_back_to_where_one_was(disk, opened):
     page.wait_for_url(re.compile("#/feature/22"))
     page.go_back()
     page.wait_for_selector("main[data-page=overview]")
-    page.wait_for_function("document.querySelector('.scroller').scrollTop === 1200")
+    until(page, "document.querySelector('.scroller').scrollTop === 1200")
     assert 22 in shown(page)
 
 

@@ -29,10 +29,14 @@ function chart(caption, spoken, draw) {
     const now = Math.round(entry.contentRect.width);
     if (now === width || now === 0) return;
     width = now;
-    const drawing = draw(width, (text) => { told.textContent = text; });
+    const drawing = draw(width, (text) => {
+      told.textContent = text;
+    });
     drawing.setAttribute("role", "img");
     drawing.setAttribute("aria-label", spoken);
-    drawing.addEventListener("pointerleave", () => { told.textContent = ""; });
+    drawing.addEventListener("pointerleave", () => {
+      told.textContent = "";
+    });
     place.replaceChildren(drawing);
   }).observe(place);
   return el("figure", { class: "chart" }, place, el("figcaption", {}, el("span", {}, caption), told));
@@ -46,7 +50,8 @@ function histogram(counts, peak) {
   const edges = Array.from({ length: counts.length + 1 }, (_, i) => (i / counts.length) * peak);
   const total = counts.reduce((sum, count) => sum + count, 0);
   const most = Math.max(...counts, 1);
-  const spoken = `Histogram of ${plural(total, "activation")} from 0 to the peak, ` +
+  const spoken =
+    `Histogram of ${plural(total, "activation")} from 0 to the peak, ` +
     `${number(peak)}; the fullest of ${counts.length} bins has ${plural(most, "token")}.`;
   return chart("active tokens by activation, logarithmic", spoken, (width, tell) => {
     const height = 190;
@@ -60,17 +65,40 @@ function histogram(counts, peak) {
     const xTicks = ticks(0, peak, Math.max(2, Math.floor((right - left) / 70)));
     const x = (value) => left + (value / xTicks[xTicks.length - 1]) * (right - left);
     for (const tick of yTicks) {
-      root.append(svg("line", { x1: left, x2: right, y1: y(tick), y2: y(tick), class: "rule" }),
-        words(left - 6, y(tick) + 4, tick.toLocaleString("en"), "end"));
+      root.append(
+        svg("line", { x1: left, x2: right, y1: y(tick), y2: y(tick), class: "rule" }),
+        words(left - 6, y(tick) + 4, tick.toLocaleString("en"), "end"),
+      );
     }
     counts.forEach((count, i) => {
       const [a, b] = [x(edges[i]), x(edges[i + 1])];
       const text = `${number(edges[i])} to ${number(edges[i + 1])}: ${plural(count, "token")}`;
-      if (count) root.append(svg("rect", { x: a + 0.5, y: y(count), width: Math.max(b - a - 1, 1), height: foot - y(count), class: "bar" }));
-      root.append(svg("rect", { x: a, y: top, width: Math.max(b - a, 1), height: foot - top, class: "hit", onpointerenter: () => tell(text) }));
+      if (count)
+        root.append(
+          svg("rect", {
+            x: a + 0.5,
+            y: y(count),
+            width: Math.max(b - a - 1, 1),
+            height: foot - y(count),
+            class: "bar",
+          }),
+        );
+      root.append(
+        svg("rect", {
+          x: a,
+          y: top,
+          width: Math.max(b - a, 1),
+          height: foot - top,
+          class: "hit",
+          onpointerenter: () => tell(text),
+        }),
+      );
     });
     for (const tick of xTicks) root.append(words(x(tick), foot + 15, number(tick)));
-    root.append(svg("line", { x1: left, x2: right, y1: foot, y2: foot, class: "axis" }), words((left + right) / 2, height - 3, "activation", "middle", "label"));
+    root.append(
+      svg("line", { x1: left, x2: right, y1: foot, y2: foot, class: "axis" }),
+      words((left + right) / 2, height - 3, "activation", "middle", "label"),
+    );
     return root;
   });
 }
@@ -89,7 +117,9 @@ function apart(wanted, gap, low, high) {
 
 // Lines over strengths, each with its name at its end. `at()` is the strength chosen now.
 function curves(xs, series, at) {
-  const spoken = `Mean probability of ${series.length} classes over strengths ${times(xs[0])} to ${times(xs[xs.length - 1])} of the peak: ` +
+  const spoken =
+    `Mean probability of ${series.length} classes over strengths ${times(xs[0])} to ` +
+    `${times(xs[xs.length - 1])} of the peak: ` +
     series.map(({ name, ys }) => `${name} from ${percent(ys[0])} to ${percent(ys[ys.length - 1])}`).join("; ");
   const marks = [];
   let place = null;
@@ -104,24 +134,47 @@ function curves(xs, series, at) {
     const y = (p) => foot - (p / most) * (foot - top);
     const x = (strength) => left + ((strength - xs[0]) / (xs[xs.length - 1] - xs[0] || 1)) * (right - left);
     for (const tick of yTicks) {
-      root.append(svg("line", { x1: left, x2: right, y1: y(tick), y2: y(tick), class: "rule" }), words(left - 6, y(tick) + 4, percent(tick), "end"));
+      root.append(
+        svg("line", { x1: left, x2: right, y1: y(tick), y2: y(tick), class: "rule" }),
+        words(left - 6, y(tick) + 4, percent(tick), "end"),
+      );
     }
     const labelled = ticks(xs[0], xs[xs.length - 1], Math.max(2, Math.floor((right - left) / 60)));
     for (const tick of labelled) {
       if (tick >= xs[0] && tick <= xs[xs.length - 1]) root.append(words(x(tick), foot + 15, times(tick)));
     }
-    root.append(svg("line", { x1: left, x2: right, y1: foot, y2: foot, class: "axis" }), words((left + right) / 2, height - 3, "strength, multiples of the peak", "middle", "label"));
-    const heights = apart(series.map(({ ys }) => y(ys[ys.length - 1])), 14, top, foot);
+    root.append(
+      svg("line", { x1: left, x2: right, y1: foot, y2: foot, class: "axis" }),
+      words((left + right) / 2, height - 3, "strength, multiples of the peak", "middle", "label"),
+    );
+    const heights = apart(
+      series.map(({ ys }) => y(ys[ys.length - 1])),
+      14,
+      top,
+      foot,
+    );
     series.forEach(({ name, ys }, i) => {
       const colour = `c${i % LINES}`;
-      root.append(svg("polyline", { points: xs.map((s, j) => `${x(s).toFixed(1)},${y(ys[j]).toFixed(1)}`).join(" "), class: `line ${colour}` }),
+      root.append(
+        svg("polyline", {
+          points: xs.map((s, j) => `${x(s).toFixed(1)},${y(ys[j]).toFixed(1)}`).join(" "),
+          class: `line ${colour}`,
+        }),
         svg("line", { x1: right, y1: y(ys[ys.length - 1]), x2: right + 8, y2: heights[i], class: `lead ${colour}` }),
-        svg("text", { x: right + 11, y: heights[i] + 4, class: `name ${colour}` }, name.length * 6.6 > room - 14 ? `${name.slice(0, Math.floor((room - 20) / 6.6))}…` : name));
+        svg(
+          "text",
+          { x: right + 11, y: heights[i] + 4, class: `name ${colour}` },
+          name.length * 6.6 > room - 14 ? `${name.slice(0, Math.floor((room - 20) / 6.6))}…` : name,
+        ),
+      );
     });
     const mark = svg("line", { y1: top, y2: foot, class: "mark" });
     root.append(mark);
     marks.splice(0, marks.length, mark);
-    place = (strength) => { mark.setAttribute("x1", x(strength)); mark.setAttribute("x2", x(strength)); };
+    place = (strength) => {
+      mark.setAttribute("x1", x(strength));
+      mark.setAttribute("x2", x(strength));
+    };
     place(at());
     root.addEventListener("pointermove", (event) => {
       const where = event.clientX - root.getBoundingClientRect().left;
@@ -138,9 +191,23 @@ function curves(xs, series, at) {
 function bars(rows, { format = number, scale = null } = {}) {
   const size = scale || Math.max(...rows.map(({ value }) => Math.abs(value)), 1e-12);
   const signed = rows.some(({ value }) => value < 0);
-  return el("ul", { class: `bars${signed ? " signed" : ""}` }, rows.map(({ label, value, extra }) => {
-    const share = `${(100 * Math.min(Math.abs(value) / size, 1)).toFixed(1)}%`;
-    const bar = el("span", { class: value < 0 ? "track minus" : "track", "aria-hidden": "true" }, el("span", { style: { width: share } }));
-    return el("li", {}, el("span", { class: "what" }, label, extra ? el("small", {}, ` ${extra}`) : null), bar, el("span", { class: "value" }, format(value)));
-  }));
+  return el(
+    "ul",
+    { class: `bars${signed ? " signed" : ""}` },
+    rows.map(({ label, value, extra }) => {
+      const share = `${(100 * Math.min(Math.abs(value) / size, 1)).toFixed(1)}%`;
+      const bar = el(
+        "span",
+        { class: value < 0 ? "track minus" : "track", "aria-hidden": "true" },
+        el("span", { style: { width: share } }),
+      );
+      return el(
+        "li",
+        {},
+        el("span", { class: "what" }, label, extra ? el("small", {}, ` ${extra}`) : null),
+        bar,
+        el("span", { class: "value" }, format(value)),
+      );
+    }),
+  );
 }

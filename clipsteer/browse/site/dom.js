@@ -18,14 +18,19 @@ function made(node, attributes, children) {
 const el = (name, attributes, ...children) => made(document.createElement(name), attributes, children);
 const svg = (name, attributes, ...children) => made(document.createElementNS(SVG, name), attributes, children);
 
-const say = (text) => { document.getElementById("status").textContent = text; };
+const say = (text) => {
+  document.getElementById("status").textContent = text;
+};
 
 function number(value, digits = 3) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (size >= 1e5 || size < 1e-3) return value.toExponential(1).replace("e+", "e").replace("-", "−").replace("e-", "e−");
-  return Number(value.toPrecision(digits)).toLocaleString("en", { maximumSignificantDigits: Math.max(digits, 4) }).replace("-", "−");
+  if (size >= 1e5 || size < 1e-3)
+    return value.toExponential(1).replace("e+", "e").replace("-", "−").replace("e-", "e−");
+  return Number(value.toPrecision(digits))
+    .toLocaleString("en", { maximumSignificantDigits: Math.max(digits, 4) })
+    .replace("-", "−");
 }
 
 function percent(value) {
@@ -35,7 +40,8 @@ function percent(value) {
   return `${share.toFixed(Math.abs(share) < 9.95 ? 1 : 0).replace("-", "−")} %`;
 }
 
-const points = (value) => `${value > 0 ? "+" : value < 0 ? "−" : ""}${number(Math.abs(100 * value), 2)} pt`; // of a percentage
+// a change of a probability, in points of a percentage
+const points = (value) => `${value > 0 ? "+" : value < 0 ? "−" : ""}${number(Math.abs(100 * value), 2)} pt`;
 const times = (value) => `${Number(value.toFixed(2)).toString().replace("-", "−")}×`;
 const plural = (count, what) => `${count.toLocaleString("en")} ${what}${count === 1 ? "" : "s"}`;
 
@@ -71,7 +77,11 @@ function downloads(name, rows) {
     save(`${name}.json`, JSON.stringify(rows(), plain, 1) + "\n", "application/json");
   };
   const button = (kind, act) =>
-    el("button", { type: "button", class: "quiet", onclick: act, "aria-label": `${kind} of ${name.replaceAll("-", " ")}` }, kind);
+    el(
+      "button",
+      { type: "button", class: "quiet", onclick: act, "aria-label": `${kind} of ${name.replaceAll("-", " ")}` },
+      kind,
+    );
   return el("span", { class: "downloads" }, button("CSV", csv), button("JSON", json));
 }
 
@@ -87,7 +97,8 @@ const link = (hash, ...children) => el("a", { href: hash }, ...children);
 const featureLink = (index) =>
   link(`#/feature/${index}`, el("span", { class: "index" }, index), " ", Site.featureName(index));
 
-const unhexed = (text) => Uint8Array.from({ length: text.length / 2 }, (_, i) => parseInt(text.slice(2 * i, 2 * i + 2), 16));
+const unhexed = (text) =>
+  Uint8Array.from({ length: text.length / 2 }, (_, i) => parseInt(text.slice(2 * i, 2 * i + 2), 16));
 
 // The heat of a feature over the patches of a picture: h*w numbers from 0 to 255, 255 = the feature's peak.
 function heat(values) {
@@ -109,7 +120,12 @@ function heat(values) {
 function verdict(truth, first) {
   if (truth < 0 || first < 0) return null;
   const right = truth === first;
-  return el("span", { class: right ? "right" : "wrong" }, right ? "✓" : "✗", el("span", { class: "unseen" }, right ? " right" : " wrong"));
+  return el(
+    "span",
+    { class: right ? "right" : "wrong" },
+    right ? "✓" : "✗",
+    el("span", { class: "unseen" }, right ? " right" : " wrong"),
+  );
 }
 
 // A picture with what the model saw, where a feature fires, its file, its truth and what was predicted.
@@ -117,14 +133,33 @@ function figure(row, { act = null, map = "", before = null, to = `#/picture/${ro
   const picture = Site.picture(row);
   const truth = Site.className(picture.truth);
   const alt = `${picture.name}${truth ? `, truth ${truth}` : ""}`;
-  const seen = el("span", { class: "seen" },
+  const seen = el(
+    "span",
+    { class: "seen" },
     el("img", { src: picture.thumb, alt, width: 96, height: 96, loading: "lazy", decoding: "async" }),
-    map ? heat(unhexed(map)) : null);
-  const caption = el("figcaption", {},
-    act === null ? null : el("span", { class: "act" }, number(act), before > 0 ? el("small", {}, ` (${number(before)} on the class token)`) : null),
+    map ? heat(unhexed(map)) : null,
+  );
+  const caption = el(
+    "figcaption",
+    {},
+    act === null
+      ? null
+      : el(
+          "span",
+          { class: "act" },
+          number(act),
+          before > 0 ? el("small", {}, ` (${number(before)} on the class token)`) : null,
+        ),
     el("span", { class: "file", title: picture.file || picture.name }, picture.file || picture.name),
     truth ? el("span", { class: "truth" }, `truth: ${truth}`) : null,
-    picture.first < 0 ? null
-      : el("span", { class: "first" }, verdict(picture.truth, picture.first), ` ${Site.answer(picture.first)} ${percent(picture.p)}`));
+    picture.first < 0
+      ? null
+      : el(
+          "span",
+          { class: "first" },
+          verdict(picture.truth, picture.first),
+          ` ${Site.answer(picture.first)} ${percent(picture.p)}`,
+        ),
+  );
   return el("figure", {}, link(to, seen), caption);
 }

@@ -14,8 +14,17 @@ function axis(values, log) {
   }
   if (low > high) return null;
   if (log) {
-    const [a, b] = [Math.floor(Math.log10(low)), Math.max(Math.ceil(Math.log10(high)), Math.floor(Math.log10(low)) + 1)];
-    return { log, ticks: decades(10 ** a, 10 ** b), at: (v) => (Math.log10(v) - a) / (b - a), back: (t) => 10 ** (a + t * (b - a)), has: (v) => v > 0 && Number.isFinite(v) };
+    const [a, b] = [
+      Math.floor(Math.log10(low)),
+      Math.max(Math.ceil(Math.log10(high)), Math.floor(Math.log10(low)) + 1),
+    ];
+    return {
+      log,
+      ticks: decades(10 ** a, 10 ** b),
+      at: (v) => (Math.log10(v) - a) / (b - a),
+      back: (t) => 10 ** (a + t * (b - a)),
+      has: (v) => v > 0 && Number.isFinite(v),
+    };
   }
   const marks = ticks(Math.min(low, 0), high);
   const [a, b] = [marks[0], marks[marks.length - 1] === marks[0] ? marks[0] + 1 : marks[marks.length - 1]];
@@ -24,14 +33,32 @@ function axis(values, log) {
 
 // columns: [{key, label, values, log, format}]; open(index); picked({x: {key, range}, y}) of a drag, if there is one.
 function scatter({ columns, x, y, label, open, picked = null, describe, changed = () => {} }) {
-  const canvas = el("canvas", { class: "points", tabindex: "0", role: "application", "aria-roledescription": "scatter plot", "aria-label": label });
+  const canvas = el("canvas", {
+    class: "points",
+    tabindex: "0",
+    role: "application",
+    "aria-roledescription": "scatter plot",
+    "aria-label": label,
+  });
   const tip = el("div", { class: "tip", hidden: true });
   const box = el("div", { class: "selection", hidden: true });
   const frame = el("div", { class: "frame" }, canvas, box, tip);
   const left = el("p", { class: "note" });
   const by = (key) => columns.find((column) => column.key === key) || columns[0];
-  const choice = (name, value) => el("select", { "aria-label": `${name} axis`, onchange: (event) => { chosen[name] = event.target.value; changed(chosen); prepare(); paint(); } },
-    columns.map((column) => el("option", { value: column.key, selected: column.key === value }, column.label)));
+  const choice = (name, value) =>
+    el(
+      "select",
+      {
+        "aria-label": `${name} axis`,
+        onchange: (event) => {
+          chosen[name] = event.target.value;
+          changed(chosen);
+          prepare();
+          paint();
+        },
+      },
+      columns.map((column) => el("option", { value: column.key, selected: column.key === value }, column.label)),
+    );
   const chosen = { x, y };
   const margin = { left: 50, right: 12, top: 12, foot: 40 };
   let shown = null; // Uint8Array: 1 where the filters let a feature through
@@ -54,7 +81,10 @@ function scatter({ columns, x, y, label, open, picked = null, describe, changed 
       order.sort((a, b) => spots[2 * a] - spots[2 * b]);
     }
     const missing = xs.length - order.length;
-    left.textContent = missing ? `${plural(missing, "feature")} without a value on ${axes.x?.log || axes.y?.log ? "a logarithmic" : "an"} axis ${missing === 1 ? "is" : "are"} not drawn. ` : "";
+    left.textContent = missing
+      ? `Not drawn, without a value on ${axes.x?.log || axes.y?.log ? "a logarithmic" : "an"} axis: ` +
+        `${plural(missing, "feature")}. `
+      : "";
     left.append(picked ? "Click a point to open it, drag to select a range." : "Click a point to open it.");
   }
 
@@ -79,19 +109,28 @@ function scatter({ columns, x, y, label, open, picked = null, describe, changed 
     const every = (ax, space) => Math.max(1, Math.ceil(ax.ticks.length / Math.max(2, Math.floor(space))));
     axes.x.ticks.forEach((tick, i) => {
       const at = margin.left + axes.x.at(tick) * (right - margin.left);
-      paper.beginPath(); paper.moveTo(at, margin.top); paper.lineTo(at, foot); paper.stroke();
-      if (i % every(axes.x, (right - margin.left) / 48) === 0) paper.fillText(axes.x.log ? power(tick) : number(tick), at, foot + 16);
+      paper.beginPath();
+      paper.moveTo(at, margin.top);
+      paper.lineTo(at, foot);
+      paper.stroke();
+      if (i % every(axes.x, (right - margin.left) / 48) === 0)
+        paper.fillText(axes.x.log ? power(tick) : number(tick), at, foot + 16);
     });
     paper.textAlign = "right";
     axes.y.ticks.forEach((tick) => {
       const at = margin.top + (1 - axes.y.at(tick)) * (foot - margin.top);
-      paper.beginPath(); paper.moveTo(margin.left, at); paper.lineTo(right, at); paper.stroke();
+      paper.beginPath();
+      paper.moveTo(margin.left, at);
+      paper.lineTo(right, at);
+      paper.stroke();
       paper.fillText(axes.y.log ? power(tick) : number(tick), margin.left - 6, at + 4);
     });
     const dots = (wanted, style, alpha, size) => {
       paper.fillStyle = style;
       paper.globalAlpha = alpha;
-      for (const i of order) if ((!shown || shown[i] === 1) === wanted) paper.fillRect(spots[2 * i] - size / 2, spots[2 * i + 1] - size / 2, size, size);
+      for (const i of order)
+        if ((!shown || shown[i] === 1) === wanted)
+          paper.fillRect(spots[2 * i] - size / 2, spots[2 * i + 1] - size / 2, size, size);
       paper.globalAlpha = 1;
     };
     dots(false, soft, 0.18, 2);
@@ -99,7 +138,9 @@ function scatter({ columns, x, y, label, open, picked = null, describe, changed 
     if (over >= 0) {
       paper.strokeStyle = fg;
       paper.lineWidth = 2;
-      paper.beginPath(); paper.arc(spots[2 * over], spots[2 * over + 1], 6, 0, 7); paper.stroke();
+      paper.beginPath();
+      paper.arc(spots[2 * over], spots[2 * over + 1], 6, 0, 7);
+      paper.stroke();
       paper.lineWidth = 1;
     }
   }
@@ -120,7 +161,9 @@ function scatter({ columns, x, y, label, open, picked = null, describe, changed 
     tip.hidden = index < 0;
     canvas.classList.toggle("on", index >= 0);
     if (index < 0) return;
-    const values = [chosen.x, chosen.y].map((key) => `${by(key).label.toLowerCase()} ${by(key).format(by(key).values[index])}`).join(", ");
+    const values = [chosen.x, chosen.y]
+      .map((key) => `${by(key).label.toLowerCase()} ${by(key).format(by(key).values[index])}`)
+      .join(", ");
     tip.replaceChildren(describe(index), el("small", {}, values));
     const px = spots[2 * index];
     tip.style.setProperty("left", `${px < width / 2 ? px + 12 : px - 212}px`);
@@ -128,19 +171,37 @@ function scatter({ columns, x, y, label, open, picked = null, describe, changed 
     if (spoken) say(`${index} ${Site.featureName(index)}, ${values}`);
   }
 
-  const place = (event) => { const at = canvas.getBoundingClientRect(); return [event.clientX - at.left, event.clientY - at.top]; };
-  canvas.addEventListener("pointerdown", (event) => { start = place(event); if (event.pointerType === "mouse") canvas.setPointerCapture(event.pointerId); });
+  const place = (event) => {
+    const at = canvas.getBoundingClientRect();
+    return [event.clientX - at.left, event.clientY - at.top];
+  };
+  canvas.addEventListener("pointerdown", (event) => {
+    start = place(event);
+    if (event.pointerType === "mouse") canvas.setPointerCapture(event.pointerId);
+  });
   canvas.addEventListener("pointermove", (event) => {
     const [px, py] = place(event);
-    if (!start || !picked || event.pointerType !== "mouse") { hover(nearest(px, py)); return; }
+    if (!start || !picked || event.pointerType !== "mouse") {
+      hover(nearest(px, py));
+      return;
+    }
     box.hidden = Math.hypot(px - start[0], py - start[1]) < 6;
-    const style = { left: Math.min(px, start[0]), top: Math.min(py, start[1]), width: Math.abs(px - start[0]), height: Math.abs(py - start[1]) };
+    const style = {
+      left: Math.min(px, start[0]),
+      top: Math.min(py, start[1]),
+      width: Math.abs(px - start[0]),
+      height: Math.abs(py - start[1]),
+    };
     for (const [name, value] of Object.entries(style)) box.style.setProperty(name, `${value}px`);
   });
   canvas.addEventListener("pointerup", (event) => {
     const [[px, py], begun] = [place(event), start];
     start = null;
-    if (box.hidden) { const found = nearest(px, py); if (found >= 0) open(found); return; }
+    if (box.hidden) {
+      const found = nearest(px, py);
+      if (found >= 0) open(found);
+      return;
+    }
     box.hidden = true;
     const [w, h] = [width - margin.left - margin.right, height - margin.top - margin.foot];
     const span = (ax, a, b) => [Math.min(a, b), Math.max(a, b)].map((t) => ax.back(Math.max(0, Math.min(1, t))));
@@ -149,8 +210,13 @@ function scatter({ columns, x, y, label, open, picked = null, describe, changed 
       y: { key: chosen.y, range: span(axes.y, 1 - (py - margin.top) / h, 1 - (begun[1] - margin.top) / h) },
     });
   });
-  canvas.addEventListener("pointercancel", () => { start = null; box.hidden = true; });
-  canvas.addEventListener("pointerleave", () => { if (!start) hover(-1); });
+  canvas.addEventListener("pointercancel", () => {
+    start = null;
+    box.hidden = true;
+  });
+  canvas.addEventListener("pointerleave", () => {
+    if (!start) hover(-1);
+  });
   canvas.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && over >= 0) open(over);
     const step = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageDown: 50, PageUp: -50 }[event.key];
@@ -163,8 +229,12 @@ function scatter({ columns, x, y, label, open, picked = null, describe, changed 
   });
   canvas.addEventListener("blur", () => hover(-1));
 
-  const figure = el("figure", { class: "scatter" }, frame,
-    el("figcaption", {}, el("label", {}, "across ", choice("x", x)), el("label", {}, "up ", choice("y", y)), left));
+  const figure = el(
+    "figure",
+    { class: "scatter" },
+    frame,
+    el("figcaption", {}, el("label", {}, "across ", choice("x", x)), el("label", {}, "up ", choice("y", y)), left),
+  );
   new ResizeObserver(([entry]) => {
     const now = Math.round(entry.contentRect.width);
     if (now === width || !now) return;
@@ -175,5 +245,14 @@ function scatter({ columns, x, y, label, open, picked = null, describe, changed 
     paint();
   }).observe(frame);
   document.addEventListener("themechange", paint);
-  return { figure, show(mask) { shown = mask; paint(); }, choose(key) { Object.assign(chosen, key); } };
+  return {
+    figure,
+    show(mask) {
+      shown = mask;
+      paint();
+    },
+    choose(key) {
+      Object.assign(chosen, key);
+    },
+  };
 }

@@ -29,21 +29,24 @@ const clipsteer = (() => {
   function load(key) {
     if (arrived.has(key)) return opened(key);
     if (!asked.has(key)) {
-      asked.set(key, new Promise((resolve, reject) => {
-        const script = document.createElement("script");
-        script.src = `data/${key}.js`;
-        script.onload = () => {
-          script.remove();
-          if (arrived.has(key)) resolve(opened(key));
-          else reject(new Error(`data/${key}.js does not hold ${key}`));
-        };
-        script.onerror = () => {
-          script.remove();
-          asked.delete(key); // the next one who asks tries again
-          reject(new Error(`data/${key}.js cannot be read; is the folder whole?`));
-        };
-        document.head.append(script);
-      }));
+      asked.set(
+        key,
+        new Promise((resolve, reject) => {
+          const script = document.createElement("script");
+          script.src = `data/${key}.js`;
+          script.onload = () => {
+            script.remove();
+            if (arrived.has(key)) resolve(opened(key));
+            else reject(new Error(`data/${key}.js does not hold ${key}`));
+          };
+          script.onerror = () => {
+            script.remove();
+            asked.delete(key); // the next one who asks tries again
+            reject(new Error(`data/${key}.js cannot be read; is the folder whole?`));
+          };
+          document.head.append(script);
+        }),
+      );
     }
     return asked.get(key);
   }
@@ -73,14 +76,30 @@ const clipsteer = (() => {
 
 // What the pages ask of the light tables.
 const Site = {
-  get about() { return clipsteer.get("site"); },
-  get features() { return clipsteer.get("overview"); },
-  get pictures() { return clipsteer.get("pictures"); },
-  get size() { return this.about.sae.d_sae; },
-  get classes() { return this.about.data.classes || []; },
-  get answers() { return this.about.predictions?.names || []; },
-  className(index) { return this.classes[index]?.replaceAll("_", " ") ?? ""; },
-  answer(index) { return this.answers[index]?.replaceAll("_", " ") ?? ""; },
+  get about() {
+    return clipsteer.get("site");
+  },
+  get features() {
+    return clipsteer.get("overview");
+  },
+  get pictures() {
+    return clipsteer.get("pictures");
+  },
+  get size() {
+    return this.about.sae.d_sae;
+  },
+  get classes() {
+    return this.about.data.classes || [];
+  },
+  get answers() {
+    return this.about.predictions?.names || [];
+  },
+  className(index) {
+    return this.classes[index]?.replaceAll("_", " ") ?? "";
+  },
+  answer(index) {
+    return this.answers[index]?.replaceAll("_", " ") ?? "";
+  },
 
   // the light tables, with a number or NaN where something may not have been measured
   async open() {
@@ -97,17 +116,30 @@ const Site = {
     const found = [concept?.[index], word?.[index], top_class ? this.className(top_class[index]) : ""];
     return [...new Set(found.filter(Boolean))];
   },
-  featureName(index) { return this.names(index)[0] || (this.features.peak[index] > 0 ? "unnamed" : "never active"); },
+  featureName(index) {
+    return this.names(index)[0] || (this.features.peak[index] > 0 ? "unnamed" : "never active");
+  },
 
   // what is known of a picture of the data: file, truth and first prediction
   picture(row) {
     const { name, file, thumb, truth, first, p } = this.pictures;
     return {
-      row, name: name[row] || file[row] || `picture ${row}`, file: file[row] || "",
-      thumb: `thumbs/${encodeURIComponent(thumb[row])}.webp`, truth: truth[row], first: first[row], p: p[row] ?? NaN,
+      row,
+      name: name[row] || file[row] || `picture ${row}`,
+      file: file[row] || "",
+      thumb: `thumbs/${encodeURIComponent(thumb[row])}.webp`,
+      truth: truth[row],
+      first: first[row],
+      p: p[row] ?? NaN,
     };
   },
-  feature(index) { return clipsteer.item("features", index, this.about.feature_shard); },
-  image(row) { return clipsteer.item("images", row, this.about.image_shard); },
-  compared(index) { return clipsteer.item("compare", index, this.about.feature_shard); },
+  feature(index) {
+    return clipsteer.item("features", index, this.about.feature_shard);
+  },
+  image(row) {
+    return clipsteer.item("images", row, this.about.image_shard);
+  },
+  compared(index) {
+    return clipsteer.item("compare", index, this.about.feature_shard);
+  },
 };

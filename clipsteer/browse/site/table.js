@@ -7,14 +7,28 @@ function longTable({ label, columns, href, sorted, state }) {
   const alive = new Map(); // position -> row
   const heads = columns.map((column) => {
     const name = column.sort
-      ? el("button", { type: "button", onclick: () => sorted(column.key) }, column.label, el("span", { class: "arrow", "aria-hidden": "true" }))
+      ? el(
+          "button",
+          { type: "button", onclick: () => sorted(column.key) },
+          column.label,
+          el("span", { class: "arrow", "aria-hidden": "true" }),
+        )
       : column.label;
     return el("div", { role: "columnheader", class: `cell col-${column.key}` }, name);
   });
   const group = el("div", { role: "rowgroup", class: "rows" });
   const scroller = el("div", { class: "scroller" }, group);
-  const head = el("div", { role: "rowgroup" }, el("div", { role: "row", class: "row head", "aria-rowindex": "1" }, heads));
-  const table = el("div", { role: "table", "aria-label": label, class: "long", "aria-colcount": columns.length }, head, scroller);
+  const head = el(
+    "div",
+    { role: "rowgroup" },
+    el("div", { role: "row", class: "row head", "aria-rowindex": "1" }, heads),
+  );
+  const table = el(
+    "div",
+    { role: "table", "aria-label": label, class: "long", "aria-colcount": columns.length },
+    head,
+    scroller,
+  );
   const nothing = el("p", { class: "nothing", hidden: true }, "No feature fits. Loosen the search or the filters.");
   let tall = 0;
 
@@ -22,9 +36,22 @@ function longTable({ label, columns, href, sorted, state }) {
     const index = rows[position];
     const cells = columns.map((column, i) => {
       const content = column.cell(index);
-      return el("div", { role: "cell", class: `cell col-${column.key}` }, i === 0 ? el("a", { href: href(index), "data-position": position }, content) : content);
+      return el(
+        "div",
+        { role: "cell", class: `cell col-${column.key}` },
+        i === 0 ? el("a", { href: href(index), "data-position": position }, content) : content,
+      );
     });
-    return el("div", { role: "row", class: "row", "aria-rowindex": position + 2, style: { transform: `translateY(${position * tall}px)` } }, cells);
+    return el(
+      "div",
+      {
+        role: "row",
+        class: "row",
+        "aria-rowindex": position + 2,
+        style: { transform: `translateY(${position * tall}px)` },
+      },
+      cells,
+    );
   }
 
   function render() {
@@ -56,12 +83,26 @@ function longTable({ label, columns, href, sorted, state }) {
     alive.get(to)?.querySelector("a").focus({ preventScroll: true });
   }
 
-  scroller.addEventListener("scroll", () => { state.scroll = scroller.scrollTop; requestAnimationFrame(render); }, { passive: true });
+  scroller.addEventListener(
+    "scroll",
+    () => {
+      state.scroll = scroller.scrollTop;
+      requestAnimationFrame(render);
+    },
+    { passive: true },
+  );
   scroller.addEventListener("keydown", (event) => {
     const from = event.target.dataset?.position;
     if (from === undefined) return;
     const page = Math.max(1, Math.floor(scroller.clientHeight / tall) - 1);
-    const to = { ArrowDown: +from + 1, ArrowUp: +from - 1, PageDown: +from + page, PageUp: +from - page, Home: 0, End: rows.length - 1 }[event.key];
+    const to = {
+      ArrowDown: +from + 1,
+      ArrowUp: +from - 1,
+      PageDown: +from + page,
+      PageUp: +from - page,
+      Home: 0,
+      End: rows.length - 1,
+    }[event.key];
     if (to === undefined) return;
     event.preventDefault();
     focus(to);
@@ -69,7 +110,10 @@ function longTable({ label, columns, href, sorted, state }) {
   let placed = false;
   new ResizeObserver(() => {
     const now = parseFloat(getComputedStyle(table).getPropertyValue("--row")) || 64;
-    if (now === tall && placed) { render(); return; }
+    if (now === tall && placed) {
+      render();
+      return;
+    }
     placed = true;
     fill(rows, true);
   }).observe(scroller);
@@ -89,7 +133,8 @@ function longTable({ label, columns, href, sorted, state }) {
 
   function mark(key, down) {
     columns.forEach((column, i) => {
-      if (column.sort) heads[i].setAttribute("aria-sort", column.key === key ? (down ? "descending" : "ascending") : "none");
+      if (column.sort)
+        heads[i].setAttribute("aria-sort", column.key === key ? (down ? "descending" : "ascending") : "none");
     });
   }
 
