@@ -109,7 +109,7 @@ def _steer(args: argparse.Namespace) -> int:
     hook_point = args.hook_point or sae.metadata.get("hook_point")
     if hook_point is None:
         raise ValueError(f"{args.sae} does not name its hook point; pass --hook-point")
-    tokens = args.tokens or sae.metadata.get("tokens") or "all"
+    tokens: Any = args.tokens or sae.metadata.get("tokens") or "all"
     place = _Place(sae, clip, images, hook_point, tokens)
     # of a feature that is named twice the last counts
     last = {one.feature: one for one in args.feature or []}
