@@ -5,6 +5,7 @@
 name. ``clipsteer.steering``: what changes a model's activations. ``clipsteer.ensembles``: weight
 averages. ``clipsteer.reference``: training with a reference model. ``clipsteer.losses``:
 contrastive losses in place of open_clip's. ``clipsteer.continual``: classes task by task.
+``clipsteer.browse``: a site to look into one's own SAE.
 ``clipsteer.ops``: the ops. Below all: ``clipsteer.data``, ``clipsteer.training``,
 ``clipsteer.report``, ``clipsteer.testing``, ``clipsteer.io``.
 
@@ -39,10 +40,10 @@ if TYPE_CHECKING:  # the public page
     from clipsteer.reference.train import train_contrastive as train_contrastive
     from clipsteer.sae.evaluate import evaluate_sae as evaluate_sae
     from clipsteer.sae.model import SAE as SAE
+    from clipsteer.sae.steering import SAESteering as SAESteering
     from clipsteer.sae.train import train_sae as train_sae
     from clipsteer.splice.dictionary import ConceptDictionary as ConceptDictionary
     from clipsteer.steering import ConceptorSteering as ConceptorSteering
-    from clipsteer.steering import SAESteering as SAESteering
     from clipsteer.steering import VectorSteering as VectorSteering
     from clipsteer.steering import steer as steer
 

@@ -9,8 +9,6 @@ explain stays in place. A conceptor C takes h to β·C(h - μ) + μ, addition to
 
 from __future__ import annotations
 
-import math
-import operator
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -21,107 +19,14 @@ import torch
 from torch import Tensor
 
 from clipsteer.clip.hooks import beside, edited, match
-from clipsteer.clip.tokens import TOKENS as _TOKENS
 from clipsteer.clip.tokens import Layout, layout_at
 from clipsteer.conceptors.conceptor import Conceptor
 from clipsteer.ops._check import what_came
-from clipsteer.sae.model import SAE
-from clipsteer.sae.site import set_features
+from clipsteer.sae.steering import SAESteering as SAESteering
+from clipsteer.sae.steering import Tokens as Tokens
+from clipsteer.sae.steering import check_finite, check_tokens, check_width
 
-Tokens = Literal["all", "cls", "patches"]
 Form = Literal["project", "residual"]
-
-
-def _check_tokens(tokens: str) -> None:
-    if tokens not in _TOKENS:
-        raise ValueError(f"steer: tokens must be one of {_TOKENS}, got {tokens!r}")
-
-
-def _check_width(what: str, width: int, x: Tensor, place: str = "this hook point") -> None:
-    if x.shape[-1] != width:
-        raise ValueError(
-            f"steer: {what} has d_in = {width}, but the activations at {place} are "
-            f"{tuple(x.shape)}; they must have {width} in the last dimension"
-        )
-
-
-def _check_finite(owner: str, name: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise ValueError(f"{owner}: {name} must be finite, got {value}")
-
-
-@dataclass(frozen=True, eq=False)
-class SAESteering:
-    """Set features of a sparse autoencoder to given activations.
-
-    Args:
-        sae: an autoencoder trained at the hook point it is used at.
-        strengths: feature in [0, d_sae) -> wanted activation, in the units of ``sae.encode``; 0
-            suppresses. Its usual range is what ``sae.encode`` gives on images that show it.
-        tokens: "all", the class token alone ("cls"), or "patches" (what follows class and register
-            tokens).
-
-    Only the steered features are encoded, except that for ``architecture="topk"`` a feature's
-    activation depends on every other pre-activation: there f_i is the true top-k activation, which
-    takes a full ``ops.topk_encode``.
-
-    Raises:
-        ValueError: no feature, one out of range, a strength not finite, unknown ``tokens``; a
-            transcoder.
-    """
-
-    sae: SAE
-    strengths: Mapping[int, float]
-    tokens: Tokens = "all"
-
-    def __post_init__(self) -> None:
-        _check_tokens(self.tokens)
-        if not isinstance(self.strengths, Mapping) or not self.strengths:
-            raise ValueError(
-                f"SAESteering: strengths must be a mapping {{feature: strength}}, got "
-                f"{self.strengths!r}"
-            )
-        if self.sae.d_out is not None:
-            raise ValueError(
-                "SAESteering: a transcoder reads at one hook point and writes at another; add its "
-                "features there with VectorSteering(sae.W_dec[i].detach(), strength)"
-            )
-        n = self.sae.d_sae
-        clean = {}
-        for feature, strength in self.strengths.items():
-            index = operator.index(feature)
-            if not 0 <= index < n:
-                raise ValueError(
-                    f"SAESteering: feature must be in [0, {n}) (d_sae = {n}), got {index}"
-                )
-            clean[index] = float(strength)
-            _check_finite("SAESteering", f"strength of feature {index}", clean[index])
-        object.__setattr__(self, "strengths", clean)
-        self._tables(self.sae.W_dec)
-
-    @property
-    def width(self) -> tuple[str, int]:
-        """What has to fit the activations, and their width."""
-        return "the SAE", self.sae.d_in
-
-    def _tables(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (m,) and strengths (m,), made once: a copy would stop every forward pass."""
-        found = self.__dict__.get("_cache")
-        if found is None or (found[1].device, found[1].dtype) != (weight.device, weight.dtype):
-            with torch.inference_mode(False):
-                features = torch.tensor(list(self.strengths), device=weight.device)
-                wanted = torch.tensor([*self.strengths.values()], dtype=weight.dtype).to(weight)
-            found = (features, wanted)
-            object.__setattr__(self, "_cache", found)
-        return found
-
-    def apply(self, x: Tensor) -> Tensor:
-        """(…, d_in) -> (…, d_in), every position steered; ``tokens`` is applied by ``steer``."""
-        _check_width(*self.width, x)
-        weight = self.sae.W_dec
-        features, wanted = self._tables(weight)
-        acts, scale = self.sae.feature_acts(x, features)  # (…, m), (…, 1)
-        return set_features(x, acts, wanted, weight[features], scale)
 
 
 def _check_vector(owner: str, name: str, value: Any, d: int | None = None) -> None:
@@ -152,9 +57,9 @@ class VectorSteering:
     _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_tokens(self.tokens)
+        check_tokens(self.tokens)
         _check_vector("VectorSteering", "vector", self.vector)
-        _check_finite("VectorSteering", "strength", self.strength)
+        check_finite("VectorSteering", "strength", self.strength)
 
     @property
     def width(self) -> tuple[str, int]:
@@ -163,7 +68,7 @@ class VectorSteering:
 
     def apply(self, x: Tensor) -> Tensor:
         """(…, d) -> (…, d), every position steered."""
-        _check_width(*self.width, x)
+        check_width(*self.width, x)
         return x + beside(self._cache, x, lambda v: self.strength * v, self.vector)
 
 
@@ -191,7 +96,7 @@ class AdditiveSteering(VectorSteering):
         tokens: Tokens = "all",
     ) -> None:
         _check_vector("AdditiveSteering", "mean", mean)
-        _check_finite("AdditiveSteering", "beta", beta)
+        check_finite("AdditiveSteering", "beta", beta)
         vector = mean
         if background is not None:
             _check_vector("AdditiveSteering", "background", background, len(mean))
@@ -257,7 +162,7 @@ class ConceptorSteering:
     _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_tokens(self.tokens)
+        check_tokens(self.tokens)
         if not isinstance(self.conceptor, Conceptor):
             raise TypeError(
                 f"ConceptorSteering: expected a Conceptor, got {type(self.conceptor).__name__}"
@@ -269,7 +174,7 @@ class ConceptorSteering:
             )
         if self.mean is not None:
             _check_vector("ConceptorSteering", "mean", self.mean, self.conceptor.d)
-        _check_finite("ConceptorSteering", "beta", self.beta)
+        check_finite("ConceptorSteering", "beta", self.beta)
         if self.form not in get_args(Form):
             raise ValueError(
                 f"ConceptorSteering: form must be 'project' or 'residual', got {self.form!r}"
@@ -282,7 +187,7 @@ class ConceptorSteering:
 
     def apply(self, x: Tensor) -> Tensor:
         """(…, d) -> (…, d), every position steered, in x's dtype."""
-        _check_width(*self.width, x)
+        check_width(*self.width, x)
         mean = self.conceptor.mean if self.mean is None else self.mean
         if mean is not None:
             mean = beside(self._cache, x, lambda m: m, mean)
@@ -307,7 +212,7 @@ def _positions(
 ) -> Tensor:
     """Steer the positions that ``steering.tokens`` names; the others keep their bits."""
     where = layout.where("steer", steering.tokens, x.shape[1])
-    _check_width(*steering.width, x, repr(layout.hook_point))
+    check_width(*steering.width, x, repr(layout.hook_point))
     if steering.tokens == "all":
         return steering.apply(x)
     parts = [x[:, : where.start], steering.apply(x[:, where])]

@@ -24,13 +24,13 @@ SOURCES = sorted(
 PACKAGE = [path for path in SOURCES if path.parts[len(ROOT.parts)] == "clipsteer"]
 HEAVY = {
     "triton", "open_clip", "matplotlib", "PIL", "hypothesis", "huggingface_hub", "torchvision", "timm", "scipy",
-    "sklearn", "jinja2", "wandb", "transformers", "umap", "hdbscan",
+    "sklearn", "jinja2", "wandb", "transformers", "umap", "hdbscan", "starlette", "uvicorn",
 }  # fmt: skip
 # from the top floor down: a file imports from lower floors, and from its own wing
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("demo",),
+    ("demo", "browse"),
     ("clipsteer",),  # the public page
     ("steering", "continual", "integrations", "alignment"),
     ("sae",),

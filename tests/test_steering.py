@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 
 import pytest
@@ -517,3 +518,24 @@ def test_mistakes_with_conceptors_are_explained(model, images):
     narrow = Conceptor.identity(WIDTH - 1)
     with pytest.raises(ValueError, match=f"{WIDTH - 1}"), steer(model, {BLOCK: ConceptorSteering(narrow)}):
         model.encode_image(images)
+
+
+def test_strengths_relative_to_peaks():
+    torch.manual_seed(0)
+    sae = SAE(16, 24, "topk", 4)
+    x = torch.randn(3, 5, 16)
+    peaks = torch.linspace(0, 4.6, 24)
+    relative = SAESteering(sae, {3: 2.0, 7: 0.0}, relative=True, peaks=peaks)
+    absolute = SAESteering(sae, {3: 2 * float(peaks[3]), 7: 0.0})
+    assert relative.activations == absolute.activations
+    assert torch.equal(relative.apply(x), absolute.apply(x))
+    # what is given again with another field is not multiplied twice
+    assert dataclasses.replace(relative, tokens="cls").activations == absolute.activations
+    for options, message in (
+        ({"relative": True}, "go together"),
+        ({"peaks": peaks}, "go together"),
+        ({"relative": True, "peaks": peaks[:5]}, r"d_sae = 24"),
+        ({"relative": True, "peaks": peaks * 0}, "never active"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SAESteering(sae, {3: 2.0}, **options)

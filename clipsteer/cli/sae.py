@@ -1,4 +1,4 @@
-"""``clipsteer sae``: train, eval, convert and steer."""
+"""``clipsteer sae``: train, eval and convert; steer and browse are beside."""
 
 from __future__ import annotations
 
@@ -9,22 +9,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from clipsteer.cli import browse, sae_steer
 from clipsteer.cli.arguments import (
     Options,
     add_data,
-    add_known_site,
     add_model,
-    add_shown,
     add_site,
     add_workers,
     count,
-    device_of,
-    load_known,
     setup_options,
-    show_steering,
     whole,
 )
 from clipsteer.cli.images import lists_unreadable, open_images
+from clipsteer.cli.sae_given import add_sae, open_sae
 from clipsteer.cli.sae_metrics import add_metrics, check_metrics, measured, show_metrics
 
 # of training, where nothing else is asked for: a pass over few images is over before the warm-up is
@@ -38,13 +35,15 @@ def add_parser(commands: Any, add: Any) -> None:
         commands,
         "sae",
         None,
-        "train, evaluate, convert and steer with sparse autoencoders",
+        "train, evaluate, convert, steer with and look into sparse autoencoders",
         """
 examples:
   train one on the bundled drawings, measure it, and see what feature 12 does:
     clipsteer sae train --out runs/small --expansion 8 --k 32 --batch-size 1024 --lr 1e-3
     clipsteer sae eval runs/small
-    clipsteer sae steer runs/small --feature 12=50
+    clipsteer sae steer runs/small --feature 12=5x
+  look at all of its features, in a browser:
+    clipsteer sae browse runs/small --out small-site
 
 each ACTION has --help with more
 """,
@@ -113,21 +112,8 @@ examples:
 """,
         _convert_options,
     )
-    add(
-        actions,
-        "steer",
-        _steer,
-        "show predictions before and after steering features",
-        """
-examples:
-  feature 12 set to 50 on every token, eight drawings of the held-out style:
-    clipsteer sae steer runs/small --feature 12=50
-  one feature up, another suppressed, on the patches of your own images, among your own words:
-    clipsteer sae steer runs/b32-9 --feature 12=50 --feature 7=0 --tokens patches \\
-        --data photos/ --words words.txt
-""",
-        _steer_options,
-    )
+    sae_steer.add_action(actions, add)
+    browse.add_action(actions, add)
 
 
 def _train_options(p: argparse.ArgumentParser) -> None:
@@ -175,7 +161,7 @@ def _train_options(p: argparse.ArgumentParser) -> None:
 
 
 def _eval_options(p: argparse.ArgumentParser) -> None:
-    _sae(p)
+    add_sae(p)
     p.add_argument("--target-hook-point", help="of a transcoder (default: what it was trained on)")
     p.add_argument(
         "--name-features",
@@ -220,38 +206,6 @@ def _convert_options(p: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="JSON with what the file of SAE leaves open (default: a config.json beside it)",
     )
-
-
-def _steer_options(p: argparse.ArgumentParser) -> None:
-    _sae(p)
-    p.add_argument(
-        "--feature",
-        action="append",
-        required=True,
-        type=_strength,
-        metavar="I=S",
-        help="set feature I to S; repeatable",
-    )
-    add_shown(p)
-
-
-def _strength(text: str) -> tuple[int, float]:
-    feature, sign, strength = text.partition("=")
-    try:
-        return whole(feature), float(strength)
-    except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(
-            f"expected FEATURE=STRENGTH such as 12=50, got {text!r}"
-        ) from None
-
-
-def _sae(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "sae", metavar="SAE", help="a folder, a Prisma .pt, or hf-hub:org/repo/subfolder"
-    )
-    add_model(p, None)
-    add_data(p, "images to look at (default: the bundled held-out style)")
-    add_known_site(p, "what the SAE was trained on")
 
 
 @lists_unreadable
@@ -332,22 +286,13 @@ def _harvested(args: argparse.Namespace, world: Any) -> Any:
     return PairSource(source, harvest_to_store(clip, dataset, target_hook_point, where, **common))
 
 
-def _open(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """The SAE, the model it belongs to, and the images."""
-    import clipsteer
-
-    sae = clipsteer.SAE.from_pretrained(args.sae, device=device_of(args))
-    clip = load_known(args, sae.metadata, args.sae)
-    return sae, clip, open_images(args, args.data or "emoji", emoji="held-out:seen")
-
-
 @lists_unreadable
 def _eval(args: argparse.Namespace) -> int:
     from clipsteer.cli.sae_figures import name_strongest, of_steering, show, write
     from clipsteer.sae.evaluate import evaluate_sae
 
     check_metrics(args)
-    sae, clip, dataset = _open(args)
+    sae, clip, dataset = open_sae(args)
     where = {"hook_point": args.hook_point, "tokens": args.tokens}
     target = {"target_hook_point": args.target_hook_point}
     figures = evaluate_sae(sae, clip, dataset, **where, **target)
@@ -377,17 +322,3 @@ def _convert(args: argparse.Namespace) -> int:
         f"{args.target}: {args.format}, {sae.extra_repr()}\n{json.dumps(sae.metadata)}\n"
     )
     return 0
-
-
-@lists_unreadable
-def _steer(args: argparse.Namespace) -> int:
-    from clipsteer.steering import SAESteering
-
-    sae, clip, dataset = _open(args)
-    hook_point = args.hook_point or sae.metadata.get("hook_point")
-    if hook_point is None:
-        raise ValueError(f"{args.sae} does not name its hook point; pass --hook-point")
-    steering = SAESteering(
-        sae, dict(args.feature), tokens=args.tokens or sae.metadata.get("tokens") or "all"
-    )
-    return show_steering(args, clip, dataset, hook_point, steering)

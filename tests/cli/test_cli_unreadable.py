@@ -91,6 +91,7 @@ COMMANDS = {
     "sae eval": "sae eval SAE --data SETS/classes",
     "sae eval, flat": "sae eval SAE --data SETS/flat",
     "sae steer": "sae steer SAE --data SETS/classes --feature 3=9 --count 2",
+    "sae browse": "sae browse SAE --data SETS/classes --out OUT",
     "conceptor fit": "conceptor fit --model MODEL --data SETS/flat --centre SETS/classes --out OUT",
     "conceptor steer": "conceptor steer CONCEPTOR --data SETS/classes --count 2",
     "splice": "splice --model MODEL SETS/flat/0.png SETS/flat/cut.png --data SETS/flat",

@@ -43,7 +43,8 @@ OF_COMMAND = {
 NEEDS = {
     "prove": ["m:fast", "m:plain", "--inputs", "m:cases"],
     "sae train": ["--out", "x"], "finetune": ["--data", "x", "--out", "x"], "train": ["--out", "x"],
-    "cil": ["--data", "x", "--out", "x"], "sae eval": ["x"], "sae steer": ["x", "--feature", "1=1"], "splice": ["x"],
+    "cil": ["--data", "x", "--out", "x"], "sae eval": ["x"], "sae steer": ["x", "--feature", "1=1"],
+    "sae browse": ["x"], "splice": ["x"],
     "conceptor fit": ["--out", "x"], "conceptor steer": ["x"], "sae convert": ["x", "y"],
     "align": ["x", "y", "--out", "z"],
     "wise-ft merge": ["x", "y", "--out", "z"],
@@ -52,7 +53,8 @@ NEEDS = {
 COUNTS = {
     "demo": ["--seed", "--max-images"], "validate": ["--cases", "--seed"], "prove": ["--cases", "--seed"],
     "bench": ["--repeats"],
-    "sae eval": ["--name-features", "--features"], "sae steer": ["--top", "--count"], "splice": ["--top"],
+    "sae eval": ["--name-features", "--features"], "sae steer": ["--top", "--count", "--pick"],
+    "sae browse": ["--steer", "--seed", "--port"], "splice": ["--top"],
     "sae train": ["--workers"], "conceptor fit": ["--batch-size"], "conceptor steer": ["--top", "--count"],
     "finetune": ["--workers"], "train": ["--workers"], "wise-ft curve": ["--workers"],
     "cil": ["--tasks", "--init-cls", "--increment", "--seeds", "--jobs", "--workers"],
@@ -188,7 +190,7 @@ def test_a_count_in_a_strategy_a_shape_and_a_feature_is_read_the_same_way():
     assert strategy("ranpac:projections=2e3").projections == 2000
     args = LEAVES["bench"].parse_args(["--shape", "B=1e3,d=1_000"])
     assert args.shape == {"B": 1000, "d": 1000}
-    assert LEAVES["sae steer"].parse_args(["x", "--feature", "1e2=5"]).feature == [(100, 5.0)]
+    assert LEAVES["sae steer"].parse_args(["x", "--feature", "1e2=5"]).feature == [(100, 5.0, False)]
     for wrong in (["bench", "--shape", "B=2.5"], ["sae", "steer", "x", "--feature", "2.5=1"]):
         with pytest.raises(SystemExit):
             cli.build_parser().parse_args(wrong)

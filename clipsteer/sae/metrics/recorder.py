@@ -98,7 +98,7 @@ class Recorder:
         Raises ValueError: an image that was there already, activations that are not finite, shapes
             that do not fit.
         """
-        values, features, rows, count = _flat(codes, self.d_sae)
+        values, features, rows, count = flat_codes(codes, self.d_sae)
         B = len(images)
         if B == 0 or count % B or (grid is not None and grid.tokens * B != count):
             raise ValueError(
@@ -174,7 +174,7 @@ class Recorder:
         return self._pooled
 
 
-def _flat(codes: Codes, d_sae: int) -> tuple[Tensor, Tensor, Tensor, int]:
+def flat_codes(codes: Codes, d_sae: int) -> tuple[Tensor, Tensor, Tensor, int]:
     """Active codes as values, features and rows (m,), and how many rows there are."""
     if isinstance(codes, ops.SparseCodes):
         values, features = codes.values, codes.indices
