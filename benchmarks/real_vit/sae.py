@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,14 @@ from clipsteer.report.intervals import mean_interval
 from clipsteer.report.layers import Line
 
 
-def searched(base: Job, lrs: Iterable[float], rows: Rows, folder: Path) -> Job:
-    """The learning rate, and then the schedule, of the least FVU on validation rows."""
+def searched(base: Job, lrs: Iterable[float], schedules: Sequence[str], rows: Rows, folder: Path) -> Job:
+    """The learning rate, with the first schedule, and then the schedule of the least FVU on validation rows."""
 
     def judged(job: Job) -> float:
         return run(job, rows, folder)["validation"]
 
-    best = min((base._replace(lr=lr, schedule="linear") for lr in lrs), key=judged)
-    return min((best, best._replace(schedule="default")), key=judged)
+    best = min((base._replace(lr=lr, schedule=schedules[0]) for lr in lrs), key=judged)
+    return min((best._replace(schedule=schedule) for schedule in schedules), key=judged)
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -88,6 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--group", type=int, default=257, help="tokens of a picture")
     parser.add_argument("--libraries", nargs="+", choices=list(LIBRARIES), default=list(LIBRARIES))
     parser.add_argument("--lr", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3, 8e-3])
+    ways = ["linear", "default"]
+    parser.add_argument("--schedules", nargs="+", choices=ways, default=ways, help="those tried; rates by the first")
     parser.add_argument("--steps", nargs="+", type=int, default=[400, 2000])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--batch", type=int, default=256)
@@ -100,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = args.runs or args.out.with_suffix("")
     for steps, library in product(args.steps, args.libraries):
         base = Job(library, None, "default", steps, args.seeds[0], args.batch, rows.train.shape[1], args.n, args.k)
-        chosen = [searched(base, args.lr, rows, folder)]
+        chosen = [searched(base, args.lr, args.schedules, rows, folder)]
         if library == "clipsteer":
             chosen.append(base)
         for job in chosen:
