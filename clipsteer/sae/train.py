@@ -5,7 +5,8 @@ Adam with linear warm-up and decay, decoder rows to norm 1 (as they are before t
 relu: scaled MSE + λ₁·‖f‖₁ (Joseph et al. 2025, arXiv 2504.08729); topk and batch_topk: FVU +
 AuxK / 32 (Gao et al. 2024, arXiv 2406.04093); jumprelu: FVU + λ₀·L0; gated: scaled MSE of the
 reconstruction and of the gates', + λ₁·‖gates‖₁ (Rajamanoharan et al. 2024, arXiv 2407.14435 and
-2404.16014).
+2404.16014). Features of topk and batch_topk that were long not active start anew along what is
+left unexplained (``clipsteer.sae.resampling``).
 
 Under ``torchrun`` the batch is split over the processes, or with ``shard_features`` the dictionary
 (``clipsteer.sae.parallel``); the result is that of one process. Runs resume from checkpoints, with
