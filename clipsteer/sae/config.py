@@ -27,6 +27,8 @@ _WITHOUT_THRESHOLD = ("topk", "batch_topk", "relu")
 _RESAMPLED = ("topk", "batch_topk")
 # what is fitted to the length of a run
 _FITTED = ("lr", "warmup_steps", "schedule", "encoder_scale", "resample_after")
+# of a longer run it has not been measured whether that helps
+_SHORT = 4_000
 # so often a feature would have been active, on average, before it counts as dead
 _OFTEN = 10
 # of a run, after which no feature starts anew
@@ -108,8 +110,9 @@ class TrainConfig:
     resample_after: CountOrZero | None = None
     """a feature that was not active for more tokens than this starts anew, along what is left
     unexplained of a row, in the first four fifths of a run; 0: none does (default for topk and
-    batch_topk: a twentieth of the run, at least sync_every steps and ten times d_sae / k, at most
-    dead_after; otherwise 0, as with matryoshka; not for a transcoder)"""
+    batch_topk in runs of fewer than 4,000 steps: a twentieth of the run, at least sync_every steps
+    and ten times d_sae / k, at most dead_after; otherwise 0, as with matryoshka; not for a
+    transcoder)"""
     grad_clip: NotNegative | Literal["auto"] | None = "auto"
     """largest norm of the whole gradient; auto is 0.003 where features start anew by default, so
     that all gradients are about as long, and 1 otherwise"""
@@ -198,6 +201,7 @@ class TrainConfig:
             after = max(total // 20, self.sync_every) * self.batch_size
             after = max(after, int(_OFTEN * (features or self.d_sae or 0) / self.k))
             resamples = self.architecture in _RESAMPLED and self.matryoshka is None
+            resamples = resamples and total < _SHORT
             after = min(after, self.dead_after) if resamples else 0
         anew = after > 0 and self.architecture in _RESAMPLED
         clip = self.grad_clip

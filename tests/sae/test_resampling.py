@@ -125,7 +125,8 @@ def test_when_features_start_anew():
         fitted = TrainConfig(architecture=architecture, batch_size=256).fitted(400)
         assert fitted.resample_after == share * 256
         assert (fitted.encoder_scale, fitted.grad_clip) == ((0.25, 0.003) if share else (1.0, 1.0))
-    assert TrainConfig(batch_size=4096).fitted(10**6).resample_after == 10_000_000
+    assert TrainConfig(batch_size=4096).fitted(3_999).resample_after == 199 * 4096
+    assert TrainConfig(batch_size=4096).fitted(4_000).resample_after == 0
     # a short run, and one of many features
     assert TrainConfig(batch_size=256).fitted(40).resample_after == 10 * 256
     assert TrainConfig(batch_size=32, k=8).fitted(400, 12_288).resample_after == 10 * 12_288 // 8
