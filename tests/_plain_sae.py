@@ -43,7 +43,8 @@ def make(architecture="topk", seed=0, **more):
 
 def config(**changes):
     base = {"d_sae": N, "k": K, "batch_size": 32, "steps": 12, "warmup_steps": 3, "lr": 1e-3, "dtype": "float64",
-            "checkpoint_every": 5, "log_every": 2, "auxk_coefficient": 1 / 32, "bandwidth": 0.1}  # fmt: skip
+            "checkpoint_every": 5, "log_every": 2, "auxk_coefficient": 1 / 32, "bandwidth": 0.1,
+            "resample_after": 0}  # fmt: skip
     return TrainConfig(**{**base, **changes})
 
 

@@ -53,6 +53,8 @@ def clipsteer(job: Job, first: Tensor) -> Trained:
         settings |= {"schedule": "linear", "warmup_steps": 0}
     config = TrainConfig(d_sae=job.n, k=job.k, steps=job.steps, batch_size=job.batch, **settings)
     sae = SAE(job.d, job.n, config.architecture, job.k)
+    with torch.no_grad():
+        sae.W_enc.mul_(config.fitted(job.steps, job.n).encoder_scale or 1.0)
     sae.init_b_dec_(first)
     sae.init_threshold_(first, job.k)
     trainer = SAETrainer(sae, config, job.steps)

@@ -23,8 +23,16 @@ TRAINABLE = get_args(Trainable)
 _LONG = 40_000
 # of those whose features a learned threshold or gate lets through a larger one is the death
 _WITHOUT_THRESHOLD = ("topk", "batch_topk", "relu")
+# whose features start anew where they are dead
+_RESAMPLED = ("topk", "batch_topk")
 # what is fitted to the length of a run
-_FITTED = ("lr", "warmup_steps", "schedule")
+_FITTED = ("lr", "warmup_steps", "schedule", "encoder_scale", "resample_after")
+# of a longer run it has not been measured whether that helps
+_SHORT = 4_000
+# so often a feature would have been active, on average, before it counts as dead
+_OFTEN = 10
+# of a run, after which no feature starts anew
+_SETTLING = 0.8
 # the weight of AuxK in Gao et al. 2024 (arXiv 2406.04093)
 AUXK = 1 / 32
 
@@ -81,9 +89,10 @@ class TrainConfig:
     cosine for jumprelu and gated)"""
     cosine: bool | None = None
     """another name: of the schedule cosine, or without of constant"""
-    encoder_scale: Positive = 1.0
-    """length of the encoder's rows before the first step, beside 1 of the decoder's; 0.5
-    reconstructs better, of a smaller part of the features"""
+    encoder_scale: Positive | None = None
+    """length of the encoder's rows before the first step, beside 1 of the decoder's; shorter ones
+    reconstruct better, of a smaller part of the features unless the others start anew (default:
+    0.25 for topk and batch_topk where they do, 1 otherwise)"""
     l1_coefficient: NotNegative = 1e-4
     """weight of the L1 term, for relu and (of its gates) gated"""
     l0_coefficient: NotNegative = 1e-3
@@ -98,8 +107,15 @@ class TrainConfig:
     topk and batch_topk, 0 otherwise)"""
     dead_after: CountOrZero = 10_000_000
     """a feature that was not active for more tokens than this is dead"""
-    grad_clip: NotNegative | None = 1.0
-    """largest norm of the whole gradient"""
+    resample_after: CountOrZero | None = None
+    """a feature that was not active for more tokens than this starts anew, along what is left
+    unexplained of a row, in the first four fifths of a run; 0: none does (default for topk and
+    batch_topk in runs of fewer than 4,000 steps: a twentieth of the run, at least sync_every steps
+    and ten times d_sae / k, at most dead_after; otherwise 0, as with matryoshka; not for a
+    transcoder)"""
+    grad_clip: NotNegative | Literal["auto"] | None = "auto"
+    """largest norm of the whole gradient; auto is 0.003 where features start anew by default, so
+    that all gradients are about as long, and 1 otherwise"""
     seed: int = 0
     """of the first weights and of the order of the tokens"""
     autocast: Literal["auto", "bfloat16", "none"] = "auto"
@@ -165,9 +181,11 @@ class TrainConfig:
             )
         return wanted // self.batch_size
 
-    def fitted(self, total: int) -> TrainConfig:
-        """With everything set that is left to the length of the run, which has ``total`` steps."""
-        if self.cosine is None and all(getattr(self, name) is not None for name in _FITTED):
+    def fitted(self, total: int, features: int | None = None) -> TrainConfig:
+        """With everything set that is left to the length of the run, which has ``total`` steps, and
+        to the number of features."""
+        left = [getattr(self, name) is None for name in _FITTED]
+        if self.cosine is None and not any(left) and self.grad_clip != "auto":
             return self
         free = self.architecture in _WITHOUT_THRESHOLD
         schedule = self.schedule or ("linear" if free else "cosine")
@@ -178,7 +196,44 @@ class TrainConfig:
             longer = max(_LONG / total, 1.0) if free else 1.0
             lr = _paper_lr(self.architecture) * min(longer**0.5, 10.0)
         warmup = min(total // 20, 200) if self.warmup_steps is None else self.warmup_steps
-        return replace(self, schedule=schedule, cosine=None, lr=lr, warmup_steps=warmup)
+        after = self.resample_after
+        if after is None:
+            after = max(total // 20, self.sync_every) * self.batch_size
+            after = max(after, int(_OFTEN * (features or self.d_sae or 0) / self.k))
+            resamples = self.architecture in _RESAMPLED and self.matryoshka is None
+            resamples = resamples and total < _SHORT
+            after = min(after, self.dead_after) if resamples else 0
+        anew = after > 0 and self.architecture in _RESAMPLED
+        clip = self.grad_clip
+        if clip == "auto":
+            clip = 0.003 if anew else 1.0
+        return replace(
+            self,
+            schedule=schedule,
+            cosine=None,
+            lr=lr,
+            warmup_steps=warmup,
+            encoder_scale=self.encoder_scale or (0.25 if anew else 1.0),
+            grad_clip=clip,
+            resample_after=after,
+        )
+
+    def resamples_at(self, step: int, total: int) -> bool:
+        """Whether features may start anew once so many steps are done; where features are looked
+        at anyway."""
+        looked = step % self.sync_every == 0 and 0 < step < _SETTLING * total
+        return looked and bool(self.fitted(total).resample_after)
+
+    def for_transcoder(self) -> TrainConfig:
+        """Without what a transcoder cannot have.
+
+        Raises ValueError where that was asked for."""
+        if self.resample_after:
+            raise self._error(
+                "{resample_after} is not for a transcoder, whose rows to encode are not those that "
+                f"it leaves unexplained; leave it out, got {self.resample_after}"
+            )
+        return replace(self, resample_after=0)
 
     @property
     def auxk(self) -> float:
@@ -211,8 +266,18 @@ def _paper_lr(architecture: str) -> float:
     return 4e-4 if architecture == "relu" else 2e-4
 
 
-def as_earlier(config: TrainConfig) -> TrainConfig:
-    """What a version without ``schedule`` took where nothing else is asked for."""
+def as_earlier(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
+    """What the version that wrote these settings into a run took where nothing else is asked
+    for."""
+    if "resample_after" not in settings:
+        config = replace(
+            config,
+            resample_after=config.resample_after or 0,
+            encoder_scale=config.encoder_scale or 1.0,
+            grad_clip=1.0 if config.grad_clip == "auto" else config.grad_clip,
+        )
+    if "schedule" in settings:
+        return config
     cosine = config.cosine is not False if config.schedule is None else None
     lr = _paper_lr(config.architecture) if config.lr is None else config.lr
     warmup = 200 if config.warmup_steps is None else config.warmup_steps
@@ -220,12 +285,11 @@ def as_earlier(config: TrainConfig) -> TrainConfig:
 
 
 def of_earlier(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that a version without ``schedule`` wrote into a run, as this one does."""
-    found = dict(settings)
+    """Settings that an earlier version wrote into a run, as this one does."""
+    found = {"resample_after": 0, "encoder_scale": 1.0, **settings}
     if "schedule" not in found:
         if found.get("lr") is None:
             found["lr"] = _paper_lr(found.get("architecture", ""))
         found["schedule"] = "cosine" if found.get("cosine", True) else "constant"
         found["cosine"] = None
-        found["encoder_scale"] = 1.0
     return found

@@ -58,9 +58,10 @@ class Sums:
         """The sum over all features, given that over this process's; differentiable."""
         return figure
 
-    def number(self, features: Tensor) -> int:
-        """How many features there are in all processes' shares."""
-        return len(features)
+    def place(self, features: Tensor) -> tuple[int, int]:
+        """Of a list of features in all processes' shares: how many there are before those of this
+        process, and how many in all."""
+        return 0, len(features)
 
     def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
         """What a process has, to what all have; in place."""
@@ -125,9 +126,10 @@ class Features(_Joint):
         """Over the processes."""
         return cast(Tensor, _Sum.apply(figure, self.world))
 
-    def number(self, features: Tensor) -> int:
-        """Over the processes."""
-        return sum(self.world.counts(len(features)))
+    def place(self, features: Tensor) -> tuple[int, int]:
+        """Over the processes, in rank order."""
+        counts = self.world.counts(len(features))
+        return sum(counts[: self.world.rank]), sum(counts)
 
     def norm(self, gradients: Sequence[Tensor], spread: Sequence[bool]) -> Tensor:
         """What lies spread is summed over the processes."""

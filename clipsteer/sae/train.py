@@ -5,7 +5,8 @@ Adam with linear warm-up and decay, decoder rows to norm 1 (as they are before t
 relu: scaled MSE + λ₁·‖f‖₁ (Joseph et al. 2025, arXiv 2504.08729); topk and batch_topk: FVU +
 AuxK / 32 (Gao et al. 2024, arXiv 2406.04093); jumprelu: FVU + λ₀·L0; gated: scaled MSE of the
 reconstruction and of the gates', + λ₁·‖gates‖₁ (Rajamanoharan et al. 2024, arXiv 2407.14435 and
-2404.16014).
+2404.16014). Features of topk and batch_topk that were long not active start anew along what is
+left unexplained (``clipsteer.sae.resampling``).
 
 Under ``torchrun`` the batch is split over the processes, or with ``shard_features`` the dictionary
 (``clipsteer.sae.parallel``); the result is that of one process. Runs resume from checkpoints, with
@@ -115,9 +116,13 @@ def train_sae(
             f"{config.batch_size}"
         )
     total = config.total_steps(source.rows_per_epoch())
-    if out is not None and _holds_earlier(Path(out)):
-        config = as_earlier(config)
-    config = config.fitted(total)
+    if source.d_out is not None:
+        config = config.for_transcoder()
+    earlier = None if out is None else _settings_in(Path(out))
+    if earlier is not None:
+        config = as_earlier(config, earlier)
+    features = config.features(source.d_in) if sae is None else sae.config["d_sae"]
+    config = config.fitted(total, features)
     if world.rank == 0:
         _say(config, total)
     given = sae
@@ -148,11 +153,11 @@ def train_sae(
     return _whole(sae, given, out, world)
 
 
-def _holds_earlier(out: Path) -> bool:
-    """Whether there is a run of a version whose defaults were others."""
+def _settings_in(out: Path) -> dict[str, Any] | None:
+    """Those of the run that is there."""
     meta = latest_meta(out / "checkpoints")
     settings = None if meta is None else meta.get("settings")
-    return isinstance(settings, dict) and "schedule" not in settings
+    return settings if isinstance(settings, dict) else None
 
 
 def _say(config: TrainConfig, total: int) -> None:
@@ -242,7 +247,7 @@ def _new_sae(d_in: int, d_out: int | None, config: TrainConfig, world: World | N
     if d_out is None:
         # a transcoder's decoder starts at 0
         with torch.no_grad():
-            sae.W_enc.mul_(config.encoder_scale)
+            sae.W_enc.mul_(config.encoder_scale or 1.0)
     return sae
 
 

@@ -18,9 +18,11 @@ from clipsteer.sae.adam import Rows, UnitRowAdam, takes_row_sparse
 from clipsteer.sae.config import TRAINABLE, TrainConfig
 from clipsteer.sae.encoding import takes_codes, with_values
 from clipsteer.sae.model import SAE
+from clipsteer.sae.resampling import resample
 from clipsteer.sae.revival import Revival, revival
 from clipsteer.sae.shard import Shard, is_spread
 from clipsteer.training.resume import strided_like
+from clipsteer.training.schedule import seed_of
 from clipsteer.training.world import World
 
 METRICS = ("loss", "fvu", "l0", "dead", "auxk")
@@ -43,7 +45,9 @@ class SAETrainer:
             raise ValueError(
                 f"train_sae: architecture must be one of {TRAINABLE}, got {sae.architecture!r}"
             )
-        config = config.fitted(total_steps)
+        if sae.d_out is not None:
+            config = config.for_transcoder()
+        config = config.fitted(total_steps, sae.config["d_sae"])
         self.config = config
         self.total_steps = total_steps
         self.device = sae.W_enc.device
@@ -114,7 +118,7 @@ class SAETrainer:
             self.dead = (self.tokens_since_fired > config.dead_after).nonzero().flatten()
             self._n_dead = None
         if self._n_dead is None:
-            self._n_dead = self.plan.number(self.dead)
+            self._n_dead = self.plan.place(self.dead)[1]
         x = x.to(self.device, sae.W_enc.dtype, non_blocking=True)
         if (target is None) != (sae.d_out is None):
             raise ValueError(f"SAETrainer.step: a target is needed with d_out, here {sae.d_out}")
@@ -148,6 +152,8 @@ class SAETrainer:
         fired = sae_loss.fired(sae, out, plan.view)
         self.tokens_since_fired.add_(stats.count).masked_fill_(fired, 0)
         self.step_count += 1
+        if config.resamples_at(self.step_count, self.total_steps):
+            self._resample(x, out, plan)
         with torch.no_grad():
             l0 = plan.total((out.acts > 0).sum()) / stats.count
             dead = (self.tokens_since_fired > config.dead_after).sum() / sae.d_sae
@@ -156,6 +162,18 @@ class SAETrainer:
             *shorter, fvu = [sae_loss.fvu(y, x_hat, stats) for x_hat in out.x_hats]
             values = (loss, fvu, l0, dead, aux, *shorter)
             return plan.share * torch.stack([value.detach().float() for value in values])
+
+    def _resample(
+        self,
+        x: Tensor,  # (B, d_in)
+        out: sae_loss.TrainingOutput,
+        plan: parallel.Sums,
+    ) -> None:
+        """Let those features start anew that were not active for too long."""
+        dead = (self.tokens_since_fired > (self.config.resample_after or 0)).nonzero().flatten()
+        seed = seed_of(self.config.seed, "resample", self.step_count)
+        anew = resample(self.sae, self.optimizer, dead, x, out, plan, seed)
+        self.tokens_since_fired.index_fill_(0, anew, 0)
 
     def _reconstruction(self, x: Tensor, x_hat: Tensor, stats: sae_loss.BatchStats) -> Tensor:
         of = sae_loss.fvu if self._loss == "fvu" else sae_loss.scaled_mse
@@ -229,12 +247,14 @@ class SAETrainer:
         there = [p.grad for p in named.values() if p.grad is not None]
         plan.sum_gradients(there)
         factor = None
-        if self.config.grad_clip is not None:
+        clip = self.config.grad_clip
+        assert clip != "auto"
+        if clip is not None:
             grads = [grad._values() if grad.is_sparse else grad for grad in there]
             spread = [is_spread(name, p) for name, p in named.items()]
             grads += [rows.values for rows in more.values()]
             norm = plan.norm(grads, spread)
-            factor = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+            factor = (clip / (norm + 1e-6)).clamp(max=1.0)
         self.optimizer.set_lr(lr, scale)
         self.optimizer.step(factor=factor, more=more)
         self.optimizer.zero_grad(set_to_none=True)

@@ -57,8 +57,21 @@ def test_what_was_chosen_is_said_and_kept(caplog):
     assert (kept["lr"], kept["warmup_steps"], kept["schedule"]) == (2e-3, 2, "linear")
 
 
-@pytest.mark.parametrize("given", [{}, {"lr": 1e-3}, {"cosine": False}])
-def test_a_run_of_an_earlier_version_goes_on_as_it_began(tmp_path, given):
+# what versions had, and what of it their runs say
+EARLIER = {"then": ("resample_after", "schedule", "encoder_scale"), "later": ("resample_after",)}
+
+
+@pytest.mark.parametrize(
+    ("version", "given"),
+    [
+        ("then", {}),
+        ("then", {"lr": 1e-3}),
+        ("then", {"cosine": False}),
+        ("later", {}),
+        ("later", {"schedule": "cosine"}),
+    ],
+)
+def test_a_run_of_an_earlier_version_goes_on_as_it_began(tmp_path, version, given):
     class Stop(Exception):
         pass
 
@@ -68,7 +81,10 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_began(tmp_path, given):
 
     x = rows()
     sizes = {"d_sae": 10, "k": 2, "batch_size": 32, "steps": 9, "checkpoint_every": 5, "log_every": 1}
-    then = {"cosine": True, "lr": 2e-4, **given, "warmup_steps": 200}
+    then = dict(given)
+    if version == "then":
+        then = {"cosine": True, "lr": 2e-4, **given, "warmup_steps": 200}
+    then |= {"resample_after": 0, "encoder_scale": 1.0, "grad_clip": 1.0}
     whole = train_sae(x, **sizes, **then)
     with pytest.raises(Stop):
         train_sae(x, **sizes, **then, out=tmp_path, on_log=stop)
@@ -77,11 +93,13 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_began(tmp_path, given):
     index = json.loads(found.meta_path.read_text())
     del index["checksum"]
     settings = index["meta"]["settings"]
-    del settings["schedule"], settings["encoder_scale"]
-    settings |= {"cosine": then["cosine"], "lr": given.get("lr")}
+    for name in EARLIER[version]:
+        del settings[name]
+    if version == "then":
+        settings |= {"cosine": then["cosine"], "lr": given.get("lr")}
     found.meta_path.write_text(json.dumps(index))
-    assert "schedule" not in latest_meta(tmp_path / "checkpoints")["settings"]
-    other = {"lr": 3e-3} if given else {"schedule": "linear"}
+    assert "resample_after" not in latest_meta(tmp_path / "checkpoints")["settings"]
+    other = {"resample_after": 14} if version == "later" else {"lr": 3e-3} if given else {"schedule": "linear"}
     with pytest.raises(ValueError, match="holds a run with other settings"):
         train_sae(x, **sizes, **{**given, **other}, out=tmp_path)
     resumed = train_sae(x, **sizes, **given, out=tmp_path)

@@ -16,7 +16,8 @@ from clipsteer.training.world import World
 
 # double precision: the two differ in the order of sums of at most 10⁴ terms, amplified by 25 steps of Adam
 RELATIVE = 1e-9
-DEAD = {"dead_after": 200, "sync_every": 3}
+DEAD = {"dead_after": 200, "sync_every": 3, "resample_after": 0}
+ANEW = {"resample_after": 60, "sync_every": 3, "encoder_scale": 0.5, "grad_clip": 0.1}
 PREFIXES = {"matryoshka": [7, 25, 60]}
 CASES = {
     "topk": {"grad_clip": 0.3, **DEAD},
@@ -26,7 +27,10 @@ CASES = {
     "gated": {"architecture": "gated", **DEAD},
     "prefixes": {**PREFIXES, **DEAD},
     "prefixes of batch_topk": {"architecture": "batch_topk", **PREFIXES, **DEAD},
-    "transcoder": {"skip": True, **DEAD},
+    "transcoder": {"skip": True, "dead_after": 200, "sync_every": 3},
+    "resampled": ANEW,
+    "resampled batch_topk": {"architecture": "batch_topk", **ANEW, "normalize": "layer_norm"},
+    "resampled gated": {"architecture": "gated", **ANEW},
 }
 SHARED = {"d_sae": 60, "k": 4, "batch_size": 48, "steps": 25, "warmup_steps": 4, "lr": 1e-3, "dtype": "float64",
           "log_every": 5, "checkpoint_every": 4}  # fmt: skip
@@ -88,14 +92,19 @@ def assert_close(found, wanted, what):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("names", [("topk", "batch_topk", "relu"), ("jumprelu", "gated"),
-                                   ("prefixes", "prefixes of batch_topk", "transcoder")])  # fmt: skip
+                                   ("prefixes", "prefixes of batch_topk", "transcoder"),
+                                   ("resampled", "resampled batch_topk", "resampled gated")])  # fmt: skip
 def test_processes_train_what_one_trains_on_the_joint_batch(tmp_path, size, names):
     cases = {name: {**SHARED, **CASES[name]} for name in names}
     run(tmp_path, TRAIN, json.dumps(cases), '["rows", "features"]', size=size)
     for name, settings in cases.items():
         log = []
         wanted = alone(settings, out=tmp_path / f"{name}-1", on_log=log.append)
-        assert name == "relu" or log[-1]["dead"] > 0
+        if settings.get("resample_after"):
+            once = alone({**settings, "resample_after": 0})
+            assert (once.W_dec - wanted.W_dec).abs().amax(1).gt(0.5).sum() > 2
+        else:
+            assert name == "relu" or log[-1]["dead"] > 0
         for mode in ("rows", "features"):
             what = f"{name}-{mode}-{size}"
             weights = [torch.load(tmp_path / f"{what}-{rank}.pt", weights_only=True) for rank in range(size)]

@@ -60,7 +60,7 @@ def test_a_step_is_the_one_with_all_gradients_in_one(architecture, monkeypatch):
     """Dead features among them that the batch brings back: the gradient of these is a sum."""
     config = TrainConfig(
         lr=1e-3, warmup_steps=0, schedule="constant", auxk_coefficient=0.5, dead_after=100, sync_every=100,
-        grad_clip=0.01, batch_size=40,
+        grad_clip=0.01, batch_size=40, resample_after=0,
     )  # fmt: skip
     weights, calls = [], []
     real = of_trainer.revival

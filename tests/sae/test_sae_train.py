@@ -49,7 +49,9 @@ def make(architecture="topk", normalize="none", seed=0, n=N):
 
 def tiny(**changes):
     base = {"d_sae": N, "k": K, "batch_size": 32, "steps": 12, "warmup_steps": 4, "lr": 1e-3, "schedule": "cosine"}
-    return TrainConfig(**{**base, "dtype": "float64", "checkpoint_every": 5, "log_every": 2, **changes})
+    return TrainConfig(
+        **{**base, "dtype": "float64", "checkpoint_every": 5, "log_every": 2, "resample_after": 0, **changes}
+    )
 
 
 def weights(sae):

@@ -15,8 +15,8 @@ from clipsteer import SAE, TrainConfig, train_sae
 # double precision: the two differ in the order of sums of at most 10⁴ terms, amplified by 25 steps of Adam
 RELATIVE = 1e-9
 CASES = {
-    "topk": {"dead_after": 200, "sync_every": 3},
-    "batch_topk": {"architecture": "batch_topk", "dead_after": 200, "sync_every": 3},
+    "topk": {"dead_after": 200, "sync_every": 3, "resample_after": 0},
+    "batch_topk": {"architecture": "batch_topk", "dead_after": 200, "sync_every": 3, "resample_after": 0},
     "relu": {"architecture": "relu", "normalize": "layer_norm", "l1_coefficient": 0.01},
 }
 SHARED = {"d_sae": 60, "k": 4, "batch_size": 48, "steps": 25, "warmup_steps": 4, "lr": 1e-3, "dtype": "float64",
