@@ -62,6 +62,25 @@ def _chosen_as(spec: str) -> str:
     return spec if spec in NAMES else spec.partition(":")[0]
 
 
+def first_tasks(whole: Scenario, count: int, at_once: bool = False) -> Scenario:
+    """The first tasks and their classes alone; ``at_once`` for joint training, which knows no tasks."""
+    if count == len(whole.tasks) and not at_once:
+        return whole
+    kinds = whole.seen(count - 1)
+    numbers = iter(range(len(kinds)))
+    sizes = [len(kinds)] if at_once else [len(task) for task in whole.tasks[:count]]
+    tasks = [[next(numbers) for _ in range(size)] for size in sizes]
+    classes = [whole.classes[kind] for kind in kinds]
+
+    def part(images: ImageDataset) -> ImageDataset:
+        own = images.subset([row for row, target in enumerate(images.targets) if target in kinds])
+        own.targets = [kinds.index(target) for target in own.targets]
+        own.classes = classes
+        return own
+
+    return Scenario(part(whole.train), part(whole.validation), part(whole.test), tasks, classes)
+
+
 class Bench:
     """What the runs share."""
 
@@ -74,7 +93,7 @@ class Bench:
         return tail_of(*where, self.args.last) if self.args.last else encoder_of(*where)
 
     def scenario(self, seed: int) -> Scenario:
-        return scenario(self.args.pictures, TASKS, seed)
+        return first_tasks(scenario(self.args.pictures, TASKS, seed), self.args.tasks)
 
     def folder(self, phase: str, config: CILConfig) -> Path:
         return self.work / phase / f"{folder_name(config)}-lr{config.lr:g}-epochs{config.epochs}"
@@ -116,25 +135,6 @@ class Bench:
             write_safetensors(folder / "background.safetensors", usage)
         return Plasticity(load_saes(folder), background=read_safetensors(folder / "background.safetensors"))
 
-    def for_choice(self, cumulative: bool) -> Scenario:
-        """The first tasks of an order of their own, measured on validation pictures; joint training, which knows no
-        tasks, has their classes at once."""
-        whole = self.scenario(ORDER).on_validation()
-        kinds = whole.seen(self.args.choice_tasks - 1)
-        sizes = [len(task) for task in whole.tasks[: self.args.choice_tasks]]
-        numbers = iter(range(len(kinds)))
-        tasks = [[next(numbers) for _ in range(size)] for size in ([len(kinds)] if cumulative else sizes)]
-        classes = [whole.classes[kind] for kind in kinds]
-
-        def part(images: ImageDataset) -> ImageDataset:
-            rows = [row for row, target in enumerate(images.targets) if target in kinds]
-            own = images.subset(rows)
-            own.targets = [kinds.index(target) for target in own.targets]
-            own.classes = classes
-            return own
-
-        return Scenario(part(whole.train), part(whole.validation), part(whole.test), tasks, classes)
-
     def choice_file(self, name: str) -> Path:
         return self.work / "choice" / f"{name.replace(':', ',')}.json"
 
@@ -148,7 +148,7 @@ class Bench:
             return read_json(file)
         start = strategy(name)
         tried: list[dict[str, Any]] = []
-        images = self.for_choice(start.cumulative)
+        images = first_tasks(self.scenario(ORDER).on_validation(), self.args.choice_tasks, start.cumulative)
 
         def attempt(lr: float, epochs: int) -> None:
             config = strategy(name, lr=lr, seed=ORDER, **_settings(epochs))
@@ -262,7 +262,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--last", type=int, default=0, metavar="N", help="train the last N blocks alone")
     parser.add_argument("--lr", type=float, help="of every strategy, at the first of --epochs: nothing is chosen")
     parser.add_argument("--epochs", type=int, nargs="+", default=EPOCHS, help="numbers of passes that are tried")
-    parser.add_argument("--choice-tasks", type=int, default=TASKS, help="tasks that rates are chosen on")
+    parser.add_argument("--tasks", type=int, default=TASKS, help="the first so many of each order are learned")
+    parser.add_argument("--choice-tasks", type=int, default=TASKS, help="as many rates are chosen on")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="class orders, or splits")
     parser.add_argument("--report", action="store_true", help="nothing is run; what is done is written")
 
