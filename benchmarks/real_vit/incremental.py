@@ -218,13 +218,18 @@ def report(bench: Bench, out: Path) -> None:
         common = {run.seed for run in groups[name]} & {run.seed for run in groups.get("macil", [])}
         if name != "macil" and common:
             against[name] = paired(runs, name, "macil", "A_last")
-    values = {n: {m: [r.value(m) for r in own] for m in METRICS} for n, own in groups.items()}
+    # networks are shared, so that times mean nothing
+    kept = [metric for metric in METRICS if metric not in ("seconds", "peak_mb")]
+    values = {n: {m: [r.value(m) for r in own] for m in kept} for n, own in groups.items()}
     images = bench.scenario(ORDER)
     notes = {
         "pictures": {part: len(getattr(images, part)) for part in ("train", "validation", "test")},
         "kinds": images.classes,
         "block": bench.args.block,
         "image_size": bench.args.image_size,
+        "blocks_that_learn": bench.args.last or bench.args.block + 1,
+        "tasks": bench.args.tasks,
+        "choice_tasks": bench.args.choice_tasks,
         "settings": COMMON,
     }
     values = json.loads(json.dumps(values).replace("NaN", "null"))
