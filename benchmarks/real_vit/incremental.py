@@ -284,7 +284,7 @@ def main() -> None:
     specs = [*args.strategies, *(ABLATION[1:] if args.ablation else ())]
     if not args.report:
         for name in args.strategies:
-            bench.choice(name)
+            bench.choice(_chosen_as(name))
         for seed, spec in itertools.product(SEEDS[: args.seeds], specs):
             bench.run("runs", bench.scenario(seed), bench.config(spec, seed))
     report(bench, args.out)
