@@ -71,7 +71,7 @@ class Guided(Bench):
 
     def go(self) -> None:
         saes = self.plasticity()
-        for seed, way in itertools.product(SEEDS, WAYS):
+        for seed, way in itertools.product(SEEDS[: self.args.seeds], WAYS):
             config = self.settings(way, seed)
             self.run("guided", self.scenario(seed), config, plasticity_of(way, saes))
 
@@ -137,7 +137,8 @@ def main() -> None:
     bench = Guided(args)
     if not (args.report or args.map):
         bench.go()
-    known = [seed for seed in SEEDS if not args.report or (args.work / "overlaps" / f"seed{seed}.json").exists()]
+    seeds = SEEDS[: args.seeds]
+    known = [seed for seed in seeds if not args.report or (args.work / "overlaps" / f"seed{seed}.json").exists()]
     report(bench, args.out, known)
 
 

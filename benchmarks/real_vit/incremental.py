@@ -16,6 +16,7 @@ zero-shot strategy is left out: the tower has no text.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import logging
@@ -27,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.real_vit.pictures import scenario
-from benchmarks.real_vit.tower import encoder_of
+from benchmarks.real_vit.sharing import SharingLearner
+from benchmarks.real_vit.tower import encoder_of, tail_of
 from clipsteer.clip.pixels import pixel_batches
 from clipsteer.continual.experiment import folder_name, run_tasks
 from clipsteer.continual.metrics import METRICS, Run, by_strategy, paired
@@ -35,6 +37,8 @@ from clipsteer.continual.plasticity import Plasticity, fit_saes, load_saes, save
 from clipsteer.continual.report import curves
 from clipsteer.continual.scenario import Scenario
 from clipsteer.continual.strategies import ABLATION, STRATEGIES, CILConfig, strategy
+from clipsteer.data.dataset import ImageDataset
+from clipsteer.io.digests import digest_of
 from clipsteer.io.files import read_json, read_safetensors, write_json, write_safetensors
 from clipsteer.report.intervals import mean_interval
 
@@ -43,7 +47,7 @@ ORDER = 2000  # the class order that rates are chosen in
 SEEDS = tuple(range(1993, 1998))
 COMMON = {"batch_size": 16, "projections": 2000, "checkpoint_every": 10_000}
 LRS = (0.003, 0.01, 0.03)
-EPOCHS = (3, 8)
+EPOCHS = (3, 8)  # passes that are tried
 # SLCA as published, and without what makes it drift on pictures with one background
 NAMES = [*(name for name in STRATEGIES if name != "zero_shot"), "slca:freeze_patches=1"]
 SAE = {"d_sae": 1536, "k": 16, "steps": 600}
@@ -58,6 +62,25 @@ def _chosen_as(spec: str) -> str:
     return spec if spec in NAMES else spec.partition(":")[0]
 
 
+def first_tasks(whole: Scenario, count: int, at_once: bool = False) -> Scenario:
+    """The first tasks and their classes alone; ``at_once`` for joint training, which knows no tasks."""
+    if count == len(whole.tasks) and not at_once:
+        return whole
+    kinds = whole.seen(count - 1)
+    numbers = iter(range(len(kinds)))
+    sizes = [len(kinds)] if at_once else [len(task) for task in whole.tasks[:count]]
+    tasks = [[next(numbers) for _ in range(size)] for size in sizes]
+    classes = [whole.classes[kind] for kind in kinds]
+
+    def part(images: ImageDataset) -> ImageDataset:
+        own = images.subset([row for row, target in enumerate(images.targets) if target in kinds])
+        own.targets = [kinds.index(target) for target in own.targets]
+        own.classes = classes
+        return own
+
+    return Scenario(part(whole.train), part(whole.validation), part(whole.test), tasks, classes)
+
+
 class Bench:
     """What the runs share."""
 
@@ -66,10 +89,11 @@ class Bench:
         self.work: Path = args.work
 
     def encoder(self) -> Any:
-        return encoder_of(self.args.weights, self.args.block, self.args.image_size)
+        where = (self.args.weights, self.args.block, self.args.image_size)
+        return tail_of(*where, self.args.last) if self.args.last else encoder_of(*where)
 
-    def scenario(self, seed: int, tasks: int = TASKS) -> Scenario:
-        return scenario(self.args.pictures, tasks, seed)
+    def scenario(self, seed: int) -> Scenario:
+        return first_tasks(scenario(self.args.pictures, TASKS, seed), self.args.tasks)
 
     def folder(self, phase: str, config: CILConfig) -> Path:
         return self.work / phase / f"{folder_name(config)}-lr{config.lr:g}-epochs{config.epochs}"
@@ -80,7 +104,9 @@ class Bench:
         if config.plasticity and plasticity is None:
             plasticity = self.plasticity()
         try:
-            run = run_tasks(images, self.encoder, config, out=out, plasticity=plasticity)
+            data = digest_of([images.train.sources, images.train.targets])
+            kind = functools.partial(SharingLearner, store=self.work / "shared", data=data)
+            run = run_tasks(images, self.encoder, config, out=out, plasticity=plasticity, learner=kind)
         except RuntimeError as error:
             if "another process" not in str(error):
                 raise
@@ -114,13 +140,15 @@ class Bench:
 
     def choice(self, name: str) -> dict[str, Any]:
         """Learning rate and epochs of a strategy: the rate at few epochs, then the epochs at that rate; by the mean
-        accuracy over tasks on validation pictures. Joint training, which knows no tasks, is tried on all at once."""
+        accuracy over tasks on validation pictures."""
+        if self.args.lr is not None:
+            return {"lr": self.args.lr, "epochs": self.args.epochs[0], "tried": []}
         file = self.choice_file(name)
         if file.exists():
             return read_json(file)
         start = strategy(name)
         tried: list[dict[str, Any]] = []
-        images = self.scenario(ORDER, 1 if start.cumulative else TASKS).on_validation()
+        images = first_tasks(self.scenario(ORDER).on_validation(), self.args.choice_tasks, start.cumulative)
 
         def attempt(lr: float, epochs: int) -> None:
             config = strategy(name, lr=lr, seed=ORDER, **_settings(epochs))
@@ -129,17 +157,20 @@ class Bench:
                 raise SystemExit(f"{name} is being chosen by another process")
             tried.append({"lr": lr, "epochs": epochs, "A_avg": run.A_avg, "A_last": run.A_last})
 
-        best = lambda: max(tried, key=lambda row: row["A_avg"])
+        def best() -> dict[str, Any]:
+            return max(tried, key=lambda row: row["A_avg"])
+
+        few, *more = self.args.epochs
         if start.train == "none":
-            attempt(CILConfig.lr, EPOCHS[0])
+            attempt(CILConfig.lr, few)
         else:
             for lr in LRS:
-                attempt(lr, EPOCHS[0])
+                attempt(lr, few)
             # the best at an end of the grid may lie beyond it
             while best()["lr"] in (min(r["lr"] for r in tried), max(r["lr"] for r in tried)) and len(tried) < 6:
                 at_top = best()["lr"] == max(r["lr"] for r in tried)
-                attempt(round(best()["lr"] * (10 / 3 if at_top else 0.3), 6), EPOCHS[0])
-            for epochs in EPOCHS[1:]:
+                attempt(round(best()["lr"] * (10 / 3 if at_top else 0.3), 6), few)
+            for epochs in more:
                 attempt(best()["lr"], epochs)
         found = {"lr": best()["lr"], "epochs": best()["epochs"], "tried": tried}
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +185,7 @@ class Bench:
         """Runs that are done, of the settings chosen."""
         found = []
         for spec, seed in itertools.product(specs, SEEDS):
-            if not self.choice_file(_chosen_as(spec)).exists():
+            if self.args.lr is None and not self.choice_file(_chosen_as(spec)).exists():
                 continue
             if run := self.stored("runs", self.config(spec, seed)):
                 found.append(run)
@@ -187,13 +218,18 @@ def report(bench: Bench, out: Path) -> None:
         common = {run.seed for run in groups[name]} & {run.seed for run in groups.get("macil", [])}
         if name != "macil" and common:
             against[name] = paired(runs, name, "macil", "A_last")
-    values = {n: {m: [r.value(m) for r in own] for m in METRICS} for n, own in groups.items()}
+    # networks are shared, so that times mean nothing
+    kept = [metric for metric in METRICS if metric not in ("seconds", "peak_mb")]
+    values = {n: {m: [r.value(m) for r in own] for m in kept} for n, own in groups.items()}
     images = bench.scenario(ORDER)
     notes = {
         "pictures": {part: len(getattr(images, part)) for part in ("train", "validation", "test")},
         "kinds": images.classes,
         "block": bench.args.block,
         "image_size": bench.args.image_size,
+        "blocks_that_learn": bench.args.last or bench.args.block + 1,
+        "tasks": bench.args.tasks,
+        "choice_tasks": bench.args.choice_tasks,
         "settings": COMMON,
     }
     values = json.loads(json.dumps(values).replace("NaN", "null"))
@@ -207,7 +243,7 @@ def report(bench: Bench, out: Path) -> None:
     lines = ["| strategy | seeds | lr, epochs | A_last, % | A_avg, % | forgetting, points | minus MACIL, points |"]
     lines.append("|---|---|---|---|---|---|---|")
     for name, row in table.items():
-        chosen = choices[_chosen_as(name).replace(":", ",")]
+        chosen = bench.choice(_chosen_as(name))
         gap = against.get(name)
         told = "" if gap is None else _pm(gap["mean"], None if gap["low"] is None else gap["mean"] - gap["low"])
         cells = [_pm(row[m]["mean"], row[m]["half"]) for m in ("A_last", "A_avg", "forgetting")]
@@ -228,6 +264,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="PATH.json and PATH.svg")
     parser.add_argument("--image-size", type=int, default=98)
     parser.add_argument("--block", type=int, default=8)
+    parser.add_argument("--last", type=int, default=0, metavar="N", help="train the last N blocks alone")
+    parser.add_argument("--lr", type=float, help="of every strategy, at the first of --epochs: nothing is chosen")
+    parser.add_argument("--epochs", type=int, nargs="+", default=EPOCHS, help="numbers of passes that are tried")
+    parser.add_argument("--tasks", type=int, default=TASKS, help="the first so many of each order are learned")
+    parser.add_argument("--choice-tasks", type=int, default=TASKS, help="as many rates are chosen on")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="class orders, or splits")
     parser.add_argument("--report", action="store_true", help="nothing is run; what is done is written")
 
 
@@ -242,8 +284,8 @@ def main() -> None:
     specs = [*args.strategies, *(ABLATION[1:] if args.ablation else ())]
     if not args.report:
         for name in args.strategies:
-            bench.choice(name)
-        for seed, spec in itertools.product(SEEDS, specs):
+            bench.choice(_chosen_as(name))
+        for seed, spec in itertools.product(SEEDS[: args.seeds], specs):
             bench.run("runs", bench.scenario(seed), bench.config(spec, seed))
     report(bench, args.out)
 

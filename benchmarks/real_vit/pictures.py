@@ -208,7 +208,9 @@ def split(pictures: Sequence[Picture], share: float, seed: int) -> tuple[list[in
 @functools.cache
 def _opened(path: str) -> Any:
     """An image on white, kept: runs of many epochs over some hundred pictures decode each once."""
-    return read_image(path)
+    image = read_image(path)
+    image.info["source"] = path  # what is computed of it may be kept by this
+    return image
 
 
 def dataset(folder: Path, pictures: Sequence[Picture], classes: Sequence[str]) -> ImageDataset:

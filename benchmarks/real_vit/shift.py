@@ -265,7 +265,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[int, dict[str, Any]] = {}
     data = None if args.report else Data(args)
-    for seed in SEEDS:
+    for seed in SEEDS[: args.seeds]:
         file = folder / f"seed{seed}.json"
         found[seed] = read_json(file) if file.exists() else {}
         if data is None:

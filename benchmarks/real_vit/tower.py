@@ -1,7 +1,11 @@
-"""The real ViT as a tower that learns: weights of benchmarks.real_vit.weights, cut behind a block, at any size."""
+"""The real ViT as a tower that learns: weights of benchmarks.real_vit.weights, cut behind a block, at any size; whole,
+or its last blocks alone."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +57,71 @@ def encoder_of(weights: Path, block: int = 8, image_size: int = 98) -> Encoder:
     """A tower whose feature is the mean patch behind a block, by default 8: better here than the last one's."""
     name = f"{NAME}, block {block}, {image_size} px"
     return Encoder(trunk_of(weights, block, image_size), prepare(image_size), _cropped(image_size), name)
+
+
+class Tail(nn.Module):
+    """The last blocks of a trunk, on the tokens (B, T, w) that the blocks before them give; their names stay."""
+
+    has_class_token = True
+
+    def __init__(self, trunk: Any, last: int) -> None:
+        super().__init__()
+        self.embed_dim = trunk.embed_dim
+        self.num_prefix_tokens = trunk.num_prefix_tokens
+        first = len(trunk.blocks) - last
+        self.blocks = nn.Sequential(OrderedDict((str(first + i), b) for i, b in enumerate(trunk.blocks[first:])))
+        self.norm = trunk.norm
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, T, w) -> (B, w)
+        return self.norm(self.blocks(tokens))[:, self.num_prefix_tokens :].mean(1)
+
+
+class Front:
+    """PIL image -> the tokens (T, w) behind the first blocks, which stay as they are; those of pictures with a source
+    are kept. With ``views``, of one of so many crops that are drawn once for each picture."""
+
+    def __init__(self, trunk: Any, last: int, transform: Any, views: int = 0) -> None:
+        self.trunk = trunk
+        self.last = last
+        self.transform = transform
+        self.views = views
+        self.kept: dict[tuple[str, int], Tensor] = {}
+
+    def __repr__(self) -> str:
+        return f"Front({self.transform!r}, last={self.last}, views={self.views})"
+
+    def __deepcopy__(self, memo: Any) -> Front:
+        return self
+
+    @torch.no_grad()
+    def __call__(self, image: Any) -> Tensor:
+        source = image.info.get("source", "")
+        view = int(torch.randint(self.views, ())) if self.views else 0
+        if (source, view) not in self.kept:
+            with torch.random.fork_rng(devices=[]):
+                name = f"{Path(source).name} {view}"
+                torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"))
+                x = self.transform(image)[None]
+            x = self.trunk.norm_pre(self.trunk._pos_embed(self.trunk.patch_embed(x)))
+            tokens = self.trunk.blocks[: len(self.trunk.blocks) - self.last](x)[0]
+            if not source:
+                return tokens
+            self.kept[source, view] = tokens
+        return self.kept[source, view]
+
+
+@functools.cache
+def _fronts(weights: Path, block: int, image_size: int, last: int, views: int) -> tuple[Front, Front]:
+    trunk = trunk_of(weights, block, image_size).eval().requires_grad_(False)
+    return Front(trunk, last, prepare(image_size)), Front(trunk, last, _cropped(image_size), views)
+
+
+def tail_of(weights: Path, block: int = 8, image_size: int = 98, last: int = 3, views: int = 4) -> Encoder:
+    """The same tower, of which the last blocks alone can learn: its "pixels" are the tokens before them, computed once,
+    of each picture as it is and in so many crops."""
+    name = f"{NAME}, block {block}, {image_size} px, last {last}"
+    fronts = _fronts(weights, block, image_size, last, views)
+    return Encoder(Tail(trunk_of(weights, block, image_size), last), *fronts, name)
 
 
 @torch.no_grad()

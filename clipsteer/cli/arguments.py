@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
-from clipsteer.cli.images import add_skip_unreadable
+from clipsteer.cli.images import add_skip_unreadable, class_means
 from clipsteer.clip.positions import RULES
 from clipsteer.clip.tokens import TOKENS
 from clipsteer.training.settings import (
@@ -343,7 +343,7 @@ def show_steering(
     import torch
 
     from clipsteer.clip.model import EMOJICLIP
-    from clipsteer.clip.zero_shot import prototype_head, zero_shot_head
+    from clipsteer.clip.zero_shot import zero_shot_head
     from clipsteer.data.dataset import sample_names, spread, told_apart
     from clipsteer.data.emoji import EmojiStyles
     from clipsteer.steering import steer
@@ -358,14 +358,8 @@ def show_steering(
     if clip.has_text or args.words is not None:
         templates = None if clip.name == EMOJICLIP else ("a photo of a {}.",)
         head = zero_shot_head(clip, words, templates)
-    elif classes is not None:
-        head = prototype_head(clip, dataset)
-        _text(f"{clip.name} has no text tower: classes stand for the mean of their images")
     else:
-        raise ValueError(
-            f"{clip.name} has no text tower, so that images are told apart by the means of their "
-            "classes; pass --data with two classes at least, such as a folder of class folders"
-        )
+        head = class_means(clip, dataset)
     rows = spread(range(len(dataset)), args.count)
     images = [dataset[i][0] for i in rows]
     before = (100 * clip.encode_images(images) @ head.T).softmax(-1)

@@ -4,6 +4,7 @@ that compares them."""
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,8 @@ from clipsteer.cli.images import (
     open_images,
     unreadable_files,
 )
+
+logger = logging.getLogger(__name__)
 
 PAPER_MODEL = "timm:vit_base_patch16_224.augreg_in21k"
 SAE_STEPS = 1000
@@ -218,6 +221,23 @@ def _encoder(
     return Encoder.open(model, pretrained, unit_range=unit_range, device=device, **setup)
 
 
+def _runnable(names: list[str], asked: list[str], encoder: tuple[Any, ...]) -> list[str]:
+    """The names without a zero-shot one that only a group named, where there is no text tower.
+
+    Raises ValueError for one that was asked for by itself.
+    """
+    from clipsteer.clip.timm_models import no_text
+
+    needing = [name for name in names if name.partition(":")[0] == "zero_shot"]
+    if not needing or _encoder(*encoder)[1] is not None:
+        return names
+    given = {word for part in asked for word in [part, *part.split(",")]}
+    if by_itself := [name for name in needing if name in given]:
+        raise ValueError(no_text(f"--strategy {by_itself[0]}", encoder[0]))
+    logger.warning("%s has no text tower: %s is left out", encoder[0], ", ".join(needing))
+    return [name for name in names if name not in needing]
+
+
 def _run(
     scenario: tuple[Any, ...],
     encoder: tuple[Any, ...],
@@ -234,8 +254,6 @@ def _run(
     found, zero_shot = _scenario(*scenario), None
     if config.classifier == "zero_shot":
         clip = _encoder(*encoder)[1]
-        if clip is None:
-            raise ValueError(f"zero_shot needs a CLIP, which {encoder[0]} is not")
         zero_shot = zero_shot_head(
             clip, [name.replace("_", " ").replace("-", " ") for name in found.classes]
         )
@@ -300,11 +318,11 @@ def _learn(args: argparse.Namespace) -> int:
     from clipsteer.continual.report import write_results
     from clipsteer.data.files import is_emoji
 
-    names = _names(args.strategy)
-    configs, settings = configs_of(args, names)
     by_paper = args.recipe == "paper"
     model = args.model or (PAPER_MODEL if by_paper else "emojiclip")
     encoder = (model, args.pretrained, by_paper, device_of(args), setup_options(args))
+    names = _runnable(_names(args.strategy), args.strategy, encoder)
+    configs, settings = configs_of(args, names)
     place = (args.data, args.tasks, args.init_cls, args.increment, args.split, args.measure)
     parts = () if is_emoji(args.data) else ("train", "test")
     skipped = unreadable_files(args, [Path(args.data) / part for part in parts])

@@ -80,3 +80,25 @@ def _list(whys: list[str]) -> None:
     if len(whys) > _SHOWN:
         lines.append(f"  … and {len(whys) - _SHOWN} more")
     sys.stderr.write("\n".join(lines) + "\n")
+
+
+def check_class_means(clip: Any, dataset: Any) -> None:
+    """Raise ValueError where a tower without text is shown images that nothing tells apart."""
+    from clipsteer.data.dataset import told_apart
+
+    if not clip.has_text and told_apart(dataset) is None:
+        raise ValueError(
+            f"{clip.name} has no text tower, so that images are told apart by the means of their "
+            "classes; pass --data with two classes at least, such as a folder of class folders"
+        )
+
+
+def class_means(clip: Any, dataset: Any) -> Any:  # (C, e)
+    """What stands for the classes where there is no text tower, and a line that says so."""
+    from clipsteer.clip.zero_shot import prototype_head
+    from clipsteer.io.messages import printable
+
+    check_class_means(clip, dataset)
+    name = printable(clip.name)
+    sys.stdout.write(f"{name} has no text tower: classes stand for the mean of their images\n")
+    return prototype_head(clip, dataset)

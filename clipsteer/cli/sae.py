@@ -288,11 +288,12 @@ def _harvested(args: argparse.Namespace, world: Any) -> Any:
 
 @lists_unreadable
 def _eval(args: argparse.Namespace) -> int:
-    from clipsteer.cli.sae_figures import name_strongest, of_steering, show, write
+    from clipsteer.cli.sae_figures import check_asked, name_strongest, of_steering, show, write
     from clipsteer.sae.evaluate import evaluate_sae
 
     check_metrics(args)
     sae, clip, dataset = open_sae(args)
+    check_asked(args, clip, dataset)
     where = {"hook_point": args.hook_point, "tokens": args.tokens}
     target = {"target_hook_point": args.target_hook_point}
     figures = evaluate_sae(sae, clip, dataset, **where, **target)

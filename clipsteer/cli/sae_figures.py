@@ -6,6 +6,16 @@ import argparse
 from typing import Any
 
 from clipsteer.cli.arguments import _text
+from clipsteer.cli.images import check_class_means, class_means
+
+
+def check_asked(args: argparse.Namespace, clip: Any, dataset: Any) -> None:
+    """Raise ValueError where the tower cannot give a figure that is asked for, before any is
+    measured."""
+    if args.name_features is not None:
+        clip.need_text("--name-features")
+    if args.steer is not None:
+        check_class_means(clip, dataset)
 
 
 def show(figures: dict[str, Any]) -> None:
@@ -52,7 +62,8 @@ def of_steering(
     words = told_apart(dataset) or [c.label for c in EmojiStyles().concepts]
     features = list(range(min(args.features, sae.d_sae)))
     few = Subset(dataset, spread(range(len(dataset)), 32))
-    found = steerability(sae, clip, few, words, strength=args.steer, features=features, **where)
+    concepts = words if clip.has_text else class_means(clip, dataset)
+    found = steerability(sae, clip, few, concepts, strength=args.steer, features=features, **where)
     best = []
     for i in found.score.argsort(descending=True)[:10].tolist():
         row = {

@@ -103,7 +103,7 @@ def data_config(trunk: nn.Module) -> dict[str, Any]:
     return resolve_model_data_config(trunk)
 
 
-# pixels in [0, 1] without mean and deviation, 256 px cut to 224: the recipe of SLCA and MACIL
+# pixels in [0, 1] without mean and deviation, 256 px cut to 224: the recipe of MACIL
 UNIT_RANGE = {
     "mean": (0.0,) * 3,
     "std": (1.0,) * 3,

@@ -53,6 +53,7 @@ def run_tasks(
     out: str | Path | None = None,
     workers: int = 0,
     asked: Mapping[str, Any] | None = None,
+    learner: Callable[..., ClassIncrementalLearner] = ClassIncrementalLearner,
 ) -> Run:
     """Learn the scenario's tasks with one strategy, measuring after each on the test images of all
     tasks so far.
@@ -65,6 +66,7 @@ def run_tasks(
             alone.
         asked: what `encoder` was asked for beside a name (the setup of `Encoder.open`), JSON-able:
             another model is another run.
+        learner: makes what learns, from `ClassIncrementalLearner`'s arguments.
 
     Raises:
         ValueError: another run in ``out``: other settings, starting weights or images.
@@ -76,9 +78,9 @@ def run_tasks(
     if asked:
         settings["asked"] = json.loads(json.dumps(dict(asked)))
     run = Run(config.name, config.seed, scenario.tasks, settings)
-    arguments = {"zero_shot": zero_shot, "plasticity": plasticity, "workers": workers}
+    made = functools.partial(learner, zero_shot=zero_shot, plasticity=plasticity, workers=workers)
     with claimed(out, "run_tasks"):
-        return _run_tasks(run, scenario, encoder, config, out, arguments)
+        return _run_tasks(run, scenario, encoder, config, out, made)
 
 
 def _run_tasks(
@@ -87,7 +89,7 @@ def _run_tasks(
     encoder: Callable[[], Encoder],
     config: CILConfig,
     out: Path | None,
-    arguments: Mapping[str, Any],
+    make: Callable[..., ClassIncrementalLearner],
 ) -> Run:
     data: Identity | None = None
     if out is not None:
@@ -99,13 +101,7 @@ def _run_tasks(
 
     def learner(folder: str) -> ClassIncrementalLearner:
         where = None if out is None else out / folder
-        made = ClassIncrementalLearner(
-            encoder(),
-            config,
-            len(scenario.classes),
-            out=where,
-            **arguments,
-        )
+        made = make(encoder(), config, len(scenario.classes), out=where)
         if where is not None:
             made.resume()
         return made

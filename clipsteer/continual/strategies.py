@@ -18,8 +18,9 @@ Where MACIL here is not what its authors' code does. `PAPER` and `PAPER_SEEDS`, 
 
 SLCA runs in MACIL's batch of 48, schedule and epochs; its authors have 128, steps at epochs, as
 many epochs in each task, and 1e-4 where the covariances' ridge is 1e-3 here. It trains the whole
-tower, the projection of pixels to tokens among it, as theirs does: on pictures with one background
-that layer alone makes the features drift, and ``slca:freeze_patches=1`` keeps it.
+tower at one slow rate, the projection of pixels to tokens among it, as their code does (all of
+``convnet.parameters()`` at 1e-4): on pictures with one background that layer alone makes the
+features drift, and ``slca:freeze_patches=1`` keeps it.
 
 LDC's map is solved for, with a ridge that rows left out choose; its authors train a linear layer by
 gradient descent. RanPAC chooses its ridge on a fifth of the latest task's rows with the sums of all

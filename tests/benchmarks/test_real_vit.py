@@ -3,6 +3,7 @@ dealing learning rates."""
 
 from __future__ import annotations
 
+import functools
 import struct
 
 import numpy as np
@@ -10,12 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
+from _tiny import CLASSES, TASKS, encoder, images
 from benchmarks.real_vit.guided import plasticity_of
 from benchmarks.real_vit.incremental import interval
 from benchmarks.real_vit.pictures import Picture, _drawn, groups, members, split
+from benchmarks.real_vit.sharing import SharingLearner
 from benchmarks.real_vit.shift import kinds_of, ridge_head
+from clipsteer.continual.experiment import run_tasks
 from clipsteer.continual.metrics import Run
 from clipsteer.continual.plasticity import Plasticity
+from clipsteer.continual.scenario import Scenario
+from clipsteer.continual.strategies import strategy
+from clipsteer.data.dataset import ImageDataset, _Reader
 from clipsteer.sae.model import SAE
 
 
@@ -107,3 +114,29 @@ def test_other_ways_of_dealing_rates_keep_the_mean_or_the_values():
     assert sum(factors["uniform"].values()) == pytest.approx(sum(factors["guided"].values()))
     assert sorted(factors["dealt"].values()) == sorted(factors["guided"].values())
     assert factors["dealt"] != factors["guided"]
+
+
+def _stored(part: str, seed: int, each: int) -> ImageDataset:
+    drawn = images(seed, each)
+    reader = _Reader(lambda _, row: drawn[row][0], [(part, row) for row in range(len(drawn))])
+    return ImageDataset(reader, drawn.targets, drawn.classes)
+
+
+def test_networks_that_are_trained_alike_are_trained_once_and_runs_stay_what_they_are(tmp_path, monkeypatch):
+    names = [str(c) for c in range(CLASSES)]
+    whole = Scenario(_stored("train", 0, 4), images(1, 0), _stored("test", 2, 4), TASKS, names)
+    trained = []
+    own = SharingLearner.__mro__[1]._train
+    monkeypatch.setattr(SharingLearner.__mro__[1], "_train", lambda *args: trained.append(1) or own(*args))
+    shared = functools.partial(SharingLearner, store=tmp_path, data="these")
+    wanted = {"finetune": 3, "ldc": 0, "macil": 2, "ncm": 0}
+    for spec, tasks in wanted.items():
+        config = strategy(spec, lr=0.05, batch_size=8, first_epochs=1, epochs=1, align_epochs=1, align_samples=8)
+        before = len(trained)
+        run = run_tasks(whole, encoder, config, learner=shared)
+        assert len(trained) - before == tasks, spec
+        if spec in ("ldc", "macil"):
+            alone = run_tasks(whole, encoder, config)
+            assert torch.equal(run.seen, alone.seen)
+            for kind, errors in alone.drift_error.items():
+                torch.testing.assert_close(run.drift_error[kind], errors, equal_nan=True, rtol=1e-4, atol=1e-6)
