@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from clipsteer.ops import _fakes
+from clipsteer.ops import _fakes, _loss_fakes
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 # what an exported graph names; at every call it is the fastest of the others, where the tensors are
@@ -250,26 +250,26 @@ RECORDS = (
             "drrho_sums": LowLevel(
                 "(Tensor rows, Tensor cols, Tensor diag, Tensor scale, SymInt offset, "
                 "bool keep) -> (Tensor, Tensor, Tensor)",
-                _fakes.drrho_sums,
+                _loss_fakes.drrho_sums,
             ),
             "drrho_grad": LowLevel(
                 "(Tensor rows, Tensor cols, Tensor diag, Tensor scale, SymInt offset, "
                 "Tensor row_u, Tensor col_u, Tensor own, Tensor kept, SymInt width, "
                 "bool need_rows, bool need_cols) -> (Tensor, Tensor, Tensor)",
-                _fakes.drrho_grad,
+                _loss_fakes.drrho_grad,
             ),
             "drrho_loss": LowLevel(
                 "(Tensor rows, Tensor cols, Tensor tau, Tensor? u, float gamma, float eps, "
                 "float rho, SymInt width, bool keep, bool need_rows, bool need_cols, "
                 "bool need_tau) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-                _fakes.drrho_loss,
+                _loss_fakes.drrho_loss,
                 cpp_only=True,
             ),
             "contrast_grad": LowLevel(
                 "(Tensor grad, Tensor image, Tensor? scale, SymInt count, Tensor d_image, "
                 "Tensor d_text, Tensor d_scale, Tensor? d_bias)"
                 " -> (Tensor, Tensor, Tensor, Tensor)",
-                _fakes.contrast_grad,
+                _loss_fakes.contrast_grad,
                 cpp_only=True,
             ),
         },
@@ -282,7 +282,7 @@ RECORDS = (
             "clip_loss": LowLevel(
                 "(Tensor image, Tensor text, Tensor scale, bool keep, bool need_image, "
                 "bool need_text, bool need_scale) -> (Tensor, Tensor, Tensor, Tensor)",
-                _fakes.clip_loss,
+                _loss_fakes.clip_loss,
                 cpp_only=True,
             ),
         },
@@ -294,12 +294,12 @@ RECORDS = (
             "siglip_sweep": LowLevel(
                 "(Tensor rows, Tensor cols, Tensor scale, Tensor bias, SymInt offset, "
                 "bool need_rows, bool need_cols) -> (Tensor, Tensor, Tensor)",
-                _fakes.siglip_sweep,
+                _loss_fakes.siglip_sweep,
             ),
             "siglip_loss": LowLevel(
                 "(Tensor image, Tensor text, Tensor scale, Tensor bias, bool need_image, "
                 "bool need_text) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-                _fakes.siglip_loss,
+                _loss_fakes.siglip_loss,
                 cpp_only=True,
             ),
         },
@@ -312,20 +312,20 @@ RECORDS = (
                 "(Tensor rows, Tensor cols, Tensor diag, Tensor scale, Tensor teacher_rows, "
                 "Tensor teacher_cols, Tensor teacher_diag, Tensor teacher_scale, SymInt offset, "
                 "bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
-                _fakes.distill_sums,
+                _loss_fakes.distill_sums,
             ),
             "distill_grad": LowLevel(
                 "(Tensor rows, Tensor cols, Tensor diag, Tensor scale, Tensor teacher_rows, "
                 "Tensor teacher_cols, Tensor teacher_diag, Tensor teacher_scale, SymInt offset, "
                 "Tensor row_u, Tensor col_u, Tensor own, Tensor factors, Tensor kept, "
                 "Tensor teacher_kept, bool need_rows, bool need_cols) -> (Tensor, Tensor)",
-                _fakes.distill_grad,
+                _loss_fakes.distill_grad,
             ),
             "distill_loss": LowLevel(
                 "(Tensor image, Tensor text, Tensor scale, Tensor teacher_image, "
                 "Tensor teacher_text, Tensor teacher_scale, bool keep) -> (Tensor, Tensor, "
                 "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-                _fakes.distill_loss,
+                _loss_fakes.distill_loss,
                 cpp_only=True,
             ),
             "distill_loss_grad": LowLevel(
@@ -334,7 +334,7 @@ RECORDS = (
                 "Tensor others, Tensor d_scales, Tensor diag, Tensor teacher_diag, Tensor kept, "
                 "Tensor teacher_kept, bool need_image, bool need_text)"
                 " -> (Tensor, Tensor, Tensor)",
-                _fakes.distill_loss_grad,
+                _loss_fakes.distill_loss_grad,
                 cpp_only=True,
             ),
         },
