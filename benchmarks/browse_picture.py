@@ -1,7 +1,7 @@
-"""The picture of a site in the README: one of its pages in a headless chromium, in few colours.
+"""The picture of a site in the README: one of its pages in a headless chromium.
 
-clipsteer sae browse RUN --out SITE
-python -m benchmarks.browse_picture SITE benchmarks/results/browse.png
+    clipsteer sae browse RUN --out SITE
+    python -m benchmarks.browse_picture SITE benchmarks/results/browse.png
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ def main() -> None:
         page.wait_for_load_state("networkidle")
         picture = Image.open(io.BytesIO(page.screenshot()))
         browser.close()
-    few = picture.convert("RGB").quantize(128, dither=Image.Dither.NONE)
-    few.save(args.out, optimize=True)
+    picture.convert("RGB").save(args.out, optimize=True)
     print(f"{args.at}: {args.out}, {args.out.stat().st_size:,} bytes")
 
 
