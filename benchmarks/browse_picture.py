@@ -1,7 +1,7 @@
 """The picture of a site in the README: one of its pages in a headless chromium.
 
-    clipsteer sae browse RUN --out SITE
-    python -m benchmarks.browse_picture SITE benchmarks/results/browse.png
+clipsteer sae browse RUN --out SITE
+python -m benchmarks.browse_picture SITE benchmarks/results/browse.png
 """
 
 from __future__ import annotations
