@@ -1,9 +1,7 @@
-"""The picture of a site in the README: one of its pages in a headless chromium, in few colours.
+"""The picture of a site in the README: one of its pages in a headless chromium.
 
-    clipsteer sae browse RUN --out SITE
-    python -m benchmarks.browse_picture SITE benchmarks/results/browse.png
-
-Without --at, the page of the most steerable feature of those that fire on one picture in 200 at least.
+clipsteer sae browse RUN --out SITE
+python -m benchmarks.browse_picture SITE benchmarks/results/browse.png
 """
 
 from __future__ import annotations
@@ -16,35 +14,24 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from clipsteer.browse.live import read_data
-
-
-def most_steerable(site: Path) -> int:
-    found = read_data(site, "overview")
-    score = [s or 0 for s in found["steerability"]]
-    fires = [share >= 0.005 for share in found["images"]]
-    return max(range(len(score)), key=lambda i: (fires[i], score[i]))
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("site", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--at", help="such as '#/feature/12?strength=2'")
-    parser.add_argument("--size", type=int, nargs=2, default=(1280, 1000))
+    parser.add_argument("--at", default="#/", help="such as '#/feature/12?strength=2' (default: all features)")
+    parser.add_argument("--size", type=int, nargs=2, default=(1280, 820))
     args = parser.parse_args()
-    at = args.at or f"#/feature/{most_steerable(args.site)}?strength=2"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
         width, height = args.size
         page = browser.new_page(viewport={"width": width, "height": height})
-        page.goto((args.site.resolve() / "index.html").as_uri() + at)
+        page.goto((args.site.resolve() / "index.html").as_uri() + args.at)
         page.wait_for_load_state("networkidle")
         picture = Image.open(io.BytesIO(page.screenshot()))
         browser.close()
-    few = picture.convert("RGB").quantize(128, dither=Image.Dither.NONE)
-    few.save(args.out, optimize=True)
-    print(f"{at}: {args.out}, {args.out.stat().st_size:,} bytes")
+    picture.convert("RGB").save(args.out, optimize=True)
+    print(f"{args.at}: {args.out}, {args.out.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

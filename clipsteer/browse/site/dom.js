@@ -36,7 +36,7 @@ function number(value, digits = 3) {
 function percent(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   const share = 100 * value;
-  if (share !== 0 && Math.abs(share) < 1) return `${number(share, 2)} %`;
+  if (Math.abs(share) < 1) return `${number(share, 2)} %`;
   return `${share.toFixed(Math.abs(share) < 9.95 ? 1 : 0).replace("-", "−")} %`;
 }
 

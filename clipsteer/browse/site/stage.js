@@ -71,7 +71,7 @@ function stage(entry, picture, params, address) {
             "span",
             { class: "value" },
             number(act),
-            el("small", {}, Number.isFinite(share) ? ` ${percent(share)} of its peak` : " never active before"),
+            el("small", {}, Number.isFinite(share) ? ` ${percent(share)} of peak` : " never active before"),
           ),
         );
         for (const event of ["pointerenter", "focus"]) node.addEventListener(event, () => warm(feature));
