@@ -91,10 +91,11 @@ def _index(
     N: int | Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    pairs = N * (N - 1)
+    pairs: Any = N * (N - 1)
     # without a pair nothing disagrees
     pairs = pairs.clamp(min=1) if isinstance(pairs, Tensor) else torch.sym_max(pairs, 1)
-    return (1 - 2 * total / pairs).to(torch.promote_types(dtype, torch.float32))
+    index: Tensor = 1 - 2 * total / pairs
+    return index.to(torch.promote_types(dtype, torch.float32))
 
 
 def _sides(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
