@@ -82,7 +82,7 @@ def concept_distances_reference(
         u = differences(P, rows).abs().flatten(0, 1)  # (n N, K)
         v = differences(Q, rows).abs().flatten(0, 1)  # (n N, L)
         total = total + torch.cdist(u.T.contiguous(), v.T.contiguous(), p=1)
-    value = total / (2 * torch.sym_max(N * (N - 1), 1))
+    value: Tensor = total / (2 * torch.sym_max(N * (N - 1), 1))
     return value.to(torch.promote_types(P.dtype, torch.float32))
 
 
