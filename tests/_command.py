@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import atexit
+import functools
 
+from torch.distributed import TCPStore
+
+from _forks import Forks
 from clipsteer.cli import main as cli
 
 
@@ -20,12 +21,17 @@ def run(capsys, *args: object) -> tuple[int, str, str]:
     return code, out, err
 
 
-def in_processes(folder: Path, worker: str, *args: object, size: int = 2, timeout: float = 240) -> None:
-    """Run the code ``worker`` under torchrun; it must end well."""
-    script = folder / "worker.py"
-    script.write_text(worker)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    command += map(str, (script, *args))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr[-3000:]
+@functools.cache
+def _workers() -> Forks:
+    forks = Forks(["torch.distributed", "open_clip", "pytest", "clipsteer.clip.model", "clipsteer.sae.train"],
+                  {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})  # fmt: skip
+    atexit.register(forks.close)
+    return forks
+
+
+def in_processes(worker: str, *args: object, size: int = 2, timeout: float = 240) -> None:
+    """Run the code ``worker`` in processes that find each other as under torchrun; all must end well."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    codes, written = _workers().run(worker, *args, size=size, environment=meeting, timeout=timeout)
+    assert codes == [0] * size, f"{codes}\n{written[-3000:]}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
@@ -11,7 +13,8 @@ from clipsteer.continual.experiment import run_tasks
 from clipsteer.continual.metrics import Run
 from clipsteer.continual.scenario import Scenario
 from clipsteer.continual.strategies import strategy
-from clipsteer.data.dataset import ImageDataset
+from clipsteer.data import open_dataset
+from clipsteer.data.dataset import ImageDataset, spread
 
 CLASSES, TASKS = 6, [[3, 0], [5, 1], [2, 4]]
 
@@ -63,3 +66,14 @@ def scenario() -> Scenario:
 def seeded_run(seed: int) -> Run:
     """A run that another process can be asked for: processes find this module by its name, and no test module."""
     return run_tasks(scenario(), encoder, strategy("ncm", seed=seed))
+
+
+def drawings(folder: Path, count: int = 120) -> Path:
+    """Some of the bundled drawings, in a folder a class."""
+    data = open_dataset("emoji:noto:seen")
+    assert data.classes is not None
+    for row in spread(range(len(data)), count):
+        place = folder / data.classes[data.targets[row]]
+        place.mkdir(parents=True, exist_ok=True)
+        data[row][0].save(place / f"{row}.png")
+    return folder

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import json
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 
 # Before torch is imported, here and in every process that a test starts. On one thread torch's own products repeat bit
@@ -15,6 +12,8 @@ import hypothesis
 import pytest
 import torch
 
+from _forks import Forks
+
 torch.set_num_threads(1)
 
 QUICK = hypothesis.settings(
@@ -23,7 +22,7 @@ QUICK = hypothesis.settings(
 )  # fmt: skip
 PROFILES = {
     "quick": QUICK,
-    "ci": hypothesis.settings(QUICK, max_examples=60),
+    "ci": hypothesis.settings(QUICK, max_examples=40),
     "nightly": hypothesis.settings(QUICK, derandomize=False, max_examples=500),
 }
 for name, profile in PROFILES.items():
@@ -88,61 +87,25 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-INTERPRETER = """
-import json, os, signal, sys, tempfile, traceback
-import torch
-from clipsteer.ops import _dispatch
-reason = _dispatch.missing("triton")
-if reason is None:
-    import clipsteer.testing
-for line in sys.stdin:
-    if reason is not None:
-        print(json.dumps([77, reason]), flush=True)
-        continue
-    with tempfile.TemporaryFile("w+") as output:
-        child = os.fork()
-        if child == 0:
-            signal.alarm(900)
-            for stream in (1, 2):
-                os.dup2(output.fileno(), stream)
-            code = 1
-            try:
-                exec(json.loads(line), {"__name__": "__main__", "sys": sys, "_dispatch": _dispatch})
-                code = 0
-            except SystemExit as end:
-                code = int(end.code or 0)
-            except BaseException:
-                traceback.print_exc()
-            sys.stdout.flush()
-            os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        output.seek(0)
-        print(json.dumps([code, output.read()]), flush=True)
-"""
-
-
 @pytest.fixture(scope="session")
-def interpreter() -> Iterator[subprocess.Popen]:
-    """Has imported what interprets Triton, as the switch is read at import, and runs each piece of code in a fork."""
+def interpreter() -> Iterator[Forks]:
+    """Has imported what interprets Triton, as the switch is read at import. Skips where that cannot run."""
     pytest.importorskip("triton")
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", INTERPRETER], env=env, **pipes) as process:
-        yield process
-        process.stdin.close()
+    forks = Forks(["torch", "clipsteer.ops._dispatch", "clipsteer.testing"], {"TRITON_INTERPRET": "1"})
+    codes, reason = forks.run("from clipsteer.ops import _dispatch\nraise SystemExit(_dispatch.missing('triton'))")
+    if codes != [0]:
+        pytest.skip(reason)
+    yield forks
+    forks.close()
 
 
 @pytest.fixture
-def interpret(interpreter: subprocess.Popen) -> Callable[[str], None]:
+def interpret(interpreter: Forks) -> Callable[[str], None]:
     """Runs code on interpreted Triton kernels, in a process of its own: it must exit with 0. Skips where triton or its
     interpreter cannot run."""
 
     def run(code: str) -> None:
-        interpreter.stdin.write(json.dumps(code) + "\n")
-        interpreter.stdin.flush()
-        found, output = json.loads(interpreter.stdout.readline())
-        if found == 77:
-            pytest.skip(output)
-        assert found == 0, output[-4000:]
+        codes, output = interpreter.run("import sys\nfrom clipsteer.ops import _dispatch\n" + code)
+        assert codes == [0], output[-4000:]
 
     return run

@@ -7,7 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clipsteer.cli.arguments import _text, add_data, add_model, device_of, setup_options, whole
+from clipsteer.cli.arguments import (
+    _text,
+    add_data,
+    add_model,
+    device_of,
+    load_known,
+    read_words,
+    setup_options,
+    whole,
+)
 from clipsteer.cli.images import lists_unreadable, open_images
 
 
@@ -22,6 +31,8 @@ def add_parser(commands: Any, add: Any) -> None:
 examples:
   the bundled model and drawings; a few minutes on two cores:
     clipsteer demo
+  an SAE of your own, from any library whose files clipsteer reads, and your own words:
+    clipsteer demo --sae runs/b32-9 --data photos/ --words words.txt --out photos-demo
   a real CLIP on your own images (a folder of class folders, captions.csv, or shards.tar);
   conceptors need 2 to 8
   classes, and the WiSE-FT curve is drawn for the bundled model and drawings alone:
@@ -42,10 +53,23 @@ def _demo_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--seed", type=whole, default=0, help="the same seed gives the same page (default: 0)"
     )
-    add_model(p)
+    add_model(p, None, "what --sae was trained on, or emojiclip")
+    p.add_argument(
+        "--sae",
+        metavar="SAE",
+        help="one that is trained already: a folder, a Prisma .pt, or hf-hub:org/repo/subfolder",
+    )
+    p.add_argument(
+        "--words",
+        type=Path,
+        metavar="FILE",
+        help="words to name features in, one a line (default: the classes and bundled concepts)",
+    )
     add_data(p, "images (default: the bundled drawings)")
     p.add_argument(
-        "--hook-point", metavar="NAME", help="module to look at (default: the last but one block)"
+        "--hook-point",
+        metavar="NAME",
+        help="module to look at (default: that of --sae, or the last but one block)",
     )
     p.add_argument(
         "--minutes",
@@ -63,13 +87,22 @@ def _demo_options(p: argparse.ArgumentParser) -> None:
 
 @lists_unreadable
 def _demo(args: argparse.Namespace) -> int:
+    from clipsteer.clip.model import EMOJICLIP
     from clipsteer.demo.findings import run
 
+    found = {"model": args.model or EMOJICLIP, "pretrained": args.pretrained}
+    if args.sae is not None:
+        from clipsteer.sae.model import SAE
+
+        metadata = SAE.from_pretrained(args.sae).metadata
+        clip = load_known(args, metadata, args.sae)
+        found = {"model": clip.name, "pretrained": clip.pretrained, "clip": clip}
     result = run(
         args.out,
         seed=args.seed,
-        model=args.model,
-        pretrained=args.pretrained,
+        sae=args.sae,
+        words=None if args.words is None else read_words(args.words),
+        **found,
         data=args.data,
         hook_point=args.hook_point,
         minutes=args.minutes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def _finetune(args: argparse.Namespace) -> int:
     from clipsteer.data.dataset import LAYOUTS, labelled, renamed
     from clipsteer.ensembles.finetuning import finetune
     from clipsteer.io.files import read_json
+    from clipsteer.report.runs import write_run_page
 
     config = args.options.read(args)
     images = labelled(open_images(args, args.data), "--data")
@@ -90,9 +92,16 @@ def _finetune(args: argparse.Namespace) -> int:
     else:
         head = prototype_head(clip, images)
     finetune(clip, images, head, config, out=args.out, validation=validation, workers=args.workers)
-    ends = f"{args.out / 'zeroshot'} {args.out / 'finetuned'}"
+    following = f"clipsteer wise-ft curve {args.out / 'zeroshot'} {args.out / 'finetuned'}"
+    what = f"{len(images)} images of {len(classes)} classes in {args.data}"
+    write_run_page(
+        args.out,
+        f"Fine-tuning {clip.name}",
+        what,
+        settings=asdict(config),
+        following=f"{following} --reference …",
+    )
     sys.stdout.write(
-        f"{len(images)} images, {len(classes)} classes; next: clipsteer wise-ft curve {ends} "
-        f"--reference …\n"
+        f"{len(images)} images, {len(classes)} classes; next: {following} --reference …\n"
     )
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,9 @@ def _eval_options(p: argparse.ArgumentParser) -> None:
         help="the first N features (default: 256)",
     )
     add_metrics(p)
-    p.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    p.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the figures as JSON, and their page"
+    )
 
 
 def _convert_options(p: argparse.ArgumentParser) -> None:
@@ -255,6 +257,7 @@ def _sae(p: argparse.ArgumentParser) -> None:
 @lists_unreadable
 def _train(args: argparse.Namespace) -> int:
     import clipsteer
+    from clipsteer.report.runs import write_run_page
     from clipsteer.training.world import World
 
     config = args.options.read(args)
@@ -270,10 +273,12 @@ def _train(args: argparse.Namespace) -> int:
     metadata = {} if data is None else {"data": data}
     sae = clipsteer.train_sae(source, config, out=args.out, device=world.device, metadata=metadata)
     if world.rank == 0:
-        sys.stdout.write(
-            f"{args.out}: {sae.d_sae} features at {source.provenance['hook_point']}; next: "
-            f"clipsteer sae eval {args.out}\n"
-        )
+        where = source.provenance["hook_point"]
+        title = f"{sae.d_sae} features of {source.provenance.get('clip_model', 'activations')}"
+        following = f"clipsteer sae eval {args.out}"
+        made = asdict(config)
+        write_run_page(args.out, title, f"at {where}", settings=made, following=following)
+        sys.stdout.write(f"{args.out}: {sae.d_sae} features at {where}; next: {following}\n")
     return 0
 
 
@@ -338,8 +343,7 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 @lists_unreadable
 def _eval(args: argparse.Namespace) -> int:
-    from clipsteer.cli.sae_figures import name_strongest, of_steering, show
-    from clipsteer.io.files import write_json
+    from clipsteer.cli.sae_figures import name_strongest, of_steering, show, write
     from clipsteer.sae.evaluate import evaluate_sae
 
     check_metrics(args)
@@ -356,8 +360,7 @@ def _eval(args: argparse.Namespace) -> int:
         figures["metrics"] = measured(args, sae, clip, dataset, where | target)
         show_metrics(figures["metrics"])
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, figures)
+        write(args, clip.name, figures)
     return 0
 
 

@@ -27,6 +27,18 @@ def show(figures: dict[str, Any]) -> None:
         _text(f"  feature {row['feature']:<7} peak {row['peak']:<8.4g} {named}")
 
 
+def write(args: argparse.Namespace, model: str, figures: dict[str, Any]) -> None:
+    """Write figures to ``--out``, and their page beside it."""
+    from clipsteer.io.files import write_json
+    from clipsteer.sae.page import evaluation_page
+
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.out, figures)
+    images = args.data or "the bundled held-out style"
+    page = evaluation_page(f"What the SAE {args.sae} preserves", f"{model} on {images}", figures)
+    page.write(args.out.with_suffix(".html"))
+
+
 def of_steering(
     args: argparse.Namespace, sae: Any, clip: Any, dataset: Any, where: dict[str, Any]
 ) -> dict[str, Any]:

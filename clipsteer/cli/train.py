@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,7 @@ def _train_in(args: argparse.Namespace, world: Any) -> int:
     from clipsteer.reference.config import REFERRED
     from clipsteer.reference.evaluate import excess_losses, write_excess
     from clipsteer.reference.train import train_contrastive
+    from clipsteer.report.runs import write_run_page
 
     config = args.options.read(args)
     if args.reference is None and (config.wants_reference or args.excess is not None):
@@ -259,6 +261,12 @@ def _train_in(args: argparse.Namespace, world: Any) -> int:
     if excess is not None:
         write_excess(args.excess, excess, reference_features.captions_of(dataset))
         sys.stdout.write(f"{args.excess}: what each pair costs, the most worth learning first\n")
+    write_run_page(
+        args.out,
+        f"Training {args.model}, {config.loss}",
+        f"{len(dataset)} pairs of {args.data}",
+        settings=asdict(config),
+    )
     weights = args.out / "model.safetensors"
     share = f", the loss {100 * statistics.median(shares):.2g} % of a step" if shares else ""
     log = args.out / "log.jsonl"

@@ -138,6 +138,11 @@ def sample_names(dataset: ImageDataset) -> list[str]:
         return [dataset.classes[target] for target in dataset.targets]
     if not dataset.images_alone:
         return [str(target) for target in dataset.targets]
+    return file_names(dataset)
+
+
+def file_names(dataset: ImageDataset) -> list[str]:
+    """The name of each sample's file, or its number where it has none."""
     names = []
     for row, source in enumerate(dataset.sources):
         first = source[0] if isinstance(source, tuple) else source

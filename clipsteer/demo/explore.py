@@ -24,7 +24,7 @@ from clipsteer.sae.evaluate import steerability
 from clipsteer.sae.model import SAE
 from clipsteer.sae.site import grid_side
 from clipsteer.splice.dictionary import ConceptDictionary
-from clipsteer.steering import SAESteering, Steering, steer
+from clipsteer.steering import SAESteering, Steering, Tokens, steer
 
 Weighted = list[tuple[str, float]]  # texts, each with a number
 
@@ -136,13 +136,17 @@ class Predictor:
     Args:
         hook_point: where ``sae`` was trained, and where is steered.
         head: (V, e) unit text embeddings of the vocabulary.
+        tokens: which of them the SAE knows.
     """
 
-    def __init__(self, clip: CLIP, sae: SAE, hook_point: str, head: Tensor) -> None:
+    def __init__(
+        self, clip: CLIP, sae: SAE, hook_point: str, head: Tensor, tokens: Tokens = "all"
+    ) -> None:
         self.clip = clip
         self.sae = sae
         self.hook_point = hook_point
         self.head = head
+        self.tokens = tokens
 
     def of(
         self,
@@ -169,7 +173,8 @@ class Predictor:
         strength: float,
     ) -> Tensor:  # (B, V)
         """Probabilities with one feature set to a strength on every token."""
-        return self.steered_by(SAESteering(self.sae, {feature: strength}), images)
+        steering = SAESteering(self.sae, {feature: strength}, tokens=self.tokens)
+        return self.steered_by(steering, images)
 
 
 def largest(
@@ -179,7 +184,7 @@ def largest(
 ) -> Weighted:
     """The texts of the largest changes in size, from the most positive to the most negative."""
     order = delta.abs().argsort(descending=True, stable=True)[:count].tolist()
-    found = [(texts[i], float(delta[i])) for i in order]
+    found = [(texts[i], float(delta[i])) for i in order if delta[i] != 0]
     return sorted(found, key=lambda pair: -pair[1])
 
 
@@ -221,6 +226,7 @@ def describe(
 def probe(
     predictor: Predictor,
     pictures: Pictures,
+    embeddings: Tensor,  # (N, e)
     rows: Sequence[int],
     features: list[Feature],
     multiple: float,
@@ -236,10 +242,14 @@ def probe(
         features=[feature.index for feature in features],
         strength=torch.tensor([multiple * feature.peak for feature in features]),
         hook_point=predictor.hook_point,
-        tokens="all",
+        tokens=predictor.tokens,
     )
     changes = found.change.float().cpu()  # (features, V)
-    for feature, score, change in zip(features, found.score.tolist(), changes):
+    # one picture that loses its own name is no effect of the feature
+    clean = predictor.of(embeddings[rows])  # (B, V)
+    own = clean.amax(0) >= 0.5 * clean.sum(0)
+    listed = changes.masked_fill(own & (changes < 0), 0.0)
+    for feature, score, change in zip(features, found.score.tolist(), listed):
         feature.steerability = score
         feature.effect = largest(change, pictures.vocabulary, 6)
 
@@ -247,6 +257,7 @@ def probe(
 def count_steerable(
     predictor: Predictor,
     pictures: Pictures,
+    embeddings: Tensor,  # (N, e)
     rows: Sequence[int],
     features: Sequence[Feature],
     multiple: float,
@@ -254,7 +265,7 @@ def count_steerable(
 ) -> int:
     """How many of the features have S above the threshold at another multiple of their peak."""
     copies = [replace(feature) for feature in features]
-    probe(predictor, pictures, rows, copies, multiple)
+    probe(predictor, pictures, embeddings, rows, copies, multiple)
     return sum(feature.steerability > threshold for feature in copies)
 
 
@@ -269,7 +280,8 @@ def choose(features: list[Feature], count: int) -> list[Feature]:
         return pushed_to not in dict(feature.looks_like), -feature.steerability
 
     chosen: dict[str, Feature] = {}
-    for feature in sorted(features, key=rank):
+    moving = [feature for feature in features if feature.effect and feature.effect[0][1] > 0]
+    for feature in sorted(moving, key=rank):
         chosen.setdefault(feature.effect[0][0], feature)
     return list(chosen.values())[:count]
 

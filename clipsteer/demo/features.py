@@ -85,7 +85,7 @@ def features(
             "strongest, and a glow where it is active (none where only the class token has it); "
             "what the model's preprocessing cuts off is grey. "
             "Its name is what those images are made of: each is decomposed into a sparse, "
-            f"non-negative sum of the {found['vocabulary']} names (SpLiCE, Bhalla et al. 2024), "
+            f"non-negative sum of {found['words']} names (SpLiCE, Bhalla et al. 2024), "
             "and the weights are averaged."
         ),
         cards(*parts),
@@ -107,10 +107,10 @@ def steering(
         name = f"{studied['index']} → {curve['target']}"
         lines.append(Line(name, curve["multiples"], curve["probability"]))
     responses = Chart(
-        "Probability of the target",
+        "What a feature pushes towards, by its strength",
         *lines,
         x="strength, in multiples of the feature's peak",
-        y=Axis(low=0),
+        y=Axis("mean probability of the target", low=0),
     )
     ranks = list(range(1, len(share["scores"]) + 1))
     ranked = Chart(
@@ -118,9 +118,11 @@ def steering(
         Line("S", ranks, share["scores"]),
         Line("threshold", [1, ranks[-1]], [share["threshold"]] * 2),
         x="features, the most steerable first",
-        y=Axis(low=0),
+        y=Axis("S", low=0),
     )
     by_multiple = ", ".join(f"{n} at {m} × peak" for m, n in share["steerable_by_multiple"].items())
+    every = [change for one in chosen for _, change in (*one.effect, *one.removed)]
+    limit = max(map(abs, every), default=0.0) or 1.0
     parts = []
     for feature in chosen:
         parts.append(
@@ -130,9 +132,9 @@ def steering(
                     f"Up, on other images (S = {feature.steerability:.3f}); change in points:",
                     css="note",
                 ),
-                _changes(feature.effect, feature),
+                _changes(feature.effect, limit),
                 text("Down to 0, on its own images:", css="note"),
-                _changes(feature.removed, feature),
+                _changes(feature.removed, limit),
             )
         )
     return [
@@ -140,7 +142,8 @@ def steering(
             f"Each feature is set to {share['multiple_of_peak']:g} times its peak on every token "
             f"of {share['probe_images']} held-out images, and to 0 on the images that show it. "
             "Nothing else in the model changes. The bars are the mean change in probability over "
-            f"{found['vocabulary']} names; S is the sum of their squares (Joseph et al. 2025). "
+            f"{found['vocabulary']} names, all in one scale; what a single image loses of its own "
+            "name is not listed. S is the sum of all squares (Joseph et al. 2025). "
             f"How many of the {share['probed']} pass S > {share['threshold']} depends on the "
             f"strength: {by_multiple}."
         ),
@@ -150,9 +153,8 @@ def steering(
     ]
 
 
-def _changes(found: Sequence[tuple[str, float]], feature: Feature) -> Chart:
-    """Changes in probability as bars, all of a feature in one scale."""
-    limit = max(abs(change) for _, change in [*feature.effect, *feature.removed]) or 1.0
+def _changes(found: Sequence[tuple[str, float]], limit: float) -> Chart:
+    """Changes in probability as bars."""
     bars = [(name, change, f"{100 * change:+.1f}") for name, change in found]
     return Chart("", Bars(bars, limit))
 
@@ -178,7 +180,7 @@ def _before_and_after(
         body = []
         for row, before, after in zip(shown, clean, moved):
             image = figures([(pictures.thumb(row), "", pictures.names[row])], size="3.2rem")
-            body.append([image, best(before), best(after)])
+            body.append([image, pictures.names[row], best(before), best(after)])
         return body
 
     first = chosen[0]
@@ -189,10 +191,10 @@ def _before_and_after(
     return cards(
         card(
             f"{_title(first)}, up",
-            table(["image", "seen as", "with the feature up"], up, words=True),
+            table(["image", "it is", "seen as", "with the feature up"], up, words=True),
         ),
         card(
             f"{_title(missed)}, off",
-            table(["image", "seen as", "without the feature"], down, words=True),
+            table(["image", "it is", "seen as", "without the feature"], down, words=True),
         ),
     )

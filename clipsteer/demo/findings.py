@@ -11,13 +11,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 import clipsteer
-from clipsteer.clip.model import CLIP, EMOJICLIP, default_hook_point, load, provenance
+from clipsteer.clip.model import CLIP, EMOJICLIP, default_hook_point, load
 from clipsteer.clip.zero_shot import EMOJI_TEMPLATES, SIMPLE_TEMPLATES, zero_shot_head
 from clipsteer.continual.metrics import Run
 from clipsteer.data.dataset import ImageDataset, spread
@@ -26,6 +26,7 @@ from clipsteer.demo import conceptors as demo_conceptors
 from clipsteer.demo import continual as demo_continual
 from clipsteer.demo import page as demo_page
 from clipsteer.demo import wise_ft as demo_wise_ft
+from clipsteer.demo.autoencoder import evaluate, train
 from clipsteer.demo.explore import (
     Feature,
     Predictor,
@@ -41,7 +42,6 @@ from clipsteer.demo.explore import (
 )
 from clipsteer.demo.pictures import (
     Pictures,
-    augmented,
     emoji_pictures,
     folder_pictures,
     look,
@@ -51,17 +51,10 @@ from clipsteer.ensembles.robustness import averages
 from clipsteer.io.files import write_json
 from clipsteer.sae.features import feature_peaks
 from clipsteer.sae.model import SAE
+from clipsteer.sae.site import find_site
+from clipsteer.splice.dictionary import ConceptDictionary
+from clipsteer.steering import Tokens
 
-# multiply-adds of SAE training that two CPU cores do in a minute: what turns --minutes into a
-# number of steps
-_WORK_PER_MINUTE = 1e12
-# wide models get more time than that: with fewer steps a minute there would be little to see
-_LEAST_STEPS_PER_MINUTE = 800
-_BATCH = 1024
-_EXPANSION = 8
-_K = 16
-_TRAIN_TOKENS = 60_000
-_EVALUATED = 192  # images a group
 _NEEDS_CLASSES = "its predictions are among classes of your own: pass --data, a folder CLASS/…"
 # strengths, as multiples of a feature's largest activation
 MULTIPLES = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
@@ -127,24 +120,30 @@ def run(
     seed: int = 0,
     model: str = EMOJICLIP,
     pretrained: str | None = None,
+    sae: str | Path | None = None,
+    words: Sequence[str] | None = None,
     data: str | Path | None = None,
     hook_point: str | None = None,
     minutes: float = 1.0,
     max_images: int | None = None,
     device: str = "cpu",
     open_images: Callable[[str | Path], ImageDataset] = open_dataset,
+    clip: CLIP | None = None,
     **setup: Any,
 ) -> Demo:
     """Run the demo into the folder ``out``.
 
-    It leaves report.html, metrics.json, sae/ and, where the images have a few classes,
-    conceptors.safetensors.
+    It leaves report.html, metrics.json, sae/ (but where it is given one) and, where the images have
+    a few classes, conceptors.safetensors.
 
     Args:
         seed: of the SAE, its batches and what is drawn.
         model, pretrained: as in ``clipsteer.load`` (one without a text tower needs ``data`` in
             classes, among which it predicts by their means), and setup its preprocess,
             force_quick_gelu and image_size.
+        sae: one that is trained already, as in ``SAE.from_pretrained``.
+        words: in which features are named, and among which is predicted where the images have no
+            two classes; by default the classes and bundled ones.
         data: as in ``clipsteer.data.open_dataset``; by default the bundled drawings in four cells.
         hook_point: a block's module name; by default the last but one of the image tower.
         minutes: SAE training, in nominal minutes of two CPU cores. It sets the number of steps, so
@@ -153,6 +152,7 @@ def run(
         max_images: at most so many; by default all bundled drawings for EmojiCLIP and 1000
             otherwise.
         open_images: opens ``data``.
+        clip: the model, where it is loaded already.
 
     Raises ValueError for arguments or data that do not fit, RuntimeError where no SAE feature is
     worth a look.
@@ -162,7 +162,8 @@ def run(
     if max_images is not None and max_images < 16:
         raise ValueError(f"demo: max_images must be at least 16, got {max_images}")
     out = Path(out)
-    clip = load(model, pretrained, device=device, **setup)
+    given = None if sae is None else SAE.from_pretrained(sae, device=device)
+    clip = clip or load(model, pretrained, device=device, **setup)
     if data is not None and str(data) == "emoji":
         data = None
     emojiclip = model == EMOJICLIP
@@ -171,33 +172,56 @@ def run(
     if data is None:
         if not clip.has_text:
             raise ValueError(f"demo: {clip.name} has no text tower; {_NEEDS_CLASSES}")
-        pictures = emoji_pictures(limit, emojiclip)
+        pictures = emoji_pictures(limit, emojiclip, words)
     else:
-        pictures = folder_pictures(data, seed, limit or 1000, open_images)
-    hook_point = hook_point or default_hook_point(clip)
+        pictures = folder_pictures(data, seed, limit or 1000, open_images, words)
+    if given is None:
+        site = None
+        hook_point = hook_point or default_hook_point(clip)
+    else:
+        site = find_site(given, clip, hook_point, None)
+        hook_point = site.hook_point
     tokens, embeddings = look(clip, pictures, hook_point)  # (N, T, d), (N, e)
     if clip.has_text:
         # the prompts of a large vocabulary cost a real text tower minutes: one template does
         templates = EMOJI_TEMPLATES if emojiclip else SIMPLE_TEMPLATES
-        head = zero_shot_head(clip, pictures.vocabulary, templates).cpu()  # (V, e)
+        texts = list(dict.fromkeys([*pictures.vocabulary, *pictures.words]))
+        embedded = dict(zip(texts, zero_shot_head(clip, texts, templates).cpu()))
+        head = torch.stack([embedded[text] for text in pictures.vocabulary])  # (V, e)
+        named = torch.stack([embedded[text] for text in pictures.words])  # (W, e)
     else:
+        if words is not None:
+            raise ValueError(f"demo: {clip.name} has no text tower to read words with")
         pictures = _among_classes(pictures, clip.name)
-        head = class_means(pictures, embeddings)
+        head = named = class_means(pictures, embeddings)
     figures: dict[str, Any] = {
         "model": {"name": model, "pretrained": pretrained, "hook_point": hook_point},
         "data": {"path": str(data) if data else "EmojiStyles", "images": len(pictures.dataset)},
         "seed": seed,
         "named_by": "text" if clip.has_text else "class means",
         "vocabulary": len(pictures.vocabulary),
+        "words": len(pictures.words),
     }
     if setup:
         figures["model"]["setup"] = setup
     if pictures.classes is not None:
         figures["zero_shot"] = zero_shot(pictures, embeddings, head[: len(pictures.classes)])
-    sae, history = train(clip, pictures, tokens, hook_point, seed, minutes, out)
-    figures["sae"] = {**sae.config, "evaluation": evaluate(clip, pictures, sae)}
-    predictor = Predictor(clip, sae, hook_point, head)
-    chosen, figures["steering"] = _steer(predictor, pictures, tokens, embeddings)
+    if given is None:
+        trained, history = train(clip, pictures, tokens, hook_point, seed, minutes, out)
+        folder = out / "sae"
+    else:
+        trained, history = given, []
+        folder = Path(str(sae))
+    evaluation = evaluate(clip, pictures, trained, hook_point)
+    figures["sae"] = {**trained.config, "evaluation": evaluation}
+    rows = tokens
+    predictor = Predictor(clip, trained, hook_point, head)
+    if site is not None:
+        rows = site.select(tokens)
+        predictor.tokens = cast(Tokens, site.tokens)
+    dictionary = clipsteer.ConceptDictionary(pictures.words, named, embeddings.mean(0))
+    peaks = feature_peaks(trained, rows)  # (N, d_sae)
+    chosen, figures["steering"] = _steer(predictor, pictures, dictionary, peaks, embeddings)
     figures["conceptors"] = demo_conceptors.measure(
         predictor, pictures, tokens, embeddings, bundled, out / "conceptors.safetensors"
     )
@@ -208,33 +232,33 @@ def run(
         figures["wise_ft"] = {"skipped": demo_wise_ft.ELSEWHERE}
         figures["continual"] = {"skipped": demo_continual.ELSEWHERE}
     write_json(out / "metrics.json", figures)
-    page = demo_page.build(predictor, pictures, figures, history, tokens, embeddings, chosen, out)
-    return Demo(page.write(out / "report.html"), out / "sae", out / "metrics.json", figures)
+    page = demo_page.build(
+        predictor, pictures, figures, history, tokens, embeddings, chosen, out, folder
+    )
+    return Demo(page.write(out / "report.html"), folder, out / "metrics.json", figures)
 
 
 def _among_classes(pictures: Pictures, name: str) -> Pictures:
     if pictures.classes is None:
         raise ValueError(f"demo: {name} has no text tower; {_NEEDS_CLASSES}")
-    return replace(pictures, vocabulary=pictures.classes)
+    return replace(pictures, vocabulary=pictures.classes, words=pictures.classes)
 
 
 def _steer(
     predictor: Predictor,
     pictures: Pictures,
-    tokens: Tensor,  # (N, T, d)
+    dictionary: ConceptDictionary,
+    peaks: Tensor,  # (N, d_sae)
     embeddings: Tensor,  # (N, e)
 ) -> tuple[list[Feature], dict[str, Any]]:
     """Probe the features, and study a few: these, and the figures of steering."""
-    N = len(tokens)
+    N = len(peaks)
     # a pass over the probe images for every feature: fewer of both where a pass is dear
-    narrow = tokens.shape[-1] <= 256
+    narrow = predictor.sae.d_in <= 256
     most_features = 256 if narrow else 32
     most_images = 24 if narrow else 8
     rows = spread(pictures.held_out, most_images)
     probed = pixels(predictor.clip, pictures, rows)
-    mean = embeddings.mean(0)
-    dictionary = clipsteer.ConceptDictionary(pictures.vocabulary, predictor.head, mean)
-    peaks = feature_peaks(predictor.sae, tokens)  # (N, d_sae)
     features = describe(peaks, embeddings, dictionary, most_features)
     if not features:
         least, most = few(N)
@@ -242,8 +266,13 @@ def _steer(
             f"demo: no SAE feature is active on {least} to {most} of the {N} images; take more "
             "images (--max-images, --data), or train longer (--minutes)"
         )
-    probe(predictor, pictures, rows, features, PROBE)
+    probe(predictor, pictures, embeddings, rows, features, PROBE)
     chosen = choose(features, 6)
+    if not chosen:
+        raise RuntimeError(
+            f"demo: none of the {len(features)} features that were probed moves a prediction at "
+            f"{PROBE:g} times its peak; look at another --hook-point"
+        )
     studies = []
     for feature in chosen:
         studied = study(predictor, pictures, embeddings, feature, probed)
@@ -251,7 +280,7 @@ def _steer(
     steerable = {PROBE: sum(feature.steerability > STEERABLE for feature in features)}
     for multiple in OTHER_PROBES:
         steerable[multiple] = count_steerable(
-            predictor, pictures, rows, features, multiple, STEERABLE
+            predictor, pictures, embeddings, rows, features, multiple, STEERABLE
         )
     scores = sorted((feature.steerability for feature in features), reverse=True)
     return chosen, {
@@ -266,54 +295,6 @@ def _steer(
         "scores": scores,
         "features": studies,
     }
-
-
-def steps_in(minutes: float, batch: int, d_in: int) -> int:
-    """Steps of SAE training in nominal minutes of two CPU cores."""
-    per_minute = _WORK_PER_MINUTE / (batch * d_in * d_in * _EXPANSION)
-    return max(50, round(minutes * max(per_minute, _LEAST_STEPS_PER_MINUTE)))
-
-
-def train(
-    clip: CLIP,
-    pictures: Pictures,
-    tokens: Tensor,  # (N, T, d)
-    hook_point: str,
-    seed: int,
-    minutes: float,
-    out: Path,
-) -> tuple[SAE, list[dict[str, float]]]:
-    """Train a top-k SAE on the tokens of the training rows and save it; few pictures are seen in
-    several variants."""
-    activations = tokens[pictures.train].flatten(0, 1)  # (rows, d)
-    views = min(3, _TRAIN_TOKENS // len(activations))
-    generator = torch.Generator().manual_seed(seed)
-    if views:
-        moved = pictures.variant(pictures.train * views, lambda image: augmented(image, generator))
-        more, _ = look(clip, moved, hook_point, label="augmented")
-        activations = torch.cat([activations, more.flatten(0, 1)])
-    d_in = activations.shape[1]
-    batch = min(_BATCH, len(activations))
-    steps = steps_in(minutes, batch, d_in)
-    config = clipsteer.TrainConfig(
-        expansion=_EXPANSION,
-        k=min(_K, d_in),
-        batch_size=batch,
-        steps=steps,
-        lr=1e-3,
-        warmup_steps=steps // 20,
-        seed=seed,
-        dead_after=4 * len(activations),
-        log_every=max(1, steps // 60),
-        normalize="layer_norm",
-    )
-    metadata = provenance(clip, hook_point, "all")
-    history: list[dict[str, float]] = []
-    sae = clipsteer.train_sae(
-        activations, config, metadata=metadata, on_log=history.append, device=clip.device
-    )
-    sae.save_pretrained(out / "sae")
-    return sae, history
 
 
 def study(
@@ -333,28 +314,3 @@ def study(
     change = predictor.steered(own, feature.index, 0.0) - clean  # (top, V)
     feature.removed = largest(change.mean(0), pictures.vocabulary, 6)
     return {"target": name, "multiples": list(MULTIPLES), "probability": curve}
-
-
-def evaluate(clip: CLIP, pictures: Pictures, sae: SAE) -> dict[str, dict[str, Any]]:
-    """What the SAE preserves, on a part of every group; the classes are the group's own, with one
-    prompt each."""
-    templates = EMOJI_TEMPLATES[:1] if clip.name == EMOJICLIP else SIMPLE_TEMPLATES
-    found = {}
-    for group, members in pictures.groups.items():
-        dataset = _labelled(pictures, spread(members, _EVALUATED))
-        found[group] = clipsteer.evaluate_sae(sae, clip, dataset, templates=templates)
-    return found
-
-
-def _labelled(pictures: Pictures, rows: Sequence[int]) -> ImageDataset:
-    """These images with the classes that occur among them, if there are classes."""
-
-    def read(i: int) -> Any:
-        return pictures.dataset[rows[i]][0]
-
-    if pictures.truth is None or pictures.classes is None:
-        return ImageDataset(read, [""] * len(rows))
-    truth = [int(pictures.truth[row]) for row in rows]
-    present = sorted(set(truth))
-    names = [pictures.classes[c] for c in present]
-    return ImageDataset(read, [present.index(c) for c in truth], names)

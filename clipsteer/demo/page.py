@@ -37,17 +37,21 @@ def build(
     embeddings: Tensor,  # (N, e)
     chosen: Sequence[Feature],
     saved: Path,
+    sae_folder: Path,
 ) -> Page:
     """The whole page; ``saved`` is the demo's folder. Nothing in it depends on when or how fast the
     demo ran."""
     clip = predictor.clip
     sae = predictor.sae
     weights = f" ({clip.pretrained})" if clip.pretrained else ""
+    data = found["data"]
+    images = "the bundled drawings" if data["path"] == "EmojiStyles" else data["path"]
     page = Page(
-        "What a CLIP model sees, and how to steer it",
-        f"{clip.name}{weights}, sparse autoencoder at {predictor.hook_point}",
+        f"{clip.name} on {images}: what it sees, and how to steer it",
+        f"{clip.name}{weights}, {data['images']} images, sparse autoencoder at "
+        f"{predictor.hook_point}",
         footer=f"Made by clipsteer demo, seed {found['seed']}. The figures are in metrics.json, "
-        "the SAE in sae/, the conceptors in conceptors.safetensors.",
+        f"the SAE in {sae_folder}, the conceptors in conceptors.safetensors.",
     )
     page.lead(_headline(found))
     if clip.name == EMOJICLIP:
@@ -78,7 +82,7 @@ def build(
     multiple = found["steering"]["multiple_of_peak"]
     page.section(
         "Do it yourself",
-        *_snippet(clip, predictor.hook_point, chosen[0], multiple, saved / "sae", found),
+        *_snippet(clip, predictor.hook_point, chosen[0], multiple, sae_folder, found),
     )
     return page
 
@@ -126,11 +130,16 @@ def _seeing(
     items = []
     for row, p, index in zip(shown, best.values.tolist(), best.indices.tolist()):
         guess = pictures.vocabulary[index]
-        caption = f"{guess}, {p:.0%}"
-        items.append((pictures.thumb(row), caption, f"{pictures.names[row]}, seen as {guess}"))
+        name = pictures.names[row]
+        caption = f"{name}: seen as {guess}, {p:.0%}"
+        if pictures.truth is not None:
+            # the vocabulary begins with the classes
+            right = int(pictures.truth[row]) == index
+            caption = f"✓ {name}, {p:.0%}" if right else f"✗ {caption}"
+        items.append((pictures.thumb(row), caption, f"{name}, seen as {guess}"))
     size = len(pictures.vocabulary)
     parts.append(text(f"Some images, and what the model takes them for among {size} names:"))
-    return [*parts, figures(items, size="4.6rem")]
+    return [*parts, figures(items, size="6.4rem")]
 
 
 _WAYS = {

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from clipsteer.clip.hooks import capture
 from clipsteer.clip.model import CLIP
 from clipsteer.clip.pixels import as_pixels
-from clipsteer.data.dataset import ImageDataset, sample_names, spread
+from clipsteer.data.dataset import ImageDataset, file_names, sample_names, spread
 from clipsteer.data.emoji import EmojiStyles
 from clipsteer.data.files import open_dataset
 
@@ -34,6 +34,7 @@ class Pictures:
         classes: class names, or None where there are no classes.
         truth: (N,) the class of each image, or None.
         vocabulary: the texts among which predictions are made; begins with the classes.
+        words: the texts in which features are named.
     """
 
     dataset: ImageDataset
@@ -43,6 +44,7 @@ class Pictures:
     classes: list[str] | None
     truth: Tensor | None
     vocabulary: list[str]
+    words: list[str]
 
     @property
     def held_out(self) -> list[int]:
@@ -62,10 +64,14 @@ class Pictures:
         rows = list(rows)
         dataset = ImageDataset(lambda i: change(self.dataset[rows[i]][0]), [0] * len(rows))
         names = [self.names[row] for row in rows]
-        return Pictures(dataset, {}, [], names, None, None, self.vocabulary)
+        return Pictures(dataset, {}, [], names, None, None, self.vocabulary, self.words)
 
 
-def emoji_pictures(max_images: int | None = None, emojiclip: bool = True) -> Pictures:
+def emoji_pictures(
+    max_images: int | None = None,
+    emojiclip: bool = True,
+    words: Sequence[str] | None = None,
+) -> Pictures:
     """The bundled drawings in four cells: trained or held-out style × concepts that EmojiCLIP has
     seen or not.
 
@@ -93,6 +99,7 @@ def emoji_pictures(max_images: int | None = None, emojiclip: bool = True) -> Pic
         classes=labels,
         truth=torch.tensor([concept for _, concept in drawings]),
         vocabulary=labels,
+        words=list(words or labels),
     )
 
 
@@ -101,8 +108,12 @@ def folder_pictures(
     seed: int,
     max_images: int,
     open_images: Callable[[str | Path], ImageDataset] = open_dataset,
+    words: Sequence[str] | None = None,
 ) -> Pictures:
-    """A user's images, four fifths for the SAE. Vocabulary: class names, if any, and bundled ones.
+    """A user's images, four fifths for the SAE.
+
+    Predictions are among the classes where there are two or more, else among the words, by default
+    bundled ones.
 
     Raises ValueError for fewer than 10 images.
     """
@@ -122,18 +133,21 @@ def folder_pictures(
     concepts = spread([concept.label for concept in EmojiStyles().concepts], 300)
     if dataset.classes is None:
         names = [name[:60] for name in sample_names(chosen)]
-        return Pictures(chosen, groups, train, names, None, None, concepts)
+        named = list(words or concepts)
+        return Pictures(chosen, groups, train, names, None, None, named, named)
     classes = [name.replace("_", " ") for name in dataset.classes]
-    others = [concept for concept in concepts if concept not in set(classes)]
+    named = list(words or dict.fromkeys([*classes, *concepts]))
     several = len(classes) > 1
+    shown = zip(chosen.targets, file_names(chosen))
     return Pictures(
         dataset=chosen,
         groups=groups,
         train=train,
-        names=[classes[target] for target in chosen.targets],
+        names=[f"{classes[target]} · {file[:60]}" for target, file in shown],
         classes=classes if several else None,
         truth=torch.tensor(chosen.targets) if several else None,
-        vocabulary=[*classes, *others],
+        vocabulary=classes if several else named,
+        words=named,
     )
 
 

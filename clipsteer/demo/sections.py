@@ -30,8 +30,8 @@ def training(
     unexplained = Line("FVU", steps, [h["fvu"] for h in history])
     dead = Line("dead", steps, [100 * h["dead"] for h in history])
     curves = grid(
-        Chart("Variance unexplained", unexplained, x="step", y=Axis(low=0)),
-        Chart("Dead features, %", dead, x="step", y=Axis(low=0)),
+        Chart("Variance unexplained", unexplained, x="step", y=Axis("share of variance", low=0)),
+        Chart("Dead features", dead, x="step", y=Axis("% of features", low=0)),
     )
     by_text = found["named_by"] == "text"
     score = "top1" if by_text else "linear"
@@ -49,12 +49,7 @@ def training(
             ]
         )
     return [
-        text(
-            f"{sae.d_sae} features over tokens of width {sae.d_in}, of which each token may use "
-            f"{sae.k}: the top-k autoencoder of Gao et al. 2024. It learns from the first group "
-            "of images alone."
-        ),
-        curves,
+        *_what(sae, bool(history), curves),
         table(
             [
                 "images",
@@ -76,6 +71,18 @@ def training(
             + ("with one prompt each." if by_text else "of a linear probe, five-fold."),
         ),
     ]
+
+
+def _what(sae: Any, here: bool, curves: Html) -> list[Html]:
+    """The SAE in words, and how it was trained where that was done ``here``."""
+    size = f"{sae.d_sae} features over tokens of width {sae.d_in}"
+    if not here:
+        return [text(f"{size}: {sae.architecture}, trained before.")]
+    words = (
+        f"{size}, of which each token may use {sae.k}: the top-k autoencoder of Gao et al. 2024. "
+        "It learns from the first group of images alone."
+    )
+    return [text(words), curves]
 
 
 def _hurts(row: Mapping[str, Any]) -> bool:
@@ -210,17 +217,18 @@ def _examples(pictures: Pictures, found: Mapping[str, Any]) -> Html:
         for example in found["examples"][way]:
             row = example["row"]
             image = figures([(pictures.thumb(row), "", pictures.names[row])], size="3.2rem")
-            body.append([image, words(*example["before"]), words(*example["after"])])
+            seen = [words(*example[when]) for when in ("before", "after")]
+            body.append([image, pictures.names[row], *seen])
         return body
 
     return cards(
         card(
             f"Keep {name}, on other images",
-            table(["image", "seen as", "steered"], rows("itself"), words=True),
+            table(["image", "it is", "seen as", "steered"], rows("itself"), words=True),
         ),
         card(
             f"NOT {name}, on images of that {found['what']}",
-            table(["image", "seen as", "steered"], rows("not"), words=True),
+            table(["image", "it is", "seen as", "steered"], rows("not"), words=True),
         ),
     )
 

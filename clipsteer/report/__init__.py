@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from clipsteer.report.page import table as table
     from clipsteer.report.page import text as text
     from clipsteer.report.page import write_csv as write_csv
+    from clipsteer.report.runs import run_charts as run_charts
+    from clipsteer.report.runs import write_run_page as write_run_page
 
 # names from before the wings
 if TYPE_CHECKING:

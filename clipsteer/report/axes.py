@@ -11,6 +11,7 @@ from clipsteer.report.page import LINE, width_of
 
 Number = float | None
 Values = Sequence[Number]
+_FILLED = 2 / 3  # of an axis by its values, at least
 _RARE_SHARES = tuple(10.0**-k for k in range(9, 2, -1))
 _USUAL_SHARES = (0.01, 0.02, 0.05, *(i / 10 for i in range(1, 10)), 0.95, 0.98, 0.99)
 
@@ -35,15 +36,28 @@ def number(value: float) -> str:
     return f"{value:,.4g}" if size < 1e4 else f"{value:,.0f}"
 
 
+def _round_step(low: float, high: float) -> float:
+    """Of about five round steps from low to high."""
+    raw = (high - low) / 5
+    step = 10 ** math.floor(math.log10(raw))
+    return step * next(m for m in (1, 2, 2.5, 5, 10) if m * step >= raw * 0.999)
+
+
 def round_values(low: float, high: float) -> list[float]:
     """A few round values inside [low, high], at least one."""
     if low == high:
         return [low]
-    raw = (high - low) / 4
-    step = 10 ** math.floor(math.log10(raw))
-    step *= next(m for m in (1, 2, 2.5, 5, 10) if m * step >= raw * 0.999)
+    step = _round_step(low, high)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def round_values_around(low: float, high: float) -> list[float]:
+    """A few round values from one at most ``low`` to one at least ``high``."""
+    step = _round_step(low, high)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, last + 1)]
 
 
@@ -66,16 +80,14 @@ class Scale:
 
     Attributes:
         forward, back: from a value to its place, increasing, and from a place to its value.
-        candidates: values worth writing between two places, the coarsest first.
+        candidates: values worth writing around two places, the coarsest first.
         show: how a value is written.
-        pad: how far an axis goes beyond its values.
     """
 
     forward: Callable[[Any], float]
     back: Callable[[float], float]
     candidates: Callable[[float, float], Iterable[Sequence[float]]]
     show: Callable[[float], str] = number
-    pad: float = 0.0
 
     def place(self, value: Number) -> float:
         """NaN for a value that has no place here."""
@@ -97,11 +109,29 @@ class Scale:
                 return inside
         return round_values(self.back(low), self.back(high))
 
+    def around(self, low: float, high: float) -> tuple[float, float]:
+        """The places of the next values worth writing: the coarsest of which three are there, and
+        of whose room the values between fill most."""
+        for values in self.candidates(low, high):
+            places = [self.place(value) for value in values]
+            below = [place for place in places if place <= low]
+            above = [place for place in places if place >= high]
+            if below and above and high - low >= _FILLED * (above[0] - below[-1]):
+                inside = [place for place in places if below[-1] <= place <= above[0]]
+                if len(inside) >= 3:
+                    return below[-1], above[0]
+        ends = self.back(low), self.back(high)
+        if not ends[0] < ends[1]:
+            return low, high
+        first, *_, last = map(self.place, round_values_around(*ends))
+        # round values may have no place, as 0 in decades
+        return (first if first <= low else low), (last if last >= high else high)
+
 
 SCALES = {
     "linear": Scale(float, float, lambda low, high: ()),
     "log": Scale(math.log10, lambda place: 10.0 ** min(place, 308.0), _powers),
-    "logit": Scale(logit, sigmoid, _shares, lambda share: f"{100 * share:.10g}", pad=0.15),
+    "logit": Scale(logit, sigmoid, _shares, lambda share: f"{100 * share:.10g}"),
 }
 
 
@@ -112,7 +142,8 @@ class Axis:
     Attributes:
         label: what it measures.
         scale: "linear", "log" (decades) or "logit" (log odds of shares, written in per cent).
-        low, high: values at its ends; what lies beyond is drawn at the end.
+        low, high: values at its ends, by default the next that are written; what lies beyond is
+            drawn at the end.
         ticks: values to write at it.
         names: instead of values, names of its parts; from the top where it is upright.
     """
@@ -140,11 +171,15 @@ class Axis:
                 return Ruler(self, scale, 0.0, count, start, end)
             return Ruler(self, scale, count, 0.0, start, end)
         places = [scale.place(value) for value in values]
-        low = min(places) - scale.pad if self.low is None else scale.place(self.low)
-        high = max(places) + scale.pad if self.high is None else scale.place(self.high)
+        low = min(places) if self.low is None else scale.place(self.low)
+        high = max(places) if self.high is None else scale.place(self.high)
         if high <= low:
             size = abs(low) if self.scale == "linear" else 0.0
             high = low + (size or 1.0)
+        if self.ticks is None:
+            first, last = scale.around(low, high)
+            low = first if self.low is None else low
+            high = last if self.high is None else high
         return Ruler(self, scale, low, high, start, end)
 
 

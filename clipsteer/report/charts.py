@@ -18,8 +18,17 @@ from typing import Any
 
 from clipsteer.io.names import spoken
 from clipsteer.report.axes import SCALES, Axis, Ruler
-from clipsteer.report.layers import LEFT, NAMES, Frame, Layer, Plot, Scales
-from clipsteer.report.page import FOLDER, LINE, Html, lines_of, render, width_of, write_whole
+from clipsteer.report.layers import COLOURS, LEFT, NAMES, Frame, Layer, Line, Plot, Scales
+from clipsteer.report.page import (
+    FOLDER,
+    LINE,
+    Html,
+    lines_of,
+    render,
+    shortened,
+    width_of,
+    write_whole,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -79,13 +88,18 @@ class Chart:
         y = y_axis.between(foot, _TOP, [point[1] for point in points])
         names = max((width_of(label) for _, label in y.ticks()), default=0.0)
         left = max(LEFT, min(names, NAMES) + 8)
-        right = self.width - max(layer.right for layer in self.layers)
+        named = self._named(scales, height)
+        room = max((width_of(name) + 6 for name in named.values()), default=0.0)
+        right = self.width - max(room, *(layer.right for layer in self.layers))
         x = x_axis.between(left, right, [point[0] for point in points])
         drawn = []
         count = 0
         for layer in self.layers:
             drawn.append(layer.drawn(Plot(x, y, count)))
             count += layer.lines
+        ends = {i: drawn[i].told[-1][1] for i in named}
+        for i, at in _apart(ends, _TOP, foot).items():
+            drawn[i] = drawn[i]._replace(words=[(named[i], right + 5, at, "start", room)])
         return {
             **scene,
             "spoken": self._spoken(y),
@@ -98,6 +112,15 @@ class Chart:
             "top": -17.0 if y_axis.label else 0.0,
             "bottom": foot + (34 if x_axis.label else 20 if x.ticks() else 2),
         }
+
+    def _named(self, scales: Scales, height: float) -> dict[int, str]:
+        """Of the layers, the lines that have their name at their end: where several are, as many
+        as can be told apart and have room."""
+        lines = {}
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, Line) and layer.points(scales):
+                lines[i] = shortened(layer.name, NAMES - 6)
+        return lines if 1 < len(lines) <= min(COLOURS, height // LINE) else {}
 
     def _spoken(self, y: Ruler) -> str:
         said = [layer.spoken() for layer in self.layers if layer.spoken()]
@@ -155,6 +178,18 @@ class Chart:
             return [path]
         png = svg_to_bytes(svg_string=source, width=1600, background="#ffffff")
         return [path, write_whole(path.with_suffix(".png"), bytes(png))]
+
+
+def _apart(ends: dict[int, float], top: float, foot: float) -> dict[int, float]:
+    """Heights a line of words apart, near those that were asked for."""
+    placed = {}
+    low = top
+    for left, (i, at) in enumerate(sorted(ends.items(), key=lambda pair: pair[1])):
+        # those below need their room, too
+        last = foot - LINE * (len(ends) - left - 1)
+        placed[i] = min(max(at, low), last)
+        low = placed[i] + LINE
+    return placed
 
 
 def write_svg(path: str | os.PathLike[str], chart: Chart) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 from clipsteer.report.axes import Axis, Number, Ruler, Scale, Values, number
@@ -12,7 +13,9 @@ from clipsteer.report.page import LINE, lines_of
 
 LEFT = 46.0
 NAMES = 116.0  # the most room that names have at an upright axis
+COLOURS = 8
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
+_TOLD = 60  # points of a line at most that say what they are
 
 
 class Frame(NamedTuple):
@@ -59,6 +62,7 @@ class Drawn(NamedTuple):
     boxes: Sequence[Box] = ()
     words: Sequence[tuple[Any, ...]] = ()  # words, x, y, anchor, room
     key: str = ""  # in the legend
+    told: Sequence[tuple[float, float, str]] = ()  # x, y, and what a page says there
 
 
 class Plot(NamedTuple):
@@ -135,15 +139,20 @@ class Line(Layer):
         if len(rows) == 1 and not symbols:
             ((x, y),) = rows
             symbols = [("dot", plot.x.at(x), plot.y.at(y))]
+        told = []
+        for x, y in [*rows[:-1][:: math.ceil(len(rows) / _TOLD) or 1], *rows[-1:]]:
+            at = f"{plot.x.scale.show(x)}: {plot.y.scale.show(y)}"
+            told.append((plot.x.at(x), plot.y.at(y), f"{self.name}, {at}"))
         return Drawn(
-            colour=f"s{plot.line % 4}",
+            colour=f"s{plot.line % COLOURS}",
             # every pair of a colour and a dash once, before one comes again
-            dashes=_DASHES[(plot.line + plot.line // 4) % 4],
+            dashes=_DASHES[(plot.line + plot.line // COLOURS) % len(_DASHES)],
             width=2,
             path=plot.path(rows),
             band=self._band(plot),
             symbols=symbols,
             key=f"{self.name}: {last}" if self.label is None else self.label,
+            told=told,
         )
 
     def _band(self, plot: Plot) -> str:
@@ -192,16 +201,18 @@ class Bars(Layer):
     """Horizontal bars: (name, value) or (name, value, shown text).
 
     Where a value is negative, 0 is in the middle. ``limit`` is the value of a whole bar, by default
-    the largest.
+    the largest; ``intervals`` are lows and highs, a thin line each.
     """
 
     items: Sequence[tuple[Any, ...]]
     limit: float | None = None
+    intervals: Sequence[tuple[float, float]] = ()
     width = 300.0
     right = 46.0
 
     def framed(self, frame: Frame) -> Frame:
-        values = [item[1] for item in self.items if math.isfinite(item[1])]
+        values = [item[1] for item in self.items]
+        values = list(filter(math.isfinite, [*values, *chain(*self.intervals)]))
         top = self.limit or max(map(abs, values), default=0.0) or 1.0
         low = -top if min(values, default=0.0) < 0 else 0.0
         names = [str(item[0]) for item in self.items]
@@ -228,6 +239,9 @@ class Bars(Layer):
             colour = "s1" if value < 0 else "s0"
             boxes.append(Box("line", plot.x.start, plot.x.end, y - 6, y + 6))
             boxes.append(Box(colour, min(ends), max(ends), y - 6, y + 6))
+            if self.intervals and all(map(math.isfinite, self.intervals[i])):
+                low, high = map(plot.x.at, self.intervals[i])
+                boxes.append(Box("fg", low, high, y - 1, y + 1))
             words.append((written, self.width, y, "end", self.right))
         return Drawn(boxes=boxes, words=words)
 

@@ -15,7 +15,9 @@ import base64
 import csv
 import functools
 import io
+import itertools
 import os
+import re
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -82,6 +84,14 @@ def lines_of(words: Any, room: float) -> list[str]:
     words = str(words)
     letter = width_of(words) / max(len(words), 1)
     return textwrap.wrap(words, max(int(room / max(letter, 1.0)), 1))
+
+
+def shortened(words: Any, room: float) -> str:
+    """The words of a drawing, cut where their room ends."""
+    words = str(words)
+    while width_of(words) > room:
+        words = words.rstrip("…")[:-1].rstrip() + "…"
+    return words
 
 
 def text(*parts: Any, css: str = "") -> Html:
@@ -257,15 +267,19 @@ class Page:
         self.subtitle = subtitle
         self.footer = footer
         self.language = language
-        self._sections: list[tuple[Any, Sequence[Any]]] = []
+        self._sections: list[tuple[Any, str, Sequence[Any]]] = []
 
     def section(self, heading: Any, *parts: Any) -> None:
         """Add a section; parts that are no markup become escaped paragraphs."""
-        self._sections.append((heading, parts))
+        words = re.sub(r"[^a-z0-9]+", "-", str(heading).lower()).strip("-") or "section"
+        taken = {anchor for _, anchor, _ in self._sections}
+        numbered = (f"{words}-{i}" for i in itertools.count(2))
+        anchor = next(name for name in itertools.chain([words], numbered) if name not in taken)
+        self._sections.append((heading, anchor, parts))
 
     def lead(self, *parts: Any) -> None:
         """Add blocks without a heading, under the title."""
-        self._sections.append((None, parts))
+        self._sections.append((None, "", parts))
 
     def html(self) -> str:
         """The whole page."""

@@ -123,7 +123,7 @@ def test_the_glow_of_padding_is_not_shown():
 def test_the_demo_draws_it_so(monkeypatch):
     """The demo's own function, with a model that crops the centre."""
     picture = blue_at_200()
-    pictures = Pictures(ImageDataset(lambda _: picture, [0]), {}, [0], ["x"], None, None, [])
+    pictures = Pictures(ImageDataset(lambda _: picture, [0]), {}, [0], ["x"], None, None, [], [])
     grid = np.array([[1.0, 0.0], [1.0, 0.0]])
 
     class Clip:

@@ -84,6 +84,53 @@ def test_demo_runs_on_a_users_model_and_images(finished):
     assert result.lines()
 
 
+def test_an_sae_that_there_is_and_words_of_ones_own(finished, tiny_model, tmp_path):
+    (first, _), options = finished
+    words = ["a ball", "a crate", "paint"]
+    more = {**options, "model": tiny_model[0], "sae": first.sae, "words": words}
+    result = demo.run(tmp_path / "out", **more)
+    assert result.sae == first.sae
+    assert not (tmp_path / "out" / "sae").exists()
+    found, before = (json.loads(run.metrics.read_text()) for run in (result, first))
+    assert found["sae"] == before["sae"]
+    # predictions are among the three classes as before, features are named in the words
+    assert (found["vocabulary"], found["words"]) == (3, 3)
+    assert (before["vocabulary"], before["words"]) == (3, 303)
+    named = {name for feature in found["steering"]["features"] for name, _ in feature["looks_like"]}
+    assert named
+    assert named <= set(words)
+    pushed = {name for feature in found["steering"]["features"] for name, _ in feature["effect"]}
+    assert pushed <= {"red disc", "blue box", "green disc"}
+    page = result.page.read_text(encoding="utf-8")
+    assert "trained before" in page
+    assert f"from_pretrained({str(first.sae)!r})" in html.unescape(page)
+    # the file and the truth of each picture
+    assert re.search(r"[✓✗] (red disc|blue box|green disc) · \d+\.png", page)
+    with pytest.raises(ValueError, match=r"no.such.*matches 0"):
+        demo.run(tmp_path / "no", **{**more, "hook_point": "visual.no.such"})
+
+
+def test_what_one_picture_loses_of_its_own_name_is_no_effect():
+    one = explore.Feature(3, 1.0, 0.1, [0], [])
+
+    class Predictor:
+        sae = clip = hook_point = None
+        tokens = "all"
+        head = torch.eye(3)
+        of = staticmethod(lambda embeddings: embeddings)
+
+    clean = torch.tensor([[0.9, 0.05, 0.05], [0.05, 0.5, 0.45], [0.05, 0.5, 0.45]])
+    change = torch.tensor([[-0.3, 0.6, -0.3]])
+    pictures = demo_pictures.Pictures(ImageDataset(None, [""] * 3), {}, [], [], None, None, ["a", "b", "c"], [])
+    with pytest.MonkeyPatch.context() as patch:
+        found = type("Found", (), {"change": change, "score": change.square().sum(1)})
+        patch.setattr(explore, "steerability", lambda *args, **options: found)
+        explore.probe(Predictor(), pictures, clean, [0, 1, 2], [one], 5.0)
+    # "a" is lost by the first picture alone, "c" by two
+    assert [name for name, _ in one.effect] == ["b", "c"]
+    assert one.steerability == pytest.approx(0.54)
+
+
 def test_a_tower_without_text_predicts_among_the_means_of_classes(image_folder, tmp_path):
     options = {"model": "timm:test_vit", "pretrained": "random", "data": image_folder, "minutes": 0.002}
     result = demo.run(tmp_path / "out", **options)
@@ -227,7 +274,7 @@ def test_without_a_few_classes_the_conceptor_section_says_so():
     dataset = ImageDataset(lambda i: None, [0] * 40)
     groups = {"train": list(range(30)), "held-out": list(range(30, 40))}
     make = lambda classes, truth: demo_pictures.Pictures(
-        dataset, groups, groups["train"], [""] * 40, classes, truth, ["x"] * 40
+        dataset, groups, groups["train"], [""] * 40, classes, truth, ["x"] * 40, ["x"]
     )
     assert "no classes" in demo_conceptors.kinds_of(make(None, None), False)
     many = demo_conceptors.kinds_of(make([str(i) for i in range(10)], torch.arange(40) % 10), False)

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests._command import in_processes
 from torch.nn.functional import normalize
 
+from _command import in_processes
 from clipsteer import DRRhoLoss, losses
 
 open_clip_losses = pytest.importorskip("open_clip.loss")
@@ -97,7 +97,7 @@ if size > 1:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_every_flag_equals_open_clips_own_module(size: int, tmp_path: Path) -> None:
-    in_processes(tmp_path, WORKER, size, size=size)
+    in_processes(WORKER, size, size=size)
 
 
 def features(B: int, *widths: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -270,7 +270,7 @@ dist.destroy_process_group()
 
 
 def test_uneven_processes_and_wrong_ranks_are_refused_by_all(tmp_path: Path) -> None:
-    in_processes(tmp_path, UNEVEN, size=2)
+    in_processes(UNEVEN, size=2)
 
 
 def test_drrho_takes_open_clips_call_and_the_models_temperature() -> None:
@@ -341,4 +341,4 @@ dist.destroy_process_group()
 
 def test_drrho_trains_the_models_temperature_under_data_parallel_training(tmp_path: Path) -> None:
     """Three steps, which end where one process with the whole batch does."""
-    in_processes(tmp_path, DATA_PARALLEL, size=2)
+    in_processes(DATA_PARALLEL, size=2)

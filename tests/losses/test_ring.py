@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests._command import in_processes
 from torch.nn.functional import normalize
 
+from _command import in_processes
 from clipsteer import ops
 from clipsteer.ops._sweeps import low_level
 
@@ -51,7 +51,7 @@ os._exit(0)
     ],
 )
 def test_a_process_that_is_gone_ends_the_others_with_an_error(kind: str, how: str, tmp_path: Path) -> None:
-    in_processes(tmp_path, LOST, kind, how, size=3, timeout=60)
+    in_processes(LOST, kind, how, size=3, timeout=60)
 
 
 def test_a_block_of_others_has_no_partners() -> None:
@@ -89,7 +89,7 @@ def test_triton_sweeps_a_block_of_others(interpret) -> None:
 
 
 def test_a_process_sends_as_much_as_with_a_gather_and_a_sum(tmp_path: Path) -> None:
-    in_processes(tmp_path, SENT, size=3)
+    in_processes(SENT, size=3)
 
 
 SENT = """

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tests._command import in_processes
 
+from _command import in_processes
 from clipsteer.reference.losses import ContrastiveLoss, SigmoidLoss, select_learnable
 
 
@@ -118,7 +118,7 @@ if size > 1:
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_tiles_give_what_whole_matrices_do(size, tmp_path):
     """Value and gradients, with uneven processes, one of them without a pair."""
-    in_processes(tmp_path, BOTH, size, size=size)
+    in_processes(BOTH, size, size=size)
 
 
 def test_clip_never_scales_by_more_than_100():

@@ -184,7 +184,7 @@ def test_processes_with_uneven_shares_equal_one_on_the_joint_batch(tmp_path, siz
     cases = {
         f"{b}-{d}-{r}": (SPLITS[size], d, b, r) for b in backends for d in ("float32", "float64") for r in (True, False)
     }
-    in_processes(tmp_path, WORKER, tmp_path, json.dumps(cases), size=size)
+    in_processes(WORKER, tmp_path, json.dumps(cases), size=size)
     scope = {"__name__": "worker"}
     exec(compile(WORKER, "worker.py", "exec"), scope)
     for name, (splits, dtype, backend, reference) in cases.items():
@@ -257,7 +257,7 @@ torch.distributed.destroy_process_group()
 
 def test_no_value_is_read_in_a_step_of_several_processes(tmp_path):
     """So that a CUDA graph can hold a step, and the host runs ahead of the GPU."""
-    in_processes(tmp_path, UNREAD)
+    in_processes(UNREAD)
 
 
 COUNTED = """
@@ -280,4 +280,4 @@ dist.destroy_process_group()
 
 
 def test_rows_are_counted_between_hosts(tmp_path):
-    in_processes(tmp_path, COUNTED)
+    in_processes(COUNTED)

@@ -12,6 +12,7 @@ import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,7 +89,7 @@ def test_page_is_well_formed_self_contained_and_escaped(tmp_path):
     assert "<b>" not in markup
     for tag, attrs in checker.tags:
         for name in ("src", "href"):
-            assert attrs.get(name, "data:").startswith("data:"), (tag, attrs)
+            assert attrs.get(name, "data:").startswith(("data:", "#")), (tag, attrs)
         if tag == "img":
             assert attrs["alt"]
         if tag == "svg":
@@ -206,12 +207,81 @@ def test_constant_series_and_single_points(scale):
     assert 46 <= x <= 390
     assert 10 <= y <= 186
     alone = str(Chart("t", Line("one", [0.5], [0.5]), x=axis, y=axis))
-    assert alone.count("<circle") == 1
+    assert alone.count('r="2.5"') == 1
 
 
 def test_up_to_sixteen_lines_differ():
     chart = str(Chart("many", *(Line(str(i), [0, 1], [0, i]) for i in range(16))))
-    assert len(set(re.findall(r'<polyline points="[^"]*" (style="[^"]*" stroke-dasharray="[^"]*")', chart))) == 16
+    drawn = re.findall(r'<polyline points="[^"]*" style="([^"]*)" stroke-dasharray="([^"]*)"', chart)
+    assert len(set(drawn)) == 16
+    assert len({colour for colour, _ in drawn}) == 8
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of WCAG 2."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_words_and_lines_stand_out_in_light_and_in_dark():
+    style = (Path(report.__file__).parent / "style.css").read_text(encoding="utf-8")
+    light, dark = (dict(re.findall(r"--(\w+): (#\w+)", part)) for part in style.split("@media screen")[:2])
+    light = {
+        name: value if len(value) == 7 else "#" + "".join(2 * c for c in value[1:]) for name, value in light.items()
+    }
+    assert light.keys() == dark.keys()
+    assert {f"s{i}" for i in range(8)} < light.keys()
+    for colours in (light, dark):
+        for name in ("fg", "soft", *(f"s{i}" for i in range(8))):
+            for ground in ("bg", "card"):
+                low, high = sorted([luminance(colours[name]), luminance(colours[ground])])
+                # words are of the first three; what is drawn needs 3
+                assert (high + 0.05) / (low + 0.05) >= (4.5 if name in ("fg", "soft", "s0") else 3), (name, ground)
+
+
+def test_several_lines_are_named_where_they_end():
+    def named(count, name="line {}"):
+        lines = [Line(name.format(i), [0, 1], [0, 1 + i / 50]) for i in range(count)]
+        spans = re.findall(r'text-anchor="start"[^>]*><tspan x="([\d.]+)" y="([\d.]+)" [^>]*>([^<]*)<',
+                           str(Chart("t", *lines, x="x")))  # fmt: skip
+        return [(float(x), float(y), text) for x, y, text in spans]
+
+    # under each other, the last value first, though their ends are nearer
+    words = named(6)
+    assert sorted(text for *_, text in words) == [f"line {i}" for i in range(6)]
+    words.sort(key=lambda word: word[1])
+    assert [text for *_, text in words] == [f"line {i}" for i in reversed(range(6))]
+    assert all(b[1] - a[1] >= 11.99 for a, b in pairwise(words))
+    assert all(10 <= y <= 186 for _, y, _ in words)
+    assert named(1) == named(9) == []
+    (_, _, text), _ = named(2, "a name that is much too long {}")
+    assert text.startswith("a name")
+    assert text.endswith("…")
+
+
+def test_points_say_on_a_page_what_they_are():
+    chart = Chart("t", Line("<a>", [0, 5, 10], [0.25, NAN, 1.0]), x="step")
+    assert re.findall(r"<circle[^>]*><title>([^<]*)</title>", str(chart)) == ["&lt;a&gt;, 0: 0.25", "&lt;a&gt;, 10: 1"]
+    assert "class=" not in chart.svg()
+    long = str(Chart("t", Line("a", range(1000), range(1000))))
+    assert 50 < long.count("<circle") <= 62
+    assert "a, 999: 999" in long
+
+
+def test_a_page_lists_its_sections_and_links_to_each():
+    page = report.Page("t")
+    page.lead("above")
+    for heading in ("One & all", "One  all", "…", "…", report.Html("<em>x</em>")):
+        page.section(heading, "part")
+    checker = parse(page.html())
+    anchors = [attrs["id"] for tag, attrs in checker.tags if tag == "h2"]
+    assert len(set(anchors)) == 5
+    assert anchors[0] == "one-all"
+    links = [attrs["href"] for tag, attrs in checker.tags if tag == "a"]
+    assert links[:5] == links[5:] == [f"#{anchor}" for anchor in anchors]
+    # two sections need no contents
+    assert "<nav" not in full_page().html()
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 7), (0, 1e-6), (12.1, 12.4), (-1e6, 1e7), (0.7, 0.9)])
@@ -223,10 +293,12 @@ def test_round_values_are_inside_and_few(low, high):
 
 
 @pytest.mark.parametrize(("scale", "low", "high", "expected"), [
-    ("linear", 0, 1, "0 0.25 0.5 0.75 1"),
+    ("linear", 0, 1, "0 0.2 0.4 0.6 0.8 1"),
     ("log", 0.01, 100, "0.01 0.1 1 10 100"),
-    ("log", 0.8, 30, "1 2 5 10 20"),
-    ("log", 3.1, 3.9, "3.2 3.4 3.6 3.8"),
+    ("log", 0.8, 30, "0.5 1 2 5 10 20 50"),
+    ("log", 3.1, 3.9, "3 3.2 3.4 3.6 3.8 4"),
+    ("linear", 0.21, 0.93, "0.2 0.4 0.6 0.8 1"),
+    ("linear", 0.0, 1e-7, None),
     ("log", 5e-324, 1.7e308, None),
     ("logit", 0.2, 0.8, "20 30 40 50 60 70 80"),
     ("logit", 0.31, 0.44, "30 35 40 45"),
@@ -264,7 +336,7 @@ def test_scales_place_points_by_decades_and_by_log_odds():
     assert shares("logit", [0.01, 0.3, 0.999]) == pytest.approx([(odds[1] - odds[0]) / (odds[2] - odds[0])], abs=0.003)
     # 0 and 1 have no place unless they are shares of a number of things
     assert (report.logit(0.0, 9), report.logit(1.0, 9)) == pytest.approx((math.log(0.5 / 9.5), math.log(9.5 / 0.5)))
-    assert lines(Chart("t", Line("a", [0, 1, 2], [0.0, 0.5, 1.0]), y=Axis(scale="logit"))) == [[(46.0, 98.0)]]
+    assert lines(Chart("t", Line("a", [0, 1, 2], [0.0, 0.5, 1.0]), y=Axis(scale="logit"))) == [[(46.0, 186.0)]]
 
 
 def test_ends_of_axes():
@@ -279,11 +351,14 @@ def test_ends_of_axes():
 
 def test_a_trend_stays_inside_and_widens_nothing():
     dots = Dots([0.1, 0.9], [0.1, 0.9])
-    chart = Chart("t", Trend("steep", lambda x: min(max(4 * x - 1.5, 0.0), 1.0)), dots, x=Axis(), y=Axis())
+    chart = Chart("t", Trend("steep", lambda x: 4 * x - 1.5), dots, x=Axis(), y=Axis())
     (path,) = lines(chart)
     assert 20 < len(path) < 60
     assert all(10 <= y <= 186 for _, y in path)
-    assert re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', str(chart)) == [("46.0", "186.0"), ("390.0", "10.0")]
+    alone = str(Chart("t", dots))
+    assert re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', str(chart)) == re.findall(
+        r'<circle cx="([\d.]+)" cy="([\d.]+)"', alone
+    )
 
 
 def bars(*items, **options) -> list[tuple[str, float, float]]:
@@ -300,6 +375,10 @@ def test_bars_keep_sign_and_proportion():
     assert bars(("a", 1.0), ("b", -0.5)) == [("s0", 0.5, 1.0), ("s1", 0.25, 0.5)]
     assert bars(("a", 2.0), ("b", 1.0)) == [("s0", 0.0, 1.0), ("s0", 0.0, 0.5)]
     assert bars(("a", 2.0), ("b", NAN), limit=4.0) == [("s0", 0.0, 0.5), ("s0", 0.0, 0.0)]
+    # intervals, of which one is wider than any bar
+    within = str(Chart("", Bars([("a", 1.0), ("b", 0.5)], intervals=[(0.5, 2.0), (NAN, NAN)])))
+    assert re.findall(r'<rect x="([\d.]+)" y="[^"]+" width="([\d.]+)" height="2.0"[^>]*var\(--fg\)', within)
+    assert bars(("a", 1.0), ("b", 0.5), intervals=[(NAN, NAN), (0.0, 2.0)])[0] == ("s0", 0.0, 0.5)
     chart = str(Chart("", Bars([("up", 0.5), ("down <b>", -0.25, "−25")])))
     assert "<desc>up: 0.5; down &lt;b&gt;: −25</desc>" in chart
     # a long name is told whole, in lines
@@ -372,7 +451,7 @@ def test_page_and_file_show_one_chart(tmp_path):
     root = ET.fromstring(text)
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert root.find("{*}title").text == chart.title
-    assert root.find("{*}desc").text.startswith("share, % against size, from 17.7")
+    assert root.find("{*}desc").text.startswith("share, % against size, from 20 to 99")
     for pattern in (r'points="([^"]+)"', r'r="4.5"', r'stroke-dasharray="([^"]*)"', r"rotate\(45\)"):
         assert re.findall(pattern, text) == re.findall(pattern, page)
     said = " ".join(span.text for span in root.iter("{http://www.w3.org/2000/svg}tspan"))
@@ -456,3 +535,28 @@ def test_markdown_and_csv(tmp_path):
     assert report.markdown_table(["a", "b"], [[1, "x"]]) == ["| a | b |", "| --- | --- |", "| 1 | x |"]
     report.write_csv(tmp_path / "t.csv", [{"a": 1 / 3, "b": "x,y"}, {"a": 2, "b": ""}])
     assert (tmp_path / "t.csv").read_text() == 'a,b\n0.333333,"x,y"\n2,\n'
+
+
+def test_the_page_of_a_run_has_its_curves_and_settings(tmp_path):
+    records = [
+        {"step": s, "loss": 1 / s, "fvu": 0.5 / s, "fvu_24": 0.9 / s, "dead": 0.0, "val/a": s, "val/b": 2.0,
+         "lr": 10.0**-s}
+        for s in range(1, 6)
+    ]  # fmt: skip
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    settings = {"lr": 1e-3, "sizes": (1, 2), "nothing": None}
+    path = report.write_run_page(tmp_path, "A <run>", settings=settings, following="clipsteer x")
+    markup = path.read_text(encoding="utf-8")
+    checker = parse(markup)
+    assert path == tmp_path / "report.html"
+    charts = report.run_charts(records)
+    # what never changes has no curve, how it was learnt comes last
+    assert [chart.title for chart in charts] == ["loss", "fvu", "val", "lr"]
+    assert [len(chart.layers) for chart in charts] == [1, 2, 2, 1]
+    assert charts[3].frame.y.scale == "log"
+    said = "".join(checker.text)
+    for word in ("A <run>", "clipsteer x", "fvu_24: 0.18", "0.001", "1, 2"):
+        assert word in said
+    assert "nothing" not in said
+    (tmp_path / "log.jsonl").unlink()
+    assert "Nothing was logged twice" in report.write_run_page(tmp_path, "t").read_text(encoding="utf-8")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import _plain_sae as plain
 from _command import run
+from _tiny import drawings
 from clipsteer import SAE, FileFormatError, SAESteering, TrainConfig, train_sae
 from clipsteer.sae.trainer import SAETrainer
 from clipsteer.training.settings import SettingError
@@ -188,19 +189,22 @@ def test_steering_is_that_of_all_features():
 def test_the_command_line_trains_and_measures_every_prefix(tmp_path, capsys):
     out = tmp_path / "run"
     options = ["--matryoshka", "24,96,384", "--k", "8", "--steps", "40", "--warmup-steps", "5", "--lr", "2e-3"]
-    data = ["--data", "emoji:noto:seen", "--batch-size", "512", "--log-every", "1", "--device", "cpu"]
+    options += ["--batch-size", "512", "--log-every", "1"]
+    data = ["--data", drawings(tmp_path / "drawings"), "--device", "cpu"]
     code, _, err = run(capsys, "sae", "train", "--out", out, *options, *data)
     assert code == 0, err
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     names = ("fvu_24", "fvu_96", "fvu")
     for name in names:
         assert records[-1][name] < 0.9 * records[0][name], name
+    assert "fvu_24" in (out / "report.html").read_text(encoding="utf-8")
     figures = tmp_path / "figures.json"
-    code, shown, err = run(capsys, "sae", "eval", out, "--out", figures, "--device", "cpu")
+    code, shown, err = run(capsys, "sae", "eval", out, "--out", figures, *data)
     assert code == 0, err
     found = json.loads(figures.read_text())
     assert 1 > found["fvu_24"] > found["fvu_96"] > found["fvu"] > 0
     assert all(f"{name:<16} {found[name]:.6g}" in shown for name in names)
+    assert f"{found['ev']:.4f}" in figures.with_suffix(".html").read_text(encoding="utf-8")
     for wrong in ("96,24,384", "24,x", "24,,384", ""):
         code, _, err = run(capsys, "sae", "train", "--out", tmp_path / "no", "--matryoshka", wrong)
         assert code == 2

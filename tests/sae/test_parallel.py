@@ -69,7 +69,7 @@ def rows(seed=0):
 
 def run(folder, worker, *args, size):
     torch.save(rows(), folder / "rows.pt")
-    in_processes(folder, worker, folder, *args, size=size)
+    in_processes(worker, folder, *args, size=size)
 
 
 def alone(settings, **options):
@@ -338,7 +338,7 @@ with open(f"{sys.argv[1]}/peak-{world.size}-{world.rank}", "w") as file:
 @pytest.mark.slow
 def test_the_memory_of_a_dictionary_is_divided(tmp_path):
     for size in (1, 2):
-        in_processes(tmp_path, MEMORY, tmp_path, size=size)
+        in_processes(MEMORY, tmp_path, size=size)
     alone, *parts = (int((tmp_path / name).read_text()) for name in ("peak-1-0", "peak-2-0", "peak-2-1"))
     # weights and both moments of both dictionaries are 393,216 KiB
     assert alone > 393_216

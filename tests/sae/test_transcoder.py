@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import _plain_sae as plain
 from _command import run
+from _tiny import drawings
 from clipsteer import SAE, FileFormatError, SAESteering, clip, train_sae
 from clipsteer.clip.hooks import apply_at, capture
 from clipsteer.sae.activations import ActivationStore, HarvestSource, TensorSource, harvest_to_store
@@ -482,7 +483,7 @@ def test_the_command_line_trains_and_measures_a_transcoder(tmp_path, capsys):
     sites = [f"visual.transformer.resblocks.3.{name}" for name in ("ln_2", "mlp")]
     options = ["--hook-point", sites[0], "--target-hook-point", sites[1], "--skip", "--expansion", "2", "--k", "16"]
     options += ["--steps", "60", "--warmup-steps", "5", "--lr", "3e-3", "--batch-size", "512", "--log-every", "1"]
-    options += ["--data", "emoji:noto:seen", "--device", "cpu"]
+    options += ["--data", drawings(tmp_path / "drawings"), "--device", "cpu"]
     ends = []
     for name, more in (("run", []), ("stored", ["--store", tmp_path / "acts"])):
         code, _, err = run(capsys, "sae", "train", "--out", tmp_path / name, *options, *more)
@@ -495,7 +496,8 @@ def test_the_command_line_trains_and_measures_a_transcoder(tmp_path, capsys):
         assert (sae.d_out, sae.skip) == (192, True)
         assert [sae.metadata[name] for name in ("hook_point", "target_hook_point")] == sites
     figures = tmp_path / "figures.json"
-    code, shown, err = run(capsys, "sae", "eval", tmp_path / "run", "--out", figures, "--device", "cpu")
+    call = ("sae", "eval", tmp_path / "run", "--data", tmp_path / "drawings", "--out", figures, "--device", "cpu")
+    code, shown, err = run(capsys, *call)
     assert code == 0, err
     found = json.loads(figures.read_text())
     assert found["target_hook_point"] == sites[1]

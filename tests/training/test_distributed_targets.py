@@ -46,7 +46,7 @@ def test_two_processes_equal_one_on_the_joint_batch(tmp_path):
     y = plain.targets(x)
     torch.save([x, y], tmp_path / "rows.pt")
     cases = {name: {**SHARED, **settings} for name, settings in CASES.items()}
-    in_processes(tmp_path, WORKER, json.dumps(cases), tmp_path)
+    in_processes(WORKER, json.dumps(cases), tmp_path)
     for name, settings in cases.items():
         target = y if "transcoder" in name else None
         log = []
