@@ -82,8 +82,14 @@ def concept_distances_reference(
         u = differences(P, rows).abs().flatten(0, 1)  # (n N, K)
         v = differences(Q, rows).abs().flatten(0, 1)  # (n N, L)
         total = total + torch.cdist(u.T.contiguous(), v.T.contiguous(), p=1)
-    value: Tensor = total / (2 * torch.sym_max(N * (N - 1), 1))
+    value = total / (2 * _ordered_pairs(N))
     return value.to(torch.promote_types(P.dtype, torch.float32))
+
+
+def _ordered_pairs(N: int | Tensor) -> Any:
+    """N(N − 1), and 1 where there is none: then nothing disagrees."""
+    pairs = N * (N - 1)
+    return pairs.clamp(min=1) if isinstance(pairs, Tensor) else torch.sym_max(pairs, 1)
 
 
 def _index(
@@ -91,11 +97,7 @@ def _index(
     N: int | Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    pairs: Any = N * (N - 1)
-    # without a pair nothing disagrees
-    pairs = pairs.clamp(min=1) if isinstance(pairs, Tensor) else torch.sym_max(pairs, 1)
-    index: Tensor = 1 - 2 * total / pairs
-    return index.to(torch.promote_types(dtype, torch.float32))
+    return (1 - 2 * total / _ordered_pairs(N)).to(torch.promote_types(dtype, torch.float32))
 
 
 def _sides(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -104,11 +106,10 @@ def _sides(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*tensors[:3], K, *tensors[3:], L)
 
 
-def _pairs(arguments: tuple[Any, ...]) -> tuple[int, int]:
-    """N and N(N − 1)."""
+def _rows(arguments: tuple[Any, ...]) -> int:
+    """N."""
     values, _, offsets = arguments[:3]
-    N = values.shape[0] if offsets is None else offsets.shape[0] - 1
-    return N, N * (N - 1)
+    return values.shape[0] if offsets is None else offsets.shape[0] - 1
 
 
 def _evaluate(arguments, needs, backend, world):
@@ -122,12 +123,12 @@ def _evaluate(arguments, needs, backend, world):
         found = low_level(backend, "agreement_counts", *sides, *share, *needs)
     if world is not None:
         world.sum_(total, *found)
-    return _index(total, _pairs(arguments)[0], values.dtype), *found
+    return _index(total, _rows(arguments), values.dtype), *found
 
 
 def _gradient(cotangents, found, arguments, needs, backend, world):
     (grad,) = cotangents
-    factor = -grad / torch.sym_max(_pairs(arguments)[1], 1)
+    factor = -grad / _ordered_pairs(_rows(arguments))
     values = (arguments[0], arguments[3])
     return tuple((factor * count).to(x.dtype) for count, x in zip(found, values))
 

@@ -66,9 +66,8 @@ def _draw_sparse(case: Draw) -> Inputs:
 def _pair_of(inputs: Inputs) -> tuple[SparseScores, SparseScores]:
     sides = []
     for name, concepts in (("P", "K"), ("Q", "L")):
-        values, indices, offsets = (
-            inputs[f"{name}_{part}"] for part in ("values", "indices", "offsets")
-        )
+        parts = [inputs[f"{name}_{part}"] for part in ("values", "indices", "offsets")]
+        values, indices, offsets = parts
         sides.append(SparseScores(values, indices, offsets, inputs[concepts]))
     return sides[0], sides[1]
 
