@@ -135,9 +135,8 @@ class Encoder(nn.Module):
             weights: a safetensors file of timm's keys; None downloads timm's own, "random" leaves
                 random ones.
             unit_range: pixels in [0, 1] without mean and deviation, 256 px cut to 224: the
-                published recipe of MACIL, which its figures for SLCA are made with, too (SLCA's
-                own authors take ImageNet's mean and deviation). False is what timm says of the
-                model.
+                published recipe of MACIL (SLCA's authors take ImageNet's mean and deviation).
+                False is what timm says of the model.
             crop: the least share of an image that a random crop keeps.
             setup: preprocess and force_image_size of ``clipsteer.load``.
 
