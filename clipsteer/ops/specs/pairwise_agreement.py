@@ -224,6 +224,11 @@ def _sort(P: Tensor, Q: Tensor) -> Tensor:
     return (spread[0] + spread[1] - spread[2] - spread[3]) / (N * (N - 1))
 
 
+def _of_matrices(baseline: Any) -> Any:
+    """A baseline of what sparse scores are without being sparse."""
+    return _sparse(lambda P, Q: baseline(P.dense(), Q.dense()))
+
+
 def _index_floor(shape: Shape) -> tuple[float, float]:
     N, K, L = unpacked(shape, "N K L")
     return float(N) * (N - 1) * (K + L), 4.0 * N * (K + L)
@@ -258,9 +263,9 @@ _MATRICES: dict[str, Any] = _COMMON | {
     "repeat_shape": {"N": 300, "K": 20, "L": 17},
 }
 _BENCH = {"N4000-K100-L100": {"N": 4000, "K": 100, "L": 100}}
-_FEW = {"N2000-K64-L64": {"N": 2000, "K": 64, "L": 64}}
-_BENCH_SPARSE = {"N4000-K4096-k32": {"N": 4000, "K": 4096, "L": 4096, "k": 32}}
-_FEW_SPARSE = {"N4000-K256-k16": {"N": 4000, "K": 256, "L": 256, "k": 16}}
+_FEW = {"N1000-K64-L64": {"N": 1000, "K": 64, "L": 64}}
+_BENCH_SPARSE = {"N1000-K256-k16": {"N": 1000, "K": 256, "L": 256, "k": 16}}
+_FEW_SPARSE = {"N1000-K64-k8": {"N": 1000, "K": 64, "L": 64, "k": 8}}
 
 INDEX = OpSpec(
     name="generalised_rand_index",
@@ -308,6 +313,7 @@ INDEX_SPARSE = OpSpec(
     bench_shapes=_BENCH_SPARSE,
     gpu_bench_shapes={},
     opaque=False,
+    baselines={"pdist of matrices": _of_matrices(_pdist)},
     floor=_index_floor,
     **_SPARSE,
 )
@@ -323,6 +329,7 @@ DISTANCES_SPARSE = OpSpec(
     bench_shapes=_FEW_SPARSE,
     gpu_bench_shapes={},
     exact=False,
+    baselines={"sorted torch of matrices": _of_matrices(_sort)},
     floor=_distances_floor,
     **_SPARSE,
 )
