@@ -111,7 +111,7 @@ def main() -> None:
             for found in unresolved(text)
         ]
     for name in guide.NAMES:
-        spoken = guide.read(name).replace("```", "").replace("`", "``")
+        spoken = guide.page(name).replace("```", "").replace("`", "``")
         broken += [f"guide {name}: ``{found}``" for found in unresolved(spoken)]
     if broken:
         sys.exit("names that lead nowhere:\n" + "\n".join(broken))
@@ -120,11 +120,11 @@ def main() -> None:
     pdoc.pdoc(*names, output_directory=folder)
     for name in guide.NAMES:
         # the page's own heading is its first line
-        _, _, text = guide.read(name).partition("\n")
-        page = Page(guide.title(name), footer=f"clipsteer {clipsteer.__version__}")
+        _, _, text = guide.page(name).partition("\n")
+        made = Page(guide.title(name), footer=f"clipsteer {clipsteer.__version__}")
         words = pdoc.render_helpers.to_html(text)
-        page.lead(Html(f'<div class="words">{words}</div>'))
-        page.write(folder / "guide" / f"{name}.html")
+        made.lead(Html(f'<div class="words">{words}</div>'))
+        made.write(folder / "guide" / f"{name}.html")
     print(f"{len(names)} modules: {folder / 'clipsteer.html'}")
     print(f"{len(guide.NAMES)} guides: {folder / 'guide'}")
 

@@ -22,6 +22,7 @@ from clipsteer.clip.hooks import beside, edited, match
 from clipsteer.clip.tokens import Layout, layout_at
 from clipsteer.conceptors.conceptor import Conceptor
 from clipsteer.ops._check import what_came
+from clipsteer.sae.site import set_features as set_features
 from clipsteer.sae.steering import SAESteering as SAESteering
 from clipsteer.sae.steering import Tokens as Tokens
 from clipsteer.sae.steering import check_finite, check_tokens, check_width

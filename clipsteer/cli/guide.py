@@ -55,5 +55,5 @@ def _guide(args: argparse.Namespace) -> int:
     elif args.name is None:
         _text(*(f"{name:<10} {guide.title(name)}" for name in names))
     else:
-        _text(guide.read(args.name).rstrip("\n"))
+        _text(guide.page(args.name).rstrip("\n"))
     return 0

@@ -21,7 +21,7 @@ class Block(NamedTuple):
     text: str
 
 
-def read(name: str) -> str:
+def page(name: str) -> str:
     """The Markdown of a guide. Raises ValueError for a name that there is not."""
     if name not in NAMES:
         raise ValueError(f"guide: expected one of {', '.join(NAMES)}, got {name!r}")
@@ -30,12 +30,12 @@ def read(name: str) -> str:
 
 def title(name: str) -> str:
     """The first line of a guide."""
-    return read(name).partition("\n")[0].removeprefix("# ")
+    return page(name).partition("\n")[0].removeprefix("# ")
 
 
 def blocks(name: str) -> list[Block]:
     """Prose and code of a guide, in order."""
-    parts = re.split(r"^```(\w+)\n(.*?)^```\n", read(name), flags=re.MULTILINE | re.DOTALL)
+    parts = re.split(r"^```(\w+)\n(.*?)^```\n", page(name), flags=re.MULTILINE | re.DOTALL)
     found = [Block("", parts[0])]
     for i in range(1, len(parts), 3):
         found += [Block(parts[i], parts[i + 1]), Block("", parts[i + 2])]

@@ -72,8 +72,8 @@ def commands(parser, prefix=()):
 def test_every_command_has_help_with_an_example(capsys):
     leaves = [(words, p) for words, p in commands(cli.build_parser()) if p.get_default("function")]
     assert {" ".join(words) for words, _ in leaves} == {
-        "demo", "env", "validate", "bench", "prove", "sae train", "sae eval", "sae convert", "sae steer", "sae browse",
-        "splice",
+        "demo", "guide", "env", "validate", "bench", "prove", "sae train", "sae eval", "sae convert", "sae steer",
+        "sae browse", "splice",
         "conceptor fit", "conceptor steer", "finetune", "wise-ft merge", "wise-ft curve",
         "cil", "train", "align",
     }  # fmt: skip

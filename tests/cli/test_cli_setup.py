@@ -68,7 +68,7 @@ def captured(monkeypatch):
     """The models that ``sae eval``, ``sae steer`` and ``conceptor steer`` work on."""
     models = []
     monkeypatch.setattr("clipsteer.sae.evaluate.evaluate_sae", lambda sae, model, *_, **__: models.append(model) or {})
-    for command in ("sae", "conceptor"):
+    for command in ("sae_steer", "conceptor"):
         monkeypatch.setattr(f"clipsteer.cli.{command}.show_steering", lambda _, model, *__: models.append(model) or 0)
     return models
 

@@ -21,7 +21,7 @@ def timed(name: str) -> object:
 
 @pytest.mark.parametrize("name", guide.NAMES)
 def test_it_can_be_read(name):
-    text = guide.read(name)
+    text = guide.page(name)
     lines = text.splitlines()
     assert lines[0] == f"# {guide.title(name)}"
     assert len(lines) <= 120
@@ -65,10 +65,10 @@ def test_the_command_lists_prints_and_refuses(capsys):
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()] == list(guide.NAMES)
     code, out, _ = run(capsys, "guide", "sae")
-    assert (code, out) == (0, guide.read("sae"))
+    assert (code, out) == (0, guide.page("sae"))
     assert run(capsys, "guide", "none")[0] == 2
     with pytest.raises(ValueError, match="expected one of loop, sae"):
-        guide.read("none")
+        guide.page("none")
 
 
 def test_notebooks_hold_the_same_blocks(capsys, tmp_path):

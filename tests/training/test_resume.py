@@ -81,7 +81,7 @@ def test_every_tensor_is_checked_before_it_reaches_anything(runs, guard, kind):
 
 
 # settings that an older version did not write; without them a run is taken for one of it
-LATER = ("auxk", "l0_coefficient", "l0_penalty", "bandwidth", "skip", "off")
+LATER = ("auxk", "l0_coefficient", "l0_penalty", "bandwidth", "skip", "off", "resample_after", "encoder_scale")
 
 
 @pytest.mark.parametrize("kind", KINDS)
