@@ -140,6 +140,8 @@ def _align(args: argparse.Namespace) -> int:
         dictionary=dictionaries[0],
         dictionary_b=dictionaries[1],
     )
+    # two models of one architecture are told apart by what was asked for
+    compared.models.update(zip("AB", filter(None, (args.a, args.b))))
     written = compared.write(args.out)
     page = write_page(args.out / "index.html", compared, dataset)
     for (a, b), found in compared.matchings.items():

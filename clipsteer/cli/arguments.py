@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from clipsteer.training.settings import (
     read_value,
     settings_of,
 )
+
+logger = logging.getLogger(__name__)
 
 # ---------------------------------------------------------------- values
 
@@ -276,6 +279,8 @@ def load_known(args: argparse.Namespace, metadata: Mapping[str, Any], what: Any)
             f"{what} belongs to {name}, of which no weights are named, and random ones would be "
             f"another model; pass --pretrained, a tag of open_clip or a weights file"
         )
+    if pretrained == "random" == metadata.get("pretrained"):
+        logger.warning("%s belongs to random weights, which are others each time", what)
     named = {"model": args.model, "pretrained": pretrained, **setup_options(args)}
     return load_origin(metadata, device=device_of(args), **named)
 

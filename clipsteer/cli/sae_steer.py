@@ -11,6 +11,7 @@ from clipsteer.cli.images import lists_unreadable
 from clipsteer.cli.sae_given import add_sae, open_sae
 
 _TIMES = 1.0
+_HARDLY = 0.005  # of probability, below which a feature leads nowhere
 
 
 class Strength(NamedTuple):
@@ -164,5 +165,7 @@ def _towards(args: argparse.Namespace, place: _Place, peaks: Any) -> dict[int, f
         count=args.pick,
     )
     for feature, change in found:
-        _text(f"feature {feature} alone: {100 * change:+.1f} points for {args.towards!r}")
+        _text(f"feature {feature} alone: {100 * change:+.2g} points for {args.towards!r}")
+    if max(change for _, change in found) < _HARDLY:
+        _text(f"no feature leads clearly to {args.towards!r}; try more --times, or another text")
     return {feature: args.times for feature, _ in found}

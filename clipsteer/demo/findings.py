@@ -41,6 +41,7 @@ from clipsteer.demo.explore import (
     zero_shot,
 )
 from clipsteer.demo.pictures import (
+    GROUPS,
     Pictures,
     emoji_pictures,
     folder_pictures,
@@ -174,7 +175,8 @@ def run(
             raise ValueError(f"demo: {clip.name} has no text tower; {_NEEDS_CLASSES}")
         pictures = emoji_pictures(limit, emojiclip, words)
     else:
-        pictures = folder_pictures(data, seed, limit or 1000, open_images, words)
+        known = ("four fifths of the images", "the other fifth") if given else GROUPS
+        pictures = folder_pictures(data, seed, limit or 1000, open_images, words, known)
     if given is None:
         site = None
         hook_point = hook_point or default_hook_point(clip)
@@ -231,6 +233,7 @@ def run(
     else:
         figures["wise_ft"] = {"skipped": demo_wise_ft.ELSEWHERE}
         figures["continual"] = {"skipped": demo_continual.ELSEWHERE}
+    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "metrics.json", figures)
     page = demo_page.build(
         predictor, pictures, figures, history, tokens, embeddings, chosen, out, folder

@@ -145,7 +145,7 @@ def _seeing(
 _WAYS = {
     "text": "Zero-shot classification: the model picks the name that fits the image best",
     "class means": "The model has no text tower. It picks the class whose mean, over the images "
-    "that the SAE learns from, is the nearest",
+    "of the first group, is the nearest",
 }
 
 

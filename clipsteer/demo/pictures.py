@@ -20,6 +20,8 @@ from clipsteer.data.emoji import EmojiStyles
 from clipsteer.data.files import open_dataset
 
 _MAX_TOKEN_BYTES = 2 << 30
+# of own images, where the SAE is trained here
+GROUPS = ("images the SAE learns from", "held-out images")
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,9 @@ def folder_pictures(
     max_images: int,
     open_images: Callable[[str | Path], ImageDataset] = open_dataset,
     words: Sequence[str] | None = None,
+    names: tuple[str, str] = GROUPS,
 ) -> Pictures:
-    """A user's images, four fifths for the SAE.
+    """A user's images in two groups of these names, four fifths of them for the SAE.
 
     Predictions are among the classes where there are two or more, else among the words, by default
     bundled ones.
@@ -125,10 +128,7 @@ def folder_pictures(
     cut = len(order) * 4 // 5
     chosen = dataset.subset(sorted(order[:cut]) + sorted(order[cut:]))
     train = list(range(cut))
-    groups = {
-        "images the SAE learns from": train,
-        "held-out images": list(range(cut, len(order))),
-    }
+    groups = dict(zip(names, (train, list(range(cut, len(order))))))
     # a full-size text tower takes a minute or two for all of them
     concepts = spread([concept.label for concept in EmojiStyles().concepts], 300)
     if dataset.classes is None:

@@ -77,7 +77,8 @@ def _what(sae: Any, here: bool, curves: Html) -> list[Html]:
     """The SAE in words, and how it was trained where that was done ``here``."""
     size = f"{sae.d_sae} features over tokens of width {sae.d_in}"
     if not here:
-        return [text(f"{size}: {sae.architecture}, trained before.")]
+        words = "trained before, perhaps on some of these images"
+        return [text(f"{size}: {sae.architecture}, {words}.")]
     words = (
         f"{size}, of which each token may use {sae.k}: the top-k autoencoder of Gao et al. 2024. "
         "It learns from the first group of images alone."
@@ -113,7 +114,7 @@ def conceptors(
             "that these images use much pass nearly unchanged, the others are damped. Conceptors "
             "combine as sets do: NOT keeps what was damped, AND what both keep, OR what either "
             f"keeps (Jaeger 2014; Postmus & Abreu 2024). Here each {what} has one, made from the "
-            "images that the autoencoder learns from. The quota is the share of all directions "
+            "images of the first group. The quota is the share of all directions "
             f"that passes; the aperture sets it, and is one for all: α = {found['aperture']:.3g}, "
             "by which a direction of average energy passes by half."
         ),

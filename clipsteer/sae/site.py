@@ -75,8 +75,9 @@ def find_site(sae: SAE, clip: CLIP, hook_point: str | None, tokens: str | None) 
     Raises ValueError for a hook point that nobody names or that is not one module, and for tokens
     that the tower has not.
     """
+    trained_at = sae.metadata.get("hook_point")
     if hook_point is None:
-        hook_point = sae.metadata.get("hook_point")
+        hook_point = trained_at
     if tokens is None:
         tokens = sae.metadata.get("tokens") or "all"
     if hook_point is None:
@@ -90,7 +91,10 @@ def find_site(sae: SAE, clip: CLIP, hook_point: str | None, tokens: str | None) 
             theirs,
             ours.to_json(),
         )
-    return _site("hook_point", clip, hook_point, tokens)._replace(d_in=sae.d_in)
+    found = _site("hook_point", clip, hook_point, tokens)._replace(d_in=sae.d_in)
+    if trained_at not in (None, found.hook_point):
+        logger.warning("the SAE was trained at %s; here it is at %s", trained_at, found.hook_point)
+    return found
 
 
 def find_target(sae: SAE, clip: CLIP, site: Site, hook_point: str | None) -> Site:

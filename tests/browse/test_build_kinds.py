@@ -366,6 +366,8 @@ def test_steer_takes_multiples_of_peaks_and_a_goal(capsys, folder):
     found = steerability(sae, clip, images.subset(rows), head, strength=peaks[some], features=some)
     gains = found.change[:, images.classes.index("red")]
     assert float(gains[some.index(chosen)]) == pytest.approx(float(gains.max()), abs=1e-3)
+    # one that hardly leads there is not passed off as an answer
+    assert ("no feature leads clearly to 'red'" in out) == (float(gains.max()) < 0.005)
     for options, message in (
         ([], "--feature or --towards"),
         (["--feature", "1=2", "--towards", "red"], "not both"),

@@ -92,7 +92,8 @@ def test_an_sae_that_there_is_and_words_of_ones_own(finished, tiny_model, tmp_pa
     assert result.sae == first.sae
     assert not (tmp_path / "out" / "sae").exists()
     found, before = (json.loads(run.metrics.read_text()) for run in (result, first))
-    assert found["sae"] == before["sae"]
+    assert {**found["sae"], "evaluation": None} == {**before["sae"], "evaluation": None}
+    assert [*found["sae"]["evaluation"].values()] == [*before["sae"]["evaluation"].values()]
     # predictions are among the three classes as before, features are named in the words
     assert (found["vocabulary"], found["words"]) == (3, 3)
     assert (before["vocabulary"], before["words"]) == (3, 303)
@@ -104,10 +105,23 @@ def test_an_sae_that_there_is_and_words_of_ones_own(finished, tiny_model, tmp_pa
     page = result.page.read_text(encoding="utf-8")
     assert "trained before" in page
     assert f"from_pretrained({str(first.sae)!r})" in html.unescape(page)
+    # whether it has seen them nobody knows
+    assert "held-out images" not in found["sae"]["evaluation"]
     # the file and the truth of each picture
     assert re.search(r"[✓✗] (red disc|blue box|green disc) · \d+\.png", page)
     with pytest.raises(ValueError, match=r"no.such.*matches 0"):
         demo.run(tmp_path / "no", **{**more, "hook_point": "visual.no.such"})
+
+
+def test_a_new_folder_is_made_where_nothing_else_makes_it(finished, image_folder, tmp_path):
+    """With an SAE that there is and images without classes the figures are the first file."""
+    (first, _), options = finished
+    (tmp_path / "flat").mkdir()
+    for i, path in enumerate(sorted(image_folder.rglob("*.png"))[::2]):
+        shutil.copy(path, tmp_path / "flat" / f"{i}.png")
+    more = {**options, "data": tmp_path / "flat", "sae": first.sae, "words": ["red", "blue", "green"]}
+    result = demo.run(tmp_path / "deep" / "out", **more)
+    assert {path.name for path in result.page.parent.iterdir()} == {"metrics.json", "report.html"}
 
 
 def test_what_one_picture_loses_of_its_own_name_is_no_effect():
