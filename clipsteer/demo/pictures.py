@@ -111,7 +111,7 @@ def folder_pictures(
     max_images: int,
     open_images: Callable[[str | Path], ImageDataset] = open_dataset,
     words: Sequence[str] | None = None,
-    names: tuple[str, str] = GROUPS,
+    called: tuple[str, str] = GROUPS,
 ) -> Pictures:
     """A user's images in two groups of these names, four fifths of them for the SAE.
 
@@ -128,7 +128,7 @@ def folder_pictures(
     cut = len(order) * 4 // 5
     chosen = dataset.subset(sorted(order[:cut]) + sorted(order[cut:]))
     train = list(range(cut))
-    groups = dict(zip(names, (train, list(range(cut, len(order))))))
+    groups = dict(zip(called, (train, list(range(cut, len(order))))))
     # a full-size text tower takes a minute or two for all of them
     concepts = spread([concept.label for concept in EmojiStyles().concepts], 300)
     if dataset.classes is None:
