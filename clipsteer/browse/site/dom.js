@@ -166,7 +166,8 @@ function figure(row, { act = null, map = "", before = null, to = `#/picture/${ro
           "span",
           { class: "first", title: Site.answer(picture.first) },
           verdict(picture.truth, picture.first),
-          ` ${Site.answer(picture.first)} ${percent(picture.p)}`,
+          ` ${Site.answer(picture.first)} `,
+          el("span", { class: "whole" }, percent(picture.p)),
         ),
   );
   return el("figure", {}, link(to, seen), caption);

@@ -13,7 +13,7 @@ const MEASURES = [
     format: number,
     get what() {
       const on = Site.about.steer_images ? plural(Site.about.steer_images, "picture") : "a few pictures";
-      return `Σ Δp² over classes, mean over ${on}, set to its peak: a ranking, not a measurement`;
+      return `Σ Δp² over classes, Δp the mean over ${on}, set to its peak: a ranking, not a measurement`;
     },
   },
   {

@@ -69,7 +69,8 @@ function pair(picture, alt) {
   function fill({ classes, clean, steered, was, now }) {
     const said = ([which, p]) => [
       verdict(picture.truth, which),
-      ` ${Site.answer(which)}${Number.isNaN(p) ? "" : ` ${percent(p)}`}`,
+      ` ${Site.answer(which)} `,
+      Number.isNaN(p) ? null : el("span", { class: "whole" }, percent(p)),
     ];
     verdictOf.replaceChildren(
       el("span", {}, said(was)),
