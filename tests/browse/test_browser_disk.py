@@ -47,6 +47,11 @@ def test_the_first_picture_is_there_within_two_seconds(disk, opened):
             break
     assert min(times) < 2000, times
     assert counted(page) == sum(p > 0 for p in data(disk, "overview")["peak"])
+    head = page.get_by_role("columnheader", name="Steerability")
+    assert "mean over 4 pictures" in head.get_attribute("title")
+    assert "a ranking, not a measurement" in page.locator(".controls").inner_text()
+    # bars of a column that is all alike: full at 100 %, in powers of ten or not
+    assert page.evaluate("[true, false].map(log => lengths({values: [1, 1], log, most: log ? 0 : 1}).of(1))") == [1, 1]
 
 
 def test_a_list_of_thousands_holds_few_rows_and_does_not_stall(disk, opened):
@@ -184,16 +189,26 @@ def test_a_feature_shows_what_is_stored_of_it(disk, opened):
     assert page.locator(".interval").count() == 5
     assert page.locator(".interval figure").count() == 20
     # log y: a bin of one token is seen, an empty one is not
+    said = "mean over 4 pictures, set to its peak: a ranking, not a measurement"
+    assert said in page.locator(".feature > .note").first.inner_text()
+    assert said in page.locator(".stats div", has_text="Steerability").get_attribute("title")
+    assert "mean of its pictures' peaks" in page.locator(".classes .bars").inner_text()
+    words = page.evaluate("[...document.querySelectorAll('.in-words .bars:last-of-type .said')].map(e => e.textContent)")
+    assert words == [word for word, _ in stored["words"] + stored["opposite"]]
     assert page.locator(".histogram .bar").count() == sum(count > 0 for count in stored["histogram"])
     page.locator(".histogram .hit").nth(3).hover()
     assert f"{stored['histogram'][3]:,} token" in page.locator(".histogram .told").inner_text()
+    page.evaluate("Site.about.words.count = 3")  # of so few words none is at both ends
     similar = page.locator(".similar a").first
     similar.click()
     page.wait_for_url("**#/feature/13*")
+    until(page, "document.querySelector('h1 .index')?.textContent === '13'")
+    assert page.locator(".in-words .bars").last.locator("li").count() == 2
 
 
 def test_the_slider_shows_the_same_pictures_before_and_after(disk, opened):
     steering = data(disk, "features/0")["features"][12]["steering"]
+    pictures = data(disk, "pictures")
     page = opened(root(disk), "#/feature/12?strength=3")
     assert page.locator(".pairs").get_attribute("data-strength") == "3"
     assert "3× its peak" in page.locator(".strength").inner_text()
@@ -214,6 +229,15 @@ def test_the_slider_shows_the_same_pictures_before_and_after(disk, opened):
             p = 100 * steering["probability"][s][r][best]
             assert CLASSES[steering["classes"][best]].replace("_", " ") in text
             assert f"{p:.1f} %" in text or f"{p:.0f} %" in text
+            truth = pictures["truth"][steering["images"][r]]
+            bold = page.locator(".pair").nth(r).locator("b").all_inner_texts()
+            assert [text.split("\n")[0] for text in bold] == [
+                CLASSES[c].replace("_", " ") for c in steering["classes"] if c == truth
+            ]
+            changed = steering["first"][s][r] != pictures["first"][steering["images"][r]]
+            assert page.locator(".shift").nth(r).locator(".moved").count() == changed
+    weight = "getComputedStyle(document.querySelector('.shift > span:last-child')).fontWeight"
+    assert page.evaluate(weight) == "400"
     assert page.evaluate(sources) == before
     assert "suppressed" in page.locator(".strength").inner_text()
     assert page.locator(".steer .line").count() == 6
@@ -285,9 +309,20 @@ def test_a_patch_tells_its_features_by_mouse_key_and_tap(disk, opened):
     wide = page.evaluate(
         "[...document.querySelectorAll('.removed .track span')].map(e => e.getBoundingClientRect().width)"
     )
-    changes = [abs(change) for _, change, _ in image["removed"]]
+    changes = sorted((abs(change) for _, change, _ in image["removed"]), reverse=True)
     assert [w / max(wide) for w in wide] == pytest.approx([c / max(changes) for c in changes], abs=0.03)
     assert "truth:" in page.locator(".title").inner_text()
+    # a mark is the first prediction's alone, and the truth is named wherever it is
+    truth, first = (data(disk, "pictures")[key] for key in ("truth", "first"))
+    wrong = next(r for r in range(64) if truth[r] in [c for c, _ in data(disk, "images/0")["images"][r]["predicted"][1:]])
+    right = next(r for r in range(64) if truth[r] == first[r])
+    for row, mark in ((wrong, "✗"), (right, "✓")):
+        page.evaluate("at => { location.hash = at; }", f"#/picture/{row}")
+        until(page, f"document.querySelector('.crumb')?.textContent.endsWith('/ {row}')")
+        said = page.locator(".predictions li").all_inner_texts()
+        assert [mark in text for text in said] == [True] + [False] * (len(said) - 1)
+        assert not any({'✗': '✓', '✓': '✗'}[mark] in text for text in said)
+        assert sum("truth" in text for text in said) == 1
 
     phone = opened(root(disk), "#/picture/5", has_touch=True, is_mobile=True, viewport={"width": 390, "height": 844})
     phone.locator(".patches button").nth(20).tap()
@@ -304,6 +339,22 @@ def test_two_autoencoders_side_by_side(disk, opened):
             page.get_by_role("columnheader", name=name, exact=False).first.get_by_role("button").click()
         best = max((i for i, p in enumerate(peak) if p > 0), key=lambda i: (other[name][i], -i))
         assert shown(page)[0] == best
+    # a bar begins at 0: in the middle where there is a sign
+    here = data(disk, "overview")["density"]
+    change = {i: other["density"][i] - here[i] for i, p in enumerate(peak) if p > 0}
+    bars = page.evaluate(
+        """[...document.querySelectorAll('.rows .row')].map(row => ['moved', 'change'].map(key => {
+          const meter = row.querySelector(`.col-${key} .meter`), bar = meter.firstChild.getBoundingClientRect();
+          const {left, width} = meter.getBoundingClientRect();
+          return [(bar.left - left) / width, (bar.right - left) / width];
+        }).concat(+row.querySelector('.index').textContent))"""
+    )
+    most = max(map(abs, change.values()))
+    for moved, changed, i in bars:
+        assert moved == pytest.approx([0, other["moved"][i]], abs=0.02)
+        ends = sorted((0.5, 0.5 + change[i] / most / 2))
+        assert changed == pytest.approx(ends, abs=0.02)
+    assert "over 4 pictures" in page.get_by_role("columnheader", name="Δ steerability").get_attribute("title")
     page.evaluate("location.hash = '#/compare/12'")
     page.wait_for_selector(".here")
     assert "There: feature 24" in page.locator(".there").inner_text()

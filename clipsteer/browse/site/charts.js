@@ -164,7 +164,8 @@ function curves(xs, series, at) {
         svg(
           "text",
           { x: right + 11, y: heights[i] + 4, class: `name ${colour}` },
-          name.length * 6.6 > room - 14 ? `${name.slice(0, Math.floor((room - 20) / 6.6))}…` : name,
+          svg("title", {}, name),
+          name.length * 6.6 > room - 14 ? shortened(name, Math.floor((room - 14) / 6.6)) : name,
         ),
       );
     });
@@ -204,7 +205,12 @@ function bars(rows, { format = number, scale = null } = {}) {
       return el(
         "li",
         {},
-        el("span", { class: "what" }, label, extra ? el("small", {}, ` ${extra}`) : null),
+        el(
+          "span",
+          { class: "what", title: typeof label === "string" ? label : null },
+          el("span", { class: "said" }, label),
+          extra ? el("small", {}, ` ${extra}`) : null,
+        ),
         bar,
         el("span", { class: "value" }, format(value)),
       );

@@ -7,22 +7,48 @@ function compareMeasures() {
   const numbers = (column) => Float32Array.from(column || [], (value) => value ?? NaN);
   const there = { density: numbers(other.density), steerability: numbers(other.steerability) };
   const change = (key) => there[key].map((value, i) => value - (features[key]?.[i] ?? NaN));
+  const { what } = MEASURES.find(({ key }) => key === "steerability");
   return [
-    { key: "cosine", label: "Cosine", values: numbers(other.cosine), log: false, format: number },
-    { key: "correlation", label: "Correlation", values: numbers(other.correlation), log: false, format: number },
+    { key: "cosine", label: "Cosine", values: numbers(other.cosine), log: false, most: 1, format: number },
+    {
+      key: "correlation",
+      label: "Correlation",
+      values: numbers(other.correlation),
+      log: false,
+      most: 1,
+      signs: true,
+      format: number,
+    },
     { key: "density", label: "Density here", values: features.density, log: true, format: percent },
     { key: "density2", label: "Density there", values: there.density, log: true, format: percent },
-    { key: "steerability", label: "Steerability here", values: features.steerability, log: true, format: number },
-    { key: "steerability2", label: "Steerability there", values: there.steerability, log: true, format: number },
-    { key: "moved", label: "Moved", values: numbers(other.moved), log: false, format: percent },
+    { key: "steerability", label: "Steerability here", values: features.steerability, log: true, format: number, what },
+    {
+      key: "steerability2",
+      label: "Steerability there",
+      values: there.steerability,
+      log: true,
+      format: number,
+      what,
+    },
+    { key: "moved", label: "Moved", values: numbers(other.moved), log: false, most: 1, format: percent },
     {
       key: "change",
       label: "Δ density",
       values: change("density"),
       log: false,
+      signs: true,
+      what: "density there less density here",
       format: (v) => (Number.isFinite(v) ? points(v) : "–"),
     },
-    { key: "change2", label: "Δ steerability", values: change("steerability"), log: false, format: number },
+    {
+      key: "change2",
+      label: "Δ steerability",
+      values: change("steerability"),
+      log: false,
+      signs: true,
+      format: signed,
+      what: `steerability there less steerability here (${what})`,
+    },
   ].filter(({ values }) => values?.some(Number.isFinite));
 }
 
@@ -49,7 +75,7 @@ async function comparePage(params) {
       { key: "name", label: "Feature", sort: false, cell: (i) => nameCell(i, `there ${other.match[i]}`) },
       ...known
         .filter(({ key }) => ["cosine", "correlation", "moved", "change", "change2"].includes(key))
-        .map((m) => ({ key: m.key, label: m.label, sort: true, cell: measureCell(m) })),
+        .map(measureColumn),
     ],
     sorted: (key) => {
       view.down = view.sort === key ? !view.down : true;
@@ -107,6 +133,8 @@ async function comparePage(params) {
           "above 0.9 over the pictures.",
         ),
         plot.figure,
+        steerabilityNote(),
+        note("Δ: there less here. Bars from 0, which is in the middle where there are values below it."),
       ),
       el(
         "div",
@@ -160,8 +188,9 @@ async function comparedPage(index) {
       el(
         "dl",
         { class: "stats" },
-        figures.map(({ label, values, format }) => stat(label, format(values[index]))),
+        figures.map(({ label, values, format, what }) => stat(label, format(values[index]), what)),
       ),
+      steerabilityNote(),
       el(
         "div",
         { class: "cards even" },

@@ -42,8 +42,16 @@ function percent(value) {
 
 // a change of a probability, in points of a percentage
 const points = (value) => `${value > 0 ? "+" : value < 0 ? "−" : ""}${number(Math.abs(100 * value), 2)} pt`;
+const signed = (value) => `${value > 0 ? "+" : ""}${number(value)}`;
 const times = (value) => `${Number(value.toFixed(2)).toString().replace("-", "−")}×`;
 const plural = (count, what) => `${count.toLocaleString("en")} ${what}${count === 1 ? "" : "s"}`;
+
+// A name that is too long keeps its beginning and its end: those of one kind differ there.
+function shortened(text, most) {
+  if (text.length <= most) return text;
+  const tail = Math.floor((most - 1) / 2);
+  return `${text.slice(0, most - 1 - tail)}…${text.slice(text.length - tail)}`;
+}
 
 // Downloads ---------------------------------------------------------------------------------------------------------
 
@@ -151,14 +159,15 @@ function figure(row, { act = null, map = "", before = null, to = `#/picture/${ro
           before > 0 ? el("small", {}, ` (${number(before)} on the class token)`) : null,
         ),
     el("span", { class: "file", title: picture.file || picture.name }, picture.file || picture.name),
-    truth ? el("span", { class: "truth" }, `truth: ${truth}`) : null,
+    truth ? el("span", { class: "truth", title: truth }, `truth: ${truth}`) : null,
     picture.first < 0
       ? null
       : el(
           "span",
-          { class: "first" },
+          { class: "first", title: Site.answer(picture.first) },
           verdict(picture.truth, picture.first),
-          ` ${Site.answer(picture.first)} ${percent(picture.p)}`,
+          ` ${Site.answer(picture.first)} `,
+          el("span", { class: "whole" }, percent(picture.p)),
         ),
   );
   return el("figure", {}, link(to, seen), caption);

@@ -96,7 +96,11 @@ function intervals(index, data) {
 }
 
 function namesCard(index, data) {
-  const kinds = { word: data.words, opposite: data.opposite, concept: data.concepts };
+  // of a short list no word is both among the nearest and among the most opposite
+  const half = Math.floor((Site.about.words?.count ?? Infinity) / 2);
+  const near = (data.words || []).slice(0, Math.max(half, 1));
+  const far = (data.opposite || []).slice(0, half);
+  const kinds = { word: near, opposite: far, concept: data.concepts };
   const rows = () =>
     Object.entries(kinds).flatMap(([kind, pairs]) => (pairs || []).map(([name, value]) => ({ kind, name, value })));
   const parts = [];
@@ -107,14 +111,14 @@ function namesCard(index, data) {
       note("SpLiCE: concepts whose sum gives the embeddings of its strongest pictures, with their weights."),
     );
   }
-  if (data.words?.length) {
-    const all = [...data.words, ...(data.opposite || [])];
+  if (near.length) {
+    const all = [...near, ...far];
     parts.push(
       el("h3", {}, "Words along its direction"),
       bars(all.map(([label, value]) => ({ label, value }))),
       note(
         "Cosines: the nearest words",
-        data.opposite?.length ? " and the most opposite ones" : "",
+        far.length ? " and the most opposite ones" : "",
         `. ${Site.about.words?.how || ""}`,
       ),
     );
@@ -138,12 +142,13 @@ function classesCard(index, data) {
       data.classes.map(([c, share, peak]) => ({
         label: Site.className(c),
         value: share,
-        extra: peak === null || peak === undefined ? "" : `peak ${number(peak)}`,
+        extra: peak === null || peak === undefined ? "" : `mean of its pictures' peaks ${number(peak)}`,
       })),
       { format: percent, scale: 1 },
     ),
     note(
-      "Share of the class's pictures on which it fires (bars to 100 %), and the mean of its largest activation there.",
+      "Share of the class's pictures on which it fires (bars to 100 %), and the mean of its pictures' peaks: of the ",
+      "largest activation on each of the class's pictures, 0 where it does not fire.",
     ),
   );
 }
@@ -220,6 +225,7 @@ async function featurePage(index, params) {
     { class: "stats" },
     measures().map(({ key, label, format, what }) => stat(label, format(value(key)), what)),
   );
+  const measured = Number.isFinite(value("steerability")) ? steerabilityNote() : null;
   const title = `${index} ${Site.featureName(index)}`;
   if (!active) {
     return {
@@ -258,6 +264,7 @@ async function featurePage(index, params) {
       { class: "feature" },
       head,
       stats,
+      measured,
       topPictures(index, data),
       steering,
       el(

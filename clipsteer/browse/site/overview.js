@@ -11,10 +11,26 @@ const MEASURES = [
     label: "Steerability",
     log: true,
     format: number,
-    what: "Σ Δp² over classes, set to its peak",
+    get what() {
+      const on = Site.about.steer_images ? plural(Site.about.steer_images, "picture") : "a few pictures";
+      return `Σ Δp² over classes, Δp the mean over ${on}, set to its peak: a ranking, not a measurement`;
+    },
   },
-  { key: "selectivity", label: "Selectivity", log: false, format: number, what: "how far it keeps to one class" },
+  {
+    key: "selectivity",
+    label: "Selectivity",
+    log: false,
+    most: 1,
+    format: number,
+    what: "how far it keeps to one class",
+  },
 ];
+
+// where steerability is shown, what it is
+const steerabilityNote = () =>
+  Site.features.steerability?.some(Number.isFinite)
+    ? note("Steerability: ", MEASURES.find(({ key }) => key === "steerability").what, ".")
+    : null;
 
 // those that the site has, with at least one number
 function measures() {
@@ -117,16 +133,46 @@ function nameCell(index, ...extra) {
   ];
 }
 
-function measureCell({ values, format, log }) {
-  const range = axis(values, log);
+// How long the bar of a value is, of 1: from 0, or in powers of ten from the one below all values. `most` is what a
+// full bar stands for where that is known; a column with a sign has its 0 in the middle.
+function lengths({ values, log, most = 0, signs = false }) {
+  let low = Infinity;
+  let high = most;
+  let minus = signs;
+  for (const value of values) {
+    if (!Number.isFinite(value)) continue;
+    if (value > 0) low = Math.min(low, value);
+    if (value < 0) minus = true;
+    high = Math.max(high, Math.abs(value));
+  }
+  // a little off, that a rounded 0.001 is as 0.001
+  const [a, b] = [Math.floor(Math.log10(low) - 1e-3), Math.ceil(Math.log10(high) - 1e-3)];
+  const of = log
+    ? (value) => (value > 0 ? (Math.log10(value) - a) / Math.max(b - a, 1) : 0)
+    : (value) => Math.abs(value) / (high || 1);
+  return { minus, of: (value) => (Number.isFinite(value) ? Math.max(0, Math.min(1, of(value))) : 0) };
+}
+
+function measureCell(measure) {
+  const { minus, of } = lengths(measure);
   return (index) => {
-    const value = values[index];
-    const share = range && range.has(value) ? Math.max(0, Math.min(1, range.at(value))) : 0;
+    const value = measure.values[index];
     return [
-      el("span", { class: "value" }, format(value)),
-      el("span", { class: "meter", "aria-hidden": "true" }, el("span", { style: { width: `${100 * share}%` } })),
+      el("span", { class: "value" }, measure.format(value)),
+      el(
+        "span",
+        { class: `meter${minus ? " signed" : ""}${value < 0 ? " minus" : ""}`, "aria-hidden": "true" },
+        el("span", { style: { width: `${100 * of(value)}%` } }),
+      ),
     ];
   };
+}
+
+// a column of a table: what it holds, and how its bars are to be read
+function measureColumn(measure) {
+  const { key, label, what, log } = measure;
+  const read = log ? "bars in powers of ten" : lengths(measure).minus ? "bars from 0 in the middle" : "bars from 0";
+  return { key, label, what: [what, read].filter(Boolean).join("; "), sort: true, cell: measureCell(measure) };
 }
 
 function overviewPage(params) {
@@ -143,9 +189,7 @@ function overviewPage(params) {
     href: (index) => `#/feature/${index}`,
     columns: [
       { key: "name", label: "Feature", sort: false, cell: nameCell },
-      ...known
-        .filter(({ key }) => key !== "mean")
-        .map((m) => ({ key: m.key, label: m.label, sort: true, cell: measureCell(m) })),
+      ...known.filter(({ key }) => key !== "mean").map(measureColumn),
     ],
     sorted: (key) => {
       view.down = view.sort === key ? !view.down : true;
@@ -350,6 +394,13 @@ function overviewPage(params) {
       ),
       chips,
       plot.figure,
+      steerabilityNote(),
+      note(
+        "Bars in the table: ",
+        ((logs) => (logs.length ? `of ${logs.join(", ")} in powers of ten; others from 0.` : "from 0."))(
+          known.filter(({ key, log }) => log && key !== "mean").map(({ label }) => label),
+        ),
+      ),
     ),
     el("div", { class: "listing" }, el("div", { class: "heading" }, count, downloads("features", rows)), table.node),
   );

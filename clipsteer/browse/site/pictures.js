@@ -100,8 +100,8 @@ function predictedCard(entry, picture) {
     "predictions",
     rows,
     bars(
-      entry.predicted.map(([c, value]) => ({
-        label: [c === picture.truth ? verdict(c, c) : null, ` ${Site.answer(c)}`],
+      entry.predicted.map(([c, value], i) => ({
+        label: [i === 0 ? verdict(picture.truth, c) : null, ` ${Site.answer(c)}`],
         value,
         extra: c === picture.truth ? "truth" : "",
       })),
@@ -116,8 +116,9 @@ function predictedCard(entry, picture) {
 function removedCard(entry) {
   if (!entry.removed?.length || !entry.predicted.length) return null;
   const [was] = entry.predicted[0];
+  const removed = [...entry.removed].sort((a, b) => Math.abs(b[1]) - Math.abs(a[1]));
   const rows = () =>
-    entry.removed.map(([feature, change, now]) => ({
+    removed.map(([feature, change, now]) => ({
       feature,
       name: Site.featureName(feature),
       change,
@@ -128,7 +129,7 @@ function removedCard(entry) {
     "removed",
     rows,
     bars(
-      entry.removed.map(([feature, value, now]) => ({
+      removed.map(([feature, value, now]) => ({
         label: featureLink(feature),
         value,
         extra: now === was ? "" : `then ${Site.answer(now)}`,

@@ -62,23 +62,27 @@ function pair(picture, alt) {
       "figcaption",
       {},
       el("span", { class: "file", title: picture.file || picture.name }, picture.file || picture.name),
-      truth ? el("span", { class: "truth" }, `truth: ${truth}`) : null,
+      truth ? el("span", { class: "truth", title: truth }, `truth: ${truth}`) : null,
     ),
     el("div", { class: "changes" }, verdictOf, list),
   );
   function fill({ classes, clean, steered, was, now }) {
     const said = ([which, p]) => [
       verdict(picture.truth, which),
-      ` ${Site.answer(which)}${Number.isNaN(p) ? "" : ` ${percent(p)}`}`,
+      ` ${Site.answer(which)} `,
+      Number.isNaN(p) ? null : el("span", { class: "whole" }, percent(p)),
     ];
     verdictOf.replaceChildren(
       el("span", {}, said(was)),
-      el("span", { class: "unseen" }, " becomes "),
       el("span", { "aria-hidden": "true" }, " → "),
-      el("span", { class: now[0] === was[0] ? "" : "moved" }, said(now)),
+      now[0] === was[0]
+        ? el("span", {}, el("span", { class: "unseen" }, " stays "), said(now))
+        : el("span", { class: "moved" }, "now ", said(now)),
     );
-    const own = classes.indexOf(picture.truth);
-    const listed = [...new Set([...largest(steered, 2), ...largest(clean, 2), ...(own >= 0 ? [own] : [])])].slice(0, 4);
+    // the truth is always among them, if it is known how probable it is
+    const own = picture.truth < 0 ? -1 : classes.indexOf(picture.truth);
+    const most = [...new Set([...largest(steered, 2), ...largest(clean, 2)])];
+    const listed = own < 0 || most.includes(own) ? most : [...most.slice(0, 3), own];
     const width = (p) => ({ width: `${(100 * p).toFixed(1)}%` });
     list.replaceChildren(
       ...listed.map((c) =>
@@ -280,6 +284,14 @@ function steerCard(index, data, params) {
       ? `Probabilities are over all ${plural(Site.answers.length, "answer")}; ` +
         `of each picture those of ${steering.classes.length} are stored.`
       : "";
+  const known = rows.map((row) => Site.picture(row).truth).filter((truth) => truth >= 0);
+  const listed = live ? known : known.filter((truth) => steering.classes.includes(truth));
+  const bold = !listed.length ? "" : `; the truth in bold${listed.length < known.length ? ", where it is stored" : ""}`;
+  const legend = note(
+    `Thin bars: before. Thick bars: after. All to 100 %${bold}. `,
+    "“Now”, in colour: what comes first once the feature is set, where that is another class. ",
+    among,
+  );
   return card(
     "Steer it",
     `steer-${index}`,
@@ -310,7 +322,7 @@ function steerCard(index, data, params) {
       ),
     ),
     trouble,
-    note("Thin bars: before. Thick bars: after. All to 100 %; the truth in bold. ", among),
+    legend,
     grid,
     curve,
   );

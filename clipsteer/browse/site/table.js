@@ -1,7 +1,7 @@
 // A table of thousands of rows of which those in sight exist: sorted by a column's head, walked with the arrow keys.
 "use strict";
 
-// columns: [{key, label, cell(index), sort: true|false}]; href(index) is where a row leads; sorted({key, down}).
+// columns: [{key, label, what, cell(index), sort: true|false}]; href(index) is where a row leads; sorted({key, down}).
 function longTable({ label, columns, href, sorted, state }) {
   let rows = [];
   const alive = new Map(); // position -> row
@@ -14,7 +14,7 @@ function longTable({ label, columns, href, sorted, state }) {
           el("span", { class: "arrow", "aria-hidden": "true" }),
         )
       : column.label;
-    return el("div", { role: "columnheader", class: `cell col-${column.key}` }, name);
+    return el("div", { role: "columnheader", class: `cell col-${column.key}`, title: column.what || null }, name);
   });
   const group = el("div", { role: "rowgroup", class: "rows" });
   const scroller = el("div", { class: "scroller" }, group);
