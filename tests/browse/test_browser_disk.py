@@ -193,7 +193,9 @@ def test_a_feature_shows_what_is_stored_of_it(disk, opened):
     assert said in page.locator(".feature > .note").first.inner_text()
     assert said in page.locator(".stats div", has_text="Steerability").get_attribute("title")
     assert "mean of its pictures' peaks" in page.locator(".classes .bars").inner_text()
-    words = page.evaluate("[...document.querySelectorAll('.in-words .bars:last-of-type .said')].map(e => e.textContent)")
+    words = page.evaluate(
+        "[...document.querySelectorAll('.in-words .bars:last-of-type .said')].map(e => e.textContent)"
+    )
     assert words == [word for word, _ in stored["words"] + stored["opposite"]]
     assert page.locator(".histogram .bar").count() == sum(count > 0 for count in stored["histogram"])
     page.locator(".histogram .hit").nth(3).hover()
@@ -223,19 +225,22 @@ def test_the_slider_shows_the_same_pictures_before_and_after(disk, opened):
         s = STRENGTHS.index(strength)
         assert page.locator(".pairs").get_attribute("data-strength") == str(strength)
         assert f"strength={strength}" in page.url
-        for r in range(4):
-            text = page.locator(".pair .paired").nth(r).inner_text()
+        marks = page.evaluate(
+            "[...document.querySelectorAll('.pair')].map("
+            "p => [[...p.querySelectorAll('b')].map(b => b.firstChild.data), p.querySelectorAll('.moved').length])"
+        )
+        texts = page.locator(".pair .paired").all_inner_texts()
+        assert len(texts) == 4
+        for r, text in enumerate(texts):
             best = max(range(len(steering["classes"])), key=lambda c: steering["probability"][s][r][c])
             p = 100 * steering["probability"][s][r][best]
             assert CLASSES[steering["classes"][best]].replace("_", " ") in text
             assert f"{p:.1f} %" in text or f"{p:.0f} %" in text
             truth = pictures["truth"][steering["images"][r]]
-            bold = page.locator(".pair").nth(r).locator("b").all_inner_texts()
-            assert [text.split("\n")[0] for text in bold] == [
-                CLASSES[c].replace("_", " ") for c in steering["classes"] if c == truth
-            ]
+            bold, moved = marks[r]
+            assert bold == [CLASSES[c].replace("_", " ") for c in steering["classes"] if c == truth]
             changed = steering["first"][s][r] != pictures["first"][steering["images"][r]]
-            assert page.locator(".shift").nth(r).locator(".moved").count() == changed
+            assert moved == changed
     weight = "getComputedStyle(document.querySelector('.shift > span:last-child')).fontWeight"
     assert page.evaluate(weight) == "400"
     assert page.evaluate(sources) == before
@@ -314,14 +319,16 @@ def test_a_patch_tells_its_features_by_mouse_key_and_tap(disk, opened):
     assert "truth:" in page.locator(".title").inner_text()
     # a mark is the first prediction's alone, and the truth is named wherever it is
     truth, first = (data(disk, "pictures")[key] for key in ("truth", "first"))
-    wrong = next(r for r in range(64) if truth[r] in [c for c, _ in data(disk, "images/0")["images"][r]["predicted"][1:]])
+    wrong = next(
+        r for r in range(64) if truth[r] in [c for c, _ in data(disk, "images/0")["images"][r]["predicted"][1:]]
+    )
     right = next(r for r in range(64) if truth[r] == first[r])
     for row, mark in ((wrong, "✗"), (right, "✓")):
         page.evaluate("at => { location.hash = at; }", f"#/picture/{row}")
         until(page, f"document.querySelector('.crumb')?.textContent.endsWith('/ {row}')")
         said = page.locator(".predictions li").all_inner_texts()
         assert [mark in text for text in said] == [True] + [False] * (len(said) - 1)
-        assert not any({'✗': '✓', '✓': '✗'}[mark] in text for text in said)
+        assert not any({"✗": "✓", "✓": "✗"}[mark] in text for text in said)
         assert sum("truth" in text for text in said) == 1
 
     phone = opened(root(disk), "#/picture/5", has_touch=True, is_mobile=True, viewport={"width": 390, "height": 844})
