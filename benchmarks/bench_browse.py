@@ -6,8 +6,8 @@
 
 ``site`` builds one of 2,000 of the bundled drawings. ``peer`` gives the activations of the same drawings to the
 generator of sae-dashboard, which knows language models alone: a stand-in answers where it would run one, with what
-was captured here, so that its time is that of the generator. Its unembedding has 857 random columns, as many as there
-are bundled concepts. sae-dashboard is not installed with any extra; it wants older versions of what clipsteer takes.
+was captured here, so that its time is that of the generator. Its unembedding has a random column for each drawing.
+sae-dashboard is not installed with any extra; it wants older versions of what clipsteer takes.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class StandIn(nn.Module):
         super().__init__()
         self.x = x
         self.hook_dict = {THEIR_HOOK: types.SimpleNamespace(ctx={})}
-        self.W_U = torch.randn(x.shape[-1], 857)
+        self.W_U = torch.randn(x.shape[-1], len(x))  # tokens are numbers of pictures
 
     def run_with_hooks(self, tokens: Tensor, stop_at_layer: int, fwd_hooks: Any) -> Tensor:
         acts = self.x[tokens[:, 0]]
@@ -95,6 +95,7 @@ def peer(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         formats.export(clipsteer.SAE.from_pretrained(args.sae), Path(folder) / "sae", "saelens")
         sae = SAE.load_from_disk(str(Path(folder) / "sae"))
+    sae.cfg.rescale_acts_by_decoder_norm = True  # they fold the norms in, which are 1 here
     x = activations(args.images)
     tokens = torch.arange(args.images)[:, None].expand(-1, x.shape[1]).clone()
     config = SaeVisConfig(
