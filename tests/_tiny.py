@@ -77,3 +77,16 @@ def drawings(folder: Path, count: int = 120) -> Path:
         place.mkdir(parents=True, exist_ok=True)
         data[row][0].save(place / f"{row}.png")
     return folder
+
+
+def noise(root: Path, classes: int, train: int, test: int) -> Path:
+    """Images of coloured noise, so many of each class, in PILOT's layout."""
+    rng = np.random.RandomState(0)
+    for part, count in (("train", train), ("test", test)):
+        for c in range(classes):
+            folder = root / part / f"class_{c}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                colour = np.eye(classes)[c, :3] * 150 + 50 + rng.normal(0, 20, (40, 40, 3))
+                Image.fromarray(colour.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+    return root

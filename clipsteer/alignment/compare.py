@@ -151,12 +151,10 @@ class Compared:
                 "concept_b": self.proximity[b].names[match.b],
             }
             for name, estimate in (("distance", match.distance), ("relative", match.relative)):
-                row |= {
-                    name: estimate.value,
-                    f"{name}_low": estimate.low,
-                    f"{name}_high": estimate.high,
-                }
-            found.append({k: _finite(v) for k, v in row.items()})
+                plain = estimate.to_json()
+                row |= {name: plain["value"]}
+                row |= {f"{name}_{end}": plain[end] for end in ("low", "high")}
+            found.append(row)
         return found
 
     def write(self, folder: str | Path) -> list[Path]:
@@ -175,10 +173,6 @@ class Compared:
             rows += [{"a": str(a), "b": str(b)} | row for row in self._matches(a, b)]
         write_csv(paths[2], rows)
         return paths
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def align(

@@ -22,7 +22,7 @@ from clipsteer.alignment.config import AlignmentConfig
 from clipsteer.clip.hooks import captured, evaluating, match
 from clipsteer.clip.model import CLIP, provenance
 from clipsteer.clip.module import module_of
-from clipsteer.clip.pixels import as_pixels
+from clipsteer.clip.pixels import as_pixels, image_of
 from clipsteer.clip.seen import Box, seen_box
 from clipsteer.clip.shortcut import Shortcut
 from clipsteer.clip.tokens import Layout, layout_at
@@ -202,8 +202,7 @@ def _batches(span: range, size: int) -> Iterator[range]:
 
 
 def _image(dataset: Any, row: int) -> Any:
-    item = dataset[row]
-    image = item[0] if isinstance(item, tuple | list) else item
+    image = image_of(dataset[row])
     return read_image(os.fspath(image)) if isinstance(image, str | os.PathLike) else image
 
 

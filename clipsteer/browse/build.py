@@ -21,7 +21,7 @@ from clipsteer.browse.words import HOW
 from clipsteer.clip.model import CLIP
 from clipsteer.clip.module import module_of
 from clipsteer.data.dataset import told_apart
-from clipsteer.data.emoji import EmojiStyles
+from clipsteer.data.emoji import names_of_things
 from clipsteer.data.identity import identity_of
 from clipsteer.io.digests import described, digest_of, tensors_digest, weights_digest
 from clipsteer.sae.model import SAE
@@ -110,8 +110,7 @@ def _words(clip: CLIP, dataset: Any, words: Sequence[str] | None) -> list[str]:
     if not clip.has_text:
         return []
     if words is None:
-        classes = [name.replace("_", " ") for name in told_apart(dataset) or []]
-        words = [*classes, *(concept.label for concept in EmojiStyles().concepts)]
+        return names_of_things(told_apart(dataset) or ())
     return list(dict.fromkeys(words))
 
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.clip.model import CLIP, EMOJICLIP
 from clipsteer.clip.pixels import image_embeddings
-from clipsteer.clip.zero_shot import SIMPLE_TEMPLATES, zero_shot_head
+from clipsteer.clip.zero_shot import SIMPLE_TEMPLATES, mean_directions, zero_shot_head
 from clipsteer.data.dataset import told_apart
 from clipsteer.sae.model import SAE
 from clipsteer.sae.site import LOGIT_SCALE, Site, find_site, find_target
@@ -132,7 +131,6 @@ def find_predictions(
     if embeddings is None:
         embeddings = torch.cat(list(image_embeddings(clip, dataset, 64, "class means")))
     there = known.labels >= 0
-    sums = torch.zeros(len(names), embeddings.shape[1], device=clip.device)
-    rows = embeddings[there].to(sums)
-    sums.index_add_(0, known.labels[there].to(sums.device), rows)
-    return Predictions(names, F.normalize(sums, dim=1), "class means")
+    rows = embeddings[there].to(clip.device, torch.float32)
+    labels = known.labels[there].to(clip.device)
+    return Predictions(names, mean_directions(rows, labels, len(names)), "class means")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from clipsteer.browse.explained import Labelled, Predictions
 from clipsteer.browse.files import Folder, listed, shares
 from clipsteer.browse.sides import Side
 from clipsteer.browse.survey import Survey
-from clipsteer.data.dataset import ImageDataset, sample_names
+from clipsteer.data.dataset import ImageDataset, file_of, sample_names
 from clipsteer.io.names import spoken
 
 PREDICTED = 5
@@ -45,17 +44,10 @@ def captions(dataset: Any, known: Labelled | None) -> dict[str, list[Any]]:
     truth = [-1] * len(dataset) if known is None else known.labels.tolist()
     if isinstance(dataset, ImageDataset):
         names = [spoken(str(name)) for name in sample_names(dataset)]
-        files = [_file(source) for source in dataset.sources]
+        files = [spoken(file_of(source)) for source in dataset.sources]
     elif known is not None:
         names = [known.classes[i] if i >= 0 else name for i, name in zip(truth, names)]
     return {"name": [name[:_CAPTION] for name in names], "file": files, "truth": truth}
-
-
-def _file(source: Any) -> str:
-    first = source[0] if isinstance(source, tuple) else source
-    if not isinstance(first, Path):
-        return ""
-    return spoken(first.name)
 
 
 def entries(

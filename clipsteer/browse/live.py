@@ -23,7 +23,7 @@ from clipsteer.browse.files import Folder, listed
 from clipsteer.browse.images import entries
 from clipsteer.browse.probes import Probes
 from clipsteer.browse.survey import Survey
-from clipsteer.clip.pixels import as_pixels
+from clipsteer.clip.pixels import as_pixels, image_of
 from clipsteer.io.digests import digest_of
 from clipsteer.io.files import FileFormatError
 from clipsteer.io.images import read_image
@@ -149,15 +149,12 @@ class Live:
                 raise ValueError("your picture was forgotten; choose it again")
             clip = self.explained.clip
             pixels = [] if own is None else [self._own[own]]
-            pixels += [as_pixels(self._image(row), clip.preprocess) for row in rows]
+            given = (image_of(self.dataset[row]) for row in rows)
+            pixels += [as_pixels(image, clip.preprocess) for image in given]
             stacked = torch.stack(pixels).to(clip.device, clip.dtype)
             _keep(self._probes, key, Probes(self.explained, stacked))
         self._probes.move_to_end(key)
         return self._probes[key]
-
-    def _image(self, row: int) -> Any:
-        item = self.dataset[row]
-        return item[0] if isinstance(item, tuple | list) else item
 
 
 def _keep(kept: OrderedDict[Any, T], key: Any, value: T) -> None:

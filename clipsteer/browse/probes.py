@@ -11,7 +11,7 @@ from torch import Tensor
 from clipsteer.browse.explained import Explained
 from clipsteer.browse.survey import sparse_rows
 from clipsteer.clip.hooks import evaluating
-from clipsteer.clip.pixels import as_pixels
+from clipsteer.clip.pixels import as_pixels, image_of
 from clipsteer.sae.site import clean_passes, from_site, set_features
 
 # pictures that pass at once
@@ -45,10 +45,7 @@ class Probes:
     def of(cls, explained: Explained, dataset: Any, rows: Sequence[int]) -> Probes:
         """Images of a data set."""
         clip = explained.clip
-        images = [
-            item[0] if isinstance(item, tuple | list) else item
-            for item in (dataset[row] for row in rows)
-        ]
+        images = (image_of(dataset[row]) for row in rows)
         pixels = torch.stack([as_pixels(image, clip.preprocess) for image in images])
         return cls(explained, pixels.to(clip.device, clip.dtype))
 

@@ -21,7 +21,7 @@ from clipsteer.browse.explained import Explained
 from clipsteer.browse.files import Folder
 from clipsteer.browse.thumbs import thumbnail
 from clipsteer.clip.hooks import evaluating
-from clipsteer.clip.pixels import as_pixels
+from clipsteer.clip.pixels import as_pixels, image_of
 from clipsteer.data.dataset import spread
 from clipsteer.io.files import read_safetensors, write_safetensors
 from clipsteer.sae.metrics.recorder import flat_codes
@@ -81,7 +81,7 @@ def sparse_rows(sae: SAE, x: Tensor) -> SparseRows:
 def facts_of(explained: Explained, dataset: Any) -> Facts:
     """By the first image. Raises ValueError where the SAE does not fit what is there."""
     clip, site, target = explained.clip, explained.site, explained.target
-    pixels = as_pixels(_image(dataset[0]), clip.preprocess)[None]
+    pixels = as_pixels(image_of(dataset[0]), clip.preprocess)[None]
     with evaluating(clip):
         x, y = Looks(clip, site, target)(pixels.to(clip.device, clip.dtype))
     tokens = site.select(x).shape[1]
@@ -155,7 +155,7 @@ class Survey:
         pixels = []
         names = []
         for row in self.span(shard):
-            image = _image(self.dataset[row])
+            image = image_of(self.dataset[row])
             pixels.append(as_pixels(image, clip.preprocess))
             if self.thumbs:
                 content = thumbnail(image, clip.preprocess, pixels[-1])
@@ -261,10 +261,6 @@ class Survey:
     def column(self, name: str) -> Tensor:
         """One of the tensors that have a row an image, of all images."""
         return torch.cat([found[name] for found in self.each()])
-
-
-def _image(item: Any) -> Any:
-    return item[0] if isinstance(item, tuple | list) else item
 
 
 def _grid(

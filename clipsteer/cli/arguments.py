@@ -159,16 +159,12 @@ def _text(*lines: str) -> None:
 
 def read_words(path: Path | None, classes: Sequence[str] | None = None) -> list[str]:
     """The lines of a file, or the bundled concepts after the classes."""
-    from clipsteer.data.emoji import EmojiStyles
+    from clipsteer.data.emoji import names_of_things
     from clipsteer.io.files import read_text
 
-    if path is not None:
-        words = [w.strip() for w in read_text(path).splitlines()]
-    else:
-        words = [
-            *(c.replace("_", " ") for c in classes or []),
-            *(c.label for c in EmojiStyles().concepts),
-        ]
+    if path is None:
+        return names_of_things(classes or ())
+    words = [w.strip() for w in read_text(path).splitlines()]
     return list(dict.fromkeys(w for w in words if w))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,19 +91,17 @@ def _demo(args: argparse.Namespace) -> int:
     from clipsteer.clip.model import EMOJICLIP
     from clipsteer.demo.findings import run
 
-    found = {"model": args.model or EMOJICLIP, "pretrained": args.pretrained}
-    if args.sae is not None:
-        from clipsteer.sae.model import SAE
+    def open_model(metadata: Mapping[str, Any]) -> Any:
+        return load_known(args, metadata, args.sae)
 
-        metadata = SAE.from_pretrained(args.sae).metadata
-        clip = load_known(args, metadata, args.sae)
-        found = {"model": clip.name, "pretrained": clip.pretrained, "clip": clip}
     result = run(
         args.out,
         seed=args.seed,
         sae=args.sae,
         words=None if args.words is None else read_words(args.words),
-        **found,
+        model=args.model or EMOJICLIP,
+        pretrained=args.pretrained,
+        open_model=open_model,
         data=args.data,
         hook_point=args.hook_point,
         minutes=args.minutes,

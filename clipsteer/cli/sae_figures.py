@@ -42,7 +42,6 @@ def write(args: argparse.Namespace, model: str, figures: dict[str, Any]) -> None
     from clipsteer.io.files import write_json
     from clipsteer.sae.page import evaluation_page
 
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, figures)
     images = args.data or "the bundled held-out style"
     page = evaluation_page(f"What the SAE {args.sae} preserves", f"{model} on {images}", figures)

@@ -100,6 +100,7 @@ class _Place(NamedTuple):
 
 @lists_unreadable
 def _steer(args: argparse.Namespace) -> int:
+    from clipsteer.sae.site import tell_another_place
     from clipsteer.sae.steering import SAESteering
 
     if (args.feature is None) == (args.towards is None):
@@ -121,6 +122,8 @@ def _steer(args: argparse.Namespace) -> int:
     multiples = {feature: one.value for feature, one in last.items() if one.is_multiple}
     if args.towards is not None or multiples:
         given |= _activations(args, place, multiples)
+    else:
+        tell_another_place(sae, hook_point)
     return show_steering(args, clip, images, hook_point, SAESteering(sae, given, tokens=tokens))
 
 

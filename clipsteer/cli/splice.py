@@ -141,7 +141,6 @@ def _splice(args: argparse.Namespace) -> int:
             f"clipsteer: {int((~found.converged).sum())} not solved to 1e-6 (worst {worst:.1e})\n"
         )
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(
             args.out,
             {"model": clip.name, "pretrained": clip.pretrained, "l1": args.l1, "images": rows},

@@ -101,10 +101,15 @@ def stacks(images: Any, transform: Transform, batch_size: int) -> Iterator[Tenso
         yield torch.stack(batch)
 
 
+def image_of(item: Any) -> Any:
+    """The image of a data set's item, which may have a target beside it."""
+    return item[0] if isinstance(item, tuple | list) and item else item
+
+
 def _each(images: Any) -> Iterator[Any]:
     """The images of a list, a batch, a loader or a data set, one by one and without targets."""
     for item in _items(images):
-        image = item[0] if isinstance(item, tuple | list) and item else item
+        image = image_of(item)
         if isinstance(image, Tensor) and image.ndim == 4:  # a batch
             yield from image
         else:

@@ -95,5 +95,14 @@ def prototype_head(clip: CLIP, dataset: Any, batch_size: int = 128) -> Tensor:
     if not bool(counts.all()):
         name = dataset.classes[int(counts.argmin())]
         raise ValueError(f"prototype_head: no image shows class {name!r}")
-    sums = rows.new_zeros(len(counts), rows.shape[1]).index_add_(0, targets, rows)
+    return mean_directions(rows, targets, len(counts))
+
+
+def mean_directions(
+    rows: Tensor,  # (N, e)
+    labels: Tensor,  # (N,) int64
+    classes: int,
+) -> Tensor:  # (classes, e), unit rows, 0 of a class without rows
+    """The direction of each class's mean."""
+    sums = rows.new_zeros(classes, rows.shape[1]).index_add_(0, labels, rows)
     return F.normalize(sums, dim=-1)

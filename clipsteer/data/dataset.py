@@ -143,11 +143,13 @@ def sample_names(dataset: ImageDataset) -> list[str]:
 
 def file_names(dataset: ImageDataset) -> list[str]:
     """The name of each sample's file, or its number where it has none."""
-    names = []
-    for row, source in enumerate(dataset.sources):
-        first = source[0] if isinstance(source, tuple) else source
-        names.append(first.name if isinstance(first, Path) else f"image {row}")
-    return names
+    return [file_of(source) or f"image {row}" for row, source in enumerate(dataset.sources)]
+
+
+def file_of(source: Any) -> str:
+    """The name of the file that a sample comes from, "" where it comes from none."""
+    first = source[0] if isinstance(source, tuple) else source
+    return first.name if isinstance(first, Path) else ""
 
 
 def data_digest(dataset: ImageDataset) -> str:

@@ -262,6 +262,14 @@ class Split(NamedTuple):
     test: list[int]
 
 
+def names_of_things(classes: Iterable[str] = ()) -> list[str]:
+    """What things can be called where nobody says: the classes as they are spoken, and the bundled
+    concepts, each once."""
+    spoken = (name.replace("_", " ") for name in classes)
+    words = [*spoken, *(concept.label for concept in EmojiStyles().concepts)]
+    return list(dict.fromkeys(filter(None, words)))
+
+
 def stratified(
     labels: Sequence[Any], seed: int = 0, share: float = 0.2
 ) -> tuple[list[int], list[int]]:

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.clip.model import CLIP
+from clipsteer.clip.zero_shot import mean_directions
 from clipsteer.data.dataset import ImageDataset
 from clipsteer.demo.pictures import Pictures
 from clipsteer.sae.evaluate import steerability
@@ -102,16 +102,14 @@ def class_means(
     assert pictures.classes is not None
     assert pictures.truth is not None
     truth = pictures.truth[pictures.train]
-    sums = torch.zeros(len(pictures.classes), embeddings.shape[1])
-    sums.index_add_(0, truth, embeddings[pictures.train].to(sums))
-    counts = truth.bincount(minlength=len(sums))
+    counts = truth.bincount(minlength=len(pictures.classes))
     if not bool(counts.all()):
         name = pictures.classes[int(counts.argmin())]
         raise ValueError(
             f"demo: among the {len(truth)} images that are learnt from none shows {name!r}; give "
             "each class more of them"
         )
-    return F.normalize(sums, dim=-1)
+    return mean_directions(embeddings[pictures.train].float(), truth, len(counts))
 
 
 @torch.no_grad()

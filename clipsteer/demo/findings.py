@@ -129,7 +129,7 @@ def run(
     max_images: int | None = None,
     device: str = "cpu",
     open_images: Callable[[str | Path], ImageDataset] = open_dataset,
-    clip: CLIP | None = None,
+    open_model: Callable[[Mapping[str, Any]], CLIP] | None = None,
     **setup: Any,
 ) -> Demo:
     """Run the demo into the folder ``out``.
@@ -153,7 +153,7 @@ def run(
         max_images: at most so many; by default all bundled drawings for EmojiCLIP and 1000
             otherwise.
         open_images: opens ``data``.
-        clip: the model, where it is loaded already.
+        open_model: opens the model in place of these where there is ``sae``, by its metadata.
 
     Raises ValueError for arguments or data that do not fit, RuntimeError where no SAE feature is
     worth a look.
@@ -164,7 +164,11 @@ def run(
         raise ValueError(f"demo: max_images must be at least 16, got {max_images}")
     out = Path(out)
     given = None if sae is None else SAE.from_pretrained(sae, device=device)
-    clip = clip or load(model, pretrained, device=device, **setup)
+    if given is None or open_model is None:
+        clip = load(model, pretrained, device=device, **setup)
+    else:
+        clip = open_model(given.metadata)
+        model, pretrained = clip.name, clip.pretrained
     if data is not None and str(data) == "emoji":
         data = None
     emojiclip = model == EMOJICLIP
@@ -233,7 +237,6 @@ def run(
     else:
         figures["wise_ft"] = {"skipped": demo_wise_ft.ELSEWHERE}
         figures["continual"] = {"skipped": demo_continual.ELSEWHERE}
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "metrics.json", figures)
     page = demo_page.build(
         predictor, pictures, figures, history, tokens, embeddings, chosen, out, folder

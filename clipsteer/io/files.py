@@ -81,14 +81,15 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write ``value`` as indented JSON. Raises ValueError for NaN and infinity, TypeError for what
-    JSON has not.
+    """Write ``value`` as indented JSON, in a folder that is made where there is none. Raises
+    ValueError for NaN and infinity, TypeError for what JSON has not.
 
     Names that are not UTF-8, which Python holds with halves of pairs (surrogateescape), come back
     as they were: JSON's way to write such a half is Python's.
     """
     text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False)
     data = text.encode("utf-8", "backslashreplace") + b"\n"
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(data))
 
 

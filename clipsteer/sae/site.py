@@ -75,9 +75,8 @@ def find_site(sae: SAE, clip: CLIP, hook_point: str | None, tokens: str | None) 
     Raises ValueError for a hook point that nobody names or that is not one module, and for tokens
     that the tower has not.
     """
-    trained_at = sae.metadata.get("hook_point")
     if hook_point is None:
-        hook_point = trained_at
+        hook_point = sae.metadata.get("hook_point")
     if tokens is None:
         tokens = sae.metadata.get("tokens") or "all"
     if hook_point is None:
@@ -92,9 +91,15 @@ def find_site(sae: SAE, clip: CLIP, hook_point: str | None, tokens: str | None) 
             ours.to_json(),
         )
     found = _site("hook_point", clip, hook_point, tokens)._replace(d_in=sae.d_in)
-    if trained_at not in (None, found.hook_point):
-        logger.warning("the SAE was trained at %s; here it is at %s", trained_at, found.hook_point)
+    tell_another_place(sae, found.hook_point)
     return found
+
+
+def tell_another_place(sae: SAE, hook_point: str) -> None:
+    """Warn where an SAE is put at another hook point than it was trained at."""
+    trained_at = sae.metadata.get("hook_point")
+    if trained_at not in (None, hook_point):
+        logger.warning("the SAE was trained at %s; here it is at %s", trained_at, hook_point)
 
 
 def find_target(sae: SAE, clip: CLIP, site: Site, hook_point: str | None) -> Site:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from _command import run
+from _tiny import noise
 from clipsteer.cli import cil as cli_continual
 from clipsteer.continual.backbone import Encoder
 from clipsteer.continual.plasticity import fit_saes, save_saes
@@ -21,15 +20,7 @@ QUICK = ["--first-epochs", 1, "--epochs", 1, "--batch-size", 8]
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Four classes of coloured noise in PILOT's layout."""
-    root, rng = tmp_path_factory.mktemp("images"), np.random.RandomState(0)
-    for part, count in (("train", 6), ("test", 3)):
-        for c in range(4):
-            folder = root / part / f"class_{c}"
-            folder.mkdir(parents=True)
-            for i in range(count):
-                colour = np.eye(4)[c, :3] * 150 + 50 + rng.normal(0, 20, (40, 40, 3))
-                Image.fromarray(colour.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
-    return root
+    return noise(tmp_path_factory.mktemp("images"), 4, 6, 3)
 
 
 def test_strategies_and_seeds_end_in_a_page_and_a_second_call_adds_to_it(images, tmp_path, capsys):

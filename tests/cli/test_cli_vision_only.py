@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from _command import run
+from _tiny import noise
 
 timm = pytest.importorskip("timm")
 
@@ -27,15 +26,7 @@ def tower(tmp_path_factory):
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Three classes of coloured noise in PILOT's layout."""
-    root, rng = tmp_path_factory.mktemp("images"), np.random.RandomState(0)
-    for part, count in (("train", 5), ("test", 3)):
-        for c in range(3):
-            folder = root / part / f"class_{c}"
-            folder.mkdir(parents=True)
-            for i in range(count):
-                colour = np.eye(3)[c] * 150 + 50 + rng.normal(0, 20, (40, 40, 3))
-                Image.fromarray(colour.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
-    return root
+    return noise(tmp_path_factory.mktemp("images"), 3, 5, 3)
 
 
 @pytest.fixture(scope="module")

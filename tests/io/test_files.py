@@ -253,6 +253,12 @@ def test_json(tmp_path):
     assert read_json(tmp_path / "a.json") == value
 
 
+def test_a_folder_for_figures_is_made(tmp_path):
+    """What was measured for an hour is not lost for want of one."""
+    write_json(tmp_path / "no" / "such" / "a.json", {"a": 1})
+    assert json.loads((tmp_path / "no" / "such" / "a.json").read_text()) == {"a": 1}
+
+
 @pytest.mark.parametrize("failure", ["in write", "at fsync", "at rename"])
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failure):
     write_json(tmp_path / "a.json", 1)

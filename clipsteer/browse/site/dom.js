@@ -18,6 +18,14 @@ function made(node, attributes, children) {
 const el = (name, attributes, ...children) => made(document.createElement(name), attributes, children);
 const svg = (name, attributes, ...children) => made(document.createElementNS(SVG, name), attributes, children);
 
+// A list to choose one of, of [value, text]; `taken` is told which.
+const choice = (attributes, options, taken, chosen) =>
+  el(
+    "select",
+    { ...attributes, onchange: (event) => taken(event.target.value) },
+    options.map(([value, text]) => el("option", { value, selected: value === chosen }, text)),
+  );
+
 const say = (text) => {
   document.getElementById("status").textContent = text;
 };

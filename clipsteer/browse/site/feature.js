@@ -185,6 +185,13 @@ function between(index) {
   );
 }
 
+function histogramCard(index, data, peak) {
+  const bins = data.histogram;
+  const rows = () =>
+    bins.map((tokens, i) => ({ from: (i / bins.length) * peak, to: ((i + 1) / bins.length) * peak, tokens }));
+  return card("How often, how strongly", `histogram-${index}`, rows, histogram(bins, peak));
+}
+
 async function featurePage(index, params) {
   const data = await Site.feature(index);
   if (!data)
@@ -226,58 +233,30 @@ async function featurePage(index, params) {
     measures().map(({ key, label, format, what }) => stat(label, format(value(key)), what)),
   );
   const measured = Number.isFinite(value("steerability")) ? steerabilityNote() : null;
-  const title = `${index} ${Site.featureName(index)}`;
-  if (!active) {
-    return {
-      title,
-      node: el(
-        "article",
-        { class: "feature" },
-        head,
-        stats,
-        note("It is active on no token of these pictures: there is nothing to show, and no peak to steer by."),
-        el(
-          "div",
-          { class: "cards" },
-          namesCard(index, data),
-          neighbours("Most similar directions", `similar-${index}`, data.similar || [], "cosine", number),
+  const alike = neighbours("Most similar directions", `similar-${index}`, data.similar || [], "cosine", number);
+  const called = namesCard(index, data);
+  const cards = (...parts) => el("div", { class: "cards" }, parts);
+  const parts = active
+    ? [
+        measured,
+        topPictures(index, data),
+        steerCard(index, data, params),
+        cards(
+          effectCard(index, data),
+          histogramCard(index, data, value("peak")),
+          called,
+          classesCard(index, data),
+          alike,
+          neighbours("Fires together with", `coactive-${index}`, data.coactive || [], "correlation", number),
         ),
-      ),
-    };
-  }
-  const histo = card(
-    "How often, how strongly",
-    `histogram-${index}`,
-    () =>
-      data.histogram.map((tokens, i) => ({
-        from: (i / data.histogram.length) * value("peak"),
-        to: ((i + 1) / data.histogram.length) * value("peak"),
-        tokens,
-      })),
-    histogram(data.histogram, value("peak")),
-  );
-  const steering = steerCard(index, data, params);
+        intervals(index, data),
+      ]
+    : [
+        note("It is active on no token of these pictures: there is nothing to show, and no peak to steer by."),
+        cards(called, alike),
+      ];
   return {
-    title,
-    node: el(
-      "article",
-      { class: "feature" },
-      head,
-      stats,
-      measured,
-      topPictures(index, data),
-      steering,
-      el(
-        "div",
-        { class: "cards" },
-        effectCard(index, data),
-        histo,
-        namesCard(index, data),
-        classesCard(index, data),
-        neighbours("Most similar directions", `similar-${index}`, data.similar || [], "cosine", number),
-        neighbours("Fires together with", `coactive-${index}`, data.coactive || [], "correlation", number),
-      ),
-      intervals(index, data),
-    ),
+    title: `${index} ${Site.featureName(index)}`,
+    node: el("article", { class: "feature" }, head, stats, parts),
   };
 }

@@ -254,18 +254,14 @@ function overviewPage(params) {
       if (event.key === "Enter" && found.length) location.hash = `#/feature/${found[0]}`;
     },
   });
-  const sort = el(
-    "select",
-    {
-      id: "sort",
-      "aria-label": "Sort by",
-      onchange: (event) => {
-        view.sort = event.target.value;
-        view.down = view.sort !== "index";
-        refresh();
-      },
+  const sort = choice(
+    { id: "sort", "aria-label": "Sort by" },
+    [...known.map(({ key, label }) => [key, label]), ["index", "Number"]],
+    (key) => {
+      view.sort = key;
+      view.down = key !== "index";
+      refresh();
     },
-    [...known, { key: "index", label: "Number" }].map(({ key, label }) => el("option", { value: key }, label)),
   );
   const turn = el("button", {
     type: "button",
@@ -275,39 +271,33 @@ function overviewPage(params) {
       refresh();
     },
   });
-  const show = el(
-    "select",
-    {
-      id: "show",
-      "aria-label": "Which features",
-      onchange: (event) => {
-        view.show = event.target.value;
-        refresh();
-      },
-    },
+  const show = choice(
+    { id: "show", "aria-label": "Which features" },
     [
       ["alive", "active ones"],
       ["all", "all"],
       ["dead", "dead ones"],
-    ].map(([value, text]) => el("option", { value }, text)),
+    ],
+    (which) => {
+      view.show = which;
+      refresh();
+    },
   );
   const classes =
     Site.classes.length && Site.features.top_class
-      ? el(
-          "select",
-          {
-            id: "class",
-            "aria-label": "Class of its pictures",
-            onchange: (event) => {
-              view.of = event.target.value;
-              refresh();
-            },
+      ? choice(
+          { id: "class", "aria-label": "Class of its pictures" },
+          [
+            ["", "any class"],
+            ...[...new Set(Site.features.top_class)]
+              .filter((c) => c >= 0)
+              .map((c) => [c, Site.className(c)])
+              .sort(([, a], [, b]) => a.localeCompare(b)),
+          ],
+          (c) => {
+            view.of = c;
+            refresh();
           },
-          el("option", { value: "" }, "any class"),
-          [...new Set(Site.features.top_class)]
-            .filter((c) => c >= 0)
-            .sort((a, b) => Site.className(a).localeCompare(Site.className(b)))
-            .map((c) => el("option", { value: c }, Site.className(c))),
         )
       : null;
 

@@ -26,21 +26,19 @@ function picturesPage(params) {
       refresh();
     },
   });
-  const show = el(
-    "select",
-    {
-      "aria-label": "Which pictures",
-      onchange: () => {
-        view.show = show.value;
-        view.page = 1;
-        refresh();
-      },
-    },
+  const show = choice(
+    { "aria-label": "Which pictures" },
     [
       ["all", "all"],
       ["right", "predicted right"],
       ["wrong", "predicted wrong"],
-    ].map(([value, text]) => el("option", { value, selected: value === view.show }, text)),
+    ],
+    (which) => {
+      view.show = which;
+      view.page = 1;
+      refresh();
+    },
+    view.show,
   );
   const known = truth?.some((c) => c >= 0);
 

@@ -45,19 +45,17 @@ function scatter({ columns, x, y, label, open, picked = null, describe, changed 
   const frame = el("div", { class: "frame" }, canvas, box, tip);
   const left = el("p", { class: "note" });
   const by = (key) => columns.find((column) => column.key === key) || columns[0];
-  const choice = (name, value) =>
-    el(
-      "select",
-      {
-        "aria-label": `${name} axis`,
-        onchange: (event) => {
-          chosen[name] = event.target.value;
-          changed(chosen);
-          prepare();
-          paint();
-        },
+  const menu = (name, value) =>
+    choice(
+      { "aria-label": `${name} axis` },
+      columns.map(({ key, label }) => [key, label]),
+      (key) => {
+        chosen[name] = key;
+        changed(chosen);
+        prepare();
+        paint();
       },
-      columns.map((column) => el("option", { value: column.key, selected: column.key === value }, column.label)),
+      value,
     );
   const chosen = { x, y };
   const margin = { left: 50, right: 12, top: 12, foot: 40 };
@@ -233,7 +231,7 @@ function scatter({ columns, x, y, label, open, picked = null, describe, changed 
     "figure",
     { class: "scatter" },
     frame,
-    el("figcaption", {}, el("label", {}, "across ", choice("x", x)), el("label", {}, "up ", choice("y", y)), left),
+    el("figcaption", {}, el("label", {}, "across ", menu("x", x)), el("label", {}, "up ", menu("y", y)), left),
   );
   new ResizeObserver(([entry]) => {
     const now = Math.round(entry.contentRect.width);
