@@ -96,25 +96,25 @@ def unresolved(text: str) -> list[str]:
     return broken
 
 
+def broken(names: list[str]) -> list[str]:
+    """``where: what`` of every name, in these modules and the guides, that leads nowhere."""
+    spoken = [each for name in names for each in docstrings(name)]
+    for name in guide.NAMES:
+        text = guide.page(name).replace("```", "").replace("`", "``")
+        spoken.append((f"guide {name}", text))
+    return [f"{where}: ``{name}``" for where, text in spoken for name in unresolved(text)]
+
+
 def main() -> None:
     """Write the pages."""
     warnings.filterwarnings("error", module="pdoc")
     # packages bring some of their modules along
     warnings.filterwarnings("ignore", "The module specification", module="pdoc")
     names = modules()
-    broken = []
     for name in names:
         load(name)
-        broken += [
-            f"{where}: ``{found}``"
-            for where, text in docstrings(name)
-            for found in unresolved(text)
-        ]
-    for name in guide.NAMES:
-        spoken = guide.page(name).replace("```", "").replace("`", "``")
-        broken += [f"guide {name}: ``{found}``" for found in unresolved(spoken)]
-    if broken:
-        sys.exit("names that lead nowhere:\n" + "\n".join(broken))
+    if lost := broken(names):
+        sys.exit("names that lead nowhere:\n" + "\n".join(lost))
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "site")
     pdoc.render.configure(docformat="google", footer_text=f"clipsteer {clipsteer.__version__}")
     pdoc.pdoc(*names, output_directory=folder)

@@ -1,8 +1,8 @@
 """The files of a site: its folder, which is nobody else's, and data as scripts.
 
 A page that is opened from disk may load scripts and nothing else, so every piece of data is a
-script of one call, ``clipsteer.put(KEY, VALUE)``. VALUE is an object, or the base64 of its zlib-
-deflated JSON. A file is there as a whole or not at all.
+script of one call, ``put(KEY, VALUE)`` of the page's object ``clipsteer``. VALUE is an object, or
+the base64 of its zlib-deflated JSON. A file is there as a whole or not at all.
 """
 
 from __future__ import annotations
