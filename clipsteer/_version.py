@@ -1,1 +1,49 @@
+"""The version, and which build of it this is."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
 __version__ = "0.1.0"
+
+
+@functools.cache
+def build() -> dict[str, Any]:
+    """What ``setup.py`` wrote down of the native libraries: ``built`` and ``left_out``, by file."""
+    try:
+        return json.loads(Path(__file__).with_name("_build.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {"built": {}, "left_out": {}}
+
+
+def installed() -> str:
+    """From where this package is imported: a wheel by its tag, or a source folder."""
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    here = Path(__file__).resolve().parent
+    try:
+        found = distribution("clipsteer")
+    except PackageNotFoundError:
+        return f"not installed, imported from {here.parent}"
+    if Path(str(found.locate_file("clipsteer"))).resolve() != here:
+        return f"source in {here.parent}"
+    lines = (found.read_text("WHEEL") or "").splitlines()
+    tags = [line.removeprefix("Tag: ") for line in lines if line.startswith("Tag: ")]
+    return f"wheel {' '.join(tags)}" if tags else f"installed in {here.parent}"
+
+
+def natives() -> dict[str, str]:
+    """The native libraries by file: what each was compiled by and for."""
+    found = {}
+    for name, facts in build()["built"].items():
+        code = ", ".join(facts["code"])
+        found[name] = f"{code}; {facts['compiler']}, headers of torch {facts['torch']}"
+    return found
+
+
+def left_out(name: str) -> str:
+    """Why the build left a native library out; empty where that is not known."""
+    return build()["left_out"].get(name, "")

@@ -144,6 +144,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     import clipsteer
+    from clipsteer import _version
     from clipsteer.ops import _dispatch
     from clipsteer.testing import bench
 
@@ -157,6 +158,9 @@ def environment() -> dict[str, Any]:
     packages = ("triton", "open_clip_torch", "torchvision", "numpy", "safetensors")
     return {
         "clipsteer": clipsteer.__version__,
+        "installed": _version.installed(),
+        "compiled": _version.natives(),
+        "left out": _version.build()["left_out"],
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
@@ -176,11 +180,14 @@ def _env(args: argparse.Namespace) -> int:
     if args.json:
         _text(json.dumps(facts, indent=2))
         return 0
-    _text(
-        *(f"{name:<16} {value}" for name, value in facts.items() if name != "backends"),
-        "",
-        "backends",
-    )
+    for name, value in facts.items():
+        if name == "backends":
+            continue
+        if isinstance(value, dict):
+            value = [f"{key}: {what}" for key, what in value.items()] or ["nothing"]
+        for line in value if isinstance(value, list) else [value]:
+            _text(f"{name:<16} {line}")
+    _text("", "backends")
     for row in facts["backends"]:
         usable = "usable" if row["usable"] else "not usable"
         _text(f"  {row['backend']:<12} {usable:<12} {row['reason']}".rstrip())

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipsteer._version import left_out
 from clipsteer.kernels._precision import tf32_allowed
 from clipsteer.ops import _vmap
 from clipsteer.ops._lowlevel import (
@@ -47,7 +48,8 @@ def describe(name: str, low: LowLevel) -> None:
 def _load_binary(backend: str, how: str) -> str | None:
     path = Path(__file__).resolve().parent.parent / f"{LIBRARIES[backend]}.so"
     if not path.exists():
-        return f"{path.name} was not built; {how}"
+        reason = left_out(path.name)
+        return f"{path.name} was not built{reason and f' ({reason})'}; {how}"
     try:
         torch.ops.load_library(str(path))
         for op in RECORDS:

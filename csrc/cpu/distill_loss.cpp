@@ -107,8 +107,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distill_sums(Tensor rows, Tensor cols
                                                         Tensor teacher_rows, Tensor teacher_cols, Tensor teacher_diag,
                                                         Tensor teacher_scale, int64_t offset, bool keep) {
   const char* op = "distill_sums";
-  const auto [size, other] =
+  const Both both =
       checked(op, rows, cols, diag, scale, teacher_rows, teacher_cols, teacher_diag, teacher_scale, offset);
+  const Sizes& size = both.student;
+  const Sizes& other = both.teacher;
   const int64_t m = size.rows, n = size.columns;
   Tensor row_sums = fresh(rows, {4, m}, size.wide), col_sums = fresh(rows, {4, n}, size.wide);
   Tensor kept = fresh(rows, {keep ? m : 0, row_stride(n)}, size.wide);
@@ -133,8 +135,10 @@ std::tuple<Tensor, Tensor> distill_grad(Tensor rows, Tensor cols, Tensor diag, T
                                         Tensor row_u, Tensor col_u, Tensor own, Tensor factors, Tensor kept,
                                         Tensor teacher_kept, bool need_rows, bool need_cols) {
   const char* op = "distill_grad";
-  const auto [size, other] =
+  const Both both =
       checked(op, rows, cols, diag, scale, teacher_rows, teacher_cols, teacher_diag, teacher_scale, offset);
+  const Sizes& size = both.student;
+  const Sizes& other = both.teacher;
   const int64_t m = size.rows, n = size.columns;
   check(op, "row_u", row_u, size.wide, {2, m});
   check(op, "col_u", col_u, size.wide, {2, n});
@@ -164,8 +168,10 @@ std::tuple<Tensor, Tensor> distill_grad(Tensor rows, Tensor cols, Tensor diag, T
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distill_loss(
     Tensor image, Tensor text, Tensor scale, Tensor teacher_image, Tensor teacher_text, Tensor teacher_scale, bool keep) {
   const char* op = "distill_loss";
-  const auto [size, other] =
+  const Both both =
       same_pairs(op, {check_batch(op, image, text), check_batch(op, teacher_image, teacher_text)});
+  const Sizes& size = both.student;
+  const Sizes& other = both.teacher;
   const int64_t n = size.rows;
   check(op, "scale", scale, size.wide, {});
   check(op, "teacher_scale", teacher_scale, size.wide, {});
@@ -217,8 +223,10 @@ std::tuple<Tensor, Tensor, Tensor> distill_loss_grad(Tensor contrastive, Tensor 
                                                      Tensor diag, Tensor teacher_diag, Tensor kept, Tensor teacher_kept,
                                                      bool need_image, bool need_text) {
   const char* op = "distill_loss_grad";
-  const auto [size, other] =
+  const Both both =
       checked(op, image, text, diag, scale, teacher_image, teacher_text, teacher_diag, teacher_scale, 0);
+  const Sizes& size = both.student;
+  const Sizes& other = both.teacher;
   const int64_t n = size.rows;
   require(n == size.columns, op, "expected as many rows as columns");
   check(op, "contrastive", contrastive, size.wide, {});

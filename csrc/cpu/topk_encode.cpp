@@ -89,7 +89,8 @@ std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor w_enc, std::optional<Ten
   check_dictionary(op, x, w_enc, options);
   const int64_t rows = x.size(0);
   check_k(op, k, columns ? columns->size(0) : w_enc.size(0));
-  auto [acts, indices] = outputs(x, rows, k);
+  const auto made = outputs(x, rows, k);
+  const Tensor &acts = std::get<0>(made), &indices = std::get<1>(made);
   if (rows == 0 || k == 0) return {acts, indices};
   dispatch(op, x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -120,7 +121,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_encode_screened(Tensor x, Tensor w_enc, 
           "this processor (or CLIPSTEER_CPU_ISA) has no AVX512-VNNI; topk_encode always runs");
   require(k > 0, op, "expected k > 0");
   require(0 < d && d <= kScreenMaxDim, op, "expected 0 < d_in <= 8192, got " + std::to_string(d));
-  auto [acts, indices] = outputs(x, rows, k);
+  const auto made = outputs(x, rows, k);
+  const Tensor &acts = std::get<0>(made), &indices = std::get<1>(made);
   Tensor computed = torch::stable::new_empty(x, {&rows, 1}, ScalarType::Long);
   const Dictionary<float> W(w_enc, options);
   if (rows) {
@@ -136,7 +138,8 @@ std::tuple<Tensor, Tensor> topk(Tensor pre, int64_t k) {
   const int64_t rows = pre.size(0), n = pre.size(1);
   check(op, "pre", pre, pre.scalar_type(), {rows, n});
   check_k(op, k, n);
-  auto [values, indices] = outputs(pre, rows, k);
+  const auto made = outputs(pre, rows, k);
+  const Tensor &values = std::get<0>(made), &indices = std::get<1>(made);
   if (rows == 0 || k == 0) return {values, indices};
   dispatch(op, pre.scalar_type(), [&](auto zero) {
     using T = decltype(zero);

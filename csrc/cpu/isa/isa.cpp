@@ -7,10 +7,10 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(CLIPSTEER_PORTABLE)
 #define CLIPSTEER_X86 1
+#include <cpuid.h>
 #include <immintrin.h>
 #if defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
 #define CLIPSTEER_AMX 1
-#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -48,6 +48,12 @@ constexpr Isa kAvx2 = avx2::table(1);
 constexpr Isa kAvx512 = avx512::table(2);
 constexpr Screening kBytes = {vnni::quantise, vnni::screen, vnni::dots};
 
+// Half precision's conversions; older clang does not know them by name.
+bool converts_halves() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+
 // Of processors that have it, and of no other; read once.
 Block<float> pairs() {
 #ifdef CLIPSTEER_BF16
@@ -83,7 +89,7 @@ Isa choose() {
 #ifdef CLIPSTEER_X86
   const int highest = highest_level();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("f16c");
+                        converts_halves();
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
