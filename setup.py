@@ -238,11 +238,10 @@ def build_cuda(torch: Path, sources: list[Path], target: Path, folder: Path) -> 
     # The CUDA runtime is linked in and nothing else of CUDA; torch's libraries are open already, as
     # for C++.
     plan = subprocess.run([nvcc, "--dryrun", "-shared", "none.o"], capture_output=True, text=True)
-    runtime = next(
-        path / "libcudart_static.a"
-        for path in map(Path, re.findall(r'-L([^\s"]+)', plan.stderr))
-        if (path / "libcudart_static.a").is_file()
-    )
+    places = [Path(path) / "libcudart_static.a" for path in re.findall(r'-L([^\s"]+)', plan.stderr)]
+    runtime = next((path for path in places if path.is_file()), None)
+    if runtime is None:
+        raise RuntimeError(f"libcudart_static.a is in none of nvcc's folders {places}")
     objects.append(shutil.copy(runtime, folder))
     compiler = cpp_compiler()
     torch_libraries = torch_flags(compiler, ["torch_cpu", "torch_cuda"], folder)
@@ -313,7 +312,9 @@ class PlatformWheel(bdist_wheel):
         if not self.skip_build:
             self.run_command("build")
             self.skip_build = True
-        self.root_is_pure = not self.libraries()
+        if not self.libraries():
+            self.root_is_pure = True
+            self.distribution.ext_modules = []
         super().run()
 
     def libraries(self) -> list[Path]:

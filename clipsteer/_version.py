@@ -21,18 +21,15 @@ def build() -> dict[str, Any]:
 
 def installed() -> str:
     """From where this package is imported: a wheel by its tag, or a source folder."""
-    from importlib.metadata import PackageNotFoundError, distribution
+    from importlib.metadata import distributions
 
-    here = Path(__file__).resolve().parent
-    try:
-        found = distribution("clipsteer")
-    except PackageNotFoundError:
-        return f"not installed, imported from {here.parent}"
-    if Path(str(found.locate_file("clipsteer"))).resolve() != here:
-        return f"source in {here.parent}"
-    lines = (found.read_text("WHEEL") or "").splitlines()
-    tags = [line.removeprefix("Tag: ") for line in lines if line.startswith("Tag: ")]
-    return f"wheel {' '.join(tags)}" if tags else f"installed in {here.parent}"
+    folder = str(Path(__file__).resolve().parent.parent)
+    for found in distributions(name="clipsteer", path=[folder]):
+        lines = (found.read_text("WHEEL") or "").splitlines()
+        tags = [line.removeprefix("Tag: ") for line in lines if line.startswith("Tag: ")]
+        if tags:
+            return f"wheel {' '.join(tags)}"
+    return f"source in {folder}"
 
 
 def natives() -> dict[str, str]:
