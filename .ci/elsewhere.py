@@ -56,13 +56,11 @@ def clang() -> None:
 
 
 def system(folder: Path) -> Path:
-    """Debian's Python for aarch64, unpacked."""
+    """Debian's Python for aarch64, unpacked, from where this machine's apt fetches."""
     root = folder / "system"
     for name in ("apt/lists/partial", "apt/cache/archives/partial", "debs", "system"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "apt/status").touch()
-    sources = folder / "apt/sources.list"
-    sources.write_text("deb http://deb.debian.org/debian bookworm main\n")
     options = {
         "APT::Architecture": "arm64",
         "APT::Architectures": "arm64",
@@ -70,8 +68,6 @@ def system(folder: Path) -> Path:
         "Dir::State::lists": folder / "apt/lists",
         "Dir::State::status": folder / "apt/status",
         "Dir::Cache": folder / "apt/cache",
-        "Dir::Etc::sourcelist": sources,
-        "Dir::Etc::sourceparts": "-",
     }
     apt = ["apt-get", "-qq", *(f"-o{name}={value}" for name, value in options.items())]
     output([*apt, "update"])
