@@ -44,9 +44,11 @@ def _centre(
         inside = live[:, None] & (j < d)[None, :]
         x = tl.load(x_ptr + rows[:, None] * d + j[None, :], mask=inside, other=0.0).to(tl.float64)
         x0 = tl.load(x_ptr + origin[:, None] * d + j[None, :], mask=inside, other=0.0).to(tl.float64)
-        # a row like the first is at 0, whether or not the compiler fuses a product and a difference on its own account
-        part = x0 * of_origin[:, None]
-        moved = tl.fma(x, inverse[:, None], -part) - tl.fma(x0, of_origin[:, None], -part)
+        moved = x - x0
+        if NORMALIZE:
+            # a row like the first is at 0, whether or not the compiler fuses products and differences of its own accord
+            part = x0 * of_origin[:, None]
+            moved = tl.fma(x, inverse[:, None], -part) - tl.fma(x0, of_origin[:, None], -part)
         tl.store(y_ptr + rows[:, None] * y_row + j[None, :], moved.to(tl.float32), mask=inside)
     return inverse
 

@@ -268,6 +268,17 @@ def test_whole_tiles_are_copied_where_the_chip_does_it(compiler: Compiler, targe
         assert (binary["instructions"]["bulk_copy"] > 0) == expected, binary
 
 
+@everywhere(*(target for target in UNFUSED if target.startswith("sm")))
+def test_what_has_to_be_fused_says_so(compiler: Compiler, target: str) -> None:
+    """A row like the first of its class is at exactly 0, which two roundings of the one's product would not leave."""
+    assert all(binary["instructions"]["fused"] == 0 for binary in compiler.binaries(target, "decode fp32"))
+    centres = [b for b in compiler.binaries(target, "mahalanobis fp32") if b["kernel"] == "mahalanobis_centre"]
+    assert {b["flags"]["NORMALIZE"] for b in centres} == {True, False}
+    for binary in centres:
+        # of a norm of 1 nothing is left to multiply by
+        assert (binary["instructions"]["fused_f64"] > 0) == binary["flags"]["NORMALIZE"], binary
+
+
 # From here on: what the subprocesses run.
 
 INSTRUCTIONS = {
@@ -278,6 +289,8 @@ INSTRUCTIONS = {
     "v_mfma": r"\bv_mfma_",
     "v_wmma": r"\bv_wmma_",
     "v_mfma_f32_f32": r"\bv_mfma_f32_\w+_?f32\b",
+    "fused": r"\bfma\.rn\.f32",
+    "fused_f64": r"\bfma\.rn\.f64",
     "bulk_copy": r"cp\.async\.bulk\.tensor",
     "load_16_bytes": (
         r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64"
