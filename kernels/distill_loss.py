@@ -237,7 +237,7 @@ def distill_grad(
     rows, cols, teacher_rows, teacher_cols = wide_in_interpreter(kernel, rows, cols, teacher_rows, teacher_cols)
     D, N = rows.shape[1], cols.shape[0]
     options, config = similarities(rows, cols, interpreted(kernel))
-    config["PARTS"] = 4
+    config["PARTS"] = 8 if "maxnreg" in config else 4  # half of the registers hold less beside the teacher's
     similar = _teacher(teacher_rows, teacher_cols)
 
     def launch(at: slice, m: int, stride: int, places: tuple) -> None:

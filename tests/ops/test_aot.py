@@ -71,9 +71,9 @@ UNFUSED = [f"{name} without fusion" for name in ("sm_90", "sm_120", "gfx942")]
 # Bytes of a thread that compilers put aside where that lets one more block run (at 128 and 168 registers of 255); which
 # binaries have them changes with the release of triton. Tiles too large for the registers spill hundreds.
 PARKED = 32
-# Two programs on a multiprocessor leave 128 registers, which hold the weights with triton 3.8; 3.6 and 3.9 put up to 96
-# bytes aside there, most of them in tiles at an edge or beside the diagonal. DRRho's were measured so, with 3.6.
-PARKED_OF_TWO = 32 if VERSION.startswith("3.8.") else 96
+# Two programs on a multiprocessor leave 128 registers, which hold DRRho's weights with triton 3.8; 3.6 and 3.9 put up to
+# 80 bytes aside there, most of them in tiles at an edge or beside the diagonal. They were measured so, with 3.6.
+PARKED_OF_TWO = 32 if VERSION.startswith("3.8.") else 88
 ENCODE = ["topk_encode_fwd", "topk_encode_select"]
 MAHALANOBIS = ["grouped_matmul", "mahalanobis_centre", "mahalanobis_covariance_loss", "mahalanobis_finish"]
 DRIFT = ["drift_change", "drift_square", "drift_tile"]
@@ -237,7 +237,7 @@ def test_launches_keep_their_budgets(compiler: Compiler, target: str, case: str)
         kernel for kernel in KERNELS[case] if not (in_two and kernel == "low_rank_project")
     ]
     for binary in found:
-        two = binary["kernel"] in ("drrho_weights", "distill_weights") and binary["registers"] == 128
+        two = binary["kernel"] == "drrho_weights" and binary["registers"] == 128
         assert binary["spilled_bytes"] <= (PARKED_OF_TWO if two else PARKED), binary
         assert binary["shared_memory"] <= TARGETS[target.split()[0]].shared_kib * 1024, binary
 
