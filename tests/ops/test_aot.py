@@ -71,8 +71,8 @@ UNFUSED = [f"{name} without fusion" for name in ("sm_90", "sm_120", "gfx942")]
 # Bytes of a thread that compilers put aside where that lets one more block run (at 128 and 168 registers of 255); which
 # binaries have them changes with the release of triton. Tiles too large for the registers spill hundreds.
 PARKED = 32
-# Two programs on a multiprocessor leave 128 registers, which hold DRRho's weights with triton 3.8; 3.6 and 3.9 put up to
-# 80 bytes aside there, most of them in tiles at an edge or beside the diagonal. They were measured so, with 3.6.
+# Two programs on a multiprocessor leave 128 registers, which hold DRRho's weights with triton 3.8; 3.6 and 3.9 put
+# up to 80 bytes aside there, most of them in tiles at an edge or beside the diagonal. They were measured so, with 3.6.
 PARKED_OF_TWO = 32 if VERSION.startswith("3.8.") else 88
 ENCODE = ["topk_encode_fwd", "topk_encode_select"]
 MAHALANOBIS = ["grouped_matmul", "mahalanobis_centre", "mahalanobis_covariance_loss", "mahalanobis_finish"]
