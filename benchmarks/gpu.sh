@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only an NVIDIA GPU can show, from a bare checkout and without a network: builds, runs the `gpu` tests
 # and compute-sanitizer on a small set, times every op and whole training steps of an SAE, beside the peers that are
-# installed. Needs python3 with torch (CUDA), triton, pytest and hypothesis; takes 4 to 9 minutes.
+# installed. Needs python3 with torch (CUDA), triton, pytest and hypothesis; takes 4 to 9 minutes, and 12 at most.
 #   benchmarks/gpu.sh [FOLDER [DTYPE...]]    (default: benchmarks/results bfloat16)
 # writes gpu-<chip>-<dtype>.json and .md, and sae_step-<chip>.json
 set -uo pipefail
@@ -14,10 +14,12 @@ export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# step NAME SECONDS COMMAND...: a failure is remembered, but for what only compiles beforehand
+# step NAME SECONDS COMMAND...: a failure is remembered, but for what only compiles beforehand; no step ends later than
+# 12 minutes after the first began
 step() {
-  local name=$1 limit=$2 begin=$SECONDS
+  local name=$1 limit=$2 begin=$SECONDS left=$((720 - SECONDS))
   shift 2
+  ((limit < left)) || limit=$((left > 1 ? left : 1))
   timeout --kill-after=5 "$limit" "$@" >"$work/$name.log" 2>&1
   local code=$?
   printf '== %s: exit %s after %s s\n' "$name" "$code" $((SECONDS - begin)) >"$work/$name.end"
@@ -40,6 +42,11 @@ if command -v compute-sanitizer >/dev/null; then
   step memcheck 150 env OMP_NUM_THREADS=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
     python3 -m clipsteer validate --backends triton cuda --dtypes bfloat16 --cases 5 &
 fi
+# Triton 3.10 fuses no multiplication with an addition unless it is told to
+for fused in 0 1; do
+  step "fusion-$fused" 240 env OMP_NUM_THREADS=1 TRITON_DEFAULT_FP_FUSION=$fused \
+    python3 -m clipsteer validate --backends triton --dtypes float32 bfloat16 --cases 5 &
+done
 for op in $(python3 -c 'from clipsteer.ops import REGISTRY; print(*(n for n in REGISTRY if n != "drrho_loss"))'); do
   step "compile-$op" 120 bash -c "bench --ops $op --dtype ${dtypes[0]} --repeats 1" >/dev/null &
 done

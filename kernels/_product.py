@@ -106,9 +106,16 @@ def store_weights(w, weight_ptr, rest_ptr, row, col, stride, mask, SPLIT: tl.con
 
 
 @triton.jit
-def left_and_right(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A tile's columns in two: what follows on a product is done a part at a time, as registers do not hold it all."""
-    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+def parts_of(tile, PARTS: tl.constexpr):
+    """A tile's columns in PARTS, from left to right: what follows on a product is done a part at a time, as registers
+    do not hold it all."""
+    if PARTS == 1:
+        parts = (tile,)
+    else:
+        pairs = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+        left, right = tl.split(tl.permute(pairs, (0, 2, 1)))
+        parts = parts_of(left, PARTS // 2) + parts_of(right, PARTS // 2)
+    return parts
 
 
 @triton.jit

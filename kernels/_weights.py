@@ -72,7 +72,7 @@ def products_of_weights(
             m = at.stop - start
             weights = buffer[: parts * m * stride].view(parts, m, stride)
             rest, high = weights[0], weights[-1]
-            part = config["BLOCK_M"], config["BLOCK_N"] // 4
+            part = config["BLOCK_M"], config["BLOCK_N"] // config["PARTS"]
             launch(at, m, stride, (tiles(high, *part), tiles(rest, *part)) if tma else (high, rest))
             # both parts of the weights in one product, the smaller one first
             both = weights.flatten(0, 1)[:, :N]

@@ -13,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, interpreted, next_power_of_2, on_device, precision, shared_memory_limit
+from ._launch import Chip, cdiv, chip, interpreted, next_power_of_2, on_device, precision
 
 # A block's r-vectors live in registers, as far as they fit; beyond, they take a (B, r) buffer and two launches.
 MAX_RANK = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
+MAX_RANK_ELSEWHERE = 64  # in few registers, or where they hold halves as float32 too
 # Rows, rows times groups, and groups (a bin each, in registers) up to which every program counts for itself.
 MAX_ROWS, MAX_TALLY, MAX_GROUPS = 2**13, 2**17, 2**11 - 1
 STEP = 4096  # rows whose numbers the sorting kernel looks at at a time
@@ -274,49 +275,50 @@ def _grouping(x: torch.Tensor, index: torch.Tensor | None, groups: int, launches
     return (index, room, room), {"GROUPING": "index", "SCAN": max(128, next_power_of_2(B)), "BINS": bins}
 
 
-def matmul_config(
-    dtype: torch.dtype, n: int, split: bool = False, rows: int = 0, shared_memory: int = 0
-) -> dict[str, int]:  # fmt: skip
+def matmul_config(dtype: torch.dtype, n: int, gpu: Chip, split: bool = False, rows: int = 0) -> dict[str, int]:
     """A block of rows by a tile of columns, large where a group has ``rows`` enough; fp32 in smaller steps."""
     if interpreted(_grouped_matmul_kernel):
         return {"BLOCK_B": 32, "BLOCK_M": 128, "BLOCK_N": 256}
-    block_n = min(64 if dtype == torch.float32 else 128, max(16, next_power_of_2(n)))
-    if dtype == torch.float32:
-        return {"BLOCK_B": 32, "BLOCK_M": 32, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 2}
+    block_n = min(128 if gpu.multiplies(dtype) else 64, max(16, next_power_of_2(n)))
+    if not gpu.multiplies(dtype):
+        depth = gpu.plain_depth(dtype)
+        return {"BLOCK_B": 32, "BLOCK_M": depth, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 2}
     tile = {"BLOCK_B": 64, "BLOCK_M": 64, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 3}
+    if gpu.few_registers:
+        tile |= {"BLOCK_M": 32, "BLOCK_N": min(64, block_n)}
     if split:  # both halves of a tile are in registers
         tile |= {"BLOCK_B": 32, "BLOCK_N": min(64, block_n)}
-    elif n >= 256 and rows >= 128 and shared_memory >= 200 * 1024:
+    elif n >= 256 and rows >= 128 and gpu.operands_apart:
         tile |= {"BLOCK_B": 128, "BLOCK_N": 256, "num_warps": 8}
     return tile
 
 
-def low_rank_config(dtype: torch.dtype, r: int, mean: bool = False, rows: int = 0) -> dict[str, int]:
+def low_rank_config(dtype: torch.dtype, r: int, gpu: Chip, mean: bool = False, rows: int = 0) -> dict[str, int]:
     """Blocks of few rows, where a group has few or a wide r-vector of each fills the registers."""
     block_r = max(16, next_power_of_2(r))
     if interpreted(_low_rank_project_kernel):
         return {"BLOCK_B": 32, "BLOCK_D": 128, "BLOCK_R": block_r}
-    hip, wide = torch.version.hip is not None, block_r > 64
-    if dtype == torch.float32:
-        block_b, block_d = 16 if wide else 32, 32
+    hip, wide = gpu.amd, block_r > 64
+    if not gpu.multiplies(dtype):
+        block_b, block_d = 16 if wide or gpu.few_registers else 32, gpu.plain_depth(dtype)
     else:
         # centred rows are split in registers, and a wide r-vector fills them
-        block_b = 16 if wide and hip else 64 if rows >= 128 and not (wide or mean or hip) else 32
-        block_d = 32 if wide and hip else min(64 if mean else 128, 8192 // block_r)
+        block_b = 16 if (wide and hip) or gpu.few_registers else 64 if rows >= 128 and not (wide or mean or hip) else 32
+        block_d = 32 if (wide and hip) or gpu.few_registers else min(64 if mean else 128, 8192 // block_r)
     return {
         "BLOCK_B": block_b, "BLOCK_D": block_d, "BLOCK_R": block_r,
-        "num_warps": 8 if (wide or dtype != torch.float32) and not hip else 4, "num_stages": 2 if hip else 3,
+        "num_warps": 8 if (wide or gpu.multiplies(dtype)) and not hip else 4, "num_stages": 2 if hip else 3,
     }  # fmt: skip
 
 
-def outer_config(dtype: torch.dtype, m: int, n: int) -> dict[str, int]:
+def outer_config(dtype: torch.dtype, m: int, n: int, gpu: Chip) -> dict[str, int]:
     """A tile of a group's gradient; few, wide programs, as every one reads the rows of its group."""
     if interpreted(_grouped_outer_kernel):
         side = {"BLOCK_M": min(256, max(16, next_power_of_2(m))), "BLOCK_N": min(256, max(16, next_power_of_2(n)))}
         return {"BLOCK_B": 64, **side}
-    largest = 64 if dtype == torch.float32 else 128
+    largest = 128 if gpu.multiplies(dtype) else 64
     return {
-        "BLOCK_B": 32,
+        "BLOCK_B": 32 if gpu.multiplies(dtype) else gpu.plain_depth(dtype),
         "BLOCK_M": min(largest, max(16, next_power_of_2(m))),
         "BLOCK_N": min(largest, max(16, next_power_of_2(n))),
         "num_warps": 4,
@@ -330,7 +332,7 @@ def _matmul(x, W, index, scale, beta, mean, transpose, *, mean_in, mean_out, dty
     out = torch.empty((B, n), dtype=dtype, device=x.device)
     if out.numel() > 0:
         split = W.dtype != torch.float32 and (mean_in or x.dtype == torch.float32)
-        config = matmul_config(W.dtype, n, split, B // K, shared_memory_limit(x.device))
+        config = matmul_config(W.dtype, n, chip(x.device), split, B // K)
         grouping = _grouping(x, index, K, cdiv(n, config["BLOCK_N"]))
         launch_matmul(x, W, grouping, out, B, transpose, config, scale, beta, mean, mean_in, mean_out, split)
     return out
@@ -375,14 +377,15 @@ def low_rank_project(
     B, d = x.shape
     K, _, r = U.shape
     given = mean is not None
-    if r > MAX_RANK[x.dtype]:
+    gpu = chip(x.device)
+    if r > (MAX_RANK[x.dtype] if gpu.halves and not gpu.few_registers else MAX_RANK_ELSEWHERE):
         inner = _matmul(x, U, index, s, None, mean, False, mean_in=given, mean_out=False, dtype=torch.float32)
         return _matmul(inner, U, index, None, None, mean, True, mean_in=False, mean_out=given, dtype=x.dtype)
     out = torch.empty((B, d), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     pointers, grouping = _grouping(x, index, K)
-    config = low_rank_config(x.dtype, r, given, B // K)
+    config = low_rank_config(x.dtype, r, gpu, given, B // K)
     half = x.dtype != torch.float32
     with on_device(x):
         _low_rank_project_kernel[(cdiv(B, config["BLOCK_B"]) + (0 if index is None else K),)](
@@ -402,7 +405,7 @@ def grouped_outer(a: torch.Tensor, b: torch.Tensor, index: torch.Tensor | None, 
     if out.numel() == 0:
         return out
     order, offsets = (a, a) if index is None else _sorted(index, groups)
-    config = outer_config(a.dtype, m, n)
+    config = outer_config(a.dtype, m, n, chip(a.device))
     grid = (groups, cdiv(m, config["BLOCK_M"]), cdiv(n, config["BLOCK_N"]))
     with on_device(a):
         _grouped_outer_kernel[grid](

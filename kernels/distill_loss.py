@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, interpreted, on_device, operands, similarities
-from ._product import left_and_right, multiply, product_tile, store_weights, tile_numbers
+from ._launch import cdiv, chip, interpreted, on_device, operands, similarities
+from ._product import multiply, parts_of, product_tile, store_weights, tile_numbers
 from ._weights import chunk_rows, line, masked, products_of_weights, wide_in_interpreter
 
 
@@ -89,8 +89,7 @@ def _distill_sums_kernel(
     )  # fmt: skip
     scale = tl.load(scale_ptr)
     teacher_scale = tl.load(teacher_scale_ptr)
-    low, high = left_and_right(S, BLOCK_M, BLOCK_N)
-    parts = left_and_right(low, BLOCK_M, BLOCK_N // 2) + left_and_right(high, BLOCK_M, BLOCK_N // 2)
+    parts = parts_of(S, 4)
     by_cols = tl.cdiv(N, BLOCK_N) * 4
     # columns come a part at a time, so that each one's sums of a tile are whole
     if masked(tile_m, tile_n, M, N, offset, BLOCK_M, BLOCK_N):
@@ -149,7 +148,7 @@ def _distill_weights_kernel(
     rows_ptr, cols_ptr, diag_ptr, scale_ptr, teacher_ptr, teacher_diag_ptr, teacher_scale_ptr, row_u_ptr, col_u_ptr,
     teacher_row_u_ptr, teacher_col_u_ptr, own_ptr, factors_ptr, weight_ptr, rest_ptr, M, N, D, stride, offset,
     SPLIT: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = tile_numbers(M, N, BLOCK_M, BLOCK_N)
     row = tile_m * BLOCK_M
@@ -161,19 +160,19 @@ def _distill_weights_kernel(
     teacher_scale = tl.load(teacher_scale_ptr)
     f = tl.load(factors_ptr)
     g = tl.load(factors_ptr + 1)
-    low, high = left_and_right(S, BLOCK_M, BLOCK_N)
-    parts = left_and_right(low, BLOCK_M, BLOCK_N // 2) + left_and_right(high, BLOCK_M, BLOCK_N // 2)
+    parts = parts_of(S, PARTS)
+    WIDTH: tl.constexpr = BLOCK_N // PARTS
     if masked(tile_m, tile_n, M, N, offset, BLOCK_M, BLOCK_N):
-        for part in tl.static_range(4):
+        for part in tl.static_range(PARTS):
             _weights(
-                parts[part], row, col + part * (BLOCK_N // 4), scale, teacher_scale, f, g, diag_ptr, teacher_diag_ptr,
+                parts[part], row, col + part * WIDTH, scale, teacher_scale, f, g, diag_ptr, teacher_diag_ptr,
                 teacher_ptr, row_u_ptr, col_u_ptr, teacher_row_u_ptr, teacher_col_u_ptr, own_ptr, weight_ptr, rest_ptr,
                 M, N, stride, offset, SPLIT, TMA, True,
             )  # fmt: skip
     else:
-        for part in tl.static_range(4):
+        for part in tl.static_range(PARTS):
             _weights(
-                parts[part], row, col + part * (BLOCK_N // 4), scale, teacher_scale, f, g, diag_ptr, teacher_diag_ptr,
+                parts[part], row, col + part * WIDTH, scale, teacher_scale, f, g, diag_ptr, teacher_diag_ptr,
                 teacher_ptr, row_u_ptr, col_u_ptr, teacher_row_u_ptr, teacher_col_u_ptr, own_ptr, weight_ptr, rest_ptr,
                 M, N, stride, offset, SPLIT, TMA, False,
             )  # fmt: skip
@@ -204,6 +203,8 @@ def distill_sums(
     (M, D), N = rows.shape, cols.shape[0]
     options, config = similarities(rows, cols, interpreted(kernel))
     config.pop("maxnreg", None)  # half of the registers do not hold the sums of both models
+    if chip(rows.device).sums_apart:
+        config["BLOCK_N"] = 64
     similar, chunk, stride = _teacher(teacher_rows, teacher_cols), chunk_rows(N), line(N)
     row_sums, columns = diag.new_empty(4, M), []
     with on_device(rows):
@@ -236,6 +237,7 @@ def distill_grad(
     rows, cols, teacher_rows, teacher_cols = wide_in_interpreter(kernel, rows, cols, teacher_rows, teacher_cols)
     D, N = rows.shape[1], cols.shape[0]
     options, config = similarities(rows, cols, interpreted(kernel))
+    config["PARTS"] = 8 if "maxnreg" in config else 4  # half of the registers hold less beside the teacher's
     similar = _teacher(teacher_rows, teacher_cols)
 
     def launch(at: slice, m: int, stride: int, places: tuple) -> None:

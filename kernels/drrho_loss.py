@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ._launch import cdiv, interpreted, on_device, operands, similarities
-from ._product import left_and_right, product_tile, store_weights, tile_numbers
+from ._product import parts_of, product_tile, store_weights, tile_numbers
 from ._weights import masked, products_of_weights, wide_in_interpreter
 
 SUM_ROWS = 2**14
@@ -55,7 +55,7 @@ def _drrho_sums_kernel(
         rows_ptr, cols_ptr, tile_m, tile_n, M, N, D, TMA, EVEN_D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D
     )  # fmt: skip
     scale = tl.load(scale_ptr)
-    parts = left_and_right(S, BLOCK_M, BLOCK_N)
+    parts = parts_of(S, 2)
     if masked(tile_m, tile_n, M, N, offset, BLOCK_M, BLOCK_N):
         for part in tl.static_range(2):
             _store_log_sums(
@@ -102,7 +102,7 @@ def _drrho_weights_kernel(
     rows_ptr, cols_ptr, diag_ptr, scale_ptr, row_u_ptr, col_u_ptr, own_ptr, weight_ptr, rest_ptr, moment_ptr,
     M, N, D, stride, offset,
     SPLIT: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = tile_numbers(M, N, BLOCK_M, BLOCK_N)
     row = tile_m * BLOCK_M
@@ -111,19 +111,19 @@ def _drrho_weights_kernel(
         rows_ptr, cols_ptr, tile_m, tile_n, M, N, D, TMA, EVEN_D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D
     )  # fmt: skip
     scale = tl.load(scale_ptr)
-    low, high = left_and_right(S, BLOCK_M, BLOCK_N)
-    parts = left_and_right(low, BLOCK_M, BLOCK_N // 2) + left_and_right(high, BLOCK_M, BLOCK_N // 2)
+    parts = parts_of(S, PARTS)
+    WIDTH: tl.constexpr = BLOCK_N // PARTS
     moment = tl.zeros((BLOCK_M,), dtype=tl.float32)
     if masked(tile_m, tile_n, M, N, offset, BLOCK_M, BLOCK_N):
-        for part in tl.static_range(4):
+        for part in tl.static_range(PARTS):
             moment = _weights(
-                parts[part], row, col + part * (BLOCK_N // 4), scale, moment, diag_ptr, row_u_ptr, col_u_ptr, own_ptr,
+                parts[part], row, col + part * WIDTH, scale, moment, diag_ptr, row_u_ptr, col_u_ptr, own_ptr,
                 weight_ptr, rest_ptr, M, N, stride, offset, SPLIT, TMA, True,
             )  # fmt: skip
     else:
-        for part in tl.static_range(4):
+        for part in tl.static_range(PARTS):
             moment = _weights(
-                parts[part], row, col + part * (BLOCK_N // 4), scale, moment, diag_ptr, row_u_ptr, col_u_ptr, own_ptr,
+                parts[part], row, col + part * WIDTH, scale, moment, diag_ptr, row_u_ptr, col_u_ptr, own_ptr,
                 weight_ptr, rest_ptr, M, N, stride, offset, SPLIT, TMA, False,
             )  # fmt: skip
     tl.store(moment_ptr + tl.program_id(0), tl.sum(moment, axis=0))
@@ -167,6 +167,8 @@ def drrho_grad(
     D, N = rows.shape[1], cols.shape[0]
     moments = [diag.new_zeros(1, dtype=torch.float64)]
     options, config = similarities(rows, cols, interpreted(_drrho_sums_kernel))
+    # half of the registers hold less of what is four bytes wide
+    config["PARTS"] = 8 if "maxnreg" in config and rows.dtype == torch.float32 else 4
 
     def launch(at: slice, m: int, stride: int, places: tuple) -> None:
         grid = (cdiv(m, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"]),)

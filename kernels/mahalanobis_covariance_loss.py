@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, interpreted, next_power_of_2, on_device
+from ._launch import cdiv, chip, interpreted, next_power_of_2, on_device
 from .conceptor_project import _block, _interpreted_bf16, launch_matmul
 
 
@@ -44,7 +44,11 @@ def _centre(
         inside = live[:, None] & (j < d)[None, :]
         x = tl.load(x_ptr + rows[:, None] * d + j[None, :], mask=inside, other=0.0).to(tl.float64)
         x0 = tl.load(x_ptr + origin[:, None] * d + j[None, :], mask=inside, other=0.0).to(tl.float64)
-        moved = x * inverse[:, None] - x0 * of_origin[:, None]
+        moved = x - x0
+        if NORMALIZE:
+            # a row like the first is at 0, whether or not the compiler fuses products and differences of its own accord
+            part = x0 * of_origin[:, None]
+            moved = tl.fma(x, inverse[:, None], -part) - tl.fma(x0, of_origin[:, None], -part)
         tl.store(y_ptr + rows[:, None] * y_row + j[None, :], moved.to(tl.float32), mask=inside)
     return inverse
 
@@ -224,12 +228,13 @@ def rows_config(d: int) -> dict[str, int]:
     return {"BLOCK_B": 1, "BLOCK_D": min(1024, max(16, next_power_of_2(d))), "num_warps": 4}
 
 
-def product_config(dtype: torch.dtype, rows: int, n: int) -> dict[str, int]:
+def product_config(factor: torch.Tensor, rows: int, n: int) -> dict[str, int]:
     """A block holds about the rows that a class has, so that each factor is read once, by tiles of its columns."""
     if interpreted(_mahalanobis_covariance_loss_kernel):
         return {"BLOCK_B": 64, "BLOCK_M": 128, "BLOCK_N": 256}
+    deep = chip(factor.device).multiplies(factor.dtype)
     return {
-        "BLOCK_B": min(32, max(16, next_power_of_2(rows))), "BLOCK_M": 32 if dtype == torch.float32 else 64,
+        "BLOCK_B": min(32, max(16, next_power_of_2(rows))), "BLOCK_M": 64 if deep else 32,
         "BLOCK_N": min(64, max(16, next_power_of_2(n))), "num_warps": 4, "num_stages": 3,
     }  # fmt: skip
 
@@ -281,7 +286,7 @@ def mahalanobis_covariance_loss(
             NORMALIZE=normalize, BLOCK_C=block_c, SCAN=scan, **by_row,
         )  # fmt: skip
         if r > 0:
-            config = product_config(factor.dtype, 2 * B // C, r)
+            config = product_config(factor, 2 * B // C, r)
             launch_matmul(centred[:, :d], factor, grouping, z, B, False, config, split=split, least=2)
         pull = torch.empty((B, n), **wide) if need_grad else y
         _mahalanobis_covariance_loss_kernel[(cdiv(B, pairs["BLOCK_B"]) + C,)](
@@ -291,7 +296,7 @@ def mahalanobis_covariance_loss(
         # storages of their own: compiled code takes an output for aligned, and g need not outlive this call
         g, d_new = (torch.empty((B if need_grad else 0, d), **wide) for _ in range(2))
         if need_grad:
-            config = product_config(factor.dtype, B // C, d)
+            config = product_config(factor, B // C, d)
             launch_matmul(pull[:, n - r :], factor, grouping, g, B, True, config, split=split, least=2)
         _mahalanobis_finish_kernel[(1 + blocks * need_grad,)](
             new, g, pull, inverse, parts, loss, d_new, B, d, n,

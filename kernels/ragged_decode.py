@@ -103,7 +103,7 @@ def ragged_decode(
     if interpreted(_ragged_decode_fwd_kernel):
         config = {"BLOCK_B": 16, "BLOCK_K": 8, "BLOCK_D": 64}
     else:
-        config = gather_config(d, W.element_size())
+        config = gather_config(W)
     grid = (cdiv(B, config["BLOCK_B"]), cdiv(d, config["BLOCK_D"]))
     with on_device(W):
         values, indices, ends = _grouped(values, indices, offsets, prefixes)
@@ -124,7 +124,7 @@ def ragged_dot(rows: torch.Tensor, row_of: torch.Tensor, indices: torch.Tensor, 
     if interpreted(_ragged_dot_kernel):
         config = {"BLOCK_P": 128, "BLOCK_D": 64}
     else:
-        config = {"BLOCK_P": 16, "BLOCK_D": gather_config(d, W.element_size(), dot=True)["BLOCK_D"], "num_warps": 4}
+        config = {"BLOCK_P": 16, "BLOCK_D": gather_config(W, dot=True)["BLOCK_D"], "num_warps": 4}
     with on_device(W):
         _ragged_dot_kernel[(cdiv(pairs, config["BLOCK_P"]),)](rows, row_of, indices, W, out, pairs, d, **config)
     return out

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ._launch import cdiv, interpreted, on_device, operands, similarities, tiles
-from ._product import halved, left_and_right, multiply, product_tile, store_weights, tile_numbers
+from ._product import halved, multiply, parts_of, product_tile, store_weights, tile_numbers
 
 BUFFER_BYTES = 128 << 20
 SUM_ROWS = 512  # no sum adds more numbers one after the other
@@ -79,7 +79,7 @@ def _drift_tile_kernel(
     dot = product_tile(
         old_ptr, means_ptr, tile, tile_c, N, C, d, TMA, EVEN_D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D
     )  # fmt: skip
-    parts = left_and_right(dot, BLOCK_M, BLOCK_N)
+    parts = parts_of(dot, 2)
     for part in tl.static_range(2):
         _log_weights_of_part(
             parts[part], tile, tile_c * BLOCK_N + part * (BLOCK_N // 2), old_square_ptr, mean_square_ptr, scale_ptr,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ._launch import cdiv, interpreted, operands, similarities
-from ._product import left_and_right, product_tile, store_weights, tile_numbers
+from ._product import parts_of, product_tile, store_weights, tile_numbers
 from ._weights import masked, products_of_weights, wide_in_interpreter
 
 
@@ -66,7 +66,7 @@ def _siglip_weights_kernel(
     rows_ptr, cols_ptr, scale_ptr, bias_ptr, weight_ptr, rest_ptr, sums_ptr, M, N, D, stride, offset,
     STORE: tl.constexpr, SPLIT: tl.constexpr,
     TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = tile_numbers(M, N, BLOCK_M, BLOCK_N)
     row = tile_m * BLOCK_M
@@ -76,21 +76,21 @@ def _siglip_weights_kernel(
     )  # fmt: skip
     scale = tl.load(scale_ptr)
     bias = tl.load(bias_ptr)
-    low, high = left_and_right(S, BLOCK_M, BLOCK_N)
-    parts = left_and_right(low, BLOCK_M, BLOCK_N // 2) + left_and_right(high, BLOCK_M, BLOCK_N // 2)
+    parts = parts_of(S, PARTS)
+    WIDTH: tl.constexpr = BLOCK_N // PARTS
     losses = tl.zeros((BLOCK_M,), dtype=tl.float32)
     products = tl.zeros((BLOCK_M,), dtype=tl.float32)
     shares = tl.zeros((BLOCK_M,), dtype=tl.float32)
     if masked(tile_m, tile_n, M, N, offset, BLOCK_M, BLOCK_N):
-        for part in tl.static_range(4):
+        for part in tl.static_range(PARTS):
             losses, products, shares = _sigmoids(
-                parts[part], row, col + part * (BLOCK_N // 4), scale, bias, losses, products, shares, weight_ptr,
+                parts[part], row, col + part * WIDTH, scale, bias, losses, products, shares, weight_ptr,
                 rest_ptr, M, N, stride, offset, STORE, SPLIT, TMA, True,
             )  # fmt: skip
     else:
-        for part in tl.static_range(4):
+        for part in tl.static_range(PARTS):
             losses, products, shares = _sigmoids(
-                parts[part], row, col + part * (BLOCK_N // 4), scale, bias, losses, products, shares, weight_ptr,
+                parts[part], row, col + part * WIDTH, scale, bias, losses, products, shares, weight_ptr,
                 rest_ptr, M, N, stride, offset, STORE, SPLIT, TMA, False,
             )  # fmt: skip
     place = sums_ptr + tl.program_id(0) * 3
@@ -108,7 +108,8 @@ def siglip_sweep(
     rows, cols = wide_in_interpreter(_siglip_weights_kernel, rows, cols)
     D, N = rows.shape[1], cols.shape[0]
     options, config = similarities(rows, cols, interpreted(_siglip_weights_kernel))
-    config["BLOCK_N"] = 64  # what becomes of a wider tile leaves the registers, and of this one half of them
+    # what becomes of a wider tile leaves the registers, and of this one half of them
+    config |= {"BLOCK_N": 64, "PARTS": 4}
     config.pop("maxnreg", None)
     sums = [scale.new_zeros(3, dtype=torch.float64)]
 

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, interpreted, next_power_of_2, on_device
+from ._launch import cdiv, chip, interpreted, next_power_of_2, on_device
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -112,14 +112,10 @@ def _interpreted_bf16(kernel: object, t: torch.Tensor) -> bool:
     return t.dtype == torch.bfloat16 and interpreted(kernel)
 
 
-def _lanes() -> int:
-    return 64 if torch.version.hip is not None else 32
-
-
-def gather_config(d: int, element_size: int, dot: bool = False) -> dict[str, int]:
+def gather_config(W: torch.Tensor, dot: bool = False) -> dict[str, int]:
     """A warp reads lines of W in 16-byte pieces, a few features at once; for dot products four warps share a row."""
-    line = _lanes() * 16 // element_size
-    block_d = max(16, min(next_power_of_2(d), line))
+    line = chip(W.device).lanes * 16 // W.element_size()
+    block_d = max(16, min(next_power_of_2(W.shape[1]), line))
     return {"BLOCK_B": 1, "BLOCK_K": 16 if dot else 4, "BLOCK_D": block_d, "num_warps": 4 if dot else 1}
 
 
@@ -140,7 +136,7 @@ def sparse_decode(acts: torch.Tensor, indices: torch.Tensor, W: torch.Tensor, b:
     if interpreted(_sparse_decode_fwd_kernel):
         config = {"BLOCK_B": 16, "BLOCK_K": 8, "BLOCK_D": 64}
     else:
-        config = gather_config(d, W.element_size())
+        config = gather_config(W)
     grid = (cdiv(B, config["BLOCK_B"]), cdiv(d, config["BLOCK_D"]))
     with on_device(W):
         _sparse_decode_fwd_kernel[grid](
@@ -161,7 +157,7 @@ def gather_dot(rows: torch.Tensor, indices: torch.Tensor, W: torch.Tensor) -> to
     if interpreted(_gather_dot_kernel):
         config = {"BLOCK_B": 16, "BLOCK_K": 8, "BLOCK_D": 64}
     else:
-        config = gather_config(d, W.element_size(), dot=True)
+        config = gather_config(W, dot=True)
     grid = (cdiv(B, config["BLOCK_B"]), cdiv(k, config["BLOCK_K"]))
     with on_device(W):
         _gather_dot_kernel[grid](rows, indices, W, out, B, d, k, **config)

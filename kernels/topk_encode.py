@@ -20,7 +20,19 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, interpreted, next_power_of_2, on_device, product_options, shared_memory_limit, tiles
+from ._launch import (
+    Chip,
+    by_matrix_units,
+    cdiv,
+    chip,
+    fitted,
+    interpreted,
+    next_power_of_2,
+    on_device,
+    one_by_one,
+    product_options,
+    tiles,
+)
 from ._product import product_tile, tile_numbers
 from ._sort import merged_top, sorted_top
 
@@ -225,34 +237,31 @@ def candidates_per_bucket(buckets: int, k: int) -> int:
 
 
 def tile_config(
-    dtype: torch.dtype, precision: str, shared_memory: int, whole_rows: bool = False, by_number: bool = False,
-    tma: bool = False, narrow: bool = False,
-) -> dict[str, int]:  # fmt: skip
-    """Tile of the matrix product: 8 warps of tensor-core work, or a smaller one where fp32 runs on plain FMAs.
+    dtype: torch.dtype,
+    how: str,
+    gpu: Chip,
+    whole_rows: bool = False,
+    by_number: bool = False,
+    tma: bool = False,
+    narrow: bool = False,
+) -> dict[str, int]:
+    """Tile of the matrix product: 8 warps of tensor-core work, or a smaller one where it runs on plain FMAs.
     ``by_number``: rows begin at odd places, so that numbers go through registers one by one. ``narrow``: registers
     hold more beside it."""
-    if dtype == torch.float32 and precision == "ieee":
-        return {"BLOCK_B": 64, "BLOCK_N": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
-    config = {"BLOCK_B": 128, "BLOCK_N": 256, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
-    if dtype == torch.float32:
-        config.update(BLOCK_D=32)
-    if precision == "tf32x3":  # both halves of a tile pass through the registers, and all of it without bulk copies
-        config.update(BLOCK_N=128 if tma else 64)
-    if torch.version.hip is not None:
-        config.update(num_stages=2)
-    if narrow:
-        config.update(BLOCK_N=min(128, config["BLOCK_N"]))
-    if whole_rows:
-        # 64-bit keys of a wider tile do not fit into 64 KB on their way to memory.
-        config.update(BLOCK_N=min(128, config["BLOCK_N"]))
-    # On AMD one of the stages is in registers.
-    buffers = config["num_stages"] - (torch.version.hip is not None)
-    tile = (config["BLOCK_B"] + config["BLOCK_N"]) * config["BLOCK_D"] * dtype.itemsize
-    if buffers * tile > shared_memory:
-        config.update(BLOCK_D=config["BLOCK_D"] // 2)
-    if by_number:
-        config.update(BLOCK_D=16)
-    return config
+    if not by_matrix_units(dtype, how, gpu):
+        return {"BLOCK_B": 64, "BLOCK_N": 128, "BLOCK_D": gpu.plain_depth(dtype), "num_warps": 8, "num_stages": 2}
+    rows, cols = 128, 256
+    if how == "tf32x3":  # both halves of a tile pass through the registers, and all of it where these hold operands
+        cols = 128 if tma and gpu.operands_apart else 64
+    if narrow or whole_rows or gpu.sums_apart or gpu.few_registers:
+        # 64-bit keys of a wider tile do not fit into 64 KB on their way to memory, nor sums that come into registers
+        # all at once into these
+        cols = min(128, cols)
+    config = {
+        "BLOCK_B": rows, "BLOCK_N": cols, "BLOCK_D": 32 if dtype == torch.float32 else 64,
+        "num_warps": 8, "num_stages": 2 if gpu.amd else 3,
+    }  # fmt: skip
+    return {**config, "BLOCK_D": 16} if by_number else fitted(config, rows, cols, dtype.itemsize, gpu)
 
 
 def select_config(k: int, candidates: int, block_n: int, element_size: int) -> dict[str, int]:
@@ -314,15 +323,15 @@ def product_of(x: torch.Tensor, dictionary: Dictionary, whole_rows: bool = False
     options = product_options(x, lying)
     if columns is not None:
         options["TMA"] = False  # bulk copies are of neighbours
-    by_number = not options["TMA"] and d % 16 != 0  # what triton's specialisation knows of d
     if interpreted(_topk_encode_fwd_kernel):
         # few programs, but several buckets: an interpreted program costs tens of milliseconds
         config = {"BLOCK_B": 64, "BLOCK_N": 64, "BLOCK_D": 64}
     else:
-        machine = options["PRECISION"], shared_memory_limit(x.device)
         # what is read down a column has an address a number, and a scale stays beside a tile whose ties are looked at
         narrow = (across and not options["TMA"]) or (ties and scale is not None)
-        config = tile_config(x.dtype, *machine, whole_rows, by_number, options["TMA"], narrow)
+        how = options["PRECISION"]
+        by_number = one_by_one(options, x)
+        config = tile_config(x.dtype, how, chip(x.device), whole_rows, by_number, options["TMA"], narrow)
     rows, cols, depth = config["BLOCK_B"], config["BLOCK_N"], config["BLOCK_D"]
     factors = (x, W)
     if options["TMA"]:

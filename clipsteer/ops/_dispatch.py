@@ -73,7 +73,8 @@ def _load_triton() -> str | None:
 
         from clipsteer.kernels import _launch as launch
 
-        served = [op for op in RECORDS if "triton" in op.backends and op.low_level]
+        own = [op for op in RECORDS if not all(low.cpp_only for low in op.low_level.values())]
+        served = [op for op in own if "triton" in op.backends]
         modules = {}
         for op in served:
             modules[op.stem] = importlib.import_module(f"clipsteer.kernels.{op.stem}")

@@ -748,11 +748,12 @@ def test_a_gradient_may_take_another_backend_than_its_encode(monkeypatch):
 def test_device_shapes_take_the_gpu_kernels_through_their_branches():
     """What the main shapes do on a GPU, the self-check and the GPU tests do too: many buckets, a redone one, …"""
     kernels = pytest.importorskip("clipsteer.kernels.topk_encode")
+    hopper = pytest.importorskip("clipsteer.kernels._launch").chip_named("sm_90")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         seen = set()
         for shape in REGISTRY["topk_encode"].device_shapes:
             precision = "tf32x3" if dtype == torch.float32 else "ieee"
-            config = kernels.tile_config(dtype, precision, 227 * 1024, tma=True)
+            config = kernels.tile_config(dtype, precision, hopper, tma=True)
             buckets, k = -(-shape["n"] // config["BLOCK_N"]), shape["k"]
             J = kernels.candidates_per_bucket(buckets, k)
             if k > kernels.MAX_K or J > kernels.MAX_CANDIDATES_PER_BUCKET:
