@@ -94,6 +94,7 @@ def interpreter() -> Iterator[Forks]:
     forks = Forks(["torch", "clipsteer.ops._dispatch", "clipsteer.testing"], {"TRITON_INTERPRET": "1"})
     codes, reason = forks.run("from clipsteer.ops import _dispatch\nraise SystemExit(_dispatch.missing('triton'))")
     if codes != [0]:
+        assert "No module named 'clipsteer" not in reason, reason
         pytest.skip(reason)
     yield forks
     forks.close()

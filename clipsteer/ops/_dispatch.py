@@ -71,7 +71,7 @@ def _load_triton() -> str | None:
 
         from clipsteer.kernels import _launch as launch
 
-        served = [op for op in RECORDS if "triton" in op.backends and op.low_level]
+        served = [op for op in RECORDS if op.kernels]
         modules = {}
         for op in served:
             modules[op.stem] = importlib.import_module(f"clipsteer.kernels.{op.stem}")
@@ -82,9 +82,7 @@ def _load_triton() -> str | None:
     library = torch.library.Library("clipsteer_triton", "DEF")
     _LIBRARIES.append(library)
     for op in served:
-        for name, low in op.low_level.items():
-            if low.cpp_only:
-                continue
+        for name, low in op.kernels.items():
             library.define(name + low.schema)
             for key in ("CPU", "CUDA") if interpreted() else ("CUDA",):
                 library.impl(name, getattr(modules[op.stem], name), key)

@@ -74,6 +74,13 @@ class Op:
         """As dispatch and the registry know it."""
         return (*(self.ops or (self.stem,)), *self.variants)
 
+    @property
+    def kernels(self) -> dict[str, LowLevel]:
+        """The low-level ops that ``kernels/<stem>.py`` has."""
+        if "triton" not in self.backends:
+            return {}
+        return {name: low for name, low in self.low_level.items() if not low.cpp_only}
+
     def served_by(self, name: str) -> tuple[str, ...]:
         """The backends of the op or of a variant of it."""
         if name not in self.variants or self.variant_backends is None:
