@@ -45,6 +45,8 @@ DEPENDS: list[str] = []
 # the oldest CUDA of each major version that torch with the stable ABI is built with; a variant
 # serves that and every later one of the same major version
 CUDA = ("12.6", "13.0")
+# of the package, all that is published
+PARTS = ("ops", "kernels", "_version")
 PUBLIC = [name for name in ops.__all__ if name != "REGISTRY"]
 # all that may be imported from outside where a module is imported
 OUTSIDE = {*sys.stdlib_module_names, "torch", "triton"}
@@ -77,7 +79,7 @@ def modules() -> dict[str, Path]:
         module = waiting.pop()
         if module in found:
             continue
-        if module.split(".")[1] not in ("ops", "kernels"):
+        if module.split(".")[1] not in PARTS:
             raise SystemExit(f"the ops import {module}, and are published without it")
         spec = find_spec(module)
         assert spec is not None
@@ -138,7 +140,7 @@ def complaints(path: str, source: str) -> list[str]:
             text = node.value
         elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch.ops":
             text = f"{node.attr}::"
-        if re.match(rf"{NAME}(\.|\w*::)", text):
+        if re.match(rf"{NAME}(\.|_|::)", text):
             found.append(f"{path}:{node.lineno} names {text}")
     return found
 

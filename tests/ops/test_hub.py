@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import runpy
@@ -76,11 +77,12 @@ def python(code: str, *arguments: object, **environment: str) -> str:
 # ---------------------------------------------------------------- the layout
 
 
-def test_a_variant_is_the_ops_alone_and_imports_nothing_absolutely(hub: dict[str, Any]) -> None:
-    files = hub["package"]()
-    assert {path.split("/")[0] for path in files} == {"__init__.py", "ops", "kernels"}
-    for path, content in files.items():
-        assert not re.search(rb"^\s*(from|import) clipsteer\b", content, re.MULTILINE), path
+def test_a_variant_is_the_ops_alone_and_imports_nothing_absolutely(layout: Path) -> None:
+    variant = layout / "build/torch-universal"
+    files = {path.relative_to(variant).as_posix(): path.read_text() for path in variant.rglob("*.py")}
+    assert {path.split("/")[0] for path in files} <= {"__init__.py", "ops", "kernels", "_version.py"}
+    for path, text in files.items():
+        assert not re.search(r"^\s*(from|import) clipsteer\b", text, re.MULTILINE), path
     for op in RECORDS:
         assert {f"ops/{op.stem}.py", f"ops/specs/{op.stem}.py"} <= set(files)
         assert (f"kernels/{op.stem}.py" in files) == bool(op.kernels)
@@ -91,6 +93,7 @@ def test_a_variant_is_the_ops_alone_and_imports_nothing_absolutely(hub: dict[str
     ["import clipsteer", "import clipsteer.io", "from clipsteer import io", "from clipsteer.io import files",
      "def f():\n    from clipsteer.io import files", "import numpy", "__import__('clipsteer.io')",
      "importlib.import_module(f'clipsteer.kernels.{stem}')", "torch.ops.clipsteer_cpp.topk",
+     "getattr(torch.ops, f'clipsteer_{backend}')",
      "library = Library('clipsteer_triton::x')", "register(f'clipsteer::{name}')"],
 )  # fmt: skip
 def test_what_would_reach_beyond_a_variant_is_refused(hub: dict[str, Any], source: str) -> None:
@@ -105,7 +108,7 @@ def test_imports_are_rewritten_from_every_depth(hub: dict[str, Any]) -> None:
     assert hub["relative"]("from clipsteer.ops import a", 1) == "from .ops import a"
 
 
-def test_kernels_reads_what_the_script_wrote(kernels: ModuleType, layout: Path) -> None:
+def test_kernels_reads_what_the_script_wrote(kernels: ModuleType, hub: dict[str, Any], layout: Path) -> None:
     from kernels._rust import Build, Digest, DigestAlgorithm
     from kernels.variants import get_variants_local
 
@@ -116,11 +119,13 @@ def test_kernels_reads_what_the_script_wrote(kernels: ModuleType, layout: Path) 
     for folder in folders:
         about = kernels.Metadata.read_from_file(folder / "metadata.json")
         assert (str(about.name), about.version, about.license) == ("clipsteer", 0, "Apache-2.0")
-        assert (about.python_depends, str(about.kernels_minver)) == ([], "0.17.2")
+        assert (about.python_depends, str(about.kernels_minver)) == ([], hub["MINVER"])
         about.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, folder))
         assert about.id.isidentifier()
         identities.add(about.id)
     assert len(identities) == len(folders)
+    extra = f'hub = ["kernels>={hub["MINVER"]}"]'
+    assert extra in (ROOT / "pyproject.toml").read_text()
     backends = Build.open(layout).general.backends
     assert {str(backend) for backend in backends} == {"cpu", "cuda"}
     card = (layout / "build/CARD.md").read_text()
@@ -252,6 +257,32 @@ def test_two_variants_and_the_package_live_in_one_process(
     for acts, indices in found[1:]:
         assert torch.equal(acts, found[0][0])
         assert torch.equal(indices, found[0][1])
+
+
+INTERPRETED = """
+import importlib.util, sys, torch
+from clipsteer import ops
+name, file = sys.argv[1:]
+spec = importlib.util.spec_from_file_location(name, file)
+kernel = sys.modules[name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kernel)
+x, W = torch.randn(5, 16), torch.randn(70, 16)
+for backend in ("triton", "cpp"):
+    acts, indices = ops.topk_encode(x, W, k=4, backend="triton")
+    found = kernel.topk_encode(x, W, k=4, backend=backend)
+    assert torch.equal(found[1], indices)
+    assert backend == "cpp" or torch.equal(found[0], acts)
+assert kernel.ops._dispatch.call.__module__ == f"{name}.ops._dispatch"
+assert f"{name}_triton::topk_encode" in torch._C._dispatch_get_all_op_names()
+"""
+
+
+def test_triton_runs_from_a_variant(interpreter: Forks, layout: Path) -> None:
+    folder = next((layout / "build").glob("*-cpu-*"))
+    codes, written = interpreter.run(
+        INTERPRETED, json.loads((folder / "metadata.json").read_text())["id"], folder / "__init__.py"
+    )
+    assert codes == [0], written
 
 
 CACHED = """
