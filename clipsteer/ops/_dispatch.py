@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsteer import kernels
 from clipsteer.kernels._precision import tf32_allowed
 from clipsteer.ops import _vmap
 from clipsteer.ops._lowlevel import (
@@ -95,7 +94,7 @@ def _load_triton() -> str | None:
         served = [op for op in RECORDS if op.kernels]
         modules = {}
         for op in served:
-            modules[op.stem] = importlib.import_module(f"{kernels.__name__}.{op.stem}")
+            modules[op.stem] = importlib.import_module(f"{launch.__package__}.{op.stem}")
     except Exception as error:
         # another triton than the kernels were written for may lack any name they use
         how = "install the triton that belongs to this torch build"
