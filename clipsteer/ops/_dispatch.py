@@ -6,6 +6,7 @@ It knows the ops by their records in ``_lowlevel``, and neither their files nor 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import os
@@ -26,6 +27,7 @@ from clipsteer.ops._lowlevel import (
     BACKENDS,
     DTYPES,
     LIBRARIES,
+    NAMESPACES,
     OPS,
     PORTABLE,
     RECORDS,
@@ -45,18 +47,36 @@ def describe(name: str, low: LowLevel) -> None:
         torch.library.register_vmap(name, _vmap.rule(function, low))
 
 
+def new_library(backend: str) -> torch.library.Library:
+    """What defines ops in the namespace of ``backend``, for as long as the process lives."""
+    space = NAMESPACES[backend]
+    try:
+        library = torch.library.Library(space, "DEF")
+    except RuntimeError as error:
+        what = f"another copy of clipsteer defines torch.ops.{space} in this process"
+        raise RuntimeError(f"{what}; use that one, or start a process anew") from error
+    _LIBRARIES.append(library)
+    return library
+
+
 def _load_binary(backend: str, how: str) -> str | None:
-    path = Path(__file__).resolve().parent.parent / f"{LIBRARIES[backend]}.so"
+    # beside this file under the name it has here: where files are links into a store of contents,
+    # what a link leads to has neighbours and a name of its own
+    path = Path(__file__).absolute().parent.parent / f"{LIBRARIES[backend]}.so"
     if not path.exists():
         reason = left_out(path.name)
         return f"{path.name} was not built{reason and f' ({reason})'}; {how}"
     try:
         torch.ops.load_library(str(path))
+        refusal = ctypes.CDLL(str(path)).clipsteer_refusal
+        refusal.restype = ctypes.c_char_p
+        if (reason := refusal()) is not None:
+            return f"{path.name}: {reason.decode()}"
         for op in RECORDS:
             for name, low in op.low_level.items():
                 if backend in op.backends:
-                    describe(f"clipsteer_{backend}::{name}", low)
-    except (OSError, RuntimeError) as error:
+                    describe(f"{NAMESPACES[backend]}::{name}", low)
+    except (OSError, RuntimeError, AttributeError) as error:
         return f"{path.name} does not load with torch {torch.__version__} ({error}); {how}"
     return None
 
@@ -73,25 +93,24 @@ def _load_triton() -> str | None:
 
         from clipsteer.kernels import _launch as launch
 
-        own = [op for op in RECORDS if not all(low.cpp_only for low in op.low_level.values())]
-        served = [op for op in own if "triton" in op.backends]
+        served = [op for op in RECORDS if op.kernels]
         modules = {}
         for op in served:
-            modules[op.stem] = importlib.import_module(f"clipsteer.kernels.{op.stem}")
+            modules[op.stem] = importlib.import_module(f"{launch.__package__}.{op.stem}")
     except Exception as error:
         # another triton than the kernels were written for may lack any name they use
         how = "install the triton that belongs to this torch build"
         return f"triton cannot be imported ({error}); {how}"
-    library = torch.library.Library("clipsteer_triton", "DEF")
-    _LIBRARIES.append(library)
+    try:
+        library = new_library("triton")
+    except RuntimeError as error:
+        return str(error)
     for op in served:
-        for name, low in op.low_level.items():
-            if low.cpp_only:
-                continue
+        for name, low in op.kernels.items():
             library.define(name + low.schema)
             for key in ("CPU", "CUDA") if interpreted() else ("CUDA",):
                 library.impl(name, getattr(modules[op.stem], name), key)
-            describe(f"clipsteer_triton::{name}", low)
+            describe(f"{NAMESPACES['triton']}::{name}", low)
     if interpreted() and (failure := launch.interpreter_failure()) is not None:
         what = f"the interpreter of triton {triton.__version__} fails here ({failure})"
         return f"{what}; try another triton or numpy"
@@ -293,8 +312,7 @@ def choose(op: str, backend: str, tensor: Tensor) -> str:
 
 def call(backend: str, op: str, *args: Any) -> Any:
     """Run low-level ``op`` of ``backend`` on contiguous tensors."""
-    namespace = "clipsteer" if backend == PORTABLE else f"clipsteer_{backend}"
-    return getattr(getattr(torch.ops, namespace), op)(*args)
+    return getattr(getattr(torch.ops, NAMESPACES[backend]), op)(*args)
 
 
 @dataclass(frozen=True)

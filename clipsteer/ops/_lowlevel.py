@@ -2,8 +2,8 @@
 first.
 
 Every backend registers the same low-level ops under a namespace of its own,
-``torch.ops.clipsteer_<backend>``. A record is all that dispatch, the registry of specs and the
-public page know of an op; the rest is in the files of its name.
+``torch.ops.clipsteer_<backend>`` (``NAMESPACES``). A record is all that dispatch, the registry of
+specs and the public page know of an op; the rest is in the files of its name.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from clipsteer.ops import _fakes, _loss_fakes
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 # what an exported graph names; at every call it is the fastest of the others, where the tensors are
 PORTABLE = "portable"
+# what the namespaces of this copy begin with; a published copy has a name of its own (.ci/hub.py)
+NAMESPACE = "clipsteer"
+NAMESPACES = {PORTABLE: NAMESPACE, **{name: f"{NAMESPACE}_{name}" for name in BACKENDS}}
 LIBRARIES = {"cpp": "_C", "cuda": "_C_cuda"}  # the file beside the package, where there is one
 DTYPES = {
     "reference": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
@@ -73,6 +76,13 @@ class Op:
     def names(self) -> tuple[str, ...]:
         """As dispatch and the registry know it."""
         return (*(self.ops or (self.stem,)), *self.variants)
+
+    @property
+    def kernels(self) -> dict[str, LowLevel]:
+        """The low-level ops that ``kernels/<stem>.py`` has."""
+        if "triton" not in self.backends:
+            return {}
+        return {name: low for name, low in self.low_level.items() if not low.cpp_only}
 
     def served_by(self, name: str) -> tuple[str, ...]:
         """The backends of the op or of a variant of it."""

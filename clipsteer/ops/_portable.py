@@ -15,8 +15,8 @@ from torch import Tensor
 
 from clipsteer.ops import _agreement, _grouped, _ragged, _sparse, _sweeps
 from clipsteer.ops._autograd import Function
-from clipsteer.ops._dispatch import call, describe, resolve
-from clipsteer.ops._lowlevel import PORTABLE, RECORDS, Op
+from clipsteer.ops._dispatch import call, describe, new_library, resolve
+from clipsteer.ops._lowlevel import NAMESPACE, PORTABLE, RECORDS, Op
 from clipsteer.ops._ragged_encode import RaggedEncode
 from clipsteer.ops.batch_topk_encode import batch_topk_encode_reference
 from clipsteer.ops.conceptor_project import LowRank, conceptor_project_reference
@@ -26,8 +26,6 @@ from clipsteer.ops.semantic_drift import reference_sums
 from clipsteer.ops.sparse_decode import sparse_decode_reference
 from clipsteer.ops.threshold_encode import threshold_encode_reference
 from clipsteer.ops.topk_encode import TopkEncode, topk_encode_reference
-
-_LIBRARIES: list[torch.library.Library] = []
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -172,17 +170,16 @@ _DERIVATIVES: dict[str, tuple[type[Function], tuple[Any, ...]]] = {
 
 def register() -> None:
     """Define the ops."""
-    library = torch.library.Library("clipsteer", "DEF")
-    _LIBRARIES.append(library)
+    library = new_library(PORTABLE)
     for op in RECORDS:
         for name, low in op.low_level.items():
             if low.cpp_only:
                 continue
             library.define(name + low.schema)
             library.impl(name, _kernel(op, name), "CompositeExplicitAutograd")
-            describe(f"clipsteer::{name}", low)
+            describe(f"{NAMESPACE}::{name}", low)
             if "!" not in low.schema:
-                _differentiate(name)
+                _differentiate(name, library)
 
 
 # of the encoders: where their scale and columns are, and whether they have a relu after these
@@ -234,9 +231,9 @@ def _on_cuda(name: str, args: tuple[Any, ...]) -> Any:
     return _lying(dW, args[4]), db
 
 
-def _differentiate(name: str) -> None:
+def _differentiate(name: str, library: torch.library.Library) -> None:
     function, extra = _DERIVATIVES.get(name, (None, ()))
-    arguments = getattr(torch.ops.clipsteer, name).default._schema.arguments
+    arguments = getattr(getattr(torch.ops, NAMESPACE), name).default._schema.arguments
 
     def left_out(inputs: tuple[Any, ...]) -> list[Any]:
         return [argument.default_value for argument in arguments[len(inputs) :]]
@@ -249,12 +246,12 @@ def _differentiate(name: str) -> None:
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if function is None:
             raise RuntimeError(
-                f"an exported program's clipsteer::{name} has no gradient; export what is to be "
+                f"an exported program's {NAMESPACE}::{name} has no gradient; export what is to be "
                 'trained with backend="reference", or train the module itself'
             )
         found = function.backward(ctx, *grads)
         return tuple(found[i] if i < len(found) else None for i in range(ctx.count))
 
     torch.library.register_autograd(
-        f"clipsteer::{name}", backward, setup_context=setup_context, lib=_LIBRARIES[0]
+        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=library
     )

@@ -1,15 +1,13 @@
 // The schemas of the C++ backend, and what the CPU runs for them.
 #include "cpu.h"
+#include "../registration.h"
 
 namespace clipsteer {
 namespace {
 
 int64_t isa_level() { return isa().level; }
 
-}  // namespace
-}  // namespace clipsteer
-
-STABLE_TORCH_LIBRARY(clipsteer_cpp, m) {
+void define(StableLibrary& m) {
   m.def(
       "topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt k, bool screen=True, Tensor? scale=None, "
       "Tensor? columns=None, bool relu=True) -> (Tensor acts, Tensor indices)");
@@ -100,7 +98,7 @@ STABLE_TORCH_LIBRARY(clipsteer_cpp, m) {
   m.def("isa_level() -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(clipsteer_cpp, CPU, m) {
+void implement(StableLibrary& m) {
   m.impl("topk_encode", TORCH_BOX(&clipsteer::topk_encode));
   m.impl("topk_encode_screened", TORCH_BOX(&clipsteer::topk_encode_screened));
   m.impl("topk", TORCH_BOX(&clipsteer::topk));
@@ -137,6 +135,15 @@ STABLE_TORCH_LIBRARY_IMPL(clipsteer_cpp, CPU, m) {
 }
 
 // No tensor argument to choose a backend by.
-STABLE_TORCH_LIBRARY_IMPL(clipsteer_cpp, CompositeExplicitAutograd, m) {
-  m.impl("isa_level", TORCH_BOX(&clipsteer::isa_level));
+void implement_anywhere(StableLibrary& m) { m.impl("isa_level", TORCH_BOX(&clipsteer::isa_level)); }
+
+const Registration registration("cpp", {{StableLibrary::Kind::DEF, nullptr, define},
+                                        {StableLibrary::Kind::IMPL, "CPU", implement},
+                                        {StableLibrary::Kind::IMPL, "CompositeExplicitAutograd", implement_anywhere}});
+
+}  // namespace
+}  // namespace clipsteer
+
+extern "C" __attribute__((visibility("default"))) const char* clipsteer_refusal() {
+  return clipsteer::registration.refusal();
 }
