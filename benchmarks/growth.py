@@ -80,9 +80,11 @@ class Source:
             if self.tokens is None:
                 torch.randn(part.shape, generator=generator, out=part)
             else:
-                pair = torch.randint(len(self.tokens), (2, len(part)), generator=generator)
-                torch.sub(self.tokens[pair[0]], self.tokens[pair[1]], out=part)
-            part.div_(torch.linalg.vector_norm(part, dim=1, keepdim=True).clamp_min(1e-6))
+                N = len(self.tokens)
+                one = torch.randint(N, (len(part),), generator=generator)
+                other = (one + torch.randint(1, N, (len(part),), generator=generator)) % N
+                torch.sub(self.tokens[one], self.tokens[other], out=part)
+            part.div_(torch.linalg.vector_norm(part, dim=1, keepdim=True))
         return W
 
 

@@ -34,7 +34,7 @@ from clipsteer.ops._spec import (
     named_outputs,
 )
 from clipsteer.ops._spec import run as run_once
-from clipsteer.testing.bench import backward
+from clipsteer.testing.bench import backward, heads
 from clipsteer.testing.records import Record, read, write
 from clipsteer.testing.table import is_rival
 from clipsteer.testing.timing import GROUP, Calls, compared, processor_time, take_turns
@@ -61,7 +61,11 @@ _SHARED = 2**22
 # part in the turns, nor at larger batches
 _HOPELESS = 3.0
 _NOTICEABLE = 1e-3
-_ROUNDS = (3, 15)
+# rounds: at least, where one takes long, and at most
+_FEWEST = 5
+_FEWEST_LONG = 3
+_LONG = 1.0
+_MOST = 15
 OURS = "clipsteer"
 
 
@@ -118,7 +122,7 @@ def label_of(shape: Shape) -> str:
     return "-".join(f"{name}{size}" for name, size in shape.items() if name not in _SWITCHES)
 
 
-_SWITCHES = ("plain", "percent")
+_SWITCHES = ("plain", "percent", "even")
 
 
 def run(
@@ -224,7 +228,7 @@ class _Race:
             base = next(iter(self.spec.baselines.values()))
             self.rivals["torch.compile"] = torch.compile(base, dynamic=True)
         # by pass, why a rival does not take part at larger batches
-        self.left_out: dict[str, dict[str, str]] = {kind: {} for kind in PASSES}
+        self.hopeless: dict[str, dict[str, str]] = {kind: {} for kind in PASSES}
 
 
 def _records(race: _Race, cell: Cell, seconds: float) -> list[Record]:
@@ -239,11 +243,12 @@ def _records(race: _Race, cell: Cell, seconds: float) -> list[Record]:
     inputs = _case(spec, shape, dtype)
     wrong = _wrong(spec, shape, inputs)
     records = []
+    failed: dict[str, str] = {}
     for kind in kinds:
         record = head | {"pass": kind, "contender": OURS}
         if wrong is None:
             with _gradients(spec, inputs, kind == PASSES[1]) as leaves:
-                record |= _timed(race, inputs, leaves, kind, seconds)
+                record |= _timed(race, inputs, leaves, kind, failed, seconds)
         else:
             record["wrong"] = wrong
         records.append(record)
@@ -320,35 +325,35 @@ def _timed(
     inputs: Inputs,
     leaves: list[Tensor],
     kind: str,
+    failed: dict[str, str],
     seconds: float,
 ) -> Record:
-    """Ours and the rivals that can win, in turn."""
-    left_out = dict(race.left_out[kind])
-    functions = {OURS: race.spec.function}
-    functions |= {name: f for name, f in race.rivals.items() if name not in left_out}
+    """Ours and the rivals that can win, in turn; those that cannot run join ``failed``."""
     calls: Calls = {}
     once: dict[str, float] = {}
-    for name, function in functions.items():
+    for name, function in {OURS: race.spec.function, **race.rivals}.items():
+        if name in failed or name in race.hopeless[kind]:
+            continue
         call = partial(function, **inputs)
-        call = backward(call, None, leaves) if leaves else call
         try:
-            once[name] = _warmed(call)
-            calls[name] = call
+            calls[name], once[name] = _warmed(call, leaves)
         except Exception as error:  # a rival lacks the dtype, the memory, its package, a compiler
             if name == OURS:
                 return {"wrong": _reason(error)}
-            left_out[name] = _reason(error)
+            failed[name] = _reason(error)
+    left_out = failed | race.hopeless[kind]
     rivals = {name: once[name] for name in calls if name != OURS}
     fastest = min(rivals.values(), default=0.0)
     for name, spent in rivals.items():
         if spent > _HOPELESS * fastest and spent > fastest + _NOTICEABLE:
             del calls[name]
             reason = f"{spent / fastest:.1f} times the fastest rival's time at this or fewer rows"
-            race.left_out[kind][name] = reason
+            race.hopeless[kind][name] = reason
     # at one thread no other thread's time has to be seen
     group = 0.003 if race.threads == 1 else GROUP
     turn = sum(max(once[name], group) for name in calls)
-    rounds = min(max(int(seconds / turn), _ROUNDS[0]), _ROUNDS[1])
+    fewest = _FEWEST if turn < _LONG else _FEWEST_LONG
+    rounds = min(max(int(seconds / turn), fewest), _MOST)
     samples = take_turns(calls, partial(processor_time, at_least=group), rounds)
     medians = {name: statistics.median(values) for name, values in samples.items()}
     rivals |= {name: medians[name] for name in calls if name != OURS}
@@ -360,8 +365,18 @@ def _timed(
     return found
 
 
-def _warmed(call: Callable[[], Any]) -> float:
-    """About how long a call takes, once the first is behind it."""
-    spent = processor_time(call, 0.0)
-    # whatever is compiled or allocated takes longer
-    return min(spent, processor_time(call, 0.0))
+def _warmed(call: Callable[[], Any], leaves: list[Tensor]) -> tuple[Callable[[], Any], float]:
+    """The call, and back where there are leaves, and about how long that takes once the first is
+    behind it. Raises ArithmeticError where its result is not finite."""
+    results: list[Any] = []
+    if leaves:
+        call = backward(call, None, leaves)
+        spent = processor_time(call, 0.0)
+    else:
+        spent = processor_time(lambda: results.append(call()), 0.0)
+    # whatever is compiled or allocated at first takes longer
+    spent = min(spent, processor_time(call, 0.0))
+    for output in (output for result in results for output in heads(result)):
+        if not bool(output.isfinite().all()):
+            raise ArithmeticError("its result is not finite")
+    return call, spent
