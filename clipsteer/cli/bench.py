@@ -84,7 +84,7 @@ def _options(p: argparse.ArgumentParser) -> None:
     )
     grid.add_argument("--threads", nargs="+", type=count, metavar="N", help="(default: 1 2)")
     grid.add_argument(
-        "--seconds", type=float, metavar="S", help="that each pass is timed (default: 0.3)"
+        "--seconds", type=float, metavar="S", help="that each pass is timed (default: 0.2)"
     )
     grid.add_argument(
         "--compile",

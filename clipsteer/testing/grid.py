@@ -14,7 +14,6 @@ import gc
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,22 +23,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clipsteer.ops import REGISTRY
-from clipsteer.ops._spec import (
-    Draw,
-    Inputs,
-    OpSpec,
-    Shape,
-    cotangents,
-    judged,
-    named_outputs,
-)
-from clipsteer.ops._spec import run as run_once
+from clipsteer.ops._spec import Inputs, OpSpec
 from clipsteer.testing.bench import backward, heads
+from clipsteer.testing.grid_cases import (
+    case_of,
+    forget,
+    label_of,
+    reason_of,
+    shape_at,
+    what_is_wrong,
+)
 from clipsteer.testing.records import Record, read, write
 from clipsteer.testing.table import is_rival
 from clipsteer.testing.timing import GROUP, Calls, compared, processor_time, take_turns
 
-__all__ = ["DTYPES", "NAME", "PASSES", "ROWS", "THREADS", "Cell", "cells", "run", "shape_at"]
+__all__ = ["DTYPES", "NAME", "PASSES", "ROWS", "THREADS", "Cell", "cells", "run"]
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 ROWS = (1, 8, 32, 256, 4096)
@@ -47,16 +45,6 @@ THREADS = (1, 2)
 PASSES = ("forward", "forward+backward")
 NAME = "grid.json"
 
-# The product of rows and features, up to which a case has all 49,152 features of the main
-# benchmark: a dense rival's operations grow with it. torch has no fast float16 product on most
-# processors, so there it is a quarter.
-_PRODUCT = 2**24
-_PRODUCT_HALF = 2**22
-# what the check of values is cut to where its float64 matrices would be large
-_CHECKED = 2**21
-_GRADIENT_CHECK = {"B": 64, "N": 200, "n": 2048}
-# numbers of one tensor from which on cases share what was drawn
-_SHARED = 2**22
 # a rival that takes so many times the fastest one's time, and so many seconds more, does not take
 # part in the turns, nor at larger batches
 _HOPELESS = 3.0
@@ -106,32 +94,13 @@ def cells(
     return found
 
 
-def shape_at(spec: OpSpec, rows: int, dtype: str) -> Shape:
-    """The op's first benchmark shape with this many rows, and with fewer features where there are
-    many rows."""
-    shape = dict(next(iter(spec.bench_shapes.values())))
-    shape["B" if "B" in shape else "N"] = rows
-    if "n" in shape:
-        limit = _PRODUCT_HALF if dtype == "float16" else _PRODUCT
-        shape["n"] = min(shape["n"], limit // rows)
-    return shape
-
-
-def label_of(shape: Shape) -> str:
-    """The sizes of a shape in words, without its switches."""
-    return "-".join(f"{name}{size}" for name, size in shape.items() if name not in _SWITCHES)
-
-
-_SWITCHES = ("plain", "percent", "even")
-
-
 def run(
     ops: Sequence[str] | None = None,
     dtypes: Sequence[str] | None = None,
     *,
     rows: Sequence[int] | None = None,
     threads: Sequence[int] | None = None,
-    seconds: float = 0.3,
+    seconds: float = 0.2,
     compiled: bool = True,
     out: str | Path | None = None,
 ) -> list[Record]:
@@ -179,35 +148,13 @@ def run(
                 write(place, every, "cpu", {"threads": max(cell.threads for cell in kept)})
     finally:
         torch.set_num_threads(before)
-        _drawn.clear()
+        forget()
     return [record for cell in wanted for record in kept[cell]]
 
 
 def cell_of(record: Record) -> Cell:
     """The cell that a record is of."""
     return Cell(record["op"], record["dtype"], record["rows"], record["threads"])
-
-
-_drawn: dict[tuple[Any, ...], Tensor] = {}
-
-
-@dataclass(frozen=True)
-class _SharedDraw(Draw):
-    """Cases of one dtype share their dictionary, which takes longest to draw."""
-
-    def tensor(self, *size: int, scale: float | None = None) -> Tensor:
-        if torch.Size(size).numel() < _SHARED:
-            return super().tensor(*size, scale=scale)
-        key = (self.dtype, size, scale, self.scale)
-        if key not in _drawn:
-            if any(known[0] != self.dtype for known in _drawn):
-                _drawn.clear()
-            _drawn[key] = super().tensor(*size, scale=scale)
-        return _drawn[key].detach()
-
-
-def _case(spec: OpSpec, shape: Shape, dtype: torch.dtype) -> Inputs:
-    return spec.draw(_SharedDraw(shape, dtype, torch.Generator().manual_seed(0), 1.0, False))
 
 
 class _Race:
@@ -240,8 +187,8 @@ def _records(race: _Race, cell: Cell, seconds: float) -> list[Record]:
     head |= {"rows": cell.rows, "threads": cell.threads}
     gc.collect()
     kinds = PASSES if spec.differentiable else PASSES[:1]
-    inputs = _case(spec, shape, dtype)
-    wrong = _wrong(spec, shape, inputs)
+    inputs = case_of(spec, shape, dtype)
+    wrong = what_is_wrong(spec, shape, inputs)
     records = []
     failed: dict[str, str] = {}
     for kind in kinds:
@@ -268,58 +215,6 @@ def _gradients(spec: OpSpec, inputs: Inputs, wanted: bool) -> Iterator[list[Tens
             leaf.requires_grad_(False)
 
 
-def _wrong(spec: OpSpec, shape: Shape, inputs: Inputs) -> str | None:
-    """None where our values and gradients keep their bounds, else what does not.
-
-    Values are those of the case that is timed, of 8 of its rows where rows are independent; where
-    they are not and the check would have large matrices, of a case with fewer rows. Gradients are
-    those of a smaller case.
-    """
-    dtype = next(t.dtype for t in inputs.values() if _floating(t))
-    try:
-        values = _worst_values(spec, shape, inputs, dtype)
-        if max(values.values()) > 1:
-            return f"values are off by {_said(values)} of their bound"
-        small = {name: min(size, _GRADIENT_CHECK.get(name, size)) for name, size in shape.items()}
-        drawn = _case(spec, small, dtype)
-        given = partial(cotangents, dtype=dtype, generator=torch.Generator().manual_seed(1))
-        errors = judged(spec, drawn, run_once(spec.function, drawn, spec.leaves(drawn), given))
-        if max(errors.values()) > 1:
-            return f"values or gradients are off by {_said(errors)} of their bound"
-    except Exception as error:  # one op that fails must not end the grid
-        return _reason(error)
-    return None
-
-
-def _worst_values(
-    spec: OpSpec, shape: Shape, inputs: Inputs, dtype: torch.dtype
-) -> dict[str, float]:
-    if spec.rows:
-        outputs = named_outputs(spec, spec.function(**inputs))
-        few = {name: inputs[name][:8] for name in spec.rows if isinstance(inputs[name], Tensor)}
-        return spec.check(inputs | few, {name: value[:8] for name, value in outputs.items()})
-    limits = dict(spec.gate_sizes)
-    if "n" in shape:
-        limits["B"] = max(_CHECKED // shape["n"], 1)
-    small = {name: min(size, limits.get(name, size)) for name, size in shape.items()}
-    if small != shape:
-        inputs = _case(spec, small, dtype)
-    few = {name: inputs[name][:8] for name in spec.gate}
-    return spec.check(inputs | few, named_outputs(spec, spec.function(**inputs | few)))
-
-
-def _said(errors: dict[str, float]) -> str:
-    return ", ".join(f"{name} {error:.3g}" for name, error in errors.items() if error > 1)
-
-
-def _floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"[:200]
-
-
 def _timed(
     race: _Race,
     inputs: Inputs,
@@ -339,8 +234,8 @@ def _timed(
             calls[name], once[name] = _warmed(call, leaves)
         except Exception as error:  # a rival lacks the dtype, the memory, its package, a compiler
             if name == OURS:
-                return {"wrong": _reason(error)}
-            failed[name] = _reason(error)
+                return {"wrong": reason_of(error)}
+            failed[name] = reason_of(error)
     left_out = failed | race.hopeless[kind]
     rivals = {name: once[name] for name in calls if name != OURS}
     fastest = min(rivals.values(), default=0.0)

@@ -16,6 +16,7 @@ from clipsteer import FileFormatError
 from clipsteer.cli.bench import grid_page
 from clipsteer.ops import REGISTRY, _dispatch
 from clipsteer.testing import bench, grid, grid_table
+from clipsteer.testing.grid_cases import shape_at
 
 NEEDS_CPP = pytest.mark.skipif(_dispatch.missing("cpp") is not None, reason="the C++ library is not built")
 OP = "sparse_decode"
@@ -43,13 +44,13 @@ def test_all_is_asked_for_by_default_and_sizes_fit_many_rows():
     assert grid.cells([OP], ["float16"], [8, 1], [2]) == [(OP, "float16", 1, 2), (OP, "float16", 8, 2)]
     for spec in REGISTRY.values():
         for dtype, rows in itertools.product(grid.DTYPES, grid.ROWS):
-            shape = grid.shape_at(spec, rows, dtype)
+            shape = shape_at(spec, rows, dtype)
             bench.check_shape(spec, shape)
             assert shape["B" if "B" in shape else "N"] == rows
             assert rows * shape.get("n", 1) <= 2**24
     # the case has all features
-    assert grid.shape_at(REGISTRY["topk_encode"], 256, "bfloat16")["n"] == 49152
-    assert grid.shape_at(REGISTRY["topk_encode"], 4096, "float16")["n"] == 1024
+    assert shape_at(REGISTRY["topk_encode"], 256, "bfloat16")["n"] == 49152
+    assert shape_at(REGISTRY["topk_encode"], 4096, "float16")["n"] == 1024
 
 
 @pytest.mark.parametrize(
