@@ -195,12 +195,13 @@ def grid_page(machine: Mapping[str, Any], records: list[dict[str, Any]]) -> Any:
             if rest == title:
                 cells = Cells(
                     matrix.values,
-                    matrix.ops,
+                    [op.replace("_", " ") for op in matrix.ops],
                     [f"{B:,}" for B in matrix.rows],
                     peak=4.0,
                     middle=1.0,
                     show=_ratio,
-                    tall=20.0,
+                    tall=28.0,
+                    names=170.0,
                 )
                 charts.append(Chart(dtype, cells, x="rows in a batch"))
         page.section(title[:1].upper() + title[1:], grid(*charts))

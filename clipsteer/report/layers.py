@@ -86,6 +86,7 @@ class Layer:
 
     width = 400.0
     right = 10.0
+    names = NAMES
     lines = 0
 
     def framed(self, frame: Frame) -> Frame:
@@ -260,6 +261,7 @@ class Cells(Layer):
         middle: makes ratios of the values: green from here on, red and framed below, and the darker
             the farther away in decades, fully at ``peak`` and its mirror image.
         tall: the height of a row at most.
+        names: the most room for the names of rows.
     """
 
     values: Sequence[Sequence[float]]  # (R, C)
@@ -269,6 +271,7 @@ class Cells(Layer):
     show: Callable[[float], str] = number
     middle: float | None = None
     tall: float = 34.0
+    names: float = NAMES
 
     def framed(self, frame: Frame) -> Frame:
         wide = (self.width - LEFT - self.right) / max(len(self.columns), 1)

@@ -75,6 +75,12 @@ def test_red_cells_are_framed_and_their_figures_stand_out(browser, axe, tmp_path
             and cell["box"]["y"] <= word["box"]["y"] and word["box"]["bottom"] <= cell["box"]["bottom"]
         ]  # fmt: skip
         assert len(inside) == 1, cell["name"]
+        # no name of a row reaches into the next
+        names = [word for word in found["words"] if word["box"]["right"] < cell["box"]["x"]
+                 and abs(word["box"]["x"] - cell["box"]["x"]) < 400
+                 and word["box"]["bottom"] > cell["box"]["y"] and word["box"]["y"] < cell["box"]["bottom"]]  # fmt: skip
+        said = " ".join(word["text"] for word in names if not re.fullmatch(r"[\d.]+", word["text"]))
+        assert said == cell["name"].partition(",")[0]
         share = cell["opacity"]
         blend = [share * a + (1 - share) * b for a, b in zip(numbers(cell["fill"]), numbers(found["ground"]))]
         assert contrast(blend, numbers(inside[0]["ink"])) >= 4.5

@@ -52,7 +52,7 @@ NEEDS = {
 }  # fmt: skip
 COUNTS = {
     "demo": ["--seed", "--max-images"], "validate": ["--cases", "--seed"], "prove": ["--cases", "--seed"],
-    "bench": ["--repeats"],
+    "bench": ["--repeats", "--rows", "--threads"],
     "sae eval": ["--name-features", "--features"], "sae steer": ["--top", "--count", "--pick"],
     "sae browse": ["--steer", "--seed", "--port"], "splice": ["--top"],
     "sae train": ["--workers"], "conceptor fit": ["--batch-size"], "conceptor steer": ["--top", "--count"],
