@@ -256,6 +256,7 @@ def markdown(found: Row) -> str:
     if rows:
         heads = ["", "data", "over", "time", "upper half", "memory", "upper half", "time's steepest step"]
         lines += ["Exponents with intervals of 95 % over rounds:\n", *markdown_table(heads, rows)]
+    lines += [f"\n{said}" for said in too_steep(found.get("rows", []))]
     left = sorted({(r["what"], r["along"], r["size"], r["left_out"]) for r in found.get("rows", []) if "left_out" in r})
     lines += [f"\nLeft out: {what} at {along} = {size:,}, which {why}." for what, along, size, why in left]
     if found.get("threads"):
@@ -266,6 +267,21 @@ def markdown(found: Row) -> str:
         heads = ["wall time", "one thread", "two threads", "times as fast"]
         lines += ["", *markdown_table(heads, rows)]
     return "\n".join(lines) + "\n"
+
+
+def too_steep(rows: Iterable[Row]) -> Iterable[str]:
+    """Exponents above the limit, and jumps between neighbours."""
+    for (along, what, data), own in sweeps(rows).items():
+        for figure, name in (("seconds", "time"), ("bytes", "memory")):
+            if len({row["size"] for row in own if figure in row}) < 4:
+                continue
+            powers = exponents(own, figure)
+            for part, over in (("all", "all sizes"), ("upper", "the upper half")):
+                if powers[part]["mean"] > LIMIT:
+                    power = _said(powers[part])
+                    yield f"Above {LIMIT}: {what}, {data}, {name} over {along}, {over}: {power}."
+            for steep, low, high in powers["jumps"]:
+                yield f"A jump: {what}, {data}, {name} over {along}, {low:,} → {high:,}: {steep:.2f}."
 
 
 def _said(power: Row) -> str:

@@ -37,6 +37,17 @@ def test_exponents_and_jumps():
     assert growth.exponents(rows, "seconds")["all"] == found["all"]
 
 
+def test_what_grows_too_fast_is_named():
+    rows = [{**row, "along": "B", "what": "decode", "data": "real"} for row in rows_of(1.2, noise=0.0)]
+    said = list(growth.too_steep(rows))
+    assert said[0].startswith("Above 1.05: decode, real, time over B, all sizes: 1.20")
+    assert len(said) == 2
+    for row in rows:
+        row["seconds"] = row["size"] ** 0.9 * (2 if row["size"] > 2 else 1)
+    assert "A jump: decode, real, time over B, 2 → 4: 1.90." in list(growth.too_steep(rows))
+    assert not list(growth.too_steep([{**row, "seconds": row["size"] ** 0.5} for row in rows]))
+
+
 @pytest.mark.parametrize("tokens", [None, torch.randn(500, growth.D) * torch.arange(1, growth.D + 1)])
 def test_dictionaries_have_unit_rows_and_begin_alike(tokens):
     source = growth.Source(tokens)
