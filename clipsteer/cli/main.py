@@ -82,6 +82,7 @@ PARTS = (
     "demo",
     "guide",
     "ops",
+    "bench",
     "prove",
     "sae",
     "conceptor",

@@ -1,4 +1,4 @@
-"""``clipsteer env``, ``validate`` and ``bench``."""
+"""``clipsteer env`` and ``validate``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from clipsteer.cli.arguments import _text, whole
@@ -45,20 +44,6 @@ exit code 1 when a row is red
 """,
         _validate_options,
     )
-    add(
-        commands,
-        "bench",
-        _bench,
-        "time the ops against torch on this machine",
-        """
-examples:
-  clipsteer bench --out bench.json
-  clipsteer bench --ops topk_encode --shape B=256,d=768,n=49152,k=32
-  clipsteer bench --ops semantic_drift --compare bench.json
-  clipsteer bench --markdown bench.json sae_step.json
-""",
-        _bench_options,
-    )
 
 
 def _env_options(p: argparse.ArgumentParser) -> None:
@@ -86,39 +71,6 @@ def _validate_options(p: argparse.ArgumentParser) -> None:
         "--interpret",
         action=argparse.BooleanOptionalAction,
         help="run Triton kernels in its interpreter (default: where there is no GPU)",
-    )
-
-
-def _bench_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--ops", nargs="+", metavar="OP", help="(default: all)")
-    p.add_argument("--backends", nargs="+", choices=BACKENDS, help="(default: all that run)")
-    p.add_argument(
-        "--shape", type=_shape, metavar="B=…,d=…", help="instead of the op's benchmark shapes"
-    )
-    p.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
-    p.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
-    p.add_argument(
-        "--repeats", type=whole, default=7, metavar="N", help="timings of each (default: 7)"
-    )
-    p.add_argument("--out", type=Path, metavar="FILE", help="write .json or .csv as well")
-    p.add_argument(
-        "--compare",
-        type=Path,
-        metavar="OLD.json",
-        help="say what changed beyond noise; 1 if slower",
-    )
-    p.add_argument(
-        "--markdown",
-        type=Path,
-        nargs="+",
-        metavar="FILE.json",
-        help="print a table of earlier runs instead",
-    )
-    p.add_argument(
-        "--into",
-        type=Path,
-        metavar="FILE.md",
-        help="with --markdown: put it between the marks in a file",
     )
 
 
@@ -221,44 +173,3 @@ def _validate(args: argparse.Namespace) -> int:
         sys.stderr.write("clipsteer: nothing was validated\n")
         return 1
     return int(any(row.verdict != "pass" and not row.verdict.startswith("skipped") for row in rows))
-
-
-def _bench(args: argparse.Namespace) -> int:
-    if args.markdown:
-        from clipsteer.testing.table import markdown, put
-
-        table = markdown(args.markdown)
-        put(args.into, table) if args.into is not None else _text(table)
-        return 0
-    import torch
-
-    from clipsteer.testing import bench
-
-    records = bench.run(
-        args.ops,
-        args.backends,
-        shape=args.shape,
-        dtype=_dtype(args.dtype),
-        device=args.device,
-        repeats=args.repeats,
-        out=args.out,
-    )
-    _text(bench.table(records))
-    if args.compare is None:
-        return 0
-    text, slower = bench.compare(
-        args.compare, records, args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    )
-    _text("", text)
-    return int(slower)
-
-
-def _shape(text: str) -> dict[str, int]:
-    try:
-        pairs = [part.split("=") for part in text.split(",")]
-        return {name.strip(): whole(value) for name, value in pairs}
-    except (ValueError, argparse.ArgumentTypeError):
-        example = "B=256,d=768,n=49152,k=32"
-        raise argparse.ArgumentTypeError(
-            f"expected NAME=SIZE,… such as {example}, got {text!r}"
-        ) from None

@@ -87,7 +87,7 @@ class Chart:
         foot = _TOP + height
         y = y_axis.between(foot, _TOP, [point[1] for point in points])
         names = max((width_of(label) for _, label in y.ticks()), default=0.0)
-        left = max(LEFT, min(names, NAMES) + 8)
+        left = max(LEFT, min(names, max(layer.names for layer in self.layers)) + 8)
         named = self._named(scales, height)
         room = max((width_of(name) + 6 for name in named.values()), default=0.0)
         right = self.width - max(room, *(layer.right for layer in self.layers))

@@ -48,6 +48,7 @@ class Box(NamedTuple):
     bottom: float
     opacity: float = 1.0
     name: str = ""
+    edge: str = "line"
 
 
 class Drawn(NamedTuple):
@@ -85,6 +86,7 @@ class Layer:
 
     width = 400.0
     right = 10.0
+    names = NAMES
     lines = 0
 
     def framed(self, frame: Frame) -> Frame:
@@ -253,20 +255,30 @@ class Bars(Layer):
 @dataclass(frozen=True)
 class Cells(Layer):
     """A matrix, each cell the darker the nearer to ``peak``, with figures where they fit; NaN stays
-    empty."""
+    empty.
+
+    Attributes:
+        middle: makes ratios of the values: green from here on, red and framed below, and the darker
+            the farther away in decades, fully at ``peak`` and its mirror image.
+        tall: the height of a row at most.
+        names: the most room for the names of rows.
+    """
 
     values: Sequence[Sequence[float]]  # (R, C)
     rows: Sequence[Any]  # R names, from the top
     columns: Sequence[Any]  # C names
     peak: float
     show: Callable[[float], str] = number
+    middle: float | None = None
+    tall: float = 34.0
+    names: float = NAMES
 
     def framed(self, frame: Frame) -> Frame:
         wide = (self.width - LEFT - self.right) / max(len(self.columns), 1)
         return Frame(
             replace(frame.x, names=self.columns),
             replace(frame.y, names=self.rows),
-            min(34.0, wide) * len(self.rows),
+            min(self.tall, wide) * len(self.rows),
         )
 
     def points(self, scales: Scales) -> list[Any]:
@@ -289,17 +301,30 @@ class Cells(Layer):
         return Drawn(boxes=boxes, words=words)
 
     def _cell(self, plot: Plot, r: int, c: int, value: float) -> Box:
-        share = min(max(value / self.peak, 0.0), 1.0) if self.peak > 0 else 0.0
+        share = self._share(value)
+        below = share < 0
+        colour = "s0"
+        if self.middle is not None:
+            colour = "s1" if below else "s2"
         return Box(
-            "s0",
+            colour,
             left=plot.x.at(c) + 1,
             right=plot.x.at(c + 1) - 1,
             top=plot.y.at(r) + 1,
             bottom=plot.y.at(r + 1) - 1,
             # half the colour at most, so that the figure on it can be read
-            opacity=0.5 * share,
+            opacity=0.5 * abs(share),
             name=f"{self.rows[r]}, {self.columns[c]}: {self.show(value)}",
+            edge="fg" if below else "line",
         )
+
+    def _share(self, value: float) -> float:
+        """Of a cell's colour: 1 at the peak, negative below the middle."""
+        if self.middle is None:
+            return min(max(value / self.peak, 0.0), 1.0) if self.peak > 0 else 0.0
+        if value <= 0:
+            return -1.0
+        return min(max(math.log(value / self.middle, self.peak / self.middle), -1.0), 1.0)
 
     def spoken(self) -> str:
         return f"{len(self.rows)} × {len(self.columns)}"

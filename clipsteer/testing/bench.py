@@ -34,6 +34,7 @@ __all__ = [
     "dictionary_gradient",
     "extra_memory",
     "gate",
+    "heads",
     "machine",
     "measure",
     "median_interval",
@@ -69,16 +70,32 @@ def contenders(
     return found
 
 
-def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return result[0] if isinstance(result, tuple) else result
+def heads(result: Any) -> list[Tensor]:
+    """What one goes back from: every loss of a call, or else its first output."""
+    outputs = list(result) if isinstance(result, tuple) else [result]
+    losses = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad and t.dim() == 0]
+    return losses or outputs[:1]
 
 
-def backward(forward: Callable[[], Any], grad: Tensor, leaves: list[Tensor]) -> Callable[[], None]:
-    """The call, and back from its first output, as a training step has them."""
+def backward(
+    forward: Callable[[], Any],
+    grad: Tensor | None,
+    leaves: list[Tensor],
+) -> Callable[[], None]:
+    """The call, and back from its `heads`, as a training step has them.
+
+    Without ``grad`` one is drawn for each at the first call: a rival's output need not be of our
+    shape, as with codes that it keeps as a matrix.
+    """
+    grads = None if grad is None else [grad]
 
     def step() -> None:
+        nonlocal grads
         try:
-            _first(forward()).backward(grad)
+            outputs = heads(forward())
+            if grads is None:
+                grads = [torch.randn_like(output) for output in outputs]
+            torch.autograd.backward(outputs, grads)
         finally:  # a call that fails half-way must not leave gradients for the next to add to
             for leaf in leaves:
                 leaf.grad = None
@@ -203,11 +220,7 @@ def _passes(
     passes = {"forward": calls}
     leaves = [inputs[name].requires_grad_() for name in spec.leaves(inputs)]
     if leaves:
-        grad = torch.randn_like(_first(next(iter(calls.values()))()))
-        both = {}
-        for name, call in calls.items():
-            both[name] = backward(call, grad, leaves)
-        passes["forward+backward"] = both
+        passes["forward+backward"] = {n: backward(call, None, leaves) for n, call in calls.items()}
     return passes, leaves
 
 

@@ -15,8 +15,14 @@ from clipsteer.testing.machine import machine
 Record = dict[str, Any]
 
 
-def write(path: Path, records: list[Record], device: str) -> None:
-    """A .csv file of the records, or (any other name) a .json file of them and the machine."""
+def write(
+    path: Path,
+    records: list[Record],
+    device: str,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """A .csv file of the records, or (any other name) a .json file of them and the machine, of
+    which ``facts`` may say more."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".csv":
         fields = list(dict.fromkeys(name for record in records for name in record))
@@ -26,7 +32,7 @@ def write(path: Path, records: list[Record], device: str) -> None:
         writer.writerows(records)
         written = text.getvalue()
     else:
-        found = {"machine": machine(device), "records": records}
+        found = {"machine": machine(device) | dict(facts or {}), "records": records}
         written = json.dumps(found, indent=1) + "\n"
     write_atomically(path, lambda file: file.write(written.encode()))
 
@@ -68,10 +74,12 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[Record]]:
         records = found["records"]
         wrong = not isinstance(records, list) or not isinstance(parts["threads"], int)
         for record in records:
-            needed = {"op", "shape", "pass", "contender", "seconds"} - record.keys()
+            needed = {"op", "shape", "pass", "contender"} - record.keys()
+            # what was wrong was not timed
+            timed = isinstance(record.get("wrong"), str) or bool(record["seconds"])
             texts = all(isinstance(record.get(name, ""), str) for name in _TEXTS)
             numbers = all(_is_number(record.get(name, 1.0)) for name in _NUMBERS)
-            wrong |= bool(needed) or not texts or not numbers or not record["seconds"]
+            wrong |= bool(needed) or not texts or not numbers or not timed
     except (KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(f"{path}: not a file of clipsteer bench: {error!r}") from error
     if wrong or not isinstance(machine, dict):
@@ -132,5 +140,8 @@ def _interval(record: Mapping[str, Any]) -> tuple[float, float]:
     return low, high
 
 
+_KEY = ("op", "shape", "dtype", "threads", "pass", "contender", "baseline")
+
+
 def _key(record: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(str(record[name]) for name in ("op", "shape", "pass", "contender", "baseline"))
+    return tuple(str(record.get(name, "")) for name in _KEY)

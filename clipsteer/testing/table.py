@@ -20,10 +20,10 @@ BEGIN = "<!-- bench -->\n"
 END = "<!-- /bench -->\n"
 # ways of ours that a stage's contenders are named by
 _STAGES = ("kept buffer", "row-sparse", "fresh")
-# yardsticks, which do not compute the op's result
+# yardsticks, which do not compute the op's result, and what a shape of these has in its label
 _NO_RIVALS = {
-    ("conceptor_project", "B1024-K16", "one GEMM"),
-    ("drrho_loss", "B2048-d512-r512", "ClipLoss, no reference"),
+    ("conceptor_project", "one GEMM"): "",
+    ("drrho_loss", "ClipLoss, no reference"): "-r",
 }
 
 Groups = dict[tuple[str, ...], dict[str, dict[str, Any]]]
@@ -32,6 +32,12 @@ Groups = dict[tuple[str, ...], dict[str, dict[str, Any]]]
 def ours(contender: str) -> bool:
     """Whether this is a way of ours to run an op."""
     return contender in (*BACKENDS, *_STAGES) or contender.startswith("clipsteer")
+
+
+def is_rival(op: str, shape: str, contender: str) -> bool:
+    """Whether a way that is not ours computes the op's result at a shape of this label."""
+    mark = _NO_RIVALS.get((op, contender))
+    return mark is None or mark not in shape
 
 
 def markdown(files: Sequence[str | Path]) -> str:
@@ -49,6 +55,8 @@ def markdown(files: Sequence[str | Path]) -> str:
         where = f"{machine['chip']}, {threads}, torch {torch_version}"
         new: Groups = {}
         for r in records:
+            if "wrong" in r:
+                continue
             group = new.setdefault((r["op"], r["shape"], r["pass"]), {})
             group[r["contender"]] = r
         machines.setdefault(where, {}).update(new)
@@ -68,28 +76,28 @@ def _best(groups: Groups) -> str:
         for name, record in found.items():
             if ours(name):
                 mine.append(record)
-            elif (op, shape, name) not in _NO_RIVALS:
+            elif is_rival(op, shape, name):
                 rivals.append(record)
         if not mine or not rivals:
             continue
         best = min(rivals, key=lambda record: record["seconds"])
-        baseline = f"{_time(best['seconds'])} ({best['contender']})"
+        baseline = f"{milliseconds(best['seconds'])} ({best['contender']})"
         if op != above:
             rows.append((f"**{op}**", *[""] * 6))
             above = op
         for record in mine:
             seconds = record["seconds"]
-            time = _time(seconds)
+            time = milliseconds(seconds)
             if len(mine) > 1:
                 time += f" ({record['contender']})"
             ratio = f"{best['seconds'] / seconds:.2f}×"
             floor = ""
             share = ""
             if "floor_share" in record:
-                floor = _time(seconds * record["floor_share"])
+                floor = milliseconds(seconds * record["floor_share"])
                 share = f"{record['floor_share']:.0%}"
             rows.append((shape, kind, time, baseline, ratio, floor, share))
-    return _table(
+    return table_of(
         ("op, shape", "pass", "ours", "best baseline", "ratio", "floor", "of floor"),
         rows,
     )
@@ -107,22 +115,24 @@ def _peers(groups: Groups) -> str:
         cells = [shape]
         for name, record in found.items():
             names.append(f"{name} {record.get('version', '')}".strip())
-            cells.append(f"{_time(record['seconds'])} ({record['seconds'] / base:.2f}×)")
+            cells.append(f"{milliseconds(record['seconds'])} ({record['seconds'] / base:.2f}×)")
         tables.setdefault(tuple(names), []).append(tuple(cells))
     parts = []
     for contenders, columns in tables.items():
         head, *rows = zip(contenders, *columns)
-        parts.append("\n" + _table(head, rows))
+        parts.append("\n" + table_of(head, rows))
     return "".join(parts)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = ["| " + " | ".join(cells) + " |\n" for cells in (head, *rows)]
     rule = "|" + "---|" * len(head) + "\n"
     return lines[0] + rule + "".join(lines[1:])
 
 
-def _time(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
+    """A time in three digits."""
     return f"{1000 * seconds:.3g} ms" if seconds < 0.9995 else f"{1000 * seconds:,.0f} ms"
 
 

@@ -12,12 +12,15 @@ import torch
 from tqdm import tqdm
 
 Calls = dict[str, Callable[[], Any]]
+# Seconds that calls are timed for at a time: of other threads' time the system counts steps of
+# milliseconds, so that short calls are timed in groups.
+GROUP = 0.02
 
 
 def clock(device: str) -> Callable[[Callable[[], Any]], float]:
     """A stopwatch: seconds of processor time on the CPU, of device time on a GPU."""
     if device == "cpu":
-        return _processor_time
+        return processor_time
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
 
     def timed(call: Callable[[], Any]) -> float:
@@ -33,15 +36,48 @@ def clock(device: str) -> Callable[[Callable[[], Any]], float]:
     return timed
 
 
-def _processor_time(call: Callable[[], Any]) -> float:
-    # the time of other threads is counted in steps of milliseconds, so short calls are timed in
-    # groups
+def processor_time(call: Callable[[], Any], at_least: float = GROUP) -> float:
+    """Seconds of processor time of a call, the mean of as many as fill ``at_least``."""
     calls = 0
     begin = time.process_time()
-    while (spent := time.process_time() - begin) < 0.02 or not calls:
+    while (spent := time.process_time() - begin) < at_least or not calls:
         call()
         calls += 1
     return spent / calls
+
+
+def take_turns(
+    calls: Calls,
+    timed: Callable[[Callable[[], Any]], float],
+    repeats: int,
+    label: str | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each call, ``repeats`` times: all calls once, then all again. A bar says
+    ``label``."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    hidden = True if label is None else None
+    for _ in tqdm(range(repeats), desc=label, disable=hidden, leave=False):
+        for name, call in calls.items():
+            found[name].append(timed(call))
+    return found
+
+
+def compared(samples: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
+    """Median seconds of each call of `take_turns`, and how much faster than ``base`` it is: over
+    medians, and where the median of the ratios of neighbouring timings lies, ``speedup_low`` to
+    ``speedup_high``."""
+    usual = statistics.median(samples[base])
+    found = {}
+    for name, values in samples.items():
+        median = statistics.median(values)
+        low, high = median_interval([a / b for a, b in zip(samples[base], values)])
+        found[name] = {
+            "seconds": median,
+            "speedup": usual / median,
+            "speedup_low": low,
+            "speedup_high": high,
+        }
+    return found
 
 
 def measure(
@@ -51,28 +87,10 @@ def measure(
     label: str,
     base: str,
 ) -> dict[str, dict[str, float]]:
-    """Median seconds of each call, and how much faster than ``base`` it is: over medians, and where
-    the median of the ratios of neighbouring timings lies, ``speedup_low`` to ``speedup_high``."""
-    timed = clock(device)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    """`compared` of so many turns, after a call of each that is not timed."""
     for call in calls.values():
         call()
-    for _ in tqdm(range(repeats), desc=label, disable=None, leave=False):
-        for name, call in calls.items():
-            samples[name].append(timed(call))
-    usual = statistics.median(samples[base])
-    found = {}
-    for name, values in samples.items():
-        median = statistics.median(values)
-        ratios = [a / b for a, b in zip(samples[base], values)]
-        low, high = median_interval(ratios)
-        found[name] = {
-            "seconds": median,
-            "speedup": usual / median,
-            "speedup_low": low,
-            "speedup_high": high,
-        }
-    return found
+    return compared(take_turns(calls, clock(device), repeats, label), base)
 
 
 def median_interval(values: list[float], level: float = 0.95) -> tuple[float, float]:

@@ -27,9 +27,9 @@ GROUPED_EDGES = (
 )
 
 
-def dictionary_bench(B: int) -> dict[str, Shape]:
+def dictionary_bench(B: int, **switches: int) -> dict[str, Shape]:
     """B rows of ViT-B's width and a dictionary 64 times as wide, with 32 and 64 features a row."""
-    return {f"B{B}-k{k}": {"B": B, "d": 768, "n": 49152, "k": k} for k in (32, 64)}
+    return {f"B{B}-k{k}": {"B": B, "d": 768, "n": 49152, "k": k, **switches} for k in (32, 64)}
 
 
 def without_rank(shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:

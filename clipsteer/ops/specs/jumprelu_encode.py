@@ -28,7 +28,8 @@ _PER_TERM = 8
 
 
 def _draw(case: Draw) -> Inputs:
-    """Keys B, d, n, k; single=1: one threshold; short=1: less room than codes. The threshold lets
+    """Keys B, d, n, k; single=1: one threshold; short=1: less room than codes; even=1: thresholds
+    are alike, the rectangle is narrow and there is room for all, as in use. The threshold lets
     about k of n through, and the rectangle is wide enough to hold many."""
     inputs = draw_dictionary(case)
     B, d, n, k = unpacked(case.shape, "B d n k")
@@ -38,6 +39,9 @@ def _draw(case: Draw) -> Inputs:
     bandwidth = 4.0 if case.exact else spread
     if case.exact:
         threshold = threshold.round()
+    if case.shape.get("even"):
+        narrow = {"bandwidth": bandwidth / 16, "capacity": None}
+        return {**inputs, "threshold": threshold, **narrow}
     if case.shape.get("single"):
         threshold = threshold[0].clone()
     else:
@@ -124,7 +128,7 @@ def _linear_jumprelu(
     *,
     threshold: Tensor,
     bandwidth: float,
-    capacity: int,
+    capacity: int | None,
 ) -> Tensor:
     return jumprelu(F.linear(x, W_enc, b_enc), threshold, bandwidth)[0]
 
@@ -144,8 +148,8 @@ SPEC = OpSpec(
     repeat_shape={"B": 70, "d": 40, "n": 300, "k": 9},
     optional=("b_enc",),
     torch_sums=("values", "active"),
-    bench_shapes=dictionary_bench(256),
-    gpu_bench_shapes=dictionary_bench(4096),
+    bench_shapes=dictionary_bench(256, even=1),
+    gpu_bench_shapes=dictionary_bench(4096, even=1),
     baselines={"linear+jumprelu": _linear_jumprelu},
     floor=THRESHOLD_ENCODE.floor,
 )

@@ -207,9 +207,16 @@ def _no_gradients(*_: Tensors) -> Errors:
     return {}
 
 
+def _widened(x: Tensor) -> Tensor:
+    """torch has no distances of halves."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _pdist(P: Tensor, Q: Tensor) -> Tensor:
     """All pairs' distances at once."""
     N = P.shape[0]
+    P = _widened(P)
+    Q = _widened(Q)
     apart = torch.nn.functional.pdist(P, 1) - torch.nn.functional.pdist(Q, 1)
     return 1 - apart.abs().sum() / (N * (N - 1))
 
@@ -217,6 +224,8 @@ def _pdist(P: Tensor, Q: Tensor) -> Tensor:
 def _sort(P: Tensor, Q: Tensor) -> Tensor:
     """The sorted sums in plain torch, of all concepts at once."""
     N = P.shape[0]
+    P = _widened(P)
+    Q = _widened(Q)
     rank = 2 * torch.arange(N, dtype=P.dtype) - N + 1
     x = P.T.unsqueeze(1)  # (K, 1, N)
     y = Q.T  # (L, N)

@@ -33,8 +33,8 @@ from clipsteer.ops.threshold_encode import threshold_encode, threshold_encode_re
 
 
 def _draw(case: Draw) -> Inputs:
-    """Keys B, d, n, k; single=1: one threshold; short=1: less room than codes. The threshold lets
-    about k of n through."""
+    """Keys B, d, n, k; single=1: one threshold; short=1: less room than codes; even=1: thresholds
+    are alike and there is room for all, as in use. The threshold lets about k of n through."""
     inputs = draw_dictionary(case)
     B, d, n, k = unpacked(case.shape, "B d n k")
     level = math.sqrt(2 * d) if case.exact else math.sqrt(d + 1) * case.scale
@@ -42,6 +42,8 @@ def _draw(case: Draw) -> Inputs:
     threshold = torch.full((n,), level).to(case.dtype)
     if case.exact:
         threshold = threshold.round()
+    if case.shape.get("even"):
+        return {**inputs, "threshold": threshold, "capacity": None}
     if case.shape.get("single"):
         threshold = threshold[0]
     else:
@@ -55,7 +57,10 @@ def _draw(case: Draw) -> Inputs:
 def _draw_options(case: Draw) -> Inputs:
     """The same with a scale, columns, signed=1 without a relu."""
     options = draw_options(case)
-    return {**_draw(case), "relu": not case.shape.get("signed"), **options}
+    inputs = _draw(case)
+    if case.shape.get("even"):
+        inputs["threshold"] = inputs["threshold"] * options["scale"].abs()
+    return {**inputs, "relu": not case.shape.get("signed"), **options}
 
 
 def read_codes(inputs: Inputs, outputs: Tensors) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -207,7 +212,7 @@ def check_code_grads(inputs: Inputs, outputs: Tensors, grad_out: Tensors, grads:
 
 
 def _linear_threshold(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, *, threshold: Tensor, capacity: int
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, *, threshold: Tensor, capacity: int | None
 ) -> Tensor:
     pre = F.linear(x, W_enc, b_enc)
     return torch.relu(pre) * (pre > threshold)
@@ -219,7 +224,7 @@ def _linear_scale_threshold(
     b_enc: Tensor,
     *,
     threshold: Tensor,
-    capacity: int,
+    capacity: int | None,
     relu: bool,
     scale: Tensor,
     columns: None,
@@ -259,8 +264,8 @@ SPEC = OpSpec(
     optional=("b_enc",),
     device_shapes=sizes("B d n k across", (70, 128, 1600, 32), (70, 128, 1600, 32, 1)),
     torch_sums=("values",),
-    bench_shapes=dictionary_bench(256),
-    gpu_bench_shapes=dictionary_bench(4096),
+    bench_shapes=dictionary_bench(256, even=1),
+    gpu_bench_shapes=dictionary_bench(4096, even=1),
     baselines={"linear+threshold": _linear_threshold},
     floor=_floor,
 )
