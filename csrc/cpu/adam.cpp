@@ -46,7 +46,7 @@ void adam(V* w, V* m, V* v, const GradientRows<V>& first, const GradientRows<V>&
         grad = other;
       }
       if (unit && grad) {
-        const V along = -kernel.dot(row, grad, nullptr, d);
+        const V along = -kernel.dot(row, grad, d);
         std::copy_n(grad, d, across.data());
         kernel.axpy(across.data(), &along, &row, nullptr, 1, d);
         grad = across.data();
@@ -54,7 +54,7 @@ void adam(V* w, V* m, V* v, const GradientRows<V>& first, const GradientRows<V>&
       kernel.adam(row, m + r * d, v + r * d, grad, at, d);
       if (unit) {
         // a row of zeros stays
-        const V norm = std::sqrt(kernel.dot(row, row, nullptr, d));
+        const V norm = std::sqrt(kernel.dot(row, row, d));
         const V scale = 1 / std::max(norm, std::numeric_limits<V>::min());
         for (int64_t i = 0; i < d; ++i) row[i] *= scale;
       }

@@ -29,7 +29,7 @@ struct Prototypes {
 // |row|^2 of a row in units; a row past kFar is made 0, so that its products are, and counts as that far.
 template <class V>
 V measured(V* row, int64_t d) {
-  const V square = kernels<V>().dot(row, row, nullptr, d);
+  const V square = kernels<V>().dot(row, row, d);
   if (!(square > kFar<V>)) return square;
   std::fill_n(row, d, V(0));
   return kFar<V>;

@@ -13,7 +13,7 @@ void own_pairs(const T* rows, const T* cols, int64_t n, int64_t d, Compute<T>* d
   for_each((n + kRows - 1) / kRows, [&](int64_t begin, int64_t end) {
     Buffer<V> left(kNarrow<T> ? d : 0), right(kNarrow<T> ? d : 0);
     for (int64_t i = begin * kRows; i < std::min(n, end * kRows); ++i) {
-      diag[i] = kernels<V>().dot(widened(rows + i * d, left.get(), d), widened(cols + i * d, right.get(), d), nullptr, d);
+      diag[i] = kernels<V>().dot(widened(rows + i * d, left.get(), d), widened(cols + i * d, right.get(), d), d);
     }
   });
 }

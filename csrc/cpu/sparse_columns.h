@@ -90,9 +90,9 @@ void decode_columns(const Grouped<T>& codes, const Weight<const T>& w, const T* 
         alignas(64) V sum[kPanel] = {};
         int64_t p = spans.begin(r);
         for (int64_t g = 0; g < codes.groups; ++g) {
-          for (const int64_t stop = codes.end(r, g); p < stop; p += 4) {
-            const int terms = int(std::min<int64_t>(4, stop - p));
-            const V* source[4];
+          for (const int64_t stop = codes.end(r, g); p < stop; p += kGathered) {
+            const int terms = int(std::min<int64_t>(kGathered, stop - p));
+            const V* source[kGathered];
             for (int m = 0; m < terms; ++m) source[m] = panel.data() + lines.line[p + m] * kPanel;
             kernel.axpy(sum, acts + p, source, nullptr, terms, kPanel);
           }
@@ -184,9 +184,9 @@ void outer_columns(const T* coeff, const Pairs& pairs, const T* rows, int64_t co
       laid = first;
       std::fill(tile.begin(), tile.end(), V(0));
       for (int64_t i = i0; i < i0 + features; ++i) {
-        for (int64_t p = segments.start(i); p < segments.end[i]; p += 4) {
-          const int terms = int(std::min<int64_t>(4, segments.end[i] - p));
-          const V* source[4];
+        for (int64_t p = segments.start(i); p < segments.end[i]; p += kGathered) {
+          const int terms = int(std::min<int64_t>(kGathered, segments.end[i] - p));
+          const V* source[kGathered];
           for (int m = 0; m < terms; ++m) source[m] = x.data() + row[p + m] * kPanel;
           kernel.axpy(tile.data() + (i - i0) * kPanel, factor.data() + p, source, nullptr, terms, kPanel);
         }

@@ -55,8 +55,11 @@ void outer(const char* op, const Tensor& coeff, const Pairs& pairs, const Tensor
   dispatch(op, rows.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const auto weight = weight_of<T>(dw);
-    (weight.across ? outer_columns<T> : outer_rows<T>)(data<T>(coeff), pairs, data<T>(rows), rows.size(0), weight,
-                                                      data<T>(db));
+    if (weight.across) {
+      outer_columns<T>(data<T>(coeff), pairs, data<T>(rows), rows.size(0), weight, data<T>(db));
+    } else {
+      outer_rows<T>(data<T>(coeff), pairs, data<T>(rows), weight, data<T>(db));
+    }
   });
 }
 

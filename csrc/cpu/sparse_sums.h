@@ -101,52 +101,57 @@ void store(const Compute<T>* src, T* dst, int64_t n) {
   }
 }
 
+// The rows of a matrix that belong to pairs from `first` on, and those that will be read kGathered pairs later; `row_of`
+// knows the row of a pair, of which there are `pairs`.
+template <class T>
+struct Terms {
+  const T *row[kGathered], *next[kGathered];
+
+  template <class F>
+  Terms(int64_t first, int terms, int64_t pairs, F&& row_of) {
+    for (int m = 0; m < terms; ++m) {
+      row[m] = row_of(first + m);
+      next[m] = row_of(std::min(first + kGathered + m, pairs - 1));
+    }
+  }
+};
+
 // y[g, r] is row r's sum over the first g + 1 groups: each goes on where the last one stopped.
 template <class T>
 void decode_rows(const Grouped<T>& codes, const Weight<const T>& w, const T* b, const Spans& spans, T* y) {
   using V = Compute<T>;
-  // Columns worked on at a time: four widened rows and the sums stay in the first-level cache.
-  constexpr int64_t kTile = 1024;
-  const Kernels<V>& kernel = kernels<V>();
-  const int64_t d = w.d, rows = spans.rows, last_pair = spans.begin(rows);
-  const int64_t mean = rows ? last_pair / rows : 0;
+  // Columns worked on at a time, whose sums stay in the first-level cache.
+  constexpr int64_t kTile = 16384 / sizeof(V);
+  const Kernels<T>& kernel = kernels<T>();
+  const int64_t d = w.d, rows = spans.rows, pairs = spans.begin(rows);
+  const int64_t mean = rows ? pairs / rows : 0;
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, mean * d));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     alignas(64) V sum[kTile];
     alignas(64) V total[kTile];
-    alignas(64) V wide[kNarrow<T> ? 4 * kTile : 1];
     std::vector<V> wide_acts;
     const V one = 1;
     for (int64_t r = begin; r < end; ++r) {
-      const int64_t first = spans.begin(r), k = spans.end(r) - first;
-      if (kNarrow<T>) wide_acts.resize(k);
-      const V* c = widened(codes.acts + first, wide_acts.data(), k);
-      const int64_t* index = codes.indices + first;
+      const int64_t first = spans.begin(r), last = spans.end(r);
+      if (kNarrow<T>) wide_acts.resize(last - first);
+      const V* c = widened(codes.acts + first, wide_acts.data(), last - first);
       for (int64_t c0 = 0; c0 < d; c0 += kTile) {
         const int64_t columns = std::min(kTile, d - c0);
+        // indices is one run over all rows of the batch: after the last of this row come the first of the next.
+        const auto row_of = [&](int64_t p) { return w.data + codes.indices[p] * d + c0; };
         std::fill_n(sum, columns, V(0));
-        int64_t j = 0;
+        int64_t p = first;
         for (int64_t g = 0; g < codes.groups; ++g) {
-          const int64_t stop = codes.end(r, g) - first;
-          while (j < stop) {
-            const int terms = int(std::min<int64_t>(4, stop - j));
-            const V* source[4];
-            Ahead next{{}, sizeof(T)};
-            // indices is one run over all rows of the batch: after the last of this row come the first of the next.
-            const bool more = last_pair - (first + j) >= 8;
-            for (int m = 0; m < terms; ++m) {
-              source[m] = widened(w.data + index[j + m] * d + c0, wide + (kNarrow<T> ? m * kTile : 0), columns);
-            }
-            for (int m = 0; m < 4 && more; ++m) {
-              next.row[m] = reinterpret_cast<const char*>(w.data + index[j + 4 + m] * d + c0);
-            }
-            kernel.axpy(sum, c + j, source, more ? &next : nullptr, terms, columns);
-            j += terms;
+          for (const int64_t stop = codes.end(r, g); p < stop;) {
+            const int terms = int(std::min<int64_t>(kGathered, stop - p));
+            const Terms<T> of(p, terms, pairs, row_of);
+            kernel.axpy(sum, c + (p - first), of.row, of.next, terms, columns);
+            p += terms;
           }
           V* out = g + 1 < codes.groups ? total : sum;
           if (out == total) std::copy_n(sum, columns, total);
           if (b) {
-            const V* bias = widened(b + c0, wide, columns);
+            const T* bias = b + c0;
             kernel.axpy(out, &one, &bias, nullptr, 1, columns);
           }
           store<T>(out, y + (g * rows + r) * d + c0, columns);
@@ -160,24 +165,27 @@ void decode_rows(const Grouped<T>& codes, const Weight<const T>& w, const T* b, 
 template <class T>
 void dot_rows(const T* rows, const Pairs& pairs, const Weight<const T>& w, T* out) {
   using V = Compute<T>;
-  constexpr int64_t kAhead = 4;
-  const Kernels<V>& kernel = kernels<V>();
+  const Kernels<T>& kernel = kernels<T>();
   const int64_t d = w.d;
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, d));
+  const auto feature_of = [&](int64_t p) { return w.data + pairs.feature[p] * d; };
   torch::stable::parallel_for(0, pairs.count, grain, [&](int64_t begin, int64_t end) {
-    std::vector<V> wide_row(kNarrow<T> ? d : 0), wide_w(kNarrow<T> ? d : 0), buffer(end - begin);
+    std::vector<V> wide_row(kNarrow<T> ? d : 0), buffer(end - begin);
     const V* row = nullptr;
     int64_t current = -1;
-    for (int64_t p = begin; p < end; ++p) {
+    for (int64_t p = begin; p < end;) {
       const int64_t r = pairs.row_of(p);
-      if (r < 0) continue;
+      if (r < 0) {
+        ++p;
+        continue;
+      }
       if (r != current) row = widened(rows + r * d, wide_row.data(), d);
       current = r;
-      const bool more = p + kAhead < pairs.count;
-      const char* ahead = more ? reinterpret_cast<const char*>(w.data + pairs.feature[p + kAhead] * d) : nullptr;
-      const Ahead next{{ahead}, sizeof(T)};
-      const V* feature = widened(w.data + pairs.feature[p] * d, wide_w.data(), d);
-      buffer[p - begin] = kernel.dot(row, feature, more ? &next : nullptr, d);
+      int terms = 1;
+      while (terms < kGathered && p + terms < end && pairs.row_of(p + terms) == r) ++terms;
+      const Terms<T> of(p, terms, pairs.count, feature_of);
+      kernel.row_dots(row, of.row, of.next, terms, d, buffer.data() + (p - begin));
+      p += terms;
     }
     store<T>(buffer.data(), out + begin, end - begin);
   });
@@ -186,14 +194,14 @@ void dot_rows(const T* rows, const Pairs& pairs, const Weight<const T>& w, T* ou
 // dW[i] = sum of coeff * row over the pairs of feature i, in ascending order of the pair: one writer and one order
 // for each element, whatever the thread count. Features without a pair are zeroed by the same pass.
 template <class T>
-void outer_rows(const T* coeff, const Pairs& pairs, const T* rows, int64_t count, const Weight<T>& dw, T* db) {
+void outer_rows(const T* coeff, const Pairs& pairs, const T* rows, const Weight<T>& dw, T* db) {
   using V = Compute<T>;
-  const Kernels<V>& kernel = kernels<V>();
+  const Kernels<T>& kernel = kernels<T>();
   const int64_t n = dw.n, d = dw.d;
   const Segments segments(pairs, n);
-  std::vector<V> wide_rows(kNarrow<T> ? count * d : 0), wide_coeff(kNarrow<T> ? pairs.count : 0);
-  const V* x = widened(rows, wide_rows.data(), count * d);
+  std::vector<V> wide_coeff(kNarrow<T> ? pairs.count : 0);
   const V* c = widened(coeff, wide_coeff.data(), pairs.count);
+  const auto row_of = [&](int64_t place) { return rows + pairs.row_of(segments.order[place]) * d; };
 
   // Parts of equal work, a row written and a pair added counting alike.
   const int64_t parts = std::min<int64_t>(n, torch::stable::get_num_threads());
@@ -217,17 +225,16 @@ void outer_rows(const T* coeff, const Pairs& pairs, const T* rows, int64_t count
       }
       std::fill(sum.begin(), sum.end(), V(0));
       V total = 0;
-      for (; p < last; p += 4) {
-        const int terms = int(std::min<int64_t>(4, last - p));
-        const V* source[4];
-        V factor[4];
+      while (p < last) {
+        const int terms = int(std::min<int64_t>(kGathered, last - p));
+        const Terms<T> of(p, terms, segments.end[n - 1], row_of);
+        V factor[kGathered];
         for (int m = 0; m < terms; ++m) {
-          const int64_t pair = segments.order[p + m];
-          factor[m] = c[pair];
-          source[m] = x + pairs.row_of(pair) * d;
+          factor[m] = c[segments.order[p + m]];
           total += factor[m];
         }
-        kernel.axpy(sum.data(), factor, source, nullptr, terms, d);
+        kernel.axpy(sum.data(), factor, of.row, of.next, terms, d);
+        p += terms;
       }
       if constexpr (kNarrow<T>) {
         kernels<T>().narrow(sum.data(), narrow.data(), d);

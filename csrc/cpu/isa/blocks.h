@@ -59,6 +59,30 @@ TARGET static inline Lanes<V> neighbours(Lanes<V> a, Lanes<V> b, std::integer_se
 #endif
 }
 
+// A vector of numbers in the precision they are computed in.
+TARGET static inline Lanes<float> read(const float* from) {
+  return *reinterpret_cast<const Lanes<float>*>(from);
+}
+TARGET static inline Lanes<double> read(const double* from) {
+  return *reinterpret_cast<const Lanes<double>*>(from);
+}
+TARGET static inline Lanes<float> read(const Half* from) {
+#if CLIPSTEER_LEVEL == 2
+  return (Lanes<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#else
+  return (Lanes<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#endif
+}
+TARGET static inline Lanes<float> read(const BFloat16* from) {
+#if CLIPSTEER_LEVEL == 2
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return (Lanes<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+#else
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (Lanes<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+#endif
+}
+
 // c[i][j] = the inner product of a[i] and row j of w, for ROWS and COLUMNS of them: lanes first,
 // then neighbouring lanes, then what k has beyond whole vectors, so that a sum does not depend on
 // the others.

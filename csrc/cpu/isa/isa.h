@@ -97,17 +97,18 @@ struct Candidates {
   }
 };
 
-// Rows that will be read soon, of elements of `element` bytes.
-struct Ahead {
-  const char* row[4];
-  int element;
-  // Columns first to first + 63, which are as many cache lines as an element has bytes.
-  void fetch(int m, int64_t first) const {
-    for (int line = 0; line < element; ++line) {
-      __builtin_prefetch(row[m] + first * element + 64 * line);
-    }
-  }
-};
+// Rows that are added, or multiplied, at a time.
+constexpr int kGathered = 8;
+
+// y += sum_m c[m] * w[m], in the order of m, for 1 to kGathered rows of numbers T; `next`, if any,
+// are as many rows that will be read soon.
+template <class T>
+using AddRows = void (*)(Compute<T>* y, const Compute<T>* c, const T* const* w,
+                         const T* const* next, int terms, int64_t n);
+// out[m] = the inner product of a with w[m]; a sum does not depend on the others.
+template <class T>
+using RowDots = void (*)(const Compute<T>* a, const T* const* w, const T* const* next, int terms,
+                         int64_t n, Compute<T>* out);
 
 // A block of a product: this many rows of Kernels::block_columns sums, which fill the registers.
 constexpr int kBlockRows = 6;
@@ -194,10 +195,9 @@ struct Kernels {
                  Candidates<V>& row);
   // A lower bound of the k-th largest, or NaN; `rank` has room for every column.
   V (*seed)(const V* value, int64_t columns, int64_t k, Rank<V>* rank);
-  // y += sum_m c[m] * w[m], in the order of m, for 1 to 4 terms; `next`, if any, are rows to
-  // fetch meanwhile.
-  void (*axpy)(V* y, const V* c, const V* const* w, const Ahead* next, int terms, int64_t n);
-  V (*dot)(const V* a, const V* b, const Ahead* next, int64_t n);
+  AddRows<V> axpy;
+  RowDots<V> row_dots;
+  V (*dot)(const V* a, const V* b, int64_t n);
   // The sum of weight * (a - b)^2 (weight may be null: 1), and y += c (a - b).
   V (*distance)(const V* a, const V* b, const V* weight, int64_t n);
   void (*repel)(V* y, V c, const V* a, const V* b, int64_t n);
@@ -257,6 +257,8 @@ template <class T>
 struct Kernels<T> {
   void (*widen)(const T* src, float* dst, int64_t n);
   void (*narrow)(const float* src, T* dst, int64_t n);
+  AddRows<T> axpy;
+  RowDots<T> row_dots;
   // Kernels<float>::block for pairs of these in the place of its floats, or null.
   Block<float> block = nullptr;
 };

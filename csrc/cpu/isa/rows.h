@@ -3,46 +3,13 @@
 
 namespace clipsteer::ISA {
 
-// Fetching the terms of the next call while this one is summed keeps several rows of W on their way
-// at any time.
-template <class V>
-TARGET static inline void axpy(V* __restrict y, const V* c, const V* const* w, const Ahead* next,
-                               int terms, int64_t n) {
-  if (terms < 4) {
-    for (int m = 0; m < terms; ++m) {
-      const V cm = c[m];
-      const V* __restrict wm = w[m];
-      for (int64_t i = 0; i < n; ++i) y[i] += cm * wm[i];
-    }
-    return;
-  }
-  constexpr int kBlock = 64;
-  const V c0 = c[0], c1 = c[1], c2 = c[2], c3 = c[3];
-  const V* __restrict w0 = w[0];
-  const V* __restrict w1 = w[1];
-  const V* __restrict w2 = w[2];
-  const V* __restrict w3 = w[3];
-  int64_t i = 0;
-  for (; i + kBlock <= n; i += kBlock) {
-    if (next) {
-      for (int m = 0; m < 4; ++m) next->fetch(m, i);
-    }
-    for (int64_t l = i; l < i + kBlock; ++l) {
-      y[l] = (((y[l] + c0 * w0[l]) + c1 * w1[l]) + c2 * w2[l]) + c3 * w3[l];
-    }
-  }
-  for (; i < n; ++i) y[i] = (((y[i] + c0 * w0[i]) + c1 * w1[i]) + c2 * w2[i]) + c3 * w3[i];
-}
-
 // 64 partial sums let the compiler use whole vectors without reordering what is written here.
 template <class V>
-TARGET static inline V dot(const V* __restrict a, const V* __restrict b, const Ahead* next,
-                           int64_t n) {
+TARGET static inline V dot(const V* __restrict a, const V* __restrict b, int64_t n) {
   constexpr int kLanes = 64;
   V sum[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    if (next) next->fetch(0, i);
     for (int l = 0; l < kLanes; ++l) sum[l] += a[i + l] * b[i + l];
   }
   for (int l = 0; i + l < n; ++l) sum[l] += a[i + l] * b[i + l];

@@ -14,6 +14,7 @@
 #if CLIPSTEER_LEVEL > 0
 #include "blocks.h"
 #endif
+#include "gather.h"
 
 namespace clipsteer::ISA {
 
@@ -21,7 +22,8 @@ template <class V>
 constexpr Kernels<V> kKernels = {
     .filter = filter,
     .seed = seed,
-    .axpy = axpy,
+    .axpy = axpy<V>,
+    .row_dots = row_dots<V>,
     .dot = dot,
     .distance = distance,
     .repel = repel,
@@ -50,7 +52,8 @@ constexpr Kernels<V> kKernels = {
 
 template <class T>
   requires kNarrow<T>
-constexpr Kernels<T> kKernels<T> = {.widen = widen, .narrow = narrow};
+constexpr Kernels<T> kKernels<T> = {
+    .widen = widen, .narrow = narrow, .axpy = axpy<T>, .row_dots = row_dots<T>};
 
 constexpr Isa table(int64_t level, Screening screening = {}, Block<float> pairs = nullptr) {
   Kernels<BFloat16> halves = kKernels<BFloat16>;
