@@ -185,6 +185,9 @@ struct WideSum {
 template <class V>
 using Block = void (*)(const V* const* a, int64_t step, const V* b, int64_t stride, int64_t k, int rows, V* const* c,
                        bool add);
+template <class V, class W>
+using Inner = void (*)(const V* const* a, int64_t rows, const W* w, int64_t stride, int64_t columns, int64_t k,
+                       V* const* c);
 
 // Inner loops over numbers V; every instruction set makes the same selections.
 template <class V>
@@ -246,8 +249,7 @@ struct Kernels {
   Block<V> block = nullptr;
   // c[i][j] = the inner product (k numbers) of a[i] with row j of w; a sum does not depend on
   // the others.
-  void (*inner)(const V* const* a, int64_t rows, const V* w, int64_t stride, int64_t columns,
-                int64_t k, V* const* c) = nullptr;
+  Inner<V, V> inner = nullptr;
   // The transpose of `columns` rows of k numbers, as such a b; missing columns are 0.
   void (*pack)(const V* u, int64_t stride, int64_t columns, int64_t k, V* out) = nullptr;
 };
@@ -257,8 +259,21 @@ template <class T>
 struct Kernels<T> {
   void (*widen)(const T* src, float* dst, int64_t n);
   void (*narrow)(const float* src, T* dst, int64_t n);
-  // Kernels<float>::block for pairs of these in the place of its floats, or null.
+  // Kernels<float>::inner with rows w of these, and `columns` of k rows of these as a
+  // Kernels<float>::block's b; null where those are.
+  Inner<float, T> inner = nullptr;
+  void (*lay)(const T* w, int64_t stride, int64_t k, int64_t columns, float* out) = nullptr;
+};
+
+// Products of bf16 numbers by pairs that follow each other along k (halves.h), or null: as
+// Kernels<float> has them, with pairs in the place of its floats.
+struct PairProducts {
   Block<float> block = nullptr;
+  Inner<float, float> inner = nullptr;
+  // `columns` of k rows, from column `first` on, as pairs of rows that make such a b; what is
+  // missing is 0.
+  void (*weave)(const BFloat16* const* rows, int64_t k, int64_t first, int64_t columns,
+                float* out) = nullptr;
 };
 
 // int8 screening (screen.h), or null.
@@ -272,12 +287,13 @@ struct Screening {
                float (*out)[kDotColumns]);
 };
 
-struct Isa : Kernels<float>, Kernels<double>, Kernels<BFloat16>, Kernels<Half>, Screening {
+struct Isa : Kernels<float>, Kernels<double>, Kernels<BFloat16>, Kernels<Half>, Screening, PairProducts {
   int64_t level;
 };
 
 // The best that this processor runs, or the one named by
-// CLIPSTEER_CPU_ISA=portable|avx2|avx512|amx, where avx512 leaves out AMX; chosen once.
+// CLIPSTEER_CPU_ISA=portable|avx2|avx512f|avx512|amx, where avx512 leaves out AMX and avx512f VNNI
+// and BF16 too; chosen once.
 const Isa& isa();
 
 template <class V>

@@ -43,19 +43,25 @@ constexpr Kernels<V> kKernels = {
 #if CLIPSTEER_LEVEL > 0
     .block_columns = kBlockBytes / sizeof(V),
     .block = block,
-    .inner = inner,
+    .inner = inner<V, V>,
     .pack = pack,
 #endif
 };
 
 template <class T>
   requires kNarrow<T>
-constexpr Kernels<T> kKernels<T> = {.widen = widen, .narrow = narrow};
+constexpr Kernels<T> kKernels<T> = {
+    .widen = widen,
+    .narrow = narrow,
+#if CLIPSTEER_LEVEL > 0
+    .inner = inner<float, T>,
+    .lay = lay<T>,
+#endif
+};
 
-constexpr Isa table(int64_t level, Screening screening = {}, Block<float> pairs = nullptr) {
-  Kernels<BFloat16> halves = kKernels<BFloat16>;
-  halves.block = pairs;
-  return {kKernels<float>, kKernels<double>, halves, kKernels<Half>, screening, level};
+constexpr Isa table(int64_t level, Screening screening = {}, PairProducts pairs = {}) {
+  return {kKernels<float>, kKernels<double>, kKernels<BFloat16>, kKernels<Half>, screening, pairs,
+          level};
 }
 
 }  // namespace clipsteer::ISA
