@@ -12,7 +12,7 @@ using torch::stable::parallel_for;
 constexpr int64_t kDenseRows = 256;    // rows of a panel: the more, the less often a matrix is read
 constexpr int64_t kLowRankRows = 128;  // here the panel shares the second-level cache with U
 constexpr int64_t kFewPanels = 8;      // fewer than these are cut into tasks
-constexpr int64_t kOuterTerms = 128;   // pairs of rows whose panel stays in the first-level cache
+constexpr int64_t kOuterTerms = 64;    // pairs of rows whose panel stays in the first-level cache
 
 // y = beta (x - mean) W + mean with W (m, n) of the row's group, stored (n, m) if transpose.
 template <class T>
@@ -90,8 +90,8 @@ void outer_in_pairs(const PairProducts& pairs, const BFloat16* a, const BFloat16
   int64_t most = 0;
   for (int64_t k = 0; k < count; ++k) most = std::max(most, groups.offsets[k + 1] - groups.offsets[k]);
   for_each(count * parts, [&](int64_t begin, int64_t end) {
-    const int64_t height = std::min(m, kTaskColumns);
-    Buffer<float> left((most + 1) / 2 * width), right(kOuterTerms * width), sum(most > 0 ? height * stride : 0);
+    const int64_t height = std::min(m, kTaskColumns), depth = (most + 1) / 2;
+    Buffer<float> left(depth * kTaskColumns), right(kOuterTerms * width), sum(most > 0 ? height * stride : 0);
     std::vector<const BFloat16*> a_rows(most), b_rows(most);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t k = task / parts, first = task % parts * kTaskColumns, last = std::min(m, first + kTaskColumns);
@@ -105,14 +105,17 @@ void outer_in_pairs(const PairProducts& pairs, const BFloat16* a, const BFloat16
         a_rows[i] = a + groups.row(from + i) * m;
         b_rows[i] = b + groups.row(from + i) * n;
       }
-      for (int64_t i = first; i < last; i += width) {
-        pairs.weave(a_rows.data(), rows, i, std::min(width, last - i), left.get());
-        for (int64_t p = 0; p < panels; ++p) {
-          for (int64_t q = 0; q < rows; q += 2 * kOuterTerms) {
-            const int64_t some = std::min(2 * kOuterTerms, rows - q);
-            pairs.weave(b_rows.data() + q, some, p * width, std::min(width, n - p * width), right.get());
-            multiply_panel(left.get() + q / 2 * width, 1, width, std::min(width, last - i), right.get(), (some + 1) / 2,
-                           kOuterTerms, sum.get() + (i - first) * stride + p * width, stride, q > 0, pairs.block);
+      for (int64_t i = 0; i < last - first; i += width) {
+        pairs.weave(a_rows.data(), rows, first + i, std::min(width, last - first - i), left.get() + i * depth);
+      }
+      for (int64_t p = 0; p < panels; ++p) {
+        for (int64_t q = 0; q < rows; q += 2 * kOuterTerms) {
+          const int64_t some = std::min(2 * kOuterTerms, rows - q);
+          pairs.weave(b_rows.data() + q, some, p * width, std::min(width, n - p * width), right.get());
+          for (int64_t i = 0; i < last - first; i += width) {
+            multiply_panel(left.get() + i * depth + q / 2 * width, 1, width, std::min(width, last - first - i),
+                           right.get(), (some + 1) / 2, kOuterTerms, sum.get() + i * stride + p * width, stride, q > 0,
+                           pairs.block);
           }
         }
       }

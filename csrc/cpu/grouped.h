@@ -121,7 +121,7 @@ class Worker {
                V* const* c) {
     const int64_t terms = a.pairs ? k / 2 : k;
     int64_t whole = 0;
-    if (own_ && transpose && terms >= kInnerTerms && count < kInnerRows) {
+    if (own_ && transpose && k >= kInnerTerms && count < kInnerRows) {
       const T* rows = w + first * k;
       if constexpr (kNarrow<T>) {
         if (a.pairs) return pairs_->inner(a.row, count, pairs_of(rows), terms, last - first, terms, c);

@@ -1,4 +1,4 @@
-// Blocks of a product of bf16 numbers; included by isa.cpp where the compiler knows the instruction.
+// Products of bf16 numbers by pairs; included by isa.cpp where the compiler knows the instruction.
 #pragma once
 
 namespace clipsteer::bf16 {
@@ -101,39 +101,45 @@ CLIPSTEER_BF16_TARGET static inline void inner_block(const float* const* a, cons
 template <int COLUMNS>
 CLIPSTEER_BF16_TARGET static inline void inner_rows(const float* const* a, int64_t rows, const float* w, int64_t stride,
                                                     int64_t k, float* const* c, int64_t first) {
-  for (; rows > 0; rows -= 6, a += 6, c += 6) {
-    switch (std::min<int64_t>(rows, 6)) {
-      case 1: inner_block<1, COLUMNS>(a, w, stride, k, c, first); break;
-      case 2: inner_block<2, COLUMNS>(a, w, stride, k, c, first); break;
-      case 3: inner_block<3, COLUMNS>(a, w, stride, k, c, first); break;
-      case 4: inner_block<4, COLUMNS>(a, w, stride, k, c, first); break;
-      case 5: inner_block<5, COLUMNS>(a, w, stride, k, c, first); break;
-      default: inner_block<6, COLUMNS>(a, w, stride, k, c, first);
-    }
+  switch (rows) {
+    case 1: return inner_block<1, COLUMNS>(a, w, stride, k, c, first);
+    case 2: return inner_block<2, COLUMNS>(a, w, stride, k, c, first);
+    case 3: return inner_block<3, COLUMNS>(a, w, stride, k, c, first);
+    case 4: return inner_block<4, COLUMNS>(a, w, stride, k, c, first);
+    case 5: return inner_block<5, COLUMNS>(a, w, stride, k, c, first);
+    default: return inner_block<6, COLUMNS>(a, w, stride, k, c, first);
   }
 }
 
 CLIPSTEER_BF16_TARGET static inline void inner(const float* const* a, int64_t rows, const float* w, int64_t stride,
                                                int64_t columns, int64_t k, float* const* c) {
-  int64_t j = 0;
-  for (; j + 4 <= columns; j += 4) inner_rows<4>(a, rows, w + j * stride, stride, k, c, j);
-  for (; j < columns; ++j) inner_rows<1>(a, rows, w + j * stride, stride, k, c, j);
+  constexpr int64_t kRows = 6, kNumbers = 5 << 10;  // of w, beside as many rows of a in the first-level cache
+  const int64_t tile = std::max<int64_t>(4, kNumbers / std::max<int64_t>(k, 1) / 4 * 4);
+  for (int64_t first = 0; first < columns; first += tile) {
+    const int64_t last = std::min(columns, first + tile);
+    for (int64_t i = 0; i < rows; i += kRows) {
+      const int64_t some = std::min(kRows, rows - i);
+      int64_t j = first;
+      for (; j + 4 <= last; j += 4) inner_rows<4>(a + i, some, w + j * stride, stride, k, c + i, j);
+      for (; j < last; ++j) inner_rows<1>(a + i, some, w + j * stride, stride, k, c + i, j);
+    }
+  }
 }
 
 CLIPSTEER_BF16_TARGET static inline void weave(const BFloat16* const* rows, int64_t k, int64_t first, int64_t columns,
                                                float* out) {
   constexpr int64_t kWidth = 64, kPart = 32;  // columns of a block, and of a vector of bf16 numbers
-  const __m512i step = _mm512_set1_epi32(0x00010001), lanes = _mm512_set_epi32(47 << 16 | 15, 46 << 16 | 14, 45 << 16 | 13,
-      44 << 16 | 12, 43 << 16 | 11, 42 << 16 | 10, 41 << 16 | 9, 40 << 16 | 8, 39 << 16 | 7, 38 << 16 | 6, 37 << 16 | 5,
-      36 << 16 | 4, 35 << 16 | 3, 34 << 16 | 2, 33 << 16 | 1, 32 << 16);
-  const __m512i upper = _mm512_add_epi32(lanes, _mm512_slli_epi32(step, 4));
+  // a0 b0 a1 b1 ... of the lower halves, and of the upper ones
+  const __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i lower = _mm512_or_si512(count, _mm512_slli_epi32(_mm512_add_epi32(count, _mm512_set1_epi32(32)), 16));
+  const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(16 << 16 | 16));
   for (int64_t q = 0; q < k; q += 2, out += kWidth) {
     for (int64_t j = 0; j < kWidth; j += kPart) {
       const int64_t left = std::clamp<int64_t>(columns - j, 0, kPart);
       const __mmask32 some = left < kPart ? (1u << left) - 1 : ~0u;
       const __m512i a = _mm512_maskz_loadu_epi16(some, rows[q] + first + j);
       const __m512i b = q + 1 < k ? _mm512_maskz_loadu_epi16(some, rows[q + 1] + first + j) : _mm512_setzero_si512();
-      _mm512_storeu_si512(out + j, _mm512_permutex2var_epi16(a, lanes, b));
+      _mm512_storeu_si512(out + j, _mm512_permutex2var_epi16(a, lower, b));
       _mm512_storeu_si512(out + j + kPart / 2, _mm512_permutex2var_epi16(a, upper, b));
     }
   }

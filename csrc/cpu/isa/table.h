@@ -27,6 +27,7 @@ constexpr Kernels<V> kKernels = {
     .repel = repel,
     .log_weights = log_weights,
     .weights = weights,
+    .settle = settle,
     .maxima = maxima,
     .pair_sums = pair_sums,
     .pair_weights = pair_weights,
