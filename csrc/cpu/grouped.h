@@ -9,7 +9,7 @@ namespace clipsteer {
 constexpr int64_t kTaskColumns = 256;
 constexpr int64_t kTerms = 64;     // of our blocks' sums: as many rows of a matrix as are read on all their way at a time
 // A transposed matrix is sooner multiplied by its rows than packed: for fewer rows than this, of as many terms.
-constexpr int64_t kInnerRows = 48, kInnerTerms = 192;
+constexpr int64_t kInnerRows = 48, kInnerPairRows = 14, kInnerTerms = 192;
 constexpr int64_t kTileNumbers = 1 << 15;  // of a product that is rounded afterwards: beside W in the second-level cache
 
 struct Panel {
@@ -121,7 +121,7 @@ class Worker {
                V* const* c) {
     const int64_t terms = a.pairs ? k / 2 : k;
     int64_t whole = 0;
-    if (own_ && transpose && k >= kInnerTerms && count < kInnerRows) {
+    if (own_ && transpose && k >= kInnerTerms && count < (a.pairs ? kInnerPairRows : kInnerRows)) {
       const T* rows = w + first * k;
       if constexpr (kNarrow<T>) {
         if (a.pairs) return pairs_->inner(a.row, count, pairs_of(rows), terms, last - first, terms, c);
@@ -149,7 +149,8 @@ class Worker {
       if (k == 0) {
         for (int64_t i = 0; i < count; ++i) std::fill_n(c[i] + at, width_, V(0));
       } else if (own_) {
-        blocks(a, count, 0, packed(w, a.pairs, transpose, k, n, first + at, columns), width_, terms, c, at, true);
+        blocks(a, count, 0, packed(w, a.pairs, transpose, k, n, first + at, columns), width_, terms, c, at,
+               at == whole || !a.pairs);
       } else {
         const V* right = nullptr;
         int64_t row_stride = transpose ? 1 : n, column_stride = transpose ? k : 1;

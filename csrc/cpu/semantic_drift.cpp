@@ -47,7 +47,7 @@ class Pass {
         d_(prototypes.d),
         own_(kernels<V>().block_columns > 0),
         few_(own_ && rows <= kFew),
-        pairs_(few_ ? nullptr : pair_products<T>()),
+        pairs_(pair_products<T>()),
         terms_(pairs_ ? (d_ + 1) / 2 : d_),
         width_(own_ ? kernels<V>().block_columns : d_),
         panels_((d_ + width_ - 1) / width_),
@@ -156,11 +156,13 @@ class Pass {
       const V* left[kBlock];
       V* into[kBlock];
       for (int64_t i = 0; i < count; ++i) {
-        left[i] = means_.get() + i * d_;
+        left[i] = means_.get() + i * terms_;
         into[i] = weights_.get() + i * kRows;
       }
-      kernels<V>().inner(left, count, tile_.get(), d_, rows, d_, into);
-      return;
+      if constexpr (kNarrow<T>) {
+        if (pairs_) return pairs_->inner(left, count, tile_.get(), terms_, rows, terms_, into);
+      }
+      return kernels<V>().inner(left, count, tile_.get(), d_, rows, d_, into);
     }
     Block<V> block = kernels<V>().block;
     if constexpr (kNarrow<T>) {
