@@ -41,6 +41,22 @@ def smallest_normal(dtype: torch.dtype) -> float:
     return torch.finfo(accumulator(dtype)).smallest_normal
 
 
+def flushed(dtype: torch.dtype, terms: Any, a: Any, b: Any) -> Any:
+    """What a sum of ``terms`` products, Σ a_i b_i, may lose for good where a processor multiplies
+    bfloat16 numbers by pairs (VDPBF16PS), Σ|a| and Σ|b| given; 0 in any other dtype.
+
+    A product of two of them is exact in float32. Whether both are added to each other first or to
+    the sum one after the other, every addition is rounded to nearest and no term passes through
+    more of them than there are terms: (terms + 1)·u of Σ|a||b| holds as for any order. But
+    operands, products and sums below ω, the smallest normal number, count as 0 whatever the
+    processor is set to. An operand costs at most ω times its partner; a product, a pair's sum and
+    the sum with it cost ω each, and the latter two come once a pair: at most 2ω a term.
+    """
+    if dtype != torch.bfloat16:
+        return 0.0
+    return smallest_normal(dtype) * (2 * terms + a + b)
+
+
 _ON_GPU = ContextVar("results were computed on a GPU", default=False)
 
 

@@ -169,6 +169,15 @@ def drift_sums(
     return peak, total, prototypes.new_empty(prototypes.shape, dtype=wide)
 
 
+def moved_prototypes(
+    old: Tensor,
+    new: Tensor,
+    prototypes: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    return prototypes.new_empty(prototypes.shape)
+
+
 # ---------------------------------------------------------------- pairwise_agreement
 
 

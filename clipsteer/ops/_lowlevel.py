@@ -251,6 +251,11 @@ RECORDS = (
                 " -> (Tensor, Tensor, Tensor)",
                 _fakes.drift_sums,
             ),
+            "moved_prototypes": LowLevel(
+                "(Tensor old, Tensor new, Tensor prototypes, Tensor scale) -> Tensor",
+                _fakes.moved_prototypes,
+                cpp_only=True,
+            ),
         },
         backends=_WITHOUT_CUDA,
     ),

@@ -121,14 +121,15 @@ def drift_sums(
     sigma: float | str | Tensor,
     floor: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    op: str = "drift_sums",
+) -> Any:
     """What a batch says: the largest log-weight (C,), and Σ w (C,) and Σ w (new − old) (C, d)
-    relative to it."""
+    relative to it; or what another low-level ``op`` makes of the same arguments."""
     scale = _scale(old, prototypes, sigma, floor)
     inputs = (old.contiguous(), new.contiguous(), prototypes.contiguous(), scale)
     if backend == "reference":
         return reference_sums(*inputs)
-    return call(backend, "drift_sums", *inputs)
+    return call(backend, op, *inputs)
 
 
 def check_arguments(
@@ -205,5 +206,7 @@ def semantic_drift(
     backend = choose("semantic_drift", backend, old)
     if 0 in old.shape or 0 in prototypes.shape:
         return prototypes.clone()
+    if backend == "cpp":  # the whole in one call
+        return drift_sums(old, new, prototypes, sigma, floor, backend, "moved_prototypes")
     sums = drift_sums(old, new, prototypes, sigma, floor, backend)
     return moved_by(prototypes, *sums)

@@ -12,6 +12,7 @@ using torch::stable::parallel_for;
 constexpr int64_t kDenseRows = 256;    // rows of a panel: the more, the less often a matrix is read
 constexpr int64_t kLowRankRows = 128;  // here the panel shares the second-level cache with U
 constexpr int64_t kFewPanels = 8;      // fewer than these are cut into tasks
+constexpr int64_t kOuterTerms = 64;    // pairs of rows whose panel stays in the first-level cache
 
 // y = beta (x - mean) W + mean with W (m, n) of the row's group, stored (n, m) if transpose.
 template <class T>
@@ -24,9 +25,9 @@ void project(const T* x, const T* w, const Groups& groups, const Compute<T>* bet
   const int64_t parts = (n + columns - 1) / columns;
   for_each(count * parts, [&](int64_t begin, int64_t end) {
     Worker<T> worker(groups, rows, std::max(m, n), beta, mean);
-    Buffer<V> input(rows * m);
+    Buffer<V> input(worker.in_pairs(m) ? 0 : rows * m);
     int64_t gathered = -1;
-    const V** a = nullptr;
+    Left<V> a{};
     for (int64_t task = begin; task < end; ++task) {
       const Panel& panel = panels[task / parts];
       if (gathered != task / parts) a = worker.gather(x, m, panel, input);
@@ -47,18 +48,18 @@ void project_low_rank(const T* x, const T* u, const Compute<T>* s, const Groups&
   for_each(int64_t(panels.size()), [&](int64_t begin, int64_t end) {
     Worker<T> worker(groups, rows, std::max(d, r), nullptr, mean);
     const int64_t stride = (r + worker.width() - 1) / worker.width() * worker.width();
-    Buffer<V> input(rows * d), inner(rows * stride);
+    Buffer<V> input(worker.in_pairs(d) ? 0 : rows * d), inner(rows * stride);
     std::vector<V*> inner_rows(rows);
     for (int64_t i = 0; i < rows; ++i) inner_rows[i] = inner.get() + i * stride;
     for (int64_t p = begin; p < end; ++p) {
       const Panel& panel = panels[p];
       const T* factor = u + panel.group * d * r;
-      const V** a = worker.gather(x, d, panel, input);
+      const Left<V> a = worker.gather(x, d, panel, input);
       worker.product(a, panel.rows, factor, false, d, r, 0, r, inner_rows.data());
       for (int64_t i = 0; i < panel.rows; ++i) {
         for (int64_t j = 0; j < r; ++j) inner_rows[i][j] *= s[panel.group * r + j];
       }
-      worker.write(inner_rows.data(), panel, factor, true, r, d, 0, d, y);
+      worker.write({inner_rows.data(), false}, panel, factor, true, r, d, 0, d, y);
     }
   });
 }
@@ -81,10 +82,55 @@ const Compute<T>* sorted(const T* x, int64_t rows, int64_t d, const Groups& grou
   return buffer;
 }
 
+// As `outer`, of bf16 numbers by pairs of rows.
+void outer_in_pairs(const PairProducts& pairs, const BFloat16* a, const BFloat16* b, const Groups& groups, int64_t m,
+                    int64_t n, BFloat16* out) {
+  const int64_t width = kernels<float>().block_columns, panels = (n + width - 1) / width, stride = panels * width;
+  const int64_t parts = (m + kTaskColumns - 1) / kTaskColumns, count = int64_t(groups.offsets.size()) - 1;
+  int64_t most = 0;
+  for (int64_t k = 0; k < count; ++k) most = std::max(most, groups.offsets[k + 1] - groups.offsets[k]);
+  for_each(count * parts, [&](int64_t begin, int64_t end) {
+    const int64_t height = std::min(m, kTaskColumns), depth = (most + 1) / 2;
+    Buffer<float> left(depth * kTaskColumns), right(kOuterTerms * width), sum(most > 0 ? height * stride : 0);
+    std::vector<const BFloat16*> a_rows(most), b_rows(most);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t k = task / parts, first = task % parts * kTaskColumns, last = std::min(m, first + kTaskColumns);
+      const int64_t from = groups.offsets[k], rows = groups.offsets[k + 1] - from;
+      BFloat16* target = out + (k * m + first) * n;
+      if (rows == 0) {
+        std::fill_n(target, (last - first) * n, BFloat16(0));
+        continue;
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        a_rows[i] = a + groups.row(from + i) * m;
+        b_rows[i] = b + groups.row(from + i) * n;
+      }
+      for (int64_t i = 0; i < last - first; i += width) {
+        pairs.weave(a_rows.data(), rows, first + i, std::min(width, last - first - i), left.get() + i * depth);
+      }
+      for (int64_t p = 0; p < panels; ++p) {
+        for (int64_t q = 0; q < rows; q += 2 * kOuterTerms) {
+          const int64_t some = std::min(2 * kOuterTerms, rows - q);
+          pairs.weave(b_rows.data() + q, some, p * width, std::min(width, n - p * width), right.get());
+          for (int64_t i = 0; i < last - first; i += width) {
+            multiply_panel(left.get() + i * depth + q / 2 * width, 1, width, std::min(width, last - first - i),
+                           right.get(), (some + 1) / 2, kOuterTerms, sum.get() + i * stride + p * width, stride, q > 0,
+                           pairs.block);
+          }
+        }
+      }
+      for (int64_t i = 0; i < last - first; ++i) kernels<BFloat16>().narrow(sum.get() + i * stride, target + i * n, n);
+    }
+  });
+}
+
 // out[k] (m, n) = the sum over the rows of group k of a_b b_b^T, one GEMM for each kTaskColumns of its rows.
 template <class T>
 void outer(const T* a, const T* b, const Groups& groups, int64_t rows, int64_t m, int64_t n, T* out) {
   using V = Compute<T>;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (const PairProducts* pairs = pair_products<T>()) return outer_in_pairs(*pairs, a, b, groups, m, n, out);
+  }
   const bool copied = kNarrow<T> || !groups.order.empty();
   Buffer<V> a_sorted(copied ? rows * m : 0), b_sorted(copied ? rows * n : 0);
   const V* left = sorted(a, rows, m, groups, a_sorted.get());

@@ -34,7 +34,7 @@ class Sweep {
         width_(own_ ? kernels<V>().block_columns : 64),
         panels_((n + width_ - 1) / width_),
         few_(own_ && n <= kFew),
-        terms_(in_pairs() && own_ && !few_ && d % 2 == 0 ? d / 2 : d),
+        terms_(pair_products<T>() && !few_ && d % 2 == 0 ? d / 2 : d),
         tile_rows_(fitting_rows(std::min(m, std::max(kLeastRows, kTileBytes / int64_t(sizeof(V)) / stride_)))),
         wide_rows_(kNarrow<T> ? tile_rows_ * d : 0),
         wide_cols_(kNarrow<T> && (!own_ || few_) ? n * d : 0),
@@ -48,10 +48,10 @@ class Sweep {
 
   // A tile of similarities, which takes `pack_columns` once before.
   void similarities(int64_t at, int64_t rows, V* S) {
-    if constexpr (std::is_same_v<T, BFloat16>) {
+    if constexpr (kNarrow<T>) {
       if (terms_ < d_) {
         products(pairs_of(source_ + at * d_), terms_, 1, rows, packed_.get(), terms_, panels_, S, stride_, false,
-                 kernels<T>().block);
+                 pair_products<T>()->block);
         return;
       }
     }
@@ -150,11 +150,6 @@ class Sweep {
   }
 
  private:
-  // Whether the processor multiplies pairs of these numbers at once.
-  static bool in_pairs() {
-    if constexpr (std::is_same_v<T, BFloat16>) return kernels<T>().block != nullptr;
-    return false;
-  }
   // Pairs of numbers as what they are moved as.
   static const V* pairs_of(const T* from) { return reinterpret_cast<const V*>(from); }
 

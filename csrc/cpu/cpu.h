@@ -49,6 +49,7 @@ Tensor grouped_matmul(Tensor x, Tensor w, std::optional<Tensor> index, std::opti
 Tensor grouped_outer(Tensor a, Tensor b, std::optional<Tensor> index, int64_t k);
 Tensor low_rank_project(Tensor x, Tensor u, Tensor s, std::optional<Tensor> index, std::optional<Tensor> mean);
 std::tuple<Tensor, Tensor, Tensor> drift_sums(Tensor old, Tensor fresh, Tensor prototypes, Tensor scale);
+Tensor moved_prototypes(Tensor old, Tensor fresh, Tensor prototypes, Tensor scale);
 std::tuple<Tensor, Tensor> mahalanobis_covariance_loss(Tensor fresh, Tensor old, Tensor labels, Tensor factor,
                                                        std::optional<Tensor> s, std::optional<Tensor> diag,
                                                        bool normalize, bool need_grad);

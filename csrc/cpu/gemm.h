@@ -16,6 +16,16 @@ class Buffer {
   std::unique_ptr<char[]> store_;
 };
 
+// How this processor multiplies pairs of these numbers at once, or null.
+template <class T>
+const PairProducts* pair_products() {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const PairProducts& pairs = isa();
+    return pairs.block ? &pairs : nullptr;
+  }
+  return nullptr;
+}
+
 // A view without autograd history: worker threads carry none of the caller's dispatch state.
 template <class V>
 Tensor matrix(const V* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {

@@ -38,6 +38,7 @@ void define(StableLibrary& m) {
   m.def("grouped_matmul(Tensor x, Tensor W, Tensor? index, Tensor? beta, Tensor? mean, bool transpose) -> Tensor");
   m.def("grouped_outer(Tensor a, Tensor b, Tensor? index, SymInt groups) -> Tensor");
   m.def("low_rank_project(Tensor x, Tensor U, Tensor s, Tensor? index, Tensor? mean) -> Tensor");
+  m.def("moved_prototypes(Tensor old, Tensor new, Tensor prototypes, Tensor scale) -> Tensor");
   m.def("drift_sums(Tensor old, Tensor new, Tensor prototypes, Tensor scale) -> (Tensor peak, Tensor total, Tensor moved)");
   m.def(
       "mahalanobis_covariance_loss(Tensor new, Tensor old, Tensor labels, Tensor factor, Tensor? s, Tensor? diag, "
@@ -115,6 +116,7 @@ void implement(StableLibrary& m) {
   m.impl("grouped_matmul", TORCH_BOX(&clipsteer::grouped_matmul));
   m.impl("grouped_outer", TORCH_BOX(&clipsteer::grouped_outer));
   m.impl("low_rank_project", TORCH_BOX(&clipsteer::low_rank_project));
+  m.impl("moved_prototypes", TORCH_BOX(&clipsteer::moved_prototypes));
   m.impl("drift_sums", TORCH_BOX(&clipsteer::drift_sums));
   m.impl("mahalanobis_covariance_loss", TORCH_BOX(&clipsteer::mahalanobis_covariance_loss));
   m.impl("drrho_sums", TORCH_BOX(&clipsteer::drrho_sums));

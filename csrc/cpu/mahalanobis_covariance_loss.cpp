@@ -173,7 +173,7 @@ class Loss {
           a[i] = from + (panel.first + i) * m;
           c[i] = into + (panel.first + i) * stride + first;
         }
-        worker.product(a.data(), panel.rows, factor_ + panel.group * d_ * r_, transpose, depth, n, first, last,
+        worker.product({a.data(), false}, panel.rows, factor_ + panel.group * d_ * r_, transpose, depth, n, first, last,
                        c.data());
       }
     });

@@ -13,17 +13,18 @@ constexpr int64_t kTerms = 128;            // of a product in registers, whose p
 constexpr int64_t kPrototypes = 512;       // of a task
 constexpr int64_t kTasks = 16;
 constexpr int64_t kLeastRows = 1024;       // of a part: the less, the more of the work is merging
+constexpr int64_t kFew = 32;               // rows that are not worth packing
 
 template <class V>
 struct Sums {
   V *peak, *total, *moved;  // (C,), (C,), (C, d)
 };
 
-template <class V>
+template <class T>
 struct Prototypes {
-  const V *rows, *square;  // in units, those past kFar as 0
+  const T* rows;
   int64_t count, d;
-  V kappa, log_floor;
+  Compute<T> unit, kappa, log_floor;
 };
 
 // |row|^2 of a row in units; a row past kFar is made 0, so that its products are, and counts as that far.
@@ -35,125 +36,190 @@ V measured(V* row, int64_t d) {
   return kFar<V>;
 }
 
-template <class V, class T>
-void scaled(const T* source, V unit, int64_t d, V* row) {
-  const V* wide = widened(source, row, d);
-  for (int64_t j = 0; j < d; ++j) row[j] = wide[j] * unit;
-}
-
 template <class T>
 class Pass {
  public:
   using V = Compute<T>;
 
-  explicit Pass(const Prototypes<V>& prototypes)
+  // Of at most `rows` rows a part.
+  Pass(const Prototypes<T>& prototypes, int64_t rows)
       : all_(prototypes),
+        d_(prototypes.d),
         own_(kernels<V>().block_columns > 0),
-        width_(own_ ? kernels<V>().block_columns : prototypes.d),
-        panels_((prototypes.d + width_ - 1) / width_),
-        tile_(kRows * prototypes.d),
-        packed_(own_ ? kRows * prototypes.d : 0),
+        few_(own_ && rows <= kFew),
+        pairs_(pair_products<T>()),
+        terms_(pairs_ ? (d_ + 1) / 2 : d_),
+        width_(own_ ? kernels<V>().block_columns : d_),
+        panels_((d_ + width_ - 1) / width_),
+        tile_(kRows * terms_),
+        packed_(own_ && !few_ ? kRows * terms_ : 0),
         change_(kRows * panels_ * width_),
-        before_(kNarrow<T> ? prototypes.d : 0),
-        after_(kNarrow<T> ? prototypes.d : 0),
+        means_(kBlock * terms_),
+        row_(d_),
+        before_(kNarrow<T> ? d_ : 0),
+        after_(kNarrow<T> ? d_ : 0),
         square_(kRows),
+        mean_square_(kBlock),
         weights_(kBlock * kRows),
         product_(kBlock * width_) {}
 
-  // Adds rows [begin, end) to the sums of prototypes [first, last).
-  void run(const T* old, const T* fresh, V unit, int64_t begin, int64_t end, int64_t first, int64_t last,
-           const Sums<V>& sums) {
-    for (int64_t c = first; c < last; ++c) {
-      sums.peak[c] = all_.log_floor;
-      sums.total[c] = 0;
-    }
-    std::fill_n(sums.moved + first * all_.d, (last - first) * all_.d, V(0));
+  // The sums of prototypes [first, last) over rows [begin, end).
+  void run(const T* old, const T* fresh, int64_t begin, int64_t end, int64_t first, int64_t last, const Sums<V>& sums) {
     for (int64_t at = begin; at < end; at += kRows) {
       const int64_t rows = std::min(kRows, end - at);
-      load(old + at * all_.d, fresh + at * all_.d, unit, rows);
+      load(old + at * d_, fresh + at * d_, rows);
       for (int64_t c = first; c < last; c += kBlock) {
         const int64_t count = std::min(kBlock, last - c);
-        distances(c, count, rows);
-        for (int64_t i = 0; i < count; ++i) weigh(c + i, weights_.get() + i * kRows, rows, sums);
-        move(c, count, rows, sums.moved);
+        add(c, count, rows, at == begin, {sums.peak + c, sums.total + c, sums.moved + c * d_});
+      }
+    }
+  }
+
+  // Prototypes [first, last) as a single tile of rows moves them.
+  void run(const T* old, const T* fresh, int64_t rows, int64_t first, int64_t last, T* out) {
+    Buffer<V> peak(kBlock), total(kBlock), moved(kBlock * d_);
+    load(old, fresh, rows);
+    for (int64_t c = first; c < last; c += kBlock) {
+      const int64_t count = std::min(kBlock, last - c);
+      const Sums<V> sums{peak.get(), total.get(), moved.get()};
+      add(c, count, rows, true, sums);
+      settle(c, count, sums, out);
+    }
+  }
+
+  // Prototypes [c, c + count) moved by their sums.
+  void settle(int64_t c, int64_t count, const Sums<V>& sums, T* out) {
+    for (int64_t i = 0; i < count; ++i) {
+      const T* source = all_.rows + (c + i) * d_;
+      T* target = out + (c + i) * d_;
+      if constexpr (kNarrow<T>) {
+        kernels<V>().settle(widened(source, before_.get(), d_), sums.moved + i * d_, double(sums.total[i]), row_.get(), d_);
+        kernels<T>().narrow(row_.get(), target, d_);
+      } else {
+        kernels<V>().settle(source, sums.moved + i * d_, double(sums.total[i]), target, d_);
       }
     }
   }
 
  private:
-  void load(const T* old, const T* fresh, V unit, int64_t rows) {
-    const int64_t d = all_.d;
+  void add(int64_t c, int64_t count, int64_t rows, bool begins, const Sums<V>& sums) {
+    for (int64_t i = 0; i < count; ++i) {
+      const V* mean = widened(all_.rows + (c + i) * d_, before_.get(), d_);
+      mean_square_.get()[i] = in_units(mean, means_.get() + i * terms_);
+    }
+    distances(count, rows);
+    for (int64_t i = 0; i < count; ++i) weigh(i, rows, begins, sums);
+    move(count, rows, begins, sums.moved);
+  }
+
+  // A row in units as the products take it; its square. As pairs it loses nothing: the unit is a power of two.
+  V in_units(const V* row, V* into) {
+    V* scaled = pairs_ ? row_.get() : into;
+    for (int64_t j = 0; j < d_; ++j) scaled[j] = row[j] * all_.unit;
+    const V square = measured(scaled, d_);
+    if constexpr (kNarrow<T>) {
+      if (pairs_) {
+        T* numbers = reinterpret_cast<T*>(into);
+        kernels<T>().narrow(scaled, numbers, d_);
+        if (d_ % 2) numbers[d_] = T(0);
+      }
+    }
+    return square;
+  }
+
+  void load(const T* old, const T* fresh, int64_t rows) {
     V *tile = tile_.get(), *change = change_.get();
     for (int64_t i = 0; i < rows; ++i) {
-      const V* before = widened(old + i * d, before_.get(), d);
-      const V* after = widened(fresh + i * d, after_.get(), d);
+      const V* before = widened(old + i * d_, before_.get(), d_);
+      const V* after = widened(fresh + i * d_, after_.get(), d_);
       for (int64_t p = 0; p < panels_; ++p) {
-        const int64_t from = p * width_, columns = std::min(width_, d - from);
+        const int64_t from = p * width_, columns = std::min(width_, d_ - from);
         V* target = change + (p * kRows + i) * width_;
         for (int64_t j = 0; j < columns; ++j) target[j] = after[from + j] - before[from + j];
         std::fill_n(target + columns, width_ - columns, V(0));
       }
-      V* row = tile + i * d;
-      for (int64_t j = 0; j < d; ++j) row[j] = before[j] * unit;
-      square_.get()[i] = measured(row, d);
+      square_.get()[i] = in_units(before, tile + i * terms_);
     }
-    for (int64_t i = 0; own_ && i < rows; i += width_) {
-      kernels<V>().pack(tile + i * d, d, std::min(width_, rows - i), d, packed_.get() + i * d);
+    for (int64_t i = 0; own_ && !few_ && i < rows; i += width_) {
+      kernels<V>().pack(tile + i * terms_, terms_, std::min(width_, rows - i), terms_, packed_.get() + i * terms_);
     }
   }
 
-  // weights_[i] = the products of prototype c + i with the rows.
-  void distances(int64_t c, int64_t count, int64_t rows) {
-    const int64_t d = all_.d;
+  // weights_[i] = the products of the block's prototype i with the rows.
+  void distances(int64_t count, int64_t rows) {
     if (!own_) {
-      multiply(matrix(all_.rows + c * d, count, d, d, 1), matrix(tile_.get(), d, rows, 1, d),
+      multiply(matrix(means_.get(), count, d_, d_, 1), matrix(tile_.get(), d_, rows, 1, d_),
                matrix(weights_.get(), count, rows, kRows, 1));
       return;
     }
+    if (few_) {
+      const V* left[kBlock];
+      V* into[kBlock];
+      for (int64_t i = 0; i < count; ++i) {
+        left[i] = means_.get() + i * terms_;
+        into[i] = weights_.get() + i * kRows;
+      }
+      if constexpr (kNarrow<T>) {
+        if (pairs_) return pairs_->inner(left, count, tile_.get(), terms_, rows, terms_, into);
+      }
+      return kernels<V>().inner(left, count, tile_.get(), d_, rows, d_, into);
+    }
+    Block<V> block = kernels<V>().block;
+    if constexpr (kNarrow<T>) {
+      if (pairs_) block = pairs_->block;
+    }
     for (int64_t at = 0; at < rows; at += width_) {
-      multiply_panel(all_.rows + c * d, d, 1, count, packed_.get() + at * d, d, kTerms, weights_.get() + at, kRows,
-                     false);
+      multiply_panel(means_.get(), terms_, 1, count, packed_.get() + at * terms_, terms_, kTerms, weights_.get() + at,
+                     kRows, false, block);
     }
   }
 
-  void weigh(int64_t c, V* dot, int64_t rows, const Sums<V>& sums) {
-    const V highest =
-        kernels<V>().log_weights(dot, square_.get(), all_.square[c], all_.kappa, rows);
-    if (highest > sums.peak[c]) {
-      const V shrink = std::exp(sums.peak[c] - highest);
-      sums.peak[c] = highest;
-      sums.total[c] *= shrink;
-      for (int64_t j = 0; j < all_.d; ++j) sums.moved[c * all_.d + j] *= shrink;
+  void weigh(int64_t i, int64_t rows, bool begins, const Sums<V>& sums) {
+    V* dot = weights_.get() + i * kRows;
+    const V highest = kernels<V>().log_weights(dot, square_.get(), mean_square_.get()[i], all_.kappa, rows);
+    if (begins) {
+      sums.peak[i] = highest > all_.log_floor ? highest : all_.log_floor;
+      sums.total[i] = 0;
+    } else if (highest > sums.peak[i]) {
+      const V shrink = std::exp(sums.peak[i] - highest);
+      sums.peak[i] = highest;
+      sums.total[i] *= shrink;
+      for (int64_t j = 0; j < d_; ++j) sums.moved[i * d_ + j] *= shrink;
     }
-    const V floor = std::exp(all_.log_floor - sums.peak[c]);
-    sums.total[c] += kernels<V>().weights(dot, sums.peak[c], floor, rows);
+    const V floor = std::exp(all_.log_floor - sums.peak[i]);
+    sums.total[i] += kernels<V>().weights(dot, sums.peak[i], floor, rows);
   }
 
-  void move(int64_t c, int64_t count, int64_t rows, V* moved) {
-    const int64_t d = all_.d;
+  void move(int64_t count, int64_t rows, bool begins, V* moved) {
     if (!own_) {
-      multiply(matrix(weights_.get(), count, rows, kRows, 1), matrix(change_.get(), rows, d, d, 1),
-               matrix(product_.get(), count, d, d, 1));
-      for (int64_t j = 0; j < count * d; ++j) moved[c * d + j] += product_.get()[j];
+      multiply(matrix(weights_.get(), count, rows, kRows, 1), matrix(change_.get(), rows, d_, d_, 1),
+               matrix(product_.get(), count, d_, d_, 1));
+      for (int64_t j = 0; j < count * d_; ++j) moved[j] = (begins ? V(0) : moved[j]) + product_.get()[j];
       return;
     }
     for (int64_t p = 0; p < panels_; ++p) {
-      const int64_t columns = std::min(width_, d - p * width_);
+      const int64_t columns = std::min(width_, d_ - p * width_);
       const bool whole = columns == width_;  // else a block would write past the row
       const V* panel = change_.get() + p * kRows * width_;
-      V* into = moved + c * d + p * width_;
+      V* into = moved + p * width_;
       multiply_panel(weights_.get(), kRows, 1, count, panel, rows, kTerms, whole ? into : product_.get(),
-                     whole ? d : width_, whole);
+                     whole ? d_ : width_, whole && !begins);
       for (int64_t i = 0; !whole && i < count; ++i) {
-        for (int64_t j = 0; j < columns; ++j) into[i * d + j] += product_.get()[i * width_ + j];
+        for (int64_t j = 0; j < columns; ++j) {
+          into[i * d_ + j] = (begins ? V(0) : into[i * d_ + j]) + product_.get()[i * width_ + j];
+        }
       }
     }
   }
 
-  const Prototypes<V>& all_;
+  const Prototypes<T>& all_;
+  const int64_t d_;
   const bool own_;  // our blocks where the processor has them, elsewhere torch's GEMM
+  const bool few_;
+  const PairProducts* const pairs_;
+  const int64_t terms_;  // of a row in units: numbers, or pairs of them
   const int64_t width_, panels_;
-  Buffer<V> tile_, packed_, change_, before_, after_, square_, weights_, product_;
+  Buffer<V> tile_, packed_, change_, means_, row_, before_, after_, square_, mean_square_, weights_, product_;
 };
 
 // into += from, both relative to the larger of their peaks.
@@ -171,17 +237,22 @@ void merge(const Sums<V>& into, const Sums<V>& from, int64_t count, int64_t d) {
 }
 
 template <class T>
-void drift(const T* old, const T* fresh, const T* prototypes, const double* scale, int64_t rows, int64_t count,
-           int64_t d, const Sums<Compute<T>>& sums) {
+Prototypes<T> in_units(const Tensor& prototypes, const Tensor& scale) {
   using V = Compute<T>;
-  const V unit = V(scale[0]);
-  Buffer<V> means(count * d), square(count);
-  for (int64_t c = 0; c < count; ++c) {
-    scaled(prototypes + c * d, unit, d, means.get() + c * d);
-    square.get()[c] = measured(means.get() + c * d, d);
+  const double* number = data<double>(scale);
+  return {data<T>(prototypes), prototypes.size(0), prototypes.size(1), V(number[0]), V(number[1]), V(number[2])};
+}
+
+template <class T>
+void drift(const T* old, const T* fresh, const Prototypes<T>& all, int64_t rows, const Sums<Compute<T>>& sums) {
+  using V = Compute<T>;
+  const int64_t count = all.count, d = all.d, blocks = (count + kPrototypes - 1) / kPrototypes;
+  if (rows == 0) {
+    std::fill_n(sums.peak, count, all.log_floor);
+    std::fill_n(sums.total, count, V(0));
+    std::fill_n(sums.moved, count * d, V(0));
+    return;
   }
-  const Prototypes<V> all{means.get(), square.get(), count, d, V(scale[1]), V(scale[2])};
-  const int64_t blocks = (count + kPrototypes - 1) / kPrototypes;
   const int64_t parts = std::max<int64_t>(1, std::min(kTasks / blocks, rows / kLeastRows));
   Buffer<V> store((parts - 1) * count * (d + 2));
   const auto of_part = [&](int64_t part) -> Sums<V> {
@@ -190,20 +261,39 @@ void drift(const T* old, const T* fresh, const T* prototypes, const double* scal
     return {own, own + count, own + 2 * count};
   };
   for_each(blocks * parts, [&](int64_t begin, int64_t end) {
-    Pass<T> pass(all);
+    Pass<T> pass(all, rows / parts);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task / blocks, block = task % blocks;
-      pass.run(old, fresh, unit, rows * part / parts, rows * (part + 1) / parts, count * block / blocks,
+      pass.run(old, fresh, rows * part / parts, rows * (part + 1) / parts, count * block / blocks,
                count * (block + 1) / blocks, of_part(part));
     }
   });
   for (int64_t part = 1; part < parts; ++part) merge(sums, of_part(part), count, d);
 }
 
-}  // namespace
+// The prototypes as the rows move them; one tile needs no sums of all prototypes.
+template <class T>
+void moved(const T* old, const T* fresh, const Prototypes<T>& all, int64_t rows, T* out) {
+  using V = Compute<T>;
+  const int64_t count = all.count, blocks = (count + kPrototypes - 1) / kPrototypes;
+  const bool one_tile = rows <= kRows;
+  Buffer<V> store(one_tile ? 0 : count * (all.d + 2));
+  const Sums<V> sums{store.get(), store.get() + count, store.get() + 2 * count};
+  if (!one_tile) drift<T>(old, fresh, all, rows, sums);
+  for_each(blocks, [&](int64_t begin, int64_t end) {
+    Pass<T> pass(all, rows);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = count * block / blocks, last = count * (block + 1) / blocks;
+      if (one_tile) {
+        pass.run(old, fresh, rows, first, last, out);
+      } else {
+        pass.settle(first, last - first, {sums.peak + first, sums.total + first, sums.moved + first * all.d}, out);
+      }
+    }
+  });
+}
 
-std::tuple<Tensor, Tensor, Tensor> drift_sums(Tensor old, Tensor fresh, Tensor prototypes, Tensor scale) {
-  const char* op = "drift_sums";
+void check_rows(const char* op, const Tensor& old, const Tensor& fresh, const Tensor& prototypes, const Tensor& scale) {
   check_dim(op, "old", old, 2);
   check_dim(op, "prototypes", prototypes, 2);
   const int64_t rows = old.size(0), d = old.size(1), count = prototypes.size(0);
@@ -213,7 +303,15 @@ std::tuple<Tensor, Tensor, Tensor> drift_sums(Tensor old, Tensor fresh, Tensor p
   check(op, "prototypes", prototypes, dtype, {count, d});
   check(op, "scale", scale, ScalarType::Double, {3});
   require(d > 0, op, "expected d > 0");
-  const int64_t sizes[] = {count, d};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> drift_sums(Tensor old, Tensor fresh, Tensor prototypes, Tensor scale) {
+  const char* op = "drift_sums";
+  check_rows(op, old, fresh, prototypes, scale);
+  const int64_t count = prototypes.size(0), sizes[] = {count, old.size(1)};
+  const ScalarType dtype = old.scalar_type();
   const std::optional<ScalarType> wide = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor peak = torch::stable::new_empty(old, {sizes, 1}, wide);
   Tensor total = torch::stable::new_empty(old, {sizes, 1}, wide);
@@ -222,11 +320,27 @@ std::tuple<Tensor, Tensor, Tensor> drift_sums(Tensor old, Tensor fresh, Tensor p
     dispatch(op, dtype, [&](auto zero) {
       using T = decltype(zero);
       using V = Compute<T>;
-      drift<T>(data<T>(old), data<T>(fresh), data<T>(prototypes), data<double>(scale), rows, count, d,
+      drift<T>(data<T>(old), data<T>(fresh), in_units<T>(prototypes, scale), old.size(0),
                {data<V>(peak), data<V>(total), data<V>(moved)});
     });
   }
   return {peak, total, moved};
+}
+
+// What semantic_drift returns.
+Tensor moved_prototypes(Tensor old, Tensor fresh, Tensor prototypes, Tensor scale) {
+  const char* op = "moved_prototypes";
+  check_rows(op, old, fresh, prototypes, scale);
+  require(old.size(0) > 0, op, "expected rows");
+  const int64_t sizes[] = {prototypes.size(0), old.size(1)};
+  Tensor out = torch::stable::new_empty(prototypes, {sizes, 2});
+  if (prototypes.size(0) > 0) {
+    dispatch(op, old.scalar_type(), [&](auto zero) {
+      using T = decltype(zero);
+      moved<T>(data<T>(old), data<T>(fresh), in_units<T>(prototypes, scale), old.size(0), data<T>(out));
+    });
+  }
+  return out;
 }
 
 }  // namespace clipsteer

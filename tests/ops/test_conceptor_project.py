@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from _processor import multiplies_pairs
 from clipsteer import ops, testing
 from clipsteer.ops import REGISTRY, LowRank, _dispatch, _grouped
 
@@ -161,7 +162,7 @@ def test_bounds_catch_planted_bugs(spec):
 
 
 @pytest.mark.skipif("cpp" not in FAST, reason="the C++ library is not built")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_panels_and_tiles_of_every_size(dtype):
     """More rows than a panel holds, more columns than a tile, one conceptor or many."""
     for B, K, d, r in ((600, 1, 300, 7), (600, 3, 40, 300), (2, 1, 520, 3), (900, 2, 257, 20)):
@@ -170,6 +171,62 @@ def test_panels_and_tiles_of_every_size(dtype):
         factors = {"C": dense_of(inputs.pop("U").float(), inputs.pop("s").float()).to(dtype)}
         inputs |= factors
         assert SPEC.check(inputs, {"h_new": SPEC.function(**inputs, backend="cpp")})["h_new"] <= 1
+
+
+@pytest.mark.skipif("cpp" not in FAST, reason="the C++ library is not built")
+@pytest.mark.parametrize("rows", [2, 130])
+@pytest.mark.parametrize("d", [40, 257, 520])
+def test_bfloat16_is_multiplied_by_pairs(rows, d):
+    """Few rows and many, either way through a matrix, and sums over rows: a processor that multiplies pairs takes
+    numbers below the smallest normal one for 0, and the bound knows."""
+    g = torch.Generator().manual_seed(d)
+    inputs = SPEC.make({"B": rows, "K": 1, "d": d, "plain": 1}, torch.bfloat16, g, 1.0, False)
+    h, C = inputs["h"], inputs["C"]
+    h[1] = 0
+    h[1, 3] = 2.0**60
+    C[0, :, 3] = C[0, 3] = 2.0**-130
+    grad = torch.randn(rows, d, generator=g).bfloat16()
+    grad[0] = 0
+    grad[0, 3] = 2.0**60
+    live = {n: v.requires_grad_() if n in ("h", "C") else v for n, v in inputs.items()}
+    out = SPEC.function(**live, backend="cpp")
+    d_h, d_C = torch.autograd.grad(out, (h, C), grad)
+    inputs = {n: v.detach() if isinstance(v, Tensor) else v for n, v in inputs.items()}
+    assert SPEC.check(inputs, {"h_new": out.detach()})["h_new"] <= 1
+    found = SPEC.check_grads(inputs, {}, {"h_new": grad}, {"h": d_h, "C": d_C})
+    assert max(found.values()) <= 1
+    pairs = multiplies_pairs() and d % 2 == 0
+    assert bool((out[1] == 0).all()) == pairs
+    assert bool((d_h[0] == 0).all()) == pairs
+    # rows are always paired with rows
+    tiny = torch.full((rows, d), 2.0**-130).bfloat16()
+    huge = torch.full((rows, d), 2.0**60).bfloat16()
+    of_rows = _grouped.outer(tiny, huge, None, 1, "cpp")
+    assert bool((of_rows == 0).all()) == multiplies_pairs()
+
+
+@pytest.mark.skipif("cpp" not in FAST, reason="the C++ library is not built")
+def test_halves_on_a_processor_without_pairs():
+    code = """
+import torch
+from clipsteer.ops import REGISTRY
+spec = REGISTRY["conceptor_project"]
+for dtype in (torch.bfloat16, torch.float16):
+    for B, d in ((19, 206), (129, 32), (60, 204)):
+        inputs = spec.make({"B": B, "K": 1, "d": d}, dtype, torch.Generator().manual_seed(B), 1.0, False)
+        live = {n: v.requires_grad_() if n in spec.differentiable else v for n, v in inputs.items()}
+        out = spec.function(**live, backend="cpp")
+        grad = torch.ones_like(out)
+        grads = dict(zip(spec.differentiable, torch.autograd.grad(out, [live[n] for n in spec.differentiable], grad)))
+        inputs = {n: v if v is None else v.detach() for n, v in inputs.items()}
+        assert spec.check(inputs, {"h_new": out.detach()})["h_new"] <= 1
+        assert max(spec.check_grads(inputs, {}, {"h_new": grad}, grads).values()) <= 1
+h = torch.full((1, 2), 2.0**60).bfloat16()
+assert spec.function(h=h, C=torch.full((2, 2), 2.0**-130).bfloat16(), backend="cpp").all()
+"""
+    env = {**os.environ, "CLIPSTEER_CPU_ISA": "avx512f", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif("cpp" not in FAST, reason="the C++ library is not built")

@@ -373,7 +373,10 @@ sys.exit(any(r.verdict != "pass" for r in rows) or level > int(sys.argv[1]))
 
 
 @pytest.mark.parametrize("cases", [5, pytest.param(15, marks=pytest.mark.nightly)])
-@pytest.mark.parametrize(("isa", "level"), [("portable", 0), ("avx2", 1), ("avx512", 2)])
+@pytest.mark.parametrize(
+    ("isa", "level"),
+    [("portable", 0), ("avx2", 1), pytest.param("avx512f", 2, marks=pytest.mark.nightly), ("avx512", 2)],
+)
 def test_every_instruction_set(isa, level, cases):
     if not testing.supported("cpp"):
         pytest.skip("the C++ library is not built")
@@ -390,7 +393,7 @@ def test_an_unknown_instruction_set_is_refused():
     env = {**os.environ, "CLIPSTEER_CPU_ISA": "avx1024"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
-    assert "must be portable, avx2, avx512 or amx" in done.stderr
+    assert "must be portable, avx2, avx512f, avx512 or amx" in done.stderr
 
 
 def test_tf32_is_read_from_torchs_new_setting_too():

@@ -19,6 +19,7 @@ from _command import in_processes
 from clipsteer import ops, testing
 from clipsteer.continual.drift import DriftAccumulator, median_sigma
 from clipsteer.ops import REGISTRY, _dispatch
+from clipsteer.ops.semantic_drift import drift_sums, moved_by
 
 FAST = [b for b in ("reference", "cpp") if testing.supported(b)]
 SPEC = REGISTRY["semantic_drift"]
@@ -300,6 +301,21 @@ def test_two_processes_equal_one_call(tmp_path):
         a, b = (torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)["moved"] for rank in (0, 1))
         assert torch.equal(a, b)
         torch.testing.assert_close(a, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif("cpp" not in FAST, reason="the C++ library is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("rows", [1, 32, 33, 256, 257, 2500])
+def test_one_call_moves_prototypes_as_sums_do(rows, dtype):
+    """In one tile of rows, in several, and in parts of them; with and without packing."""
+    g = torch.Generator().manual_seed(rows)
+    old, new = (torch.randn(rows, 70, generator=g).to(dtype) for _ in range(2))
+    mu = torch.randn(101, 70, generator=g).to(dtype)
+    sums = drift_sums(old, new, mu, 4.0, 1e-5, "cpp")
+    found = ops.semantic_drift(old, new, mu, 4.0, 1e-5, backend="cpp")
+    # either rounds a quotient its own way, then the result
+    few = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found, moved_by(mu, *sums), rtol=few, atol=few)
 
 
 def mistakes():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipsteer.ops._bounds import ACCUMULATE, HALVES, operand_error, smallest_normal
+from clipsteer.ops._bounds import ACCUMULATE, HALVES, flushed, operand_error, smallest_normal
 from clipsteer.ops.specs._shared import EXP
 
 
@@ -31,12 +31,9 @@ class Similarities:
         D = rows.shape[1]
         self.S = rows @ cols.T
         self.size = rows.abs() @ cols.abs().T
-        tiny = smallest_normal(dtype)
-        self.off = ((D + 6) * self.unit + self.operand) * self.size + D * tiny
-        if dtype == torch.bfloat16:
-            # a processor's products of pairs take denormal numbers for 0, in their operands too
-            flushed = rows.abs().sum(1, keepdim=True) + cols.abs().sum(1)
-            self.off = self.off + tiny * (D + flushed)
+        lost = flushed(dtype, D, rows.abs().sum(1, keepdim=True), cols.abs().sum(1))
+        self.off = ((D + 6) * self.unit + self.operand) * self.size + D * smallest_normal(dtype)
+        self.off = self.off + lost
 
 
 class Sides(Similarities):

@@ -8,7 +8,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clipsteer.ops._bounds import HALVES, UNIT, fraction_of_bound, operand_error, smallest_normal
+from clipsteer.ops._bounds import (
+    HALVES,
+    UNIT,
+    flushed,
+    fraction_of_bound,
+    operand_error,
+    smallest_normal,
+)
 from clipsteer.ops._spec import Errors, Inputs, Tensors, in_float64
 
 
@@ -58,11 +65,26 @@ class Truth:
             out[own] = rows[own] @ matrices[k].mT
         return out
 
-    def inner(self, lost: float) -> Tensor:
-        """What ``lost`` in each of the r numbers makes of a row."""
+    def reach(self, matrices: Tensor, rows: Tensor, lost: float) -> Tensor:
+        """|Rows|, each number larger by ``lost``, through the magnitudes of their group's matrix,
+        and what products of pairs lose."""
+        out = self.apply(matrices, rows.abs() + lost)
+        if not lost:
+            return out
+        sizes = rows.abs().sum(-1, keepdim=True)
+        return out + flushed(self.dtype, rows.shape[1], sizes, matrices.sum(-1)[self.index])
+
+    def through(self, rows: Tensor, lost: float, *, transposed: bool = False) -> Tensor:
+        """The same through |C|; in low rank with what is lost in each of the r numbers."""
+        size = self.size.mT if transposed else self.size
         if not self.low_rank:
-            return torch.zeros(())
-        return self.U.abs().sum(-1)[self.index] * lost
+            return self.reach(size, rows, lost)
+        out = self.apply(size, rows.abs() + lost)
+        if not lost:
+            return out
+        sizes = rows.abs().sum(-1, keepdim=True)
+        inner = flushed(self.dtype, self.d, sizes, self.U.abs().sum(1)[self.index])
+        return out + self.apply(self.U.abs(), lost + self.s.abs()[self.index] * inner)
 
     def project(self, rows: Tensor) -> Tensor:
         """C rows, in the order of the definition: with an infinity among the rows it matters."""
@@ -79,6 +101,16 @@ class Truth:
         """Σ a ⊗ b over each group's rows."""
         groups = [self.index == k for k in range(self.K)]
         return torch.stack([a[rows].T @ b[rows] for rows in groups])
+
+    def outer_reach(self, a: Tensor, b: Tensor, lost: float) -> Tensor:
+        """The same of |a| and |b|, each number larger by ``lost``, and with what products of pairs
+        lose."""
+        out = self.outer(a.abs() + lost, b.abs() + lost)
+        if not lost:
+            return out
+        left = self.total(a.abs()).unsqueeze(2)
+        right = self.total(b.abs()).unsqueeze(1)
+        return out + flushed(self.dtype, self.counts[:, None, None], left, right)
 
     def error(
         self,
@@ -112,8 +144,7 @@ def check_values(inputs: Inputs, outputs: Tensors) -> Errors:
     products = 2 if t.low_rank else 1
 
     def size(lost: float) -> Tensor:
-        projected = t.apply(t.size, t.x.abs() + lost) + t.inner(lost)
-        return beta.abs() * projected + mu.abs()
+        return beta.abs() * t.through(t.x, lost) + mu.abs()
 
     return {"h_new": t.error(outputs["h_new"], truth, size, roundings, 0, products)}
 
@@ -129,8 +160,7 @@ def check_grads(inputs: Inputs, outputs: Tensors, grad_out: Tensors, grads: Tens
     stored = 0 if t.low_rank else 1
 
     def size_x(lost: float) -> Tensor:
-        product = t.apply(t.size.mT, g.abs() + lost) + t.inner(lost)
-        return beta.abs() * product + lost
+        return beta.abs() * t.through(g, lost, transposed=True) + lost
 
     def size_mean(lost: float) -> Tensor:
         return t.total(g.abs() + size_x(lost))
@@ -149,10 +179,10 @@ def _dense_grads(t: Truth, g: Tensor, grads: Tensors) -> Errors:
     beta = t.beta[t.index, None]
 
     def size_C(lost: float) -> Tensor:
-        return t.outer(beta.abs() * g.abs() + lost, x.abs() + lost)
+        return t.outer_reach(beta * g, x, lost)
 
     def size_beta(lost: float) -> Tensor:
-        product = t.apply(t.size.mT, g.abs() + lost) + lost
+        product = t.reach(t.size.mT, g, lost) + lost
         return t.total((product * (x.abs() + lost)).sum(-1))
 
     truth = t.outer(beta * g, x)
@@ -175,7 +205,7 @@ def _low_rank_grads(t: Truth, g: Tensor, grads: Tensors) -> Errors:
     counts = t.counts[:, None]
 
     def into(v: Tensor, lost: float) -> Tensor:
-        return t.apply(t.U.abs().mT, v.abs() + lost) + lost
+        return t.reach(t.U.abs().mT, v, lost) + lost
 
     def size_pq(lost: float) -> Tensor:
         return t.total(into(x, lost) * into(g, lost))
@@ -184,9 +214,9 @@ def _low_rank_grads(t: Truth, g: Tensor, grads: Tensors) -> Errors:
         return t.beta.abs()[:, None] * size_pq(lost)
 
     def size_U(lost: float) -> Tensor:
-        a = strength.abs() * into(g, lost) + lost
-        b = strength.abs() * into(x, lost) + lost
-        return t.outer(x.abs() + lost, a) + t.outer(g.abs() + lost, b)
+        a = strength.abs() * into(g, lost)
+        b = strength.abs() * into(x, lost)
+        return t.outer_reach(x, a, lost) + t.outer_reach(g, b, lost)
 
     def size_beta(lost: float) -> Tensor:
         return (t.s.abs() * size_pq(lost)).sum(-1)

@@ -20,6 +20,7 @@ from torch import Tensor
 from clipsteer.ops._bounds import (
     ACCUMULATE,
     HALVES,
+    flushed,
     fraction_of_bound,
     operand_error,
     smallest_normal,
@@ -53,6 +54,7 @@ def log_weights(inputs: Inputs) -> tuple[Tensor, Tensor]:
     # peaks
     delta = (d + 6) * u * size
     delta = delta + 2 * operand_error(dtype) * cross
+    delta = delta + 2 * flushed(dtype, d, b.sum(1, keepdim=True), a.sum(1))
     delta = delta + 4 * u * t.abs()
     log_floor = -math.inf
     if inputs["floor"]:

@@ -86,8 +86,8 @@ TARGET static inline Lanes<float> read(const BFloat16* from) {
 // c[i][j] = the inner product of a[i] and row j of w, for ROWS and COLUMNS of them: lanes first,
 // then neighbouring lanes, then what k has beyond whole vectors, so that a sum does not depend on
 // the others.
-template <class V, int ROWS, int COLUMNS>
-TARGET static inline void inner_block(const V* const* a, const V* w, int64_t stride, int64_t k,
+template <class V, class W, int ROWS, int COLUMNS>
+TARGET static inline void inner_block(const V* const* a, const W* w, int64_t stride, int64_t k,
                                       V* const* c, int64_t first) {
   using Vec = Lanes<V>;
   constexpr int kLanes = sizeof(Vec) / sizeof(V);
@@ -96,7 +96,7 @@ TARGET static inline void inner_block(const V* const* a, const V* w, int64_t str
   int64_t q = 0;
   for (; q + kLanes <= k; q += kLanes) {
     Vec right[COLUMNS];
-    for (int j = 0; j < COLUMNS; ++j) right[j] = *reinterpret_cast<const Vec*>(w + j * stride + q);
+    for (int j = 0; j < COLUMNS; ++j) right[j] = read(w + j * stride + q);
     for (int i = 0; i < ROWS; ++i) {
       const Vec left = *reinterpret_cast<const Vec*>(a[i] + q);
       for (int j = 0; j < COLUMNS; ++j) sum[i][j] += left * right[j];
@@ -114,35 +114,50 @@ TARGET static inline void inner_block(const V* const* a, const V* w, int64_t str
     for (; lanes > 1; lanes /= 2) total = neighbours<V>(total, total, kAll);
     for (int j = 0; j < COLUMNS; ++j) {
       V one = total[j];
-      for (int64_t rest = q; rest < k; ++rest) one += a[i][rest] * w[j * stride + rest];
+      for (int64_t rest = q; rest < k; ++rest) one += a[i][rest] * V(w[j * stride + rest]);
       c[i][first + j] = one;
     }
   }
 }
 
 // All rows, in blocks of as many as sums of four columns fit into the registers.
-template <class V, int COLUMNS>
-TARGET static inline void inner_rows(const V* const* a, int64_t rows, const V* w, int64_t stride,
+template <class V, class W, int COLUMNS>
+TARGET static inline void inner_rows(const V* const* a, int64_t rows, const W* w, int64_t stride,
                                      int64_t k, V* const* c, int64_t first) {
   constexpr int kMost = CLIPSTEER_LEVEL == 2 ? 6 : 3;
   for (; rows > 0; rows -= kMost, a += kMost, c += kMost) {
     switch (std::min<int64_t>(rows, kMost)) {
-      case 1: inner_block<V, 1, COLUMNS>(a, w, stride, k, c, first); break;
-      case 2: inner_block<V, 2, COLUMNS>(a, w, stride, k, c, first); break;
-      case 3: inner_block<V, 3, COLUMNS>(a, w, stride, k, c, first); break;
-      case 4: inner_block<V, std::min(4, kMost), COLUMNS>(a, w, stride, k, c, first); break;
-      case 5: inner_block<V, std::min(5, kMost), COLUMNS>(a, w, stride, k, c, first); break;
-      default: inner_block<V, kMost, COLUMNS>(a, w, stride, k, c, first);
+      case 1: inner_block<V, W, 1, COLUMNS>(a, w, stride, k, c, first); break;
+      case 2: inner_block<V, W, 2, COLUMNS>(a, w, stride, k, c, first); break;
+      case 3: inner_block<V, W, 3, COLUMNS>(a, w, stride, k, c, first); break;
+      case 4: inner_block<V, W, std::min(4, kMost), COLUMNS>(a, w, stride, k, c, first); break;
+      case 5: inner_block<V, W, std::min(5, kMost), COLUMNS>(a, w, stride, k, c, first); break;
+      default: inner_block<V, W, kMost, COLUMNS>(a, w, stride, k, c, first);
     }
   }
 }
 
-template <class V>
-TARGET static inline void inner(const V* const* a, int64_t rows, const V* w, int64_t stride,
+template <class V, class W>
+TARGET static inline void inner(const V* const* a, int64_t rows, const W* w, int64_t stride,
                                 int64_t columns, int64_t k, V* const* c) {
   int64_t j = 0;
-  for (; j + 4 <= columns; j += 4) inner_rows<V, 4>(a, rows, w + j * stride, stride, k, c, j);
-  for (; j < columns; ++j) inner_rows<V, 1>(a, rows, w + j * stride, stride, k, c, j);
+  for (; j + 4 <= columns; j += 4) inner_rows<V, W, 4>(a, rows, w + j * stride, stride, k, c, j);
+  for (; j < columns; ++j) inner_rows<V, W, 1>(a, rows, w + j * stride, stride, k, c, j);
+}
+
+// k rows of `columns` numbers, `stride` apart, as such a b; missing columns are 0.
+template <class T>
+TARGET static inline void lay(const T* w, int64_t stride, int64_t k, int64_t columns, float* out) {
+  constexpr int64_t width = kBlockBytes / sizeof(float), kLanes = kVectorBytes / sizeof(float);
+  for (int64_t q = 0; q < k; ++q, w += stride, out += width) {
+    int64_t j = 0;
+    __builtin_prefetch(w + 2 * width);
+    for (; j + kLanes <= columns; j += kLanes) {
+      *reinterpret_cast<Lanes<float>*>(out + j) = read(w + j);
+    }
+    for (; j < columns; ++j) out[j] = float(w[j]);
+    for (; j < width; ++j) out[j] = 0;
+  }
 }
 
 // out[q * width + l] = u[l * stride + q] for `columns` values of l (the rest of width: 0)

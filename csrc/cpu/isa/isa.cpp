@@ -55,11 +55,11 @@ bool converts_halves() {
 }
 
 // Of processors that have it, and of no other; read once.
-Block<float> pairs() {
+PairProducts pairs() {
 #ifdef CLIPSTEER_BF16
-  if (__builtin_cpu_supports("avx512bf16")) return bf16::block;
+  if (__builtin_cpu_supports("avx512bf16")) return {bf16::block, bf16::inner, bf16::weave};
 #endif
-  return nullptr;
+  return {};
 }
 #ifdef CLIPSTEER_AMX
 constexpr Screening kTiles = {vnni::quantise, vnni::screen_tiles, vnni::dots};
@@ -77,11 +77,12 @@ bool tiles_granted() {
 int highest_level() {
   const char* wanted = std::getenv("CLIPSTEER_CPU_ISA");
   const std::string name = wanted ? wanted : "";
-  if (name.empty() || name == "amx") return 3;
-  if (name == "avx512") return 2;
+  if (name.empty() || name == "amx") return 4;
+  if (name == "avx512") return 3;
+  if (name == "avx512f") return 2;
   if (name == "avx2") return 1;
   if (name == "portable") return 0;
-  throw std::runtime_error("CLIPSTEER_CPU_ISA must be portable, avx2, avx512 or amx, got " + name);
+  throw std::runtime_error("CLIPSTEER_CPU_ISA must be portable, avx2, avx512f, avx512 or amx, got " + name);
 }
 #endif
 
@@ -94,9 +95,9 @@ Isa choose() {
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (highest >= 2 && has_avx512) {
-    if (!__builtin_cpu_supports("avx512vnni")) return kAvx512;
+    if (highest == 2 || !__builtin_cpu_supports("avx512vnni")) return kAvx512;
 #ifdef CLIPSTEER_AMX
-    if (highest >= 3 && tiles_granted()) return avx512::table(3, kTiles, pairs());
+    if (highest >= 4 && tiles_granted()) return avx512::table(3, kTiles, pairs());
 #endif
     return avx512::table(2, kBytes, pairs());
   }

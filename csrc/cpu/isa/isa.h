@@ -186,6 +186,9 @@ struct WideSum {
 template <class V>
 using Block = void (*)(const V* const* a, int64_t step, const V* b, int64_t stride, int64_t k, int rows, V* const* c,
                        bool add);
+template <class V, class W>
+using Inner = void (*)(const V* const* a, int64_t rows, const W* w, int64_t stride, int64_t columns, int64_t k,
+                       V* const* c);
 
 // Inner loops over numbers V; every instruction set makes the same selections.
 template <class V>
@@ -206,6 +209,8 @@ struct Kernels {
   V (*log_weights)(V* dot, const V* square, V own, V kappa, int64_t n);
   // log_w becomes exp(log_w - peak) + floor, for log_w <= peak; their sum.
   V (*weights)(V* log_w, V peak, V floor, int64_t n);
+  // out = mu + moved / total.
+  void (*settle)(const V* mu, const V* moved, double total, V* out, int64_t n);
   // The largest of a row of similarities; `highest` takes the larger of itself and the row,
   // number by number.
   V (*maxima)(const V* S, V* highest, int64_t n);
@@ -246,8 +251,7 @@ struct Kernels {
   Block<V> block = nullptr;
   // c[i][j] = the inner product (k numbers) of a[i] with row j of w; a sum does not depend on
   // the others.
-  void (*inner)(const V* const* a, int64_t rows, const V* w, int64_t stride, int64_t columns,
-                int64_t k, V* const* c) = nullptr;
+  Inner<V, V> inner = nullptr;
   // The transpose of `columns` rows of k numbers, as such a b; missing columns are 0.
   void (*pack)(const V* u, int64_t stride, int64_t columns, int64_t k, V* out) = nullptr;
 };
@@ -259,8 +263,21 @@ struct Kernels<T> {
   void (*narrow)(const float* src, T* dst, int64_t n);
   AddRows<T> axpy;
   RowDots<T> row_dots;
-  // Kernels<float>::block for pairs of these in the place of its floats, or null.
+  // Kernels<float>::inner with rows w of these, and `columns` of k rows of these as a
+  // Kernels<float>::block's b; null where those are.
+  Inner<float, T> inner = nullptr;
+  void (*lay)(const T* w, int64_t stride, int64_t k, int64_t columns, float* out) = nullptr;
+};
+
+// Products of bf16 numbers by pairs that follow each other along k (halves.h), or null: as
+// Kernels<float> has them, with pairs in the place of its floats.
+struct PairProducts {
   Block<float> block = nullptr;
+  Inner<float, float> inner = nullptr;
+  // `columns` of k rows, from column `first` on, as pairs of rows that make such a b; what is
+  // missing is 0.
+  void (*weave)(const BFloat16* const* rows, int64_t k, int64_t first, int64_t columns,
+                float* out) = nullptr;
 };
 
 // int8 screening (screen.h), or null.
@@ -274,12 +291,13 @@ struct Screening {
                float (*out)[kDotColumns]);
 };
 
-struct Isa : Kernels<float>, Kernels<double>, Kernels<BFloat16>, Kernels<Half>, Screening {
+struct Isa : Kernels<float>, Kernels<double>, Kernels<BFloat16>, Kernels<Half>, Screening, PairProducts {
   int64_t level;
 };
 
 // The best that this processor runs, or the one named by
-// CLIPSTEER_CPU_ISA=portable|avx2|avx512|amx, where avx512 leaves out AMX; chosen once.
+// CLIPSTEER_CPU_ISA=portable|avx2|avx512f|avx512|amx, where avx512 leaves out AMX and avx512f VNNI
+// and BF16 too; chosen once.
 const Isa& isa();
 
 template <class V>

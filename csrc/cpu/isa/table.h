@@ -29,6 +29,7 @@ constexpr Kernels<V> kKernels = {
     .repel = repel,
     .log_weights = log_weights,
     .weights = weights,
+    .settle = settle,
     .maxima = maxima,
     .pair_sums = pair_sums,
     .pair_weights = pair_weights,
@@ -45,7 +46,7 @@ constexpr Kernels<V> kKernels = {
 #if CLIPSTEER_LEVEL > 0
     .block_columns = kBlockBytes / sizeof(V),
     .block = block,
-    .inner = inner,
+    .inner = inner<V, V>,
     .pack = pack,
 #endif
 };
@@ -53,12 +54,19 @@ constexpr Kernels<V> kKernels = {
 template <class T>
   requires kNarrow<T>
 constexpr Kernels<T> kKernels<T> = {
-    .widen = widen, .narrow = narrow, .axpy = axpy<T>, .row_dots = row_dots<T>};
+    .widen = widen,
+    .narrow = narrow,
+    .axpy = axpy<T>,
+    .row_dots = row_dots<T>,
+#if CLIPSTEER_LEVEL > 0
+    .inner = inner<float, T>,
+    .lay = lay<T>,
+#endif
+};
 
-constexpr Isa table(int64_t level, Screening screening = {}, Block<float> pairs = nullptr) {
-  Kernels<BFloat16> halves = kKernels<BFloat16>;
-  halves.block = pairs;
-  return {kKernels<float>, kKernels<double>, halves, kKernels<Half>, screening, level};
+constexpr Isa table(int64_t level, Screening screening = {}, PairProducts pairs = {}) {
+  return {kKernels<float>, kKernels<double>, kKernels<BFloat16>, kKernels<Half>, screening, pairs,
+          level};
 }
 
 }  // namespace clipsteer::ISA

@@ -1,0 +1,12 @@
+"""What this processor does with a product."""
+
+from pathlib import Path
+
+import torch
+
+
+def multiplies_pairs() -> bool:
+    """Whether the library multiplies bfloat16 numbers by pairs here."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text()
+    return found and torch.ops.clipsteer_cpp.isa_level() >= 2
