@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from clipsteer.ops._calls import step
+
 # whether a torch.func transform (grad, vjp, jvp, vmap, …) is at work
 transformed = torch._C._are_functorch_transforms_active
 
@@ -75,7 +77,7 @@ class Function:
             torch._dynamo.graph_break(msg='torch.func needs eager mode, or backend="reference"')
         if transformed():
             return cls._transformable.apply(*inputs)
-        return cls._eager.apply(*inputs)
+        return step(cls._eager.apply, *inputs)
 
     @staticmethod
     def forward(*inputs: Any) -> Any:

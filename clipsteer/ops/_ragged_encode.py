@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops._autograd import Function, save, total, tracked
+from clipsteer.ops._calls import contiguous, contiguous_if
 from clipsteer.ops._dispatch import call
 from clipsteer.ops._encoder import readable, scaled, unscaled
 from clipsteer.ops._ragged import SparseCodes, decode, dot, outer, pair_gradient, row_or_none
@@ -119,8 +120,8 @@ def encode(
     sparse_grad: bool,
 ) -> SparseCodes:
     """The codes that a low-level op finds, whose values are all positive if ``positive``."""
-    b, scale, columns = (None if t is None else t.contiguous() for t in (b, scale, columns))
-    arguments = (x.contiguous(), readable(W, backend), b, *limits, scale, columns)
+    b, scale, columns = (contiguous_if(t) for t in (b, scale, columns))
+    arguments = (contiguous(x), readable(W, backend), b, *limits, scale, columns)
     if tracked(x, W, b, scale):
         return SparseCodes(*RaggedEncode.run(*arguments, low_level, positive, backend, sparse_grad))
     return SparseCodes(*call(backend, low_level, *arguments))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops._autograd import Function, save, total, tracked, transformed
+from clipsteer.ops._calls import contiguous, in_full
 from clipsteer.ops._dispatch import call
 from clipsteer.ops._lowlevel import PORTABLE
 from clipsteer.ops._reference import rows_of
@@ -29,7 +30,7 @@ def laid_out(W: Tensor, backend: str) -> Tensor:
     """A dictionary (n, d) as the kernels of a backend read it: those of the CPU in both layouts."""
     if backend in ("cpp", PORTABLE) and lies_across(W):
         return W
-    return W.contiguous()
+    return contiguous(W)
 
 
 class SparseDecode(Function):
@@ -367,6 +368,8 @@ def check_gradient_options(
             '"reference"; leave them out, or see clipsteer env for how to get one'
         )
     source = W if given is None else given
+    if sparse_grad and lies_across(source):
+        in_full()  # a tensor's history is not of its kind
     if sparse_grad and source.grad_fn is not None and lies_across(source):
         raise RuntimeError(
             f"{op}: torch takes no row-sparse gradient through a transposition; leave sparse_grad "
