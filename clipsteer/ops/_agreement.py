@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops import _check
-from clipsteer.ops._calls import contiguous
 from clipsteer.ops._dispatch import call
 from clipsteer.ops._ragged import SparseCodes, code_rows
+from clipsteer.ops._steps import contiguous
 
 # numbers of a block of rows' differences
 BLOCK = 1 << 22

@@ -10,9 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from clipsteer.ops._calls import step
-
-# whether a torch.func transform (grad, vjp, jvp, vmap, …) is at work
-transformed = torch._C._are_functorch_transforms_active
+from clipsteer.ops._calls import transformed as transformed
 
 
 def has_tangents() -> bool:

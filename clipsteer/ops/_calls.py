@@ -14,7 +14,6 @@ mode, autocast or a tracer, and off the CPU, every call is made in full.
 from __future__ import annotations
 
 import functools
-import math
 import os
 import threading
 from collections.abc import Callable
@@ -39,13 +38,17 @@ _SEEN = object()
 _FULL = object()
 
 _compiling = torch.compiler.is_compiling
-_transformed = torch._C._are_functorch_transforms_active
+# whether a torch.func transform (grad, vjp, jvp, vmap, …) is at work
+transformed = torch._C._are_functorch_transforms_active
 _casting = torch._C._is_any_autocast_enabled
 _tracing = torch._C._get_tracing_state
 _with_grad = torch.is_grad_enabled
 
+# Where ``os.environ`` keeps what it holds: asked for a name that is not set it raises and catches
+# two errors, 0.7 µs.
+_ENVIRON: Any = getattr(os.environ, "_data", os.environ)
 _ASKED = "CLIPSTEER_BACKEND"
-_KEY = getattr(os.environ, "encodekey", str)(_ASKED)
+_KEY = _ASKED if _ENVIRON is os.environ else getattr(os.environ, "encodekey", str)(_ASKED)
 
 _PLANS: list[dict[Any, Any]] = []
 
@@ -54,12 +57,8 @@ Plan = Callable[[list[Tensor]], Any]
 
 
 def asked_backend() -> str | None:
-    """``CLIPSTEER_BACKEND`` where it is set to something. Its absence is looked up where
-    ``os.environ`` keeps what it holds: it raises and catches two errors then, 0.7 µs."""
-    data = getattr(os.environ, "_data", None)
-    if data is not None and not data.get(_KEY):
-        return None
-    return os.environ.get(_ASKED)
+    """``CLIPSTEER_BACKEND`` where it is set to something."""
+    return os.environ.get(_ASKED) if _ENVIRON.get(_KEY) else None
 
 
 # of a value of a call: whose list it is in, and where; "given" are the call's tensors, "fixed" what
@@ -110,7 +109,7 @@ class _Recording:
         many = type(output) is tuple
         values = output if many else (output,)
         kind = "found"
-        if all(of == "fixed" for of, _ in places) and not any(map(_of_inference, values)):
+        if all(of == "fixed" for of, _ in places):
             kind = "fixed"
         else:
             # as it ran: without a gradient, say
@@ -141,7 +140,9 @@ class _Recording:
             return lambda values: (values[number],)
 
         steps = [(step.function, taker(step.arguments), step.many) for step in self.steps]
-        return _plan(self.fixed, steps, taker(places), type(result))
+        all_found = [("found", at) for at in range(len(self.found))]
+        handed_on = places == all_found and self.steps[-1].many == isinstance(result, tuple)
+        return _plan(self.fixed, steps, taker(places), type(result), handed_on)
 
 
 def _plan(
@@ -149,9 +150,16 @@ def _plan(
     steps: list[tuple[Callable[..., Any], Callable[[list[Any]], tuple[Any, ...]], bool]],
     results: Callable[[list[Any]], tuple[Any, ...]],
     kind: type,
+    handed_on: bool,
 ) -> Plan:
+    """``handed_on``: the last step's output is the result, but for the kind of the tuple."""
     make = getattr(kind, "_make", None)
     alone = not issubclass(kind, tuple)
+    first, take, _ = steps[0]
+    if len(steps) == 1 and handed_on:  # what most ops are when nothing has a gradient
+        if make is None:
+            return lambda given: first(*take(given + fixed))
+        return lambda given: make(first(*take(given + fixed)))
 
     def plan(given: list[Tensor]) -> Any:
         values = given + fixed
@@ -172,10 +180,6 @@ def _is_fixed(value: Any) -> bool:
     if type(value) in (tuple, list):
         return all(map(_is_fixed, value))
     return value is None or isinstance(value, _FIXED)
-
-
-def _of_inference(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_inference()
 
 
 _recording: _Recording | None = None
@@ -231,14 +235,14 @@ def remembered(op: Op) -> Op:
     def called(*args: Any, **named: Any) -> Any:
         if (
             _compiling()
-            or _transformed()
+            or transformed()
             or forward_ad._current_level >= 0
             or _casting()
             or _tracing() is not None
             or _recording is not None
         ):
             return op(*args, **named)
-        kind = [asked_backend(), _with_grad(), *named]
+        kind = [_ENVIRON.get(_KEY), _with_grad(), *named]
         given: list[Tensor] = []
         try:
             for value in (*args, *named.values()) if named else args:
@@ -315,71 +319,6 @@ def _first_calls(
         _taken.release()
     plans[key] = recording.plan(result) or _FULL
     return result
-
-
-# ---------------------------------------------------------------- steps that many ops have
-
-
-def _contiguous(t: Tensor) -> Tensor:
-    return t.contiguous()
-
-
-def _to(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t.to(dtype)
-
-
-def _full(sizes: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full(sizes, value, dtype=dtype, device=device)
-
-
-def contiguous(t: Tensor) -> Tensor:
-    """``t.contiguous()``."""
-    return t if t.is_contiguous() else step(_contiguous, t)
-
-
-def contiguous_if(t: Tensor | None) -> Tensor | None:
-    """The same of what may not be there."""
-    return None if t is None else contiguous(t)
-
-
-def cast_to(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``t.to(dtype)``."""
-    return t if t.dtype == dtype else step(_to, t, dtype)
-
-
-def as_rows(
-    t: Tensor,  # (..., d)
-) -> Tensor:
-    """(B, d)."""
-    if t.dim() == 2:
-        return t
-    # math.prod keeps a symbolic batch, which Size.numel() makes a number of
-    return step(torch.reshape, t, (math.prod(t.shape[:-1]), t.shape[-1]))
-
-
-def as_given(
-    t: Tensor,  # (B, d)
-    leading: torch.Size,
-) -> Tensor:
-    """(..., d) again."""
-    return t if len(leading) == 1 else step(torch.reshape, t, (*leading, t.shape[-1]))
-
-
-def detached(t: Tensor) -> Tensor:
-    """``t.detach()``."""
-    # of a tensor inside a transform ``requires_grad`` says nothing of the others around it
-    plain = not (t.requires_grad or _compiling() or _transformed())
-    return t if plain and forward_ad._current_level < 0 else step(torch.detach, t)
-
-
-def full(
-    value: float,
-    dtype: torch.dtype,
-    device: torch.device,
-    sizes: tuple[int, ...] = (),
-) -> Tensor:
-    """A tensor of a number."""
-    return step(_full, sizes, value, dtype, device)
 
 
 def forget() -> None:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clipsteer.ops._calls import cast_to, contiguous, step
+from clipsteer.ops._calls import step
 from clipsteer.ops._dispatch import call
+from clipsteer.ops._steps import cast_to, contiguous
 from clipsteer.ops._sweeps import Pairs, in_one_call, keeps
 
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsteer.ops._calls import contiguous
 from clipsteer.ops._reference import rows_of
 from clipsteer.ops._sparse import lies_across
+from clipsteer.ops._steps import contiguous
 
 
 def pre_activations(

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops._autograd import Function, save, total, tracked
-from clipsteer.ops._calls import contiguous_if
 from clipsteer.ops._dispatch import call
 from clipsteer.ops._reference import rows_of
+from clipsteer.ops._steps import contiguous_if
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.ops import _check
-from clipsteer.ops._calls import cast_to, full, holds, step
+from clipsteer.ops._calls import holds, step
+from clipsteer.ops._steps import cast_to, full
 from clipsteer.ops._sweeps import Pairs, low_level
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops._autograd import Function, save, total, tracked
-from clipsteer.ops._calls import contiguous, contiguous_if
 from clipsteer.ops._dispatch import call
 from clipsteer.ops._encoder import readable, scaled, unscaled
 from clipsteer.ops._ragged import SparseCodes, decode, dot, outer, pair_gradient, row_or_none
 from clipsteer.ops._reference import rows_of
 from clipsteer.ops._sparse import laid_out
+from clipsteer.ops._steps import contiguous, contiguous_if
 
 
 class RaggedEncode(Function):

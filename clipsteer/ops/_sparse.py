@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops._autograd import Function, save, total, tracked, transformed
-from clipsteer.ops._calls import contiguous, in_full
+from clipsteer.ops._calls import in_full
 from clipsteer.ops._dispatch import call
 from clipsteer.ops._lowlevel import PORTABLE
 from clipsteer.ops._reference import rows_of
+from clipsteer.ops._steps import contiguous
 
 
 def lies_across(W: Tensor) -> bool:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops import _check, _grouped
-from clipsteer.ops._calls import cast_to, full, remembered, step
+from clipsteer.ops._calls import remembered, step
 from clipsteer.ops._dispatch import choose
 from clipsteer.ops._reference import rounded_once, rows_of
+from clipsteer.ops._steps import cast_to, full
 
 __all__ = ["LowRank", "conceptor_project", "conceptor_project_reference"]
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipsteer.ops._calls import contiguous, detached, remembered
+from clipsteer.ops._calls import remembered
 from clipsteer.ops._contrastive import KINDS, Kind, contrast
 from clipsteer.ops._dispatch import call, choose
 from clipsteer.ops._pairs import checked_features, checked_scale, merged, own_entropy
+from clipsteer.ops._steps import contiguous, detached
 from clipsteer.ops._sweeps import Pairs, in_one_call, keeps, low_level
 
 __all__ = ["distill_loss", "distill_loss_reference"]

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops import _check
-from clipsteer.ops._calls import cast_to, detached, full, holds, remembered, step
+from clipsteer.ops._calls import holds, remembered, step
 from clipsteer.ops._contrastive import KINDS, Kind, Value, contrast
 from clipsteer.ops._dispatch import call, choose
 from clipsteer.ops._drrho import Arguments, averaged, evaluate, log_of
+from clipsteer.ops._steps import cast_to, detached, full
 from clipsteer.ops._sweeps import in_one_call
 
 __all__ = ["drrho_loss", "drrho_loss_reference"]

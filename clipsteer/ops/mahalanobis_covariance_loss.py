@@ -16,9 +16,10 @@ from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._autograd import Function, save, total, tracked
-from clipsteer.ops._calls import cast_to, contiguous_if, detached, remembered
+from clipsteer.ops._calls import remembered
 from clipsteer.ops._dispatch import call, choose
 from clipsteer.ops._reference import rounded_once, rows_of
+from clipsteer.ops._steps import cast_to, contiguous_if, detached
 
 __all__ = ["LowRankDiag", "mahalanobis_covariance_loss", "mahalanobis_covariance_loss_reference"]
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops import _check
-from clipsteer.ops._calls import contiguous, contiguous_if, remembered, step
+from clipsteer.ops._calls import remembered, step
 from clipsteer.ops._dispatch import choose
 from clipsteer.ops._ragged import SparseCodes, code_rows, decode
 from clipsteer.ops._reference import rounded_once
 from clipsteer.ops._sparse import laid_out, with_gradient_options
+from clipsteer.ops._steps import contiguous, contiguous_if
 
 __all__ = ["SparseCodes", "code_rows", "ragged_decode", "ragged_decode_reference"]
 

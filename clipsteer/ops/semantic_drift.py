@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops import _check
-from clipsteer.ops._calls import contiguous, remembered, step
+from clipsteer.ops._calls import remembered, step
 from clipsteer.ops._dispatch import call, choose
+from clipsteer.ops._steps import contiguous
 
 __all__ = ["semantic_drift", "semantic_drift_reference"]
 

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsteer.ops._calls import contiguous, remembered
+from clipsteer.ops._calls import remembered
 from clipsteer.ops._contrastive import KINDS, Kind, contrast
 from clipsteer.ops._dispatch import call, choose
 from clipsteer.ops._pairs import checked_features, checked_number
+from clipsteer.ops._steps import contiguous
 from clipsteer.ops._sweeps import in_one_call, low_level
 
 __all__ = ["siglip_loss", "siglip_loss_reference"]

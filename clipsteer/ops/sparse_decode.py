@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops import _check
-from clipsteer.ops._calls import as_given, as_rows, contiguous, contiguous_if, remembered, step
+from clipsteer.ops._calls import remembered, step
 from clipsteer.ops._dispatch import choose
 from clipsteer.ops._reference import rounded_once, rows_of
 from clipsteer.ops._sparse import check_gradient_options as check_gradient_options
@@ -26,6 +26,7 @@ from clipsteer.ops._sparse import decode, laid_out, with_gradient_options
 from clipsteer.ops._sparse import gather_dot as gather_dot
 from clipsteer.ops._sparse import sparse_outer as sparse_outer
 from clipsteer.ops._sparse import weight_gradient as weight_gradient
+from clipsteer.ops._steps import as_given, as_rows, contiguous, contiguous_if
 from clipsteer.ops.ragged_decode import decoded, ragged_decode_reference
 
 __all__ = ["sparse_decode", "sparse_decode_reference"]

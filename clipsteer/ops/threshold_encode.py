@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.ops import _check
-from clipsteer.ops._calls import full, remembered, step
+from clipsteer.ops._calls import remembered, step
 from clipsteer.ops._dispatch import choose
 from clipsteer.ops._encoder import named_by, pre_activations
 from clipsteer.ops._ragged import SparseCodes
 from clipsteer.ops._ragged_encode import encode
 from clipsteer.ops._reference import rounded_once
 from clipsteer.ops._sparse import with_gradient_options
+from clipsteer.ops._steps import full
 
 __all__ = ["threshold_encode", "threshold_encode_reference"]
 

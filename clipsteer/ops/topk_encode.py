@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._autograd import Function, save, total, tracked
-from clipsteer.ops._calls import as_given, as_rows, contiguous, contiguous_if, remembered
+from clipsteer.ops._calls import remembered
 from clipsteer.ops._dispatch import call, choose, exporting_to_onnx
 from clipsteer.ops._encoder import (
     named_by,
@@ -33,6 +33,7 @@ from clipsteer.ops._sparse import (
     weight_gradient,
     with_gradient_options,
 )
+from clipsteer.ops._steps import as_given, as_rows, contiguous, contiguous_if
 
 __all__ = ["topk_encode", "topk_encode_reference"]
 
