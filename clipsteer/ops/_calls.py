@@ -106,10 +106,10 @@ class _Recording:
             output = function(*arguments)
         finally:
             _recording = self
-        many = type(output) is tuple
+        many = isinstance(output, tuple)
         values = output if many else (output,)
         kind = "found"
-        if all(of == "fixed" for of, _ in places):
+        if all(of == "fixed" for of, _ in places) and all(map(_small, values)):
             kind = "fixed"
         else:
             # as it ran: without a gradient, say
@@ -174,6 +174,11 @@ def _plan(
         return results(values) if make is None else make(results(values))
 
     return plan
+
+
+def _small(value: Any) -> bool:
+    """Whether it may be kept for good."""
+    return not isinstance(value, Tensor) or value.numel() <= 1024
 
 
 def _is_fixed(value: Any) -> bool:
