@@ -64,7 +64,7 @@ def detached(t: Tensor) -> Tensor:
 
 
 def full(
-    value: float,
+    value: float | torch.SymFloat,
     dtype: torch.dtype,
     device: torch.device,
     sizes: tuple[int, ...] = (),

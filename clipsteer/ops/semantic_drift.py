@@ -55,9 +55,8 @@ def semantic_drift_reference(
     float64."""
     if 0 in old.shape or 0 in prototypes.shape:
         return prototypes.clone()
-    if isinstance(sigma, str):
-        sigma = median_sigma(old, prototypes)
-    scale = _scale(sigma, floor, old.dtype, old.device)
+    width = median_sigma(old, prototypes) if isinstance(sigma, str) else sigma
+    scale = _scale(width, floor, old.dtype, old.device)
     return moved_by(prototypes, *reference_sums(old, new, prototypes, scale))
 
 
