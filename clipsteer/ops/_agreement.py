@@ -12,6 +12,7 @@ from torch import Tensor
 from clipsteer.ops import _check
 from clipsteer.ops._dispatch import call
 from clipsteer.ops._ragged import SparseCodes, code_rows
+from clipsteer.ops._steps import contiguous
 
 # numbers of a block of rows' differences
 BLOCK = 1 << 22
@@ -71,9 +72,9 @@ def dense(scores: Scores) -> Tensor:
 def parts(scores: Scores) -> Sides:
     """As a low-level op takes one side."""
     if isinstance(scores, SparseScores):
-        tensors = (t.contiguous() for t in scores[:3])
+        tensors = (contiguous(t) for t in scores[:3])
         return (*tensors, scores.concepts)
-    return (scores.contiguous(), None, None, scores.shape[1])
+    return (contiguous(scores), None, None, scores.shape[1])
 
 
 def side(values: Tensor, indices: Tensor | None, offsets: Tensor | None, concepts: int) -> Scores:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# whether a torch.func transform (grad, vjp, jvp, vmap, …) is at work
-transformed = torch._C._are_functorch_transforms_active
+from clipsteer.ops._calls import step
+from clipsteer.ops._calls import transformed as transformed
 
 
 def has_tangents() -> bool:
@@ -75,7 +75,7 @@ class Function:
             torch._dynamo.graph_break(msg='torch.func needs eager mode, or backend="reference"')
         if transformed():
             return cls._transformable.apply(*inputs)
-        return cls._eager.apply(*inputs)
+        return step(cls._eager.apply, *inputs)
 
     @staticmethod
     def forward(*inputs: Any) -> Any:

@@ -135,6 +135,11 @@ def _looked_at(t: Tensor) -> bool:
     return t.device.type == "cpu" or os.environ.get("CLIPSTEER_CHECK_INDICES", "0") == "1"
 
 
+def is_positive(t: Tensor) -> bool:
+    """Whether the number () is, or is NaN."""
+    return not t.item() <= 0
+
+
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Tensors (or None), the first of them one, as ``F.linear`` would cast them inside an autocast
     region; float64 stays."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from clipsteer._version import left_out
 from clipsteer.kernels._precision import tf32_allowed
 from clipsteer.ops import _vmap
+from clipsteer.ops._calls import asked_backend, step
 from clipsteer.ops._lowlevel import (
     BACKENDS,
     DTYPES,
@@ -266,7 +267,7 @@ def resolve(
     """The backend that runs: the keyword, then ``CLIPSTEER_BACKEND``, then what an exported graph
     is to name, then the fastest one that is trusted here."""
     if backend == "auto":
-        backend = os.environ.get("CLIPSTEER_BACKEND", "auto").lower() or "auto"
+        backend = (asked_backend() or "auto").lower()
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"{op}: backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
     if backend == "auto" and exporting_to_onnx():
@@ -310,9 +311,21 @@ def choose(op: str, backend: str, tensor: Tensor) -> str:
     return resolve(op, backend, tensor.device.type, tensor.device.index, tensor.dtype)
 
 
+# by backend and low-level op; looking for one takes three attributes
+_OVERLOADS: dict[tuple[str, str], Any] = {}
+
+
+def _overload(backend: str, op: str) -> Any:
+    return getattr(getattr(torch.ops, NAMESPACES[backend]), op).default
+
+
 def call(backend: str, op: str, *args: Any) -> Any:
     """Run low-level ``op`` of ``backend`` on contiguous tensors."""
-    return getattr(getattr(torch.ops, NAMESPACES[backend]), op)(*args)
+    if torch.compiler.is_compiling():
+        return _overload(backend, op)(*args)
+    if (function := _OVERLOADS.get((backend, op))) is None:
+        function = _OVERLOADS[backend, op] = _overload(backend, op)
+    return step(function, *args)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from clipsteer.ops._calls import step
 from clipsteer.ops._dispatch import call
+from clipsteer.ops._steps import cast_to, contiguous
 from clipsteer.ops._sweeps import Pairs, in_one_call, keeps
 
 
@@ -32,6 +34,14 @@ def log_of(B: int, like: Tensor) -> float | Tensor:
         count = torch.full((), B, dtype=torch.float64, device=like.device)
         return count.log().to(like.dtype)
     return math.log(B)
+
+
+def _beside(
+    x: Tensor,  # (B, d)
+    reference: Tensor,  # (B, r)
+    negative: bool,
+) -> Tensor:  # (B, d + r)
+    return torch.cat([x, -reference if negative else reference], 1)
 
 
 class Arguments(NamedTuple):
@@ -67,12 +77,12 @@ def evaluate(
     rows = image
     cols = text
     if ref_image is not None and ref_text is not None:
-        rows = torch.cat([image, -ref_image], 1)
-        cols = torch.cat([text, ref_text], 1)
+        rows = step(_beside, image, ref_image, True)
+        cols = step(_beside, text, ref_text, False)
     if in_one_call(backend, world):
-        past = None if u is None else u.to(wide).contiguous()
+        past = None if u is None else contiguous(cast_to(u, wide))
         keep = any(needs) and keeps(rows, rows.shape[0], rows.shape[1])
-        given = (rows.contiguous(), cols.contiguous(), tau, past, gamma, eps, rho, d, keep)
+        given = (contiguous(rows), contiguous(cols), tau, past, gamma, eps, rho, d, keep)
         return call(backend, "drrho_loss", *given, *needs)
     pairs = Pairs(rows, cols, tau.reciprocal(), backend, world)
     B = pairs.columns

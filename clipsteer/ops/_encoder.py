@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clipsteer.ops._reference import rows_of
 from clipsteer.ops._sparse import lies_across
+from clipsteer.ops._steps import contiguous
 
 
 def pre_activations(
@@ -29,7 +30,7 @@ def pre_activations(
 
 def readable(W: Tensor, backend: str) -> Tensor:
     """A dictionary (n, d) as the encoders of a backend read it: in either layout, but for CUDA."""
-    return W if lies_across(W) and backend != "cuda" else W.contiguous()
+    return W if lies_across(W) and backend != "cuda" else contiguous(W)
 
 
 def named_by(columns: Tensor | None, indices: Tensor) -> Tensor:

@@ -15,15 +15,12 @@ from torch import Tensor
 from clipsteer.ops._autograd import Function, save, total, tracked
 from clipsteer.ops._dispatch import call
 from clipsteer.ops._reference import rows_of
+from clipsteer.ops._steps import contiguous_if
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What the kernels compute in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
 
 
 def _of_rows(t: Tensor, index: Tensor | None) -> Tensor:
@@ -232,7 +229,7 @@ def matmul(
     backend: str,
 ) -> Tensor:
     """β_k (x_b − μ_k) W_k + μ_k, W_kᵀ if ``transpose``: (B, n)."""
-    args = (*map(_contiguous, (x, W, index, beta, mean)), transpose)
+    args = (*map(contiguous_if, (x, W, index, beta, mean)), transpose)
     if tracked(x, W, beta, mean):
         return Matmul.run(*args, backend)
     return call(backend, "grouped_matmul", *args)
@@ -246,7 +243,7 @@ def outer(
     backend: str,
 ) -> Tensor:
     """Σ over the rows of each group of a_b ⊗ b_b, in ascending order: (K, m, n)."""
-    args = (*map(_contiguous, (a, b, index)), groups)
+    args = (*map(contiguous_if, (a, b, index)), groups)
     if tracked(a, b):
         return Outer.run(*args, backend)
     return call(backend, "grouped_outer", *args)
@@ -267,7 +264,7 @@ def low_rank(
     backend: str,
 ) -> Tensor:
     """U_k (s_k ∘ U_kᵀ(x_b − μ_k)) + μ_k: (B, d)."""
-    args = tuple(map(_contiguous, (x, U, s, index, mean)))
+    args = tuple(map(contiguous_if, (x, U, s, index, mean)))
     if tracked(x, U, s, mean):
         return LowRank.run(*args, backend)
     return call(backend, "low_rank_project", *args)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.ops import _check
+from clipsteer.ops._calls import holds, step
+from clipsteer.ops._steps import cast_to, full
 from clipsteer.ops._sweeps import Pairs, low_level
 
 
@@ -62,11 +64,11 @@ def checked_number(op: str, name: str, value: Any, named: dict[str, Any]) -> Ten
             got = f"{tuple(value.shape)} on {value.device}"
             raise ValueError(_check.mistake(op, name, expected, got, named))
         # a view, and its node in the graph, only where there is one number in more dimensions
-        return (value if value.dim() == 0 else value.reshape(())).to(wide)
+        return cast_to(value if value.dim() == 0 else step(torch.reshape, value, ()), wide)
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
         got = type(value).__name__
         raise TypeError(_check.mistake(op, name, "a number or a tensor", got, named))
-    return torch.full((), value, dtype=wide, device=first.device)
+    return full(value, wide, first.device)
 
 
 def checked_scale(op: str, name: str, value: Any, named: dict[str, Any]) -> Tensor:
@@ -75,7 +77,7 @@ def checked_scale(op: str, name: str, value: Any, named: dict[str, Any]) -> Tens
     number = checked_number(op, name, value, named)
     if isinstance(value, Tensor):
         looked_at = value.device.type == "cpu" and _check.has_values(value)
-        wrong = looked_at and value.item() <= 0
+        wrong = looked_at and not holds(_check.is_positive, value)
     else:
         wrong = not 0 < value < math.inf
     if wrong:

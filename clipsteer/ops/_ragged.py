@@ -235,7 +235,8 @@ def decode_pairs(
     backend: str,
 ) -> Tensor:
     """The same of pairs in any order: (rows, d)."""
-    row, order = torch.sort(row, stable=True)
+    # those without a row come last, as padding does
+    row, order = torch.sort(torch.where(row < 0, rows, row), stable=True)
     offsets = torch.searchsorted(row, torch.arange(rows + 1, device=row.device))
     values = values.gather(0, order)
     return decode(values, indices.gather(0, order), offsets, W, None, [W.shape[0]], backend)[0]

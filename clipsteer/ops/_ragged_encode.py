@@ -16,6 +16,7 @@ from clipsteer.ops._encoder import readable, scaled, unscaled
 from clipsteer.ops._ragged import SparseCodes, decode, dot, outer, pair_gradient, row_or_none
 from clipsteer.ops._reference import rows_of
 from clipsteer.ops._sparse import laid_out
+from clipsteer.ops._steps import contiguous, contiguous_if
 
 
 class RaggedEncode(Function):
@@ -119,8 +120,8 @@ def encode(
     sparse_grad: bool,
 ) -> SparseCodes:
     """The codes that a low-level op finds, whose values are all positive if ``positive``."""
-    b, scale, columns = (None if t is None else t.contiguous() for t in (b, scale, columns))
-    arguments = (x.contiguous(), readable(W, backend), b, *limits, scale, columns)
+    b, scale, columns = (contiguous_if(t) for t in (b, scale, columns))
+    arguments = (contiguous(x), readable(W, backend), b, *limits, scale, columns)
     if tracked(x, W, b, scale):
         return SparseCodes(*RaggedEncode.run(*arguments, low_level, positive, backend, sparse_grad))
     return SparseCodes(*call(backend, low_level, *arguments))

@@ -9,15 +9,16 @@ gradient lies so, too.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from clipsteer.ops._autograd import Function, save, total, tracked, transformed
+from clipsteer.ops._buffer import claimed
+from clipsteer.ops._calls import in_full
 from clipsteer.ops._dispatch import call
 from clipsteer.ops._lowlevel import PORTABLE
 from clipsteer.ops._reference import rows_of
+from clipsteer.ops._steps import contiguous
 
 
 def lies_across(W: Tensor) -> bool:
@@ -29,7 +30,7 @@ def laid_out(W: Tensor, backend: str) -> Tensor:
     """A dictionary (n, d) as the kernels of a backend read it: those of the CPU in both layouts."""
     if backend in ("cpp", PORTABLE) and lies_across(W):
         return W
-    return W.contiguous()
+    return contiguous(W)
 
 
 class SparseDecode(Function):
@@ -265,37 +266,6 @@ def optional_gradient(
     return None
 
 
-def claimed(buffer: Tensor) -> Tensor | None:
-    """A tensor that stands for ``buffer``, to be written and handed out; None while anything else
-    can see what is in it, and under transforms.
-
-    What can see it holds its storage: a gradient of an earlier backward pass or of an earlier use
-    in this one, whatever views it went through, who keeps it, and the tensor that ``buffer`` is a
-    view of. Or it holds ``buffer`` itself, as an attribute ``grad``.
-    """
-    if torch.compiler.is_compiling() or transformed():
-        return None
-    # taken first, so that of two threads that come together neither finds itself alone
-    taken = buffer.detach()
-    return taken if _holders(buffer) == _holders_of_one() else None
-
-
-def _holders(t: Tensor) -> tuple[int, int]:
-    """How many hold the storage of a tensor, and the tensor."""
-    return torch._C._storage_Use_Count(t.untyped_storage()._cdata), t._use_count()  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _holders_of_one() -> tuple[int, int]:
-    """The same of a tensor that has just been claimed: what torch and Python hold of themselves
-    changes with their release."""
-    buffer = torch.empty(0, device="cpu")
-    taken = buffer.detach()
-    found = _holders(buffer)
-    del taken
-    return found
-
-
 class _Cast(Function):
     """A dictionary in autocast's dtype; its gradient comes back as it was asked for."""
 
@@ -367,6 +337,8 @@ def check_gradient_options(
             '"reference"; leave them out, or see clipsteer env for how to get one'
         )
     source = W if given is None else given
+    if sparse_grad and lies_across(source):
+        in_full()  # a tensor's history is not of its kind
     if sparse_grad and source.grad_fn is not None and lies_across(source):
         raise RuntimeError(
             f"{op}: torch takes no row-sparse gradient through a transposition; leave sparse_grad "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops import _check
+from clipsteer.ops._calls import remembered
 from clipsteer.ops._dispatch import choose
 from clipsteer.ops._encoder import pre_activations
 from clipsteer.ops._ragged import SparseCodes
@@ -45,6 +46,7 @@ def batch_topk_encode_reference(
     return codes_where(pre, keep.view_as(pre), max(count, x.shape[0]), columns)
 
 
+@remembered
 def batch_topk_encode(
     x: Tensor,  # (B, d_in)
     W_enc: Tensor,  # (d_sae, d_in)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops import _check
+from clipsteer.ops._calls import remembered, step
 from clipsteer.ops._contrastive import KINDS, Kind, contrast
 from clipsteer.ops._dispatch import call, choose
 from clipsteer.ops._pairs import (
@@ -23,6 +24,7 @@ from clipsteer.ops._pairs import (
     own_entropy,
     softmax_gradients,
 )
+from clipsteer.ops._steps import contiguous
 from clipsteer.ops._sweeps import Pairs, in_one_call, keeps
 
 __all__ = ["clip_loss", "clip_loss_reference"]
@@ -70,8 +72,12 @@ def evaluate(arguments, needs, backend, world):
     image, text, scale, labels, smoothing = arguments
     if in_one_call(backend, world) and labels is None and not smoothing:
         keep = any(needs) and keeps(image, image.shape[0], image.shape[1])
-        given = (image.contiguous(), text.contiguous(), scale, keep, *needs)
+        given = (contiguous(image), contiguous(text), scale, keep, *needs)
         return call(backend, "clip_loss", *given)
+    return step(_by_sweeps, needs, backend, world, *arguments)
+
+
+def _by_sweeps(needs, backend, world, image, text, scale, labels, smoothing):
     pairs = Pairs(image, text, scale, backend, world)
     M = image.shape[0]
     local = world is not None and world.local
@@ -149,6 +155,7 @@ def _reference(
 KINDS["clip_loss"] = Kind(evaluate, _gradient, _reference, tensors=4, leaves=(0, 1, 2))
 
 
+@remembered
 def clip_loss(
     image: Tensor,  # (B, d)
     text: Tensor,  # (B, d)

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops import _check, _grouped
+from clipsteer.ops._calls import remembered, step
 from clipsteer.ops._dispatch import choose
 from clipsteer.ops._reference import rounded_once, rows_of
+from clipsteer.ops._steps import cast_to, full
 
 __all__ = ["LowRank", "conceptor_project", "conceptor_project_reference"]
 
@@ -86,7 +88,7 @@ def _checked(
     _check.check_tensors(op, named, integer=("index",))
     first = named[names[0]]
     if first.dim() == 2:  # a single conceptor
-        named.update({n: named[n].unsqueeze(0) for n in names})
+        named.update({n: step(torch.unsqueeze, named[n], 0) for n in names})
         first = named[names[0]]
     if first.dim() != 3 or not (low_rank or first.shape[1] == first.shape[2]):
         expected = "of shape (K, d, r) or (d, r)" if low_rank else "of shape (K, d, d) or (d, d)"
@@ -106,17 +108,18 @@ def _checked(
         _check.check_indices(op, index, K, named, "index")
     if learnt:
         if named["beta"].dim() == 0:
-            named["beta"] = named["beta"].expand(K)
+            named["beta"] = step(torch.broadcast_to, named["beta"], (K,))
         _check.check_shape(op, named, "beta", (K,), "(K,)")
     if mean is not None:
         if mean.dim() == 1 and mean.shape[0] == d:
-            named["mean"] = named["mean"].expand(K, d)
+            named["mean"] = step(torch.broadcast_to, named["mean"], (K, d))
         _check.check_shape(op, named, "mean", (K, d), "(K, d) or (d,)")
     full = LowRank(named["U"], named["s"]) if low_rank else named["C"]
     strength = named["beta"] if learnt else beta
     return named["h"], full, index, strength, named["mean"]
 
 
+@remembered
 def conceptor_project(
     h: Tensor,  # (..., d)
     C: Tensor | LowRank,  # (K, d, d) or (d, d)
@@ -159,22 +162,27 @@ def conceptor_project(
         return conceptor_project_reference(h, C, index, beta=beta, mean=mean)
     flat = h.dim() == 2
     wide = _grouped.compute_dtype(h.dtype)
-    rows = h if flat else h.reshape(-1, h.shape[-1])
-    index = index if flat or index is None else index.reshape(-1)
+    rows = h if flat else step(torch.reshape, h, (-1, h.shape[-1]))
+    index = index if flat or index is None else step(torch.reshape, index, (-1,))
     strength = None if not isinstance(beta, Tensor) and beta == 1 else beta
     if isinstance(strength, Tensor):
-        strength = strength.to(wide)
+        strength = cast_to(strength, wide)
     if isinstance(C, LowRank):
         s = C.s
         if backend != "triton" or strength is not None:  # Triton's kernel widens s itself
-            s = s.to(wide)
-        if isinstance(strength, Tensor):
-            s = s * strength.unsqueeze(-1)
-        elif strength is not None:
-            s = s * strength
+            s = cast_to(s, wide)
+        if strength is not None:
+            s = step(_strengthened, s, strength)
         y = _grouped.low_rank(rows, C.U, s, index, mean, backend)
     else:
         if strength is not None and not isinstance(strength, Tensor):
-            strength = torch.full((C.shape[0],), strength, dtype=wide, device=h.device)
+            strength = full(strength, wide, h.device, (C.shape[0],))
         y = _grouped.matmul(rows, C, index, strength, mean, True, backend)
-    return y if flat else y.reshape(h.shape)
+    return y if flat else step(torch.reshape, y, tuple(h.shape))
+
+
+def _strengthened(
+    s: Tensor,  # (K, r)
+    strength: float | Tensor,  # a number or (K,)
+) -> Tensor:
+    return s * (strength.unsqueeze(-1) if isinstance(strength, Tensor) else strength)

@@ -12,9 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clipsteer.ops._calls import remembered
 from clipsteer.ops._contrastive import KINDS, Kind, contrast
 from clipsteer.ops._dispatch import call, choose
 from clipsteer.ops._pairs import checked_features, checked_scale, merged, own_entropy
+from clipsteer.ops._steps import contiguous, detached
 from clipsteer.ops._sweeps import Pairs, in_one_call, keeps, low_level
 
 __all__ = ["distill_loss", "distill_loss_reference"]
@@ -49,7 +51,7 @@ def distill_loss_reference(
 def _models(arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Images, texts and scale, of the student and of the teacher."""
     *features, scale, teacher_scale = arguments
-    image, text, teacher_image, teacher_text = (x.contiguous() for x in features)
+    image, text, teacher_image, teacher_text = map(contiguous, features)
     return image, text, scale, teacher_image, teacher_text, teacher_scale
 
 
@@ -142,6 +144,7 @@ KINDS["distill_loss"] = Kind(
 )
 
 
+@remembered
 def distill_loss(
     image: Tensor,  # (B, d)
     text: Tensor,  # (B, d)
@@ -186,9 +189,9 @@ def distill_loss(
     given |= {"teacher_image": teacher_image, "teacher_text": teacher_text}
     named = checked_features(op, given)
     scale = checked_scale(op, "logit_scale", logit_scale, named)
-    theirs = checked_scale(op, "teacher_logit_scale", teacher_logit_scale, named).detach()
-    named["teacher_image"] = named["teacher_image"].detach()
-    named["teacher_text"] = named["teacher_text"].detach()
+    theirs = detached(checked_scale(op, "teacher_logit_scale", teacher_logit_scale, named))
+    named["teacher_image"] = detached(named["teacher_image"])
+    named["teacher_text"] = detached(named["teacher_text"])
     arguments = (*named.values(), scale, theirs)
     contrastive, distill = contrast(op, arguments, choose(op, backend, named["image"]))
     return contrastive, distill

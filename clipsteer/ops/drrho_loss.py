@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops import _check
+from clipsteer.ops._calls import holds, remembered, step
 from clipsteer.ops._contrastive import KINDS, Kind, Value, contrast
 from clipsteer.ops._dispatch import call, choose
 from clipsteer.ops._drrho import Arguments, averaged, evaluate, log_of
+from clipsteer.ops._steps import cast_to, detached, full
 from clipsteer.ops._sweeps import in_one_call
 
 __all__ = ["drrho_loss", "drrho_loss_reference"]
@@ -173,14 +175,15 @@ def _checked_temperature(op, temperature, named, wide):
             raise ValueError(_check.mistake(op, "temperature", expected, got, named))
         # a value is looked at where that costs no synchronisation
         looked_at = device.type == "cpu" and _check.has_values(temperature)
-        wrong = looked_at and temperature.item() <= 0
-        tau = (temperature if temperature.dim() == 0 else temperature.reshape(())).to(wide)
+        wrong = looked_at and not holds(_check.is_positive, temperature)
+        tau = temperature if temperature.dim() == 0 else step(torch.reshape, temperature, ())
+        tau = cast_to(tau, wide)
     elif isinstance(temperature, bool) or not isinstance(temperature, (int, float, torch.SymFloat)):
         got = type(temperature).__name__
         raise TypeError(_check.mistake(op, "temperature", "a number or a tensor", got, named))
     else:
         wrong = not 0 < temperature < math.inf
-        tau = torch.full((), temperature, dtype=wide, device=device)
+        tau = full(temperature, wide, device)
     if wrong:
         expected = "positive and finite"
         raise ValueError(_check.mistake(op, "temperature", expected, temperature, named))
@@ -197,9 +200,10 @@ def _checked_u(op, u, named):
         expected = f"of shape (2, B = {B}) on {image.device}"
         got = f"{tuple(u.shape)} on {u.device}"
         raise ValueError(_check.mistake(op, "u", expected, got, named))
-    return u.detach()
+    return detached(u)
 
 
+@remembered
 def drrho_loss(
     image: Tensor,  # (B, d)
     text: Tensor,  # (B, d)
@@ -265,6 +269,7 @@ def run(arguments: Arguments, backend: str, world: Any = None) -> tuple[Tensor, 
     """Checked arguments through the definition or the sweeps, differentiable if something asks for
     it."""
     if arguments.ref_image is not None and arguments.ref_text is not None:
-        ref_image, ref_text = arguments.ref_image.detach(), arguments.ref_text.detach()
+        ref_image = detached(arguments.ref_image)
+        ref_text = detached(arguments.ref_text)
         arguments = arguments._replace(ref_image=ref_image, ref_text=ref_text)
     return contrast("drrho_loss", arguments, backend, world)

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.ops import _check
+from clipsteer.ops._autograd import tracked
 from clipsteer.ops._bounds import HALVES
+from clipsteer.ops._calls import remembered, step
 from clipsteer.ops._ragged import SparseCodes, code_rows
 from clipsteer.ops._reference import rounded_once, rows_of
 from clipsteer.ops.threshold_encode import codes_where, threshold_encode
@@ -57,10 +59,12 @@ def jumprelu(
     fixed = threshold.detach()
     # in pre's precision, as codes are selected
     level = fixed.to(dtype)
+    below = pre <= level
+    if not tracked(pre, threshold):
+        return torch.where(below, 0, pre), (~below).to(dtype)
     half = bandwidth / 2
     above = pre > level - half if above is None else above
     near = above & (pre < level + half)
-    below = pre <= level
     if dtype in HALVES:
         pre = pre.float()
         threshold = threshold.float()
@@ -104,6 +108,7 @@ def jumprelu_encode_reference(
     return jumped(codes, threshold, bandwidth)
 
 
+@remembered
 def jumprelu_encode(
     x: Tensor,  # (B, d_in)
     W_enc: Tensor,  # (d_sae, d_in)
@@ -149,10 +154,24 @@ def jumprelu_encode(
         x,
         W_enc,
         b_enc,
-        threshold=threshold - bandwidth / 2,
+        threshold=step(_lowered, threshold, bandwidth),
         relu=False,
         capacity=capacity,
         backend=backend,
         sparse_grad=sparse_grad,
     )
-    return jumped(codes, threshold, bandwidth)
+    return step(_jumped, *codes, threshold, bandwidth)
+
+
+def _lowered(threshold: Tensor, bandwidth: float) -> Tensor:
+    return threshold - bandwidth / 2
+
+
+def _jumped(
+    values: Tensor,  # (m,)
+    indices: Tensor,  # (m,)
+    offsets: Tensor,  # (B + 1,)
+    threshold: Tensor,  # () or (d_sae,)
+    bandwidth: float,
+) -> JumpReLUCodes:
+    return jumped(SparseCodes(values, indices, offsets), threshold, bandwidth)

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._autograd import Function, save, total, tracked
+from clipsteer.ops._calls import remembered
 from clipsteer.ops._dispatch import call, choose
 from clipsteer.ops._reference import rounded_once, rows_of
+from clipsteer.ops._steps import cast_to, contiguous_if, detached
 
 __all__ = ["LowRankDiag", "mahalanobis_covariance_loss", "mahalanobis_covariance_loss_reference"]
 
@@ -225,11 +227,12 @@ def _checked(
         named["new"],
         named["old"],
         labels,
-        first.detach(),
-        *(t if t is None else t.detach() for t in (named.get("s"), named.get("diag"))),
+        detached(first),
+        *(t if t is None else detached(t) for t in (named.get("s"), named.get("diag"))),
     )
 
 
+@remembered
 def mahalanobis_covariance_loss(
     new: Tensor,  # (B, d)
     old: Tensor,  # (B, d)
@@ -276,9 +279,8 @@ def mahalanobis_covariance_loss(
     if backend == "reference":
         given = first if s is None else LowRankDiag(first, s, diag)
         return mahalanobis_covariance_loss_reference(new, old, labels, given, normalize)
-    inputs = (new, old.detach(), labels, first, s, diag)
-    contiguous = [t if t is None else t.contiguous() for t in inputs]
+    inputs = tuple(map(contiguous_if, (new, detached(old), labels, first, s, diag)))
     if tracked(new):
-        return _Loss.run(backend, normalize, *contiguous)[0]
-    loss, _ = call(backend, "mahalanobis_covariance_loss", *contiguous, normalize, False)
-    return loss.to(new.dtype)
+        return _Loss.run(backend, normalize, *inputs)[0]
+    loss, _ = call(backend, "mahalanobis_covariance_loss", *inputs, normalize, False)
+    return cast_to(loss, new.dtype)

@@ -40,6 +40,7 @@ from clipsteer.ops._agreement import (
     disagreement,
     low_level,
 )
+from clipsteer.ops._calls import remembered, step
 from clipsteer.ops._contrastive import KINDS, Kind, contrast
 from clipsteer.ops._dispatch import choose
 
@@ -123,7 +124,7 @@ def _evaluate(arguments, needs, backend, world):
         found = low_level(backend, "agreement_counts", *sides, *share, *needs)
     if world is not None:
         world.sum_(total, *found)
-    return _index(total, _rows(arguments), values.dtype), *found
+    return step(_index, total, _rows(arguments), values.dtype), *found
 
 
 def _gradient(cotangents, found, arguments, needs, backend, world):
@@ -149,6 +150,7 @@ def _chosen(op: str, P: Scores, Q: Scores, backend: str) -> str:
     return choose(f"{op}_sparse" if sparse else op, backend, first)
 
 
+@remembered
 def generalised_rand_index(
     P: Scores,  # (N, K)
     Q: Scores,  # (N, L)
@@ -198,6 +200,7 @@ def generalised_rand_index(
     return contrast("generalised_rand_index", arguments, backend, world)[0]
 
 
+@remembered
 @torch.no_grad()
 def concept_distances(
     P: Scores,  # (N, K)

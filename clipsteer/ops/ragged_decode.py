@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops import _check
+from clipsteer.ops._calls import remembered, step
 from clipsteer.ops._dispatch import choose
 from clipsteer.ops._ragged import SparseCodes, code_rows, decode
 from clipsteer.ops._reference import rounded_once
 from clipsteer.ops._sparse import laid_out, with_gradient_options
+from clipsteer.ops._steps import contiguous, contiguous_if
 
 __all__ = ["SparseCodes", "code_rows", "ragged_decode", "ragged_decode_reference"]
 
@@ -48,6 +50,7 @@ def ragged_decode_reference(
     return x_hat[0] if prefixes is None else x_hat
 
 
+@remembered
 def ragged_decode(
     values: Tensor,  # (m,)
     indices: Tensor,  # (m,)
@@ -127,17 +130,23 @@ def decoded(
     if backend == "reference":
         return ragged_decode_reference(values, indices, offsets, W_dec, b_dec, prefixes=prefixes)
     x_hat = decode(
-        values.contiguous(),
-        indices.contiguous(),
-        offsets.contiguous(),
+        contiguous(values),
+        contiguous(indices),
+        contiguous(offsets),
         laid_out(W_dec, backend),
-        None if b_dec is None else b_dec.contiguous(),
+        contiguous_if(b_dec),
         limits,
         backend,
         sparse_grad,
         grad_buffer,
     )
-    return x_hat[0] if prefixes is None else x_hat
+    return step(_first, x_hat) if prefixes is None else x_hat
+
+
+def _first(
+    x_hat: Tensor,  # (1, B, d)
+) -> Tensor:
+    return x_hat[0]
 
 
 def checked_prefixes(op: str, prefixes: Sequence[int] | None, n: int) -> list[int]:

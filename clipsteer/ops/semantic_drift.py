@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops import _check
+from clipsteer.ops._calls import remembered, step
 from clipsteer.ops._dispatch import call, choose
+from clipsteer.ops._steps import contiguous
 
 __all__ = ["semantic_drift", "semantic_drift_reference"]
 
@@ -53,7 +55,8 @@ def semantic_drift_reference(
     float64."""
     if 0 in old.shape or 0 in prototypes.shape:
         return prototypes.clone()
-    scale = _scale(old, prototypes, sigma, floor)
+    width = median_sigma(old, prototypes) if isinstance(sigma, str) else sigma
+    scale = _scale(width, floor, old.dtype, old.device)
     return moved_by(prototypes, *reference_sums(old, new, prototypes, scale))
 
 
@@ -89,26 +92,24 @@ def median_sigma(
 
 
 def _scale(
-    old: Tensor,  # (N, d)
-    prototypes: Tensor,  # (C, d)
-    sigma: float | str | Tensor,
+    sigma: float | Tensor,
     floor: float,
+    dtype: torch.dtype,  # of the rows
+    device: torch.device,
 ) -> Tensor:
     """[unit, κ, log floor] (3,) float64 on the device: κ (unit·‖·‖)² = ‖·‖²/2σ², unit a power of
     two, ½ ≤ κ ≤ 2.
 
     In units of about √2 σ no distance that counts overflows or underflows, and scaling is exact.
     """
-    if isinstance(sigma, str):
-        sigma = median_sigma(old, prototypes)
-    elif not isinstance(sigma, Tensor):
-        sigma = torch.full((), sigma, dtype=torch.float64, device=old.device)
+    if not isinstance(sigma, Tensor):
+        sigma = torch.full((), sigma, dtype=torch.float64, device=device)
     width = sigma * 2**0.5
     # float32 reaches 2^±126
-    limit = 1000 if old.dtype == torch.float64 else 126
+    limit = 1000 if dtype == torch.float64 else 126
     power = width.log2().round().clamp(-limit, limit)
     unit = torch.ldexp(torch.ones_like(power), -power)
-    log_floor = torch.full((), floor, dtype=torch.float64, device=old.device).log()
+    log_floor = torch.full((), floor, dtype=torch.float64, device=device).log()
     # a width below the smallest unit counts as that
     kappa = (1 / unit / width).square().clamp(max=2)
     return torch.stack([unit, kappa, log_floor])
@@ -125,8 +126,10 @@ def drift_sums(
 ) -> Any:
     """What a batch says: the largest log-weight (C,), and Σ w (C,) and Σ w (new − old) (C, d)
     relative to it; or what another low-level ``op`` makes of the same arguments."""
-    scale = _scale(old, prototypes, sigma, floor)
-    inputs = (old.contiguous(), new.contiguous(), prototypes.contiguous(), scale)
+    if isinstance(sigma, str):
+        sigma = step(median_sigma, old, prototypes)
+    scale = step(_scale, sigma, floor, old.dtype, old.device)
+    inputs = (contiguous(old), contiguous(new), contiguous(prototypes), scale)
     if backend == "reference":
         return reference_sums(*inputs)
     return call(backend, op, *inputs)
@@ -163,6 +166,7 @@ def check_arguments(
         raise ValueError(_check.mistake(op, "floor", expected, repr(floor), named))
 
 
+@remembered
 @torch.no_grad()
 def semantic_drift(
     old: Tensor,  # (N, d)
@@ -209,4 +213,4 @@ def semantic_drift(
     if backend == "cpp":  # the whole in one call
         return drift_sums(old, new, prototypes, sigma, floor, backend, "moved_prototypes")
     sums = drift_sums(old, new, prototypes, sigma, floor, backend)
-    return moved_by(prototypes, *sums)
+    return step(moved_by, prototypes, *sums)

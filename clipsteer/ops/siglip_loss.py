@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipsteer.ops._calls import remembered
 from clipsteer.ops._contrastive import KINDS, Kind, contrast
 from clipsteer.ops._dispatch import call, choose
 from clipsteer.ops._pairs import checked_features, checked_number
+from clipsteer.ops._steps import contiguous
 from clipsteer.ops._sweeps import in_one_call, low_level
 
 __all__ = ["siglip_loss", "siglip_loss_reference"]
@@ -48,7 +50,7 @@ def evaluate(arguments, needs, backend, world):
     its images against the texts of all, and texts get what all images make of them."""
     image, text, scale, bias = arguments
     if in_one_call(backend, world):
-        given = (image.contiguous(), text.contiguous(), scale, bias, needs[0], needs[1])
+        given = (contiguous(image), contiguous(text), scale, bias, needs[0], needs[1])
         return call(backend, "siglip_loss", *given)
     M = image.shape[0]
     cols = text.contiguous()
@@ -82,6 +84,7 @@ def _reference(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> tupl
 KINDS["siglip_loss"] = Kind(evaluate, _gradient, _reference, tensors=4, leaves=(0, 1, 2, 3))
 
 
+@remembered
 def siglip_loss(
     image: Tensor,  # (B, d)
     text: Tensor,  # (B, d)

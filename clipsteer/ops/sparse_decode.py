@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops import _check
+from clipsteer.ops._calls import remembered, step
 from clipsteer.ops._dispatch import choose
 from clipsteer.ops._reference import rounded_once, rows_of
 from clipsteer.ops._sparse import check_gradient_options as check_gradient_options
@@ -25,6 +26,7 @@ from clipsteer.ops._sparse import decode, laid_out, with_gradient_options
 from clipsteer.ops._sparse import gather_dot as gather_dot
 from clipsteer.ops._sparse import sparse_outer as sparse_outer
 from clipsteer.ops._sparse import weight_gradient as weight_gradient
+from clipsteer.ops._steps import as_given, as_rows, contiguous, contiguous_if
 from clipsteer.ops.ragged_decode import decoded, ragged_decode_reference
 
 __all__ = ["sparse_decode", "sparse_decode_reference"]
@@ -52,6 +54,12 @@ def sparse_decode_reference(
     return x_hat if b_dec is None else x_hat + b_dec
 
 
+def _offsets(rows: int, k: int, device: torch.device) -> Tensor:
+    """Of rows of k codes each: (rows + 1,)."""
+    return torch.arange(rows + 1, device=device) * k
+
+
+@remembered
 def sparse_decode(
     acts: Tensor,  # (..., k), or (m,) with offsets
     indices: Tensor,  # as acts
@@ -125,22 +133,22 @@ def sparse_decode(
     if acts.dim() == 0 or acts.shape != indices.shape:
         expected = "of indices' shape (..., k)"
         raise ValueError(_check.mistake(op, "acts", expected, tuple(acts.shape), named))
-    # math.prod keeps a symbolic batch, which Size.numel() makes a number of
-    shape = (math.prod(acts.shape[:-1]), acts.shape[-1])
     if prefixes is not None:
-        first = torch.arange(shape[0] + 1, device=indices.device) * shape[1]
-        codes = {"acts": acts.reshape(-1), "indices": indices.reshape(-1), "offsets": first}
+        flat, flat_indices = (step(torch.reshape, t, (-1,)) for t in (acts, indices))
+        # math.prod keeps a symbolic batch, which Size.numel() makes a number of
+        first = step(_offsets, math.prod(acts.shape[:-1]), acts.shape[-1], indices.device)
+        codes = {"acts": flat, "indices": flat_indices, "offsets": first}
         x_hat = decoded(op, "sparse_decode_prefixes", codes, given, given_b, *options)
-        return x_hat.reshape(len(prefixes), *acts.shape[:-1], W_dec.shape[1])
+        return step(torch.reshape, x_hat, (len(prefixes), *acts.shape[:-1], W_dec.shape[1]))
     _check.check_shape(op, named, "b_dec", (W_dec.shape[1],), "(d_in,)")
     _check.check_indices(op, indices, W_dec.shape[0], named)
     backend = choose(op, backend, acts)
     W_dec, grad_buffer = with_gradient_options(op, given, W_dec, sparse_grad, grad_buffer, backend)
     if backend == "reference":
         return sparse_decode_reference(acts, indices, W_dec, b_dec)
-    flat = acts.reshape(shape).contiguous()
-    flat_indices = indices.reshape(shape).contiguous()
+    flat = contiguous(as_rows(acts))
+    flat_indices = contiguous(as_rows(indices))
     W = laid_out(W_dec, backend)
-    b = None if b_dec is None else b_dec.contiguous()
+    b = contiguous_if(b_dec)
     x_hat = decode(flat, flat_indices, W, b, backend, sparse_grad, grad_buffer)
-    return x_hat.reshape(*acts.shape[:-1], W_dec.shape[1])
+    return as_given(x_hat, acts.shape[:-1])

@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.ops import _check
+from clipsteer.ops._calls import remembered, step
 from clipsteer.ops._dispatch import choose
 from clipsteer.ops._encoder import named_by, pre_activations
 from clipsteer.ops._ragged import SparseCodes
 from clipsteer.ops._ragged_encode import encode
 from clipsteer.ops._reference import rounded_once
 from clipsteer.ops._sparse import with_gradient_options
+from clipsteer.ops._steps import full
 
 __all__ = ["threshold_encode", "threshold_encode_reference"]
 
@@ -70,6 +72,16 @@ def threshold_encode_reference(
     return codes_where(pre, keep, capacity, columns)
 
 
+def _limits(
+    threshold: Tensor,  # () or (d_sae,)
+    relu: bool,
+) -> Tensor:  # (1,) or (d_sae,)
+    """What pre-activations are compared with."""
+    threshold = threshold.detach()
+    return (threshold.clamp_min(0) if relu else threshold).reshape(-1).contiguous()
+
+
+@remembered
 def threshold_encode(
     x: Tensor,  # (B, d_in)
     W_enc: Tensor,  # (d_sae, d_in)
@@ -118,7 +130,7 @@ def threshold_encode(
     given = W_enc
     if isinstance(x, Tensor):
         if not isinstance(threshold, Tensor):
-            threshold = torch.tensor(threshold, dtype=x.dtype, device=x.device)
+            threshold = full(threshold, x.dtype, x.device)
         if isinstance(W_enc, Tensor):
             cast = _check.autocast(x, W_enc, b_enc, threshold, scale)
             x, W_enc, b_enc, threshold, scale = cast
@@ -135,12 +147,10 @@ def threshold_encode(
     plain = scale is None and columns is None
     backend = choose(op if plain else "threshold_encode_options", backend, x)
     W_enc, _ = with_gradient_options(op, given, W_enc, sparse_grad, None, backend)
-    threshold = threshold.detach()
     options: dict[str, Any] = {"scale": scale, "columns": columns}
     if backend == "reference":
-        options |= {"threshold": threshold, "relu": relu, "capacity": capacity}
+        options |= {"threshold": threshold.detach(), "relu": relu, "capacity": capacity}
         return threshold_encode_reference(x, W_enc, b_enc, **options)
-    limit = threshold.clamp_min(0) if relu else threshold
-    limits = (limit.reshape(-1).contiguous(), -1 if capacity is None else capacity)
+    limits = (step(_limits, threshold, relu), -1 if capacity is None else capacity)
     options |= {"positive": relu, "backend": backend, "sparse_grad": sparse_grad}
     return encode(op, x, W_enc, b_enc, *limits, **options)

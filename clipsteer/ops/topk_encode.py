@@ -8,7 +8,6 @@ only when k others are larger. Source: Gao et al. 2024 (arXiv 2406.04093), secti
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from clipsteer.ops import _check
 from clipsteer.ops._autograd import Function, save, total, tracked
+from clipsteer.ops._calls import remembered
 from clipsteer.ops._dispatch import call, choose, exporting_to_onnx
 from clipsteer.ops._encoder import (
     named_by,
@@ -33,6 +33,7 @@ from clipsteer.ops._sparse import (
     weight_gradient,
     with_gradient_options,
 )
+from clipsteer.ops._steps import as_given, as_rows, contiguous, contiguous_if
 
 __all__ = ["topk_encode", "topk_encode_reference"]
 
@@ -182,6 +183,7 @@ def _low_level(backend: str, *arguments: Any) -> tuple[Tensor, Tensor]:
     return call(backend, "topk_encode", *(arguments[:4] if backend == "cuda" else arguments))
 
 
+@remembered
 def topk_encode(
     x: Tensor,  # (..., d_in)
     W_enc: Tensor,  # (d_sae, d_in)
@@ -260,10 +262,9 @@ def topk_encode(
     if backend == "reference":
         definition = _for_onnx if exporting_to_onnx() else topk_encode_reference
         return definition(x, W_enc, b_enc, k=k, relu=relu, scale=scale, columns=columns)
-    # math.prod keeps a symbolic batch, which Size.numel() makes a number of
-    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+    flat = contiguous(as_rows(x))
     W = readable(W_enc, backend)
-    b, scale, columns = (None if t is None else t.contiguous() for t in (b_enc, scale, columns))
+    b, scale, columns = (contiguous_if(t) for t in (b_enc, scale, columns))
     arguments = (flat, W, b, k, screen == "auto", scale, columns, relu)
     if tracked(flat, W, b, scale):
         # the gradient is made of sparse_decode's operations, which another backend may be faster at
@@ -272,4 +273,4 @@ def topk_encode(
         acts, indices = TopkEncode.run(*arguments, backend, grad_backend, sparse_grad, grad_buffer)
     else:
         acts, indices = _low_level(backend, *arguments)
-    return acts.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)
+    return as_given(acts, x.shape[:-1]), as_given(indices, x.shape[:-1])

@@ -185,9 +185,9 @@ std::tuple<Tensor, Tensor, Tensor> threshold_encode(Tensor x, Tensor w_enc, std:
   const ScalarType dtype = x.scalar_type();
   check(op, "threshold", threshold, dtype, {number});
   require(number == 1 || number == features, op,
-          "expected one threshold or one a feature, got " + std::to_string(number));
-  require(capacity >= -1, op, "expected capacity >= 0, or -1 for no limit, got " + std::to_string(capacity));
-  Tensor offsets = torch::stable::new_empty(x, {&more, 1}, ScalarType::Long);
+          "expected one threshold or one a feature, got ", number);
+  require(capacity >= -1, op, "expected capacity >= 0, or -1 for no limit, got ", capacity);
+  Tensor offsets = allocate(x, {&more, 1}, ScalarType::Long);
   std::optional<Tensor> values, indices;
   dispatch(op, dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -206,8 +206,8 @@ std::tuple<Tensor, Tensor, Tensor> threshold_encode(Tensor x, Tensor w_enc, std:
     const std::vector<char> nan = gather<V>(searches, all, rows);
     const Codes<V> codes = in_order<V>(all, nan, rows);
     const int64_t size = capacity < 0 ? int64_t(codes.entries.size()) : capacity;
-    values = torch::stable::new_empty(x, {&size, 1});
-    indices = torch::stable::new_empty(x, {&size, 1}, ScalarType::Long);
+    values = allocate(x, {&size, 1});
+    indices = allocate(x, {&size, 1}, ScalarType::Long);
     write<T>(codes, W, size, data<T>(*values), data<int64_t>(*indices), data<int64_t>(offsets));
   });
   return {*values, *indices, offsets};
@@ -219,11 +219,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_topk_encode(Tensor x, Tensor w_enc, std
   const DictionaryOptions options{b_enc, scale, columns};
   check_dictionary(op, x, w_enc, options);
   const int64_t rows = x.size(0);
-  require(count >= 0, op, "expected count >= 0, got " + std::to_string(count));
+  require(count >= 0, op, "expected count >= 0, got ", count);
   const int64_t size = std::max(count, rows), more = rows + 1;
-  Tensor values = torch::stable::new_empty(x, {&size, 1});
-  Tensor indices = torch::stable::new_empty(x, {&size, 1}, ScalarType::Long);
-  Tensor offsets = torch::stable::new_empty(x, {&more, 1}, ScalarType::Long);
+  Tensor values = allocate(x, {&size, 1});
+  Tensor indices = allocate(x, {&size, 1}, ScalarType::Long);
+  Tensor offsets = allocate(x, {&more, 1}, ScalarType::Long);
   dispatch(op, x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using V = Compute<T>;

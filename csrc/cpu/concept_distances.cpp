@@ -307,8 +307,8 @@ std::tuple<Tensor, Tensor> concept_distances(Tensor P, std::optional<Tensor> p_i
   require(Q.scalar_type() == dtype, op, "expected P and Q of one dtype");
   require(p_concepts >= 0 && q_concepts >= 0, op, "expected K and L of at least 0");
   const int64_t sizes[] = {p_concepts, q_concepts}, error_sizes[] = {images ? p_concepts : 0, q_concepts};
-  Tensor D = torch::stable::new_empty(P, {sizes, 2}, wide);
-  Tensor error = torch::stable::new_empty(P, {error_sizes, 2}, wide);
+  Tensor D = allocate(P, {sizes, 2}, wide);
+  Tensor error = allocate(P, {error_sizes, 2}, wide);
   dispatch(op, dtype, [&](auto zero) {
     using T = decltype(zero);
     using V = Compute<T>;

@@ -160,7 +160,7 @@ void outer(const T* a, const T* b, const Groups& groups, int64_t rows, int64_t m
 }
 
 Groups grouped(const char* op, const std::optional<Tensor>& index, int64_t rows, int64_t groups) {
-  require(index || groups == 1, op, "expected an index, as there are " + std::to_string(groups) + " groups");
+  require(index || groups == 1, op, "expected an index, as there are ", groups, " groups");
   if (index) {
     check(op, "index", *index, ScalarType::Long, {rows});
     check_indices(op, data<int64_t>(*index), rows, groups);
@@ -193,7 +193,7 @@ Tensor grouped_matmul(Tensor x, Tensor w, std::optional<Tensor> index, std::opti
   if (mean) check(op, "mean", *mean, dtype, {k, m});
   const Groups groups = grouped(op, index, rows, k);
   const int64_t sizes[] = {rows, n};
-  Tensor y = torch::stable::new_empty(x, {sizes, 2});
+  Tensor y = allocate(x, {sizes, 2});
   dispatch(op, dtype, [&](auto zero) {
     using T = decltype(zero);
     project<T>(data<T>(x), data<T>(w), groups, data_or_null<Compute<T>>(beta), data_or_null<T>(mean), transpose, m, n,
@@ -210,10 +210,10 @@ Tensor grouped_outer(Tensor a, Tensor b, std::optional<Tensor> index, int64_t k)
   const ScalarType dtype = a.scalar_type();
   check(op, "a", a, dtype, {rows, m});
   check(op, "b", b, dtype, {rows, n});
-  require(k >= 0, op, "expected groups >= 0, got " + std::to_string(k));
+  require(k >= 0, op, "expected groups >= 0, got ", k);
   const Groups groups = grouped(op, index, rows, k);
   const int64_t sizes[] = {k, m, n};
-  Tensor out = torch::stable::new_empty(a, {sizes, 3});
+  Tensor out = allocate(a, {sizes, 3});
   dispatch(op, dtype, [&](auto zero) {
     using T = decltype(zero);
     outer<T>(data<T>(a), data<T>(b), groups, rows, m, n, data<T>(out));
@@ -233,7 +233,7 @@ Tensor low_rank_project(Tensor x, Tensor u, Tensor s, std::optional<Tensor> inde
   if (mean) check(op, "mean", *mean, dtype, {k, d});
   const Groups groups = grouped(op, index, rows, k);
   const int64_t sizes[] = {rows, d};
-  Tensor y = torch::stable::new_empty(x, {sizes, 2});
+  Tensor y = allocate(x, {sizes, 2});
   dispatch(op, dtype, [&](auto zero) {
     using T = decltype(zero);
     project_low_rank<T>(data<T>(x), data<T>(u), data<Compute<T>>(s), groups, data_or_null<T>(mean), d, r, data<T>(y));

@@ -387,7 +387,7 @@ inline void check_kept(const char* op, const Tensor& kept, const Sizes& sizes) {
 }
 
 inline Tensor fresh(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, std::optional<ScalarType>(dtype));
+  return allocate(like, {shape.begin(), shape.size()}, std::optional<ScalarType>(dtype));
 }
 
 }  // namespace clipsteer

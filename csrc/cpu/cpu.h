@@ -12,6 +12,7 @@
 #include <limits>
 #include <memory>
 #include <optional>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -112,9 +113,20 @@ const Compute<T>* widened(const T* src, Compute<T>* buffer, int64_t n) {
   }
 }
 
+// A message of its parts: strings and numbers.
+template <class... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream message;
+  message << op << ": ";
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
 // The public functions check first and say more; this keeps direct calls of the ops from reading out of bounds.
-inline void require(bool condition, const char* op, const std::string& what) {
-  if (!condition) throw std::invalid_argument(std::string(op) + ": " + what);
+// The parts become a string only where one is thrown: at every call that would take as long as a small op does.
+template <class... Parts>
+void require(bool condition, const char* op, const Parts&... parts) {
+  if (!condition) [[unlikely]] fail(op, parts...);
 }
 
 // Calls f with a zero of the element type of the tensors of an op.
@@ -126,7 +138,7 @@ void dispatch(const char* op, ScalarType dtype, F&& f) {
     case ScalarType::BFloat16: return f(BFloat16{});
     case ScalarType::Half: return f(Half{});
     default:
-      require(false, op, std::string("expected a floating dtype, got ") + torch::headeronly::toString(dtype));
+      fail(op, "expected a floating dtype, got ", torch::headeronly::toString(dtype));
   }
 }
 
@@ -135,23 +147,48 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
+// What torch::stable::new_empty gives on a CPU, past the dispatcher, which looks it up by its name.
+inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                       std::optional<ScalarType> dtype = std::nullopt) {
+  constexpr size_t kMaxDim = 8;
+  require(sizes.size() <= kMaxDim, "allocate", "expected at most ", kMaxDim, " dimensions, got ", sizes.size());
+  int64_t strides[kMaxDim], stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes[i], 1);
+  }
+  int32_t type = 0;
+  if (dtype) {
+    type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  }
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides, type,
+                                                         aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
 inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {
-  require(t.dim() == dim, op,
-          std::string("expected ") + name + " with " + std::to_string(dim) + " dimensions, got " +
-              std::to_string(t.dim()));
+  require(t.dim() == dim, op, "expected ", name, " with ", dim, " dimensions, got ", t.dim());
+}
+
+inline std::string listed(const int64_t* sizes, int64_t count) {
+  std::string text;
+  for (int64_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text;
 }
 
 inline void check(const char* op, const char* name, const Tensor& t, ScalarType dtype,
                   std::initializer_list<int64_t> shape) {
-  std::string expected, got;
-  for (int64_t size : shape) expected += (expected.empty() ? "" : ", ") + std::to_string(size);
-  for (int64_t i = 0; i < t.dim(); ++i) got += (i ? ", " : "") + std::to_string(t.size(i));
-  const std::string prefix = std::string("expected ") + name + " ";
-  require(expected == got, op, prefix + "of shape (" + expected + "), got (" + got + ")");
-  require(t.scalar_type() == dtype, op,
-          prefix + "of dtype " + torch::headeronly::toString(dtype) + ", got " +
-              torch::headeronly::toString(t.scalar_type()));
-  require(t.is_contiguous() && t.is_cpu(), op, prefix + "contiguous and on the CPU");
+  const auto sizes = t.sizes();
+  if (!std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end())) {
+    fail(op, "expected ", name, " of shape (", listed(shape.begin(), int64_t(shape.size())), "), got (",
+         listed(sizes.data(), int64_t(sizes.size())), ")");
+  }
+  require(t.scalar_type() == dtype, op, "expected ", name, " of dtype ", torch::headeronly::toString(dtype), ", got ",
+          torch::headeronly::toString(t.scalar_type()));
+  require(t.is_contiguous() && t.is_cpu(), op, "expected ", name, " contiguous and on the CPU");
 }
 
 // std::out_of_range becomes Python's IndexError.

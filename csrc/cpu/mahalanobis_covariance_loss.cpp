@@ -292,8 +292,8 @@ std::tuple<Tensor, Tensor> mahalanobis_covariance_loss(Tensor fresh, Tensor old,
   }
   const ScalarType wide = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const int64_t sizes[] = {need_grad ? batch : 0, d};
-  Tensor loss = torch::stable::new_empty(fresh, {sizes, size_t(0)}, wide);
-  Tensor grad = torch::stable::new_empty(fresh, {sizes, size_t(2)}, wide);
+  Tensor loss = allocate(fresh, {sizes, size_t(0)}, wide);
+  Tensor grad = allocate(fresh, {sizes, size_t(2)}, wide);
   dispatch(op, dtype, [&](auto zero) {
     using T = decltype(zero);
     Loss<T> terms(data<int64_t>(labels), batch, classes, d, r, data<T>(factor), s ? data<T>(*s) : nullptr,

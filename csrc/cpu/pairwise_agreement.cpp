@@ -206,8 +206,8 @@ std::tuple<Tensor, Tensor> agreement_sums(Tensor P, std::optional<Tensor> p_indi
   const int64_t N = p_offsets ? p_offsets->size(0) - 1 : P.size(0);
   if (images) check(op, "images", *images, ScalarType::Long, {N});
   const int64_t sizes[] = {2, images ? N : 0};
-  Tensor total = torch::stable::new_empty(P, {sizes, size_t(0)}, ScalarType::Double);
-  Tensor rows = torch::stable::new_empty(P, {sizes, 2}, ScalarType::Double);
+  Tensor total = allocate(P, {sizes, size_t(0)}, ScalarType::Double);
+  Tensor rows = allocate(P, {sizes, 2}, ScalarType::Double);
   with_sides(op, P, p_indices, p_offsets, p_concepts, Q, q_indices, q_offsets, q_concepts, part, parts,
              [&](const auto& p, const auto& q) {
                sums(p, q, images ? data<int64_t>(*images) : nullptr, part, parts, data<double>(total),
@@ -223,7 +223,7 @@ std::tuple<Tensor, Tensor> agreement_counts(Tensor P, std::optional<Tensor> p_in
   const bool wide = P.scalar_type() == ScalarType::Double;
   const auto like = [&](const Tensor& t, bool needed) {
     int64_t sizes[] = {needed ? t.size(0) : 0, t.dim() == 2 ? t.size(1) : 0};
-    Tensor out = torch::stable::new_empty(t, {sizes, size_t(t.dim())}, wide ? ScalarType::Double : ScalarType::Float);
+    Tensor out = allocate(t, {sizes, size_t(t.dim())}, wide ? ScalarType::Double : ScalarType::Float);
     std::memset(out.data_ptr(), 0, out.numel() * (wide ? 8 : 4));
     return out;
   };

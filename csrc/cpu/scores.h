@@ -44,14 +44,13 @@ ScoreRows<T> score_rows(const char* op, const char* name, const Tensor& values, 
   for (int64_t i = 0; i < rows; ++i) {
     require(found.offsets[i] <= found.offsets[i + 1], op, "expected offsets that ascend");
   }
-  check_indices(op, found.indices, found.offsets[rows], concepts);
+  check_indices(op, found.indices, m, concepts);
   std::vector<int64_t> seen(concepts, -1);
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t at = found.begin(i); at < found.end(i); ++at) {
       if (found.number(at) == 0) continue;
       int64_t& last = seen[found.indices[at]];
-      require(last != i, op, "row " + std::to_string(i) + " names concept " + std::to_string(found.indices[at]) +
-                                 " twice");
+      require(last != i, op, "row ", i, " names concept ", found.indices[at], " twice");
       last = i;
     }
   }

@@ -313,9 +313,9 @@ std::tuple<Tensor, Tensor, Tensor> drift_sums(Tensor old, Tensor fresh, Tensor p
   const int64_t count = prototypes.size(0), sizes[] = {count, old.size(1)};
   const ScalarType dtype = old.scalar_type();
   const std::optional<ScalarType> wide = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor peak = torch::stable::new_empty(old, {sizes, 1}, wide);
-  Tensor total = torch::stable::new_empty(old, {sizes, 1}, wide);
-  Tensor moved = torch::stable::new_empty(old, {sizes, 2}, wide);
+  Tensor peak = allocate(old, {sizes, 1}, wide);
+  Tensor total = allocate(old, {sizes, 1}, wide);
+  Tensor moved = allocate(old, {sizes, 2}, wide);
   if (count > 0) {
     dispatch(op, dtype, [&](auto zero) {
       using T = decltype(zero);

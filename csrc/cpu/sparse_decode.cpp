@@ -25,7 +25,7 @@ Weight<T> weight_of(const Tensor& w) {
 
 Tensor new_weight(const Tensor& like, int64_t n, int64_t d, bool across) {
   const int64_t sizes[] = {across ? d : n, across ? n : d};
-  Tensor w = torch::stable::new_empty(like, {sizes, 2});
+  Tensor w = allocate(like, {sizes, 2});
   prefer_huge_pages(w.data_ptr(), w.numel() * int64_t(w.element_size()));
   return across ? torch::stable::transpose(w, 0, 1) : w;
 }
@@ -79,7 +79,7 @@ Tensor sparse_decode(Tensor acts, Tensor indices, Tensor w, std::optional<Tensor
   if (b) check(op, "b", *b, dtype, {d});
   check_indices(op, data<int64_t>(indices), rows * k, n);
   const int64_t sizes[] = {rows, d};
-  Tensor y = torch::stable::new_empty(acts, {sizes, 2});
+  Tensor y = allocate(acts, {sizes, 2});
   decode(op, acts, indices, w, b, {rows, k, rows * k, nullptr}, {n}, y);
   return y;
 }
@@ -96,7 +96,7 @@ Tensor gather_dot(Tensor rows, Tensor indices, Tensor w) {
   check_weight(op, "W", w, dtype, n, d);
   check_indices(op, data<int64_t>(indices), count * k, n);
   const int64_t sizes[] = {count, k};
-  Tensor out = torch::stable::new_empty(rows, {sizes, 2});
+  Tensor out = allocate(rows, {sizes, 2});
   dot(op, rows, {data<int64_t>(indices), nullptr, count * k, k}, w, out);
   return out;
 }
@@ -119,9 +119,9 @@ void sparse_outer_out(Tensor coeff, Tensor indices, Tensor rows, Tensor dw, Tens
 
 std::tuple<Tensor, Tensor> sparse_outer(Tensor coeff, Tensor indices, Tensor rows, int64_t n, bool across) {
   check_dim("sparse_outer", "rows", rows, 2);
-  require(n >= 0, "sparse_outer", "expected n >= 0, got " + std::to_string(n));
+  require(n >= 0, "sparse_outer", "expected n >= 0, got ", n);
   Tensor dw = new_weight(coeff, n, rows.size(1), across);
-  Tensor db = torch::stable::new_empty(coeff, {&n, 1});
+  Tensor db = allocate(coeff, {&n, 1});
   sparse_outer_out(coeff, indices, rows, dw, db);
   return {dw, db};
 }
@@ -147,11 +147,11 @@ Tensor ragged_decode(Tensor values, Tensor indices, Tensor offsets, Tensor w, st
   if (b) check(op, "b", *b, dtype, {d});
   const int64_t* at = data<int64_t>(offsets);
   check_indices(op, data<int64_t>(indices), pairs, std::max<int64_t>(n, 1));
-  require(at[0] >= 0, op, "expected offsets from 0 on");
+  require(at[0] == 0, op, "expected offsets from 0");
   for (int64_t r = 0; r < rows; ++r) require(at[r] <= at[r + 1], op, "expected ascending offsets");
   require(n > 0 || std::min(at[rows], pairs) == 0, op, "expected features, as there are codes");
   const int64_t sizes[] = {groups, rows, d};
-  Tensor y = torch::stable::new_empty(values, {sizes, 3});
+  Tensor y = allocate(values, {sizes, 3});
   decode(op, values, indices, w, b, {rows, 0, pairs, at}, prefixes, y);
   return y;
 }
@@ -184,7 +184,7 @@ Tensor ragged_dot(Tensor rows, Tensor row_of, Tensor indices, Tensor w) {
   check_dim(op, "W", w, 2);
   const Pairs pairs = checked_pairs(op, row_of, indices, rows, w.size(0));
   check_weight(op, "W", w, rows.scalar_type(), w.size(0), rows.size(1));
-  Tensor out = torch::stable::new_empty(rows, {&pairs.count, 1});
+  Tensor out = allocate(rows, {&pairs.count, 1});
   dot(op, rows, pairs, w, out);
   return out;
 }
@@ -202,9 +202,9 @@ void ragged_outer_out(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, 
 std::tuple<Tensor, Tensor> ragged_outer(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, int64_t n,
                                         bool across) {
   check_dim("ragged_outer", "rows", rows, 2);
-  require(n >= 0, "ragged_outer", "expected n >= 0, got " + std::to_string(n));
+  require(n >= 0, "ragged_outer", "expected n >= 0, got ", n);
   Tensor dw = new_weight(rows, n, rows.size(1), across);
-  Tensor db = torch::stable::new_empty(rows, {&n, 1});
+  Tensor db = allocate(rows, {&n, 1});
   ragged_outer_out(coeff, indices, row_of, rows, dw, db);
   return {dw, db};
 }

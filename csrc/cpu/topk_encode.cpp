@@ -71,13 +71,13 @@ void select_rows(const T* pre, int64_t rows, int64_t n, int64_t k, T* values, in
 
 std::tuple<Tensor, Tensor> outputs(const Tensor& like, int64_t rows, int64_t k) {
   const int64_t sizes[] = {rows, k};
-  return {torch::stable::new_empty(like, {sizes, 2}), torch::stable::new_empty(like, {sizes, 2}, ScalarType::Long)};
+  return {allocate(like, {sizes, 2}), allocate(like, {sizes, 2}, ScalarType::Long)};
 }
 
 void check_k(const char* op, int64_t k, int64_t n) {
-  require(0 <= k && k <= n, op, "expected 0 <= k <= " + std::to_string(n) + ", got " + std::to_string(k));
+  require(0 <= k && k <= n, op, "expected 0 <= k <= ", n, ", got ", k);
   require(n <= std::numeric_limits<int32_t>::max(), op,
-          "expected fewer than 2**31 features, got " + std::to_string(n));
+          "expected fewer than 2**31 features, got ", n);
 }
 
 }  // namespace
@@ -120,10 +120,10 @@ std::tuple<Tensor, Tensor, Tensor> topk_encode_screened(Tensor x, Tensor w_enc, 
   require(isa().screen, op,
           "this processor (or CLIPSTEER_CPU_ISA) has no AVX512-VNNI; topk_encode always runs");
   require(k > 0, op, "expected k > 0");
-  require(0 < d && d <= kScreenMaxDim, op, "expected 0 < d_in <= 8192, got " + std::to_string(d));
+  require(0 < d && d <= kScreenMaxDim, op, "expected 0 < d_in <= 8192, got ", d);
   const auto made = outputs(x, rows, k);
   const Tensor &acts = std::get<0>(made), &indices = std::get<1>(made);
-  Tensor computed = torch::stable::new_empty(x, {&rows, 1}, ScalarType::Long);
+  Tensor computed = allocate(x, {&rows, 1}, ScalarType::Long);
   const Dictionary<float> W(w_enc, options);
   if (rows) {
     screened(data<float>(x), W, rows, k, relu, data<float>(acts), data<int64_t>(indices), data<int64_t>(computed));
