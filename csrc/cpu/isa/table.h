@@ -13,12 +13,22 @@
 #include "transpose.h"
 #if CLIPSTEER_LEVEL > 0
 #include "blocks.h"
+#include "dots.h"
 #endif
 
 namespace clipsteer::ISA {
 
+template <class T>
+constexpr RowProducts<T> kRowProducts = {
+#if CLIPSTEER_LEVEL > 0
+    .dots = dots,
+    .spread = spread,
+#endif
+};
+
 template <class V>
 constexpr Kernels<V> kKernels = {
+    .rows = kRowProducts<V>,
     .filter = filter,
     .seed = seed,
     .axpy = axpy,
@@ -50,7 +60,8 @@ constexpr Kernels<V> kKernels = {
 
 template <class T>
   requires kNarrow<T>
-constexpr Kernels<T> kKernels<T> = {.widen = widen, .narrow = narrow};
+constexpr Kernels<T> kKernels<T> = {
+    .rows = kRowProducts<T>, .widen = widen, .narrow = narrow, .turn = turn};
 
 constexpr Isa table(int64_t level, Screening screening = {}, Block<float> pairs = nullptr) {
   Kernels<BFloat16> halves = kKernels<BFloat16>;
