@@ -60,7 +60,7 @@ class Dictionary {
       if (!columns) return matrix(w_ + first * d, d, count, 1, d);
     }
     if (transposed_) {
-      for (int64_t i = 0; i < d; ++i) copy_across(i, first, count, buffer + i * count, 1);
+      for (int64_t i = 0; i < d; ++i) copy_across(i, first, count, buffer + i * count);
       return matrix(buffer, d, count, count, 1);
     }
     for (int64_t c = 0; c < count; ++c) {
@@ -135,12 +135,12 @@ class Dictionary {
 
  private:
   // Dimension i of `count` features of a dictionary that lies across.
-  void copy_across(int64_t i, int64_t first, int64_t count, V* out, int64_t stride) const {
+  void copy_across(int64_t i, int64_t first, int64_t count, V* out) const {
     const T* from = w_ + i * features;
     if constexpr (kNarrow<T>) {
-      if (!columns && stride == 1) return kernels<T>().widen(from + first, out, count);
+      if (!columns) return kernels<T>().widen(from + first, out, count);
     }
-    for (int64_t c = 0; c < count; ++c) out[c * stride] = V(from[feature(first + c)]);
+    for (int64_t c = 0; c < count; ++c) out[c] = V(from[feature(first + c)]);
   }
 
   const T* const w_;

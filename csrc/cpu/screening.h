@@ -41,6 +41,8 @@ void level(const float* x, int64_t rows, const Dictionary<T>& W, float* scale_x,
 // |f|, what underflows is below 2^-126 more, against d 2^-103, and nothing overflows that was finite but to an infinity,
 // which passes. A factor of 0 makes a bound of 0, of which the numbers kept are zeros too, as they are finite before.
 // A column with another factor always passes.
+// Rows in half precision are the same numbers in float32, denormal ones too, so all of this holds of them: their bytes are
+// made of the 16-bit numbers, what is kept is summed in float32 and rounded once, when all have been compared.
 // A column that is not screened always passes, so that no NaN is missed. Every float32 product is
 // summed in one order, that of dot<float>, so the result does not depend on what was ruled out, nor
 // on threads or the other rows, nor on how W lies: one that lies across is turned, 64 features at a time.

@@ -5,7 +5,7 @@
 
 namespace clipsteer {
 
-constexpr int64_t kScreenMaxDim = 8192, kScreenLeast = 9;
+constexpr int64_t kScreenLeast = 9;  // rows
 constexpr int64_t kScratchBytes = int64_t(40) << 20;
 
 constexpr int64_t kPanelColumns = 512;

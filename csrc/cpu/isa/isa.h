@@ -148,6 +148,7 @@ struct ScreenAhead {
   }
 };
 
+constexpr int64_t kScreenMaxDim = 8192;  // numbers of a row
 constexpr int64_t kScreenTile = 16;  // rows of bytes are there in multiples of this many
 
 // Rows of x, up to this many at a time, whose products with rows of W are computed in registers.

@@ -15,17 +15,29 @@ VNNI static inline __m512 widened(__mmask16 lane, const Half* v) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lane, v));
 }
 
+// Whether all are zeros as bits, but for their signs.
+template <class T>
+static inline bool all_zero(const T* v, int64_t d) {
+  std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t> any = 0, bits;
+  for (int64_t i = 0; i < d; ++i) {
+    std::memcpy(&bits, v + i, sizeof(T));
+    any |= bits;
+  }
+  return (any << 1 & std::numeric_limits<decltype(bits)>::max()) == 0;
+}
+
 // digit = round(v * scale / step) in [-127, 127] for d numbers, then zeros up to `width`; those of a row that is not
 // usable mean nothing. The scales are powers of two.
 template <class T>
 VNNI void quantise(const T* v, const float* scale, int64_t d, int64_t width, int8_t* digit, Digits& row) {
+  alignas(64) float scaled[kScreenMaxDim];
+  constexpr int kLargerSize = 0b1011;  // max(|a|, |b|)
   __m512 most = _mm512_setzero_ps();
-  __m512i any = _mm512_setzero_si512();
   for (int64_t i = 0; i < d; i += 16) {
     const __mmask16 lane = d - i >= 16 ? 0xffff : __mmask16((1u << (d - i)) - 1);
-    const __m512 value = widened(lane, v + i);
-    any = _mm512_or_si512(any, _mm512_castps_si512(value));
-    most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_mul_ps(value, _mm512_maskz_loadu_ps(lane, scale + i))));
+    const __m512 value = _mm512_mul_ps(widened(lane, v + i), _mm512_maskz_loadu_ps(lane, scale + i));
+    _mm512_store_ps(scaled + i, value);
+    most = _mm512_range_ps(most, value, kLargerSize);
   }
   const float peak = _mm512_reduce_max_ps(most);
   const float step = peak / 127;
@@ -34,7 +46,7 @@ VNNI void quantise(const T* v, const float* scale, int64_t d, int64_t width, int
   __m512i sum = _mm512_setzero_si512();
   for (int64_t i = 0; i < d; i += 16) {
     const __mmask16 lane = d - i >= 16 ? 0xffff : __mmask16((1u << (d - i)) - 1);
-    const __m512 value = _mm512_mul_ps(widened(lane, v + i), _mm512_maskz_loadu_ps(lane, scale + i));
+    const __m512 value = _mm512_load_ps(scaled + i);
     const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse));
     const __m512 rest = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(q), width_of, value);
     square = _mm512_fmadd_ps(value, value, square);
@@ -48,7 +60,7 @@ VNNI void quantise(const T* v, const float* scale, int64_t d, int64_t width, int
   row.error = std::sqrt(_mm512_reduce_add_ps(missed));
   row.sum = _mm512_reduce_add_epi32(sum);
   // Only true zeros may count as 0: the processor may be set to read denormal numbers as zero.
-  const bool zero = _mm512_test_epi32_mask(any, _mm512_set1_epi32(INT32_MAX)) == 0;
+  const bool zero = peak == 0 && all_zero(v, d);
   row.usable = zero || (peak >= Digits::kLeast && peak <= Digits::kMost && row.norm <= Digits::kMost * Digits::kMost);
 }
 
