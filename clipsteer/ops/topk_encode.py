@@ -220,8 +220,8 @@ def topk_encode(
         grad_buffer: a kept (d_sae, d_in) buffer for the gradient of ``W_enc``; see
             ``sparse_decode``.
         screen: ``"auto" | "off"``. On CPUs with AMX or AVX512-VNNI the cpp backend rules most
-            columns of a large float32 product out by int8 products and a proven bound of their
-            error, and computes the rest in float32. The result is held to the same bound as
+            columns of a large product, but for float64, out by int8 products and a proven bound of
+            their error, and computes the rest in float32. The result is held to the same bound as
             without; only pre-activations closer than their rounding may change places, as between
             any two orders of summation. Its bits depend neither on the thread count nor on the
             other rows. Nothing is kept between calls.

@@ -142,7 +142,7 @@ std::vector<char> gather(std::vector<Search>& searches, std::vector<Entry<V>>& a
 template <class T, class Search>
 void search(const T* x, const Dictionary<T>& W, const float* threshold, int64_t rows, int64_t expected,
             std::vector<Search>& searches) {
-  if constexpr (std::is_same_v<T, float>) {
+  if constexpr (!std::is_same_v<T, double>) {
     if (worth_screening(rows, W, expected)) {
       const int64_t block = std::min(rows, kScreenRows);
       return search_screened(x, W, threshold, rows, block, expected, searches, [](int64_t, int64_t, const int64_t*) {});

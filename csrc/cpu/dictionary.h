@@ -60,7 +60,7 @@ class Dictionary {
       if (!columns) return matrix(w_ + first * d, d, count, 1, d);
     }
     if (transposed_) {
-      for (int64_t i = 0; i < d; ++i) copy_across(i, first, count, buffer + i * count, 1);
+      for (int64_t i = 0; i < d; ++i) copy_across(i, first, count, buffer + i * count);
       return matrix(buffer, d, count, count, 1);
     }
     for (int64_t c = 0; c < count; ++c) {
@@ -78,30 +78,41 @@ class Dictionary {
   }
 
   // Rows of d numbers of `count` features, in `buffer` (count, d) where they do not lie so.
-  void rows(int64_t first, int64_t count, V* buffer, const V** row_of) const
-    requires(!kNarrow<T>)
-  {
+  void rows(int64_t first, int64_t count, T* buffer, const T** row_of) const {
     for (int64_t c = 0; c < count; ++c) row_of[c] = transposed_ ? buffer + c * d : row(first + c);
     if (transposed_ && columns) {
-      for (int64_t i = 0; i < d; ++i) copy_across(i, first, count, buffer + i, d);
+      for (int64_t i = 0; i < d; ++i) {
+        for (int64_t c = 0; c < count; ++c) buffer[c * d + i] = w_[i * features + feature(first + c)];
+      }
     } else if (transposed_) {
-      kernels<V>().turn(w_ + first, features, d, count, buffer, d);
+      kernels<T>().turn(w_ + first, features, d, count, buffer, d);
     }
   }
 
   // Where `count` features lie, at most 64, unless they are scattered.
-  ScreenAhead ahead(int64_t first, int64_t count) const
-    requires(!kNarrow<T>)
-  {
-    if (columns || count == 0) return {nullptr, 0, 0};
-    if (transposed_) return {reinterpret_cast<const char*>(w_ + first), features * int64_t(sizeof(T)), 4 * d};
-    return {reinterpret_cast<const char*>(row(first)), 256, count * d * int64_t(sizeof(T)) / 64};
+  ScreenAhead ahead(int64_t first, int64_t count) const {
+    if (columns || count == 0) return {nullptr, 0, 0, 0};
+    constexpr int64_t kBytes = sizeof(T);
+    if (!transposed_) return {reinterpret_cast<const char*>(row(first)), 64, count * d * kBytes / 64, 0};
+    // 64 numbers of a dimension lie in as many lines as a number has bytes
+    return {reinterpret_cast<const char*>(w_ + first), features * kBytes, kBytes * d, int(std::log2(kBytes))};
+  }
+
+  // Whether rows of x can be multiplied with it where it lies: products().
+  bool multiplies_rows() const { return kernels<T>().rows.dots && !(transposed_ && columns); }
+
+  // out (count, number) = x (count, d) times features from the `first` on, which are not copied.
+  void products(const V* x, int64_t count, int64_t first, int64_t number, V* out) const {
+    if (transposed_) return kernels<T>().rows.spread(x, count, w_ + first, features, d, number, out, number);
+    std::vector<const T*> feature(number);
+    std::vector<const V*> left(count);
+    for (int64_t c = 0; c < number; ++c) feature[c] = row(first + c);
+    for (int64_t r = 0; r < count; ++r) left[r] = x + r * d;
+    kernels<T>().rows.dots(left.data(), count, feature.data(), d, number, out, number);
   }
 
   // The mean size of each dimension over some of the features.
-  void sizes(double* size) const
-    requires(!kNarrow<T>)
-  {
+  void sizes(double* size) const {
     // neighbours share what is fetched from a dictionary that lies across
     const int64_t taken = std::min<int64_t>(n, 64), run = transposed_ ? std::min<int64_t>(taken, 16) : 1;
     std::fill_n(size, d, 0.0);
@@ -110,7 +121,7 @@ class Dictionary {
       for (int64_t j = 0; j < d; ++j) {
         for (int64_t i = 0; i < run; ++i) {
           const int64_t at = feature(first + i);
-          size[j] += std::abs(transposed_ ? w_[j * features + at] : w_[at * d + j]) / double(taken);
+          size[j] += std::abs(V(transposed_ ? w_[j * features + at] : w_[at * d + j])) / double(taken);
         }
       }
     }
@@ -124,12 +135,12 @@ class Dictionary {
 
  private:
   // Dimension i of `count` features of a dictionary that lies across.
-  void copy_across(int64_t i, int64_t first, int64_t count, V* out, int64_t stride) const {
+  void copy_across(int64_t i, int64_t first, int64_t count, V* out) const {
     const T* from = w_ + i * features;
     if constexpr (kNarrow<T>) {
-      if (!columns && stride == 1) return kernels<T>().widen(from + first, out, count);
+      if (!columns) return kernels<T>().widen(from + first, out, count);
     }
-    for (int64_t c = 0; c < count; ++c) out[c * stride] = V(from[feature(first + c)]);
+    for (int64_t c = 0; c < count; ++c) out[c] = V(from[feature(first + c)]);
   }
 
   const T* const w_;

@@ -1,4 +1,4 @@
-// A float32 product searched in int8 first: most columns are ruled out by a proven bound, the rest is computed in float32.
+// A product searched in int8 first: most columns are ruled out by a proven bound, the rest is computed in float32.
 #pragma once
 
 #include "topk_encode.h"
@@ -7,7 +7,8 @@ namespace clipsteer {
 
 // Scales 2^e per dimension, in the middle between those that would level x and those that would level W, and their
 // inverses. They only decide how tight the bounds are, so a sample of the rows will do.
-inline void level(const float* x, int64_t rows, const Dictionary<float>& W, float* scale_x, float* scale_w) {
+template <class T>
+void level(const float* x, int64_t rows, const Dictionary<T>& W, float* scale_x, float* scale_w) {
   const int64_t d = W.d, taken = std::min<int64_t>(rows, 64);
   std::vector<double> size_x(d), size_w(d);
   for (int64_t s = 0; s < taken; ++s) {
@@ -40,12 +41,15 @@ inline void level(const float* x, int64_t rows, const Dictionary<float>& W, floa
 // |f|, what underflows is below 2^-126 more, against d 2^-103, and nothing overflows that was finite but to an infinity,
 // which passes. A factor of 0 makes a bound of 0, of which the numbers kept are zeros too, as they are finite before.
 // A column with another factor always passes.
+// Rows in half precision are the same numbers in float32, denormal ones too, so all of this holds of them: their bytes are
+// made of the 16-bit numbers, what is kept is summed in float32 and rounded once, when all have been compared.
 // A column that is not screened always passes, so that no NaN is missed. Every float32 product is
 // summed in one order, that of dot<float>, so the result does not depend on what was ruled out, nor
 // on threads or the other rows, nor on how W lies: one that lies across is turned, 64 features at a time.
 constexpr float kWiden = 1 + 1.0f / 256, kBiasMargin = 1.0f / (1 << 18);
 constexpr float kLeastFactor = 1.0f / (int64_t(1) << 32), kMostFactor = int64_t(1) << 32;
 constexpr int64_t kScreenRows = 512;
+constexpr int64_t kWholeColumns = 8;  // of rows that are computed whole, which stay in the first-level cache
 
 // An upper bound of a term that is not part of the product.
 inline float raised(float term) { return term * (1 + (term > 0 ? kBiasMargin : -kBiasMargin)); }
@@ -67,13 +71,15 @@ inline void multiply_column(ScreenColumns& column, int64_t c, float factor) {
 //   bounded(r), bound(r)  columns whose pre-activation (less their threshold) is at most the bound are not wanted
 //   take(r, value, c)     a column that may be; columns come in ascending order
 // `threshold`, if any, is a column's own; `expected` is how many columns a row will have.
-template <class Search, class Finish>
-void search_screened(const float* x, const Dictionary<float>& W, const float* threshold, int64_t rows, int64_t block,
+template <class T, class Search, class Finish>
+void search_screened(const T* x, const Dictionary<T>& W, const float* threshold, int64_t rows, int64_t block,
                      int64_t expected, std::vector<Search>& searches, Finish&& finish) {
   using torch::stable::parallel_for;
   const int64_t n = W.n, d = W.d;
   const float *b = W.bias, *scale = W.scale;
   const Screening& int8 = isa();
+  const Quantise<float>& of_x = isa();
+  const Quantise<T>& of_w = isa();
   const int64_t width = (d + 63) / 64 * 64, quads = width / 4, panels = (n + 63) / 64;
   const int64_t slots = int64_t(searches.size());
   std::vector<float> scale_x(d), scale_w(d);
@@ -81,19 +87,20 @@ void search_screened(const float* x, const Dictionary<float>& W, const float* th
   Buffer<uint8_t> codes(padded * width);
   std::fill_n(codes.get() + block * width, (padded - block) * width, uint8_t(0));
   Buffer<int8_t> packed(slots * 64 * width), flat(slots * 64 * width);
-  Buffer<float> turned(W.transposed() ? slots * 64 * d : 0);
+  Buffer<T> turned(W.transposed() ? slots * 64 * d : 0);
+  std::unique_ptr<float[]> wide_x(kNarrow<T> ? new float[block * d] : nullptr);
   std::vector<ScreenRow> bounds(block);
   std::vector<char> usable(block);
   std::vector<int64_t> computed(slots * block);
 
   for (int64_t r0 = 0; r0 < rows; r0 += block) {
     const int64_t count = std::min(block, rows - r0);
-    const float* input = x + r0 * d;
+    const float* input = widened(x + r0 * d, wide_x.get(), count * d);
     level(input, count, W, scale_x.data(), scale_w.data());
     for (int64_t r = 0; r < count; ++r) {
       Digits row;
       uint8_t* code = codes.get() + r * width;
-      int8.quantise(input + r * d, scale_x.data(), d, width, reinterpret_cast<int8_t*>(code), row);
+      of_x.quantise(input + r * d, scale_x.data(), d, width, reinterpret_cast<int8_t*>(code), row);
       for (int64_t i = 0; i < width; ++i) code[i] ^= 0x80;
       usable[r] = row.usable;
       bounds[r] = {row.step, (row.error + rounding(d) * row.norm) * kWiden, (row.norm + row.error) * kWiden, 0, false};
@@ -109,19 +116,19 @@ void search_screened(const float* x, const Dictionary<float>& W, const float* th
         Search& search = searches[s];
         search.begin(r0, count);
         int64_t* work = computed.data() + s * block;
-        float* buffer = turned.get() + (W.transposed() ? s * 64 * d : 0);
-        const float* feature[64];  // rows of W of a panel
+        T* buffer = turned.get() + (W.transposed() ? s * 64 * d : 0);
+        const T* feature[64];  // rows of W of a panel
         std::fill_n(work, count, 0);
         std::copy_n(usable.begin(), count, screened.begin());
         // Columns [c, c + columns) of a panel that begins with `first`, of some rows in float32, a row of W with several
         // rows of x at a time.
         const auto compute = [&](const uint16_t* which, int64_t chosen, int64_t first, int64_t c0, int64_t columns) {
           const float* left[kDotRows];
-          float value[kDotRows][kDotColumns];
+          float value[kDotRows][kWholeColumns];
           for (int64_t at = 0; at < chosen; at += kDotRows) {
             const int together = int(std::min<int64_t>(kDotRows, chosen - at));
             for (int i = 0; i < together; ++i) left[i] = input + which[at + i] * d;
-            int8.dots(left, together, feature + c0, d, columns, value);
+            kernels<T>().rows.dots(left, together, feature + c0, d, columns, value[0], kWholeColumns);
             for (int i = 0; i < together; ++i) {
               work[which[at + i]] += columns;
               for (int64_t c = 0; c < columns; ++c) {
@@ -145,14 +152,14 @@ void search_screened(const float* x, const Dictionary<float>& W, const float* th
             if (!search.done(r) && !lines[r].wanted) whole.push_back(uint16_t(r));
             any |= lines[r].wanted;
           }
-          for (int64_t c = 0; c < columns; c += kDotColumns) {
-            compute(whole.data(), int64_t(whole.size()), first, c, std::min<int64_t>(kDotColumns, columns - c));
+          for (int64_t c = 0; c < columns; c += kWholeColumns) {
+            compute(whole.data(), int64_t(whole.size()), first, c, std::min(kWholeColumns, columns - c));
           }
           if (!any) continue;
           ScreenColumns column = {};
           for (int64_t c = 0; c < columns; ++c) {
             Digits row;
-            int8.quantise(feature[c], scale_w.data(), d, width, bytes + c * width, row);
+            of_w.quantise(feature[c], scale_w.data(), d, width, bytes + c * width, row);
             column.step[c] = row.usable ? row.step : 0;
             column.norm[c] = row.usable ? row.norm * kWiden : std::numeric_limits<float>::quiet_NaN();
             column.error[c] = row.usable ? row.error * kWiden : 0;
@@ -160,7 +167,7 @@ void search_screened(const float* x, const Dictionary<float>& W, const float* th
             if (scale) multiply_column(column, c, factor);
             column.base[c] = b ? raised(b[first + c] * factor) : 0;
             if (threshold) column.base[c] += raised(-threshold[first + c]);
-            column.offset[c] = -128 * row.sum;
+            column.offset[c] = row.usable ? -128 * row.sum : 0;
           }
           kernels<float>().pack(reinterpret_cast<const float*>(bytes), quads, columns, quads,
                                 reinterpret_cast<float*>(panel));

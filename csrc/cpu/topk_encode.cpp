@@ -1,5 +1,5 @@
 // topk_encode: panels of pre-activations by torch's GEMM, each filtered while it is in cache; no (B, n) buffer. Large
-// float32 products are screened in int8 first (topk_screen.cpp).
+// products, but for float64, are screened in int8 first (topk_screen.cpp).
 #include "topk_encode.h"
 
 namespace clipsteer {
@@ -97,9 +97,9 @@ std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor w_enc, std::optional<Ten
     const Dictionary<T> W(w_enc, options);
     int64_t* found = data<int64_t>(indices);
     bool done = false;
-    if constexpr (std::is_same_v<T, float>) {
+    if constexpr (!std::is_same_v<T, double>) {
       done = screen && worth_screening(rows, W, k);
-      if (done) screened(data<float>(x), W, rows, k, relu, data<float>(acts), found, nullptr);
+      if (done) screened<T>(data<T>(x), W, rows, k, relu, data<T>(acts), found, nullptr);
     }
     if (!done) encode<T>(data<T>(x), W, rows, k, relu, data<T>(acts), found);
     W.name(found, rows * k);
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_encode_screened(Tensor x, Tensor w_enc, 
   const DictionaryOptions options{b_enc, scale, columns};
   check_dictionary(op, x, w_enc, options);
   const int64_t rows = x.size(0), d = x.size(1);
-  require(x.scalar_type() == ScalarType::Float, op, "expected x of dtype Float");
+  require(x.scalar_type() != ScalarType::Double, op, "expected x of dtype Float, BFloat16 or Half");
   check_k(op, k, columns ? columns->size(0) : w_enc.size(0));
   require(isa().screen, op,
           "this processor (or CLIPSTEER_CPU_ISA) has no AVX512-VNNI; topk_encode always runs");
@@ -124,11 +124,15 @@ std::tuple<Tensor, Tensor, Tensor> topk_encode_screened(Tensor x, Tensor w_enc, 
   const auto made = outputs(x, rows, k);
   const Tensor &acts = std::get<0>(made), &indices = std::get<1>(made);
   Tensor computed = allocate(x, {&rows, 1}, ScalarType::Long);
-  const Dictionary<float> W(w_enc, options);
-  if (rows) {
-    screened(data<float>(x), W, rows, k, relu, data<float>(acts), data<int64_t>(indices), data<int64_t>(computed));
-  }
-  W.name(data<int64_t>(indices), rows * k);
+  dispatch(op, x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Dictionary<T> W(w_enc, options);
+    int64_t* found = data<int64_t>(indices);
+    if constexpr (!std::is_same_v<T, double>) {
+      if (rows) screened<T>(data<T>(x), W, rows, k, relu, data<T>(acts), found, data<int64_t>(computed));
+    }
+    W.name(found, rows * k);
+  });
   return {acts, indices, computed};
 }
 

@@ -5,12 +5,16 @@
 
 namespace clipsteer {
 
-constexpr int64_t kScreenMaxDim = 8192;
+constexpr int64_t kScreenLeast = 9;  // rows
 constexpr int64_t kScratchBytes = int64_t(40) << 20;
 
 constexpr int64_t kPanelColumns = 512;
 
-// Panels of (x W^T + b) * scale by torch's GEMM, for each block of rows: begin(s, first row, count), then row(s, r, values,
+// So few rows that reading W takes as long as multiplying it: a product that reads each number once, where it lies.
+// Decided by all rows, so that the bits of a row do not depend on the blocks they are in.
+constexpr int64_t kFewRows = 8;
+
+// Panels of (x W^T + b) * scale by torch's GEMM or, of few rows, by our own products, for each block of rows: begin(s, first row, count), then row(s, r, values,
 // bias, first column, columns) for every row of every panel of slot s, while the panel is in cache, where a bias that is
 // not null has yet to be added, and end(first row, count). A slot takes a run of panels, so one thread makes each GEMM,
 // whatever the thread count.
@@ -20,11 +24,13 @@ void for_each_panel(const T* x, const Dictionary<T>& W, int64_t rows, int64_t sl
   using V = Compute<T>;
   const int64_t d = W.d, n = W.n, panels = (n + kPanelColumns - 1) / kPanelColumns;
   std::unique_ptr<V[]> panel(new V[slots * block * kPanelColumns]);
-  std::unique_ptr<V[]> weights(W.needs_buffer() ? new V[slots * kPanelColumns * d] : nullptr);
+  const bool few = rows <= kFewRows && W.multiplies_rows();
+  std::unique_ptr<V[]> weights(!few && W.needs_buffer() ? new V[slots * kPanelColumns * d] : nullptr);
   std::unique_ptr<V[]> wide_x(kNarrow<T> ? new V[block * d] : nullptr);
   for (int64_t r0 = 0; r0 < rows; r0 += block) {
     const int64_t count = std::min(block, rows - r0);
-    const Tensor input = matrix(widened(x + r0 * d, wide_x.get(), count * d), count, d, d, 1);
+    const V* left = widened(x + r0 * d, wide_x.get(), count * d);
+    const Tensor input = matrix(left, count, d, d, 1);
     torch::stable::parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
       for (int64_t s = begin; s < end; ++s) {
         V* out = panel.get() + s * block * kPanelColumns;
@@ -32,7 +38,9 @@ void for_each_panel(const T* x, const Dictionary<T>& W, int64_t rows, int64_t sl
         for (int64_t p = panels * s / slots; p < panels * (s + 1) / slots; ++p) {
           const int64_t first = p * kPanelColumns, columns = std::min(kPanelColumns, n - first);
           const V* bias = W.bias ? W.bias + first : nullptr;
-          if (d > 0) {
+          if (few) {
+            W.products(left, count, first, columns, out);
+          } else if (d > 0) {
             V* buffer = weights.get() + (W.needs_buffer() ? s * kPanelColumns * d : 0);
             multiply(input, W.factor(first, columns, buffer), matrix(out, count, columns, columns, 1));
           } else {
@@ -55,13 +63,15 @@ void for_each_panel(const T* x, const Dictionary<T>& W, int64_t rows, int64_t sl
 // Where screening pays: enough rows for the price of making bytes of W, few winners among many columns.
 template <class T>
 bool worth_screening(int64_t rows, const Dictionary<T>& W, int64_t k) {
-  return isa().screen && rows >= 48 && W.n >= 4096 && W.d >= 128 && W.d <= kScreenMaxDim && k <= W.n / 128;
+  if constexpr (std::is_same_v<T, double>) return false;
+  return isa().screen && rows >= kScreenLeast && W.n >= 4096 && W.d >= 128 && W.d <= kScreenMaxDim && k <= W.n / 128;
 }
 
 // Encodes with int8 screening (topk_screen.cpp). `computed`, if any, gets how many columns of each row were computed in
 // float32.
-void screened(const float* x, const Dictionary<float>& W, int64_t rows, int64_t k, bool relu, float* acts,
-              int64_t* indices, int64_t* computed);
+template <class T>
+void screened(const T* x, const Dictionary<T>& W, int64_t rows, int64_t k, bool relu, T* acts, int64_t* indices,
+              int64_t* computed);
 
 // Writes the k greatest of `count` keys in order; a row with a NaN has NaN values and the first k indices.
 template <class T, class V>

@@ -33,8 +33,9 @@ struct Greatest {
 
 }  // namespace
 
-void screened(const float* x, const Dictionary<float>& W, int64_t rows, int64_t k, bool relu, float* acts,
-              int64_t* indices, int64_t* computed) {
+template <class T>
+void screened(const T* x, const Dictionary<T>& W, int64_t rows, int64_t k, bool relu, T* acts, int64_t* indices,
+              int64_t* computed) {
   const int64_t slots = std::min<int64_t>(torch::stable::get_num_threads(), (W.n + 63) / 64);
   const int64_t room = kScratchBytes / (slots * k * int64_t(sizeof(Key32)));
   const int64_t block = std::min({rows, kScreenRows, std::max<int64_t>(room, 64)});
@@ -52,10 +53,15 @@ void screened(const float* x, const Dictionary<float>& W, int64_t rows, int64_t 
         nan |= found.state[r].nan;
       }
       if (computed) computed[r0 + r] = work[r];
-      select<float, float>(merged.data(), merged.size(), k, nan, relu, wide.data(), acts + (r0 + r) * k,
-                           indices + (r0 + r) * k);
+      select<T, float>(merged.data(), merged.size(), k, nan, relu, wide.data(), acts + (r0 + r) * k,
+                       indices + (r0 + r) * k);
     }
   });
 }
+
+template void screened(const float*, const Dictionary<float>&, int64_t, int64_t, bool, float*, int64_t*, int64_t*);
+template void screened(const BFloat16*, const Dictionary<BFloat16>&, int64_t, int64_t, bool, BFloat16*, int64_t*,
+                       int64_t*);
+template void screened(const Half*, const Dictionary<Half>&, int64_t, int64_t, bool, Half*, int64_t*, int64_t*);
 
 }  // namespace clipsteer

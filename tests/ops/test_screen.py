@@ -27,6 +27,9 @@ def screening_runs() -> bool:
 needs_vnni = pytest.mark.skipif(not screening_runs(), reason="no AVX512-VNNI here, or the C++ library is not built")
 
 
+HALVES = (torch.bfloat16, torch.float16)
+
+
 def check_screened(
     x: Tensor, W: Tensor, b: Tensor | None, k: int, scale: Tensor | None = None, columns: Tensor | None = None
 ) -> Tensor:
@@ -35,17 +38,18 @@ def check_screened(
     screened = torch.ops.clipsteer_cpp.topk_encode_screened
     acts, indices, computed = screened(x, W, b, k, scale, columns)
     every = torch.arange(W.shape[0]) if columns is None else columns
-    pre = torch.ops.clipsteer_cpp.gather_dot(x, every.expand(x.shape[0], -1).contiguous(), W)  # the same sums in order
-    pre = pre if b is None else pre + b[every]
-    pre = pre if scale is None else pre * scale[every]
+    # the same sums in order; 16-bit rows are summed in float32 and rounded once
+    pre = torch.ops.clipsteer_cpp.gather_dot(x.float(), every.expand(x.shape[0], -1).contiguous(), W.float())
+    pre = pre if b is None else pre + b[every].float()
+    pre = pre if scale is None else pre * scale[every].float()
     nan = pre.isnan().any(-1)
     values, order = torch.sort(pre[~nan] + 0.0, dim=-1, descending=True, stable=True)
     assert torch.equal(indices[~nan], every[order[:, :k]])
-    assert torch.equal(acts[~nan], values[:, :k].relu())
+    assert torch.equal(acts[~nan], values[:, :k].relu().to(x.dtype))
     assert bool(acts[nan].isnan().all())
     assert torch.equal(indices[nan], every[:k].expand(int(nan.sum()), -1))
     signed = screened(x, W.t().contiguous().t(), b, k, scale, columns, False)
-    assert torch.equal(signed[0][~nan], values[:, :k])
+    assert torch.equal(signed[0][~nan], values[:, :k].to(x.dtype))
     assert torch.equal(signed[1], indices)
     if not bool(pre.isfinite().all()):  # sums that overflow say little about the true ones
         return computed
@@ -127,7 +131,7 @@ def scale_of(kind: int, n: int, g: torch.Generator) -> Tensor:
     return scale.abs()
 
 
-def fuzz(seed: int, cases: int, options: bool = False) -> tuple[int, int]:
+def fuzz(seed: int, cases: int, options: bool = False, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
     """How many pre-activations of all were computed; a mismatch raises. With a scale, and of some columns, if so."""
     g = torch.Generator().manual_seed(seed)
     done = total = 0
@@ -143,6 +147,7 @@ def fuzz(seed: int, cases: int, options: bool = False) -> tuple[int, int]:
             scale = scale_of(int(torch.randint(4, (), generator=g)), n, g) if case % 5 else None
             if case % 3:
                 columns = torch.randperm(n, generator=g)[: max(k, n - int(torch.randint(90, (), generator=g)))]
+        x, W, b, scale = (None if t is None else t.to(dtype) for t in (x, W, b, scale))
         try:
             computed = check_screened(x, W, b, k, scale, columns)
             if kind == "integers" and not options:
@@ -178,10 +183,36 @@ def test_screening_with_a_scale_and_columns_equals_a_full_search():
 
 
 @needs_vnni
+@pytest.mark.parametrize("dtype", HALVES)
+def test_screening_of_half_precision_equals_a_full_search(dtype):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        done, total = fuzz(5, 64, dtype=dtype)
+        scaled = fuzz(6, 64, options=True, dtype=dtype)
+    finally:
+        torch.set_num_threads(before)
+    assert done < total * 0.6
+    assert scaled[0] < scaled[1] * 0.8
+
+
+@needs_vnni
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_precision_rules_most_columns_out(dtype):
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.randn(70, 190, generator=g).to(dtype), torch.randn(8219, 190, generator=g).to(dtype)
+    b = torch.randn(8219, generator=g).to(dtype)
+    assert int(check_screened(x, W, b, 16).max()) < 8219 // 8
+
+
+@needs_vnni
 @pytest.mark.slow
 def test_screening_equals_a_full_search_on_many_cases():
     fuzz(1, 2000)
     fuzz(4, 2000, options=True)
+    for dtype in HALVES:
+        fuzz(7, 500, dtype=dtype)
+        fuzz(8, 500, options=True, dtype=dtype)
 
 
 @needs_vnni

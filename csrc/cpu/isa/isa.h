@@ -138,20 +138,22 @@ struct ScreenColumns {
   int32_t offset[64];
 };
 
-// What will be read next: cache lines by fours, which are `stride` bytes apart.
+// What will be read next: cache lines, 2^together of which follow each other every `stride` bytes.
 struct ScreenAhead {
   const char* from;
   int64_t stride, lines;
+  int together;
   void fetch(int64_t line) const {
-    __builtin_prefetch(from + line / 4 * stride + line % 4 * 64, 0, 2);
+    const int64_t place = line & ((int64_t(1) << together) - 1);
+    __builtin_prefetch(from + (line >> together) * stride + place * 64, 0, 2);
   }
 };
 
+constexpr int64_t kScreenMaxDim = 8192;  // numbers of a row
 constexpr int64_t kScreenTile = 16;  // rows of bytes are there in multiples of this many
 
-// Rows of W, up to this many at a time, whose products with many rows of x are computed from the
-// first-level cache, and how many rows of x at a time.
-constexpr int kDotColumns = 8, kDotRows = 4;
+// Rows of x, up to this many at a time, whose products with rows of W are computed in registers.
+constexpr int kDotRows = 4;
 
 // Adam at one step: lr over the first bias correction, 1 - beta1, beta2, 1 - beta2, root of the
 // second correction, eps.
@@ -190,9 +192,22 @@ template <class V, class W>
 using Inner = void (*)(const V* const* a, int64_t rows, const W* w, int64_t stride, int64_t columns, int64_t k,
                        V* const* c);
 
+// Products of few rows x with W where it lies, of numbers T; null where torch's GEMM has the better inner loop.
+template <class T>
+struct RowProducts {
+  using V = Compute<T>;
+  // out[i * stride + c] = x[i] . w[c]; a sum does not depend on the others.
+  void (*dots)(const V* const* x, int64_t rows, const T* const* w, int64_t d, int64_t columns,
+               V* out, int64_t stride) = nullptr;
+  // The same of rows d apart, where w[q * step + c] is number q of column c.
+  void (*spread)(const V* x, int64_t rows, const T* w, int64_t step, int64_t d, int64_t columns,
+                 V* out, int64_t stride) = nullptr;
+};
+
 // Inner loops over numbers V; every instruction set makes the same selections.
 template <class V>
 struct Kernels {
+  RowProducts<V> rows;
   // Adds to `row` every column of value + bias (bias may be null) that may be among the k largest.
   void (*filter)(const V* value, const V* bias, int64_t columns, uint32_t first,
                  Candidates<V>& row);
@@ -259,10 +274,14 @@ struct Kernels {
 template <class T>
   requires kNarrow<T>
 struct Kernels<T> {
+  RowProducts<T> rows;
   void (*widen)(const T* src, float* dst, int64_t n);
   void (*narrow)(const float* src, T* dst, int64_t n);
   AddRows<T> axpy;
   RowDots<T> row_dots;
+  // As that of floats.
+  void (*turn)(const T* u, int64_t stride, int64_t rows, int64_t columns, T* out,
+               int64_t out_stride);
   // Kernels<float>::inner with rows w of these, and `columns` of k rows of these as a
   // Kernels<float>::block's b; null where those are.
   Inner<float, T> inner = nullptr;
@@ -280,15 +299,17 @@ struct PairProducts {
                 float* out) = nullptr;
 };
 
-// int8 screening (screen.h), or null.
-struct Screening {
-  void (*quantise)(const float* v, const float* scale, int64_t d, int64_t width, int8_t* digit,
+template <class T>
+struct Quantise {
+  void (*quantise)(const T* v, const float* scale, int64_t d, int64_t width, int8_t* digit,
                    Digits& row);
+};
+
+// int8 screening (screen.h), or null.
+struct Screening : Quantise<float>, Quantise<BFloat16>, Quantise<Half> {
   void (*screen)(const uint8_t* x, int64_t width, const ScreenRow* row, int64_t rows,
                  const int8_t* panel, const ScreenColumns& column, const ScreenAhead& next,
                  uint64_t* pass);
-  void (*dots)(const float* const* x, int rows, const float* const* w, int64_t d, int64_t columns,
-               float (*out)[kDotColumns]);
 };
 
 struct Isa : Kernels<float>, Kernels<double>, Kernels<BFloat16>, Kernels<Half>, Screening, PairProducts {

@@ -1,20 +1,43 @@
-// int8 screening of a product, for AVX-512 with VNNI and for AMX: rows as signed bytes with what the rounding cost, upper
-// bounds of pre-activations, and blocks computed whole. Included by isa.cpp; topk_screen.cpp derives the bound.
+// int8 screening of a product, for AVX-512 with VNNI and for AMX: rows as signed bytes with what the rounding cost, and
+// upper bounds of pre-activations. Included by isa.cpp; screening.h derives the bound.
 #pragma once
 
 namespace clipsteer::vnni {
 
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 
-// digit = round(v * scale / step) in [-127, 127] for d numbers, then zeros up to `width`. The scales are powers of two.
-VNNI void quantise(const float* v, const float* scale, int64_t d, int64_t width, int8_t* digit, Digits& row) {
+// Numbers of any type as float32, which all of them are exactly; 0 in other lanes.
+VNNI static inline __m512 widened(__mmask16 lane, const float* v) { return _mm512_maskz_loadu_ps(lane, v); }
+VNNI static inline __m512 widened(__mmask16 lane, const BFloat16* v) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lane, v)), 16));
+}
+VNNI static inline __m512 widened(__mmask16 lane, const Half* v) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lane, v));
+}
+
+// Whether all are zeros as bits, but for their signs.
+template <class T>
+static inline bool all_zero(const T* v, int64_t d) {
+  std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t> any = 0, bits;
+  for (int64_t i = 0; i < d; ++i) {
+    std::memcpy(&bits, v + i, sizeof(T));
+    any |= bits;
+  }
+  return (any << 1 & std::numeric_limits<decltype(bits)>::max()) == 0;
+}
+
+// digit = round(v * scale / step) in [-127, 127] for d numbers, then zeros up to `width`; those of a row that is not
+// usable mean nothing. The scales are powers of two.
+template <class T>
+VNNI void quantise(const T* v, const float* scale, int64_t d, int64_t width, int8_t* digit, Digits& row) {
+  alignas(64) float scaled[kScreenMaxDim];
+  constexpr int kLargerSize = 0b1011;  // max(|a|, |b|)
   __m512 most = _mm512_setzero_ps();
-  __m512i any = _mm512_setzero_si512();
   for (int64_t i = 0; i < d; i += 16) {
     const __mmask16 lane = d - i >= 16 ? 0xffff : __mmask16((1u << (d - i)) - 1);
-    const __m512 value = _mm512_maskz_loadu_ps(lane, v + i);
-    any = _mm512_or_si512(any, _mm512_castps_si512(value));
-    most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_mul_ps(value, _mm512_maskz_loadu_ps(lane, scale + i))));
+    const __m512 value = _mm512_mul_ps(widened(lane, v + i), _mm512_maskz_loadu_ps(lane, scale + i));
+    _mm512_store_ps(scaled + i, value);
+    most = _mm512_range_ps(most, value, kLargerSize);
   }
   const float peak = _mm512_reduce_max_ps(most);
   const float step = peak / 127;
@@ -23,9 +46,8 @@ VNNI void quantise(const float* v, const float* scale, int64_t d, int64_t width,
   __m512i sum = _mm512_setzero_si512();
   for (int64_t i = 0; i < d; i += 16) {
     const __mmask16 lane = d - i >= 16 ? 0xffff : __mmask16((1u << (d - i)) - 1);
-    const __m512 value = _mm512_mul_ps(_mm512_maskz_loadu_ps(lane, v + i), _mm512_maskz_loadu_ps(lane, scale + i));
-    __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse));
-    q = _mm512_max_epi32(_mm512_min_epi32(q, _mm512_set1_epi32(127)), _mm512_set1_epi32(-127));
+    const __m512 value = _mm512_load_ps(scaled + i);
+    const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse));
     const __m512 rest = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(q), width_of, value);
     square = _mm512_fmadd_ps(value, value, square);
     missed = _mm512_fmadd_ps(rest, rest, missed);
@@ -38,7 +60,7 @@ VNNI void quantise(const float* v, const float* scale, int64_t d, int64_t width,
   row.error = std::sqrt(_mm512_reduce_add_ps(missed));
   row.sum = _mm512_reduce_add_epi32(sum);
   // Only true zeros may count as 0: the processor may be set to read denormal numbers as zero.
-  const bool zero = _mm512_test_epi32_mask(any, _mm512_set1_epi32(INT32_MAX)) == 0;
+  const bool zero = peak == 0 && all_zero(v, d);
   row.usable = zero || (peak >= Digits::kLeast && peak <= Digits::kMost && row.norm <= Digits::kMost * Digits::kMost);
 }
 
@@ -65,7 +87,7 @@ VNNI static inline uint64_t above(const int32_t* product, const ScreenRow& row, 
 VNNI void screen(const uint8_t* x, int64_t width, const ScreenRow* row, int64_t rows, const int8_t* panel,
                  const ScreenColumns& column, const ScreenAhead& next, uint64_t* pass) {
   const int64_t quads = width / 4, blocks = (rows + kBlockRows - 1) / kBlockRows;
-  const int64_t share = std::min(quads, (next.lines + blocks - 1) / blocks);
+  const int64_t share = (next.lines + blocks - 1) / blocks, step = (share + quads - 1) / quads;
   int64_t line = 0;
   for (int64_t at = 0; at < rows; at += kBlockRows, line += share) {
     const uint8_t* left[kBlockRows];
@@ -78,7 +100,7 @@ VNNI void screen(const uint8_t* x, int64_t width, const ScreenRow* row, int64_t 
     __m512i sum[kBlockRows][4] = {};
     const int8_t* w = panel;
     for (int64_t q = 0; q < quads; ++q, w += 256) {
-      if (q < share) next.fetch(line + q);
+      for (int64_t l = q * step; l < std::min(share, (q + 1) * step); ++l) next.fetch(line + l);
       const __m512i right[4] = {_mm512_loadu_si512(w), _mm512_loadu_si512(w + 64), _mm512_loadu_si512(w + 128),
                                 _mm512_loadu_si512(w + 192)};
 #pragma GCC unroll 6
@@ -152,75 +174,6 @@ void screen_tiles(const uint8_t* x, int64_t width, const ScreenRow* row, int64_t
   _tile_release();
 }
 #endif
-
-template <int ROWS, int COLUMNS>
-VNNI static inline void add_products(const float* const* x, const float* const* w, int64_t at, __mmask16 lane,
-                                     __m512 (*sum)[COLUMNS]) {
-  // The empty statements make the compiler load each vector once, not for each of its products.
-  __m512 right[COLUMNS];
-#pragma GCC unroll 2
-  for (int j = 0; j < COLUMNS; ++j) {
-    right[j] = _mm512_maskz_loadu_ps(lane, w[j] + at);
-    __asm__("" : "+v"(right[j]));
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < ROWS; ++i) {
-    __m512 left = _mm512_maskz_loadu_ps(lane, x[i] + at);
-    __asm__("" : "+v"(left));
-#pragma GCC unroll 2
-    for (int j = 0; j < COLUMNS; ++j) sum[i][j] = _mm512_fmadd_ps(left, right[j], sum[i][j]);
-  }
-}
-
-// out[i * stride + j] = x[i] . w[j], to the bit what dot<float> (rows.h) makes of it.
-template <int ROWS, int COLUMNS>
-VNNI static inline void products(const float* const* x, const float* const* w, int64_t d, float* out, int64_t stride) {
-  __m512 sum[4][ROWS][COLUMNS] = {};
-  int64_t at = 0;
-  for (; at + 64 <= d; at += 64) {
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) add_products<ROWS, COLUMNS>(x, w, at + 16 * v, 0xffff, sum[v]);
-  }
-  if (at < d) {
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) {
-      const int64_t left = std::clamp<int64_t>(d - at - 16 * v, 0, 16);
-      add_products<ROWS, COLUMNS>(x, w, at + 16 * v, __mmask16((1u << left) - 1), sum[v]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < COLUMNS; ++j) {
-      const __m512 low = _mm512_add_ps(sum[0][i][j], sum[2][i][j]), high = _mm512_add_ps(sum[1][i][j], sum[3][i][j]);
-      const __m512 both = _mm512_add_ps(low, high);
-      const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(both), _mm512_extractf32x8_ps(both, 1));
-      __m128 last = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-      last = _mm_add_ps(last, _mm_movehl_ps(last, last));
-      out[i * stride + j] = _mm_cvtss_f32(_mm_add_ss(last, _mm_movehdup_ps(last)));
-    }
-  }
-}
-
-template <int COLUMNS>
-VNNI static inline void products(int rows, const float* const* x, const float* const* w, int64_t d, float* out) {
-  switch (rows) {
-    case 1: return products<1, COLUMNS>(x, w, d, out, kDotColumns);
-    case 2: return products<2, COLUMNS>(x, w, d, out, kDotColumns);
-    case 3: return products<3, COLUMNS>(x, w, d, out, kDotColumns);
-    default: return products<kDotRows, COLUMNS>(x, w, d, out, kDotColumns);
-  }
-}
-
-// out[i][c] = x[i] . w[c], for 1 to kDotRows rows and 1 to kDotColumns columns, two at a time.
-VNNI void dots(const float* const* x, int rows, const float* const* w, int64_t d, int64_t columns,
-               float (*out)[kDotColumns]) {
-  if (columns == 1) return products<1>(rows, x, w, d, out[0]);
-  for (int64_t c = 0; c < columns; c += 2) {
-    const int64_t first = std::min(c, columns - 2);
-    products<2>(rows, x, w + first, d, out[0] + first);
-  }
-}
 
 #undef VNNI
 

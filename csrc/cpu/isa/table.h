@@ -13,13 +13,23 @@
 #include "transpose.h"
 #if CLIPSTEER_LEVEL > 0
 #include "blocks.h"
+#include "dots.h"
 #endif
 #include "gather.h"
 
 namespace clipsteer::ISA {
 
+template <class T>
+constexpr RowProducts<T> kRowProducts = {
+#if CLIPSTEER_LEVEL > 0
+    .dots = dots,
+    .spread = spread,
+#endif
+};
+
 template <class V>
 constexpr Kernels<V> kKernels = {
+    .rows = kRowProducts<V>,
     .filter = filter,
     .seed = seed,
     .axpy = axpy<V>,
@@ -54,10 +64,12 @@ constexpr Kernels<V> kKernels = {
 template <class T>
   requires kNarrow<T>
 constexpr Kernels<T> kKernels<T> = {
+    .rows = kRowProducts<T>,
     .widen = widen,
     .narrow = narrow,
     .axpy = axpy<T>,
     .row_dots = row_dots<T>,
+    .turn = turn,
 #if CLIPSTEER_LEVEL > 0
     .inner = inner<float, T>,
     .lay = lay<T>,

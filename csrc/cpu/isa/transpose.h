@@ -76,4 +76,34 @@ TARGET static inline void turn(const V* u, int64_t stride, int64_t rows, int64_t
   }
 }
 
+// The same for 16-bit numbers, in pairs of rows as the numbers of 32 bits that they become.
+template <class T>
+  requires kNarrow<T>
+TARGET static inline void turn(const T* u, int64_t stride, int64_t rows, int64_t columns, T* out,
+                               int64_t out_stride) {
+  constexpr int64_t kPairs = 16, kSide = 32;
+  for (int64_t i = 0; i < rows; i += 2 * kPairs) {
+    const int64_t height = std::min(2 * kPairs, rows - i);
+    for (int64_t j = 0; j < columns; j += kSide) {
+      const int64_t width = std::min(kSide, columns - j);
+      for (int64_t l = i + 2 * kPairs; l < std::min(rows, i + 4 * kPairs); ++l) {
+        __builtin_prefetch(u + l * stride + j);
+        __builtin_prefetch(u + l * stride + j + width - 1);
+      }
+      alignas(64) uint32_t pair[kPairs][kSide];
+      for (int64_t l = 0; l < height; l += 2) {
+        uint16_t first[kSide] = {}, second[kSide] = {};
+        std::memcpy(first, u + (i + l) * stride + j, width * 2);
+        if (l + 1 < height) std::memcpy(second, u + (i + l + 1) * stride + j, width * 2);
+        for (int c = 0; c < kSide; ++c) pair[l / 2][c] = first[c] | uint32_t(second[c]) << 16;
+      }
+      alignas(64) float turned[kSide][kPairs];
+      turn(reinterpret_cast<const float*>(pair[0]), kSide, (height + 1) / 2, width, turned[0], kPairs);
+      for (int64_t c = 0; c < width; ++c) {
+        std::memcpy(static_cast<void*>(out + (j + c) * out_stride + i), turned[c], height * 2);
+      }
+    }
+  }
+}
+
 }  // namespace clipsteer::ISA
