@@ -333,7 +333,7 @@ Tensor moved_prototypes(Tensor old, Tensor fresh, Tensor prototypes, Tensor scal
   check_rows(op, old, fresh, prototypes, scale);
   require(old.size(0) > 0, op, "expected rows");
   const int64_t sizes[] = {prototypes.size(0), old.size(1)};
-  Tensor out = torch::stable::new_empty(prototypes, {sizes, 2});
+  Tensor out = allocate(prototypes, {sizes, 2});
   if (prototypes.size(0) > 0) {
     dispatch(op, old.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
