@@ -112,13 +112,14 @@ TARGET static inline void products(const V* const* x, const T* const* w, int64_t
   for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < COLUMNS; ++j) {
-      Lanes<V>* part = sum[i][j];
+      // written out, so that sums stay in registers
+      Lanes<V> quarter[4];
 #pragma GCC unroll 4
-      for (int half = kSums<V> / 2; half; half /= 2) {
-#pragma GCC unroll 4
-        for (int v = 0; v < half; ++v) part[v] += part[v + half];
+      for (int v = 0; v < 4; ++v) {
+        quarter[v] = sum[i][j][v];
+        if constexpr (kSums<V> == 8) quarter[v] += sum[i][j][v + 4];
       }
-      out[i * stride + j * gap] = folded(part[0]);
+      out[i * stride + j * gap] = folded((quarter[0] + quarter[2]) + (quarter[1] + quarter[3]));
     }
   }
 }
