@@ -88,7 +88,7 @@ void search_screened(const T* x, const Dictionary<T>& W, const float* threshold,
   std::fill_n(codes.get() + block * width, (padded - block) * width, uint8_t(0));
   Buffer<int8_t> packed(slots * 64 * width), flat(slots * 64 * width);
   Buffer<T> turned(W.transposed() ? slots * 64 * d : 0);
-  std::unique_ptr<float[]> wide_x(kNarrow<T> ? new float[block * d] : nullptr);
+  Buffer<float> wide_x(kNarrow<T> ? block * d : 0);
   std::vector<ScreenRow> bounds(block);
   std::vector<char> usable(block);
   std::vector<int64_t> computed(slots * block);

@@ -5,14 +5,13 @@
 
 namespace clipsteer {
 
-constexpr int64_t kScreenLeast = 9;  // rows
 constexpr int64_t kScratchBytes = int64_t(40) << 20;
 
 constexpr int64_t kPanelColumns = 512;
 
-// So few rows that reading W takes as long as multiplying it: a product that reads each number once, where it lies.
-// Decided by all rows, so that the bits of a row do not depend on the blocks they are in.
-constexpr int64_t kFewRows = 8;
+// Of so few rows, reading W takes as long as multiplying it: a product that reads each number once, where it lies. Decided
+// by all rows, so that the bits of a row do not depend on the blocks they are in. AVX2 has the registers for one at a time.
+inline int64_t few_rows() { return isa().level >= 2 ? 12 : 4; }
 
 // Panels of (x W^T + b) * scale by torch's GEMM or, of few rows, by our own products, for each block of rows: begin(s, first row, count), then row(s, r, values,
 // bias, first column, columns) for every row of every panel of slot s, while the panel is in cache, where a bias that is
@@ -24,9 +23,9 @@ void for_each_panel(const T* x, const Dictionary<T>& W, int64_t rows, int64_t sl
   using V = Compute<T>;
   const int64_t d = W.d, n = W.n, panels = (n + kPanelColumns - 1) / kPanelColumns;
   std::unique_ptr<V[]> panel(new V[slots * block * kPanelColumns]);
-  const bool few = rows <= kFewRows && W.multiplies_rows();
+  const bool few = rows <= few_rows() && W.multiplies_rows();
   std::unique_ptr<V[]> weights(!few && W.needs_buffer() ? new V[slots * kPanelColumns * d] : nullptr);
-  std::unique_ptr<V[]> wide_x(kNarrow<T> ? new V[block * d] : nullptr);
+  Buffer<V> wide_x(kNarrow<T> ? block * d : 0);
   for (int64_t r0 = 0; r0 < rows; r0 += block) {
     const int64_t count = std::min(block, rows - r0);
     const V* left = widened(x + r0 * d, wide_x.get(), count * d);
@@ -64,7 +63,7 @@ void for_each_panel(const T* x, const Dictionary<T>& W, int64_t rows, int64_t sl
 template <class T>
 bool worth_screening(int64_t rows, const Dictionary<T>& W, int64_t k) {
   if constexpr (std::is_same_v<T, double>) return false;
-  return isa().screen && rows >= kScreenLeast && W.n >= 4096 && W.d >= 128 && W.d <= kScreenMaxDim && k <= W.n / 128;
+  return isa().screen && rows > few_rows() && W.n >= 4096 && W.d >= 128 && W.d <= kScreenMaxDim && k <= W.n / 128;
 }
 
 // Encodes with int8 screening (topk_screen.cpp). `computed`, if any, gets how many columns of each row were computed in

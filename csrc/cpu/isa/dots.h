@@ -112,20 +112,20 @@ TARGET static inline void products(const V* const* x, const T* const* w, int64_t
   for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < COLUMNS; ++j) {
-      Lanes<V>* part = sum[i][j];
+      // written out, so that sums stay in registers
+      Lanes<V> quarter[4];
 #pragma GCC unroll 4
-      for (int half = kSums<V> / 2; half; half /= 2) {
-#pragma GCC unroll 4
-        for (int v = 0; v < half; ++v) part[v] += part[v + half];
+      for (int v = 0; v < 4; ++v) {
+        quarter[v] = sum[i][j][v];
+        if constexpr (kSums<V> == 8) quarter[v] += sum[i][j][v + 4];
       }
-      out[i * stride + j * gap] = folded(part[0]);
+      out[i * stride + j * gap] = folded((quarter[0] + quarter[2]) + (quarter[1] + quarter[3]));
     }
   }
 }
 
-// out[i * stride + c] = x[i] . w[c]. Columns a quarter of all apart follow each other: memory brings several streams
-// faster than one. kDotRows rows of x stay in the first-level cache while some of each stream pass, which stay in the
-// second for the next of x.
+// out[i * stride + c] = x[i] . w[c]. One row with columns a quarter of all apart, line by line: memory brings several
+// streams faster than one. Then kDotRows rows at a time with what of these is in the second-level cache now.
 template <class V, class T>
 TARGET static inline void dots(const V* const* x, int64_t rows, const T* const* w, int64_t d,
                                int64_t columns, V* out, int64_t stride) {
@@ -133,17 +133,17 @@ TARGET static inline void dots(const V* const* x, int64_t rows, const T* const* 
   constexpr int64_t kRun = 16;
   const int64_t gap = (columns + kStreams - 1) / kStreams;
   for (int64_t run = 0; run < gap; run += kRun) {
-    for (int64_t i = 0; i < rows; i += kDotRows) {
+    for (int64_t i = 0, together = 0; i < rows; i += together) {
+      together = std::min<int64_t>(gap >= kRun && i == 0 ? 1 : kDotRows, rows - i);
       for (int64_t g = run; g < std::min(gap, run + kRun); ++g) {
 #if CLIPSTEER_LEVEL == 2
-        if (rows == 1 && g + (kStreams - 1) * gap < columns) {
-          products<1, kStreams>(x, w + g, gap, d, out + g, stride);
+        if (together == 1 && g + (kStreams - 1) * gap < columns) {
+          products<1, kStreams>(x + i, w + g, gap, d, out + i * stride + g, stride);
           continue;
         }
 #endif
         for (int64_t c = g; c < columns; c += gap) {
           V* to = out + i * stride + c;
-          const int64_t together = std::min<int64_t>(kDotRows, rows - i);
 #if CLIPSTEER_LEVEL == 2
           switch (together) {
             case 1: products<1, 1>(x + i, w + c, 1, d, to, stride); break;
