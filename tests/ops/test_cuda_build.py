@@ -427,7 +427,7 @@ def test_ci_asks_for_cuda_where_nvcc_is(tmp_path: Path, builds: bool) -> None:
         (tmp_path / "bin" / name).write_text(STUB)
         (tmp_path / "bin" / name).chmod(0o755)
     # of the machine's programs only those of the base system: its nvcc, if it has one, is not to be seen
-    tools = {name: shutil.which(name) for name in ("bash", "sh", "mktemp", "rm", "mkdir", "cp", "dirname")}
+    tools = {name: shutil.which(name) for name in ("bash", "sh", "mktemp", "rm", "mkdir", "cp", "dirname", "sed")}
     for name, path in tools.items():
         (tmp_path / "bin" / name).symlink_to(path)
     environment = {"PATH": str(tmp_path / "bin"), "TMPDIR": str(tmp_path)}

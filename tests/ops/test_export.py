@@ -129,7 +129,8 @@ def test_an_sae_of_any_batch(architecture: str, what: str) -> None:
     for shape in ((2, 2), (7, 50)):
         x = torch.randn(*shape, 16)
         for a, b in zip(program.module()(x), part(x)):
-            assert (a is None and b is None) or torch.equal(a, b)
+            # the graph's dense products add up in an order of their own
+            assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_an_exported_sae_trains_as_the_module_does() -> None:

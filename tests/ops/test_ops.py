@@ -484,6 +484,7 @@ LOW_LEVEL_ARGUMENTS = {
         t["mean"],
     ),
     "drift_sums": lambda t: (t["x"], t["x"] + t["b_d"], t["W"], torch.tensor([1.0, 0.5, -2.0], dtype=torch.float64)),
+    "moved_prototypes": lambda t: LOW_LEVEL_ARGUMENTS["drift_sums"](t),
     "drrho_sums": lambda t: (t["x"], t["W"], t["b_n"], torch.tensor(2.0), 11, True),
     "drrho_grad": lambda t: (
         t["x"],
