@@ -810,7 +810,10 @@ INTERPRETED = """
 from clipsteer import testing
 rows = testing.validate(backends=["triton"], cases=60)
 print(testing.table(rows))
-sys.exit(any(r.verdict != "pass" for r in rows) or len(rows) < 8)
+without = {"generalised_rand_index_sparse", "concept_distances_sparse"}  # they have no kernels
+passed = {r.op for r in rows if r.verdict == "pass"}
+failed = {r.op for r in rows if r.verdict != "pass"}
+sys.exit(failed != without or len(passed) < 8)
 """
 
 
