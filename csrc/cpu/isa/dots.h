@@ -6,20 +6,7 @@ namespace clipsteer::ISA {
 template <class V>
 constexpr int kLanes = kVectorBytes / sizeof(V);
 
-TARGET static inline Lanes<float> wide(const float* p) {
-  return *reinterpret_cast<const Lanes<float>*>(p);
-}
-TARGET static inline Lanes<double> wide(const double* p) {
-  return *reinterpret_cast<const Lanes<double>*>(p);
-}
 #if CLIPSTEER_LEVEL == 2
-TARGET static inline Lanes<float> wide(const BFloat16* p) {
-  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return (Lanes<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
-}
-TARGET static inline Lanes<float> wide(const Half* p) {
-  return (Lanes<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
 TARGET static inline float folded(Lanes<float> v) {
   const __m512 all = (__m512)v;
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
@@ -34,13 +21,6 @@ TARGET static inline double folded(Lanes<double> v) {
   return _mm_cvtsd_f64(_mm_add_sd(last, _mm_unpackhi_pd(last, last)));
 }
 #else
-TARGET static inline Lanes<float> wide(const BFloat16* p) {
-  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return (Lanes<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
-}
-TARGET static inline Lanes<float> wide(const Half* p) {
-  return (Lanes<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
 TARGET static inline float folded(Lanes<float> v) {
   const __m256 all = (__m256)v;
   __m128 last = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
@@ -69,12 +49,12 @@ TARGET static inline void add_products(const V* const* x, const T* const* w, int
     Lanes<V> right[COLUMNS];
 #pragma GCC unroll 4
     for (int j = 0; j < COLUMNS; ++j) {
-      right[j] = wide(w[j] + at + v * kLanes<V>);
+      right[j] = read(w[j] + at + v * kLanes<V>);
       __asm__("" : "+v"(right[j]));
     }
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS; ++i) {
-      Lanes<V> left = wide(x[i] + at + v * kLanes<V>);
+      Lanes<V> left = read(x[i] + at + v * kLanes<V>);
       if constexpr (COLUMNS > 1) __asm__("" : "+v"(left));
 #pragma GCC unroll 4
       for (int j = 0; j < COLUMNS; ++j) sum[i][j][v] += left * right[j];
@@ -186,7 +166,7 @@ TARGET static inline void spread(const V* x, int64_t rows, const T* w, int64_t s
           Lanes<V>& sum = *reinterpret_cast<Lanes<V>*>(y + c);
           Lanes<V> total = sum;
 #pragma GCC unroll 4
-          for (int m = 0; m < kTerms; ++m) total += factor[m] * wide(from[m] + c);
+          for (int m = 0; m < kTerms; ++m) total += factor[m] * read(from[m] + c);
           sum = total;
         }
       }
