@@ -84,8 +84,8 @@ TARGET static inline V weights(V* __restrict log_w, V peak, V floor, int64_t n) 
 template <class V>
 TARGET static inline void settle(const V* __restrict mu, const V* __restrict moved, double total,
                                  V* __restrict out, int64_t n) {
-  const double share = 1 / total;
-  for (int64_t i = 0; i < n; ++i) out[i] = V(double(mu[i]) + double(moved[i]) * share);
+  // not by 1 / total, which would be rounded as well: the mean of integers is theirs to the bit
+  for (int64_t i = 0; i < n; ++i) out[i] = V(double(mu[i]) + double(moved[i]) / total);
 }
 
 }  // namespace clipsteer::ISA
