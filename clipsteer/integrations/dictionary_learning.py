@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clipsteer.integrations._codes import Codes, Preactivations
-from clipsteer.ops._autograd import transformed
+from clipsteer.ops._calls import transformed
 from clipsteer.ops._ragged import SparseCodes
 from clipsteer.ops.batch_topk_encode import batch_topk_encode
 from clipsteer.ops.threshold_encode import threshold_encode

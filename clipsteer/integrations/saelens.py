@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from clipsteer.integrations._codes import Codes, Preactivations
 from clipsteer.integrations._memory import gradient_buffer
 from clipsteer.integrations._on_demand import waits
-from clipsteer.ops._autograd import transformed
+from clipsteer.ops._calls import transformed
 from clipsteer.ops._ragged import SparseCodes, code_rows
 from clipsteer.ops.batch_topk_encode import batch_topk_encode
 from clipsteer.ops.sparse_decode import sparse_decode

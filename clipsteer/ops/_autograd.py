@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from clipsteer.ops._calls import step
-from clipsteer.ops._calls import transformed as transformed
+from clipsteer.ops._calls import step, transformed
 
 
 def has_tangents() -> bool:

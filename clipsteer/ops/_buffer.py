@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from clipsteer.ops._autograd import transformed
+from clipsteer.ops._calls import transformed
 
 
 def claimed(buffer: Tensor) -> Tensor | None:

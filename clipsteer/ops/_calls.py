@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -250,18 +250,9 @@ def remembered(op: Op) -> Op:
         kind = [_ENVIRON.get(_KEY), _with_grad(), *named]
         given: list[Tensor] = []
         try:
-            for value in (*args, *named.values()) if named else args:
-                of = type(value)
-                if of is Tensor or of is Parameter:
-                    if not value.is_cpu:
-                        return op(*args, **named)
-                    given.append(value)
-                    kind += (value.shape, value.stride(), value.dtype, value.requires_grad)
-                elif of in _PLAIN:
-                    kind += (of, value)
-                elif not _nested(value, kind, given):
-                    return op(*args, **named)
-        except RuntimeError:  # a sparse one has no strides
+            if not _read((*args, *named.values()) if named else args, kind, given):
+                return op(*args, **named)
+        except RuntimeError:  # a sparse or a nested one has no strides
             return op(*args, **named)
         key = tuple(kind)
         plan = plans.get(key)
@@ -277,20 +268,21 @@ def remembered(op: Op) -> Op:
     return cast(Op, called)
 
 
-def _nested(value: Any, kind: list[Any], given: list[Tensor]) -> bool:
-    """Whether an argument is a tuple or a list of those that are known; adds what they are."""
-    if not isinstance(value, (tuple, list)):
-        return False
-    kind += (type(value), len(value))
-    for part in value:
-        of = type(part)
+def _read(values: Sequence[Any], kind: list[Any], given: list[Tensor]) -> bool:
+    """Adds what the arguments are, and the tensors among them; whether all of that is known."""
+    for value in values:
+        of = type(value)
         if of is Tensor or of is Parameter:
-            if not part.is_cpu:
+            if not value.is_cpu:
                 return False
-            given.append(part)
-            kind += (part.shape, part.stride(), part.dtype, part.requires_grad)
+            given.append(value)
+            kind += (value.shape, value.stride(), value.dtype, value.requires_grad)
         elif of in _PLAIN:
-            kind += (of, part)
+            kind += (of, value)
+        elif isinstance(value, (tuple, list)):
+            kind += (of, len(value))
+            if not _read(value, kind, given):
+                return False
         else:
             return False
     return True

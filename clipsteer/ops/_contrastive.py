@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clipsteer.ops._autograd import Function, has_tangents, save, total, tracked, transformed
+from clipsteer.ops._autograd import Function, has_tangents, save, total, tracked
+from clipsteer.ops._calls import transformed
 
 Needs = tuple[bool, ...]
 

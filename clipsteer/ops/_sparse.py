@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipsteer.ops._autograd import Function, save, total, tracked, transformed
+from clipsteer.ops._autograd import Function, save, total, tracked
 from clipsteer.ops._buffer import claimed
-from clipsteer.ops._calls import in_full
+from clipsteer.ops._calls import in_full, transformed
 from clipsteer.ops._dispatch import call
 from clipsteer.ops._lowlevel import PORTABLE
 from clipsteer.ops._reference import rows_of

@@ -17,7 +17,7 @@ from clipsteer.ops import _check, _grouped
 from clipsteer.ops._calls import remembered, step
 from clipsteer.ops._dispatch import choose
 from clipsteer.ops._reference import rounded_once, rows_of
-from clipsteer.ops._steps import cast_to, full
+from clipsteer.ops._steps import as_given, as_rows, cast_to, full
 
 __all__ = ["LowRank", "conceptor_project", "conceptor_project_reference"]
 
@@ -162,7 +162,7 @@ def conceptor_project(
         return conceptor_project_reference(h, C, index, beta=beta, mean=mean)
     flat = h.dim() == 2
     wide = _grouped.compute_dtype(h.dtype)
-    rows = h if flat else step(torch.reshape, h, (-1, h.shape[-1]))
+    rows = as_rows(h)
     index = index if flat or index is None else step(torch.reshape, index, (-1,))
     strength = None if not isinstance(beta, Tensor) and beta == 1 else beta
     if isinstance(strength, Tensor):
@@ -178,7 +178,7 @@ def conceptor_project(
         if strength is not None and not isinstance(strength, Tensor):
             strength = full(strength, wide, h.device, (C.shape[0],))
         y = _grouped.matmul(rows, C, index, strength, mean, True, backend)
-    return y if flat else step(torch.reshape, y, tuple(h.shape))
+    return as_given(y, h.shape[:-1])
 
 
 def _strengthened(

@@ -13,10 +13,10 @@ constexpr int64_t kPanelColumns = 512;
 // by all rows, so that the bits of a row do not depend on the blocks they are in. AVX2 has the registers for one at a time.
 inline int64_t few_rows() { return isa().level >= 2 ? 12 : 4; }
 
-// Panels of (x W^T + b) * scale by torch's GEMM or, of few rows, by our own products, for each block of rows: begin(s, first row, count), then row(s, r, values,
-// bias, first column, columns) for every row of every panel of slot s, while the panel is in cache, where a bias that is
-// not null has yet to be added, and end(first row, count). A slot takes a run of panels, so one thread makes each GEMM,
-// whatever the thread count.
+// Panels of (x W^T + b) * scale by torch's GEMM or, of few rows, by our own products, for each block of rows:
+// begin(s, first row, count), then row(s, r, values, bias, first column, columns) for every row of every panel of slot s,
+// while the panel is in cache, where a bias that is not null has yet to be added, and end(first row, count). A slot takes a
+// run of panels, so one thread makes each GEMM, whatever the thread count.
 template <class T, class Begin, class Row, class End>
 void for_each_panel(const T* x, const Dictionary<T>& W, int64_t rows, int64_t slots, int64_t block, Begin&& begin_slot,
                     Row&& take_row, End&& end_block) {

@@ -46,7 +46,12 @@ constexpr Isa kPortable = portable::table(0);
 #ifdef CLIPSTEER_X86
 constexpr Isa kAvx2 = avx2::table(1);
 constexpr Isa kAvx512 = avx512::table(2);
-constexpr Screening kBytes = {{vnni::quantise<float>}, {vnni::quantise<BFloat16>}, {vnni::quantise<Half>}, vnni::screen};
+
+constexpr Screening screening_by(decltype(Screening::screen) screen) {
+  return {{vnni::quantise<float>}, {vnni::quantise<BFloat16>}, {vnni::quantise<Half>}, screen};
+}
+
+constexpr Screening kBytes = screening_by(vnni::screen);
 
 // Half precision's conversions; older clang does not know them by name.
 bool converts_halves() {
@@ -62,7 +67,7 @@ PairProducts pairs() {
   return {};
 }
 #ifdef CLIPSTEER_AMX
-constexpr Screening kTiles = {{vnni::quantise<float>}, {vnni::quantise<BFloat16>}, {vnni::quantise<Half>}, vnni::screen_tiles};
+constexpr Screening kTiles = screening_by(vnni::screen_tiles);
 
 // Whether the processor has AMX for bytes and the kernel lets this process use it.
 bool tiles_granted() {
