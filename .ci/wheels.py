@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -213,7 +214,9 @@ def main(folder: Path) -> None:
     newest = Away(folder / "away", wheel)
     print(newest.run("-c", FIRST_STEPS).strip())
     if wheel.stem.endswith("-any"):
-        print("no library was built here: nothing else to prove")
+        compiler = shutil.which("c++") or shutil.which("g++")
+        assert compiler is None, f"{compiler} is here, and the library was not built"
+        print("no compiler is here: nothing else to prove")
         return
     audit(wheel)
     same_library(wheel)

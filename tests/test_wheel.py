@@ -179,3 +179,9 @@ def test_env_and_dispatch_say_what_was_left_out(monkeypatch, capsys, tmp_path):
     cli_ops._env(type("Asked", (), {"json": False}))
     out = capsys.readouterr().out
     assert f"left out         _C_cuda.so: {why}" in out
+
+
+@pytest.mark.skipif(not (ROOT / "clipsteer/_C.so").exists(), reason="the C++ library is not built")
+def test_a_library_that_is_there_is_used():
+    """What is built and does not load would let every test of it be skipped."""
+    assert _dispatch.missing("cpp") is None
