@@ -117,12 +117,12 @@ def wheel(folder: Path, **environment: str) -> Path:
 
 def told_by(built: Path) -> dict[str, Any]:
     """What the package in a wheel knows of itself, away from the tree."""
+    site = built.parent / "site"
     with zipfile.ZipFile(built) as archive:
-        archive.extractall(built.parent / "site")
+        archive.extractall(site)
     code = "import json; from clipsteer import _version as v; print(json.dumps([v.installed(), v.build()]))"
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", code], cwd=built.parent / "site", capture_output=True, text=True, check=True
-    )
+    path = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-S", "-c", code], env=path, capture_output=True, text=True, check=True)
     installed, build = json.loads(done.stdout)
     return {"installed": installed, **build}
 

@@ -86,6 +86,7 @@ function longTable({ label, columns, href, sorted, state }) {
   scroller.addEventListener(
     "scroll",
     () => {
+      if (!scroller.isConnected) return; // a late event of a page that was left: its position is kept, not 0
       state.scroll = scroller.scrollTop;
       requestAnimationFrame(render);
     },
