@@ -252,14 +252,17 @@ def optional_gradient(
         what = "sparse_grad and grad_buffer give first derivatives only"
         raise RuntimeError(f"{what}; leave them out to go further")
     if sparse:
-        features, d_W, d_b = _of_used(low_level, coeff, indices, others, n, backend)
-        size = (n, rows.shape[1])
-        # ascending, each once
-        known = {"is_coalesced": True, "check_invariants": False}
-        d_W = torch.sparse_coo_tensor(features, d_W, size, **known)
+        features, of_used, b_of_used = _of_used(low_level, coeff, indices, others, n, backend)
+        sparse_W = torch.sparse_coo_tensor(
+            features,  # ascending, each once
+            of_used,
+            (n, rows.shape[1]),
+            is_coalesced=True,
+            check_invariants=False,
+        )
         if not bias:
-            return d_W, None
-        return d_W, d_b.new_zeros(n).index_copy_(0, features[0], d_b)
+            return sparse_W, None
+        return sparse_W, b_of_used.new_zeros(n).index_copy_(0, features[0], b_of_used)
     if buffer is not None and (d_W := claimed(buffer)) is not None:
         d_b = rows.new_empty(n)
         call(backend, f"{low_level}_out", coeff, indices, *others, d_W, d_b)
