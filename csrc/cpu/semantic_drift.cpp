@@ -28,9 +28,8 @@ struct Prototypes {
   Compute<T> unit, kappa, log_floor;
 };
 
-// Whether numbers whose squares are like this one, times others like it, neither overflow nor lose what counts. What
-// their products lose below the normal range is less than 2^-40 of a rounding of the smallest of these squares; and with
-// a square of 0 all numbers are so small that at any such kappa no weight knows them.
+// Whether products of rows with such squares neither overflow nor lose what counts: below the normal range less than 2^-40
+// of a rounding of the smallest of these squares, and numbers whose square is 0 are too small for a weight to know them.
 template <class V>
 bool usual(V square) {
   constexpr V most = sizeof(V) == 4 ? V(0x1p60) : V(0x1p500), least = 1 / most;
@@ -133,9 +132,8 @@ class Pass {
     usual_means_ = plain_kappa_ > 0 && usual(plain_kappa_);
     for (int64_t c = first; c < last; ++c) {
       const V* mean = widened(all_.rows + c * d_, before_.get(), d_);
-      const V square = kernels<V>().dot(mean, mean, d_);
-      mean_square_.get()[c - first] = square;
-      usual_means_ = usual_means_ && usual(square);
+      mean_square_.get()[c - first] = kernels<V>().dot(mean, mean, d_);
+      usual_means_ = usual_means_ && usual(mean_square_.get()[c - first]);
     }
   }
 
