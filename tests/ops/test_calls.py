@@ -72,18 +72,22 @@ def test_a_remembered_call_is_the_call_in_full_bit_for_bit(name, with_grad, dtyp
 
 
 # what is torch's operations around a low-level op, or a list of sparse scores
-IN_PARTS = {"semantic_drift", "clip_loss", "jumprelu_encode", *(name for name in REGISTRY if name.endswith("_sparse"))}
+IN_PARTS = {"clip_loss", "jumprelu_encode", *(name for name in REGISTRY if name.endswith("_sparse"))}
+
+# what has no gradient, and so nothing around its kernel
+STATISTICS = {"semantic_drift", "concept_distances"}
 
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_a_remembered_call_is_next_to_no_python(name):
-    """Calls of functions, which do not depend on the machine: 22 to 41 where 88 to 209 are made in full."""
+    """Calls of functions, which do not depend on the machine: 20 to 41 where 88 to 209 are made in full."""
     spec = REGISTRY[name]
     _calls.forget()
     inputs = drawn(spec, 0)
     for _ in range(3):
         spec.function(**inputs)
-    assert events(lambda: spec.function(**inputs)) <= (70 if name in IN_PARTS else 45)
+    most = 70 if name in IN_PARTS else 28 if name in STATISTICS else 45
+    assert events(lambda: spec.function(**inputs)) <= most
 
 
 def test_errors_are_those_of_the_call_in_full():
