@@ -150,7 +150,7 @@ def test_counts_and_generators_of_an_sae_are_what_they_can_be(runs, guard):
     run, whole = runs("sae")
     tensors = whole.tensors
     for name, value in (
-        ("tokens_since_fired", -1), ("tokens_since_fired", 4 * 32 + 1), ("dead", 2), ("position", -1),
+        ("tokens_since_fired", -1), ("tokens_since_fired", 4 * 32 + 1), ("dead", 3), ("position", -1),
         ("position", 2**60), ("rng.cpu", 255),
     ):  # fmt: skip
         wrong = filled(tensors, name, value)
