@@ -185,13 +185,31 @@ RECORDS = (
                 "Tensor? scale=None, Tensor? columns=None) -> (Tensor, Tensor, Tensor)",
                 _fakes.threshold_encode,
             ),
+            "threshold_codes": LowLevel(
+                "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor threshold, bool relu, "
+                "SymInt capacity, Tensor? scale, Tensor? columns) -> (Tensor, Tensor, Tensor)",
+                _fakes.threshold_codes,
+                cpp_only=True,
+            ),
         },
         variants=("threshold_encode_options",),
         backends=_WITHOUT_CUDA,
         options="scale or columns",
     ),
-    # threshold_encode's codes, and torch's operations on their values
-    Op("jumprelu_encode", {}, backends=_WITHOUT_CUDA),
+    Op(
+        "jumprelu_encode",
+        {
+            # elsewhere, and with a gradient: threshold_encode's codes, and torch's operations on
+            # their values
+            "jumprelu_codes": LowLevel(
+                "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor threshold, float bandwidth, "
+                "SymInt capacity) -> (Tensor, Tensor, Tensor, Tensor)",
+                _fakes.jumprelu_codes,
+                cpp_only=True,
+            ),
+        },
+        backends=_WITHOUT_CUDA,
+    ),
     Op(
         "batch_topk_encode",
         {

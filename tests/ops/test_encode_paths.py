@@ -21,9 +21,9 @@ FEW = 12 if LEVEL >= 2 else 4  # rows
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def screening_runs() -> bool:
+def screening_runs(pairs: bool = False) -> bool:
     try:
-        torch.ops.clipsteer_cpp.topk_encode_screened(torch.ones(1, 1), torch.ones(1, 1), None, 1)
+        torch.ops.clipsteer_cpp.topk_encode_screened(*torch.ones(2, 1, 1).bfloat16(), None, 1, pairs=pairs)
     except (RuntimeError, ValueError):
         return False
     return True
@@ -31,6 +31,7 @@ def screening_runs() -> bool:
 
 needs_vectors = pytest.mark.skipif(LEVEL == 0, reason="no AVX2 here")
 needs_vnni = pytest.mark.skipif(not screening_runs(), reason="no AVX512-VNNI here")
+needs_pairs = pytest.mark.skipif(not screening_runs(True), reason="no AVX512-BF16 here")
 
 ENCODERS = {
     "topk_encode": {"k": 7},
@@ -119,6 +120,25 @@ def test_large_products_are_screened(name, dtype):
         W[:40] = 1
         for lying in (W, W.t().contiguous().t()):
             assert products_of_torch(name, x, lying) == 0
+
+
+@needs_pairs
+@pytest.mark.parametrize("across", [False, True])
+def test_many_winners_of_bf16_rows_are_screened_by_pairs(across):
+    """As many as a 32nd of the features, of any number of rows, where bytes rule too little out: as of a row alone."""
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.randn(70, 130, generator=g).bfloat16(), torch.randn(4096, 130, generator=g).bfloat16()
+    W = W.t().contiguous().t() if across else W
+    whole = ops.topk_encode(x, W, k=128, backend="cpp")
+    assert all(map(torch.equal, whole, ops.topk_encode(x, W.contiguous(), k=128, backend="cpp")))
+    for rows in (13, 30, 70):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            some = ops.topk_encode(x[:rows], W, k=128, backend="cpp")
+        assert "aten::mm" not in {event.key for event in seen.key_averages()}
+        assert all(torch.equal(part, all_of[:rows]) for part, all_of in zip(some, whole))
+    alone = [ops.topk_encode(row, W.contiguous(), k=128, backend="cpp") for row in x[:5, None]]
+    for parts, all_of in zip(zip(*alone), whole):
+        assert torch.equal(torch.cat(parts), all_of[:5])
 
 
 @needs_vnni
