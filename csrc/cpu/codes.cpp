@@ -1,5 +1,5 @@
-// threshold_encode, jumprelu_encode and batch_topk_encode: codes of as many features as each row has, found like top-k's, without a
-// (B, n) buffer.
+// threshold_encode, jumprelu_encode and batch_topk_encode: codes of as many features as each row has, found like top-k's,
+// without a (B, n) buffer.
 #include "screening.h"
 
 namespace clipsteer {

@@ -19,8 +19,8 @@ void define(StableLibrary& m) {
       "threshold_encode(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor threshold, SymInt capacity, Tensor? scale=None, "
       "Tensor? columns=None) -> (Tensor values, Tensor indices, Tensor offsets)");
   m.def(
-      "threshold_codes(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor threshold, bool relu, SymInt capacity, Tensor? scale, "
-      "Tensor? columns) -> (Tensor values, Tensor indices, Tensor offsets)");
+      "threshold_codes(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor threshold, bool relu, SymInt capacity, "
+      "Tensor? scale, Tensor? columns) -> (Tensor values, Tensor indices, Tensor offsets)");
   m.def(
       "jumprelu_codes(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor threshold, float bandwidth, SymInt capacity) "
       "-> (Tensor values, Tensor indices, Tensor offsets, Tensor active)");

@@ -1,4 +1,4 @@
-// A product searched by a cheaper one first: most columns are ruled out by a proven bound, the rest is computed in float32.
+// A product searched by a cheaper one first: most columns are ruled out by a proven bound, the rest computed in float32.
 #pragma once
 
 #include "sieves.h"

@@ -67,8 +67,9 @@ inline void multiply_column(ScreenColumns& column, int64_t c, float factor) {
   column.error[c] *= size;
 }
 
-// What an upper bound is above a lower one, at most, given the terms of it that are the error, and its bias. Either is off
-// by the error as evaluated and as derived; the latter is the smaller by kWiden, which covers that this is rounded.
+// How far below an upper bound its value can be, from the error in it and its bias. The value is no more below the products
+// than the bound is above them, so that is twice the error and twice the bias's margin; the rest is more than evaluating it
+// takes, a few u of each.
 inline float lowered(float error, float base) { return 2.25f * error + 4 * kBiasMargin * std::abs(base); }
 
 // A row's part of ScreenRow, and a column's of ScreenColumns.

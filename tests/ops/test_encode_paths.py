@@ -141,6 +141,26 @@ def test_many_winners_of_bf16_rows_are_screened_by_pairs(across):
         assert torch.equal(torch.cat(parts), all_of[:5])
 
 
+@needs_pairs
+@pytest.mark.parametrize("name", ["threshold_encode", "jumprelu_encode"])
+@pytest.mark.parametrize("single", [False, True])
+def test_thresholds_of_bf16_rows_are_screened_by_pairs(name, single):
+    """Of few features, too, with some of their numbers and rows out of the range that a bound is derived for."""
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.randn(20, 131, generator=g).bfloat16(), torch.randn(1030, 131, generator=g).bfloat16()
+    x[3], x[4, 7], W[5], W[6], W[7] = 0, float("inf"), 0, W[6] * 1e-30, W[7] * 1e30
+    threshold = 10 + torch.rand(() if single else (1030,), generator=g).bfloat16()
+    options = {"threshold": threshold, **({} if name == "threshold_encode" else {"bandwidth": 0.5}), "backend": "cpp"}
+    assert products_of_torch(name, x, W) == 0
+    found = getattr(ops, name)(x, W, **options)
+    assert len(found.values) > 1000
+    alone = [getattr(ops, name)(row, W, **options) for row in x[:, None]]
+    assert torch.equal(found.offsets.diff(), torch.stack([one.offsets[1] for one in alone]))
+    assert torch.equal(found.indices, torch.cat([one.indices for one in alone]))
+    values = torch.cat([one.values for one in alone])
+    torch.testing.assert_close(found.values, values, rtol=0, atol=0, equal_nan=True)
+
+
 @needs_vnni
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 def test_a_row_alone_has_the_bits_that_it_has_among_others(dtype):
