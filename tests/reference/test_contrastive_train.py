@@ -329,7 +329,11 @@ if torch.distributed.is_initialized():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(1, 2), pytest.param((1, 3), marks=pytest.mark.nightly)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param((1, 2), marks=pytest.mark.by_day), pytest.param((1, 2, 3), marks=pytest.mark.nightly)],
+    ids=str,
+)
 def test_two_and_three_processes_equal_one(folder, data, tmp_path, sizes):
     common = {**FAST, "checkpoint_every": 2, "architecture": "small"}
     cases = {loss: {**common, "loss": loss} for loss in LOSSES}
@@ -348,7 +352,7 @@ def test_two_and_three_processes_equal_one(folder, data, tmp_path, sizes):
         out = tmp_path / str(size)
         out.mkdir()
         (out / "reference.safetensors").write_bytes((tmp_path / "reference.safetensors").read_bytes())
-        in_processes(WORKER, folder, out, json.dumps(cases), size=size, timeout=300)
+        in_processes(WORKER, folder, out, json.dumps(cases), size=size)
         for name in cases:
             logs[size, name] = [json.loads(line) for line in (out / name / "log.jsonl").read_text().splitlines()]
     features = {

@@ -294,7 +294,9 @@ def try_files(run: Stopped, whole: Checkpoint, seed: int, count: int) -> dict[st
     return ends
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(600, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "count", [pytest.param(30, marks=pytest.mark.by_day), pytest.param(600, marks=pytest.mark.nightly)]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoints_that_were_changed_and_signed_anew(tmp_path, caplog, monkeypatch, kind, count):
     caplog.set_level(logging.ERROR, "clipsteer")
