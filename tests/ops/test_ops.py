@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from _night import day_and_night
 from clipsteer import ops, testing
 from clipsteer.ops import REGISTRY, _dispatch, specs
 from clipsteer.ops._lowlevel import DTYPES, LOW_LEVEL, OPS
@@ -372,9 +373,7 @@ sys.exit(any(r.verdict != "pass" for r in rows) or level > int(sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize(
-    "cases", [pytest.param(5, marks=pytest.mark.by_day), pytest.param(15, marks=pytest.mark.nightly)]
-)
+@pytest.mark.parametrize("cases", day_and_night(5, 15))
 @pytest.mark.parametrize(
     ("isa", "level"),
     [("portable", 0), ("avx2", 1), pytest.param("avx512f", 2, marks=pytest.mark.nightly), ("avx512", 2)],
@@ -820,7 +819,7 @@ sys.exit(failed != without or len(passed) < 8)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", [pytest.param(15, marks=pytest.mark.by_day), pytest.param(40, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("cases", day_and_night(15, 40))
 def test_triton_in_the_interpreter(interpret, cases):
     """The same properties on interpreted kernels."""
     interpret(INTERPRETED.replace("CASES", str(cases)))

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from _command import in_processes
+from _night import day_and_night
 from clipsteer import clip as clip_module
 from clipsteer.data.files import captions, image_folder
 from clipsteer.io.files import FileFormatError, read_safetensors, write_json
@@ -329,11 +330,7 @@ if torch.distributed.is_initialized():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "sizes",
-    [pytest.param((1, 2), marks=pytest.mark.by_day), pytest.param((1, 2, 3), marks=pytest.mark.nightly)],
-    ids=str,
-)
+@pytest.mark.parametrize("sizes", day_and_night((1, 2), (1, 2, 3)), ids=str)
 def test_two_and_three_processes_equal_one(folder, data, tmp_path, sizes):
     common = {**FAST, "checkpoint_every": 2, "architecture": "small"}
     cases = {loss: {**common, "loss": loss} for loss in LOSSES}
