@@ -22,7 +22,7 @@ QUICK = hypothesis.settings(
 )  # fmt: skip
 PROFILES = {
     "quick": QUICK,
-    "ci": hypothesis.settings(QUICK, max_examples=25),
+    "ci": hypothesis.settings(QUICK, max_examples=20),
     "nightly": hypothesis.settings(QUICK, derandomize=False, max_examples=500),
 }
 for name, profile in PROFILES.items():

@@ -373,7 +373,7 @@ sys.exit(any(r.verdict != "pass" for r in rows) or level > int(sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize("cases", day_and_night(5, 15))
+@pytest.mark.parametrize("cases", day_and_night(5, 10))
 @pytest.mark.parametrize(
     ("isa", "level"),
     [("portable", 0), ("avx2", 1), pytest.param("avx512f", 2, marks=pytest.mark.nightly), ("avx512", 2)],
