@@ -167,6 +167,9 @@ class Away:
             **kept,
             "PATH": str(folder / "bin"),
             "PYTHONPATH": os.pathsep.join(paths),
+            # two of these run at once, and threads that wait for each other would keep cores busy
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "passive",
         }
         self.folder = folder
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 # Before torch is imported, here and in every process that a test starts. On one thread torch's own products repeat bit
 # for bit; on several they are divided anew on a busy machine. Parallel workers share the cores without a fight.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+# Where a test takes two, one that waits for the other gives its core away.
+os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import hypothesis
 import pytest
