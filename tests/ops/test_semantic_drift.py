@@ -331,7 +331,7 @@ torch.save({"moved": lonely.all_reduce().result()}, f"{out}/lonely-{rank}.pt")
 def test_two_processes_equal_one_call(tmp_path):
     x = torch.randn(410, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.save(x, tmp_path / "rows.pt")
-    in_processes(WORKER, tmp_path, timeout=150)
+    in_processes(WORKER, tmp_path)
     old, new, mu = x[:400], x[:400].roll(3, 1) * 0.9, x[400:410]
     for name, sigma, floor in (("near", 0.4, 0.0), ("wide", 3.0, 1e-5), ("lonely", 1.0, 0.0)):
         expected = ops.semantic_drift(old, new, mu, sigma, floor)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import _tamper
+from _night import day_and_night
 from _tamper import KINDS, OTHERS, TENSORS, VALUES, Stopped, changed, filled, places, put, remove, stopped
 from clipsteer import SAE, FileFormatError, TrainConfig, train_sae
 from clipsteer.io import checkpoint
@@ -294,7 +295,7 @@ def try_files(run: Stopped, whole: Checkpoint, seed: int, count: int) -> dict[st
     return ends
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(600, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("count", day_and_night(30, 300))
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoints_that_were_changed_and_signed_anew(tmp_path, caplog, monkeypatch, kind, count):
     caplog.set_level(logging.ERROR, "clipsteer")
