@@ -67,7 +67,7 @@ def _load_binary(backend: str, how: str) -> str | None:
             return f"{path.name}: {reason.decode()}"
         for op in RECORDS:
             for name, low in op.low_level.items():
-                if backend in op.backends:
+                if backend in op.backends and (backend == "cpp" or not low.cpp_only):
                     describe(f"{NAMESPACES[backend]}::{name}", low)
     except (OSError, RuntimeError, AttributeError) as error:
         return f"{path.name} does not load with torch {torch.__version__} ({error}); {how}"

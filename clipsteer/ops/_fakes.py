@@ -48,6 +48,18 @@ def sparse_outer_out(coeff: Tensor, indices: Tensor, rows: Tensor, dW: Tensor, d
     return None
 
 
+def _sums_of_used(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    used = torch.library.get_ctx().new_dynamic_size()
+    features = rows.new_empty(1, used, dtype=torch.int64)
+    return features, rows.new_empty(used, rows.shape[1]), rows.new_empty(used)
+
+
+def sparse_outer_used(
+    coeff: Tensor, indices: Tensor, rows: Tensor, n: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _sums_of_used(rows)
+
+
 # ---------------------------------------------------------------- ragged codes
 
 
@@ -130,6 +142,12 @@ def ragged_outer_out(
     coeff: Tensor, indices: Tensor, row_of: Tensor, rows: Tensor, dW: Tensor, db: Tensor
 ) -> None:
     return None
+
+
+def ragged_outer_used(
+    coeff: Tensor, indices: Tensor, row_of: Tensor, rows: Tensor, n: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _sums_of_used(rows)
 
 
 # ---------------------------------------------------------------- conceptor_project

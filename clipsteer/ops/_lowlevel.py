@@ -85,6 +85,13 @@ RECORDS = (
                 "(Tensor coeff, Tensor indices, Tensor rows, Tensor(a!) dW, Tensor(b!) db) -> ()",
                 _fakes.sparse_outer_out,
             ),
+            "sparse_outer_used": LowLevel(
+                "(Tensor coeff, Tensor indices, Tensor rows, SymInt n)"
+                # (1, u), (u, d), (u,)
+                " -> (Tensor, Tensor, Tensor)",
+                _fakes.sparse_outer_used,
+                cpp_only=True,
+            ),
         },
     ),
     Op(
@@ -108,6 +115,12 @@ RECORDS = (
                 "(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, Tensor(a!) dW, "
                 "Tensor(b!) db) -> ()",
                 _fakes.ragged_outer_out,
+            ),
+            "ragged_outer_used": LowLevel(
+                "(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, SymInt n)"
+                " -> (Tensor, Tensor, Tensor)",
+                _fakes.ragged_outer_used,
+                cpp_only=True,
             ),
         },
         variants=("sparse_decode_prefixes",),

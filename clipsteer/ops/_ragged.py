@@ -87,7 +87,7 @@ class RaggedDecode(Function):
             d_values = dot(tails, row, indices, W, backend)
         if ctx.needs_input_grad[3]:
             options = (backend, sparse_grad, grad_buffer)
-            d_W, _ = pair_gradient(values, indices, row, tails, W, *options)
+            d_W, _ = pair_gradient(values, indices, row, tails, W, *options, bias=False)
         if ctx.needs_input_grad[4]:
             d_b = grad.sum((0, 1))
         return d_values, None, None, d_W, d_b, None, None, None, None
@@ -280,12 +280,13 @@ def pair_gradient(
     backend: str,
     sparse: bool,
     buffer: Tensor | None = None,  # (n, d)
-) -> tuple[Tensor, Tensor]:
+    bias: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """``outer`` as the caller wants it: dense, row-sparse, or written into a kept buffer; a dense
-    one in the layout of ``W``."""
+    one in the layout of ``W``. Without ``bias`` nobody asks for the second sum."""
     n = W.shape[0]
     found = optional_gradient(
-        "ragged_outer", coeff, indices, (row, rows), n, backend, sparse, buffer
+        "ragged_outer", coeff, indices, (row, rows), n, backend, sparse, buffer, bias
     )
     if found is not None:
         return found

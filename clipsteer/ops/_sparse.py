@@ -63,7 +63,9 @@ class SparseDecode(Function):
         if ctx.needs_input_grad[0]:
             d_acts = gather_dot(grad, indices, W, backend)
         if ctx.needs_input_grad[2]:
-            d_W, _ = weight_gradient(acts, indices, grad, W, backend, sparse_grad, grad_buffer)
+            d_W, _ = weight_gradient(
+                acts, indices, grad, W, backend, sparse_grad, grad_buffer, bias=False
+            )
         if ctx.needs_input_grad[3]:
             d_b = grad.sum(0)
         return d_acts, None, d_W, d_b, None, None, None
@@ -215,11 +217,12 @@ def weight_gradient(
     backend: str,
     sparse: bool,
     buffer: Tensor | None,  # (n, d)
-) -> tuple[Tensor, Tensor]:
+    bias: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """``sparse_outer`` as the caller wants it: dense, row-sparse, or written into a kept buffer;
-    a dense one in the layout of ``W``."""
+    a dense one in the layout of ``W``. Without ``bias`` nobody asks for the second sum."""
     found = optional_gradient(
-        "sparse_outer", coeff, indices, (rows,), W.shape[0], backend, sparse, buffer
+        "sparse_outer", coeff, indices, (rows,), W.shape[0], backend, sparse, buffer, bias
     )
     if found is not None:
         return found
@@ -235,7 +238,8 @@ def optional_gradient(
     backend: str,
     sparse: bool,
     buffer: Tensor | None,  # (n, d)
-) -> tuple[Tensor, Tensor] | None:
+    bias: bool = True,
+) -> tuple[Tensor, Tensor | None] | None:
     """Segment sums by a low-level op, of the rows in use alone or in a kept buffer; None where
     neither is asked for, or the buffer is taken."""
     rows = others[-1]
@@ -248,22 +252,35 @@ def optional_gradient(
         what = "sparse_grad and grad_buffer give first derivatives only"
         raise RuntimeError(f"{what}; leave them out to go further")
     if sparse:
-        features, compact = torch.unique(indices, return_inverse=True)
-        count = features.numel()
-        d_W, d_b = call(backend, low_level, coeff, compact.contiguous(), *others, count)
-        d_W = torch.sparse_coo_tensor(
-            features[None],
-            d_W,
-            (n, rows.shape[1]),
-            is_coalesced=True,
-            check_invariants=False,
-        )
-        return d_W, torch.zeros(n, dtype=d_b.dtype, device=d_b.device).index_copy(0, features, d_b)
+        features, d_W, d_b = _of_used(low_level, coeff, indices, others, n, backend)
+        size = (n, rows.shape[1])
+        # ascending, each once
+        known = {"is_coalesced": True, "check_invariants": False}
+        d_W = torch.sparse_coo_tensor(features, d_W, size, **known)
+        if not bias:
+            return d_W, None
+        return d_W, d_b.new_zeros(n).index_copy_(0, features[0], d_b)
     if buffer is not None and (d_W := claimed(buffer)) is not None:
         d_b = rows.new_empty(n)
         call(backend, f"{low_level}_out", coeff, indices, *others, d_W, d_b)
         return d_W, d_b
     return None
+
+
+def _of_used(
+    low_level: str,
+    coeff: Tensor,  # (B, k) or (m,)
+    indices: Tensor,  # (B, k) or (m,)
+    others: tuple[Tensor, ...],
+    n: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The features in use, ascending (1, u), and their segment sums (u, d) and (u,)."""
+    if backend == "cpp":
+        return call(backend, f"{low_level}_used", coeff, indices, *others, n)
+    features, compact = torch.unique(indices, return_inverse=True)
+    sums = call(backend, low_level, coeff, compact.contiguous(), *others, len(features))
+    return (features[None], *sums)
 
 
 class _Cast(Function):

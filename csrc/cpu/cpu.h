@@ -50,6 +50,9 @@ Tensor sparse_decode(Tensor acts, Tensor indices, Tensor w, std::optional<Tensor
 Tensor gather_dot(Tensor rows, Tensor indices, Tensor w);
 std::tuple<Tensor, Tensor> sparse_outer(Tensor coeff, Tensor indices, Tensor rows, int64_t n, bool across);
 void sparse_outer_out(Tensor coeff, Tensor indices, Tensor rows, Tensor dw, Tensor db);
+std::tuple<Tensor, Tensor, Tensor> sparse_outer_used(Tensor coeff, Tensor indices, Tensor rows, int64_t n);
+std::tuple<Tensor, Tensor, Tensor> ragged_outer_used(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows,
+                                                     int64_t n);
 Tensor grouped_matmul(Tensor x, Tensor w, std::optional<Tensor> index, std::optional<Tensor> beta,
                       std::optional<Tensor> mean, bool transpose);
 Tensor grouped_outer(Tensor a, Tensor b, std::optional<Tensor> index, int64_t k);

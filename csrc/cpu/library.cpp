@@ -41,6 +41,12 @@ void define(StableLibrary& m) {
       "sparse_outer(Tensor coeff, Tensor indices, Tensor rows, SymInt n, bool across=False) "
       "-> (Tensor dW, Tensor db)");
   m.def("sparse_outer_out(Tensor coeff, Tensor indices, Tensor rows, Tensor(a!) dW, Tensor(b!) db) -> ()");
+  m.def(
+      "sparse_outer_used(Tensor coeff, Tensor indices, Tensor rows, SymInt n) "
+      "-> (Tensor features, Tensor dW, Tensor db)");
+  m.def(
+      "ragged_outer_used(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, SymInt n) "
+      "-> (Tensor features, Tensor dW, Tensor db)");
   m.def("grouped_matmul(Tensor x, Tensor W, Tensor? index, Tensor? beta, Tensor? mean, bool transpose) -> Tensor");
   m.def("grouped_outer(Tensor a, Tensor b, Tensor? index, SymInt groups) -> Tensor");
   m.def("low_rank_project(Tensor x, Tensor U, Tensor s, Tensor? index, Tensor? mean) -> Tensor");
@@ -121,6 +127,8 @@ void implement(StableLibrary& m) {
   m.impl("gather_dot", TORCH_BOX(&clipsteer::gather_dot));
   m.impl("sparse_outer", TORCH_BOX(&clipsteer::sparse_outer));
   m.impl("sparse_outer_out", TORCH_BOX(&clipsteer::sparse_outer_out));
+  m.impl("sparse_outer_used", TORCH_BOX(&clipsteer::sparse_outer_used));
+  m.impl("ragged_outer_used", TORCH_BOX(&clipsteer::ragged_outer_used));
   m.impl("grouped_matmul", TORCH_BOX(&clipsteer::grouped_matmul));
   m.impl("grouped_outer", TORCH_BOX(&clipsteer::grouped_outer));
   m.impl("low_rank_project", TORCH_BOX(&clipsteer::low_rank_project));

@@ -153,20 +153,11 @@ void dot_columns(const T* rows, const Pairs& pairs, const Weight<const T>& w, T*
 }
 
 template <class T>
-void outer_columns(const T* coeff, const Pairs& pairs, const T* rows, int64_t count, const Weight<T>& dw, T* db) {
+void outer_columns(const Segments<T>& segments, const T* rows, int64_t count, const Weight<T>& dw, T* db) {
   using V = Compute<T>;
   const Kernels<V>& kernel = kernels<V>();
   const int64_t n = dw.n, d = dw.d, stretches = (n + kStretch - 1) / kStretch;
-  const Segments segments(pairs, n);
-  std::vector<V> wide_coeff(kNarrow<T> ? pairs.count : 0);
-  const V* c = widened(coeff, wide_coeff.data(), pairs.count);
-  // The coefficients and rows in the order of the features.
-  std::vector<V> factor(segments.end[n - 1]);
-  std::vector<int64_t> row(factor.size());
-  for (size_t p = 0; p < factor.size(); ++p) {
-    factor[p] = c[segments.order[p]];
-    row[p] = pairs.row_of(segments.order[p]);
-  }
+  const std::vector<V>& factor = segments.coeff;
   for (int64_t i = 0; i < n; ++i) {
     V total = 0;
     for (int64_t p = segments.start(i); p < segments.end[i]; ++p) total += factor[p];
@@ -187,7 +178,7 @@ void outer_columns(const T* coeff, const Pairs& pairs, const T* rows, int64_t co
         for (int64_t p = segments.start(i); p < segments.end[i]; p += kGathered) {
           const int terms = int(std::min<int64_t>(kGathered, segments.end[i] - p));
           const V* source[kGathered];
-          for (int m = 0; m < terms; ++m) source[m] = x.data() + row[p + m] * kPanel;
+          for (int m = 0; m < terms; ++m) source[m] = x.data() + segments.row[p + m] * kPanel;
           kernel.axpy(tile.data() + (i - i0) * kPanel, factor.data() + p, source, nullptr, terms, kPanel);
         }
       }

@@ -49,18 +49,41 @@ void dot(const char* op, const Tensor& rows, const Pairs& pairs, const Tensor& w
   });
 }
 
+template <class T>
+void outer(const Segments<T>& segments, const Tensor& rows, const Tensor& dw, const Tensor& db) {
+  const auto weight = weight_of<T>(dw);
+  if (weight.n == 0) return;
+  if (weight.across) {
+    outer_columns<T>(segments, data<T>(rows), rows.size(0), weight, data<T>(db));
+  } else {
+    outer_rows<T>(segments, data<T>(rows), weight, data<T>(db));
+  }
+}
+
 void outer(const char* op, const Tensor& coeff, const Pairs& pairs, const Tensor& rows, const Tensor& dw,
            const Tensor& db) {
-  if (dw.size(0) == 0) return;
   dispatch(op, rows.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const auto weight = weight_of<T>(dw);
-    if (weight.across) {
-      outer_columns<T>(data<T>(coeff), pairs, data<T>(rows), rows.size(0), weight, data<T>(db));
-    } else {
-      outer_rows<T>(data<T>(coeff), pairs, data<T>(rows), weight, data<T>(db));
-    }
+    outer<T>(Segments<T>(data<T>(coeff), pairs, dw.size(0)), rows, dw, db);
   });
+}
+
+// The same of the features in use alone: these, as the one row of indices that torch's sparse tensors have, and their
+// sums.
+std::tuple<Tensor, Tensor, Tensor> outer_used(const char* op, const Tensor& coeff, const Pairs& pairs,
+                                              const Tensor& rows, int64_t n) {
+  std::optional<std::tuple<Tensor, Tensor, Tensor>> found;
+  dispatch(op, rows.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const UsedSegments<T> segments(data<T>(coeff), pairs, n);
+    const int64_t count = int64_t(segments.used.size()), sizes[] = {1, count};
+    Tensor features = allocate(rows, {sizes, 2}, ScalarType::Long);
+    std::copy_n(segments.used.data(), count, data<int64_t>(features));
+    Tensor dw = new_weight(rows, count, rows.size(1), false), db = allocate(rows, {&count, 1});
+    outer<T>(segments, rows, dw, db);
+    found.emplace(features, dw, db);
+  });
+  return *found;
 }
 
 }  // namespace
@@ -101,20 +124,39 @@ Tensor gather_dot(Tensor rows, Tensor indices, Tensor w) {
   return out;
 }
 
-void sparse_outer_out(Tensor coeff, Tensor indices, Tensor rows, Tensor dw, Tensor db) {
-  const char* op = "sparse_outer";
+namespace {
+
+Pairs checked_outer(const char* op, const Tensor& coeff, const Tensor& indices, const Tensor& rows, int64_t n) {
   check_dim(op, "coeff", coeff, 2);
   check_dim(op, "rows", rows, 2);
-  check_dim(op, "dW", dw, 2);
-  const int64_t count = coeff.size(0), k = coeff.size(1), d = rows.size(1), n = dw.size(0);
+  require(n >= 0, op, "expected n >= 0, got ", n);
+  const int64_t count = coeff.size(0), k = coeff.size(1);
   const ScalarType dtype = coeff.scalar_type();
   check(op, "coeff", coeff, dtype, {count, k});
   check(op, "indices", indices, ScalarType::Long, {count, k});
-  check(op, "rows", rows, dtype, {count, d});
-  check_weight(op, "dW", dw, dtype, n, d);
-  check(op, "db", db, dtype, {n});
+  check(op, "rows", rows, dtype, {count, rows.size(1)});
   check_indices(op, data<int64_t>(indices), count * k, n);
-  outer(op, coeff, {data<int64_t>(indices), nullptr, count * k, k}, rows, dw, db);
+  return {data<int64_t>(indices), nullptr, count * k, k};
+}
+
+void check_sums(const char* op, const Tensor& rows, const Tensor& dw, const Tensor& db) {
+  check_weight(op, "dW", dw, rows.scalar_type(), dw.size(0), rows.size(1));
+  check(op, "db", db, rows.scalar_type(), {dw.size(0)});
+}
+
+}  // namespace
+
+void sparse_outer_out(Tensor coeff, Tensor indices, Tensor rows, Tensor dw, Tensor db) {
+  const char* op = "sparse_outer";
+  check_dim(op, "dW", dw, 2);
+  const Pairs pairs = checked_outer(op, coeff, indices, rows, dw.size(0));
+  check_sums(op, rows, dw, db);
+  outer(op, coeff, pairs, rows, dw, db);
+}
+
+std::tuple<Tensor, Tensor, Tensor> sparse_outer_used(Tensor coeff, Tensor indices, Tensor rows, int64_t n) {
+  const char* op = "sparse_outer_used";
+  return outer_used(op, coeff, checked_outer(op, coeff, indices, rows, n), rows, n);
 }
 
 std::tuple<Tensor, Tensor> sparse_outer(Tensor coeff, Tensor indices, Tensor rows, int64_t n, bool across) {
@@ -194,9 +236,17 @@ void ragged_outer_out(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, 
   check_dim(op, "dW", dw, 2);
   const Pairs pairs = checked_pairs(op, row_of, indices, rows, dw.size(0));
   check(op, "coeff", coeff, rows.scalar_type(), {pairs.count});
-  check_weight(op, "dW", dw, rows.scalar_type(), dw.size(0), rows.size(1));
-  check(op, "db", db, rows.scalar_type(), {dw.size(0)});
+  check_sums(op, rows, dw, db);
   outer(op, coeff, pairs, rows, dw, db);
+}
+
+std::tuple<Tensor, Tensor, Tensor> ragged_outer_used(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows,
+                                                     int64_t n) {
+  const char* op = "ragged_outer_used";
+  require(n >= 0, op, "expected n >= 0, got ", n);
+  const Pairs pairs = checked_pairs(op, row_of, indices, rows, n);
+  check(op, "coeff", coeff, rows.scalar_type(), {pairs.count});
+  return outer_used(op, coeff, pairs, rows, n);
 }
 
 std::tuple<Tensor, Tensor> ragged_outer(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, int64_t n,

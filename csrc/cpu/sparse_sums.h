@@ -8,6 +8,9 @@
 
 namespace clipsteer {
 
+// Bytes of a result up to which whoever reads it next finds it in the cache; larger ones are written past it.
+constexpr int64_t kCached = int64_t(8) << 20;
+
 // A dictionary of n features of width d; `across`: it lies as (d, n).
 template <class T>
 struct Weight {
@@ -22,6 +25,15 @@ struct Pairs {
   const int64_t* row;
   int64_t count, k;
   int64_t row_of(int64_t p) const { return row ? row[p] : p / k; }
+
+  // f(pair, its row) for all pairs in turn, without a division for each.
+  template <class F>
+  void each(F&& f) const {
+    for (int64_t p = 0; row && p < count; ++p) f(p, row[p]);
+    for (int64_t p = 0, r = 0; !row && p < count; ++r) {
+      for (const int64_t stop = p + k; p < stop; ++p) f(p, r);
+    }
+  }
 };
 
 // Where the pairs of each row are: `k` a row, or by offsets, of which no more than `pairs` are there.
@@ -76,20 +88,78 @@ class Grouped {
   std::vector<T> moved_acts_;
 };
 
-// The pairs of feature i, in ascending order: order[start(i)] to order[end[i]]. Pairs without a row are nobody's.
+// The rows and coefficients of each feature's pairs, in ascending order of the pair: those of feature i at start(i) to
+// end[i]. Pairs without a row are nobody's.
+template <class T>
 struct Segments {
-  std::vector<int64_t> end, order;
+  using V = Compute<T>;
+  std::vector<int64_t> end, row;
+  std::vector<V> coeff;
 
-  Segments(const Pairs& pairs, int64_t n) : end(n + 1, 0), order(pairs.count) {
-    for (int64_t p = 0; p < pairs.count; ++p) end[pairs.feature[p] + 1] += pairs.row_of(p) >= 0;
+  Segments() = default;
+
+  // Of all n features.
+  Segments(const T* given, const Pairs& pairs, int64_t n) : end(n + 1, 0) {
+    std::vector<V> wide(kNarrow<T> ? pairs.count : 0);
+    const V* c = widened(given, wide.data(), pairs.count);
+    pairs.each([&](int64_t p, int64_t r) { end[pairs.feature[p] + 1] += r >= 0; });
     for (int64_t i = 0; i < n; ++i) end[i + 1] += end[i];
+    row.resize(end[n]);
+    coeff.resize(end[n]);
     // Filling moves each feature's offset from the start of its run to the end of it.
-    for (int64_t p = 0; p < pairs.count; ++p) {
-      if (pairs.row_of(p) >= 0) order[end[pairs.feature[p]]++] = p;
-    }
+    pairs.each([&](int64_t p, int64_t r) {
+      if (r < 0) return;
+      const int64_t place = end[pairs.feature[p]]++;
+      row[place] = r;
+      coeff[place] = c[p];
+    });
   }
 
   int64_t start(int64_t i) const { return i == 0 ? 0 : end[i - 1]; }
+  int64_t features() const { return int64_t(end.size()); }
+};
+
+// Of the features in use alone, which are listed, ascending: found by a sort by digits, whatever n is.
+template <class T>
+struct UsedSegments : Segments<T> {
+  using V = Compute<T>;
+  std::vector<int64_t> used;
+
+  UsedSegments(const T* given, const Pairs& pairs, int64_t n) {
+    std::vector<V> wide(kNarrow<T> ? pairs.count : 0);
+    const V* c = widened(given, wide.data(), pairs.count);
+    std::vector<Entry> entries, other(pairs.count);
+    entries.reserve(pairs.count);
+    pairs.each([&](int64_t p, int64_t r) {
+      if (r >= 0) entries.push_back({pairs.feature[p], r, c[p]});
+    });
+    for (int shift = 0; n > 1 && (n - 1) >> shift; shift += kBits) {
+      int64_t place[kDigits] = {}, at = 0;
+      for (const Entry& entry : entries) ++place[entry.feature >> shift & (kDigits - 1)];
+      for (int64_t& first : place) at += std::exchange(first, at);
+      for (const Entry& entry : entries) other[place[entry.feature >> shift & (kDigits - 1)]++] = entry;
+      other.resize(entries.size());
+      std::swap(entries, other);
+    }
+    this->row.reserve(entries.size());
+    this->coeff.reserve(entries.size());
+    for (const Entry& entry : entries) {
+      if (used.empty() || used.back() != entry.feature) {
+        used.push_back(entry.feature);
+        this->end.push_back(0);
+      }
+      this->row.push_back(entry.row);
+      this->coeff.push_back(entry.coeff);
+      this->end.back() = int64_t(this->row.size());
+    }
+  }
+
+ private:
+  static constexpr int kBits = 8, kDigits = 1 << kBits;
+  struct Entry {
+    int64_t feature, row;
+    V coeff;
+  };
 };
 
 template <class T>
@@ -116,21 +186,45 @@ struct Terms {
   }
 };
 
+// A sum of rows as it grows, in `n` numbers of memory that it is lent.
+template <class T>
+class Running {
+ public:
+  using V = Compute<T>;
+  Running(V* sum, int64_t n) : sum_(sum), n_(n) {}
+
+  void add(const V* c, const Terms<T>& of, int terms) {
+    if (!begun_) std::fill_n(sum_, n_, V(0));
+    begun_ = true;
+    kernels<T>().axpy(sum_, c, of.row, of.next, terms, n_);
+  }
+
+  // The sum with these rows, and the bias, as numbers T. It is as it was.
+  void finish(T* out, const V* c, const Terms<T>& of, int terms, const T* bias = nullptr) const {
+    kernels<T>().finish(out, begun_ ? sum_ : nullptr, c, of.row, of.next, terms, bias, n_);
+  }
+
+ private:
+  V* sum_;
+  int64_t n_;
+  bool begun_ = false;
+};
+
 // y[g, r] is row r's sum over the first g + 1 groups: each goes on where the last one stopped.
 template <class T>
 void decode_rows(const Grouped<T>& codes, const Weight<const T>& w, const T* b, const Spans& spans, T* y) {
   using V = Compute<T>;
   // Columns worked on at a time, whose sums stay in the first-level cache.
   constexpr int64_t kTile = 16384 / sizeof(V);
-  const Kernels<T>& kernel = kernels<T>();
+  // A large result is not to push the rows of W out of the cache.
+  const bool past_cache = codes.groups * spans.rows * w.d * int64_t(sizeof(T)) > kCached;
   const int64_t d = w.d, rows = spans.rows, pairs = spans.begin(rows);
   const int64_t mean = rows ? pairs / rows : 0;
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, mean * d));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     alignas(64) V sum[kTile];
-    alignas(64) V total[kTile];
+    alignas(64) T line[kTile];
     std::vector<V> wide_acts;
-    const V one = 1;
     for (int64_t r = begin; r < end; ++r) {
       const int64_t first = spans.begin(r), last = spans.end(r);
       if (kNarrow<T>) wide_acts.resize(last - first);
@@ -139,25 +233,26 @@ void decode_rows(const Grouped<T>& codes, const Weight<const T>& w, const T* b, 
         const int64_t columns = std::min(kTile, d - c0);
         // indices is one run over all rows of the batch: after the last of this row come the first of the next.
         const auto row_of = [&](int64_t p) { return w.data + codes.indices[p] * d + c0; };
-        std::fill_n(sum, columns, V(0));
+        Running<T> running(sum, columns);
         int64_t p = first;
         for (int64_t g = 0; g < codes.groups; ++g) {
-          for (const int64_t stop = codes.end(r, g); p < stop;) {
+          // the last rows of all are added as the sum is written; those of a shorter prefix go on into the next
+          const int64_t stop = codes.end(r, g), kept = g + 1 < codes.groups ? 0 : kGathered;
+          while (stop - p > kept) {
             const int terms = int(std::min<int64_t>(kGathered, stop - p));
-            const Terms<T> of(p, terms, pairs, row_of);
-            kernel.axpy(sum, c + (p - first), of.row, of.next, terms, columns);
+            running.add(c + (p - first), Terms<T>(p, terms, pairs, row_of), terms);
             p += terms;
           }
-          V* out = g + 1 < codes.groups ? total : sum;
-          if (out == total) std::copy_n(sum, columns, total);
-          if (b) {
-            const T* bias = b + c0;
-            kernel.axpy(out, &one, &bias, nullptr, 1, columns);
-          }
-          store<T>(out, y + (g * rows + r) * d + c0, columns);
+          const int terms = int(stop - p);
+          T* out = y + (g * rows + r) * d + c0;
+          const Terms<T> of(p, terms, pairs, row_of);
+          running.finish(past_cache ? line : out, c + (p - first), of, terms, b ? b + c0 : nullptr);
+          if (past_cache) stream_copy(out, line, columns * sizeof(T));
+          p = stop;
         }
       }
     }
+    if (past_cache) stream_fence();
   });
 }
 
@@ -194,25 +289,22 @@ void dot_rows(const T* rows, const Pairs& pairs, const Weight<const T>& w, T* ou
 // dW[i] = sum of coeff * row over the pairs of feature i, in ascending order of the pair: one writer and one order
 // for each element, whatever the thread count. Features without a pair are zeroed by the same pass.
 template <class T>
-void outer_rows(const T* coeff, const Pairs& pairs, const T* rows, const Weight<T>& dw, T* db) {
+void outer_rows(const Segments<T>& segments, const T* rows, const Weight<T>& dw, T* db) {
   using V = Compute<T>;
-  const Kernels<T>& kernel = kernels<T>();
-  const int64_t n = dw.n, d = dw.d;
-  const Segments segments(pairs, n);
-  std::vector<V> wide_coeff(kNarrow<T> ? pairs.count : 0);
-  const V* c = widened(coeff, wide_coeff.data(), pairs.count);
-  const auto row_of = [&](int64_t place) { return rows + pairs.row_of(segments.order[place]) * d; };
+  const int64_t n = dw.n, d = dw.d, pairs = segments.end[n - 1];
+  const bool past_cache = n * d * int64_t(sizeof(T)) > kCached;
+  const auto row_of = [&](int64_t place) { return rows + segments.row[place] * d; };
 
   // Parts of equal work, a row written and a pair added counting alike.
   const int64_t parts = std::min<int64_t>(n, torch::stable::get_num_threads());
   std::vector<int64_t> bounds(parts + 1, n);
   for (int64_t part = 0, i = 0; part < parts; ++part) {
-    while (i < n && (i + segments.start(i)) * parts < (n + pairs.count) * part) ++i;
+    while (i < n && (i + segments.start(i)) * parts < (n + pairs) * part) ++i;
     bounds[part] = i;
   }
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     std::vector<V> sum(d);
-    std::vector<T> narrow(kNarrow<T> ? d : 0);
+    std::vector<T> line(past_cache ? d : 0);
     for (int64_t i = bounds[begin]; i < bounds[end];) {
       int64_t p = segments.start(i);
       const int64_t last = segments.end[i];
@@ -223,26 +315,17 @@ void outer_rows(const T* coeff, const Pairs& pairs, const T* rows, const Weight<
         stream_zero(db + from, (i - from) * sizeof(T));
         continue;
       }
-      std::fill(sum.begin(), sum.end(), V(0));
       V total = 0;
-      while (p < last) {
-        const int terms = int(std::min<int64_t>(kGathered, last - p));
-        const Terms<T> of(p, terms, segments.end[n - 1], row_of);
-        V factor[kGathered];
-        for (int m = 0; m < terms; ++m) {
-          factor[m] = c[segments.order[p + m]];
-          total += factor[m];
-        }
-        kernel.axpy(sum.data(), factor, of.row, of.next, terms, d);
-        p += terms;
-      }
-      if constexpr (kNarrow<T>) {
-        kernels<T>().narrow(sum.data(), narrow.data(), d);
-        stream_copy(dw.data + i * d, narrow.data(), d * sizeof(T));
-      } else {
-        stream_copy(dw.data + i * d, sum.data(), d * sizeof(T));
-      }
+      for (int64_t q = p; q < last; ++q) total += segments.coeff[q];
       store<T>(&total, db + i, 1);
+      Running<T> running(sum.data(), d);
+      for (; last - p > kGathered; p += kGathered) {
+        running.add(segments.coeff.data() + p, Terms<T>(p, kGathered, pairs, row_of), kGathered);
+      }
+      const int terms = int(last - p);
+      T* out = past_cache ? line.data() : dw.data + i * d;
+      running.finish(out, segments.coeff.data() + p, Terms<T>(p, terms, pairs, row_of), terms);
+      if (past_cache) stream_copy(dw.data + i * d, out, d * sizeof(T));
       ++i;
     }
     stream_fence();

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipsteer import ops, testing
 from clipsteer.ops import _dispatch
@@ -82,6 +83,70 @@ def test_an_inner_product_does_not_depend_on_what_is_read_with_it(dtype):
         feature = indices.t().flatten()
         ragged = _dispatch.call("cpp", "ragged_dot", rows, row_of, feature, W)
         assert torch.equal(ragged, torch.where(row_of < 0, 0, together.t().flatten()))
+
+
+class Operations(TorchDispatchMode):
+    """The names of all that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=["f32", "f64", "bf16", "fp16"])
+@pytest.mark.parametrize("n", [1, 11, 300, 70000])
+def test_row_sparse_gradients_are_the_rows_in_use_of_the_dense_ones(dtype, n):
+    """Of k codes a row, and of ragged ones of which some are nobody's."""
+    acts, indices, W, _ = drawn(dtype, 40, 5, n, 19)
+    rows = torch.randn(40, 19, generator=torch.Generator().manual_seed(n)).to(dtype)
+    row_of = torch.arange(40).repeat_interleave(5)
+    row_of[::3] = -1
+    ragged = (acts.flatten(), indices.flatten(), row_of)
+    for name, given, there in (
+        ("sparse_outer", (acts, indices), indices.flatten()),
+        ("ragged_outer", ragged, ragged[1][row_of >= 0]),
+    ):
+        used = there.unique()
+        features, d_W, d_b = _dispatch.call("cpp", f"{name}_used", *given, rows, n)
+        dense, dense_b = _dispatch.call("cpp", name, *given, rows, n)
+        assert torch.equal(features, used[None])
+        assert torch.equal(d_W, dense[used])
+        assert torch.equal(d_b, dense_b[used])
+        # the last rows of one, and none at all
+        nobody = (*given[:2], torch.full_like(row_of, -1)) if name == "ragged_outer" else [t[:0] for t in given]
+        none = _dispatch.call("cpp", f"{name}_used", *nobody, rows[: len(nobody[0])], n)
+        assert [t.shape for t in none] == [(1, 0), (0, 19), (0,)]
+
+
+@pytest.mark.parametrize("codes", ["k a row", "ragged"])
+def test_a_row_sparse_gradient_is_one_kernel_without_a_sort_by_torch(codes):
+    """torch.unique of the indices and a dense bias that nobody asked for took as long as the rows themselves."""
+    acts, indices, W, _ = drawn(torch.bfloat16, 8, 4, 50, 16)
+    options: dict[str, Tensor] = {}
+    if codes == "ragged":
+        options["offsets"] = torch.arange(9) * 4
+        acts, indices = acts.flatten(), indices.flatten()
+    W.requires_grad_()
+    x_hat = ops.sparse_decode(acts, indices, W, sparse_grad=True, **options)
+    with Operations() as ran:
+        (grad,) = torch.autograd.grad(x_hat, W, torch.ones_like(x_hat))
+    kernel = "ragged_outer_used" if codes == "ragged" else "sparse_outer_used"
+    assert ran.names.count(f"clipsteer_cpp::{kernel}") == 1
+    assert not any("unique" in name or "index_copy" in name for name in ran.names)
+    assert grad.is_coalesced()
+
+
+def test_a_large_result_has_the_bits_of_a_small_one():
+    """It is written past the cache."""
+    acts, indices, W, b = drawn(torch.float32, 4200, 3, 50, 1030)
+    whole = ops.sparse_decode(acts, indices, W, b)  # 17 MB
+    assert torch.equal(whole[-70:], ops.sparse_decode(acts[-70:], indices[-70:], W, b))
+    whole, few = (ops.sparse_decode(acts[:rows].half(), indices[:rows], W.half()) for rows in (4200, 9))
+    assert torch.equal(whole[:9], few)
 
 
 def times_faster(ours: Callable[[], object], other: Callable[[], object]) -> float:

@@ -549,9 +549,11 @@ LOW_LEVEL_ARGUMENTS = {
     "ragged_dot": lambda t: (t["x"], t["row"], t["code"], t["W"]),
     "ragged_outer": lambda t: (t["b_n"][:12], t["code"], t["row"], t["x"], 17),
     "ragged_outer_out": lambda t: (t["b_n"][:12], t["code"], t["row"], t["x"], t["W"], t["acts"].new_zeros(17)),
+    "ragged_outer_used": lambda t: (t["b_n"][:12], t["code"], t["row"], t["x"], 17),
     "sparse_decode": lambda t: (t["acts"], t["indices"], t["W"], t["b_d"]),
     "gather_dot": lambda t: (t["x"], t["indices"], t["W"]),
     "sparse_outer": lambda t: (t["acts"], t["indices"], t["x"], 17),
+    "sparse_outer_used": lambda t: (t["acts"], t["indices"], t["x"], 17),
     "sparse_outer_out": lambda t: (t["acts"], t["indices"], t["x"], t["W"], t["b_n"]),
 }
 

@@ -16,6 +16,44 @@ TARGET static inline void fetch(const T* from) {
 template <class T>
 constexpr int64_t kLine = 64 / sizeof(T);
 
+// A vector of numbers, rounded to those that are kept as `narrow` does it.
+TARGET static inline void write(float* to, Lanes<float> from) {
+  *reinterpret_cast<Lanes<float>*>(to) = from;
+}
+TARGET static inline void write(double* to, Lanes<double> from) {
+  *reinterpret_cast<Lanes<double>*>(to) = from;
+}
+TARGET static inline void write(Half* to, Lanes<float> from) {
+#if CLIPSTEER_LEVEL == 2
+  const __m256i half = _mm512_cvtps_ph((__m512)from, _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
+#else
+  const __m128i half = _mm256_cvtps_ph((__m256)from, _MM_FROUND_TO_NEAREST_INT);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), half);
+#endif
+}
+TARGET static inline void write(BFloat16* to, Lanes<float> from) {
+#if CLIPSTEER_LEVEL == 2
+  const __m512i bits = (__m512i)from;
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i carried = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)from, (__m512)from, _CMP_UNORD_Q);
+  const __m512i half =
+      _mm512_mask_mov_epi32(_mm512_srli_epi32(carried, 16), nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(half));
+#else
+  const __m256i bits = (__m256i)from;
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i carried = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = (__m256i)_mm256_cmp_ps((__m256)from, (__m256)from, _CMP_UNORD_Q);
+  const __m256i half =
+      _mm256_blendv_epi8(_mm256_srli_epi32(carried, 16), _mm256_set1_epi32(0x7fc0), nan);
+  // the two lanes' first halves, one after the other
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(half, half), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
+#endif
+}
+
 // The first numbers of a vector; the others are 0.
 template <class T>
 TARGET static inline auto read_some(const T* from, int64_t count) {
@@ -59,6 +97,67 @@ TARGET static inline void axpy(Compute<T>* y, const Compute<T>* c, const T* cons
     Vec sum = read_some(y + i, count);
     for (int m = 0; m < TERMS; ++m) sum += factor[m] * read_some(row[m] + i, count);
     std::memcpy(y + i, &sum, count * sizeof(V));
+  }
+}
+
+template <class T, int TERMS>
+TARGET static inline void finish(T* out, const Compute<T>* sum, const Compute<T>* c,
+                                 const T* const* w, const T* const* next, const T* bias,
+                                 int64_t n) {
+  using V = Compute<T>;
+  using Vec = Lanes<V>;
+  constexpr int64_t kLanes = kVectorBytes / sizeof(V);
+  constexpr int kVectors = kLine<T> / kLanes;
+  const T *row[TERMS + 1], *ahead[TERMS + 1];
+  V factor[TERMS + 1];
+  for (int m = 0; m < TERMS; ++m) {
+    row[m] = w[m];
+    ahead[m] = next ? next[m] : nullptr;
+    factor[m] = c[m];
+  }
+  int64_t i = 0;
+  for (; i + kLine<T> <= n; i += kLine<T>) {
+    Vec total[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) total[v] = sum ? read(sum + i + v * kLanes) : Vec{};
+#pragma GCC unroll 8
+    for (int m = 0; m < TERMS; ++m) {
+      if (next) fetch(ahead[m] + i);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) total[v] += factor[m] * read(row[m] + i + v * kLanes);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      if (bias) total[v] += read(bias + i + v * kLanes);
+      write(out + i + v * kLanes, total[v]);
+    }
+  }
+  for (int m = 0; next && i < n && m < TERMS; ++m) fetch(ahead[m] + i);
+  for (; i < n; i += kLanes) {
+    const int64_t count = std::min(kLanes, n - i);
+    Vec total = sum ? read_some(sum + i, count) : Vec{};
+    for (int m = 0; m < TERMS; ++m) total += factor[m] * read_some(row[m] + i, count);
+    if (bias) total += read_some(bias + i, count);
+    T some[kLanes];
+    write(some, total);
+    std::memcpy(static_cast<void*>(out + i), some, count * sizeof(T));
+  }
+}
+
+template <class T>
+TARGET static inline void finish(T* out, const Compute<T>* sum, const Compute<T>* c,
+                                 const T* const* w, const T* const* next, int terms, const T* bias,
+                                 int64_t n) {
+  switch (terms) {
+    case 0: return finish<T, 0>(out, sum, c, w, next, bias, n);
+    case 1: return finish<T, 1>(out, sum, c, w, next, bias, n);
+    case 2: return finish<T, 2>(out, sum, c, w, next, bias, n);
+    case 3: return finish<T, 3>(out, sum, c, w, next, bias, n);
+    case 4: return finish<T, 4>(out, sum, c, w, next, bias, n);
+    case 5: return finish<T, 5>(out, sum, c, w, next, bias, n);
+    case 6: return finish<T, 6>(out, sum, c, w, next, bias, n);
+    case 7: return finish<T, 7>(out, sum, c, w, next, bias, n);
+    default: return finish<T, kGathered>(out, sum, c, w, next, bias, n);
   }
 }
 
@@ -148,6 +247,28 @@ static inline void axpy(Compute<T>* __restrict y, const Compute<T>* c, const T* 
 #pragma GCC unroll 8
       for (int m = 0; m < TERMS; ++m) sum += c[m] * row[m][l];
       y[i + l] = sum;
+    }
+  }
+}
+
+template <class T>
+static inline void finish(T* out, const Compute<T>* sum, const Compute<T>* c, const T* const* w,
+                          const T* const* next, int terms, const T* bias, int64_t n) {
+  using V = Compute<T>;
+  V total[kBlock], wide[kBlock];
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t count = std::min(kBlock, n - i);
+    for (int64_t l = 0; l < count; ++l) total[l] = sum ? sum[i + l] : V(0);
+    for (int m = 0; m < terms; ++m) {
+      const V* row = block_of(w[m] + i, next ? next[m] + i : nullptr, wide, count);
+      for (int64_t l = 0; l < count; ++l) total[l] += c[m] * row[l];
+    }
+    const V* last = bias ? block_of<T>(bias + i, nullptr, wide, count) : nullptr;
+    for (int64_t l = 0; last && l < count; ++l) total[l] += last[l];
+    if constexpr (kNarrow<T>) {
+      narrow(total, out + i, count);
+    } else {
+      std::copy_n(total, count, out + i);
     }
   }
 }

@@ -33,6 +33,7 @@ constexpr Kernels<V> kKernels = {
     .filter = filter,
     .seed = seed,
     .axpy = axpy<V>,
+    .finish = finish<V>,
     .row_dots = row_dots<V>,
     .dot = dot,
     .distance = distance,
@@ -68,6 +69,7 @@ constexpr Kernels<T> kKernels<T> = {
     .widen = widen,
     .narrow = narrow,
     .axpy = axpy<T>,
+    .finish = finish<T>,
     .row_dots = row_dots<T>,
     .turn = turn,
 #if CLIPSTEER_LEVEL > 0
