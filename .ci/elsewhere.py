@@ -15,13 +15,13 @@ import json
 import os
 import shutil
 import sys
-import sysconfig
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from wheels import OLDEST, ROOT, output
+from wheels import CASES, OLDEST, ROOT, output, torch_folder
 
 SYSTEM = """
     libbz2-1.0 libc6 libcrypt1 libexpat1 libffi8 libgcc-s1 libgomp1 liblzma5 libpython3.11-minimal
@@ -44,8 +44,7 @@ def absent(*tools: str) -> bool:
 
 def clang() -> None:
     """macOS's compiler takes every source: the portable code, and this machine's."""
-    include = Path(sysconfig.get_paths()["purelib"]) / "torch/include"
-    flags = ["-std=c++20", "-fsyntax-only", "-isystem", include]
+    flags = ["-std=c++20", "-fsyntax-only", "-isystem", torch_folder() / "include"]
     flags.append("-DTORCH_TARGET_VERSION=0x020a000000000000")
     sources = [*sorted((ROOT / "csrc/cpu").rglob("*.cpp")), ROOT / "csrc/system.cpp"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -77,35 +76,47 @@ def system(folder: Path) -> Path:
     return root
 
 
-def aarch64(folder: Path) -> None:
-    """The wheel for aarch64 Linux, and all its ops under qemu."""
+def wheel(folder: Path) -> Path:
+    """For aarch64 Linux, compiled here."""
     building = {**os.environ, "CXX": CROSS, "CLIPSTEER_BUILD_CUDA": "0"}
     building["_PYTHON_HOST_PLATFORM"] = "linux-aarch64"
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT]
     output(build, env=building)
-    (wheel,) = folder.glob("*aarch64.whl")
-    print(wheel.name)
+    (made,) = folder.glob("*aarch64.whl")
+    print(made.name, flush=True)
+    return made
 
-    root = system(folder)
-    packages = folder / "packages"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", packages]
+
+def packages(folder: Path, made: Path) -> Path:
+    """What a wheel needs there, and what it holds."""
+    target = folder / "packages"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target]
     pip += ["--only-binary=:all:", "--python-version=3.11"]
     pip += [f"--platform=manylinux_2_{glibc}_aarch64" for glibc in (28, 27, 17)]
     output([*pip, "--platform=manylinux2014_aarch64", *PACKAGES.split()])
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(packages)
+    with zipfile.ZipFile(made) as archive:
+        archive.extractall(target)
+    return target
 
-    there = {**os.environ, "PYTHONPATH": str(packages)}
+
+def prove(folder: Path, root: Path, installed: Path) -> None:
+    """All ops of the wheel, under qemu."""
+    there = {**os.environ, "PYTHONPATH": str(installed)}
     python = ["qemu-aarch64", "-L", root, root / "usr/bin/python3.11"]
-    print(output([*python, "-m", "clipsteer", "env"], env=there))
-    checks = ["-m", "clipsteer", "validate", "--backends", "cpp", "--cases", "4"]
-    print(output([*python, *checks], env=there))
+
+    def told(*command: Any) -> str:
+        # away from the tree, whose own package is not to be found
+        return output([*python, *command], env=there, cwd=folder)
+
+    print(told("-m", "clipsteer", "env"), flush=True)
+    table = told("-m", "clipsteer", "validate", "--backends", "cpp", "--cases", CASES)
+    print(table, flush=True)
     bits = [ROOT / ".ci/wheels.py", "--bits", "exact"]
-    theirs = json.loads(output([*python, *bits], env=there))
-    ours = json.loads(
-        output([sys.executable, *bits], env={**os.environ, "CLIPSTEER_CPU_ISA": "portable"})
-    )
-    other = [name for name in ours if ours[name] != theirs.get(name)]
+    theirs = json.loads(told(*bits))
+    portable = {**os.environ, "CLIPSTEER_CPU_ISA": "portable"}
+    ours = json.loads(output([sys.executable, *bits], env=portable))
+    assert ours.keys() == theirs.keys()
+    other = [name for name in ours if ours[name] != theirs[name]]
     assert not other, f"{len(other)} of {len(ours)} differ: {other[:20]}"
     print(f"{len(ours)} inputs, outputs and gradients: the same bits on both processors")
 
@@ -116,4 +127,5 @@ if __name__ == "__main__":
     if not absent("clang++"):
         clang()
     if not absent(CROSS, "qemu-aarch64", "apt-get"):
-        aarch64(place)
+        made = wheel(place)
+        prove(place, system(place), packages(place, made))

@@ -1,17 +1,20 @@
 """The wheel as its users have it: made from the sdist, audited, and run where no compiler is.
 
     pip install '.[release]'
-    python .ci/wheels.py FOLDER
+    python .ci/wheels.py FOLDER [FETCHED]
+    python .ci/wheels.py --fetch FETCHED
 
 In FOLDER: the sdist and the wheel. The wheel has to be named after the oldest systems that have all
 it calls, to link to no library but torch's, to hold the very library that the source tree's build
 made, to pass ``clipsteer validate`` with the oldest torch it serves and with this one, and to give
-the same bits with both.
+the same bits with both. That torch is a gigabyte: --fetch puts it into FETCHED, before all that the
+rest needs is installed, and beside that.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
@@ -20,10 +23,10 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 import zipfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 OLDEST = "2.10.0"
 # What its import cannot do without; the rest of CUDA, three gigabytes, has stand-ins.
 OLDEST_CUDA = ("nvidia-cuda-runtime-cu12==12.8.90", "nvidia-cuda-cupti-cu12==12.8.90")
+# Of each op, backend and dtype, beside the edge cases. The wheel holds the library that the tests
+# prove; here it is asked whether it is whole where it lies, under either torch.
+CASES = 2
 TORCH_LIBRARIES = {"libtorch_cpu.so", "libtorch_cuda.so"}
 
 # what a user does first, away from the tree
@@ -52,6 +58,20 @@ def output(command: Iterable[Any], **options: Any) -> str:
     return subprocess.run(
         arguments, stdout=subprocess.PIPE, text=True, check=True, **options
     ).stdout
+
+
+def torch_folder() -> Path:
+    """This environment's torch, found without importing it."""
+    found = importlib.util.find_spec("torch")
+    assert found is not None, "torch is not installed here"
+    assert found.origin is not None
+    return Path(found.origin).parent
+
+
+def tried_here() -> bool:
+    """Whether the oldest torch is tried: it has builds for it, and there is a compiler."""
+    here = (sys.platform, platform.machine()) == ("linux", "x86_64")
+    return here and shutil.which("cc") is not None
 
 
 def make(folder: Path) -> Path:
@@ -103,8 +123,10 @@ def oldest_torch(folder: Path) -> Path:
     Its builds are for CUDA, and four gigabytes. In place of what a CPU never calls are libraries of
     the same names, whose functions end the process.
     """
+    start = time.monotonic()
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-cache-dir"]
-    output([*pip, "--target", folder, f"torch=={OLDEST}", *OLDEST_CUDA])
+    # most of its modules are never imported here, so pip need not compile them
+    output([*pip, "--no-compile", "--target", folder, f"torch=={OLDEST}", *OLDEST_CUDA])
     own = sorted((folder / "torch/lib").glob("lib*.so*"))
     there = [*own, *folder.glob("nvidia/*/lib/*.so*")]
     dynamic = "".join(output(["readelf", "--dynamic", "--version-info", file]) for file in own)
@@ -125,6 +147,7 @@ def oldest_torch(folder: Path) -> Path:
         output(
             [*link, f"-Wl,-soname,{library}", *([f"-Wl,--version-script={script}"] * bool(nodes))]
         )
+    print(f"torch {OLDEST} fetched in {time.monotonic() - start:.0f} s")
     return folder
 
 
@@ -136,7 +159,7 @@ class Away:
         output([sys.executable, "-m", "venv", folder])
         output([folder / "bin/python", "-m", "pip", "install", "--quiet", "--no-deps", wheel])
         # the rest of what the wheel needs is this environment's; an editable clipsteer is not seen
-        paths = [str(path) for path in (*torch, sysconfig.get_paths()["purelib"])]
+        paths = [str(path) for path in (*torch, torch_folder().parent)]
         kept = {
             name: value for name, value in os.environ.items() if not name.startswith("CLIPSTEER")
         }
@@ -144,13 +167,17 @@ class Away:
             **kept,
             "PATH": str(folder / "bin"),
             "PYTHONPATH": os.pathsep.join(paths),
+            # two of these run at once, and threads that wait for each other would keep cores busy
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "passive",
         }
         self.folder = folder
 
     def run(self, *command: Any) -> str:
         start = time.monotonic()
         text = output([self.folder / "bin/python", *command], cwd=self.folder, env=self.environment)
-        print(f"  {' '.join(map(str, command[:3]))[:60]!r}: {time.monotonic() - start:.1f} s")
+        words = " ".join(map(str, command[:3]))[:60]
+        print(f"  {self.folder.name} {words!r}: {time.monotonic() - start:.1f} s", flush=True)
         return text
 
     def check(self) -> dict[str, str]:
@@ -160,7 +187,7 @@ class Away:
         assert facts["installed"].startswith("wheel py3-none-"), facts["installed"]
         usable = {row["backend"]: row for row in facts["backends"]}
         assert usable["cpp"]["usable"], usable["cpp"]
-        table = self.run("-m", "clipsteer", "validate", "--backends", "cpp", "--cases", "8")
+        table = self.run("-m", "clipsteer", "validate", "--backends", "cpp", "--cases", CASES)
         assert "pass" in table, table
         return json.loads(self.run(__file__, "--bits"))
 
@@ -208,26 +235,28 @@ def bits(exact: bool) -> dict[str, str]:
     return found
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, fetched: Path | None) -> None:
     """Make the wheel, and all that the head of this file promises of it."""
-    wheel = make(folder)
-    newest = Away(folder / "away", wheel)
-    print(newest.run("-c", FIRST_STEPS).strip())
-    if wheel.stem.endswith("-any"):
-        compiler = shutil.which("c++") or shutil.which("g++")
-        assert compiler is None, f"{compiler} is here, and the library was not built"
-        print("no compiler is here: nothing else to prove")
-        return
-    audit(wheel)
-    same_library(wheel)
-    told = newest.check()
-    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
-        print(f"torch {OLDEST} is not tried here")
-        return
-    start = time.monotonic()
-    oldest = Away(folder / "away-oldest", wheel, oldest_torch(folder / "torch"))
-    print(f"torch {OLDEST} fetched in {time.monotonic() - start:.0f} s")
-    told_by_oldest = oldest.check()
+    with ThreadPoolExecutor() as pool:
+        # waits for a network, and unpacks on one core
+        fetch = None if fetched or not tried_here() else pool.submit(oldest_torch, folder / "torch")
+        wheel = make(folder)
+        newest = Away(folder / "away", wheel)
+        print(newest.run("-c", FIRST_STEPS).strip())
+        if wheel.stem.endswith("-any"):
+            compiler = shutil.which("c++") or shutil.which("g++")
+            assert compiler is None, f"{compiler} is here, and the library was not built"
+            print("no compiler is here: nothing else to prove")
+            return
+        audit(wheel)
+        same_library(wheel)
+        told = pool.submit(newest.check)
+        if not tried_here():
+            told.result()
+            print(f"torch {OLDEST} is not tried here")
+            return
+        oldest = Away(folder / "away-oldest", wheel, fetched or fetch.result())
+        told_by_oldest, told = oldest.check(), told.result()
     assert told.keys() == told_by_oldest.keys()
     other = [name for name in told if told[name] != told_by_oldest[name]]
     assert not other, f"{len(other)} of {len(told)} differ: {other[:20]}"
@@ -235,7 +264,11 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--bits":
-        print(json.dumps(bits(exact="exact" in sys.argv[2:])))
+    command, *rest = sys.argv[1:]
+    if command == "--bits":
+        print(json.dumps(bits(exact="exact" in rest)))
+    elif command == "--fetch":
+        if tried_here():
+            oldest_torch(Path(rest[0]).resolve())
     else:
-        main(Path(sys.argv[1]).resolve())
+        main(Path(command).resolve(), Path(rest[0]).resolve() if rest else None)

@@ -29,9 +29,9 @@ def _workers() -> Forks:
     return forks
 
 
-def in_processes(worker: str, *args: object, size: int = 2, timeout: float = 240) -> None:
+def in_processes(worker: str, *args: object, size: int = 2) -> None:
     """Run the code ``worker`` in processes that find each other as under torchrun; all must end well."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    codes, written = _workers().run(worker, *args, size=size, environment=meeting, timeout=timeout)
+    codes, written = _workers().run(worker, *args, size=size, environment=meeting)
     assert codes == [0] * size, f"{codes}\n{written[-3000:]}"

@@ -89,7 +89,7 @@ class Forks:
         *arguments: object,
         size: int = 1,
         environment: Mapping[str, str] = {},
-        timeout: float = 900,
+        timeout: float = 600,
     ) -> tuple[list[int], str]:
         """The exit codes of ``size`` forks, and what they wrote; what is late is killed."""
         job = {"code": code, "arguments": [str(a) for a in arguments], "size": size, "timeout": timeout}

@@ -230,48 +230,48 @@ def loaded(folder: Path, name: str) -> None:
 # what load and wise_ft say of a name that a file gives, or of two models that do not match
 NAMES = (ValueError, FileNotFoundError)
 READERS = {
-    "plain files": Reader(plain_files, each_plain, 2000),
-    "SAE": Reader(lambda f: sae(f).save_pretrained(f), SAE.from_pretrained, 1500),
-    "SAE, jumprelu": Reader(lambda f: sae(f, "jumprelu", "layer_norm").save_pretrained(f), SAE.from_pretrained, 500),
-    "SAE of SAELens": Reader(lambda f: formats.export(sae(f, "gated"), f, "saelens"), SAE.from_pretrained, 1500),
-    "SAE of sparsify": Reader(lambda f: formats.export(sae(f), f, "sparsify"), SAE.from_pretrained, 1000),
-    "SAE of Prisma": Reader(lambda f: prisma(f, inside=True), SAE.from_pretrained, 2000),
-    "SAE of Prisma, two files": Reader(lambda f: prisma(f, inside=False), SAE.from_pretrained, 1000),
-    "SAE of SAELens, transcoder": Reader(golden("saelens-transcoder-jumprelu-skip"), SAE.from_pretrained, 700),
-    "SAE of SAELens, matryoshka": Reader(golden("saelens-matryoshka-checkpoint"), SAE.from_pretrained, 700),
-    "SAE of dictionary_learning": Reader(golden("dictionary_learning-matryoshka"), SAE.from_pretrained, 1500),
-    "SAE of dictionary_learning, linear": Reader(golden("dictionary_learning-standard"), SAE.from_pretrained, 700),
-    "SAE of ViSAEBench": Reader(golden("visaebench-batchtopk"), SAE.from_pretrained, 1500),
-    "SAE of saev": Reader(golden("saev-relu"), SAE.from_pretrained, 2000),
-    "SAE of overcomplete": Reader(golden("overcomplete-archetypal"), SAE.from_pretrained, 1500),
+    "plain files": Reader(plain_files, each_plain, 1300),
+    "SAE": Reader(lambda f: sae(f).save_pretrained(f), SAE.from_pretrained, 950),
+    "SAE, jumprelu": Reader(lambda f: sae(f, "jumprelu", "layer_norm").save_pretrained(f), SAE.from_pretrained, 300),
+    "SAE of SAELens": Reader(lambda f: formats.export(sae(f, "gated"), f, "saelens"), SAE.from_pretrained, 950),
+    "SAE of sparsify": Reader(lambda f: formats.export(sae(f), f, "sparsify"), SAE.from_pretrained, 650),
+    "SAE of Prisma": Reader(lambda f: prisma(f, inside=True), SAE.from_pretrained, 1300),
+    "SAE of Prisma, two files": Reader(lambda f: prisma(f, inside=False), SAE.from_pretrained, 650),
+    "SAE of SAELens, transcoder": Reader(golden("saelens-transcoder-jumprelu-skip"), SAE.from_pretrained, 450),
+    "SAE of SAELens, matryoshka": Reader(golden("saelens-matryoshka-checkpoint"), SAE.from_pretrained, 450),
+    "SAE of dictionary_learning": Reader(golden("dictionary_learning-matryoshka"), SAE.from_pretrained, 950),
+    "SAE of dictionary_learning, linear": Reader(golden("dictionary_learning-standard"), SAE.from_pretrained, 450),
+    "SAE of ViSAEBench": Reader(golden("visaebench-batchtopk"), SAE.from_pretrained, 950),
+    "SAE of saev": Reader(golden("saev-relu"), SAE.from_pretrained, 1300),
+    "SAE of overcomplete": Reader(golden("overcomplete-archetypal"), SAE.from_pretrained, 950),
     "conceptor": Reader(
         lambda f: Conceptor.fit(torch.randn(20, 5), 3.0, mean=torch.zeros(5)).save(f / "c.safetensors"),
-        lambda f: Conceptor.load(f / "c.safetensors"), 1500,
+        lambda f: Conceptor.load(f / "c.safetensors"), 950,
     ),
-    "concept dictionary": Reader(dictionary, lambda f: ConceptDictionary.load(f / "d"), 1200),
-    "class statistics": Reader(statistics, lambda f: ClassStatistics.load(f / "s.safetensors"), 1000),
-    "LoRA": Reader(lora, lambda f: LoRA.load(tower(), f / "lora.safetensors"), 1000, (ValueError,)),
-    "reference features": Reader(reference, lambda f: features.read(f / "f.safetensors", Pairs()), 1000, (ValueError,)),
-    "results of runs": Reader(results, lambda f: read_results(f / "runs.json"), 800),
-    "benchmark": Reader(bench, compared, 800),
+    "concept dictionary": Reader(dictionary, lambda f: ConceptDictionary.load(f / "d"), 750),
+    "class statistics": Reader(statistics, lambda f: ClassStatistics.load(f / "s.safetensors"), 650),
+    "LoRA": Reader(lora, lambda f: LoRA.load(tower(), f / "lora.safetensors"), 650, (ValueError,)),
+    "reference features": Reader(reference, lambda f: features.read(f / "f.safetensors", Pairs()), 650, (ValueError,)),
+    "results of runs": Reader(results, lambda f: read_results(f / "runs.json"), 500),
+    "benchmark": Reader(bench, compared, 500),
     "merged safetensors": Reader(
-        lambda f: two(f, in_safetensors, ".safetensors"), lambda f: merged(f, ".safetensors"), 1200, NAMES
+        lambda f: two(f, in_safetensors, ".safetensors"), lambda f: merged(f, ".safetensors"), 750, NAMES
     ),
-    "merged torch files": Reader(lambda f: two(f, checkpoint, ".pt"), lambda f: merged(f, ".pt"), 1500, NAMES),
-    "merged shards": Reader(lambda f: sharded(f, in_safetensors, "model", ".safetensors"), merged, 1000, NAMES),
-    "merged torch shards": Reader(lambda f: sharded(f, torch.save, "pytorch_model", ".bin"), merged, 1000, NAMES),
-    "run": Reader(run_folder, clipsteer.load, 700, NAMES),
-    "classifier": Reader(run_folder, clipsteer.clip.load_classifier, 500, NAMES),
-    "local-dir": Reader(local_dir, lambda f: clipsteer.load(f"local-dir:{f}"), 500, NAMES),
+    "merged torch files": Reader(lambda f: two(f, checkpoint, ".pt"), lambda f: merged(f, ".pt"), 800, NAMES),
+    "merged shards": Reader(lambda f: sharded(f, in_safetensors, "model", ".safetensors"), merged, 650, NAMES),
+    "merged torch shards": Reader(lambda f: sharded(f, torch.save, "pytorch_model", ".bin"), merged, 650, NAMES),
+    "run": Reader(run_folder, clipsteer.load, 300, NAMES),
+    "classifier": Reader(run_folder, clipsteer.clip.load_classifier, 250, NAMES),
+    "local-dir": Reader(local_dir, lambda f: clipsteer.load(f"local-dir:{f}"), 250, NAMES),
     "weights in safetensors": Reader(
-        lambda f: clip(f, in_safetensors, "w.safetensors"), lambda f: loaded(f, "w.safetensors"), 500, NAMES
+        lambda f: clip(f, in_safetensors, "w.safetensors"), lambda f: loaded(f, "w.safetensors"), 300, NAMES
     ),
-    "weights in a torch file": Reader(lambda f: clip(f, torch.save, "w.pt"), lambda f: loaded(f, "w.pt"), 700, NAMES),
+    "weights in a torch file": Reader(lambda f: clip(f, torch.save, "w.pt"), lambda f: loaded(f, "w.pt"), 300, NAMES),
     "weights before archives": Reader(
-        lambda f: clip(f, saved_before_archives, "w.pt"), lambda f: loaded(f, "w.pt"), 500, NAMES
+        lambda f: clip(f, saved_before_archives, "w.pt"), lambda f: loaded(f, "w.pt"), 250, NAMES
     ),
-    "weights in numpy's": Reader(lambda f: clip(f, saved_as_numpy, "w.npz"), lambda f: loaded(f, "w.npz"), 300, NAMES),
-    "weights of timm": Reader(timm_tower, lambda f: clipsteer.load("timm:test_vit", f / "w.safetensors"), 300),
+    "weights in numpy's": Reader(lambda f: clip(f, saved_as_numpy, "w.npz"), lambda f: loaded(f, "w.npz"), 150, NAMES),
+    "weights of timm": Reader(timm_tower, lambda f: clipsteer.load("timm:test_vit", f / "w.safetensors"), 150),
 }  # fmt: skip
 # whose valid files open_clip does not take for this architecture
 NEVER = ("weights in numpy's",)

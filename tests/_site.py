@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import shutil
 import time
 import zlib
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -61,12 +63,41 @@ GRID = (7, 7)
 SHARD = 64
 
 
-def until(page: Any, expression: str, seconds: float = 15) -> None:
+PATIENCE = 120  # seconds that only what never comes takes, on a machine that has other things to do, too
+
+
+def until(page: Any, expression: str) -> None:
     """Wait until JavaScript says so, looking from outside: playwright's own wait is against the pages' policy."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE
     while not page.evaluate(expression):
         assert time.monotonic() < end, expression
         time.sleep(0.02)
+
+
+def visit(page: Any, place: str) -> None:
+    """Go to another place of the site; it is shown, and laid out, when this returns."""
+    if page.evaluate("location.hash") == place:
+        return
+    page.evaluate("place => { document.querySelector('main').firstChild.old = true; location.hash = place; }", place)
+    until(page, "!document.querySelector('main').firstChild.old")
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done())))")
+
+
+@contextlib.contextmanager
+def processor_time(page: Any) -> Iterator[list[float]]:
+    """Seconds that the page's own thread computes meanwhile, which other processes do not change; appended at the
+    end."""
+    session, spent = page.context.new_cdp_session(page), []
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def so_far() -> float:
+        metrics = session.send("Performance.getMetrics")["metrics"]
+        return next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
+
+    before = so_far()
+    yield spent
+    spent.append(so_far() - before)
+    session.detach()
 
 
 def put(folder: Path, key: str, value: Any, *, plain: bool = False) -> None:

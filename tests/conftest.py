@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 # Before torch is imported, here and in every process that a test starts. On one thread torch's own products repeat bit
 # for bit; on several they are divided anew on a busy machine. Parallel workers share the cores without a fight.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+# Where a test takes two, one that waits for the other gives its core away.
+os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import hypothesis
 import pytest
@@ -22,7 +24,7 @@ QUICK = hypothesis.settings(
 )  # fmt: skip
 PROFILES = {
     "quick": QUICK,
-    "ci": hypothesis.settings(QUICK, max_examples=40),
+    "ci": hypothesis.settings(QUICK, max_examples=20),
     "nightly": hypothesis.settings(QUICK, derandomize=False, max_examples=500),
 }
 for name, profile in PROFILES.items():
@@ -60,13 +62,17 @@ def cores() -> int:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """-m nightly takes what is marked so, and what draws its cases again, with more of them."""
-    if "nightly" in config.option.markexpr:
+    night = "nightly" in config.option.markexpr
+    left = "by_day" if night else "nightly"
+    config.hook.pytest_deselected(items=[item for item in items if left in item.keywords])
+    items[:] = [item for item in items if left not in item.keywords]
+    if night:
         for item in items:
             if "hypothesis" in item.keywords:
                 item.add_marker("nightly")
-    else:
-        config.hook.pytest_deselected(items=[item for item in items if "nightly" in item.keywords])
-        items[:] = [item for item in items if "nightly" not in item.keywords]
+        # files with long tests come first: processes that run out of tests take short ones from each other
+        long = {item.path for item in items if "nightly" in item.keywords and "hypothesis" not in item.keywords}
+        items.sort(key=lambda item: item.path not in long)
     if (seed := config.option.shuffle) is not None:
         draw = random.Random(seed)
         draw.shuffle(items)

@@ -287,6 +287,8 @@ print(spent, sorted(h for h in {HEAVY!r} if h in sys.modules and h not in before
     for _ in range(3):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
         runs.append(done.stdout.split(" ", 1))
+        if float(runs[-1][0]) < 0.3:
+            break
     assert min(float(spent) for spent, _ in runs) < 0.3
     assert all(heavy.strip() == "[]" for _, heavy in runs), runs
 

@@ -121,7 +121,7 @@ def test_an_op_is_a_record_its_file_and_its_spec(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     env.pop("PYTHONSAFEPATH", None)
     command = [sys.executable, "-c", f"FOLDER = {str(tmp_path)!r}\n{USE}"]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from _command import run
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -64,17 +66,19 @@ def test_the_wrong_kernel_fails_and_the_mended_one_passes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error::DeprecationWarning:clipsteer$")
 @pytest.mark.parametrize("block", [timed(block) for block in REST if "triton.jit" not in block[1]])
-def test_a_block_runs_as_it_stands(block, tmp_path):
+def test_a_block_runs_as_it_stands(block, tmp_path, monkeypatch, capsys):
     kind, code = block
-    env = {**os.environ, "PYTHONWARNINGS": "error::DeprecationWarning:clipsteer"}
+    monkeypatch.chdir(tmp_path)
     if kind == "python":
-        calls = [[sys.executable, "-c", code]]
-    else:
-        assert kind == "bash"
-        words = [shlex.split(line) for line in code.replace("\\\n", " ").splitlines()]
-        assert all(line[0] == "clipsteer" for line in words)
-        calls = [[sys.executable, "-m", *line] for line in words]
-    for call in calls:
-        done = subprocess.run(call, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, f"{call}\n{done.stdout}\n{done.stderr[-4000:]}"
+        env = {**os.environ, "PYTHONWARNINGS": "error::DeprecationWarning:clipsteer"}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
+        return
+    assert kind == "bash"
+    for line in code.replace("\\\n", " ").splitlines():
+        program, *words = shlex.split(line)
+        assert program == "clipsteer"
+        status, out, err = run(capsys, *words)
+        assert status == 0, f"{line}\n{out}\n{err[-4000:]}"

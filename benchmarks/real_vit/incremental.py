@@ -23,7 +23,7 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +82,17 @@ def first_tasks(whole: Scenario, count: int, at_once: bool = False) -> Scenario:
 
 
 class Bench:
-    """What the runs share."""
+    """What the runs share.
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    Args:
+        args: of the command.
+        specs: what is to be run; for these all of --epochs are tried before a choice counts, for others what is there.
+    """
+
+    def __init__(self, args: argparse.Namespace, specs: Iterable[str] = ()) -> None:
         self.args = args
         self.work: Path = args.work
+        self.to_choose = {_chosen_as(spec) for spec in specs}
 
     def encoder(self) -> Any:
         where = (self.args.weights, self.args.block, self.args.image_size)
@@ -101,6 +107,7 @@ class Bench:
     def run(self, phase: str, images: Scenario, config: CILConfig, plasticity: Plasticity | None = None) -> Run | None:
         """The run, from its file where it is done; None where another process has it in hand."""
         out = self.folder(phase, config)
+        self.check_tower(phase)
         if config.plasticity and plasticity is None:
             plasticity = self.plasticity()
         try:
@@ -114,6 +121,16 @@ class Bench:
         for folder in out.glob("checkpoints*"):
             shutil.rmtree(folder, ignore_errors=True)
         return run
+
+    def check_tower(self, phase: str) -> None:
+        """Refuse a folder of runs on the tower in another shape, which nothing in a run itself tells."""
+        file = self.work / phase / "tower.json"
+        here = {name: getattr(self.args, name) for name in ("block", "image_size", "last")}
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, here)
+        if (there := read_json(file)) != here:
+            raise SystemExit(f"{file.parent} holds runs of {there}, and asked for is {here}; use another --work")
 
     def stored(self, phase: str, config: CILConfig) -> Run | None:
         """The run where it is done."""
@@ -145,7 +162,10 @@ class Bench:
             return {"lr": self.args.lr, "epochs": self.args.epochs[0], "tried": []}
         file = self.choice_file(name)
         if file.exists():
-            return read_json(file)
+            found = read_json(file)
+            missing = {*self.args.epochs} - {row["epochs"] for row in found["tried"]}
+            if name not in self.to_choose or not missing or strategy(name).train == "none":
+                return found
         start = strategy(name)
         tried: list[dict[str, Any]] = []
         images = first_tasks(self.scenario(ORDER).on_validation(), self.args.choice_tasks, start.cumulative)
@@ -181,7 +201,7 @@ class Bench:
         chosen = self.choice(_chosen_as(spec))
         return strategy(spec, lr=chosen["lr"], seed=seed, **_settings(chosen["epochs"]))
 
-    def finished(self, specs: Sequence[str]) -> list[Run]:
+    def finished(self, specs: Iterable[str]) -> list[Run]:
         """Runs that are done, of the settings chosen."""
         found = []
         for spec, seed in itertools.product(specs, SEEDS):
@@ -209,7 +229,7 @@ def interval(runs: Sequence[Run], metric: str = "A_last") -> dict[str, Any]:
 def report(bench: Bench, out: Path) -> None:
     """Figures, curves and a table of what is done."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    runs = bench.finished([*NAMES, *ABLATION[1:]])
+    runs = bench.finished(dict.fromkeys([*NAMES, *ABLATION[1:], *bench.args.strategies]))
     choices = {p.stem: read_json(p) for p in sorted((bench.work / "choice").glob("*.json"))}
     groups = by_strategy(runs)
     table = {name: {m: interval(own, m) for m in ("A_last", "A_avg", "forgetting")} for name, own in groups.items()}
@@ -280,8 +300,8 @@ def main() -> None:
     parser.add_argument("--ablation", action="store_true", help="MACIL's parts, after the strategies")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    bench = Bench(args)
     specs = [*args.strategies, *(ABLATION[1:] if args.ablation else ())]
+    bench = Bench(args, () if args.report else specs)
     if not args.report:
         for name in args.strategies:
             bench.choice(_chosen_as(name))

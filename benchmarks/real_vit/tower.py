@@ -119,6 +119,8 @@ def _fronts(weights: Path, block: int, image_size: int, last: int, views: int) -
 def tail_of(weights: Path, block: int = 8, image_size: int = 98, last: int = 3, views: int = 4) -> Encoder:
     """The same tower, of which the last blocks alone can learn: its "pixels" are the tokens before them, computed once,
     of each picture as it is and in so many crops."""
+    if not 1 <= last <= block + 1:
+        raise ValueError(f"tail_of: last must be 1 to {block + 1}, the blocks up to block {block}, got {last}")
     name = f"{NAME}, block {block}, {image_size} px, last {last}"
     fronts = _fronts(weights, block, image_size, last, views)
     return Encoder(Tail(trunk_of(weights, block, image_size), last), *fronts, name)

@@ -268,6 +268,7 @@ def _harvested(args: argparse.Namespace, world: Any) -> Any:
     from clipsteer.clip.model import EMOJICLIP, default_hook_point, load
     from clipsteer.sae.activations import HarvestSource, harvest_to_store
     from clipsteer.sae.pairs import PairSource
+    from clipsteer.sae.shards import is_whole
 
     model = args.model or EMOJICLIP
     clip = load(model, args.pretrained, device=world.device, **setup_options(args))
@@ -279,7 +280,15 @@ def _harvested(args: argparse.Namespace, world: Any) -> Any:
         return HarvestSource(
             clip, dataset, hook_point, target_hook_point=target_hook_point, **common
         )
-    source = harvest_to_store(clip, dataset, hook_point, args.store, **common)
+    try:
+        source = harvest_to_store(clip, dataset, hook_point, args.store, **common)
+    except ValueError as error:
+        if args.data or not is_whole(args.store):
+            raise
+        raise ValueError(
+            f"{error}. No --data was given, so the bundled drawings are meant: for the rows that "
+            f"are there leave out --model and what belongs to it, or give the --data of the store"
+        ) from None
     if target_hook_point is None:
         return source
     where = args.store / "target"

@@ -3,6 +3,7 @@ random projection."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -239,6 +240,7 @@ def align(
 
     Raises:
         ValueError: a covariance plus ridge is not positive definite.
+        RuntimeError: the loss is not finite.
     """
     C = len(means)
     roots = _roots(covariances, config.ridge)
@@ -265,4 +267,6 @@ def align(
             optimizer.step()
             total += step.item()
         loss = total / C
+        if not math.isfinite(loss):
+            raise RuntimeError(f"align: the loss is {loss} in epoch {epoch + 1}; lower align_lr")
     return loss

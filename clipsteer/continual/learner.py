@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 from clipsteer import ops
 from clipsteer.clip.hooks import evaluating
 from clipsteer.clip.pixels import pixel_batches
+from clipsteer.continual.collapse import coincide, separation, taken_by_one
 from clipsteer.continual.covariance import by_class, class_means
 from clipsteer.continual.drift import follow_errors, learned_drift, transport
 from clipsteer.continual.heads import align, nearest_mean
@@ -70,9 +72,19 @@ class ClassIncrementalLearner(LearnerState):
         return pixel_batches(self.encoder, images, workers=self.workers)
 
     def features(self, images: ImageDataset) -> Tensor:
-        """(N, d) features without crops, float32, in the images' order."""
+        """(N, d) features without crops, float32, in the images' order.
+
+        Raises RuntimeError where they are not finite.
+        """
         with evaluating(self.encoder):
-            return torch.cat([self.encoder(x).float() for x in self._pixels(images)])
+            found = torch.cat([self.encoder(x).float() for x in self._pixels(images)])
+        wrong = int((~found.isfinite()).any(1).sum())
+        if wrong:
+            raise RuntimeError(
+                f"{self.config.name}: the features of {wrong} of {len(found)} images are not "
+                f"finite after {len(self.tasks)} tasks; lower lr, or look for weights that are not"
+            )
+        return found
 
     def _for_means(
         self,
@@ -192,13 +204,18 @@ class ClassIncrementalLearner(LearnerState):
         groups.append({"params": head, "lr": config.lr})
         return [group for group in groups if group["params"]]
 
-    def _before(self, images: ImageDataset, classes: list[int]) -> Before:
-        """What a new task keeps of the network as it is."""
+    def _before(
+        self,
+        features: Tensor,  # (N, d)
+        targets: Sequence[int],
+        classes: list[int],
+    ) -> Before:
+        """What a new task keeps of the network as it is; ``features`` of its images by it."""
         if not self.tasks:
             return Before()
         measured = self.config.covariance > 0 or self._uses_means
-        features = self.features(images) if measured else None
-        return Before.of(self.encoder, self.config, features, images.targets, classes)
+        kept = features if measured else None
+        return Before.of(self.encoder, self.config, kept, targets, classes)
 
     def _train(self, images: ImageDataset, classes: list[int], before: Before) -> int:
         """Train on the newest task; returns the signal that came in its last step, or 0."""
@@ -232,7 +249,12 @@ class ClassIncrementalLearner(LearnerState):
             self.multipliers.append(self.plasticity.multipliers(usage, self.history))
             self.history.append(usage)
         trains = config.train != "none"
-        before = self._before(images, classes) if trains else Before()
+        before = Before()
+        apart = math.nan
+        if trains:
+            features = self.features(images)
+            apart = separation(features, torch.tensor(images.targets, device=features.device))
+            before = self._before(features, images.targets, classes)
         self.tasks.append(classes)
         asked = self._train(images, classes, before) if trains else 0
         features = self.features(images)
@@ -257,6 +279,7 @@ class ClassIncrementalLearner(LearnerState):
         if self.ridge is not None:
             targets = torch.tensor(images.targets, device=self.device)
             self.ridge.update(features, targets, generator)
+        self._warn_of_collapse(features, images.targets, apart)
         return asked
 
     def _compensate(
@@ -287,6 +310,31 @@ class ClassIncrementalLearner(LearnerState):
         if config.compensation == "ldc":
             return learned_drift(old, new, means)
         return ops.semantic_drift(old, new, means, config.sigma, config.floor)
+
+    def _warn_of_collapse(
+        self,
+        features: Tensor,  # (N, d)
+        targets: Sequence[int],
+        before: float,
+    ) -> None:
+        """Say so where the task's own images are nearly all taken for one class, or features of
+        its classes coincide; ``before`` is their separation as the task began."""
+        labels = torch.tensor(targets, device=features.device)
+        seen = torch.tensor(self.seen, device=features.device)
+        told = []
+        if (taken := taken_by_one(seen[self.scores(features).argmax(1)], labels)) is not None:
+            told.append(f"class {taken[0]} takes {taken[1]:.0%} of those of others")
+        if (how := coincide(features, labels, before)) is not None:
+            told.append(how)
+        if told:
+            logger.warning(
+                "%s: task=%d: the network has collapsed: of the %d images it learned from, %s. Try "
+                "a lower lr, or another tower",
+                self.config.name,
+                len(self.tasks),
+                len(labels),
+                ", and ".join(told),
+            )
 
     def _warn_of_drift(self) -> None:
         """Say so where half of the earlier classes' means are off by more than their distance to

@@ -32,6 +32,7 @@ from clipsteer.ensembles.merging import RunningEnsemble
 from clipsteer.io.digests import digest_of, weights_digest
 from clipsteer.io.files import FileFormatError, read_safetensors
 from clipsteer.training.claim import claimed
+from clipsteer.training.collapse import constant_loss
 from clipsteer.training.loop import TrainingRun
 from clipsteer.training.schedule import Keys, Order, seed_of
 
@@ -137,6 +138,8 @@ class _Run(TrainingRun):
             ]
         total = self.order.per_epoch * config.epochs
         super().__init__(config, total, parameters, optimizer, settings, out)
+        smoothing = config.label_smoothing
+        self.constant = {"loss": constant_loss(dataset.targets, len(head), smoothing)}
 
     def run(
         self, on_step: Callable[[ImageClassifier, int], None] | None, resume: bool

@@ -11,8 +11,8 @@ import torch
 from clipsteer.ops import _dispatch
 from clipsteer.ops._dispatch import explain as explain
 from clipsteer.ops._dispatch import load as load
-from clipsteer.ops._lowlevel import BACKENDS as BACKENDS
 from clipsteer.ops._lowlevel import RECORDS
+from clipsteer.ops._record import BACKENDS as BACKENDS
 
 if TYPE_CHECKING:  # at run time the loop below takes what each op's file names
     from clipsteer.ops._ragged import SparseCodes as SparseCodes

@@ -112,8 +112,9 @@ class _Recording:
         if all(of == "fixed" for of, _ in places) and all(map(_small, values)):
             kind = "fixed"
         else:
-            # as it ran: without a gradient, say
-            if _with_grad() != self.with_grad:
+            # as it ran: without a gradient, say, where there could be one
+            tracked = any(t.requires_grad for t in self.given)
+            if tracked and _with_grad() != self.with_grad:
                 function = (torch.no_grad if self.with_grad else torch.enable_grad)()(function)
             self.steps.append(_Step(function, places, many))
         for value in values:

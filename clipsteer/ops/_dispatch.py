@@ -24,16 +24,8 @@ from clipsteer._version import left_out
 from clipsteer.kernels._precision import tf32_allowed
 from clipsteer.ops import _vmap
 from clipsteer.ops._calls import asked_backend, step
-from clipsteer.ops._lowlevel import (
-    BACKENDS,
-    DTYPES,
-    LIBRARIES,
-    NAMESPACES,
-    OPS,
-    PORTABLE,
-    RECORDS,
-    LowLevel,
-)
+from clipsteer.ops._lowlevel import DTYPES, LIBRARIES, NAMESPACES, OPS, PORTABLE, RECORDS
+from clipsteer.ops._record import BACKENDS, LowLevel
 
 # Libraries that hold Python registrations live as long as the process.
 _LIBRARIES: list[torch.library.Library] = []

@@ -81,6 +81,31 @@ def threshold_encode(
     return _codes(x, torch.library.get_ctx().new_dynamic_size() if capacity < 0 else capacity)
 
 
+def threshold_codes(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    threshold: Tensor,
+    relu: bool,
+    capacity: int,
+    scale: Tensor | None,
+    columns: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return threshold_encode(x, W_enc, b_enc, threshold, capacity)
+
+
+def jumprelu_codes(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    threshold: Tensor,
+    bandwidth: float,
+    capacity: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    values, indices, offsets = threshold_encode(x, W_enc, b_enc, threshold, capacity)
+    return values, indices, offsets, torch.empty_like(values)
+
+
 def batch_topk_encode(
     x: Tensor,
     W_enc: Tensor,

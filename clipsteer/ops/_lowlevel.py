@@ -8,15 +8,11 @@ specs and the public page know of an op; the rest is in the files of its name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-
 import torch
 
 from clipsteer.ops import _fakes, _loss_fakes
+from clipsteer.ops._record import BACKENDS, LowLevel, Op, alone
 
-BACKENDS = ("reference", "cpp", "triton", "cuda")
 # what an exported graph names; at every call it is the fastest of the others, where the tensors are
 PORTABLE = "portable"
 # what the namespaces of this copy begin with; a published copy has a name of its own (.ci/hub.py)
@@ -29,66 +25,6 @@ DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
-
-
-class LowLevel(NamedTuple):
-    """What torch has to know of a low-level op: its arguments, and its outputs without their
-    values."""
-
-    schema: str
-    fake: Callable[..., Any]
-    # the arguments that have a row each of the batch, by position: torch.vmap adds to the rows
-    rows: tuple[int, ...] = ()
-    # where the rows are summed by groups: which of them says a row's group, and the argument that
-    # says how many there are
-    groups: tuple[int, int] | None = None
-    # C++ has it alone: one call of what elsewhere are several
-    cpp_only: bool = False
-
-
-# backends by compute capability and dtype, the faster first
-Order = Callable[[tuple[int, int], torch.dtype], tuple[str, ...]]
-
-
-def triton_first(capability: tuple[int, int], dtype: torch.dtype) -> tuple[str, ...]:
-    """The order of most ops, whichever the GPU."""
-    return ("triton", "cuda")
-
-
-@dataclass(frozen=True)
-class Op:
-    """An op: ``ops/<stem>.py``, ``ops/specs/<stem>.py`` and, for Triton, ``kernels/<stem>.py``."""
-
-    stem: str
-    low_level: dict[str, LowLevel]
-    # the ops of the file, where they are several
-    ops: tuple[str, ...] = ()
-    # what dispatch and the registry tell apart besides the ops themselves
-    variants: tuple[str, ...] = ()
-    backends: tuple[str, ...] = BACKENDS
-    # where not all of them serve the variants: those that do, and what the variants are called with
-    variant_backends: tuple[str, ...] | None = None
-    options: str = ""
-    # what ``auto`` tries on a GPU
-    gpu_order: Order = triton_first
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """As dispatch and the registry know it."""
-        return (*(self.ops or (self.stem,)), *self.variants)
-
-    @property
-    def kernels(self) -> dict[str, LowLevel]:
-        """The low-level ops that ``kernels/<stem>.py`` has."""
-        if "triton" not in self.backends:
-            return {}
-        return {name: low for name, low in self.low_level.items() if not low.cpp_only}
-
-    def served_by(self, name: str) -> tuple[str, ...]:
-        """The backends of the op or of a variant of it."""
-        if name not in self.variants or self.variant_backends is None:
-            return self.backends
-        return self.variant_backends
 
 
 def _hopper_takes_cuda(capability: tuple[int, int], dtype: torch.dtype) -> tuple[str, ...]:
@@ -198,13 +134,29 @@ RECORDS = (
                 "Tensor? scale=None, Tensor? columns=None) -> (Tensor, Tensor, Tensor)",
                 _fakes.threshold_encode,
             ),
+            "threshold_codes": alone(
+                "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor threshold, bool relu, "
+                "SymInt capacity, Tensor? scale, Tensor? columns) -> (Tensor, Tensor, Tensor)",
+                _fakes.threshold_codes,
+            ),
         },
         variants=("threshold_encode_options",),
         backends=_WITHOUT_CUDA,
         options="scale or columns",
     ),
-    # threshold_encode's codes, and torch's operations on their values
-    Op("jumprelu_encode", {}, backends=_WITHOUT_CUDA),
+    Op(
+        "jumprelu_encode",
+        {
+            # elsewhere, and with a gradient: threshold_encode's codes, and torch's operations on
+            # their values
+            "jumprelu_codes": alone(
+                "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor threshold, float bandwidth, "
+                "SymInt capacity) -> (Tensor, Tensor, Tensor, Tensor)",
+                _fakes.jumprelu_codes,
+            ),
+        },
+        backends=_WITHOUT_CUDA,
+    ),
     Op(
         "batch_topk_encode",
         {
@@ -264,10 +216,9 @@ RECORDS = (
                 " -> (Tensor, Tensor, Tensor)",
                 _fakes.drift_sums,
             ),
-            "moved_prototypes": LowLevel(
+            "moved_prototypes": alone(
                 "(Tensor old, Tensor new, Tensor prototypes, Tensor scale) -> Tensor",
                 _fakes.moved_prototypes,
-                cpp_only=True,
             ),
         },
         backends=_WITHOUT_CUDA,
@@ -286,19 +237,17 @@ RECORDS = (
                 "bool need_rows, bool need_cols) -> (Tensor, Tensor, Tensor)",
                 _loss_fakes.drrho_grad,
             ),
-            "drrho_loss": LowLevel(
+            "drrho_loss": alone(
                 "(Tensor rows, Tensor cols, Tensor tau, Tensor? u, float gamma, float eps, "
                 "float rho, SymInt width, bool keep, bool need_rows, bool need_cols, "
                 "bool need_tau) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
                 _loss_fakes.drrho_loss,
-                cpp_only=True,
             ),
-            "contrast_grad": LowLevel(
+            "contrast_grad": alone(
                 "(Tensor grad, Tensor image, Tensor? scale, SymInt count, Tensor d_image, "
                 "Tensor d_text, Tensor d_scale, Tensor? d_bias)"
                 " -> (Tensor, Tensor, Tensor, Tensor)",
                 _loss_fakes.contrast_grad,
-                cpp_only=True,
             ),
         },
         backends=_WITHOUT_CUDA,
@@ -307,11 +256,10 @@ RECORDS = (
     Op(
         "clip_loss",
         {
-            "clip_loss": LowLevel(
+            "clip_loss": alone(
                 "(Tensor image, Tensor text, Tensor scale, bool keep, bool need_image, "
                 "bool need_text, bool need_scale) -> (Tensor, Tensor, Tensor, Tensor)",
                 _loss_fakes.clip_loss,
-                cpp_only=True,
             ),
         },
         backends=_WITHOUT_CUDA,
@@ -324,11 +272,10 @@ RECORDS = (
                 "bool need_rows, bool need_cols) -> (Tensor, Tensor, Tensor)",
                 _loss_fakes.siglip_sweep,
             ),
-            "siglip_loss": LowLevel(
+            "siglip_loss": alone(
                 "(Tensor image, Tensor text, Tensor scale, Tensor bias, bool need_image, "
                 "bool need_text) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
                 _loss_fakes.siglip_loss,
-                cpp_only=True,
             ),
         },
         backends=_WITHOUT_CUDA,
@@ -349,21 +296,19 @@ RECORDS = (
                 "Tensor teacher_kept, bool need_rows, bool need_cols) -> (Tensor, Tensor)",
                 _loss_fakes.distill_grad,
             ),
-            "distill_loss": LowLevel(
+            "distill_loss": alone(
                 "(Tensor image, Tensor text, Tensor scale, Tensor teacher_image, "
                 "Tensor teacher_text, Tensor teacher_scale, bool keep) -> (Tensor, Tensor, "
                 "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
                 _loss_fakes.distill_loss,
-                cpp_only=True,
             ),
-            "distill_loss_grad": LowLevel(
+            "distill_loss_grad": alone(
                 "(Tensor contrastive, Tensor distill, Tensor image, Tensor text, Tensor scale, "
                 "Tensor teacher_image, Tensor teacher_text, Tensor teacher_scale, Tensor u, "
                 "Tensor others, Tensor d_scales, Tensor diag, Tensor teacher_diag, Tensor kept, "
                 "Tensor teacher_kept, bool need_image, bool need_text)"
                 " -> (Tensor, Tensor, Tensor)",
                 _loss_fakes.distill_loss_grad,
-                cpp_only=True,
             ),
         },
         backends=_WITHOUT_CUDA,

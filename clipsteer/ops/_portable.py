@@ -16,8 +16,9 @@ from torch import Tensor
 from clipsteer.ops import _agreement, _grouped, _ragged, _sparse, _sweeps
 from clipsteer.ops._autograd import Function
 from clipsteer.ops._dispatch import call, describe, new_library, resolve
-from clipsteer.ops._lowlevel import NAMESPACE, PORTABLE, RECORDS, Op
+from clipsteer.ops._lowlevel import NAMESPACE, PORTABLE, RECORDS
 from clipsteer.ops._ragged_encode import RaggedEncode
+from clipsteer.ops._record import Op
 from clipsteer.ops.batch_topk_encode import batch_topk_encode_reference
 from clipsteer.ops.conceptor_project import LowRank, conceptor_project_reference
 from clipsteer.ops.mahalanobis_covariance_loss import loss_of_new

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsteer.ops._lowlevel import LowLevel
+from clipsteer.ops._record import LowLevel
 
 Rule = Callable[..., tuple[Any, Any]]
 

@@ -11,7 +11,7 @@ the (B, d_sae) pre-activations are never stored. Source: Rajamanoharan et al. 20
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,12 @@ from clipsteer.ops import _check
 from clipsteer.ops._autograd import tracked
 from clipsteer.ops._bounds import HALVES
 from clipsteer.ops._calls import remembered, step
+from clipsteer.ops._dispatch import call, choose
+from clipsteer.ops._encoder import readable
 from clipsteer.ops._ragged import SparseCodes, code_rows
 from clipsteer.ops._reference import rounded_once, rows_of
-from clipsteer.ops.threshold_encode import codes_where, threshold_encode
+from clipsteer.ops._steps import contiguous, contiguous_if
+from clipsteer.ops.threshold_encode import check_arguments, codes_where, threshold_encode
 
 __all__ = ["JumpReLUCodes", "jumprelu", "jumprelu_encode", "jumprelu_encode_reference"]
 
@@ -148,8 +151,15 @@ def jumprelu_encode(
         raise TypeError(f"{op}: threshold must be a tensor, as it has a gradient, got {got}")
     if not 0 < bandwidth < float("inf"):
         raise ValueError(f"{op}: bandwidth must be positive and finite, got {bandwidth}")
-    if isinstance(x, Tensor):
-        _, threshold = _check.autocast(x, threshold)
+    given = (x, W_enc, b_enc, threshold)
+    if isinstance(x, Tensor) and isinstance(W_enc, Tensor):
+        given = _check.autocast(*given)
+    named: dict[str, Any] = dict(zip(("x", "W_enc", "b_enc", "threshold"), given))
+    check_arguments(op, named | {"scale": None, "columns": None}, capacity)
+    threshold = given[-1]
+    plain = isinstance(bandwidth, (int, float)) and not (sparse_grad or tracked(*given))
+    if plain and choose(op, backend, given[0]) == "cpp":
+        return JumpReLUCodes(*_in_one(*given, bandwidth, -1 if capacity is None else capacity))
     codes = threshold_encode(
         x,
         W_enc,
@@ -161,6 +171,20 @@ def jumprelu_encode(
         sparse_grad=sparse_grad,
     )
     return step(_jumped, *codes, threshold, bandwidth)
+
+
+def _in_one(
+    x: Tensor,  # (B, d_in)
+    W_enc: Tensor,  # (d_sae, d_in)
+    b_enc: Tensor | None,  # (d_sae,)
+    threshold: Tensor,  # () or (d_sae,)
+    bandwidth: float,
+    capacity: int,
+) -> tuple[Tensor, ...]:
+    """All four tensors from one low-level op, where none of them has a gradient."""
+    W = readable(W_enc, "cpp")
+    rest = (contiguous_if(b_enc), contiguous(threshold), bandwidth, capacity)
+    return cast(tuple[Tensor, ...], call("cpp", "jumprelu_codes", contiguous(x), W, *rest))
 
 
 def _lowered(threshold: Tensor, bandwidth: float) -> Tensor:

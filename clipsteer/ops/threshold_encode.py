@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipsteer.ops import _check
+from clipsteer.ops._autograd import tracked
 from clipsteer.ops._calls import remembered, step
-from clipsteer.ops._dispatch import choose
-from clipsteer.ops._encoder import named_by, pre_activations
+from clipsteer.ops._dispatch import call, choose
+from clipsteer.ops._encoder import named_by, pre_activations, readable
 from clipsteer.ops._ragged import SparseCodes
 from clipsteer.ops._ragged_encode import encode
 from clipsteer.ops._reference import rounded_once
 from clipsteer.ops._sparse import with_gradient_options
-from clipsteer.ops._steps import full
+from clipsteer.ops._steps import contiguous, contiguous_if, detached, full
 
 __all__ = ["threshold_encode", "threshold_encode_reference"]
 
@@ -70,6 +71,18 @@ def threshold_encode_reference(
         threshold = threshold if columns is None else threshold[columns]
     keep = pre > (threshold.clamp_min(0) if relu else threshold)
     return codes_where(pre, keep, capacity, columns)
+
+
+def check_arguments(op: str, named: dict[str, Any], capacity: int | None) -> None:
+    """Those of an encoder with a threshold."""
+    _check.check_encoder(op, named, "B")
+    sizes = named["threshold"].shape
+    n = named["W_enc"].shape[0]
+    if len(sizes) > 1 or (len(sizes) == 1 and sizes[0] != n):
+        expected = f"a number or of shape (d_sae = {n},)"
+        raise ValueError(_check.mistake(op, "threshold", expected, tuple(sizes), named))
+    if capacity is not None and capacity < 0:
+        raise ValueError(f"{op}: capacity must be None or at least 0, got {capacity}")
 
 
 def _limits(
@@ -136,14 +149,8 @@ def threshold_encode(
             x, W_enc, b_enc, threshold, scale = cast
     named: dict[str, Any] = {"x": x, "W_enc": W_enc, "b_enc": b_enc, "threshold": threshold}
     named |= {"scale": scale, "columns": columns}
-    _check.check_encoder(op, named, "B")
+    check_arguments(op, named, capacity)
     assert isinstance(threshold, Tensor)
-    n = W_enc.shape[0]
-    if threshold.dim() > 1 or (threshold.dim() == 1 and threshold.shape[0] != n):
-        expected = f"a number or of shape (d_sae = {n},)"
-        raise ValueError(_check.mistake(op, "threshold", expected, tuple(threshold.shape), named))
-    if capacity is not None and capacity < 0:
-        raise ValueError(f"{op}: capacity must be None or at least 0, got {capacity}")
     plain = scale is None and columns is None
     backend = choose(op if plain else "threshold_encode_options", backend, x)
     W_enc, _ = with_gradient_options(op, given, W_enc, sparse_grad, None, backend)
@@ -151,6 +158,12 @@ def threshold_encode(
     if backend == "reference":
         options |= {"threshold": threshold.detach(), "relu": relu, "capacity": capacity}
         return threshold_encode_reference(x, W_enc, b_enc, **options)
-    limits = (step(_limits, threshold, relu), -1 if capacity is None else capacity)
+    room = -1 if capacity is None else capacity
+    if backend == "cpp" and not tracked(x, W_enc, b_enc, scale):
+        b_enc, scale, columns = (contiguous_if(t) for t in (b_enc, scale, columns))
+        threshold = contiguous(detached(threshold))
+        arguments = (contiguous(x), readable(W_enc, backend), b_enc, threshold, relu, room)
+        return SparseCodes(*call(backend, "threshold_codes", *arguments, scale, columns))
+    limits = (step(_limits, threshold, relu), room)
     options |= {"positive": relu, "backend": backend, "sparse_grad": sparse_grad}
     return encode(op, x, W_enc, b_enc, *limits, **options)

@@ -221,12 +221,14 @@ def topk_encode(
             ``sparse_decode``.
         screen: ``"auto" | "off"``. On CPUs with AMX or AVX512-VNNI the cpp backend rules most
             columns of a large product, but for float64, out by int8 products and a proven bound of
-            their error, and computes the rest in float32. The result is held to the same bound as
-            without; only pre-activations closer than their rounding may change places, as between
-            any two orders of summation. Its bits depend neither on the thread count nor on the
-            other rows. Nothing is kept between calls.
+            their error, and computes the rest in float32. Few rows of bfloat16, or many winners of
+            them, are screened by products of pairs where the CPU has AVX512-BF16. The result is
+            held to the same bound as without; only pre-activations closer than their rounding may
+            change places, as between any two orders of summation. Its bits depend neither on the
+            thread count nor on the other rows. Nothing is kept between calls.
             ``torch.ops.clipsteer_cpp.topk_encode_screened(x, W_enc, b_enc, k)`` (x of two
-            dimensions) also returns how many columns of each row were computed in float32.
+            dimensions; ``pairs=True`` for pairs) also returns how many columns of each row were
+            computed in float32.
 
     Returns:
         acts (..., k) in descending order, not negative unless ``relu=False``; indices (..., k)

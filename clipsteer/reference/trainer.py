@@ -102,6 +102,11 @@ class ContrastiveRun(TrainingRun):
             elif self.reference is not None:
                 settings["reference"] = self.reference.digest()
         super().__init__(config, total, parameters, optimizer, settings, out, world)
+        B = config.batch_size
+        if config.loss in ("clip", "siglip") and config.select is None and B > 1:
+            # of logits that are all equal: 0, or log(1/(B - 1)) for siglip
+            asked = (B - 1) * math.log(B / (B - 1)) if config.loss == "siglip" else 0.0
+            self.constant = {"loss": math.log(B) + asked}
 
     def run(self, on_log: Callable[[dict[str, Any]], None] | None, resume: bool) -> CLIP:
         self.restore(self.clip.device, resume)

@@ -19,6 +19,7 @@ from clipsteer.training.settings import (
 
 Trainable = Literal["topk", "batch_topk", "jumprelu", "relu", "gated"]
 TRAINABLE = get_args(Trainable)
+Births = Literal["at once", "asleep", "wake"]
 # Of runs so long the papers' learning rates are right, that of shorter ones is larger.
 _LONG = 40_000
 # of those whose features a learned threshold or gate lets through a larger one is the death
@@ -109,7 +110,8 @@ class TrainConfig:
     """a feature that was not active for more tokens than this is dead"""
     resample_after: CountOrZero | None = None
     """a feature that was not active for more tokens than this starts anew, along what is left
-    unexplained of a row, in the first four fifths of a run; 0: none does (default for topk and
+    unexplained of a row, in the first four fifths of a run, and the last ones all at once; 0: none
+    does (default for topk and
     batch_topk in runs of fewer than 4,000 steps: a twentieth of the run, at least sync_every steps
     and ten times d_sae / k, at most dead_after; otherwise 0, as with matryoshka; not for a
     transcoder)"""
@@ -218,11 +220,21 @@ class TrainConfig:
             resample_after=after,
         )
 
-    def resamples_at(self, step: int, total: int) -> bool:
-        """Whether features may start anew once so many steps are done; where features are looked
-        at anyway."""
-        looked = step % self.sync_every == 0 and 0 < step < _SETTLING * total
-        return looked and bool(self.fitted(total).resample_after)
+    def births_at(self, step: int, total: int, wait: int) -> Births | None:
+        """What happens to dead features once so many steps are done.
+
+        Where features are looked at anyway they start anew "at once". In the last ``wait`` steps (a
+        tenth of the run at most) before the last fifth of the run, they are made "asleep", so that
+        none of them takes another's place while there are more than rows; then all "wake".
+        """
+        if not self.fitted(total).resample_after:
+            return None
+        end = math.ceil(_SETTLING * total)
+        start = end - min(wait, total // 10)
+        if start <= step <= end and start < end:
+            return "wake" if step == end else "asleep"
+        looked = step % self.sync_every == 0 and 0 < step < end
+        return "at once" if looked else None
 
     def for_transcoder(self) -> TrainConfig:
         """Without what a transcoder cannot have.

@@ -106,7 +106,10 @@ class ActivationSource:
         while True:
             total = sum(self.group_sizes(seed, epoch))
             if total < batch_size:
-                raise ValueError(f"batch_size is {batch_size}, but an epoch has only {total} rows")
+                raise ValueError(
+                    f"batch_size is {batch_size}, but an epoch has only {total} rows; take a "
+                    f"batch_size (--batch-size) of at most {total}, or more images"
+                )
             for rows in self._epoch(batch_size, seed, epoch, row):
                 row += batch_size
                 is_last = row + batch_size > total

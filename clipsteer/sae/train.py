@@ -259,6 +259,7 @@ class Run(TrainingRun):
     unit = "tokens"
     shown = METRICS[:4]
     quality = METRICS[1:4]
+    constant: Mapping[str, float] = {"fvu": 1.0}  # that of the mean
     world: World
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
@@ -15,10 +16,10 @@ from clipsteer.io.layout import Layout, Spec, check_layout, layout_of
 from clipsteer.sae import losses as sae_loss
 from clipsteer.sae import parallel
 from clipsteer.sae.adam import Rows, UnitRowAdam, takes_row_sparse
-from clipsteer.sae.config import TRAINABLE, TrainConfig
+from clipsteer.sae.config import TRAINABLE, Births, TrainConfig
 from clipsteer.sae.encoding import takes_codes, with_values
 from clipsteer.sae.model import SAE
-from clipsteer.sae.resampling import resample
+from clipsteer.sae.resampling import resample, wake
 from clipsteer.sae.revival import Revival, revival
 from clipsteer.sae.shard import Shard, is_spread
 from clipsteer.training.resume import strided_like
@@ -59,6 +60,7 @@ class SAETrainer:
         self.optimizer = UnitRowAdam(sae, config.peak_lr)
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)
         self.dead = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.asleep = torch.zeros(sae.d_sae, dtype=torch.bool, device=self.device)
         # those of all processes
         self._n_dead: int | None = None
         self.metrics = METRICS + tuple(f"fvu_{size}" for size in (sae.matryoshka or ())[:-1])
@@ -115,7 +117,8 @@ class SAETrainer:
         config = self.config
         auxk = config.auxk
         if self.step_count % config.sync_every == 0:
-            self.dead = (self.tokens_since_fired > config.dead_after).nonzero().flatten()
+            dead = self.tokens_since_fired > config.dead_after
+            self.dead = (dead & ~self.asleep).nonzero().flatten()
             self._n_dead = None
         if self._n_dead is None:
             self._n_dead = self.plan.place(self.dead)[1]
@@ -152,8 +155,11 @@ class SAETrainer:
         fired = sae_loss.fired(sae, out, plan.view)
         self.tokens_since_fired.add_(stats.count).masked_fill_(fired, 0)
         self.step_count += 1
-        if config.resamples_at(self.step_count, self.total_steps):
-            self._resample(x, out, plan)
+        # two features a row
+        wait = math.ceil(sae.config["d_sae"] / (2 * stats.count))
+        births = config.births_at(self.step_count, self.total_steps, wait)
+        if births is not None:
+            self._resample(x, out, plan, births)
         with torch.no_grad():
             l0 = plan.total((out.acts > 0).sum()) / stats.count
             dead = (self.tokens_since_fired > config.dead_after).sum() / sae.d_sae
@@ -168,12 +174,25 @@ class SAETrainer:
         x: Tensor,  # (B, d_in)
         out: sae_loss.TrainingOutput,
         plan: parallel.Sums,
+        births: Births,
     ) -> None:
         """Let those features start anew that were not active for too long."""
-        dead = (self.tokens_since_fired > (self.config.resample_after or 0)).nonzero().flatten()
+        silent = self.tokens_since_fired > (self.config.resample_after or 0)
+        if births == "wake":
+            wake(self.sae, self.asleep, ~silent, plan)
+            self.tokens_since_fired.masked_fill_(self.asleep, 0)
+            self.asleep.fill_(False)
+            return
+        dead = (silent & ~self.asleep).nonzero().flatten()
         seed = seed_of(self.config.seed, "resample", self.step_count)
-        anew = resample(self.sae, self.optimizer, dead, x, out, plan, seed)
-        self.tokens_since_fired.index_fill_(0, anew, 0)
+        if births == "asleep":
+            anew = resample(self.sae, self.optimizer, dead, x, out, plan, seed, self.asleep)
+            self.asleep.index_fill_(0, anew, True)
+            self.dead = self.dead[~self.asleep[self.dead]]
+            self._n_dead = None
+        else:
+            anew = resample(self.sae, self.optimizer, dead, x, out, plan, seed)
+            self.tokens_since_fired.index_fill_(0, anew, 0)
 
     def _reconstruction(self, x: Tensor, x_hat: Tensor, stats: sae_loss.BatchStats) -> Tensor:
         of = sae_loss.fvu if self._loss == "fvu" else sae_loss.scaled_mse
@@ -276,7 +295,7 @@ class SAETrainer:
                 tensors[f"{moment}.{name}"] = value
         mask = torch.zeros(self.sae.d_sae, dtype=torch.uint8, device=self.device)
         tensors["tokens_since_fired"] = self.tokens_since_fired
-        tensors["dead"] = mask.index_fill(0, self.dead, 1)
+        tensors["dead"] = mask.index_fill(0, self.dead, 1).masked_fill(self.asleep, 2)
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -310,7 +329,8 @@ class SAETrainer:
             elif name.startswith("exp_avg."):
                 found[name] = spec._replace(any_value=False)
         found["tokens_since_fired"] = found["tokens_since_fired"]._replace(least=0)
-        found["dead"] = found["dead"]._replace(least=0, most=1)
+        # 1: what AuxK is for, 2: asleep
+        found["dead"] = found["dead"]._replace(least=0, most=2)
         gpu = found.get("rng.cuda", Spec(torch.uint8, (16,)))
         return found | {"rng.cuda": gpu._replace(optional=True)}
 
@@ -337,7 +357,9 @@ class SAETrainer:
                 "exp_avg_sq": strided_like(parameter, tensors[f"exp_avg_sq.{name}"]),
             }
         self.tokens_since_fired = tensors["tokens_since_fired"].to(self.device)
-        self.dead = tensors["dead"].to(self.device).nonzero().flatten()
+        dead = tensors["dead"].to(self.device)
+        self.dead = (dead == 1).nonzero().flatten()
+        self.asleep = dead == 2
         self._n_dead = None
         self.step_count = step
         torch.set_rng_state(tensors["rng.cpu"].cpu())

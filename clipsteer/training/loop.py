@@ -7,6 +7,7 @@ import logging
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from clipsteer.io.checkpoint import Checkpoint
 from clipsteer.io.files import FileFormatError
 from clipsteer.io.layout import Layout, check_layout, layout_of
 from clipsteer.training import resume as resuming
+from clipsteer.training.collapse import LATEST, say_if_constant
 from clipsteer.training.schedule import DATA_ORDER
 from clipsteer.training.settings import COSMETIC, check_same_settings
 from clipsteer.training.signals import StopSignal, leave
@@ -58,6 +60,8 @@ class TrainingRun:
     since: Mapping[str, Any] = {}
     # figures of the last line
     quality: tuple[str, ...] = ("loss",)
+    # what figures are when every input gets the same answer: a run that ends there says so
+    constant: Mapping[str, float] = {}
 
     def __init__(
         self,
@@ -91,6 +95,7 @@ class TrainingRun:
         self.saved_at = -1
         # the signal that ended the loop, or came in its last step
         self.asked = 0
+        self.records: deque[Mapping[str, Any]] = deque(maxlen=LATEST)
 
     def tensors(self) -> dict[str, Tensor]:
         """What changes from step to step, but for the optimizer's state; called in every
@@ -219,15 +224,7 @@ class TrainingRun:
         """
         if self.out is None or self.saved_at == self.step:
             return
-        # unlike isfinite this takes no memory
-        ends = [torch.stack(p.detach().aminmax()) for p in self.parameters.values() if p.numel()]
-        wrong = not all(bool(pair.isfinite().all()) for pair in ends)
-        if self.world is not None:
-            wrong = self.world.any(wrong)
-        if wrong:
-            raise RuntimeError(
-                f"{self.name}: the weights are not finite at step {self.step}{self._kept()}"
-            )
+        self._check_weights()
         here = self.tensors()
         tensors: dict[str, Tensor | Spread] = {**here}
         for name in self.spread():
@@ -246,6 +243,17 @@ class TrainingRun:
         else:
             give_all(tensors)
         self.saved_at = self.step
+
+    def _check_weights(self) -> None:
+        # unlike isfinite this takes no memory
+        ends = [torch.stack(p.detach().aminmax()) for p in self.parameters.values() if p.numel()]
+        wrong = not all(bool(pair.isfinite().all()) for pair in ends)
+        if self.world is not None:
+            wrong = self.world.any(wrong)
+        if wrong:
+            raise RuntimeError(
+                f"{self.name}: the weights are not finite at step {self.step}{self._kept()}"
+            )
 
     def _kept(self) -> str:
         if self.saved_at <= 0:
@@ -299,6 +307,8 @@ class TrainingRun:
             self._steps(reporter, stop, on_step, on_log)
             latest = reporter.latest
             reporter.finish({name: latest[name] for name in latest if self.is_quality(name)})
+        if self.lead:
+            say_if_constant(self.name, self.records, self.constant)
 
     def _steps(
         self,
@@ -329,6 +339,7 @@ class TrainingRun:
             record |= self.measure()
             if record and self.lead:
                 record = {"step": self.step, **record}
+                self.records.append(record)
                 reporter.write(record)
                 if on_log is not None:
                     on_log(record)
@@ -337,6 +348,8 @@ class TrainingRun:
                 self._read(values)
             if save or self.asked:
                 self.save()
+            if last and self.out is None:
+                self._check_weights()
             if self.asked and not last:
                 message = (
                     f"{signal.Signals(self.asked).name}: step {self.step} of {self.total} is saved "

@@ -1,5 +1,5 @@
-// threshold_encode and batch_topk_encode: codes of as many features as each row has, found like top-k's, without a
-// (B, n) buffer.
+// threshold_encode, jumprelu_encode and batch_topk_encode: codes of as many features as each row has, found like top-k's,
+// without a (B, n) buffer.
 #include "screening.h"
 
 namespace clipsteer {
@@ -143,9 +143,11 @@ template <class T, class Search>
 void search(const T* x, const Dictionary<T>& W, const float* threshold, int64_t rows, int64_t expected,
             std::vector<Search>& searches) {
   if constexpr (!std::is_same_v<T, double>) {
-    if (worth_screening(rows, W, expected)) {
+    const Screen screen = best_screen(rows, W, expected);
+    if (screen != Screen::none) {
       const int64_t block = std::min(rows, kScreenRows);
-      return search_screened(x, W, threshold, rows, block, expected, searches, [](int64_t, int64_t, const int64_t*) {});
+      const auto finish = [](int64_t, int64_t, const int64_t*) {};
+      return search_screened(x, W, threshold, rows, block, expected, searches, screen, finish);
     }
   }
   search_whole(x, W, rows, searches);
@@ -173,44 +175,107 @@ void write(const Codes<Compute<T>>& codes, const Dictionary<T>& W, int64_t capac
 
 int64_t slots_for(int64_t n) { return std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), n / 64)); }
 
+// One threshold, or one a feature.
+void check_threshold(const char* op, const Tensor& threshold, const Tensor& x, int64_t features) {
+  const int64_t number = threshold.numel();
+  require(number == 1 || number == features, op,
+          "expected one threshold or one a feature, got ", number);
+  if (threshold.dim() == 0) {
+    check(op, "threshold", threshold, x.scalar_type(), {});
+  } else {
+    check(op, "threshold", threshold, x.scalar_type(), {number});
+  }
+}
+
+// What is above a limit, which change() makes of a threshold, in the rows' precision.
+template <class T, class Change>
+Codes<Compute<T>> codes_above(const Tensor& x, const Dictionary<T>& W, const Tensor& threshold, Change&& change) {
+  using V = Compute<T>;
+  const int64_t rows = x.size(0), number = threshold.numel();
+  const bool single = number == 1 && W.features != 1;
+  std::vector<T> changed(number);
+  std::vector<V> store;
+  for (int64_t i = 0; i < number; ++i) changed[i] = T(change(V(data<T>(threshold)[i])));
+  const V one = single ? V(changed[0]) : V(0);
+  const V* limits = single ? &one : W.values(changed.data(), store);
+  std::vector<Above<V>> searches;
+  for (int64_t s = 0; s < slots_for(W.n); ++s) searches.emplace_back(rows, limits, single ? 1 : W.n, single);
+  const float* own = nullptr;
+  if constexpr (std::is_same_v<V, float>) own = single ? nullptr : limits;
+  if (rows > 0 && W.n > 0) search(data<T>(x), W, own, rows, 0, searches);
+  std::vector<Entry<V>> all;
+  const std::vector<char> nan = gather<V>(searches, all, rows);
+  return in_order<V>(all, nan, rows);
+}
+
+// How many codes there is room for.
+int64_t room_for(const char* op, int64_t capacity, size_t found) {
+  require(capacity >= -1, op, "expected capacity >= 0, or -1 for no limit, got ", capacity);
+  return capacity < 0 ? int64_t(found) : capacity;
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> threshold_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc,
-                                                    Tensor threshold, int64_t capacity, std::optional<Tensor> scale,
-                                                    std::optional<Tensor> columns) {
+std::tuple<Tensor, Tensor, Tensor> threshold_codes(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, Tensor threshold,
+                                                   bool relu, int64_t capacity, std::optional<Tensor> scale,
+                                                   std::optional<Tensor> columns) {
   const char* op = "threshold_encode";
   const DictionaryOptions options{b_enc, scale, columns};
   check_dictionary(op, x, w_enc, options);
-  const int64_t rows = x.size(0), features = w_enc.size(0), number = threshold.numel(), more = rows + 1;
-  const ScalarType dtype = x.scalar_type();
-  check(op, "threshold", threshold, dtype, {number});
-  require(number == 1 || number == features, op,
-          "expected one threshold or one a feature, got ", number);
-  require(capacity >= -1, op, "expected capacity >= 0, or -1 for no limit, got ", capacity);
+  check_threshold(op, threshold, x, w_enc.size(0));
+  const int64_t more = x.size(0) + 1;
   Tensor offsets = allocate(x, {&more, 1}, ScalarType::Long);
   std::optional<Tensor> values, indices;
-  dispatch(op, dtype, [&](auto zero) {
+  dispatch(op, x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    using V = Compute<T>;
     const Dictionary<T> W(w_enc, options);
-    const bool single = number == 1 && features != 1;
-    const V one = single ? V(data<T>(threshold)[0]) : V(0);
-    std::vector<V> store;
-    const V* limits = single ? &one : W.values(data<T>(threshold), store);
-    std::vector<Above<V>> searches;
-    for (int64_t s = 0; s < slots_for(W.n); ++s) searches.emplace_back(rows, limits, single ? 1 : W.n, single);
-    const float* own = nullptr;
-    if constexpr (std::is_same_v<V, float>) own = single ? nullptr : limits;
-    if (rows > 0 && W.n > 0) search(data<T>(x), W, own, rows, 0, searches);
-    std::vector<Entry<V>> all;
-    const std::vector<char> nan = gather<V>(searches, all, rows);
-    const Codes<V> codes = in_order<V>(all, nan, rows);
-    const int64_t size = capacity < 0 ? int64_t(codes.entries.size()) : capacity;
+    const auto codes = codes_above(x, W, threshold, [relu](auto t) { return relu && t < 0 ? 0 : t; });
+    const int64_t size = room_for(op, capacity, codes.entries.size());
     values = allocate(x, {&size, 1});
     indices = allocate(x, {&size, 1}, ScalarType::Long);
     write<T>(codes, W, size, data<T>(*values), data<int64_t>(*indices), data<int64_t>(offsets));
   });
   return {*values, *indices, offsets};
+}
+
+std::tuple<Tensor, Tensor, Tensor> threshold_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc,
+                                                    Tensor threshold, int64_t capacity, std::optional<Tensor> scale,
+                                                    std::optional<Tensor> columns) {
+  return threshold_codes(x, w_enc, b_enc, threshold, false, capacity, scale, columns);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> jumprelu_codes(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc,
+                                                          Tensor threshold, double bandwidth, int64_t capacity) {
+  const char* op = "jumprelu_encode";
+  const std::optional<Tensor> none;
+  const DictionaryOptions options{b_enc, none, none};
+  check_dictionary(op, x, w_enc, options);
+  check_threshold(op, threshold, x, w_enc.size(0));
+  const int64_t more = x.size(0) + 1;
+  Tensor offsets = allocate(x, {&more, 1}, ScalarType::Long);
+  std::optional<Tensor> values, indices, active;
+  dispatch(op, x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using V = Compute<T>;
+    const Dictionary<T> W(w_enc, options);
+    const auto codes = codes_above(x, W, threshold, [=](V t) { return t - V(bandwidth / 2); });
+    const int64_t size = room_for(op, capacity, codes.entries.size());
+    values = allocate(x, {&size, 1});
+    indices = allocate(x, {&size, 1}, ScalarType::Long);
+    active = allocate(x, {&size, 1});
+    T *value = data<T>(*values), *above = data<T>(*active);
+    int64_t* index = data<int64_t>(*indices);
+    write<T>(codes, W, size, value, index, data<int64_t>(offsets));
+    const T* limit = data<T>(threshold);
+    const int64_t step = threshold.numel() == 1 ? 0 : 1, count = std::min<int64_t>(size, codes.entries.size());
+    for (int64_t i = 0; i < size; ++i) {
+      // a NaN is no number below it
+      const bool there = i < count && !(V(value[i]) <= V(limit[step * index[i]]));
+      if (!there) value[i] = T(0);
+      above[i] = T(there);
+    }
+  });
+  return {*values, *indices, offsets, *active};
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t count,

@@ -3,6 +3,7 @@
 // one tile. Every sum has an order, and every GEMM of torch's a shape and one thread, that do not depend on the thread
 // count.
 #include "grouped.h"
+#include "stream.h"
 
 namespace clipsteer {
 namespace {
@@ -214,6 +215,7 @@ Tensor grouped_outer(Tensor a, Tensor b, std::optional<Tensor> index, int64_t k)
   const Groups groups = grouped(op, index, rows, k);
   const int64_t sizes[] = {k, m, n};
   Tensor out = allocate(a, {sizes, 3});
+  prefer_huge_pages(out.data_ptr(), out.numel() * int64_t(out.element_size()));
   dispatch(op, dtype, [&](auto zero) {
     using T = decltype(zero);
     outer<T>(data<T>(a), data<T>(b), groups, rows, m, n, data<T>(out));

@@ -28,11 +28,16 @@ std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor w_enc, std::optional<Ten
                                        std::optional<Tensor> scale, std::optional<Tensor> columns, bool relu);
 std::tuple<Tensor, Tensor, Tensor> topk_encode_screened(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k,
                                                         std::optional<Tensor> scale, std::optional<Tensor> columns,
-                                                        bool relu);
+                                                        bool relu, bool pairs);
 std::tuple<Tensor, Tensor> topk(Tensor pre, int64_t k);
 std::tuple<Tensor, Tensor, Tensor> threshold_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, Tensor threshold,
                                                     int64_t capacity, std::optional<Tensor> scale,
                                                     std::optional<Tensor> columns);
+std::tuple<Tensor, Tensor, Tensor> threshold_codes(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, Tensor threshold,
+                                                   bool relu, int64_t capacity, std::optional<Tensor> scale,
+                                                   std::optional<Tensor> columns);
+std::tuple<Tensor, Tensor, Tensor, Tensor> jumprelu_codes(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc,
+                                                          Tensor threshold, double bandwidth, int64_t capacity);
 std::tuple<Tensor, Tensor, Tensor> batch_topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t count,
                                                      std::optional<Tensor> scale, std::optional<Tensor> columns);
 Tensor ragged_decode(Tensor values, Tensor indices, Tensor offsets, Tensor w, std::optional<Tensor> b,

@@ -13,11 +13,17 @@ void define(StableLibrary& m) {
       "Tensor? columns=None, bool relu=True) -> (Tensor acts, Tensor indices)");
   m.def(
       "topk_encode_screened(Tensor x, Tensor W_enc, Tensor? b_enc, int k, Tensor? scale=None, Tensor? columns=None, "
-      "bool relu=True) -> (Tensor acts, Tensor indices, Tensor computed)");
+      "bool relu=True, bool pairs=False) -> (Tensor acts, Tensor indices, Tensor computed)");
   m.def("topk(Tensor pre, int k) -> (Tensor values, Tensor indices)");
   m.def(
       "threshold_encode(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor threshold, SymInt capacity, Tensor? scale=None, "
       "Tensor? columns=None) -> (Tensor values, Tensor indices, Tensor offsets)");
+  m.def(
+      "threshold_codes(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor threshold, bool relu, SymInt capacity, "
+      "Tensor? scale, Tensor? columns) -> (Tensor values, Tensor indices, Tensor offsets)");
+  m.def(
+      "jumprelu_codes(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor threshold, float bandwidth, SymInt capacity) "
+      "-> (Tensor values, Tensor indices, Tensor offsets, Tensor active)");
   m.def(
       "batch_topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt count, Tensor? scale=None, "
       "Tensor? columns=None) -> (Tensor values, Tensor indices, Tensor offsets)");
@@ -110,6 +116,8 @@ void implement(StableLibrary& m) {
   m.impl("topk_encode_screened", TORCH_BOX(&clipsteer::topk_encode_screened));
   m.impl("topk", TORCH_BOX(&clipsteer::topk));
   m.impl("threshold_encode", TORCH_BOX(&clipsteer::threshold_encode));
+  m.impl("threshold_codes", TORCH_BOX(&clipsteer::threshold_codes));
+  m.impl("jumprelu_codes", TORCH_BOX(&clipsteer::jumprelu_codes));
   m.impl("batch_topk_encode", TORCH_BOX(&clipsteer::batch_topk_encode));
   m.impl("ragged_decode", TORCH_BOX(&clipsteer::ragged_decode));
   m.impl("ragged_dot", TORCH_BOX(&clipsteer::ragged_dot));

@@ -170,7 +170,7 @@ void counts(const ScoreRows<T>& P, const ScoreRows<T>& Q, int64_t part, int64_t 
       for (int64_t i = strip.first(); i < strip.last(); ++i) {
         I* s = strip.row(i);
         kernels<V>().signs(s, pair.base.data() + j, pair.base[i], end - j);
-        std::fill(s + end - j, s + kTile, I(0));
+        std::fill(s + end - j, s + strip.tile(), I(0));
         for (size_t n = 0; n < sides.size(); ++n) sides[n].add(i, s, j, end, count[n][i - strip.first()].data());
       }
     }

@@ -14,6 +14,7 @@ constexpr int64_t kPrototypes = 512;       // of a task
 constexpr int64_t kTasks = 16;
 constexpr int64_t kLeastRows = 1024;       // of a part: the less, the more of the work is merging
 constexpr int64_t kFew = 32;               // rows that are not worth packing
+constexpr int64_t kFewBlock = 2 * kBlockRows;  // prototypes whose sums of so few rows stay in the first-level cache
 
 template <class V>
 struct Sums {
@@ -26,6 +27,14 @@ struct Prototypes {
   int64_t count, d;
   Compute<T> unit, kappa, log_floor;
 };
+
+// Whether products of rows with such squares neither overflow nor lose what counts: below the normal range less than 2^-40
+// of a rounding of the smallest of these squares, and numbers whose square is 0 are too small for a weight to know them.
+template <class V>
+bool usual(V square) {
+  constexpr V most = sizeof(V) == 4 ? V(0x1p60) : V(0x1p500), least = 1 / most;
+  return square == 0 || (square >= least && square <= most);
+}
 
 // |row|^2 of a row in units; a row past kFar is made 0, so that its products are, and counts as that far.
 template <class V>
@@ -41,35 +50,41 @@ class Pass {
  public:
   using V = Compute<T>;
 
-  // Of at most `rows` rows a part.
-  Pass(const Prototypes<T>& prototypes, int64_t rows)
+  // Of at most `rows` rows a part and `count` prototypes a task.
+  Pass(const Prototypes<T>& prototypes, int64_t rows, int64_t count)
       : all_(prototypes),
         d_(prototypes.d),
         own_(kernels<V>().block_columns > 0),
         few_(own_ && rows <= kFew),
         pairs_(pair_products<T>()),
+        in_place_(own_ && (pairs_ ? d_ % 2 == 0 : !kNarrow<T>)),
+        plain_kappa_(prototypes.kappa * prototypes.unit * prototypes.unit),
         terms_(pairs_ ? (d_ + 1) / 2 : d_),
         width_(own_ ? kernels<V>().block_columns : d_),
         panels_((d_ + width_ - 1) / width_),
-        tile_(kRows * terms_),
-        packed_(own_ && !few_ ? kRows * terms_ : 0),
-        change_(kRows * panels_ * width_),
-        means_(kBlock * terms_),
+        height_(own_ && !few_ ? (std::min(rows, kRows) + width_ - 1) / width_ * width_ : std::min(rows, kRows)),
+        block_(std::min(count, few_ ? kFewBlock : kBlock)),
+        tile_(height_ * terms_),
+        packed_(own_ && !few_ ? height_ * terms_ : 0),
+        change_(height_ * panels_ * width_),
+        means_(block_ * terms_),
         row_(d_),
         before_(kNarrow<T> ? d_ : 0),
         after_(kNarrow<T> ? d_ : 0),
-        square_(kRows),
-        mean_square_(kBlock),
-        weights_(kBlock * kRows),
-        product_(kBlock * width_) {}
+        square_(height_),
+        mean_square_(count),
+        block_square_(block_),
+        weights_(block_ * height_),
+        product_(block_ * width_) {}
 
   // The sums of prototypes [first, last) over rows [begin, end).
   void run(const T* old, const T* fresh, int64_t begin, int64_t end, int64_t first, int64_t last, const Sums<V>& sums) {
+    measure(first, last);
     for (int64_t at = begin; at < end; at += kRows) {
       const int64_t rows = std::min(kRows, end - at);
       load(old + at * d_, fresh + at * d_, rows);
-      for (int64_t c = first; c < last; c += kBlock) {
-        const int64_t count = std::min(kBlock, last - c);
+      for (int64_t c = first; c < last; c += block_) {
+        const int64_t count = std::min(block_, last - c);
         add(c, count, rows, at == begin, {sums.peak + c, sums.total + c, sums.moved + c * d_});
       }
     }
@@ -77,11 +92,14 @@ class Pass {
 
   // Prototypes [first, last) as a single tile of rows moves them.
   void run(const T* old, const T* fresh, int64_t rows, int64_t first, int64_t last, T* out) {
-    Buffer<V> peak(kBlock), total(kBlock), moved(kBlock * d_);
-    load(old, fresh, rows);
-    for (int64_t c = first; c < last; c += kBlock) {
-      const int64_t count = std::min(kBlock, last - c);
+    Buffer<V> peak(block_), total(block_), moved(block_ * d_);
+    for (int64_t c = first; c < last; c += block_) {
+      const int64_t count = std::min(block_, last - c);
+      const bool usual_before = usual_means_;
+      measure(c, c + count);  // which are in the cache then
+      if (c == first || usual_means_ != usual_before) load(old, fresh, rows);
       const Sums<V> sums{peak.get(), total.get(), moved.get()};
+      if (few_) expect(out + c * d_, count * d_);
       add(c, count, rows, true, sums);
       settle(c, count, sums, out);
     }
@@ -102,20 +120,42 @@ class Pass {
   }
 
  private:
-  void add(int64_t c, int64_t count, int64_t rows, bool begins, const Sums<V>& sums) {
-    for (int64_t i = 0; i < count; ++i) {
-      const V* mean = widened(all_.rows + (c + i) * d_, before_.get(), d_);
-      mean_square_.get()[i] = in_units(mean, means_.get() + i * terms_);
+  // Numbers that are written next, when their memory has come into the second-level cache.
+  static void expect(const T* out, int64_t n) {
+    for (int64_t q = 0; q < n; q += 64 / int64_t(sizeof(T))) __builtin_prefetch(out + q, 1, 2);
+  }
+
+  // Squares of prototypes as they are, and whether units can be done without: those of a row and of a
+  // prototype are all the same, and powers of two, so that without them not a bit is another.
+  void measure(int64_t first, int64_t last) {
+    first_ = first;
+    usual_means_ = plain_kappa_ > 0 && usual(plain_kappa_);
+    for (int64_t c = first; c < last; ++c) {
+      const V* mean = widened(all_.rows + c * d_, before_.get(), d_);
+      mean_square_.get()[c - first] = kernels<V>().dot(mean, mean, d_);
+      usual_means_ = usual_means_ && usual(mean_square_.get()[c - first]);
     }
-    distances(count, rows);
-    for (int64_t i = 0; i < count; ++i) weigh(i, rows, begins, sums);
+  }
+
+  void add(int64_t c, int64_t count, int64_t rows, bool begins, const Sums<V>& sums) {
+    const bool direct = plain_ && in_place_;
+    const V* means = direct ? reinterpret_cast<const V*>(all_.rows + c * d_) : means_.get();
+    const V* square = direct ? mean_square_.get() + c - first_ : block_square_.get();
+    for (int64_t i = 0; !direct && i < count; ++i) {
+      block_square_.get()[i] = laid(all_.rows + (c + i) * d_, means_.get() + i * terms_);
+    }
+    distances(means, count, rows);
+    for (int64_t i = 0; i < count; ++i) weigh(i, square[i], rows, begins, sums);
     move(count, rows, begins, sums.moved);
   }
 
-  // A row in units as the products take it; its square. As pairs it loses nothing: the unit is a power of two.
-  V in_units(const V* row, V* into) {
+  // A row, in units unless they can be done without, as the products take it; its square. As pairs it loses nothing: the
+  // unit is a power of two.
+  V laid(const T* source, V* into) {
+    const V* row = widened(source, before_.get(), d_);
+    const V unit = plain_ ? V(1) : all_.unit;
     V* scaled = pairs_ ? row_.get() : into;
-    for (int64_t j = 0; j < d_; ++j) scaled[j] = row[j] * all_.unit;
+    for (int64_t j = 0; j < d_; ++j) scaled[j] = row[j] * unit;
     const V square = measured(scaled, d_);
     if constexpr (kNarrow<T>) {
       if (pairs_) {
@@ -128,55 +168,61 @@ class Pass {
   }
 
   void load(const T* old, const T* fresh, int64_t rows) {
-    V *tile = tile_.get(), *change = change_.get();
+    V* change = change_.get();
+    plain_ = usual_means_;
     for (int64_t i = 0; i < rows; ++i) {
       const V* before = widened(old + i * d_, before_.get(), d_);
       const V* after = widened(fresh + i * d_, after_.get(), d_);
       for (int64_t p = 0; p < panels_; ++p) {
         const int64_t from = p * width_, columns = std::min(width_, d_ - from);
-        V* target = change + (p * kRows + i) * width_;
+        V* target = change + (p * height_ + i) * width_;
         for (int64_t j = 0; j < columns; ++j) target[j] = after[from + j] - before[from + j];
         std::fill_n(target + columns, width_ - columns, V(0));
       }
-      square_.get()[i] = in_units(before, tile + i * terms_);
+      square_.get()[i] = kernels<V>().dot(before, before, d_);
+      plain_ = plain_ && usual(square_.get()[i]);
     }
+    const bool direct = plain_ && in_place_;
+    for (int64_t i = 0; !direct && i < rows; ++i) square_.get()[i] = laid(old + i * d_, tile_.get() + i * terms_);
+    rows_ = direct ? reinterpret_cast<const V*>(old) : tile_.get();
     for (int64_t i = 0; own_ && !few_ && i < rows; i += width_) {
-      kernels<V>().pack(tile + i * terms_, terms_, std::min(width_, rows - i), terms_, packed_.get() + i * terms_);
+      kernels<V>().pack(rows_ + i * terms_, terms_, std::min(width_, rows - i), terms_, packed_.get() + i * terms_);
     }
   }
 
   // weights_[i] = the products of the block's prototype i with the rows.
-  void distances(int64_t count, int64_t rows) {
+  void distances(const V* means, int64_t count, int64_t rows) {
     if (!own_) {
-      multiply(matrix(means_.get(), count, d_, d_, 1), matrix(tile_.get(), d_, rows, 1, d_),
-               matrix(weights_.get(), count, rows, kRows, 1));
+      multiply(matrix(means, count, d_, d_, 1), matrix(rows_, d_, rows, 1, d_),
+               matrix(weights_.get(), count, rows, height_, 1));
       return;
     }
     if (few_) {
-      const V* left[kBlock];
-      V* into[kBlock];
+      const V* left[kFewBlock];
+      V* into[kFewBlock];
       for (int64_t i = 0; i < count; ++i) {
-        left[i] = means_.get() + i * terms_;
-        into[i] = weights_.get() + i * kRows;
+        left[i] = means + i * terms_;
+        into[i] = weights_.get() + i * height_;
       }
       if constexpr (kNarrow<T>) {
-        if (pairs_) return pairs_->inner(left, count, tile_.get(), terms_, rows, terms_, into);
+        if (pairs_) return pairs_->inner(left, count, rows_, terms_, rows, terms_, into);
       }
-      return kernels<V>().inner(left, count, tile_.get(), d_, rows, d_, into);
+      return kernels<V>().inner(left, count, rows_, d_, rows, d_, into);
     }
     Block<V> block = kernels<V>().block;
     if constexpr (kNarrow<T>) {
       if (pairs_) block = pairs_->block;
     }
     for (int64_t at = 0; at < rows; at += width_) {
-      multiply_panel(means_.get(), terms_, 1, count, packed_.get() + at * terms_, terms_, kTerms, weights_.get() + at,
-                     kRows, false, block);
+      multiply_panel(means, terms_, 1, count, packed_.get() + at * terms_, terms_, kTerms, weights_.get() + at, height_,
+                     false, block);
     }
   }
 
-  void weigh(int64_t i, int64_t rows, bool begins, const Sums<V>& sums) {
-    V* dot = weights_.get() + i * kRows;
-    const V highest = kernels<V>().log_weights(dot, square_.get(), mean_square_.get()[i], all_.kappa, rows);
+  void weigh(int64_t i, V square, int64_t rows, bool begins, const Sums<V>& sums) {
+    V* dot = weights_.get() + i * height_;
+    const V kappa = plain_ ? plain_kappa_ : all_.kappa;
+    const V highest = kernels<V>().log_weights(dot, square_.get(), square, kappa, rows);
     if (begins) {
       sums.peak[i] = highest > all_.log_floor ? highest : all_.log_floor;
       sums.total[i] = 0;
@@ -192,7 +238,7 @@ class Pass {
 
   void move(int64_t count, int64_t rows, bool begins, V* moved) {
     if (!own_) {
-      multiply(matrix(weights_.get(), count, rows, kRows, 1), matrix(change_.get(), rows, d_, d_, 1),
+      multiply(matrix(weights_.get(), count, rows, height_, 1), matrix(change_.get(), rows, d_, d_, 1),
                matrix(product_.get(), count, d_, d_, 1));
       for (int64_t j = 0; j < count * d_; ++j) moved[j] = (begins ? V(0) : moved[j]) + product_.get()[j];
       return;
@@ -200,9 +246,9 @@ class Pass {
     for (int64_t p = 0; p < panels_; ++p) {
       const int64_t columns = std::min(width_, d_ - p * width_);
       const bool whole = columns == width_;  // else a block would write past the row
-      const V* panel = change_.get() + p * kRows * width_;
+      const V* panel = change_.get() + p * height_ * width_;
       V* into = moved + p * width_;
-      multiply_panel(weights_.get(), kRows, 1, count, panel, rows, kTerms, whole ? into : product_.get(),
+      multiply_panel(weights_.get(), height_, 1, count, panel, rows, kTerms, whole ? into : product_.get(),
                      whole ? d_ : width_, whole && !begins);
       for (int64_t i = 0; !whole && i < count; ++i) {
         for (int64_t j = 0; j < columns; ++j) {
@@ -217,9 +263,16 @@ class Pass {
   const bool own_;  // our blocks where the processor has them, elsewhere torch's GEMM
   const bool few_;
   const PairProducts* const pairs_;
+  const bool in_place_;  // whether rows that need no units are multiplied where they are
+  const V plain_kappa_;  // of numbers without units
   const int64_t terms_;  // of a row in units: numbers, or pairs of them
   const int64_t width_, panels_;
-  Buffer<V> tile_, packed_, change_, means_, row_, before_, after_, square_, mean_square_, weights_, product_;
+  const int64_t height_;  // rows of a tile
+  const int64_t block_;   // prototypes that share a tile
+  int64_t first_ = 0;     // prototype whose square is known
+  bool usual_means_ = false, plain_ = false;  // no units: of the prototypes, and of the tile as well
+  const V* rows_ = nullptr;
+  Buffer<V> tile_, packed_, change_, means_, row_, before_, after_, square_, mean_square_, block_square_, weights_, product_;
 };
 
 // into += from, both relative to the larger of their peaks.
@@ -261,7 +314,7 @@ void drift(const T* old, const T* fresh, const Prototypes<T>& all, int64_t rows,
     return {own, own + count, own + 2 * count};
   };
   for_each(blocks * parts, [&](int64_t begin, int64_t end) {
-    Pass<T> pass(all, rows / parts);
+    Pass<T> pass(all, (rows + parts - 1) / parts, std::min(count, kPrototypes));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task / blocks, block = task % blocks;
       pass.run(old, fresh, rows * part / parts, rows * (part + 1) / parts, count * block / blocks,
@@ -281,7 +334,7 @@ void moved(const T* old, const T* fresh, const Prototypes<T>& all, int64_t rows,
   const Sums<V> sums{store.get(), store.get() + count, store.get() + 2 * count};
   if (!one_tile) drift<T>(old, fresh, all, rows, sums);
   for_each(blocks, [&](int64_t begin, int64_t end) {
-    Pass<T> pass(all, rows);
+    Pass<T> pass(all, one_tile ? rows : 1, one_tile ? std::min(count, kPrototypes) : 1);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = count * block / blocks, last = count * (block + 1) / blocks;
       if (one_tile) {

@@ -184,7 +184,7 @@ struct Pair {
   bool empty() const { return unit == 0; }
 };
 
-// The rows of one panel against tiles of `tile` rows, in ascending order.
+// The rows of one panel against tiles of kTile rows, in ascending order.
 template <class V>
 class Strip {
  public:
@@ -192,15 +192,18 @@ class Strip {
   static constexpr int64_t kTile = kPanels * kWidth<V>;
 
   Strip(const Side<V>& p, const Side<V>& q, int64_t panel)
-      : p_(p), q_(q), first_(panel * kWidth<V>), last_(std::min(p.rows, first_ + kWidth<V>)), store_(kWidth<V> * kTile) {}
+      : p_(p), q_(q), first_(panel * kWidth<V>), last_(std::min(p.rows, first_ + kWidth<V>)),
+        tile_(std::min((p.rows + kWidth<V> - 1) / kWidth<V> * kWidth<V>, kTile)),
+        store_((last_ - first_ + kScoreRows - 1) / kScoreRows * kScoreRows * tile_) {}
 
   int64_t first() const { return first_; }
   int64_t last() const { return last_; }
-  I* row(int64_t i) { return store_.get() + (i - first_) * kTile; }
+  int64_t tile() const { return tile_; }
+  I* row(int64_t i) { return store_.get() + (i - first_) * tile_; }
 
   // c of the strip's rows and rows [begin, end), where begin starts a panel.
   void fill(int64_t begin, int64_t end) {
-    std::fill_n(store_.get(), kWidth<V> * kTile, I(0));
+    std::fill_n(store_.get(), (last_ - first_ + kScoreRows - 1) / kScoreRows * kScoreRows * tile_, I(0));
     add(p_, cursor_p_, begin, end, false);
     add(q_, cursor_q_, begin, end, true);
   }
@@ -215,7 +218,7 @@ class Strip {
       for (int64_t j = begin; j < end; j += width) {
         const I* panel = side.panel(j / width) + q * width;
         for (int64_t i = 0; i < last_ - first_; i += kScoreRows) {
-          kernels<V>().larger(own + i, panel, terms, subtract, store_.get() + i * kTile + j - begin, kTile);
+          kernels<V>().larger(own + i, panel, terms, subtract, store_.get() + i * tile_ + j - begin, tile_);
         }
       }
     }
@@ -251,7 +254,7 @@ class Strip {
   }
 
   const Side<V>&p_, &q_;
-  const int64_t first_, last_;
+  const int64_t first_, last_, tile_;  // numbers of a row of what is stored: as many as all rows, or a tile
   Buffer<I> store_;
   std::vector<int64_t> cursor_p_, cursor_q_;
 };

@@ -96,21 +96,20 @@ std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor w_enc, std::optional<Ten
     using T = decltype(zero);
     const Dictionary<T> W(w_enc, options);
     int64_t* found = data<int64_t>(indices);
-    bool done = false;
+    const Screen best = screen ? best_screen(rows, W, k) : Screen::none;
     if constexpr (!std::is_same_v<T, double>) {
-      done = screen && worth_screening(rows, W, k);
-      if (done) screened<T>(data<T>(x), W, rows, k, relu, data<T>(acts), found, nullptr);
+      if (best != Screen::none) screened<T>(data<T>(x), W, rows, k, relu, best, data<T>(acts), found, nullptr);
     }
-    if (!done) encode<T>(data<T>(x), W, rows, k, relu, data<T>(acts), found);
+    if (best == Screen::none) encode<T>(data<T>(x), W, rows, k, relu, data<T>(acts), found);
     W.name(found, rows * k);
   });
   return {acts, indices};
 }
 
-// For tests and measurements: screened at any size, and how many columns of each row were computed in float32.
+// For tests and measurements: screened at any size, by bytes or by pairs, and how many columns of each row were computed in float32.
 std::tuple<Tensor, Tensor, Tensor> topk_encode_screened(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t k,
                                                         std::optional<Tensor> scale, std::optional<Tensor> columns,
-                                                        bool relu) {
+                                                        bool relu, bool pairs) {
   const char* op = "topk_encode_screened";
   const DictionaryOptions options{b_enc, scale, columns};
   check_dictionary(op, x, w_enc, options);
@@ -119,6 +118,9 @@ std::tuple<Tensor, Tensor, Tensor> topk_encode_screened(Tensor x, Tensor w_enc, 
   check_k(op, k, columns ? columns->size(0) : w_enc.size(0));
   require(isa().screen, op,
           "this processor (or CLIPSTEER_CPU_ISA) has no AVX512-VNNI; topk_encode always runs");
+  const PairScreening& by_pairs = isa();
+  require(!pairs || (by_pairs.sift && x.scalar_type() == ScalarType::BFloat16), op,
+          "pairs=True needs bfloat16 and a processor (and a CLIPSTEER_CPU_ISA) with AVX512-BF16");
   require(k > 0, op, "expected k > 0");
   require(0 < d && d <= kScreenMaxDim, op, "expected 0 < d_in <= 8192, got ", d);
   const auto made = outputs(x, rows, k);
@@ -129,7 +131,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_encode_screened(Tensor x, Tensor w_enc, 
     const Dictionary<T> W(w_enc, options);
     int64_t* found = data<int64_t>(indices);
     if constexpr (!std::is_same_v<T, double>) {
-      if (rows) screened<T>(data<T>(x), W, rows, k, relu, data<T>(acts), found, data<int64_t>(computed));
+      const Screen by = pairs ? Screen::pairs : Screen::bytes;
+      if (rows) screened<T>(data<T>(x), W, rows, k, relu, by, data<T>(acts), found, data<int64_t>(computed));
     }
     W.name(found, rows * k);
   });

@@ -59,18 +59,29 @@ void for_each_panel(const T* x, const Dictionary<T>& W, int64_t rows, int64_t sl
   }
 }
 
-// Where screening pays: enough rows for the price of making bytes of W, few winners among many columns.
+// How a product is searched before it is computed (sieves.h).
+enum class Screen { none, bytes, pairs };
+
+// Where that pays: not of so few rows that reading W takes as long as multiplying it; few winners among many columns. By
+// pairs as many rows can be multiplied in the time that bytes of W take to make, and more where bytes rule less out.
 template <class T>
-bool worth_screening(int64_t rows, const Dictionary<T>& W, int64_t k) {
-  if constexpr (std::is_same_v<T, double>) return false;
-  return isa().screen && rows > few_rows() && W.n >= 4096 && W.d >= 128 && W.d <= kScreenMaxDim && k <= W.n / 128;
+Screen best_screen(int64_t rows, const Dictionary<T>& W, int64_t k) {
+  if (std::is_same_v<T, double> || W.d < 128 || W.d > kScreenMaxDim) return Screen::none;
+  const bool bytes = isa().screen && rows > few_rows() && W.n >= 4096 && k <= W.n / 128;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const PairScreening& pairs = isa();
+    const int64_t least = W.transposed() ? few_rows() + 1 : 4, most = W.n < 16384 ? 80 : 40;
+    const bool pays = rows >= least && W.n >= 1024 && k <= W.n / 32;
+    if (pairs.sift && pays && (rows <= most || !bytes)) return Screen::pairs;
+  }
+  return bytes ? Screen::bytes : Screen::none;
 }
 
-// Encodes with int8 screening (topk_screen.cpp). `computed`, if any, gets how many columns of each row were computed in
+// Encodes with screening (topk_screen.cpp). `computed`, if any, gets how many columns of each row were computed in
 // float32.
 template <class T>
-void screened(const T* x, const Dictionary<T>& W, int64_t rows, int64_t k, bool relu, T* acts, int64_t* indices,
-              int64_t* computed);
+void screened(const T* x, const Dictionary<T>& W, int64_t rows, int64_t k, bool relu, Screen screen, T* acts,
+              int64_t* indices, int64_t* computed);
 
 // Writes the k greatest of `count` keys in order; a row with a NaN has NaN values and the first k indices.
 template <class T, class V>

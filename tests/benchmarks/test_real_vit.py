@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import functools
 import struct
+from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +14,14 @@ import torch
 from PIL import Image
 
 from _tiny import CLASSES, TASKS, encoder, images
+from benchmarks.real_vit import incremental
 from benchmarks.real_vit.guided import plasticity_of
 from benchmarks.real_vit.incremental import interval
 from benchmarks.real_vit.pictures import Picture, _drawn, groups, members, split
+from benchmarks.real_vit.positions import Distance, for_transformers
 from benchmarks.real_vit.sharing import SharingLearner
 from benchmarks.real_vit.shift import kinds_of, ridge_head
+from benchmarks.real_vit.weights import for_timm
 from clipsteer.continual.experiment import run_tasks
 from clipsteer.continual.metrics import Run
 from clipsteer.continual.plasticity import Plasticity
@@ -140,3 +145,74 @@ def test_networks_that_are_trained_alike_are_trained_once_and_runs_stay_what_the
             assert torch.equal(run.seen, alone.seen)
             for kind, errors in alone.drift_error.items():
                 torch.testing.assert_close(run.drift_error[kind], errors, equal_nan=True, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_of_timm_go_to_transformers_names_and_back():
+    shapes = {"cls_token": (1, 1, 4), "pos_embed": (1, 5, 4), "patch_embed.proj.weight": (4, 3, 2, 2)}
+    shapes |= {"patch_embed.proj.bias": (4,), "norm.weight": (4,), "norm.bias": (4,)}
+    for block in range(12):
+        for name, size in (
+            ("norm1", 4),
+            ("attn.qkv", 12),
+            ("attn.proj", 4),
+            ("norm2", 4),
+            ("mlp.fc1", 8),
+            ("mlp.fc2", 4),
+        ):
+            shapes |= {f"blocks.{block}.{name}.weight": (size, 4), f"blocks.{block}.{name}.bias": (size,)}
+        shapes |= {f"blocks.{block}.ls{i}.gamma": (4,) for i in (1, 2)}
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    back = for_timm(for_transformers(state))
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+
+
+def test_distances_of_tokens_are_over_all_pictures_together():
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn(5, 7, 3, dtype=torch.float64, generator=generator)
+    found = reference + 0.1 * torch.randn(5, 7, 3, dtype=torch.float64, generator=generator)
+    distance = Distance()
+    for part in (slice(2), slice(2, 5)):
+        distance.add(found[part], reference[part])
+    off, size = (found - reference).norm(dim=-1), reference.norm(dim=-1)
+    expected = [off.norm() / size.norm(), off[:, 0].norm() / size[:, 0].norm(), (off / size).max()]
+    assert list(distance.value().values()) == pytest.approx([float(value) for value in expected])
+    assert [*distance.value()] == ["tokens", "class token", "worst token"]
+
+
+def test_epochs_that_are_asked_for_are_tried_where_a_choice_is_there_without_them(tmp_path, monkeypatch):
+    tried = []
+
+    def run(self, phase, images, config):
+        tried.append((config.lr, config.epochs))
+        value = 0.5 + 0.1 * (config.epochs == 8) - abs(config.lr - 0.01)
+        return SimpleNamespace(A_avg=value, A_last=value)
+
+    monkeypatch.setattr(incremental.Bench, "run", run)
+    monkeypatch.setattr(incremental, "first_tasks", lambda *_: None)
+    monkeypatch.setattr(incremental.Bench, "scenario", lambda *_: SimpleNamespace(on_validation=lambda: None))
+
+    def bench(epochs, specs):
+        return incremental.Bench(Namespace(work=tmp_path, lr=None, epochs=epochs, choice_tasks=2), specs)
+
+    part = "macil:covariance=0"
+    assert bench([3], [part]).choice("macil")["epochs"] == 3
+    assert bench([3, 8], []).choice("macil")["epochs"] == 3
+    found = bench([3, 8], [part]).choice("macil")
+    assert (found["lr"], found["epochs"]) == (0.01, 8)
+    assert (0.01, 8) in tried
+    count = len(tried)
+    assert bench([3, 8], [part]).config(part, 1993).epochs == 8
+    assert len(tried) == count
+
+
+def test_runs_on_the_tower_in_another_shape_are_refused(tmp_path):
+    def bench(size):
+        return incremental.Bench(Namespace(work=tmp_path, block=8, image_size=size, last=0))
+
+    bench(98).check_tower("runs")
+    bench(98).check_tower("runs")
+    bench(70).check_tower("others")
+    with pytest.raises(SystemExit, match=r"'image_size': 98.*'image_size': 70"):
+        bench(70).check_tower("runs")

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from _site import PATIENCE, write_site
+
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
@@ -59,7 +61,7 @@ def opened(browser: Any) -> Iterator[Callable[..., Any]]:
         context.setdefault("viewport", {"width": 1280, "height": 900})
         contexts.append(browser.new_context(**context))
         page = contexts[-1].new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(1000 * PATIENCE)
         page.watch = Watch(root.rpartition("/")[0] + "/")
         page.watch.expected = expected
         watches.append(page.watch)
@@ -77,8 +79,6 @@ def opened(browser: Any) -> Iterator[Callable[..., Any]]:
 @pytest.fixture(scope="session")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A site of 12,288 features, not served."""
-    from _site import write_site
-
     return write_site(tmp_path_factory.mktemp("pages") / "a site")
 
 

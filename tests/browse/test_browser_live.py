@@ -10,6 +10,7 @@ import socket
 import statistics
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 
 import clipsteer
-from _site import until
+from _site import PATIENCE, processor_time, until, visit
 from clipsteer.browse.build import build_site
 from clipsteer.browse.explained import Explained
 from clipsteer.browse.live import Live, read_data
@@ -74,12 +75,12 @@ def served(built):
         ready.set()
 
     threading.Thread(target=serve, args=built, kwargs={"port": 0, "ready": opened}, daemon=True).start()
-    assert ready.wait(60)
+    assert ready.wait(PATIENCE)
     return Served(address[0], int(address[0].rstrip("/").rpartition(":")[2]), *built)
 
 
 def ask(served, method, path, body=None, **headers):
-    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=PATIENCE)
     connection.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
     answer = connection.getresponse()
     return answer.status, answer.read(), dict(answer.getheaders())
@@ -144,10 +145,12 @@ def test_the_same_pages_with_a_slider_that_asks_the_model(served, opened):
     times = []
     for key in ("End", "ArrowLeft", "Home", "ArrowRight", "ArrowRight", "End", "Home"):
         page.evaluate("delete document.querySelector('.pairs').dataset.ms")
-        page.keyboard.press(key)
-        page.wait_for_selector(".pairs[data-ms]")
-        times.append(int(page.locator(".pairs").get_attribute("data-ms")))
-    assert statistics.median(times) <= 300, times
+        begun = time.process_time()  # the server is a thread of this process
+        with processor_time(page) as spent:
+            page.keyboard.press(key)
+            page.wait_for_selector(".pairs[data-ms]")
+        times.append(spent[0] + time.process_time() - begun)
+    assert statistics.median(times) <= 0.3, times
     page.get_by_label("Any strength").fill("-12.5")
     page.keyboard.press("Enter")
     page.wait_for_selector(".pairs[data-strength='-12.5']")
@@ -187,8 +190,7 @@ def test_a_built_site_opens_from_disk_just_so(built, opened):
     page = opened((folder / "index.html").as_uri())
     until(page, "[...document.querySelectorAll('.rows img')].some(i => i.complete && i.naturalWidth)")
     for place in ("#/feature/3", "#/picture/2", "#/pictures"):
-        page.evaluate("place => { location.hash = place; }", place)
-        page.wait_for_timeout(100)
+        visit(page, place)
         until(page, "[...document.querySelectorAll('main img')].some(i => i.complete && i.naturalWidth)")
         assert page.locator(".failed").count() == 0
     assert find_site(explained.sae, explained.clip, None, None).hook_point in page.locator("header").first.inner_text()

@@ -118,3 +118,26 @@ def test_features_steer_to_class_means_and_names_need_text(tower, images, sae, t
     code, _, err = run(capsys, *steer)
     assert code == 2
     assert "needs a text tower, and timm:test_vit has none" in err
+
+
+def test_a_store_of_other_images_says_how_its_own_are_trained_on(tower, images, tmp_path, capsys):
+    call = ["sae", "train", *tower, "--expansion", 2, "--k", 4, "--steps", 2, "--batch-size", 32]
+    call += ["--store", tmp_path / "acts", "--out", tmp_path / "sae"]
+    assert run(capsys, *call, "--data", images / "train")[0] == 0
+    code, _, err = run(capsys, *call)
+    assert code == 2
+    assert "No --data was given, so the bundled drawings are meant" in err
+    assert "leave out --model" in err
+    # other settings of the harvest, whose images are given, are refused as ever
+    code, _, err = run(capsys, *call, "--data", images / "train", "--tokens", "cls")
+    assert code == 2
+    assert "No --data" not in err
+
+
+def test_a_batch_of_more_rows_than_there_are_says_what_fits(tower, images, tmp_path, capsys):
+    call = ["sae", "train", *tower, "--expansion", 2, "--k", 4, "--steps", 2, "--batch-size", 100_000]
+    code, _, err = run(capsys, *call, "--data", images / "train", "--out", tmp_path)
+    assert code == 2
+    rows = 15 * (64 // 16) ** 2  # of patches, and of a class token
+    assert "take a batch_size (--batch-size) of at most" in err
+    assert int(err.split("at most ")[1].split(",")[0]) >= rows

@@ -517,10 +517,25 @@ class Branched(nn.Module):
         return (x * first).sum(1)
 
 
+class Elsewhere(Branched):
+    """Its blocks are a chain, and run by what stands outside of the module tree, as towers of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self._tower = (list(self.visual),)
+
+    def encode_image(self, x):
+        x = x.flatten(2).transpose(1, 2)
+        for layer in self._tower[0]:
+            x = layer(x)
+        return x.sum(1)
+
+
+@pytest.mark.parametrize("kind", [Branched, Elsewhere])
 @torch.no_grad()
-def test_where_blocks_are_no_chain_the_whole_tower_runs():
+def test_where_blocks_are_no_chain_that_a_copy_runs_the_whole_tower_does(kind):
     torch.manual_seed(0)
-    loaded = clip.CLIP(Branched(), lambda i: i, lambda t: t, "branched", None)
+    loaded = clip.CLIP(kind(), lambda i: i, lambda t: t, "branched", None)
     x, site = torch.randn(2, 6, 4, 4), _sae_site.Site("visual.1", "all", layout_at(loaded.model, "visual.1"))
     acts, clean = _sae_site.clean_pass(loaded, x, site)
     new = acts + 1

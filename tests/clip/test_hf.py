@@ -13,6 +13,7 @@ from PIL import Image
 import clipsteer
 from clipsteer import FileFormatError, clip
 from clipsteer.clip.tokens import layout_at
+from clipsteer.data.dataset import ImageDataset
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("timm")
@@ -345,3 +346,16 @@ def test_saes_steer_patches_and_never_registers():
     assert torch.equal(moved[:, :5], still[:, :5])
     assert bool((change[:, 5:] > 1e-3).all())
     assert before[name].shape[1] == 5 + GRID * GRID
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["Dinov2WithRegistersModel", "SiglipVisionModel"])
+def test_an_sae_at_a_block_is_evaluated(kind):
+    loaded = clipsteer.load(tower(kind))
+    point = "visual.trunk.blocks.1"
+    sae = clipsteer.SAE(loaded.model.visual.trunk.embed_dim, 32, k=4)
+    drawn = [Image.new("RGB", (40, 40), (40 * i, 90, 200 - 40 * i)) for i in range(4)]
+    images = ImageDataset(lambda row: drawn[row], [0, 1] * 2, ["a", "b"])
+    found = clipsteer.sae.evaluate_sae(sae, loaded, images, hook_point=point)
+    assert found["fvu"] > 0
+    assert found["l0"] == 4

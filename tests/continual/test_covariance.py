@@ -117,7 +117,7 @@ def test_two_processes_equal_numpy_on_all_rows(tmp_path):
     x, labels = rows(150, 6, offset=100.0), torch.arange(150) % 3
     labels[100:110] = 3
     torch.save({"x": x, "labels": labels}, tmp_path / "rows.pt")
-    in_processes(WORKER, tmp_path, timeout=150)
+    in_processes(WORKER, tmp_path)
     for rank in (0, 1):
         assert_equals_numpy(ClassStatistics.load(tmp_path / f"joint-{rank}.safetensors"), x, labels)
 

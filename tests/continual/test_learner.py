@@ -389,7 +389,7 @@ def test_runs_in_several_processes_are_those_of_one():
 
 def _linger(file: Path) -> None:
     file.write_text(str(os.getpid()))
-    time.sleep(120)
+    time.sleep(1200)  # longer than is waited for its end
 
 
 PARENT = """
@@ -405,7 +405,7 @@ run_all([(_linger, {"file": Path(sys.argv[2]) / str(i)}) for i in range(2)], wor
 
 
 def _waits_for(condition) -> bool:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     while not condition() and time.monotonic() < end:
         time.sleep(0.2)
     return condition()

@@ -429,15 +429,17 @@ def test_a_killed_run_leaves_the_old_file(tmp_path):
     code = f"""
         import time
         from clipsteer.ensembles import merging
-        blend = merging.blend
-        def slow(*args):
-            time.sleep(0.02)
+        blend, blended = merging.blend, []
+        def stops(*args):
+            blended.append(args)
+            if len(blended) == 6:  # of eight: it waits to be killed
+                time.sleep(600)
             return blend(*args)
-        merging.blend = slow
+        merging.blend = stops
         merging.wise_ft({str(a)!r}, {str(b)!r}, [0.4, 0.5], [{str(out)!r}, {str(fresh)!r}])
     """
     running = subprocess.Popen(program(code))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not any(p.suffix == ".tmp" and p.stat().st_size > 1 << 20 for p in tmp_path.iterdir()):
         assert time.monotonic() < deadline
         assert running.poll() is None

@@ -101,5 +101,5 @@ def test_a_notebook_runs(name, tmp_path):
     pytest.importorskip("ipykernel")
     notebook = guide.notebook(name)
     place = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place).execute()
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place).execute()
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")

@@ -135,6 +135,7 @@ def run_cases(name: str, count: int, tmp_path: Path) -> dict[str, int]:
 QUICK = 12
 
 
+@pytest.mark.by_day
 @pytest.mark.parametrize("name", READERS)
 def test_a_few_damaged_files(name, tmp_path):
     ends = run_cases(name, QUICK, tmp_path)

@@ -31,7 +31,7 @@ if what == "folder":
     held.__enter__()
     if os.fork() == 0:  # as a process that loads data, which outlives its parent
         os.write(1, f"child {os.getpid()}\\n".encode())
-        time.sleep(60)
+        time.sleep(600)
         os._exit(0)
 elif what == "temporary":
     held = locks.temporary_folder(folder)
@@ -39,7 +39,7 @@ elif what == "temporary":
 else:
     temporary, file = locks.open_temporary(folder)
 os.write(1, f"held {os.getpid()}\\n".encode())
-time.sleep(60)
+time.sleep(600)
 """
 
 

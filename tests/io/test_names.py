@@ -165,7 +165,7 @@ def test_every_command_works_in_folders_of_such_names(root):
         input=b"\n".join(os.fsencode(f"{line}{'' if 'merge' in line else ' --device cpu'}") for line in lines),
         capture_output=True,
         env={**os.environ, "PYTHONIOENCODING": "utf-8:strict", "OMP_NUM_THREADS": "1"},
-        timeout=240,
+        timeout=600,
     )  # fmt: skip
     codes = [line[3:] for line in call.stdout.decode().splitlines() if line.startswith(">> ")]
     assert dict(zip(COMMANDS, codes)) == dict.fromkeys(COMMANDS, "0"), call.stderr.decode()[-2000:]

@@ -289,6 +289,30 @@ def test_no_matrix_is_copied():
     assert int(done.stdout) < 8 * 2**20
 
 
+def flags_of(t: Tensor) -> list[str]:
+    """What Linux was told of the memory that a tensor's middle lies in."""
+    here, inside = t.data_ptr() + t.nbytes // 2, False
+    with open("/proc/self/smaps") as file:
+        for line in file:
+            first = line.split(maxsplit=1)[0]
+            if not first.endswith(":"):
+                start, _, end = first.partition("-")
+                inside = int(start, 16) <= here < int(end, 16)
+            elif inside and first == "VmFlags:":
+                return line.split()[1:]
+    return []
+
+
+@pytest.mark.skipif("cpp" not in FAST, reason="the C++ library is not built")
+@pytest.mark.skipif(not os.path.exists("/sys/kernel/mm/transparent_hugepage"), reason="needs Linux with huge pages")
+def test_gradients_of_all_conceptors_ask_for_huge_pages():
+    """A fresh 37.7 MB in pages of 4 KiB takes three times as long as what is written into it."""
+    C = torch.ones(16, 768, 768, requires_grad=True)
+    y = ops.conceptor_project(torch.ones(2, 768), C, torch.tensor([0, 3]), backend="cpp")
+    (grad,) = torch.autograd.grad(y.sum(), [C])
+    assert "hg" in flags_of(grad)
+
+
 def test_low_rank_is_a_pytree():
     pair = LowRank(torch.ones(2, 3, 1), torch.ones(2, 1))
     doubled = torch.utils._pytree.tree_map(lambda t: t * 2, pair)

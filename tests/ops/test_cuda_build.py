@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -406,6 +407,7 @@ def test_cuda_library_loads_and_defines_every_op(compiled: tuple[list[Path], str
 
 STUB = """#!/bin/sh
 # stands for python3, pip and every other program of the script: makes what an install would make, and does nothing
+case "$0 $*" in *"${FAILS:-no such program}"*) echo "as it was told"; exit 3 ;; esac
 case "$*" in
   *"-m venv"*) for last; do :; done
     mkdir -p "$last/bin"
@@ -415,23 +417,44 @@ esac
 """
 
 
-@pytest.mark.parametrize("builds", [True, False])
-def test_ci_asks_for_cuda_where_nvcc_is(tmp_path: Path, builds: bool) -> None:
-    """A torch without CUDA makes setup.py leave the CUDA sources out, unless it is told to compile them."""
+@pytest.fixture
+def ci(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs what CI runs, without its programs."""
     (tmp_path / ".ci").mkdir()
     (tmp_path / "clipsteer").mkdir()
     (tmp_path / "bin").mkdir()
     script = tmp_path / ".ci/run"
     shutil.copy(CSRC.parent / ".ci/run", script)
-    for name in ("python3", "nvcc") if builds else ("python3",):
-        (tmp_path / "bin" / name).write_text(STUB)
-        (tmp_path / "bin" / name).chmod(0o755)
     # of the machine's programs only those of the base system: its nvcc, if it has one, is not to be seen
-    tools = {name: shutil.which(name) for name in ("bash", "sh", "mktemp", "rm", "mkdir", "cp", "dirname", "sed")}
-    for name, path in tools.items():
-        (tmp_path / "bin" / name).symlink_to(path)
-    environment = {"PATH": str(tmp_path / "bin"), "TMPDIR": str(tmp_path)}
-    done = subprocess.run([tools["bash"], str(script)], env=environment, capture_output=True, text=True)
+    names = ("bash", "sh", "mktemp", "rm", "mkdir", "cp", "cat", "dirname", "sed")
+    for name in names:
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+
+    def run(*programs: str, **more: str) -> subprocess.CompletedProcess:
+        for name in ("python3", *programs):
+            (tmp_path / "bin" / name).write_text(STUB)
+            (tmp_path / "bin" / name).chmod(0o755)
+        environment = {"PATH": str(tmp_path / "bin"), "TMPDIR": str(tmp_path), **more}
+        call = [tmp_path / "bin/bash", script]
+        return subprocess.run(call, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.mark.parametrize("builds", [True, False])
+def test_ci_asks_for_cuda_where_nvcc_is(tmp_path: Path, ci, builds: bool) -> None:
+    """A torch without CUDA makes setup.py leave the CUDA sources out, unless it is told to compile them."""
+    done = ci(*["nvcc"] * builds)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "done" in done.stdout
     assert (tmp_path / "clipsteer/_C_cuda.so").exists() == builds
+
+
+@pytest.mark.parametrize("program", ["wheels.py --fetch", "mypy", "reference.py", "wheels.py", "hub.py", "-m pytest"])
+def test_ci_fails_with_each_of_its_steps(tmp_path: Path, ci, program: str) -> None:
+    """Also with those that run beside others; and nothing is left behind."""
+    done = ci(FAILS=program)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "as it was told" in done.stdout
+    assert "done" not in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".ci", "bin", "clipsteer"]

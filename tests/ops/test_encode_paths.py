@@ -21,9 +21,9 @@ FEW = 12 if LEVEL >= 2 else 4  # rows
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def screening_runs() -> bool:
+def screening_runs(pairs: bool = False) -> bool:
     try:
-        torch.ops.clipsteer_cpp.topk_encode_screened(torch.ones(1, 1), torch.ones(1, 1), None, 1)
+        torch.ops.clipsteer_cpp.topk_encode_screened(*torch.ones(2, 1, 1).bfloat16(), None, 1, pairs=pairs)
     except (RuntimeError, ValueError):
         return False
     return True
@@ -31,6 +31,7 @@ def screening_runs() -> bool:
 
 needs_vectors = pytest.mark.skipif(LEVEL == 0, reason="no AVX2 here")
 needs_vnni = pytest.mark.skipif(not screening_runs(), reason="no AVX512-VNNI here")
+needs_pairs = pytest.mark.skipif(not screening_runs(True), reason="no AVX512-BF16 here")
 
 ENCODERS = {
     "topk_encode": {"k": 7},
@@ -119,6 +120,45 @@ def test_large_products_are_screened(name, dtype):
         W[:40] = 1
         for lying in (W, W.t().contiguous().t()):
             assert products_of_torch(name, x, lying) == 0
+
+
+@needs_pairs
+@pytest.mark.parametrize("across", [False, True])
+def test_many_winners_of_bf16_rows_are_screened_by_pairs(across):
+    """As many as a 32nd of the features, of any number of rows, where bytes rule too little out: as of a row alone."""
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.randn(70, 130, generator=g).bfloat16(), torch.randn(4096, 130, generator=g).bfloat16()
+    W = W.t().contiguous().t() if across else W
+    whole = ops.topk_encode(x, W, k=128, backend="cpp")
+    assert all(map(torch.equal, whole, ops.topk_encode(x, W.contiguous(), k=128, backend="cpp")))
+    for rows in (13, 30, 70):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            some = ops.topk_encode(x[:rows], W, k=128, backend="cpp")
+        assert "aten::mm" not in {event.key for event in seen.key_averages()}
+        assert all(torch.equal(part, all_of[:rows]) for part, all_of in zip(some, whole))
+    alone = [ops.topk_encode(row, W.contiguous(), k=128, backend="cpp") for row in x[:5, None]]
+    for parts, all_of in zip(zip(*alone), whole):
+        assert torch.equal(torch.cat(parts), all_of[:5])
+
+
+@needs_pairs
+@pytest.mark.parametrize("name", ["threshold_encode", "jumprelu_encode"])
+@pytest.mark.parametrize("single", [False, True])
+def test_thresholds_of_bf16_rows_are_screened_by_pairs(name, single):
+    """Of few features, too, with some of their numbers and rows out of the range that a bound is derived for."""
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.randn(20, 131, generator=g).bfloat16(), torch.randn(1030, 131, generator=g).bfloat16()
+    x[3], x[4, 7], W[5], W[6], W[7] = 0, float("inf"), 0, W[6] * 1e-30, W[7] * 1e30
+    threshold = 10 + torch.rand(() if single else (1030,), generator=g).bfloat16()
+    options = {"threshold": threshold, **({} if name == "threshold_encode" else {"bandwidth": 0.5}), "backend": "cpp"}
+    assert products_of_torch(name, x, W) == 0
+    found = getattr(ops, name)(x, W, **options)
+    assert len(found.values) > 1000
+    alone = [getattr(ops, name)(row, W, **options) for row in x[:, None]]
+    assert torch.equal(found.offsets.diff(), torch.stack([one.offsets[1] for one in alone]))
+    assert torch.equal(found.indices, torch.cat([one.indices for one in alone]))
+    values = torch.cat([one.values for one in alone])
+    torch.testing.assert_close(found.values, values, rtol=0, atol=0, equal_nan=True)
 
 
 @needs_vnni

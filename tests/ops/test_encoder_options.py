@@ -103,7 +103,7 @@ def test_a_dictionary_is_read_where_it_lies(name, monkeypatch):
         seen.append(args[1].data_ptr())
         return _dispatch.call(backend, op, *args)
 
-    for module in ("topk_encode", "_ragged_encode"):
+    for module in ("topk_encode", "threshold_encode", "_ragged_encode"):
         monkeypatch.setattr(sys.modules[f"clipsteer.ops.{module}"], "call", call)
     x, W = torch.randn(5, 12), torch.randn(12, 80)
     getattr(ops, name)(x, W.t(), **LIMITS[name], columns=torch.arange(40), backend="cpp")

@@ -188,7 +188,7 @@ assert torch.equal(found[2], expected[2])
 def in_a_new_process(program: Path, folder: Path, x: Tensor, module: nn.Module, kind: str) -> None:
     torch.save([x, *(t.detach() for t in module(x))], folder / "values.pt")
     command = [sys.executable, "-W", "ignore", "-c", LOADED, str(program), str(folder / "values.pt"), kind]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from _night import day_and_night
 from clipsteer import ops, testing
 from clipsteer.ops import REGISTRY, _dispatch, specs
 from clipsteer.ops._lowlevel import DTYPES, LOW_LEVEL, OPS
@@ -372,7 +373,7 @@ sys.exit(any(r.verdict != "pass" for r in rows) or level > int(sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize("cases", [5, pytest.param(15, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("cases", day_and_night(5, 10))
 @pytest.mark.parametrize(
     ("isa", "level"),
     [("portable", 0), ("avx2", 1), pytest.param("avx512f", 2, marks=pytest.mark.nightly), ("avx512", 2)],
@@ -391,7 +392,7 @@ def test_an_unknown_instruction_set_is_refused():
         pytest.skip("the C++ library is not built")
     code = "from clipsteer import ops; import torch; ops.topk_encode(torch.ones(2, 3), torch.ones(4, 3), k=1)"
     env = {**os.environ, "CLIPSTEER_CPU_ISA": "avx1024"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode != 0
     assert "must be portable, avx2, avx512f, avx512 or amx" in done.stderr
 
@@ -403,7 +404,7 @@ def test_tf32_is_read_from_torchs_new_setting_too():
         "assert (before, tf32_allowed()) == (False, True)\n"
         "torch.backends.cuda.matmul.fp32_precision = 'ieee'; assert not tf32_allowed()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -810,7 +811,7 @@ def test_bounds_catch_a_dropped_term_and_a_swapped_winner():
 
 INTERPRETED = """
 from clipsteer import testing
-rows = testing.validate(backends=["triton"], cases=60)
+rows = testing.validate(backends=["triton"], cases=CASES)
 print(testing.table(rows))
 without = {"generalised_rand_index_sparse", "concept_distances_sparse"}  # they have no kernels
 passed = {r.op for r in rows if r.verdict == "pass"}
@@ -820,9 +821,10 @@ sys.exit(failed != without or len(passed) < 8)
 
 
 @pytest.mark.slow
-def test_triton_in_the_interpreter(interpret):
+@pytest.mark.parametrize("cases", day_and_night(15, 40))
+def test_triton_in_the_interpreter(interpret, cases):
     """The same properties on interpreted kernels."""
-    interpret(INTERPRETED)
+    interpret(INTERPRETED.replace("CASES", str(cases)))
 
 
 GPU = [

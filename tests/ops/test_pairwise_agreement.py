@@ -287,7 +287,7 @@ dist.destroy_process_group()
 def test_two_processes_equal_one(tmp_path):
     P, Q = drawn(N=260, K=6)
     torch.save([P, Q], tmp_path / "scores.pt")
-    in_processes(WORKER, tmp_path, timeout=150)
+    in_processes(WORKER, tmp_path)
     for backend in BACKENDS:
         p, q = P.clone().requires_grad_(), Q.clone().requires_grad_()
         index = ops.generalised_rand_index(p, q, backend=backend)

@@ -14,11 +14,11 @@ from clipsteer import ops
 from clipsteer.ops import REGISTRY, _dispatch
 
 
-def screening_runs() -> bool:
+def screening_runs(pairs: bool = False) -> bool:
     if _dispatch.missing("cpp") is not None:
         return False
     try:
-        torch.ops.clipsteer_cpp.topk_encode_screened(torch.ones(1, 1), torch.ones(1, 1), None, 1)
+        torch.ops.clipsteer_cpp.topk_encode_screened(*torch.ones(2, 1, 1).bfloat16(), None, 1, pairs=pairs)
     except (RuntimeError, ValueError):
         return False
     return True
@@ -26,6 +26,7 @@ def screening_runs() -> bool:
 
 needs_vnni = pytest.mark.skipif(not screening_runs(), reason="no AVX512-VNNI here, or the C++ library is not built")
 
+needs_pairs = pytest.mark.skipif(not screening_runs(True), reason="no AVX512-BF16 here, or no C++ library")
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -40,12 +41,18 @@ def sums_of(x: Tensor, W: Tensor) -> Tensor:  # (B, n) of (B, d) and (n, d)
 
 
 def check_screened(
-    x: Tensor, W: Tensor, b: Tensor | None, k: int, scale: Tensor | None = None, columns: Tensor | None = None
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    k: int,
+    scale: Tensor | None = None,
+    columns: Tensor | None = None,
+    pairs: bool = False,
 ) -> Tensor:
     """Holds the screened result to a full search, and returns how many columns of each row were computed in float32.
     So it is of a dictionary that lies across, to the bit, and without the relu."""
     screened = torch.ops.clipsteer_cpp.topk_encode_screened
-    acts, indices, computed = screened(x, W, b, k, scale, columns)
+    acts, indices, computed = screened(x, W, b, k, scale, columns, True, pairs)
     every = torch.arange(W.shape[0]) if columns is None else columns
     # 16-bit rows are summed in float32 and rounded once
     pre = sums_of(x.float(), W.float()[every])
@@ -57,7 +64,7 @@ def check_screened(
     assert torch.equal(acts[~nan], values[:, :k].relu().to(x.dtype))
     assert bool(acts[nan].isnan().all())
     assert torch.equal(indices[nan], every[:k].expand(int(nan.sum()), -1))
-    signed = screened(x, W.t().contiguous().t(), b, k, scale, columns, False)
+    signed = screened(x, W.t().contiguous().t(), b, k, scale, columns, False, pairs)
     assert torch.equal(signed[0][~nan], values[:, :k].to(x.dtype))
     assert torch.equal(signed[1], indices)
     if not bool(pre.isfinite().all()):  # sums that overflow say little about the true ones
@@ -140,7 +147,9 @@ def scale_of(kind: int, n: int, g: torch.Generator) -> Tensor:
     return scale.abs()
 
 
-def fuzz(seed: int, cases: int, options: bool = False, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
+def fuzz(
+    seed: int, cases: int, options: bool = False, dtype: torch.dtype = torch.float32, pairs: bool = False
+) -> tuple[int, int]:
     """How many pre-activations of all were computed; a mismatch raises. With a scale, and of some columns, if so."""
     g = torch.Generator().manual_seed(seed)
     done = total = 0
@@ -158,10 +167,10 @@ def fuzz(seed: int, cases: int, options: bool = False, dtype: torch.dtype = torc
                 columns = torch.randperm(n, generator=g)[: max(k, n - int(torch.randint(90, (), generator=g)))]
         x, W, b, scale = (None if t is None else t.to(dtype) for t in (x, W, b, scale))
         try:
-            computed = check_screened(x, W, b, k, scale, columns)
+            computed = check_screened(x, W, b, k, scale, columns, pairs)
             if kind == "integers" and not options:
                 plain = ops.topk_encode(x, W, b, k=k, screen="off", backend="cpp")
-                screened = torch.ops.clipsteer_cpp.topk_encode_screened(x, W, b, k)
+                screened = torch.ops.clipsteer_cpp.topk_encode_screened(x, W, b, k, pairs=pairs)
                 assert all(map(torch.equal, plain, screened[:2]))
         except AssertionError as error:
             raise AssertionError(f"case {case} of seed {seed}: {kind}, {(B, d, n, k)}: {error}") from error
@@ -203,6 +212,55 @@ def test_screening_of_half_precision_equals_a_full_search(dtype):
         torch.set_num_threads(before)
     assert done < total * 0.6
     assert scaled[0] < scaled[1] * 0.8
+
+
+@needs_pairs
+def test_screening_by_pairs_equals_a_full_search():
+    """What the instruction loses is bounded, and what is left is the same to the bit."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        done, total = fuzz(9, 64, dtype=torch.bfloat16, pairs=True)
+        fuzz(10, 64, options=True, dtype=torch.bfloat16, pairs=True)
+    finally:
+        torch.set_num_threads(before)
+    assert done < total * 0.6
+
+
+@needs_pairs
+@pytest.mark.parametrize("threads", [1, 3])
+def test_pairs_compute_little_but_the_winners(threads):
+    """Bounds are that narrow; bits depend neither on threads nor on the other rows, nor on how W lies."""
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.randn(70, 190, generator=g).bfloat16(), torch.randn(8219, 190, generator=g).bfloat16()
+    b = torch.randn(8219, generator=g).bfloat16()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        computed = check_screened(x, W, b, 16, pairs=True)
+        assert 16 <= int(computed.min()) <= int(computed.max()) <= threads * 20
+        part = torch.ops.clipsteer_cpp.topk_encode_screened(x[40:47], W, b, 16, pairs=True)
+    finally:
+        torch.set_num_threads(before)
+    whole = torch.ops.clipsteer_cpp.topk_encode_screened(x, W, b, 16)  # by bytes
+    assert all(torch.equal(all_of[40:47], some) for all_of, some in zip(whole[:2], part[:2]))
+
+
+@needs_pairs
+def test_the_bound_of_pairs_holds_where_sums_differ_by_their_order_alone():
+    """Every column has the same products, in another order: none may be ruled out, and the order of float32 decides."""
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.full((6, 126), 1.3671875).bfloat16(), torch.randn(126, generator=g).bfloat16()
+    W = W[torch.rand(700, 126, generator=g).argsort(-1)]
+    computed = check_screened(x, W, None, 40, pairs=True)
+    assert int(computed.min()) == 700
+    W[350] = float("nan")  # behind more winners than there is room for
+    check_screened(x, W, None, 40, pairs=True)
+
+
+def test_pairs_are_of_bf16_alone():
+    with pytest.raises((RuntimeError, ValueError), match=r"bfloat16|VNNI"):
+        torch.ops.clipsteer_cpp.topk_encode_screened(torch.ones(1, 1), torch.ones(1, 1), None, 1, pairs=True)
 
 
 @needs_vnni

@@ -157,6 +157,43 @@ def test_tiles_blocks_and_parts_of_every_size(dtype):
 
 
 @pytest.mark.skipif("cpp" not in FAST, reason="the C++ library is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("N", [1, 20, 300], ids=["one row", "few", "tiles"])
+def test_a_power_of_two_in_all_lengths_changes_no_bit(dtype, N):
+    """Rows of usual lengths are multiplied where they are, others in units of σ: the same bits, also where one row of
+    a tile, or one prototype, is such that units are needed."""
+    for d in (32, 65):
+        old, new, mu = (t.to(dtype) for t in drawn(N=N, C=14, d=d))
+        plain = ops.semantic_drift(old, new, mu, 2.0, backend="cpp")
+        powers = (3, -2) if dtype == torch.float16 else (35, -35)
+        for power in powers:  # squares past 2^60, and below its inverse
+            scale = 2.0**power if dtype != torch.float64 else 2.0 ** (power * 8)
+            moved = ops.semantic_drift(old * scale, new * scale, mu * scale, 2.0 * scale, backend="cpp")
+            assert torch.equal(moved / scale, plain)
+        if dtype in (torch.float16, torch.float64) or N == 1:
+            continue
+        # so far away that it counts for nobody
+        old[N // 2] = new[N // 2] = 2.0**40
+        far = ops.semantic_drift(old, new, mu, 2.0, backend="cpp")
+        keep = torch.arange(N) != N // 2
+        inputs = {"old": old[keep], "new": new[keep], "prototypes": mu, "sigma": 2.0, "floor": 0.0}
+        assert SPEC.check(inputs, {"prototypes": far})["prototypes"] <= 1
+
+
+@pytest.mark.skipif("cpp" not in FAST, reason="the C++ library is not built")
+def test_movements_that_overflow_are_infinite_and_the_others_are_not():
+    old = torch.zeros(4, 40)
+    new = torch.ones(4, 40)
+    new[:, 7], new[:, 20] = 3e38, -3e38
+    mu = torch.zeros(3, 40)
+    out = ops.semantic_drift(old, new, mu, backend="cpp")
+    assert bool((out[:, 7] == math.inf).all())
+    assert bool((out[:, 20] == -math.inf).all())
+    keep = [i for i in range(40) if i not in (7, 20)]
+    assert torch.equal(out[:, keep], torch.ones(3, 38))
+
+
+@pytest.mark.skipif("cpp" not in FAST, reason="the C++ library is not built")
 def test_exponential_is_within_its_roundings():
     """A row on the prototype and one at distance r, which alone moves, by r: what moves is r·exp(−r²)."""
     scale = torch.tensor([1.0, 1.0, -math.inf], dtype=torch.float64)
@@ -294,7 +331,7 @@ torch.save({"moved": lonely.all_reduce().result()}, f"{out}/lonely-{rank}.pt")
 def test_two_processes_equal_one_call(tmp_path):
     x = torch.randn(410, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.save(x, tmp_path / "rows.pt")
-    in_processes(WORKER, tmp_path, timeout=150)
+    in_processes(WORKER, tmp_path)
     old, new, mu = x[:400], x[:400].roll(3, 1) * 0.9, x[400:410]
     for name, sigma, floor in (("near", 0.4, 0.0), ("wide", 3.0, 1e-5), ("lonely", 1.0, 0.0)):
         expected = ops.semantic_drift(old, new, mu, sigma, floor)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from _command import in_processes
+from _night import day_and_night
 from clipsteer import clip as clip_module
 from clipsteer.data.files import captions, image_folder
 from clipsteer.io.files import FileFormatError, read_safetensors, write_json
@@ -329,7 +330,7 @@ if torch.distributed.is_initialized():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(1, 2), pytest.param((1, 3), marks=pytest.mark.nightly)], ids=str)
+@pytest.mark.parametrize("sizes", day_and_night((1, 2), (1, 2, 3)), ids=str)
 def test_two_and_three_processes_equal_one(folder, data, tmp_path, sizes):
     common = {**FAST, "checkpoint_every": 2, "architecture": "small"}
     cases = {loss: {**common, "loss": loss} for loss in LOSSES}
@@ -348,7 +349,7 @@ def test_two_and_three_processes_equal_one(folder, data, tmp_path, sizes):
         out = tmp_path / str(size)
         out.mkdir()
         (out / "reference.safetensors").write_bytes((tmp_path / "reference.safetensors").read_bytes())
-        in_processes(WORKER, folder, out, json.dumps(cases), size=size, timeout=300)
+        in_processes(WORKER, folder, out, json.dumps(cases), size=size)
         for name in cases:
             logs[size, name] = [json.loads(line) for line in (out / name / "log.jsonl").read_text().splitlines()]
     features = {

@@ -522,7 +522,7 @@ def test_in_a_browser_nothing_is_clipped_and_no_page_scrolls_sideways(tmp_path, 
     found = subprocess.run(
         [browser(), *(f"--{flag}" for flag in flags), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
          (tmp_path / "frame.html").as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
+        capture_output=True, text=True, timeout=600, check=True,
     )  # fmt: skip
     measured = json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', found.stdout)[1]))
     assert measured["inner"] == width

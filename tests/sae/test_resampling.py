@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import normalize as unit
 
 from clipsteer import SAE, TrainConfig, train_sae
@@ -119,8 +120,20 @@ def test_none_starts_where_all_are_dead_or_nothing_is_left():
 
 def test_when_features_start_anew():
     config = TrainConfig(resample_after=5, sync_every=10)
-    assert [step for step in range(101) if config.resamples_at(step, 100)] == [*range(10, 80, 10)]
-    assert not any(TrainConfig(resample_after=0).resamples_at(step, 100) for step in range(101))
+
+    def births(config, wait, total=100):
+        found = {}
+        for step in range(total + 1):
+            found.setdefault(config.births_at(step, total, wait), []).append(step)
+        return found
+
+    at = births(config, 5)
+    assert (at["at once"], at["asleep"], at["wake"]) == ([*range(10, 71, 10)], [*range(75, 80)], [80])
+    # a tenth of the run at most
+    assert births(config, 50)["asleep"] == [*range(70, 80)]
+    # too short to wait
+    assert births(TrainConfig(resample_after=5, sync_every=2), 50, 9).keys() == {None, "at once"}
+    assert births(TrainConfig(resample_after=0), 5).keys() == {None}
     for architecture, share in (("topk", 20), ("batch_topk", 20), ("relu", 0), ("jumprelu", 0), ("gated", 0)):
         fitted = TrainConfig(architecture=architecture, batch_size=256).fitted(400)
         assert fitted.resample_after == share * 256
@@ -138,20 +151,66 @@ def test_when_features_start_anew():
     assert (own.encoder_scale, own.grad_clip, own.resample_after) == (0.5, None, 7)
 
 
-def test_a_run_goes_on_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "relu", "jumprelu", "gated"])
+def test_the_last_ones_sleep_until_all_have_a_row(architecture):
+    """In the last steps before none starts any more; then all are there at once."""
+    dead = torch.arange(2 * B)
+    torch.manual_seed(0)
+    sae = SAE(D, 3 * B, architecture, K, dtype=torch.float64)
+    sae.init_threshold_(batch(), K)
+    config = TrainConfig(lr=1e-2, warmup_steps=0, sync_every=100, resample_after=5 * B, batch_size=B)
+    trainer = SAETrainer(sae, config, 50)
+    with torch.no_grad():
+        sae.encoder_bias[dead] = -1e3
+    for step in range(37):
+        trainer.step(batch(step))
+    trainer.tokens_since_fired.clamp_(max=B)
+    trainer.tokens_since_fired[dead] = 10 * B
+    lefts = []
+    # as many as there are rows, and the last ones
+    for step, asleep in ((37, B), (38, 2 * B)):
+        x = batch(step)
+        lefts.append((x - sae(x).x_hat).detach())
+        bias = sae.encoder_bias[dead[asleep:]].clone()
+        trainer.step(x)
+        assert trainer.asleep.nonzero().flatten().tolist() == dead[:asleep].tolist()
+        fired = sae_loss.fired(sae, sae_loss.forward(sae, x, World("cpu")), World("cpu"))
+        assert fired.any()
+        assert not fired[dead[:asleep]].any()
+        torch.testing.assert_close(sae.encoder_bias[dead[asleep:]], bias)
+    directions = [sae.W_dec[dead[part]].detach() for part in (slice(B), slice(B, None))]
+    for direction, left in zip(directions, lefts):
+        assert ((direction @ unit(left, dim=1).T).amax(1) > 1 - 1e-9).all()
+    trainer.step(batch(39))
+    assert not trainer.asleep.any()
+    assert not trainer.tokens_since_fired[dead].any()
+    bias = sae.encoder_bias.detach()
+    torch.testing.assert_close(bias[dead], bias[2 * B :].mean().expand(2 * B))
+    torch.testing.assert_close(sae.W_dec[dead].detach(), torch.cat(directions))
+    # and they are no longer written to
+    trainer.step(batch(40))
+    assert (sae.encoder_bias[dead] > -100).all()
+
+
+# the second one while features are asleep
+@pytest.mark.parametrize("last", [23, 31])
+def test_a_run_goes_on_bit_for_bit(tmp_path, last):
     class Stop(Exception):
         pass
 
     def stop(record):
-        if record["step"] == 23:
+        if record["step"] == last:
             raise Stop
 
     x = batch(rows=320, dtype=torch.float32)
-    settings = {"d_sae": 60, "k": 2, "batch_size": 32, "steps": 40, "checkpoint_every": 5, "log_every": 1}
+    settings = {"d_sae": 240, "k": 2, "batch_size": 32, "steps": 40, "checkpoint_every": 5, "log_every": 1}
     settings |= {"sync_every": 3, "resample_after": 96}
     whole = train_sae(x, **settings)
     with pytest.raises(Stop):
         train_sae(x, **settings, out=tmp_path, on_log=stop)
+    if last == 31:
+        state = load_file(sorted((tmp_path / "checkpoints").glob("*.safetensors"))[-1])
+        assert bool((state["dead"] == 2).any())
     resumed = train_sae(x, **settings, out=tmp_path)
     without = train_sae(x, **{**settings, "resample_after": 0}, encoder_scale=0.25, grad_clip=0.003)
     assert not torch.equal(without.W_dec, whole.W_dec)

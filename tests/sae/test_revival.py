@@ -10,7 +10,7 @@ from clipsteer import SAE, TrainConfig
 from clipsteer.ops import _dispatch
 from clipsteer.sae import losses as sae_loss
 from clipsteer.sae import trainer as of_trainer
-from clipsteer.sae.revival import revival
+from clipsteer.sae.revival import _positive, revival
 from clipsteer.sae.trainer import SAETrainer
 from clipsteer.training.world import World
 
@@ -31,7 +31,7 @@ def sae_of(architecture="topk", normalize="none", d_out=None, n=N):
     return sae.train()
 
 
-# six and fewer of half the width: products are dense; 40 and more: sparse
+# up to half the width all are taken, and of more those that are selected in some rows or in all
 @pytest.mark.parametrize("dead", [[3], [0, 7, 8, 9, 20], list(range(15, 57))], ids=len)
 @pytest.mark.parametrize("case", ["topk", "batch_topk", "relu", "gated", "jumprelu", "layer_norm", "transcoder"])
 def test_the_gradients_are_those_of_the_loss(case, dead):
@@ -53,6 +53,27 @@ def test_the_gradients_are_those_of_the_loss(case, dead):
         assert found.b_dec is None
     else:
         torch.testing.assert_close(found.b_dec, sae.b_dec.grad, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("shift", [-3.0, -1.0, 0.4, 3.0], ids=["none", "few", "some rows", "all rows"])
+def test_the_codes_are_the_positive_ones_of_the_k_largest(shift):
+    """Some rows have no more than k positive ones, of others k are selected; ties go to the earlier, NaN is kept."""
+    generator = torch.Generator().manual_seed(0)
+    pre = (torch.randn(30, 23, generator=generator).mul(4).round() / 4 + shift).contiguous()
+    pre[3, 5] = torch.nan
+    k = 14
+    values, columns, rows, offsets = _positive(pre, k)
+    crowded = int(((pre > 0).sum(1) > k).sum())
+    assert (crowded > 0) == (shift > 0)
+    assert (crowded >= 29) == (shift == 3)
+    found = torch.zeros(30, 23).index_put((rows, columns), values)
+    finite = torch.arange(30) != 3
+    order = torch.sort(pre, dim=1, descending=True, stable=True).indices[:, :k]
+    truth = torch.zeros(30, 23).scatter(1, order, pre.gather(1, order).clamp(min=0))
+    assert torch.equal(found[finite], truth[finite])
+    assert found[3].isnan().any()
+    assert torch.equal(offsets[1:], torch.bincount(rows, minlength=30).cumsum(0))
+    assert bool((rows.diff() >= 0).all())
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk", "jumprelu"])

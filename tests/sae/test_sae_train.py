@@ -343,7 +343,7 @@ def test_the_optimiser_on_other_instruction_sets(isa):
         pytest.skip("the C++ library is not built")
     env = {**os.environ, "CLIPSTEER_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
     call = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "torch_adam and not plain"]
-    done = subprocess.run(call, env=env, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(call, env=env, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:]
     assert "4 passed" in done.stdout
 

@@ -72,7 +72,7 @@ def torchrun(folder, cases, *, kill=0, restarts=0, worker=WORKER) -> subprocess.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     agent = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
-        errors = agent.communicate(timeout=150)[1]
+        errors = agent.communicate(timeout=600)[1]
     except subprocess.TimeoutExpired:
         # the agent takes its workers with it
         agent.terminate()

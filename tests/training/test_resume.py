@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import _tamper
+from _night import day_and_night
 from _tamper import KINDS, OTHERS, TENSORS, VALUES, Stopped, changed, filled, places, put, remove, stopped
 from clipsteer import SAE, FileFormatError, TrainConfig, train_sae
 from clipsteer.io import checkpoint
@@ -150,7 +151,7 @@ def test_counts_and_generators_of_an_sae_are_what_they_can_be(runs, guard):
     run, whole = runs("sae")
     tensors = whole.tensors
     for name, value in (
-        ("tokens_since_fired", -1), ("tokens_since_fired", 4 * 32 + 1), ("dead", 2), ("position", -1),
+        ("tokens_since_fired", -1), ("tokens_since_fired", 4 * 32 + 1), ("dead", 3), ("position", -1),
         ("position", 2**60), ("rng.cpu", 255),
     ):  # fmt: skip
         wrong = filled(tensors, name, value)
@@ -294,7 +295,7 @@ def try_files(run: Stopped, whole: Checkpoint, seed: int, count: int) -> dict[st
     return ends
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(600, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("count", day_and_night(30, 300))
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoints_that_were_changed_and_signed_anew(tmp_path, caplog, monkeypatch, kind, count):
     caplog.set_level(logging.ERROR, "clipsteer")

@@ -36,6 +36,7 @@
 #if defined(__clang__) || __GNUC__ >= 10
 #define CLIPSTEER_BF16 1
 #include "halves.h"
+#include "pairs.h"
 #endif
 #endif
 
@@ -63,6 +64,13 @@ bool converts_halves() {
 PairProducts pairs() {
 #ifdef CLIPSTEER_BF16
   if (__builtin_cpu_supports("avx512bf16")) return {bf16::block, bf16::inner, bf16::weave};
+#endif
+  return {};
+}
+
+PairScreening screening_by_pairs() {
+#ifdef CLIPSTEER_BF16
+  if (__builtin_cpu_supports("avx512bf16")) return {bf16::squares, bf16::sift};
 #endif
   return {};
 }
@@ -102,9 +110,9 @@ Isa choose() {
   if (highest >= 2 && has_avx512) {
     if (highest == 2 || !__builtin_cpu_supports("avx512vnni")) return kAvx512;
 #ifdef CLIPSTEER_AMX
-    if (highest >= 4 && tiles_granted()) return avx512::table(3, kTiles, pairs());
+    if (highest >= 4 && tiles_granted()) return avx512::table(3, kTiles, pairs(), screening_by_pairs());
 #endif
-    return avx512::table(2, kBytes, pairs());
+    return avx512::table(2, kBytes, pairs(), screening_by_pairs());
   }
   if (highest >= 1 && has_avx2) return kAvx2;
 #endif

@@ -319,7 +319,21 @@ struct Screening : Quantise<float>, Quantise<BFloat16>, Quantise<Half> {
                  uint64_t* pass);
 };
 
-struct Isa : Kernels<float>, Kernels<double>, Kernels<BFloat16>, Kernels<Half>, Screening, PairProducts {
+// Screening by pairs of bf16 numbers (pairs.h), or null.
+struct PairScreening {
+  void (*squares)(const float* w, int64_t stride, int64_t k, int64_t columns, float* out) = nullptr;
+  void (*sift)(const float* const* x, const ScreenRow* row, int64_t rows, const float* w,
+               int64_t stride, int64_t columns, int64_t k, const ScreenColumns& column,
+               const ScreenAhead& next, float* product, uint64_t* pass) = nullptr;
+};
+
+struct Isa : Kernels<float>,
+             Kernels<double>,
+             Kernels<BFloat16>,
+             Kernels<Half>,
+             Screening,
+             PairProducts,
+             PairScreening {
   int64_t level;
 };
 

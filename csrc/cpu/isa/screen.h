@@ -26,6 +26,14 @@ static inline bool all_zero(const T* v, int64_t d) {
   return (any << 1 & std::numeric_limits<decltype(bits)>::max()) == 0;
 }
 
+// Whether a row of d numbers of this size can be screened. Only true zeros may count as 0: the processor may be set to read
+// denormal numbers as zero.
+template <class T>
+static inline bool is_usable(float peak, float norm, const T* v, int64_t d) {
+  if (peak == 0) return all_zero(v, d);
+  return peak >= Digits::kLeast && peak <= Digits::kMost && norm <= Digits::kMost * Digits::kMost;
+}
+
 // digit = round(v * scale / step) in [-127, 127] for d numbers, then zeros up to `width`; those of a row that is not
 // usable mean nothing. The scales are powers of two.
 template <class T>
@@ -59,24 +67,27 @@ VNNI void quantise(const T* v, const float* scale, int64_t d, int64_t width, int
   row.norm = std::sqrt(_mm512_reduce_add_ps(square));
   row.error = std::sqrt(_mm512_reduce_add_ps(missed));
   row.sum = _mm512_reduce_add_epi32(sum);
-  // Only true zeros may count as 0: the processor may be set to read denormal numbers as zero.
-  const bool zero = peak == 0 && all_zero(v, d);
-  row.usable = zero || (peak >= Digits::kLeast && peak <= Digits::kMost && row.norm <= Digits::kMost * Digits::kMost);
+  row.usable = is_usable(peak, row.norm, v, d);
 }
 
-// A bit for each of 64 columns whose pre-activation may exceed the row's bound (NaN: may), from products of bytes.
-VNNI static inline uint64_t above(const int32_t* product, const ScreenRow& row, const ScreenColumns& column) {
+// Products of 16 columns, of their bytes or themselves.
+VNNI static inline __m512 products(const int32_t* sum, const int32_t* offset) {
+  return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_loadu_si512(sum), _mm512_loadu_si512(offset)));
+}
+VNNI static inline __m512 products(const float* sum, const int32_t*) { return _mm512_loadu_ps(sum); }
+
+// A bit for each of 64 columns whose pre-activation may exceed the row's bound (NaN: may), from sums of products.
+template <class Sum>
+VNNI static inline uint64_t above(const Sum* sum, const ScreenRow& row, const ScreenColumns& column) {
   const __m512 step = _mm512_set1_ps(row.step), bound = _mm512_set1_ps(row.bound);
   const __m512 error = _mm512_set1_ps(row.error), norm = _mm512_set1_ps(row.norm);
   uint64_t pass = 0;
   for (int v = 0; v < 4; ++v) {
-    const __m512i sums = _mm512_add_epi32(_mm512_load_si512(product + 16 * v),
-                                          _mm512_loadu_si512(column.offset + 16 * v));
     const __m512 base = _mm512_loadu_ps(column.base + 16 * v);
     __m512 upper = _mm512_fmadd_ps(norm, _mm512_loadu_ps(column.error + 16 * v), base);
     upper = _mm512_fmadd_ps(error, _mm512_loadu_ps(column.norm + 16 * v), upper);
     const __m512 scale = _mm512_mul_ps(step, _mm512_loadu_ps(column.step + 16 * v));
-    upper = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scale, upper);
+    upper = _mm512_fmadd_ps(products(sum + 16 * v, column.offset + 16 * v), scale, upper);
     pass |= uint64_t(_mm512_cmp_ps_mask(upper, bound, _CMP_NLE_UQ)) << (16 * v);
   }
   return pass;

@@ -78,9 +78,10 @@ constexpr Kernels<T> kKernels<T> = {
 #endif
 };
 
-constexpr Isa table(int64_t level, Screening screening = {}, PairProducts pairs = {}) {
+constexpr Isa table(int64_t level, Screening screening = {}, PairProducts pairs = {},
+                    PairScreening by_pairs = {}) {
   return {kKernels<float>, kKernels<double>, kKernels<BFloat16>, kKernels<Half>, screening, pairs,
-          level};
+          by_pairs,        level};
 }
 
 }  // namespace clipsteer::ISA
