@@ -258,7 +258,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> jumprelu_codes(Tensor x, Tensor w_enc
     using T = decltype(zero);
     using V = Compute<T>;
     const Dictionary<T> W(w_enc, options);
-    const auto codes = codes_above(x, W, threshold, [=](V t) { return t - V(bandwidth / 2); });
+    const V half = V(T(V(bandwidth / 2)));  // as torch has it beside a tensor of halves
+    const auto codes = codes_above(x, W, threshold, [=](V t) { return t - half; });
     const int64_t size = room_for(op, capacity, codes.entries.size());
     values = allocate(x, {&size, 1});
     indices = allocate(x, {&size, 1}, ScalarType::Long);

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -96,10 +98,12 @@ def test_without_nbformat_the_way_to_it_is_named(monkeypatch):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", ["loop", "moving"])
-def test_a_notebook_runs(name, tmp_path):
+def test_a_notebook_runs(name, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     notebook = guide.notebook(name)
+    # as in an environment that is activated
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     place = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place).execute()
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")

@@ -553,6 +553,8 @@ LOW_LEVEL_ARGUMENTS = {
     "sparse_decode": lambda t: (t["acts"], t["indices"], t["W"], t["b_d"]),
     "gather_dot": lambda t: (t["x"], t["indices"], t["W"]),
     "sparse_outer": lambda t: (t["acts"], t["indices"], t["x"], 17),
+    "threshold_codes": lambda t: (t["x"], t["W"], t["b_n"], t["b_n"], True, 50, t["b_n"] + 1, t["code"]),
+    "jumprelu_codes": lambda t: (t["x"], t["W"], t["b_n"], t["b_n"], 0.5, 50),
     "sparse_outer_used": lambda t: (t["acts"], t["indices"], t["x"], 17),
     "sparse_outer_out": lambda t: (t["acts"], t["indices"], t["x"], t["W"], t["b_n"]),
 }

@@ -6,8 +6,7 @@ namespace clipsteer::ISA {
 // e adds to the sum, e t to the sum of products: nothing where e is 0, though t be infinite.
 template <class V>
 TARGET static inline V weighted(V e, V t) {
-  const V product = e * t;  // made in any case, so that the compiler chooses instead of branching
-  return e == 0 ? V(0) : product;
+  return e == 0 ? V(0) : e * t;
 }
 
 // Sums of rows (returned) and of columns (4 lines of total, `step` apart): exp s and exp r below their peaks, then s times
@@ -16,50 +15,45 @@ template <class V>
 TARGET static inline void cross_sums(const V* __restrict S, const V* __restrict R,
                                      const PairSide<V>& student, const PairSide<V>& teacher,
                                      V* total, int64_t step, V* out, int64_t n) {
-  constexpr V kInfinity = std::numeric_limits<V>::infinity();
   V sum[4][kPairLanes] = {};
   const V s_own = student.row_diag, s_row = student.row, s_scale = student.scale;
   const V r_own = teacher.row_diag, r_row = teacher.row, r_scale = teacher.scale;
-  // a step at a time, through arrays of its own, and the last numbers with pairs of no weight beside them: otherwise the
-  // compiler would take one number at a time
-  V t[kPairLanes], part[4][kPairLanes], room[6][kPairLanes];
+  const V* __restrict s_diag = student.diag;
+  const V* __restrict s_peak = student.column;
+  const V* __restrict r_diag = teacher.diag;
+  const V* __restrict r_peak = teacher.column;
+  // a side at a time, and sums of columns through an array of their own: with ten streams at once the compiler would take
+  // one number at a time
+  V t[kPairLanes], part[4][kPairLanes];
   for (int64_t i = 0; i < n; i += kPairLanes) {
     const int lanes = int(std::min<int64_t>(kPairLanes, n - i));
-    const V* from[6] = {S + i, R + i, student.diag + i, student.column + i, teacher.diag + i, teacher.column + i};
-    for (int k = 0; k < 6 && lanes < kPairLanes; ++k) {
-      std::copy_n(from[k], lanes, room[k]);
-      std::fill_n(room[k] + lanes, kPairLanes - lanes, k < 2 ? -kInfinity : V(0));
-      from[k] = room[k];
-    }
-    const V* __restrict s = from[0];
-    const V* __restrict r = from[1];
-    const V* __restrict s_diag = from[2];
-    const V* __restrict s_peak = from[3];
-    const V* __restrict r_diag = from[4];
-    const V* __restrict r_peak = from[5];
-    for (int l = 0; l < kPairLanes; ++l) t[l] = (s[l] - s_own) * s_scale;
-    for (int l = 0; l < kPairLanes; ++l) {
-      const V e = below_peak(t[l], s_row);
+    const auto row_side = [&](int l) TARGET {
+      t[l] = (S[i + l] - s_own) * s_scale;
+      const V e = below_peak(t[l], s_row), f = below_peak((R[i + l] - r_own) * r_scale, r_row);
       sum[0][l] += e;
+      sum[1][l] += f;
       sum[2][l] += weighted(e, t[l]);
-    }
-    for (int l = 0; l < kPairLanes; ++l) {
-      const V e = below_peak((r[l] - r_own) * r_scale, r_row);
-      sum[1][l] += e;
-      sum[3][l] += weighted(e, t[l]);
-    }
-    for (int l = 0; l < kPairLanes; ++l) t[l] = (s[l] - s_diag[l]) * s_scale;
-    for (int l = 0; l < kPairLanes; ++l) part[0][l] = below_peak(t[l], s_peak[l]);
-    for (int l = 0; l < kPairLanes; ++l) part[1][l] = below_peak((r[l] - r_diag[l]) * r_scale, r_peak[l]);
-    for (int k = 0; k < 2; ++k) {
-      for (int l = 0; l < kPairLanes; ++l) part[k + 2][l] = weighted(part[k][l], t[l]);
-    }
-    for (int k = 0; k < 4; ++k) {
-      V* into = total + k * step + i;
-      if (lanes == kPairLanes) {
-        for (int l = 0; l < kPairLanes; ++l) into[l] += part[k][l];
-      } else {
-        for (int l = 0; l < lanes; ++l) into[l] += part[k][l];
+      sum[3][l] += weighted(f, t[l]);
+    };
+    const auto column_side = [&](int l) TARGET {
+      const V c = (S[i + l] - s_diag[i + l]) * s_scale;
+      part[0][l] = below_peak(c, s_peak[i + l]);
+      part[1][l] = below_peak((R[i + l] - r_diag[i + l]) * r_scale, r_peak[i + l]);
+      part[2][l] = weighted(part[0][l], c);
+      part[3][l] = weighted(part[1][l], c);
+    };
+    if (lanes == kPairLanes) {
+      for (int l = 0; l < kPairLanes; ++l) row_side(l);
+      for (int l = 0; l < kPairLanes; ++l) column_side(l);
+      for (int s = 0; s < 4; ++s) {
+        V* into = total + s * step + i;
+        for (int l = 0; l < kPairLanes; ++l) into[l] += part[s][l];
+      }
+    } else {
+      for (int l = 0; l < lanes; ++l) row_side(l);
+      for (int l = 0; l < lanes; ++l) column_side(l);
+      for (int s = 0; s < 4; ++s) {
+        for (int l = 0; l < lanes; ++l) total[s * step + i + l] += part[s][l];
       }
     }
   }
