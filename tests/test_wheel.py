@@ -121,8 +121,10 @@ def told_by(built: Path) -> dict[str, Any]:
     with zipfile.ZipFile(built) as archive:
         archive.extractall(site)
     code = "import json; from clipsteer import _version as v; print(json.dumps([v.installed(), v.build()]))"
+    # whether the current directory is searched or not
     path = {**os.environ, "PYTHONPATH": str(site)}
-    done = subprocess.run([sys.executable, "-S", "-c", code], env=path, capture_output=True, text=True, check=True)
+    call = [sys.executable, "-S", "-c", code]
+    done = subprocess.run(call, cwd=site, env=path, capture_output=True, text=True, check=True)
     installed, build = json.loads(done.stdout)
     return {"installed": installed, **build}
 
