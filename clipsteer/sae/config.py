@@ -111,10 +111,9 @@ class TrainConfig:
     resample_after: CountOrZero | None = None
     """a feature that was not active for more tokens than this starts anew, along what is left
     unexplained of a row, in the first four fifths of a run, and the last ones all at once; 0: none
-    does (default for topk and
-    batch_topk in runs of fewer than 4,000 steps: a twentieth of the run, at least sync_every steps
-    and ten times d_sae / k, at most dead_after; otherwise 0, as with matryoshka; not for a
-    transcoder)"""
+    does (default for topk and batch_topk in runs of fewer than 4,000 steps: a twentieth of the run,
+    at least sync_every steps and ten times d_sae / k, at most dead_after; otherwise 0, as with
+    matryoshka; not for a transcoder)"""
     grad_clip: NotNegative | Literal["auto"] | None = "auto"
     """largest norm of the whole gradient; auto is 0.003 where features start anew by default, so
     that all gradients are about as long, and 1 otherwise"""

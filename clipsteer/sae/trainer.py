@@ -185,14 +185,14 @@ class SAETrainer:
             return
         dead = (silent & ~self.asleep).nonzero().flatten()
         seed = seed_of(self.config.seed, "resample", self.step_count)
-        if births == "asleep":
-            anew = resample(self.sae, self.optimizer, dead, x, out, plan, seed, self.asleep)
-            self.asleep.index_fill_(0, anew, True)
-            self.dead = self.dead[~self.asleep[self.dead]]
-            self._n_dead = None
-        else:
-            anew = resample(self.sae, self.optimizer, dead, x, out, plan, seed)
+        asleep = self.asleep if births == "asleep" else None
+        anew = resample(self.sae, self.optimizer, dead, x, out, plan, seed, asleep)
+        if asleep is None:
             self.tokens_since_fired.index_fill_(0, anew, 0)
+            return
+        asleep.index_fill_(0, anew, True)
+        self.dead = self.dead[~asleep[self.dead]]
+        self._n_dead = None
 
     def _reconstruction(self, x: Tensor, x_hat: Tensor, stats: sae_loss.BatchStats) -> Tensor:
         of = sae_loss.fvu if self._loss == "fvu" else sae_loss.scaled_mse
