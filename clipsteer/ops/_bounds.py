@@ -43,7 +43,7 @@ def smallest_normal(dtype: torch.dtype) -> float:
 
 def flushed(dtype: torch.dtype, terms: Any, a: Any, b: Any) -> Any:
     """What a sum of ``terms`` products, Σ a_i b_i, may lose for good where a processor multiplies
-    bfloat16 numbers by pairs (VDPBF16PS), Σ|a| and Σ|b| given; 0 in any other dtype.
+    bfloat16 numbers by pairs (VDPBF16PS, TDPBF16PS), Σ|a| and Σ|b| given; 0 in any other dtype.
 
     A product of two of them is exact in float32. Whether both are added to each other first or to
     the sum one after the other, every addition is rounded to nearest and no term passes through
@@ -51,6 +51,13 @@ def flushed(dtype: torch.dtype, terms: Any, a: Any, b: Any) -> Any:
     operands, products and sums below ω, the smallest normal number, count as 0 whatever the
     processor is set to. An operand costs at most ω times its partner; a product, a pair's sum and
     the sum with it cost ω each, and the latter two come once a pair: at most 2ω a term.
+
+    Tiles (TDPBF16PS) take 16 pairs at a time, a part: even and odd products are added apart, each
+    by a fused step, then both to each other and these to the sum. The first step and the first sum
+    are exact: a term of m parts passes through at most 15 + 1 + (m − 1) additions, of a single part
+    of p pairs through p, never more than there are terms. A step costs at most ω in place of its
+    product. The two additions after it cost ω each, once a part, and of a part of one term only the
+    last can cost anything, where its step did not: at most 2ω a term, too.
     """
     if dtype != torch.bfloat16:
         return 0.0

@@ -37,6 +37,9 @@
 #define CLIPSTEER_BF16 1
 #include "halves.h"
 #include "pairs.h"
+#ifdef CLIPSTEER_AMX
+#include "tiles.h"
+#endif
 #endif
 #endif
 
@@ -77,12 +80,23 @@ PairScreening screening_by_pairs() {
 #ifdef CLIPSTEER_AMX
 constexpr Screening kTiles = screening_by(vnni::screen_tiles);
 
-// Whether the processor has AMX for bytes and the kernel lets this process use it.
-bool tiles_granted() {
+// What AMX multiplies, as bits of the processor's description.
+constexpr int kTilesOfPairs = 22, kTilesOfBytes = 25;
+
+// Whether the processor has AMX for these and the kernel lets this process use it.
+bool tiles_granted(int numbers) {
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> numbers & 1)) return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+PairProducts pairs_on_tiles() {
+  PairProducts found = pairs();
+#ifdef CLIPSTEER_BF16
+  if (found.block && tiles_granted(kTilesOfPairs)) found.tiles = bf16::tiles;
+#endif
+  return found;
 }
 #endif
 
@@ -110,7 +124,9 @@ Isa choose() {
   if (highest >= 2 && has_avx512) {
     if (highest == 2 || !__builtin_cpu_supports("avx512vnni")) return kAvx512;
 #ifdef CLIPSTEER_AMX
-    if (highest >= 4 && tiles_granted()) return avx512::table(3, kTiles, pairs(), screening_by_pairs());
+    if (highest >= 4 && tiles_granted(kTilesOfBytes)) {
+      return avx512::table(3, kTiles, pairs_on_tiles(), screening_by_pairs());
+    }
 #endif
     return avx512::table(2, kBytes, pairs(), screening_by_pairs());
   }

@@ -304,6 +304,12 @@ struct PairProducts {
   // missing is 0.
   void (*weave)(const BFloat16* const* rows, int64_t k, int64_t first, int64_t columns,
                 float* out) = nullptr;
+  // On AMX tiles (tiles.h), or null: c (rows, columns) = or += a (rows, k pairs) @ b, whose panels of (k, block_columns)
+  // pairs are `b_panel` apart; rows of a and of c lie a_row and c_row apart. Nothing is read or written beside them but the
+  // rest of the last panel. A sum does not depend on the others. A call costs as much as some thousand products of tiles'
+  // rows (half a microsecond): many panels at once.
+  void (*tiles)(const float* a, int64_t a_row, int64_t rows, const float* b, int64_t b_panel, int64_t k, int64_t columns,
+                float* c, int64_t c_row, bool add) = nullptr;
 };
 
 template <class T>
