@@ -14,6 +14,7 @@ constexpr int64_t kTileBytes = 4 << 20;  // of a tile, beside which the packed c
 constexpr int64_t kLeastRows = 48;      // of a tile: with fewer these would come from memory more slowly than they go
 constexpr int64_t kGrain = 4;           // panels of a task
 constexpr int64_t kFew = 32;            // columns that are not worth packing
+constexpr int64_t kFewOnTiles = 8;      // or rows or columns, for AMX tiles
 
 // Of a row of similarities, in numbers: whole panels on every instruction set, and a line more, as rows that lie a power
 // of two apart would share their place in the cache.
@@ -33,7 +34,8 @@ class Sweep {
         own_(kernels<V>().block_columns > 0),
         width_(own_ ? kernels<V>().block_columns : 64),
         panels_((n + width_ - 1) / width_),
-        few_(own_ && n <= kFew),
+        on_tiles_(has_tiles() && m > kFewOnTiles && n > kFewOnTiles),
+        few_(own_ && !on_tiles_ && n <= kFew),
         terms_(pair_products<T>() && !few_ && d % 2 == 0 ? d / 2 : d),
         tile_rows_(fitting_rows(std::min(m, std::max(kLeastRows, kTileBytes / int64_t(sizeof(V)) / stride_)))),
         wide_rows_(kNarrow<T> ? tile_rows_ * d : 0),
@@ -50,8 +52,12 @@ class Sweep {
   void similarities(int64_t at, int64_t rows, V* S) {
     if constexpr (kNarrow<T>) {
       if (terms_ < d_) {
-        products(pairs_of(source_ + at * d_), terms_, 1, rows, packed_.get(), terms_, panels_, S, stride_, false,
-                 pair_products<T>()->block);
+        const V* left = pairs_of(source_ + at * d_);
+        if (on_tiles_) {
+          similarities_on_tiles(left, rows, S);
+        } else {
+          products(left, terms_, 1, rows, packed_.get(), terms_, panels_, S, stride_, false, pair_products<T>()->block);
+        }
         return;
       }
     }
@@ -106,6 +112,9 @@ class Sweep {
   // of a tile of rows, which lie `stride()` apart. `packed`: whether `pack_columns` has to be done for the weights.
   template <class F>
   void gradients(int64_t width, V* d_rows, V* d_cols, bool packed, F&& weigh) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (on_tiles_) return gradients_on_tiles(width, d_rows, d_cols, packed, weigh);
+    }
     const int64_t right = (width + width_ - 1) / width_, padded = right * width_;
     const bool direct = padded == width || !own_;
     const bool in_place = few_ && direct;  // few rows of features are read where they are
@@ -150,6 +159,8 @@ class Sweep {
   }
 
  private:
+  static bool has_tiles() { return pair_products<T>() && pair_products<T>()->tiles; }
+
   // Pairs of numbers as what they are moved as.
   static const V* pairs_of(const T* from) { return reinterpret_cast<const V*>(from); }
 
@@ -204,6 +215,85 @@ class Sweep {
     });
   }
 
+  // The same of pairs on AMX tiles, from the columns that are packed.
+  void similarities_on_tiles(const V* a, int64_t rows, V* S) {
+    constexpr int64_t kHigh = 128, kWide = kGrain * 64;  // of a task
+    const int64_t parts = (rows + kHigh - 1) / kHigh;
+    for_each((n_ + kWide - 1) / kWide * parts, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t j = task / parts * kWide, i = task % parts * kHigh;
+        pair_products<T>()->tiles(a + i * terms_, terms_, std::min(kHigh, rows - i), packed_.get() + j * terms_,
+                                  width_ * terms_, terms_, std::min(kWide, n_ - j), S + i * stride_ + j, stride_, false);
+      }
+    });
+  }
+
+  // Weights are sums of two bf16 numbers each, and every tile's products two.
+  template <class F>
+  void gradients_on_tiles(int64_t width, V* d_rows, V* d_cols, bool packed, F&& weigh) {
+    constexpr int64_t kHigh = 64;  // rows of a task
+    const PairProducts& pairs = *pair_products<T>();
+    const auto halved = [](int64_t numbers) { return (numbers + 1) / 2; };
+    // rows of pairs in whole lines, and a line more
+    const auto row_of = [](int64_t numbers) { return (numbers + 31) / 32 * 16 + 16; };
+    const int64_t padded = (width + width_ - 1) / width_ * width_, terms = halved(n_);
+    if (packed) pack_columns();
+    Buffer<V> tile(tile_rows_ * stride_), forth(d_rows ? terms * padded : 0),
+        back(d_cols ? halved(tile_rows_) * padded : 0);
+    if (d_rows) woven(cols_, n_, width, forth.get());
+    for (int64_t at = 0; at < m_; at += tile_rows_) {
+      const int64_t rows = std::min(tile_rows_, m_ - at);
+      V* P = tile.get();
+      weigh(at, rows, P);
+      // products of a task's parts, once they are there, with panels
+      const auto add = [&](int64_t count, const V* parts, int64_t row, const V* b, int64_t k, V* c, bool more) {
+        for (int part = 0; part < 2; ++part) {
+          pairs.tiles(parts + part * kHigh * row, row, count, b, k * width_, k, width, c, width, more || part);
+        }
+      };
+      const auto each_part = [&](int64_t count, int64_t row, auto&& f) {
+        for_each((count + kHigh - 1) / kHigh, [&](int64_t begin, int64_t end) {
+          Buffer<V> parts(2 * kHigh * row);
+          for (int64_t i = begin * kHigh; i < std::min(count, end * kHigh); i += kHigh) {
+            f(i, std::min(kHigh, count - i), parts.get(), parts.get() + kHigh * row);
+          }
+        });
+      };
+      if (d_rows) {
+        const int64_t row = row_of(n_);
+        each_part(rows, row, [&](int64_t first, int64_t count, V* high, V* low) {
+          for (int64_t i = 0; i < count; ++i) pairs.split(P + (first + i) * stride_, n_, high + i * row, low + i * row);
+          add(count, high, row, forth.get(), terms, d_rows + (at + first) * width, false);
+        });
+      }
+      if (d_cols) {
+        const int64_t row = row_of(rows);
+        woven(source_ + at * d_, rows, width, back.get());
+        each_part(n_, row, [&](int64_t first, int64_t count, V* high, V* low) {
+          pairs.split_columns(P + first, stride_, rows, count, high, low, row);
+          add(count, high, row, back.get(), halved(rows), d_cols + first * width, at > 0);
+        });
+      }
+    }
+  }
+
+  // Panels of the first `width` numbers of some rows, by pairs of rows.
+  void woven(const T* from, int64_t rows, int64_t width, V* out) {
+    constexpr int64_t kSome = 128;  // rows of a task
+    const int64_t panels = (width + width_ - 1) / width_, terms = (rows + 1) / 2;
+    for_each((rows + kSome - 1) / kSome, [&](int64_t begin, int64_t end) {
+      const T* row[kSome];
+      for (int64_t i = begin * kSome; i < std::min(rows, end * kSome); i += kSome) {
+        const int64_t count = std::min(kSome, rows - i);
+        for (int64_t l = 0; l < count; ++l) row[l] = from + (i + l) * d_;
+        for (int64_t p = 0; p < panels; ++p) {
+          pair_products<T>()->weave(row, count, p * width_, std::min(width_, width - p * width_),
+                                    out + (p * terms + i / 2) * width_);
+        }
+      }
+    });
+  }
+
   void portable_products(int64_t at, int64_t rows, const V* P, int64_t width, V* d_rows, V* d_cols, V* product) {
     const V* left = wide_rows(at, rows);
     const V* right = kNarrow<T> ? wide_cols_.get() : reinterpret_cast<const V*>(cols_);
@@ -225,6 +315,7 @@ class Sweep {
   const int64_t m_, n_, d_, stride_;
   const bool own_;  // our blocks where the processor has them, elsewhere torch's GEMM
   const int64_t width_, panels_;
+  const bool on_tiles_;  // products of bf16 numbers, or of two for each weight
   const bool few_;
   const int64_t terms_;  // of a product of similarities: numbers, or pairs of them
   const int64_t tile_rows_;

@@ -219,6 +219,52 @@ def test_similarities_of_bfloat16_by_pairs(d):
     assert bool((kept[3][others[3]] == 0).all()) == (multiplies_pairs() and d % 2 == 0)
 
 
+def similarities(rows: Tensor, cols: Tensor, first: int = 0) -> Tensor:
+    """As the C++ library has them, without the rows' own pairs, which are columns ``first`` and so on."""
+    n = len(cols)
+    kept = torch.ops.clipsteer_cpp.drrho_sums(rows, cols, torch.zeros(n), torch.tensor(1e-3), first, True)[2][:, :n]
+    return kept.masked_fill(torch.eye(n, dtype=torch.bool)[first : first + len(rows)], 0.0)
+
+
+@pytest.mark.skipif("cpp" not in FAST, reason="the C++ library is not built")
+@pytest.mark.parametrize(
+    ("rows", "columns", "d"),
+    [(4, 33, 2), (16, 64, 32), (17, 65, 34), (31, 100, 514), (33, 128, 62), (70, 129, 600), (150, 300, 1026)],
+)
+def test_sums_by_pairs_keep_their_bound_and_to_themselves(rows, columns, d):
+    """Heights, widths and lengths about those of tiles; sums that cancel, numbers about and below the smallest normal
+    one, and what one row or column has of NaN and infinities."""
+    g = torch.Generator().manual_seed(d)
+    a, b = (torch.randn(m, d, generator=g) for m in (rows, columns))
+    sign = 1 - 2 * (torch.arange(d) % 2).float()
+    tiny = 2.0 ** torch.randint(-75, -58, (d,), generator=g)
+    cases = {
+        "any": (a, b),
+        "cancelling": (a[:, :1].expand(rows, d) * sign, b[:, :1] + b * 2.0**-7),
+        "lost products": (a * tiny, b * tiny),
+        "lost operands": (a * 2.0**-128, b * 2.0**60),
+        "mixed": (a * 2.0 ** torch.randint(-140, 60, (rows, d), generator=g), b),
+    }
+    own = torch.eye(columns, dtype=torch.bool)[:rows]
+    for name, (x, y) in cases.items():
+        x, y = x.bfloat16(), y.bfloat16()
+        found = similarities(x, y)
+        truth = Similarities(x.double(), y.double(), torch.bfloat16)
+        error = ((found.double() - truth.S).abs() / truth.off)[~own]
+        assert float(error.max()) <= 1, (name, float(error.max()))
+        # beside other rows (no fewer than tiles are for), and what is not finite
+        first = max(0, rows - max(9, rows // 3))
+        assert torch.equal(similarities(x[first:], y, first), found[first:]), name
+        spoilt, others = x.clone(), y.clone()
+        spoilt[rows // 2, d // 2] = torch.nan
+        others[columns // 2, 0] = torch.inf
+        others[columns - 1, d - 1] = -torch.inf
+        clean = torch.ones(rows, columns, dtype=torch.bool)
+        clean[rows // 2] = clean[:, columns // 2] = clean[:, -1] = False
+        assert torch.equal(similarities(spoilt, others)[clean], found[clean]), name
+        assert bool(similarities(spoilt, y)[rows // 2].isnan().sum() >= columns - 1), name
+
+
 def test_bounds_catch_planted_bugs():
     """A pair left out, one side twice, another scale, another target, wrong gradients."""
     shapes = {

@@ -94,7 +94,11 @@ bool tiles_granted(int numbers) {
 PairProducts pairs_on_tiles() {
   PairProducts found = pairs();
 #ifdef CLIPSTEER_BF16
-  if (found.block && tiles_granted(kTilesOfPairs)) found.tiles = bf16::tiles;
+  if (found.block && tiles_granted(kTilesOfPairs)) {
+    found.tiles = bf16::tiles;
+    found.split = bf16::split;
+    found.split_columns = bf16::split_columns;
+  }
 #endif
   return found;
 }

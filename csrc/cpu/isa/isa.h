@@ -310,6 +310,11 @@ struct PairProducts {
   // rows (half a microsecond): many panels at once.
   void (*tiles)(const float* a, int64_t a_row, int64_t rows, const float* b, int64_t b_panel, int64_t k, int64_t columns,
                 float* c, int64_t c_row, bool add) = nullptr;
+  // Float32 numbers as sums of two such, both as pairs along a row, or down columns, whose pairs are then a row each,
+  // out_row apart. Whole lines are written, and whole squares of 16 columns and 16 pairs; what is missing is 0.
+  void (*split)(const float* v, int64_t n, float* high, float* low) = nullptr;
+  void (*split_columns)(const float* v, int64_t stride, int64_t rows, int64_t columns, float* high, float* low,
+                        int64_t out_row) = nullptr;
 };
 
 template <class T>

@@ -1,4 +1,5 @@
-// Products of bf16 numbers by pairs on AMX tiles of 16 rows of 16 pairs, or of 16 sums; included by isa.cpp after halves.h.
+// Products of bf16 numbers by pairs on AMX tiles of 16 rows of 16 pairs, or of 16 sums, and float32 numbers as two of bf16;
+// included by isa.cpp after halves.h.
 #pragma once
 
 namespace clipsteer::bf16 {
@@ -119,5 +120,66 @@ TILES static void tiles(const float* a, int64_t a_row, int64_t rows, const float
 }
 
 #undef TILES
+#define SPLIT __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+
+// v is high + low but for 2^-16 of it and the smallest normal number, `high` in the upper halves of lanes and `low` still to
+// be rounded. High is what v is cut to, and low is of its sign and not 0: an infinity times v is one times either.
+SPLIT static inline void halves(__m512 v, __m512i& high, __m512& low) {
+  constexpr int kZeros = 0x26, kNotFinite = 0x99;
+  const __m512i bits = _mm512_castps_si512(v);
+  high = _mm512_and_si512(bits, _mm512_set1_epi32(int(0xffff0000)));
+  const __mmask16 finite = ~_mm512_fpclass_ps_mask(v, kNotFinite), some = ~_mm512_fpclass_ps_mask(v, kZeros);
+  const __m512i sign = _mm512_and_si512(bits, _mm512_set1_epi32(int(0x80000000)));
+  const __m512 least = _mm512_castsi512_ps(_mm512_or_si512(sign, _mm512_set1_epi32(0x00800000)));
+  low = _mm512_maskz_sub_ps(finite, v, _mm512_castsi512_ps(high));
+  low = _mm512_mask_add_ps(low, some, low, least);
+}
+
+SPLIT static inline __mmask16 lanes(int64_t count) {
+  return __mmask16((1u << std::clamp<int64_t>(count, 0, 16)) - 1);
+}
+
+SPLIT static void split(const float* v, int64_t n, float* high, float* low) {
+  const __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  // the upper halves of both vectors: 1 3 5 ... 63
+  const __m512i twice = _mm512_slli_epi32(count, 2);
+  const __m512i odd = _mm512_or_si512(_mm512_add_epi32(twice, _mm512_set1_epi32(1)),
+                                      _mm512_slli_epi32(_mm512_add_epi32(twice, _mm512_set1_epi32(3)), 16));
+  for (int64_t j = 0; j < n; j += 32, high += 16, low += 16) {
+    __m512i upper[2];
+    __m512 rest[2];
+    for (int h = 0; h < 2; ++h) halves(_mm512_maskz_loadu_ps(lanes(n - j - 16 * h), v + j + 16 * h), upper[h], rest[h]);
+    _mm512_storeu_si512(high, _mm512_permutex2var_epi16(upper[0], odd, upper[1]));
+    _mm512_storeu_si512(low, (__m512i)_mm512_cvtne2ps_pbh(rest[1], rest[0]));
+  }
+}
+
+SPLIT static void split_columns(const float* v, int64_t stride, int64_t rows, int64_t columns, float* high, float* low,
+                                int64_t out_row) {
+  const __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i both = _mm512_or_si512(count, _mm512_slli_epi32(_mm512_add_epi32(count, _mm512_set1_epi32(16)), 16));
+  for (int64_t j = 0; j < columns; j += 16) {
+    const __mmask16 some = lanes(columns - j);
+    for (int64_t i = 0; i < rows; i += 32) {
+      alignas(64) float square[2][16 * 16];
+      for (int64_t r = 0; r < 16; ++r) {
+        __m512i upper[2];
+        __m512 rest[2];
+        for (int64_t h = 0; h < 2; ++h) {
+          const int64_t row = i + 2 * r + h;
+          const __m512 one = row < rows ? _mm512_maskz_loadu_ps(some, v + row * stride + j) : _mm512_setzero_ps();
+          halves(one, upper[h], rest[h]);
+        }
+        _mm512_store_si512(square[0] + 16 * r, _mm512_or_si512(_mm512_srli_epi32(upper[0], 16), upper[1]));
+        const __m512i low_pairs = (__m512i)_mm512_cvtne2ps_pbh(rest[1], rest[0]);
+        _mm512_store_si512(square[1] + 16 * r, _mm512_permutexvar_epi16(both, low_pairs));
+      }
+      avx512::transpose(square[0], 16, high + j * out_row + i / 2, out_row);
+      avx512::transpose(square[1], 16, low + j * out_row + i / 2, out_row);
+    }
+  }
+}
+
+#undef SPLIT
 
 }  // namespace clipsteer::bf16
