@@ -8,12 +8,12 @@ namespace clipsteer {
 // Scales 2^e per dimension, in the middle between those that would level x and those that would level W, and their
 // inverses. They only decide how tight the bounds are, so a sample of the rows will do.
 template <class T>
-void level(const float* x, int64_t rows, const Dictionary<T>& W, float* scale_x, float* scale_w) {
+void level(const T* x, int64_t rows, const Dictionary<T>& W, float* scale_x, float* scale_w) {
   const int64_t d = W.d, taken = std::min<int64_t>(rows, 64);
   std::vector<double> size_x(d), size_w(d);
   for (int64_t s = 0; s < taken; ++s) {
-    const float* row = x + rows * s / taken * d;
-    for (int64_t j = 0; j < d; ++j) size_x[j] += std::abs(row[j]) / double(taken);
+    const T* row = x + rows * s / taken * d;
+    for (int64_t j = 0; j < d; ++j) size_x[j] += std::abs(float(row[j])) / double(taken);
   }
   W.sizes(size_w.data());
   for (int64_t j = 0; j < d; ++j) {
@@ -83,39 +83,39 @@ inline void set_column(ScreenColumns& column, int64_t c, const Digits& digits) {
   column.error[c] = digits.usable ? digits.error * kWiden : 0;
 }
 
-// Rows of x as bytes, and of W, 64 at a time; slots of columns have their own of these.
+// Rows of x as bytes, and of W, 64 at a time; members of a team have their own of these.
 template <class T>
 class Bytes {
  public:
-  Bytes(const Dictionary<T>& W, int64_t slots, int64_t block)
+  Bytes(const Dictionary<T>& W, int64_t members, int64_t block)
       : W_(W),
         width_((W.d + 63) / 64 * 64),
         scale_x_(W.d),
         scale_w_(W.d),
         codes_(padded(block) * width_),
-        flat_(slots * 64 * width_),
-        packed_(slots * 64 * width_) {
+        flat_(members * 64 * width_),
+        packed_(members * 64 * width_) {
     std::fill_n(codes_.get() + block * width_, (padded(block) - block) * width_, uint8_t(0));
   }
 
-  // A block of rows, the same numbers in float32 beside, and whether each can be screened.
-  void take_rows(const T*, const float* wide, int64_t count, ScreenRow* row, char* usable) {
+  // A block of rows comes next.
+  void begin(const T* x, int64_t count) { level(x, count, W_, scale_x_.data(), scale_w_.data()); }
+
+  // Row r of the block, in float32, and whether it can be screened.
+  ScreenRow take_row(int64_t r, const float* wide, char& usable) {
     const Quantise<float>& of_x = isa();
-    level(wide, count, W_, scale_x_.data(), scale_w_.data());
-    for (int64_t r = 0; r < count; ++r) {
-      Digits digits;
-      uint8_t* code = codes_.get() + r * width_;
-      of_x.quantise(wide + r * W_.d, scale_x_.data(), W_.d, width_, reinterpret_cast<int8_t*>(code), digits);
-      for (int64_t i = 0; i < width_; ++i) code[i] ^= 0x80;
-      usable[r] = digits.usable;
-      row[r] = bounded(digits, W_.d);
-    }
+    Digits digits;
+    uint8_t* code = codes_.get() + r * width_;
+    of_x.quantise(wide, scale_x_.data(), W_.d, width_, reinterpret_cast<int8_t*>(code), digits);
+    for (int64_t i = 0; i < width_; ++i) code[i] ^= 0x80;
+    usable = digits.usable;
+    return bounded(digits, W_.d);
   }
 
-  void take_columns(int64_t slot, const T* const* feature, int64_t columns, ScreenColumns& column) const {
+  void take_columns(int64_t member, const T* const* feature, int64_t columns, ScreenColumns& column) const {
     const Quantise<T>& of_w = isa();
     const int64_t quads = width_ / 4;
-    int8_t* bytes = flat_.get() + slot * 64 * width_;
+    int8_t* bytes = flat_.get() + member * 64 * width_;
     for (int64_t c = 0; c < columns; ++c) {
       Digits digits;
       of_w.quantise(feature[c], scale_w_.data(), W_.d, width_, bytes + c * width_, digits);
@@ -123,19 +123,20 @@ class Bytes {
       column.offset[c] = digits.usable ? -128 * digits.sum : 0;
     }
     kernels<float>().pack(reinterpret_cast<const float*>(bytes), quads, columns, quads,
-                          reinterpret_cast<float*>(panel(slot)));
+                          reinterpret_cast<float*>(panel(member)));
   }
 
-  // A bit for each of the columns that were taken last, for each row.
-  void screen(int64_t slot, const T* const*, const ScreenRow* row, int64_t count, int64_t, const ScreenColumns& column,
-              const ScreenAhead& next, uint64_t* pass) const {
+  // A bit for each of the columns that were taken last, for each row from the `first` of the block on, a multiple of
+  // kScreenTile.
+  void screen(int64_t member, const T* const*, int64_t first, const ScreenRow* row, int64_t count, int64_t,
+              const ScreenColumns& column, const ScreenAhead& next, uint64_t* pass) const {
     const Screening& bytes = isa();
-    bytes.screen(codes_.get(), width_, row, count, panel(slot), column, next, pass);
+    bytes.screen(codes_.get() + first * width_, width_, row, count, panel(member), column, next, pass);
   }
 
  private:
   static int64_t padded(int64_t block) { return (block + kScreenTile - 1) / kScreenTile * kScreenTile; }
-  int8_t* panel(int64_t slot) const { return packed_.get() + slot * 64 * width_; }
+  int8_t* panel(int64_t member) const { return packed_.get() + member * 64 * width_; }
 
   const Dictionary<T>& W_;
   const int64_t width_;
@@ -149,42 +150,43 @@ class Pairs {
  public:
   using T = BFloat16;
 
-  Pairs(const Dictionary<T>& W, int64_t slots, int64_t block)
+  Pairs(const Dictionary<T>& W, int64_t members, int64_t block)
       : W_(W),
         width_((W.d + 1) / 2 * 2),
         in_place_(W.d % 2 == 0 && (W.transposed() || !W.columns)),
         rows_(in_place_ ? 0 : block * width_),
-        features_(in_place_ ? 0 : slots * 64 * width_),
-        products_(slots * block * 64),
+        features_(in_place_ ? 0 : members * 64 * width_),
+        products_(members * block * 64),
         left_(block),
         block_(block) {}
 
-  void take_rows(const T* x, const float*, int64_t count, ScreenRow* row, char* usable) {
-    for (int64_t r = 0; r < count; ++r) {
-      const T* own = x + r * W_.d;
-      left_[r] = as_pairs(in_place_ ? own : copied(own, rows_.get() + r * width_));
-      const Digits digits = measured(own, left_[r]);
-      usable[r] = digits.usable;
-      row[r] = bounded(digits, W_.d);
-    }
+  void begin(const T* x, int64_t) { x_ = x; }
+
+  ScreenRow take_row(int64_t r, const float*, char& usable) {
+    const T* own = x_ + r * W_.d;
+    left_[r] = as_pairs(in_place_ ? own : copied(own, rows_.get() + r * width_));
+    const Digits digits = measured(own, left_[r]);
+    usable = digits.usable;
+    return bounded(digits, W_.d);
   }
 
-  void take_columns(int64_t slot, const T* const* feature, int64_t columns, ScreenColumns& column) const {
-    for (int64_t c = 0; c < columns && !in_place_; ++c) copied(feature[c], features_.get() + (slot * 64 + c) * width_);
+  void take_columns(int64_t member, const T* const* feature, int64_t columns, ScreenColumns& column) const {
+    for (int64_t c = 0; c < columns && !in_place_; ++c) copied(feature[c], features_.get() + (member * 64 + c) * width_);
     float square[64];
-    squares(first(slot, feature), columns, square);
+    squares(as_pairs(feature, member), columns, square);
     for (int64_t c = 0; c < columns; ++c) set_column(column, c, measured(feature[c], square[c]));
   }
 
-  void screen(int64_t slot, const T* const* feature, const ScreenRow* row, int64_t count, int64_t columns,
-              const ScreenColumns& column, const ScreenAhead& next, uint64_t* pass) const {
+  void screen(int64_t member, const T* const* feature, int64_t first, const ScreenRow* row, int64_t count,
+              int64_t columns, const ScreenColumns& column, const ScreenAhead& next, uint64_t* pass) const {
     const PairScreening& pairs = isa();
     const int64_t k = width_ / 2;
-    pairs.sift(left_.data(), row, count, first(slot, feature), k, columns, k, column, next, product(slot, 0), pass);
+    pairs.sift(left_.data() + first, row, count, as_pairs(feature, member), k, columns, k, column, next,
+               product(member, first), pass);
   }
 
-  // The products of row r with the columns that were taken last.
-  float* product(int64_t slot, int64_t r) const { return products_.get() + (slot * block_ + r) * 64; }
+  // The products of row r of the block with the columns that were taken last.
+  float* product(int64_t member, int64_t r) const { return products_.get() + (member * block_ + r) * 64; }
 
  private:
   static const float* as_pairs(const T* row) { return reinterpret_cast<const float*>(row); }
@@ -194,8 +196,8 @@ class Pairs {
     std::fill(into + W_.d, into + width_, T(0));
     return into;
   }
-  const float* first(int64_t slot, const T* const* feature) const {
-    return as_pairs(in_place_ ? feature[0] : features_.get() + slot * 64 * width_);
+  const float* as_pairs(const T* const* feature, int64_t member) const {
+    return as_pairs(in_place_ ? feature[0] : features_.get() + member * 64 * width_);
   }
   void squares(const float* rows, int64_t count, float* out) const {
     const PairScreening& pairs = isa();
@@ -227,6 +229,7 @@ class Pairs {
   const Dictionary<T>& W_;
   const int64_t width_;
   const bool in_place_;
+  const T* x_ = nullptr;
   Buffer<T> rows_, features_;
   Buffer<float> products_;
   std::vector<const float*> left_;
