@@ -23,7 +23,7 @@ struct Team {
     slots = std::max<int64_t>(std::min(threads / groups, (n + 63) / 64), 1);
     const int64_t blocks = std::max<int64_t>((rows + groups * most - 1) / (groups * most), 1), parts = groups * blocks;
     each = std::max<int64_t>((rows + parts - 1) / parts, 1);
-    if (groups > 1) each = (each + kScreenTile - 1) / kScreenTile * kScreenTile;
+    if (groups > 1) each = padded(each);
   }
   int64_t searches() const { return groups * slots; }
   int64_t block() const { return groups * each; }

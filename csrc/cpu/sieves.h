@@ -49,7 +49,9 @@ void level(const T* x, int64_t rows, const Dictionary<T>& W, float* scale_x, flo
 // By pairs, x^ and w^ are rows of bf16 numbers as they are, so that nothing is rounded but the float32 sum of their
 // products. What that loses is derived at `flushed` of ops/_bounds.py: (d + 1) u of |x| |w|, where by bytes a sum of
 // integers loses nothing, and underflow, at most 2^-126 (2 d + |x|_1 + |w|_1), which is below d 2^-100, against d 2^-71. So
-// rounding() is enough: 2 d + 5, and 33 of a column's factor, in place of 2 d + 64.
+// rounding() is enough: 2 d + 5, and 33 of a column's factor, in place of 2 d + 64. On AMX tiles even and odd products of 16
+// pairs are each added up in one chain, then both to each other, then to the sum; operands and results below 2^-126 are 0.
+// A sum of d products takes d - 1 additions that can round, in any order, so both of these hold of it too.
 constexpr float kWiden = 1 + 1.0f / 256, kBiasMargin = 1.0f / (1 << 18);
 constexpr float kLeastFactor = 1.0f / (int64_t(1) << 32), kMostFactor = int64_t(1) << 32;
 
@@ -71,6 +73,8 @@ inline void multiply_column(ScreenColumns& column, int64_t c, float factor) {
 // than the bound is above them, so that is twice the error and twice the bias's margin; the rest is more than evaluating it
 // takes, a few u of each.
 inline float lowered(float error, float base) { return 2.25f * error + 4 * kBiasMargin * std::abs(base); }
+
+inline int64_t padded(int64_t rows) { return (rows + kScreenTile - 1) / kScreenTile * kScreenTile; }
 
 // A row's part of ScreenRow, and a column's of ScreenColumns.
 inline ScreenRow bounded(const Digits& digits, int64_t d) {
@@ -135,7 +139,6 @@ class Bytes {
   }
 
  private:
-  static int64_t padded(int64_t block) { return (block + kScreenTile - 1) / kScreenTile * kScreenTile; }
   int8_t* panel(int64_t member) const { return packed_.get() + member * 64 * width_; }
 
   const Dictionary<T>& W_;
@@ -156,15 +159,21 @@ class Pairs {
         in_place_(W.d % 2 == 0 && (W.transposed() || !W.columns)),
         rows_(in_place_ ? 0 : block * width_),
         features_(in_place_ ? 0 : members * 64 * width_),
-        products_(members * block * 64),
+        products_(members * padded(block) * 64),
         left_(block),
-        block_(block) {}
+        group_(kScreenTile * ((width_ / 2 + 15) / 16 * 16)),
+        woven_(on_tiles() ? padded(block) / kScreenTile * group_ : 0),
+        block_(padded(block)) {
+    if (on_tiles()) std::fill_n(woven_.get(), block_ / kScreenTile * group_, 0.0f);
+  }
 
   void begin(const T* x, int64_t) { x_ = x; }
 
   ScreenRow take_row(int64_t r, const float*, char& usable) {
     const T* own = x_ + r * W_.d;
     left_[r] = as_pairs(in_place_ ? own : copied(own, rows_.get() + r * width_));
+    float* woven = woven_.get() + r / kScreenTile * group_ + r % kScreenTile;
+    for (int64_t q = 0; on_tiles() && q < width_ / 2; ++q) std::memcpy(woven + q * kScreenTile, left_[r] + q, 4);
     const Digits digits = measured(own, left_[r]);
     usable = digits.usable;
     return bounded(digits, W_.d);
@@ -181,8 +190,12 @@ class Pairs {
               int64_t columns, const ScreenColumns& column, const ScreenAhead& next, uint64_t* pass) const {
     const PairScreening& pairs = isa();
     const int64_t k = width_ / 2;
-    pairs.sift(left_.data() + first, row, count, as_pairs(feature, member), k, columns, k, column, next,
-               product(member, first), pass);
+    const float* w = as_pairs(feature, member);
+    if (on_tiles()) {
+      const float* x = woven_.get() + first / kScreenTile * group_;
+      return pairs.sift_tiles(x, group_, row, count, w, k, columns, k, column, next, product(member, first), pass);
+    }
+    pairs.sift(left_.data() + first, row, count, w, k, columns, k, column, next, product(member, first), pass);
   }
 
   // The products of row r of the block with the columns that were taken last.
@@ -190,6 +203,10 @@ class Pairs {
 
  private:
   static const float* as_pairs(const T* row) { return reinterpret_cast<const float*>(row); }
+  static bool on_tiles() {
+    const PairScreening& pairs = isa();
+    return pairs.sift_tiles;
+  }
 
   const T* copied(const T* row, T* into) const {
     std::copy_n(row, W_.d, into);
@@ -233,6 +250,8 @@ class Pairs {
   Buffer<T> rows_, features_;
   Buffer<float> products_;
   std::vector<const float*> left_;
+  const int64_t group_;  // of as many rows as a tile has, woven: a pair of each, then the next
+  Buffer<float> woven_;
   const int64_t block_;
 };
 

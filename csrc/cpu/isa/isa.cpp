@@ -77,12 +77,23 @@ PairScreening screening_by_pairs() {
 #ifdef CLIPSTEER_AMX
 constexpr Screening kTiles = screening_by(vnni::screen_tiles);
 
-// Whether the processor has AMX for bytes and the kernel lets this process use it.
-bool tiles_granted() {
+// What AMX multiplies, as bits of the processor's description.
+constexpr int kTilesOfPairs = 22, kTilesOfBytes = 25;
+
+// Whether the processor has AMX for these and the kernel lets this process use it.
+bool tiles_granted(int numbers) {
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> numbers & 1)) return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+PairScreening screening_on_tiles() {
+  PairScreening found = screening_by_pairs();
+#ifdef CLIPSTEER_BF16
+  if (found.sift && tiles_granted(kTilesOfPairs)) found.sift_tiles = bf16::sift_tiles;
+#endif
+  return found;
 }
 #endif
 
@@ -110,7 +121,7 @@ Isa choose() {
   if (highest >= 2 && has_avx512) {
     if (highest == 2 || !__builtin_cpu_supports("avx512vnni")) return kAvx512;
 #ifdef CLIPSTEER_AMX
-    if (highest >= 4 && tiles_granted()) return avx512::table(3, kTiles, pairs(), screening_by_pairs());
+    if (highest >= 4 && tiles_granted(kTilesOfBytes)) return avx512::table(3, kTiles, pairs(), screening_on_tiles());
 #endif
     return avx512::table(2, kBytes, pairs(), screening_by_pairs());
   }
