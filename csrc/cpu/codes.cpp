@@ -2,6 +2,8 @@
 // without a (B, n) buffer.
 #include "screening.h"
 
+#include <atomic>
+
 namespace clipsteer {
 namespace {
 
@@ -56,30 +58,55 @@ struct Above : Found<V> {
 };
 
 // The `most` largest positive ones of all rows. Rows come in blocks and columns in panels, so one that equals the least
-// of them may still come before it.
+// of them may still come before it. Each of several searches says above what it has its share of as many: as many are above
+// the least that is said.
 template <class V>
 struct Largest : Found<V> {
-  int64_t most;
+  using Said = std::vector<std::atomic<V>>;
+  int64_t most, share, room = 0;
+  Said& said;
+  int64_t own;
   V limit = 0;  // what is wanted is larger
 
-  Largest(int64_t rows, int64_t number) : Found<V>(rows), most(number) {}
+  Largest(int64_t rows, int64_t number, Said& all, int64_t place)
+      : Found<V>(rows), most(number), share((number + int64_t(all.size()) - 1) / int64_t(all.size())), said(all),
+        own(place) {
+    make_room();
+  }
   V bound(int64_t) const { return limit; }
   V panel_bound(int64_t) const { return limit; }
   void take(int64_t r, V value, int64_t column) {
     this->nan[this->first + r] |= value != value;
     if (!(value > limit)) return;
     this->entries.push_back({value, int32_t(this->first + r), int32_t(column)});
-    if (int64_t(this->entries.size()) >= 2 * most + 1024) cut();
+    if (int64_t(this->entries.size()) >= room) cut();
   }
   void cut() {
     std::vector<Entry<V>>& all = this->entries;
-    if (int64_t(all.size()) <= most) return;
     if (most == 0) return all.clear();
-    std::nth_element(all.begin(), all.begin() + (most - 1), all.end(), std::greater<>());
-    all.resize(most);
-    // never below zero, nor a number that the processor may read as zero
-    const V lower = std::nextafter(all[most - 1].value, V(0));
-    limit = lower >= std::numeric_limits<V>::min() ? lower : V(0);
+    if (int64_t(all.size()) > share) {
+      said[own].store(below(share), std::memory_order_relaxed);
+      V least = std::numeric_limits<V>::infinity();
+      for (const std::atomic<V>& one : said) least = std::min(least, one.load(std::memory_order_relaxed));
+      limit = std::max(limit, least);
+      all.erase(std::remove_if(all.begin(), all.end(), [&](const Entry<V>& e) { return e.value <= limit; }), all.end());
+    }
+    if (int64_t(all.size()) > most) {
+      limit = std::max(limit, below(most));
+      all.resize(most);
+    }
+    make_room();
+  }
+
+ private:
+  void make_room() { room = std::max(share, int64_t(this->entries.size())) + share + 1024; }
+  // Just below the rank-th largest, which comes to its place; never below zero, nor a number that the processor may read as
+  // zero.
+  V below(int64_t rank) {
+    std::vector<Entry<V>>& all = this->entries;
+    std::nth_element(all.begin(), all.begin() + (rank - 1), all.end(), std::greater<>());
+    const V lower = std::nextafter(all[rank - 1].value, V(0));
+    return lower >= std::numeric_limits<V>::min() ? lower : V(0);
   }
 };
 
@@ -140,14 +167,13 @@ std::vector<char> gather(std::vector<Search>& searches, std::vector<Entry<V>>& a
 }
 
 template <class T, class Search>
-void search(const T* x, const Dictionary<T>& W, const float* threshold, int64_t rows, int64_t expected,
-            std::vector<Search>& searches) {
+void search(const T* x, const Dictionary<T>& W, const float* threshold, int64_t rows, const Team& team,
+            int64_t expected, std::vector<Search>& searches) {
   if constexpr (!std::is_same_v<T, double>) {
     const Screen screen = best_screen(rows, W, expected);
     if (screen != Screen::none) {
-      const int64_t block = std::min(rows, kScreenRows);
-      const auto finish = [](int64_t, int64_t, const int64_t*) {};
-      return search_screened(x, W, threshold, rows, block, expected, searches, screen, finish);
+      const auto finish = [](int64_t, int64_t, int64_t, const int64_t*) {};
+      return search_screened(x, W, threshold, rows, team, expected, searches, screen, finish);
     }
   }
   search_whole(x, W, rows, searches);
@@ -173,8 +199,6 @@ void write(const Codes<Compute<T>>& codes, const Dictionary<T>& W, int64_t capac
   std::copy(codes.offsets.begin(), codes.offsets.end(), offsets);
 }
 
-int64_t slots_for(int64_t n) { return std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), n / 64)); }
-
 // One threshold, or one a feature.
 void check_threshold(const char* op, const Tensor& threshold, const Tensor& x, int64_t features) {
   const int64_t number = threshold.numel();
@@ -198,11 +222,12 @@ Codes<Compute<T>> codes_above(const Tensor& x, const Dictionary<T>& W, const Ten
   for (int64_t i = 0; i < number; ++i) changed[i] = T(change(V(data<T>(threshold)[i])));
   const V one = single ? V(changed[0]) : V(0);
   const V* limits = single ? &one : W.values(changed.data(), store);
+  const Team team(rows, W.n, kScreenRows);
   std::vector<Above<V>> searches;
-  for (int64_t s = 0; s < slots_for(W.n); ++s) searches.emplace_back(rows, limits, single ? 1 : W.n, single);
+  for (int64_t m = 0; m < team.searches(); ++m) searches.emplace_back(rows, limits, single ? 1 : W.n, single);
   const float* own = nullptr;
   if constexpr (std::is_same_v<V, float>) own = single ? nullptr : limits;
-  if (rows > 0 && W.n > 0) search(data<T>(x), W, own, rows, 0, searches);
+  if (rows > 0 && W.n > 0) search(data<T>(x), W, own, rows, team, 0, searches);
   std::vector<Entry<V>> all;
   const std::vector<char> nan = gather<V>(searches, all, rows);
   return in_order<V>(all, nan, rows);
@@ -297,13 +322,15 @@ std::tuple<Tensor, Tensor, Tensor> batch_topk_encode(Tensor x, Tensor w_enc, std
     const int64_t each = rows ? (count + rows - 1) / rows : 0;
     std::vector<char> nan(rows);
     std::vector<Entry<V>> all;
+    const Team team(rows, W.n, kScreenRows);
     for (bool again = count > 0 && rows > 0 && W.n > 0; again;) {
+      typename Largest<V>::Said said(team.searches());
       std::vector<Largest<V>> searches;
-      for (int64_t s = 0; s < slots_for(W.n); ++s) {
-        searches.emplace_back(rows, count);
+      for (int64_t m = 0; m < team.searches(); ++m) {
+        searches.emplace_back(rows, count, said, m);
         searches.back().nan = nan;
       }
-      search(data<T>(x), W, nullptr, rows, each, searches);
+      search(data<T>(x), W, nullptr, rows, team, each, searches);
       all.clear();
       const std::vector<char> seen = gather<V>(searches, all, rows);
       // a row with a NaN may have crowded others out before the NaN was met: once more without it
@@ -311,7 +338,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_topk_encode(Tensor x, Tensor w_enc, std
       nan = seen;
     }
     // the one code of a row with a NaN is among them
-    Largest<V> joint(0, std::max<int64_t>(count - std::count(nan.begin(), nan.end(), 1), 0));
+    typename Largest<V>::Said said(1);
+    Largest<V> joint(0, std::max<int64_t>(count - std::count(nan.begin(), nan.end(), 1), 0), said, 0);
     joint.entries = std::move(all);
     joint.cut();
     write<T>(in_order<V>(joint.entries, nan, rows), W, size, data<T>(values), data<int64_t>(indices),

@@ -8,12 +8,12 @@ namespace clipsteer {
 // Scales 2^e per dimension, in the middle between those that would level x and those that would level W, and their
 // inverses. They only decide how tight the bounds are, so a sample of the rows will do.
 template <class T>
-void level(const float* x, int64_t rows, const Dictionary<T>& W, float* scale_x, float* scale_w) {
+void level(const T* x, int64_t rows, const Dictionary<T>& W, float* scale_x, float* scale_w) {
   const int64_t d = W.d, taken = std::min<int64_t>(rows, 64);
   std::vector<double> size_x(d), size_w(d);
   for (int64_t s = 0; s < taken; ++s) {
-    const float* row = x + rows * s / taken * d;
-    for (int64_t j = 0; j < d; ++j) size_x[j] += std::abs(row[j]) / double(taken);
+    const T* row = x + rows * s / taken * d;
+    for (int64_t j = 0; j < d; ++j) size_x[j] += std::abs(float(row[j])) / double(taken);
   }
   W.sizes(size_w.data());
   for (int64_t j = 0; j < d; ++j) {
@@ -49,7 +49,9 @@ void level(const float* x, int64_t rows, const Dictionary<T>& W, float* scale_x,
 // By pairs, x^ and w^ are rows of bf16 numbers as they are, so that nothing is rounded but the float32 sum of their
 // products. What that loses is derived at `flushed` of ops/_bounds.py: (d + 1) u of |x| |w|, where by bytes a sum of
 // integers loses nothing, and underflow, at most 2^-126 (2 d + |x|_1 + |w|_1), which is below d 2^-100, against d 2^-71. So
-// rounding() is enough: 2 d + 5, and 33 of a column's factor, in place of 2 d + 64.
+// rounding() is enough: 2 d + 5, and 33 of a column's factor, in place of 2 d + 64. On AMX tiles even and odd products of 16
+// pairs are each added up in one chain, then both to each other, then to the sum; operands and results below 2^-126 are 0.
+// A sum of d products takes d - 1 additions that can round, in any order, so both of these hold of it too.
 constexpr float kWiden = 1 + 1.0f / 256, kBiasMargin = 1.0f / (1 << 18);
 constexpr float kLeastFactor = 1.0f / (int64_t(1) << 32), kMostFactor = int64_t(1) << 32;
 
@@ -72,6 +74,8 @@ inline void multiply_column(ScreenColumns& column, int64_t c, float factor) {
 // takes, a few u of each.
 inline float lowered(float error, float base) { return 2.25f * error + 4 * kBiasMargin * std::abs(base); }
 
+inline int64_t padded(int64_t rows) { return (rows + kScreenTile - 1) / kScreenTile * kScreenTile; }
+
 // A row's part of ScreenRow, and a column's of ScreenColumns.
 inline ScreenRow bounded(const Digits& digits, int64_t d) {
   const float norm = digits.norm, error = digits.error;
@@ -83,39 +87,39 @@ inline void set_column(ScreenColumns& column, int64_t c, const Digits& digits) {
   column.error[c] = digits.usable ? digits.error * kWiden : 0;
 }
 
-// Rows of x as bytes, and of W, 64 at a time; slots of columns have their own of these.
+// Rows of x as bytes, and of W, 64 at a time; members of a team have their own of these.
 template <class T>
 class Bytes {
  public:
-  Bytes(const Dictionary<T>& W, int64_t slots, int64_t block)
+  Bytes(const Dictionary<T>& W, int64_t members, int64_t block)
       : W_(W),
         width_((W.d + 63) / 64 * 64),
         scale_x_(W.d),
         scale_w_(W.d),
         codes_(padded(block) * width_),
-        flat_(slots * 64 * width_),
-        packed_(slots * 64 * width_) {
+        flat_(members * 64 * width_),
+        packed_(members * 64 * width_) {
     std::fill_n(codes_.get() + block * width_, (padded(block) - block) * width_, uint8_t(0));
   }
 
-  // A block of rows, the same numbers in float32 beside, and whether each can be screened.
-  void take_rows(const T*, const float* wide, int64_t count, ScreenRow* row, char* usable) {
+  // A block of rows comes next.
+  void begin(const T* x, int64_t count) { level(x, count, W_, scale_x_.data(), scale_w_.data()); }
+
+  // Row r of the block, in float32, and whether it can be screened.
+  ScreenRow take_row(int64_t r, const float* wide, char& usable) {
     const Quantise<float>& of_x = isa();
-    level(wide, count, W_, scale_x_.data(), scale_w_.data());
-    for (int64_t r = 0; r < count; ++r) {
-      Digits digits;
-      uint8_t* code = codes_.get() + r * width_;
-      of_x.quantise(wide + r * W_.d, scale_x_.data(), W_.d, width_, reinterpret_cast<int8_t*>(code), digits);
-      for (int64_t i = 0; i < width_; ++i) code[i] ^= 0x80;
-      usable[r] = digits.usable;
-      row[r] = bounded(digits, W_.d);
-    }
+    Digits digits;
+    uint8_t* code = codes_.get() + r * width_;
+    of_x.quantise(wide, scale_x_.data(), W_.d, width_, reinterpret_cast<int8_t*>(code), digits);
+    for (int64_t i = 0; i < width_; ++i) code[i] ^= 0x80;
+    usable = digits.usable;
+    return bounded(digits, W_.d);
   }
 
-  void take_columns(int64_t slot, const T* const* feature, int64_t columns, ScreenColumns& column) const {
+  void take_columns(int64_t member, const T* const* feature, int64_t columns, ScreenColumns& column) const {
     const Quantise<T>& of_w = isa();
     const int64_t quads = width_ / 4;
-    int8_t* bytes = flat_.get() + slot * 64 * width_;
+    int8_t* bytes = flat_.get() + member * 64 * width_;
     for (int64_t c = 0; c < columns; ++c) {
       Digits digits;
       of_w.quantise(feature[c], scale_w_.data(), W_.d, width_, bytes + c * width_, digits);
@@ -123,19 +127,19 @@ class Bytes {
       column.offset[c] = digits.usable ? -128 * digits.sum : 0;
     }
     kernels<float>().pack(reinterpret_cast<const float*>(bytes), quads, columns, quads,
-                          reinterpret_cast<float*>(panel(slot)));
+                          reinterpret_cast<float*>(panel(member)));
   }
 
-  // A bit for each of the columns that were taken last, for each row.
-  void screen(int64_t slot, const T* const*, const ScreenRow* row, int64_t count, int64_t, const ScreenColumns& column,
-              const ScreenAhead& next, uint64_t* pass) const {
+  // A bit for each of the columns that were taken last, for each row from the `first` of the block on, a multiple of
+  // kScreenTile.
+  void screen(int64_t member, const T* const*, int64_t first, const ScreenRow* row, int64_t count, int64_t,
+              const ScreenColumns& column, const ScreenAhead& next, uint64_t* pass) const {
     const Screening& bytes = isa();
-    bytes.screen(codes_.get(), width_, row, count, panel(slot), column, next, pass);
+    bytes.screen(codes_.get() + first * width_, width_, row, count, panel(member), column, next, pass);
   }
 
  private:
-  static int64_t padded(int64_t block) { return (block + kScreenTile - 1) / kScreenTile * kScreenTile; }
-  int8_t* panel(int64_t slot) const { return packed_.get() + slot * 64 * width_; }
+  int8_t* panel(int64_t member) const { return packed_.get() + member * 64 * width_; }
 
   const Dictionary<T>& W_;
   const int64_t width_;
@@ -149,53 +153,68 @@ class Pairs {
  public:
   using T = BFloat16;
 
-  Pairs(const Dictionary<T>& W, int64_t slots, int64_t block)
+  Pairs(const Dictionary<T>& W, int64_t members, int64_t block)
       : W_(W),
         width_((W.d + 1) / 2 * 2),
         in_place_(W.d % 2 == 0 && (W.transposed() || !W.columns)),
         rows_(in_place_ ? 0 : block * width_),
-        features_(in_place_ ? 0 : slots * 64 * width_),
-        products_(slots * block * 64),
+        features_(in_place_ ? 0 : members * 64 * width_),
+        products_(members * padded(block) * 64),
         left_(block),
-        block_(block) {}
-
-  void take_rows(const T* x, const float*, int64_t count, ScreenRow* row, char* usable) {
-    for (int64_t r = 0; r < count; ++r) {
-      const T* own = x + r * W_.d;
-      left_[r] = as_pairs(in_place_ ? own : copied(own, rows_.get() + r * width_));
-      const Digits digits = measured(own, left_[r]);
-      usable[r] = digits.usable;
-      row[r] = bounded(digits, W_.d);
-    }
+        group_(kScreenTile * ((width_ / 2 + 15) / 16 * 16)),
+        woven_(on_tiles() ? padded(block) / kScreenTile * group_ : 0),
+        block_(padded(block)) {
+    if (on_tiles()) std::fill_n(woven_.get(), block_ / kScreenTile * group_, 0.0f);
   }
 
-  void take_columns(int64_t slot, const T* const* feature, int64_t columns, ScreenColumns& column) const {
-    for (int64_t c = 0; c < columns && !in_place_; ++c) copied(feature[c], features_.get() + (slot * 64 + c) * width_);
+  void begin(const T* x, int64_t) { x_ = x; }
+
+  ScreenRow take_row(int64_t r, const float*, char& usable) {
+    const T* own = x_ + r * W_.d;
+    left_[r] = as_pairs(in_place_ ? own : copied(own, rows_.get() + r * width_));
+    float* woven = woven_.get() + r / kScreenTile * group_ + r % kScreenTile;
+    for (int64_t q = 0; on_tiles() && q < width_ / 2; ++q) std::memcpy(woven + q * kScreenTile, left_[r] + q, 4);
+    const Digits digits = measured(own, left_[r]);
+    usable = digits.usable;
+    return bounded(digits, W_.d);
+  }
+
+  void take_columns(int64_t member, const T* const* feature, int64_t columns, ScreenColumns& column) const {
+    for (int64_t c = 0; c < columns && !in_place_; ++c) copied(feature[c], features_.get() + (member * 64 + c) * width_);
     float square[64];
-    squares(first(slot, feature), columns, square);
+    squares(as_pairs(feature, member), columns, square);
     for (int64_t c = 0; c < columns; ++c) set_column(column, c, measured(feature[c], square[c]));
   }
 
-  void screen(int64_t slot, const T* const* feature, const ScreenRow* row, int64_t count, int64_t columns,
-              const ScreenColumns& column, const ScreenAhead& next, uint64_t* pass) const {
+  void screen(int64_t member, const T* const* feature, int64_t first, const ScreenRow* row, int64_t count,
+              int64_t columns, const ScreenColumns& column, const ScreenAhead& next, uint64_t* pass) const {
     const PairScreening& pairs = isa();
     const int64_t k = width_ / 2;
-    pairs.sift(left_.data(), row, count, first(slot, feature), k, columns, k, column, next, product(slot, 0), pass);
+    const float* w = as_pairs(feature, member);
+    if (on_tiles()) {
+      const float* x = woven_.get() + first / kScreenTile * group_;
+      return pairs.sift_tiles(x, group_, row, count, w, k, columns, k, column, next, product(member, first), pass);
+    }
+    pairs.sift(left_.data() + first, row, count, w, k, columns, k, column, next, product(member, first), pass);
   }
 
-  // The products of row r with the columns that were taken last.
-  float* product(int64_t slot, int64_t r) const { return products_.get() + (slot * block_ + r) * 64; }
+  // The products of row r of the block with the columns that were taken last.
+  float* product(int64_t member, int64_t r) const { return products_.get() + (member * block_ + r) * 64; }
 
  private:
   static const float* as_pairs(const T* row) { return reinterpret_cast<const float*>(row); }
+  static bool on_tiles() {
+    const PairScreening& pairs = isa();
+    return pairs.sift_tiles;
+  }
 
   const T* copied(const T* row, T* into) const {
     std::copy_n(row, W_.d, into);
     std::fill(into + W_.d, into + width_, T(0));
     return into;
   }
-  const float* first(int64_t slot, const T* const* feature) const {
-    return as_pairs(in_place_ ? feature[0] : features_.get() + slot * 64 * width_);
+  const float* as_pairs(const T* const* feature, int64_t member) const {
+    return as_pairs(in_place_ ? feature[0] : features_.get() + member * 64 * width_);
   }
   void squares(const float* rows, int64_t count, float* out) const {
     const PairScreening& pairs = isa();
@@ -227,9 +246,12 @@ class Pairs {
   const Dictionary<T>& W_;
   const int64_t width_;
   const bool in_place_;
+  const T* x_ = nullptr;
   Buffer<T> rows_, features_;
   Buffer<float> products_;
   std::vector<const float*> left_;
+  const int64_t group_;  // of as many rows as a tile has, woven: a pair of each, then the next
+  Buffer<float> woven_;
   const int64_t block_;
 };
 

@@ -72,7 +72,7 @@ Screen best_screen(int64_t rows, const Dictionary<T>& W, int64_t k) {
     const PairScreening& pairs = isa();
     const int64_t least = W.transposed() ? few_rows() + 1 : 4, most = W.n < 16384 ? 80 : 40;
     const bool pays = rows >= least && W.n >= 1024 && k <= W.n / 32;
-    if (pairs.sift && pays && (rows <= most || !bytes)) return Screen::pairs;
+    if (pairs.sift && pays && (rows <= most || !bytes || pairs.sift_tiles)) return Screen::pairs;
   }
   return bytes ? Screen::bytes : Screen::none;
 }

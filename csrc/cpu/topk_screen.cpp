@@ -123,9 +123,9 @@ struct Waiting {
 };
 
 template <class Search>
-std::vector<Search> searches_of(int64_t slots, int64_t block, int64_t k) {
+std::vector<Search> searches_of(const Team& team, int64_t k) {
   std::vector<Search> searches;
-  for (int64_t s = 0; s < slots; ++s) searches.emplace_back(block, k);
+  for (int64_t m = 0; m < team.searches(); ++m) searches.emplace_back(team.each, k);
   return searches;
 }
 
@@ -134,33 +134,34 @@ std::vector<Search> searches_of(int64_t slots, int64_t block, int64_t k) {
 template <class T>
 void screened(const T* x, const Dictionary<T>& W, int64_t rows, int64_t k, bool relu, Screen screen, T* acts,
               int64_t* indices, int64_t* computed) {
-  const int64_t slots = std::min<int64_t>(torch::stable::get_num_threads(), (W.n + 63) / 64);
   const int64_t row_bytes = Waiting::room_for(k) * int64_t(sizeof(Waiting::Entry));  // the larger of both
-  const int64_t room = kScratchBytes / (slots * row_bytes);
-  const int64_t block = std::min({rows, kScreenRows, std::max<int64_t>(room, 64)});
+  const int64_t room = kScratchBytes / (torch::stable::get_num_threads() * row_bytes);
+  const Team team(rows, W.n, std::clamp<int64_t>(room, Team::kLeastRows, kScreenRows));
   const auto searched_by = [&](auto searches) {
-    std::vector<Key32> merged;
-    std::vector<float> wide(k);
-    const auto finish = [&](int64_t r0, int64_t count, const int64_t* work) {
-      for (int64_t r = 0; r < count; ++r) {
+    const auto finish = [&](int64_t r0, int64_t begin, int64_t end, const int64_t* work) {
+      std::vector<Key32> merged;
+      std::vector<float> wide(k);
+      for (int64_t r = begin; r < end; ++r) {
+        const auto* found = &searches[r / team.each * team.slots];
+        const int64_t own = r % team.each;
         bool nan = false;
         merged.clear();
-        for (const auto& found : searches) {
-          found.give(r, merged);
-          nan |= found.nan(r);
+        for (int64_t s = 0; s < team.slots; ++s) {
+          found[s].give(own, merged);
+          nan |= found[s].nan(own);
         }
         if (computed) computed[r0 + r] = work[r];
         select<T, float>(merged.data(), merged.size(), k, nan, relu, wide.data(), acts + (r0 + r) * k,
                          indices + (r0 + r) * k);
       }
     };
-    search_screened(x, W, nullptr, rows, block, k, searches, screen, finish);
+    search_screened(x, W, nullptr, rows, team, k, searches, screen, finish);
   };
   if constexpr (std::is_same_v<T, BFloat16>) {
     // features that lie across are at hand but once
-    if (screen == Screen::pairs && !W.transposed()) return searched_by(searches_of<Waiting>(slots, block, k));
+    if (screen == Screen::pairs && !W.transposed()) return searched_by(searches_of<Waiting>(team, k));
   }
-  searched_by(searches_of<Greatest>(slots, block, k));
+  searched_by(searches_of<Greatest>(team, k));
 }
 
 template void screened(const float*, const Dictionary<float>&, int64_t, int64_t, bool, Screen, float*, int64_t*,

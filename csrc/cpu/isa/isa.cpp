@@ -102,6 +102,14 @@ PairProducts pairs_on_tiles() {
 #endif
   return found;
 }
+
+PairScreening screening_on_tiles() {
+  PairScreening found = screening_by_pairs();
+#ifdef CLIPSTEER_BF16
+  if (found.sift && tiles_granted(kTilesOfPairs)) found.sift_tiles = bf16::sift_tiles;
+#endif
+  return found;
+}
 #endif
 
 // The highest level that CLIPSTEER_CPU_ISA allows.
@@ -129,7 +137,7 @@ Isa choose() {
     if (highest == 2 || !__builtin_cpu_supports("avx512vnni")) return kAvx512;
 #ifdef CLIPSTEER_AMX
     if (highest >= 4 && tiles_granted(kTilesOfBytes)) {
-      return avx512::table(3, kTiles, pairs_on_tiles(), screening_by_pairs());
+      return avx512::table(3, kTiles, pairs_on_tiles(), screening_on_tiles());
     }
 #endif
     return avx512::table(2, kBytes, pairs(), screening_by_pairs());

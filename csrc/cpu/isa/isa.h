@@ -11,6 +11,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <type_traits>
 
 namespace clipsteer {
@@ -155,7 +156,7 @@ struct ScreenAhead {
 };
 
 constexpr int64_t kScreenMaxDim = 8192;  // numbers of a row
-constexpr int64_t kScreenTile = 16;  // rows of bytes are there in multiples of this many
+constexpr int64_t kScreenTile = 16;  // rows are there in multiples of this many
 
 // Rows of x, up to this many at a time, whose products with rows of W are computed in registers.
 constexpr int kDotRows = 4;
@@ -336,6 +337,11 @@ struct PairScreening {
   void (*sift)(const float* const* x, const ScreenRow* row, int64_t rows, const float* w,
                int64_t stride, int64_t columns, int64_t k, const ScreenColumns& column,
                const ScreenAhead& next, float* product, uint64_t* pass) = nullptr;
+  // The same on AMX tiles, of rows of x that lie for it.
+  void (*sift_tiles)(const float* x, int64_t group, const ScreenRow* row, int64_t rows,
+                     const float* w, int64_t stride, int64_t columns, int64_t k,
+                     const ScreenColumns& column, const ScreenAhead& next, float* product,
+                     uint64_t* pass) = nullptr;
 };
 
 struct Isa : Kernels<float>,

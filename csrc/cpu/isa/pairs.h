@@ -65,6 +65,101 @@ PAIRS static void sift(const float* const* x, const ScreenRow* row, int64_t rows
   }
 }
 
+#ifdef CLIPSTEER_AMX
+#define TILES __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
+
+// sums (GROUPS, 64, 16): products of 64 / GROUPS rows of w, `stride` apart, with GROUPS times 16 rows of x, `group` apart,
+// of 16 pairs a step. Four tiles of sums, as the instruction takes as long as four may follow each other.
+template <int GROUPS>
+TILES static inline void tile_sums(const float* x, int64_t group, const float* w, int64_t stride, int64_t steps,
+                                   float* sums, const ScreenAhead& next, int64_t& line, int64_t share) {
+  constexpr int64_t kTile = 256, kRow = 64;  // floats, and bytes of a row of a tile
+  const int64_t bytes = 4 * stride, below = 16 * stride;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t q = 0; q < steps; ++q, x += kTile, w += 16) {
+    for (const int64_t end = std::min(next.lines, line + share); line < end; ++line) next.fetch(line);
+    _tile_loadd(4, x, kRow);
+    _tile_loadd(6, w, bytes);
+    _tile_loadd(7, w + below, bytes);
+    _tile_dpbf16ps(0, 6, 4);
+    _tile_dpbf16ps(1, 7, 4);
+    if constexpr (GROUPS == 2) {
+      _tile_loadd(5, x + group, kRow);
+      _tile_dpbf16ps(2, 6, 5);
+      _tile_dpbf16ps(3, 7, 5);
+    } else {
+      _tile_loadd(6, w + 2 * below, bytes);
+      _tile_loadd(7, w + 3 * below, bytes);
+      _tile_dpbf16ps(2, 6, 4);
+      _tile_dpbf16ps(3, 7, 4);
+    }
+  }
+  float* rest = sums + (GROUPS == 2 ? 4 : 2) * kTile;
+  _tile_stored(0, sums, kRow);
+  _tile_stored(1, sums + kTile, kRow);
+  _tile_stored(2, rest, kRow);
+  _tile_stored(3, rest + kTile, kRow);
+}
+
+// The same on tiles. Rows of x come by 16, `group` apart, pair q of all of them before pair q + 1, and with pairs of 0 up to
+// a multiple of 16; `product` has room for such a multiple of rows.
+TILES static void sift_tiles(const float* x, int64_t group, const ScreenRow* row, int64_t rows, const float* w,
+                             int64_t stride, int64_t columns, int64_t k, const ScreenColumns& column,
+                             const ScreenAhead& next, float* product, uint64_t* pass) {
+  constexpr int64_t kSide = 16, kColumns = 64;
+  // Eight tiles of 16 rows of 64 bytes. In memory before any code runs, as the instruction's use of it is not declared.
+  alignas(64) static const volatile struct {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } kTiles;
+  const int64_t steps = (k + kSide - 1) / kSide;
+  std::unique_ptr<float[]> whole;  // where rows end within a tile
+  if (columns < kColumns || k % kSide != 0) {
+    const int64_t width = steps * kSide;
+    whole.reset(new float[kColumns * width]());
+    for (int64_t c = 0; c < columns; ++c) std::copy_n(w + c * stride, k, whole.get() + c * width);
+    w = whole.get();
+    stride = width;
+  }
+  const int64_t calls = (rows + kSide - 1) / kSide, share = (next.lines + calls * steps - 1) / (calls * steps);
+  int64_t line = 0;
+  __asm__ volatile("" ::: "memory");  // nor is it what loads of tiles read
+  _tile_loadconfig(const_cast<const void*>(static_cast<const volatile void*>(&kTiles)));
+  for (int64_t at = 0; at < rows;) {
+    const int64_t some = std::min(rows - at, 2 * kSide), groups = (some + kSide - 1) / kSide;
+    bool wanted = false;
+    for (int64_t r = at; r < at + some; ++r) wanted |= row[r].wanted;
+    if (wanted) {
+      alignas(64) float sums[2][kColumns][kSide];
+      const float* left = x + at / kSide * group;
+      if (groups == 2) {
+        tile_sums<2>(left, group, w, stride, steps, sums[0][0], next, line, share);
+        tile_sums<2>(left, group, w + kColumns / 2 * stride, stride, steps, sums[0][kColumns / 2], next, line, share);
+      } else {
+        tile_sums<1>(left, group, w, stride, steps, sums[0][0], next, line, share);
+      }
+      __asm__ volatile("" : "+m"(sums) : : "memory");  // what the stores write is not declared either
+      for (int64_t g = 0; g < groups; ++g) {
+        float* out = product + (at + g * kSide) * kColumns;
+        for (int64_t c = 0; c < kColumns; c += kSide) avx512::transpose(sums[g][c], kSide, out + c, kColumns);
+      }
+      for (int64_t r = at; r < at + some; ++r) {
+        if (row[r].wanted) pass[r] = vnni::above(product + r * kColumns, row[r], column);
+      }
+    }
+    at += some;
+  }
+  _tile_release();
+  __asm__ volatile("" ::: "memory");
+}
+
+#undef TILES
+#endif
+
 #undef PAIRS
 
 }  // namespace clipsteer::bf16
