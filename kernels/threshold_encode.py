@@ -93,7 +93,6 @@ def _threshold_write_kernel(
             first = feature_numbers(columns_ptr, tl.zeros((BLOCK_B,), dtype=tl.int64), spoiled)
             tl.store(indices_ptr + base, first, mask=spoiled & (base < capacity))
     most = tl.max(total, axis=0)
-    ties = tl.zeros((BLOCK_B,), dtype=tl.int32)
     if most > J:
         local = tl.arange(0, BLOCK_N)
         cols = tile_n * BLOCK_N + local
@@ -102,43 +101,46 @@ def _threshold_write_kernel(
             HAS_BIAS, ACROSS, TMA, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         limit = _limits(limit_ptr, cols, n, SINGLE)[None, :]
-        # read again and again, as registers are short beside the product
+        # read again, as registers are short beside the product
         total = tl.load(total_ptr + at, mask=live, other=0)
         there = (total > 0)[:, None]
         if TIES:
             left = tl.where((acc >= limit) & there, acc, float("nan"))
+            quota = tl.load(quota_ptr + at, mask=live, other=0)
         else:
             left = tl.where((acc > limit) & there, acc, float("nan"))
+        # places from the tile's first on take half the registers, and BLOCK_B rows never have 2^31 codes
+        start = tl.load(base_ptr + (tile_b * BLOCK_B).to(tl.int64) * tl.cdiv(n, BLOCK_N) + tile_n)
+        step = (tl.load(base_ptr + at, mask=live, other=0) - start).to(tl.int32)
         for j in range(0, most):
             col, value, left = next_number(left, local, BLOCK_N)
             chosen = col < BLOCK_N
-            place = tl.load(base_ptr + at, mask=live, other=0) + j
             if TIES:
                 equal = value == tl.load(limit_ptr)
-                spare = ties - tl.load(quota_ptr + at, mask=live, other=0)
-                chosen = chosen & ((equal == 0) | (spare < 0))
-                place -= tl.maximum(spare, 0)
-                ties += equal.to(tl.int32)
+                chosen = chosen & ((equal == 0) | (quota > 0))
+                quota -= equal.to(tl.int32)
+            place = start + step
             mask = chosen & (place < capacity)
             tl.store(values_ptr + place, value.to(values_ptr.dtype.element_ty), mask=mask)
             name = feature_numbers(columns_ptr, (tile_n * BLOCK_N + col).to(tl.int64), mask)
             tl.store(indices_ptr + place, name, mask=mask)
+            step += chosen.to(tl.int32)
     else:
+        if TIES:
+            quota = tl.load(quota_ptr + at, mask=live, other=0)
         for j in range(0, most):
             taken = j < total
             number = tl.load(value_ptr + at * J + j, mask=taken, other=0.0)
             column = tl.load(col_ptr + at * J + j, mask=taken, other=0).to(tl.int64)
-            where = base + j
             if TIES:
                 same = taken & (number == tl.load(limit_ptr))
-                over = ties - tl.load(quota_ptr + at, mask=live, other=0)
-                taken = taken & ((same == 0) | (over < 0))
-                where -= tl.maximum(over, 0)
-                ties += same.to(tl.int32)
-            inside = taken & (where < capacity)
-            tl.store(values_ptr + where, number.to(values_ptr.dtype.element_ty), mask=inside)
-            name = feature_numbers(columns_ptr, tile_n * BLOCK_N + column, inside)
-            tl.store(indices_ptr + where, name, mask=inside)
+                taken = taken & ((same == 0) | (quota > 0))
+                quota -= same.to(tl.int32)
+            mask = taken & (base < capacity)
+            tl.store(values_ptr + base, number.to(values_ptr.dtype.element_ty), mask=mask)
+            name = feature_numbers(columns_ptr, tile_n * BLOCK_N + column, mask)
+            tl.store(indices_ptr + base, name, mask=mask)
+            base += taken.to(tl.int64)
 
 
 def encode_above(

@@ -249,7 +249,9 @@ def tile_config(
     ``by_number``: rows begin at odd places, so that numbers go through registers one by one. ``narrow``: registers
     hold more beside it."""
     if not by_matrix_units(dtype, how, gpu):
-        return {"BLOCK_B": 64, "BLOCK_N": 128, "BLOCK_D": gpu.plain_depth(dtype), "num_warps": 8, "num_stages": 2}
+        # beside what is made of a tile NVIDIA's registers hold no deeper factors
+        depth = gpu.plain_depth(dtype) if gpu.amd else 16
+        return {"BLOCK_B": 64, "BLOCK_N": 128, "BLOCK_D": depth, "num_warps": 8, "num_stages": 2}
     rows, cols = 128, 256
     if how == "tf32x3":  # both halves of a tile pass through the registers, and all of it where these hold operands
         cols = 128 if tma and gpu.operands_apart else 64
