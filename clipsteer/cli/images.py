@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 _SHOWN = 100
+_OPTION = "--skip-unreadable"
 
 
 def add_skip_unreadable(p: argparse.ArgumentParser) -> None:
     """The option of every command that reads sets of images."""
     p.add_argument(
-        "--skip-unreadable",
+        _OPTION,
         action="store_true",
         help="leave out images that cannot be read, and list them at the end; reads every image "
         "once more",
@@ -31,6 +32,18 @@ def open_images(args: argparse.Namespace, spec: Any, **options: Any) -> Any:
     found = open_dataset(spec, skip_unreadable=args.skip_unreadable, **options)
     left_out(args).update(dict.fromkeys(found.unreadable))
     return found
+
+
+def remedy(error: Exception, args: argparse.Namespace) -> str:
+    """What a message of this error ends with, in a command that could leave the image out."""
+    from clipsteer.io.images import IMAGE_SUFFIXES, ImageFileError
+
+    if getattr(args, "skip_unreadable", True):
+        return ""
+    missing = str(getattr(error, "filename", None)) if isinstance(error, FileNotFoundError) else ""
+    if not isinstance(error, ImageFileError) and Path(missing).suffix.lower() not in IMAGE_SUFFIXES:
+        return ""
+    return f"; {_OPTION} leaves out images that cannot be read"
 
 
 def unreadable_files(args: argparse.Namespace, folders: Sequence[Path]) -> frozenset[Path]:

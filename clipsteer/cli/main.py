@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from clipsteer.cli.arguments import _text
+from clipsteer.cli.images import remedy
 from clipsteer.training.settings import SettingError
 
 
@@ -186,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        message = " ".join(_spelled(error, args).split())
+        message = " ".join(_spelled(error, args).split()) + remedy(error, args)
         said = (ValueError, TypeError, OSError, RuntimeError, FileFormatError)
         if not message or not isinstance(error, said):
             # not raised with a sentence: of a KeyError this is the key alone

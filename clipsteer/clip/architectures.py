@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from clipsteer.io.files import FileFormatError
+
+logger = logging.getLogger(__name__)
 
 # largest values; the largest published towers have a tenth of them
 _LIMITS = {
@@ -103,6 +106,15 @@ def _vision(path: str | Path, config: Mapping[str, Any], embed: int) -> float:
     heights, patches = (side if isinstance(side, list) else [side, side] for side in sides)
     for side, patch in zip(heights, patches):
         tokens *= side / max(patch, 1)
+    for side, patch in dict.fromkeys(zip(heights, patches)):
+        if patch and side % patch:
+            logger.warning(
+                "%s: images of %d pixels are not whole patches of %d: the last %d are seen by none",
+                path,
+                side,
+                patch,
+                side % patch,
+            )
     if tokens > _MOST_TOKENS:
         raise FileFormatError(
             f"{path}: images of {tokens:.3g} patches, at most {_MOST_TOKENS} are made"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clipsteer.clip.hooks import evaluating
+from clipsteer.clip.patches import check_whole
 from clipsteer.clip.positions import ANTIALIAS, resampled, set_timm_size, square
 from clipsteer.clip.published import Settled
 from clipsteer.clip.setup import as_size, has_quick_gelu, read_setup, setup_of
@@ -61,7 +62,7 @@ def build(
             "have activations of their own"
         )
     if size is not None:
-        _check_size(known, model, size)
+        _check_size(known, model, size, settled.written)
     model.visual.position_interpolation = settled.rule
     if setup_of(model) is None:
         raise SetupError(f"load: {known}: open_clip gave it no preprocess_cfg")
@@ -216,9 +217,14 @@ def fill(model: Any, tensors: Mapping[str, Tensor], weights: str, rule: str) -> 
     model.load_state_dict(tensors)
 
 
-def _check_size(known: str, model: Any, size: int | tuple[int, int]) -> None:
-    """Look at a blank image of the size. Raises SetupError where that fails."""
+def _check_size(known: str, model: Any, size: int | tuple[int, int], written: Any) -> None:
+    """Look at a blank image of the size. Raises SetupError where that fails, and for a size other
+    than the written one that is not whole patches."""
     height, width = as_size(size)
+    try:
+        check_whole(known, model.visual, (height, width), written)
+    except ValueError as error:
+        raise SetupError(str(error)) from None
     weight = next(model.visual.parameters())
     blank = torch.zeros(1, 3, height, width, device=weight.device, dtype=weight.dtype)
     try:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from clipsteer.clip.hf_preprocess import preprocess_of
 from clipsteer.clip.hf_towers import Rule, Text, Trunk
+from clipsteer.clip.patches import check_whole
 from clipsteer.clip.positions import ANTIALIAS, BICUBIC
 from clipsteer.clip.setup import NOTHING, TIMM_DATA, Asked, check_preprocess
 from clipsteer.clip.timm_models import RANDOM, ImageModel, NoTokenizer, check_size
@@ -273,8 +274,10 @@ def _preprocess(whole: Any, name: str, folder: str | None, asked: Asked) -> dict
         cfg = check_preprocess(asked.known.preprocess, TIMM_DATA)
     else:
         cfg = preprocess_of(whole.config, folder, name)
+    own = cfg["input_size"][-2:]
     if asked.preprocess is not None:
         cfg = {**cfg, **check_preprocess(asked.preprocess, TIMM_DATA)}
     if asked.image_size is not None:
         cfg = {**cfg, "input_size": (3, *asked.image_size)}
+    check_whole(name, whole, cfg["input_size"][-2:], own)
     return cfg

@@ -189,7 +189,8 @@ def load(
         force_quick_gelu: True builds open_clip's towers with QuickGELU, False with GELU. None is
             found as `preprocess` is.
         image_size: N or (height, width) of the images that the model sees; position embeddings
-            are resampled. None is the size that was written with the weights, or the
+            are resampled. A tower of patches takes whole ones: another size than its own must be
+            a multiple of theirs. None is the size that was written with the weights, or the
             architecture's. force_image_size is the same under open_clip's name.
         position_interpolation: how they are: "antialias" (bicubic with PIL's filter: open_clip,
             timm, DINOv2 with registers) or "bicubic" without it (DINO, DINOv2, transformers' CLIP

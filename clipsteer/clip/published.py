@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clipsteer.clip.runs import CONFIG, WEIGHTS
-from clipsteer.clip.setup import OPEN_CLIP, Asked, check_preprocess
+from clipsteer.clip.setup import OPEN_CLIP, Asked, as_size, check_preprocess
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +25,14 @@ class Settled(NamedTuple):
     preprocess: what differs from the library's; without the size.
     quick_gelu, image_size: None is the architecture's own.
     rule: how positions are resampled.
+    written: the size that the weights were written with, if they say.
     """
 
     preprocess: dict[str, Any]
     quick_gelu: bool | None
     image_size: Any  # (height, width)
     rule: str
+    written: Any = None  # (height, width)
 
 
 def default_preprocess() -> dict[str, Any]:
@@ -74,7 +76,7 @@ def settle(open_clip: Any, known: str, pretrained: str | None, asked: Asked) -> 
             _say_activation(open_clip, known, pretrained, quick_gelu)
     elif pretrained:
         preprocess, quick_gelu = _of_file(open_clip, known, pretrained, asked)
-    size = preprocess.pop("size", None)
+    size = written = preprocess.pop("size", None)
     if isinstance(asked.preprocess, str):
         preprocess = preprocess_of_tag(open_clip, known, asked.preprocess)
     elif asked.preprocess is not None:
@@ -82,7 +84,9 @@ def settle(open_clip: Any, known: str, pretrained: str | None, asked: Asked) -> 
         size = preprocess.pop("size", size)
     if asked.quick_gelu is not None:
         quick_gelu = asked.quick_gelu
-    return Settled(preprocess, quick_gelu, asked.image_size or size, asked.rule())
+    if written is not None:
+        written = as_size(written)
+    return Settled(preprocess, quick_gelu, asked.image_size or size, asked.rule(), written)
 
 
 def _own_activation(open_clip: Any, known: str) -> bool:

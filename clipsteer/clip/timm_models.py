@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clipsteer.clip.hooks import evaluating
+from clipsteer.clip.patches import check_whole
 from clipsteer.clip.positions import ANTIALIAS, origin_of, set_timm_size
 from clipsteer.clip.published import is_old_run, told
 from clipsteer.clip.setup import NOTHING, TIMM_DATA, Asked, check_preprocess, read_setup
@@ -180,6 +181,8 @@ def open_timm(name: str, weights: str | None = None, asked: Asked = NOTHING) -> 
     rule = asked.rule(origin)
     own = tuple(data_config(trunk)["input_size"])[-2:]
     size = tuple(cfg["input_size"][-2:])
+    kept = own if asked.known is None else asked.known.image_size
+    check_whole(TIMM + name, trunk, size, own, kept)
     try:
         if file is not None:
             written = read_setup(file)

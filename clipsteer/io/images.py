@@ -2,7 +2,7 @@
 
 Files are opened with the readers of the accepted suffixes alone (some of Pillow's start other
 programs), and only where they are regular files. What a reader raises comes out as
-``FileFormatError`` with the path.
+``ImageFileError`` with the path.
 """
 
 from __future__ import annotations
@@ -45,12 +45,16 @@ _BITS_PER_SAMPLE = 258  # a tag of TIFF
 _PHOTOMETRIC = 262  # a tag of TIFF; 0: the largest value is black
 
 
+class ImageFileError(FileFormatError):
+    """An image that cannot be read; who reads many may go on without it."""
+
+
 @contextlib.contextmanager
 def open_image(source: str | Path | bytes, name: str | None = None) -> Iterator[Image]:
     """An image file, or its bytes, as Pillow opens it: the size is known, the pixels are not read.
 
     Raises:
-        FileFormatError: not a regular file, not an image of the accepted formats, of more than
+        ImageFileError: not a regular file, not an image of the accepted formats, of more than
             MAX_PIXELS pixels, or whatever is raised in the block, damage being found when pixels
             are read; the message names `name`, or the path. FileNotFoundError.
     """
@@ -69,16 +73,18 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Iterator[
             if width * height > MAX_PIXELS:
                 raise ValueError(f"{width} × {height} pixels; at most {MAX_PIXELS:,} are read")
             yield image
-    except (FileNotFoundError, FileFormatError):
+    except FileNotFoundError:
         raise
+    except FileFormatError as error:
+        raise ImageFileError(error) from error
     except UnidentifiedImageError as error:
         expected = ", ".join(_READERS)
-        raise FileFormatError(
+        raise ImageFileError(
             f"{name}: cannot be read as an image; expected one of {expected}"
         ) from error
     except Exception as error:  # struct.error, EOFError, zlib.error …: each reader has its own
         what = str(error) or type(error).__name__
-        raise FileFormatError(f"{name}: cannot be read as an image: {what}") from error
+        raise ImageFileError(f"{name}: cannot be read as an image: {what}") from error
 
 
 def read_image(source: str | Path | bytes, name: str | None = None) -> Image:
@@ -87,7 +93,7 @@ def read_image(source: str | Path | bytes, name: str | None = None) -> Image:
     Of a file with several images the first.
 
     Raises:
-        FileFormatError: not a regular file, not an image, damaged, of a mode without a known range,
+        ImageFileError: not a regular file, not an image, damaged, of a mode without a known range,
             or of more than MAX_PIXELS pixels; the message names `name`, or the path.
         FileNotFoundError.
     """

@@ -51,7 +51,8 @@ def train_contrastive(
         templates: prompts for data sets with classes; see `clip.zero_shot_head`.
         on_log: called with every line of the log. "loss_share" is the part of the last step's time,
             reading data not counted, that went into the loss and its gradient in the features; of
-            several processes, waiting included.
+            several processes, waiting included. "loss_ratio" is the loss over that of one answer
+            for every input, see `share_of_constant`.
         world: under torchrun; every process is given the same `clip`, the batch is divided among
             them.
 

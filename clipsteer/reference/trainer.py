@@ -25,6 +25,7 @@ from clipsteer.io.digests import weights_digest
 from clipsteer.io.files import read_json, write_json, write_safetensors
 from clipsteer.io.layout import Layout
 from clipsteer.reference.config import REFERRED, ContrastiveConfig
+from clipsteer.reference.constant import share_of_constant
 from clipsteer.reference.evaluate import evaluate
 from clipsteer.reference.features import ReferenceFeatures, model_digest, referred
 from clipsteer.reference.losses import select_learnable
@@ -42,6 +43,7 @@ class ContrastiveRun(TrainingRun):
     cosmetic = (*TrainingRun.cosmetic, "micro_batch", "evaluate_every", "loss_backend")
     since: Mapping[str, Any] = {"eps": 1e-14, "logit_bias": None}
     shown = ("loss", "loss_share")
+    constant: Mapping[str, float] = {"loss_ratio": 1.0}
     optimizer: torch.optim.Optimizer
     world: World
 
@@ -102,11 +104,6 @@ class ContrastiveRun(TrainingRun):
             elif self.reference is not None:
                 settings["reference"] = self.reference.digest()
         super().__init__(config, total, parameters, optimizer, settings, out, world)
-        B = config.batch_size
-        if config.loss in ("clip", "siglip") and config.select is None and B > 1:
-            # of logits that are all equal: 0, or log(1/(B - 1)) for siglip
-            asked = (B - 1) * math.log(B / (B - 1)) if config.loss == "siglip" else 0.0
-            self.constant = {"loss": math.log(B) + asked}
 
     def run(self, on_log: Callable[[dict[str, Any]], None] | None, resume: bool) -> CLIP:
         self.restore(self.clip.device, resume)
@@ -241,6 +238,9 @@ class ContrastiveRun(TrainingRun):
         values |= {name: bias.detach() for name, bias in self._biases().items()}
         if self.timed:
             values["loss_share"] = self.loss_seconds / (self._now() - began)
+            rho = config.resolved_rho
+            ratio = share_of_constant(self.loss, *self.seen, config.loss_pairs, rho, self.world)
+            values |= {} if ratio is None else {"loss_ratio": ratio}
         return values
 
     def _backward(
@@ -271,6 +271,7 @@ class ContrastiveRun(TrainingRun):
         loss = self.loss(image, text, ids=ids, **theirs, gamma=gamma)
         loss.backward()
         self.loss_seconds = self._now() - began
+        self.seen = (loss.detach(), image.detach(), theirs)
         assert image.grad is not None
         assert text.grad is not None
         if whole:

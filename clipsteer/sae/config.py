@@ -27,7 +27,9 @@ _WITHOUT_THRESHOLD = ("topk", "batch_topk", "relu")
 # whose features start anew where they are dead
 _RESAMPLED = ("topk", "batch_topk")
 # what is fitted to the length of a run
-_FITTED = ("lr", "warmup_steps", "schedule", "encoder_scale", "resample_after")
+_FITTED = ("lr", "warmup_steps", "schedule", "encoder_scale", "dead_after", "resample_after")
+# tokens, as in Gao et al. 2024; all runs of earlier versions had it
+_DEAD_AFTER = 10_000_000
 # of a longer run it has not been measured whether that helps
 _SHORT = 4_000
 # so often a feature would have been active, on average, before it counts as dead
@@ -42,8 +44,8 @@ AUXK = 1 / 32
 class TrainConfig:
     """How to train an SAE.
 
-    Learning rate, warm-up and schedule are fitted to the length of the run where they are left None
-    (``fitted``).
+    Learning rate, warm-up, schedule and when a feature is dead are fitted to the length of the run
+    where they are left None (``fitted``).
 
     Raises:
         ValueError: a setting out of its range, or tokens and steps both given.
@@ -106,8 +108,10 @@ class TrainConfig:
     auxk_coefficient: NotNegative | None = None
     """weight of AuxK, the loss that brings dead features back; 0 turns it off (default: 1/32 for
     topk and batch_topk, 0 otherwise)"""
-    dead_after: CountOrZero = 10_000_000
-    """a feature that was not active for more tokens than this is dead"""
+    dead_after: CountOrZero | None = None
+    """a feature that was not active for more tokens than this is dead (default: 10,000,000; where
+    none starts anew a twentieth of the run, at least sync_every steps and ten times d_sae / k, if
+    that is less)"""
     resample_after: CountOrZero | None = None
     """a feature that was not active for more tokens than this starts anew, along what is left
     unexplained of a row, in the first four fifths of a run, and the last ones all at once; 0: none
@@ -197,14 +201,17 @@ class TrainConfig:
             longer = max(_LONG / total, 1.0) if free else 1.0
             lr = _paper_lr(self.architecture) * min(longer**0.5, 10.0)
         warmup = min(total // 20, 200) if self.warmup_steps is None else self.warmup_steps
+        long = _DEAD_AFTER if self.dead_after is None else self.dead_after
+        silent = max(total // 20, self.sync_every) * self.batch_size
+        silent = max(silent, int(_OFTEN * (features or self.d_sae or 0) / self.k))
         after = self.resample_after
         if after is None:
-            after = max(total // 20, self.sync_every) * self.batch_size
-            after = max(after, int(_OFTEN * (features or self.d_sae or 0) / self.k))
             resamples = self.architecture in _RESAMPLED and self.matryoshka is None
             resamples = resamples and total < _SHORT
-            after = min(after, self.dead_after) if resamples else 0
+            after = min(silent, long) if resamples else 0
         anew = after > 0 and self.architecture in _RESAMPLED
+        if self.dead_after is None and not anew:
+            long = min(silent, long)
         clip = self.grad_clip
         if clip == "auto":
             clip = 0.003 if anew else 1.0
@@ -216,6 +223,7 @@ class TrainConfig:
             warmup_steps=warmup,
             encoder_scale=self.encoder_scale or (0.25 if anew else 1.0),
             grad_clip=clip,
+            dead_after=long,
             resample_after=after,
         )
 
@@ -287,6 +295,8 @@ def as_earlier(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
             encoder_scale=config.encoder_scale or 1.0,
             grad_clip=1.0 if config.grad_clip == "auto" else config.grad_clip,
         )
+    if config.dead_after is None and settings.get("dead_after") == _DEAD_AFTER:
+        config = replace(config, dead_after=_DEAD_AFTER)
     if "schedule" in settings:
         return config
     cosine = config.cosine is not False if config.schedule is None else None

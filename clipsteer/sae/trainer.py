@@ -117,7 +117,7 @@ class SAETrainer:
         config = self.config
         auxk = config.auxk
         if self.step_count % config.sync_every == 0:
-            dead = self.tokens_since_fired > config.dead_after
+            dead = self.tokens_since_fired > (config.dead_after or 0)
             self.dead = (dead & ~self.asleep).nonzero().flatten()
             self._n_dead = None
         if self._n_dead is None:
@@ -162,7 +162,7 @@ class SAETrainer:
             self._resample(x, out, plan, births)
         with torch.no_grad():
             l0 = plan.total((out.acts > 0).sum()) / stats.count
-            dead = (self.tokens_since_fired > config.dead_after).sum() / sae.d_sae
+            dead = (self.tokens_since_fired > (config.dead_after or 0)).sum() / sae.d_sae
             # this process's share
             dead = dead / self.world.size / plan.share
             *shorter, fvu = [sae_loss.fvu(y, x_hat, stats) for x_hat in out.x_hats]

@@ -115,6 +115,7 @@ def test_done_without_what_cannot_be_read(capsys, sets, model, sae, conceptor, t
     if "steer" not in name:  # which looks at a few images alone
         assert code == 1, err
         assert any(broken in err for broken in BROKEN)
+        assert "; --skip-unreadable leaves out images that cannot be read (--debug" in err
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     code, _, err = run(capsys, *args.split(), "--device", "cpu", "--skip-unreadable")
     assert code == 0, err
@@ -127,6 +128,47 @@ def test_done_without_what_cannot_be_read(capsys, sets, model, sae, conceptor, t
     counts = {"sae eval, flat": 3, "conceptor fit": 7, "splice": 3, "train": 8, "cil": 2, "wise-ft curve": 2}
     assert len(listed) == counts.get(name, 4)
     assert "\033" not in err
+
+
+def test_an_image_that_a_table_names_and_is_not_there(capsys, sets, tmp_path):
+    (tmp_path / "t.jsonl").write_text(json.dumps({"image": "absent.png", "text": "a"}))
+    args = ("train", "--data", tmp_path / "t.jsonl", "--loss", "clip", "--batch-size", 1, "--epochs", 1,
+            "--out", tmp_path / "out", "--device", "cpu")  # fmt: skip
+    code, _, err = run(capsys, *args)
+    assert code == 2
+    assert "absent.png'; --skip-unreadable leaves out" in err
+    (tmp_path / "t.jsonl").unlink()
+    assert "--skip-unreadable" not in run(capsys, *args)[2]
+
+
+def test_it_is_named_once_and_only_where_it_would_help(capsys, sets, sae, tmp_path):
+    from clipsteer.cli.main import build_parser
+
+    has_option = set()
+    for name, command in commands(build_parser()):
+        command.complete()
+        options = {option for action in command._actions for option in action.option_strings}
+        has_option |= {name} if "--skip-unreadable" in options else set()
+    # each of them is run above, but for the demo, which opens its images as these do
+    assert has_option - {"demo"} == {name.partition(",")[0] for name in COMMANDS}
+    # a damaged file of another kind, and images that are left out already
+    (tmp_path / "bad.safetensors").write_bytes(b"?" * 99)
+    _, _, err = run(capsys, "sae", "eval", tmp_path / "bad.safetensors", "--data", sets / "classes" / "red")
+    assert "error" in err
+    assert "--skip-unreadable" not in err
+    _, _, err = run(capsys, "sae", "eval", sae, "--data", sets / "classes" / "gone", "--skip-unreadable")
+    assert "none of 1 images can be read" in err
+    assert "--skip-unreadable" not in err
+
+
+def commands(parser, name=""):
+    """(name, parser) of every command that is no group."""
+    groups = [action for action in parser._actions if isinstance(action.choices, dict)]
+    if not groups:
+        yield name, parser
+    for group in groups:
+        for word, command in group.choices.items():
+            yield from commands(command, f"{name} {word}".strip())
 
 
 def test_where_all_can_be_read_nothing_is_listed(capsys, sets, sae):

@@ -105,3 +105,71 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_began(tmp_path, version, give
     resumed = train_sae(x, **sizes, **given, out=tmp_path)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_where_none_starts_anew_features_are_dead_after_a_part_of_the_run():
+    def after(total, features=None, **given):
+        return (
+            TrainConfig(**{"batch_size": 256, "k": 8, "resample_after": 0, **given}).fitted(total, features).dead_after
+        )
+
+    assert after(400) == 20 * 256
+    assert after(40) == 10 * 256  # steps between two looks
+    assert after(400, 12_288) == 10 * 12_288 // 8
+    assert after(10**6) == 10**7
+    assert after(400, dead_after=77) == 77
+    assert after(400, matryoshka=(8, 16), resample_after=None) == 20 * 256
+    assert after(400, architecture="gated", resample_after=None) == 20 * 256
+    # of longer runs features do not start anew by default, and of a transcoder never
+    assert after(4_000, resample_after=None) == 200 * 256
+    assert TrainConfig(batch_size=256).for_transcoder().fitted(400).dead_after == 20 * 256
+    # rebirth comes first
+    assert after(400, resample_after=None) == 10**7
+    assert after(400, resample_after=99) == 10**7
+
+
+def few():
+    """Rows of which most features know nothing."""
+    return rows()[:8].repeat(40, 1)
+
+
+SHORT = {"d_sae": 40, "k": 2, "batch_size": 32, "steps": 40, "sync_every": 1, "log_every": 1, "checkpoint_every": 20}
+
+
+@pytest.mark.parametrize("given", [{"resample_after": 0}, {"matryoshka": (10, 40), "d_sae": None}])
+def test_auxk_acts_in_short_runs_without_rebirth(given):
+    lines = []
+    train_sae(few(), **{**SHORT, **given}, on_log=lines.append)
+    assert max(line["auxk"] for line in lines) > 0
+    assert max(line["dead"] for line in lines) > 0
+    lines.clear()
+    train_sae(few(), **{**SHORT, **given}, dead_after=10**7, on_log=lines.append)
+    assert max(line["auxk"] for line in lines) == 0
+
+
+def test_a_run_of_a_version_that_waited_longer_goes_on_as_it_began(tmp_path):
+    given = {**SHORT, "resample_after": 0}
+
+    class Stop(Exception):
+        pass
+
+    def stop(record):
+        if record["step"] == 22:
+            raise Stop
+
+    whole = train_sae(few(), **given, dead_after=10**7)
+    with pytest.raises(Stop):
+        train_sae(few(), **given, dead_after=10**7, out=tmp_path, on_log=stop)
+    assert latest_meta(tmp_path / "checkpoints")["settings"]["dead_after"] == 10**7
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        train_sae(few(), **given, dead_after=99, out=tmp_path)
+    resumed = train_sae(few(), **given, out=tmp_path)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    # and one of this version as it began
+    now = train_sae(few(), **given)
+    with pytest.raises(Stop):
+        train_sae(few(), **given, out=tmp_path / "now", on_log=stop)
+    again = train_sae(few(), **given, out=tmp_path / "now")
+    assert torch.equal(now.W_enc, again.W_enc)
+    assert not torch.equal(now.W_enc, whole.W_enc)

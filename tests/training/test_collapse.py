@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from _training import contrastive, sae, tuned
+from clipsteer.reference.constant import share_of_constant
+from clipsteer.reference.train import ContrastiveConfig
 from clipsteer.training.collapse import constant_loss, say_if_constant
+from clipsteer.training.world import World
 
 SAE = {"lr": 0.03, "steps": 100}
 TEXT = "that of one answer for every input"
@@ -16,8 +19,15 @@ TEXT = "that of one answer for every input"
 LOST = {
     "finetune": (tuned("e2e"), {"lr": 10.0}, None),
     "finetune head": (tuned("lc"), {"lr": 1e3}, {"lr": 1e-3}),
-    "contrastive": (contrastive("clip"), {"lr": 10.0, "select": None}, None),
-    "contrastive siglip": (contrastive("siglip"), {"lr": 10.0, "select": None}, None),
+    **{
+        f"contrastive {loss}": (
+            contrastive(loss),
+            {"lr": 10.0, "select": None},
+            {"lr": 3e-3, "epochs": 30, "select": None},
+        )
+        for loss in ("clip", "siglip", "global", "drrho", "distill")
+    },
+    "contrastive of a part": (contrastive("clip"), {"lr": 10.0}, None),
     # every feature is dead: a penalty that leaves nothing
     "sae": (
         sae("relu"),
@@ -67,3 +77,47 @@ def test_few_lines_early_ones_better_ones_and_other_figures_are_passed_over(capl
     assert caplog.text == ""
     say_if_constant("run", lines(0.1, [10, 20, 50]) + lines(math.log(4), [60, 80, 100]), of_constant)
     assert "run: over the last 3 lines of the log the loss is 1.386 on average" in caplog.text
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip", "global", "drrho", "distill"])
+def test_the_ratio_is_one_of_constant_features_and_nothing_is_remembered_of_them(loss):
+    B = 6
+    config = ContrastiveConfig(loss=loss, batch_size=B, temperature=0.2, learnable_temperature=True)
+    criterion = config.make_loss(B, World()).train()
+    theirs = {"ref_image": torch.eye(B), "ref_text": torch.nn.functional.normalize(torch.eye(B) + 0.1, dim=1)}
+    ids = torch.arange(B)
+    given = {"ids": ids, **theirs} if config.remembers or loss == "distill" else {}
+    theirs = theirs if loss in ("drrho", "distill") else dict.fromkeys(theirs)
+    given |= theirs
+
+    def ratio(image, text):
+        value = criterion(image=image, text=text, **given)
+        kept = {name: tensor.clone() for name, tensor in criterion.state_dict().items()}
+        found = share_of_constant(criterion, value, image, theirs, B, config.resolved_rho, World())
+        assert criterion.training
+        for name, tensor in criterion.state_dict().items():
+            assert torch.equal(tensor, kept[name])
+        return found
+
+    same = torch.nn.functional.normalize(torch.randn(1, 8), dim=1).expand(B, -1).contiguous()
+    if loss == "siglip":
+        with torch.no_grad():
+            criterion.logit_bias.fill_(-math.log(B - 1) - 1 / 0.2)
+    assert ratio(same, same) == pytest.approx(1, abs=1e-5)
+    # any other bias is worse
+    if loss == "siglip":
+        with torch.no_grad():
+            criterion.logit_bias.add_(0.5)
+        assert ratio(same, same) > 1.01
+    else:
+        told = torch.nn.functional.pad(torch.eye(B), (0, 2))
+        assert ratio(told, told) < 0.9
+        assert ratio(told, -told) > 1.1
+
+
+def test_a_batch_that_tells_nothing_has_no_ratio():
+    config = ContrastiveConfig(loss="clip", batch_size=1)
+    criterion = config.make_loss(1, World())
+    one = torch.ones(1, 2) / 2**0.5
+    theirs = {"ref_image": None, "ref_text": None}
+    assert share_of_constant(criterion, criterion(one, one), one, theirs, 1, 0.0, World()) is None
