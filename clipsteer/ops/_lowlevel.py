@@ -326,6 +326,15 @@ RECORDS = (
                 " -> (Tensor, Tensor)",
                 _fakes.agreement_counts,
             ),
+            "rand_index": alone(
+                f"({_SCORES}, bool need_P, bool need_Q) -> (Tensor, Tensor, Tensor)",
+                _fakes.rand_index,
+            ),
+            "rand_index_grad": alone(
+                "(Tensor grad, Tensor dP, Tensor dQ, Tensor values, SymInt rows)"
+                " -> (Tensor, Tensor)",
+                _fakes.rand_index_grad,
+            ),
             "concept_distances": LowLevel(
                 f"({_SCORES}, Tensor? images) -> (Tensor, Tensor)",
                 _fakes.concept_distances,

@@ -84,6 +84,11 @@ std::tuple<Tensor, Tensor> agreement_counts(Tensor P, std::optional<Tensor> p_in
                                             int64_t p_concepts, Tensor Q, std::optional<Tensor> q_indices,
                                             std::optional<Tensor> q_offsets, int64_t q_concepts, int64_t part,
                                             int64_t parts, bool need_p, bool need_q);
+std::tuple<Tensor, Tensor, Tensor> rand_index(Tensor P, std::optional<Tensor> p_indices, std::optional<Tensor> p_offsets,
+                                              int64_t p_concepts, Tensor Q, std::optional<Tensor> q_indices,
+                                              std::optional<Tensor> q_offsets, int64_t q_concepts, bool need_p,
+                                              bool need_q);
+std::tuple<Tensor, Tensor> rand_index_grad(Tensor grad, Tensor p_counts, Tensor q_counts, Tensor values, int64_t rows);
 std::tuple<Tensor, Tensor> concept_distances(Tensor P, std::optional<Tensor> p_indices, std::optional<Tensor> p_offsets,
                                              int64_t p_concepts, Tensor Q, std::optional<Tensor> q_indices,
                                              std::optional<Tensor> q_offsets, int64_t q_concepts,

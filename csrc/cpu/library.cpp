@@ -81,6 +81,11 @@ void define(StableLibrary& m) {
       "agreement_counts(Tensor P, Tensor? P_indices, Tensor? P_offsets, SymInt K, Tensor Q, Tensor? Q_indices, "
       "Tensor? Q_offsets, SymInt L, SymInt part, SymInt parts, bool need_P, bool need_Q) -> (Tensor dP, Tensor dQ)");
   m.def(
+      "rand_index(Tensor P, Tensor? P_indices, Tensor? P_offsets, SymInt K, Tensor Q, Tensor? Q_indices, "
+      "Tensor? Q_offsets, SymInt L, bool need_P, bool need_Q) -> (Tensor index, Tensor dP, Tensor dQ)");
+  m.def(
+      "rand_index_grad(Tensor grad, Tensor dP, Tensor dQ, Tensor values, SymInt rows) -> (Tensor, Tensor)");
+  m.def(
       "concept_distances(Tensor P, Tensor? P_indices, Tensor? P_offsets, SymInt K, Tensor Q, Tensor? Q_indices, "
       "Tensor? Q_offsets, SymInt L, Tensor? images) -> (Tensor D, Tensor error)");
   m.def(
@@ -142,6 +147,8 @@ void implement(StableLibrary& m) {
   m.impl("distill_grad", TORCH_BOX(&clipsteer::distill_grad));
   m.impl("agreement_sums", TORCH_BOX(&clipsteer::agreement_sums));
   m.impl("agreement_counts", TORCH_BOX(&clipsteer::agreement_counts));
+  m.impl("rand_index", TORCH_BOX(&clipsteer::rand_index));
+  m.impl("rand_index_grad", TORCH_BOX(&clipsteer::rand_index_grad));
   m.impl("concept_distances", TORCH_BOX(&clipsteer::concept_distances));
   m.impl("clip_loss", TORCH_BOX(&clipsteer::clip_loss));
   m.impl("contrast_grad", TORCH_BOX(&clipsteer::contrast_grad));
