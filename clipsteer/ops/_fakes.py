@@ -123,9 +123,10 @@ def ragged_decode(
     offsets: Tensor,
     W: Tensor,
     b: Tensor | None,
-    prefixes: list[int],
+    prefixes: list[int] | None,
 ) -> Tensor:
-    return values.new_empty(len(prefixes), offsets.shape[0] - 1, W.shape[1])
+    size = (offsets.shape[0] - 1, W.shape[1])
+    return values.new_empty(size if prefixes is None else (len(prefixes), *size))
 
 
 def ragged_dot(rows: Tensor, row_of: Tensor, indices: Tensor, W: Tensor) -> Tensor:

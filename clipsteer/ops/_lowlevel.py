@@ -99,7 +99,7 @@ RECORDS = (
         {
             "ragged_decode": LowLevel(
                 "(Tensor values, Tensor indices, Tensor offsets, Tensor W, Tensor? b, "
-                "SymInt[] prefixes) -> Tensor",
+                "SymInt[]? prefixes) -> Tensor",
                 _fakes.ragged_decode,
             ),
             "ragged_dot": LowLevel(

@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> jumprelu_codes(Tensor x, Tensor w_enc
 std::tuple<Tensor, Tensor, Tensor> batch_topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t count,
                                                      std::optional<Tensor> scale, std::optional<Tensor> columns);
 Tensor ragged_decode(Tensor values, Tensor indices, Tensor offsets, Tensor w, std::optional<Tensor> b,
-                    std::vector<int64_t> prefixes);
+                     std::optional<std::vector<int64_t>> prefixes);
 Tensor ragged_dot(Tensor rows, Tensor row_of, Tensor indices, Tensor w);
 std::tuple<Tensor, Tensor> ragged_outer(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, int64_t n,
                                         bool across);

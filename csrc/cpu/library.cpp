@@ -27,7 +27,7 @@ void define(StableLibrary& m) {
   m.def(
       "batch_topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt count, Tensor? scale=None, "
       "Tensor? columns=None) -> (Tensor values, Tensor indices, Tensor offsets)");
-  m.def("ragged_decode(Tensor values, Tensor indices, Tensor offsets, Tensor W, Tensor? b, SymInt[] prefixes) -> Tensor");
+  m.def("ragged_decode(Tensor values, Tensor indices, Tensor offsets, Tensor W, Tensor? b, SymInt[]? prefixes) -> Tensor");
   m.def("ragged_dot(Tensor rows, Tensor row_of, Tensor indices, Tensor W) -> Tensor");
   m.def(
       "ragged_outer(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, SymInt n, bool across=False) "
