@@ -90,9 +90,11 @@ def _grouped(
 
 def ragged_decode(
     values: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None,
-    prefixes: list[int],
+    prefixes: list[int] | None,
 ) -> torch.Tensor:  # fmt: skip
-    """values and indices (m,), offsets (B + 1,), W (n, d), b (d,) or None -> (G, B, d)."""
+    """values and indices (m,), offsets (B + 1,), W (n, d), b (d,) or None -> (G, B, d); (B, d) without prefixes."""
+    if prefixes is None:
+        return ragged_decode(values, indices, offsets, W, b, [W.shape[0]])[0]
     if _interpreted_bf16(_ragged_decode_fwd_kernel, W):
         bias = None if b is None else b.float()
         return ragged_decode(values.float(), indices, offsets, W.float(), bias, prefixes).bfloat16()

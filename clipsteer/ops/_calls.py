@@ -277,7 +277,8 @@ def _read(values: Sequence[Any], kind: list[Any], given: list[Tensor]) -> bool:
             if not value.is_cpu:
                 return False
             given.append(value)
-            kind += (value.shape, value.stride(), value.dtype, value.requires_grad)
+            layout = value.is_contiguous() or value.stride()
+            kind += (value.shape, layout, value.dtype, value.requires_grad)
         elif of in _PLAIN:
             kind += (of, value)
         elif isinstance(value, (tuple, list)):

@@ -50,7 +50,7 @@ class Chosen(Function):
         if needs[0] and offsets is None:
             d_x = sparse.decode(grad, indices, W, None, backend)
         elif needs[0]:
-            d_x = ragged.decode(grad, indices, offsets, W, None, [W.shape[0]], backend)[0]
+            d_x = ragged.decode(grad, indices, offsets, W, None, None, backend)
         if (needs[1] or needs[2]) and offsets is None:
             d_W, d_b = sparse.weight_gradient(grad, indices, x, W, backend, sparse_grad, None)
         elif needs[1] or needs[2]:

@@ -316,7 +316,9 @@ def call(backend: str, op: str, *args: Any) -> Any:
     if torch.compiler.is_compiling():
         return _overload(backend, op)(*args)
     if (function := _OVERLOADS.get((backend, op))) is None:
-        function = _OVERLOADS[backend, op] = _overload(backend, op)
+        overload = _overload(backend, op)
+        # what it calls itself, without a function of Python's around it: 0.6 µs
+        function = _OVERLOADS[backend, op] = getattr(overload, "_op", overload)
     return step(function, *args)
 
 

@@ -123,9 +123,10 @@ def ragged_decode(
     offsets: Tensor,
     W: Tensor,
     b: Tensor | None,
-    prefixes: list[int],
+    prefixes: list[int] | None,
 ) -> Tensor:
-    return values.new_empty(len(prefixes), offsets.shape[0] - 1, W.shape[1])
+    size = (offsets.shape[0] - 1, W.shape[1])
+    return values.new_empty(size if prefixes is None else (len(prefixes), *size))
 
 
 def ragged_dot(rows: Tensor, row_of: Tensor, indices: Tensor, W: Tensor) -> Tensor:
@@ -256,12 +257,41 @@ def agreement_counts(
     need_P: bool,
     need_Q: bool,
 ) -> tuple[Tensor, Tensor]:
-    def counts(scores: Tensor, needed: bool) -> Tensor:
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        rows = scores.shape[0] if needed else 0
-        return scores.new_empty(rows, *scores.shape[1:], dtype=wide)
+    return _counts(P, need_P), _counts(Q, need_Q)
 
-    return counts(P, need_P), counts(Q, need_Q)
+
+def _wide(scores: Tensor) -> torch.dtype:
+    return torch.promote_types(scores.dtype, torch.float32)
+
+
+def _counts(scores: Tensor, needed: bool) -> Tensor:
+    rows = scores.shape[0] if needed else 0
+    return scores.new_empty(rows, *scores.shape[1:], dtype=_wide(scores))
+
+
+def rand_index(
+    P: Tensor,
+    P_indices: Tensor | None,
+    P_offsets: Tensor | None,
+    K: int,
+    Q: Tensor,
+    Q_indices: Tensor | None,
+    Q_offsets: Tensor | None,
+    L: int,
+    need_P: bool,
+    need_Q: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return P.new_empty((), dtype=_wide(P)), _counts(P, need_P), _counts(Q, need_Q)
+
+
+def rand_index_grad(
+    grad: Tensor,
+    dP: Tensor,
+    dQ: Tensor,
+    values: Tensor,
+    rows: int,
+) -> tuple[Tensor, Tensor]:
+    return values.new_empty(dP.shape), values.new_empty(dQ.shape)
 
 
 def concept_distances(

@@ -99,7 +99,7 @@ RECORDS = (
         {
             "ragged_decode": LowLevel(
                 "(Tensor values, Tensor indices, Tensor offsets, Tensor W, Tensor? b, "
-                "SymInt[] prefixes) -> Tensor",
+                "SymInt[]? prefixes) -> Tensor",
                 _fakes.ragged_decode,
             ),
             "ragged_dot": LowLevel(
@@ -325,6 +325,15 @@ RECORDS = (
                 # each as its side's values
                 " -> (Tensor, Tensor)",
                 _fakes.agreement_counts,
+            ),
+            "rand_index": alone(
+                f"({_SCORES}, bool need_P, bool need_Q) -> (Tensor, Tensor, Tensor)",
+                _fakes.rand_index,
+            ),
+            "rand_index_grad": alone(
+                "(Tensor grad, Tensor dP, Tensor dQ, Tensor values, SymInt rows)"
+                " -> (Tensor, Tensor)",
+                _fakes.rand_index_grad,
             ),
             "concept_distances": LowLevel(
                 f"({_SCORES}, Tensor? images) -> (Tensor, Tensor)",

@@ -59,7 +59,7 @@ class RaggedDecode(Function):
         offsets,  # (B + 1,)
         W,  # (n, d)
         b,  # (d,) or None
-        prefixes,
+        prefixes,  # or None
         backend,
         sparse_grad,
         grad_buffer,  # (n, d) or None
@@ -73,15 +73,18 @@ class RaggedDecode(Function):
         ctx.options = options
 
     @staticmethod
-    def backward(ctx, grad):  # (G, B, d)
+    def backward(ctx, grad):  # (B, d) or (G, B, d)
         values, indices, offsets, W = ctx.saved_tensors
         backend, sparse_grad, grad_buffer = ctx.options
-        tails = running_tails(grad)
         row = row_or_none(SparseCodes(values, indices, offsets))
-        # the tail of the row from the first prefix on that has the feature
-        later = grad.shape[1]
-        shift = sum(torch.where(indices < prefix, 0, later) for prefix in ctx.prefixes[:-1])
-        row = torch.where(row < 0, row, row + shift)
+        if ctx.prefixes is None:
+            tails = grad.contiguous()
+        else:
+            tails = running_tails(grad)
+            # the tail of the row from the first prefix on that has the feature
+            later = grad.shape[1]
+            shift = sum(torch.where(indices < prefix, 0, later) for prefix in ctx.prefixes[:-1])
+            row = torch.where(row < 0, row, row + shift)
         d_values = d_W = d_b = None
         if ctx.needs_input_grad[0]:
             d_values = dot(tails, row, indices, W, backend)
@@ -89,7 +92,7 @@ class RaggedDecode(Function):
             options = (backend, sparse_grad, grad_buffer)
             d_W, _ = pair_gradient(values, indices, row, tails, W, *options, bias=False)
         if ctx.needs_input_grad[4]:
-            d_b = grad.sum((0, 1))
+            d_b = grad.flatten(0, -2).sum(0)
         return d_values, None, None, d_W, d_b, None, None, None, None
 
     @staticmethod
@@ -103,7 +106,8 @@ class RaggedDecode(Function):
             t_W = laid_out(t_W, backend)
             of_W = decode(values, indices, offsets, t_W, None, groups, backend)
         if t_b is not None:
-            of_b = t_b.expand(len(groups), offsets.shape[0] - 1, -1)
+            size = (offsets.shape[0] - 1, t_b.shape[0])
+            of_b = t_b.expand(size if groups is None else (len(groups), *size))
         return total(of_values, of_W, of_b)
 
 
@@ -213,13 +217,13 @@ def decode(
     offsets: Tensor,  # (B + 1,)
     W: Tensor,  # (n, d)
     b: Tensor | None,  # (d,)
-    prefixes: list[int],
+    prefixes: list[int] | None,
     backend: str,
     sparse_grad: bool = False,
     grad_buffer: Tensor | None = None,  # (n, d)
 ) -> Tensor:
-    """Σ_j values_j W[indices_j] + b of each row and prefix: (G, B, d); contiguous inputs, ``W`` as
-    it is ``laid_out``."""
+    """Σ_j values_j W[indices_j] + b of each row, (B, d), or of each prefix and row, (G, B, d);
+    contiguous inputs, ``W`` as it is ``laid_out``."""
     arguments = (values, indices, offsets, W, b, prefixes)
     if tracked(values, W, b):
         return RaggedDecode.run(*arguments, backend, sparse_grad, grad_buffer)
@@ -239,7 +243,7 @@ def decode_pairs(
     row, order = torch.sort(torch.where(row < 0, rows, row), stable=True)
     offsets = torch.searchsorted(row, torch.arange(rows + 1, device=row.device))
     values = values.gather(0, order)
-    return decode(values, indices.gather(0, order), offsets, W, None, [W.shape[0]], backend)[0]
+    return decode(values, indices.gather(0, order), offsets, W, None, None, backend)
 
 
 def dot(

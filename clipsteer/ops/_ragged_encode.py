@@ -56,7 +56,7 @@ class RaggedEncode(Function):
             _, d_scale = outer((grad * pre).contiguous(), indices, row, ones, W.shape[0], backend)
         grad = scaled(grad, scale, indices).contiguous()
         if needs[0]:
-            d_x = decode(grad, indices, offsets, W, None, [W.shape[0]], backend)[0]
+            d_x = decode(grad, indices, offsets, W, None, None, backend)
         if needs[1] or needs[2]:
             d_W, d_b = pair_gradient(grad, indices, row, x, W, backend, sparse_grad)
         d_W = d_W if needs[1] else None

@@ -42,7 +42,8 @@ from clipsteer.ops._agreement import (
 )
 from clipsteer.ops._calls import remembered, step
 from clipsteer.ops._contrastive import KINDS, Kind, contrast
-from clipsteer.ops._dispatch import choose
+from clipsteer.ops._dispatch import call, choose
+from clipsteer.ops._sweeps import in_one_call
 
 __all__ = [
     "Jackknife",
@@ -116,6 +117,8 @@ def _rows(arguments: tuple[Any, ...]) -> int:
 def _evaluate(arguments, needs, backend, world):
     """The index (), and of each side's values Σ_j sgn(d_P − d_Q)·sgn(x_i − x_j), of Q negative."""
     sides = _sides(arguments)
+    if in_one_call(backend, world):
+        return call(backend, "rand_index", *sides, *needs)
     share = (0, 1) if world is None else (world.rank, world.size)
     total, _ = low_level(backend, "agreement_sums", *sides, None, *share)
     values = sides[0]
@@ -129,7 +132,10 @@ def _evaluate(arguments, needs, backend, world):
 
 def _gradient(cotangents, found, arguments, needs, backend, world):
     (grad,) = cotangents
-    factor = -grad / _ordered_pairs(_rows(arguments))
+    rows = _rows(arguments)
+    if in_one_call(backend, world):
+        return call(backend, "rand_index_grad", grad, *found, arguments[0], rows)
+    factor = -grad / _ordered_pairs(rows)
     values = (arguments[0], arguments[3])
     return tuple((factor * count).to(x.dtype) for count, x in zip(found, values))
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops import _check
-from clipsteer.ops._calls import remembered, step
+from clipsteer.ops._calls import remembered
 from clipsteer.ops._dispatch import choose
 from clipsteer.ops._ragged import SparseCodes, code_rows, decode
 from clipsteer.ops._reference import rounded_once
@@ -129,7 +129,7 @@ def decoded(
     W_dec, grad_buffer = with_gradient_options(op, given, W_dec, sparse_grad, grad_buffer, backend)
     if backend == "reference":
         return ragged_decode_reference(values, indices, offsets, W_dec, b_dec, prefixes=prefixes)
-    x_hat = decode(
+    return decode(
         contiguous(values),
         contiguous(indices),
         contiguous(offsets),
@@ -140,19 +140,12 @@ def decoded(
         sparse_grad,
         grad_buffer,
     )
-    return step(_first, x_hat) if prefixes is None else x_hat
 
 
-def _first(
-    x_hat: Tensor,  # (1, B, d)
-) -> Tensor:
-    return x_hat[0]
-
-
-def checked_prefixes(op: str, prefixes: Sequence[int] | None, n: int) -> list[int]:
-    """What the low-level op takes: of no prefixes that of all n features."""
+def checked_prefixes(op: str, prefixes: Sequence[int] | None, n: int) -> list[int] | None:
+    """What the low-level op takes."""
     if prefixes is None:
-        return [n]
+        return None
     # a compiler may take them for symbols, which a node of autograd cannot keep
     limits = [int(prefix) for prefix in prefixes]
     ascending = all(a < b for a, b in zip([0, *limits], limits))

@@ -76,8 +76,7 @@ def revival(
     pre = F.linear(centred, encoder, sae.encoder_bias[dead])  # (B, m)
     acts, places, rows, offsets = _positive(pre, min(half, len(dead)))
     features = dead.index_select(0, places)
-    whole = [len(sae.W_dec)]
-    guess = call("cpp", "ragged_decode", acts, features, offsets, sae.W_dec, None, whole)[0]
+    guess = call("cpp", "ragged_decode", acts, features, offsets, sae.W_dec, None, None)
     if out.stats.scale is not None:
         guess = guess * out.stats.scale
     error = guess - (target - out.x_hat)

@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> jumprelu_codes(Tensor x, Tensor w_enc
 std::tuple<Tensor, Tensor, Tensor> batch_topk_encode(Tensor x, Tensor w_enc, std::optional<Tensor> b_enc, int64_t count,
                                                      std::optional<Tensor> scale, std::optional<Tensor> columns);
 Tensor ragged_decode(Tensor values, Tensor indices, Tensor offsets, Tensor w, std::optional<Tensor> b,
-                    std::vector<int64_t> prefixes);
+                     std::optional<std::vector<int64_t>> prefixes);
 Tensor ragged_dot(Tensor rows, Tensor row_of, Tensor indices, Tensor w);
 std::tuple<Tensor, Tensor> ragged_outer(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, int64_t n,
                                         bool across);
@@ -84,6 +84,11 @@ std::tuple<Tensor, Tensor> agreement_counts(Tensor P, std::optional<Tensor> p_in
                                             int64_t p_concepts, Tensor Q, std::optional<Tensor> q_indices,
                                             std::optional<Tensor> q_offsets, int64_t q_concepts, int64_t part,
                                             int64_t parts, bool need_p, bool need_q);
+std::tuple<Tensor, Tensor, Tensor> rand_index(Tensor P, std::optional<Tensor> p_indices, std::optional<Tensor> p_offsets,
+                                              int64_t p_concepts, Tensor Q, std::optional<Tensor> q_indices,
+                                              std::optional<Tensor> q_offsets, int64_t q_concepts, bool need_p,
+                                              bool need_q);
+std::tuple<Tensor, Tensor> rand_index_grad(Tensor grad, Tensor p_counts, Tensor q_counts, Tensor values, int64_t rows);
 std::tuple<Tensor, Tensor> concept_distances(Tensor P, std::optional<Tensor> p_indices, std::optional<Tensor> p_offsets,
                                              int64_t p_concepts, Tensor Q, std::optional<Tensor> q_indices,
                                              std::optional<Tensor> q_offsets, int64_t q_concepts,

@@ -27,7 +27,7 @@ void define(StableLibrary& m) {
   m.def(
       "batch_topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt count, Tensor? scale=None, "
       "Tensor? columns=None) -> (Tensor values, Tensor indices, Tensor offsets)");
-  m.def("ragged_decode(Tensor values, Tensor indices, Tensor offsets, Tensor W, Tensor? b, SymInt[] prefixes) -> Tensor");
+  m.def("ragged_decode(Tensor values, Tensor indices, Tensor offsets, Tensor W, Tensor? b, SymInt[]? prefixes) -> Tensor");
   m.def("ragged_dot(Tensor rows, Tensor row_of, Tensor indices, Tensor W) -> Tensor");
   m.def(
       "ragged_outer(Tensor coeff, Tensor indices, Tensor row_of, Tensor rows, SymInt n, bool across=False) "
@@ -80,6 +80,11 @@ void define(StableLibrary& m) {
   m.def(
       "agreement_counts(Tensor P, Tensor? P_indices, Tensor? P_offsets, SymInt K, Tensor Q, Tensor? Q_indices, "
       "Tensor? Q_offsets, SymInt L, SymInt part, SymInt parts, bool need_P, bool need_Q) -> (Tensor dP, Tensor dQ)");
+  m.def(
+      "rand_index(Tensor P, Tensor? P_indices, Tensor? P_offsets, SymInt K, Tensor Q, Tensor? Q_indices, "
+      "Tensor? Q_offsets, SymInt L, bool need_P, bool need_Q) -> (Tensor index, Tensor dP, Tensor dQ)");
+  m.def(
+      "rand_index_grad(Tensor grad, Tensor dP, Tensor dQ, Tensor values, SymInt rows) -> (Tensor, Tensor)");
   m.def(
       "concept_distances(Tensor P, Tensor? P_indices, Tensor? P_offsets, SymInt K, Tensor Q, Tensor? Q_indices, "
       "Tensor? Q_offsets, SymInt L, Tensor? images) -> (Tensor D, Tensor error)");
@@ -142,6 +147,8 @@ void implement(StableLibrary& m) {
   m.impl("distill_grad", TORCH_BOX(&clipsteer::distill_grad));
   m.impl("agreement_sums", TORCH_BOX(&clipsteer::agreement_sums));
   m.impl("agreement_counts", TORCH_BOX(&clipsteer::agreement_counts));
+  m.impl("rand_index", TORCH_BOX(&clipsteer::rand_index));
+  m.impl("rand_index_grad", TORCH_BOX(&clipsteer::rand_index_grad));
   m.impl("concept_distances", TORCH_BOX(&clipsteer::concept_distances));
   m.impl("clip_loss", TORCH_BOX(&clipsteer::clip_loss));
   m.impl("contrast_grad", TORCH_BOX(&clipsteer::contrast_grad));

@@ -2,10 +2,13 @@
 // a unit that leaves room for the largest row, whose sums are exact: neither tiles nor threads nor the instruction set
 // nor processes change a bit. A strip, the rows of one panel, meets tiles of panels; no pair is met twice, but for
 // gradients, which each row gathers for itself.
+#include "scaled.h"
 #include "strips.h"
 
 namespace clipsteer {
 namespace {
+
+constexpr int64_t kFewRows = 64;
 
 double number(const WideSum& sum) { return double((unsigned __int128)(sum.low) + ((unsigned __int128)(sum.high) << 32)); }
 
@@ -36,22 +39,22 @@ void strips(const Side<V>& p, const Side<V>& q, int64_t part, int64_t parts, F&&
   });
 }
 
-template <class T>
-void sums(const ScoreRows<T>& P, const ScoreRows<T>& Q, const int64_t* images, int64_t part, int64_t parts,
+// What the sums of no pairs are, or of pairs that are not finite; whether they are that.
+template <class V>
+bool no_sums(const Unit<V>& unit, int64_t N, double* total, double* rows) {
+  *total = N > 1 ? unit.instead : 0;
+  if (rows) std::fill_n(rows, 2 * N, *total);
+  return N < 2 || !unit.finite || unit.empty();
+}
+
+template <class V>
+void sums(const ScoreRows<V>& P, const ScoreRows<V>& Q, const int64_t* images, int64_t part, int64_t parts,
           double* total, double* rows) {
-  using V = Compute<T>;
   using I = Rank<V>;
   const int64_t N = P.rows;
-  const Pair<T> pair(P, Q);
-  const bool some = N > 1 && (!pair.finite || !pair.empty());
-  *total = 0;
-  if (images) std::fill_n(rows, 2 * N, 0.0);
-  if (!some) return;
-  if (!pair.finite) {
-    *total = pair.instead;
-    if (images) std::fill_n(rows, 2 * N, pair.instead);
-    return;
-  }
+  const Unit<V> unit(P, Q);
+  if (no_sums(unit, N, total, images ? rows : nullptr)) return;
+  const Pair<V> pair(P, Q, unit.shift);
   RowSums all(images ? N : 0), own(images ? N : 0);
   WideSum sum;
   strips(pair.p, pair.q, part, parts, [&](Strip<V>& strip) {
@@ -87,22 +90,21 @@ void sums(const ScoreRows<T>& P, const ScoreRows<T>& Q, const int64_t* images, i
     __atomic_fetch_add(&sum.high, strip_high + (strip_low >> 32), __ATOMIC_RELAXED);
   });
   // d is half of what was summed
-  *total = number(sum) * pair.unit * 0.5;
+  *total = number(sum) * unit.size * 0.5;
   for (int64_t i = 0; images && i < N; ++i) {
-    rows[i] = number({all.low[i], all.high[i]}) * pair.unit * 0.5;
-    rows[N + i] = number({own.low[i], own.high[i]}) * pair.unit * 0.5;
+    rows[i] = number({all.low[i], all.high[i]}) * unit.size * 0.5;
+    rows[N + i] = number({own.low[i], own.high[i]}) * unit.size * 0.5;
   }
 }
 
 // Of one side the counts of its numbers: a matrix's by panels of keys, a sparse row's from what every row without the
 // concept adds and from the rows with it.
-template <class T>
+template <class V>
 class Counts {
  public:
-  using V = Compute<T>;
   using I = Rank<V>;
 
-  Counts(const ScoreRows<T>& scores, const Side<V>& side, V* out, I sign)
+  Counts(const ScoreRows<V>& scores, const Side<V>& side, V* out, I sign)
       : scores_(scores), side_(side), out_(out), sign_(sign), keys_(scores.sparse() ? Buffer<I>(0) : ordered(scores)) {}
 
   // Adds row i's signs s towards rows [begin, end), which start a panel and end in one whose rest is 0.
@@ -140,27 +142,27 @@ class Counts {
   }
 
  private:
-  const ScoreRows<T>& scores_;
+  const ScoreRows<V>& scores_;
   const Side<V>& side_;
   V* out_;
   I sign_;
   Buffer<I> keys_;
 };
 
-template <class T>
-void counts(const ScoreRows<T>& P, const ScoreRows<T>& Q, int64_t part, int64_t parts, Compute<T>* dp, Compute<T>* dq) {
-  using V = Compute<T>;
+template <class V>
+void counts(const ScoreRows<V>& P, const ScoreRows<V>& Q, int64_t part, int64_t parts, V* dp, V* dq) {
   using I = Rank<V>;
   const int64_t N = P.rows;
-  const Pair<T> pair(P, Q);
-  if (N < 2 || !pair.finite || pair.empty()) return;
-  std::vector<Counts<T>> sides;
+  const Unit<V> unit(P, Q);
+  if (N < 2 || !unit.finite || unit.empty()) return;
+  const Pair<V> pair(P, Q, unit.shift);
+  std::vector<Counts<V>> sides;
   if (dp) sides.emplace_back(P, pair.p, dp, I(1));
   if (dq) sides.emplace_back(Q, pair.q, dq, I(-1));
   strips(pair.p, pair.q, part, parts, [&](Strip<V>& strip) {
     constexpr int64_t kTile = Strip<V>::kTile;
     std::vector<std::vector<std::vector<int64_t>>> count;
-    for (const Counts<T>& side : sides) {
+    for (const Counts<V>& side : sides) {
       count.emplace_back();
       for (int64_t i = strip.first(); i < strip.last(); ++i) count.back().emplace_back(side.size(i));
     }
@@ -180,6 +182,44 @@ void counts(const ScoreRows<T>& P, const ScoreRows<T>& Q, int64_t part, int64_t 
   });
 }
 
+// Both of few rows of matrices, each of which is set beside those that follow: no panel would be full.
+template <class V>
+void few_rows(const ScoreRows<V>& P, const ScoreRows<V>& Q, double* total, V* dp, V* dq) {
+  using I = Rank<V>;
+  const int64_t N = P.rows;
+  const Unit<V> unit(P, Q);
+  if (no_sums(unit, N, total, nullptr)) return;
+  const Lines<V> p(P, unit.shift, dp), q(Q, unit.shift, dq);
+  std::vector<I> base(N), c(N), sign(N), p_count(dp ? N * p.stride : 0), q_count(dq ? N * q.stride : 0);
+  for (int64_t i = 0; i < N; ++i) base[i] = p.base[i] - q.base[i];
+  WideSum sum;
+  for (int64_t i = 0; i < N; ++i) {
+    const int64_t rest = N - 1 - i;
+    kernels<V>().larger_rows(p.integers.get() + i * p.stride, p.stride, q.integers.get() + i * q.stride, q.stride, rest,
+                             c.data());
+    std::copy_n(c.data(), rest, sign.data());
+    const WideSum found = kernels<V>().apart(c.data(), base.data() + i + 1, base[i], rest);
+    sum.low += found.low;
+    sum.high += found.high;
+    if (!dp && !dq) continue;
+    kernels<V>().signs(sign.data(), base.data() + i + 1, base[i], rest);
+    const auto add = [&](const Lines<V>& side, std::vector<I>& count) {
+      kernels<V>().order_rows(side.numbers.get() + i * side.stride, side.stride, sign.data(), rest,
+                              count.data() + i * side.stride);
+    };
+    if (dp) add(p, p_count);
+    if (dq) add(q, q_count);
+  }
+  *total = number(sum) * unit.size * 0.5;
+  const auto store = [&](int64_t K, const Lines<V>& side, const std::vector<I>& count, I factor, V* out) {
+    for (int64_t i = 0; out && i < N; ++i) {
+      for (int64_t l = 0; l < K; ++l) out[i * K + l] = V(factor * count[i * side.stride + l]);
+    }
+  };
+  store(P.concepts, p, p_count, 1, dp);
+  store(Q.concepts, q, q_count, -1, dq);
+}
+
 template <class F>
 void with_sides(const char* op, const Tensor& P, const std::optional<Tensor>& p_indices,
                 const std::optional<Tensor>& p_offsets, int64_t p_concepts, const Tensor& Q,
@@ -189,11 +229,26 @@ void with_sides(const char* op, const Tensor& P, const std::optional<Tensor>& p_
   require(0 <= part && part < parts, op, "expected 0 <= part < parts");
   dispatch(op, P.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
+    using V = Compute<T>;
     const ScoreRows<T> p = score_rows<T>(op, "P", P, p_indices, p_offsets, p_concepts);
     const ScoreRows<T> q = score_rows<T>(op, "Q", Q, q_indices, q_offsets, q_concepts);
     require(p.rows == q.rows, op, "expected as many rows of P as of Q");
-    f(p, q);
+    const auto wide = [](const ScoreRows<T>& x, const Tensor& values, Buffer<V>& buffer) {
+      const V* numbers = widened(x.values, buffer.get(), values.numel());
+      return ScoreRows<V>{numbers, x.indices, x.offsets, x.rows, x.concepts};
+    };
+    Buffer<V> wide_p(kNarrow<T> ? P.numel() : 0), wide_q(kNarrow<T> ? Q.numel() : 0);
+    f(wide(p, P, wide_p), wide(q, Q, wide_q));
   });
+}
+
+// Of each side's numbers the counts, all 0, in the dtype that is computed in; none where they are not needed.
+Tensor no_counts(const Tensor& values, bool needed) {
+  const bool wide = values.scalar_type() == ScalarType::Double;
+  int64_t sizes[] = {needed ? values.size(0) : 0, values.dim() == 2 ? values.size(1) : 0};
+  Tensor out = allocate(values, {sizes, size_t(values.dim())}, wide ? ScalarType::Double : ScalarType::Float);
+  std::memset(out.data_ptr(), 0, out.numel() * (wide ? 8 : 4));
+  return out;
 }
 
 }  // namespace
@@ -220,20 +275,60 @@ std::tuple<Tensor, Tensor> agreement_counts(Tensor P, std::optional<Tensor> p_in
                                             int64_t p_concepts, Tensor Q, std::optional<Tensor> q_indices,
                                             std::optional<Tensor> q_offsets, int64_t q_concepts, int64_t part,
                                             int64_t parts, bool need_p, bool need_q) {
-  const bool wide = P.scalar_type() == ScalarType::Double;
-  const auto like = [&](const Tensor& t, bool needed) {
-    int64_t sizes[] = {needed ? t.size(0) : 0, t.dim() == 2 ? t.size(1) : 0};
-    Tensor out = allocate(t, {sizes, size_t(t.dim())}, wide ? ScalarType::Double : ScalarType::Float);
-    std::memset(out.data_ptr(), 0, out.numel() * (wide ? 8 : 4));
-    return out;
-  };
-  Tensor dp = like(P, need_p), dq = like(Q, need_q);
+  Tensor dp = no_counts(P, need_p), dq = no_counts(Q, need_q);
   with_sides("agreement_counts", P, p_indices, p_offsets, p_concepts, Q, q_indices, q_offsets, q_concepts, part, parts,
-             [&](const auto& p, const auto& q) {
-               using V = Compute<std::remove_cvref_t<decltype(*p.values)>>;
+             [&]<class V>(const ScoreRows<V>& p, const ScoreRows<V>& q) {
                counts(p, q, part, parts, need_p ? data<V>(dp) : nullptr, need_q ? data<V>(dq) : nullptr);
              });
   return {dp, dq};
+}
+
+// The index of one process, and both sides' counts.
+std::tuple<Tensor, Tensor, Tensor> rand_index(Tensor P, std::optional<Tensor> p_indices, std::optional<Tensor> p_offsets,
+                                              int64_t p_concepts, Tensor Q, std::optional<Tensor> q_indices,
+                                              std::optional<Tensor> q_offsets, int64_t q_concepts, bool need_p,
+                                              bool need_q) {
+  const bool wide = P.scalar_type() == ScalarType::Double;
+  const int64_t none = 0;
+  Tensor index = allocate(P, {&none, size_t(0)}, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor dp = no_counts(P, need_p), dq = no_counts(Q, need_q);
+  with_sides("rand_index", P, p_indices, p_offsets, p_concepts, Q, q_indices, q_offsets, q_concepts, 0, 1,
+             [&]<class V>(const ScoreRows<V>& p, const ScoreRows<V>& q) {
+               double total = 0;
+               V *of_p = need_p ? data<V>(dp) : nullptr, *of_q = need_q ? data<V>(dq) : nullptr;
+               if (p.rows <= kFewRows && !p.sparse() && !q.sparse()) {
+                 few_rows(p, q, &total, of_p, of_q);
+               } else {
+                 sums(p, q, nullptr, 0, 1, &total, nullptr);
+                 if (need_p || need_q) counts(p, q, 0, 1, of_p, of_q);
+               }
+               *data<V>(index) = V(1 - 2 * total / double(std::max<int64_t>(p.rows * (p.rows - 1), 1)));
+             });
+  return {index, dp, dq};
+}
+
+// The gradients of values of this dtype, from the index's and counts of so many rows.
+std::tuple<Tensor, Tensor> rand_index_grad(Tensor grad, Tensor p_counts, Tensor q_counts, Tensor values, int64_t rows) {
+  const char* op = "rand_index_grad";
+  const ScalarType dtype = values.scalar_type();
+  const ScalarType wide = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  check(op, "grad", grad, wide, {});
+  Tensor out[2];
+  const Tensor* counts[] = {&p_counts, &q_counts};
+  for (int side = 0; side < 2; ++side) {
+    const Tensor& count = *counts[side];
+    const int64_t sizes[] = {count.dim() > 0 ? count.size(0) : 0, count.dim() > 1 ? count.size(1) : 0};
+    require(count.scalar_type() == wide && count.is_contiguous() && count.is_cpu() && 1 <= count.dim() && count.dim() <= 2,
+            op, "expected counts as rand_index gives them");
+    out[side] = allocate(values, {sizes, size_t(count.dim())});
+  }
+  dispatch(op, dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using V = Compute<T>;
+    const V factor = -*data<V>(grad) / V(std::max<int64_t>(rows * (rows - 1), 1));
+    for (int side = 0; side < 2; ++side) scaled<T>(*counts[side], factor, out[side]);
+  });
+  return {out[0], out[1]};
 }
 
 }  // namespace clipsteer

@@ -170,17 +170,18 @@ std::tuple<Tensor, Tensor> sparse_outer(Tensor coeff, Tensor indices, Tensor row
 
 // ---------------------------------------------------------------- ragged pairs
 
+// Without prefixes (rows, d) of all features, else (prefixes, rows, d).
 Tensor ragged_decode(Tensor values, Tensor indices, Tensor offsets, Tensor w, std::optional<Tensor> b,
-                    std::vector<int64_t> prefixes) {
+                     std::optional<std::vector<int64_t>> prefixes) {
   const char* op = "ragged_decode";
   check_dim(op, "values", values, 1);
   check_dim(op, "offsets", offsets, 1);
   check_dim(op, "W", w, 2);
   const int64_t pairs = values.size(0), rows = offsets.size(0) - 1, n = w.size(0), d = w.size(1);
-  const int64_t groups = int64_t(prefixes.size());
+  const std::vector<int64_t> limits = prefixes.value_or(std::vector<int64_t>{n});
   const ScalarType dtype = values.scalar_type();
   require(rows >= 0, op, "expected offsets of rows + 1 numbers");
-  require(groups > 0 && std::is_sorted(prefixes.begin(), prefixes.end()) && prefixes.back() == n, op,
+  require(!limits.empty() && std::is_sorted(limits.begin(), limits.end()) && limits.back() == n, op,
           "expected ascending prefixes, the last of all features");
   check(op, "values", values, dtype, {pairs});
   check(op, "indices", indices, ScalarType::Long, {pairs});
@@ -192,9 +193,9 @@ Tensor ragged_decode(Tensor values, Tensor indices, Tensor offsets, Tensor w, st
   require(at[0] == 0, op, "expected offsets from 0");
   for (int64_t r = 0; r < rows; ++r) require(at[r] <= at[r + 1], op, "expected ascending offsets");
   require(n > 0 || std::min(at[rows], pairs) == 0, op, "expected features, as there are codes");
-  const int64_t sizes[] = {groups, rows, d};
-  Tensor y = allocate(values, {sizes, 3});
-  decode(op, values, indices, w, b, {rows, 0, pairs, at}, prefixes, y);
+  const int64_t sizes[] = {int64_t(limits.size()), rows, d};
+  Tensor y = prefixes ? allocate(values, {sizes, 3}) : allocate(values, {sizes + 1, 2});
+  decode(op, values, indices, w, b, {rows, 0, pairs, at}, limits, y);
   return y;
 }
 

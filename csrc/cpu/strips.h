@@ -29,26 +29,13 @@ struct Side {
 };
 
 // The largest number's size, or whether there is something else.
-template <class T>
-Finite largest(const ScoreRows<T>& scores, double& most) {
-  using V = Compute<T>;
-  const int64_t count = scores.end(scores.rows - 1);
-  constexpr int kLanes = 16;
-  V size[kLanes] = {};
-  bool finite = true;
-  for (int64_t at = 0; at < count; at += kLanes) {
-    const int lanes = int(std::min<int64_t>(kLanes, count - at));
-    V chunk[kLanes] = {};
-    for (int l = 0; l < lanes; ++l) chunk[l] = std::abs(scores.number(at + l));
-    V rest = 0;
-    for (int l = 0; l < kLanes; ++l) {
-      size[l] = chunk[l] > size[l] ? chunk[l] : size[l];
-      rest += chunk[l] * 0;  // not 0 where a number is not finite
-    }
-    finite &= rest == 0;
+template <class V>
+Finite largest(const ScoreRows<V>& scores, double& most) {
+  const V size = kernels<V>().largest(scores.values, scores.end(scores.rows - 1));
+  if (!std::isnan(size)) {
+    most = std::max(most, double(size));
+    return Finite::yes;
   }
-  for (V one : size) most = std::max(most, double(one));
-  if (finite) return Finite::yes;
   std::vector<Infinities> each(scores.concepts);
   for (int64_t i = 0; i < scores.rows; ++i) {
     for (int64_t at = scores.begin(i); at < scores.end(i); ++at) each[scores.column(i, at)].add(scores.number(at));
@@ -58,56 +45,70 @@ Finite largest(const ScoreRows<T>& scores, double& most) {
   return worst;
 }
 
-// 2^power times a number, however large the power.
+// 2^power times numbers, however large the power.
 struct Shift {
   double first, second;
   explicit Shift(int power) : first(std::ldexp(1.0, power / 2)), second(std::ldexp(1.0, power - power / 2)) {}
-  double operator()(double x) const { return x * first * second; }
+
+  // The largest sum of the sizes of a row.
+  template <class V>
+  double longest(const ScoreRows<V>& scores) const {
+    double most = 0;
+    for (int64_t i = 0; i < scores.rows; ++i) {
+      const int64_t at = scores.begin(i);
+      most = std::max(most, kernels<V>().length(scores.values + at, first, second, scores.end(i) - at));
+    }
+    return most;
+  }
+  template <class V>
+  void integers(const V* x, int64_t n, Rank<V>* out) const {
+    kernels<V>().integers(x, first, second, n, out);
+  }
 };
 
-template <class T>
-double longest(const ScoreRows<T>& scores, const Shift& shift) {
-  double most = 0;
-  for (int64_t i = 0; i < scores.rows; ++i) {
-    constexpr int kLanes = 8;
-    double total[kLanes] = {};
-    int64_t at = scores.begin(i);
-    for (; at + kLanes <= scores.end(i); at += kLanes) {
-      for (int l = 0; l < kLanes; ++l) total[l] += std::abs(shift(scores.number(at + l)));
-    }
-    for (; at < scores.end(i); ++at) total[0] += std::abs(shift(scores.number(at)));
-    for (int l = 1; l < kLanes; ++l) total[0] += total[l];
-    most = std::max(most, total[0]);
+// What both sides' numbers are counted in, so that the largest row has room; or what they have instead of finite numbers.
+template <class V>
+struct Unit {
+  double size = 0, instead = 0;
+  bool finite = true;
+  Shift shift{0};
+
+  Unit(const ScoreRows<V>& P, const ScoreRows<V>& Q) {
+    if (P.rows == 0) return;
+    double most = 0;
+    const Finite of_p = largest(P, most), of_q = largest(Q, most);
+    finite = of_p == Finite::yes && of_q == Finite::yes;
+    if (!finite) instead = of_both(of_p, of_q);
+    if (!finite || most == 0) return;
+    int power;
+    std::frexp(most, &power);
+    // a row's sum of sizes may take all bits but two, and a half for the rounding of each number
+    const double room = std::ldexp(1 - 0x1p-20, sizeof(V) * 8 - 2) - double(std::max(P.concepts, Q.concepts));
+    require(room > 0, "agreement_sums", "expected fewer concepts");
+    const Shift relative(-power);
+    const double length = std::max(relative.longest(P), relative.longest(Q));
+    power -= int(std::floor(std::log2(room / length)));
+    size = std::ldexp(1.0, power);
+    shift = Shift(-power);
   }
-  return most;
-}
+  bool empty() const { return size == 0; }
+};
 
-// The nearest integer of a number that has room in it.
-inline int32_t nearest(double x, int32_t) {
-  const double shifted = x + 0x1.8p52;  // whose last digits are an integer's
-  uint64_t bits;
-  std::memcpy(&bits, &shifted, 8);
-  return int32_t(uint32_t(bits));
-}
-inline int64_t nearest(double x, int64_t) { return std::llrint(x); }
-
-template <class T, class V = Compute<T>>
-Side<V> integers(const ScoreRows<T>& scores, const Shift& shift) {
+template <class V>
+Side<V> integers(const ScoreRows<V>& scores, const Shift& shift) {
   using I = Rank<V>;
   const int64_t N = scores.rows, K = scores.concepts, width = kWidth<V>;
   Side<V> side{N, K};
   side.base.resize(N);
-  const auto rounded = [&](int64_t at) { return nearest(shift(scores.number(at)), I()); };
   if (scores.sparse()) {
+    const int64_t m = scores.offsets[N];
     side.columns.emplace(scores);
     side.row.assign(scores.offsets, scores.offsets + N + 1);
-    side.concept_of.assign(scores.indices, scores.indices + scores.offsets[N]);
-    side.number.resize(scores.offsets[N]);
+    side.concept_of.assign(scores.indices, scores.indices + m);
+    side.number.resize(m);
+    shift.integers(scores.values, m, side.number.data());
     for (int64_t i = 0; i < N; ++i) {
-      for (int64_t at = scores.begin(i); at < scores.end(i); ++at) {
-        side.number[at] = rounded(at);
-        side.base[i] -= std::abs(side.number[at]);
-      }
+      for (int64_t at = scores.begin(i); at < scores.end(i); ++at) side.base[i] -= std::abs(side.number[at]);
     }
     return side;
   }
@@ -119,7 +120,7 @@ Side<V> integers(const ScoreRows<T>& scores, const Shift& shift) {
       I* panel = side.panels.get() + p * K * width;
       std::fill_n(panel, K * width, I(0));
       for (int64_t i = p * width; i < std::min(N, (p + 1) * width); ++i) {
-        for (int64_t q = 0; q < K; ++q) row[q] = rounded(i * K + q);
+        shift.integers(scores.values + i * K, K, row.data());
         for (int64_t q = 0; q < K; ++q) {
           panel[q * width + i - p * width] = row[q];
           side.base[i] += row[q];
@@ -131,8 +132,8 @@ Side<V> integers(const ScoreRows<T>& scores, const Shift& shift) {
 }
 
 // Numbers as integers of the same order, in panels: what a gradient compares.
-template <class T, class V = Compute<T>>
-Buffer<Rank<V>> ordered(const ScoreRows<T>& scores) {
+template <class V>
+Buffer<Rank<V>> ordered(const ScoreRows<V>& scores) {
   using I = Rank<V>;
   const int64_t N = scores.rows, K = scores.concepts, width = kWidth<V>;
   Buffer<I> panels((N + width - 1) / width * K * width);
@@ -148,40 +149,50 @@ Buffer<Rank<V>> ordered(const ScoreRows<T>& scores) {
   return panels;
 }
 
-// Both sides as integers of one unit, or what they have instead of finite numbers.
-template <class T, class V = Compute<T>>
+// Both sides as integers.
+template <class V>
 struct Pair {
   using I = Rank<V>;
   Side<V> p, q;
   std::vector<I> base;  // of P less that of Q
-  double unit = 0, instead = 0;
-  bool finite = true;
 
-  Pair(const ScoreRows<T>& P, const ScoreRows<T>& Q) {
-    double most = 0;
-    const Finite of_p = largest(P, most), of_q = largest(Q, most);
-    finite = of_p == Finite::yes && of_q == Finite::yes;
-    if (!finite) instead = of_both(of_p, of_q);
-    if (!finite || most == 0) return;
-    int power;
-    std::frexp(most, &power);
-    // a row's sum of sizes may take all bits but two, and a half for the rounding of each number
-    const double room = std::ldexp(1 - 0x1p-20, sizeof(I) * 8 - 2) - double(std::max(P.concepts, Q.concepts));
-    require(room > 0, "agreement_sums", "expected fewer concepts");
-    const Shift relative(-power);
-    const double length = std::max(longest(P, relative), longest(Q, relative));
-    power -= int(std::floor(std::log2(room / length)));
-    unit = std::ldexp(1.0, power);
-    const Shift shift(-power);
-    p = integers(P, shift);
-    q = integers(Q, shift);
-    base.resize(P.rows);
+  Pair(const ScoreRows<V>& P, const ScoreRows<V>& Q, const Shift& shift)
+      : p(integers(P, shift)), q(integers(Q, shift)), base(P.rows) {
     for (int64_t i = 0; i < P.rows; ++i) {
       using U = std::make_unsigned_t<I>;
       base[i] = I(U(p.base[i]) - U(q.base[i]));
     }
   }
-  bool empty() const { return unit == 0; }
+};
+
+// The rows of a matrix one after the other, filled up with zeros to whole vectors: their integers, and the numbers.
+template <class V>
+struct Lines {
+  using I = Rank<V>;
+  int64_t stride;
+  Buffer<I> integers;
+  Buffer<V> numbers;
+  std::vector<I> base;
+
+  Lines(const ScoreRows<V>& scores, const Shift& shift, bool ordered)
+      : stride((scores.concepts + kLanes - 1) / kLanes * kLanes),
+        integers(scores.rows * stride),
+        numbers(ordered ? scores.rows * stride : 0),
+        base(scores.rows) {
+    const int64_t K = scores.concepts;
+    for (int64_t i = 0; i < scores.rows; ++i) {
+      I* row = integers.get() + i * stride;
+      shift.integers(scores.values + i * K, K, row);
+      std::fill(row + K, row + stride, I(0));
+      for (int64_t q = 0; q < K; ++q) base[i] += row[q];
+      if (!ordered) continue;
+      std::copy_n(scores.values + i * K, K, numbers.get() + i * stride);
+      std::fill_n(numbers.get() + i * stride + K, stride - K, V(0));
+    }
+  }
+
+ private:
+  static constexpr int64_t kLanes = 64 / sizeof(I);
 };
 
 // The rows of one panel against tiles of kTile rows, in ascending order.

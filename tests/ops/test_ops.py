@@ -526,6 +526,8 @@ LOW_LEVEL_ARGUMENTS = {
     "siglip_sweep": lambda t: (t["x"], t["W"], torch.tensor(2.0), torch.tensor(-3.0), 11, True, True),
     "agreement_sums": lambda t: (*dense_and_sparse(t), t["group"], 0, 2),
     "agreement_counts": lambda t: (*dense_and_sparse(t), 1, 2, True, False),
+    "rand_index": lambda t: (*dense_and_sparse(t), False, True),
+    "rand_index_grad": lambda t: (torch.tensor(2.0), t["x"], t["x"][:0], t["x"].bfloat16(), 12),
     "concept_distances": lambda t: (*dense_and_sparse(t), t["group"]),
     "distill_sums": lambda t: (*pairs_of(t), *pairs_of(t, 4), 11, True),
     "distill_grad": lambda t: (

@@ -110,6 +110,29 @@ def test_sums_are_exact_in_any_order(dtype):
     assert all(torch.equal(sum(side), full) for side, full in zip(zip(*counts), expected))
 
 
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("N", [1, 2, 3, 5, 17, 64, 65])
+@pytest.mark.parametrize("K", [1, 15, 16, 100])
+def test_few_rows_are_what_strips_of_them_are(dtype, N, K):
+    """Bit for bit, though they meet each other without panels, and gradients without a row's gathering."""
+    P, Q = drawn(N=N, K=K, L=37, dtype=dtype, seed=N + K)
+    P[N // 2] = P[0]
+    P[:, K // 2], Q[:, 5] = -0.0, 3.0 * (-1) ** torch.arange(N)
+    sides = (*parts(P), *parts(Q))
+    total, _ = low_level("cpp", "agreement_sums", *sides, None, 0, 1)
+    expected = (1 - 2 * total / max(N * (N - 1), 1)).to(torch.promote_types(dtype, torch.float32))
+    counts = low_level("cpp", "agreement_counts", *sides, 0, 1, True, True)
+    for needs in itertools.product([False, True], repeat=2):
+        index, *found = low_level("cpp", "rand_index", *sides, *needs)
+        assert torch.equal(index, expected)
+        for needed, count, one in zip(needs, counts, found):
+            assert torch.equal(one, count if needed else count[:0])
+    grad = torch.tensor(0.7, dtype=index.dtype)
+    grads = low_level("cpp", "rand_index_grad", grad, *counts, P, N)
+    assert all(torch.equal(g, (-grad / max(N * (N - 1), 1) * n).to(dtype)) for g, n in zip(grads, counts))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("which", ["P", "Q", "both"])
 @pytest.mark.parametrize("sign", [False, True])

@@ -8,6 +8,123 @@ constexpr int kScoreBytes = CLIPSTEER_LEVEL == 2 ? 64 : CLIPSTEER_LEVEL == 1 ? 3
 template <class I>
 using Scores __attribute__((vector_size(kScoreBytes), aligned(sizeof(I)), may_alias)) = I;
 
+// The size of the largest of n numbers; NaN where one is not finite.
+template <class V>
+TARGET static inline V largest(const V* x, int64_t n) {
+  constexpr int kLanes = 32;
+  V size[kLanes] = {}, rest[kLanes] = {};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int lanes = int(std::min<int64_t>(kLanes, n - i));
+    const auto one = [&](int l) TARGET {
+      const V here = std::abs(x[i + l]);
+      size[l] = here > size[l] ? here : size[l];
+      rest[l] += here * 0;
+    };
+    if (lanes == kLanes) {
+      for (int l = 0; l < kLanes; ++l) one(l);
+    } else {
+      for (int l = 0; l < lanes; ++l) one(l);
+    }
+  }
+  for (int l = 1; l < kLanes; ++l) {
+    size[0] = size[l] > size[0] ? size[l] : size[0];
+    rest[0] += rest[l];
+  }
+  return size[0] + rest[0];
+}
+
+// The sum of the sizes of n numbers times both factors.
+template <class V>
+TARGET static inline double length(const V* x, double first, double second, int64_t n) {
+  constexpr int kLanes = 32;
+  double sum[kLanes] = {};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int lanes = int(std::min<int64_t>(kLanes, n - i));
+    if (lanes == kLanes) {
+      for (int l = 0; l < kLanes; ++l) sum[l] += std::abs(double(x[i + l]) * first * second);
+    } else {
+      for (int l = 0; l < lanes; ++l) sum[l] += std::abs(double(x[i + l]) * first * second);
+    }
+  }
+  for (int half = kLanes / 2; half; half /= 2) {
+    for (int l = 0; l < half; ++l) sum[l] += sum[l + half];
+  }
+  return sum[0];
+}
+
+// The nearest integer of a number that has room in it.
+TARGET static inline int32_t nearest(double x, int32_t) {
+  const double shifted = x + 0x1.8p52;  // whose last digits are an integer's
+  uint64_t bits;
+  std::memcpy(&bits, &shifted, 8);
+  return int32_t(uint32_t(bits));
+}
+TARGET static inline int64_t nearest(double x, int64_t) { return std::llrint(x); }
+
+// Those of n numbers times both factors.
+template <class V>
+TARGET static inline void integers(const V* __restrict x, double first, double second, int64_t n,
+                                   Rank<V>* __restrict out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = nearest(double(x[i]) * first * second, Rank<V>());
+}
+
+// c[j] = sum_q max(p[0][q], p[1 + j][q]) - sum_q max(q[0][q], q[1 + j][q]) for `count` rows, whose lengths are multiples of
+// kScoreBytes.
+template <class V>
+TARGET static inline void larger_rows(const Rank<V>* p, int64_t p_stride, const Rank<V>* q, int64_t q_stride,
+                                      int64_t count, Rank<V>* c) {
+  using I = Rank<V>;
+  using Vec = Scores<I>;
+  using Sum = Scores<std::make_unsigned_t<I>>;  // wraps around
+  constexpr int kLanes = kScoreBytes / sizeof(I), kTogether = 4;
+  for (int64_t j = 0; j < count; j += kTogether) {
+    const int64_t rows = std::min<int64_t>(kTogether, count - j);
+    Sum sum[kTogether] = {};
+    const auto add = [&](const I* x, int64_t stride, bool subtract) TARGET {
+      const I* other[kTogether];
+      for (int l = 0; l < kTogether; ++l) other[l] = x + (1 + j + std::min<int64_t>(l, rows - 1)) * stride;
+      for (int64_t at = 0; at < stride; at += kLanes) {
+        const Vec left = *reinterpret_cast<const Vec*>(x + at);
+#pragma GCC unroll 4
+        for (int l = 0; l < kTogether; ++l) {
+          const Vec right = *reinterpret_cast<const Vec*>(other[l] + at);
+          const Sum most = (Sum)(left > right ? left : right);
+          sum[l] = subtract ? sum[l] - most : sum[l] + most;
+        }
+      }
+    };
+    add(p, p_stride, false);
+    add(q, q_stride, true);
+    for (int64_t l = 0; l < rows; ++l) {
+      std::make_unsigned_t<I> lane[kLanes];
+      std::memcpy(lane, &sum[l], sizeof(lane));
+      for (int half = kLanes / 2; half; half /= 2) {
+        for (int m = 0; m < half; ++m) lane[m] += lane[m + half];
+      }
+      c[j + l] = I(lane[0]);
+    }
+  }
+}
+
+// With o = sign[j] ((x[0] > x[1 + j]) - (x[0] < x[1 + j])) of `count` rows: n[0] += o, n[1 + j] -= o.
+template <class V>
+TARGET static inline void order_rows(const V* x, int64_t stride, const Rank<V>* sign, int64_t count, Rank<V>* n) {
+  using I = Rank<V>;
+  using Vec = Scores<I>;
+  constexpr int kLanes = kScoreBytes / sizeof(I);
+  for (int64_t q = 0; q < stride; q += kLanes) {
+    const Scores<V> own = *reinterpret_cast<const Scores<V>*>(x + q);
+    Vec mine = *reinterpret_cast<const Vec*>(n + q);
+    for (int64_t j = 1; j <= count; ++j) {
+      const Scores<V> other = *reinterpret_cast<const Scores<V>*>(x + j * stride + q);
+      const Vec s = sign[j - 1] - Vec{}, order = (own > other ? s : Vec{}) - (own < other ? s : Vec{});
+      mine += order;
+      *reinterpret_cast<Vec*>(n + j * stride + q) -= order;
+    }
+    *reinterpret_cast<Vec*>(n + q) = mine;
+  }
+}
+
 // c[l][j] += (or -=) sum_q max(a[q][l], b[q][j]) for kScoreRows values of l and the kScoreColumns of the panel b; a is
 // a panel, too, from its column l on.
 template <class V>

@@ -256,6 +256,12 @@ struct Kernels {
   // Adam's rule on weights, both moments and gradient (null: zeros) of a row.
   void (*adam)(V* p, V* m, V* v, const V* g, const AdamStep<V>& at, int64_t n);
   // Agreement of rows as integers, see agreement.h.
+  V (*largest)(const V* x, int64_t n);
+  double (*length)(const V* x, double first, double second, int64_t n);
+  void (*integers)(const V* x, double first, double second, int64_t n, Rank<V>* out);
+  void (*larger_rows)(const Rank<V>* p, int64_t p_stride, const Rank<V>* q, int64_t q_stride, int64_t count,
+                      Rank<V>* c);
+  void (*order_rows)(const V* x, int64_t stride, const Rank<V>* sign, int64_t count, Rank<V>* n);
   void (*larger)(const Rank<V>* a, const Rank<V>* b, int64_t k, bool subtract, Rank<V>* c,
                  int64_t stride);
   WideSum (*apart)(Rank<V>* c, const Rank<V>* base, Rank<V> own, int64_t n);
