@@ -10,6 +10,7 @@ namespace clipsteer {
 
 constexpr int64_t kTerms = 256;         // of a product in registers: longer chains of sums lose digits
 constexpr int64_t kTileRows = 192;      // a multiple of a block's rows
+constexpr int64_t kMostTileRows = 384;  // where sums of columns, one for each tile, take longer than products
 constexpr int64_t kTileBytes = 4 << 20;  // of a tile, beside which the packed columns stream past
 constexpr int64_t kLeastRows = 48;      // of a tile: with fewer these would come from memory more slowly than they go
 constexpr int64_t kGrain = 4;           // panels of a task
@@ -37,7 +38,8 @@ class Sweep {
         on_tiles_(has_tiles() && m > kFewOnTiles && n > kFewOnTiles),
         few_(own_ && !on_tiles_ && n <= kFew),
         terms_(pair_products<T>() && !few_ && d % 2 == 0 ? d / 2 : d),
-        tile_rows_(fitting_rows(std::min(m, std::max(kLeastRows, kTileBytes / int64_t(sizeof(V)) / stride_)))),
+        tile_rows_(fitting_rows(std::min(m, std::max(kLeastRows, kTileBytes / int64_t(sizeof(V)) / stride_)),
+                                on_tiles_ ? kMostTileRows : kTileRows)),
         wide_rows_(kNarrow<T> ? tile_rows_ * d : 0),
         wide_cols_(kNarrow<T> && (!own_ || few_) ? n * d : 0),
         packed_(own_ && !few_ ? panels_ * width_ * terms_ : 0),
@@ -164,8 +166,8 @@ class Sweep {
   // Pairs of numbers as what they are moved as.
   static const V* pairs_of(const T* from) { return reinterpret_cast<const V*>(from); }
 
-  static int64_t fitting_rows(int64_t rows) {
-    return std::clamp((rows + kBlockRows - 1) / kBlockRows * kBlockRows, int64_t(kBlockRows), kTileRows);
+  static int64_t fitting_rows(int64_t rows, int64_t most) {
+    return std::clamp((rows + kBlockRows - 1) / kBlockRows * kBlockRows, int64_t(kBlockRows), most);
   }
 
   void inner_products(const V* left, int64_t rows, const V* right, V* S) {
@@ -231,7 +233,7 @@ class Sweep {
   // Weights are sums of two bf16 numbers each, and every tile's products two.
   template <class F>
   void gradients_on_tiles(int64_t width, V* d_rows, V* d_cols, bool packed, F&& weigh) {
-    constexpr int64_t kHigh = 64;  // rows of a task
+    constexpr int64_t kHigh = 128;  // rows of a task
     const PairProducts& pairs = *pair_products<T>();
     const auto halved = [](int64_t numbers) { return (numbers + 1) / 2; };
     // rows of pairs in whole lines, and a line more
@@ -245,12 +247,6 @@ class Sweep {
       const int64_t rows = std::min(tile_rows_, m_ - at);
       V* P = tile.get();
       weigh(at, rows, P);
-      // products of a task's parts, once they are there, with panels
-      const auto add = [&](int64_t count, const V* parts, int64_t row, const V* b, int64_t k, V* c, bool more) {
-        for (int part = 0; part < 2; ++part) {
-          pairs.tiles(parts + part * kHigh * row, row, count, b, k * width_, k, width, c, width, more || part);
-        }
-      };
       const auto each_part = [&](int64_t count, int64_t row, auto&& f) {
         for_each((count + kHigh - 1) / kHigh, [&](int64_t begin, int64_t end) {
           Buffer<V> parts(2 * kHigh * row);
@@ -263,7 +259,8 @@ class Sweep {
         const int64_t row = row_of(n_);
         each_part(rows, row, [&](int64_t first, int64_t count, V* high, V* low) {
           for (int64_t i = 0; i < count; ++i) pairs.split(P + (first + i) * stride_, n_, high + i * row, low + i * row);
-          add(count, high, row, forth.get(), terms, d_rows + (at + first) * width, false);
+          pairs.tiles_of_two(high, low, row, count, forth.get(), terms * width_, terms, width,
+                             d_rows + (at + first) * width, width, false);
         });
       }
       if (d_cols) {
@@ -271,7 +268,8 @@ class Sweep {
         woven(source_ + at * d_, rows, width, back.get());
         each_part(n_, row, [&](int64_t first, int64_t count, V* high, V* low) {
           pairs.split_columns(P + first, stride_, rows, count, high, low, row);
-          add(count, high, row, back.get(), halved(rows), d_cols + first * width, at > 0);
+          pairs.tiles_of_two(high, low, row, count, back.get(), halved(rows) * width_, halved(rows), width,
+                             d_cols + first * width, width, at > 0);
         });
       }
     }

@@ -96,6 +96,7 @@ PairProducts pairs_on_tiles() {
 #ifdef CLIPSTEER_BF16
   if (found.block && tiles_granted(kTilesOfPairs)) {
     found.tiles = bf16::tiles;
+    found.tiles_of_two = bf16::tiles_of_two;
     found.split = bf16::split;
     found.split_columns = bf16::split_columns;
   }

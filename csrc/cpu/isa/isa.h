@@ -322,6 +322,9 @@ struct PairProducts {
   void (*split)(const float* v, int64_t n, float* high, float* low) = nullptr;
   void (*split_columns)(const float* v, int64_t stride, int64_t rows, int64_t columns, float* high, float* low,
                         int64_t out_row) = nullptr;
+  // `tiles` of a = high + low.
+  void (*tiles_of_two)(const float* high, const float* low, int64_t a_row, int64_t rows, const float* b, int64_t b_panel,
+                       int64_t k, int64_t columns, float* c, int64_t c_row, bool add) = nullptr;
 };
 
 template <class T>
