@@ -265,6 +265,35 @@ def test_sums_by_pairs_keep_their_bound_and_to_themselves(rows, columns, d):
         assert bool(similarities(spoilt, y)[rows // 2].isnan().sum() >= columns - 1), name
 
 
+@pytest.mark.skipif("cpp" not in FAST, reason="the C++ library is not built")
+@pytest.mark.parametrize("B", [8, 9, 16, 17, 31, 33, 65, 129])
+@pytest.mark.parametrize("name", LOSSES)
+def test_weights_of_two_bfloat16_numbers_keep_the_bound(name, B):
+    """Heights and widths about those of tiles; weights that are all alike, or almost nothing."""
+    for d, scale, percent in ((B + 1, 1.0, 25), (63, 1e-30, 100), (66, 1e30, 1)):
+        shape = {"B": B, "d": d, "percent": percent, **({"e": 20} if name == "distill_loss" else {})}
+        errors = spec_errors(REGISTRY[name], shape, torch.bfloat16, seed=B, backend="cpp", scale=scale)
+        assert all(error <= 1 for error in errors.values()), (shape, errors)
+
+
+@pytest.mark.skipif("cpp" not in FAST, reason="the C++ library is not built")
+def test_an_infinity_times_a_weight_of_two_numbers_is_one():
+    """A weight of 1, whose second number must not be 0."""
+    image, text = (x.bfloat16() for x in unit(40, 32, 32))
+    image[3, 2] = torch.inf
+    text[:, 2] = text[:, 2].abs() + 0.125  # all weights of the third image are 1
+    found, truth = [], []
+    for into, backend, dtype in ((found, "cpp", torch.bfloat16), (truth, "reference", DOUBLE)):
+        a, b = (x.to(dtype).requires_grad_() for x in (image, text))
+        loss = ops.siglip_loss(a, b, logit_scale=4.0, logit_bias=-2.0, backend=backend)
+        into += torch.autograd.grad(loss, (a, b))
+    for a, b in zip(found, truth):
+        assert torch.equal(a.isnan(), b.isnan())
+        assert torch.equal(a.isinf(), b.isinf())
+        assert torch.equal(a[a.isinf()].sign().double(), b[b.isinf()].sign())
+    assert bool(found[1][:, 2].isinf().sum() > 30)
+
+
 def test_bounds_catch_planted_bugs():
     """A pair left out, one side twice, another scale, another target, wrong gradients."""
     shapes = {

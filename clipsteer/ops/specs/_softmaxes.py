@@ -8,6 +8,8 @@ exp(t − u) is then off by a factor of at most exp(δ + δu).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,8 @@ class Similarities:
     def __init__(self, rows: Tensor, cols: Tensor, dtype: torch.dtype) -> None:
         self.unit = ACCUMULATE[dtype]
         self.operand = operand_error(dtype)
-        # weights on tensor cores are sums of two halves
+        self.dtype = dtype
+        # weights on tensor cores and on tiles are sums of two halves
         self.split = 2.0**-15 if dtype in HALVES else 0.0
         D = rows.shape[1]
         self.S = rows @ cols.T
@@ -34,6 +37,16 @@ class Similarities:
         lost = flushed(dtype, D, rows.abs().sum(1, keepdim=True), cols.abs().sum(1))
         self.off = ((D + 6) * self.unit + self.operand) * self.size + D * smallest_normal(dtype)
         self.off = self.off + lost
+
+    def lost(self, weights: Tensor, features: Tensor, share: float = 1.0) -> Any:
+        """What Σ_j w_ij x_j of ``weights`` (B, B), |w| and what they are off by, may lose where w /
+        share is multiplied as two bfloat16 numbers, see ``flushed``. The first is w cut off, and
+        what is left, below 2^-7 of it, is rounded to the second with ω of its sign added, lest an
+        infinity be multiplied by 0: off by 2^-16·|w| + ω."""
+        each = 2 * finite(weights.sum(1, keepdim=True)) / share
+        # ω where it is added, ω where a number below it counts as 0
+        partners = 2 * finite(features.abs().sum(0))
+        return share * flushed(self.dtype, 2 * len(features), each, partners)
 
 
 class Sides(Similarities):

@@ -123,13 +123,14 @@ def check_grads(inputs: Inputs, outputs: Tensors, grad_out: Tensors, grads: Tens
     for name, (weight, weight_off, weight_size, features) in sides.items():
         if name in grads:
             factor = g * x.scale
+            lost = x.lost(weight_size + weight_off, features)
             found[name] = fraction_of_bound(
                 grads[name],
                 factor * (weight @ features),
                 factor.abs() * ((weight_size + weight_off) @ features.abs()),
                 3 * x.B + 12,
                 x.operand + x.split,
-                factor.abs() * (weight_off @ features.abs()),
+                factor.abs() * (weight_off @ features.abs() + lost),
             )
     if "logit_scale" in grads:
         t = x.t.masked_fill(x.own, 0.0)

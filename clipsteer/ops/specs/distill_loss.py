@@ -114,13 +114,14 @@ def check_grads(inputs: Inputs, outputs: Tensors, grad_out: Tensors, grads: Tens
     for name, (weight, weight_off, weight_size, features) in sides.items():
         if name in grads:
             factor = x.scale
+            lost = student.lost(weight_size, features, 0.5 / B)
             found[name] = fraction_of_bound(
                 grads[name],
                 factor * (weight @ features),
                 factor * (weight_size @ features.abs()),
                 2 * B + 16,
                 student.operand + student.split,
-                factor * (weight_off @ features.abs()),
+                factor * (weight_off @ features.abs() + lost),
             )
     if "logit_scale" in grads:
         mean, mean_off, mean_size = (part.sum() / x.scale for part in x.own_mean)

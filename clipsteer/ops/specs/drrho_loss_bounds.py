@@ -115,13 +115,14 @@ def check_grads(inputs: Inputs, outputs: Tensors, grad_out: Tensors, grads: Tens
     ):
         if name not in grads:
             continue
+        lost = x.lost(sizes + left_off, right, 0.5 / x.B**2)
         found[name] = fraction_of_bound(
             grads[name],
             g * (left @ right),
             g.abs() * ((sizes + left_off) @ right.abs()),
             2 * x.B + 8,
             x.operand + x.split,
-            g.abs() * (left_off @ right.abs()),
+            g.abs() * (left_off @ right.abs() + lost),
         )
     if "temperature" in grads:
         truth = x.u.mean(1).sum() / 2 + x.rho - (w * t).sum()

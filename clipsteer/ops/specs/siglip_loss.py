@@ -99,7 +99,7 @@ def check_grads(inputs: Inputs, outputs: Tensors, grad_out: Tensors, grads: Tens
                 factor.abs() * ((w.abs() + off) @ features.abs()),
                 x.B + 8,
                 x.operand + x.split,
-                factor.abs() * (off @ features.abs()),
+                factor.abs() * (off @ features.abs() + x.lost(w.abs() + off, features)),
             )
     one = torch.ones_like(x.S)
     for name, of, of_off in (("logit_scale", x.S, x.off), ("logit_bias", one, 0 * one)):
