@@ -1,5 +1,6 @@
 """What this processor does with a product."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -9,4 +10,5 @@ def multiplies_pairs() -> bool:
     """Whether the library multiplies bfloat16 numbers by pairs here."""
     cpuinfo = Path("/proc/cpuinfo")
     found = cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text()
-    return found and torch.ops.clipsteer_cpp.isa_level() >= 2
+    left_out = os.environ.get("CLIPSTEER_CPU_ISA") == "avx512f"
+    return found and not left_out and torch.ops.clipsteer_cpp.isa_level() >= 2

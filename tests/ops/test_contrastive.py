@@ -252,9 +252,10 @@ def test_sums_by_pairs_keep_their_bound_and_to_themselves(rows, columns, d):
         truth = Similarities(x.double(), y.double(), torch.bfloat16)
         error = ((found.double() - truth.S).abs() / truth.off)[~own]
         assert float(error.max()) <= 1, (name, float(error.max()))
-        # beside other rows (no fewer than tiles are for), and what is not finite
+        # beside other rows (no fewer than tiles are for), unless torch multiplies, and what is not finite
         first = max(0, rows - max(9, rows // 3))
-        assert torch.equal(similarities(x[first:], y, first), found[first:]), name
+        ours = torch.ops.clipsteer_cpp.isa_level() > 0
+        assert not ours or torch.equal(similarities(x[first:], y, first), found[first:]), name
         spoilt, others = x.clone(), y.clone()
         spoilt[rows // 2, d // 2] = torch.nan
         others[columns // 2, 0] = torch.inf
