@@ -40,7 +40,7 @@ class Sweep {
         terms_(pair_products<T>() && !few_ && d % 2 == 0 ? d / 2 : d),
         tile_rows_(fitting_rows(std::min(m, std::max(kLeastRows, kTileBytes / int64_t(sizeof(V)) / stride_)),
                                 on_tiles_ ? kMostTileRows : kTileRows)),
-        wide_rows_(kNarrow<T> ? tile_rows_ * d : 0),
+        wide_rows_(kNarrow<T> && !(on_tiles_ && terms_ < d) ? tile_rows_ * d : 0),
         wide_cols_(kNarrow<T> && (!own_ || few_) ? n * d : 0),
         packed_(own_ && !few_ ? panels_ * width_ * terms_ : 0),
         cols_(cols) {}
