@@ -312,19 +312,19 @@ struct PairProducts {
   void (*weave)(const BFloat16* const* rows, int64_t k, int64_t first, int64_t columns,
                 float* out) = nullptr;
   // On AMX tiles (tiles.h), or null: c (rows, columns) = or += a (rows, k pairs) @ b, whose panels of (k, block_columns)
-  // pairs are `b_panel` apart; rows of a and of c lie a_row and c_row apart. Nothing is read or written beside them but the
-  // rest of the last panel. A sum does not depend on the others. A call costs as much as some thousand products of tiles'
-  // rows (half a microsecond): many panels at once.
-  void (*tiles)(const float* a, int64_t a_row, int64_t rows, const float* b, int64_t b_panel, int64_t k, int64_t columns,
-                float* c, int64_t c_row, bool add) = nullptr;
+  // pairs are `b_panel` apart; rows of a and of c lie a_row and c_row apart. Nothing is read or written beside them but
+  // the rest of the last panel. A sum does not depend on the others. A call takes half a microsecond for itself: many
+  // panels at once.
+  void (*tiles)(const float* a, int64_t a_row, int64_t rows, const float* b, int64_t b_panel, int64_t k,
+                int64_t columns, float* c, int64_t c_row, bool add) = nullptr;
   // Float32 numbers as sums of two such, both as pairs along a row, or down columns, whose pairs are then a row each,
   // out_row apart. Whole lines are written, and whole squares of 16 columns and 16 pairs; what is missing is 0.
   void (*split)(const float* v, int64_t n, float* high, float* low) = nullptr;
   void (*split_columns)(const float* v, int64_t stride, int64_t rows, int64_t columns, float* high, float* low,
                         int64_t out_row) = nullptr;
   // `tiles` of a = high + low.
-  void (*tiles_of_two)(const float* high, const float* low, int64_t a_row, int64_t rows, const float* b, int64_t b_panel,
-                       int64_t k, int64_t columns, float* c, int64_t c_row, bool add) = nullptr;
+  void (*tiles_of_two)(const float* high, const float* low, int64_t a_row, int64_t rows, const float* b,
+                       int64_t b_panel, int64_t k, int64_t columns, float* c, int64_t c_row, bool add) = nullptr;
 };
 
 template <class T>

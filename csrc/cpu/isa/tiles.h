@@ -1,5 +1,5 @@
-// Products of bf16 numbers by pairs on AMX tiles of 16 rows of 16 pairs, or of 16 sums, and float32 numbers as two of bf16;
-// included by isa.cpp after halves.h.
+// Products of bf16 numbers by pairs on AMX tiles of 16 rows of 16 pairs, or of 16 sums, and float32 numbers as two of
+// bf16; included by isa.cpp after halves.h.
 #pragma once
 
 namespace clipsteer::bf16 {
@@ -31,8 +31,8 @@ struct TileRows {
   TileRows from(int64_t i, int64_t q) const { return {at + i * row + q, row, part, parts}; }
 };
 
-// c = or += a times columns of b, k pairs by `step`: 32 rows and columns if TALL, else 16 rows and a whole panel. Four sums
-// at once, as a product's latency is that of four.
+// c = or += a times columns of b, k pairs by `step`: 32 rows and columns if TALL, else 16 rows and a whole panel. Four
+// sums at once, as a product's latency is that of four.
 template <bool TALL>
 TILES static inline void tile_block(const TileRows& a, const float* b, int64_t k, int64_t step, float* c, int64_t c_row,
                                     bool add) {
@@ -144,8 +144,8 @@ static void tiles_of_two(const float* high, const float* low, int64_t a_row, int
 
 #define SPLIT __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 
-// v is high + low but for 2^-16 of it and the smallest normal number, `high` in the upper halves of lanes and `low` still to
-// be rounded. High is what v is cut to, and low is of its sign and not 0: an infinity times v is one times either.
+// v is high + low but for 2^-16 of it and the smallest normal number, `high` in the upper halves of lanes and `low` still
+// to be rounded. High is what v is cut to, and low is of its sign and not 0: an infinity times v is one times either.
 SPLIT static inline void halves(__m512 v, __m512i& high, __m512& low) {
   constexpr int kZeros = 0x26, kNotFinite = 0x99;
   const __m512i bits = _mm512_castps_si512(v);
