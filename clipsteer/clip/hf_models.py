@@ -206,7 +206,10 @@ def tokenizer_of(whole: Any, source: str | None) -> Tokenizer | None:
     except (OSError, ValueError, ImportError) as error:
         logger.warning("%s%s: no tokenizer, so no text tower: %s", HF, source, error)
         return None
-    return Tokenizer(found, text.max_position_embeddings, whole.config.model_type == "siglip2")
+    # SigLIP 2 was trained on lower case, and goes by SigLIP's name where its images have one size;
+    # SigLIP's own tokenizer says what it does
+    lower = whole.config.model_type.startswith("siglip") and not hasattr(found, "do_lower_case")
+    return Tokenizer(found, text.max_position_embeddings, lower)
 
 
 def is_transformers(module: nn.Module) -> bool:

@@ -110,8 +110,8 @@ class TrainConfig:
     topk and batch_topk, 0 otherwise)"""
     dead_after: CountOrZero | None = None
     """a feature that was not active for more tokens than this is dead (default: 10,000,000; where
-    none starts anew a twentieth of the run, at least sync_every steps and ten times d_sae / k, if
-    that is less)"""
+    none starts anew a tenth of the run, at least sync_every steps and ten times d_sae / k, if that
+    is less)"""
     resample_after: CountOrZero | None = None
     """a feature that was not active for more tokens than this starts anew, along what is left
     unexplained of a row, in the first four fifths of a run, and the last ones all at once; 0: none
@@ -201,17 +201,21 @@ class TrainConfig:
             longer = max(_LONG / total, 1.0) if free else 1.0
             lr = _paper_lr(self.architecture) * min(longer**0.5, 10.0)
         warmup = min(total // 20, 200) if self.warmup_steps is None else self.warmup_steps
-        long = _DEAD_AFTER if self.dead_after is None else self.dead_after
-        silent = max(total // 20, self.sync_every) * self.batch_size
-        silent = max(silent, int(_OFTEN * (features or self.d_sae or 0) / self.k))
+        often = int(_OFTEN * (features or self.d_sae or 0) / self.k)
+
+        def part(of: int) -> int:
+            return max(max(total // of, self.sync_every) * self.batch_size, often)
+
+        dead = _DEAD_AFTER if self.dead_after is None else self.dead_after
         after = self.resample_after
         if after is None:
             resamples = self.architecture in _RESAMPLED and self.matryoshka is None
             resamples = resamples and total < _SHORT
-            after = min(silent, long) if resamples else 0
+            after = min(part(20), dead) if resamples else 0
         anew = after > 0 and self.architecture in _RESAMPLED
         if self.dead_after is None and not anew:
-            long = min(silent, long)
+            # AuxK at a twentieth silences features that are rare
+            dead = min(part(10), dead)
         clip = self.grad_clip
         if clip == "auto":
             clip = 0.003 if anew else 1.0
@@ -223,7 +227,7 @@ class TrainConfig:
             warmup_steps=warmup,
             encoder_scale=self.encoder_scale or (0.25 if anew else 1.0),
             grad_clip=clip,
-            dead_after=long,
+            dead_after=dead,
             resample_after=after,
         )
 

@@ -111,7 +111,7 @@ def test_loss_and_gradients_are_the_papers(architecture, path, penalty, auxk, mo
     cfg = config(architecture, l0_penalty=penalty, auxk_coefficient=auxk, grad_clip=None)
     trainer = SAETrainer(sae, cfg, 10)
     dead = [1, 7, 30]
-    trainer.tokens_since_fired[dead] = cfg.dead_after + 1
+    trainer.tokens_since_fired[dead] = trainer.config.dead_after + 1
     loss, expected = plain_gradients(sae, x, cfg, dead)
     row = sae.W_dec.detach().clone()
     got = trainer.step(x)
@@ -132,7 +132,7 @@ def test_every_architecture_updates_rows_alone(architecture, autocast, monkeypat
     sae = make(architecture, torch.float32)
     cfg = config(architecture, dtype="float32", autocast=autocast, auxk_coefficient=0.1)
     trainer = SAETrainer(sae, cfg, 10)
-    trainer.tokens_since_fired[[1, 7]] = cfg.dead_after + 1
+    trainer.tokens_since_fired[[1, 7]] = trainer.config.dead_after + 1
     seen = []
     step = trainer.optimizer.step
     monkeypatch.setattr(

@@ -113,16 +113,16 @@ def test_where_none_starts_anew_features_are_dead_after_a_part_of_the_run():
             TrainConfig(**{"batch_size": 256, "k": 8, "resample_after": 0, **given}).fitted(total, features).dead_after
         )
 
-    assert after(400) == 20 * 256
-    assert after(40) == 10 * 256  # steps between two looks
+    assert after(400) == 40 * 256
+    assert after(60) == 10 * 256  # steps between two looks
     assert after(400, 12_288) == 10 * 12_288 // 8
     assert after(10**6) == 10**7
     assert after(400, dead_after=77) == 77
-    assert after(400, matryoshka=(8, 16), resample_after=None) == 20 * 256
-    assert after(400, architecture="gated", resample_after=None) == 20 * 256
+    assert after(400, matryoshka=(8, 16), resample_after=None) == 40 * 256
+    assert after(400, architecture="gated", resample_after=None) == 40 * 256
     # of longer runs features do not start anew by default, and of a transcoder never
-    assert after(4_000, resample_after=None) == 200 * 256
-    assert TrainConfig(batch_size=256).for_transcoder().fitted(400).dead_after == 20 * 256
+    assert after(4_000, resample_after=None) == 400 * 256
+    assert TrainConfig(batch_size=256).for_transcoder().fitted(400).dead_after == 40 * 256
     # rebirth comes first
     assert after(400, resample_after=None) == 10**7
     assert after(400, resample_after=99) == 10**7

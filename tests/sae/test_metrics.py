@@ -473,3 +473,21 @@ def test_intervals_cover():
     low, high = interval(3.0, [(12 - m) / 3 for m in means], [5] * 4)
     reach = 3.18245 * np.std(means, ddof=1) / 2
     assert (low, high) == pytest.approx((3 - reach, 3 + reach), abs=1e-4)
+
+
+def test_codes_of_some_images_are_theirs():
+    generator = torch.Generator().manual_seed(3)
+    dense = torch.rand(40, 9, generator=generator) * (torch.rand(40, 9, generator=generator) < 0.3)
+    dense[[0, 7, 8, 39]] = 0  # with no code at all
+    codes = pooled(dense)
+    every = torch.arange(9)
+    assert torch.equal(codes.columns(every), dense)
+    for share in (0.0, 0.1, 0.5, 0.9, 1.0):
+        chosen = torch.rand(40, generator=generator) < share
+        found = codes.of_images(chosen)
+        assert torch.equal(found.images, chosen.nonzero().flatten())
+        assert torch.equal(found.columns(every), dense[chosen])
+        assert bool((found.rows.diff() >= 0).all())
+        assert (found.rows.dtype, found.features.dtype) == (torch.int64, torch.int64)
+        again = found.of_images(torch.ones(len(found.images), dtype=torch.bool))
+        assert all(torch.equal(a, b) for a, b in zip(again[:4], found[:4]))

@@ -49,10 +49,10 @@ def _score(
 
 def _sums(
     codes: PooledCodes,
-    a: Tensor,  # (m,)
     unit: Tensor,  # (N, e)
 ) -> tuple[Tensor, ...]:
-    """Σ a e, Σ a and Σ a² of every feature, in a's dtype."""
+    """Σ a e, Σ a and Σ a² of every feature, a being the codes' values, in their dtype."""
+    a = codes.values
     order = codes.features.argsort(stable=True)
     counts = torch.bincount(codes.features, minlength=codes.d_sae)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -78,20 +78,18 @@ def monosemanticity_score(
             f"{tuple(embeddings.shape)}"
         )
     unit = F.normalize(embeddings.cpu().double(), dim=1)
-    a = _weights(codes)
-
-    every = _sums(codes, a, unit)
+    codes = codes._replace(values=_weights(codes))
+    every = _sums(codes, unit)
     scores = _score(*every)
     scored = scores[~scores.isnan()]
     value = float(scored.mean()) if len(scored) else math.nan
     block = blocks_of(codes.images, seed)
-    of_code = block[codes.rows]
     every = tuple(part.float() for part in every)
+    codes = codes._replace(values=codes.values.float())
     without = []
     for b in range(BLOCKS):
-        kept = of_code == b
-        gone = codes._replace(features=codes.features[kept], rows=codes.rows[kept])
-        parts = _sums(gone, a[kept].float(), unit.float())
+        gone = block == b
+        parts = _sums(codes.of_images(gone), unit[gone].float())
         rest = _score(*(torch.sub(whole, part) for whole, part in zip(every, parts)))
         without.append(float(rest.nanmean()))
     n = len(unit)

@@ -31,13 +31,21 @@ class PooledCodes(NamedTuple):
 
     def of_images(self, chosen: Tensor) -> PooledCodes:
         """Of the images that are chosen, (N,) bool."""
-        kept = chosen[self.rows]
-        place = chosen.cumsum(0) - 1
+        offsets = torch.searchsorted(self.rows, torch.arange(len(chosen) + 1))
+        counts = offsets.diff()[chosen]
+        # codes of images in a row lie together: runs are copied, and nothing is looked up by code
+        outside = chosen.new_zeros(1)
+        edges = torch.cat([outside, chosen, outside]).int().diff().nonzero().flatten()
+        runs = offsets[edges].view(-1, 2).tolist()
+
+        def of_runs(x: Tensor) -> Tensor:
+            return torch.cat([x[start:end] for start, end in runs]) if runs else x[:0]
+
         return PooledCodes(
             self.images[chosen],
-            place[self.rows[kept]],
-            self.features[kept],
-            self.values[kept],
+            torch.arange(len(counts)).repeat_interleave(counts),
+            of_runs(self.features),
+            of_runs(self.values),
             self.d_sae,
         )
 
@@ -49,8 +57,8 @@ class PooledCodes(NamedTuple):
         """Dense (N, m) float32 of some features (m,), each once."""
         place = torch.full((self.d_sae,), -1)
         place[features] = torch.arange(len(features))
-        column = place[self.features]
-        kept = column >= 0
+        column = place.index_select(0, self.features)
+        kept = (column >= 0).nonzero().flatten()
         found = torch.zeros(len(self.images), len(features))
         found[self.rows[kept], column[kept]] = self.values[kept]
         return found
