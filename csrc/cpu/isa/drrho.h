@@ -42,24 +42,48 @@ TARGET static inline V fold(V* sum) {
   return sum[0];
 }
 
+// A vector of numbers: where fewer are left, these and zeros behind them, which keeps the compiler from taking the last ones
+// one at a time. What becomes of the zeros is nobody's: `add` leaves it out.
+template <class V>
+TARGET static inline const V* filled(const V* x, int lanes, V* room) {
+  if (lanes == kPairLanes) return x;
+  std::copy_n(x, lanes, room);
+  std::fill(room + lanes, room + kPairLanes, V(0));
+  return room;
+}
+
+// f(l) for as many whole steps as `lanes` take.
+template <class V, class F>
+TARGET static inline void each_of(int lanes, F&& f) {
+  constexpr int kStep = 64 / sizeof(V);
+  for (int from = 0; from < lanes; from += kStep) {
+    for (int l = 0; l < kStep; ++l) f(from + l);
+  }
+}
+
+template <class V>
+TARGET static inline void add(V* __restrict sum, const V* __restrict x, int lanes) {
+  if (lanes == kPairLanes) {
+    for (int l = 0; l < kPairLanes; ++l) sum[l] += x[l];
+  } else {
+    for (int l = 0; l < lanes; ++l) sum[l] += x[l];
+  }
+}
+
 template <class V>
 TARGET static inline V pair_sums(const V* __restrict S, V row_diag, V row_peak,
                                  const V* __restrict diag, const V* __restrict peak, V scale,
                                  V* __restrict total, int64_t n) {
-  V sum[kPairLanes] = {};
+  V sum[kPairLanes] = {}, room[3][kPairLanes], row[kPairLanes], column[kPairLanes];
   for (int64_t i = 0; i < n; i += kPairLanes) {
     const int lanes = int(std::min<int64_t>(kPairLanes, n - i));
-    if (lanes == kPairLanes) {
-      for (int l = 0; l < kPairLanes; ++l) {
-        sum[l] += below_peak((S[i + l] - row_diag) * scale, row_peak);
-        total[i + l] += below_peak((S[i + l] - diag[i + l]) * scale, peak[i + l]);
-      }
-    } else {
-      for (int l = 0; l < lanes; ++l) {
-        sum[l] += below_peak((S[i + l] - row_diag) * scale, row_peak);
-        total[i + l] += below_peak((S[i + l] - diag[i + l]) * scale, peak[i + l]);
-      }
-    }
+    const V* s = filled(S + i, lanes, room[0]);
+    const V* own = filled(diag + i, lanes, room[1]);
+    const V* top = filled(peak + i, lanes, room[2]);
+    each_of<V>(lanes, [&](int l) TARGET { row[l] = below_peak((s[l] - row_diag) * scale, row_peak); });
+    each_of<V>(lanes, [&](int l) TARGET { column[l] = below_peak((s[l] - own[l]) * scale, top[l]); });
+    add(sum, row, lanes);
+    add(total + i, column, lanes);
   }
   return fold(sum);
 }
@@ -76,21 +100,17 @@ TARGET static inline V pair_weight(V here, V there, V row_u, V col_u, V& w) {
 template <class V>
 TARGET static inline V pair_weights(const V* S, V* P, V row_diag, V row_u, const V* __restrict diag,
                                     const V* __restrict u, V scale, int64_t n) {
-  V sum[kPairLanes] = {}, s[kPairLanes], w[kPairLanes];
-  int64_t i = 0;
-  for (; i + kPairLanes <= n; i += kPairLanes) {
-    // through arrays of its own, as S may be P
-    for (int l = 0; l < kPairLanes; ++l) s[l] = S[i + l];
-    for (int l = 0; l < kPairLanes; ++l) {
-      sum[l] += pair_weight((s[l] - row_diag) * scale, (s[l] - diag[i + l]) * scale, row_u,
-                            u[i + l], w[l]);
-    }
-    for (int l = 0; l < kPairLanes; ++l) P[i + l] = w[l];
-  }
-  for (int l = 0; i + l < n; ++l) {
-    const V one = S[i + l];
-    sum[l] += pair_weight((one - row_diag) * scale, (one - diag[i + l]) * scale, row_u, u[i + l],
-                          P[i + l]);
+  V sum[kPairLanes] = {}, room[3][kPairLanes], moment[kPairLanes], w[kPairLanes];
+  for (int64_t i = 0; i < n; i += kPairLanes) {
+    const int lanes = int(std::min<int64_t>(kPairLanes, n - i));
+    const V* s = filled(S + i, lanes, room[0]);
+    const V* own = filled(diag + i, lanes, room[1]);
+    const V* far = filled(u + i, lanes, room[2]);
+    each_of<V>(lanes, [&](int l) TARGET {
+      moment[l] = pair_weight((s[l] - row_diag) * scale, (s[l] - own[l]) * scale, row_u, far[l], w[l]);
+    });
+    add(sum, moment, lanes);
+    std::copy_n(w, lanes, P + i);  // through an array of its own, as S may be P
   }
   return fold(sum);
 }
