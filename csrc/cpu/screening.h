@@ -9,15 +9,16 @@ constexpr int64_t kScreenRows = 512;
 constexpr int64_t kWholeColumns = 8;  // of rows that are computed whole, which stay in the first-level cache
 
 // How threads share a search: by rows, as a bound that is found of all columns rules out more than those of parts of them;
-// where there are too few rows for the columns to be made ready by every thread, by columns. Search g * slots + s has the
-// rows of group g and the columns of slot s.
+// where there are too few rows for the columns to be made ready by every thread, by columns. That pays from a row for some
+// 200 columns on. Search g * slots + s has the rows of group g and the columns of slot s.
 struct Team {
-  static constexpr int64_t kLeastRows = 64;
+  static constexpr int64_t kLeastRows = 64, kColumns = 192;
   int64_t groups = 1, slots, each;  // rows of a group at a time
 
   Team(int64_t rows, int64_t n, int64_t most) {
     const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
-    for (int64_t g = 2; g <= threads && g * kLeastRows <= rows; ++g) {
+    const int64_t least = std::max(kLeastRows, n / kColumns);
+    for (int64_t g = 2; g <= threads && g * least <= rows; ++g) {
       if (threads % g == 0) groups = g;
     }
     slots = std::max<int64_t>(std::min(threads / groups, (n + 63) / 64), 1);

@@ -193,7 +193,7 @@ class Pairs {
     const float* w = as_pairs(feature, member);
     if (on_tiles()) {
       const float* x = woven_.get() + first / kScreenTile * group_;
-      return pairs.sift_tiles(x, group_, row, count, w, k, columns, k, column, next, product(member, first), pass);
+      return pairs.sift_tiles(x, group_, row, count, w, k, columns, k, column, product(member, first), pass);
     }
     pairs.sift(left_.data() + first, row, count, w, k, columns, k, column, next, product(member, first), pass);
   }

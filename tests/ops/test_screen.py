@@ -264,6 +264,33 @@ def test_pairs_are_of_bf16_alone():
 
 
 @needs_vnni
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [130, 515])
+def test_threads_share_rows_without_more_work(rows, dtype):
+    """Groups of rows, slots of columns or both, with a part of a tile at the end, find the same among many ties; two
+    groups compute as little as one thread."""
+    g = torch.Generator().manual_seed(0)
+    x, W = (2 * torch.randn(rows, 128, generator=g)).round(), (2 * torch.randn(4200, 128, generator=g)).round()
+    x[70, 3], x[rows - 1, 5] = float("nan"), float("inf")
+    x, W = x.to(dtype), W.to(dtype)
+    computed, first = {}, None
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 4, 6):
+            torch.set_num_threads(threads)
+            *found, computed[threads] = torch.ops.clipsteer_cpp.topk_encode_screened(x, W, None, 16)
+            batch = ops.batch_topk_encode(x, W, count=16 * rows, backend="cpp")
+            above = ops.threshold_encode(x, W, threshold=torch.tensor(90.0).to(dtype), backend="cpp")
+            now = [*found, *batch, *above]
+            first = first or now
+            for one, other in zip(now, first):
+                torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    finally:
+        torch.set_num_threads(before)
+    assert int(computed[2].sum()) <= 1.02 * int(computed[1].sum())
+
+
+@needs_vnni
 @pytest.mark.parametrize("dtype", HALVES)
 def test_half_precision_rules_most_columns_out(dtype):
     g = torch.Generator().manual_seed(0)

@@ -349,8 +349,7 @@ struct PairScreening {
   // The same on AMX tiles, of rows of x that lie for it.
   void (*sift_tiles)(const float* x, int64_t group, const ScreenRow* row, int64_t rows,
                      const float* w, int64_t stride, int64_t columns, int64_t k,
-                     const ScreenColumns& column, const ScreenAhead& next, float* product,
-                     uint64_t* pass) = nullptr;
+                     const ScreenColumns& column, float* product, uint64_t* pass) = nullptr;
 };
 
 struct Isa : Kernels<float>,

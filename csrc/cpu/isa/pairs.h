@@ -72,7 +72,7 @@ PAIRS static void sift(const float* const* x, const ScreenRow* row, int64_t rows
 // of 16 pairs a step. Four tiles of sums, as the instruction takes as long as four may follow each other.
 template <int GROUPS>
 TILES static inline void tile_sums(const float* x, int64_t group, const float* w, int64_t stride, int64_t steps,
-                                   float* sums, const ScreenAhead& next, int64_t& line, int64_t share) {
+                                   float* sums) {
   constexpr int64_t kTile = 256, kRow = 64;  // floats, and bytes of a row of a tile
   const int64_t bytes = 4 * stride, below = 16 * stride;
   _tile_zero(0);
@@ -80,7 +80,6 @@ TILES static inline void tile_sums(const float* x, int64_t group, const float* w
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t q = 0; q < steps; ++q, x += kTile, w += 16) {
-    for (const int64_t end = std::min(next.lines, line + share); line < end; ++line) next.fetch(line);
     _tile_loadd(4, x, kRow);
     _tile_loadd(6, w, bytes);
     _tile_loadd(7, w + below, bytes);
@@ -105,10 +104,11 @@ TILES static inline void tile_sums(const float* x, int64_t group, const float* w
 }
 
 // The same on tiles. Rows of x come by 16, `group` apart, pair q of all of them before pair q + 1, and with pairs of 0 up to
-// a multiple of 16; `product` has room for such a multiple of rows.
+// a multiple of 16; `product` has room for such a multiple of rows. Nothing is fetched ahead: the products take so little
+// time that squares() has brought w, by several streams, before a fetch would.
 TILES static void sift_tiles(const float* x, int64_t group, const ScreenRow* row, int64_t rows, const float* w,
-                             int64_t stride, int64_t columns, int64_t k, const ScreenColumns& column,
-                             const ScreenAhead& next, float* product, uint64_t* pass) {
+                             int64_t stride, int64_t columns, int64_t k, const ScreenColumns& column, float* product,
+                             uint64_t* pass) {
   constexpr int64_t kSide = 16, kColumns = 64;
   // Eight tiles of 16 rows of 64 bytes. In memory before any code runs, as the instruction's use of it is not declared.
   alignas(64) static const volatile struct {
@@ -125,8 +125,6 @@ TILES static void sift_tiles(const float* x, int64_t group, const ScreenRow* row
     w = whole.get();
     stride = width;
   }
-  const int64_t calls = (rows + kSide - 1) / kSide, share = (next.lines + calls * steps - 1) / (calls * steps);
-  int64_t line = 0;
   __asm__ volatile("" ::: "memory");  // nor is it what loads of tiles read
   _tile_loadconfig(const_cast<const void*>(static_cast<const volatile void*>(&kTiles)));
   for (int64_t at = 0; at < rows;) {
@@ -137,10 +135,10 @@ TILES static void sift_tiles(const float* x, int64_t group, const ScreenRow* row
       alignas(64) float sums[2][kColumns][kSide];
       const float* left = x + at / kSide * group;
       if (groups == 2) {
-        tile_sums<2>(left, group, w, stride, steps, sums[0][0], next, line, share);
-        tile_sums<2>(left, group, w + kColumns / 2 * stride, stride, steps, sums[0][kColumns / 2], next, line, share);
+        tile_sums<2>(left, group, w, stride, steps, sums[0][0]);
+        tile_sums<2>(left, group, w + kColumns / 2 * stride, stride, steps, sums[0][kColumns / 2]);
       } else {
-        tile_sums<1>(left, group, w, stride, steps, sums[0][0], next, line, share);
+        tile_sums<1>(left, group, w, stride, steps, sums[0][0]);
       }
       __asm__ volatile("" : "+m"(sums) : : "memory");  // what the stores write is not declared either
       for (int64_t g = 0; g < groups; ++g) {

@@ -34,38 +34,55 @@ static inline bool is_usable(float peak, float norm, const T* v, int64_t d) {
   return peak >= Digits::kLeast && peak <= Digits::kMost && norm <= Digits::kMost * Digits::kMost;
 }
 
+// Which of 16 lanes from number `at` on are among d.
+VNNI static inline __mmask16 lanes_from(int64_t at, int64_t d) {
+  return d - at >= 16 ? __mmask16(0xffff) : at < d ? __mmask16((1u << (d - at)) - 1) : __mmask16(0);
+}
+
 // digit = round(v * scale / step) in [-127, 127] for d numbers, then zeros up to `width`; those of a row that is not
 // usable mean nothing. The scales are powers of two.
 template <class T>
 VNNI void quantise(const T* v, const float* scale, int64_t d, int64_t width, int8_t* digit, Digits& row) {
   alignas(64) float scaled[kScreenMaxDim];
   constexpr int kLargerSize = 0b1011;  // max(|a|, |b|)
-  __m512 most = _mm512_setzero_ps();
-  for (int64_t i = 0; i < d; i += 16) {
-    const __mmask16 lane = d - i >= 16 ? 0xffff : __mmask16((1u << (d - i)) - 1);
-    const __m512 value = _mm512_mul_ps(widened(lane, v + i), _mm512_maskz_loadu_ps(lane, scale + i));
-    _mm512_store_ps(scaled + i, value);
-    most = _mm512_range_ps(most, value, kLargerSize);
+  constexpr int kChains = 4;  // of results that wait for each other
+  __m512 most[kChains] = {};
+  for (int64_t i = 0; i < d; i += 16 * kChains) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) {
+      const int64_t at = i + 16 * c;
+      const __mmask16 lane = lanes_from(at, d);
+      const __m512 value = _mm512_mul_ps(widened(lane, v + at), _mm512_maskz_loadu_ps(lane, scale + at));
+      _mm512_store_ps(scaled + at, value);
+      most[c] = _mm512_range_ps(most[c], value, kLargerSize);
+    }
   }
-  const float peak = _mm512_reduce_max_ps(most);
+  const float peak = _mm512_reduce_max_ps(
+      _mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3])));
   const float step = peak / 127;
   const __m512 inverse = _mm512_set1_ps(peak > 0 ? 127 / peak : 0), width_of = _mm512_set1_ps(step);
-  __m512 square = _mm512_setzero_ps(), missed = _mm512_setzero_ps();
+  __m512 square[kChains] = {}, missed[kChains] = {};
   __m512i sum = _mm512_setzero_si512();
-  for (int64_t i = 0; i < d; i += 16) {
-    const __mmask16 lane = d - i >= 16 ? 0xffff : __mmask16((1u << (d - i)) - 1);
-    const __m512 value = _mm512_load_ps(scaled + i);
-    const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse));
-    const __m512 rest = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(q), width_of, value);
-    square = _mm512_fmadd_ps(value, value, square);
-    missed = _mm512_fmadd_ps(rest, rest, missed);
-    sum = _mm512_add_epi32(sum, q);
-    _mm512_mask_cvtepi32_storeu_epi8(digit + i, lane, q);
+  for (int64_t i = 0; i < d; i += 16 * kChains) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) {
+      const int64_t at = i + 16 * c;
+      const __m512 value = _mm512_load_ps(scaled + at);
+      const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse));
+      const __m512 rest = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(q), width_of, value);
+      square[c] = _mm512_fmadd_ps(value, value, square[c]);
+      missed[c] = _mm512_fmadd_ps(rest, rest, missed[c]);
+      sum = _mm512_add_epi32(sum, q);
+      _mm512_mask_cvtepi32_storeu_epi8(digit + at, lanes_from(at, d), q);
+    }
   }
+  const auto total = [](const __m512* part) VNNI {
+    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(part[0], part[1]), _mm512_add_ps(part[2], part[3])));
+  };
   for (int64_t i = d; i < width; ++i) digit[i] = 0;
   row.step = step;
-  row.norm = std::sqrt(_mm512_reduce_add_ps(square));
-  row.error = std::sqrt(_mm512_reduce_add_ps(missed));
+  row.norm = std::sqrt(total(square));
+  row.error = std::sqrt(total(missed));
   row.sum = _mm512_reduce_add_epi32(sum);
   row.usable = is_usable(peak, row.norm, v, d);
 }
