@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clipsteer.ops import _dispatch
+from clipsteer.ops._sparse import weight_gradient
 from clipsteer.testing.timing import Calls
 
 
@@ -48,17 +49,10 @@ def dictionary_gradient(B: int, d: int, n: int, k: int) -> Calls:
         return calls
     cpp = torch.ops.clipsteer_cpp
 
-    def row_sparse() -> Tensor:
-        features, compact = torch.unique(indices, return_inverse=True)
-        values, _ = cpp.sparse_outer(acts, compact, rows, features.numel())
-        return torch.sparse_coo_tensor(
-            features[None],
-            values,
-            (n, d),
-            is_coalesced=True,
-            check_invariants=False,
-        )
-
+    # as the backward pass of a decoder makes it
+    row_sparse = partial(
+        weight_gradient, acts, indices, rows, buffer, "cpp", sparse=True, buffer=None, bias=False
+    )
     ours: Calls = {
         "kept buffer": partial(cpp.sparse_outer_out, acts, indices, rows, buffer, bias),
         "row-sparse": row_sparse,

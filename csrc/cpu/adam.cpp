@@ -47,8 +47,7 @@ void adam(V* w, V* m, V* v, const GradientRows<V>& first, const GradientRows<V>&
       }
       if (unit && grad) {
         const V along = -kernel.dot(row, grad, d);
-        std::copy_n(grad, d, across.data());
-        kernel.axpy(across.data(), &along, &row, nullptr, 1, d);
+        kernel.add(across.data(), grad, &along, &row, nullptr, 1, nullptr, d);
         grad = across.data();
       }
       kernel.adam(row, m + r * d, v + r * d, grad, at, d);

@@ -109,7 +109,7 @@ class Worker {
         std::copy_n(source, d, row);
       }
       const V minus = -1;
-      if (mu) kernels<V>().axpy(row, &minus, &mu, nullptr, 1, d);
+      if (mu) kernels<V>().add(row, row, &minus, &mu, nullptr, 1, nullptr, d);
       rows_[i] = row;
     }
     return {rows_.data(), pairs};
@@ -188,7 +188,7 @@ class Worker {
         if (beta_) {
           for (int64_t j = 0; j < columns; ++j) row[j] *= beta_[panel.group];
         }
-        if (mu) kernels<V>().axpy(row, &one, &mu, nullptr, 1, columns);
+        if (mu) kernels<V>().add(row, row, &one, &mu, nullptr, 1, nullptr, columns);
         T* target = y + groups_.row(panel.first + i) * n + at;
         if constexpr (kNarrow<T>) {
           kernels<T>().narrow(row, target, columns);

@@ -94,7 +94,7 @@ void decode_columns(const Grouped<T>& codes, const Weight<const T>& w, const T* 
             const int terms = int(std::min<int64_t>(kGathered, stop - p));
             const V* source[kGathered];
             for (int m = 0; m < terms; ++m) source[m] = panel.data() + lines.line[p + m] * kPanel;
-            kernel.axpy(sum, acts + p, source, nullptr, terms, kPanel);
+            kernel.add(sum, sum, acts + p, source, nullptr, terms, nullptr, kPanel);
           }
           p = codes.end(r, g);
           T* out = y + (g * spans.rows + r) * d + first;
@@ -179,7 +179,8 @@ void outer_columns(const Segments<T>& segments, const T* rows, int64_t count, co
           const int terms = int(std::min<int64_t>(kGathered, segments.end[i] - p));
           const V* source[kGathered];
           for (int m = 0; m < terms; ++m) source[m] = x.data() + segments.row[p + m] * kPanel;
-          kernel.axpy(tile.data() + (i - i0) * kPanel, factor.data() + p, source, nullptr, terms, kPanel);
+          V* sum = tile.data() + (i - i0) * kPanel;
+          kernel.add(sum, sum, factor.data() + p, source, nullptr, terms, nullptr, kPanel);
         }
       }
       kernel.turn(tile.data(), kPanel, features, columns, turned.data(), kStretch);

@@ -116,7 +116,6 @@ struct Segments {
   }
 
   int64_t start(int64_t i) const { return i == 0 ? 0 : end[i - 1]; }
-  int64_t features() const { return int64_t(end.size()); }
 };
 
 // Of the features in use alone, which are listed, ascending: found by a sort by digits, whatever n is.
@@ -128,29 +127,29 @@ struct UsedSegments : Segments<T> {
   UsedSegments(const T* given, const Pairs& pairs, int64_t n) {
     std::vector<V> wide(kNarrow<T> ? pairs.count : 0);
     const V* c = widened(given, wide.data(), pairs.count);
-    std::vector<Entry> entries, other(pairs.count);
-    entries.reserve(pairs.count);
+    std::vector<Entry> entries(pairs.count), other(pairs.count);
+    int64_t count = 0;
     pairs.each([&](int64_t p, int64_t r) {
-      if (r >= 0) entries.push_back({pairs.feature[p], r, c[p]});
+      entries[count] = {pairs.feature[p], r, c[p]};
+      count += r >= 0;
     });
     for (int shift = 0; n > 1 && (n - 1) >> shift; shift += kBits) {
       int64_t place[kDigits] = {}, at = 0;
-      for (const Entry& entry : entries) ++place[entry.feature >> shift & (kDigits - 1)];
+      for (int64_t e = 0; e < count; ++e) ++place[entries[e].feature >> shift & (kDigits - 1)];
       for (int64_t& first : place) at += std::exchange(first, at);
-      for (const Entry& entry : entries) other[place[entry.feature >> shift & (kDigits - 1)]++] = entry;
-      other.resize(entries.size());
+      for (int64_t e = 0; e < count; ++e) other[place[entries[e].feature >> shift & (kDigits - 1)]++] = entries[e];
       std::swap(entries, other);
     }
-    this->row.reserve(entries.size());
-    this->coeff.reserve(entries.size());
-    for (const Entry& entry : entries) {
-      if (used.empty() || used.back() != entry.feature) {
-        used.push_back(entry.feature);
-        this->end.push_back(0);
-      }
-      this->row.push_back(entry.row);
-      this->coeff.push_back(entry.coeff);
-      this->end.back() = int64_t(this->row.size());
+    this->row.resize(count);
+    this->coeff.resize(count);
+    this->end.reserve(count);
+    used.reserve(count);
+    for (int64_t e = 0; e < count; ++e) {
+      this->row[e] = entries[e].row;
+      this->coeff[e] = entries[e].coeff;
+      if (e + 1 < count && entries[e + 1].feature == entries[e].feature) continue;
+      used.push_back(entries[e].feature);
+      this->end.push_back(e + 1);
     }
   }
 
@@ -191,20 +190,20 @@ template <class T>
 class Running {
  public:
   using V = Compute<T>;
-  Running(V* sum, int64_t n) : sum_(sum), n_(n) {}
+  Running(const Kernels<T>& kernel, V* sum, int64_t n) : kernel_(kernel), sum_(sum), n_(n) {}
 
   void add(const V* c, const Terms<T>& of, int terms) {
-    if (!begun_) std::fill_n(sum_, n_, V(0));
+    kernel_.add(sum_, begun_ ? sum_ : nullptr, c, of.row, of.next, terms, nullptr, n_);
     begun_ = true;
-    kernels<T>().axpy(sum_, c, of.row, of.next, terms, n_);
   }
 
   // The sum with these rows, and the bias, as numbers T. It is as it was.
   void finish(T* out, const V* c, const Terms<T>& of, int terms, const T* bias = nullptr) const {
-    kernels<T>().finish(out, begun_ ? sum_ : nullptr, c, of.row, of.next, terms, bias, n_);
+    kernel_.finish(out, begun_ ? sum_ : nullptr, c, of.row, of.next, terms, bias, n_);
   }
 
  private:
+  const Kernels<T>& kernel_;
   V* sum_;
   int64_t n_;
   bool begun_ = false;
@@ -218,6 +217,7 @@ void decode_rows(const Grouped<T>& codes, const Weight<const T>& w, const T* b, 
   constexpr int64_t kTile = 16384 / sizeof(V);
   // A large result is not to push the rows of W out of the cache.
   const bool past_cache = codes.groups * spans.rows * w.d * int64_t(sizeof(T)) > kCached;
+  const Kernels<T>& kernel = kernels<T>();
   const int64_t d = w.d, rows = spans.rows, pairs = spans.begin(rows);
   const int64_t mean = rows ? pairs / rows : 0;
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, mean * d));
@@ -233,7 +233,7 @@ void decode_rows(const Grouped<T>& codes, const Weight<const T>& w, const T* b, 
         const int64_t columns = std::min(kTile, d - c0);
         // indices is one run over all rows of the batch: after the last of this row come the first of the next.
         const auto row_of = [&](int64_t p) { return w.data + codes.indices[p] * d + c0; };
-        Running<T> running(sum, columns);
+        Running<T> running(kernel, sum, columns);
         int64_t p = first;
         for (int64_t g = 0; g < codes.groups; ++g) {
           // the last rows of all are added as the sum is written; those of a shorter prefix go on into the next
@@ -291,6 +291,7 @@ void dot_rows(const T* rows, const Pairs& pairs, const Weight<const T>& w, T* ou
 template <class T>
 void outer_rows(const Segments<T>& segments, const T* rows, const Weight<T>& dw, T* db) {
   using V = Compute<T>;
+  const Kernels<T>& kernel = kernels<T>();
   const int64_t n = dw.n, d = dw.d, pairs = segments.end[n - 1];
   const bool past_cache = n * d * int64_t(sizeof(T)) > kCached;
   const auto row_of = [&](int64_t place) { return rows + segments.row[place] * d; };
@@ -302,6 +303,7 @@ void outer_rows(const Segments<T>& segments, const T* rows, const Weight<T>& dw,
     while (i < n && (i + segments.start(i)) * parts < (n + pairs) * part) ++i;
     bounds[part] = i;
   }
+  std::vector<V> totals(n);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     std::vector<V> sum(d);
     std::vector<T> line(past_cache ? d : 0);
@@ -312,13 +314,10 @@ void outer_rows(const Segments<T>& segments, const T* rows, const Weight<T>& dw,
         const int64_t from = i;
         while (i < bounds[end] && segments.end[i] == last) ++i;
         stream_zero(dw.data + from * d, (i - from) * d * sizeof(T));
-        stream_zero(db + from, (i - from) * sizeof(T));
         continue;
       }
-      V total = 0;
-      for (int64_t q = p; q < last; ++q) total += segments.coeff[q];
-      store<T>(&total, db + i, 1);
-      Running<T> running(sum.data(), d);
+      for (int64_t q = p; q < last; ++q) totals[i] += segments.coeff[q];
+      Running<T> running(kernel, sum.data(), d);
       for (; last - p > kGathered; p += kGathered) {
         running.add(segments.coeff.data() + p, Terms<T>(p, kGathered, pairs, row_of), kGathered);
       }
@@ -330,6 +329,7 @@ void outer_rows(const Segments<T>& segments, const T* rows, const Weight<T>& dw,
     }
     stream_fence();
   });
+  store<T>(totals.data(), db, n);
 }
 
 }  // namespace clipsteer

@@ -63,47 +63,9 @@ TARGET static inline auto read_some(const T* from, int64_t count) {
   return read(some);
 }
 
-template <class T, int TERMS>
-TARGET static inline void axpy(Compute<T>* y, const Compute<T>* c, const T* const* w,
-                               const T* const* next, int64_t n) {
-  using V = Compute<T>;
-  using Vec = Lanes<V>;
-  constexpr int64_t kLanes = kVectorBytes / sizeof(V);
-  constexpr int kVectors = kLine<T> / kLanes;
-  const T *row[TERMS], *ahead[TERMS];
-  V factor[TERMS];
-  for (int m = 0; m < TERMS; ++m) {
-    row[m] = w[m];
-    ahead[m] = next ? next[m] : nullptr;
-    factor[m] = c[m];
-  }
-  int64_t i = 0;
-  for (; i + kLine<T> <= n; i += kLine<T>) {
-    Vec sum[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[v] = read(y + i + v * kLanes);
-#pragma GCC unroll 8
-    for (int m = 0; m < TERMS; ++m) {
-      if (next) fetch(ahead[m] + i);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[v] += factor[m] * read(row[m] + i + v * kLanes);
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) *reinterpret_cast<Vec*>(y + i + v * kLanes) = sum[v];
-  }
-  for (int m = 0; next && i < n && m < TERMS; ++m) fetch(ahead[m] + i);
-  for (; i < n; i += kLanes) {
-    const int64_t count = std::min(kLanes, n - i);
-    Vec sum = read_some(y + i, count);
-    for (int m = 0; m < TERMS; ++m) sum += factor[m] * read_some(row[m] + i, count);
-    std::memcpy(y + i, &sum, count * sizeof(V));
-  }
-}
-
-template <class T, int TERMS>
-TARGET static inline void finish(T* out, const Compute<T>* sum, const Compute<T>* c,
-                                 const T* const* w, const T* const* next, const T* bias,
-                                 int64_t n) {
+template <class T, int TERMS, bool BIAS, class Out>
+TARGET static inline void add(Out* out, const Compute<T>* sum, const Compute<T>* c, const T* const* w,
+                              const T* const* next, const T* bias, int64_t n) {
   using V = Compute<T>;
   using Vec = Lanes<V>;
   constexpr int64_t kLanes = kVectorBytes / sizeof(V);
@@ -128,7 +90,7 @@ TARGET static inline void finish(T* out, const Compute<T>* sum, const Compute<T>
     }
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      if (bias) total[v] += read(bias + i + v * kLanes);
+      if constexpr (BIAS) total[v] += read(bias + i + v * kLanes);
       write(out + i + v * kLanes, total[v]);
     }
   }
@@ -137,27 +99,10 @@ TARGET static inline void finish(T* out, const Compute<T>* sum, const Compute<T>
     const int64_t count = std::min(kLanes, n - i);
     Vec total = sum ? read_some(sum + i, count) : Vec{};
     for (int m = 0; m < TERMS; ++m) total += factor[m] * read_some(row[m] + i, count);
-    if (bias) total += read_some(bias + i, count);
-    T some[kLanes];
+    if constexpr (BIAS) total += read_some(bias + i, count);
+    Out some[kLanes];
     write(some, total);
-    std::memcpy(static_cast<void*>(out + i), some, count * sizeof(T));
-  }
-}
-
-template <class T>
-TARGET static inline void finish(T* out, const Compute<T>* sum, const Compute<T>* c,
-                                 const T* const* w, const T* const* next, int terms, const T* bias,
-                                 int64_t n) {
-  switch (terms) {
-    case 0: return finish<T, 0>(out, sum, c, w, next, bias, n);
-    case 1: return finish<T, 1>(out, sum, c, w, next, bias, n);
-    case 2: return finish<T, 2>(out, sum, c, w, next, bias, n);
-    case 3: return finish<T, 3>(out, sum, c, w, next, bias, n);
-    case 4: return finish<T, 4>(out, sum, c, w, next, bias, n);
-    case 5: return finish<T, 5>(out, sum, c, w, next, bias, n);
-    case 6: return finish<T, 6>(out, sum, c, w, next, bias, n);
-    case 7: return finish<T, 7>(out, sum, c, w, next, bias, n);
-    default: return finish<T, kGathered>(out, sum, c, w, next, bias, n);
+    std::memcpy(static_cast<void*>(out + i), some, count * sizeof(Out));
   }
 }
 
@@ -231,44 +176,29 @@ static inline const Compute<T>* block_of(const T* row, const T* next, Compute<T>
   }
 }
 
-template <class T, int TERMS>
-static inline void axpy(Compute<T>* __restrict y, const Compute<T>* c, const T* const* w,
-                        const T* const* next, int64_t n) {
+template <class T, int TERMS, bool BIAS, class Out>
+static inline void add(Out* out, const Compute<T>* sum, const Compute<T>* c, const T* const* w,
+                       const T* const* next, const T* bias, int64_t n) {
   using V = Compute<T>;
-  V wide[TERMS][kBlock];
+  V total[kBlock], wide[TERMS + 1][kBlock];
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t count = std::min(kBlock, n - i);
-    const V* row[TERMS];
+    const V* row[TERMS + 1];
     for (int m = 0; m < TERMS; ++m) {
       row[m] = block_of(w[m] + i, next ? next[m] + i : nullptr, wide[m], count);
     }
+    const V* last = BIAS ? block_of<T>(bias + i, nullptr, wide[TERMS], count) : nullptr;
     for (int64_t l = 0; l < count; ++l) {
-      V sum = y[i + l];
+      V one = sum ? sum[i + l] : V(0);
 #pragma GCC unroll 8
-      for (int m = 0; m < TERMS; ++m) sum += c[m] * row[m][l];
-      y[i + l] = sum;
+      for (int m = 0; m < TERMS; ++m) one += c[m] * row[m][l];
+      if constexpr (BIAS) one += last[l];
+      total[l] = one;
     }
-  }
-}
-
-template <class T>
-static inline void finish(T* out, const Compute<T>* sum, const Compute<T>* c, const T* const* w,
-                          const T* const* next, int terms, const T* bias, int64_t n) {
-  using V = Compute<T>;
-  V total[kBlock], wide[kBlock];
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int64_t count = std::min(kBlock, n - i);
-    for (int64_t l = 0; l < count; ++l) total[l] = sum ? sum[i + l] : V(0);
-    for (int m = 0; m < terms; ++m) {
-      const V* row = block_of(w[m] + i, next ? next[m] + i : nullptr, wide, count);
-      for (int64_t l = 0; l < count; ++l) total[l] += c[m] * row[l];
-    }
-    const V* last = bias ? block_of<T>(bias + i, nullptr, wide, count) : nullptr;
-    for (int64_t l = 0; last && l < count; ++l) total[l] += last[l];
-    if constexpr (kNarrow<T>) {
-      narrow(total, out + i, count);
-    } else {
+    if constexpr (std::is_same_v<Out, V>) {
       std::copy_n(total, count, out + i);
+    } else {
+      narrow(total, out + i, count);
     }
   }
 }
@@ -293,23 +223,29 @@ static inline void row_dots(const Compute<T>* a, const T* const* w, const T* con
 
 #endif
 
-// Eight rows, or four, two and one.
-template <class T>
-TARGET static inline void axpy(Compute<T>* y, const Compute<T>* c, const T* const* w,
-                               const T* const* next, int terms, int64_t n) {
-  if (terms == kGathered) return axpy<T, kGathered>(y, c, w, next, n);
-  int m = 0;
-  if (terms & 4) {
-    axpy<T, 4>(y, c, w, next, n);
-    m = 4;
+template <class T, bool BIAS, class Out>
+TARGET static inline void add_some(Out* out, const Compute<T>* sum, const Compute<T>* c, const T* const* w,
+                                   const T* const* next, int terms, const T* bias, int64_t n) {
+  switch (terms) {
+    case 0: return add<T, 0, BIAS>(out, sum, c, w, next, bias, n);
+    case 1: return add<T, 1, BIAS>(out, sum, c, w, next, bias, n);
+    case 2: return add<T, 2, BIAS>(out, sum, c, w, next, bias, n);
+    case 3: return add<T, 3, BIAS>(out, sum, c, w, next, bias, n);
+    case 4: return add<T, 4, BIAS>(out, sum, c, w, next, bias, n);
+    case 5: return add<T, 5, BIAS>(out, sum, c, w, next, bias, n);
+    case 6: return add<T, 6, BIAS>(out, sum, c, w, next, bias, n);
+    case 7: return add<T, 7, BIAS>(out, sum, c, w, next, bias, n);
+    default: return add<T, kGathered, BIAS>(out, sum, c, w, next, bias, n);
   }
-  if (terms & 2) {
-    axpy<T, 2>(y, c + m, w + m, next ? next + m : nullptr, n);
-    m += 2;
-  }
-  if (terms & 1) axpy<T, 1>(y, c + m, w + m, next ? next + m : nullptr, n);
 }
 
+template <class T, class Out>
+TARGET static inline void add(Out* out, const Compute<T>* sum, const Compute<T>* c, const T* const* w,
+                              const T* const* next, int terms, const T* bias, int64_t n) {
+  (bias ? add_some<T, true, Out> : add_some<T, false, Out>)(out, sum, c, w, next, terms, bias, n);
+}
+
+// Eight rows, or four, two and one.
 template <class T>
 TARGET static inline void row_dots(const Compute<T>* a, const T* const* w, const T* const* next,
                                    int terms, int64_t n, Compute<T>* out) {

@@ -101,15 +101,10 @@ struct Candidates {
 // Rows that are added, or multiplied, at a time.
 constexpr int kGathered = 8;
 
-// y += sum_m c[m] * w[m], in the order of m, for 1 to kGathered rows of numbers T; `next`, if any,
-// are as many rows that will be read soon.
-template <class T>
-using AddRows = void (*)(Compute<T>* y, const Compute<T>* c, const T* const* w,
-                         const T* const* next, int terms, int64_t n);
-// out = sum (zeros, if null) + sum_m c[m] * w[m] + bias (if any), in this order, rounded once: AddRows' last rows, of
-// which there may be none here.
-template <class T>
-using EndRows = void (*)(T* out, const Compute<T>* sum, const Compute<T>* c, const T* const* w, const T* const* next,
+// out = sum (zeros, if null) + sum_m c[m] * w[m] + bias (if any), in this order, rounded once, for 0 to kGathered rows of
+// numbers T; `next`, if any, are as many rows that will be read soon. out may be sum.
+template <class T, class Out>
+using AddRows = void (*)(Out* out, const Compute<T>* sum, const Compute<T>* c, const T* const* w, const T* const* next,
                          int terms, const T* bias, int64_t n);
 // out[m] = the inner product of a with w[m]; a sum does not depend on the others.
 template <class T>
@@ -219,8 +214,7 @@ struct Kernels {
                  Candidates<V>& row);
   // A lower bound of the k-th largest, or NaN; `rank` has room for every column.
   V (*seed)(const V* value, int64_t columns, int64_t k, Rank<V>* rank);
-  AddRows<V> axpy;
-  EndRows<V> finish;
+  AddRows<V, V> add, finish;
   RowDots<V> row_dots;
   V (*dot)(const V* a, const V* b, int64_t n);
   // The sum of weight * (a - b)^2 (weight may be null: 1), and y += c (a - b).
@@ -290,8 +284,8 @@ struct Kernels<T> {
   RowProducts<T> rows;
   void (*widen)(const T* src, float* dst, int64_t n);
   void (*narrow)(const float* src, T* dst, int64_t n);
-  AddRows<T> axpy;
-  EndRows<T> finish;
+  AddRows<T, float> add;
+  AddRows<T, T> finish;
   RowDots<T> row_dots;
   // As that of floats.
   void (*turn)(const T* u, int64_t stride, int64_t rows, int64_t columns, T* out,
