@@ -112,6 +112,7 @@ def _threshold_write_kernel(
         # places from the tile's first on take half the registers, and BLOCK_B rows never have 2^31 codes
         start = tl.load(base_ptr + (tile_b * BLOCK_B).to(tl.int64) * tl.cdiv(n, BLOCK_N) + tile_n)
         step = (tl.load(base_ptr + at, mask=live, other=0) - start).to(tl.int32)
+        room = tl.minimum(tl.maximum(capacity - start, 0), 0x7FFFFFFF).to(tl.int32)
         for j in range(0, most):
             col, value, left = next_number(left, local, BLOCK_N)
             chosen = col < BLOCK_N
@@ -119,11 +120,10 @@ def _threshold_write_kernel(
                 equal = value == tl.load(limit_ptr)
                 chosen = chosen & ((equal == 0) | (quota > 0))
                 quota -= equal.to(tl.int32)
-            place = start + step
-            mask = chosen & (place < capacity)
-            tl.store(values_ptr + place, value.to(values_ptr.dtype.element_ty), mask=mask)
+            mask = chosen & (step < room)
+            tl.store(values_ptr + start + step, value.to(values_ptr.dtype.element_ty), mask=mask)
             name = feature_numbers(columns_ptr, (tile_n * BLOCK_N + col).to(tl.int64), mask)
-            tl.store(indices_ptr + place, name, mask=mask)
+            tl.store(indices_ptr + start + step, name, mask=mask)
             step += chosen.to(tl.int32)
     else:
         if TIES:
