@@ -230,10 +230,10 @@ class Sweep {
     });
   }
 
-  // Weights are sums of two bf16 numbers each, and every tile's products two.
+  // As `gradients`, where a weight is the sum of two bf16 numbers.
   template <class F>
   void gradients_on_tiles(int64_t width, V* d_rows, V* d_cols, bool packed, F&& weigh) {
-    constexpr int64_t kHigh = 128;  // rows of a task
+    constexpr int64_t kHigh = 128;  // most rows of a task, whole squares of 16
     const PairProducts& pairs = *pair_products<T>();
     const auto halved = [](int64_t numbers) { return (numbers + 1) / 2; };
     // rows of pairs in whole lines, and a line more
@@ -248,10 +248,11 @@ class Sweep {
       V* P = tile.get();
       weigh(at, rows, P);
       const auto each_part = [&](int64_t count, int64_t row, auto&& f) {
-        for_each((count + kHigh - 1) / kHigh, [&](int64_t begin, int64_t end) {
-          Buffer<V> parts(2 * kHigh * row);
-          for (int64_t i = begin * kHigh; i < std::min(count, end * kHigh); i += kHigh) {
-            f(i, std::min(kHigh, count - i), parts.get(), parts.get() + kHigh * row);
+        const int64_t high = std::min(kHigh, (count + 15) / 16 * 16);
+        for_each((count + high - 1) / high, [&](int64_t begin, int64_t end) {
+          Buffer<V> parts(2 * high * row);
+          for (int64_t i = begin * high; i < std::min(count, end * high); i += high) {
+            f(i, std::min(high, count - i), parts.get(), parts.get() + high * row);
           }
         });
       };
