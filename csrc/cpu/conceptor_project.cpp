@@ -26,7 +26,7 @@ void project(const T* x, const T* w, const Groups& groups, const Compute<T>* bet
   const int64_t parts = (n + columns - 1) / columns;
   for_each(count * parts, [&](int64_t begin, int64_t end) {
     Worker<T> worker(groups, rows, std::max(m, n), beta, mean);
-    Buffer<V> input(worker.in_pairs(m) ? 0 : rows * m);
+    Buffer<V> input(worker.in_place(m) ? 0 : rows * m);
     int64_t gathered = -1;
     Left<V> a{};
     for (int64_t task = begin; task < end; ++task) {
@@ -49,7 +49,7 @@ void project_low_rank(const T* x, const T* u, const Compute<T>* s, const Groups&
   for_each(int64_t(panels.size()), [&](int64_t begin, int64_t end) {
     Worker<T> worker(groups, rows, std::max(d, r), nullptr, mean);
     const int64_t stride = (r + worker.width() - 1) / worker.width() * worker.width();
-    Buffer<V> input(worker.in_pairs(d) ? 0 : rows * d), inner(rows * stride);
+    Buffer<V> input(worker.in_place(d) ? 0 : rows * d), inner(rows * stride);
     std::vector<V*> inner_rows(rows);
     for (int64_t i = 0; i < rows; ++i) inner_rows[i] = inner.get() + i * stride;
     for (int64_t p = begin; p < end; ++p) {

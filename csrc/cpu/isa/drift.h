@@ -103,21 +103,26 @@ TARGET static inline V weights(V* __restrict log_w, V peak, V floor, int64_t n) 
   return sum[0];
 }
 
-// mu + moved / total, in double and rounded once.
+// mu + moved / total, rounded once. By the product with the rounded reciprocal and what it leaves over: the mean of integers
+// is theirs to the bit, as by division, which takes several times as long. A float's sum keeps what rounding takes from it:
+// in double it would take three times as long. Infinities, and what overflows, leave nothing to add.
 template <class V>
-TARGET static inline void settle(const V* __restrict mu, const V* __restrict moved, double total,
-                                 V* __restrict out, int64_t n) {
+TARGET static inline void settle(const V* __restrict mu, const V* __restrict moved, V total, V* __restrict out,
+                                 int64_t n) {
 #if CLIPSTEER_LEVEL > 0
-  // The product with the rounded reciprocal, and what it leaves over: the mean of integers is theirs to the bit, as by
-  // division, which takes several times as long. An infinity leaves nothing to add.
-  const double inverse = 1 / total;
+  const V inverse = 1 / total;
   for (int64_t i = 0; i < n; ++i) {
-    const double sum = moved[i], mean = sum * inverse, rest = __builtin_fma(-mean, total, sum);
-    const double exact = __builtin_fma(rest, inverse, mean);
-    out[i] = V(double(mu[i]) + (rest == rest ? exact : mean));
+    const V mean = moved[i] * inverse, rest = std::fma(-mean, total, moved[i]);
+    if constexpr (sizeof(V) == 4) {
+      const V sum = mu[i] + mean, part = sum - mu[i];
+      const V lost = std::fma(rest, inverse, (mu[i] - (sum - part)) + (mean - part));
+      out[i] = lost == lost ? sum + lost : sum;
+    } else {
+      out[i] = mu[i] + (rest == rest ? std::fma(rest, inverse, mean) : mean);
+    }
   }
 #else
-  for (int64_t i = 0; i < n; ++i) out[i] = V(double(mu[i]) + double(moved[i]) / total);
+  for (int64_t i = 0; i < n; ++i) out[i] = V(double(mu[i]) + double(moved[i]) / double(total));
 #endif
 }
 

@@ -226,7 +226,7 @@ struct Kernels {
   // log_w becomes exp(log_w - peak) + floor, for log_w <= peak; their sum.
   V (*weights)(V* log_w, V peak, V floor, int64_t n);
   // out = mu + moved / total.
-  void (*settle)(const V* mu, const V* moved, double total, V* out, int64_t n);
+  void (*settle)(const V* mu, const V* moved, V total, V* out, int64_t n);
   // The largest of a row of similarities; `highest` takes the larger of itself and the row,
   // number by number.
   V (*maxima)(const V* S, V* highest, int64_t n);
