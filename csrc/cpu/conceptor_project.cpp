@@ -92,7 +92,8 @@ void outer_in_pairs(const PairProducts& pairs, const BFloat16* a, const BFloat16
   for (int64_t k = 0; k < count; ++k) most = std::max(most, groups.offsets[k + 1] - groups.offsets[k]);
   for_each(count * parts, [&](int64_t begin, int64_t end) {
     const int64_t height = std::min(m, kTaskColumns), depth = (most + 1) / 2;
-    Buffer<float> left(depth * kTaskColumns), right(kOuterTerms * width), sum(most > 0 ? height * stride : 0);
+    Buffer<float> left(depth * kTaskColumns), right((pairs.tiles ? depth : kOuterTerms) * width);
+    Buffer<float> sum(most > 0 ? height * stride : 0), woven(pairs.tiles ? depth * width : 0);
     std::vector<const BFloat16*> a_rows(most), b_rows(most);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t k = task / parts, first = task % parts * kTaskColumns, last = std::min(m, first + kTaskColumns);
@@ -106,10 +107,19 @@ void outer_in_pairs(const PairProducts& pairs, const BFloat16* a, const BFloat16
         a_rows[i] = a + groups.row(from + i) * m;
         b_rows[i] = b + groups.row(from + i) * n;
       }
+      const int64_t terms = (rows + 1) / 2;
       for (int64_t i = 0; i < last - first; i += width) {
-        pairs.weave(a_rows.data(), rows, first + i, std::min(width, last - first - i), left.get() + i * depth);
+        const int64_t some = std::min(width, last - first - i);
+        float* into = left.get() + i * depth;
+        pairs.weave(a_rows.data(), rows, first + i, some, pairs.tiles ? woven.get() : into);
+        if (pairs.tiles) kernels<float>().turn(woven.get(), width, terms, some, into, depth);  // tiles take its columns as rows
       }
-      for (int64_t p = 0; p < panels; ++p) {
+      for (int64_t p = 0; pairs.tiles && p < panels; ++p) {
+        const int64_t columns = std::min(width, n - p * width);
+        pairs.weave(b_rows.data(), rows, p * width, columns, right.get());
+        pairs.tiles(left.get(), depth, last - first, right.get(), 0, terms, columns, sum.get() + p * width, stride, false);
+      }
+      for (int64_t p = 0; !pairs.tiles && p < panels; ++p) {
         for (int64_t q = 0; q < rows; q += 2 * kOuterTerms) {
           const int64_t some = std::min(2 * kOuterTerms, rows - q);
           pairs.weave(b_rows.data() + q, some, p * width, std::min(width, n - p * width), right.get());

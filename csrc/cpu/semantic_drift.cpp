@@ -18,7 +18,6 @@ constexpr int64_t kFewBlock = 2 * kBlockRows;  // prototypes whose sums of so fe
 constexpr int64_t kTileBlock = 32;             // prototypes that are multiplied on AMX tiles at once
 constexpr int64_t kLeastTileRows = 4;          // whose distances are sooner found so
 constexpr int64_t kLeastSplitRows = 16;        // whose movements are sooner added so, as three products
-constexpr float kSplit = 0x1p126f;             // below it a float is the sum of two bf16 numbers, but for 2^-18 of it
 
 template <class V>
 struct Sums {
@@ -83,7 +82,7 @@ class Pass {
         mean_square_(count),
         block_square_(block_),
         weights_(block_ * height_),
-        product_(block_ * (tiles_ ? d_ : width_)),
+        product_(block_ * (tiles_ ? std::max(d_, width_) : width_)),
         halves_(tiles_ ? 4 * d_ : 0) {}
 
   // The sums of prototypes [first, last) over rows [begin, end).
@@ -213,19 +212,6 @@ class Pass {
     return change;
   }
 
-  // high + low = v, n floats, but for 2^-18 of each.
-  static void split(const V* v, int64_t n, T* high, T* low) {
-    constexpr int64_t kPart = 256;
-    V rest[kPart];
-    for (int64_t at = 0; at < n; at += kPart) {
-      const int64_t some = std::min(kPart, n - at);
-      kernels<T>().narrow(v + at, high + at, some);
-      kernels<T>().widen(high + at, rest, some);
-      for (int64_t j = 0; j < some; ++j) rest[j] = v[at + j] - rest[j];
-      kernels<T>().narrow(rest, low + at, some);
-    }
-  }
-
   // Movements as panels of pairs of rows, high parts before low ones. False if one is too large, or no number.
   bool split_changes(const T* old, const T* fresh, int64_t rows) {
     if constexpr (std::is_same_v<T, BFloat16>) {
@@ -236,10 +222,7 @@ class Pass {
         const int64_t some = std::min<int64_t>(2, rows - i);
         for (int64_t l = 0; l < some; ++l) {
           const V* change = changed(old + (i + l) * d_, fresh + (i + l) * d_);
-          int64_t beyond = 0;
-          for (int64_t j = 0; j < d_; ++j) beyond += !(std::abs(change[j]) < kSplit);
-          if (beyond) return false;
-          split(change, d_, halves + l * d_, halves + (2 + l) * d_);
+          if (!pairs_->halve(change, d_, halves + l * d_, halves + (2 + l) * d_)) return false;
         }
         for (int64_t p = 0; p < panels_; ++p) {
           const int64_t columns = std::min(width_, d_ - p * width_);
@@ -335,7 +318,7 @@ class Pass {
         V* weight = weights_.get() + i * height_;
         T* low = reinterpret_cast<T*>(split_.get() + i * 2 * pairs);
         if (rows % 2) weight[rows] = 0;
-        split(weight, 2 * pairs, low + 2 * pairs, low);
+        pairs_->halve(weight, 2 * pairs, low + 2 * pairs, low);
       }
       V* into = begins ? moved : product_.get();
       const V* high = split_.get() + pairs;

@@ -71,10 +71,17 @@ TARGET static inline V log_weights(V* __restrict dot, const V* __restrict square
       best[l] = t > best[l] ? t : best[l];
     }
   }
-  for (int l = 0; i + l < n; ++l) {
-    const V t = log_weight(dot[i + l], square[i + l], own, kappa);
-    dot[i + l] = t;
-    best[l] = t > best[l] ? t : best[l];
+  if (i < n) {  // in lanes, too, of which those that are not there count for nothing
+    V some[kLanes] = {}, squares[kLanes] = {};
+    const int rest = int(n - i);
+    std::copy_n(dot + i, rest, some);
+    std::copy_n(square + i, rest, squares);
+    for (int l = 0; l < kLanes; ++l) {
+      const V t = log_weight(some[l], squares[l], own, kappa);
+      some[l] = t;
+      best[l] = l < rest && t > best[l] ? t : best[l];
+    }
+    std::copy_n(some, rest, dot + i);
   }
   for (int l = 1; l < kLanes; ++l) best[0] = best[l] > best[0] ? best[l] : best[0];
   return best[0];
@@ -92,10 +99,17 @@ TARGET static inline V weights(V* __restrict log_w, V peak, V floor, int64_t n) 
       sum[l] += w;
     }
   }
-  for (int l = 0; i + l < n; ++l) {
-    const V w = exponential(log_w[i + l] - peak) + floor;
-    log_w[i + l] = w;
-    sum[l] += w;
+  if (i < n) {
+    V some[kLanes] = {};
+    const int rest = int(n - i);
+    std::copy_n(log_w + i, rest, some);
+    const int lanes = sizeof(V) == 4 ? kLanes : rest;  // of double each exponential is one more call
+    for (int l = 0; l < lanes; ++l) {
+      const V w = exponential(l < rest ? some[l] - peak : V(0)) + floor;
+      some[l] = w;
+      sum[l] += l < rest ? w : V(0);
+    }
+    std::copy_n(some, rest, log_w + i);
   }
   for (int half = kLanes / 2; half; half /= 2) {
     for (int l = 0; l < half; ++l) sum[l] += sum[l + half];

@@ -319,6 +319,9 @@ struct PairProducts {
   // `tiles` of a = high + low.
   void (*tiles_of_two)(const float* high, const float* low, int64_t a_row, int64_t rows, const float* b,
                        int64_t b_panel, int64_t k, int64_t columns, float* c, int64_t c_row, bool add) = nullptr;
+  // As split, n numbers alone, but rounded to nearest: `low` is at most 2^-8 of v, and its products with such another may be
+  // left out. False if a number is as large as 2^126, or none.
+  bool (*halve)(const float* v, int64_t n, BFloat16* high, BFloat16* low) = nullptr;
 };
 
 template <class T>
