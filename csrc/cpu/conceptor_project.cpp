@@ -112,12 +112,14 @@ void outer_in_pairs(const PairProducts& pairs, const BFloat16* a, const BFloat16
         const int64_t some = std::min(width, last - first - i);
         float* into = left.get() + i * depth;
         pairs.weave(a_rows.data(), rows, first + i, some, pairs.tiles ? woven.get() : into);
-        if (pairs.tiles) kernels<float>().turn(woven.get(), width, terms, some, into, depth);  // tiles take its columns as rows
+        // tiles take its columns as rows
+        if (pairs.tiles) kernels<float>().turn(woven.get(), width, terms, some, into, depth);
       }
       for (int64_t p = 0; pairs.tiles && p < panels; ++p) {
         const int64_t columns = std::min(width, n - p * width);
         pairs.weave(b_rows.data(), rows, p * width, columns, right.get());
-        pairs.tiles(left.get(), depth, last - first, right.get(), 0, terms, columns, sum.get() + p * width, stride, false);
+        pairs.tiles(left.get(), depth, last - first, right.get(), 0, terms, columns, sum.get() + p * width, stride,
+                    false);
       }
       for (int64_t p = 0; !pairs.tiles && p < panels; ++p) {
         for (int64_t q = 0; q < rows; q += 2 * kOuterTerms) {

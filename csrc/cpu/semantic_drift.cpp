@@ -346,7 +346,8 @@ class Pass {
   bool usual_means_ = false, plain_ = false;  // no units: of the prototypes, and of the tile as well
   bool splits_ = false;  // movements are in parts_, else in change_
   const V* rows_ = nullptr;
-  Buffer<V> tile_, packed_, change_, parts_, split_, means_, row_, before_, after_, square_, mean_square_, block_square_, weights_, product_;
+  Buffer<V> tile_, packed_, change_, parts_, split_, means_, row_, before_, after_, square_, mean_square_, block_square_;
+  Buffer<V> weights_, product_;
   Buffer<T> halves_;
 };
 

@@ -29,11 +29,10 @@ from clipsteer.ops._spec import Draw, Errors, Inputs, OpSpec, Shape, Tensors, si
 from clipsteer.ops.semantic_drift import semantic_drift, semantic_drift_reference
 from clipsteer.ops.specs._shared import EXP
 
-
-# What a product of two numbers is off by, relatively, that are sums of two bfloat16 each, rounded to
-# nearest, without the product of the low parts: u² = 2⁻¹⁶ for either rest, u² for that product. The
-# sums before it are of numbers of at most u, so that their 2·rows additions weigh less than the
-# spare ones of `depth`, with which float32 sums of weights are counted that have a 32nd of them.
+# What a product of two numbers is off by, relatively, that are sums of two bfloat16 each, rounded
+# to nearest, without the product of the low parts: u² = 2⁻¹⁶ for either rest, u² for that product.
+# The sums before it are of numbers of at most u, so that their 2·rows additions weigh less than the
+# spare ones of `depth`, with which sums of weights are counted that have a 32nd of them.
 SPLIT = 3 * 2.0**-16
 
 
