@@ -26,7 +26,7 @@ void project(const T* x, const T* w, const Groups& groups, const Compute<T>* bet
   const int64_t parts = (n + columns - 1) / columns;
   for_each(count * parts, [&](int64_t begin, int64_t end) {
     Worker<T> worker(groups, rows, std::max(m, n), beta, mean);
-    Buffer<V> input(worker.in_pairs(m) ? 0 : rows * m);
+    Buffer<V> input(worker.in_place(m) ? 0 : rows * m);
     int64_t gathered = -1;
     Left<V> a{};
     for (int64_t task = begin; task < end; ++task) {
@@ -49,7 +49,7 @@ void project_low_rank(const T* x, const T* u, const Compute<T>* s, const Groups&
   for_each(int64_t(panels.size()), [&](int64_t begin, int64_t end) {
     Worker<T> worker(groups, rows, std::max(d, r), nullptr, mean);
     const int64_t stride = (r + worker.width() - 1) / worker.width() * worker.width();
-    Buffer<V> input(worker.in_pairs(d) ? 0 : rows * d), inner(rows * stride);
+    Buffer<V> input(worker.in_place(d) ? 0 : rows * d), inner(rows * stride);
     std::vector<V*> inner_rows(rows);
     for (int64_t i = 0; i < rows; ++i) inner_rows[i] = inner.get() + i * stride;
     for (int64_t p = begin; p < end; ++p) {
@@ -92,7 +92,8 @@ void outer_in_pairs(const PairProducts& pairs, const BFloat16* a, const BFloat16
   for (int64_t k = 0; k < count; ++k) most = std::max(most, groups.offsets[k + 1] - groups.offsets[k]);
   for_each(count * parts, [&](int64_t begin, int64_t end) {
     const int64_t height = std::min(m, kTaskColumns), depth = (most + 1) / 2;
-    Buffer<float> left(depth * kTaskColumns), right(kOuterTerms * width), sum(most > 0 ? height * stride : 0);
+    Buffer<float> left(depth * kTaskColumns), right((pairs.tiles ? depth : kOuterTerms) * width);
+    Buffer<float> sum(most > 0 ? height * stride : 0), woven(pairs.tiles ? depth * width : 0);
     std::vector<const BFloat16*> a_rows(most), b_rows(most);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t k = task / parts, first = task % parts * kTaskColumns, last = std::min(m, first + kTaskColumns);
@@ -106,10 +107,21 @@ void outer_in_pairs(const PairProducts& pairs, const BFloat16* a, const BFloat16
         a_rows[i] = a + groups.row(from + i) * m;
         b_rows[i] = b + groups.row(from + i) * n;
       }
+      const int64_t terms = (rows + 1) / 2;
       for (int64_t i = 0; i < last - first; i += width) {
-        pairs.weave(a_rows.data(), rows, first + i, std::min(width, last - first - i), left.get() + i * depth);
+        const int64_t some = std::min(width, last - first - i);
+        float* into = left.get() + i * depth;
+        pairs.weave(a_rows.data(), rows, first + i, some, pairs.tiles ? woven.get() : into);
+        // tiles take its columns as rows
+        if (pairs.tiles) kernels<float>().turn(woven.get(), width, terms, some, into, depth);
       }
-      for (int64_t p = 0; p < panels; ++p) {
+      for (int64_t p = 0; pairs.tiles && p < panels; ++p) {
+        const int64_t columns = std::min(width, n - p * width);
+        pairs.weave(b_rows.data(), rows, p * width, columns, right.get());
+        pairs.tiles(left.get(), depth, last - first, right.get(), 0, terms, columns, sum.get() + p * width, stride,
+                    false);
+      }
+      for (int64_t p = 0; !pairs.tiles && p < panels; ++p) {
         for (int64_t q = 0; q < rows; q += 2 * kOuterTerms) {
           const int64_t some = std::min(2 * kOuterTerms, rows - q);
           pairs.weave(b_rows.data() + q, some, p * width, std::min(width, n - p * width), right.get());

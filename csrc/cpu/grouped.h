@@ -11,6 +11,8 @@ constexpr int64_t kTerms = 64;     // of our blocks' sums: as many rows of a mat
 // A transposed matrix is sooner multiplied by its rows than packed: for fewer rows than this, of as many terms.
 constexpr int64_t kInnerRows = 48, kInnerPairRows = 14, kInnerTerms = 192;
 constexpr int64_t kTileNumbers = 1 << 15;  // of a product that is rounded afterwards: beside W in the second-level cache
+constexpr int64_t kLeastTileRows = 4;      // that are sooner multiplied on AMX tiles, so many columns at a time
+constexpr int64_t kTileColumns = 256;
 
 struct Panel {
   int64_t group, first, rows;  // rows of the sorted batch
@@ -68,12 +70,15 @@ class Worker {
 
   Worker(const Groups& groups, int64_t rows, int64_t depth, const V* beta, const T* mean)
       : groups_(groups),
+        on_tiles_(pairs_ && pairs_->tiles && rows >= kLeastTileRows),
         own_(kernels<V>().block_columns > 0),
         width_(own_ ? kernels<V>().block_columns : kTaskColumns),
-        tile_width_(kNarrow<T> ? std::max(width_, kTileNumbers / std::max<int64_t>(rows, 1) / width_ * width_) : width_),
+        tile_width_(on_tiles_ ? kTileColumns
+                    : kNarrow<T> ? std::max(width_, kTileNumbers / std::max<int64_t>(rows, 1) / width_ * width_)
+                                 : width_),
         beta_(beta),
         mean_(mean),
-        packed_(own_ || kNarrow<T> ? depth * width_ : 0),
+        packed_(on_tiles_ ? depth * tile_width_ / 2 : own_ || kNarrow<T> ? depth * width_ : 0),
         wide_(kNarrow<T> ? depth * width_ : 0),
         mean_row_(kNarrow<T> && mean ? depth : 0),
         tile_(rows * tile_width_),
@@ -87,8 +92,11 @@ class Worker {
 
   // Whether rows of d numbers are multiplied by pairs.
   bool in_pairs(int64_t d) const { return pairs_ && !mean_ && d % 2 == 0; }
+  // Whether they are where they lie.
+  bool in_place(int64_t d) const { return in_pairs(d) && !(on_tiles_ && !groups_.order.empty()); }
 
-  // A panel's rows of x (.., d), centred; in place unless something changes them or torch has to read them.
+  // A panel's rows of x (.., d), centred; in place unless something changes them, torch has to read them or tiles do, which
+  // take rows at equal distances.
   Left<V> gather(const T* x, int64_t d, const Panel& panel, Buffer<V>& buffer) {
     const V* mu = mean_ ? widened(mean_ + panel.group * d, mean_row_.get(), d) : nullptr;
     const bool pairs = in_pairs(d);
@@ -96,7 +104,10 @@ class Worker {
       const T* source = x + groups_.row(panel.first + i) * d;
       V* row = buffer.get() + i * d;
       if (pairs) {
-        rows_[i] = reinterpret_cast<const V*>(source);
+        rows_[i] = pairs_of(source);
+        if (in_place(d)) continue;
+        rows_[i] = buffer.get() + i * (d / 2);
+        std::copy_n(pairs_of(source), d / 2, buffer.get() + i * (d / 2));
         continue;
       }
       if constexpr (kNarrow<T>) {
@@ -127,6 +138,9 @@ class Worker {
         if (a.pairs) return pairs_->inner(a.row, count, pairs_of(rows), terms, last - first, terms, c);
       }
       return kernels<T>().inner(a.row, count, rows, k, last - first, k, c);
+    }
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (a.pairs && on_tiles_ && k > 0) return tile_product(a.row, count, w, transpose, k, n, first, last, c);
     }
     // what has to be converted goes through a tile, up to the last column
     if (own_ && !transpose && k > 0) whole = kNarrow<T> ? last - first : (last - first) / width_ * width_;
@@ -230,6 +244,28 @@ class Worker {
     }
   }
 
+  // The product of pairs on AMX tiles.
+  void tile_product(const V* const* a, int64_t count, const T* w, bool transpose, int64_t k, int64_t n, int64_t first,
+                    int64_t last, V* const* c) {
+    const int64_t terms = k / 2, a_row = count > 1 ? a[1] - a[0] : terms, c_row = count > 1 ? c[1] - c[0] : width_;
+    for (int64_t at = first; at < last; at += kTileColumns) {
+      const int64_t end = std::min(last, at + kTileColumns);
+      V* out = packed_.get();
+      for (int64_t p = at; transpose && p < end; p += width_, out += width_ * terms) {
+        kernels<V>().pack(pairs_of(w + p * k), terms, std::min(width_, end - p), terms, out);
+      }
+      for (int64_t q = 0; !transpose && q < terms; q += kTerms) {
+        const int64_t some = std::min(kTerms, terms - q);
+        const T* rows[2 * kTerms];
+        for (int64_t t = 0; t < 2 * some; ++t) rows[t] = w + (2 * q + t) * n;
+        for (int64_t p = at; p < end; p += width_) {
+          pairs_->weave(rows, 2 * some, p, std::min(width_, end - p), out + (p - at) * terms + q * width_);
+        }
+      }
+      pairs_->tiles(a[0], a_row, count, packed_.get(), width_ * terms, terms, end - at, c[0] + at - first, c_row, false);
+    }
+  }
+
   static const V* pairs_of(const T* from) { return reinterpret_cast<const V*>(from); }
 
   // Rows of W from q on, or pairs of rows, as `some` rows of width_ numbers or pairs.
@@ -272,6 +308,7 @@ class Worker {
 
   const Groups& groups_;
   const PairProducts* const pairs_ = pair_products<T>();
+  const bool on_tiles_;  // AMX
   const bool own_;  // our blocks where the processor has them, elsewhere torch's GEMM
   const int64_t width_, tile_width_;
   const V* beta_;

@@ -15,6 +15,9 @@ constexpr int64_t kTasks = 16;
 constexpr int64_t kLeastRows = 1024;       // of a part: the less, the more of the work is merging
 constexpr int64_t kFew = 32;               // rows that are not worth packing
 constexpr int64_t kFewBlock = 2 * kBlockRows;  // prototypes whose sums of so few rows stay in the first-level cache
+constexpr int64_t kTileBlock = 32;             // prototypes that are multiplied on AMX tiles at once
+constexpr int64_t kLeastTileRows = 4;          // whose distances are sooner found so
+constexpr int64_t kLeastSplitRows = 16;        // whose movements are sooner added so, as three products
 
 template <class V>
 struct Sums {
@@ -55,18 +58,22 @@ class Pass {
       : all_(prototypes),
         d_(prototypes.d),
         own_(kernels<V>().block_columns > 0),
-        few_(own_ && rows <= kFew),
         pairs_(pair_products<T>()),
+        tiles_(pairs_ && pairs_->tiles && rows >= kLeastTileRows),
+        few_(own_ && !tiles_ && rows <= kFew),
         in_place_(own_ && (pairs_ ? d_ % 2 == 0 : !kNarrow<T>)),
         plain_kappa_(prototypes.kappa * prototypes.unit * prototypes.unit),
         terms_(pairs_ ? (d_ + 1) / 2 : d_),
         width_(own_ ? kernels<V>().block_columns : d_),
         panels_((d_ + width_ - 1) / width_),
         height_(own_ && !few_ ? (std::min(rows, kRows) + width_ - 1) / width_ * width_ : std::min(rows, kRows)),
-        block_(std::min(count, few_ ? kFewBlock : kBlock)),
+        block_(std::min(count, few_ ? kFewBlock : tiles_ ? kTileBlock : kBlock)),
+        depth_(tiles_ ? (std::min(rows, kRows) + 1) / 2 * 2 : 0),
         tile_(height_ * terms_),
         packed_(own_ && !few_ ? height_ * terms_ : 0),
         change_(height_ * panels_ * width_),
+        parts_(depth_ * panels_ * width_),
+        split_(depth_ * block_),
         means_(block_ * terms_),
         row_(d_),
         before_(kNarrow<T> ? d_ : 0),
@@ -75,7 +82,8 @@ class Pass {
         mean_square_(count),
         block_square_(block_),
         weights_(block_ * height_),
-        product_(block_ * width_) {}
+        product_(block_ * (tiles_ ? std::max(d_, width_) : width_)),
+        halves_(tiles_ ? 4 * d_ : 0) {}
 
   // The sums of prototypes [first, last) over rows [begin, end).
   void run(const T* old, const T* fresh, int64_t begin, int64_t end, int64_t first, int64_t last, const Sums<V>& sums) {
@@ -97,10 +105,9 @@ class Pass {
       const int64_t count = std::min(block_, last - c);
       const bool usual_before = usual_means_;
       measure(c, c + count);  // which are in the cache then
-      if (c == first || usual_means_ != usual_before) load(old, fresh, rows);
+      if (!rows_ || usual_means_ != usual_before) load(old, fresh, rows);
       const Sums<V> sums{peak.get(), total.get(), moved.get()};
-      if (few_) expect(out + c * d_, count * d_);
-      add(c, count, rows, true, sums);
+      add(c, count, rows, true, sums, rows <= kFew ? out + c * d_ : nullptr);
       settle(c, count, sums, out);
     }
   }
@@ -111,16 +118,16 @@ class Pass {
       const T* source = all_.rows + (c + i) * d_;
       T* target = out + (c + i) * d_;
       if constexpr (kNarrow<T>) {
-        kernels<V>().settle(widened(source, before_.get(), d_), sums.moved + i * d_, double(sums.total[i]), row_.get(), d_);
+        kernels<V>().settle(widened(source, before_.get(), d_), sums.moved + i * d_, sums.total[i], row_.get(), d_);
         kernels<T>().narrow(row_.get(), target, d_);
       } else {
-        kernels<V>().settle(source, sums.moved + i * d_, double(sums.total[i]), target, d_);
+        kernels<V>().settle(source, sums.moved + i * d_, sums.total[i], target, d_);
       }
     }
   }
 
  private:
-  // Numbers that are written next, when their memory has come into the second-level cache.
+  // Numbers that are written soon, when their memory has come into the second-level cache.
   static void expect(const T* out, int64_t n) {
     for (int64_t q = 0; q < n; q += 64 / int64_t(sizeof(T))) __builtin_prefetch(out + q, 1, 2);
   }
@@ -137,7 +144,8 @@ class Pass {
     }
   }
 
-  void add(int64_t c, int64_t count, int64_t rows, bool begins, const Sums<V>& sums) {
+  // `next`, if any: what is written after this.
+  void add(int64_t c, int64_t count, int64_t rows, bool begins, const Sums<V>& sums, const T* next = nullptr) {
     const bool direct = plain_ && in_place_;
     const V* means = direct ? reinterpret_cast<const V*>(all_.rows + c * d_) : means_.get();
     const V* square = direct ? mean_square_.get() + c - first_ : block_square_.get();
@@ -145,7 +153,10 @@ class Pass {
       block_square_.get()[i] = laid(all_.rows + (c + i) * d_, means_.get() + i * terms_);
     }
     distances(means, count, rows);
-    for (int64_t i = 0; i < count; ++i) weigh(i, square[i], rows, begins, sums);
+    for (int64_t i = 0; i < count; ++i) {
+      weigh(i, square[i], rows, begins, sums);
+      if (next) expect(next + i * d_, d_);
+    }
     move(count, rows, begins, sums.moved);
   }
 
@@ -168,17 +179,9 @@ class Pass {
   }
 
   void load(const T* old, const T* fresh, int64_t rows) {
-    V* change = change_.get();
     plain_ = usual_means_;
     for (int64_t i = 0; i < rows; ++i) {
       const V* before = widened(old + i * d_, before_.get(), d_);
-      const V* after = widened(fresh + i * d_, after_.get(), d_);
-      for (int64_t p = 0; p < panels_; ++p) {
-        const int64_t from = p * width_, columns = std::min(width_, d_ - from);
-        V* target = change + (p * height_ + i) * width_;
-        for (int64_t j = 0; j < columns; ++j) target[j] = after[from + j] - before[from + j];
-        std::fill_n(target + columns, width_ - columns, V(0));
-      }
       square_.get()[i] = kernels<V>().dot(before, before, d_);
       plain_ = plain_ && usual(square_.get()[i]);
     }
@@ -188,6 +191,49 @@ class Pass {
     for (int64_t i = 0; own_ && !few_ && i < rows; i += width_) {
       kernels<V>().pack(rows_ + i * terms_, terms_, std::min(width_, rows - i), terms_, packed_.get() + i * terms_);
     }
+    splits_ = tiles_ && rows >= kLeastSplitRows && split_changes(old, fresh, rows);
+    for (int64_t i = 0; !splits_ && i < rows; ++i) {
+      const V* change = changed(old + i * d_, fresh + i * d_);
+      for (int64_t p = 0; p < panels_; ++p) {
+        const int64_t columns = std::min(width_, d_ - p * width_);
+        V* target = change_.get() + (p * height_ + i) * width_;
+        std::copy_n(change + p * width_, columns, target);
+        std::fill_n(target + columns, width_ - columns, V(0));
+      }
+    }
+  }
+
+  // How a row moves.
+  const V* changed(const T* old, const T* fresh) {
+    const V* before = widened(old, before_.get(), d_);
+    const V* after = widened(fresh, after_.get(), d_);
+    V* change = row_.get();
+    for (int64_t j = 0; j < d_; ++j) change[j] = after[j] - before[j];
+    return change;
+  }
+
+  // Movements as panels of pairs of rows, high parts before low ones. False if one is too large, or no number.
+  bool split_changes(const T* old, const T* fresh, int64_t rows) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      const int64_t pairs = (rows + 1) / 2;
+      T* const halves = halves_.get();  // high parts of a pair of rows, then the low ones
+      const T* const of[] = {halves, halves + d_, halves + 2 * d_, halves + 3 * d_};
+      for (int64_t i = 0; i < rows; i += 2) {
+        const int64_t some = std::min<int64_t>(2, rows - i);
+        for (int64_t l = 0; l < some; ++l) {
+          const V* change = changed(old + (i + l) * d_, fresh + (i + l) * d_);
+          if (!pairs_->halve(change, d_, halves + l * d_, halves + (2 + l) * d_)) return false;
+        }
+        for (int64_t p = 0; p < panels_; ++p) {
+          const int64_t columns = std::min(width_, d_ - p * width_);
+          V* target = parts_.get() + (2 * pairs * p + i / 2) * width_;
+          pairs_->weave(of, some, p * width_, columns, target);
+          pairs_->weave(of + 2, some, p * width_, columns, target + pairs * width_);
+        }
+      }
+      return true;
+    }
+    return false;
   }
 
   // weights_[i] = the products of the block's prototype i with the rows.
@@ -211,6 +257,10 @@ class Pass {
     }
     Block<V> block = kernels<V>().block;
     if constexpr (kNarrow<T>) {
+      if (tiles_) {
+        return pairs_->tiles(means, terms_, count, packed_.get(), width_ * terms_, terms_, rows, weights_.get(), height_,
+                             false);
+      }
       if (pairs_) block = pairs_->block;
     }
     for (int64_t at = 0; at < rows; at += width_) {
@@ -243,6 +293,7 @@ class Pass {
       for (int64_t j = 0; j < count * d_; ++j) moved[j] = (begins ? V(0) : moved[j]) + product_.get()[j];
       return;
     }
+    if (splits_) return move_by_parts(count, rows, begins, moved);
     for (int64_t p = 0; p < panels_; ++p) {
       const int64_t columns = std::min(width_, d_ - p * width_);
       const bool whole = columns == width_;  // else a block would write past the row
@@ -258,21 +309,46 @@ class Pass {
     }
   }
 
+  // Weights' low parts times movements' high ones, high times low, then high times high: the small products come first, and
+  // what rounding takes from their sums is small too. Low parts times each other are left out.
+  void move_by_parts(int64_t count, int64_t rows, bool begins, V* moved) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      const int64_t pairs = (rows + 1) / 2;
+      for (int64_t i = 0; i < count; ++i) {
+        V* weight = weights_.get() + i * height_;
+        T* low = reinterpret_cast<T*>(split_.get() + i * 2 * pairs);
+        if (rows % 2) weight[rows] = 0;
+        pairs_->halve(weight, 2 * pairs, low + 2 * pairs, low);
+      }
+      V* into = begins ? moved : product_.get();
+      const V* high = split_.get() + pairs;
+      const int64_t row = 2 * pairs, panel = row * width_;
+      pairs_->tiles(split_.get(), row, count, parts_.get(), panel, row, d_, into, d_, false);
+      pairs_->tiles(high, row, count, parts_.get(), panel, pairs, d_, into, d_, true);
+      for (int64_t j = 0; !begins && j < count * d_; ++j) moved[j] += into[j];
+    }
+  }
+
   const Prototypes<T>& all_;
   const int64_t d_;
   const bool own_;  // our blocks where the processor has them, elsewhere torch's GEMM
-  const bool few_;
   const PairProducts* const pairs_;
+  const bool tiles_;  // AMX
+  const bool few_;
   const bool in_place_;  // whether rows that need no units are multiplied where they are
   const V plain_kappa_;  // of numbers without units
   const int64_t terms_;  // of a row in units: numbers, or pairs of them
   const int64_t width_, panels_;
   const int64_t height_;  // rows of a tile
   const int64_t block_;   // prototypes that share a tile
+  const int64_t depth_;   // pairs of a tile's rows, in parts
   int64_t first_ = 0;     // prototype whose square is known
   bool usual_means_ = false, plain_ = false;  // no units: of the prototypes, and of the tile as well
+  bool splits_ = false;  // movements are in parts_, else in change_
   const V* rows_ = nullptr;
-  Buffer<V> tile_, packed_, change_, means_, row_, before_, after_, square_, mean_square_, block_square_, weights_, product_;
+  Buffer<V> tile_, packed_, change_, parts_, split_, means_, row_, before_, after_, square_, mean_square_, block_square_;
+  Buffer<V> weights_, product_;
+  Buffer<T> halves_;
 };
 
 // into += from, both relative to the larger of their peaks.

@@ -271,6 +271,18 @@ def test_interpreted_chunks_and_parts(interpret):
 
 
 @pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("N", [3, 4, 15, 16, 33, 300])
+@pytest.mark.parametrize("step", [1.0, 1e38, math.inf, math.nan])
+def test_movements_of_any_size_in_bfloat16(backend, N, step):
+    """Products of two halves each take what a half can hold, the others the rest."""
+    shape = {"N": N, "C": 35, "d": 70, "floor": 1}
+    inputs = SPEC.make(shape, torch.bfloat16, torch.Generator().manual_seed(2), 1.0, False)
+    inputs["new"][N - 1, 3] = step
+    moved = SPEC.function(**inputs, backend=backend)
+    assert SPEC.check(inputs, {"prototypes": moved})["prototypes"] <= 1
+
+
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("floor", [0.0, 1e-5])
 @given(cuts=st.lists(st.integers(0, 60), max_size=5), split=st.integers(0, 6), sigma=st.sampled_from([1e-3, 0.5, 3.0]))
 def test_batches_and_merges_in_any_order_equal_one_call(backend, floor, cuts, split, sigma):

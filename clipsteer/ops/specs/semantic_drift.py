@@ -29,6 +29,12 @@ from clipsteer.ops._spec import Draw, Errors, Inputs, OpSpec, Shape, Tensors, si
 from clipsteer.ops.semantic_drift import semantic_drift, semantic_drift_reference
 from clipsteer.ops.specs._shared import EXP
 
+# What a product of two numbers is off by, relatively, that are sums of two bfloat16 each, rounded
+# to nearest, without the product of the low parts: u² = 2⁻¹⁶ for either rest, u² for that product.
+# The sums before it are of numbers of at most u, so that their 2·rows additions weigh less than the
+# spare ones of `depth`, with which sums of weights are counted that have a 32nd of them.
+SPLIT = 3 * 2.0**-16
+
 
 def depth(rows: int) -> int:
     """No backend adds more terms one after the other: within a tile, tile by tile of a part, part
@@ -82,7 +88,8 @@ def check_values(inputs: Inputs, outputs: Tensors) -> Errors:
     half = mu.dtype in HALVES
     log_w, delta = log_weights(inputs)  # (C, N)
     # two exponentials; the sums are multiplied by one whenever a tile (of at least 64 rows) or a
-    # part raises the peak; on tensor cores weights and movements are sums of two bfloat16 each
+    # part raises the peak; where halves are multiplied weights and movements are sums of two
+    # bfloat16 each
     rescalings = rows // 32 + 1
     steps = (2 * EXP + 2 + (EXP + 1) * rescalings) * u + (2.0**-16 if half else 0.0)
     delta = delta + steps
@@ -100,12 +107,16 @@ def check_values(inputs: Inputs, outputs: Tensors) -> Errors:
         spread.append(share @ apart)
     # weights below the normal range are lost
     lost = 4 * smallest_normal(mu.dtype) * v.abs().sum(0)
+    # each of the three products by pairs, of weights that are at most twice the largest, which is
+    # at least 1
+    weights = 2.0 * rows
+    lost = lost + 3 * flushed(mu.dtype, rows, weights, v.abs().sum(0))
     error = fraction_of_bound(
         value,
         mu.double() + drift,
         high @ v.abs(),
         2 * depth(rows) + 4,  # the roundings of v, of a product and of both sums
-        operand_error(mu.dtype) + (2.0**-15 if half else 0.0),
+        operand_error(mu.dtype) + (SPLIT if half else 0.0),
         (torch.stack(spread) + lost).nan_to_num(posinf=0.0),
     )
     return {"prototypes": error}

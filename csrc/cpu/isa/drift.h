@@ -71,10 +71,17 @@ TARGET static inline V log_weights(V* __restrict dot, const V* __restrict square
       best[l] = t > best[l] ? t : best[l];
     }
   }
-  for (int l = 0; i + l < n; ++l) {
-    const V t = log_weight(dot[i + l], square[i + l], own, kappa);
-    dot[i + l] = t;
-    best[l] = t > best[l] ? t : best[l];
+  if (i < n) {  // in lanes, too, of which those that are not there count for nothing
+    V some[kLanes] = {}, squares[kLanes] = {};
+    const int rest = int(n - i);
+    std::copy_n(dot + i, rest, some);
+    std::copy_n(square + i, rest, squares);
+    for (int l = 0; l < kLanes; ++l) {
+      const V t = log_weight(some[l], squares[l], own, kappa);
+      some[l] = t;
+      best[l] = l < rest && t > best[l] ? t : best[l];
+    }
+    std::copy_n(some, rest, dot + i);
   }
   for (int l = 1; l < kLanes; ++l) best[0] = best[l] > best[0] ? best[l] : best[0];
   return best[0];
@@ -92,10 +99,17 @@ TARGET static inline V weights(V* __restrict log_w, V peak, V floor, int64_t n) 
       sum[l] += w;
     }
   }
-  for (int l = 0; i + l < n; ++l) {
-    const V w = exponential(log_w[i + l] - peak) + floor;
-    log_w[i + l] = w;
-    sum[l] += w;
+  if (i < n) {
+    V some[kLanes] = {};
+    const int rest = int(n - i);
+    std::copy_n(log_w + i, rest, some);
+    const int lanes = sizeof(V) == 4 ? kLanes : rest;  // of double each exponential is one more call
+    for (int l = 0; l < lanes; ++l) {
+      const V w = exponential(l < rest ? some[l] - peak : V(0)) + floor;
+      some[l] = w;
+      sum[l] += l < rest ? w : V(0);
+    }
+    std::copy_n(some, rest, log_w + i);
   }
   for (int half = kLanes / 2; half; half /= 2) {
     for (int l = 0; l < half; ++l) sum[l] += sum[l + half];
@@ -103,21 +117,26 @@ TARGET static inline V weights(V* __restrict log_w, V peak, V floor, int64_t n) 
   return sum[0];
 }
 
-// mu + moved / total, in double and rounded once.
+// mu + moved / total, rounded once. By the product with the rounded reciprocal and what it leaves over: the mean of integers
+// is theirs to the bit, as by division, which takes several times as long. A float's sum keeps what rounding takes from it:
+// in double it would take three times as long. Infinities, and what overflows, leave nothing to add.
 template <class V>
-TARGET static inline void settle(const V* __restrict mu, const V* __restrict moved, double total,
-                                 V* __restrict out, int64_t n) {
+TARGET static inline void settle(const V* __restrict mu, const V* __restrict moved, V total, V* __restrict out,
+                                 int64_t n) {
 #if CLIPSTEER_LEVEL > 0
-  // The product with the rounded reciprocal, and what it leaves over: the mean of integers is theirs to the bit, as by
-  // division, which takes several times as long. An infinity leaves nothing to add.
-  const double inverse = 1 / total;
+  const V inverse = 1 / total;
   for (int64_t i = 0; i < n; ++i) {
-    const double sum = moved[i], mean = sum * inverse, rest = __builtin_fma(-mean, total, sum);
-    const double exact = __builtin_fma(rest, inverse, mean);
-    out[i] = V(double(mu[i]) + (rest == rest ? exact : mean));
+    const V mean = moved[i] * inverse, rest = std::fma(-mean, total, moved[i]);
+    if constexpr (sizeof(V) == 4) {
+      const V sum = mu[i] + mean, part = sum - mu[i];
+      const V lost = std::fma(rest, inverse, (mu[i] - (sum - part)) + (mean - part));
+      out[i] = lost == lost ? sum + lost : sum;
+    } else {
+      out[i] = mu[i] + (rest == rest ? std::fma(rest, inverse, mean) : mean);
+    }
   }
 #else
-  for (int64_t i = 0; i < n; ++i) out[i] = V(double(mu[i]) + double(moved[i]) / total);
+  for (int64_t i = 0; i < n; ++i) out[i] = V(double(mu[i]) + double(moved[i]) / double(total));
 #endif
 }
 

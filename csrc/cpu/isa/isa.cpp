@@ -98,6 +98,7 @@ PairProducts pairs_on_tiles() {
     found.tiles = bf16::tiles;
     found.tiles_of_two = bf16::tiles_of_two;
     found.split = bf16::split;
+    found.halve = bf16::halve;
     found.split_columns = bf16::split_columns;
   }
 #endif

@@ -226,7 +226,7 @@ struct Kernels {
   // log_w becomes exp(log_w - peak) + floor, for log_w <= peak; their sum.
   V (*weights)(V* log_w, V peak, V floor, int64_t n);
   // out = mu + moved / total.
-  void (*settle)(const V* mu, const V* moved, double total, V* out, int64_t n);
+  void (*settle)(const V* mu, const V* moved, V total, V* out, int64_t n);
   // The largest of a row of similarities; `highest` takes the larger of itself and the row,
   // number by number.
   V (*maxima)(const V* S, V* highest, int64_t n);
@@ -319,6 +319,9 @@ struct PairProducts {
   // `tiles` of a = high + low.
   void (*tiles_of_two)(const float* high, const float* low, int64_t a_row, int64_t rows, const float* b,
                        int64_t b_panel, int64_t k, int64_t columns, float* c, int64_t c_row, bool add) = nullptr;
+  // As split, n numbers alone, but rounded to nearest: `low` is at most 2^-8 of v, and its products with such another may be
+  // left out. False if a number is as large as 2^126, or none.
+  bool (*halve)(const float* v, int64_t n, BFloat16* high, BFloat16* low) = nullptr;
 };
 
 template <class T>

@@ -202,6 +202,20 @@ SPLIT static void split_columns(const float* v, int64_t stride, int64_t rows, in
   }
 }
 
+SPLIT static bool halve(const float* v, int64_t n, BFloat16* high, BFloat16* low) {
+  __mmask16 beyond = 0;
+  for (int64_t j = 0; j < n; j += 16) {
+    const __mmask16 some = lanes(n - j);
+    const __m512 one = _mm512_maskz_loadu_ps(some, v + j);
+    const __m256i upper = (__m256i)_mm512_cvtneps_pbh(one);
+    const __m512 rounded = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(upper), 16));
+    _mm256_mask_storeu_epi16(high + j, some, upper);
+    _mm256_mask_storeu_epi16(low + j, some, (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(one, rounded)));
+    beyond |= _mm512_cmp_ps_mask(_mm512_abs_ps(one), _mm512_set1_ps(0x1p126f), _CMP_NLT_UQ);
+  }
+  return !beyond;
+}
+
 #undef SPLIT
 
 }  // namespace clipsteer::bf16
