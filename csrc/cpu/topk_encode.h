@@ -63,7 +63,8 @@ void for_each_panel(const T* x, const Dictionary<T>& W, int64_t rows, int64_t sl
 enum class Screen { none, bytes, pairs };
 
 // Where that pays: not of so few rows that reading W takes as long as multiplying it; few winners among many columns. By
-// pairs as many rows can be multiplied in the time that bytes of W take to make, and more where bytes rule less out.
+// pairs as many rows can be multiplied in the time that bytes of W take to make, and more where bytes rule less out; on AMX
+// tiles any number of rows.
 template <class T>
 Screen best_screen(int64_t rows, const Dictionary<T>& W, int64_t k) {
   if (std::is_same_v<T, double> || W.d < 128 || W.d > kScreenMaxDim) return Screen::none;
