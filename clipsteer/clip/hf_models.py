@@ -33,6 +33,8 @@ HF = "hf:"
 _KINDS: dict[str, tuple[str, str | None]] = {
     "clip": ("CLIPModel", BICUBIC),
     "clip_vision_model": ("CLIPVisionModel", BICUBIC),
+    "metaclip_2": ("MetaClip2Model", BICUBIC),
+    "metaclip_2_vision_model": ("MetaClip2VisionModel", BICUBIC),
     "siglip": ("SiglipModel", BICUBIC),
     "siglip_vision_model": ("SiglipVisionModel", BICUBIC),
     "siglip2": ("Siglip2Model", None),
@@ -42,7 +44,8 @@ _KINDS: dict[str, tuple[str, str | None]] = {
     "dinov3_vit": ("DINOv3ViTModel", None),
     "vit": ("ViTModel", BICUBIC),
 }
-_PROJECTED = "CLIPVisionModelWithProjection"
+# image towers that keep the projection of their CLIP
+_PROJECTED = ("CLIPVisionModelWithProjection", "MetaClip2VisionModelWithProjection")
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 
 
@@ -184,9 +187,8 @@ def _kind(transformers: Any, config: Any) -> Any:
             f"load: transformers' {config.model_type!r} is no kind of model that is known here; "
             f"known are {', '.join(_KINDS)}"
         )
-    name = known[0]
-    if _PROJECTED in (config.architectures or []):
-        name = _PROJECTED
+    projected = [name for name in _PROJECTED if name in (config.architectures or [])]
+    name = (*projected, known[0])[0]
     if not hasattr(transformers, name):
         raise RuntimeError(
             f"load: transformers {transformers.__version__} has no {name}; install a newer one"

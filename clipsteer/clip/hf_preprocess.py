@@ -22,6 +22,7 @@ _CLIP = {
 # what is published for each kind of model
 _KINDS: dict[str, dict[str, Any]] = {
     "clip": {**_CLIP, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"},
+    "metaclip_2": {**_CLIP, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"},
     "siglip": {**_HALF, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"},
     "siglip2": {**_HALF, "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash"},
     "dinov2": {**_IMAGENET, "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"},

@@ -78,7 +78,7 @@ class Trunk(_Parts):
 
     def __init__(self, tower: Any, size: tuple[int, int], projection: nn.Module | None) -> None:
         kind = tower.config.model_type
-        pooled_norm = {"post_layernorm": "fc_norm"} if kind.startswith("clip") else {}
+        pooled_norm = {"post_layernorm": "fc_norm"} if kind.startswith(("clip", "metaclip")) else {}
         super().__init__(tower, {**_NAMES, **pooled_norm})
         self.config = copy.copy(tower.config)
         self.config.image_size = size

@@ -171,9 +171,10 @@ def load(
             an architecture of open_clip ("ViT-B-32"), or a .json file that describes one;
             "hf-hub:org/repo" or "local-dir:path", which bring their own weights;
             "timm:NAME", a model of timm, which has an image tower alone;
-            "hf:ORG/NAME" or "hf:PATH", a model of transformers (CLIP, SigLIP, SigLIP 2, DINOv2
-            with and without registers, DINOv3, ViT), with a text tower where it has one and its
-            tokenizer's files are there; or such a module itself, whose parts are shared;
+            "hf:ORG/NAME" or "hf:PATH", a model of transformers (CLIP, MetaCLIP 2, SigLIP,
+            SigLIP 2, DINOv2 with and without registers, DINOv3, ViT), with a text tower where it
+            has one and its tokenizer's files are there; or such a module itself, whose parts are
+            shared;
             a folder that `clipsteer train`, `finetune` (its zeroshot/ or finetuned/) or
             `wise-ft merge` left.
         pretrained: of an architecture, one of its open_clip tags or a weights file; None means

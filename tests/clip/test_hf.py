@@ -27,6 +27,8 @@ TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num
 TOWERS = {
     "CLIPVisionModel": ({}, 1, True, "bicubic"),
     "CLIPVisionModelWithProjection": ({"projection_dim": 16}, 1, True, "bicubic"),
+    "MetaClip2VisionModel": ({}, 1, True, "bicubic"),
+    "MetaClip2VisionModelWithProjection": ({"projection_dim": 16}, 1, True, "bicubic"),
     "SiglipVisionModel": ({}, 0, False, "bicubic"),
     "Siglip2VisionModel": ({"num_patches": GRID * GRID}, 0, False, None),
     "Dinov2Model": ({}, 1, True, "bicubic"),
@@ -73,13 +75,13 @@ def own(kind, model, x):
                  "spatial_shapes": torch.tensor([[h, w]] * len(x))}  # fmt: skip
     else:
         given = {"pixel_values": x}
-        if kind.startswith(("CLIP", "Siglip", "ViT")):
+        if kind.startswith(("CLIP", "MetaClip2", "Siglip", "ViT")):
             given["interpolate_pos_encoding"] = True
     return model(**given, output_hidden_states=True)
 
 
 def feature(kind, found):
-    if kind == "CLIPVisionModelWithProjection":
+    if kind.endswith("WithProjection"):
         return found.image_embeds
     return found.last_hidden_state[:, 0] if kind == "ViTModel" else found.pooler_output
 
@@ -222,8 +224,9 @@ def test_a_preprocessing_that_cannot_be_followed_is_refused(tmp_path, caplog):
 def whole(kind):
     """A CLIP or SigLIP with a tokenizer of letters."""
     name = kind.removesuffix("Model")
-    projection = {"projection_dim": 24} if name == "CLIP" else {}
-    vision = {**SIZES, "hidden_size": 16} if name != "CLIP" else SIZES
+    projected = "clip" in name.lower()
+    projection = {"projection_dim": 24} if projected else {}
+    vision = SIZES if projected else {**SIZES, "hidden_size": 16}
     if name == "Siglip2":
         vision = {**vision, "num_patches": GRID * GRID}
     config = getattr(transformers, f"{name}Config")(text_config={**TEXT, "eos_token_id": 98, "pad_token_id": 1},
@@ -244,7 +247,7 @@ def tokenizer(folder):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["CLIPModel", "SiglipModel", "Siglip2Model"])
+@pytest.mark.parametrize("kind", ["CLIPModel", "MetaClip2Model", "SiglipModel", "Siglip2Model"])
 def test_text_towers_and_their_tokenizers(kind, tmp_path):
     model = whole(kind)
     model.save_pretrained(tmp_path)
