@@ -113,7 +113,7 @@ def _threshold_write_kernel(
         start = tl.load(base_ptr + (tile_b * BLOCK_B).to(tl.int64) * tl.cdiv(n, BLOCK_N) + tile_n)
         step = (tl.load(base_ptr + at, mask=live, other=0) - start).to(tl.int32)
         room = tl.minimum(tl.maximum(capacity - start, 0), 0x7FFFFFFF).to(tl.int32)
-        for j in range(0, most):
+        for _ in range(0, most):
             col, value, left = next_number(left, local, BLOCK_N)
             chosen = col < BLOCK_N
             if TIES:
