@@ -76,14 +76,12 @@ def clipsteer_step(task: Task, mode: Mode, batches: Batches) -> Contender:
 
 
 def clipsteer_lazy(task: Task, mode: Mode, batches: Batches) -> Contender:
-    """Row-sparse gradients and our Adam on the rows in use alone: moments and weights of features that no row of the
-    batch uses stay put."""
-    if mode.mixed or task.architecture != "topk" or mode.device != "cpu":
-        raise NotImplementedError("written for topk in one precision on a CPU")
-    sae = SAE(task.d, task.n, k=task.k)
+    """Row-sparse gradients and SparseAdam: moments and weights of features that no row of the batch uses stay put."""
+    if mode.mixed or task.architecture != "topk":
+        raise NotImplementedError("written for topk in one precision")
+    sae = SAE(task.d, task.n, k=task.k).to(mode.device)
+    lazy = torch.optim.SparseAdam([sae.W_enc, sae.W_dec], lr=LR)
     dense = torch.optim.Adam([sae.b_enc, sae.b_dec], lr=LR, fused=True)
-    tables = {W: (W, torch.zeros_like(W), torch.zeros_like(W)) for W in (sae.W_enc, sae.W_dec)}
-    steps = torch.zeros(())
 
     def step() -> Tensor:
         x = batches()
@@ -93,18 +91,16 @@ def clipsteer_lazy(task: Task, mode: Mode, batches: Batches) -> Contender:
         with torch.no_grad():
             grads = [p.grad._values() if p.grad.is_sparse else p.grad for p in sae.parameters()]
             norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
-            torch._foreach_mul_(grads, (1 / (norm + 1e-6)).clamp(max=1))
-            steps.add_(1)
-            for W, whole in tables.items():
-                used, rows = W.grad._indices()[0], W.grad._values()
-                parts = [table[used] for table in whole]
-                settings = (None, W is sae.W_dec, LR, 0.9, 0.999, 1e-8, None, None)
-                torch.ops.clipsteer_cpp.adam_rows(*parts, steps, rows, *settings)
-                for table, part in zip(whole, parts):
-                    table.index_copy_(0, used, part)
-                W.grad = None
-            dense.step()
-            dense.zero_grad()
+            for grad in grads:
+                grad.mul_((1 / (norm + 1e-6)).clamp(max=1))
+            used, rows = sae.W_dec.grad._indices()[0], sae.W_dec.grad._values()
+            unit = sae.W_dec[used]
+            rows.sub_((rows * unit).sum(-1, keepdim=True) * unit)
+            for optimizer in (lazy, dense):
+                optimizer.step()
+                optimizer.zero_grad()
+            rows = sae.W_dec[used]
+            sae.W_dec[used] = rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
         return loss
 
     return Contender(step, named(sae, task))
