@@ -18,11 +18,14 @@ _HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 _CLIP = {
     "mean": (0.48145466, 0.4578275, 0.40821073),
     "std": (0.26862954, 0.26130258, 0.27577711),
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+    "crop_mode": "center",
 }
 # what is published for each kind of model
 _KINDS: dict[str, dict[str, Any]] = {
-    "clip": {**_CLIP, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"},
-    "metaclip_2": {**_CLIP, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"},
+    "clip": _CLIP,
+    "metaclip_2": _CLIP,
     "siglip": {**_HALF, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"},
     "siglip2": {**_HALF, "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash"},
     "dinov2": {**_IMAGENET, "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"},

@@ -11,45 +11,28 @@ using Scores __attribute__((vector_size(kScoreBytes), aligned(sizeof(I)), may_al
 // The size of the largest of n numbers; NaN where one is not finite.
 template <class V>
 TARGET static inline V largest(const V* x, int64_t n) {
-  constexpr int kLanes = 32;
-  V size[kLanes] = {}, rest[kLanes] = {};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int lanes = int(std::min<int64_t>(kLanes, n - i));
-    const auto one = [&](int l) TARGET {
-      const V here = std::abs(x[i + l]);
+  V size[kRowLanes] = {}, rest[kRowLanes] = {}, room[kRowLanes];
+  for (int64_t i = 0; i < n; i += kRowLanes) {
+    const V* number = filled(x + i, int(std::min<int64_t>(kRowLanes, n - i)), room);
+    for (int l = 0; l < kRowLanes; ++l) {
+      const V here = std::abs(number[l]);
       size[l] = here > size[l] ? here : size[l];
       rest[l] += here * 0;
-    };
-    if (lanes == kLanes) {
-      for (int l = 0; l < kLanes; ++l) one(l);
-    } else {
-      for (int l = 0; l < lanes; ++l) one(l);
     }
   }
-  for (int l = 1; l < kLanes; ++l) {
-    size[0] = size[l] > size[0] ? size[l] : size[0];
-    rest[0] += rest[l];
-  }
-  return size[0] + rest[0];
+  return largest_of(size) + fold(rest);
 }
 
 // The sum of the sizes of n numbers times both factors.
 template <class V>
 TARGET static inline double length(const V* x, double first, double second, int64_t n) {
-  constexpr int kLanes = 32;
-  double sum[kLanes] = {};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int lanes = int(std::min<int64_t>(kLanes, n - i));
-    if (lanes == kLanes) {
-      for (int l = 0; l < kLanes; ++l) sum[l] += std::abs(double(x[i + l]) * first * second);
-    } else {
-      for (int l = 0; l < lanes; ++l) sum[l] += std::abs(double(x[i + l]) * first * second);
-    }
+  double sum[kRowLanes] = {};
+  V room[kRowLanes];
+  for (int64_t i = 0; i < n; i += kRowLanes) {
+    const V* number = filled(x + i, int(std::min<int64_t>(kRowLanes, n - i)), room);
+    for (int l = 0; l < kRowLanes; ++l) sum[l] += std::abs(double(number[l]) * first * second);
   }
-  for (int half = kLanes / 2; half; half /= 2) {
-    for (int l = 0; l < half; ++l) sum[l] += sum[l + half];
-  }
-  return sum[0];
+  return fold(sum);
 }
 
 // The nearest integer of a number that has room in it.

@@ -60,61 +60,30 @@ TARGET static inline V log_weight(V dot, V square, V own, V kappa) {
 template <class V>
 TARGET static inline V log_weights(V* __restrict dot, const V* __restrict square, V own, V kappa,
                                    int64_t n) {
-  constexpr int kLanes = 32;
-  V best[kLanes];
-  for (int l = 0; l < kLanes; ++l) best[l] = -std::numeric_limits<V>::infinity();
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int l = 0; l < kLanes; ++l) {
-      const V t = log_weight(dot[i + l], square[i + l], own, kappa);
-      dot[i + l] = t;
-      best[l] = t > best[l] ? t : best[l];
-    }
+  V best[kRowLanes], room[2][kRowLanes], t[kRowLanes];
+  std::fill_n(best, kRowLanes, -std::numeric_limits<V>::infinity());
+  for (int64_t i = 0; i < n; i += kRowLanes) {
+    const int lanes = int(std::min<int64_t>(kRowLanes, n - i));
+    const V* product = filled(dot + i, lanes, room[0]);
+    const V* other = filled(square + i, lanes, room[1]);
+    for (int l = 0; l < kRowLanes; ++l) t[l] = log_weight(product[l], other[l], own, kappa);
+    raise(best, t, lanes);
+    put(t, lanes, dot + i);
   }
-  if (i < n) {  // in lanes, too, of which those that are not there count for nothing
-    V some[kLanes] = {}, squares[kLanes] = {};
-    const int rest = int(n - i);
-    std::copy_n(dot + i, rest, some);
-    std::copy_n(square + i, rest, squares);
-    for (int l = 0; l < kLanes; ++l) {
-      const V t = log_weight(some[l], squares[l], own, kappa);
-      some[l] = t;
-      best[l] = l < rest && t > best[l] ? t : best[l];
-    }
-    std::copy_n(some, rest, dot + i);
-  }
-  for (int l = 1; l < kLanes; ++l) best[0] = best[l] > best[0] ? best[l] : best[0];
-  return best[0];
+  return largest_of(best);
 }
 
 template <class V>
 TARGET static inline V weights(V* __restrict log_w, V peak, V floor, int64_t n) {
-  constexpr int kLanes = 32;
-  V sum[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int l = 0; l < kLanes; ++l) {
-      const V w = exponential(log_w[i + l] - peak) + floor;
-      log_w[i + l] = w;
-      sum[l] += w;
-    }
+  V sum[kRowLanes] = {}, room[kRowLanes], w[kRowLanes];
+  for (int64_t i = 0; i < n; i += kRowLanes) {
+    const int lanes = int(std::min<int64_t>(kRowLanes, n - i));
+    const V* t = filled(log_w + i, lanes, room);
+    each_of<V>(lanes, [&](int l) TARGET { w[l] = exponential(t[l] - peak) + floor; });
+    add(sum, w, lanes);
+    put(w, lanes, log_w + i);
   }
-  if (i < n) {
-    V some[kLanes] = {};
-    const int rest = int(n - i);
-    std::copy_n(log_w + i, rest, some);
-    const int lanes = sizeof(V) == 4 ? kLanes : rest;  // of double each exponential is one more call
-    for (int l = 0; l < lanes; ++l) {
-      const V w = exponential(l < rest ? some[l] - peak : V(0)) + floor;
-      some[l] = w;
-      sum[l] += l < rest ? w : V(0);
-    }
-    std::copy_n(some, rest, log_w + i);
-  }
-  for (int half = kLanes / 2; half; half /= 2) {
-    for (int l = 0; l < half; ++l) sum[l] += sum[l + half];
-  }
-  return sum[0];
+  return fold(sum);
 }
 
 // mu + moved / total, rounded once. By the product with the rounded reciprocal and what it leaves over: the mean of integers

@@ -76,7 +76,7 @@ CLIPSTEER_BF16_TARGET static inline void inner_block(const float* const* a, cons
     for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_setzero_ps();
   }
   for (int64_t q = 0; q < k; q += kLanes) {
-    const __mmask16 some = k - q < kLanes ? __mmask16((1u << (k - q)) - 1) : __mmask16(0xffff);
+    const __mmask16 some = first_lanes(k - q);
     __m512 right[COLUMNS];
 #pragma GCC unroll 4
     for (int j = 0; j < COLUMNS; ++j) right[j] = _mm512_maskz_loadu_ps(some, w + j * stride + q);

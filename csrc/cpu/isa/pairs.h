@@ -16,7 +16,7 @@ PAIRS static void squares(const float* w, int64_t stride, int64_t k, int64_t col
     for (int s = 0; s < kStreams; ++s) row[s] = w + std::min(c + s * gap, columns - 1) * stride;
     __m512 sum[kStreams] = {};
     for (int64_t q = 0; q < k; q += kLanes) {
-      const __mmask16 some = k - q < kLanes ? __mmask16((1u << (k - q)) - 1) : __mmask16(0xffff);
+      const __mmask16 some = first_lanes(k - q);
 #pragma GCC unroll 4
       for (int s = 0; s < kStreams; ++s) {
         const __m512bh pairs = (__m512bh)_mm512_maskz_loadu_ps(some, row[s] + q);
@@ -110,12 +110,6 @@ TILES static void sift_tiles(const float* x, int64_t group, const ScreenRow* row
                              int64_t stride, int64_t columns, int64_t k, const ScreenColumns& column, float* product,
                              uint64_t* pass) {
   constexpr int64_t kSide = 16, kColumns = 64;
-  // Eight tiles of 16 rows of 64 bytes. In memory before any code runs, as the instruction's use of it is not declared.
-  alignas(64) static const volatile struct {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } kTiles;
   const int64_t steps = (k + kSide - 1) / kSide;
   std::unique_ptr<float[]> whole;  // where rows end within a tile
   if (columns < kColumns || k % kSide != 0) {
@@ -126,7 +120,7 @@ TILES static void sift_tiles(const float* x, int64_t group, const ScreenRow* row
     stride = width;
   }
   __asm__ volatile("" ::: "memory");  // nor is it what loads of tiles read
-  _tile_loadconfig(const_cast<const void*>(static_cast<const volatile void*>(&kTiles)));
+  _tile_loadconfig(const_cast<const void*>(static_cast<const volatile void*>(&kWholeTiles)));
   for (int64_t at = 0; at < rows;) {
     const int64_t some = std::min(rows - at, 2 * kSide), groups = (some + kSide - 1) / kSide;
     bool wanted = false;

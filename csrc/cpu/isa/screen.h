@@ -2,6 +2,24 @@
 // upper bounds of pre-activations. Included by isa.cpp; screening.h derives the bound.
 #pragma once
 
+namespace clipsteer {
+
+// The first `count` of 16 lanes.
+static inline __mmask16 first_lanes(int64_t count) {
+  return __mmask16((1u << std::clamp<int64_t>(count, 0, 16)) - 1);
+}
+
+#ifdef CLIPSTEER_AMX
+// Eight tiles of 16 rows of 64 bytes. In memory before any code runs, as the instruction's use of it is not declared.
+alignas(64) static const volatile struct {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+} kWholeTiles;
+#endif
+
+}  // namespace clipsteer
+
 namespace clipsteer::vnni {
 
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
@@ -34,11 +52,6 @@ static inline bool is_usable(float peak, float norm, const T* v, int64_t d) {
   return peak >= Digits::kLeast && peak <= Digits::kMost && norm <= Digits::kMost * Digits::kMost;
 }
 
-// Which of 16 lanes from number `at` on are among d.
-VNNI static inline __mmask16 lanes_from(int64_t at, int64_t d) {
-  return d - at >= 16 ? __mmask16(0xffff) : at < d ? __mmask16((1u << (d - at)) - 1) : __mmask16(0);
-}
-
 // digit = round(v * scale / step) in [-127, 127] for d numbers, then zeros up to `width`; those of a row that is not
 // usable mean nothing. The scales are powers of two.
 template <class T>
@@ -51,7 +64,7 @@ VNNI void quantise(const T* v, const float* scale, int64_t d, int64_t width, int
 #pragma GCC unroll 4
     for (int c = 0; c < kChains; ++c) {
       const int64_t at = i + 16 * c;
-      const __mmask16 lane = lanes_from(at, d);
+      const __mmask16 lane = first_lanes(d - at);
       const __m512 value = _mm512_mul_ps(widened(lane, v + at), _mm512_maskz_loadu_ps(lane, scale + at));
       _mm512_store_ps(scaled + at, value);
       most[c] = _mm512_range_ps(most[c], value, kLargerSize);
@@ -73,7 +86,7 @@ VNNI void quantise(const T* v, const float* scale, int64_t d, int64_t width, int
       square[c] = _mm512_fmadd_ps(value, value, square[c]);
       missed[c] = _mm512_fmadd_ps(rest, rest, missed[c]);
       sum = _mm512_add_epi32(sum, q);
-      _mm512_mask_cvtepi32_storeu_epi8(digit + at, lanes_from(at, d), q);
+      _mm512_mask_cvtepi32_storeu_epi8(digit + at, first_lanes(d - at), q);
     }
   }
   const auto total = [](const __m512* part) VNNI {
@@ -156,17 +169,11 @@ VNNI void screen(const uint8_t* x, int64_t width, const ScreenRow* row, int64_t 
 __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 void screen_tiles(const uint8_t* x, int64_t width, const ScreenRow* row, int64_t rows, const int8_t* panel,
                   const ScreenColumns& column, const ScreenAhead& next, uint64_t* pass) {
-  // Eight tiles of 16 rows of 64 bytes. In memory before any code runs, as the instruction's use of it is not declared.
-  alignas(64) static const volatile struct {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } kTiles;
   const int64_t blocks = (rows + kScreenTile - 1) / kScreenTile, share = (next.lines + blocks - 1) / blocks;
   const int64_t step = (share * 64 + width - 1) / width;
   int64_t line = 0;
   __asm__ volatile("" ::: "memory");  // nor is it what loads of tiles read
-  _tile_loadconfig(const_cast<const void*>(static_cast<const volatile void*>(&kTiles)));
+  _tile_loadconfig(const_cast<const void*>(static_cast<const volatile void*>(&kWholeTiles)));
   for (int64_t at = 0; at < rows; at += kScreenTile, line += share) {
     bool wanted = false;
     for (int64_t r = at; r < std::min(rows, at + kScreenTile); ++r) wanted |= row[r].wanted;

@@ -28,9 +28,9 @@ TARGET static inline double log_above_one(double s) {
 template <class V>
 TARGET static inline void sigmoid_weights(V* __restrict S, V sign, V scale, V bias, V* out,
                                           int64_t n) {
-  V sum[3][kPairLanes] = {}, room[kPairLanes], loss[kPairLanes], w[kPairLanes], moment[kPairLanes];
-  for (int64_t i = 0; i < n; i += kPairLanes) {
-    const int lanes = int(std::min<int64_t>(kPairLanes, n - i));
+  V sum[3][kRowLanes] = {}, room[kRowLanes], loss[kRowLanes], w[kRowLanes], moment[kRowLanes];
+  for (int64_t i = 0; i < n; i += kRowLanes) {
+    const int lanes = int(std::min<int64_t>(kRowLanes, n - i));
     const V* s = filled(S + i, lanes, room);
     each_of<V>(lanes, [&](int l) TARGET {
       const V z = sign * (s[l] * scale + bias);
@@ -44,7 +44,7 @@ TARGET static inline void sigmoid_weights(V* __restrict S, V sign, V scale, V bi
     add(sum[0], loss, lanes);
     add(sum[1], moment, lanes);
     add(sum[2], w, lanes);
-    std::copy_n(w, lanes, S + i);
+    put(w, lanes, S + i);
   }
   for (int s = 0; s < 3; ++s) out[s] = fold(sum[s]);
 }

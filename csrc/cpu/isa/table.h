@@ -4,6 +4,7 @@
 
 #include "topk.h"
 #include "rows.h"
+#include "lanes.h"
 #include "drift.h"
 #include "drrho.h"
 #include "distill.h"

@@ -157,10 +157,6 @@ SPLIT static inline void halves(__m512 v, __m512i& high, __m512& low) {
   low = _mm512_mask_add_ps(low, some, low, least);
 }
 
-SPLIT static inline __mmask16 lanes(int64_t count) {
-  return __mmask16((1u << std::clamp<int64_t>(count, 0, 16)) - 1);
-}
-
 SPLIT static void split(const float* v, int64_t n, float* high, float* low) {
   const __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   // the upper halves of both vectors: 1 3 5 ... 63
@@ -170,7 +166,7 @@ SPLIT static void split(const float* v, int64_t n, float* high, float* low) {
   for (int64_t j = 0; j < n; j += 32, high += 16, low += 16) {
     __m512i upper[2];
     __m512 rest[2];
-    for (int h = 0; h < 2; ++h) halves(_mm512_maskz_loadu_ps(lanes(n - j - 16 * h), v + j + 16 * h), upper[h], rest[h]);
+    for (int h = 0; h < 2; ++h) halves(_mm512_maskz_loadu_ps(first_lanes(n - j - 16 * h), v + j + 16 * h), upper[h], rest[h]);
     _mm512_storeu_si512(high, _mm512_permutex2var_epi16(upper[0], odd, upper[1]));
     _mm512_storeu_si512(low, (__m512i)_mm512_cvtne2ps_pbh(rest[1], rest[0]));
   }
@@ -181,7 +177,7 @@ SPLIT static void split_columns(const float* v, int64_t stride, int64_t rows, in
   const __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i both = _mm512_or_si512(count, _mm512_slli_epi32(_mm512_add_epi32(count, _mm512_set1_epi32(16)), 16));
   for (int64_t j = 0; j < columns; j += 16) {
-    const __mmask16 some = lanes(columns - j);
+    const __mmask16 some = first_lanes(columns - j);
     for (int64_t i = 0; i < rows; i += 32) {
       alignas(64) float square[2][16 * 16];
       for (int64_t r = 0; r < 16; ++r) {
@@ -205,7 +201,7 @@ SPLIT static void split_columns(const float* v, int64_t stride, int64_t rows, in
 SPLIT static bool halve(const float* v, int64_t n, BFloat16* high, BFloat16* low) {
   __mmask16 beyond = 0;
   for (int64_t j = 0; j < n; j += 16) {
-    const __mmask16 some = lanes(n - j);
+    const __mmask16 some = first_lanes(n - j);
     const __m512 one = _mm512_maskz_loadu_ps(some, v + j);
     const __m256i upper = (__m256i)_mm512_cvtneps_pbh(one);
     const __m512 rounded = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(upper), 16));
