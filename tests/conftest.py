@@ -85,6 +85,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What a test draws, and what a run keeps of torch's generator, does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     """Our own loops are divided between two threads."""
