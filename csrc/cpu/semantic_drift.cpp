@@ -39,6 +39,15 @@ bool usual(V square) {
   return square == 0 || (square >= least && square <= most);
 }
 
+template <class T>
+Compute<T> square_of(const T* row, int64_t d) {
+  if constexpr (kNarrow<T>) {
+    return kernels<T>().square(row, d);
+  } else {
+    return kernels<T>().dot(row, row, d);
+  }
+}
+
 // |row|^2 of a row in units; a row past kFar is made 0, so that its products are, and counts as that far.
 template <class V>
 V measured(V* row, int64_t d) {
@@ -115,14 +124,7 @@ class Pass {
   // Prototypes [c, c + count) moved by their sums.
   void settle(int64_t c, int64_t count, const Sums<V>& sums, T* out) {
     for (int64_t i = 0; i < count; ++i) {
-      const T* source = all_.rows + (c + i) * d_;
-      T* target = out + (c + i) * d_;
-      if constexpr (kNarrow<T>) {
-        kernels<V>().settle(widened(source, before_.get(), d_), sums.moved + i * d_, sums.total[i], row_.get(), d_);
-        kernels<T>().narrow(row_.get(), target, d_);
-      } else {
-        kernels<V>().settle(source, sums.moved + i * d_, sums.total[i], target, d_);
-      }
+      kernels<T>().settle(all_.rows + (c + i) * d_, sums.moved + i * d_, sums.total[i], out + (c + i) * d_, d_);
     }
   }
 
@@ -138,8 +140,7 @@ class Pass {
     first_ = first;
     usual_means_ = plain_kappa_ > 0 && usual(plain_kappa_);
     for (int64_t c = first; c < last; ++c) {
-      const V* mean = widened(all_.rows + c * d_, before_.get(), d_);
-      mean_square_.get()[c - first] = kernels<V>().dot(mean, mean, d_);
+      mean_square_.get()[c - first] = square_of(all_.rows + c * d_, d_);
       usual_means_ = usual_means_ && usual(mean_square_.get()[c - first]);
     }
   }
@@ -181,8 +182,7 @@ class Pass {
   void load(const T* old, const T* fresh, int64_t rows) {
     plain_ = usual_means_;
     for (int64_t i = 0; i < rows; ++i) {
-      const V* before = widened(old + i * d_, before_.get(), d_);
-      square_.get()[i] = kernels<V>().dot(before, before, d_);
+      square_.get()[i] = square_of(old + i * d_, d_);
       plain_ = plain_ && usual(square_.get()[i]);
     }
     const bool direct = plain_ && in_place_;
@@ -309,8 +309,7 @@ class Pass {
     }
   }
 
-  // Weights' low parts times movements' high ones, high times low, then high times high: the small products come first, and
-  // what rounding takes from their sums is small too. Low parts times each other are left out.
+  // Weights and movements are sums of two parts each; low parts times each other are left out.
   void move_by_parts(int64_t count, int64_t rows, bool begins, V* moved) {
     if constexpr (std::is_same_v<T, BFloat16>) {
       const int64_t pairs = (rows + 1) / 2;
@@ -321,10 +320,9 @@ class Pass {
         pairs_->halve(weight, 2 * pairs, low + 2 * pairs, low);
       }
       V* into = begins ? moved : product_.get();
-      const V* high = split_.get() + pairs;
-      const int64_t row = 2 * pairs, panel = row * width_;
-      pairs_->tiles(split_.get(), row, count, parts_.get(), panel, row, d_, into, d_, false);
-      pairs_->tiles(high, row, count, parts_.get(), panel, pairs, d_, into, d_, true);
+      const V *low = split_.get(), *rows_of = parts_.get();
+      pairs_->tiles_of_both(low + pairs, low, 2 * pairs, count, rows_of, rows_of + pairs * width_, 2 * pairs * width_,
+                            pairs, d_, into, d_);
       for (int64_t j = 0; !begins && j < count * d_; ++j) moved[j] += into[j];
     }
   }

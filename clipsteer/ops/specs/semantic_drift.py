@@ -31,8 +31,8 @@ from clipsteer.ops.specs._shared import EXP
 
 # What a product of two numbers is off by, relatively, that are sums of two bfloat16 each, rounded
 # to nearest, without the product of the low parts: u² = 2⁻¹⁶ for either rest, u² for that product.
-# The sums before it are of numbers of at most u, so that their 2·rows additions weigh less than the
-# spare ones of `depth`, with which sums of weights are counted that have a 32nd of them.
+# A term passes through at most 16 additions of its part of a tile, half as many as there are rows
+# where these are fewer, and three for every 32 rows: fewer than rows.
 SPLIT = 3 * 2.0**-16
 
 

@@ -86,27 +86,47 @@ TARGET static inline V weights(V* __restrict log_w, V peak, V floor, int64_t n) 
   return fold(sum);
 }
 
-// mu + moved / total, rounded once. By the product with the rounded reciprocal and what it leaves over: the mean of integers
-// is theirs to the bit, as by division, which takes several times as long. A float's sum keeps what rounding takes from it:
-// in double it would take three times as long. Infinities, and what overflows, leave nothing to add.
+// mu + moved / total. By the product with the rounded reciprocal and what it leaves over: the mean of integers is theirs to the
+// bit, as by division, which takes several times as long. A float's sum, rounded once, keeps what rounding takes from it: in
+// double it would take three times as long. Infinities, and what overflows, leave nothing to add.
+template <bool ONCE, class V>
+TARGET static inline V settled(V mu, V moved, V total, V inverse) {
+#if CLIPSTEER_LEVEL > 0
+  const V mean = moved * inverse, rest = std::fma(-mean, total, moved);
+  if constexpr (ONCE && sizeof(V) == 4) {
+    const V sum = mu + mean, part = sum - mu;
+    const V lost = std::fma(rest, inverse, (mu - (sum - part)) + (mean - part));
+    return lost == lost ? sum + lost : sum;
+  } else {
+    return mu + (rest == rest ? std::fma(rest, inverse, mean) : mean);
+  }
+#else
+  return V(double(mu) + double(moved) / double(total));
+#endif
+}
+
 template <class V>
 TARGET static inline void settle(const V* __restrict mu, const V* __restrict moved, V total, V* __restrict out,
                                  int64_t n) {
-#if CLIPSTEER_LEVEL > 0
   const V inverse = 1 / total;
-  for (int64_t i = 0; i < n; ++i) {
-    const V mean = moved[i] * inverse, rest = std::fma(-mean, total, moved[i]);
-    if constexpr (sizeof(V) == 4) {
-      const V sum = mu[i] + mean, part = sum - mu[i];
-      const V lost = std::fma(rest, inverse, (mu[i] - (sum - part)) + (mean - part));
-      out[i] = lost == lost ? sum + lost : sum;
-    } else {
-      out[i] = mu[i] + (rest == rest ? std::fma(rest, inverse, mean) : mean);
-    }
-  }
-#else
-  for (int64_t i = 0; i < n; ++i) out[i] = V(double(mu[i]) + double(moved[i]) / double(total));
-#endif
+  for (int64_t i = 0; i < n; ++i) out[i] = settled<true>(mu[i], moved[i], total, inverse);
+}
+
+// Of numbers that are rounded again.
+template <class T>
+  requires kNarrow<T>
+TARGET static inline void settle(const T* __restrict mu, const float* __restrict moved, float total, T* __restrict out,
+                                 int64_t n) {
+  const float inverse = 1 / total;
+  float mean[kRowLanes];
+  const auto some = [&](int64_t i, int64_t lanes) TARGET {
+    widen(mu + i, mean, lanes);
+    for (int64_t l = 0; l < lanes; ++l) mean[l] = settled<false>(mean[l], moved[i + l], total, inverse);
+    narrow(mean, out + i, lanes);
+  };
+  int64_t i = 0;
+  for (; i + kRowLanes <= n; i += kRowLanes) some(i, kRowLanes);
+  some(i, n - i);
 }
 
 }  // namespace clipsteer::ISA

@@ -97,6 +97,7 @@ PairProducts pairs_on_tiles() {
   if (found.block && tiles_granted(kTilesOfPairs)) {
     found.tiles = bf16::tiles;
     found.tiles_of_two = bf16::tiles_of_two;
+    found.tiles_of_both = bf16::tiles_of_both;
     found.split = bf16::split;
     found.halve = bf16::halve;
     found.split_columns = bf16::split_columns;

@@ -284,6 +284,8 @@ struct Kernels<T> {
   RowProducts<T> rows;
   void (*widen)(const T* src, float* dst, int64_t n);
   void (*narrow)(const float* src, T* dst, int64_t n);
+  float (*square)(const T* a, int64_t n);  // the inner product with itself
+  void (*settle)(const T* mu, const float* moved, float total, T* out, int64_t n);
   AddRows<T, float> add;
   AddRows<T, T> finish;
   RowDots<T> row_dots;
@@ -319,6 +321,9 @@ struct PairProducts {
   // `tiles` of a = high + low.
   void (*tiles_of_two)(const float* high, const float* low, int64_t a_row, int64_t rows, const float* b,
                        int64_t b_panel, int64_t k, int64_t columns, float* c, int64_t c_row, bool add) = nullptr;
+  // Of b = b + b_low as well, without the product of both low parts.
+  void (*tiles_of_both)(const float* high, const float* low, int64_t a_row, int64_t rows, const float* b,
+                        const float* b_low, int64_t b_panel, int64_t k, int64_t columns, float* c, int64_t c_row) = nullptr;
   // As split, n numbers alone, but rounded to nearest: `low` is at most 2^-8 of v, and its products with such another may be
   // left out. False if a number is as large as 2^126, or none.
   bool (*halve)(const float* v, int64_t n, BFloat16* high, BFloat16* low) = nullptr;

@@ -93,4 +93,23 @@ TARGET static inline void narrow(const float* src, Half* dst, int64_t n) {
   for (; i < n; ++i) dst[i] = Half(src[i]);
 }
 
+// As dot(a, a) of these numbers widened.
+template <class T>
+  requires kNarrow<T>
+TARGET static inline float square(const T* a, int64_t n) {
+  constexpr int kLanes = 64;
+  float sum[kLanes] = {}, wide[kLanes];
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    widen(a + i, wide, kLanes);
+    for (int l = 0; l < kLanes; ++l) sum[l] += wide[l] * wide[l];
+  }
+  widen(a + i, wide, n - i);
+  for (int l = 0; l < n - i; ++l) sum[l] += wide[l] * wide[l];
+  for (int half = kLanes / 2; half; half /= 2) {
+    for (int l = 0; l < half; ++l) sum[l] += sum[l + half];
+  }
+  return sum[0];
+}
+
 }  // namespace clipsteer::ISA

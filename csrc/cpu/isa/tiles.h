@@ -23,19 +23,26 @@ struct alignas(64) TileShapes {
   }
 };
 
-// Rows of pairs, `row` apart: the sum of as many parts, each `part` further than the one before.
+// Rows of pairs, `row` apart, and panels of them; `low` further on lies what each number, as the upper part, leaves of what is
+// multiplied, 0 if nothing is left.
 struct TileRows {
   const float* at;
-  int64_t row, part;
-  int parts;
-  TileRows from(int64_t i, int64_t q) const { return {at + i * row + q, row, part, parts}; }
+  int64_t row, low = 0;
+  TileRows from(int64_t i, int64_t q) const { return {at + i * row + q, row, low}; }
+};
+
+struct TileColumns {
+  const float* at;
+  int64_t panel, low = 0;
+  TileColumns from(int64_t j, int64_t q) const { return {at + j / kPanel * panel + j % kPanel + q * kPanel, panel, low}; }
 };
 
 // c = or += a times columns of b, k pairs by `step`: 32 rows and columns if TALL, else 16 rows and a whole panel. Four
-// sums at once, as a product's latency is that of four.
-template <bool TALL>
-TILES static inline void tile_block(const TileRows& a, const float* b, int64_t k, int64_t step, float* c, int64_t c_row,
-                                    bool add) {
+// sums at once, as a product's latency is that of four. PARTS: 1 if neither leaves anything, 2 if a does, 3 if both do; their
+// lower parts are not multiplied by each other. What is loaded meets all it has to at once: a load takes half a product's time.
+template <bool TALL, int PARTS>
+TILES static inline void tile_block(const TileRows& a, const TileColumns& b, int64_t k, int64_t step, float* c,
+                                    int64_t c_row, bool add) {
   const int64_t left = 4 * a.row, right = 4 * kPanel, out = 4 * c_row;
   float* second = TALL ? c + kTileSide * c_row : c + 2 * kTileSide;
   if (add) {
@@ -49,23 +56,58 @@ TILES static inline void tile_block(const TileRows& a, const float* b, int64_t k
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int part = 0; part < a.parts; ++part) {
-    const float* one = a.at + part * a.part;
-    const float* other = b;
-    for (int64_t q = 0; q < k; q += step, one += step, other += step * kPanel) {
-      _tile_loadd(4, one, left);
-      _tile_loadd(6, other, right);
-      _tile_loadd(7, other + kTileSide, right);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      if constexpr (TALL) {
-        _tile_loadd(5, one + kTileSide * a.row, left);
+  const float* rows = a.at;
+  const float* columns = b.at;
+  for (int64_t q = 0; q < k; q += step, rows += step, columns += step * kPanel) {
+    if constexpr (TALL) {
+      const float* below = rows + kTileSide * a.row;
+      _tile_loadd(6, columns, right);
+      _tile_loadd(7, columns + kTileSide, right);
+      if constexpr (PARTS > 1) {
+        _tile_loadd(4, rows + a.low, left);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, below + a.low, left);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
-      } else {
-        _tile_loadd(6, other + 2 * kTileSide, right);
-        _tile_loadd(7, other + 3 * kTileSide, right);
+      }
+      _tile_loadd(4, rows, left);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, below, left);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+      if constexpr (PARTS > 2) {
+        _tile_loadd(6, columns + b.low, right);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_loadd(7, columns + b.low + kTileSide, right);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    } else {
+      _tile_loadd(4, rows, left);
+      if constexpr (PARTS > 1) _tile_loadd(5, rows + a.low, left);
+      _tile_loadd(6, columns, right);
+      if constexpr (PARTS > 1) _tile_dpbf16ps(0, 5, 6);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, columns + kTileSide, right);
+      if constexpr (PARTS > 1) _tile_dpbf16ps(1, 5, 7);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(6, columns + 2 * kTileSide, right);
+      if constexpr (PARTS > 1) _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(2, 4, 6);
+      _tile_loadd(7, columns + 3 * kTileSide, right);
+      if constexpr (PARTS > 1) _tile_dpbf16ps(3, 5, 7);
+      _tile_dpbf16ps(3, 4, 7);
+      if constexpr (PARTS > 2) {
+        _tile_loadd(6, columns + b.low, right);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, columns + b.low + kTileSide, right);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(6, columns + b.low + 2 * kTileSide, right);
         _tile_dpbf16ps(2, 4, 6);
+        _tile_loadd(7, columns + b.low + 3 * kTileSide, right);
         _tile_dpbf16ps(3, 4, 7);
       }
     }
@@ -77,52 +119,53 @@ TILES static inline void tile_block(const TileRows& a, const float* b, int64_t k
 }
 
 // Blocks of as many rows, one below the other, along the panels.
-template <bool TALL>
-TILES static void tile_blocks(const TileRows& a, int64_t rows, const float* b, int64_t b_panel, int64_t k, int64_t step,
+template <bool TALL, int PARTS>
+TILES static void tile_blocks(const TileRows& a, int64_t rows, const TileColumns& b, int64_t k, int64_t step,
                               int64_t columns, float* c, int64_t c_row, bool add) {
   constexpr int64_t kHeight = TALL ? 2 * kTileSide : kTileSide, kWidth = TALL ? 2 * kTileSide : kPanel;
   for (int64_t j = 0; j < columns; j += kWidth) {
-    const float* right = b + j / kPanel * b_panel + j % kPanel;
+    const TileColumns right = b.from(j, 0);
     const int64_t wide = std::min(columns - j, kWidth);
     for (int64_t i = 0; i < rows; i += kHeight) {
       float* target = c + i * c_row + j;
       if (wide == kWidth) {
-        tile_block<TALL>(a.from(i, 0), right, k, step, target, c_row, add);
+        tile_block<TALL, PARTS>(a.from(i, 0), right, k, step, target, c_row, add);
         continue;
       }
       alignas(64) float part[kHeight * kWidth];
       const int64_t high = std::min(rows - i, kHeight), bytes = wide * int64_t(sizeof(float));
       for (int64_t r = 0; add && r < high; ++r) std::memcpy(part + r * kWidth, target + r * c_row, bytes);
       __asm__ volatile("" ::: "memory");  // what tiles read and write is not declared
-      tile_block<TALL>(a.from(i, 0), right, k, step, part, kWidth, add);
+      tile_block<TALL, PARTS>(a.from(i, 0), right, k, step, part, kWidth, add);
       __asm__ volatile("" ::: "memory");
       for (int64_t r = 0; r < high; ++r) std::memcpy(target + r * c_row, part + r * kWidth, bytes);
     }
   }
 }
 
-TILES static void tile_products(const TileRows& a, int64_t rows, const float* b, int64_t b_panel, int64_t k,
-                                int64_t columns, float* c, int64_t c_row, bool add) {
+template <int PARTS>
+TILES static void tile_products(const TileRows& a, int64_t rows, const TileColumns& b, int64_t k, int64_t columns,
+                                float* c, int64_t c_row, bool add) {
   constexpr int64_t kHeight = 2 * kTileSide;
-  constexpr int64_t kTerms = 256;  // of half a panel, in the first-level cache while rows pass by
+  constexpr int64_t kTerms = PARTS > 2 ? 128 : 256;  // of half a panel, in the first-level cache while rows pass by
   const int64_t whole = rows / kHeight * kHeight, rest = rows - whole;
   for (int64_t i = 0; k == 0 && !add && i < rows; ++i) std::fill_n(c + i * c_row, columns, 0.0f);
   for (int64_t q = 0; q < k;) {
     const int64_t step = std::min(kTileSide, k - q), some = std::min(kTerms, (k - q) / step * step);
-    const float* right = b + q * kPanel;
+    const TileColumns right = b.from(0, q);
     if (whole) {
       const TileShapes shapes(kTileSide, kTileSide, step);
       __asm__ volatile("" ::"r"(&shapes) : "memory");
       _tile_loadconfig(&shapes);
-      tile_blocks<true>(a.from(0, q), whole, right, b_panel, some, step, columns, c, c_row, add || q);
+      tile_blocks<true, PARTS>(a.from(0, q), whole, right, some, step, columns, c, c_row, add || q);
     }
     if (rest) {
       const bool tall = rest > kTileSide;
       const TileShapes shapes(tall ? kTileSide : rest, tall ? rest - kTileSide : rest, step);
       __asm__ volatile("" ::"r"(&shapes) : "memory");
       _tile_loadconfig(&shapes);
-      const auto blocks = tall ? tile_blocks<true> : tile_blocks<false>;
-      blocks(a.from(whole, q), rest, right, b_panel, some, step, columns, c + whole * c_row, c_row, add || q);
+      const auto blocks = tall ? tile_blocks<true, PARTS> : tile_blocks<false, PARTS>;
+      blocks(a.from(whole, q), rest, right, some, step, columns, c + whole * c_row, c_row, add || q);
     }
     q += some;
   }
@@ -134,12 +177,17 @@ TILES static void tile_products(const TileRows& a, int64_t rows, const float* b,
 
 static void tiles(const float* a, int64_t a_row, int64_t rows, const float* b, int64_t b_panel, int64_t k,
                   int64_t columns, float* c, int64_t c_row, bool add) {
-  tile_products({a, a_row, 0, 1}, rows, b, b_panel, k, columns, c, c_row, add);
+  tile_products<1>({a, a_row}, rows, {b, b_panel}, k, columns, c, c_row, add);
 }
 
 static void tiles_of_two(const float* high, const float* low, int64_t a_row, int64_t rows, const float* b,
                          int64_t b_panel, int64_t k, int64_t columns, float* c, int64_t c_row, bool add) {
-  tile_products({high, a_row, low - high, 2}, rows, b, b_panel, k, columns, c, c_row, add);
+  tile_products<2>({high, a_row, low - high}, rows, {b, b_panel}, k, columns, c, c_row, add);
+}
+
+static void tiles_of_both(const float* high, const float* low, int64_t a_row, int64_t rows, const float* b,
+                          const float* b_low, int64_t b_panel, int64_t k, int64_t columns, float* c, int64_t c_row) {
+  tile_products<3>({high, a_row, low - high}, rows, {b, b_panel, b_low - b}, k, columns, c, c_row, false);
 }
 
 #define SPLIT __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
