@@ -165,17 +165,15 @@ TARGET static inline void lay(const T* w, int64_t stride, int64_t k, int64_t col
 template <class V>
 TARGET static inline void pack(const V* u, int64_t stride, int64_t columns, int64_t k,
                                V* __restrict out) {
-  constexpr int64_t width = kBlockBytes / sizeof(V), kSide = sizeof(Floats) / sizeof(float);
+  constexpr int64_t width = kBlockBytes / sizeof(V), kSide = kSquare<V>;
   int64_t l = 0;
-  if constexpr (sizeof(V) == 4) {
-    for (; l + kSide <= columns; l += kSide) {
-      int64_t q = 0;
-      for (; q + kSide <= k; q += kSide) {
-        transpose(u + l * stride + q, stride, out + q * width + l, width);
-      }
-      for (; q < k; ++q) {
-        for (int64_t i = l; i < l + kSide; ++i) out[q * width + i] = u[i * stride + q];
-      }
+  for (; l + kSide <= columns; l += kSide) {
+    int64_t q = 0;
+    for (; q + kSide <= k; q += kSide) {
+      transpose(u + l * stride + q, stride, out + q * width + l, width);
+    }
+    for (; q < k; ++q) {
+      for (int64_t i = l; i < l + kSide; ++i) out[q * width + i] = u[i * stride + q];
     }
   }
   for (; l < columns; ++l) {
