@@ -18,7 +18,12 @@ TARGET static inline void block(const V* const* a, int64_t step, const V* b, int
   constexpr int kVectors = kBlockBytes / kVectorBytes;
   Vec sum[ROWS][kVectors] = {};
   const V* left[ROWS];
-  for (int i = 0; i < ROWS; ++i) left[i] = a[i];
+  // one at a time: a vector of what was just written as single pointers would wait until all had reached the cache
+#pragma GCC unroll 6
+  for (int i = 0; i < ROWS; ++i) {
+    left[i] = a[i];
+    __asm__("" : "+r"(left[i]));
+  }
   for (int64_t q = 0; q < k; ++q) {
     const Vec* row = reinterpret_cast<const Vec*>(b + q * stride);
     Vec right[kVectors];
