@@ -36,19 +36,11 @@ template <class V>
 struct Above : Found<V> {
   const V* threshold;
   bool single;
-  std::vector<V> least;  // of the thresholds of each panel of a whole product
 
-  Above(int64_t rows, const V* thresholds, int64_t number, bool one)
-      : Found<V>(rows), threshold(thresholds), single(one) {
-    for (int64_t c = 0; c < number; c += kPanelColumns) {
-      V lowest = std::numeric_limits<V>::infinity();
-      for (int64_t i = c; i < std::min(number, c + kPanelColumns); ++i) lowest = std::min(lowest, threshold[i]);
-      least.push_back(lowest);
-    }
-  }
+  Above(int64_t rows, const V* thresholds, bool one) : Found<V>(rows), threshold(thresholds), single(one) {}
   // A column's own threshold is taken off its pre-activation before.
   V bound(int64_t) const { return single ? threshold[0] : 0; }
-  V panel_bound(int64_t first_column) const { return least[single ? 0 : first_column / kPanelColumns]; }
+  const V* bounds() const { return single ? nullptr : threshold; }
   void take(int64_t r, V value, int64_t column) {
     if (value > threshold[single ? 0 : column]) {
       this->entries.push_back({value, int32_t(this->first + r), int32_t(column)});
@@ -74,7 +66,7 @@ struct Largest : Found<V> {
     make_room();
   }
   V bound(int64_t) const { return limit; }
-  V panel_bound(int64_t) const { return limit; }
+  const V* bounds() const { return nullptr; }
   void take(int64_t r, V value, int64_t column) {
     this->nan[this->first + r] |= value != value;
     if (!(value > limit)) return;
@@ -119,11 +111,12 @@ void search_whole(const T* x, const Dictionary<T>& W, int64_t rows, std::vector<
   const int64_t slots = int64_t(searches.size());
   std::unique_ptr<Key<V>[]> keys(new Key<V>[slots * kRoom]);
   const auto begin_slot = [&](int64_t s, int64_t r0, int64_t count) { searches[s].begin(r0, count); };
-  const auto take_row = [&](int64_t s, int64_t r, const V* values, const V* bias, int64_t first, int64_t columns) {
+  const auto take_row = [&](int64_t s, int64_t r, const V* sums, OfColumns<V> own, int64_t first, int64_t columns) {
     Search& search = searches[s];
     if (search.done(r)) return;
-    Candidates<V> found{keys.get() + s * kRoom, 0, kRoom, kRoom, search.panel_bound(first), false};
-    kernel.filter(values, bias, columns, uint32_t(first), found);
+    Candidates<V> found{keys.get() + s * kRoom, 0, kRoom, kRoom, search.bound(r), false};
+    if (search.bounds()) own.bound = search.bounds() + first;
+    kernel.filter(sums, own, columns, uint32_t(first), found);
     if (found.nan) search.take(r, std::numeric_limits<V>::quiet_NaN(), first);
     for (int64_t i = 0; i < found.count; ++i) search.take(r, found.keys[i].value(), found.keys[i].column());
   };
@@ -224,7 +217,7 @@ Codes<Compute<T>> codes_above(const Tensor& x, const Dictionary<T>& W, const Ten
   const V* limits = single ? &one : W.values(changed.data(), store);
   const Team team(rows, W.n, kScreenRows);
   std::vector<Above<V>> searches;
-  for (int64_t m = 0; m < team.searches(); ++m) searches.emplace_back(rows, limits, single ? 1 : W.n, single);
+  for (int64_t m = 0; m < team.searches(); ++m) searches.emplace_back(rows, limits, single);
   const float* own = nullptr;
   if constexpr (std::is_same_v<V, float>) own = single ? nullptr : limits;
   if (rows > 0 && W.n > 0) search(data<T>(x), W, own, rows, team, 0, searches);

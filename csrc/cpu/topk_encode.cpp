@@ -27,9 +27,9 @@ void encode(const T* x, const Dictionary<T>& W, int64_t rows, int64_t k, bool re
   const auto begin_slot = [&](int64_t s, int64_t, int64_t count) {
     for (int64_t r = s * block; r < s * block + count; ++r) state[r].reset(keys.get() + r * capacity, limit, k);
   };
-  const auto take_row = [&](int64_t s, int64_t r, const V* values, const V* bias, int64_t first, int64_t columns) {
+  const auto take_row = [&](int64_t s, int64_t r, const V* sums, OfColumns<V> own, int64_t first, int64_t columns) {
     Candidates<V>& row = state[s * block + r];
-    if (!row.nan) kernel.filter(values, bias, columns, uint32_t(first), row);
+    if (!row.nan) kernel.filter(sums, own, columns, uint32_t(first), row);
   };
   for_each_panel(x, W, rows, slots, block, begin_slot, take_row, [&](int64_t r0, int64_t count) {
     parallel_for(0, count, 32, [&](int64_t begin, int64_t end) {
@@ -63,7 +63,7 @@ void select_rows(const T* pre, int64_t rows, int64_t n, int64_t k, T* values, in
       Candidates<V> found;
       found.reset(keys.get(), limit, k);
       found.start_from(kernels<V>().seed(row, n, k, rank.data()));
-      kernels<V>().filter(row, nullptr, n, 0, found);
+      kernels<V>().filter(row, {}, n, 0, found);
       select<T, V>(found.keys, found.count, k, found.nan, false, buffer.data(), values + r * k, indices + r * k);
     }
   });

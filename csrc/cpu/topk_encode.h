@@ -14,9 +14,9 @@ constexpr int64_t kPanelColumns = 512;
 inline int64_t few_rows() { return isa().level >= 2 ? 12 : 4; }
 
 // Panels of (x W^T + b) * scale by torch's GEMM or, of few rows, by our own products, for each block of rows:
-// begin(s, first row, count), then row(s, r, values, bias, first column, columns) for every row of every panel of slot s,
-// while the panel is in cache, where a bias that is not null has yet to be added, and end(first row, count). A slot takes a
-// run of panels, so one thread makes each GEMM, whatever the thread count.
+// begin(s, first row, count), then row(s, r, sums, own, first column, columns) for every row of every panel of slot s,
+// while the panel is in cache: sums of products, of which own.bias and own.scale make the pre-activations; and
+// end(first row, count). A slot takes a run of panels, so one thread makes each GEMM, whatever the thread count.
 template <class T, class Begin, class Row, class End>
 void for_each_panel(const T* x, const Dictionary<T>& W, int64_t rows, int64_t slots, int64_t block, Begin&& begin_slot,
                     Row&& take_row, End&& end_block) {
@@ -36,7 +36,7 @@ void for_each_panel(const T* x, const Dictionary<T>& W, int64_t rows, int64_t sl
         begin_slot(s, r0, count);
         for (int64_t p = panels * s / slots; p < panels * (s + 1) / slots; ++p) {
           const int64_t first = p * kPanelColumns, columns = std::min(kPanelColumns, n - first);
-          const V* bias = W.bias ? W.bias + first : nullptr;
+          const OfColumns<V> own = OfColumns<V>{W.bias, W.scale}.from(first);
           if (few) {
             W.products(left, count, first, columns, out);
           } else if (d > 0) {
@@ -45,13 +45,7 @@ void for_each_panel(const T* x, const Dictionary<T>& W, int64_t rows, int64_t sl
           } else {
             std::fill_n(out, count * columns, V(0));
           }
-          for (int64_t r = 0; r < count; ++r) {
-            V* values = out + r * columns;
-            if (W.scale) {
-              for (int64_t c = 0; c < columns; ++c) values[c] = (values[c] + (bias ? bias[c] : 0)) * W.scale[first + c];
-            }
-            take_row(s, r, values, W.scale ? nullptr : bias, first, columns);
-          }
+          for (int64_t r = 0; r < count; ++r) take_row(s, r, out + r * columns, own, first, columns);
         }
       }
     });

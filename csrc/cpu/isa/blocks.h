@@ -18,7 +18,12 @@ TARGET static inline void block(const V* const* a, int64_t step, const V* b, int
   constexpr int kVectors = kBlockBytes / kVectorBytes;
   Vec sum[ROWS][kVectors] = {};
   const V* left[ROWS];
-  for (int i = 0; i < ROWS; ++i) left[i] = a[i];
+  // one at a time: a vector of what was just written as single pointers would wait until all had reached the cache
+#pragma GCC unroll 6
+  for (int i = 0; i < ROWS; ++i) {
+    left[i] = a[i];
+    __asm__("" : "+r"(left[i]));
+  }
   for (int64_t q = 0; q < k; ++q) {
     const Vec* row = reinterpret_cast<const Vec*>(b + q * stride);
     Vec right[kVectors];
@@ -165,17 +170,15 @@ TARGET static inline void lay(const T* w, int64_t stride, int64_t k, int64_t col
 template <class V>
 TARGET static inline void pack(const V* u, int64_t stride, int64_t columns, int64_t k,
                                V* __restrict out) {
-  constexpr int64_t width = kBlockBytes / sizeof(V), kSide = sizeof(Floats) / sizeof(float);
+  constexpr int64_t width = kBlockBytes / sizeof(V), kSide = kSquare<V>;
   int64_t l = 0;
-  if constexpr (sizeof(V) == 4) {
-    for (; l + kSide <= columns; l += kSide) {
-      int64_t q = 0;
-      for (; q + kSide <= k; q += kSide) {
-        transpose(u + l * stride + q, stride, out + q * width + l, width);
-      }
-      for (; q < k; ++q) {
-        for (int64_t i = l; i < l + kSide; ++i) out[q * width + i] = u[i * stride + q];
-      }
+  for (; l + kSide <= columns; l += kSide) {
+    int64_t q = 0;
+    for (; q + kSide <= k; q += kSide) {
+      transpose(u + l * stride + q, stride, out + q * width + l, width);
+    }
+    for (; q < k; ++q) {
+      for (int64_t i = l; i < l + kSide; ++i) out[q * width + i] = u[i * stride + q];
     }
   }
   for (; l < columns; ++l) {

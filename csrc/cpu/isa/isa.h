@@ -98,6 +98,16 @@ struct Candidates {
   }
 };
 
+// What columns have of their own beside their sums of products, each null where they have none: a pre-activation is
+// (sum + bias) * scale, and wanted above its bound.
+template <class V>
+struct OfColumns {
+  const V *bias = nullptr, *scale = nullptr, *bound = nullptr;
+  OfColumns from(int64_t c) const {
+    return {bias ? bias + c : nullptr, scale ? scale + c : nullptr, bound ? bound + c : nullptr};
+  }
+};
+
 // Rows that are added, or multiplied, at a time.
 constexpr int kGathered = 8;
 
@@ -209,8 +219,8 @@ struct RowProducts {
 template <class V>
 struct Kernels {
   RowProducts<V> rows;
-  // Adds to `row` every column of value + bias (bias may be null) that may be among the k largest.
-  void (*filter)(const V* value, const V* bias, int64_t columns, uint32_t first,
+  // Adds to `row` every column that may be among the k largest or, where columns have bounds, is above its own.
+  void (*filter)(const V* value, const OfColumns<V>& own, int64_t columns, uint32_t first,
                  Candidates<V>& row);
   // A lower bound of the k-th largest, or NaN; `rank` has room for every column.
   V (*seed)(const V* value, int64_t columns, int64_t k, Rank<V>* rank);

@@ -41,6 +41,15 @@ TARGET static inline void add(V* __restrict sum, const V* __restrict x, int lane
   }
 }
 
+template <class V>
+TARGET static inline void multiply(V* __restrict v, const V* __restrict x, int lanes) {
+  if (lanes == kRowLanes) {
+    for (int l = 0; l < kRowLanes; ++l) v[l] *= x[l];
+  } else {
+    for (int l = 0; l < lanes; ++l) v[l] *= x[l];
+  }
+}
+
 // To where a row goes on, through an array, as that may be a row that was read.
 template <class V>
 TARGET static inline void put(const V* __restrict x, int lanes, V* __restrict out) {

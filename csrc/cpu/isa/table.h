@@ -2,9 +2,9 @@
 // ISA (a namespace) and TARGET (a function attribute) defined. The loops are vectorised by the
 // compiler for each target. No include guard on purpose.
 
+#include "lanes.h"
 #include "topk.h"
 #include "rows.h"
-#include "lanes.h"
 #include "drift.h"
 #include "drrho.h"
 #include "distill.h"

@@ -4,14 +4,12 @@
 
 namespace clipsteer::ISA {
 
-// Does any of 32 columns pass? Written so that NaN in the value or the bound passes.
+// Does any column of a vector pass? Written so that NaN in the value or the bound passes.
 #if CLIPSTEER_LEVEL == 1
-TARGET static inline bool any_passes(const float* value, const float* bias, float bound) {
-  const __m256 limit = _mm256_set1_ps(bound);
+TARGET static inline bool any_passes(const float* value, const float* bound) {
   __m256 any = _mm256_setzero_ps();
-  for (int j = 0; j < 32; j += 8) {
-    __m256 v = _mm256_loadu_ps(value + j);
-    if (bias) v = _mm256_add_ps(v, _mm256_loadu_ps(bias + j));
+  for (int j = 0; j < kRowLanes; j += 8) {
+    const __m256 v = _mm256_loadu_ps(value + j), limit = _mm256_loadu_ps(bound + j);
     any = _mm256_or_ps(any, _mm256_cmp_ps(v, limit, _CMP_NLE_UQ));
   }
   return _mm256_movemask_ps(any) != 0;
@@ -19,38 +17,42 @@ TARGET static inline bool any_passes(const float* value, const float* bias, floa
 #endif
 
 template <class V>
-TARGET static inline bool any_passes(const V* value, const V* bias, V bound) {
+TARGET static inline bool any_passes(const V* value, const V* bound) {
   int any = 0;
-  if (bias) {
-    for (int j = 0; j < 32; ++j) any |= !(value[j] + bias[j] <= bound);
-  } else {
-    for (int j = 0; j < 32; ++j) any |= !(value[j] <= bound);
-  }
+  for (int j = 0; j < kRowLanes; ++j) any |= !(value[j] <= bound[j]);
   return any;
 }
 
 template <class V>
-TARGET static inline void filter(const V* value, const V* bias, int64_t columns, uint32_t first,
-                                 Candidates<V>& row) {
-  for (int64_t c = 0; c < columns; c += 32) {
-    const int64_t end = std::min<int64_t>(c + 32, columns);
-    if (end == c + 32 && !any_passes(value + c, bias ? bias + c : nullptr, row.bound)) continue;
-    for (int64_t i = c; i < end; ++i) {
-      const V v = bias ? value[i] + bias[i] : value[i];
-      if (v <= row.bound) continue;
-      if (v != v) {
+TARGET static inline void filter(const V* value, const OfColumns<V>& own, int64_t columns,
+                                 uint32_t first, Candidates<V>& row) {
+  V v[kRowLanes], bound[kRowLanes];
+  std::fill_n(bound, kRowLanes, row.bound);
+  for (int64_t c = 0; c < columns; c += kRowLanes) {
+    const int lanes = int(std::min<int64_t>(kRowLanes, columns - c));
+    put(value + c, lanes, v);
+    if (own.bias) add(v, own.bias + c, lanes);
+    if (own.scale) multiply(v, own.scale + c, lanes);
+    if (own.bound) put(own.bound + c, lanes, bound);
+    if (lanes == kRowLanes && !any_passes(v, bound)) continue;
+    for (int l = 0; l < lanes; ++l) {
+      if (v[l] <= bound[l]) continue;
+      if (v[l] != v[l]) {
         row.nan = true;
         return;
       }
-      row.keys[row.count++] = Key<V>::make(v, uint32_t(first + i));
+      row.keys[row.count++] = Key<V>::make(v[l], uint32_t(first + c + l));
     }
-    if (row.count > row.limit) row.tighten();
+    if (row.count > row.limit) {
+      row.tighten();
+      std::fill_n(bound, kRowLanes, row.bound);
+    }
   }
 }
 
 #if CLIPSTEER_LEVEL == 2
 // Of float32 these instructions take the place of the loops.
-TARGET static inline void filter(const float* value, const float* bias, int64_t columns,
+TARGET static inline void filter(const float* value, const OfColumns<float>& own, int64_t columns,
                                  uint32_t first, Candidates<float>& row) {
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -63,9 +65,12 @@ TARGET static inline void filter(const float* value, const float* bias, int64_t 
     __mmask16 pass[4];
     for (int j = 0; j < 4; ++j) {
       const __mmask16 lane = __mmask16(inside >> (16 * j));
+      const OfColumns<float> at = own.from(c + 16 * j);
       v[j] = _mm512_maskz_loadu_ps(lane, value + c + 16 * j);
-      if (bias) v[j] = _mm512_add_ps(v[j], _mm512_maskz_loadu_ps(lane, bias + c + 16 * j));
-      pass[j] = _mm512_mask_cmp_ps_mask(lane, v[j], bound, _CMP_NLE_UQ);
+      if (at.bias) v[j] = _mm512_add_ps(v[j], _mm512_maskz_loadu_ps(lane, at.bias));
+      if (at.scale) v[j] = _mm512_mul_ps(v[j], _mm512_maskz_loadu_ps(lane, at.scale));
+      const __m512 limit = at.bound ? _mm512_maskz_loadu_ps(lane, at.bound) : bound;
+      pass[j] = _mm512_mask_cmp_ps_mask(lane, v[j], limit, _CMP_NLE_UQ);
     }
     if (!(pass[0] | pass[1] | pass[2] | pass[3])) continue;
     for (int j = 0; j < 4; ++j) {

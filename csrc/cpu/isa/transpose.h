@@ -3,32 +3,48 @@
 namespace clipsteer::ISA {
 
 #if CLIPSTEER_LEVEL == 2
-using Floats = __m512;
-TARGET static inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
-TARGET static inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+TARGET static inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
+TARGET static inline __m512d load(const double* p) { return _mm512_loadu_pd(p); }
+TARGET static inline void store(float* p, __m512 v) { _mm512_storeu_ps(p, v); }
+TARGET static inline void store(double* p, __m512d v) { _mm512_storeu_pd(p, v); }
 // a0 b0 a1 b1 ... of the lower halves, and of the upper ones.
-TARGET static inline void interleave(Floats a, Floats b, Floats& low, Floats& high) {
+TARGET static inline void interleave(__m512 a, __m512 b, __m512& low, __m512& high) {
   const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   low = _mm512_permutex2var_ps(a, first, b);
   high = _mm512_permutex2var_ps(a, _mm512_add_epi32(first, _mm512_set1_epi32(8)), b);
 }
+TARGET static inline void interleave(__m512d a, __m512d b, __m512d& low, __m512d& high) {
+  const __m512i first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+  low = _mm512_permutex2var_pd(a, first, b);
+  high = _mm512_permutex2var_pd(a, _mm512_add_epi64(first, _mm512_set1_epi64(4)), b);
+}
 #elif CLIPSTEER_LEVEL == 1
-using Floats = __m256;
-TARGET static inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
-TARGET static inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
-TARGET static inline void interleave(Floats a, Floats b, Floats& low, Floats& high) {
+TARGET static inline __m256 load(const float* p) { return _mm256_loadu_ps(p); }
+TARGET static inline __m256d load(const double* p) { return _mm256_loadu_pd(p); }
+TARGET static inline void store(float* p, __m256 v) { _mm256_storeu_ps(p, v); }
+TARGET static inline void store(double* p, __m256d v) { _mm256_storeu_pd(p, v); }
+TARGET static inline void interleave(__m256 a, __m256 b, __m256& low, __m256& high) {
   const __m256 even = _mm256_unpacklo_ps(a, b), odd = _mm256_unpackhi_ps(a, b);
   low = _mm256_permute2f128_ps(even, odd, 0x20);
   high = _mm256_permute2f128_ps(even, odd, 0x31);
 }
+TARGET static inline void interleave(__m256d a, __m256d b, __m256d& low, __m256d& high) {
+  const __m256d even = _mm256_unpacklo_pd(a, b), odd = _mm256_unpackhi_pd(a, b);
+  low = _mm256_permute2f128_pd(even, odd, 0x20);
+  high = _mm256_permute2f128_pd(even, odd, 0x31);
+}
 #endif
 
 #if CLIPSTEER_LEVEL > 0
-// A square of floats, transposed by as many rounds of interleaving rows half a square apart as its
-// side has bits.
-TARGET static inline void transpose(const float* u, int64_t stride, float* out, int64_t width) {
-  constexpr int kSide = sizeof(Floats) / sizeof(float);
-  Floats row[kSide], next[kSide];
+// A square of as many numbers a side as a vector has, transposed by as many rounds of interleaving
+// rows half a square apart as its side has bits.
+template <class V>
+constexpr int kSquare = (CLIPSTEER_LEVEL == 2 ? 64 : 32) / sizeof(V);
+
+template <class V>
+TARGET static inline void transpose(const V* u, int64_t stride, V* out, int64_t width) {
+  constexpr int kSide = kSquare<V>;
+  decltype(load(u)) row[kSide], next[kSide];
   for (int i = 0; i < kSide; ++i) row[i] = load(u + i * stride);
   for (int bits = kSide; bits > 1; bits /= 2) {
     for (int i = 0; i < kSide / 2; ++i) {
@@ -54,17 +70,14 @@ TARGET static inline void turn(const V* u, int64_t stride, int64_t rows, int64_t
         for (int64_t c = 0; c < width; c += kLine) __builtin_prefetch(u + l * stride + j + c);
       }
 #if CLIPSTEER_LEVEL > 0
-      if constexpr (std::is_same_v<V, float>) {
-        constexpr int64_t kWhole = sizeof(Floats) / sizeof(float);
-        if (height == kSide && width == kSide) {
-          for (int64_t l = 0; l < kSide; l += kWhole) {
-            for (int64_t c = 0; c < kSide; c += kWhole) {
-              transpose(u + (i + l) * stride + j + c, stride, out + (j + c) * out_stride + i + l,
-                        out_stride);
-            }
+      if (height == kSide && width == kSide) {
+        for (int64_t l = 0; l < kSide; l += kSquare<V>) {
+          for (int64_t c = 0; c < kSide; c += kSquare<V>) {
+            transpose(u + (i + l) * stride + j + c, stride, out + (j + c) * out_stride + i + l,
+                      out_stride);
           }
-          continue;
         }
+        continue;
       }
 #endif
       for (int64_t c = 0; c < width; ++c) {
