@@ -56,14 +56,14 @@ def _threshold_count_kernel(
     limit = _limits(limit_ptr, cols, n, SINGLE)[None, :]
     live = rows < B
     at = rows.to(tl.int64) * tl.cdiv(n, BLOCK_N) + tile_n
-    tl.store(above_ptr + at, tl.sum((acc > limit).to(tl.int32), axis=1), mask=live)
     # columns beyond the last one repeat it
     tl.store(nan_ptr + at, tl.sum((acc != acc).to(tl.int32), axis=1), mask=live)
     if TIES:
-        tl.store(equal_ptr + at, tl.sum((acc == limit).to(tl.int32), axis=1), mask=live)
         left = tl.where(acc >= limit, acc, float("nan"))
+        tl.store(equal_ptr + at, tl.sum((left == limit).to(tl.int32), axis=1), mask=live)
     else:
         left = tl.where(acc > limit, acc, float("nan"))
+    tl.store(above_ptr + at, tl.sum((left > limit).to(tl.int32), axis=1), mask=live)
     for j in range(J):
         col, value, left = next_number(left, local, BLOCK_N)
         emitted = live & (col < BLOCK_N)
