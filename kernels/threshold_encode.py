@@ -101,17 +101,19 @@ def _threshold_write_kernel(
             HAS_BIAS, ACROSS, TMA, EVEN_D, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         limit = _limits(limit_ptr, cols, n, SINGLE)[None, :]
-        # read again, as registers are short beside the product
-        total = tl.load(total_ptr + at, mask=live, other=0)
+        # read again, as registers are short beside the product; places from the tile's first on take half of them
+        first = (tile_b * BLOCK_B).to(tl.int64) * tl.cdiv(n, BLOCK_N) + tile_n
+        place = tl.arange(0, BLOCK_B) * tl.cdiv(n, BLOCK_N)
+        total = tl.load(total_ptr + first + place, mask=live, other=0)
         there = (total > 0)[:, None]
         if TIES:
             left = tl.where((acc >= limit) & there, acc, float("nan"))
-            quota = tl.load(quota_ptr + at, mask=live, other=0)
+            quota = tl.load(quota_ptr + first + place, mask=live, other=0)
         else:
             left = tl.where((acc > limit) & there, acc, float("nan"))
-        # places from the tile's first on take half the registers, and BLOCK_B rows never have 2^31 codes
-        start = tl.load(base_ptr + (tile_b * BLOCK_B).to(tl.int64) * tl.cdiv(n, BLOCK_N) + tile_n)
-        step = (tl.load(base_ptr + at, mask=live, other=0) - start).to(tl.int32)
+        # BLOCK_B rows never have 2^31 codes
+        start = tl.load(base_ptr + first)
+        step = (tl.load(base_ptr + first + place, mask=live, other=0) - start).to(tl.int32)
         room = tl.minimum(tl.maximum(capacity - start, 0), 0x7FFFFFFF).to(tl.int32)
         for _ in range(0, most):
             col, value, left = next_number(left, local, BLOCK_N)

@@ -259,8 +259,10 @@ def tile_config(
         # 64-bit keys of a wider tile do not fit into 64 KB on their way to memory, nor sums that come into registers
         # all at once into these
         cols = min(128, cols)
+    # one of AMD's stages is in registers
+    shallow = dtype == torch.float32 or gpu.few_registers
     config = {
-        "BLOCK_B": rows, "BLOCK_N": cols, "BLOCK_D": 32 if dtype == torch.float32 else 64,
+        "BLOCK_B": rows, "BLOCK_N": cols, "BLOCK_D": 32 if shallow else 64,
         "num_warps": 8, "num_stages": 2 if gpu.amd else 3,
     }  # fmt: skip
     return {**config, "BLOCK_D": 16} if by_number else fitted(config, rows, cols, dtype.itemsize, gpu)
