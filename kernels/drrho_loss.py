@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, interpreted, on_device, operands, similarities
+from ._launch import cdiv, chip, interpreted, on_device, operands, similarities
 from ._product import parts_of, product_tile, store_weights, tile_numbers
 from ._weights import masked, products_of_weights, wide_in_interpreter
 
@@ -167,8 +167,9 @@ def drrho_grad(
     D, N = rows.shape[1], cols.shape[0]
     moments = [diag.new_zeros(1, dtype=torch.float64)]
     options, config = similarities(rows, cols, interpreted(_drrho_sums_kernel))
-    # half of the registers hold less of what is four bytes wide
-    config["PARTS"] = 8 if "maxnreg" in config and rows.dtype == torch.float32 else 4
+    # less fits into half of the registers if it is four bytes wide, and into all of them beside sums that come at once
+    few = rows.dtype == torch.float32 if "maxnreg" in config else chip(rows.device).sums_apart
+    config["PARTS"] = 8 if few else 4
 
     def launch(at: slice, m: int, stride: int, places: tuple) -> None:
         grid = (cdiv(m, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"]),)
