@@ -165,6 +165,15 @@ def test_a_native_wheel_is_compiled_once_and_named_after_its_system(setup, tmp_p
     assert sorted(compiled) == sorted(p.name for p in [*ROOT.glob("csrc/cpu/**/*.cpp"), setup["SYSTEM"]])
 
 
+def test_a_library_that_does_not_load_is_not_silently_done_without(monkeypatch, tmp_path):
+    """As one that was built against another torch."""
+    (tmp_path / "_C.so").write_bytes(b"not a library")
+    monkeypatch.setattr(_dispatch, "__file__", str(tmp_path / "ops" / "_dispatch.py"))
+    with pytest.warns(RuntimeWarning, match=r"_C\.so does not load with torch .*; do this"):
+        reason = _dispatch._load_binary("cpp", "do this")
+    assert reason.startswith("_C.so does not load with torch")
+
+
 def test_env_and_dispatch_say_what_was_left_out(monkeypatch, capsys, tmp_path):
     facts = {"compiler": "g++ 12", "code": ["portable", "AVX2"], "torch": "2.10.0"}
     why = "nvcc was not found"

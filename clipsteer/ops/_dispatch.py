@@ -70,7 +70,9 @@ def _load_binary(backend: str, how: str) -> str | None:
                 if backend in op.backends and (backend == "cpp" or not low.cpp_only):
                     describe(f"{NAMESPACES[backend]}::{name}", low)
     except (OSError, RuntimeError, AttributeError) as error:
-        return f"{path.name} does not load with torch {torch.__version__} ({error}); {how}"
+        reason = f"{path.name} does not load with torch {torch.__version__} ({error}); {how}"
+        _warn_once(f"clipsteer: {reason}")  # all works, slower, as after an update of torch
+        return reason
     return None
 
 
