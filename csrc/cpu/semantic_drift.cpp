@@ -149,9 +149,9 @@ class Pass {
   void add(int64_t c, int64_t count, int64_t rows, bool begins, const Sums<V>& sums, const T* next = nullptr) {
     const bool direct = plain_ && in_place_;
     const V* means = direct ? reinterpret_cast<const V*>(all_.rows + c * d_) : means_.get();
-    const V* square = direct ? mean_square_.get() + c - first_ : block_square_.get();
+    const V* square = plain_ ? mean_square_.get() + c - first_ : block_square_.get();
     for (int64_t i = 0; !direct && i < count; ++i) {
-      block_square_.get()[i] = laid(all_.rows + (c + i) * d_, means_.get() + i * terms_);
+      lay(all_.rows + (c + i) * d_, means_.get() + i * terms_, block_square_.get()[i]);
     }
     distances(means, count, rows);
     for (int64_t i = 0; i < count; ++i) {
@@ -161,22 +161,26 @@ class Pass {
     move(count, rows, begins, sums.moved);
   }
 
-  // A row, in units unless they can be done without, as the products take it; its square. As pairs it loses nothing: the
-  // unit is a power of two.
-  V laid(const T* source, V* into) {
-    const V* row = widened(source, before_.get(), d_);
-    const V unit = plain_ ? V(1) : all_.unit;
-    V* scaled = pairs_ ? row_.get() : into;
-    for (int64_t j = 0; j < d_; ++j) scaled[j] = row[j] * unit;
-    const V square = measured(scaled, d_);
-    if constexpr (kNarrow<T>) {
-      if (pairs_) {
-        T* numbers = reinterpret_cast<T*>(into);
-        kernels<T>().narrow(scaled, numbers, d_);
-        if (d_ % 2) numbers[d_] = T(0);
+  // A row as the products take it: as it is or, where that cannot be, in units, with the square that it has there. As pairs it
+  // loses nothing: the unit is a power of two.
+  void lay(const T* source, V* into, V& square) {
+    T* numbers = reinterpret_cast<T*>(into);
+    if (plain_) {
+      if (pairs_ || !kNarrow<T>) {
+        std::copy_n(source, d_, numbers);
+      } else if constexpr (kNarrow<T>) {
+        kernels<T>().widen(source, into, d_);
+      }
+    } else {
+      const V* row = widened(source, before_.get(), d_);
+      V* scaled = pairs_ ? row_.get() : into;
+      for (int64_t j = 0; j < d_; ++j) scaled[j] = row[j] * all_.unit;
+      square = measured(scaled, d_);
+      if constexpr (kNarrow<T>) {
+        if (pairs_) kernels<T>().narrow(scaled, numbers, d_);
       }
     }
-    return square;
+    if (pairs_ && d_ % 2) numbers[d_] = T(0);
   }
 
   void load(const T* old, const T* fresh, int64_t rows) {
@@ -186,7 +190,7 @@ class Pass {
       plain_ = plain_ && usual(square_.get()[i]);
     }
     const bool direct = plain_ && in_place_;
-    for (int64_t i = 0; !direct && i < rows; ++i) square_.get()[i] = laid(old + i * d_, tile_.get() + i * terms_);
+    for (int64_t i = 0; !direct && i < rows; ++i) lay(old + i * d_, tile_.get() + i * terms_, square_.get()[i]);
     rows_ = direct ? reinterpret_cast<const V*>(old) : tile_.get();
     for (int64_t i = 0; own_ && !few_ && i < rows; i += width_) {
       kernels<V>().pack(rows_ + i * terms_, terms_, std::min(width_, rows - i), terms_, packed_.get() + i * terms_);
