@@ -53,7 +53,7 @@ void adam(V* w, V* m, V* v, const GradientRows<V>& first, const GradientRows<V>&
       kernel.adam(row, m + r * d, v + r * d, grad, at, d);
       if (unit) {
         // a row of zeros stays
-        const V norm = std::sqrt(kernel.dot(row, row, d));
+        const V norm = std::sqrt(kernel.square(row, d));
         const V scale = 1 / std::max(norm, std::numeric_limits<V>::min());
         for (int64_t i = 0; i < d; ++i) row[i] *= scale;
       }

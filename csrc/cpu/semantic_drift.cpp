@@ -39,19 +39,10 @@ bool usual(V square) {
   return square == 0 || (square >= least && square <= most);
 }
 
-template <class T>
-Compute<T> square_of(const T* row, int64_t d) {
-  if constexpr (kNarrow<T>) {
-    return kernels<T>().square(row, d);
-  } else {
-    return kernels<T>().dot(row, row, d);
-  }
-}
-
 // |row|^2 of a row in units; a row past kFar is made 0, so that its products are, and counts as that far.
 template <class V>
 V measured(V* row, int64_t d) {
-  const V square = kernels<V>().dot(row, row, d);
+  const V square = kernels<V>().square(row, d);
   if (!(square > kFar<V>)) return square;
   std::fill_n(row, d, V(0));
   return kFar<V>;
@@ -140,7 +131,7 @@ class Pass {
     first_ = first;
     usual_means_ = plain_kappa_ > 0 && usual(plain_kappa_);
     for (int64_t c = first; c < last; ++c) {
-      mean_square_.get()[c - first] = square_of(all_.rows + c * d_, d_);
+      mean_square_.get()[c - first] = kernels<T>().square(all_.rows + c * d_, d_);
       usual_means_ = usual_means_ && usual(mean_square_.get()[c - first]);
     }
   }
@@ -186,7 +177,7 @@ class Pass {
   void load(const T* old, const T* fresh, int64_t rows) {
     plain_ = usual_means_;
     for (int64_t i = 0; i < rows; ++i) {
-      square_.get()[i] = square_of(old + i * d_, d_);
+      square_.get()[i] = kernels<T>().square(old + i * d_, d_);
       plain_ = plain_ && usual(square_.get()[i]);
     }
     const bool direct = plain_ && in_place_;

@@ -81,10 +81,7 @@ TARGET static inline void larger_rows(const Rank<V>* p, int64_t p_stride, const 
     for (int64_t l = 0; l < rows; ++l) {
       std::make_unsigned_t<I> lane[kLanes];
       std::memcpy(lane, &sum[l], sizeof(lane));
-      for (int half = kLanes / 2; half; half /= 2) {
-        for (int m = 0; m < half; ++m) lane[m] += lane[m + half];
-      }
-      c[j + l] = I(lane[0]);
+      c[j + l] = I(fold(lane));
     }
   }
 }

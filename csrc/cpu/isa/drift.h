@@ -119,14 +119,11 @@ TARGET static inline void settle(const T* __restrict mu, const float* __restrict
                                  int64_t n) {
   const float inverse = 1 / total;
   float mean[kRowLanes];
-  const auto some = [&](int64_t i, int64_t lanes) TARGET {
+  each_vector<kRowLanes>(n, [&](int64_t i, auto lanes) TARGET {
     widen(mu + i, mean, lanes);
-    for (int64_t l = 0; l < lanes; ++l) mean[l] = settled<false>(mean[l], moved[i + l], total, inverse);
+    for (int l = 0; l < lanes; ++l) mean[l] = settled<false>(mean[l], moved[i + l], total, inverse);
     narrow(mean, out + i, lanes);
-  };
-  int64_t i = 0;
-  for (; i + kRowLanes <= n; i += kRowLanes) some(i, kRowLanes);
-  some(i, n - i);
+  });
 }
 
 }  // namespace clipsteer::ISA

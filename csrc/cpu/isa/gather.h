@@ -214,10 +214,7 @@ static inline void row_dots(const Compute<T>* a, const T* const* w, const T* con
       const V* row = block_of(w[m] + i, next ? next[m] + i : nullptr, wide, count);
       for (int64_t l = 0; l < count; ++l) sum[l] += a[i + l] * row[l];
     }
-    for (int half = kBlock / 2; half; half /= 2) {
-      for (int l = 0; l < half; ++l) sum[l] += sum[l + half];
-    }
-    out[m] = sum[0];
+    out[m] = fold(sum);
   }
 }
 

@@ -227,6 +227,7 @@ struct Kernels {
   AddRows<V, V> add, finish;
   RowDots<V> row_dots;
   V (*dot)(const V* a, const V* b, int64_t n);
+  V (*square)(const V* a, int64_t n);  // dot of a row with itself
   // The sum of weight * (a - b)^2 (weight may be null: 1), and y += c (a - b).
   V (*distance)(const V* a, const V* b, const V* weight, int64_t n);
   void (*repel)(V* y, V c, const V* a, const V* b, int64_t n);
@@ -294,7 +295,7 @@ struct Kernels<T> {
   RowProducts<T> rows;
   void (*widen)(const T* src, float* dst, int64_t n);
   void (*narrow)(const float* src, T* dst, int64_t n);
-  float (*square)(const T* a, int64_t n);  // the inner product with itself
+  float (*square)(const T* a, int64_t n);
   void (*settle)(const T* mu, const float* moved, float total, T* out, int64_t n);
   AddRows<T, float> add;
   AddRows<T, T> finish;

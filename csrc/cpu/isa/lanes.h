@@ -4,10 +4,10 @@ namespace clipsteer::ISA {
 
 constexpr int kRowLanes = 32;
 
-// The sum of all lanes.
-template <class V>
-TARGET static inline V fold(V* sum) {
-  for (int half = kRowLanes / 2; half; half /= 2) {
+// The sum of all lanes, a power of two.
+template <class V, int LANES>
+TARGET static inline V fold(V (&sum)[LANES]) {
+  for (int half = LANES / 2; half; half /= 2) {
     for (int l = 0; l < half; ++l) sum[l] += sum[l + half];
   }
   return sum[0];
@@ -21,6 +21,14 @@ TARGET static inline const V* filled(const V* x, int lanes, V* room) {
   std::fill_n(room, kRowLanes, V(0));
   std::copy_n(x, lanes, room);
   return room;
+}
+
+// f(i, lanes) for n numbers: of whole vectors the compiler knows how many lanes there are.
+template <int LANES, class F>
+TARGET static inline void each_vector(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) f(i, std::integral_constant<int, LANES>());
+  f(i, int(n - i));
 }
 
 // f(l) for as many whole steps as `lanes` take.

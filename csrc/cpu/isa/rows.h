@@ -13,10 +13,7 @@ TARGET static inline V dot(const V* __restrict a, const V* __restrict b, int64_t
     for (int l = 0; l < kLanes; ++l) sum[l] += a[i + l] * b[i + l];
   }
   for (int l = 0; i + l < n; ++l) sum[l] += a[i + l] * b[i + l];
-  for (int half = kLanes / 2; half; half /= 2) {
-    for (int l = 0; l < half; ++l) sum[l] += sum[l + half];
-  }
-  return sum[0];
+  return fold(sum);
 }
 
 // The sum of weight * (a - b)^2, weights of 1 where there are none.
@@ -40,10 +37,7 @@ TARGET static inline V distance(const V* __restrict a, const V* __restrict b,
   for (int l = 0; i + l < n; ++l) {
     sum[l] += (weight ? weight[i + l] : V(1)) * ((a[i + l] - b[i + l]) * (a[i + l] - b[i + l]));
   }
-  for (int half = kLanes / 2; half; half /= 2) {
-    for (int l = 0; l < half; ++l) sum[l] += sum[l + half];
-  }
-  return sum[0];
+  return fold(sum);
 }
 
 template <class V>
@@ -93,23 +87,21 @@ TARGET static inline void narrow(const float* src, Half* dst, int64_t n) {
   for (; i < n; ++i) dst[i] = Half(src[i]);
 }
 
-// As dot(a, a) of these numbers widened.
+template <class V>
+TARGET static inline V square(const V* a, int64_t n) {
+  return dot(a, a, n);
+}
+
+// The same of these numbers widened.
 template <class T>
   requires kNarrow<T>
 TARGET static inline float square(const T* a, int64_t n) {
-  constexpr int kLanes = 64;
-  float sum[kLanes] = {}, wide[kLanes];
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    widen(a + i, wide, kLanes);
-    for (int l = 0; l < kLanes; ++l) sum[l] += wide[l] * wide[l];
-  }
-  widen(a + i, wide, n - i);
-  for (int l = 0; l < n - i; ++l) sum[l] += wide[l] * wide[l];
-  for (int half = kLanes / 2; half; half /= 2) {
-    for (int l = 0; l < half; ++l) sum[l] += sum[l + half];
-  }
-  return sum[0];
+  float sum[64] = {}, wide[64];
+  each_vector<64>(n, [&](int64_t i, auto lanes) TARGET {
+    widen(a + i, wide, lanes);
+    for (int l = 0; l < lanes; ++l) sum[l] += wide[l] * wide[l];
+  });
+  return fold(sum);
 }
 
 }  // namespace clipsteer::ISA

@@ -37,6 +37,7 @@ constexpr Kernels<V> kKernels = {
     .finish = add<V, V>,
     .row_dots = row_dots<V>,
     .dot = dot,
+    .square = square,
     .distance = distance,
     .repel = repel,
     .log_weights = log_weights,
